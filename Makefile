@@ -1,0 +1,40 @@
+# Every target that needs the environment goes through `env`, which costs milliseconds once
+# .venv is there. ARGS goes to the command of a target: make test ARGS='-k router -x'.
+# PYTHON, CORPUS and SEED, given to make or set in the shell, reach the commands as
+# environment variables: make exports both kinds by itself, and an unset one stays unset.
+
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart test check format bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: ## Make or update .venv (PYTHON=... chooses the interpreter)
+	@tools/setup_env.sh
+
+quickstart: env ## Text, data set, training on 2 ranks, evaluation, report (CORPUS=... SEED=...)
+	@$(BIN)/python -m examples.quickstart $(ARGS)
+
+test: env ## Run all tests that need no GPU (ARGS=...)
+	@$(BIN)/python -m pytest $(ARGS)
+
+# Cheapest first, so that a slip shows at once.
+check: env ## Lint, format, import direction and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/mypy
+
+format: env ## Rewrite the code in the project's format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: env ## Print this machine's ratio table (ARGS=...)
+	@$(BIN)/python -m tools.bench $(ARGS)
+
+clean: ## Remove caches and build output; leaves runs/ and .venv
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	@find . \( -name .venv -o -name runs -o -name .git \) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	@echo "Kept runs/ and .venv; to remove those: rm -rf runs .venv"

@@ -1,0 +1,401 @@
+"""Real text without a network: documents that are on this machine already.
+
+Enters: the kind of text. Leaves: `train.jsonl` and `valid.jsonl` with one document per line,
+`{"text": ..., "source": ...}`, and `corpus.json`, which says that the two are complete and of what.
+Choices: `stdlib` is the source text of the running Python's standard library, which every machine
+has; `debian-docs` is prose from documentation packages, for larger runs. A document's name alone
+decides its split, so it falls on the same side on every machine and in every version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+from megatron_sffn.errors import ConfigError, run_command
+
+KINDS = ("stdlib", "debian-docs")
+DEBIAN_PACKAGES = ("python3.11-doc", "linux-doc-6.1", "postgresql-doc-15")
+VALID_PERCENT = 5
+# Raise it when the text of an unchanged source would differ: older corpora are then built anew.
+RECIPE = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A text and the name of its source, with `/` between folders."""
+
+    source: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Where a corpus is and what it holds: number of documents, bytes of text."""
+
+    train: Path
+    valid: Path
+    documents: int
+    bytes: int
+
+
+def build_corpus(kind: str, folder: Path, *, packages: Sequence[str] = DEBIAN_PACKAGES) -> Corpus:
+    """Build a corpus in `folder`, or return the one that is there already.
+
+    Args:
+        kind: `stdlib` or `debian-docs`.
+        folder: created if missing; other files in it stay as they are.
+        packages: for `debian-docs`, the packages to read; they are kept in `folder/packages`.
+
+    Returns:
+        Paths and sizes of a complete corpus.
+
+    Raises:
+        ConfigError: the kind is unknown, or its text cannot be had on this machine.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"corpus kind {kind!r} is unknown; choose one of: {', '.join(KINDS)}")
+    origin = [platform.python_version()] if kind == "stdlib" else list(packages)
+    parameters = {"kind": kind, "origin": origin, "recipe": RECIPE}
+    if found := _find(folder, parameters):
+        log(f"corpus {folder}: reused, {found.documents} documents")
+        return found
+    if kind == "stdlib":
+        return _write(folder, parameters, stdlib_documents(Path(os.__file__).parent))
+    return _write(folder, parameters, debian_documents(folder / "packages", packages))
+
+
+def is_valid(source: str) -> bool:
+    """Whether a document is held out for validation: about 5 of 100 are."""
+    return int(hashlib.sha256(source.encode()).hexdigest(), 16) % 100 < VALID_PERCENT
+
+
+def log(message: str) -> None:
+    """One line of progress."""
+    print(message, file=sys.stderr, flush=True)
+
+
+# --- files of a corpus
+
+
+def _find(folder: Path, parameters: dict[str, object]) -> Corpus | None:
+    try:
+        manifest = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        same = manifest["parameters"] == parameters and all(
+            (folder / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+    return _corpus(folder, manifest["documents"], manifest["bytes"]) if same else None
+
+
+def _corpus(folder: Path, documents: int, num_bytes: int) -> Corpus:
+    return Corpus(
+        train=folder / "train.jsonl",
+        valid=folder / "valid.jsonl",
+        documents=documents,
+        bytes=num_bytes,
+    )
+
+
+def _write(folder: Path, parameters: dict[str, object], documents: Iterable[Document]) -> Corpus:
+    """Write the files under temporary names; the manifest goes first and comes last."""
+    names = ("train.jsonl", "valid.jsonl", "corpus.json")
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = {name: folder / f"{name}.partial" for name in names}
+    try:
+        counts, num_bytes = _write_documents(
+            documents, partial["train.jsonl"], partial["valid.jsonl"]
+        )
+        if not all(counts.values()):
+            raise ConfigError(
+                f"corpus {parameters['kind']} of {parameters['origin']} has {counts[False]} "
+                f"documents to train on and {counts[True]} to validate on; choose another source"
+            )
+        manifest = {
+            "parameters": parameters,
+            "documents": sum(counts.values()),
+            "bytes": num_bytes,
+            "files": {name: partial[name].stat().st_size for name in names[:2]},
+        }
+        partial["corpus.json"].write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        (folder / "corpus.json").unlink(missing_ok=True)
+        for name in names:
+            partial[name].replace(folder / name)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+    log(f"corpus {folder}: {manifest['documents']} documents, {num_bytes / 1e6:.1f} MB")
+    return _corpus(folder, sum(counts.values()), num_bytes)
+
+
+def _write_documents(
+    documents: Iterable[Document], train: Path, valid: Path
+) -> tuple[dict[bool, int], int]:
+    """Returns the number of documents by `is_valid`, and the bytes of text."""
+    counts = {False: 0, True: 0}
+    num_bytes = 0
+    seen: set[bytes] = set()
+    with (
+        train.open("w", encoding="utf-8") as train_file,
+        valid.open("w", encoding="utf-8") as valid_file,
+    ):
+        for document in documents:
+            content = document.text.encode()
+            digest = hashlib.sha256(content).digest()
+            if not content.strip() or digest in seen:
+                continue
+            seen.add(digest)
+            held_out = is_valid(document.source)
+            record = {"text": document.text, "source": document.source}
+            (valid_file if held_out else train_file).write(
+                json.dumps(record, ensure_ascii=False) + "\n"
+            )
+            counts[held_out] += 1
+            num_bytes += len(content)
+            if len(seen) % 1000 == 0:
+                log(f"wrote {len(seen)} documents, {num_bytes / 1e6:.1f} MB")
+    return counts, num_bytes
+
+
+# --- the standard library
+
+# Installed packages, tests (twice as much text as all the rest, and absent on some systems), and
+# tables of numbers.
+SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+}
+
+
+def stdlib_documents(root: Path) -> Iterator[Document]:
+    """Source files below `root` and the topics of the language reference, sorted by name."""
+    for path in sorted(_stdlib_files(root), key=lambda path: path.as_posix()):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        yield Document(source=path.relative_to(root).as_posix(), text=text)
+    yield from _topics()
+
+
+def _stdlib_files(root: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        # config-*: settings of the build, with paths of the machine it was built on.
+        folders[:] = [
+            name
+            for name in folders
+            if name not in SKIPPED_FOLDERS and not name.startswith("config-")
+        ]
+        for name in files:
+            # topics.py is read by `_topics`; _sysconfigdata is what config-* is.
+            if name.endswith((".py", ".txt", ".rst")) and not name.startswith(
+                ("_sysconfigdata", "topics.py")
+            ):
+                yield Path(folder, name)
+
+
+def _topics() -> Iterator[Document]:
+    """The chapters that `help("TOPIC")` prints: prose, kept as one table of string literals."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some systems leave it out
+        return
+    for name in sorted(topics):
+        yield Document(source=f"pydoc_data/topics/{name}", text=topics[name])
+
+
+# --- Debian's documentation packages
+
+SOURCE_SUFFIXES = (".rst", ".txt", ".rst.gz", ".txt.gz")
+PAGE_SUFFIXES = (".html", ".html.gz")
+# Lists of links, with no text of their own.
+SKIPPED_PAGES = re.compile(r"(genindex|bookindex|py-modindex|search|changelog|copyright)[-.\w]*")
+
+
+def debian_documents(cache: Path, packages: Sequence[str]) -> Iterator[Document]:
+    """Texts of documentation packages, which are downloaded into `cache` unless they are there."""
+    for package in packages:
+        archive = _download(package, cache)
+        with tempfile.TemporaryDirectory(prefix="corpus-") as folder:
+            _run(["dpkg", "-x", str(archive), folder], f"{archive} cannot be unpacked", "delete it")
+            yield from _package_documents(package, Path(folder))
+
+
+def _download(package: str, cache: Path) -> Path:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", package):
+        raise ConfigError(f"{package!r} is not a name of a Debian package; correct it")
+    if found := sorted(cache.glob(f"{package}_*.deb")):
+        return found[-1]
+    log(f"downloading {package}")
+    made = not cache.exists()
+    cache.mkdir(parents=True, exist_ok=True)
+    for stale in cache.glob(".partial-*"):
+        shutil.rmtree(stale)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache) as folder:
+            _run(
+                ["apt-get", "download", package],
+                f"package {package} cannot be downloaded",
+                "run `apt-get update` as root, name packages that this release has, or use the "
+                "corpus stdlib",
+                folder=folder,
+            )
+            (archive,) = Path(folder).glob("*.deb")
+            return archive.replace(cache / archive.name)
+    finally:
+        if made and not any(cache.iterdir()):
+            cache.rmdir()
+
+
+def _run(command: list[str], failure: str, remedy: str, folder: str | None = None) -> None:
+    if shutil.which(command[0]) is None:
+        raise ConfigError(
+            f"corpus debian-docs needs {command[0]}, which this machine does not have; "
+            "use the corpus stdlib"
+        )
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if line and not line.startswith("W:")]
+        reason = lines[0].removeprefix("E: ") if lines else f"exit code {result.returncode}"
+        raise ConfigError(f"{failure} ({reason}); {remedy}")
+
+
+def _package_documents(package: str, root: Path) -> Iterator[Document]:
+    files = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+    files = [path for path in files if not SKIPPED_PAGES.fullmatch(path.name)]
+    sources = [path for path in files if path.name.endswith(SOURCE_SUFFIXES)]
+    # Where a package has the sources of its pages, the pages would repeat them.
+    chosen = sources or [path for path in files if path.name.endswith(PAGE_SUFFIXES)]
+    log(f"reading {package}: {len(chosen)} files")
+    for path in chosen:
+        content = path.read_bytes()
+        try:
+            text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if path.name.endswith(PAGE_SUFFIXES):
+            text = html_to_text(text)
+        yield Document(source=f"{package}/{path.relative_to(root).as_posix()}", text=text)
+
+
+def html_to_text(html: str) -> str:
+    """The text of a page: one line per block, `pre` as it is, no navigation."""
+    parser = _TextParser()
+    parser.feed(html)
+    parser.close()
+    text = re.sub(r"[ \t]+\n", "\n", "".join(parser.pieces))
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+class _TextParser(HTMLParser):
+    # Tags that HTML never closes.
+    VOID = re.compile("area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr")
+    BLOCK = re.compile(
+        "address|article|aside|blockquote|br|dd|div|dl|dt|figure|h[1-6]|hr|li|main|ol|p|pre|section"
+        "|table|tr|ul"
+    )
+    HIDDEN = re.compile("head|title|script|style|nav|footer")
+    # Navigation of Sphinx and DocBook pages.
+    HIDDEN_CLASS = re.compile(
+        "sphinxsidebar|related|headerlink|footer|navheader|navfooter|toc|id_link"
+    )
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.pieces: list[str] = []
+        self._open: list[str] = []
+        # Depth in `_open` of the outermost hidden element, if one is open.
+        self._hidden_at: int | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if self.BLOCK.fullmatch(tag):
+            self._end_line()
+        if self.VOID.fullmatch(tag):
+            return
+        classes = (dict(attrs).get("class") or "").split()
+        hidden = self.HIDDEN.fullmatch(tag) or any(map(self.HIDDEN_CLASS.fullmatch, classes))
+        if hidden and self._hidden_at is None:
+            self._hidden_at = len(self._open)
+        self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._open:
+            # Closes what was left open inside: HTML allows <p> and <li> without an end.
+            while self._open.pop() != tag:
+                pass
+        if self._hidden_at is not None and len(self._open) <= self._hidden_at:
+            self._hidden_at = None
+        if self.BLOCK.fullmatch(tag):
+            self._end_line()
+            if tag == "p":
+                self._emit("\n")
+        elif tag in ("td", "th"):
+            self._emit(" ")
+
+    def handle_data(self, data: str) -> None:
+        if "pre" not in self._open:
+            data = re.sub(r"\s+", " ", data)
+            if self._at_line_start():
+                data = data.lstrip()
+        self._emit(data)
+
+    def _emit(self, text: str) -> None:
+        if text and self._hidden_at is None:
+            self.pieces.append(text)
+
+    def _end_line(self) -> None:
+        if not self._at_line_start():
+            self._emit("\n")
+
+    def _at_line_start(self) -> bool:
+        return not self.pieces or self.pieces[-1].endswith("\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build a corpus with the arguments of the command line."""
+    parser = argparse.ArgumentParser(description="Build a corpus of real text, as JSON lines.")
+    parser.add_argument("--kind", default="stdlib", help=f"one of: {', '.join(KINDS)}")
+    parser.add_argument("--output", type=Path, default=Path("corpus"), help="folder of the corpus")
+    parser.add_argument(
+        "--packages", nargs="+", default=DEBIAN_PACKAGES, help="for debian-docs: packages to read"
+    )
+    args = parser.parse_args(argv)
+    corpus = build_corpus(args.kind, args.output, packages=args.packages)
+    print(
+        f"{corpus.train} {corpus.valid}: {corpus.documents} documents, {corpus.bytes / 1e6:.1f} MB"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,45 @@
+"""Sparse feed-forward layers on Megatron, from one memory cell to a whole expert.
+
+The path of one token, file by file:
+
+    pretrain.py       the entry point; platforms/cpu.py first, where there is no CUDA
+    arguments.py      flags become numbers: g, E, k, and from them B blocks of which K are active
+    training.py       hands Megatron its model, batches and loss
+    data/gpt.py       the token leaves a .bin file as part of a batch
+    model.py          the transformer layers it passes, some of them sparse
+    layer.py          in a sparse one: route, dispatch, compute, combine
+    routers/          route: which K blocks?          -> Routing
+    dispatch.py       dispatch: to the ranks that hold them, once each, and back   -> Plan
+    memory.py         the tables of keys and values that the blocks are made of
+    ops/              compute: f(x Kᵀ) V of the chosen blocks
+    balance.py        how evenly the blocks were used
+    results.py        summary.json and routing.jsonl
+    accounting.py     what all of it costs, in closed form
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megatron_sffn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
+    from megatron_sffn.layer import SparseFFN
+
+__all__ = ["ConfigError", "SparseFFN", "SparseFFNConfig", "SparseFFNTransformerConfig"]
+
+_HOMES = {
+    "SparseFFN": "megatron_sffn.layer",
+    "SparseFFNConfig": "megatron_sffn.config",
+    "SparseFFNTransformerConfig": "megatron_sffn.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the heavy names when they are asked for: tools need only the light ones."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,342 @@
+"""What a model costs before it is built: parameters, FLOPs, bytes between ranks. Numbers only.
+
+Enters: the model's sizes (`ModelShape`) and the sparse layer's config. Leaves: exact counts, and the
+table that a run prints when it starts. Neither tensors nor Megatron are imported.
+
+Choices
+- One multiply-add is 2 FLOPs; only matrix products count (no norm, softmax, activation, sum).
+- The convention of arXiv 2305.13999, so that its numbers come out: attention spans the whole
+  `seq_length` (no halving for the causal mask), and selection costs three or four forwards in
+  training like any product, although Avg-K's and VanillaM's has no backward. Training the dense
+  model with recomputation is then `96·l·h²·(1 + s/(6h) + V/(16·l·h))` per token (Narayanan et al.
+  2021): the layers run forward twice, the logits once.
+- What all tokens share, such as Avg-K's mean keys, has no cost per token and is left out.
+
+Letters as in `config`: D model width, M cells, B blocks, G cells of a block, K active blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from megatron_sffn.config import SparseFFNConfig
+
+PAIR_BYTES = 8
+"""A (row, block) pair of `dispatch`: two int32."""
+
+GATE_BYTES = 4
+"""A gate: fp32 whatever the model's dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a GPT that its counts depend on.
+
+    Args:
+        num_layers: transformer layers of all pipeline stages.
+        hidden_size: D.
+        ffn_hidden_size: cells of a dense layer's MLP.
+        num_attention_heads: query heads.
+        kv_channels: width of a head.
+        seq_length: tokens of a sequence.
+        padded_vocab_size: rows of the embedding.
+        num_query_groups: key-value heads; None for one per query head.
+        gated: SwiGLU, which doubles the first projection.
+        bias: of all linear layers but the sparse ones, which have none.
+        qkv_bias: of the query, key and value projection, also without `bias`.
+        layernorm: LayerNorm, with a bias; False for RMSNorm, without.
+        qk_layernorm: whether queries and keys are normalised per head.
+        tied_embeddings: whether the logits use the embedding's weights.
+        learned_positions: rows of a learned position embedding; 0 for RoPE or none.
+        sparse_layers: how many of the layers are sparse.
+        sffn: the sparse layer; None if all layers are dense.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    kv_channels: int
+    seq_length: int
+    padded_vocab_size: int
+    num_query_groups: int | None = None
+    gated: bool = False
+    bias: bool = True
+    qkv_bias: bool = False
+    layernorm: bool = True
+    qk_layernorm: bool = False
+    tied_embeddings: bool = True
+    learned_positions: int = 0
+    sparse_layers: int = 0
+    sffn: SparseFFNConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Check that sparse layers and their config come together."""
+        assert 0 <= self.sparse_layers <= self.num_layers, (self.sparse_layers, self.num_layers)
+        assert (self.sparse_layers > 0) == (self.sffn is not None), (self.sparse_layers, self.sffn)
+
+    @classmethod
+    def of_args(cls, args: Namespace, sffn: SparseFFNConfig | None) -> ModelShape:
+        """The shape that Megatron's arguments describe.
+
+        Args:
+            args: validated, with the padded vocabulary size that the tokenizer gave;
+                `moe_layer_freq` is a list if there are sparse layers.
+            sffn: the sparse layer; None if all layers are dense.
+        """
+        assert args.padded_vocab_size is not None, "the vocabulary is padded by the tokenizer"
+        learned = args.position_embedding_type == "learned_absolute"
+        return cls(
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            ffn_hidden_size=args.ffn_hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            kv_channels=args.kv_channels,
+            seq_length=args.seq_length,
+            padded_vocab_size=args.padded_vocab_size,
+            num_query_groups=args.num_query_groups if args.group_query_attention else None,
+            gated=args.swiglu,
+            bias=args.add_bias_linear,
+            qkv_bias=args.add_qkv_bias,
+            layernorm=args.normalization == "LayerNorm",
+            qk_layernorm=args.qk_layernorm,
+            tied_embeddings=not args.untie_embeddings_and_output_weights,
+            learned_positions=args.max_position_embeddings if learned else 0,
+            sparse_layers=sum(args.moe_layer_freq) if sffn is not None else 0,
+            sffn=sffn,
+        )
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers with Megatron's own MLP."""
+        return self.num_layers - self.sparse_layers
+
+    @property
+    def query_width(self) -> int:
+        """Width of all queries, and of the attention's output."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def key_value_width(self) -> int:
+        """Width of all keys plus all values."""
+        return 2 * (self.num_query_groups or self.num_attention_heads) * self.kv_channels
+
+    @property
+    def vectors_per_cell(self) -> int:
+        """A key and a value, and a gate key if gated."""
+        return 3 if self.gated else 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Parameters of a model.
+
+    Args:
+        total: all of them.
+        active: those that a token uses: K of the B blocks of a sparse layer, all the rest.
+    """
+
+    total: int
+    active: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Forward FLOPs of a model per token.
+
+    Args:
+        attention: projections, scores and weighted sums of all layers.
+        feed_forward: dense MLPs and the chosen blocks of sparse layers.
+        router: selection in the sparse layers.
+        logits: the output layer.
+    """
+
+    attention: int
+    feed_forward: int
+    router: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.attention + self.feed_forward + self.router + self.logits
+
+
+def dense_equivalent(shape: ModelShape) -> ModelShape:
+    """The same model without sparse layers: of equal block compute if k is `ffn_hidden_size`."""
+    return dataclasses.replace(shape, sffn=None, sparse_layers=0)
+
+
+def count_parameters(shape: ModelShape) -> Parameters:
+    """Parameters of Megatron's GPT of this shape, in all and those a token uses."""
+    vocabulary = (1 if shape.tied_embeddings else 2) * shape.padded_vocab_size
+    rest = (
+        (vocabulary + shape.learned_positions) * shape.hidden_size
+        + shape.num_layers * (_attention_parameters(shape) + 2 * _norm(shape, shape.hidden_size))
+        + shape.dense_layers * _mlp_parameters(shape)
+        + _norm(shape, shape.hidden_size)
+    )
+    if shape.sffn is None:
+        return Parameters(total=rest, active=rest)
+    rest += shape.sparse_layers * shape.sffn.router.parameters(shape.sffn, shape.hidden_size)
+    per_cell = shape.sparse_layers * shape.vectors_per_cell * shape.hidden_size
+    return Parameters(
+        total=rest + per_cell * shape.sffn.num_cells,
+        active=rest + per_cell * shape.sffn.active_cells,
+    )
+
+
+def _norm(shape: ModelShape, width: int) -> int:
+    """Parameters of one normalisation."""
+    return (2 if shape.layernorm else 1) * width
+
+
+def _attention_parameters(shape: ModelShape) -> int:
+    """Of one layer: both projections, their biases, the norms of queries and keys."""
+    projected = shape.query_width + shape.key_value_width
+    count = (projected + shape.query_width) * shape.hidden_size
+    if shape.bias or shape.qkv_bias:
+        count += projected
+    if shape.bias:
+        count += shape.hidden_size
+    if shape.qk_layernorm:
+        count += 2 * _norm(shape, shape.kv_channels)
+    return count
+
+
+def _mlp_parameters(shape: ModelShape) -> int:
+    """Of one dense MLP."""
+    count = shape.vectors_per_cell * shape.ffn_hidden_size * shape.hidden_size
+    if shape.bias:
+        count += (shape.vectors_per_cell - 1) * shape.ffn_hidden_size + shape.hidden_size
+    return count
+
+
+def flops_per_token(shape: ModelShape) -> Flops:
+    """Forward FLOPs of the whole model for one token."""
+    projections = 2 * shape.hidden_size * (2 * shape.query_width + shape.key_value_width)
+    scores_and_sum = 4 * shape.seq_length * shape.query_width
+    cells, router = shape.dense_layers * shape.ffn_hidden_size, 0
+    if shape.sffn is not None:
+        cells += shape.sparse_layers * shape.sffn.active_cells
+        router = shape.sparse_layers * shape.sffn.router.flops(shape.sffn, shape.hidden_size)
+    return Flops(
+        attention=shape.num_layers * (projections + scores_and_sum),
+        feed_forward=2 * shape.vectors_per_cell * shape.hidden_size * cells,
+        router=router,
+        logits=2 * shape.hidden_size * shape.padded_vocab_size,
+    )
+
+
+def training_flops_per_token(shape: ModelShape, *, recompute: bool) -> int:
+    """FLOPs of forward and backward, which is two forwards, for one token.
+
+    Args:
+        shape: of the model.
+        recompute: whether the layers run forward again in the backward (Megatron's full activation
+            recomputation); the logits never do.
+    """
+    forward = flops_per_token(shape)
+    again = forward.total - forward.logits if recompute else 0
+    return 3 * forward.total + again
+
+
+def overhead_over_dense(shape: ModelShape) -> float:
+    """Forward FLOPs over those of the dense equivalent, minus 1."""
+    return flops_per_token(shape).total / flops_per_token(dense_equivalent(shape)).total - 1
+
+
+def exchanged_bytes_per_token(
+    shape: ModelShape, *, expert_parallel_size: int, bytes_per_number: int, gates: bool = True
+) -> float:
+    """Bytes that a token's rows cost in the forward of one sparse layer, there and back.
+
+    The expectation under uniform routing: another rank gets one row if it holds any of the token's
+    K blocks, and a (row, block) pair for each. What selection itself exchanges (VanillaM's tokens
+    and scores) is not in it.
+
+    Args:
+        shape: of a model with sparse layers.
+        expert_parallel_size: ranks over which the blocks are cut; it divides B.
+        bytes_per_number: of an activation.
+        gates: whether the router's factors travel with the pairs.
+    """
+    assert shape.sffn is not None, "a dense model exchanges nothing"
+    blocks, active = shape.sffn.num_blocks, shape.sffn.num_active_blocks
+    assert blocks % expert_parallel_size == 0, (blocks, expert_parallel_size)
+    elsewhere = blocks - blocks // expert_parallel_size
+    # In integers: C(65536, 4096) has 6,600 digits, and Python still rounds the quotient correctly.
+    missed = math.comb(elsewhere, active) / math.comb(blocks, active)
+    rows = (expert_parallel_size - 1) * (1 - missed)
+    per_pair = PAIR_BYTES + (GATE_BYTES if gates else 0)
+    return (
+        2 * rows * shape.hidden_size * bytes_per_number
+        + _remote_pairs(shape.sffn, expert_parallel_size) * per_pair
+    )
+
+
+def megatron_exchanged_bytes_per_token(
+    shape: ModelShape, *, expert_parallel_size: int, bytes_per_number: int
+) -> float:
+    """The same with Megatron's all-to-all dispatcher: a copy of the token for each remote block.
+
+    The probability that goes with each copy, 4 bytes, is left out. Arguments as above.
+    """
+    assert shape.sffn is not None, "a dense model exchanges nothing"
+    copies = _remote_pairs(shape.sffn, expert_parallel_size)
+    return 2 * copies * shape.hidden_size * bytes_per_number
+
+
+def _remote_pairs(sffn: SparseFFNConfig, ranks: int) -> float:
+    """Expected number of a token's blocks that other ranks hold."""
+    return sffn.num_active_blocks * (ranks - 1) / ranks
+
+
+def table(shape: ModelShape, *, expert_parallel_size: int = 1, bytes_per_number: int = 4) -> str:
+    """The costs of a model, as the text that a run prints when it starts.
+
+    Args:
+        shape: of the model.
+        expert_parallel_size: ranks over which the blocks are cut; above 1, the bytes are shown.
+        bytes_per_number: of an activation.
+    """
+    parameters, sffn = count_parameters(shape), shape.sffn
+    title = f"feed-forward: dense, {shape.ffn_hidden_size} cells in {shape.num_layers} layers"
+    rows = {}
+    if sffn is not None:
+        title = (
+            f"sparse feed-forward: {sffn.router.name}, {sffn.num_active_blocks} of "
+            f"{sffn.num_blocks} blocks of {sffn.block_size} cells (E = {sffn.expansion}) in "
+            f"{shape.sparse_layers} of {shape.num_layers} layers"
+        )
+        rows["blocks (B)"] = f"{sffn.num_blocks} "
+        rows["active blocks per token (K)"] = f"{sffn.num_active_blocks} "
+    rows["parameters"] = _human(parameters.total)
+    rows["active parameters"] = _human(parameters.active)
+    rows["FLOPs per token, forward"] = _human(flops_per_token(shape).total)
+    rows["FLOPs over dense"] = f"{100 * overhead_over_dense(shape):+.3g} %"
+    if sffn is not None and expert_parallel_size > 1:
+        layout = {
+            "expert_parallel_size": expert_parallel_size,
+            "bytes_per_number": bytes_per_number,
+        }
+        ours = exchanged_bytes_per_token(shape, **layout)
+        theirs = megatron_exchanged_bytes_per_token(shape, **layout)
+        rows["exchanged per token and layer"] = f"{_human(ours)}B"
+        rows["with Megatron's dispatcher"] = f"{_human(theirs)}B"
+    label, value = (max(map(len, column)) for column in (rows, rows.values()))
+    return "\n".join((title, *(f"  {k:<{label}}  {v:>{value}}".rstrip() for k, v in rows.items())))
+
+
+def _human(number: float) -> str:
+    """12345678 as `12.3 M`, ready for a unit; 512 as `512 `."""
+    for power, letter in ((4, "T"), (3, "G"), (2, "M"), (1, "k")):
+        if number >= 1000**power:
+            return f"{number / 1000**power:.1f} {letter}"
+    return f"{number:.0f} "

@@ -1,0 +1,184 @@
+"""What a sparse feed-forward layer is: numbers and rules, no tensors.
+
+Enters: block size g, expansion E, active cells k, a router's own settings. Leaves: frozen configs
+whose derived numbers (B blocks, K active blocks, M cells) everything else reads.
+
+Letters, here and in every file: T tokens on this rank, D model width, M memory cells, B blocks,
+G cells of a block (g on the command line), K active blocks per token, R rows after the exchange.
+
+Choice: the layer's config owns what all methods share; a router's config owns the rest, beside the
+router, so that a new method changes no existing config (axlearn's rule for config trees).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sffn.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Backend",
+    "ConfigError",
+    "RouterConfig",
+    "SparseFFNConfig",
+    "SparseFFNTransformerConfig",
+    "flag",
+]
+
+
+class Backend(StrEnum):
+    """Who computes the blocks."""
+
+    AUTO = "auto"
+    """The fastest of ours for the tensors' device."""
+    NAIVE = "naive"
+    """The oracle: every block for every token, then a mask."""
+    CPU = "cpu"
+    """Blocks in a loop with bounded scratch; plain torch, so it also runs on a GPU."""
+    MEGATRON = "megatron"
+    """Megatron's own dispatcher and experts with our router: the second oracle."""
+
+
+def flag(name: str, *, help: str, default: Any, choices: tuple[str, ...] | None = None) -> Any:
+    """A config field that is also a command-line flag.
+
+    Args:
+        name: as typed, `--sffn-...`.
+        help: one line for `--help`.
+        default: of the field and the flag; a bool makes an on-switch.
+        choices: the values it can take.
+    """
+    return field(default=default, metadata={"flag": name, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """What one selection method needs beyond the layer's numbers; a base for `routers/*.py`."""
+
+    name: ClassVar[str]
+    """Value of `--sffn-router`."""
+    summary: ClassVar[str]
+    """One line for `--help`."""
+    balance_coefficient: ClassVar[float | None] = None
+    """Default weight of the balance loss; None where the method has no gate to balance."""
+
+    def __post_init__(self) -> None:
+        """Check every field that has a closed set of values."""
+        for item in dataclasses.fields(self):
+            choices, value = item.metadata.get("choices"), getattr(self, item.name)
+            if choices and value not in choices:
+                raise ConfigError(
+                    f"{item.metadata['flag']} {value} is unknown; choose from {', '.join(choices)}"
+                )
+
+    def build(self) -> Callable[..., torch.nn.Module]:
+        """The router's class, to be called with Megatron's `RouterBuilder` arguments."""
+        raise NotImplementedError(f"{type(self).__name__} has no router")
+
+    def parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
+        """Parameters of the router of one layer."""
+        return 0
+
+    def flops(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
+        """Forward FLOPs of the selection per token and layer (one multiply-add is 2)."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseFFNConfig:
+    """One sparse feed-forward layer: M = E·k cells in B = M/g blocks, K = k/g of them per token.
+
+    Args:
+        active_cells: k, cells that a token uses; the width of the dense FFN of equal compute.
+        router: the selection method with its settings.
+        block_size: g, cells of a block, from 1 (a single memory cell) to k (a whole expert).
+        expansion: E, memory cells over active cells.
+        backend: who computes the blocks.
+        seed: of the tables' initial values, which do not depend on the layout.
+
+    Raises:
+        ConfigError: if g does not divide k, or a number is not positive.
+    """
+
+    active_cells: int
+    router: RouterConfig
+    block_size: int = 256
+    expansion: int = 16
+    backend: Backend = Backend.AUTO
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        """Check the numbers against each other."""
+        for name, value in (
+            ("--sffn-active-cells", self.active_cells),
+            ("--sffn-block-size", self.block_size),
+            ("--sffn-expansion", self.expansion),
+        ):
+            if value < 1:
+                raise ConfigError(f"{name} {value} must be at least 1; give a positive number")
+        if self.active_cells % self.block_size:
+            raise ConfigError(
+                f"--sffn-block-size {self.block_size} does not divide --sffn-active-cells "
+                f"{self.active_cells}; {_nearest_divisors(self.active_cells, self.block_size)}"
+            )
+
+    @property
+    def num_cells(self) -> int:
+        """M, cells of the whole memory."""
+        return self.expansion * self.active_cells
+
+    @property
+    def num_blocks(self) -> int:
+        """B, blocks of the whole memory."""
+        return self.num_cells // self.block_size
+
+    @property
+    def num_active_blocks(self) -> int:
+        """K, blocks that a token uses."""
+        return self.active_cells // self.block_size
+
+
+@dataclass
+class SparseFFNTransformerConfig(TransformerConfig):
+    """Megatron's config with the sparse layers' numbers in it.
+
+    Megatron's own MoE fields are derived from `sffn`, so that its validation, FLOPs and expert
+    parallelism see the truth: B experts, K active, g wide.
+    """
+
+    sffn: SparseFFNConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Derive Megatron's MoE fields, then let Megatron validate."""
+        if self.sffn is not None:
+            for name, value in moe_fields(self.sffn).items():
+                setattr(self, name, value)
+        super().__post_init__()
+
+
+def moe_fields(sffn: SparseFFNConfig) -> dict[str, Any]:
+    """Megatron's MoE fields that follow from a sparse layer (names of `TransformerConfig`)."""
+    return {
+        "num_moe_experts": sffn.num_blocks,
+        "moe_router_topk": sffn.num_active_blocks,
+        "moe_ffn_hidden_size": sffn.block_size,
+        # The probability over all blocks, as Switch defines it: not renormalised over the chosen.
+        "moe_router_pre_softmax": True,
+    }
+
+
+def _nearest_divisors(number: int, near: int) -> str:
+    """A remedy: the divisors of `number` on both sides of `near`."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = [d for d in divisors if d < near][-1:]
+    above = [d for d in divisors if d > near][:1]
+    return "the nearest block sizes that do are " + " and ".join(map(str, below + above))

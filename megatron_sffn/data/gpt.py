@@ -1,0 +1,172 @@
+"""GPT data: Megatron's data sets, a batch for each microbatch, and a check before anything starts.
+
+Enters: `--data-path` and its relatives, `.bin/.idx` pairs. Leaves: iterators of token batches on
+this rank's device. All index building, blending and sampling is Megatron's.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+from torch import Tensor
+
+from megatron_sffn.data.tokenizer import load_tokenizer
+from megatron_sffn.errors import ConfigError
+
+SAMPLED_TOKENS = 1 << 20
+"""Tokens at each end of a data set that `check_data` compares with the vocabulary."""
+
+
+def build_datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> Any:
+    """Megatron's datasets provider: train, validation and test sets of the given sizes."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, num_samples, _reads_data, config).build()
+
+
+# Every rank builds its own view; Megatron otherwise builds on the first TP rank only.
+build_datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def _reads_data() -> bool:
+    """Whether this rank draws batches: the first TP rank of the first and last stages."""
+    ends = mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage()
+    return bool(mpu.get_tensor_model_parallel_rank() == 0 and ends)
+
+
+def next_batch(batches: Iterator[dict[str, Tensor]] | None) -> dict[str, Any]:
+    """This rank's part of the next microbatch.
+
+    Args:
+        batches: Megatron's data iterator; None on ranks that do not read.
+
+    Returns:
+        `tokens`, `labels`, `loss_mask`, `position_ids` `[b, s]` and `attention_mask`, with None for
+        what this pipeline stage does not use.
+    """
+    args = get_args()
+    first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
+    names = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+    if not (first or last):
+        return dict.fromkeys(names)
+    batch: dict[str, Any] = {}
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    if tp_rank == 0:
+        assert batches is not None, "the first TP rank of a stage that reads data has no iterator"
+        batch = {name: value.cuda(non_blocking=True) for name, value in next(batches).items()}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=first,
+        is_pipeline_last_stage=last,
+    )
+    batch = {name: batch.get(name) for name in names}
+    if args.context_parallel_size > 1:
+        batch = get_batch_on_this_cp_rank({**batch, "cu_seqlens": None}, is_hybrid_cp=False)
+    return batch
+
+
+def check_data(args: Namespace) -> None:
+    """Look at tokenizer and data sets before any process group or file is made.
+
+    Args:
+        args: Megatron's validated namespace.
+
+    Raises:
+        ConfigError: if a file is missing, truncated, or holds ids outside the vocabulary.
+    """
+    vocab_size = load_tokenizer(args).vocab_size
+    if args.mock_data:
+        return
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    blends = [blend] if blend else [one for one in blend_per_split or [] if one]
+    if not blends:
+        raise ConfigError(
+            "no data set was given; pass --data-path PREFIX (of PREFIX.bin and PREFIX.idx, made by "
+            "tools/preprocess_data.py) or --mock-data"
+        )
+    for prefixes, _weights in blends:
+        for prefix in prefixes:
+            check_dataset(prefix, vocab_size)
+
+
+def check_dataset(prefix: str, vocab_size: int) -> None:
+    """Look at one `.bin/.idx` pair.
+
+    Args:
+        prefix: path without the ending.
+        vocab_size: of the tokenizer that is to read it.
+
+    Raises:
+        ConfigError: if a file is missing or truncated, or an id is outside the vocabulary.
+    """
+    for ending in (".idx", ".bin"):
+        if not os.path.exists(prefix + ending):
+            raise ConfigError(
+                f"data set {prefix + ending} does not exist; check --data-path, which is the path "
+                "of PREFIX.bin and PREFIX.idx without the ending"
+            )
+    try:
+        dataset = IndexedDataset(prefix)
+        tokens = int(dataset.sequence_lengths.sum())
+    except Exception as error:
+        raise ConfigError(
+            f"data set index {prefix}.idx cannot be read ({error}); make the data set again with "
+            "tools/preprocess_data.py"
+        ) from error
+    dtype = numpy.dtype(dataset.index.dtype)
+    size, expected = Path(prefix + ".bin").stat().st_size, tokens * dtype.itemsize
+    if size != expected:
+        raise ConfigError(
+            f"data set {prefix}.bin has {size} bytes, but its index says {expected}; it is "
+            "truncated or belongs to another index: make it again with tools/preprocess_data.py"
+        )
+    if tokens == 0:
+        raise ConfigError(f"data set {prefix}.bin is empty; give it documents")
+    ids = numpy.memmap(prefix + ".bin", dtype=dtype, mode="r")
+    largest = int(max(ids[:SAMPLED_TOKENS].max(), ids[-SAMPLED_TOKENS:].max()))
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"data set {prefix} holds token id {largest}, but the tokenizer has {vocab_size} ids; "
+            "use the tokenizer that made the data set (--tokenizer-type, --tokenizer-model)"
+        )

@@ -1,0 +1,204 @@
+"""The sparse feed-forward layer: route, dispatch, compute, combine.
+
+Enters: hidden states `[s, b, D]` in a transformer layer's MLP slot. Leaves: their update, same
+shape. Both classes subclass Megatron's `MoELayer`, because recomputation, logging and checkpoints
+ask `isinstance(mlp, MoELayer)`; `SparseFFN` replaces its four steps by ours, which carry block ids
+rather than tokens × experts maps, and `MegatronBackedFFN` keeps them all, as a second oracle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from torch import Tensor
+
+from megatron_sffn.balance import LoadCounter
+from megatron_sffn.config import Backend, SparseFFNTransformerConfig
+from megatron_sffn.dispatch import combine, dispatch
+from megatron_sffn.memory import Memory
+from megatron_sffn.ops import Activation
+from megatron_sffn.ops.block_ffn import block_ffn_pairs
+from megatron_sffn.routers.base import Routing
+
+
+class _SparseLayer(MoELayer):
+    """What both layers share: the router slot, the load counter, the input ids."""
+
+    def __init__(
+        self,
+        config: SparseFFNTransformerConfig,
+        experts: Any,
+        layer_number: int | None,
+        pg_collection: ProcessGroupCollection | None,
+        is_mtp_layer: bool,
+        name: str | None,
+    ) -> None:
+        assert config.sffn is not None, "a sparse layer needs config.sffn"
+        super().__init__(
+            config,
+            MoESubmodules(experts=experts, router=config.sffn.router.build()),
+            layer_number=layer_number,
+            pg_collection=pg_collection,
+            is_mtp_layer=is_mtp_layer,
+            name=name,
+        )
+        self.load = LoadCounter(config.sffn.num_blocks)
+        self.input_ids: Tensor | None = None
+
+    def _choose(self, x: Tensor, keys: Tensor) -> Routing:
+        routing: Routing = self.router(x, keys, self._token_ids())
+        self.load(routing.block_ids)
+        return routing
+
+    def _token_ids(self) -> Tensor | None:
+        """The microbatch's `[b, s]` input ids as `[T]`, in the order and cut of the hidden states."""
+        if self.input_ids is None:
+            return None
+        ids = self.input_ids.T.contiguous()
+        if self.config.sequence_parallel:
+            ids = scatter_to_sequence_parallel_region(ids, group=self.tp_group)
+        return ids.reshape(-1)
+
+
+class SparseFFN(_SparseLayer):
+    """A sparse feed-forward layer in blocks of any size, with any router.
+
+    Args:
+        config: of the model, with `config.sffn` set.
+        layer_number: counted from 1 over all pipeline stages; Megatron also tells it later.
+        pg_collection: Megatron's process groups; None for the global ones.
+        is_mtp_layer: whether it belongs to a multi-token-prediction head.
+        name: Megatron's name of the module instance.
+    """
+
+    def __init__(
+        self,
+        config: SparseFFNTransformerConfig,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config, Memory, layer_number, pg_collection, is_mtp_layer, name)
+        self.experts: Memory
+        self.backend = config.sffn.backend if config.sffn else Backend.AUTO
+        self._drawn_for: int | None = None
+        if layer_number is not None:
+            self.set_layer_number(layer_number)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Take the number that seeds the tables and the hash, and draw the tables with it."""
+        super().set_layer_number(layer_number)
+        if self._drawn_for != layer_number:
+            self.experts.initialize(layer_number)
+            self._drawn_for = layer_number
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: Any = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Update the hidden states.
+
+        Args:
+            hidden_states: `[s, b, D]`; under sequence parallelism this rank's part of s.
+            intermediate_tensors: Megatron's CUDA-graph slot; must be None.
+            padding_mask: accepted for Megatron's sake; padding tokens are routed like others.
+
+        Returns:
+            `[s, b, D]` and no bias.
+        """
+        assert intermediate_tensors is None, "partial CUDA graphs do not reach into SparseFFN"
+        if self.moe_layer_recompute and self.training:
+            return tensor_parallel.checkpoint(self._update, False, hidden_states), None
+        return self._update(hidden_states), None
+
+    def _update(self, hidden_states: Tensor) -> Tensor:
+        memory = self.experts
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routing = self._choose(x, memory.keys)
+        here = dispatch(x, routing, memory.num_local_blocks, self.ep_group)
+        y = block_ffn_pairs(
+            here.rows,
+            memory.keys,
+            memory.values,
+            here.pairs,
+            here.gates,
+            activation=memory.activation,
+            backend=self.backend,
+        )
+        return combine(y, here.plan).view_as(hidden_states)
+
+
+class MegatronBackedFFN(_SparseLayer):
+    """Our router in front of Megatron's own dispatcher and experts (`--sffn-backend megatron`).
+
+    Megatron's contract is a dense map and a copy of a token per block, so this serves coarse
+    blocks, as oracle and baseline. Experts have no biases, as in `SparseFFN`. Arguments as there.
+    """
+
+    def __init__(
+        self,
+        config: SparseFFNTransformerConfig,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        config = dataclasses.replace(config, add_bias_linear=False)
+        linear = LocalSpecProvider()
+        experts = partial(
+            SequentialMLP,
+            submodules=MLPSubmodules(
+                linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
+            ),
+        )
+        super().__init__(config, experts, layer_number, pg_collection, is_mtp_layer, name)
+        self.activation = Activation.of(config)
+        if layer_number is not None:
+            self.set_layer_number(layer_number)
+
+    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
+        """Megatron's `(probs, routing_map)`, both `[T, B]`, from our `Routing`."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        keys = torch.stack([mlp.linear_fc1.weight for mlp in self.experts.local_experts])
+        routing = self._choose(x, keys)
+        empty = x.new_zeros(x.shape[0], self.config.num_moe_experts)
+        routing_map = empty.bool().scatter(1, routing.block_ids, True)
+        gates = routing.gates
+        if gates is None:
+            gates = x.new_ones(routing.block_ids.shape)
+        return empty.to(gates.dtype).scatter(1, routing.block_ids, gates), routing_map
+
+
+def layer_class(backend: Backend) -> type[_SparseLayer]:
+    """The layer that computes with this backend."""
+    return MegatronBackedFFN if backend is Backend.MEGATRON else SparseFFN
+
+
+def sparse_layers(model: torch.nn.Module) -> Iterator[_SparseLayer]:
+    """The sparse layers of a model (chunk), in order."""
+    return (module for module in model.modules() if isinstance(module, _SparseLayer))
+
+
+def provide_token_ids(model: torch.nn.Module, input_ids: Tensor | None) -> None:
+    """Give the microbatch's input ids to the sparse layers, for routers that hash them.
+
+    Args:
+        model: the model (chunk) that is about to run forward.
+        input_ids: `[b, s]`.
+    """
+    for layer in sparse_layers(model):
+        layer.input_ids = input_ids

@@ -1,0 +1,83 @@
+"""The nonlinearity of a memory cell, with the derivative that hand-written backwards need.
+
+Enters: up projections `[..., G]`, or `[..., 2G]` (gate half first) for SwiGLU, as Megatron's fused
+first linear lays them out. Leaves: memory coefficients `[..., G]`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_sffn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class Activation(StrEnum):
+    """f of `f(x Kᵀ) V`."""
+
+    GELU = "gelu"
+    RELU = "relu"
+    SQUARED_RELU = "squared_relu"
+    SWIGLU = "swiglu"
+
+    @property
+    def gated(self) -> bool:
+        """Whether a cell has two keys, one of them a gate."""
+        return self is Activation.SWIGLU
+
+    @classmethod
+    def of(cls, config: TransformerConfig) -> Activation:
+        """The activation that Megatron's flags chose.
+
+        Raises:
+            ConfigError: if the sparse layer does not have it.
+        """
+        name = getattr(config.activation_func, "__name__", str(config.activation_func))
+        known = {
+            ("gelu", False): cls.GELU,
+            ("relu", False): cls.RELU,
+            ("squared_relu", False): cls.SQUARED_RELU,
+            ("silu", True): cls.SWIGLU,
+        }
+        try:
+            return known[name, bool(config.gated_linear_unit)]
+        except KeyError:
+            gated = "gated " if config.gated_linear_unit else ""
+            raise ConfigError(
+                f"activation {gated}{name} is not one of a sparse layer's; use GELU (the default), "
+                "--sffn-relu, --squared-relu or --swiglu"
+            ) from None
+
+    def __call__(self, up: Tensor) -> Tensor:
+        """Coefficients `[..., G]` of `up` (`[..., 2G]` if gated); differentiable."""
+        match self:
+            case Activation.GELU:
+                return F.gelu(up)
+            case Activation.RELU:
+                return F.relu(up)
+            case Activation.SQUARED_RELU:
+                return F.relu(up).square()
+            case Activation.SWIGLU:
+                gate, linear = up.chunk(2, dim=-1)
+                return F.silu(gate) * linear
+
+    def backward(self, grad: Tensor, up: Tensor) -> Tensor:
+        """Gradient of `up` from the gradient of the coefficients, both in `up`'s dtype."""
+        aten = torch.ops.aten
+        match self:
+            case Activation.GELU:
+                return aten.gelu_backward(grad, up)
+            case Activation.RELU:
+                return aten.threshold_backward(grad, up, 0)
+            case Activation.SQUARED_RELU:
+                return grad * (2 * F.relu(up))
+            case Activation.SWIGLU:
+                gate, linear = up.chunk(2, dim=-1)
+                return torch.cat((aten.silu_backward(grad * linear, gate), grad * F.silu(gate)), -1)

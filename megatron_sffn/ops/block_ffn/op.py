@@ -1,0 +1,93 @@
+"""`block_ffn`: the functional form of a sparse feed-forward layer, and the choice of backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_sffn.errors import ConfigError
+from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.block_ffn import cpu, naive
+from megatron_sffn.ops.block_ffn.pairs import Pairs
+
+IMPLEMENTATIONS = {"naive": naive.block_ffn, "cpu": cpu.block_ffn, "auto": cpu.block_ffn}
+
+
+def block_ffn(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_ids: Tensor,
+    gates: Tensor | None = None,
+    *,
+    activation: Activation | str = Activation.GELU,
+    backend: str = "auto",
+) -> Tensor:
+    """`y_t = Σ_k gates_tk · f(x_t K_iᵀ) V_i` with `i = block_ids_tk`.
+
+    Args:
+        x: `[T, D]` float64, float32, bfloat16 or float16.
+        keys: `[B, G, D]`, of x's dtype; `[B, 2G, D]` with the gate keys first for `swiglu`.
+        values: `[B, G, D]`, of x's dtype.
+        block_ids: `[T, K]` integers in [0, B), distinct within a row.
+        gates: `[T, K]` factors of the blocks' outputs, or None for 1.
+        activation: `gelu`, `relu`, `squared_relu` or `swiglu`.
+        backend: `naive`, `cpu`, or `auto` for the fastest on x's device.
+
+    Returns:
+        `[T, D]` of x's dtype, differentiable in x, keys, values and gates. Sums are in fp32 at
+        least.
+
+    Raises:
+        ConfigError: if a shape, dtype or name does not fit.
+    """
+    pairs = Pairs.of_ids(block_ids.long())
+    flat_gates = None if gates is None else gates.reshape(-1)
+    return block_ffn_pairs(
+        x, keys, values, pairs, flat_gates, activation=activation, backend=backend
+    )
+
+
+def block_ffn_pairs(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pairs: Pairs,
+    gates: Tensor | None = None,
+    *,
+    activation: Activation | str = Activation.GELU,
+    backend: str = "auto",
+) -> Tensor:
+    """`block_ffn` for rows with any number of blocks, as they arrive on a rank.
+
+    Args:
+        x: `[R, D]`.
+        keys: `[B, G, D]` or `[B, 2G, D]`, as in `block_ffn`.
+        values: `[B, G, D]`.
+        pairs: which row meets which block, each pair at most once.
+        gates: `[P]` in the order of `pairs`, or None.
+        activation: as in `block_ffn`.
+        backend: as in `block_ffn`.
+
+    Returns:
+        `[R, D]`; zero for a row without a block.
+    """
+    try:
+        activation = Activation(activation)
+        compute = IMPLEMENTATIONS[str(backend)]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{error} is not a block_ffn activation ({', '.join(Activation)}) or backend "
+            f"({', '.join(IMPLEMENTATIONS)}); choose one of these"
+        ) from None
+    blocks, cells, width = values.shape
+    expected = (blocks, cells * (2 if activation.gated else 1), width)
+    if keys.shape != expected or x.shape[1] != width:
+        raise ConfigError(
+            f"x {tuple(x.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not "
+            f"fit activation {activation}; x must be [T, {width}] and keys {expected}"
+        )
+    if not x.dtype == keys.dtype == values.dtype:
+        raise ConfigError(
+            f"x, keys and values are {x.dtype}, {keys.dtype} and {values.dtype}; give them one dtype"
+        )
+    return compute(x, keys, values, pairs, gates, activation)

@@ -1,0 +1,184 @@
+"""What a run leaves: `summary.json`, and `routing.jsonl` with the load of every block.
+
+Enters: losses and block loads of each evaluation, the time of each training step. Leaves: two
+files in the run's folder, beside Megatron's checkpoints and TensorBoard events.
+
+Choice: one `Recorder` object, made by the entry point and passed to Megatron as its hooks; nothing
+is kept in module state. Files are replaced whole, so a kill leaves the former ones.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sffn.accounting import ModelShape, count_parameters, flops_per_token
+from megatron_sffn.balance import load_entropy
+from megatron_sffn.layer import sparse_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Loss of one pass over evaluation data."""
+
+    iteration: int
+    loss: float
+
+
+@dataclass
+class Recorder:
+    """Collects what Megatron does not return.
+
+    Args:
+        args: Megatron's namespace.
+        folder: of the run.
+    """
+
+    args: Namespace
+    folder: Path
+    evaluations: list[Evaluation] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    _loss: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    _step: tuple[int, float] | None = None
+
+    def before_forward(self, training: bool) -> None:
+        """Time the training steps; called before each microbatch's forward pass."""
+        if not training:
+            self._step = None
+            return
+        now, iteration = time.perf_counter(), self.args.curr_iteration
+        if self._step is not None and self._step[0] != iteration:
+            self.step_seconds.append(now - self._step[1])
+        if self._step is None or self._step[0] != iteration:
+            self._step = (iteration, now)
+
+    def add_evaluated(self, loss_and_tokens: Tensor) -> None:
+        """Add an evaluated microbatch's summed loss and number of tokens, `[2]`."""
+        self._loss += loss_and_tokens.detach().double().cpu()
+
+    def after_evaluation(self, model: list[torch.nn.Module]) -> None:
+        """Megatron's `non_loss_data_func`: called on every rank when an evaluation ends."""
+        # Ranks of one TP group hold the same sums, ranks of other stages none: the quotient stays.
+        total = self._loss.to(torch.cuda.current_device())
+        torch.distributed.all_reduce(total)
+        self._loss.zero_()
+        iteration = self.args.consumed_train_samples // self.args.global_batch_size
+        loss, tokens = total.tolist()
+        self.evaluations.append(Evaluation(iteration=iteration, loss=loss / max(tokens, 1)))
+        loads = block_loads(model, self.args)
+        if loads is not None and torch.distributed.get_rank() == 0:
+            self._write_loads(iteration, loads)
+
+    def _write_loads(self, iteration: int, loads: Tensor) -> None:
+        lines = [
+            json.dumps(
+                {
+                    "iteration": iteration,
+                    "layer": layer,
+                    "load_entropy": round(load_entropy(tokens), 6),
+                    "dead_blocks": int((tokens == 0).sum()),
+                    "tokens_per_block": tokens.tolist(),
+                }
+            )
+            for layer, tokens in enumerate(loads, start=1)
+            if tokens.sum() > 0
+        ]
+        path = self.folder / "routing.jsonl"
+        kept = path.read_text().splitlines() if path.exists() else []
+        # A resumed run evaluates some iterations again.
+        kept = [line for line in kept if json.loads(line)["iteration"] < iteration]
+        write_whole(path, "\n".join([*kept, *lines]) + "\n")
+
+    def write_summary(self, shape: ModelShape) -> Path | None:
+        """Write `summary.json` on rank 0 when the run has ended; returns its path there."""
+        if torch.distributed.get_rank() != 0:
+            return None
+        path = self.folder / "summary.json"
+        write_whole(path, json.dumps(self.summary(shape), indent=2) + "\n")
+        return path
+
+    def summary(self, shape: ModelShape) -> dict[str, Any]:
+        """The run in numbers."""
+        args = self.args
+        # Megatron evaluates the validation set, and after it the test set if there is one.
+        test = self.evaluations[-1].loss if args.do_test and self.evaluations else None
+        validated = self.evaluations[:-1] if args.do_test else self.evaluations
+        loss = validated[-1].loss if validated else None
+        parameters = count_parameters(shape)
+        tokens_per_step = args.global_batch_size * args.seq_length
+        return {
+            "router": args.sffn_router,
+            "block_size": shape.sffn.block_size if shape.sffn else None,
+            "expansion": shape.sffn.expansion if shape.sffn else None,
+            "active_cells": shape.sffn.active_cells if shape.sffn else args.ffn_hidden_size,
+            "num_blocks": shape.sffn.num_blocks if shape.sffn else None,
+            "num_active_blocks": shape.sffn.num_active_blocks if shape.sffn else None,
+            "iterations": args.consumed_train_samples // args.global_batch_size,
+            "tokens": args.consumed_train_samples * args.seq_length,
+            "validation_loss": loss,
+            "validation_perplexity": None if loss is None else math.exp(min(loss, 700)),
+            "test_loss": test,
+            "validation_curve": [[one.iteration, one.loss] for one in validated],
+            "parameters_total": parameters.total,
+            "parameters_active": parameters.active,
+            "flops_per_token": flops_per_token(shape).total,
+            "tokens_per_second": (
+                tokens_per_step / statistics.median(self.step_seconds)
+                if self.step_seconds
+                else None
+            ),
+            "layout": {
+                "world_size": args.world_size,
+                "tensor": args.tensor_model_parallel_size,
+                "pipeline": args.pipeline_model_parallel_size,
+                "expert": args.expert_model_parallel_size,
+                "context": args.context_parallel_size,
+                "data": args.data_parallel_size,
+            },
+            "versions": {
+                "python": platform.python_version(),
+                **{
+                    package: importlib.metadata.version(package)
+                    for package in ("megatron-sffn", "megatron-core", "torch")
+                },
+            },
+            "seed": args.seed,
+        }
+
+
+def block_loads(model: list[torch.nn.Module], args: Namespace) -> Tensor | None:
+    """Tokens per block since the last call, summed over all ranks.
+
+    Returns:
+        `[layers, B]` on the CPU, zero rows for dense layers; None for a dense model.
+    """
+    if args.num_experts is None:
+        return None
+    loads = torch.zeros(
+        args.num_layers, args.num_experts, dtype=torch.long, device=torch.cuda.current_device()
+    )
+    for chunk in model:
+        for layer in sparse_layers(chunk):
+            loads[layer.layer_number - 1] += layer.load.take()
+    torch.distributed.all_reduce(loads)
+    return loads.cpu()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: a reader sees the former text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

@@ -1,0 +1,69 @@
+"""Avg-K: a block is described by the mean of its keys (Liu et al. 2023, arXiv 2305.13999).
+
+`e_i = mean_j k_j` is not a parameter but a function of the current weights; the score `x·e_i` is
+the block's mean pre-activation. The best K blocks compute; the score does not multiply the output
+and no gradient passes through the selection: keys learn through `f(x Kᵀ)` alone. For a gated
+activation the mean is over the gate keys (ours; the paper has none).
+
+`--sffn-gate` is an ablation: sigmoid or softmax of the score as a factor of the block's output.
+Then the score is differentiated, through x and through the keys of every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_sffn.config import RouterConfig, SparseFFNConfig, flag
+from megatron_sffn.ops.route_topk import route_topk
+from megatron_sffn.routers.base import Router, Routing, gather_blocks, score_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class AvgKConfig(RouterConfig):
+    """Settings of Avg-K."""
+
+    name = "avg-k"
+    summary = "score a block by x · mean of its keys; no router parameter, no gate"
+
+    gate: str = flag(
+        "--sffn-gate",
+        default="none",
+        choices=("none", "sigmoid", "softmax"),
+        help="factor of a chosen block's output, from its score (avg-k; the paper has none)",
+    )
+
+    def build(self) -> type[AvgKRouter]:
+        """See `RouterConfig.build`."""
+        return AvgKRouter
+
+    def flops(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
+        """One dot product per block."""
+        return 2 * hidden_size * sffn.num_blocks
+
+
+class AvgKRouter(Router):
+    """Top-K blocks by the dot product with the mean key."""
+
+    def forward(self, x: Tensor, keys: Tensor, token_ids: Tensor | None = None) -> Routing:
+        """See `Router.forward`."""
+        assert isinstance(self.sffn.router, AvgKConfig)
+        gate, gate_keys = self.sffn.router.gate, keys[:, : self.sffn.block_size]
+        if gate == "none":
+            with torch.no_grad():
+                means = gather_blocks(descriptors(gate_keys), self.ep_group)
+                scores = x.to(score_dtype(x)) @ means.T
+            return Routing(block_ids=route_topk(scores, self.sffn.num_active_blocks))
+        means = gather_from_sequence_parallel_region(descriptors(gate_keys), group=self.ep_group)
+        scores = x.to(score_dtype(x)) @ means.T
+        ids = route_topk(scores.detach(), self.sffn.num_active_blocks)
+        factors = scores.sigmoid() if gate == "sigmoid" else scores.softmax(dim=-1)
+        return Routing(block_ids=ids, gates=factors.gather(1, ids))
+
+
+def descriptors(keys: Tensor) -> Tensor:
+    """Mean key of each block: `[B, G, D]` in any dtype to `[B, D]`, at least fp32."""
+    return keys.mean(dim=1, dtype=score_dtype(keys))

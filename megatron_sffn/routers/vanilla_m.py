@@ -1,0 +1,90 @@
+"""VanillaM: score every cell with the real keys, then aggregate over a block (arXiv 2305.13999).
+
+`s = f(x Kᵀ)` for all M cells, aggregated over the g cells of a block after the nonlinearity; all
+cells of a chosen block compute. At g = 1 this is plain top-k of the memory coefficients. The
+selection is a hard top-K: unselected cells get exactly no gradient, and none passes through it.
+
+Keys stay where they are: under expert parallelism the tokens visit every rank (T·D numbers) and
+the scores come back (T·B), instead of gathering the key table (M·D numbers, E times the FFN).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_sffn.config import RouterConfig, SparseFFNConfig, flag
+from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.route_topk import route_topk
+from megatron_sffn.routers.base import Router, Routing, gather_blocks, score_dtype
+
+AGGREGATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda s: s.mean(dim=-1),
+    "mean-abs": lambda s: s.abs().mean(dim=-1),
+    "max": lambda s: s.amax(dim=-1),
+    "min": lambda s: s.amin(dim=-1),
+}
+"""From the coefficients of a block's cells `[T, B, G]` to its score `[T, B]`."""
+
+SCRATCH_NUMBERS = 1 << 24
+"""Coefficients held at a time; T·M of them would be 512 MiB at T = 2048, M = 65,536."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VanillaMConfig(RouterConfig):
+    """Settings of VanillaM."""
+
+    name = "vanilla-m"
+    summary = "score all cells with their keys, aggregate over a block; costs a full x Kᵀ"
+
+    aggregator: str = flag(
+        "--sffn-aggregator",
+        default="mean",
+        choices=tuple(AGGREGATORS),
+        help="how a block's cell activations become its score (vanilla-m)",
+    )
+
+    def build(self) -> type[VanillaMRouter]:
+        """See `RouterConfig.build`."""
+        return VanillaMRouter
+
+    def flops(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
+        """All M keys are scored; the K chosen blocks' share is then not computed again.
+
+        The papers count it so, and so do we, although our layer computes those 2·d·k again.
+        """
+        return 2 * hidden_size * (sffn.num_cells - sffn.active_cells)
+
+
+class VanillaMRouter(Router):
+    """Top-K blocks by the aggregated activations of their cells."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, keys: Tensor, token_ids: Tensor | None = None) -> Routing:
+        """See `Router.forward`."""
+        ranks = self.ep_group.size()
+        scores = self._local_scores(gather_blocks(x, self.ep_group), keys)
+        if ranks > 1:
+            scores = scores.view(ranks, x.shape[0], -1)
+            back = torch.empty_like(scores)
+            torch.distributed.all_to_all_single(back, scores, group=self.ep_group)
+            scores = back.transpose(0, 1).reshape(x.shape[0], -1)
+        return Routing(block_ids=route_topk(scores, self.sffn.num_active_blocks))
+
+    def _local_scores(self, x: Tensor, keys: Tensor) -> Tensor:
+        """`[T, B / ep]` scores of the blocks held here, a few blocks at a time."""
+        assert isinstance(self.sffn.router, VanillaMConfig)
+        aggregate = AGGREGATORS[self.sffn.router.aggregator]
+        activation = Activation.of(self.config)
+        dtype = score_dtype(x)
+        x = x.to(dtype)
+        blocks, cells, width = keys.shape
+        step = max(1, SCRATCH_NUMBERS // max(1, x.shape[0] * cells))
+        parts = []
+        for some in keys.split(step):
+            up = x @ some.reshape(-1, width).T.to(dtype)
+            parts.append(aggregate(activation(up.view(x.shape[0], -1, cells))))
+        return torch.cat(parts, dim=1)

@@ -1,0 +1,124 @@
+"""Flags to a finished run: the model, the step functions, and Megatron's `pretrain`.
+
+Enters: the validated namespace. Leaves: Megatron's checkpoints and events, and our summary. There
+is no training loop here: batches, forward and loss are handed to Megatron's.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.enums import ModelType
+from megatron.training import pretrain
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.global_vars import set_global_variables
+from megatron.training.models.gpt import GPTModelConfig
+from torch import Tensor
+
+from megatron_sffn.accounting import ModelShape, table
+from megatron_sffn.arguments import sffn_config
+from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.data.gpt import build_datasets, check_data, next_batch
+from megatron_sffn.layer import provide_token_ids
+from megatron_sffn.model import block_spec
+from megatron_sffn.results import Recorder
+
+
+def train(args: Namespace) -> None:
+    """Pretrain as the flags say.
+
+    Args:
+        args: from `megatron_sffn.arguments.parse`.
+
+    Raises:
+        ConfigError: if tokenizer or data do not fit, before any process group or file is made.
+    """
+    sffn = sffn_config(args)
+    check_data(args)
+    set_global_variables(args)
+    shape = ModelShape.of_args(args, sffn)
+    if args.rank == 0:
+        print(table(shape, expert_parallel_size=args.expert_model_parallel_size), flush=True)
+    recorder = Recorder(args, run_folder(args))
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config(args, sffn)),
+        build_datasets,
+        ModelType.encoder_or_decoder,
+        partial(forward_step, recorder),
+        non_loss_data_func=recorder.after_evaluation,
+    )
+    path = recorder.write_summary(shape)
+    if path is not None:
+        print(f"summary: {path}", flush=True)
+
+
+def model_config(args: Namespace, sffn: SparseFFNConfig | None) -> GPTModelConfig:
+    """Megatron's model config, with our layers in it if the model is sparse."""
+    described = Namespace(**{**vars(args), "sffn": sffn})
+    transformer = core_transformer_config_from_args(described, SparseFFNTransformerConfig)
+    if args.sffn_relu:
+        transformer.activation_func = F.relu
+    model: GPTModelConfig = gpt_config_from_args(args, config=transformer)
+    if sffn is not None:
+        model.transformer_layer_spec = block_spec
+    return model
+
+
+def run_folder(args: Namespace) -> Path:
+    """Where results go: `--save`, or `runs/` and a name from the router and its numbers."""
+    if args.save:
+        return Path(args.save)
+    name = args.sffn_router
+    if name != "dense":
+        name += f"-g{args.sffn_block_size}-E{args.sffn_expansion}"
+    return Path("runs") / f"{name}-seed{args.seed}"
+
+
+def forward_step(
+    recorder: Recorder, batches: Iterator[dict[str, Tensor]] | None, model: torch.nn.Module
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Megatron's `forward_step`: one microbatch through this stage.
+
+    Returns:
+        The stage's output, and the function that makes a loss of it on the last stage.
+    """
+    recorder.before_forward(model.training)
+    batch = next_batch(batches)
+    provide_token_ids(model, batch["tokens"])
+    output = model(
+        batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
+    )
+    return output, partial(loss_of, recorder, batch["loss_mask"], model.training)
+
+
+def loss_of(
+    recorder: Recorder, loss_mask: Tensor, training: bool, output: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's loss function.
+
+    Args:
+        recorder: gets the loss of evaluated microbatches.
+        loss_mask: `[b, s]`, 1 for tokens that count.
+        training: whether this is a training step.
+        output: `[b, s]` loss of each token.
+
+    Returns:
+        The summed loss, the number of tokens in it, and both as `lm loss` for the log.
+    """
+    mask = loss_mask.reshape(-1).float()
+    loss = (output.reshape(-1).float() * mask).sum()
+    tokens = mask.sum()
+    report = torch.stack((loss, tokens)).detach()
+    if not training:
+        recorder.add_evaluated(report)
+    return loss, tokens.int(), {"lm loss": report}

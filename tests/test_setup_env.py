@@ -1,0 +1,285 @@
+"""tools/setup_env.sh, with fake interpreters: nothing is downloaded or installed.
+
+A fake python answers the three calls the script makes of a real one (its version, `-m venv`,
+`-m pip`) and writes them down, so that a test can tell what would have been installed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "tools" / "setup_env.sh"
+# All that the script may use: a PATH of links to these hides the machine's own pythons.
+COMMANDS = "awk bash cat cksum cp dirname flock grep mkdir rm sed sh sleep sort tee".split()  # noqa: SIM905
+
+FAKE_PYTHON = """#!/bin/sh
+case "$1 $2" in
+"-c "*) echo "{version} $0" ;;
+"-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo "version = {version}" >"$3/pyvenv.cfg" ;;
+"-m pip")
+    echo "{version} $*" >>"$CALLS"
+    echo "Downloading torch-2.13.0-cp312-cp312-manylinux.whl (526.6 MB)"
+    echo "Downloading tqdm-4.70.1-py3-none-any.whl (78 kB)"
+    [ -z "$PIP_ERROR" ] || {{ echo "ERROR: $PIP_ERROR" >&2; exit 1; }}
+    ;;
+esac
+"""  # noqa: E501
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A project with the real script, and a PATH that holds only what a test puts there."""
+
+    root: Path
+    bin: Path
+    home: Path
+
+    def python(self, name: str, version: str) -> Path:
+        path = self.home / name if "/" in name else self.bin / name
+        return write_command(path, FAKE_PYTHON.format(version=version))
+
+    def start(self, **env: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [self.root / "tools" / "setup_env.sh"],
+            env={"PATH": str(self.bin), "HOME": str(self.home), "CALLS": str(self.calls)} | env,
+            cwd=self.home,  # the script must find its folder by itself
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # so that a test can kill it with its children
+        )
+
+    def setup(self, **env: str) -> subprocess.CompletedProcess[str]:
+        with self.start(**env) as process:
+            stdout, stderr = process.communicate(timeout=20)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    @property
+    def calls(self) -> Path:
+        return self.root / "calls"
+
+    def installs(self) -> list[str]:
+        """The version of the python of each `pip install`, in order."""
+        return [line.split()[0] for line in self.calls.read_text().splitlines()]
+
+
+def write_command(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    root, bin_, home = (tmp_path / name for name in ("a checkout", "bin", "home"))
+    for folder in (root / "tools", bin_, home):
+        folder.mkdir(parents=True)
+    shutil.copy(SCRIPT, root / "tools")
+    for name in ("pyproject.toml", "constraints.txt", "calls"):
+        (root / name).touch()
+    for name in COMMANDS:
+        if path := shutil.which(name):
+            (bin_ / name).symlink_to(path)
+    write_command(bin_ / "df", df(free_gb=100))  # whatever this machine's disk has
+    return Checkout(root, bin_, home)
+
+
+def df(free_gb: int) -> str:
+    return f"#!/bin/sh\necho head\necho disk 1 1 {free_gb * 1024 * 1024} 1% /\n"
+
+
+def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode != 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("setup: ") and line.endswith(".")
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("present", "chosen"),
+    [
+        ({"python3.12": "3.12.1", "python3.13": "3.13.0", "python3": "3.12.9"}, "3.12.1"),
+        ({"python3.13": "3.13.0", "python3": "3.12.9"}, "3.13.0"),
+        ({"python3": "3.12.9", ".pyenv/versions/3.13.0/bin/python": "3.13.0"}, "3.12.9"),
+        ({"python3": "3.14.0", ".pyenv/versions/3.12.1/bin/python": "3.12.1"}, "3.12.1"),
+        (
+            {
+                "python3": "3.11.7",
+                ".pyenv/versions/3.9.1/bin/python": "3.9.1",
+                ".pyenv/versions/3.12.11/bin/python": "3.12.11",
+                ".pyenv/versions/3.13.2/bin/python": "3.13.2",
+                ".pyenv/versions/3.13.10/bin/python": "3.13.10",
+                ".pyenv/versions/3.13.11rc1/bin/python": "3.13.11rc1",
+                ".pyenv/versions/3.14.0/bin/python": "3.14.0",
+            },
+            "3.13.10",
+        ),
+    ],
+)
+def test_search_order(checkout: Checkout, present: dict[str, str], chosen: str) -> None:
+    for name, version in present.items():
+        checkout.python(name, version)
+    result = checkout.setup()
+    assert (result.returncode, result.stderr) == (0, "")
+    assert checkout.installs() == [chosen]
+
+
+def test_pyenv_root_and_shims_that_do_not_run(checkout: Checkout) -> None:
+    shim = "#!/bin/sh\necho 'pyenv: python3.12: command not found' >&2\nexit 127\n"
+    write_command(checkout.bin / "python3.12", shim)
+    checkout.python("elsewhere/versions/3.12.1/bin/python", "3.12.1")
+    result = checkout.setup(PYENV_ROOT=str(checkout.home / "elsewhere"))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert checkout.installs() == ["3.12.1"]
+
+
+def test_named_python_comes_first(checkout: Checkout) -> None:
+    checkout.python("python3.12", "3.12.1")
+    named = checkout.python("opt/python", "3.13.0")
+    assert checkout.setup(PYTHON=str(named)).returncode == 0
+    assert checkout.installs() == ["3.13.0"]
+
+
+@pytest.mark.parametrize("version", ["3.11.7", "3.14.0"])
+def test_named_python_of_another_version(checkout: Checkout, version: str) -> None:
+    checkout.python("python3.12", "3.12.1")
+    checkout.python("other", version)
+    assert_one_sentence(checkout.setup(PYTHON="other"), "PYTHON=other", version, "3.12 or 3.13")
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_named_python_does_not_run(checkout: Checkout) -> None:
+    checkout.python("python3.12", "3.12.1")
+    assert_one_sentence(checkout.setup(PYTHON="/none"), "PYTHON=/none does not run")
+
+
+def test_no_python(checkout: Checkout) -> None:
+    checkout.python("python3", "3.11.7")
+    assert_one_sentence(checkout.setup(), "no Python 3.12 or 3.13", "apt-get install", "pyenv")
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_too_little_disk(checkout: Checkout) -> None:
+    checkout.python("python3.12", "3.12.1")
+    write_command(checkout.bin / "df", df(free_gb=3))
+    assert_one_sentence(checkout.setup(), "3 GB are free", "8 GB")
+    assert checkout.installs() == []
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_no_venv_module(checkout: Checkout) -> None:
+    no_venv = "#!/bin/sh\n[ $1 = -c ] && echo 3.12.1 $0 || { echo No module named venv; exit 1; }\n"
+    write_command(checkout.bin / "python3.12", no_venv)
+    assert_one_sentence(checkout.setup(), "virtual environment", "python3.12-venv", "setup.log")
+
+
+def test_second_call_installs_nothing(checkout: Checkout) -> None:
+    checkout.python("python3.12", "3.12.1")
+    first = checkout.setup()
+    assert "minutes" in first.stdout and "GB" in first.stdout
+    assert "torch" in first.stdout and "tqdm" not in first.stdout, "only what takes long is shown"
+    write_command(checkout.bin / "df", df(free_gb=0))  # asked only before an install
+    (checkout.bin / "python3.12").unlink()
+    second = checkout.setup()
+    assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
+    assert len(checkout.installs()) == 1
+
+
+def test_named_python_must_be_that_of_the_environment(checkout: Checkout) -> None:
+    python312, python313 = (checkout.python(f"python3.{v}", f"3.{v}.1") for v in (12, 13))
+    checkout.setup()
+    checkout.setup(PYTHON=str(python312))
+    assert checkout.installs() == ["3.12.1"]
+    assert checkout.setup(PYTHON=str(python313)).returncode == 0
+    checkout.setup()
+    assert checkout.installs() == ["3.12.1", "3.13.1"]
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "tools/setup_env.sh"])
+def test_changed_requirements_update_in_place(checkout: Checkout, name: str) -> None:
+    checkout.python("python3.12", "3.12.1")
+    checkout.setup()
+    kept = checkout.root / ".venv" / "kept"
+    kept.touch()
+    with (checkout.root / name).open("a") as file:
+        file.write("# changed\n")
+    assert "updating" in checkout.setup().stdout
+    assert checkout.setup().stdout == ""
+    assert len(checkout.installs()) == 2
+    assert kept.exists()
+
+
+def test_failed_install_is_said_and_repaired(checkout: Checkout) -> None:
+    checkout.python("python3.12", "3.12.1")
+    result = checkout.setup(PIP_ERROR="No matching distribution found for torch")
+    assert_one_sentence(result, "No matching distribution found for torch", ".venv/setup.log")
+    assert "tqdm" in (checkout.root / ".venv/setup.log").read_text(), "the log has everything"
+    left = checkout.root / ".venv" / "half-installed"
+    left.touch()
+    assert checkout.setup().returncode == 0
+    assert not left.exists()
+    assert checkout.setup().stdout == ""
+    assert len(checkout.installs()) == 2
+
+
+def test_failed_update_is_tried_again_in_place(checkout: Checkout) -> None:
+    checkout.python("python3.12", "3.12.1")
+    checkout.setup()
+    (checkout.root / "constraints.txt").write_text("torch<0\n")
+    assert_one_sentence(checkout.setup(PIP_ERROR="conflict"), "(conflict)")
+    assert "updating" in checkout.setup().stdout
+    assert len(checkout.installs()) == 3
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_update_is_repaired(checkout: Checkout, sent: signal.Signals) -> None:
+    checkout.python("python3.12", "3.12.1")
+    checkout.setup()
+    # Like pip, it takes an interrupt as a failure: trap and exit.
+    slow = FAKE_PYTHON.format(version="3.12.1").replace(
+        'echo "Down', "trap 'exit 1' INT; sleep 9 #"
+    )
+    write_command(checkout.root / ".venv" / "bin" / "python", slow)
+    (checkout.root / "constraints.txt").write_text("changed\n")
+    with checkout.start() as process:
+        while len(checkout.installs()) < 2:
+            time.sleep(0.01)
+        time.sleep(0.05)  # let it reach its trap
+        os.killpg(process.pid, sent)
+        _, stderr = process.communicate(timeout=5)
+    assert process.returncode != 0
+    assert "interrupted" in stderr or sent == signal.SIGKILL
+    assert "replacing" in checkout.setup().stdout
+    assert checkout.setup().stdout == ""
+    assert len(checkout.installs()) == 3
+
+
+def test_moved_checkout_is_installed_again(checkout: Checkout) -> None:
+    checkout.python("python3.12", "3.12.1")
+    checkout.setup()
+    moved = replace(checkout, root=checkout.root.rename(checkout.root.parent / "moved"))
+    assert "replacing" in moved.setup().stdout
+    assert len(moved.installs()) == 2
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="without flock, set-ups are not kept apart")
+def test_two_calls_at_once_install_once(checkout: Checkout) -> None:
+    slow = FAKE_PYTHON.format(version="3.12.1").replace('echo "Down', "sleep 0.2 #")
+    write_command(checkout.bin / "python3.12", slow)
+    with checkout.start() as first, checkout.start() as second:
+        assert (first.wait(timeout=20), second.wait(timeout=20)) == (0, 0)
+    assert len(checkout.installs()) == 1
+
+
+def test_script_is_executable() -> None:
+    assert os.access(SCRIPT, os.X_OK)
