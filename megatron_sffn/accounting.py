@@ -1,18 +1,14 @@
 """What a model costs before it is built: parameters, FLOPs, bytes between ranks. Numbers only.
 
-Enters: the model's sizes (`ModelShape`) and the sparse layer's config. Leaves: exact counts, and the
-table that a run prints when it starts. Neither tensors nor Megatron are imported.
+Enters: the model's sizes (`ModelShape`) and the sparse layer's config. Leaves: exact counts, and
+the table that a run prints when it starts. Neither tensors nor Megatron are imported.
 
 Choices
-- One multiply-add is 2 FLOPs; only matrix products count (no norm, softmax, activation, sum).
-- The convention of arXiv 2305.13999, so that its numbers come out: attention spans the whole
-  `seq_length` (no halving for the causal mask), and selection costs three or four forwards in
-  training like any product, although Avg-K's and VanillaM's has no backward. Training the dense
-  model with recomputation is then `96·l·h²·(1 + s/(6h) + V/(16·l·h))` per token (Narayanan et al.
-  2021): the layers run forward twice, the logits once.
-- What all tokens share, such as Avg-K's mean keys, has no cost per token and is left out.
-
-Letters as in `config`: D model width, M cells, B blocks, G cells of a block, K active blocks.
+- One multiply-add is 2 FLOPs; only matrix products count, and no work that all tokens share.
+- The convention of arXiv 2305.13999, so that its numbers come out: attention spans all of
+  `seq_length` (no causal halving), and selection trains at the price of any product, although
+  Avg-K's and VanillaM's has no backward. Training a dense model with recomputation then costs
+  `96·l·h²·(1 + s/(6h) + V/(16·l·h))` per token (Narayanan et al. 2021).
 """
 
 from __future__ import annotations
@@ -29,7 +25,6 @@ if TYPE_CHECKING:
 
 PAIR_BYTES = 8
 """A (row, block) pair of `dispatch`: two int32."""
-
 GATE_BYTES = 4
 """A gate: fp32 whatever the model's dtype."""
 
@@ -47,7 +42,7 @@ class ModelShape:
         seq_length: tokens of a sequence.
         padded_vocab_size: rows of the embedding.
         num_query_groups: key-value heads; None for one per query head.
-        gated: SwiGLU, which doubles the first projection.
+        gated: SwiGLU, which gives every cell a second key.
         bias: of all linear layers but the sparse ones, which have none.
         qkv_bias: of the query, key and value projection, also without `bias`.
         layernorm: LayerNorm, with a bias; False for RMSNorm, without.
@@ -77,20 +72,19 @@ class ModelShape:
     sffn: SparseFFNConfig | None = None
 
     def __post_init__(self) -> None:
-        """Check that sparse layers and their config come together."""
-        assert 0 <= self.sparse_layers <= self.num_layers, (self.sparse_layers, self.num_layers)
-        assert (self.sparse_layers > 0) == (self.sffn is not None), (self.sparse_layers, self.sffn)
+        least, most = (0, 0) if self.sffn is None else (1, self.num_layers)
+        assert least <= self.sparse_layers <= most, (self.sparse_layers, self.num_layers, self.sffn)
 
     @classmethod
     def of_args(cls, args: Namespace, sffn: SparseFFNConfig | None) -> ModelShape:
         """The shape that Megatron's arguments describe.
 
         Args:
-            args: validated, with the padded vocabulary size that the tokenizer gave;
-                `moe_layer_freq` is a list if there are sparse layers.
-            sffn: the sparse layer; None if all layers are dense.
+            args: validated, and with the padded vocabulary size that the tokenizer gives.
+            sffn: the sparse layer of the layers in `args.moe_layer_freq`, a list; None if all
+                layers are dense.
         """
-        assert args.padded_vocab_size is not None, "the vocabulary is padded by the tokenizer"
+        assert args.padded_vocab_size is not None, "build the tokenizer first: it pads"
         learned = args.position_embedding_type == "learned_absolute"
         return cls(
             num_layers=args.num_layers,
@@ -113,13 +107,8 @@ class ModelShape:
         )
 
     @property
-    def dense_layers(self) -> int:
-        """Layers with Megatron's own MLP."""
-        return self.num_layers - self.sparse_layers
-
-    @property
     def query_width(self) -> int:
-        """Width of all queries, and of the attention's output."""
+        """Width of all queries, and of their answers."""
         return self.num_attention_heads * self.kv_channels
 
     @property
@@ -128,19 +117,14 @@ class ModelShape:
         return 2 * (self.num_query_groups or self.num_attention_heads) * self.kv_channels
 
     @property
-    def vectors_per_cell(self) -> int:
-        """A key and a value, and a gate key if gated."""
+    def cell_vectors(self) -> int:
+        """Vectors of a cell: a key and a value, and a gate key if gated."""
         return 3 if self.gated else 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Parameters of a model.
-
-    Args:
-        total: all of them.
-        active: those that a token uses: K of the B blocks of a sparse layer, all the rest.
-    """
+    """Parameters: `total`, and `active` with K instead of B blocks in each sparse layer."""
 
     total: int
     active: int
@@ -148,14 +132,7 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """Forward FLOPs of a model per token.
-
-    Args:
-        attention: projections, scores and weighted sums of all layers.
-        feed_forward: dense MLPs and the chosen blocks of sparse layers.
-        router: selection in the sparse layers.
-        logits: the output layer.
-    """
+    """Forward FLOPs of a model per token: `feed_forward` is dense MLPs and chosen blocks."""
 
     attention: int
     feed_forward: int
@@ -174,18 +151,16 @@ def dense_equivalent(shape: ModelShape) -> ModelShape:
 
 
 def count_parameters(shape: ModelShape) -> Parameters:
-    """Parameters of Megatron's GPT of this shape, in all and those a token uses."""
+    """Parameters of Megatron's GPT of this shape."""
+    width = shape.hidden_size
     vocabulary = (1 if shape.tied_embeddings else 2) * shape.padded_vocab_size
-    rest = (
-        (vocabulary + shape.learned_positions) * shape.hidden_size
-        + shape.num_layers * (_attention_parameters(shape) + 2 * _norm(shape, shape.hidden_size))
-        + shape.dense_layers * _mlp_parameters(shape)
-        + _norm(shape, shape.hidden_size)
-    )
+    rest = (vocabulary + shape.learned_positions) * width + _norm(shape, width)
+    rest += shape.num_layers * (_attention_parameters(shape) + 2 * _norm(shape, width))
+    rest += (shape.num_layers - shape.sparse_layers) * _mlp_parameters(shape)
     if shape.sffn is None:
         return Parameters(total=rest, active=rest)
-    rest += shape.sparse_layers * shape.sffn.router.parameters(shape.sffn, shape.hidden_size)
-    per_cell = shape.sparse_layers * shape.vectors_per_cell * shape.hidden_size
+    rest += shape.sparse_layers * shape.sffn.router.parameters(shape.sffn, width)
+    per_cell = shape.sparse_layers * shape.cell_vectors * width
     return Parameters(
         total=rest + per_cell * shape.sffn.num_cells,
         active=rest + per_cell * shape.sffn.active_cells,
@@ -201,50 +176,46 @@ def _attention_parameters(shape: ModelShape) -> int:
     """Of one layer: both projections, their biases, the norms of queries and keys."""
     projected = shape.query_width + shape.key_value_width
     count = (projected + shape.query_width) * shape.hidden_size
-    if shape.bias or shape.qkv_bias:
-        count += projected
-    if shape.bias:
-        count += shape.hidden_size
-    if shape.qk_layernorm:
-        count += 2 * _norm(shape, shape.kv_channels)
+    count += projected if shape.bias or shape.qkv_bias else 0
+    count += shape.hidden_size if shape.bias else 0
+    count += 2 * _norm(shape, shape.kv_channels) if shape.qk_layernorm else 0
     return count
 
 
 def _mlp_parameters(shape: ModelShape) -> int:
     """Of one dense MLP."""
-    count = shape.vectors_per_cell * shape.ffn_hidden_size * shape.hidden_size
-    if shape.bias:
-        count += (shape.vectors_per_cell - 1) * shape.ffn_hidden_size + shape.hidden_size
-    return count
+    cells, width = shape.ffn_hidden_size, shape.hidden_size
+    biases = (shape.cell_vectors - 1) * cells + width
+    return shape.cell_vectors * cells * width + (biases if shape.bias else 0)
 
 
 def flops_per_token(shape: ModelShape) -> Flops:
     """Forward FLOPs of the whole model for one token."""
-    projections = 2 * shape.hidden_size * (2 * shape.query_width + shape.key_value_width)
+    width, sparse = shape.hidden_size, shape.sparse_layers
+    projections = 2 * width * (2 * shape.query_width + shape.key_value_width)
     scores_and_sum = 4 * shape.seq_length * shape.query_width
-    cells, router = shape.dense_layers * shape.ffn_hidden_size, 0
+    cells, router = (shape.num_layers - sparse) * shape.ffn_hidden_size, 0
     if shape.sffn is not None:
-        cells += shape.sparse_layers * shape.sffn.active_cells
-        router = shape.sparse_layers * shape.sffn.router.flops(shape.sffn, shape.hidden_size)
+        cells += sparse * shape.sffn.active_cells
+        router = sparse * shape.sffn.router.flops(shape.sffn, width)
     return Flops(
         attention=shape.num_layers * (projections + scores_and_sum),
-        feed_forward=2 * shape.vectors_per_cell * shape.hidden_size * cells,
+        feed_forward=2 * shape.cell_vectors * width * cells,
         router=router,
-        logits=2 * shape.hidden_size * shape.padded_vocab_size,
+        logits=2 * width * shape.padded_vocab_size,
     )
 
 
 def training_flops_per_token(shape: ModelShape, *, recompute: bool) -> int:
-    """FLOPs of forward and backward, which is two forwards, for one token.
+    """FLOPs of forward and backward (two forwards) for one token.
 
     Args:
         shape: of the model.
-        recompute: whether the layers run forward again in the backward (Megatron's full activation
-            recomputation); the logits never do.
+        recompute: whether the layers run forward once more in the backward, as in Megatron's full
+            activation recomputation; the logits never do.
     """
     forward = flops_per_token(shape)
-    again = forward.total - forward.logits if recompute else 0
-    return 3 * forward.total + again
+    return 3 * forward.total + (forward.total - forward.logits if recompute else 0)
 
 
 def overhead_over_dense(shape: ModelShape) -> float:
@@ -255,11 +226,10 @@ def overhead_over_dense(shape: ModelShape) -> float:
 def exchanged_bytes_per_token(
     shape: ModelShape, *, expert_parallel_size: int, bytes_per_number: int, gates: bool = True
 ) -> float:
-    """Bytes that a token's rows cost in the forward of one sparse layer, there and back.
+    """Bytes that a token costs in the forward of one sparse layer, there and back.
 
     The expectation under uniform routing: another rank gets one row if it holds any of the token's
-    K blocks, and a (row, block) pair for each. What selection itself exchanges (VanillaM's tokens
-    and scores) is not in it.
+    K blocks, and a (row, block) pair for each. What VanillaM's selection sends is not in it.
 
     Args:
         shape: of a model with sparse layers.
@@ -269,16 +239,12 @@ def exchanged_bytes_per_token(
     """
     assert shape.sffn is not None, "a dense model exchanges nothing"
     blocks, active = shape.sffn.num_blocks, shape.sffn.num_active_blocks
-    assert blocks % expert_parallel_size == 0, (blocks, expert_parallel_size)
-    elsewhere = blocks - blocks // expert_parallel_size
+    ranks = expert_parallel_size
+    assert blocks % ranks == 0, (blocks, ranks)
     # In integers: C(65536, 4096) has 6,600 digits, and Python still rounds the quotient correctly.
-    missed = math.comb(elsewhere, active) / math.comb(blocks, active)
-    rows = (expert_parallel_size - 1) * (1 - missed)
-    per_pair = PAIR_BYTES + (GATE_BYTES if gates else 0)
-    return (
-        2 * rows * shape.hidden_size * bytes_per_number
-        + _remote_pairs(shape.sffn, expert_parallel_size) * per_pair
-    )
+    missed = math.comb(blocks - blocks // ranks, active) / math.comb(blocks, active)
+    row_bytes = 2 * (ranks - 1) * (1 - missed) * shape.hidden_size * bytes_per_number
+    return row_bytes + active * (ranks - 1) / ranks * (PAIR_BYTES + gates * GATE_BYTES)
 
 
 def megatron_exchanged_bytes_per_token(
@@ -289,13 +255,8 @@ def megatron_exchanged_bytes_per_token(
     The probability that goes with each copy, 4 bytes, is left out. Arguments as above.
     """
     assert shape.sffn is not None, "a dense model exchanges nothing"
-    copies = _remote_pairs(shape.sffn, expert_parallel_size)
+    copies = shape.sffn.num_active_blocks * (expert_parallel_size - 1) / expert_parallel_size
     return 2 * copies * shape.hidden_size * bytes_per_number
-
-
-def _remote_pairs(sffn: SparseFFNConfig, ranks: int) -> float:
-    """Expected number of a token's blocks that other ranks hold."""
-    return sffn.num_active_blocks * (ranks - 1) / ranks
 
 
 def table(shape: ModelShape, *, expert_parallel_size: int = 1, bytes_per_number: int = 4) -> str:
@@ -306,32 +267,29 @@ def table(shape: ModelShape, *, expert_parallel_size: int = 1, bytes_per_number:
         expert_parallel_size: ranks over which the blocks are cut; above 1, the bytes are shown.
         bytes_per_number: of an activation.
     """
-    parameters, sffn = count_parameters(shape), shape.sffn
+    parameters, sffn, ranks = count_parameters(shape), shape.sffn, expert_parallel_size
     title = f"feed-forward: dense, {shape.ffn_hidden_size} cells in {shape.num_layers} layers"
-    rows = {}
+    rows = {
+        "parameters": _human(parameters.total),
+        "active parameters": _human(parameters.active),
+        "FLOPs per token, forward": _human(flops_per_token(shape).total),
+        "FLOPs over dense": f"{100 * overhead_over_dense(shape):+.3g} %",
+    }
     if sffn is not None:
         title = (
             f"sparse feed-forward: {sffn.router.name}, {sffn.num_active_blocks} of "
             f"{sffn.num_blocks} blocks of {sffn.block_size} cells (E = {sffn.expansion}) in "
             f"{shape.sparse_layers} of {shape.num_layers} layers"
         )
-        rows["blocks (B)"] = f"{sffn.num_blocks} "
-        rows["active blocks per token (K)"] = f"{sffn.num_active_blocks} "
-    rows["parameters"] = _human(parameters.total)
-    rows["active parameters"] = _human(parameters.active)
-    rows["FLOPs per token, forward"] = _human(flops_per_token(shape).total)
-    rows["FLOPs over dense"] = f"{100 * overhead_over_dense(shape):+.3g} %"
-    if sffn is not None and expert_parallel_size > 1:
-        layout = {
-            "expert_parallel_size": expert_parallel_size,
-            "bytes_per_number": bytes_per_number,
-        }
-        ours = exchanged_bytes_per_token(shape, **layout)
-        theirs = megatron_exchanged_bytes_per_token(shape, **layout)
-        rows["exchanged per token and layer"] = f"{_human(ours)}B"
-        rows["with Megatron's dispatcher"] = f"{_human(theirs)}B"
-    label, value = (max(map(len, column)) for column in (rows, rows.values()))
-    return "\n".join((title, *(f"  {k:<{label}}  {v:>{value}}".rstrip() for k, v in rows.items())))
+    if sffn is not None and ranks > 1:
+        for name, cost in (
+            ("exchanged per token and layer", exchanged_bytes_per_token),
+            ("with Megatron's dispatcher", megatron_exchanged_bytes_per_token),
+        ):
+            number = cost(shape, expert_parallel_size=ranks, bytes_per_number=bytes_per_number)
+            rows[name] = f"{_human(number)}B"
+    width = max(map(len, rows))
+    return "\n".join((title, *(f"  {name:<{width}}  {text:>9}" for name, text in rows.items())))
 
 
 def _human(number: float) -> str:

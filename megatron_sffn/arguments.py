@@ -1,8 +1,8 @@
-"""The command line: `--sffn-*` flags beside all of Megatron's, their rules, and what follows from them.
+"""The command line: `--sffn-*` flags beside all of Megatron's, and the configs they describe.
 
 Enters: `sys.argv`. Leaves: Megatron's validated namespace, in which the MoE flags are derived from
-the S-FFN numbers, and the layer's config. Bad input stops here, before any process group, writer or
-file exists.
+the S-FFN numbers (`megatron_flags.py`), and the layer's config. Bad input stops here, before any
+process group, writer or file exists.
 
 Choice: a router's flags are the fields of its config (`routers/*.py`), read here; nothing in this
 file names a method.
@@ -11,22 +11,31 @@ file names a method.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import traceback
 from argparse import ArgumentParser, Namespace
 from typing import Any, NoReturn
 
+import torch.nn.functional as F
+from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
-from megatron_sffn.config import Backend, RouterConfig, SparseFFNConfig, moe_fields
+from megatron_sffn.config import (
+    Backend,
+    RouterConfig,
+    SparseFFNConfig,
+    SparseFFNTransformerConfig,
+)
 from megatron_sffn.errors import ConfigError
-from megatron_sffn.model import layer_pattern
+from megatron_sffn.megatron_flags import (
+    check_layout,
+    check_megatron_flags,
+    derive_megatron_flags,
+    dest_of,
+    typed,
+    unset_flags,
+)
+from megatron_sffn.ops.activation import Activation
 from megatron_sffn.routers import ROUTERS
-
-DERIVED = {
-    "num_experts": "--num-experts (it is B = E·k/g)",
-    "moe_ffn_hidden_size": "--moe-ffn-hidden-size (it is --sffn-block-size)",
-}
-"""Megatron flags (dest -> as named to the user) that follow from the S-FFN numbers."""
 
 USAGE = """torchrun --nproc-per-node N -m megatron_sffn.pretrain [--sffn-* flags] [Megatron flags]
        python -m megatron_sffn.pretrain ...            (one rank)"""
@@ -46,19 +55,33 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
         ConfigError: if a value cannot work.
     """
 
+    megatron_defaults: dict[str, Any] = {}
+
     def add_flags(parser: ArgumentParser) -> ArgumentParser:
+        megatron_defaults.update(unset_flags(parser))
+        parser.set_defaults(**host_defaults)
         add_sffn_flags(parser)
-        # None: not given, so that the router's own weight can be the default.
-        parser.set_defaults(moe_aux_loss_coeff=None, **host_defaults)
         return parser
 
     args: Namespace = parse_args(add_flags)
-    check_layout(args)
-    derive_megatron_flags(args, sffn_config(args))
+    check_router_flags(args)
+    check_megatron_flags(args, [name for name in megatron_defaults if vars(args)[name] is not None])
+    sffn = sffn_config(args)
+    check_layout(args, sffn)
+    derive_megatron_flags(args, sffn)
+    for name, default in megatron_defaults.items():
+        if vars(args)[name] is None:
+            setattr(args, name, default)
     try:
         validate_args(args)
+        transformer_config(args, sffn)
+    except ConfigError:
+        raise
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"Megatron does not accept these flags: {error}") from error
+        # Many of Megatron's assertions have no message: then the line says what it asks for.
+        asks = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or repr(error)
+        asks = " ".join(asks.split()).rstrip(".")
+        raise ConfigError(f"Megatron does not accept these flags ({asks}); change them") from error
     return args
 
 
@@ -130,11 +153,13 @@ def sffn_config(args: Namespace) -> SparseFFNConfig | None:
     router_class: type[RouterConfig] = ROUTERS[args.sffn_router]
     router = router_class(
         **{
-            item.name: getattr(args, item.metadata["flag"].removeprefix("--").replace("-", "_"))
+            item.name: getattr(args, dest_of(item.metadata["flag"]))
             for item in dataclasses.fields(router_class)
         }
     )
-    active_cells = args.sffn_active_cells or ffn_hidden_size(args)
+    active_cells = args.sffn_active_cells
+    if active_cells is None:
+        active_cells = ffn_hidden_size(args)
     if args.sffn_router == "dense":
         if active_cells != ffn_hidden_size(args):
             raise ConfigError(
@@ -162,101 +187,43 @@ def ffn_hidden_size(args: Namespace) -> int:
     return 4 * int(args.hidden_size)
 
 
-def check_layout(args: Namespace) -> None:
-    """Rules of the layout that hold for any router.
+def transformer_config(args: Namespace, sffn: SparseFFNConfig | None) -> SparseFFNTransformerConfig:
+    """Megatron's config with the sparse layer in it.
+
+    Args:
+        args: validated.
+        sffn: the sparse layer; None for the dense baseline.
 
     Raises:
-        ConfigError: if one is broken.
+        ConfigError: if sparse layers do not have the activation.
+        AssertionError, ValueError: Megatron's, if it does not accept the numbers.
     """
-    if args.hidden_size is None or args.num_layers is None:
-        missing = "--hidden-size" if args.hidden_size is None else "--num-layers"
-        raise ConfigError(f"{missing} is missing; every model needs it, for example {missing} 8")
-    if args.context_parallel_size > 1 and importlib.util.find_spec("transformer_engine") is None:
-        raise ConfigError(
-            f"--context-parallel-size {args.context_parallel_size} needs Transformer Engine, which "
-            "is not installed; install megatron-core[te] or use --context-parallel-size 1"
-        )
-    if args.num_experts is not None and args.sffn_router == "dense":
-        raise ConfigError(
-            f"--num-experts {args.num_experts} contradicts --sffn-router dense; for Megatron's own "
-            "experts use --sffn-router switch --sffn-backend megatron"
-        )
+    described = Namespace(**{**vars(args), "sffn": sffn})
+    if args.sffn_relu:
+        # Megatron fuses the bias with GELU only, and would refuse.
+        described.activation_func, described.bias_gelu_fusion = F.relu, False
+    config: SparseFFNTransformerConfig = core_transformer_config_from_args(
+        described, SparseFFNTransformerConfig
+    )
+    if sffn is not None:
+        Activation.of(config)
+    return config
 
 
-def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None:
-    """Set Megatron's MoE flags from the S-FFN numbers, and check them against the layout.
+def check_router_flags(args: Namespace) -> None:
+    """The router has every router flag that was set.
 
     Raises:
-        ConfigError: if a derived flag was given, or the layout does not fit the blocks.
+        ConfigError: if one belongs to other routers.
     """
-    pattern = layer_pattern(args.sffn_layers, args.num_layers)
-    balance = args.moe_aux_loss_coeff
-    if sffn is None:
-        args.moe_aux_loss_coeff = 0.0 if balance is None else balance
-        return
-    for dest, text in DERIVED.items():
-        if getattr(args, dest) is not None:
+    known = [item.metadata["flag"] for item in dataclasses.fields(ROUTERS[args.sffn_router])]
+    for option, item in router_flags().items():
+        value = getattr(args, dest_of(option))
+        if option not in known and value != item.default:
             raise ConfigError(
-                f"{text} is derived from the --sffn flags, but {getattr(args, dest)} was given; "
-                "leave it out"
+                f"{typed(option, value)} has nothing to act on: --sffn-router {args.sffn_router} "
+                "does not have it; leave it out"
             )
-    expert_parallel = args.expert_model_parallel_size
-    if sffn.num_blocks % expert_parallel:
-        raise ConfigError(
-            f"--expert-model-parallel-size {expert_parallel} does not divide the {sffn.num_blocks} "
-            f"blocks (--sffn-expansion {sffn.expansion} · --sffn-active-cells {sffn.active_cells} / "
-            f"--sffn-block-size {sffn.block_size}); change one of them so that it does"
-        )
-    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
-        raise ConfigError(
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with sparse layers "
-            "needs sequence parallelism; add --sequence-parallel"
-        )
-    if args.expert_tensor_parallel_size not in (None, 1):
-        raise ConfigError(
-            f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size} would cut blocks "
-            "over ranks, which sparse layers do not do; leave it out (blocks stay whole)"
-        )
-    if args.sffn_router == "rand-hash" and args.pipeline_model_parallel_size > 1:
-        raise ConfigError(
-            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} with --sffn-router "
-            "rand-hash is not supported: input ids reach the first stage only; use 1"
-        )
-    args.num_experts = sffn.num_blocks
-    args.moe_router_topk = sffn.num_active_blocks
-    args.moe_ffn_hidden_size = sffn.block_size
-    args.moe_layer_freq = pattern
-    args.moe_router_pre_softmax = moe_fields(sffn)["moe_router_pre_softmax"]
-    args.expert_tensor_parallel_size = 1
-    derive_balance(args, sffn)
-
-
-def derive_balance(args: Namespace, sffn: SparseFFNConfig) -> None:
-    """Megatron's balance flags, by router.
-
-    Raises:
-        ConfigError: if the router takes no balance loss, or not this one.
-    """
-    given = args.moe_aux_loss_coeff
-    if sffn.router.balance_coefficient is None:
-        if given or args.moe_z_loss_coeff:
-            flag = "--moe-aux-loss-coeff" if given else "--moe-z-loss-coeff"
-            raise ConfigError(
-                f"{flag} {given or args.moe_z_loss_coeff} has nothing to act on: --sffn-router "
-                f"{sffn.router.name} has no learned gate; leave it out, or use --sffn-router switch"
-            )
-        args.moe_aux_loss_coeff, args.moe_router_load_balancing_type = 0.0, "none"
-        return
-    kind = args.moe_router_load_balancing_type
-    if kind not in ("aux_loss", ["aux_loss"], "none", ["none"]):
-        raise ConfigError(
-            f"--moe-router-load-balancing-type {kind} is not available with --sffn-router "
-            f"{sffn.router.name}; use aux_loss or none"
-        )
-    if args.moe_router_dtype is None:
-        args.moe_router_dtype = "fp32"
-    if given is None:
-        args.moe_aux_loss_coeff = sffn.router.balance_coefficient
 
 
 def _reject(message: str) -> NoReturn:

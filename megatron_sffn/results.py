@@ -71,7 +71,7 @@ class Recorder:
     def after_evaluation(self, model: list[torch.nn.Module]) -> None:
         """Megatron's `non_loss_data_func`: called on every rank when an evaluation ends."""
         # Ranks of one TP group hold the same sums, ranks of other stages none: the quotient stays.
-        total = self._loss.to(torch.cuda.current_device())
+        total = self._loss.clone().to(torch.cuda.current_device())
         torch.distributed.all_reduce(total)
         self._loss.zero_()
         iteration = self.args.consumed_train_samples // self.args.global_batch_size

@@ -27,6 +27,9 @@ from megatron_sffn.ops.block_ffn.pairs import Pairs
 SCRATCH_BYTES = 1 << 20
 """Size of the piece of gathered rows: it should stay in a core's L2 cache."""
 
+SMALLEST_PIECE = 64
+"""Rows below which the products would be too small, however wide a row is."""
+
 
 def block_ffn(
     x: Tensor,
@@ -106,7 +109,7 @@ def _pieces(offsets: list[int], longest: int) -> Iterator[tuple[int, slice]]:
 
 def _piece(x: Tensor) -> int:
     """Rows of x that fit the scratch."""
-    return max(64, SCRATCH_BYTES // (x.shape[1] * x.element_size()))
+    return max(SMALLEST_PIECE, SCRATCH_BYTES // (x.shape[1] * x.element_size()))
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

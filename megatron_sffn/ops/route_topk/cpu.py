@@ -6,14 +6,15 @@ ids in order, for a fraction of a stable sort's time.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def route_topk(scores: Tensor, num_active: int) -> Tensor:
     """`[T, B]` scores to `[T, K]` ids of the largest; ascending ids, ties to the lowest."""
     tokens, blocks = scores.shape
-    if num_active == blocks or tokens == 0:
-        return scores.new_empty(0).long().new_tensor(range(blocks)).expand(tokens, -1)
+    if num_active == blocks:
+        return torch.arange(blocks, device=scores.device).repeat(tokens, 1)
     least = scores.topk(num_active, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     chosen = scores >= least
     if int(chosen.sum()) != tokens * num_active:

@@ -1,0 +1,236 @@
+"""Megatron's own flags under sparse layers: which follow from ours, which act, which are refused.
+
+Enters: Megatron's namespace before validation. Leaves: the same one with its MoE flags derived from
+the S-FFN numbers, or one sentence.
+
+Choice: of Megatron's seventy MoE flags a few act on our layers. Any other that is given is an error
+rather than ignored, also one that a later Megatron adds; to be able to tell, `unset_flags` makes
+None the default of them all while the command line is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from megatron_sffn.config import SparseFFNConfig, moe_fields
+from megatron_sffn.errors import ConfigError
+from megatron_sffn.model import layer_pattern
+from megatron_sffn.routers import ROUTERS
+
+REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
+"""Flags (dest) without which there is no model."""
+
+DIVISORS = (
+    *REQUIRED,
+    "ffn_hidden_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+)
+"""Flags (dest) that divide something, here or in Megatron."""
+
+ACTIVATIONS = ("swiglu", "squared_relu", "quick_geglu", "sffn_relu")
+"""Flags (dest) that replace GELU."""
+
+DERIVED = {
+    "num_experts": "B = E·k/g",
+    "moe_router_topk": "K = k/g",
+    "moe_ffn_hidden_size": "--sffn-block-size",
+    "moe_layer_freq": "--sffn-layers",
+    "moe_router_pre_softmax": "always on",
+}
+"""MoE flags (dest) that follow from the S-FFN numbers -> how."""
+
+GATE = (
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_input_jitter_eps",
+)
+"""MoE flags (dest) that act on a learned gate."""
+
+LAYER = (
+    "moe_router_dtype",
+    "moe_token_dispatcher_type",
+    "moe_layer_recompute",
+    "moe_per_layer_logging",
+)
+"""MoE flags (dest) that act whatever the router is."""
+
+DENSE_ONLY = (
+    "activation_func_clamp_value",
+    "glu_linear_offset",
+    "heterogeneous_layers_config_path",
+    "hybrid_layer_pattern",
+    "multi_latent_attention",
+    "overlap_dispatch_backward_with_experts_wgrad",
+    "overlap_moe_expert_parallel_comm",
+    "spec",
+)
+"""Flags (dest) that sparse layers would ignore, or that replace the model they are in."""
+
+
+def unset_flags(parser: ArgumentParser) -> dict[str, Any]:
+    """Make None, for not given, the default of every MoE flag.
+
+    Returns:
+        dest -> Megatron's default.
+    """
+    defaults = {
+        action.dest: action.default
+        for action in parser._actions
+        if action.dest.startswith("moe_") or action.dest in (*DERIVED, *DENSE_ONLY)
+    }
+    parser.set_defaults(**dict.fromkeys(defaults))
+    return defaults
+
+
+def check_megatron_flags(args: Namespace, given: list[str]) -> None:
+    """Megatron's flags fit the router, before anything is derived from them.
+
+    Args:
+        args: not validated yet.
+        given: those of `unset_flags` that are on the command line.
+
+    Raises:
+        ConfigError: if one does not.
+    """
+    for dest in DIVISORS:
+        value = getattr(args, dest)
+        if value is None and dest in REQUIRED:
+            raise ConfigError(
+                f"{flag_of(dest)} is missing; every model needs it, for example {flag_of(dest)} 8"
+            )
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag_of(dest)} {value} must be at least 1; give a positive number")
+    activations = [flag_of(dest) for dest in ACTIVATIONS if getattr(args, dest)]
+    if len(activations) > 1:
+        raise ConfigError(f"{' and '.join(activations)} contradict each other; leave one")
+    for dest in given:
+        _check_moe_flag(args.sffn_router, dest, getattr(args, dest))
+
+
+def _check_moe_flag(router: str, dest: str, value: Any) -> None:
+    """One flag that was given has an effect."""
+    text, dense = typed(flag_of(dest), value), router == "dense"
+    if dest in LAYER or (dense and dest in DENSE_ONLY):
+        return
+    if dest in DERIVED and dense:
+        raise ConfigError(
+            f"{text} contradicts --sffn-router dense; for Megatron's own experts use "
+            "--sffn-router switch --sffn-backend megatron"
+        )
+    if dest in DERIVED:
+        raise ConfigError(f"{text} follows from the --sffn flags ({DERIVED[dest]}); leave it out")
+    if dest not in GATE:
+        raise ConfigError(f"{text} has no effect with --sffn-router {router}; leave it out")
+    if ROUTERS[router].balance_coefficient is None and value not in (0, [0], ["none"]):
+        raise ConfigError(
+            f"{text} has nothing to act on: --sffn-router {router} has no learned gate; leave it "
+            "out, or use --sffn-router switch"
+        )
+
+
+def check_layout(args: Namespace, sffn: SparseFFNConfig | None) -> None:
+    """The layout fits the blocks.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    context, expert = args.context_parallel_size, args.expert_model_parallel_size
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if context > 1 and importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            f"--context-parallel-size {context} needs Transformer Engine, which is not installed; "
+            "install megatron-core[te] or use --context-parallel-size 1"
+        )
+    if sffn is None:
+        return
+    if sffn.num_blocks % expert:
+        raise ConfigError(
+            f"--expert-model-parallel-size {expert} does not divide the {sffn.num_blocks} blocks "
+            f"(--sffn-expansion {sffn.expansion} · --sffn-active-cells {sffn.active_cells} / "
+            f"--sffn-block-size {sffn.block_size}); change one of them so that it does"
+        )
+    if args.world_size % (expert * pipeline):
+        raise ConfigError(
+            f"--expert-model-parallel-size {expert} times --pipeline-model-parallel-size "
+            f"{pipeline} does not divide the number of ranks, {args.world_size}; start a multiple "
+            f"of {expert * pipeline} with torchrun --nproc-per-node"
+        )
+    if tensor > 1 and not args.sequence_parallel:
+        raise ConfigError(
+            f"--tensor-model-parallel-size {tensor} with sparse layers needs sequence parallelism; "
+            "add --sequence-parallel"
+        )
+    if args.expert_tensor_parallel_size not in (None, 1):
+        raise ConfigError(
+            f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size} would cut blocks "
+            "over ranks, which sparse layers do not do; leave it out (blocks stay whole)"
+        )
+    if args.sffn_router == "rand-hash" and pipeline > 1:
+        raise ConfigError(
+            f"--pipeline-model-parallel-size {pipeline} with --sffn-router rand-hash is not "
+            "supported: input ids reach the first stage only; use 1"
+        )
+
+
+def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None:
+    """Set Megatron's MoE flags from the S-FFN numbers.
+
+    Raises:
+        ConfigError: if the layers or the balance loss are not available.
+    """
+    pattern = layer_pattern(args.sffn_layers, args.num_layers)
+    if sffn is None:
+        return
+    args.num_experts = sffn.num_blocks
+    args.moe_router_topk = sffn.num_active_blocks
+    args.moe_ffn_hidden_size = sffn.block_size
+    args.moe_layer_freq = pattern
+    args.moe_router_pre_softmax = moe_fields(sffn)["moe_router_pre_softmax"]
+    args.expert_tensor_parallel_size = 1
+    _derive_balance(args, sffn)
+
+
+def _derive_balance(args: Namespace, sffn: SparseFFNConfig) -> None:
+    """Megatron's balance flags, by router."""
+    if sffn.router.balance_coefficient is None:
+        args.moe_aux_loss_coeff, args.moe_router_load_balancing_type = 0.0, "none"
+        return
+    kinds = args.moe_router_load_balancing_type or ["aux_loss"]
+    if kinds not in (["aux_loss"], ["none"]):
+        raise ConfigError(
+            f"{typed('--moe-router-load-balancing-type', kinds)} is not available with "
+            f"--sffn-router {sffn.router.name}; use aux_loss or none"
+        )
+    default = sffn.router.balance_coefficient if kinds == ["aux_loss"] else 0.0
+    coefficients = args.moe_aux_loss_coeff or [default]
+    if len(coefficients) > 1 or coefficients[0] < 0:
+        raise ConfigError(
+            f"{typed('--moe-aux-loss-coeff', coefficients)} is not one number of at least 0; "
+            f"leave it out for {default}"
+        )
+    args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = kinds[0], coefficients[0]
+    if args.moe_router_dtype is None:
+        args.moe_router_dtype = "fp32"
+
+
+def flag_of(dest: str) -> str:
+    """An argparse dest as typed."""
+    return "--" + dest.replace("_", "-")
+
+
+def dest_of(flag: str) -> str:
+    """The argparse dest of a flag."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def typed(flag: str, value: Any) -> str:
+    """A flag and its value as typed."""
+    if value is True:
+        return flag
+    return f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"

@@ -1,0 +1,125 @@
+"""Every layout of ranks computes what one rank does: outputs and all gradients, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_sffn.dispatch import combine, dispatch
+from megatron_sffn.routers.base import Routing
+from tests.layers import SPARSE, Case, build, run
+from tests.ranks import run_ranks
+
+LAYOUTS = {
+    "EP2": (2, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
+    "EP4": (4, {"expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}),
+    "EP2 x DP2": (4, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
+    "TP2": (2, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
+    "TP2 EP2": (
+        2,
+        {
+            "tensor_model_parallel_size": 2,
+            "expert_model_parallel_size": 2,
+            "expert_tensor_parallel_size": 1,
+        },
+    ),
+    "TP2 EP4": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "expert_model_parallel_size": 4,
+            "expert_tensor_parallel_size": 1,
+        },
+    ),
+}
+
+
+def without_balance(router: str, **fields: object) -> Case:
+    """Balance losses are per data-parallel rank in Megatron: they differ between layouts."""
+    none = (("moe_router_load_balancing_type", "none"), ("moe_aux_loss_coeff", 0.0))
+    return Case(router=router, megatron=none if router == "switch" else (), **fields)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> dict[str, dict[str, torch.Tensor]]:
+    """One rank."""
+    return {name: run_ranks(1, run, without_balance(name))[0] for name in SPARSE}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("router", SPARSE)
+def test_a_layout_computes_what_one_rank_does(router: str, layout: str, oracle) -> None:
+    world_size, sizes = LAYOUTS[layout]
+    for result in run_ranks(world_size, run, without_balance(router), **sizes):
+        for name, expected in oracle[router].items():
+            torch.testing.assert_close(
+                result[name], expected, rtol=1e-9, atol=1e-11, msg=f"{router} {layout}: {name}"
+            )
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+def test_a_differentiated_score_reaches_the_keys_of_other_ranks(gate: str) -> None:
+    case = Case(router="avg-k", options=(("gate", gate),))
+    (one,) = run_ranks(1, run, case)
+    for result in run_ranks(2, run, case, **LAYOUTS["EP2"][1]):
+        for name, expected in one.items():
+            torch.testing.assert_close(result[name], expected, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_swiglu_and_single_cells_on_two_ranks() -> None:
+    case = Case(router="vanilla-m", block_size=1, swiglu=True)
+    (one,) = run_ranks(1, run, case)
+    for result in run_ranks(2, run, case, **LAYOUTS["EP2"][1]):
+        for name, expected in one.items():
+            torch.testing.assert_close(result[name], expected, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def exchange(block_ids: list[list[list[int]]]) -> dict[str, object]:
+    """Dispatch and combine tokens whose blocks are given per rank; 8 blocks over the ranks."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    group = torch.distributed.group.WORLD
+    ids = torch.tensor(block_ids[rank], dtype=torch.long).view(-1, 2)
+    x = (torch.arange(len(ids)).double()[:, None] + 100 * rank).expand(-1, 3).contiguous()
+    gates = torch.ones(ids.shape, dtype=torch.double)
+    here = dispatch(x, Routing(block_ids=ids, gates=gates), 8 // ranks, group)
+    # Each block multiplies by its own number, so that a row in the wrong place shows.
+    y = torch.zeros_like(here.rows)
+    factors = (here.pairs.blocks + rank * (8 // ranks) + 1).double()[:, None]
+    y.index_add_(0, here.pairs.rows, here.rows[here.pairs.rows] * factors)
+    back = combine(y, here.plan)
+    expected = x * (ids + 1).sum(dim=1, keepdim=True)
+    return {"rows": len(here.rows), "pairs": len(here.pairs.rows), "right": bool(torch.equal(back, expected))}
+
+
+def test_a_token_travels_once_to_each_rank_that_holds_a_block_of_it() -> None:
+    # Rank 0: token 0 needs rank 0 only (two blocks there), token 1 both ranks.
+    ids = [[[0, 3], [1, 6]], [[4, 7], [5, 6], [0, 1]]]
+    results = run_ranks(2, exchange, ids)
+    assert [result["rows"] for result in results] == [3, 3]
+    assert [result["pairs"] for result in results] == [5, 5]
+    assert all(result["right"] for result in results)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [[[0, 1], [2, 3]], [[0, 2], [1, 3]]],  # nothing for rank 1
+        [[], [[0, 7]]],  # rank 0 has no token
+        [[], []],  # nobody has
+    ],
+)
+def test_ranks_without_rows_or_tokens(ids: list[list[list[int]]]) -> None:
+    results = run_ranks(2, exchange, ids)
+    assert all(result["right"] for result in results)
+
+
+def initial_tables() -> tuple[torch.Tensor, torch.Tensor]:
+    memory = build(Case(router="avg-k")).experts
+    return memory.keys.detach().clone(), memory.values.detach().clone()
+
+
+def test_initial_tables_do_not_depend_on_the_layout() -> None:
+    ((keys, values),) = run_ranks(1, initial_tables)
+    parts = run_ranks(4, initial_tables, **LAYOUTS["EP4"][1])
+    assert torch.equal(torch.cat([part[0] for part in parts]), keys)
+    assert torch.equal(torch.cat([part[1] for part in parts]), values)

@@ -1,0 +1,146 @@
+"""Sparse layers in float64 with the same weights on any layout, and what they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_sffn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.layer import layer_class, provide_token_ids
+from megatron_sffn.routers import ROUTERS
+
+S, BATCH, D, VOCAB = 6, 4, 8, 50
+SPARSE = [name for name in ROUTERS if name != "dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A layer to build.
+
+    Args:
+        router: name.
+        block_size: g; k = 16 and E = 3, so that B = 48 / g.
+        backend: who computes.
+        swiglu: or GELU.
+        options: fields of the router's config.
+        megatron: fields of Megatron's config.
+    """
+
+    router: str
+    block_size: int = 4
+    backend: Backend = Backend.AUTO
+    swiglu: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+    megatron: tuple[tuple[str, Any], ...] = ()
+
+
+def config_of(case: Case) -> SparseFFNTransformerConfig:
+    """Megatron's config of a case on the layout of this process."""
+    activation = {"activation_func": F.silu, "gated_linear_unit": True} if case.swiglu else {}
+    balance = {"moe_router_load_balancing_type": "none"}
+    if case.router == "switch":
+        balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
+    tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
+    return SparseFFNTransformerConfig(
+        num_layers=2,
+        hidden_size=D,
+        num_attention_heads=2,
+        add_bias_linear=False,
+        params_dtype=torch.float64,
+        moe_router_dtype="fp64",
+        tensor_model_parallel_size=tensor_parallel,
+        sequence_parallel=tensor_parallel > 1,
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        # Large enough that a wrong term shows.
+        init_method_std=0.5,
+        sffn=SparseFFNConfig(
+            active_cells=16,
+            block_size=case.block_size,
+            expansion=3,
+            router=ROUTERS[case.router](**dict(case.options)),
+            backend=case.backend,
+        ),
+        **activation,
+        **balance,
+        **dict(case.megatron),
+    )
+
+
+def build(case: Case) -> Any:
+    """The layer of a case, as Megatron would build layer 1."""
+    layer = layer_class(case.backend)(config_of(case), layer_number=1)
+    if case.router == "switch":
+        with torch.no_grad():
+            layer.router.weight.copy_(draw(99, *layer.router.weight.shape) * 0.5)
+    return layer
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    """The same numbers on every rank."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states `[S, BATCH, D]`, input ids `[BATCH, S]`, and the weights of a loss."""
+    ids = torch.randint(VOCAB, (BATCH, S), generator=torch.Generator().manual_seed(3))
+    return draw(1, S, BATCH, D), ids, draw(2, S, BATCH, D)
+
+
+def run(case: Case) -> dict[str, Tensor]:
+    """Forward and backward of a layer on this rank's part of the inputs.
+
+    Returns:
+        On every rank the whole of: `y`, `dx` `[S, BATCH, D]`, and the gradients of the tables and
+        of the gate, summed over ranks.
+    """
+    layer = build(case)
+    hidden, ids, weights = inputs()
+    samples = _part(BATCH, parallel_state.get_data_parallel_group())
+    # Sequence parallelism cuts s over TP ranks; ids stay whole, the layer cuts them itself.
+    steps = _part(S, parallel_state.get_tensor_model_parallel_group())
+    x = hidden[steps, samples].clone().requires_grad_()
+    provide_token_ids(layer, ids[samples])
+    y, bias = layer(x)
+    assert bias is None
+    (y * weights[steps, samples]).sum().backward()
+    result = {"y": _whole(y.detach()), "dx": _whole(x.grad)}
+    replicas = parallel_state.get_expert_data_parallel_group()
+    for name, table in tables(layer).items():
+        grad = table.grad.clone()
+        torch.distributed.all_reduce(grad, group=replicas)
+        parts = [torch.empty_like(grad) for _ in range(layer.ep_group.size())]
+        torch.distributed.all_gather(parts, grad, group=layer.ep_group)
+        result[f"d{name}"] = torch.cat(parts)
+    if case.router == "switch":
+        grad = layer.router.weight.grad.clone()
+        torch.distributed.all_reduce(grad)
+        result["dgate"] = grad
+    return {name: value.clone() for name, value in result.items()}
+
+
+def tables(layer: Any) -> dict[str, Tensor]:
+    """Keys and values of the blocks on this rank, as leaves with gradients."""
+    return {"keys": layer.experts.keys, "values": layer.experts.values}
+
+
+def _part(size: int, group: Any) -> slice:
+    each = size // group.size()
+    return slice(group.rank() * each, (group.rank() + 1) * each)
+
+
+def _whole(part: Tensor) -> Tensor:
+    """Put the parts of all ranks together: TP ranks along s, DP ranks along the batch."""
+    for group, dim in (
+        (parallel_state.get_tensor_model_parallel_group(), 0),
+        (parallel_state.get_data_parallel_group(), 1),
+    ):
+        parts = [torch.empty_like(part.contiguous()) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, part.contiguous(), group=group)
+        part = torch.cat(parts, dim=dim)
+    return part

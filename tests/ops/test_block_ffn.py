@@ -1,0 +1,205 @@
+"""`block_ffn`: the framework's identities (F1-F7), then every backend against the oracle."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sffn.errors import ConfigError
+from megatron_sffn.ops import Activation, block_ffn
+from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs, cpu
+
+BACKENDS = ["naive", "cpu"]
+ACTIVATIONS = list(Activation)
+T, D, M = 13, 6, 24
+
+
+def make(
+    g: int, activation: Activation = Activation.GELU, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x `[T, D]`, keys and values of M cells in blocks of g."""
+    torch.manual_seed(g)
+    rows = g * (2 if activation.gated else 1)
+    x = torch.randn(T, D, dtype=dtype)
+    keys, values = torch.randn(M // g, rows, D, dtype=dtype), torch.randn(M // g, g, D, dtype=dtype)
+    return x, keys, values
+
+
+def choose(num_blocks: int, active: int, tokens: int = T) -> Tensor:
+    return torch.rand(tokens, num_blocks).topk(active, dim=1).indices
+
+
+def dense(x: Tensor, keys: Tensor, values: Tensor, activation: Activation) -> Tensor:
+    """`f(x Kᵀ) V` with all cells, computed without blocks."""
+    if activation.gated:
+        gate, linear = keys.chunk(2, dim=1)
+        up = torch.cat((x @ gate.flatten(0, 1).T, x @ linear.flatten(0, 1).T), dim=1)
+    else:
+        up = x @ keys.flatten(0, 1).T
+    return activation(up) @ values.flatten(0, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("g", [1, 2, 3, 4, 6, 8, 12, 24])
+def test_f1_f2_all_blocks_are_the_dense_ffn(g: int, activation: Activation, backend: str) -> None:
+    x, keys, values = make(g, activation)
+    everything = torch.arange(M // g).expand(T, -1)
+    y = block_ffn(x, keys, values, everything, activation=activation, backend=backend)
+    torch.testing.assert_close(y, dense(x, keys, values, activation), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_f4_order_of_blocks_and_of_cells_does_not_matter(backend: str) -> None:
+    x, keys, values = make(4)
+    ids, gates = choose(6, 3), torch.rand(T, 3, dtype=x.dtype)
+    y = block_ffn(x, keys, values, ids, gates, backend=backend)
+    moved = torch.randperm(6)
+    y_blocks = block_ffn(x, keys[moved], values[moved], moved.argsort()[ids], gates, backend=backend)
+    torch.testing.assert_close(y_blocks, y, rtol=1e-10, atol=1e-12)
+    cells = torch.randperm(4)
+    y_cells = block_ffn(x, keys[:, cells], values[:, cells], ids, gates, backend=backend)
+    torch.testing.assert_close(y_cells, y, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_f5_a_token_does_not_depend_on_its_batch(backend: str) -> None:
+    x, keys, values = make(4)
+    ids = choose(6, 2)
+    y = block_ffn(x, keys, values, ids, backend=backend)
+    order = torch.randperm(T)
+    shuffled = block_ffn(x[order], keys, values, ids[order], backend=backend)
+    torch.testing.assert_close(shuffled, y[order], rtol=1e-10, atol=1e-12)
+    alone = block_ffn(x[5:6], keys, values, ids[5:6], backend=backend)
+    torch.testing.assert_close(alone, y[5:6], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_f6_unselected_cells_get_exactly_no_gradient(backend: str) -> None:
+    x, keys, values = (t.requires_grad_() for t in make(4))
+    block_ffn(x, keys, values, torch.tensor([[0, 2]] * T), backend=backend).sum().backward()
+    for table in (keys, values):
+        assert table.grad is not None
+        assert table.grad[[1, 3, 4, 5]].abs().max() == 0
+        assert (table.grad[[0, 2]] != 0).any(dim=2).all()
+
+
+@pytest.mark.parametrize("gated_output", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("g", [1, 3, 8])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_f7_output_and_gradients_are_those_of_the_masked_dense_ffn(
+    backend: str, g: int, activation: Activation, gated_output: bool
+) -> None:
+    blocks = M // g
+    ids = choose(blocks, max(1, blocks // 3))
+    gates = torch.rand(ids.shape, dtype=torch.float64) if gated_output else None
+    results = []
+    for which in (backend, "formula"):
+        x, keys, values = (t.requires_grad_() for t in make(g, activation))
+        factors = None if gates is None else gates.clone().requires_grad_()
+        if which == "formula":
+            weight = torch.ones(ids.shape, dtype=x.dtype) if factors is None else factors
+            mask = torch.zeros(T, blocks, dtype=x.dtype).scatter(1, ids, weight)
+            up = torch.stack([x @ keys[i].T for i in range(blocks)], dim=1)
+            coefficients = activation(up) * mask[:, :, None]
+            y = coefficients.flatten(1) @ values.flatten(0, 1)
+        else:
+            y = block_ffn(x, keys, values, ids, factors, activation=activation, backend=which)
+        (y * torch.arange(D, dtype=y.dtype)).sum().backward()
+        grads = [t.grad for t in (x, keys, values)] + ([] if factors is None else [factors.grad])
+        results.append([y.detach(), *grads])
+    for ours, formula in zip(*results, strict=True):
+        torch.testing.assert_close(ours, formula, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_hand_written_backward_is_the_derivative(activation: Activation) -> None:
+    x, keys, values = make(3, activation)
+    inputs = [t[:4].clone().requires_grad_() if t is x else t.requires_grad_() for t in (x, keys, values)]
+    gates = torch.rand(4, 2, dtype=x.dtype, requires_grad=True)
+    ids = choose(8, 2, tokens=4)
+    # Away from the kink of ReLU, where no finite difference can be right.
+    assert torch.autograd.gradcheck(
+        lambda x, k, v, g: block_ffn(x, k, v, ids, g, activation=activation, backend="cpu"),
+        (*inputs, gates),
+    )
+
+
+def pairs_of(case: str) -> Pairs:
+    """Edges of the (row, block) relation, for T rows and 6 blocks."""
+    if case == "all to one block":
+        rows, blocks = torch.arange(T), torch.full((T,), 4)
+    elif case == "no pair at all":
+        rows = blocks = torch.zeros(0, dtype=torch.long)
+    elif case == "one row has every block":
+        rows, blocks = torch.full((6,), 7), torch.arange(6)
+    else:
+        rows, blocks = torch.tensor([0, 0, 3, 12]), torch.tensor([5, 0, 0, 2])
+    return Pairs(rows=rows, blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    "case", ["all to one block", "no pair at all", "one row has every block", "ragged"]
+)
+@pytest.mark.parametrize("scratch", [1, 1 << 20])
+def test_edges_against_the_oracle(
+    case: str, scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(cpu, "SMALLEST_PIECE", 3)
+    results = []
+    for backend in BACKENDS:
+        x, keys, values = (t.requires_grad_() for t in make(4))
+        y = block_ffn_pairs(x, keys, values, pairs_of(case), backend=backend)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, keys.grad, values.grad])
+    for naive, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, naive, rtol=1e-10, atol=1e-12)
+
+
+def test_no_tokens() -> None:
+    _, keys, values = make(4)
+    x = torch.zeros(0, D, dtype=keys.dtype, requires_grad=True)
+    y = block_ffn(x, keys, values, torch.zeros(0, 2, dtype=torch.long))
+    y.sum().backward()
+    assert y.shape == (0, D)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_narrow_dtypes_stay_near_the_float64_oracle(
+    activation: Activation, dtype: torch.dtype
+) -> None:
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    ids = choose(12, 5)
+    results = []
+    for backend, width in (("naive", torch.float64), ("cpu", dtype)):
+        # The oracle starts from the rounded numbers: their rounding is not the op's.
+        inputs = [t.to(dtype).to(width).requires_grad_() for t in make(2, activation)]
+        y = block_ffn(*inputs, ids, activation=activation, backend=backend)
+        assert y.dtype == width
+        y.backward(torch.ones_like(y))
+        results.append([y.detach().double(), *(t.grad.double() for t in inputs)])
+    for exact, ours in zip(*results, strict=True):
+        error = (ours - exact).norm() / exact.norm()
+        assert error < tolerance, f"relative error {error:.2e}"
+
+
+def test_results_are_the_same_bits_every_time() -> None:
+    x, keys, values = make(2, dtype=torch.float32)
+    ids = choose(12, 5)
+    first = block_ffn(x, keys, values, ids)
+    assert all(torch.equal(block_ffn(x, keys, values, ids), first) for _ in range(3))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, keys, values = make(4)
+    ids = choose(6, 2)
+    with pytest.raises(ConfigError, match="swiglu"):
+        block_ffn(x, keys, values, ids, activation="swiglu")
+    with pytest.raises(ConfigError, match="one dtype"):
+        block_ffn(x.float(), keys, values, ids)
+    with pytest.raises(ConfigError, match="tanh"):
+        block_ffn(x, keys, values, ids, activation="tanh")
+    with pytest.raises(ConfigError, match="cuda"):
+        block_ffn(x, keys, values, ids, backend="cuda")

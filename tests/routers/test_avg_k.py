@@ -1,0 +1,126 @@
+"""Avg-K (methods A1-A8)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_sffn.errors import ConfigError
+from megatron_sffn.layer import SparseFFN
+from megatron_sffn.ops import block_ffn, route_topk
+from megatron_sffn.routers.avg_k import AvgKConfig, descriptors
+from megatron_sffn.routers.vanilla_m import VanillaMConfig
+from tests.routers.conftest import D, transformer
+
+T, B, G = 20, 12, 2
+
+
+def tables(blocks: int = B, cells: int = G) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(blocks * cells)
+    shape = (blocks, cells, D)
+    return (torch.randn(T, D).double(), torch.randn(shape).double(), torch.randn(shape).double())
+
+
+def test_a1_the_score_is_the_mean_pre_activation(build) -> None:
+    x, keys, _ = tables()
+    scores = x @ descriptors(keys).T
+    torch.testing.assert_close(
+        scores, torch.stack([x @ k.mean(0) for k in keys], 1), rtol=1e-10, atol=1e-12
+    )
+    torch.testing.assert_close(
+        scores, torch.stack([(x @ k.T).mean(1) for k in keys], 1), rtol=1e-10, atol=1e-12
+    )
+    routing = build(AvgKConfig())(x, keys, None)
+    assert torch.equal(routing.block_ids, route_topk(scores, 4))
+    assert routing.gates is None
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_a2_single_cells_are_vanilla_m(build, activation: str) -> None:
+    x, keys, values = tables(blocks=24, cells=1)
+    numbers = {
+        "block_size": 1,
+        "active_cells": 12,
+        "expansion": 2,
+        "activation_func": getattr(F, activation),
+    }
+    ys = []
+    for config in (AvgKConfig(), VanillaMConfig()):
+        ids = build(config, **numbers)(x, keys, None).block_ids
+        ys.append(block_ffn(x, keys, values, ids, activation=activation))
+    # GELU is not monotone below 0: the two agree where 12 cells are positive.
+    enough = ((x @ keys[:, 0].T) > 0).sum(1) >= 12
+    assert 0 < enough.sum() < T
+    where = enough if activation == "gelu" else torch.ones_like(enough)
+    torch.testing.assert_close(ys[0][where], ys[1][where], rtol=1e-10, atol=1e-12)
+
+
+def test_a3_the_state_is_the_memory_alone(one_rank: None) -> None:
+    layer = SparseFFN(transformer(AvgKConfig()), layer_number=1)
+    assert set(layer.state_dict()) == {"experts.keys", "experts.values"}
+
+
+def test_a4_the_selection_carries_no_gradient(build) -> None:
+    x, keys, values = (t.requires_grad_() for t in tables())
+    ids = build(AvgKConfig())(x, keys, None).block_ids
+    grads = []
+    for chosen in (ids, ids.detach().clone()):
+        y = block_ffn(x, keys, values, chosen)
+        grads.append(torch.autograd.grad(y.square().sum(), (x, keys, values)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a5_the_next_forward_uses_the_new_keys(build) -> None:
+    x, keys, _ = tables()
+    router = build(AvgKConfig())
+    before = router(x, keys, None).block_ids
+    with torch.no_grad():
+        keys.neg_()
+    after = router(x, keys, None).block_ids
+    assert not torch.equal(before, after)
+    assert torch.equal(after, build(AvgKConfig())(x, keys, None).block_ids)
+
+
+def test_a6_scaling_all_keys_keeps_the_selection(build) -> None:
+    x, keys, _ = tables()
+    router = build(AvgKConfig())
+    assert torch.equal(router(x, keys, None).block_ids, router(x, 16 * keys, None).block_ids)
+
+
+def test_a8_ties_go_to_the_lowest_block(build) -> None:
+    x, keys, _ = tables()
+    same = keys[:1].expand(B, -1, -1).contiguous()
+    assert (build(AvgKConfig())(x, same, None).block_ids == torch.arange(4)).all()
+
+
+def test_swiglu_averages_the_gate_keys(build) -> None:
+    x, gate_keys, up_keys = tables()
+    keys = torch.cat((gate_keys, up_keys), dim=1)
+    router = build(AvgKConfig(), activation_func=F.silu, gated_linear_unit=True)
+    expected = route_topk(x @ gate_keys.mean(1).T, 4)
+    assert torch.equal(router(x, keys, None).block_ids, expected)
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+def test_the_gate_ablation_is_the_score_squashed_and_is_differentiated(build, gate: str) -> None:
+    x, keys, _ = (t.requires_grad_() for t in tables())
+    routing = build(AvgKConfig(gate=gate))(x, keys, None)
+    scores = x @ keys.mean(1).T
+    factors = scores.sigmoid() if gate == "sigmoid" else scores.softmax(1)
+    expected = factors.gather(1, route_topk(scores, 4))
+    torch.testing.assert_close(routing.gates, expected, rtol=1e-10, atol=1e-12)
+    ours = torch.autograd.grad(routing.gates.square().sum(), (x, keys))
+    formula = torch.autograd.grad(expected.square().sum(), (x, keys))
+    for a, b in zip(ours, formula, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_half_precision_scores_are_summed_in_fp32(build) -> None:
+    x, keys, _ = tables()
+    ids = build(AvgKConfig())(x.bfloat16(), keys.bfloat16(), None).block_ids
+    exact = x.bfloat16().double() @ keys.bfloat16().double().mean(1).T
+    assert torch.equal(ids, route_topk(exact, 4))
+
+
+def test_an_unknown_gate_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--sffn-gate relu is unknown; choose from none"):
+        AvgKConfig(gate="relu")

@@ -1,0 +1,107 @@
+"""RandHash (methods R1-R4)."""
+
+import pytest
+import torch
+
+from megatron_sffn.layer import SparseFFN, provide_token_ids
+from megatron_sffn.routers.rand_hash import RandHashConfig, hashed_blocks
+from tests.routers.conftest import D, transformer
+
+VOCAB = 5000
+
+
+def every_id(num_blocks: int = 48, num_active: int = 6, key: int = 42) -> torch.Tensor:
+    return hashed_blocks(
+        torch.arange(VOCAB), num_blocks=num_blocks, num_active=num_active, key=key
+    )
+
+
+def test_r1_an_id_has_the_same_blocks_at_every_position_and_in_every_mode(build) -> None:
+    router = build(RandHashConfig())
+    ids = torch.tensor([7, 3, 7, 4999, 3, 7])
+    x, keys = torch.randn(6, D).double(), torch.randn(12, 2, D).double()
+    routing = router(x, keys, ids)
+    assert torch.equal(routing.block_ids[0], routing.block_ids[2])
+    assert torch.equal(routing.block_ids[1], routing.block_ids[4])
+    router.eval()
+    assert torch.equal(router(x, keys, ids).block_ids, routing.block_ids)
+    again = build(RandHashConfig())
+    assert torch.equal(again(torch.zeros_like(x), keys, ids).block_ids, routing.block_ids)
+
+
+def test_r1_the_map_is_fixed_for_ever() -> None:
+    # A change of these numbers changes every model trained with them.
+    ids = hashed_blocks(torch.tensor([0, 1, 50256]), num_blocks=256, num_active=4, key=42)
+    assert ids.tolist() == [[32, 77, 154, 233], [19, 41, 177, 187], [47, 59, 72, 184]]
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "num_active"), [(1, 1), (2, 1), (3, 3), (48, 6), (256, 16), (1000, 7)]
+)
+def test_r2_every_id_has_distinct_blocks_in_range(num_blocks: int, num_active: int) -> None:
+    ids = every_id(num_blocks, num_active)
+    assert ids.shape == (VOCAB, num_active)
+    assert ids.min() >= 0
+    assert ids.max() < num_blocks
+    assert (ids.diff(dim=1) > 0).all()
+
+
+def test_r2_the_map_is_even() -> None:
+    counts = torch.bincount(every_id().flatten(), minlength=48)
+    expected = VOCAB * 6 / 48
+    # Sampling without replacement: the standard deviation is below that of a binomial, 23.4.
+    assert ((counts - expected).abs() < 5 * 23.4).all()
+    pairs = torch.zeros(48, 48)
+    ids = every_id()
+    for a in range(6):
+        for b in range(6):
+            pairs.index_put_((ids[:, a], ids[:, b]), torch.ones(VOCAB), accumulate=True)
+    together = pairs[~torch.eye(48, dtype=torch.bool)]
+    # Two blocks meet in 5000·6·5/(48·47) = 66 ids; a structured map would leave gaps.
+    assert together.min() > 66 - 6 * 8.2
+    assert together.max() < 66 + 6 * 8.2
+
+
+def test_r3_no_parameter_no_gate(one_rank: None) -> None:
+    layer = SparseFFN(transformer(RandHashConfig()), layer_number=1)
+    assert set(layer.state_dict()) == {"experts.keys", "experts.values"}
+    ids = torch.tensor([1, 2])
+    routing = layer.router(torch.zeros(2, D).double(), layer.experts.keys, ids)
+    assert routing.gates is None
+
+
+def test_r4_only_the_current_id_matters(one_rank: None) -> None:
+    layer = SparseFFN(transformer(RandHashConfig()), layer_number=1)
+    hidden = torch.randn(5, 2, D).double()
+    ids = torch.randint(VOCAB, (2, 5))
+    chosen = []
+    layer.load.register_forward_pre_hook(lambda module, args: chosen.append(args[0]))
+    for changed in (None, 3):
+        if changed is not None:
+            ids = ids.clone()
+            ids[1, changed] += 1
+        provide_token_ids(layer, ids)
+        layer(hidden)
+    differs = (chosen[0] != chosen[1]).any(dim=1)
+    # Token (sequence 1, position 3) is row 3·2 + 1 of the sequence-first hidden states.
+    assert differs.nonzero().flatten().tolist() == [3 * 2 + 1]
+
+
+def test_layers_differ_unless_shared(build) -> None:
+    ids, x, keys = torch.arange(100), torch.zeros(100, D).double(), torch.zeros(12, 2, D).double()
+    for shared in (False, True):
+        routers = [build(RandHashConfig(shared=shared)) for _ in range(2)]
+        routers[1].set_layer_number(2)
+        first, second = (router(x, keys, ids).block_ids for router in routers)
+        assert torch.equal(first, second) is shared
+
+
+def test_seeds_differ(build) -> None:
+    ids, x, keys = torch.arange(100), torch.zeros(100, D).double(), torch.zeros(12, 2, D).double()
+    first, second = (build(RandHashConfig(seed=s))(x, keys, ids).block_ids for s in (1, 2))
+    assert not torch.equal(first, second)
+
+
+def test_without_ids_the_message_says_what_to_call(build) -> None:
+    with pytest.raises(AssertionError, match="provide_token_ids"):
+        build(RandHashConfig())(torch.zeros(1, D), torch.zeros(12, 2, D), None)

@@ -1,0 +1,178 @@
+"""`SparseFFN` on one rank: against the oracle, Megatron's own layer, and under recomputation."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+
+from megatron_sffn.config import Backend, SparseFFNConfig
+from megatron_sffn.errors import ConfigError
+from megatron_sffn.layer import SparseFFN
+from megatron_sffn.ops import block_ffn
+from megatron_sffn.routers.avg_k import AvgKConfig
+from tests.layers import SPARSE, Case, build, config_of, draw, inputs, run
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def megatron_layer(case: Case, ours: Any) -> MoELayer:
+    """Megatron's unmodified MoE layer with the weights of ours."""
+    linear = LocalSpecProvider()
+    submodules = MLPSubmodules(
+        linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
+    )
+    theirs = MoELayer(
+        config_of(case), MoESubmodules(experts=partial(SequentialMLP, submodules=submodules))
+    )
+    theirs.set_layer_number(1)
+    with torch.no_grad():
+        theirs.router.weight.copy_(ours.router.weight)
+        for block, mlp in enumerate(theirs.experts.local_experts):
+            mlp.linear_fc1.weight.copy_(ours.experts.keys[block])
+            # Megatron's second linear maps G cells to D: its weight is [D, G].
+            mlp.linear_fc2.weight.copy_(ours.experts.values[block].T)
+    return theirs
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("g", [16, 4, 1])
+def test_switch_agrees_with_megatrons_own_layer(g: int, swiglu: bool) -> None:
+    case = Case(router="switch", block_size=g, swiglu=swiglu)
+    ours = build(case)
+    theirs = megatron_layer(case, ours)
+    hidden, _, weights = inputs()
+    results = []
+    for layer in (ours, theirs):
+        x = hidden.clone().requires_grad_()
+        y, _ = layer(x)
+        (y * weights).sum().backward()
+        results.append([y.detach(), x.grad, layer.router.weight.grad])
+    mlps = theirs.experts.local_experts
+    results[0] += [ours.experts.keys.grad, ours.experts.values.grad]
+    results[1] += [
+        torch.stack([mlp.linear_fc1.weight.grad for mlp in mlps]),
+        torch.stack([mlp.linear_fc2.weight.grad.T for mlp in mlps]),
+    ]
+    for mine, reference in zip(*results, strict=True):
+        # Both compute the softmax in fp32, so equality is not to 1e-10.
+        torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("router", SPARSE)
+def test_our_backends_agree(router: str) -> None:
+    oracle = run(Case(router=router, backend=Backend.NAIVE))
+    ours = run(Case(router=router, backend=Backend.CPU))
+    assert oracle.keys() == ours.keys()
+    for name in oracle:
+        torch.testing.assert_close(ours[name], oracle[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+@pytest.mark.parametrize("router", SPARSE)
+def test_megatrons_dispatcher_and_experts_agree_with_ours(router: str, dispatcher: str) -> None:
+    ours = build(Case(router=router))
+    theirs = build(
+        Case(
+            router=router,
+            backend=Backend.MEGATRON,
+            megatron=(("moe_token_dispatcher_type", dispatcher),),
+        )
+    )
+    with torch.no_grad():
+        for block, mlp in enumerate(theirs.experts.local_experts):
+            mlp.linear_fc1.weight.copy_(ours.experts.keys[block])
+            mlp.linear_fc2.weight.copy_(ours.experts.values[block].T)
+    hidden, ids, weights = inputs()
+    results = []
+    for layer in (ours, theirs):
+        layer.input_ids = ids
+        x = hidden.clone().requires_grad_()
+        y, _ = layer(x)
+        (y * weights).sum().backward()
+        results.append([y.detach(), x.grad])
+    mlps = theirs.experts.local_experts
+    results[0].append(ours.experts.values.grad)
+    results[1].append(torch.stack([mlp.linear_fc2.weight.grad.T for mlp in mlps]))
+    for mine, reference in zip(*results, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("router", SPARSE)
+def test_recomputation_changes_nothing(router: str) -> None:
+    plain = run(Case(router=router))
+    recomputed = run(
+        Case(
+            router=router,
+            megatron=(("recompute_granularity", "selective"), ("recompute_modules", ["moe"])),
+        )
+    )
+    for name in plain:
+        torch.testing.assert_close(recomputed[name], plain[name], rtol=0, atol=0, msg=name)
+
+
+def test_f3_without_expansion_the_layer_is_the_dense_ffn() -> None:
+    case = Case(router="avg-k")
+    config = config_of(case)
+    config.sffn = SparseFFNConfig(active_cells=16, block_size=4, expansion=1, router=AvgKConfig())
+    config.num_moe_experts = config.sffn.num_blocks
+    layer = SparseFFN(config, layer_number=1)
+    hidden, _, _ = inputs()
+    keys, values = layer.experts.keys.flatten(0, 1), layer.experts.values.flatten(0, 1)
+    dense = torch.nn.functional.gelu(hidden @ keys.T) @ values
+    torch.testing.assert_close(layer(hidden)[0], dense, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("router", SPARSE)
+def test_the_layer_is_router_then_functional_form(router: str) -> None:
+    layer = build(Case(router=router))
+    hidden, ids, _ = inputs()
+    layer.input_ids = ids
+    x = hidden.reshape(-1, hidden.shape[-1])
+    routing = layer.router(x, layer.experts.keys, ids.T.reshape(-1))
+    y = block_ffn(x, layer.experts.keys, layer.experts.values, routing.block_ids, routing.gates)
+    torch.testing.assert_close(layer(hidden)[0].flatten(0, 1), y, rtol=1e-12, atol=1e-14)
+
+
+def test_load_counts_evaluated_tokens_only() -> None:
+    layer = build(Case(router="avg-k"))
+    hidden, _, _ = inputs()
+    layer(hidden)
+    assert layer.load.take().sum() == 0
+    layer.eval()
+    layer(hidden)
+    counts = layer.load.take()
+    assert counts.sum() == hidden.shape[0] * hidden.shape[1] * 4
+    assert layer.load.take().sum() == 0
+
+
+def test_g_must_divide_k() -> None:
+    with pytest.raises(ConfigError, match="--sffn-block-size 5 does not divide .* 16; .* 4 and 8"):
+        SparseFFNConfig(active_cells=16, block_size=5, router=AvgKConfig())
+
+
+def test_initial_tables_have_megatrons_spread() -> None:
+    layer = SparseFFN(config_of(Case(router="avg-k")), layer_number=1)
+    assert parallel_state.get_expert_model_parallel_world_size() == 1
+    assert layer.experts.keys.std().item() == pytest.approx(0.5, rel=0.1)
+    # Megatron scales the output projection by 1 / sqrt(2 · layers).
+    assert layer.experts.values.std().item() == pytest.approx(0.5 / 2, rel=0.1)
+    other = SparseFFN(config_of(Case(router="avg-k")), layer_number=2)
+    assert not torch.equal(layer.experts.keys, other.experts.keys)
+    assert not torch.equal(layer.experts.keys[0], layer.experts.keys[1])
+
+
+def test_tokens_reach_the_layer_in_the_order_of_the_hidden_states() -> None:
+    layer = build(Case(router="rand-hash"))
+    hidden, ids, _ = inputs()
+    layer.input_ids = ids
+    token = layer._token_ids().view(hidden.shape[0], hidden.shape[1])
+    assert torch.equal(token, ids.T)
+    assert draw(1, 2, 2).shape == (2, 2)
