@@ -197,7 +197,7 @@ def flops_per_token(shape: ModelShape) -> Flops:
     cells, router = (shape.num_layers - sparse) * shape.ffn_hidden_size, 0
     if shape.sffn is not None:
         cells += sparse * shape.sffn.active_cells
-        router = sparse * shape.sffn.router.flops(shape.sffn, width)
+        router = sparse * shape.sffn.router.flops(shape.sffn, width, gated=shape.gated)
     return Flops(
         attention=shape.num_layers * (projections + scores_and_sum),
         feed_forward=2 * shape.cell_vectors * width * cells,
@@ -224,7 +224,7 @@ def overhead_over_dense(shape: ModelShape) -> float:
 
 
 def exchanged_bytes_per_token(
-    shape: ModelShape, *, expert_parallel_size: int, bytes_per_number: int, gates: bool = True
+    shape: ModelShape, *, expert_parallel_size: int, bytes_per_number: int
 ) -> float:
     """Bytes that a token costs in the forward of one sparse layer, there and back.
 
@@ -235,16 +235,16 @@ def exchanged_bytes_per_token(
         shape: of a model with sparse layers.
         expert_parallel_size: ranks over which the blocks are cut; it divides B.
         bytes_per_number: of an activation.
-        gates: whether the router's factors travel with the pairs.
     """
     assert shape.sffn is not None, "a dense model exchanges nothing"
+    pair_bytes = PAIR_BYTES + (GATE_BYTES if shape.sffn.router.gated_output else 0)
     blocks, active = shape.sffn.num_blocks, shape.sffn.num_active_blocks
     ranks = expert_parallel_size
     assert blocks % ranks == 0, (blocks, ranks)
     # In integers: C(65536, 4096) has 6,600 digits, and Python still rounds the quotient correctly.
     missed = math.comb(blocks - blocks // ranks, active) / math.comb(blocks, active)
     row_bytes = 2 * (ranks - 1) * (1 - missed) * shape.hidden_size * bytes_per_number
-    return row_bytes + active * (ranks - 1) / ranks * (PAIR_BYTES + gates * GATE_BYTES)
+    return row_bytes + active * (ranks - 1) / ranks * pair_bytes
 
 
 def megatron_exchanged_bytes_per_token(

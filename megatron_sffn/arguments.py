@@ -11,6 +11,7 @@ file names a method.
 from __future__ import annotations
 
 import dataclasses
+import re
 import traceback
 from argparse import ArgumentParser, Namespace
 from typing import Any, NoReturn
@@ -31,10 +32,10 @@ from megatron_sffn.megatron_flags import (
     check_megatron_flags,
     derive_megatron_flags,
     dest_of,
+    flag_of,
     typed,
     unset_flags,
 )
-from megatron_sffn.ops.activation import Activation
 from megatron_sffn.routers import ROUTERS
 
 USAGE = """torchrun --nproc-per-node N -m megatron_sffn.pretrain [--sffn-* flags] [Megatron flags]
@@ -54,7 +55,6 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
     Raises:
         ConfigError: if a value cannot work.
     """
-
     megatron_defaults: dict[str, Any] = {}
 
     def add_flags(parser: ArgumentParser) -> ArgumentParser:
@@ -72,16 +72,7 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
     for name, default in megatron_defaults.items():
         if vars(args)[name] is None:
             setattr(args, name, default)
-    try:
-        validate_args(args)
-        transformer_config(args, sffn)
-    except ConfigError:
-        raise
-    except (AssertionError, ValueError, RuntimeError) as error:
-        # Many of Megatron's assertions have no message: then the line says what it asks for.
-        asks = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or repr(error)
-        asks = " ".join(asks.split()).rstrip(".")
-        raise ConfigError(f"Megatron does not accept these flags ({asks}); change them") from error
+    _validate(args, sffn)
     return args
 
 
@@ -129,8 +120,11 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         help="ReLU in every FFN, sparse or dense (Megatron has it, but no flag for it)",
     )
     for action in group._group_actions:
-        if action.default not in (None, False):
+        if action.default is not None and action.default is not False:
             action.help = f"{action.help} (default: %(default)s)"
+    for action in parser._actions:
+        # Megatron 0.19 has a bare percent sign in a help text, on which --help would fail.
+        action.help = re.sub(r"%%|%(?!\()", "%%", action.help or "")
     # argparse prints groups in their order: ours comes first, Megatron's forty after it.
     parser._action_groups.remove(group)
     parser._action_groups.insert(0, group)
@@ -195,7 +189,6 @@ def transformer_config(args: Namespace, sffn: SparseFFNConfig | None) -> SparseF
         sffn: the sparse layer; None for the dense baseline.
 
     Raises:
-        ConfigError: if sparse layers do not have the activation.
         AssertionError, ValueError: Megatron's, if it does not accept the numbers.
     """
     described = Namespace(**{**vars(args), "sffn": sffn})
@@ -205,8 +198,6 @@ def transformer_config(args: Namespace, sffn: SparseFFNConfig | None) -> SparseF
     config: SparseFFNTransformerConfig = core_transformer_config_from_args(
         described, SparseFFNTransformerConfig
     )
-    if sffn is not None:
-        Activation.of(config)
     return config
 
 
@@ -224,6 +215,19 @@ def check_router_flags(args: Namespace) -> None:
                 f"{typed(option, value)} has nothing to act on: --sffn-router {args.sffn_router} "
                 "does not have it; leave it out"
             )
+
+
+def _validate(args: Namespace, sffn: SparseFFNConfig | None) -> None:
+    """Megatron's rules for namespace and config, with its complaint as ours."""
+    try:
+        validate_args(args)
+        transformer_config(args, sffn)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        # Many of Megatron's assertions have no message: then the line says what it asks for.
+        asks = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or repr(error)
+        asks = " ".join(asks.split()).removeprefix("assert ").rstrip(".")
+        asks = re.sub(r"\bargs\.(\w+)", lambda name: flag_of(name[1]), asks)
+        raise ConfigError(f"Megatron does not accept these flags ({asks}); change them") from error
 
 
 def _reject(message: str) -> NoReturn:

@@ -6,6 +6,8 @@ ranks. Counting happens in evaluation only: there no layer is recomputed, so not
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,5 +42,4 @@ def load_entropy(tokens_per_block: Tensor) -> float:
     if len(tokens_per_block) == 1:
         return 1.0
     share = tokens_per_block.double() / tokens_per_block.sum().clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-300).log()).sum()
-    return float(entropy / torch.log(torch.tensor(float(len(share)))))
+    return float(torch.special.entr(share).sum()) / math.log(len(share))

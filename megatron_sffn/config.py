@@ -12,6 +12,7 @@ router, so that a new method changes no existing config (axlearn's rule for conf
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -80,6 +81,11 @@ class RouterConfig:
                     f"{item.metadata['flag']} {value} is unknown; choose from {', '.join(choices)}"
                 )
 
+    @property
+    def gated_output(self) -> bool:
+        """Whether a factor per (token, block) multiplies the output, and travels with it."""
+        return False
+
     def build(self) -> Callable[..., torch.nn.Module]:
         """The router's class, to be called with Megatron's `RouterBuilder` arguments."""
         raise NotImplementedError(f"{type(self).__name__} has no router")
@@ -88,8 +94,14 @@ class RouterConfig:
         """Parameters of the router of one layer."""
         return 0
 
-    def flops(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
-        """Forward FLOPs of the selection per token and layer (one multiply-add is 2)."""
+    def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
+        """Forward FLOPs of the selection per token and layer (one multiply-add is 2).
+
+        Args:
+            sffn: the layer.
+            hidden_size: D.
+            gated: whether a cell has a gate key and an up key (SwiGLU).
+        """
         return 0
 
 
@@ -118,6 +130,11 @@ class SparseFFNConfig:
 
     def __post_init__(self) -> None:
         """Check the numbers against each other."""
+        if self.backend not in list(Backend):
+            raise ConfigError(
+                f"--sffn-backend {self.backend} is unknown; choose from {', '.join(Backend)}"
+            )
+        object.__setattr__(self, "backend", Backend(self.backend))
         for name, value in (
             ("--sffn-active-cells", self.active_cells),
             ("--sffn-block-size", self.block_size),
@@ -163,6 +180,13 @@ class SparseFFNTransformerConfig(TransformerConfig):
             for name, value in moe_fields(self.sffn).items():
                 setattr(self, name, value)
         super().__post_init__()
+
+
+def without_biases(config: SparseFFNTransformerConfig) -> SparseFFNTransformerConfig:
+    """A copy for Megatron modules inside a sparse layer: no method here has biases."""
+    copied = copy.copy(config)
+    copied.add_bias_linear = False
+    return copied
 
 
 def moe_fields(sffn: SparseFFNConfig) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """The exchange between ranks: a token travels once to each rank that holds one of its blocks.
 
-Enters: tokens `[T, D]` and their `Routing`. Leaves: the rows `[R, D]` that meet blocks of this rank,
-the (row, block) pairs with their gates, and a `Plan`, the frozen record with which `combine` sends
-one summed row per token and rank back.
+Enters: tokens `[T, D]` and their `Routing`. Leaves: the rows `[R, D]` that meet blocks of this
+rank, the (row, block) pairs with their gates, and a `Plan`, the frozen record with which `combine`
+sends one summed row per token and rank back.
 
-Megatron's dispatchers send a copy per chosen expert, K of them; here the traffic does not grow when
-blocks shrink. Counts are exact and ranks may get no row at all.
+Megatron's dispatchers send a copy per chosen expert, K of them; here rows do not multiply when
+blocks shrink, only the pairs of small integers do. Counts are exact; a rank may get no row.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def dispatch(x: Tensor, routing: Routing, num_local_blocks: int, group: Any) -> 
     if ranks == 1:
         return Dispatched(rows=x, pairs=pairs, gates=gates, plan=None)
 
-    tokens, active = routing.block_ids.shape
+    tokens = len(x)
     owner = pairs.blocks // num_local_blocks
     # One row per (rank, token) that meet, rank-major; `row_of` numbers them within their rank.
     meets = torch.zeros(ranks, tokens, dtype=torch.bool, device=x.device)

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
+
+OTHER_RANKS_WAIT = 30.0
+"""Seconds: ranks reach the same error within a few of each other."""
 
 
 class ConfigError(ValueError):
@@ -24,12 +28,15 @@ class ConfigError(ValueError):
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` as a process: a `ConfigError` becomes one sentence and exit code 2.
 
-    Only the first rank of a torchrun job speaks; the others exit with the same code.
+    The first rank of a torchrun job speaks; its exit makes the launcher stop the others.
     """
     try:
         code = main() or 0
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            # Leaving first would stop the first rank before it speaks; a rank that is still there
+            # after the wait is the only one that saw the error.
+            time.sleep(OTHER_RANKS_WAIT)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
         code = 2
     sys.exit(code)

@@ -8,7 +8,6 @@ rather than tokens × experts maps, and `MegatronBackedFFN` keeps them all, as a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from torch import Tensor
 
 from megatron_sffn.balance import LoadCounter
-from megatron_sffn.config import Backend, SparseFFNTransformerConfig
+from megatron_sffn.config import Backend, SparseFFNTransformerConfig, without_biases
 from megatron_sffn.dispatch import combine, dispatch
 from megatron_sffn.memory import Memory
 from megatron_sffn.ops import Activation
@@ -62,7 +61,7 @@ class _SparseLayer(MoELayer):
         return routing
 
     def _token_ids(self) -> Tensor | None:
-        """The microbatch's `[b, s]` input ids as `[T]`, in the order and cut of the hidden states."""
+        """The microbatch's `[b, s]` ids as `[T]`, in the order and cut of the hidden states."""
         if self.input_ids is None:
             return None
         ids = self.input_ids.T.contiguous()
@@ -157,7 +156,7 @@ class MegatronBackedFFN(_SparseLayer):
         is_mtp_layer: bool = False,
         name: str | None = None,
     ) -> None:
-        config = dataclasses.replace(config, add_bias_linear=False)
+        config = without_biases(config)
         linear = LocalSpecProvider()
         experts = partial(
             SequentialMLP,

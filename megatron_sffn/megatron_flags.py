@@ -68,9 +68,10 @@ DENSE_ONLY = (
     "multi_latent_attention",
     "overlap_dispatch_backward_with_experts_wgrad",
     "overlap_moe_expert_parallel_comm",
+    "quick_geglu",
     "spec",
 )
-"""Flags (dest) that sparse layers would ignore, or that replace the model they are in."""
+"""Flags (dest) that sparse layers lack, or that replace the model they are in."""
 
 
 def unset_flags(parser: ArgumentParser) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _check_moe_flag(router: str, dest: str, value: Any) -> None:
     if dest in DERIVED:
         raise ConfigError(f"{text} follows from the --sffn flags ({DERIVED[dest]}); leave it out")
     if dest not in GATE:
-        raise ConfigError(f"{text} has no effect with --sffn-router {router}; leave it out")
+        raise ConfigError(f"{text} is not available with --sffn-router {router}; leave it out")
     if ROUTERS[router].balance_coefficient is None and value not in (0, [0], ["none"]):
         raise ConfigError(
             f"{text} has nothing to act on: --sffn-router {router} has no learned gate; leave it "

@@ -1,8 +1,8 @@
 """The memory of one layer: the tables of keys and values, cut over ranks by blocks.
 
-Enters: the layer's numbers and the expert-parallel group. Leaves: two parameters, keys `[B/ep, G, D]`
-(`[B/ep, 2G, D]`, gate keys first, for SwiGLU) and values `[B/ep, G, D]`, their initial values and
-their place in a checkpoint.
+Enters: the layer's numbers and the expert-parallel group. Leaves: two parameters, keys
+`[B/ep, G, D]` (`[B/ep, 2G, D]`, gate keys first, for SwiGLU) and values `[B/ep, G, D]`, their
+initial values and their place in a checkpoint.
 
 Choices
 - Tables without biases, as both papers define the layer, whatever `--disable-bias-linear` says.
@@ -12,6 +12,7 @@ Choices
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -118,5 +119,10 @@ class Memory(MegatronModule):
 
 
 def _seed(seed: int, layer: int, block: int) -> int:
-    """A seed for each block of each layer; 2^32 blocks fit before two of them meet."""
-    return (seed * 100_003 + layer) << 32 | block
+    """A seed for each block of each layer.
+
+    torch's CPU generator reads 32 bits of it: the layer starts at a hashed place among them, and
+    its blocks count on from there, so that no two blocks of a layer share a seed.
+    """
+    start = hashlib.blake2b(f"{seed}/{layer}".encode(), digest_size=4).digest()
+    return (int.from_bytes(start) + block) % 2**32

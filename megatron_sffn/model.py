@@ -1,4 +1,4 @@
-"""Which layers are sparse, and how they get into Megatron's GPT: the one file that knows its MLP slot.
+"""Which layers are sparse, and how they get into Megatron's GPT: only this file knows its MLP slot.
 
 Enters: Megatron's config with `sffn` set. Leaves: a `GPTModelConfig` whose layer spec is Megatron's
 own, with the `mlp` of the chosen layers replaced.
@@ -30,15 +30,15 @@ def layer_pattern(text: str, num_layers: int) -> list[int]:
         1 for each sparse layer, 0 for each other; Megatron's `moe_layer_freq`.
 
     Raises:
-        ConfigError: if the text is neither, or names a layer the model does not have.
+        ConfigError: if the text is neither, or names a layer twice or one the model does not have.
     """
     every = text.removeprefix("every:")
     try:
         if every != text:
             step = int(every)
-            chosen = set(range(step - 1, num_layers, step)) if step > 0 else set()
+            chosen = list(range(step - 1, num_layers, step)) if step > 0 else []
         else:
-            chosen = {int(index) for index in text.split(",")}
+            chosen = [int(index) for index in text.split(",")]
     except ValueError:
         raise ConfigError(
             f"--sffn-layers {text} is neither every:N nor a list of layer indices; "
@@ -51,6 +51,8 @@ def layer_pattern(text: str, num_layers: int) -> list[int]:
             f"--sffn-layers {text} {wrong} of a model with --num-layers {num_layers}; "
             f"use indices from 0 to {num_layers - 1}, or every:N with N from 1 to {num_layers}"
         )
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(f"--sffn-layers {text} names a layer twice; name each layer once")
     return [int(index in chosen) for index in range(num_layers)]
 
 

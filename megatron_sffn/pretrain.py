@@ -9,6 +9,9 @@ import this module again at every save: it has to be light.
 
 from __future__ import annotations
 
+import os
+import socket
+
 from megatron_sffn.errors import run_command
 
 
@@ -17,8 +20,11 @@ def main() -> int:
     import logging
     import warnings
 
-    # Of the accelerator libraries that are absent; `platform_line` says what runs instead.
+    one_rank_without_torchrun()
+    # Megatron's remarks on accelerator libraries that are absent, and torch's on names that
+    # Megatron still uses: nothing that a user could act on.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
     from megatron_sffn.platforms import cpu
 
@@ -36,6 +42,17 @@ def main() -> int:
     logging.getLogger("megatron").setLevel(logging.WARNING)
     train(args)
     return 0
+
+
+def one_rank_without_torchrun() -> None:
+    """Outside torchrun this process is a world of its own."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(world, MASTER_PORT=str(port))
 
 
 if __name__ == "__main__":

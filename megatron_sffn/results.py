@@ -180,5 +180,8 @@ def write_whole(path: Path, text: str) -> None:
     """Replace a file at once: a reader sees the former text or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -48,7 +48,12 @@ def train(args: Namespace) -> None:
     set_global_variables(args)
     shape = ModelShape.of_args(args, sffn)
     if args.rank == 0:
-        print(table(shape, expert_parallel_size=args.expert_model_parallel_size), flush=True)
+        numbers = table(
+            shape,
+            expert_parallel_size=args.expert_model_parallel_size,
+            bytes_per_number=args.params_dtype.itemsize,
+        )
+        print(numbers, flush=True)
     recorder = Recorder(args, run_folder(args))
     pretrain(
         pretrain_cfg_container_from_args(args, model_config(args, sffn)),
@@ -60,6 +65,7 @@ def train(args: Namespace) -> None:
     path = recorder.write_summary(shape)
     if path is not None:
         print(f"summary: {path}", flush=True)
+    torch.distributed.destroy_process_group()
 
 
 def model_config(args: Namespace, sffn: SparseFFNConfig | None) -> GPTModelConfig:

@@ -66,9 +66,7 @@ def config_of(case: Case) -> SparseFFNTransformerConfig:
             router=ROUTERS[case.router](**dict(case.options)),
             backend=case.backend,
         ),
-        **activation,
-        **balance,
-        **dict(case.megatron),
+        **{**activation, **balance, **dict(case.megatron)},
     )
 
 

@@ -73,9 +73,7 @@ def fork(world_size: int, body: Callable[[int, Path], Any]) -> list[Any]:
                 _child(rank, folder, body)
             children[pid] = rank
         _wait(children, folder)
-        return [
-            pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(world_size)
-        ]
+        return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(world_size)]
 
 
 def _child(rank: int, folder: Path, body: Callable[[int, Path], Any]) -> None:
@@ -114,6 +112,4 @@ def _wait(children: dict[int, int], folder: Path) -> None:
         os.waitpid(pid, 0)
     if failed is not None:
         error = folder / f"error{failed}"
-        raise AssertionError(
-            f"rank {failed}: {error.read_text() if error.exists() else 'killed'}"
-        )
+        raise AssertionError(f"rank {failed}: {error.read_text() if error.exists() else 'killed'}")

@@ -7,16 +7,16 @@ this rank's device. All index building, blending and sampling is Megatron's.
 from __future__ import annotations
 
 import os
+import struct
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -118,14 +118,25 @@ def check_data(args: Namespace) -> None:
     vocab_size = load_tokenizer(args).vocab_size
     if args.mock_data:
         return
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    try:
+        blend, blend_per_split = get_blend_and_blend_per_split(args)
+    except (AssertionError, KeyError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"the data paths cannot be read ({error!r}); give --data-path PREFIX, or WEIGHT PREFIX "
+            "for each of several, or files of such lists that exist"
+        ) from error
     blends = [blend] if blend else [one for one in blend_per_split or [] if one]
     if not blends:
         raise ConfigError(
             "no data set was given; pass --data-path PREFIX (of PREFIX.bin and PREFIX.idx, made by "
             "tools/preprocess_data.py) or --mock-data"
         )
-    for prefixes, _weights in blends:
+    for prefixes, weights in blends:
+        if weights and not all(weight > 0 for weight in weights):
+            raise ConfigError(
+                f"the weights {weights} of --data-path hold one that is not positive; "
+                "leave out the data sets that are not to be read"
+            )
         for prefix in prefixes:
             check_dataset(prefix, vocab_size)
 
@@ -146,27 +157,42 @@ def check_dataset(prefix: str, vocab_size: int) -> None:
                 f"data set {prefix + ending} does not exist; check --data-path, which is the path "
                 "of PREFIX.bin and PREFIX.idx without the ending"
             )
-    try:
-        dataset = IndexedDataset(prefix)
-        tokens = int(dataset.sequence_lengths.sum())
-    except Exception as error:
-        raise ConfigError(
-            f"data set index {prefix}.idx cannot be read ({error}); make the data set again with "
-            "tools/preprocess_data.py"
-        ) from error
+    if os.path.getsize(prefix + ".bin") == 0:
+        raise ConfigError(f"data set {prefix}.bin is empty; give it documents")
+    _check_index(prefix + ".idx")
+    dataset = IndexedDataset(prefix)
+    tokens = int(dataset.sequence_lengths.sum())
     dtype = numpy.dtype(dataset.index.dtype)
-    size, expected = Path(prefix + ".bin").stat().st_size, tokens * dtype.itemsize
+    size, expected = os.path.getsize(prefix + ".bin"), tokens * dtype.itemsize
     if size != expected:
         raise ConfigError(
             f"data set {prefix}.bin has {size} bytes, but its index says {expected}; it is "
             "truncated or belongs to another index: make it again with tools/preprocess_data.py"
         )
-    if tokens == 0:
-        raise ConfigError(f"data set {prefix}.bin is empty; give it documents")
     ids = numpy.memmap(prefix + ".bin", dtype=dtype, mode="r")
-    largest = int(max(ids[:SAMPLED_TOKENS].max(), ids[-SAMPLED_TOKENS:].max()))
-    if largest >= vocab_size:
+    ends = (ids[:SAMPLED_TOKENS], ids[-SAMPLED_TOKENS:])
+    smallest, largest = min(int(end.min()) for end in ends), max(int(end.max()) for end in ends)
+    if smallest < 0 or largest >= vocab_size:
         raise ConfigError(
-            f"data set {prefix} holds token id {largest}, but the tokenizer has {vocab_size} ids; "
-            "use the tokenizer that made the data set (--tokenizer-type, --tokenizer-model)"
+            f"data set {prefix} holds token ids {smallest} to {largest}, but the tokenizer has "
+            f"{vocab_size} ids; use the tokenizer that made the data set (--tokenizer-type, "
+            "--tokenizer-model)"
+        )
+
+
+def _check_index(path: str) -> None:
+    """The head of an `.idx` file is Megatron's, and the file as long as it says.
+
+    `IndexedDataset` would notice too, but prints a second traceback when it is torn down.
+    """
+    head = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, documents
+    with open(path, "rb") as file:
+        start = file.read(head.size).ljust(head.size, b"\0")
+    magic, version, code, sequences, documents = head.unpack(start)
+    known = (magic, version) == (b"MMIDIDX\0\0", 1) and code in [dtype.value for dtype in DType]
+    # A length and an offset for each sequence, and the first sequence of each document.
+    if not known or os.path.getsize(path) != head.size + 12 * sequences + 8 * documents:
+        raise ConfigError(
+            f"data set index {path} is {'truncated' if known else 'no index'}; make the data set "
+            "again with tools/preprocess_data.py"
         )

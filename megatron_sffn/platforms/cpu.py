@@ -1,8 +1,8 @@
 """Megatron on a host without CUDA: `torch.cuda` answers for the CPU, and collectives run over gloo.
 
 Enters: a process whose `torch.cuda.is_available()` is really False. Leaves: the same process, in
-which unmodified Megatron 0.19 trains. `install()` is called once by an entry point, before it builds
-anything of Megatron's; on a CUDA machine it does nothing.
+which unmodified Megatron 0.19 trains. `install()` is called once by an entry point, before it
+builds anything of Megatron's; on a CUDA machine it does nothing.
 
 Choices
 - Every adaptation is one row of `adaptations()`: the name that is replaced, what replaces it, and
@@ -293,7 +293,7 @@ def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sizes_as_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Split sizes become numpy also when they begin on the CPU: `all_to_all_single` wants numbers."""
+    """Split sizes become numpy also when they begin on the CPU: `all_to_all_single` wants that."""
 
     def sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
@@ -302,7 +302,7 @@ def _sizes_as_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _norm_under_sequence_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch's norm under sequence parallelism: it only has to mark its parameters for the TP sum."""
+    """Torch's norm under sequence parallelism: it has to mark its parameters for the TP sum."""
 
     def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         plain = types.SimpleNamespace(**vars(config))

@@ -40,7 +40,12 @@ class AvgKConfig(RouterConfig):
         """See `RouterConfig.build`."""
         return AvgKRouter
 
-    def flops(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
+    @property
+    def gated_output(self) -> bool:
+        """See `RouterConfig.gated_output`."""
+        return self.gate != "none"
+
+    def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """One dot product per block."""
         return 2 * hidden_size * sffn.num_blocks
 

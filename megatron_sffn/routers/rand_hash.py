@@ -1,5 +1,5 @@
-"""RandHash: a fixed random map from the input token's id to K blocks (HashLayer, Roller et al. 2021;
-RandHash in arXiv 2305.13999). No parameter, no gate, no balance loss.
+"""RandHash: a fixed random map from the input token's id to K blocks (arXiv 2305.13999; HashLayer,
+Roller et al. 2021). No parameter, no gate, no balance loss.
 
 The K blocks of an id are the first K images of a permutation of the B blocks that is keyed by the
 id, the layer and the seed: distinct by construction. The permutation is a Feistel network with

@@ -9,6 +9,7 @@ the selection and of the loss's counts, so that no tokens × blocks map is made.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
@@ -19,7 +20,12 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_sffn.config import RouterConfig, SparseFFNConfig
+from megatron_sffn.config import (
+    RouterConfig,
+    SparseFFNConfig,
+    SparseFFNTransformerConfig,
+    without_biases,
+)
 from megatron_sffn.ops.route_topk import route_topk
 from megatron_sffn.routers.base import Routing
 
@@ -32,6 +38,11 @@ class SwitchConfig(RouterConfig):
     summary = "learned softmax gate that multiplies the output, with a load-balance loss"
     balance_coefficient = 0.01  # Fedus et al. 2021; --moe-aux-loss-coeff overrides it
 
+    @property
+    def gated_output(self) -> bool:
+        """See `RouterConfig.gated_output`."""
+        return True
+
     def build(self) -> type[SwitchRouter]:
         """See `RouterConfig.build`."""
         return SwitchRouter
@@ -40,7 +51,7 @@ class SwitchConfig(RouterConfig):
         """The gate's weights."""
         return sffn.num_blocks * hidden_size
 
-    def flops(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
+    def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """One dot product per block."""
         return 2 * hidden_size * sffn.num_blocks
 
@@ -48,9 +59,11 @@ class SwitchConfig(RouterConfig):
 class SwitchRouter(TopKRouter):
     """Megatron's top-k router in index form."""
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, keys: Tensor, token_ids: Tensor | None = None
-    ) -> Routing:
+    def __init__(self, *, config: SparseFFNTransformerConfig, **kwargs: Any) -> None:
+        # Megatron would give the gate a bias wherever its linears have one; Switch has none.
+        super().__init__(config=without_biases(config), **kwargs)
+
+    def forward(self, x: Tensor, keys: Tensor, token_ids: Tensor | None = None) -> Routing:
         """See `Router.forward`."""
         logits = self.apply_z_loss(self.gating(self.apply_input_jitter(x)))
         ids = route_topk(logits.detach(), self.topk)

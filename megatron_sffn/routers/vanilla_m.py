@@ -51,12 +51,13 @@ class VanillaMConfig(RouterConfig):
         """See `RouterConfig.build`."""
         return VanillaMRouter
 
-    def flops(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
+    def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """All M keys are scored; the K chosen blocks' share is then not computed again.
 
         The papers count it so, and so do we, although our layer computes those 2·d·k again.
         """
-        return 2 * hidden_size * (sffn.num_cells - sffn.active_cells)
+        per_cell = 2 * hidden_size * (2 if gated else 1)
+        return per_cell * (sffn.num_cells - sffn.active_cells)
 
 
 class VanillaMRouter(Router):
@@ -81,7 +82,7 @@ class VanillaMRouter(Router):
         activation = Activation.of(self.config)
         dtype = score_dtype(x)
         x = x.to(dtype)
-        blocks, cells, width = keys.shape
+        cells, width = keys.shape[1:]
         step = max(1, SCRATCH_NUMBERS // max(1, x.shape[0] * cells))
         parts = []
         for some in keys.split(step):

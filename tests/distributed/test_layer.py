@@ -88,7 +88,11 @@ def exchange(block_ids: list[list[list[int]]]) -> dict[str, object]:
     y.index_add_(0, here.pairs.rows, here.rows[here.pairs.rows] * factors)
     back = combine(y, here.plan)
     expected = x * (ids + 1).sum(dim=1, keepdim=True)
-    return {"rows": len(here.rows), "pairs": len(here.pairs.rows), "right": bool(torch.equal(back, expected))}
+    return {
+        "rows": len(here.rows),
+        "pairs": len(here.pairs.rows),
+        "right": bool(torch.equal(back, expected)),
+    }
 
 
 def test_a_token_travels_once_to_each_rank_that_holds_a_block_of_it() -> None:

@@ -54,7 +54,9 @@ def test_f4_order_of_blocks_and_of_cells_does_not_matter(backend: str) -> None:
     ids, gates = choose(6, 3), torch.rand(T, 3, dtype=x.dtype)
     y = block_ffn(x, keys, values, ids, gates, backend=backend)
     moved = torch.randperm(6)
-    y_blocks = block_ffn(x, keys[moved], values[moved], moved.argsort()[ids], gates, backend=backend)
+    y_blocks = block_ffn(
+        x, keys[moved], values[moved], moved.argsort()[ids], gates, backend=backend
+    )
     torch.testing.assert_close(y_blocks, y, rtol=1e-10, atol=1e-12)
     cells = torch.randperm(4)
     y_cells = block_ffn(x, keys[:, cells], values[:, cells], ids, gates, backend=backend)
@@ -115,7 +117,9 @@ def test_f7_output_and_gradients_are_those_of_the_masked_dense_ffn(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_hand_written_backward_is_the_derivative(activation: Activation) -> None:
     x, keys, values = make(3, activation)
-    inputs = [t[:4].clone().requires_grad_() if t is x else t.requires_grad_() for t in (x, keys, values)]
+    inputs = [
+        t[:4].clone().requires_grad_() if t is x else t.requires_grad_() for t in (x, keys, values)
+    ]
     gates = torch.rand(4, 2, dtype=x.dtype, requires_grad=True)
     ids = choose(8, 2, tokens=4)
     # Away from the kink of ReLU, where no finite difference can be right.
@@ -142,9 +146,7 @@ def pairs_of(case: str) -> Pairs:
     "case", ["all to one block", "no pair at all", "one row has every block", "ragged"]
 )
 @pytest.mark.parametrize("scratch", [1, 1 << 20])
-def test_edges_against_the_oracle(
-    case: str, scratch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_edges_against_the_oracle(case: str, scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "SCRATCH_BYTES", scratch)
     monkeypatch.setattr(cpu, "SMALLEST_PIECE", 3)
     results = []

@@ -11,9 +11,7 @@ VOCAB = 5000
 
 
 def every_id(num_blocks: int = 48, num_active: int = 6, key: int = 42) -> torch.Tensor:
-    return hashed_blocks(
-        torch.arange(VOCAB), num_blocks=num_blocks, num_active=num_active, key=key
-    )
+    return hashed_blocks(torch.arange(VOCAB), num_blocks=num_blocks, num_active=num_active, key=key)
 
 
 def test_r1_an_id_has_the_same_blocks_at_every_position_and_in_every_mode(build) -> None:

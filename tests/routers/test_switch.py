@@ -36,7 +36,9 @@ def test_s1_probabilities_are_not_renormalised_over_the_chosen(build) -> None:
     x = torch.randn(T, D).double()
     routing = router(x, torch.zeros(12, 2, D))
     p = (x @ router.weight.T).softmax(1)
-    torch.testing.assert_close(routing.gates.double(), p.gather(1, routing.block_ids).double(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        routing.gates.double(), p.gather(1, routing.block_ids).double(), rtol=1e-5, atol=1e-7
+    )
     assert (routing.gates.sum(1) < 0.99).all()
 
 

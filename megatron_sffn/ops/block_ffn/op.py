@@ -88,6 +88,7 @@ def block_ffn_pairs(
         )
     if not x.dtype == keys.dtype == values.dtype:
         raise ConfigError(
-            f"x, keys and values are {x.dtype}, {keys.dtype} and {values.dtype}; give them one dtype"
+            f"x, keys and values are {x.dtype}, {keys.dtype} and {values.dtype}; "
+            "give them one dtype"
         )
     return compute(x, keys, values, pairs, gates, activation)

@@ -1,0 +1,211 @@
+"""The quick start: `python -m examples.quickstart` (`make quickstart`).
+
+Enters: nothing but this machine. Leaves: a folder with two finished pretrainings, dense and Avg-K,
+and `report.html`, which compares them; the same table on the terminal.
+
+Choice: every step knows its complete output and is skipped when that is there; a training goes on
+from its newest checkpoint. So the same command, run again after Ctrl-C, a crash or a reboot,
+continues where it was. `settings.json` guards that: a folder holds one experiment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.quickstart import corpus, data
+from examples.quickstart.launch import RunFailedError, clock, launch
+from examples.quickstart.runs import RUNS, TRAIN_ITERS, VOCAB_SIZE, Plan
+from megatron_sffn.errors import ConfigError, run_command
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C has ended."""
+
+
+class Steps:
+    """Headings with a number and the time since the start."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._number, self._start = total, 0, time.monotonic()
+
+    @property
+    def elapsed(self) -> str:
+        """Time since the start."""
+        return clock(time.monotonic() - self._start)
+
+    def begin(self, title: str) -> None:
+        """Announce the next step."""
+        self._number += 1
+        log(f"[{self._number}/{self._total}] {self.elapsed} {title}")
+
+
+def log(message: str) -> None:
+    """One line of progress."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.quickstart",
+        description="Train two small language models on real text, one dense and one with Avg-K "
+        "sparse layers of the same active cells, on 2 CPU ranks, and compare them. "
+        "Interrupt it when you like: the same command continues.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--corpus",
+        default=os.environ.get("CORPUS") or "stdlib",
+        help="stdlib: source text of this Python's standard library; debian-docs: prose from "
+        "Debian's documentation packages, which apt-get downloads (default: $CORPUS or stdlib)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=os.environ.get("SEED") or 1234,
+        help="of the weights and of the order of the data (default: $SEED or 1234)",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="gets all results (default: runs/quickstart)",
+    )
+    parser.add_argument(
+        "--train-iters",
+        type=int,
+        default=TRAIN_ITERS,
+        help=f"training steps of each run (default: {TRAIN_ITERS})",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="remove former runs in the folder, keep the corpus"
+    )
+    args = parser.parse_args(argv)
+    if args.corpus not in corpus.KINDS:
+        raise ConfigError(
+            f"--corpus {args.corpus} is unknown; choose one of: {', '.join(corpus.KINDS)}"
+        )
+    if args.train_iters < 1:
+        raise ConfigError(f"--train-iters {args.train_iters} is less than 1; give at least 1")
+    if args.seed < 1:
+        raise ConfigError(f"--seed {args.seed} is less than 1, which Megatron needs; give another")
+    if args.folder.exists() and not args.folder.is_dir():
+        raise ConfigError(f"--folder {args.folder} is a file; give the path of a folder")
+    return args
+
+
+def claim_folder(plan: Plan, kind: str, *, fresh: bool) -> None:
+    """Make sure that what lies in the folder belongs to this experiment.
+
+    Raises:
+        ConfigError: if it belongs to another one and `fresh` is off; nothing is touched then.
+    """
+    path = plan.folder / "settings.json"
+    settings = {
+        "corpus": kind,
+        # The text of the standard library depends on it.
+        "python": platform.python_version(),
+        "vocab_size": VOCAB_SIZE,
+        "runs": {run.name: plan.flags(run) for run in RUNS},
+    }
+    # Without its mark the folder may be anyone's: nothing is removed then.
+    if fresh and path.exists():
+        for name in ("data", *(run.name for run in RUNS)):
+            shutil.rmtree(plan.folder / name, ignore_errors=True)
+        for name in ("settings.json", "report.html"):
+            (plan.folder / name).unlink(missing_ok=True)
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = None
+    if found is not None and found != settings:
+        differing = next(key for key in settings if found.get(key) != settings[key])
+        raise ConfigError(
+            f"--folder {plan.folder} holds a quick start with other settings ({differing} differ); "
+            "add --fresh to replace it, or give another --folder"
+        )
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def run_steps(args: argparse.Namespace) -> None:
+    """Everything, in order."""
+    plan = Plan(folder=args.folder, seed=args.seed, train_iters=args.train_iters)
+    claim_folder(plan, args.corpus, fresh=args.fresh)
+    steps = Steps(total=4 + len(RUNS))
+
+    steps.begin(f"corpus: {args.corpus}")
+    text = corpus.build_corpus(args.corpus, plan.folder / "corpus")
+
+    folder = plan.folder / "data"
+    complete = data.is_complete(folder, text, VOCAB_SIZE)
+    steps.begin(f"tokenizer: {VOCAB_SIZE} ids{', there already' if complete else ''}")
+    if not complete:
+        data.train_tokenizer(folder, text, VOCAB_SIZE)
+    steps.begin(f"data sets{': there already' if complete else ''}")
+    if not complete:
+        data.make_datasets(folder, text, VOCAB_SIZE)
+
+    for run in RUNS:
+        saved = plan.saved_iteration(run)
+        state = ""
+        if plan.summary(run) is not None:
+            state = ", there already"
+        elif saved:
+            state = f", continued from iteration {saved}"
+        steps.begin(f"pretraining and evaluation: {run.title}{state}")
+        if plan.summary(run) is None:
+            launch(
+                plan.command(run, sys.executable),
+                plan.folder_of(run) / "train.log",
+                title=run.title,
+            )
+        if plan.summary(run) is None:
+            raise RunFailedError(
+                f"the {run.title} run ended without its summary; see "
+                f"{plan.folder_of(run) / 'train.log'}"
+            )
+
+    steps.begin("report")
+    # matplotlib and TensorBoard: seconds to import, and needed here only.
+    from examples.quickstart import report
+
+    results = report.read_results(plan)
+    page = report.write(plan, results)
+    log(f"finished in {steps.elapsed}")
+    print(f"\n{report.terminal_table(results)}\n\n{report.finding(results)}\n\nreport: {page}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    args = parse_arguments(argv)
+    # A closed terminal or a `kill` saves like Ctrl-C.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        run_steps(args)
+    except KeyboardInterrupt:
+        plan = Plan(folder=args.folder, seed=args.seed, train_iters=args.train_iters)
+        saved = [
+            f"{run.title} is saved at iteration {plan.saved_iteration(run)} of {args.train_iters}"
+            for run in RUNS
+            if plan.saved_iteration(run) and plan.summary(run) is None
+        ]
+        log("\n" + "; ".join([*saved, "interrupted: the same command continues from here"]))
+        return INTERRUPTED
+    except (RunFailedError, data.ToolFailedError) as error:
+        log(f"error: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

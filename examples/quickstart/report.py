@@ -1,0 +1,293 @@
+"""The report of the quick start: what was found, in a sentence, a table and charts.
+
+Enters: the folders of finished runs: `summary.json`, `routing.jsonl`, TensorBoard's events. Leaves:
+`report.html`, one file that needs nothing else, and the same table for the terminal.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.quickstart import charts
+from examples.quickstart.charts import Curve, Load
+from examples.quickstart.runs import RUNS, Plan, Run
+
+SAME = 0.005
+"""Perplexities closer than this share are called the same: one seed cannot tell them apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A finished run.
+
+    Args:
+        run: which one.
+        summary: its `summary.json`.
+        training: loss of each step.
+        validation: loss of each evaluation.
+        loads: of each sparse layer at each evaluation, in time and then layer order.
+    """
+
+    run: Run
+    summary: dict[str, Any]
+    training: Curve
+    validation: Curve
+    loads: tuple[Load, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """On all of the held-out text, after the last step."""
+        return float(self.summary["validation_perplexity"])
+
+
+def read_results(plan: Plan) -> list[Result]:
+    """Read every run of a finished quick start."""
+    results = []
+    for run in RUNS:
+        summary = plan.summary(run)
+        assert summary is not None, f"{plan.folder_of(run)} holds no finished run"
+        training, validation = read_curves(plan.folder_of(run) / "tensorboard")
+        results.append(
+            Result(
+                run=run,
+                summary=summary,
+                training=training,
+                validation=validation,
+                loads=read_loads(plan.folder_of(run) / "routing.jsonl"),
+            )
+        )
+    return results
+
+
+def read_curves(folder: Path) -> tuple[Curve, Curve]:
+    """Training and validation loss from TensorBoard's events, of all starts of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # scalars: 0 keeps all of them. A step that was repeated after a kill counts once: the last.
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+
+    def curve(tag: str) -> Curve:
+        points = {event.step: event.value for event in events.Scalars(tag)}
+        return Curve(steps=tuple(sorted(points)), losses=tuple(points[at] for at in sorted(points)))
+
+    tags = events.Tags()["scalars"]
+    # With a name or number of the validation set behind it, if there could be several.
+    (validation,) = (
+        tag for tag in tags if tag.startswith("lm loss validation") and "samples" not in tag
+    )
+    return curve("lm loss"), curve(validation)
+
+
+def read_loads(path: Path) -> tuple[Load, ...]:
+    """The load of every layer's blocks; none for a dense model."""
+    if not path.exists():
+        return ()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return tuple(
+        Load(
+            iteration=record["iteration"],
+            layer=record["layer"],
+            entropy=record["load_entropy"],
+            dead=record["dead_blocks"],
+            tokens=tuple(record["tokens_per_block"]),
+        )
+        for record in records
+    )
+
+
+# --- words and numbers
+
+
+def finding(results: Sequence[Result]) -> str:
+    """What the numbers say, in one sentence."""
+    dense, sparse = results
+    perplexities = f"{sparse.perplexity:.1f} against {dense.perplexity:.1f} for the dense model"
+    change = sparse.perplexity / dense.perplexity - 1
+    if abs(change) < SAME:
+        verdict = "no difference that one seed could show"
+    else:
+        verdict = f"{abs(change):.1%} {'lower' if change < 0 else 'higher'}"
+    cells = sparse.summary["active_cells"]
+    return (
+        f"At {cells} active cells per token in each layer of both models, {sparse.run.title} "
+        f"reached a held-out perplexity of {perplexities}: {verdict}, with "
+        f"{ratio(results, 'parameters_total'):.1f} times the parameters, "
+        f"{more(ratio(results, 'flops_per_token'))} FLOPs per token and "
+        f"{ratio(results, 'tokens_per_second'):.0%} of the tokens per second on this machine."
+    )
+
+
+def ratio(results: Sequence[Result], key: str) -> float:
+    """A number of the sparse run over that of the dense one."""
+    dense, sparse = results
+    return float(sparse.summary[key]) / float(dense.summary[key])
+
+
+def more(factor: float) -> str:
+    """A factor as a difference: `7 % more`."""
+    if abs(factor - 1) < 0.005:
+        return "the same"
+    return f"{abs(factor - 1):.0%} {'more' if factor > 1 else 'fewer'}"
+
+
+COLUMNS = (
+    "model",
+    "parameters",
+    "active",
+    "FLOPs per token",
+    "held-out perplexity",
+    "tokens per second",
+)
+
+
+def rows(results: Sequence[Result]) -> list[list[str]]:
+    """The table's cells, as text."""
+    return [
+        [
+            result.run.title,
+            f"{result.summary['parameters_total'] / 1e6:.2f} M",
+            f"{result.summary['parameters_active'] / 1e6:.2f} M",
+            f"{result.summary['flops_per_token'] / 1e6:.2f} M",
+            f"{result.perplexity:.1f}",
+            f"{result.summary['tokens_per_second']:,.0f}",
+        ]
+        for result in results
+    ]
+
+
+def terminal_table(results: Sequence[Result]) -> str:
+    """The table as aligned text."""
+    lines = [list(COLUMNS), *rows(results)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+# --- the page
+
+
+def write(plan: Plan, results: Sequence[Result]) -> Path:
+    """Write `report.html`; returns its path."""
+    path = plan.folder / "report.html"
+    part = path.with_suffix(".part")
+    part.write_text(page(plan, results), encoding="utf-8")
+    return part.replace(path)
+
+
+def page(plan: Plan, results: Sequence[Result]) -> str:
+    """The report as HTML, with everything it shows inside."""
+    summary = results[0].summary
+    versions = summary["versions"]
+    commands = "\n\n".join(f"# {result.run.title}\n{plan.shown(result.run)}" for result in results)
+    return TEMPLATE.format(
+        style=STYLE,
+        finding=html.escape(finding(results)),
+        setting=html.escape(
+            f"{summary['tokens'] / 1e6:.2f} million tokens of training each, seed "
+            f"{summary['seed']}, {summary['layout']['world_size']} ranks on the CPU; "
+            f"megatron-sffn {versions['megatron-sffn']}, megatron-core "
+            f"{versions['megatron-core']}, torch {versions['torch']}, "
+            f"Python {versions['python']}."
+        ),
+        table=html_table([list(COLUMNS), *rows(results)]),
+        losses=charts.losses(
+            [(result.run.title, result.training, result.validation) for result in results]
+        ),
+        load="\n".join(load_section(result) for result in results if result.loads),
+        commands=html.escape(commands),
+        folder=html.escape(str(plan.folder)),
+    )
+
+
+def load_section(result: Result) -> str:
+    """Charts and a table of the load of one run's blocks after its last step."""
+    last = max(load.iteration for load in result.loads)
+    now = [load for load in result.loads if load.iteration == last]
+    first: dict[int, Load] = {}
+    for load in result.loads:
+        first.setdefault(load.layer, load)
+    lines = [
+        ["layer", "entropy, first evaluation", "entropy, last", "busiest block", "dead blocks"]
+    ]
+    lines += [
+        [
+            str(load.layer),
+            f"{first[load.layer].entropy:.3f}",
+            f"{load.entropy:.3f}",
+            f"{max(load.shares):.1f} × even",
+            f"{load.dead} of {len(load.tokens)}",
+        ]
+        for load in now
+    ]
+    return (
+        f"<h2>Load of the blocks: {html.escape(result.run.title)}</h2>\n"
+        "<p>How often each block was chosen on the held-out text after the last step, in "
+        "multiples of an even share, blocks in falling order. Entropy is 1 when all blocks are "
+        "used alike and 0 when one gets everything; a dead block was never chosen.</p>\n"
+        f"{charts.loads(now)}\n{html_table(lines)}"
+    )
+
+
+def html_table(lines: Sequence[Sequence[str]]) -> str:
+    """A table; the first line is its head."""
+    head, *body = [[html.escape(cell) for cell in line] for line in lines]
+    parts = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    parts += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in body]
+    return "<table>\n" + "\n".join(parts) + "\n</table>"
+
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { margin: 3rem auto; max-width: 54rem; padding: 0 1.25rem; line-height: 1.55;
+  font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .8rem; }
+h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; }
+p.finding { font-size: 1.2rem; margin: 0 0 .6rem; }
+p.setting { opacity: .7; font-size: .9rem; margin: 0 0 1.6rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; font-size: .85rem; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+svg { display: block; width: 100%; height: auto; margin: .6rem 0; }
+pre { background: var(--soft); padding: .9rem 1rem; border-radius: .4rem; overflow-x: auto;
+  font-size: .8rem; line-height: 1.45; }
+code { font-size: .88em; }
+"""
+
+TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Quick start: dense and Avg-K at equal active cells</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>Dense and Avg-K at equal active cells</h1>
+<p class="finding">{finding}</p>
+<p class="setting">{setting}</p>
+{table}
+<h2>Loss</h2>
+{losses}
+{load}
+<h2>How to go on</h2>
+<p>These commands trained the two models; each continues from its newest checkpoint in
+<code>{folder}</code>, or starts anew with another <code>--save</code> and <code>--load</code>.
+Other routers: <code>--sffn-router</code>; <code>.venv/bin/python -m megatron_sffn.pretrain
+--help</code> lists them.</p>
+<pre>{commands}</pre>
+<p>All curves: <code>.venv/bin/tensorboard --logdir {folder}</code>. More and other text:
+<code>make quickstart CORPUS=debian-docs ARGS='--folder runs/docs --train-iters 1500'</code>.</p>
+</body>
+</html>
+"""

@@ -1,0 +1,133 @@
+"""The two pretrainings of the quick start: their flags, their commands, and whether they are done.
+
+Enters: a folder, a seed, a number of iterations. Leaves: the commands, which a user can copy.
+Choice: the runs share every flag but those of the feed-forward layer, and both give a token the
+same number of active cells, so that a difference in loss comes from the memory alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+RANKS = 2
+VOCAB_SIZE = 4096
+TRAIN_ITERS = 300
+
+COMMON = (
+    # The model: 4 layers of width 128.
+    "--num-layers 4 --hidden-size 128 --num-attention-heads 4",
+    "--seq-length 256 --max-position-embeddings 256 --position-embedding-type rope",
+    "--normalization RMSNorm --disable-bias-linear",
+    # Less than one pass over the text: nothing to regularise.
+    "--attention-dropout 0 --hidden-dropout 0",
+    # Steps of 2048 tokens, half of them on each rank.
+    "--micro-batch-size 4 --global-batch-size 8",
+    "--lr 3e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-fraction 0.05",
+    "--adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0",
+    # Every evaluation reads all of the held-out text, sample by sample.
+    "--full-validation --multiple-validation-sets",
+    "--eval-micro-batch-size 1 --eval-global-batch-size 2",
+    # On a small model, processes that load data cost more than they save.
+    "--num-workers 0 --no-create-attention-mask-in-dataloader",
+    # Ctrl-C: save at the end of the step, then exit. Otherwise keep the newest checkpoint only.
+    "--exit-signal-handler --exit-signal SIGINT",
+    "--save-interval 100 --save-retain-interval 1000000",
+    "--log-interval 10",
+)
+"""Megatron's flags that both runs have, beside paths, seed and length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One pretraining.
+
+    Args:
+        name: of its folder.
+        title: in tables and charts.
+        flags: of the feed-forward layer and its placement.
+    """
+
+    name: str
+    title: str
+    flags: str
+
+
+RUNS = (
+    Run(name="dense", title="dense", flags="--sffn-router dense"),
+    Run(
+        name="avg-k",
+        title="Avg-K",
+        flags="--sffn-router avg-k --sffn-block-size 64 --sffn-expansion 8 "
+        "--expert-model-parallel-size 2",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the runs of one quick start share.
+
+    Args:
+        folder: of everything the quick start writes.
+        seed: of weights and the order of the data.
+        train_iters: steps of each run.
+    """
+
+    folder: Path
+    seed: int
+    train_iters: int
+
+    def folder_of(self, run: Run) -> Path:
+        """Where a run leaves its results."""
+        return self.folder / run.name
+
+    def flags(self, run: Run) -> list[str]:
+        """All flags of a run, one line of the command each."""
+        folder = shlex.quote(str(self.folder_of(run)))
+        data = shlex.quote(str(self.folder / "data"))
+        return [
+            run.flags,
+            *COMMON,
+            # Four evaluations, the last one after the last step.
+            f"--train-iters {self.train_iters} --eval-interval {self.train_iters // 4 + 1}",
+            f"--seed {self.seed}",
+            f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {data}/tokenizer",
+            f"--train-data-path {data}/train_text_document",
+            f"--valid-data-path {data}/valid_text_document --data-cache-path {data}/cache",
+            f"--save {folder} --load {folder} --tensorboard-dir {folder}/tensorboard",
+        ]
+
+    def command(self, run: Run, python: str) -> list[str]:
+        """The command of a run, for `subprocess`, with the torchrun of this interpreter."""
+        flags = [word for line in self.flags(run) for word in shlex.split(line)]
+        return [python, "-m", "torch.distributed.run", *shlex.split(LAUNCH), *flags]
+
+    def shown(self, run: Run) -> str:
+        """The same command as a user types it."""
+        lines = [f"OMP_NUM_THREADS=1 .venv/bin/torchrun {LAUNCH}", *self.flags(run)]
+        return " \\\n    ".join(lines)
+
+    def summary(self, run: Run) -> dict[str, object] | None:
+        """The summary of a finished run; None if it has not finished."""
+        try:
+            summary = json.loads((self.folder_of(run) / "summary.json").read_text())
+        except (OSError, ValueError):
+            return None
+        wanted = {"iterations": self.train_iters, "seed": self.seed}
+        found = {key: summary.get(key) for key in wanted}
+        return summary if found == wanted else None
+
+    def saved_iteration(self, run: Run) -> int:
+        """The iteration of a run's newest checkpoint; 0 if there is none."""
+        path = self.folder_of(run) / "latest_checkpointed_iteration.txt"
+        try:
+            return int(path.read_text())
+        except (OSError, ValueError):
+            return 0
+
+
+# local-addr: the name of this machine need not resolve.
+LAUNCH = f"--standalone --local-addr 127.0.0.1 --nproc-per-node {RANKS} -m megatron_sffn.pretrain"

@@ -1,0 +1,103 @@
+"""Real pretraining runs in forked ranks: the whole command, on real text."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_sffn.pretrain import main
+from tests.ranks import fork
+
+MODEL = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 64
+    --max-position-embeddings 64 --position-embedding-type rope --disable-bias-linear
+    --tokenizer-type NullTokenizer --vocab-size 256 --make-vocab-size-divisible-by 64
+    --micro-batch-size 2 --global-batch-size 8 --lr 3e-3 --lr-decay-style constant
+    --attention-dropout 0 --hidden-dropout 0 --num-workers 0 --log-interval 1 --eval-interval 1000
+    --eval-iters 2 --no-create-attention-mask-in-dataloader --sffn-block-size 8 --sffn-expansion 4
+"""
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Prefix of a data set: the bytes of this Python's own source, a document a file."""
+    prefix = str(tmp_path_factory.mktemp("text") / "stdlib")
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=numpy.uint16)
+    for path in sorted(Path(os.__file__).parent.glob("*.py"))[:60]:
+        data = numpy.frombuffer(path.read_bytes(), dtype=numpy.uint8).astype(numpy.int64)
+        builder.add_document(data, [len(data)])
+    builder.finalize(prefix + ".idx")
+    return prefix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What a run printed.
+
+    Args:
+        text: of the last rank, which prints Megatron's progress lines.
+    """
+
+    text: str
+
+    def values(self, name: str) -> list[float]:
+        """A column of the progress lines, such as `grad norm`."""
+        return [float(v) for v in re.findall(rf"{name}: ([-+.\dEe]+) \|", self.text)]
+
+    @property
+    def validation_loss(self) -> float:
+        """Of the last evaluation on the validation set."""
+        return float(re.findall(r"on validation set \| lm loss value: (\S+)", self.text)[-1])
+
+
+@pytest.fixture
+def pretrain(text: str, tmp_path: Path) -> Callable[..., Log]:
+    """`pretrain(ranks, flags)` runs the entry point and returns what it logged."""
+
+    def run(ranks: int, flags: str, *, folder: Path = tmp_path) -> Log:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def body(rank: int, results: Path) -> str:
+            # The command's own filters count here, not pytest's.
+            warnings.simplefilter("ignore")
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(ranks),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
+            os.chdir(folder)
+            output = os.open(results / f"log{rank}", os.O_CREAT | os.O_WRONLY)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.argv = ["pretrain", *shlex.split(f"{MODEL} --data-path {text} {flags}")]
+            try:
+                main()
+            except SystemExit as stop:
+                # Megatron leaves this way at --exit-interval and on signals.
+                assert not stop.code, stop.code
+            except BaseException as error:
+                sys.stdout.flush()
+                log = (results / f"log{rank}").read_text()
+                raise RuntimeError(f"{type(error).__name__}: {error}\n{log[-3000:]}") from error
+            sys.stdout.flush()
+            return (results / f"log{rank}").read_text()
+
+        return Log(text=fork(ranks, body)[-1])
+
+    return run

@@ -1,0 +1,112 @@
+"""The whole command: losses that fall, layouts that agree, runs that resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_sffn.routers import ROUTERS
+
+EP2 = "--expert-model-parallel-size 2"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+
+
+def test_golden_loss_curve(pretrain, golden) -> None:
+    log = pretrain(1, "--train-iters 20 --split 90,10,0")
+    # Rounded: the last digits of a sum belong to the processor.
+    golden("loss_avg_k", [round(loss, 2) for loss in log.values("lm loss")])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_learns_on_two_ranks(pretrain, router: str) -> None:
+    expert = "" if router == "dense" else EP2
+    log = pretrain(2, f"--train-iters 12 --split 90,10,0 --sffn-router {router} {expert}")
+    losses = log.values("lm loss")
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.5
+    assert log.validation_loss < losses[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, EP2),
+        (2, TP2),
+        (2, "--pipeline-model-parallel-size 2"),
+        (4, f"{TP2} --expert-model-parallel-size 4"),
+        (2, f"{EP2} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+        (2, f"{EP2} --recompute-granularity selective --recompute-modules moe"),
+        (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    ],
+    ids=["EP2", "TP2", "PP2", "TP2 EP4", "EP2 distributed optimizer", "EP2 moe recomputed", "full"],
+)
+def test_a_layout_trains_the_same_model(pretrain, one_rank_run, ranks: int, layout: str) -> None:
+    log = pretrain(ranks, f"--train-iters 5 --split 90,10,0 {layout}")
+    if "tensor" in layout or "pipeline" in layout:
+        # Megatron seeds the weights it cuts, and each stage, by rank: another model, as good.
+        assert log.values("lm loss")[0] == pytest.approx(
+            one_rank_run.values("lm loss")[0], rel=0.02
+        )
+        return
+    for name in ("lm loss", "grad norm"):
+        assert log.values(name) == pytest.approx(one_rank_run.values(name), rel=2e-3), name
+    assert log.validation_loss == pytest.approx(one_rank_run.validation_loss, rel=1e-4)
+
+
+@pytest.fixture
+def one_rank_run(pretrain):
+    return pretrain(1, "--train-iters 5 --split 90,10,0")
+
+
+@pytest.mark.parametrize("precision", ["--bf16", "--fp16 --initial-loss-scale 1024"])
+def test_half_precision(pretrain, precision: str) -> None:
+    log = pretrain(2, f"--train-iters 12 --split 90,10,0 {EP2} {precision}")
+    losses = log.values("lm loss")
+    assert losses[-1] < losses[0] - 0.5
+    assert set(log.values("number of nan iterations")) <= {0.0}
+
+
+def test_a_resumed_run_continues_bit_by_bit_with_dropout(pretrain, tmp_path: Path) -> None:
+    flags = (
+        f"--train-iters 6 --split 90,10,0 {EP2} --attention-dropout 0.1 --hidden-dropout 0.1 "
+        "--save-interval 3"
+    )
+    whole = pretrain(2, f"{flags} --save {tmp_path / 'whole'}")
+    parts = f"{flags} --save {tmp_path / 'parts'} --load {tmp_path / 'parts'}"
+    first = pretrain(2, f"{parts} --exit-interval 3")
+    second = pretrain(2, parts)
+    assert len(first.values("grad norm")) == 3
+    assert second.values("grad norm") == whole.values("grad norm")[3:]
+    # Megatron's line after a resume shows the mean of the first two losses; then each its own.
+    assert second.values("lm loss")[-1] == whole.values("lm loss")[-1]
+    assert second.validation_loss == whole.validation_loss
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "parts")
+    ]
+    assert summaries[0]["validation_loss"] == summaries[1]["validation_loss"]
+    loads = [(tmp_path / name / "routing.jsonl").read_text() for name in ("whole", "parts")]
+    assert loads[0] == loads[1]
+
+
+def test_the_weights_of_two_ranks_are_evaluated_on_one(pretrain, tmp_path: Path) -> None:
+    flags = "--train-iters 3 --split 90,10,0 --save-interval 3"
+    two = pretrain(2, f"{flags} {EP2} --save {tmp_path}")
+    one = pretrain(1, f"{flags} --load {tmp_path} --skip-train --no-load-optim --no-load-rng")
+    assert one.validation_loss == pytest.approx(two.validation_loss, rel=1e-5)
+
+
+def test_what_a_run_leaves(pretrain, tmp_path: Path) -> None:
+    log = pretrain(2, f"--train-iters 4 --split 80,10,10 {EP2} --seed 7")
+    folder = tmp_path / "runs" / "avg-k-g8-E4-seed7"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["validation_loss"] == pytest.approx(log.validation_loss, abs=1e-5)
+    assert summary["test_loss"] != summary["validation_loss"]
+    assert summary["iterations"] == 4
+    assert summary["layout"]["expert"] == 2
+    assert summary["tokens_per_second"] > 0
+    lines = [json.loads(line) for line in (folder / "routing.jsonl").read_text().splitlines()]
+    assert [line["layer"] for line in lines[:2]] == [1, 2]
+    # Two evaluations (validation, test) of 2 x 8 samples of 64 tokens, 16 blocks each.
+    assert sum(lines[-1]["tokens_per_block"]) == 2 * 8 * 64 * 16

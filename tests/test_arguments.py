@@ -1,0 +1,547 @@
+"""The command line: what --help says, what follows from the flags, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sffn import errors
+from megatron_sffn.accounting import ModelShape, count_parameters
+from megatron_sffn.arguments import parse, sffn_config, transformer_config
+from megatron_sffn.errors import ConfigError
+from megatron_sffn.platforms import cpu
+
+# Python 3.13 says it of Megatron's own flags.
+pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
+
+MODEL = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 "
+    "--max-position-embeddings 32 --micro-batch-size 1"
+)
+COMMAND = f"{MODEL} --sffn-block-size 32"
+HOST_DEFAULTS = dict(cpu.HOST_FLAGS.values())
+
+Read = Callable[..., Namespace]
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Read:
+    """`read(flags, ranks)`: the namespace of a command line, read in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    # As `cpu.install` does; on a CUDA machine it does not.
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setenv("RANK", "0")
+
+    def run(flags: str = "", ranks: int = 1, *, command: str = COMMAND) -> Namespace:
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        monkeypatch.setattr(sys, "argv", ["pretrain", *command.split(), *flags.split()])
+        return parse(HOST_DEFAULTS)
+
+    return run
+
+
+# --help
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setenv("COLUMNS", "100")
+        patch.setattr(sys, "argv", ["pretrain", "--help"])
+        with pytest.raises(SystemExit) as stop:
+            parse(HOST_DEFAULTS)
+    assert stop.value.code == 0
+    return out.getvalue()
+
+
+def test_help_shows_our_flags_first_and_megatrons_after_them(help_text: str) -> None:
+    headings = re.findall(r"^(\w.*):$", help_text, re.MULTILINE)
+    assert headings[0] == "sparse feed-forward layers"
+    assert len(headings) > 30
+    flags = re.findall(r"^  (--[\w-]+)", help_text, re.MULTILINE)
+    ours = [flag for flag in flags if flag.startswith("--sffn-")]
+    assert flags[: len(ours)] == ours
+    assert {"--num-layers", "--moe-aux-loss-coeff", "--save", "--data-path"} <= set(flags)
+    assert "torchrun --nproc-per-node N -m megatron_sffn.pretrain" in help_text
+
+
+@pytest.mark.parametrize(
+    ("flag", "meaning", "default"),
+    [
+        ("--sffn-router", "avg-k: score a block by x · mean of its keys", "avg-k"),
+        ("--sffn-block-size", "g, cells of a block", "256"),
+        ("--sffn-expansion", "E, memory cells over active cells", "16"),
+        ("--sffn-active-cells", "k, active cells of a token", "--ffn-hidden-size"),
+        ("--sffn-layers", "(i+1) % N == 0, or 5,11,17,23", "every:1"),
+        ("--sffn-aggregator", "how a block's cell activations become its score", "mean"),
+        ("--sffn-gate", "factor of a chosen block's output", "none"),
+        ("--sffn-hash-seed", "seed of the map", "42"),
+        ("--sffn-backend", "who computes the blocks", "auto"),
+    ],
+)
+def test_help_gives_meaning_and_default(
+    help_text: str, flag: str, meaning: str, default: str
+) -> None:
+    entry = re.search(rf"^  {flag} .*?(?=^  -|^\w)", help_text, re.MULTILINE | re.DOTALL)
+    assert entry is not None
+    words = " ".join(entry[0].split())
+    assert meaning in words
+    assert words.endswith(f"(default: {default})")
+
+
+# What follows from the flags
+
+
+def test_defaults_are_those_of_the_design(read: Read) -> None:
+    args = read(command=f"{MODEL} --ffn-hidden-size 512")
+    assert {name: value for name, value in vars(args).items() if name.startswith("sffn_")} == {
+        "sffn_router": "avg-k",
+        "sffn_block_size": 256,
+        "sffn_expansion": 16,
+        "sffn_active_cells": None,
+        "sffn_layers": "every:1",
+        "sffn_aggregator": "mean",
+        "sffn_gate": "none",
+        "sffn_hash_seed": 42,
+        "sffn_hash_shared": False,
+        "sffn_backend": "auto",
+        "sffn_relu": False,
+    }
+    sffn = sffn_config(args)
+    assert sffn is not None
+    assert (sffn.active_cells, sffn.num_blocks, sffn.num_active_blocks) == (512, 32, 2)
+
+
+def test_megatrons_moe_flags_are_derived(read: Read) -> None:
+    args = read("--sffn-active-cells 96 --sffn-expansion 5 --sffn-layers every:2")
+    assert args.num_experts == 5 * 96 // 32
+    assert args.moe_router_topk == 96 // 32
+    assert args.moe_ffn_hidden_size == 32
+    assert args.moe_layer_freq == [0, 1, 0, 1]
+    assert args.expert_tensor_parallel_size == 1
+    assert args.moe_router_pre_softmax is True
+
+
+def test_the_dense_baseline_has_no_experts(read: Read) -> None:
+    args = read("--sffn-router dense --quick-geglu")
+    assert sffn_config(args) is None
+    assert args.num_experts is None
+    assert args.moe_ffn_hidden_size is None
+    assert (args.moe_layer_freq, args.moe_router_topk) == (1, 2)
+    assert args.moe_router_pre_softmax is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "coefficient"),
+    [
+        ("--sffn-router switch", "aux_loss", 0.01),
+        ("--sffn-router switch --moe-aux-loss-coeff 0", "aux_loss", 0.0),
+        ("--sffn-router switch --moe-aux-loss-coeff 0.5", "aux_loss", 0.5),
+        ("--sffn-router switch --moe-router-load-balancing-type none", "none", 0.0),
+        ("--sffn-router avg-k", "none", 0.0),
+        ("--sffn-router avg-k --moe-aux-loss-coeff 0", "none", 0.0),
+        ("--sffn-router vanilla-m --moe-router-load-balancing-type none", "none", 0.0),
+        ("--sffn-router rand-hash", "none", 0.0),
+    ],
+)
+def test_balance(read: Read, flags: str, kind: str, coefficient: float) -> None:
+    args = read(flags)
+    assert args.moe_router_load_balancing_type == kind
+    assert args.moe_aux_loss_coeff == coefficient
+
+
+def test_the_switch_gate_is_in_fp32_unless_it_is_told_otherwise(read: Read) -> None:
+    assert read("--sffn-router switch --bf16").moe_router_dtype == "fp32"
+    assert read("--sffn-router switch --moe-router-dtype fp64").moe_router_dtype == "fp64"
+    assert read().moe_router_dtype is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "active"),
+    [
+        ("", 4 * 64),
+        ("--swiglu", int(4 * 64 * 2 / 3 / 64) * 64),
+        ("--ffn-hidden-size 96", 96),
+        ("--swiglu --ffn-hidden-size 96", 96),
+    ],
+)
+def test_active_cells_are_the_width_of_the_dense_ffn(read: Read, flags: str, active: int) -> None:
+    args = read(flags)
+    assert args.ffn_hidden_size == active
+    assert args.moe_router_topk * 32 == active
+
+
+def test_a_flag_wins_over_the_default_of_the_host(read: Read) -> None:
+    assert read().transformer_impl == "local"
+    assert read().distributed_backend == "gloo"
+    args = read("--distributed-backend nccl --transformer-impl transformer_engine")
+    assert args.distributed_backend == "nccl"
+    assert args.transformer_impl == "transformer_engine"
+    assert args.masked_softmax_fusion is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "gated"),
+    [
+        ("", "gelu", False),
+        ("--sffn-relu", "relu", False),
+        ("--squared-relu", "squared_relu", False),
+        ("--swiglu", "silu", True),
+    ],
+)
+def test_activations_of_sparse_layers(read: Read, flags: str, name: str, gated: bool) -> None:
+    args = read(flags)
+    config = transformer_config(args, sffn_config(args))
+    assert (config.activation_func.__name__, config.gated_linear_unit) == (name, gated)
+
+
+def test_relu_is_not_fused_with_the_bias_on_a_gpu_host(read: Read) -> None:
+    # Megatron refuses the fusion, which is on by default where there is CUDA.
+    args = read("--sffn-relu")
+    args.bias_gelu_fusion = True
+    assert transformer_config(args, sffn_config(args)).bias_activation_fusion is False
+
+
+def plain(value: Any) -> Any:
+    """A config's value for a golden file; None for those that have no stable text."""
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if dataclasses.is_dataclass(value):
+        return {"name": value.name, **dataclasses.asdict(value)}
+    return value if isinstance(value, bool | int | float | str | list) else None
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("avg_k", ""),
+        ("switch_ep2_bf16", "--sffn-router switch --expert-model-parallel-size 2 --bf16"),
+        (
+            "vanilla_m_swiglu",
+            "--sffn-router vanilla-m --sffn-aggregator max --sffn-block-size 8 --sffn-expansion 4 "
+            "--sffn-layers 1,3 --swiglu --disable-bias-linear --normalization RMSNorm",
+        ),
+    ],
+)
+def test_golden_resolved_config(read: Read, golden: Any, name: str, flags: str) -> None:
+    args = read(flags, 2)
+    args.padded_vocab_size = 128
+    sffn = sffn_config(args)
+    assert sffn is not None
+    config = transformer_config(args, sffn)
+    # What neither we, nor the host, nor a flag has set has Megatron's default.
+    default = TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=4)
+    changed = {
+        field.name: plain(getattr(config, field.name))
+        for field in dataclasses.fields(TransformerConfig)
+        if getattr(config, field.name) != getattr(default, field.name)
+    }
+    golden(
+        f"config_{name}",
+        {
+            "sffn": {f.name: plain(getattr(sffn, f.name)) for f in dataclasses.fields(sffn)},
+            "transformer": {key: value for key, value in changed.items() if value is not None},
+            "parameters": dataclasses.asdict(count_parameters(ModelShape.of_args(args, sffn))),
+        },
+    )
+
+
+# What is refused: flags, ranks, and words of the sentence (value and flag, remedy)
+
+REFUSED = [
+    ("--sffn-block-size 48", 1, "--sffn-block-size 48", "--sffn-active-cells 256", "32 and 64"),
+    ("--sffn-block-size 512", 1, "--sffn-block-size 512", "--sffn-active-cells 256", "are 256"),
+    ("--sffn-block-size 0", 1, "--sffn-block-size 0", "give a positive number"),
+    ("--sffn-block-size -8", 1, "--sffn-block-size -8", "give a positive number"),
+    ("--sffn-block-size eight", 1, "--sffn-block-size", "'eight'", "--help"),
+    ("--sffn-expansion 0", 1, "--sffn-expansion 0", "give a positive number"),
+    ("--sffn-expansion -2", 1, "--sffn-expansion -2", "give a positive number"),
+    ("--sffn-active-cells 0", 1, "--sffn-active-cells 0", "give a positive number"),
+    ("--sffn-active-cells -64", 1, "--sffn-active-cells -64", "give a positive number"),
+    ("--ffn-hidden-size 0", 1, "--ffn-hidden-size 0", "give a positive number"),
+    ("--hidden-size -64", 1, "--hidden-size -64", "give a positive number"),
+    ("--num-layers 0", 1, "--num-layers 0", "give a positive number"),
+    ("--num-attention-heads 0", 1, "--num-attention-heads 0", "give a positive number"),
+    ("--expert-model-parallel-size 0", 1, "--expert-model-parallel-size 0", "positive"),
+    ("--tensor-model-parallel-size 0", 1, "--tensor-model-parallel-size 0", "positive"),
+    ("--sffn-router best", 1, "--sffn-router", "'best'", "avg-k", "--help"),
+    ("--sffn-aggregator sum", 1, "--sffn-aggregator", "'sum'", "mean-abs", "--help"),
+    ("--sffn-gate relu", 1, "--sffn-gate", "'relu'", "sigmoid", "--help"),
+    ("--sffn-backend cuda", 1, "--sffn-backend", "'cuda'", "auto", "--help"),
+    ("--sffn-rooter avg-k", 1, "--sffn-rooter avg-k", "--help"),
+    ("--sffn-layers 1,4", 1, "--sffn-layers 1,4", "layer 4", "indices from 0 to 3"),
+    ("--sffn-layers=-1", 1, "--sffn-layers -1", "indices from 0 to 3"),
+    ("--sffn-layers all", 1, "--sffn-layers all", "write for example every:6"),
+    ("--sffn-layers every:0", 1, "--sffn-layers every:0", "every:N with N from 1 to 4"),
+    ("--sffn-layers every:99", 1, "--sffn-layers every:99", "every:N with N from 1 to 4"),
+    ("--sffn-layers every:two", 1, "--sffn-layers every:two", "write for example every:6"),
+    ("--sffn-layers 1,,3", 1, "--sffn-layers 1,,3", "write for example every:6"),
+    ("--sffn-layers 1,3,1", 1, "--sffn-layers 1,3,1", "name each layer once"),
+    ("--expert-model-parallel-size 3", 3, "--expert-model-parallel-size 3", "128 blocks", "change"),
+    ("--expert-model-parallel-size 2", 1, "--expert-model-parallel-size 2", "a multiple of 2"),
+    (
+        "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2",
+        2,
+        "--expert-model-parallel-size 2 times --pipeline-model-parallel-size 2",
+        "start a multiple of 4",
+    ),
+    ("--tensor-model-parallel-size 2", 2, "--tensor-model-parallel-size 2", "--sequence-parallel"),
+    (
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2",
+        2,
+        "--expert-tensor-parallel-size 2",
+        "leave it out",
+    ),
+    (
+        "--sffn-router rand-hash --pipeline-model-parallel-size 2",
+        2,
+        "--pipeline-model-parallel-size 2",
+        "--sffn-router rand-hash",
+        "use 1",
+    ),
+    ("--num-experts 4", 1, "--num-experts 4", "leave it out"),
+    ("--num-experts 4 --sffn-router dense", 1, "--num-experts 4", "--sffn-router dense", "use"),
+    ("--moe-ffn-hidden-size 64", 1, "--moe-ffn-hidden-size 64", "leave it out"),
+    # Megatron's defaults: given all the same.
+    ("--moe-router-topk 2", 1, "--moe-router-topk 2", "leave it out"),
+    ("--moe-layer-freq 1", 1, "--moe-layer-freq 1", "leave it out"),
+    ("--moe-router-pre-softmax", 1, "--moe-router-pre-softmax", "leave it out"),
+    ("--moe-aux-loss-coeff 0.1", 1, "--moe-aux-loss-coeff 0.1", "use --sffn-router switch"),
+    ("--moe-z-loss-coeff 0.1", 1, "--moe-z-loss-coeff 0.1", "use --sffn-router switch"),
+    (
+        "--moe-router-load-balancing-type aux_loss",
+        1,
+        "--moe-router-load-balancing-type aux_loss",
+        "use --sffn-router switch",
+    ),
+    (
+        "--sffn-router switch --moe-router-load-balancing-type seq_aux_loss",
+        1,
+        "--moe-router-load-balancing-type seq_aux_loss",
+        "use aux_loss or none",
+    ),
+    (
+        "--sffn-router switch --moe-router-load-balancing-type aux_loss seq_aux_loss",
+        1,
+        "--moe-router-load-balancing-type aux_loss seq_aux_loss",
+        "use aux_loss or none",
+    ),
+    (
+        "--sffn-router switch --moe-aux-loss-coeff 0.1 0.2",
+        1,
+        "--moe-aux-loss-coeff 0.1 0.2",
+        "leave it out for 0.01",
+    ),
+    (
+        "--sffn-router switch --moe-aux-loss-coeff -1",
+        1,
+        "--moe-aux-loss-coeff -1.0",
+        "leave it out",
+    ),
+    (
+        "--sffn-router switch --moe-router-enable-expert-bias",
+        1,
+        "--moe-router-enable-expert-bias",
+        "leave it out",
+    ),
+    (
+        "--moe-shared-expert-intermediate-size 64",
+        1,
+        "--moe-shared-expert-intermediate-size 64",
+        "leave it out",
+    ),
+    ("--multi-latent-attention", 1, "--multi-latent-attention", "leave it out"),
+    ("--quick-geglu", 1, "--quick-geglu", "leave it out"),
+    ("--swiglu --sffn-relu", 1, "--swiglu and --sffn-relu", "leave one"),
+    ("--sffn-aggregator max", 1, "--sffn-aggregator max", "--sffn-router avg-k", "leave it out"),
+    ("--sffn-hash-shared", 1, "--sffn-hash-shared", "--sffn-router avg-k", "leave it out"),
+    (
+        "--sffn-router dense --sffn-active-cells 32",
+        1,
+        "--sffn-active-cells 32",
+        "set --ffn-hidden-size 32",
+    ),
+    # Megatron's own rules, with and without a message.
+    ("--seq-length 64", 1, "max_position_embeddings (32)", "seq_length (64)", "change them"),
+    ("--bf16 --fp16", 1, "--bf16", "change them"),
+    ("--save x", 1, "--save-interval is not None", "change them"),
+    ("--num-attention-heads 5", 1, "--hidden-size % --num-attention-heads == 0", "change them"),
+    ("--recompute-granularity full", 1, "recompute_method must be", "change them"),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "words"),
+    [pytest.param(flags, ranks, words, id=flags) for flags, ranks, *words in REFUSED],
+)
+def test_refused_in_one_sentence(
+    read: Read, tmp_path: Path, flags: str, ranks: int, words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        read(flags, ranks)
+    sentence = str(refusal.value)
+    assert "\n" not in sentence
+    for word in words:
+        assert word in sentence
+    assert list(tmp_path.iterdir()) == []
+    assert not torch.distributed.is_initialized()
+
+
+def test_context_parallelism_needs_transformer_engine(
+    read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--context-parallel-size 2 needs .*; install"):
+        read("--context-parallel-size 2", 2)
+
+
+@pytest.mark.parametrize("missing", ["--num-layers", "--hidden-size", "--num-attention-heads"])
+def test_a_missing_size(read: Read, missing: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{missing} is missing; .* for example {missing} 8"):
+        read(command=re.sub(rf"{missing} \d+", "", COMMAND))
+
+
+def test_every_flag_of_megatrons_moe_has_a_class_or_is_refused(
+    read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One that a later Megatron adds does nothing here until somebody says what it should do.
+    from megatron.training import arguments
+
+    def with_another(parser: Any) -> Any:
+        parser = original(parser)
+        parser.add_argument("--moe-from-the-future", type=int, default=3)
+        return parser
+
+    original = arguments.add_megatron_arguments
+    monkeypatch.setattr(arguments, "add_megatron_arguments", with_another)
+    assert read().moe_from_the_future == 3
+    with pytest.raises(ConfigError, match=r"--moe-from-the-future 3 is not available .* leave"):
+        read("--moe-from-the-future 3")
+
+
+# The same through the real process
+
+PROCESSES = {
+    # The text that names value and rule, and the remedy; then the command.
+    "flags": (
+        "--sffn-block-size 48 does not divide --sffn-active-cells 256",
+        "the nearest block sizes that do are 32 and 64",
+        f"{MODEL} --sffn-block-size 48",
+    ),
+    "megatron": (
+        "max_position_embeddings (32) must be greater than or equal to seq_length (64)",
+        "change them",
+        f"{COMMAND} --seq-length 64",
+    ),
+    "data": (
+        "data set nowhere.idx does not exist",
+        "check --data-path",
+        f"{COMMAND} --train-iters 1 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 64 "
+        "--data-path nowhere --save runs --save-interval 1 --tensorboard-dir events",
+    ),
+    "two ranks": (
+        "--expert-model-parallel-size 3 does not divide the 128 blocks",
+        "change one of them so that it does",
+        f"{COMMAND} --expert-model-parallel-size 3",
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """The commands, running in empty folders while the tests above run."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    running = {}
+    for name, (*_, command) in PROCESSES.items():
+        launcher = []
+        if name == "two ranks":
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        folder = tmp_path_factory.mktemp("process")
+        running[name] = subprocess.Popen(
+            [sys.executable, *launcher, "-m", "megatron_sffn.pretrain", *command.split()],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        running[name].folder = folder  # type: ignore[attr-defined]
+    yield running
+    for process in running.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("name", [name for name in PROCESSES if name != "two ranks"])
+def test_the_process_says_one_line_and_leaves_nothing(
+    started: dict[str, subprocess.Popen[str]], name: str
+) -> None:
+    process, (rule, remedy, _) = started[name], PROCESSES[name]
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1, stderr
+    assert rule in stderr
+    assert remedy in stderr
+    assert list(process.folder.iterdir()) == []
+
+
+def test_torchrun_says_the_sentence_once(started: dict[str, subprocess.Popen[str]]) -> None:
+    process, (rule, remedy, _) = started["two ranks"], PROCESSES["two ranks"]
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert stderr.count(rule) == 1, stderr
+    assert stderr.count(remedy) == 1
+    assert stderr.count("error: --") == 1
+    assert list(process.folder.iterdir()) == []
+
+
+def complain() -> None:
+    raise ConfigError("--x 1 is wrong;\ngive 2")
+
+
+@pytest.mark.parametrize(("rank", "waits"), [(None, []), ("0", []), ("1", [30.0]), ("7", [30.0])])
+def test_other_ranks_leave_the_word_to_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rank: str | None,
+    waits: list[float],
+) -> None:
+    # torchrun stops them while they wait; a rank that only itself saw the error speaks after it.
+    waited: list[float] = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stop:
+        errors.run_command(complain)
+    assert stop.value.code == 2
+    assert waited == waits
+    assert capsys.readouterr().err == "error: --x 1 is wrong; give 2\n"
+
+
+@pytest.mark.parametrize(("answer", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_a_command_without_error_has_its_own_exit_code(answer: int | None, code: int) -> None:
+    with pytest.raises(SystemExit) as stop:
+        errors.run_command(lambda: answer)
+    assert stop.value.code == code
