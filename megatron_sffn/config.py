@@ -12,7 +12,6 @@ router, so that a new method changes no existing config (axlearn's rule for conf
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -180,13 +179,6 @@ class SparseFFNTransformerConfig(TransformerConfig):
             for name, value in moe_fields(self.sffn).items():
                 setattr(self, name, value)
         super().__post_init__()
-
-
-def without_biases(config: SparseFFNTransformerConfig) -> SparseFFNTransformerConfig:
-    """A copy for Megatron modules inside a sparse layer: no method here has biases."""
-    copied = copy.copy(config)
-    copied.add_bias_linear = False
-    return copied
 
 
 def moe_fields(sffn: SparseFFNConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ rather than tokens × experts maps, and `MegatronBackedFFN` keeps them all, as a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from torch import Tensor
 
 from megatron_sffn.balance import LoadCounter
-from megatron_sffn.config import Backend, SparseFFNTransformerConfig, without_biases
+from megatron_sffn.config import Backend, SparseFFNTransformerConfig
 from megatron_sffn.dispatch import combine, dispatch
 from megatron_sffn.memory import Memory
 from megatron_sffn.ops import Activation
@@ -32,28 +33,48 @@ from megatron_sffn.routers.base import Routing
 
 
 class _SparseLayer(MoELayer):
-    """What both layers share: the router slot, the load counter, the input ids."""
+    """What both layers share: the router slot, the load counter, the input ids.
+
+    Args:
+        config: of the model, with `config.sffn` set.
+        layer_number: counted from 1 over all pipeline stages; Megatron also tells it later.
+        pg_collection: Megatron's process groups; None for the global ones.
+        is_mtp_layer: whether it belongs to a multi-token-prediction head.
+        name: Megatron's name of the module instance.
+    """
 
     def __init__(
         self,
         config: SparseFFNTransformerConfig,
-        experts: Any,
-        layer_number: int | None,
-        pg_collection: ProcessGroupCollection | None,
-        is_mtp_layer: bool,
-        name: str | None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
     ) -> None:
-        assert config.sffn is not None, "a sparse layer needs config.sffn"
+        sffn = config.sffn
+        assert sffn is not None, "a sparse layer needs config.sffn"
+        # No method here has biases: neither Megatron's gate nor its experts shall get them.
+        config = copy.copy(config)
+        config.add_bias_linear = False
         super().__init__(
             config,
-            MoESubmodules(experts=experts, router=config.sffn.router.build()),
+            MoESubmodules(experts=self._experts(), router=sffn.router.build()),
             layer_number=layer_number,
             pg_collection=pg_collection,
             is_mtp_layer=is_mtp_layer,
             name=name,
         )
-        self.load = LoadCounter(config.sffn.num_blocks)
+        self.activation = Activation.of(config)
+        self.backend = sffn.backend
+        self.load = LoadCounter(sffn.num_blocks)
         self.input_ids: Tensor | None = None
+        if layer_number is not None:
+            self.set_layer_number(layer_number)
+
+    @staticmethod
+    def _experts() -> Any:
+        """What fills Megatron's `experts` slot: an `ExpertsBuilder`."""
+        raise NotImplementedError
 
     def _choose(self, x: Tensor, keys: Tensor) -> Routing:
         routing: Routing = self.router(x, keys, self._token_ids())
@@ -73,28 +94,16 @@ class _SparseLayer(MoELayer):
 class SparseFFN(_SparseLayer):
     """A sparse feed-forward layer in blocks of any size, with any router.
 
-    Args:
-        config: of the model, with `config.sffn` set.
-        layer_number: counted from 1 over all pipeline stages; Megatron also tells it later.
-        pg_collection: Megatron's process groups; None for the global ones.
-        is_mtp_layer: whether it belongs to a multi-token-prediction head.
-        name: Megatron's name of the module instance.
+    Arguments: `config`, `layer_number`, `pg_collection`, `is_mtp_layer`, `name`, as Megatron gives
+    them to the module in a layer's MLP slot.
     """
 
-    def __init__(
-        self,
-        config: SparseFFNTransformerConfig,
-        layer_number: int | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        is_mtp_layer: bool = False,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(config, Memory, layer_number, pg_collection, is_mtp_layer, name)
-        self.experts: Memory
-        self.backend = config.sffn.backend if config.sffn else Backend.AUTO
-        self._drawn_for: int | None = None
-        if layer_number is not None:
-            self.set_layer_number(layer_number)
+    experts: Memory
+    _drawn_for: int | None = None
+
+    @staticmethod
+    def _experts() -> Any:
+        return Memory
 
     def set_layer_number(self, layer_number: int) -> None:
         """Take the number that seeds the tables and the hash, and draw the tables with it."""
@@ -135,7 +144,7 @@ class SparseFFN(_SparseLayer):
             memory.values,
             here.pairs,
             here.gates,
-            activation=memory.activation,
+            activation=self.activation,
             backend=self.backend,
         )
         return combine(y, here.plan).view_as(hidden_states)
@@ -145,29 +154,18 @@ class MegatronBackedFFN(_SparseLayer):
     """Our router in front of Megatron's own dispatcher and experts (`--sffn-backend megatron`).
 
     Megatron's contract is a dense map and a copy of a token per block, so this serves coarse
-    blocks, as oracle and baseline. Experts have no biases, as in `SparseFFN`. Arguments as there.
+    blocks, as oracle and baseline. Arguments as in `SparseFFN`.
     """
 
-    def __init__(
-        self,
-        config: SparseFFNTransformerConfig,
-        layer_number: int | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        is_mtp_layer: bool = False,
-        name: str | None = None,
-    ) -> None:
-        config = without_biases(config)
+    @staticmethod
+    def _experts() -> Any:
         linear = LocalSpecProvider()
-        experts = partial(
+        return partial(
             SequentialMLP,
             submodules=MLPSubmodules(
                 linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
             ),
         )
-        super().__init__(config, experts, layer_number, pg_collection, is_mtp_layer, name)
-        self.activation = Activation.of(config)
-        if layer_number is not None:
-            self.set_layer_number(layer_number)
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
         """Megatron's `(probs, routing_map)`, both `[T, B]`, from our `Routing`."""

@@ -194,6 +194,8 @@ def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None
     args.moe_layer_freq = pattern
     args.moe_router_pre_softmax = moe_fields(sffn)["moe_router_pre_softmax"]
     args.expert_tensor_parallel_size = 1
+    if args.moe_router_dtype is None:
+        args.moe_router_dtype = "fp32"  # as all our routers score
     _derive_balance(args, sffn)
 
 
@@ -216,8 +218,6 @@ def _derive_balance(args: Namespace, sffn: SparseFFNConfig) -> None:
             f"leave it out for {default}"
         )
     args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = kinds[0], coefficients[0]
-    if args.moe_router_dtype is None:
-        args.moe_router_dtype = "fp32"
 
 
 def flag_of(dest: str) -> str:

@@ -5,6 +5,7 @@ A fork starts in 0.1 s, because Megatron is imported once, in the parent.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import sys
@@ -87,7 +88,10 @@ def _child(rank: int, folder: Path, body: Callable[[int, Path], Any]) -> None:
     except BaseException:
         (folder / f"error{rank}").write_text(traceback.format_exc())
     finally:
-        # Neither pytest's nor torch's exit handlers belong to a forked rank.
+        # Neither pytest's nor torch's exit handlers belong to a forked rank; but then nobody else
+        # ends the processes that Megatron's checkpoint writer has started.
+        for process in multiprocessing.active_children():
+            process.terminate()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -122,8 +122,8 @@ def check_data(args: Namespace) -> None:
         blend, blend_per_split = get_blend_and_blend_per_split(args)
     except (AssertionError, KeyError, OSError, ValueError) as error:
         raise ConfigError(
-            f"the data paths cannot be read ({error!r}); give --data-path PREFIX, or WEIGHT PREFIX "
-            "for each of several, or files of such lists that exist"
+            f"the data paths cannot be read ({type(error).__name__}: {error}); give --data-path "
+            "PREFIX, or WEIGHT PREFIX for each of several, or files with such lists"
         ) from error
     blends = [blend] if blend else [one for one in blend_per_split or [] if one]
     if not blends:

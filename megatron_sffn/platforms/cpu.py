@@ -17,6 +17,7 @@ Choices
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import importlib
@@ -145,11 +146,11 @@ def adaptations() -> tuple[Adaptation, ...]:
             _answer((0, 0)),
             "training.arguments.validate_args",
         ),
-        # torch's own code asks this one, and must go on hearing the truth: Adam before a graph
-        # capture, the DataLoader before it pins memory.
+        # torch's own code asks this one, and must go on hearing the truth: the Adam that Megatron
+        # uses, before a graph capture, and the DataLoader, before it pins memory.
         row("torch.accelerator.is_available", _answer(False), "core.optimizer"),
         # Tensors that ask for the GPU.
-        row("torch.tensor", _on_host, "core.optimizer.grad_scaler.ConstantGradScaler"),
+        row("torch.tensor", _on_host, "core.optimizer.grad_scaler.DynamicGradScaler"),
         row("torch.zeros", _on_host, schedule),
         row("torch.ones", _on_host, "core.transformer.utils.get_default_causal_mask"),
         row("torch.rand", _on_host, "training.initialize._warmup_jit_function"),
@@ -161,13 +162,12 @@ def adaptations() -> tuple[Adaptation, ...]:
             "core.optimizer.optimizer.Float16OptimizerWithFloat16Params",
         ),
         # Streams and events: work on a host is done when the call returns.
-        row("torch.cuda.Stream", lambda _: HostStream, bucket_group),
-        row("torch.cuda.Event", lambda _: HostEvent, "core.timers.Timer"),
+        row("torch.cuda.Stream", lambda _: HostStream, "training.models.dist_utils"),
+        row("torch.cuda.Event", lambda _: HostEvent, "core.transformer.moe.moe_layer.MoELayer"),
         row("torch.cuda.stream", lambda _: contextlib.nullcontext, bucket_group),
         row("torch.cuda.current_stream", _answer(HostStream()), bucket_group),
         row("torch.cuda.synchronize", _answer(None), "core.timers.Timer"),
         row("torch.cuda.empty_cache", _answer(None), "training.training.train"),
-        row("torch.Tensor.record_stream", _answer(None), dispatcher),
         # Random numbers: the CPU's default generator stands for the GPU's.
         row("torch.cuda.get_rng_state", _of_cpu(torch.get_rng_state), tracker),
         row("torch.cuda.set_rng_state", _of_cpu(torch.set_rng_state), "training.checkpointing"),
@@ -192,6 +192,11 @@ def adaptations() -> tuple[Adaptation, ...]:
         row("torch.cuda.max_memory_allocated", _answer(0), memory_report),
         row("torch.cuda.memory_reserved", _answer(0), memory_report),
         row("torch.cuda.max_memory_reserved", _answer(0), memory_report),
+        row(
+            "torch.cuda.memory_stats",
+            _answer(collections.defaultdict(int)),
+            "training.training.training_log",
+        ),
         # Megatron's own functions that assume a GPU.
         row(
             "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",

@@ -9,7 +9,6 @@ the selection and of the loss's counts, so that no tokens × blocks map is made.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
@@ -23,8 +22,6 @@ from torch import Tensor
 from megatron_sffn.config import (
     RouterConfig,
     SparseFFNConfig,
-    SparseFFNTransformerConfig,
-    without_biases,
 )
 from megatron_sffn.ops.route_topk import route_topk
 from megatron_sffn.routers.base import Routing
@@ -58,10 +55,6 @@ class SwitchConfig(RouterConfig):
 
 class SwitchRouter(TopKRouter):
     """Megatron's top-k router in index form."""
-
-    def __init__(self, *, config: SparseFFNTransformerConfig, **kwargs: Any) -> None:
-        # Megatron would give the gate a bias wherever its linears have one; Switch has none.
-        super().__init__(config=without_biases(config), **kwargs)
 
     def forward(self, x: Tensor, keys: Tensor, token_ids: Tensor | None = None) -> Routing:
         """See `Router.forward`."""
