@@ -87,16 +87,19 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
     methods = "; ".join(f"{name}: {config.summary}" for name, config in ROUTERS.items())
     add = group.add_argument
     add("--sffn-router", default="avg-k", choices=list(ROUTERS), help=f"selection: {methods}")
-    add("--sffn-block-size", type=int, default=256, help="g, cells of a block; 1 is a single cell")
-    add("--sffn-expansion", type=int, default=16, help="E, memory cells over active cells")
+    blocks = "g, cells of a block; 1 is a single cell"
+    add("--sffn-block-size", type=int, metavar="g", default=256, help=blocks)
+    memory = "E, memory cells over active cells"
+    add("--sffn-expansion", type=int, metavar="E", default=16, help=memory)
     add(
         "--sffn-active-cells",
         type=int,
-        default=None,
+        metavar="k",
         help="k, active cells of a token, a multiple of g (default: --ffn-hidden-size)",
     )
     add(
         "--sffn-layers",
+        metavar="LAYERS",
         default="every:1",
         help="sparse layers: every:N for layers i, from 0, with (i+1) %% N == 0, or 5,11,17,23",
     )

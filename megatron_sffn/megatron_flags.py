@@ -143,11 +143,16 @@ def check_layout(args: Namespace, sffn: SparseFFNConfig | None) -> None:
     """
     context, expert = args.context_parallel_size, args.expert_model_parallel_size
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if context > 1 and importlib.util.find_spec("transformer_engine") is None:
-        raise ConfigError(
-            f"--context-parallel-size {context} needs Transformer Engine, which is not installed; "
-            "install megatron-core[te] or use --context-parallel-size 1"
-        )
+    engine = args.transformer_impl == "transformer_engine"
+    for text, remedy, needed in (
+        ("--transformer-impl transformer_engine", "--transformer-impl local", engine),
+        (f"--context-parallel-size {context}", "--context-parallel-size 1", context > 1),
+    ):
+        if needed and importlib.util.find_spec("transformer_engine") is None:
+            raise ConfigError(
+                f"{text} needs Transformer Engine, which is not installed; install "
+                f"megatron-core[te] or use {remedy}"
+            )
     if sffn is None:
         return
     if sffn.num_blocks % expert:

@@ -116,6 +116,8 @@ class Recorder:
         test = self.evaluations[-1].loss if args.do_test and self.evaluations else None
         validated = self.evaluations[:-1] if args.do_test else self.evaluations
         loss = validated[-1].loss if validated else None
+        # The last iteration is evaluated twice if --eval-interval divides it: the last word counts.
+        curve = {one.iteration: one.loss for one in validated}
         parameters = count_parameters(shape)
         tokens_per_step = args.global_batch_size * args.seq_length
         return {
@@ -130,7 +132,7 @@ class Recorder:
             "validation_loss": loss,
             "validation_perplexity": None if loss is None else math.exp(min(loss, 700)),
             "test_loss": test,
-            "validation_curve": [[one.iteration, one.loss] for one in validated],
+            "validation_curve": [list(point) for point in curve.items()],
             "parameters_total": parameters.total,
             "parameters_active": parameters.active,
             "flops_per_token": flops_per_token(shape).total,

@@ -164,10 +164,10 @@ def test_balance(read: Read, flags: str, kind: str, coefficient: float) -> None:
     assert args.moe_aux_loss_coeff == coefficient
 
 
-def test_the_switch_gate_is_in_fp32_unless_it_is_told_otherwise(read: Read) -> None:
-    assert read("--sffn-router switch --bf16").moe_router_dtype == "fp32"
-    assert read("--sffn-router switch --moe-router-dtype fp64").moe_router_dtype == "fp64"
-    assert read().moe_router_dtype is None
+@pytest.mark.parametrize("router", ["switch", "avg-k"])
+def test_blocks_are_chosen_in_fp32_unless_told_otherwise(read: Read, router: str) -> None:
+    assert read(f"--sffn-router {router} --bf16").moe_router_dtype == "fp32"
+    assert read(f"--sffn-router {router} --moe-router-dtype fp64").moe_router_dtype == "fp64"
 
 
 @pytest.mark.parametrize(
@@ -188,10 +188,9 @@ def test_active_cells_are_the_width_of_the_dense_ffn(read: Read, flags: str, act
 def test_a_flag_wins_over_the_default_of_the_host(read: Read) -> None:
     assert read().transformer_impl == "local"
     assert read().distributed_backend == "gloo"
-    args = read("--distributed-backend nccl --transformer-impl transformer_engine")
+    args = read("--distributed-backend nccl")
     assert args.distributed_backend == "nccl"
-    assert args.transformer_impl == "transformer_engine"
-    assert args.masked_softmax_fusion is False
+    assert args.transformer_impl == "local"
 
 
 @pytest.mark.parametrize(
@@ -401,12 +400,19 @@ def test_refused_in_one_sentence(
     assert not torch.distributed.is_initialized()
 
 
-def test_context_parallelism_needs_transformer_engine(
-    read: Read, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("flag", "remedy"),
+    [
+        ("--context-parallel-size 2", "use --context-parallel-size 1"),
+        ("--transformer-impl transformer_engine", "use --transformer-impl local"),
+    ],
+)
+def test_transformer_engine_is_needed(
+    read: Read, monkeypatch: pytest.MonkeyPatch, flag: str, remedy: str
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"--context-parallel-size 2 needs .*; install"):
-        read("--context-parallel-size 2", 2)
+    with pytest.raises(ConfigError, match=rf"{flag} needs Transformer Engine.* {remedy}"):
+        read(flag, 2)
 
 
 @pytest.mark.parametrize("missing", ["--num-layers", "--hidden-size", "--num-attention-heads"])

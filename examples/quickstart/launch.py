@@ -39,6 +39,14 @@ STEP = re.compile(
 EVALUATION = re.compile(
     r"validation\S* loss at iteration (?P<iteration>\d+)\b.*?lm loss PPL: (?P<perplexity>[-+.\dE]+)"
 )
+PHASES = (
+    # Megatron switches its checks off for an evaluation, and says no more before its end.
+    (re.compile(r"RerunMode\.DISABLED"), "evaluating"),
+    (re.compile(r"Evaluating iter (\d+/\d+)"), r"evaluating \1"),
+    (re.compile(r"saving checkpoint at iteration"), "saving"),
+    (re.compile(r"successfully saved checkpoint|RerunMode\.VALIDATE_RESULTS"), ""),
+)
+"""What a line says about what follows it."""
 # torchrun's own account of a failure follows the traceback of the rank that failed.
 LAUNCHER_FAILED = re.compile(r"^[EW]\d{4} .*torch/distributed/elastic/", re.MULTILINE)
 
@@ -57,30 +65,35 @@ class Status:
     loss: float | None = None
     evaluated_at: int = 0
     perplexity: float | None = None
+    phase: str = ""
 
     def read(self, line: str) -> None:
         """Take in one line of the log."""
         if found := STEP.search(line):
             self.iteration, self.total = int(found["iteration"]), int(found["total"])
             self.milliseconds, self.loss = float(found["milliseconds"]), float(found["loss"])
+            self.phase = ""
         elif found := EVALUATION.search(line):
             self.evaluated_at = int(found["iteration"])
             self.perplexity = float(found["perplexity"])
+        for pattern, phase in PHASES:
+            if found := pattern.search(line):
+                self.phase = found.expand(phase)
 
     def __str__(self) -> str:
         """One line for the terminal."""
-        if self.loss is None:
-            return "starting the ranks"
-        left = (self.total - self.iteration) * self.milliseconds / 1000
-        parts = [
-            f"iteration {self.iteration}/{self.total}",
-            f"loss {self.loss:.3f}",
-            f"{self.milliseconds:.0f} ms per iteration",
-            f"{clock(left)} left" if left else "saving and evaluating",
-        ]
+        parts = []
+        if self.loss is not None:
+            left = (self.total - self.iteration) * self.milliseconds / 1000
+            parts = [
+                f"iteration {self.iteration}/{self.total}",
+                f"loss {self.loss:.3f}",
+                f"{self.milliseconds:.0f} ms per iteration",
+                f"ETA {clock(left)}",
+            ]
         if self.perplexity is not None:
             parts.append(f"held-out perplexity {self.perplexity:.1f} at {self.evaluated_at}")
-        return ", ".join(parts)
+        return ", ".join([*parts, self.phase] if self.phase else parts) or "starting the ranks"
 
 
 class Display:
@@ -99,14 +112,16 @@ class Display:
     def show(self, status: object, *, now: bool = False) -> None:
         """Show a status; `now`: whatever the time."""
         elapsed = time.monotonic() - self._start
-        self._text = f"{self._prefix} {clock(elapsed)} | {status}"
-        if self._live:
-            width = os.get_terminal_size(self._stream.fileno()).columns
-            self._stream.write(f"\r\033[K{self._text[: max(width - 1, 20)]}")
+        text = f"{self._prefix} {clock(elapsed)} | {status}"
+        if self._live and text != self._text:
+            # A terminal may say that it has 0 columns.
+            width = os.get_terminal_size(self._stream.fileno()).columns or 80
+            self._stream.write(f"\r\033[K{text[: width - 1]}")
             self._stream.flush()
-        elif now or time.monotonic() - self._shown_at >= LINE_SECONDS:
+        elif not self._live and (now or time.monotonic() - self._shown_at >= LINE_SECONDS):
             self._shown_at = time.monotonic()
-            print(self._text, file=self._stream, flush=True)
+            print(text, file=self._stream, flush=True)
+        self._text = text
 
     def end(self) -> None:
         """Leave the last status on the terminal."""

@@ -138,7 +138,7 @@ def more(factor: float) -> str:
 COLUMNS = (
     "model",
     "parameters",
-    "active",
+    "active per token",
     "FLOPs per token",
     "held-out perplexity",
     "tokens per second",

@@ -32,8 +32,9 @@ COMMON = (
     "--eval-micro-batch-size 1 --eval-global-batch-size 2",
     # On a small model, processes that load data cost more than they save.
     "--num-workers 0 --no-create-attention-mask-in-dataloader",
-    # Ctrl-C: save at the end of the step, then exit. Otherwise keep the newest checkpoint only.
+    # Ctrl-C saves at the end of the step and exits.
     "--exit-signal-handler --exit-signal SIGINT",
+    # Of the checkpoints only the newest stays.
     "--save-interval 100 --save-retain-interval 1000000",
     "--log-interval 10",
 )
@@ -91,8 +92,8 @@ class Plan:
         return [
             run.flags,
             *COMMON,
-            # Four evaluations, the last one after the last step.
-            f"--train-iters {self.train_iters} --eval-interval {self.train_iters // 4 + 1}",
+            # Three evaluations: Megatron itself adds the last one, after the last step.
+            f"--train-iters {self.train_iters} --eval-interval {self.train_iters // 3 + 1}",
             f"--seed {self.seed}",
             f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {data}/tokenizer",
             f"--train-data-path {data}/train_text_document",
@@ -107,7 +108,8 @@ class Plan:
 
     def shown(self, run: Run) -> str:
         """The same command as a user types it."""
-        lines = [f"OMP_NUM_THREADS=1 .venv/bin/torchrun {LAUNCH}", *self.flags(run)]
+        start = LAUNCH.replace(" -m ", " \\\n    -m ")
+        lines = [f"OMP_NUM_THREADS=1 .venv/bin/torchrun {start}", *self.flags(run)]
         return " \\\n    ".join(lines)
 
     def summary(self, run: Run) -> dict[str, object] | None:

@@ -1,0 +1,362 @@
+"""What a run leaves: times, losses and loads, in files that are never half written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sffn import results
+from megatron_sffn.accounting import ModelShape, count_parameters, flops_per_token
+from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.layer import SparseFFN
+from megatron_sffn.results import Recorder, block_loads, write_whole
+from megatron_sffn.routers import ROUTERS
+from tests.ranks import run_ranks
+
+SFFN = SparseFFNConfig(router=ROUTERS["avg-k"](), active_cells=8, block_size=2, expansion=2)
+BLOCKS = SFFN.num_blocks
+
+
+def arguments(**given: Any) -> Namespace:
+    """Megatron's namespace in the middle of a run."""
+    values = {
+        "curr_iteration": 0,
+        "consumed_train_samples": 0,
+        "global_batch_size": 4,
+        "seq_length": 16,
+        "num_experts": BLOCKS,
+        "num_layers": 3,
+        "do_test": False,
+        "sffn_router": "avg-k",
+        "ffn_hidden_size": 8,
+        "world_size": 8,
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 1,
+        "expert_model_parallel_size": 4,
+        "context_parallel_size": 1,
+        "data_parallel_size": 4,
+        "seed": 11,
+    }
+    return Namespace(**values | given)
+
+
+def shape(sffn: SparseFFNConfig | None = SFFN) -> ModelShape:
+    return ModelShape(
+        num_layers=3,
+        hidden_size=6,
+        ffn_hidden_size=8,
+        num_attention_heads=2,
+        kv_channels=3,
+        seq_length=16,
+        padded_vocab_size=32,
+        sparse_layers=0 if sffn is None else 2,
+        sffn=sffn,
+    )
+
+
+# Time
+
+
+class Clock:
+    """Stands in for the time."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(results.time, "perf_counter", made)
+    return made
+
+
+def step(recorder: Recorder, clock: Clock, seconds: float, microbatches: int = 3) -> None:
+    """A training step: its microbatches at the start, the optimizer at the end."""
+    for _ in range(microbatches):
+        recorder.before_forward(True)
+        clock.now += seconds / microbatches
+    recorder.args.curr_iteration += 1
+
+
+def test_a_step_lasts_from_its_first_microbatch_to_the_next_steps(
+    clock: Clock, tmp_path: Path
+) -> None:
+    recorder = Recorder(arguments(), tmp_path)
+    for seconds in (8.0, 2.0, 4.0, 1.0):
+        step(recorder, clock, seconds)
+    # The last is over when the next begins.
+    assert recorder.step_seconds == pytest.approx([8.0, 2.0, 4.0])
+
+
+def test_an_evaluation_belongs_to_no_step(clock: Clock, tmp_path: Path) -> None:
+    recorder = Recorder(arguments(), tmp_path)
+    step(recorder, clock, 2.0)
+    step(recorder, clock, 3.0)
+    for _ in range(4):
+        recorder.before_forward(False)
+        clock.now += 50.0
+    step(recorder, clock, 4.0)
+    step(recorder, clock, 5.0)
+    assert recorder.step_seconds == pytest.approx([2.0, 4.0])
+
+
+# Losses
+
+
+def evaluate(
+    recorder: Recorder, iteration: int, losses: list[float], model: list[Any] | None = None
+) -> None:
+    """An evaluation of microbatches with these mean losses, over 1, 2, 3, ... tokens."""
+    recorder.args.consumed_train_samples = iteration * recorder.args.global_batch_size
+    for tokens, loss in enumerate(losses, start=1):
+        recorder.add_evaluated(torch.tensor([loss * tokens, tokens]))
+    recorder.after_evaluation(model or [])
+
+
+def test_the_loss_is_the_mean_over_tokens_of_one_evaluation(one_rank: None, tmp_path: Path) -> None:
+    recorder = Recorder(arguments(num_experts=None), tmp_path)
+    evaluate(recorder, 10, [6.0, 3.0])
+    evaluate(recorder, 20, [2.0])
+    assert [one.iteration for one in recorder.evaluations] == [10, 20]
+    assert [one.loss for one in recorder.evaluations] == [(6 + 2 * 3) / 3, 2.0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def losses_of_two(shares: list[list[float]]) -> float:
+    recorder = Recorder(arguments(num_experts=None), Path("unused"))
+    recorder.add_evaluated(torch.tensor(shares[torch.distributed.get_rank()]))
+    recorder.after_evaluation([])
+    return recorder.evaluations[0].loss
+
+
+def test_the_loss_is_that_of_all_ranks() -> None:
+    assert run_ranks(2, losses_of_two, [[8.0, 2.0], [1.0, 1.0]]) == [3.0, 3.0]
+    # The first pipeline stage has no loss.
+    assert run_ranks(2, losses_of_two, [[0.0, 0.0], [6.0, 3.0]]) == [2.0, 2.0]
+
+
+def test_losses_do_not_lose_digits(one_rank: None, tmp_path: Path) -> None:
+    recorder = Recorder(arguments(num_experts=None), tmp_path)
+    for _ in range(1000):
+        recorder.add_evaluated(torch.tensor([2.0**24 + 2, 2.0**24]))
+    recorder.after_evaluation([])
+    assert recorder.evaluations[0].loss == 1 + 2.0**-23
+
+
+# summary.json
+
+
+@pytest.mark.parametrize("do_test", [False, True])
+def test_summary(one_rank: None, clock: Clock, tmp_path: Path, do_test: bool) -> None:
+    recorder = Recorder(arguments(do_test=do_test, num_experts=None), tmp_path / "run")
+    evaluate(recorder, 10, [5.0])
+    evaluate(recorder, 20, [4.5])
+    evaluate(recorder, 20, [4.0])  # once more at the end, on other batches
+    if do_test:
+        evaluate(recorder, 20, [7.0])
+    for seconds in (100.0, 2.0, 4.0, 3.0, 1.0):
+        step(recorder, clock, seconds)
+    path = recorder.write_summary(shape())
+    assert path == tmp_path / "run" / "summary.json"
+    summary = json.loads(path.read_text())
+    assert summary.pop("versions").keys() == {"python", "megatron-sffn", "megatron-core", "torch"}
+    counts = count_parameters(shape())
+    assert summary == {
+        "router": "avg-k",
+        "block_size": 2,
+        "expansion": 2,
+        "active_cells": 8,
+        "num_blocks": 8,
+        "num_active_blocks": 4,
+        "iterations": 20,
+        "tokens": 20 * 4 * 16,
+        "validation_loss": 4.0,
+        "validation_perplexity": pytest.approx(math.exp(4.0)),
+        "test_loss": 7.0 if do_test else None,
+        "validation_curve": [[10, 5.0], [20, 4.0]],
+        "parameters_total": counts.total,
+        "parameters_active": counts.active,
+        "flops_per_token": flops_per_token(shape()).total,
+        # The median: the first steps are slow.
+        "tokens_per_second": pytest.approx(4 * 16 / 3.5),
+        "layout": {
+            "world_size": 8,
+            "tensor": 2,
+            "pipeline": 1,
+            "expert": 4,
+            "context": 1,
+            "data": 4,
+        },
+        "seed": 11,
+    }
+    assert counts.active < counts.total
+
+
+def test_summary_of_a_dense_run_that_did_nothing(tmp_path: Path) -> None:
+    args = arguments(sffn_router="dense", num_experts=None, do_test=True)
+    summary = Recorder(args, tmp_path).summary(shape(None))
+    assert summary["active_cells"] == 8
+    for name in ("block_size", "expansion", "num_blocks", "num_active_blocks"):
+        assert summary[name] is None
+    for name in ("validation_loss", "validation_perplexity", "test_loss", "tokens_per_second"):
+        assert summary[name] is None
+    assert summary["validation_curve"] == []
+    assert summary["parameters_active"] == summary["parameters_total"]
+
+
+def test_a_loss_that_exploded_has_a_perplexity_all_the_same(one_rank: None, tmp_path: Path) -> None:
+    recorder = Recorder(arguments(num_experts=None), tmp_path)
+    evaluate(recorder, 1, [1e6])
+    assert math.isfinite(recorder.summary(shape())["validation_perplexity"])
+
+
+def written_by(folder: str) -> tuple[bool, bool]:
+    recorder = Recorder(arguments(num_experts=None), Path(folder))
+    path = recorder.write_summary(shape())
+    torch.distributed.barrier()
+    return path is not None, (Path(folder) / "summary.json").exists()
+
+
+def test_rank_0_writes(tmp_path: Path) -> None:
+    assert run_ranks(2, written_by, str(tmp_path)) == [(True, True), (False, True)]
+
+
+# routing.jsonl
+
+
+def layer(number: int) -> SparseFFN:
+    """A sparse layer of a model of three, in evaluation."""
+    config = SparseFFNTransformerConfig(
+        num_layers=3,
+        hidden_size=6,
+        num_attention_heads=2,
+        add_bias_linear=False,
+        moe_router_load_balancing_type="none",
+        expert_model_parallel_size=torch.distributed.get_world_size(),
+        sffn=SFFN,
+    )
+    return SparseFFN(config, layer_number=number).eval()
+
+
+def use(sparse: SparseFFN, *blocks: int) -> None:
+    """Count a token for each of these blocks."""
+    sparse.load(torch.tensor(blocks)[:, None])
+
+
+def test_loads_of_the_layers_of_all_chunks(one_rank: None) -> None:
+    first, third = layer(1), layer(3)
+    use(first, 0, 0, 7)
+    use(third, 5)
+    model = [torch.nn.ModuleList([first]), torch.nn.ModuleList([torch.nn.ReLU(), third])]
+    loads = block_loads(model, arguments())
+    assert loads is not None
+    assert loads.tolist() == [[2, 0, 0, 0, 0, 0, 0, 1], [0] * 8, [0, 0, 0, 0, 0, 1, 0, 0]]
+    again = block_loads(model, arguments())
+    assert again is not None
+    assert again.sum() == 0
+
+
+def test_a_dense_model_has_no_loads(one_rank: None) -> None:
+    assert block_loads([torch.nn.ReLU()], arguments(num_experts=None)) is None
+
+
+def loads_of_a_rank() -> list[list[int]]:
+    rank, sparse = torch.distributed.get_rank(), layer(2)
+    use(sparse, *([1] if rank == 0 else [1, 6, 6]))
+    loads = block_loads([sparse], arguments())
+    assert loads is not None
+    return loads.tolist()
+
+
+def test_loads_are_summed_over_ranks() -> None:
+    expected = [[0] * 8, [0, 2, 0, 0, 0, 0, 2, 0], [0] * 8]
+    assert run_ranks(2, loads_of_a_rank, expert_model_parallel_size=2) == [expected, expected]
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "routing.jsonl").read_text().splitlines()]
+
+
+def test_routing_lines(one_rank: None, tmp_path: Path) -> None:
+    recorder, model = Recorder(arguments(), tmp_path), [layer(1), layer(3)]
+    use(model[0], *range(8))
+    use(model[1], 2, 2, 2, 4, 4, 4)
+    evaluate(recorder, 5, [1.0], model)
+    assert rows(tmp_path) == [
+        {
+            "iteration": 5,
+            "layer": 1,
+            "load_entropy": 1.0,
+            "dead_blocks": 0,
+            "tokens_per_block": [1] * 8,
+        },
+        {
+            "iteration": 5,
+            "layer": 3,
+            "load_entropy": pytest.approx(1 / 3, abs=1e-6),
+            "dead_blocks": 6,
+            "tokens_per_block": [0, 0, 3, 0, 3, 0, 0, 0],
+        },
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["routing.jsonl"]
+
+
+def test_a_resumed_run_replaces_what_came_after_its_checkpoint(
+    one_rank: None, tmp_path: Path
+) -> None:
+    def run(iterations: list[int], block: int) -> None:
+        recorder, sparse = Recorder(arguments(), tmp_path), layer(1)
+        for iteration in iterations:
+            use(sparse, block)
+            evaluate(recorder, iteration, [1.0], [sparse])
+
+    run([5, 10, 15, 20], block=0)
+    run([15, 20], block=3)
+    used = [(row["iteration"], row["tokens_per_block"].index(1)) for row in rows(tmp_path)]
+    assert used == [(5, 0), (10, 0), (15, 3), (20, 3)]
+
+
+# Files
+
+
+def test_write_whole_makes_folders_and_leaves_no_part(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file.json"
+    write_whole(path, "one\n")
+    write_whole(path, "two\n")
+    assert path.read_text() == "two\n"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("failing", ["write", "replace"])
+def test_write_whole_that_fails_leaves_the_former_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path = tmp_path / "file.json"
+    write_whole(path, "one\n")
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def half(part: Path, text: str) -> None:
+        part.write_bytes(text.encode()[:1])
+        full()
+
+    if failing == "write":
+        monkeypatch.setattr(Path, "write_text", half)
+    else:
+        monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "two\n")
+    assert path.read_text() == "one\n"
+    assert list(tmp_path.iterdir()) == [path]
