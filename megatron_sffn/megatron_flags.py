@@ -65,6 +65,7 @@ DENSE_ONLY = (
     "glu_linear_offset",
     "heterogeneous_layers_config_path",
     "hybrid_layer_pattern",
+    "mtp_num_layers",
     "multi_latent_attention",
     "overlap_dispatch_backward_with_experts_wgrad",
     "overlap_moe_expert_parallel_comm",

@@ -364,6 +364,7 @@ REFUSED = [
         "leave it out",
     ),
     ("--multi-latent-attention", 1, "--multi-latent-attention", "leave it out"),
+    ("--mtp-num-layers 1", 1, "--mtp-num-layers 1", "leave it out"),
     ("--quick-geglu", 1, "--quick-geglu", "leave it out"),
     ("--swiglu --sffn-relu", 1, "--swiglu and --sffn-relu", "leave one"),
     ("--sffn-aggregator max", 1, "--sffn-aggregator max", "--sffn-router avg-k", "leave it out"),
@@ -467,59 +468,63 @@ PROCESSES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def started(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """The commands, running in empty folders while the tests above run."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    }
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Started:
+    """A command that runs in a folder of its own."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Started]]:
+    """The commands, all running at once."""
+    launch = "torch.distributed.run --standalone --nproc-per-node 2 -m"
+    world = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     running = {}
-    for name, (*_, command) in PROCESSES.items():
-        launcher = []
+    for name, (*_, flags) in PROCESSES.items():
+        # Where there is CUDA, the local implementation is not the default.
+        command = f"megatron_sffn.pretrain {flags} --transformer-impl local"
         if name == "two ranks":
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            command = f"{launch} {command}"
         folder = tmp_path_factory.mktemp("process")
-        running[name] = subprocess.Popen(
-            [sys.executable, *launcher, "-m", "megatron_sffn.pretrain", *command.split()],
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command.split()],
             cwd=folder,
-            env=environment,
+            env={key: value for key, value in os.environ.items() if key not in world},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        running[name].folder = folder  # type: ignore[attr-defined]
+        running[name] = Started(process=process, folder=folder)
     yield running
-    for process in running.values():
-        process.kill()
-        process.communicate()
+    for one in running.values():
+        one.process.terminate()  # torchrun passes it on to its ranks
+        one.process.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("name", [name for name in PROCESSES if name != "two ranks"])
 def test_the_process_says_one_line_and_leaves_nothing(
-    started: dict[str, subprocess.Popen[str]], name: str
+    started: dict[str, Started], name: str
 ) -> None:
-    process, (rule, remedy, _) = started[name], PROCESSES[name]
-    _, stderr = process.communicate(timeout=100)
-    assert process.returncode == 2
+    one, (rule, remedy, _) = started[name], PROCESSES[name]
+    _, stderr = one.process.communicate(timeout=100)
+    assert one.process.returncode == 2
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1, stderr
     assert rule in stderr
     assert remedy in stderr
-    assert list(process.folder.iterdir()) == []
+    assert list(one.folder.iterdir()) == []
 
 
-def test_torchrun_says_the_sentence_once(started: dict[str, subprocess.Popen[str]]) -> None:
-    process, (rule, remedy, _) = started["two ranks"], PROCESSES["two ranks"]
-    _, stderr = process.communicate(timeout=100)
-    assert process.returncode != 0
+def test_torchrun_says_the_sentence_once(started: dict[str, Started]) -> None:
+    one, (rule, remedy, _) = started["two ranks"], PROCESSES["two ranks"]
+    _, stderr = one.process.communicate(timeout=100)
+    assert one.process.returncode != 0
     assert stderr.count(rule) == 1, stderr
     assert stderr.count(remedy) == 1
     assert stderr.count("error: --") == 1
-    assert list(process.folder.iterdir()) == []
+    assert list(one.folder.iterdir()) == []
 
 
 def complain() -> None:

@@ -28,6 +28,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
+    "axes.axisbelow": True,
     "grid.alpha": 0.2,
     "grid.color": INK,
     "text.color": INK,
@@ -124,12 +125,11 @@ def loads(layers: Sequence[Load]) -> str:
         figure = Figure(figsize=(8, 2.1 * lines), layout="constrained")
         panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
         for axes, load in zip(panels, layers, strict=False):
-            axes.bar(
-                range(len(load.shares)), sorted(load.shares, reverse=True), 1.0, color=COLOURS[1]
-            )
+            axes.stairs(sorted(load.shares, reverse=True), fill=True, color=COLOURS[1])
             axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
             axes.set_title(f"layer {load.layer}", fontsize=10)
             axes.set_xticks([])
+            axes.set_xlim(0, len(load.shares))
             axes.set_xlabel(f"{len(load.shares)} blocks")
         for axes in panels[len(layers) :]:
             axes.set_axis_off()

@@ -113,20 +113,24 @@ class Display:
         """Show a status; `now`: whatever the time."""
         elapsed = time.monotonic() - self._start
         text = f"{self._prefix} {clock(elapsed)} | {status}"
-        if self._live and text != self._text:
+        if text == self._text:
+            return
+        if self._live:
             # A terminal may say that it has 0 columns.
             width = os.get_terminal_size(self._stream.fileno()).columns or 80
             self._stream.write(f"\r\033[K{text[: width - 1]}")
             self._stream.flush()
-        elif not self._live and (now or time.monotonic() - self._shown_at >= LINE_SECONDS):
+        elif now or time.monotonic() - self._shown_at >= LINE_SECONDS:
             self._shown_at = time.monotonic()
             print(text, file=self._stream, flush=True)
+        else:
+            return
         self._text = text
 
     def end(self) -> None:
         """Leave the last status on the terminal."""
         if self._live:
-            print(f"\r\033[K{self._text}", file=self._stream, flush=True)
+            print(file=self._stream, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -112,13 +112,18 @@ def finding(results: Sequence[Result]) -> str:
         verdict = "no difference that one seed could show"
     else:
         verdict = f"{abs(change):.1%} {'lower' if change < 0 else 'higher'}"
-    cells = sparse.summary["active_cells"]
+    traits = [
+        f"{ratio(results, 'parameters_total'):.1f} times the parameters",
+        f"{more(ratio(results, 'flops_per_token'))} FLOPs per token",
+    ]
+    # Unknown for a run that was continued after its last step.
+    if all(result.summary["tokens_per_second"] for result in results):
+        share = ratio(results, "tokens_per_second")
+        traits.append(f"{share:.0%} of the tokens per second on this machine")
     return (
-        f"At {cells} active cells per token in each layer of both models, {sparse.run.title} "
-        f"reached a held-out perplexity of {perplexities}: {verdict}, with "
-        f"{ratio(results, 'parameters_total'):.1f} times the parameters, "
-        f"{more(ratio(results, 'flops_per_token'))} FLOPs per token and "
-        f"{ratio(results, 'tokens_per_second'):.0%} of the tokens per second on this machine."
+        f"At {sparse.summary['active_cells']} active cells per token in each layer of both models, "
+        f"{sparse.run.title} reached a held-out perplexity of {perplexities}: {verdict}, with "
+        f"{', '.join(traits[:-1])} and {traits[-1]}."
     )
 
 
@@ -154,7 +159,7 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
             f"{result.summary['parameters_active'] / 1e6:.2f} M",
             f"{result.summary['flops_per_token'] / 1e6:.2f} M",
             f"{result.perplexity:.1f}",
-            f"{result.summary['tokens_per_second']:,.0f}",
+            f"{speed:,.0f}" if (speed := result.summary["tokens_per_second"]) else "unknown",
         ]
         for result in results
     ]
@@ -193,8 +198,9 @@ def page(plan: Plan, results: Sequence[Result]) -> str:
         style=STYLE,
         finding=html.escape(finding(results)),
         setting=html.escape(
-            f"{summary['tokens'] / 1e6:.2f} million tokens of training each, seed "
-            f"{summary['seed']}, {summary['layout']['world_size']} ranks on the CPU; "
+            f"One short run each, {summary['tokens'] / 1e6:.2f} million tokens with seed "
+            f"{summary['seed']}, on {summary['layout']['world_size']} ranks of the CPU: it shows "
+            "the direction, not what long training would give. FLOPs are those of a forward pass. "
             f"megatron-sffn {versions['megatron-sffn']}, megatron-core "
             f"{versions['megatron-core']}, torch {versions['torch']}, "
             f"Python {versions['python']}."
@@ -281,10 +287,10 @@ TEMPLATE = """<!doctype html>
 {losses}
 {load}
 <h2>How to go on</h2>
-<p>These commands trained the two models; each continues from its newest checkpoint in
-<code>{folder}</code>, or starts anew with another <code>--save</code> and <code>--load</code>.
-Other routers: <code>--sffn-router</code>; <code>.venv/bin/python -m megatron_sffn.pretrain
---help</code> lists them.</p>
+<p>These commands trained the two models. For a run of your own change <code>--save</code>,
+<code>--load</code> and <code>--tensorboard-dir</code>, and then what you like:
+<code>--sffn-router</code> has more methods, <code>.venv/bin/python -m megatron_sffn.pretrain
+--help</code> has every flag.</p>
 <pre>{commands}</pre>
 <p>All curves: <code>.venv/bin/tensorboard --logdir {folder}</code>. More and other text:
 <code>make quickstart CORPUS=debian-docs ARGS='--folder runs/docs --train-iters 1500'</code>.</p>

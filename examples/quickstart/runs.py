@@ -17,10 +17,10 @@ VOCAB_SIZE = 4096
 TRAIN_ITERS = 300
 
 COMMON = (
-    # The model: 4 layers of width 128.
-    "--num-layers 4 --hidden-size 128 --num-attention-heads 4",
+    # The model: 4 layers of width 128, 256 active cells in each.
+    "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 256",
     "--seq-length 256 --max-position-embeddings 256 --position-embedding-type rope",
-    "--normalization RMSNorm --disable-bias-linear",
+    "--normalization RMSNorm --disable-bias-linear --init-method-std 0.05",
     # Less than one pass over the text: nothing to regularise.
     "--attention-dropout 0 --hidden-dropout 0",
     # Steps of 2048 tokens, half of them on each rank.
@@ -61,7 +61,7 @@ RUNS = (
     Run(
         name="avg-k",
         title="Avg-K",
-        flags="--sffn-router avg-k --sffn-block-size 64 --sffn-expansion 8 "
+        flags="--sffn-router avg-k --sffn-block-size 32 --sffn-expansion 16 "
         "--expert-model-parallel-size 2",
     ),
 )

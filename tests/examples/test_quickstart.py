@@ -138,8 +138,9 @@ def test_finding(perplexity, verdict):
     assert f"Avg-K reached a held-out perplexity of {perplexity:.1f} against 100.0" in sentence
     assert verdict in sentence and sentence.count(". ") == 0
     assert "3.0 times the parameters" in sentence and "7% more FLOPs" in sentence
-    fewer = result_of(AVG_K, 75.0, flops_per_token=2_700_000)
-    assert "10% fewer FLOPs" in report.finding([results[0], fewer])
+    assert sentence.endswith(" and 100% of the tokens per second on this machine.")
+    fewer = result_of(AVG_K, 75.0, flops_per_token=2_700_000, tokens_per_second=None)
+    assert report.finding([results[0], fewer]).endswith(" and 10% fewer FLOPs per token.")
 
 
 def test_terminal_table():
@@ -148,6 +149,8 @@ def test_terminal_table():
     assert len({len(head), len(dense), len(sparse)}) == 1
     assert head.split("  ")[0] == "model" and dense.startswith("dense ")
     assert dense.split()[-2:] == ["120.0", "10,000"]
+    continued = result_of(AVG_K, 90.0, tokens_per_second=None)
+    assert report.terminal_table([continued, continued]).endswith(" unknown")
 
 
 STEP_LINE = (
@@ -182,6 +185,7 @@ def test_display_repeats_lines_now_and_then():
     display = Display("  dense", stream)
     display.show("starting", now=True)
     display.show("soon after")
+    display.show("done", now=True)
     display.show("done", now=True)
     display.end()
     assert stream.getvalue() == "  dense 0:00 | starting\n  dense 0:00 | done\n"
