@@ -4,6 +4,7 @@ The path of one token, file by file:
 
     pretrain.py       the entry point; platforms/cpu.py first, where there is no CUDA
     arguments.py      flags become numbers: g, E, k, and from them B blocks of which K are active
+    megatron_flags.py what those numbers do to Megatron's own flags
     training.py       hands Megatron its model, batches and loss
     data/gpt.py       the token leaves a .bin file as part of a batch
     model.py          the transformer layers it passes, some of them sparse

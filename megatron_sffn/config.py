@@ -68,6 +68,8 @@ class RouterConfig:
     """Value of `--sffn-router`."""
     summary: ClassVar[str]
     """One line for `--help`."""
+    needs_token_ids: ClassVar[bool] = False
+    """Whether the router reads the input ids."""
     balance_coefficient: ClassVar[float | None] = None
     """Default weight of the balance loss; None where the method has no gate to balance."""
 
@@ -197,4 +199,4 @@ def _nearest_divisors(number: int, near: int) -> str:
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     below = [d for d in divisors if d < near][-1:]
     above = [d for d in divisors if d > near][:1]
-    return "the nearest block sizes that do are " + " and ".join(map(str, below + above))
+    return "the nearest that does: " + " or ".join(map(str, below + above))

@@ -178,10 +178,10 @@ def check_layout(args: Namespace, sffn: SparseFFNConfig | None) -> None:
             f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size} would cut blocks "
             "over ranks, which sparse layers do not do; leave it out (blocks stay whole)"
         )
-    if args.sffn_router == "rand-hash" and pipeline > 1:
+    if sffn.router.needs_token_ids and pipeline > 1:
         raise ConfigError(
-            f"--pipeline-model-parallel-size {pipeline} with --sffn-router rand-hash is not "
-            "supported: input ids reach the first stage only; use 1"
+            f"--pipeline-model-parallel-size {pipeline} with --sffn-router {sffn.router.name} is "
+            "not supported: input ids reach the first stage only; use 1"
         )
 
 

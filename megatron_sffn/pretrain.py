@@ -26,19 +26,16 @@ def main() -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
-    from megatron_sffn.platforms import cpu
+    from megatron_sffn.platforms import prepare
 
-    defaults = {}
-    if cpu.is_host():
-        cpu.install()
-        defaults = dict(cpu.HOST_FLAGS.values())
+    defaults, line = prepare()
 
     from megatron_sffn.arguments import parse
     from megatron_sffn.training import train
 
     args = parse(defaults)
-    if defaults and args.rank == 0:
-        print(f"no CUDA device: training on the CPU with {' '.join(cpu.HOST_FLAGS)}", flush=True)
+    if line and args.rank == 0:
+        print(line, flush=True)
     logging.getLogger("megatron").setLevel(logging.WARNING)
     train(args)
     return 0

@@ -76,9 +76,11 @@ class Recorder:
         self._loss.zero_()
         iteration = self.args.consumed_train_samples // self.args.global_batch_size
         loss, tokens = total.tolist()
+        # A second evaluation at the same step is of the test set; the file shows the validation.
+        again = any(former.iteration == iteration for former in self.evaluations)
         self.evaluations.append(Evaluation(iteration=iteration, loss=loss / max(tokens, 1)))
         loads = block_loads(model, self.args)
-        if loads is not None and torch.distributed.get_rank() == 0:
+        if loads is not None and not again and torch.distributed.get_rank() == 0:
             self._write_loads(iteration, loads)
 
     def _write_loads(self, iteration: int, loads: Tensor) -> None:

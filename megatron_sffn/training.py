@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import (
-    core_transformer_config_from_args,
     gpt_config_from_args,
     pretrain_cfg_container_from_args,
 )
@@ -26,8 +24,8 @@ from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor
 
 from megatron_sffn.accounting import ModelShape, table
-from megatron_sffn.arguments import sffn_config
-from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.arguments import sffn_config, transformer_config
+from megatron_sffn.config import SparseFFNConfig
 from megatron_sffn.data.gpt import build_datasets, check_data, next_batch
 from megatron_sffn.layer import provide_token_ids
 from megatron_sffn.model import block_spec
@@ -70,11 +68,7 @@ def train(args: Namespace) -> None:
 
 def model_config(args: Namespace, sffn: SparseFFNConfig | None) -> GPTModelConfig:
     """Megatron's model config, with our layers in it if the model is sparse."""
-    described = Namespace(**{**vars(args), "sffn": sffn})
-    transformer = core_transformer_config_from_args(described, SparseFFNTransformerConfig)
-    if args.sffn_relu:
-        transformer.activation_func = F.relu
-    model: GPTModelConfig = gpt_config_from_args(args, config=transformer)
+    model: GPTModelConfig = gpt_config_from_args(args, config=transformer_config(args, sffn))
     if sffn is not None:
         model.transformer_layer_spec = block_spec
     return model

@@ -446,7 +446,7 @@ PROCESSES = {
     # The text that names value and rule, and the remedy; then the command.
     "flags": (
         "--sffn-block-size 48 does not divide --sffn-active-cells 256",
-        "the nearest block sizes that do are 32 and 64",
+        "the nearest that does: 32 or 64",
         f"{MODEL} --sffn-block-size 48",
     ),
     "megatron": (

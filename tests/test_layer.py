@@ -154,7 +154,7 @@ def test_load_counts_evaluated_tokens_only() -> None:
 
 
 def test_g_must_divide_k() -> None:
-    with pytest.raises(ConfigError, match=r"--sffn-block-size 5 does not divide .* 16; .* 4 and 8"):
+    with pytest.raises(ConfigError, match=r"--sffn-block-size 5 does not divide .* 16; .* 4 or 8"):
         SparseFFNConfig(active_cells=16, block_size=5, router=AvgKConfig())
 
 

@@ -11,6 +11,7 @@ continues where it was. `settings.json` guards that: a folder holds one experime
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import platform
@@ -18,12 +19,13 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from examples.quickstart import corpus, data
 from examples.quickstart.launch import RunFailedError, clock, launch
-from examples.quickstart.runs import RUNS, TRAIN_ITERS, VOCAB_SIZE, Plan
+from examples.quickstart.runs import RUNS, TRAIN_ITERS, VOCAB_SIZE, Plan, Run
 from megatron_sffn.errors import ConfigError, run_command
 
 INTERRUPTED = 130
@@ -102,6 +104,31 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other quick starts out of a folder: two would overwrite each other's checkpoints.
+
+    Raises:
+        ConfigError: if one is in it already, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"--folder {folder} cannot be written ({error.strerror}); give another --folder"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"--folder {folder} is in use by another quick start; wait for its end, or give "
+                "another --folder"
+            ) from None
+        yield
+
+
 def claim_folder(plan: Plan, kind: str, *, fresh: bool) -> None:
     """Make sure that what lies in the folder belongs to this experiment.
 
@@ -110,7 +137,7 @@ def claim_folder(plan: Plan, kind: str, *, fresh: bool) -> None:
     """
     path = plan.folder / "settings.json"
     settings = {
-        "corpus": kind,
+        "corpus": [kind, corpus.RECIPE],
         # The text of the standard library depends on it.
         "python": platform.python_version(),
         "vocab_size": VOCAB_SIZE,
@@ -132,13 +159,11 @@ def claim_folder(plan: Plan, kind: str, *, fresh: bool) -> None:
             f"--folder {plan.folder} holds a quick start with other settings ({differing} differ); "
             "add --fresh to replace it, or give another --folder"
         )
-    plan.folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def run_steps(args: argparse.Namespace) -> None:
+def run_steps(plan: Plan, args: argparse.Namespace) -> None:
     """Everything, in order."""
-    plan = Plan(folder=args.folder, seed=args.seed, train_iters=args.train_iters)
     claim_folder(plan, args.corpus, fresh=args.fresh)
     steps = Steps(total=4 + len(RUNS))
 
@@ -155,24 +180,13 @@ def run_steps(args: argparse.Namespace) -> None:
         data.make_datasets(folder, text, VOCAB_SIZE)
 
     for run in RUNS:
-        saved = plan.saved_iteration(run)
-        state = ""
-        if plan.summary(run) is not None:
-            state = ", there already"
-        elif saved:
-            state = f", continued from iteration {saved}"
+        done, saved = plan.summary(run) is not None, plan.saved_iteration(run)
+        state = (
+            ", there already" if done else f", continued from iteration {saved}" if saved else ""
+        )
         steps.begin(f"pretraining and evaluation: {run.title}{state}")
-        if plan.summary(run) is None:
-            launch(
-                plan.command(run, sys.executable),
-                plan.folder_of(run) / "train.log",
-                title=run.title,
-            )
-        if plan.summary(run) is None:
-            raise RunFailedError(
-                f"the {run.title} run ended without its summary; see "
-                f"{plan.folder_of(run) / 'train.log'}"
-            )
+        if not done:
+            pretrain(plan, run)
 
     steps.begin("report")
     # matplotlib and TensorBoard: seconds to import, and needed here only.
@@ -184,16 +198,25 @@ def run_steps(args: argparse.Namespace) -> None:
     print(f"\n{report.terminal_table(results)}\n\n{report.finding(results)}\n\nreport: {page}")
 
 
+def pretrain(plan: Plan, run: Run) -> None:
+    """Train a model to its end, from its newest checkpoint if it has one."""
+    log_file = plan.folder_of(run) / "train.log"
+    launch(plan.command(run, sys.executable), log_file, title=run.title)
+    if plan.summary(run) is None:
+        raise RunFailedError(f"the {run.title} run ended without its summary; see {log_file}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     args = parse_arguments(argv)
     # A closed terminal or a `kill` saves like Ctrl-C.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
+    plan = Plan(folder=args.folder, seed=args.seed, train_iters=args.train_iters)
     try:
-        run_steps(args)
+        with locked(plan.folder):
+            run_steps(plan, args)
     except KeyboardInterrupt:
-        plan = Plan(folder=args.folder, seed=args.seed, train_iters=args.train_iters)
         saved = [
             f"{run.title} is saved at iteration {plan.saved_iteration(run)} of {args.train_iters}"
             for run in RUNS

@@ -25,6 +25,8 @@ class RandHashConfig(RouterConfig):
     name = "rand-hash"
     summary = "a fixed random set of blocks for every token id; selection costs nothing"
 
+    needs_token_ids = True
+
     seed: int = flag("--sffn-hash-seed", default=42, help="seed of the map (rand-hash)")
     shared: bool = flag(
         "--sffn-hash-shared", default=False, help="the same map in all layers (rand-hash)"

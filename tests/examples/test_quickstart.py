@@ -224,6 +224,21 @@ def test_a_folder_holds_one_experiment(plan):
     assert sorted(path.name for path in plan.folder.iterdir()) == ["mine.txt", "settings.json"]
 
 
+def test_one_at_a_time(tmp_path):
+    folder = tmp_path / "new" / "out"
+    with (
+        quickstart.locked(folder),
+        pytest.raises(ConfigError, match="is in use"),
+        quickstart.locked(folder),
+    ):
+        pass
+    with quickstart.locked(folder):
+        pass
+    (folder / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"), quickstart.locked(folder / "file"):
+        pass
+
+
 def test_fresh_leaves_a_folder_that_is_not_its_own(plan):
     quickstart.claim_folder(plan, "stdlib", fresh=True)
     assert plan.summary(DENSE) is not None
