@@ -262,8 +262,8 @@ def test_golden_resolved_config(read: Read, golden: Any, name: str, flags: str) 
 # What is refused: flags, ranks, and words of the sentence (value and flag, remedy)
 
 REFUSED = [
-    ("--sffn-block-size 48", 1, "--sffn-block-size 48", "--sffn-active-cells 256", "32 and 64"),
-    ("--sffn-block-size 512", 1, "--sffn-block-size 512", "--sffn-active-cells 256", "are 256"),
+    ("--sffn-block-size 48", 1, "--sffn-block-size 48", "--sffn-active-cells 256", "32 or 64"),
+    ("--sffn-block-size 512", 1, "--sffn-block-size 512", "--sffn-active-cells 256", "does: 256"),
     ("--sffn-block-size 0", 1, "--sffn-block-size 0", "give a positive number"),
     ("--sffn-block-size -8", 1, "--sffn-block-size -8", "give a positive number"),
     ("--sffn-block-size eight", 1, "--sffn-block-size", "'eight'", "--help"),

@@ -30,6 +30,7 @@ from megatron_sffn.errors import ConfigError, run_command
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C has ended."""
+SETTINGS = "settings.json"
 
 
 class Steps:
@@ -129,46 +130,52 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def claim_folder(plan: Plan, kind: str, *, fresh: bool) -> None:
-    """Make sure that what lies in the folder belongs to this experiment.
-
-    Raises:
-        ConfigError: if it belongs to another one and `fresh` is off; nothing is touched then.
-    """
-    path = plan.folder / "settings.json"
-    settings = {
+def settings_of(plan: Plan, kind: str) -> dict[str, object]:
+    """Everything that the results in a folder depend on."""
+    return {
         "corpus": [kind, corpus.RECIPE],
         # The text of the standard library depends on it.
         "python": platform.python_version(),
         "vocab_size": VOCAB_SIZE,
         "runs": {run.name: plan.flags(run) for run in RUNS},
     }
+
+
+def claim_folder(plan: Plan, settings: dict[str, object], *, fresh: bool) -> None:
+    """Make sure that what lies in the folder belongs to this experiment.
+
+    Raises:
+        ConfigError: if it belongs to another one and `fresh` is off; nothing is touched then.
+    """
+    path = plan.folder / SETTINGS
     # Without its mark the folder may be anyone's: nothing is removed then.
     if fresh and path.exists():
         for name in ("data", *(run.name for run in RUNS)):
             shutil.rmtree(plan.folder / name, ignore_errors=True)
-        for name in ("settings.json", "report.html"):
+        for name in ("report.html", SETTINGS):
             (plan.folder / name).unlink(missing_ok=True)
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
-        found = None
-    if found is not None and found != settings:
+        return
+    if found != settings:
         differing = next(key for key in settings if found.get(key) != settings[key])
         raise ConfigError(
             f"--folder {plan.folder} holds a quick start with other settings ({differing} differ); "
             "add --fresh to replace it, or give another --folder"
         )
-    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def run_steps(plan: Plan, args: argparse.Namespace) -> None:
     """Everything, in order."""
-    claim_folder(plan, args.corpus, fresh=args.fresh)
+    settings = settings_of(plan, args.corpus)
+    claim_folder(plan, settings, fresh=args.fresh)
     steps = Steps(total=4 + len(RUNS))
 
     steps.begin(f"corpus: {args.corpus}")
     text = corpus.build_corpus(args.corpus, plan.folder / "corpus")
+    # Not earlier: a corpus that cannot be had leaves the folder free for another.
+    (plan.folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
     folder = plan.folder / "data"
     complete = data.is_complete(folder, text, VOCAB_SIZE)

@@ -211,16 +211,22 @@ def test_skips_what_is_done(plan):
     assert plan.saved_iteration(DENSE) == 6
 
 
+def claim(plan: Plan, kind: str = "stdlib", *, fresh: bool = False) -> None:
+    settings = quickstart.settings_of(plan, kind)
+    quickstart.claim_folder(plan, settings, fresh=fresh)
+    (plan.folder / quickstart.SETTINGS).write_text(json.dumps(settings))
+
+
 def test_a_folder_holds_one_experiment(plan):
-    quickstart.claim_folder(plan, "stdlib", fresh=False)
-    quickstart.claim_folder(plan, "stdlib", fresh=False)
+    claim(plan)
+    claim(plan)
     other = Plan(folder=plan.folder, seed=8, train_iters=12)
     for claimed, kind in ((other, "stdlib"), (plan, "debian-docs")):
         with pytest.raises(ConfigError, match="add --fresh to replace it"):
-            quickstart.claim_folder(claimed, kind, fresh=False)
+            claim(claimed, kind)
     assert plan.summary(DENSE) is not None
     (plan.folder / "mine.txt").write_text("stays")
-    quickstart.claim_folder(other, "stdlib", fresh=True)
+    claim(other, fresh=True)
     assert sorted(path.name for path in plan.folder.iterdir()) == ["mine.txt", "settings.json"]
 
 
@@ -240,7 +246,7 @@ def test_one_at_a_time(tmp_path):
 
 
 def test_fresh_leaves_a_folder_that_is_not_its_own(plan):
-    quickstart.claim_folder(plan, "stdlib", fresh=True)
+    claim(plan, fresh=True)
     assert plan.summary(DENSE) is not None
 
 
