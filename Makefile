@@ -6,7 +6,7 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test check format bench clean
+.PHONY: help env quickstart test check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,9 +30,6 @@ check: env ## Lint, format, import direction and types
 format: env ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-
-bench: env ## Print this machine's ratio table (ARGS=...)
-	@$(BIN)/python -m tools.bench $(ARGS)
 
 clean: ## Remove caches and build output; leaves runs/ and .venv
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -12,6 +12,7 @@ whatever the size of the input. Files are written under temporary names and rena
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import os
 import secrets
@@ -373,6 +374,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
     # Megatron warns of every accelerator library that is absent; none of them matters here.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    # torch looks for CUDA when it is imported; its absence does not matter either.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Workers are the parallelism here, and the threads of the library do not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     args = build_parser().parse_args(argv)

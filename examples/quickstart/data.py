@@ -15,6 +15,9 @@ from pathlib import Path
 
 from examples.quickstart.corpus import Corpus
 
+HELD_OUT_BYTES = 400_000
+"""Each evaluation reads all of the held-out text: a large corpus gives only a part of its own."""
+
 
 class ToolFailedError(RuntimeError):
     """A tool ended with an error, which it has printed itself."""
@@ -48,7 +51,11 @@ def train_tokenizer(folder: Path, corpus: Corpus, vocab_size: int) -> None:
 
 def make_datasets(folder: Path, corpus: Corpus, vocab_size: int) -> None:
     """Make both data sets with the tokenizer, and declare the folder complete."""
-    for split, text in (("train", corpus.train), ("valid", corpus.valid)):
+    held_out = folder / "valid.jsonl"
+    documents = corpus.valid.read_bytes().splitlines(keepends=True)
+    every = -(-sum(map(len, documents)) // HELD_OUT_BYTES)
+    held_out.write_bytes(b"".join(documents[::every]))
+    for split, text in (("train", corpus.train), ("valid", held_out)):
         run_tool(
             "preprocess_data",
             *("--input", str(text)),

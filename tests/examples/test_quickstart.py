@@ -230,6 +230,20 @@ def test_a_folder_holds_one_experiment(plan):
     assert sorted(path.name for path in plan.folder.iterdir()) == ["mine.txt", "settings.json"]
 
 
+def test_held_out_text_of_a_large_corpus_is_thinned(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "run_tool", lambda *arguments: None)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    text = tiny_corpus(tmp_path / "corpus")
+    monkeypatch.setattr(data, "HELD_OUT_BYTES", 4000)
+    for documents, step in ((8, 1), (100, 3)):
+        lines = [f"{{{number:98}}}\n" for number in range(documents)]
+        text.valid.write_text("".join(lines))
+        data.make_datasets(folder, text, VOCAB_SIZE)
+        assert (folder / "valid.jsonl").read_text() == "".join(lines[::step])
+        assert data.is_complete(folder, text, VOCAB_SIZE)
+
+
 def test_one_at_a_time(tmp_path):
     folder = tmp_path / "new" / "out"
     with (
@@ -276,7 +290,7 @@ def test_environment_gives_the_defaults(monkeypatch):
 # --- the real thing, on 2 ranks
 
 
-def tiny_corpus(folder: Path) -> None:
+def tiny_corpus(folder: Path) -> corpus.Corpus:
     """A corpus that the quick start takes for the one it would make itself, but for its size."""
     parameters = {"kind": "stdlib", "origin": [platform.python_version()], "recipe": corpus.RECIPE}
     texts = sorted((ROOT / "megatron_sffn").glob("*.py")) * 3
@@ -284,7 +298,7 @@ def tiny_corpus(folder: Path) -> None:
         corpus.Document(source=f"{number}/{path.name}", text=f"{number}\n{path.read_text()}")
         for number, path in enumerate(texts)
     ]
-    corpus._write(folder, parameters, documents)
+    return corpus._write(folder, parameters, documents)
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
