@@ -9,6 +9,7 @@ rather than tokens × experts maps, and `MegatronBackedFFN` keeps them all, as a
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -72,9 +73,9 @@ class _SparseLayer(MoELayer):
             self.set_layer_number(layer_number)
 
     @staticmethod
+    @abstractmethod
     def _experts() -> Any:
         """What fills Megatron's `experts` slot: an `ExpertsBuilder`."""
-        raise NotImplementedError
 
     def _choose(self, x: Tensor, keys: Tensor) -> Routing:
         routing: Routing = self.router(x, keys, self._token_ids())

@@ -18,7 +18,7 @@ from megatron_sffn.errors import ConfigError
 from megatron_sffn.layer import SparseFFN
 from megatron_sffn.ops import block_ffn
 from megatron_sffn.routers.avg_k import AvgKConfig
-from tests.layers import SPARSE, Case, build, config_of, draw, inputs, run
+from tests.layers import SPARSE, Case, build, config_of, inputs, run
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -175,4 +175,3 @@ def test_tokens_reach_the_layer_in_the_order_of_the_hidden_states() -> None:
     layer.input_ids = ids
     token = layer._token_ids().view(hidden.shape[0], hidden.shape[1])
     assert torch.equal(token, ids.T)
-    assert draw(1, 2, 2).shape == (2, 2)
