@@ -35,14 +35,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
+def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Compares a JSON-able value with `tests/golden/<name>.json`, or rewrites that file."""
 
-    def compare(name: str, value: Any) -> None:
+    def compare(name: str, value: Any, *, tolerance: float = 0.0) -> None:
         path = GOLDEN / f"{name}.json"
         if request.config.getoption("--update-golden"):
             path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-        assert json.loads(path.read_text()) == json.loads(json.dumps(value)), (
+        expected, found = json.loads(path.read_text()), json.loads(json.dumps(value))
+        if tolerance:
+            expected = pytest.approx(expected, abs=tolerance)
+        assert found == expected, (
             f"{path} differs; if that is meant: pytest --update-golden, and review the diff"
         )
 

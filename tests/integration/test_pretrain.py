@@ -15,8 +15,8 @@ TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 
 def test_golden_loss_curve(pretrain, golden) -> None:
     log = pretrain(1, "--train-iters 20 --split 90,10,0")
-    # Rounded: the last digits of a sum belong to the processor.
-    golden("loss_avg_k", [round(loss, 2) for loss in log.values("lm loss")])
+    # The last digits of a sum belong to the processor, and a near tie may go the other way.
+    golden("loss_avg_k", [round(loss, 4) for loss in log.values("lm loss")], tolerance=0.02)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
