@@ -29,16 +29,28 @@ MODEL = """
 """
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Prefix of a data set: the bytes of this Python's own source, a document a file."""
-    prefix = str(tmp_path_factory.mktemp("text") / "stdlib")
-    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=numpy.uint16)
-    for path in sorted(Path(os.__file__).parent.glob("*.py"))[:60]:
+def write_bytes(prefix: Path, paths: list[Path]) -> str:
+    """Make a data set of the bytes of files, a document each; returns its prefix."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for path in paths:
         data = numpy.frombuffer(path.read_bytes(), dtype=numpy.uint8).astype(numpy.int64)
         builder.add_document(data, [len(data)])
-    builder.finalize(prefix + ".idx")
-    return prefix
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data set of this Python's own source."""
+    paths = sorted(Path(os.__file__).parent.glob("*.py"))[:60]
+    return write_bytes(tmp_path_factory.mktemp("text") / "stdlib", paths)
+
+
+@pytest.fixture(scope="session")
+def fixed_text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data set that is the same on every machine and Python: the license, several times over."""
+    license_text = Path(__file__).parents[2] / "LICENSE"
+    return write_bytes(tmp_path_factory.mktemp("text") / "license", [license_text] * 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +77,7 @@ class Log:
 def pretrain(text: str, tmp_path: Path) -> Callable[..., Log]:
     """`pretrain(ranks, flags)` runs the entry point and returns what it logged."""
 
-    def run(ranks: int, flags: str, *, folder: Path = tmp_path) -> Log:
+    def run(ranks: int, flags: str, *, data: str = text) -> Log:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -80,12 +92,12 @@ def pretrain(text: str, tmp_path: Path) -> Callable[..., Log]:
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
             )
-            os.chdir(folder)
+            os.chdir(tmp_path)
             output = os.open(results / f"log{rank}", os.O_CREAT | os.O_WRONLY)
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            sys.argv = ["pretrain", *shlex.split(f"{MODEL} --data-path {text} {flags}")]
+            sys.argv = ["pretrain", *shlex.split(f"{MODEL} --data-path {data} {flags}")]
             try:
                 main()
             except SystemExit as stop:
