@@ -12,6 +12,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_sffn.config import RouterConfig, SparseFFNConfig, SparseFFNTransformerConfig
 
 D = 6
+T, B, G = 20, 12, 2
+
+
+def tables(blocks: int = B, cells: int = G) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens `[T, D]`, keys and values `[blocks, cells, D]`, in float64."""
+    torch.manual_seed(blocks * cells)
+    shape = (blocks, cells, D)
+    return (torch.randn(T, D).double(), torch.randn(shape).double(), torch.randn(shape).double())
 
 
 def transformer(router: RouterConfig, **numbers: Any) -> SparseFFNTransformerConfig:

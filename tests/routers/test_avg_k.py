@@ -9,15 +9,7 @@ from megatron_sffn.layer import SparseFFN
 from megatron_sffn.ops import block_ffn, route_topk
 from megatron_sffn.routers.avg_k import AvgKConfig, descriptors
 from megatron_sffn.routers.vanilla_m import VanillaMConfig
-from tests.routers.conftest import D, transformer
-
-T, B, G = 20, 12, 2
-
-
-def tables(blocks: int = B, cells: int = G) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(blocks * cells)
-    shape = (blocks, cells, D)
-    return (torch.randn(T, D).double(), torch.randn(shape).double(), torch.randn(shape).double())
+from tests.routers.conftest import B, T, tables, transformer
 
 
 def test_a1_the_score_is_the_mean_pre_activation(build) -> None:

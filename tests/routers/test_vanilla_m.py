@@ -8,15 +8,7 @@ from megatron_sffn.ops import block_ffn, route_topk
 from megatron_sffn.routers import vanilla_m
 from megatron_sffn.routers.avg_k import AvgKConfig
 from megatron_sffn.routers.vanilla_m import AGGREGATORS, VanillaMConfig
-from tests.routers.conftest import D
-
-T, B, G = 20, 12, 2
-
-
-def tables(blocks: int = B, cells: int = G) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(blocks * cells)
-    shape = (blocks, cells, D)
-    return (torch.randn(T, D).double(), torch.randn(shape).double(), torch.randn(shape).double())
+from tests.routers.conftest import G, T, tables
 
 
 def test_v1_all_single_cells_are_the_dense_ffn(build) -> None:
