@@ -170,7 +170,7 @@ def sffn_config(args: Namespace) -> SparseFFNConfig | None:
         router=router,
         block_size=args.sffn_block_size,
         expansion=args.sffn_expansion,
-        backend=Backend(args.sffn_backend),
+        backend=args.sffn_backend,
         seed=args.seed,
     )
 

@@ -194,11 +194,10 @@ def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None
     pattern = layer_pattern(args.sffn_layers, args.num_layers)
     if sffn is None:
         return
-    args.num_experts = sffn.num_blocks
-    args.moe_router_topk = sffn.num_active_blocks
-    args.moe_ffn_hidden_size = sffn.block_size
-    args.moe_layer_freq = pattern
-    args.moe_router_pre_softmax = moe_fields(sffn)["moe_router_pre_softmax"]
+    fields = moe_fields(sffn)
+    # The one field of Megatron's config whose flag has another name.
+    args.num_experts = fields.pop("num_moe_experts")
+    vars(args).update(fields, moe_layer_freq=pattern)
     args.expert_tensor_parallel_size = 1
     if args.moe_router_dtype is None:
         args.moe_router_dtype = "fp32"  # as all our routers score

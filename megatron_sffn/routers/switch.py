@@ -19,10 +19,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_sffn.config import (
-    RouterConfig,
-    SparseFFNConfig,
-)
+from megatron_sffn.config import RouterConfig, SparseFFNConfig
 from megatron_sffn.ops.route_topk import route_topk
 from megatron_sffn.routers.base import Routing
 
