@@ -1,4 +1,4 @@
-"""What a model costs before it is built: parameters, FLOPs, bytes between ranks. Numbers only.
+"""What a model costs before it is built: parameters and FLOPs in closed form. Numbers only.
 
 Enters: the model's sizes (`ModelShape`) and the sparse layer's config. Leaves: exact counts, and
 the table that a run prints when it starts. Neither tensors nor Megatron are imported.
@@ -14,19 +14,15 @@ Choices
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from megatron_sffn.traffic import exchanged_bytes_per_token, megatron_bytes_per_token
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from megatron_sffn.config import SparseFFNConfig
-
-PAIR_BYTES = 8
-"""A (row, block) pair of `dispatch`: two int32."""
-GATE_BYTES = 4
-"""A gate: fp32 whatever the model's dtype."""
+    from megatron_sffn.config import Exchange, SparseFFNConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,51 +219,15 @@ def overhead_over_dense(shape: ModelShape) -> float:
     return flops_per_token(shape).total / flops_per_token(dense_equivalent(shape)).total - 1
 
 
-def exchanged_bytes_per_token(
-    shape: ModelShape, *, expert_parallel_size: int, bytes_per_number: int
-) -> float:
-    """Bytes that a token costs in the forward of one sparse layer, there and back.
-
-    The expectation under uniform routing: another rank gets one row if it holds any of the token's
-    K blocks, and a (row, block) pair for each. What VanillaM's selection sends is not in it.
-
-    Args:
-        shape: of a model with sparse layers.
-        expert_parallel_size: ranks over which the blocks are cut; it divides B.
-        bytes_per_number: of an activation.
-    """
-    assert shape.sffn is not None, "a dense model exchanges nothing"
-    pair_bytes = PAIR_BYTES + (GATE_BYTES if shape.sffn.router.gated_output else 0)
-    blocks, active = shape.sffn.num_blocks, shape.sffn.num_active_blocks
-    ranks = expert_parallel_size
-    assert blocks % ranks == 0, (blocks, ranks)
-    # In integers: C(65536, 4096) has 6,600 digits, and Python still rounds the quotient correctly.
-    missed = math.comb(blocks - blocks // ranks, active) / math.comb(blocks, active)
-    row_bytes = 2 * (ranks - 1) * (1 - missed) * shape.hidden_size * bytes_per_number
-    return row_bytes + active * (ranks - 1) / ranks * pair_bytes
-
-
-def megatron_exchanged_bytes_per_token(
-    shape: ModelShape, *, expert_parallel_size: int, bytes_per_number: int
-) -> float:
-    """The same with Megatron's all-to-all dispatcher: a copy of the token for each remote block.
-
-    The probability that goes with each copy, 4 bytes, is left out. Arguments as above.
-    """
-    assert shape.sffn is not None, "a dense model exchanges nothing"
-    copies = shape.sffn.num_active_blocks * (expert_parallel_size - 1) / expert_parallel_size
-    return 2 * copies * shape.hidden_size * bytes_per_number
-
-
-def table(shape: ModelShape, *, expert_parallel_size: int = 1, bytes_per_number: int = 4) -> str:
+def table(shape: ModelShape, exchange: Exchange | None = None, dispatcher: str = "alltoall") -> str:
     """The costs of a model, as the text that a run prints when it starts.
 
     Args:
         shape: of the model.
-        expert_parallel_size: ranks over which the blocks are cut; above 1, the bytes are shown.
-        bytes_per_number: of an activation.
+        exchange: of its sparse layers; if there are several ranks, the bytes are shown.
+        dispatcher: how they exchange tokens.
     """
-    parameters, sffn, ranks = count_parameters(shape), shape.sffn, expert_parallel_size
+    parameters, sffn = count_parameters(shape), shape.sffn
     title = f"feed-forward: dense, {shape.ffn_hidden_size} cells in {shape.num_layers} layers"
     rows = {
         "parameters": _human(parameters.total),
@@ -281,13 +241,11 @@ def table(shape: ModelShape, *, expert_parallel_size: int = 1, bytes_per_number:
             f"{sffn.num_blocks} blocks of {sffn.block_size} cells (E = {sffn.expansion}) in "
             f"{shape.sparse_layers} of {shape.num_layers} layers"
         )
-    if sffn is not None and ranks > 1:
-        for name, cost in (
-            ("exchanged per token and layer", exchanged_bytes_per_token),
-            ("with Megatron's dispatcher", megatron_exchanged_bytes_per_token),
-        ):
-            number = cost(shape, expert_parallel_size=ranks, bytes_per_number=bytes_per_number)
-            rows[name] = f"{_human(number)}B"
+    if sffn is not None and exchange is not None and exchange.num_ranks > 1:
+        ours = exchanged_bytes_per_token(sffn, shape.hidden_size, exchange, dispatcher)
+        theirs = megatron_bytes_per_token(sffn, shape.hidden_size, exchange)
+        rows[f"sent per token and layer, {dispatcher}"] = f"{_human(ours)}B"
+        rows["with Megatron's dispatcher"] = f"{_human(theirs)}B"
     width = max(map(len, rows))
     return "\n".join((title, *(f"  {name:<{width}}  {text:>9}" for name, text in rows.items())))
 

@@ -27,8 +27,8 @@ from megatron_sffn.config import (
     SparseFFNTransformerConfig,
 )
 from megatron_sffn.errors import ConfigError
+from megatron_sffn.layout import check_layout
 from megatron_sffn.megatron_flags import (
-    check_layout,
     check_megatron_flags,
     derive_megatron_flags,
     dest_of,

@@ -1,7 +1,8 @@
-"""How evenly the blocks are used: counts per block, read after an evaluation.
+"""How evenly the blocks are used, and what the exchange sends: counts, read after an evaluation.
 
-Enters: the block ids of evaluated tokens. Leaves: tokens per block of every sparse layer, over all
-ranks. Counting happens in evaluation only: there no layer is recomputed, so nothing counts twice.
+Enters: the block ids of evaluated tokens, and the bytes of their exchange. Leaves: tokens per block
+of every sparse layer over all ranks, and bytes per token. Counting happens in evaluation only:
+there no layer is recomputed, so nothing counts twice.
 """
 
 from __future__ import annotations
@@ -34,6 +35,26 @@ class LoadCounter(torch.nn.Module):
         """The `[B]` counts of this rank, which start again from zero."""
         taken = self.tokens.clone()
         self.tokens.zero_()
+        return taken
+
+
+class TrafficCounter(torch.nn.Module):
+    """Bytes that one layer sent to other ranks since the last `take`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = self.bytes_sent = 0
+
+    def forward(self, tokens: int, bytes_sent: int) -> None:
+        """Count a forward's tokens and bytes, in evaluation only."""
+        if not self.training:
+            self.tokens += tokens
+            self.bytes_sent += bytes_sent
+
+    def take(self) -> tuple[int, int]:
+        """This rank's tokens and bytes, which start again from zero."""
+        taken = (self.tokens, self.bytes_sent)
+        self.tokens = self.bytes_sent = 0
         return taken
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Backend",
     "ConfigError",
+    "Exchange",
     "RouterConfig",
     "SparseFFNConfig",
     "SparseFFNTransformerConfig",
@@ -58,6 +59,26 @@ def flag(name: str, *, help: str, default: Any, choices: tuple[str, ...] | None 
         choices: the values it can take.
     """
     return field(default=default, metadata={"flag": name, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """What the tokens of a sparse layer travel over.
+
+    Args:
+        expert_parallel_size: ranks over which the blocks are cut; it divides B.
+        expert_tensor_parallel_size: ranks over which the cells of a block are cut.
+        bytes_per_number: of an activation.
+    """
+
+    expert_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    bytes_per_number: int = 4
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that a token may have to visit, its own among them."""
+        return self.expert_parallel_size * self.expert_tensor_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +125,10 @@ class RouterConfig:
             gated: whether a cell has a gate key and an up key (SwiGLU).
         """
         return 0
+
+    def exchanged_bytes(self, sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> float:
+        """Bytes between ranks that the selection costs per token and layer, beside the exchange."""
+        return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

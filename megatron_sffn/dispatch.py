@@ -1,43 +1,50 @@
-"""The exchange between ranks: a token travels once to each rank that holds one of its blocks.
+"""The exchange between ranks: a token travels once to each rank that holds cells of its blocks.
 
 Enters: tokens `[T, D]` and their `Routing`. Leaves: the rows `[R, D]` that meet blocks of this
-rank, the (row, block) pairs with their gates, and a `Plan`, the frozen record with which `combine`
-sends one summed row per token and rank back.
+rank, the (row, block) pairs with their gates, and a plan, the frozen record that sends one summed
+row per token and rank back.
 
 Megatron's dispatchers send a copy per chosen expert, K of them; here rows do not multiply when
-blocks shrink, only the pairs of small integers do. Counts are exact; a rank may get no row.
+blocks shrink, only the pairs of small integers do. Two ways, named as in Megatron
+(`--moe-token-dispatcher-type`; `accounting.cheapest_dispatcher` chooses):
+
+- `alltoall`: exact counts, each row where it is needed. A rank may send or get none.
+- `allgather`: every row everywhere, and sums back by a reduce-scatter. It sends more where some
+  rank has no block of a token, and in return needs no counts, no sorting and no copies. All ranks
+  must have equally many tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
-from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.tensor_parallel.mappings import (
+    all_to_all,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 
 from megatron_sffn.ops.block_ffn import Pairs
+from megatron_sffn.placement import Placement
 from megatron_sffn.routers.base import Routing
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How one call's tokens were sent, and how their outputs come back.
+class Plan(Protocol):
+    """How one call's tokens were sent, and how their outputs come back."""
 
-    Args:
-        group: the expert-parallel process group.
-        num_tokens: T.
-        tokens: `[S]` the token behind each row sent, rank after rank.
-        sent: rows sent to each rank.
-        received: rows received from each rank; they sum to R.
-    """
+    @property
+    def bytes_sent(self) -> int:
+        """What this rank sends to others in the forward: tokens, pairs, gates, and the sums back.
 
-    group: Any
-    num_tokens: int
-    tokens: Tensor
-    sent: list[int]
-    received: list[int]
+        The fixed exchange of counts (16 bytes a rank) is left out.
+        """
+
+    def combine(self, y: Tensor) -> Tensor:
+        """Send the rows' outputs back and add them up per token: `[R, D]` to `[T, D]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,78 +55,159 @@ class Dispatched:
         rows: `[R, D]`.
         pairs: which row meets which of this rank's blocks.
         gates: `[P]` in the order of `pairs`, or None.
-        plan: for `combine`; None when nothing travelled.
+        plan: takes the outputs back.
     """
 
     rows: Tensor
     pairs: Pairs
     gates: Tensor | None
-    plan: Plan | None
+    plan: Plan
 
 
-def dispatch(x: Tensor, routing: Routing, num_local_blocks: int, group: Any) -> Dispatched:
+def dispatch(x: Tensor, routing: Routing, placement: Placement, dispatcher: str) -> Dispatched:
     """Send each token to the ranks that hold its blocks.
 
     Args:
         x: `[T, D]`.
         routing: of these tokens, with ids of all B blocks.
-        num_local_blocks: B / ep; rank r holds blocks r·B/ep up to (r+1)·B/ep.
-        group: the expert-parallel group.
+        placement: of the blocks.
+        dispatcher: `alltoall` or `allgather`; nothing travels when the grid is one rank.
     """
-    pairs = Pairs.of_ids(routing.block_ids)
-    gates = None if routing.gates is None else routing.gates.reshape(-1)
-    ranks = group.size()
-    if ranks == 1:
-        return Dispatched(rows=x, pairs=pairs, gates=gates, plan=None)
+    if placement.num_ranks == 1:
+        return _stay(x, routing)
+    return DISPATCHERS[dispatcher](x, routing, placement)
 
-    tokens = len(x)
-    owner = pairs.blocks // num_local_blocks
+
+@dataclass(frozen=True, kw_only=True)
+class Stay:
+    """One rank holds everything."""
+
+    bytes_sent: int = 0
+
+    def combine(self, y: Tensor) -> Tensor:
+        """See `Plan.combine`."""
+        return y
+
+
+def _stay(x: Tensor, routing: Routing) -> Dispatched:
+    gates = None if routing.gates is None else routing.gates.reshape(-1)
+    return Dispatched(rows=x, pairs=Pairs.of_ids(routing.block_ids), gates=gates, plan=Stay())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllToAll:
+    """Rows go where they are needed.
+
+    Args:
+        placement: of the blocks.
+        num_tokens: T.
+        tokens: `[S]` the token behind each row sent, rank after rank.
+        sent: rows sent to each rank.
+        received: rows received from each rank; they sum to R.
+        bytes_sent: see `Plan`.
+    """
+
+    placement: Placement
+    num_tokens: int
+    tokens: Tensor
+    sent: list[int]
+    received: list[int]
+    bytes_sent: int
+
+    def combine(self, y: Tensor) -> Tensor:
+        """See `Plan.combine`; sums are in fp32 at least."""
+        back = all_to_all(self.placement.group, y, self.sent, self.received)
+        summed = back.new_zeros(
+            self.num_tokens, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32)
+        )
+        return summed.index_add(0, self.tokens, back.to(summed.dtype)).to(y.dtype)
+
+
+def _all_to_all(x: Tensor, routing: Routing, placement: Placement) -> Dispatched:
+    pairs, group = Pairs.of_ids(routing.block_ids), placement.group
+    ranks, slices, tokens = placement.num_ranks, placement.cell_parts, len(x)
+    # A block lies on `slices` ranks: `[P, slices]` owners of each pair.
+    owners = (pairs.blocks // placement.num_local_blocks * slices)[:, None]
+    owners = owners + torch.arange(slices, device=x.device)
     # One row per (rank, token) that meet, rank-major; `row_of` numbers them within their rank.
     meets = torch.zeros(ranks, tokens, dtype=torch.bool, device=x.device)
-    meets[owner, pairs.rows] = True
+    meets[owners, pairs.rows[:, None]] = True
     row_of = meets.cumsum(dim=1) - 1
-    order = owner.argsort(stable=True)
+    order = owners.flatten().argsort(stable=True)
 
-    to_send = torch.stack((meets.sum(dim=1), torch.bincount(owner, minlength=ranks)), dim=1)
+    num_pairs = torch.bincount(owners.flatten(), minlength=ranks)
+    to_send = torch.stack((meets.sum(dim=1), num_pairs), dim=1)
     to_receive = torch.empty_like(to_send)
     torch.distributed.all_to_all_single(to_receive, to_send, group=group)
     rows_sent, pairs_sent = to_send.T.tolist()
     rows_received, pairs_received = to_receive.T.tolist()
 
-    plan = Plan(
-        group=group,
-        num_tokens=tokens,
-        tokens=meets.nonzero()[:, 1],
-        sent=rows_sent,
-        received=rows_received,
-    )
-    rows = all_to_all(group, x[plan.tokens], rows_received, rows_sent)
-    local = torch.stack((row_of[owner, pairs.rows], pairs.blocks % num_local_blocks), dim=1)
-    met = all_to_all(group, local[order].int(), pairs_received, pairs_sent).long()
-    if gates is not None:
-        gates = all_to_all(group, gates[order], pairs_received, pairs_sent)
+    sent_tokens = meets.nonzero()[:, 1]
+    rows = all_to_all(group, x.index_select(0, sent_tokens), rows_received, rows_sent)
+    blocks = (pairs.blocks % placement.num_local_blocks)[:, None].expand_as(owners)
+    local = torch.stack((row_of[owners, pairs.rows[:, None]], blocks), dim=-1).flatten(0, 1)
+    local = local[order].int()
+    met = all_to_all(group, local, pairs_received, pairs_sent).long()
+    pair_bytes, gates = local[0].nbytes if len(local) else 0, None
+    if routing.gates is not None:
+        flat = routing.gates.reshape(-1)
+        gates = all_to_all(group, flat[order // slices], pairs_received, pairs_sent)
+        pair_bytes += flat.itemsize
     # Rows of a later rank lie behind those of the earlier ones.
     starts = to_receive[:, 0].cumsum(0) - to_receive[:, 0]
     first = starts.repeat_interleave(to_receive[:, 1])
+    here = group.rank()
+    rows_moved = sum(rows_sent) - rows_sent[here] + sum(rows_received) - rows_received[here]
+    plan = AllToAll(
+        placement=placement,
+        num_tokens=tokens,
+        tokens=sent_tokens,
+        sent=rows_sent,
+        received=rows_received,
+        bytes_sent=rows_moved * x.shape[1] * x.itemsize
+        + (sum(pairs_sent) - pairs_sent[here]) * pair_bytes,
+    )
     return Dispatched(
         rows=rows, pairs=Pairs(rows=met[:, 0] + first, blocks=met[:, 1]), gates=gates, plan=plan
     )
 
 
-def combine(y: Tensor, plan: Plan | None) -> Tensor:
-    """Send the rows' outputs back and add them up per token.
+@dataclass(frozen=True, kw_only=True)
+class AllGather:
+    """Every row goes everywhere.
 
     Args:
-        y: `[R, D]`, each row summed over its blocks on this rank.
-        plan: of the dispatch, or None if nothing travelled.
-
-    Returns:
-        `[T, D]`.
+        placement: of the blocks.
+        bytes_sent: see `Plan`.
     """
-    if plan is None:
-        return y
-    back = all_to_all(plan.group, y, plan.sent, plan.received)
-    summed = back.new_zeros(
-        plan.num_tokens, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32)
+
+    placement: Placement
+    bytes_sent: int
+
+    def combine(self, y: Tensor) -> Tensor:
+        """See `Plan.combine`; ranks' sums are added in y's dtype, as they travel."""
+        return reduce_scatter_to_sequence_parallel_region(y, group=self.placement.group)
+
+
+def _all_gather(x: Tensor, routing: Routing, placement: Placement) -> Dispatched:
+    group, others = placement.group, placement.num_ranks - 1
+    rows = gather_from_sequence_parallel_region(x, group=group)
+    local_ids = routing.block_ids.int()
+    ids = gather_from_sequence_parallel_region(local_ids, group=group).long()
+    mine = ids // placement.num_local_blocks == placement.block_part
+    pairs = Pairs(rows=mine.nonzero()[:, 0], blocks=ids[mine] - placement.first_block)
+    gates, gate_bytes = None, 0
+    if routing.gates is not None:
+        gates = gather_from_sequence_parallel_region(routing.gates, group=group)[mine]
+        gate_bytes = routing.gates.nbytes
+    plan = AllGather(
+        placement=placement, bytes_sent=others * (2 * x.nbytes + local_ids.nbytes + gate_bytes)
     )
-    return summed.index_add(0, plan.tokens, back.to(summed.dtype)).to(y.dtype)
+    return Dispatched(rows=rows, pairs=pairs, gates=gates, plan=plan)
+
+
+DISPATCHERS: dict[str, Callable[[Tensor, Routing, Placement], Dispatched]] = {
+    "alltoall": _all_to_all,
+    "allgather": _all_gather,
+}
+"""Values of `--moe-token-dispatcher-type` that sparse layers have."""

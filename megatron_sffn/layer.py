@@ -3,14 +3,15 @@
 Enters: hidden states `[s, b, D]` in a transformer layer's MLP slot. Leaves: their update, same
 shape. Both classes subclass Megatron's `MoELayer`, because recomputation, logging and checkpoints
 ask `isinstance(mlp, MoELayer)`; `SparseFFN` replaces its four steps by ours, which carry block ids
-rather than tokens × experts maps, and `MegatronBackedFFN` keeps them all, as a second oracle.
+rather than tokens × experts maps, and `MegatronBackedFFN` keeps them all but the first, as a second
+oracle.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,9 +25,9 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from torch import Tensor
 
-from megatron_sffn.balance import LoadCounter
+from megatron_sffn.balance import LoadCounter, TrafficCounter
 from megatron_sffn.config import Backend, SparseFFNTransformerConfig
-from megatron_sffn.dispatch import combine, dispatch
+from megatron_sffn.dispatch import dispatch
 from megatron_sffn.memory import Memory
 from megatron_sffn.ops import Activation
 from megatron_sffn.ops.block_ffn import block_ffn_pairs
@@ -34,7 +35,7 @@ from megatron_sffn.routers.base import Routing
 
 
 class _SparseLayer(MoELayer):
-    """What both layers share: the router slot, the load counter, the input ids.
+    """What both layers share: the router slot, the counters, the way of the input ids.
 
     Args:
         config: of the model, with `config.sffn` set.
@@ -68,7 +69,7 @@ class _SparseLayer(MoELayer):
         self.activation = Activation.of(config)
         self.backend = sffn.backend
         self.load = LoadCounter(sffn.num_blocks)
-        self.input_ids: Tensor | None = None
+        self.traffic = TrafficCounter()
         if layer_number is not None:
             self.set_layer_number(layer_number)
 
@@ -77,19 +78,45 @@ class _SparseLayer(MoELayer):
     def _experts() -> Any:
         """What fills Megatron's `experts` slot: an `ExpertsBuilder`."""
 
-    def _choose(self, x: Tensor, keys: Tensor) -> Routing:
-        routing: Routing = self.router(x, keys, self._token_ids())
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: Any = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Update the hidden states.
+
+        Args:
+            hidden_states: `[s, b, D]`; under sequence parallelism this rank's part of s.
+            intermediate_tensors: Megatron's CUDA-graph slot; must be None.
+            padding_mask: the input ids `[b, s]`, for routers that hash them. Megatron carries what
+                is in this slot to the MLP of every pipeline stage and through recomputation, and
+                cuts it along s on the first stage only; pretraining has no padding to mask.
+
+        Returns:
+            `[s, b, D]` and no bias.
+        """
+        assert intermediate_tensors is None, "partial CUDA graphs do not reach into sparse layers"
+        token_ids = None
+        if padding_mask is not None:
+            token_ids = padding_mask.T.contiguous()
+            if len(token_ids) != len(hidden_states):
+                token_ids = scatter_to_sequence_parallel_region(token_ids, group=self.tp_group)
+        if self.moe_layer_recompute and self.training:
+            update = tensor_parallel.checkpoint(self._update, False, hidden_states, token_ids)
+            return update, None
+        return self._update(hidden_states, token_ids), None
+
+    @abstractmethod
+    def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
+        """`[s, b, D]` and `[s, b]` ids to the update of the former."""
+
+    def _choose(self, x: Tensor, keys: Tensor, token_ids: Tensor | None) -> Routing:
+        """`Routing` of `[T, D]` tokens."""
+        ids = None if token_ids is None else token_ids.reshape(-1)
+        routing: Routing = self.router(x, keys, ids)
         self.load(routing.block_ids)
         return routing
-
-    def _token_ids(self) -> Tensor | None:
-        """The microbatch's `[b, s]` ids as `[T]`, in the order and cut of the hidden states."""
-        if self.input_ids is None:
-            return None
-        ids = self.input_ids.T.contiguous()
-        if self.config.sequence_parallel:
-            ids = scatter_to_sequence_parallel_region(ids, group=self.tp_group)
-        return ids.reshape(-1)
 
 
 class SparseFFN(_SparseLayer):
@@ -113,42 +140,22 @@ class SparseFFN(_SparseLayer):
             self.experts.initialize(layer_number)
             self._drawn_for = layer_number
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        intermediate_tensors: Any = None,
-        padding_mask: Tensor | None = None,
-    ) -> tuple[Tensor, None]:
-        """Update the hidden states.
-
-        Args:
-            hidden_states: `[s, b, D]`; under sequence parallelism this rank's part of s.
-            intermediate_tensors: Megatron's CUDA-graph slot; must be None.
-            padding_mask: accepted for Megatron's sake; padding tokens are routed like others.
-
-        Returns:
-            `[s, b, D]` and no bias.
-        """
-        assert intermediate_tensors is None, "partial CUDA graphs do not reach into SparseFFN"
-        if self.moe_layer_recompute and self.training:
-            return tensor_parallel.checkpoint(self._update, False, hidden_states), None
-        return self._update(hidden_states), None
-
-    def _update(self, hidden_states: Tensor) -> Tensor:
-        memory = self.experts
+    def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
+        keys, values = self.experts()
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = self._choose(x, memory.keys)
-        here = dispatch(x, routing, memory.num_local_blocks, self.ep_group)
+        routing = self._choose(x, keys, token_ids)
+        here = dispatch(x, routing, self.experts.placement, self.config.moe_token_dispatcher_type)
         y = block_ffn_pairs(
             here.rows,
-            memory.keys,
-            memory.values,
+            keys,
+            values,
             here.pairs,
             here.gates,
             activation=self.activation,
             backend=self.backend,
         )
-        return combine(y, here.plan).view_as(hidden_states)
+        self.traffic(len(x), here.plan.bytes_sent)
+        return here.plan.combine(y).view_as(hidden_states)
 
 
 class MegatronBackedFFN(_SparseLayer):
@@ -168,17 +175,20 @@ class MegatronBackedFFN(_SparseLayer):
             ),
         )
 
-    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
-        """Megatron's `(probs, routing_map)`, both `[T, B]`, from our `Routing`."""
+    def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
+        """Megatron's four steps, with its dense `(probs, routing_map)`, both `[T, B]`."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         keys = torch.stack([mlp.linear_fc1.weight for mlp in self.experts.local_experts])
-        routing = self._choose(x, keys)
+        routing = self._choose(x, keys, token_ids)
         empty = x.new_zeros(x.shape[0], self.config.num_moe_experts)
         routing_map = empty.bool().scatter(1, routing.block_ids, True)
         gates = routing.gates
         if gates is None:
             gates = x.new_ones(routing.block_ids.shape)
-        return empty.to(gates.dtype).scatter(1, routing.block_ids, gates), routing_map
+        probs = empty.to(gates.dtype).scatter(1, routing.block_ids, gates)
+        rows, probs = self.dispatch(*self.preprocess(hidden_states, probs, routing_map))
+        output, _ = self.routed_experts_compute(rows, probs)
+        return self.postprocess(self.combine(output), None)
 
 
 def layer_class(backend: Backend) -> type[_SparseLayer]:
@@ -191,12 +201,15 @@ def sparse_layers(model: torch.nn.Module) -> Iterator[_SparseLayer]:
     return (module for module in model.modules() if isinstance(module, _SparseLayer))
 
 
-def provide_token_ids(model: torch.nn.Module, input_ids: Tensor | None) -> None:
-    """Give the microbatch's input ids to the sparse layers, for routers that hash them.
+def set_weights_version(model: torch.nn.Module, version: Hashable | None) -> None:
+    """Promise the routers that the weights are the same as long as the version is.
+
+    What a router derives from the weights alone (Avg-K's descriptors) is then computed once per
+    version; without a promise, in every forward.
 
     Args:
         model: the model (chunk) that is about to run forward.
-        input_ids: `[b, s]`.
+        version: another one after every optimizer step; None to promise nothing.
     """
     for layer in sparse_layers(model):
-        layer.input_ids = input_ids
+        layer.router.weights_version = version

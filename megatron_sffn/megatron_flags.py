@@ -10,14 +10,15 @@ None the default of them all while the command line is read.
 
 from __future__ import annotations
 
-import importlib.util
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from megatron_sffn.config import SparseFFNConfig, moe_fields
 from megatron_sffn.errors import ConfigError
+from megatron_sffn.layout import exchange_of
 from megatron_sffn.model import layer_pattern
 from megatron_sffn.routers import ROUTERS
+from megatron_sffn.traffic import cheapest_dispatcher
 
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
 """Flags (dest) without which there is no model."""
@@ -29,6 +30,9 @@ DIVISORS = (
     "pipeline_model_parallel_size",
     "context_parallel_size",
     "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "micro_batch_size",
+    "global_batch_size",
 )
 """Flags (dest) that divide something, here or in Megatron."""
 
@@ -71,6 +75,8 @@ DENSE_ONLY = (
     "overlap_moe_expert_parallel_comm",
     "quick_geglu",
     "spec",
+    "use_megatron_fsdp",
+    "use_torch_fsdp2",
 )
 """Flags (dest) that sparse layers lack, or that replace the model they are in."""
 
@@ -136,55 +142,6 @@ def _check_moe_flag(router: str, dest: str, value: Any) -> None:
         )
 
 
-def check_layout(args: Namespace, sffn: SparseFFNConfig | None) -> None:
-    """The layout fits the blocks.
-
-    Raises:
-        ConfigError: if it does not.
-    """
-    context, expert = args.context_parallel_size, args.expert_model_parallel_size
-    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    engine = args.transformer_impl == "transformer_engine"
-    for text, remedy, needed in (
-        ("--transformer-impl transformer_engine", "--transformer-impl local", engine),
-        (f"--context-parallel-size {context}", "--context-parallel-size 1", context > 1),
-    ):
-        if needed and importlib.util.find_spec("transformer_engine") is None:
-            raise ConfigError(
-                f"{text} needs Transformer Engine, which is not installed; install "
-                f"megatron-core[te] or use {remedy}"
-            )
-    if sffn is None:
-        return
-    if sffn.num_blocks % expert:
-        raise ConfigError(
-            f"--expert-model-parallel-size {expert} does not divide the {sffn.num_blocks} blocks "
-            f"(--sffn-expansion {sffn.expansion} · --sffn-active-cells {sffn.active_cells} / "
-            f"--sffn-block-size {sffn.block_size}); change one of them so that it does"
-        )
-    if args.world_size % (expert * pipeline):
-        raise ConfigError(
-            f"--expert-model-parallel-size {expert} times --pipeline-model-parallel-size "
-            f"{pipeline} does not divide the number of ranks, {args.world_size}; start a multiple "
-            f"of {expert * pipeline} with torchrun --nproc-per-node"
-        )
-    if tensor > 1 and not args.sequence_parallel:
-        raise ConfigError(
-            f"--tensor-model-parallel-size {tensor} with sparse layers needs sequence parallelism; "
-            "add --sequence-parallel"
-        )
-    if args.expert_tensor_parallel_size not in (None, 1):
-        raise ConfigError(
-            f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size} would cut blocks "
-            "over ranks, which sparse layers do not do; leave it out (blocks stay whole)"
-        )
-    if sffn.router.needs_token_ids and pipeline > 1:
-        raise ConfigError(
-            f"--pipeline-model-parallel-size {pipeline} with --sffn-router {sffn.router.name} is "
-            "not supported: input ids reach the first stage only; use 1"
-        )
-
-
 def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None:
     """Set Megatron's MoE flags from the S-FFN numbers.
 
@@ -198,7 +155,11 @@ def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None
     # The one field of Megatron's config whose flag has another name.
     args.num_experts = fields.pop("num_moe_experts")
     vars(args).update(fields, moe_layer_freq=pattern)
-    args.expert_tensor_parallel_size = 1
+    args.expert_tensor_parallel_size = args.expert_tensor_parallel_size or 1
+    if args.moe_token_dispatcher_type is None:
+        args.moe_token_dispatcher_type = cheapest_dispatcher(
+            sffn, args.hidden_size, exchange_of(args)
+        )
     if args.moe_router_dtype is None:
         args.moe_router_dtype = "fp32"  # as all our routers score
     _derive_balance(args, sffn)

@@ -50,6 +50,7 @@ class Recorder:
     folder: Path
     evaluations: list[Evaluation] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    sent_bytes_per_token: float | None = None
     _loss: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     _step: tuple[int, float] | None = None
 
@@ -79,6 +80,8 @@ class Recorder:
         # A second evaluation at the same step is of the test set; the file shows the validation.
         again = any(former.iteration == iteration for former in self.evaluations)
         self.evaluations.append(Evaluation(iteration=iteration, loss=loss / max(tokens, 1)))
+        if self.args.num_experts is not None:
+            self.sent_bytes_per_token = sent_bytes_per_token(model)
         loads = block_loads(model, self.args)
         if loads is not None and not again and torch.distributed.get_rank() == 0:
             self._write_loads(iteration, loads)
@@ -138,6 +141,7 @@ class Recorder:
             "parameters_total": parameters.total,
             "parameters_active": parameters.active,
             "flops_per_token": flops_per_token(shape).total,
+            "sent_bytes_per_token": self.sent_bytes_per_token,
             "tokens_per_second": (
                 tokens_per_step / statistics.median(self.step_seconds)
                 if self.step_seconds
@@ -148,6 +152,7 @@ class Recorder:
                 "tensor": args.tensor_model_parallel_size,
                 "pipeline": args.pipeline_model_parallel_size,
                 "expert": args.expert_model_parallel_size,
+                "expert_tensor": args.expert_tensor_parallel_size,
                 "context": args.context_parallel_size,
                 "data": args.data_parallel_size,
             },
@@ -178,6 +183,16 @@ def block_loads(model: list[torch.nn.Module], args: Namespace) -> Tensor | None:
             loads[layer.layer_number - 1] += layer.load.take()
     torch.distributed.all_reduce(loads)
     return loads.cpu()
+
+
+def sent_bytes_per_token(model: list[torch.nn.Module]) -> float:
+    """Bytes that a token cost in the exchange of one sparse layer since the last call."""
+    counts = [layer.traffic.take() for chunk in model for layer in sparse_layers(chunk)]
+    total = torch.tensor(counts, dtype=torch.float64).view(-1, 2).sum(dim=0)
+    total = total.to(torch.cuda.current_device())
+    torch.distributed.all_reduce(total)
+    tokens, sent = total.tolist()
+    return sent / max(tokens, 1)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -26,8 +26,9 @@ from torch import Tensor
 from megatron_sffn.accounting import ModelShape, table
 from megatron_sffn.arguments import sffn_config, transformer_config
 from megatron_sffn.config import SparseFFNConfig
-from megatron_sffn.data.gpt import build_datasets, check_data, next_batch
-from megatron_sffn.layer import provide_token_ids
+from megatron_sffn.data.gpt import check_data, datasets_provider, next_batch
+from megatron_sffn.layer import set_weights_version
+from megatron_sffn.layout import exchange_of
 from megatron_sffn.model import block_spec
 from megatron_sffn.results import Recorder
 
@@ -46,18 +47,14 @@ def train(args: Namespace) -> None:
     set_global_variables(args)
     shape = ModelShape.of_args(args, sffn)
     if args.rank == 0:
-        numbers = table(
-            shape,
-            expert_parallel_size=args.expert_model_parallel_size,
-            bytes_per_number=args.params_dtype.itemsize,
-        )
-        print(numbers, flush=True)
+        print(table(shape, exchange_of(args), args.moe_token_dispatcher_type), flush=True)
     recorder = Recorder(args, run_folder(args))
+    hashed = sffn is not None and sffn.router.needs_token_ids
     pretrain(
         pretrain_cfg_container_from_args(args, model_config(args, sffn)),
-        build_datasets,
+        datasets_provider(on_every_stage=hashed),
         ModelType.encoder_or_decoder,
-        partial(forward_step, recorder),
+        partial(forward_step, recorder, hashed),
         non_loss_data_func=recorder.after_evaluation,
     )
     path = recorder.write_summary(shape)
@@ -85,18 +82,34 @@ def run_folder(args: Namespace) -> Path:
 
 
 def forward_step(
-    recorder: Recorder, batches: Iterator[dict[str, Tensor]] | None, model: torch.nn.Module
+    recorder: Recorder,
+    hashed: bool,
+    batches: Iterator[dict[str, Tensor]] | None,
+    model: torch.nn.Module,
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Megatron's `forward_step`: one microbatch through this stage.
+
+    Args:
+        recorder: of the run.
+        hashed: whether the sparse layers read the input ids, which then go where Megatron has a
+            `padding_mask`: the only slot for a number per token that reaches the MLP of every stage
+            and of every recomputation, whatever the order of microbatches.
+        batches: this stage's data iterator, if it has one.
+        model: this stage's model (chunk).
 
     Returns:
         The stage's output, and the function that makes a loss of it on the last stage.
     """
     recorder.before_forward(model.training)
-    batch = next_batch(batches)
-    provide_token_ids(model, batch["tokens"])
+    # Between two values the optimizer takes one step, or none.
+    set_weights_version(model, (vars(recorder.args).get("curr_iteration"), model.training))
+    batch = next_batch(batches, on_every_stage=hashed)
     output = model(
-        batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        padding_mask=batch["tokens"] if hashed else None,
     )
     return output, partial(loss_of, recorder, batch["loss_mask"], model.training)
 

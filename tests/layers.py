@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_sffn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.layer import layer_class, provide_token_ids
+from megatron_sffn.layer import layer_class
 from megatron_sffn.routers import ROUTERS
 
 S, BATCH, D, VOCAB = 6, 4, 8, 50
@@ -103,8 +103,7 @@ def run(case: Case) -> dict[str, Tensor]:
     # Sequence parallelism cuts s over TP ranks; ids stay whole, the layer cuts them itself.
     steps = _part(S, parallel_state.get_tensor_model_parallel_group())
     x = hidden[steps, samples].clone().requires_grad_()
-    provide_token_ids(layer, ids[samples])
-    y, bias = layer(x)
+    y, bias = layer(x, padding_mask=ids[samples])
     assert bias is None
     (y * weights[steps, samples]).sum().backward()
     result = {"y": _whole(y.detach()), "dx": _whole(x.grad)}
@@ -112,9 +111,13 @@ def run(case: Case) -> dict[str, Tensor]:
     for name, table in tables(layer).items():
         grad = table.grad.clone()
         torch.distributed.all_reduce(grad, group=replicas)
-        parts = [torch.empty_like(grad) for _ in range(layer.ep_group.size())]
-        torch.distributed.all_gather(parts, grad, group=layer.ep_group)
-        result[f"d{name}"] = torch.cat(parts)
+        grid = layer.experts.placement
+        parts = [torch.empty_like(grad) for _ in range(grid.num_ranks)]
+        torch.distributed.all_gather(parts, grad, group=grid.group)
+        # From [ep, etp, B / ep, keys of a cell, G / etp, D] to [B, keys of a cell, G, D].
+        shape = (grid.block_parts, grid.cell_parts, len(grad), -1, grid.num_local_cells, D)
+        table = torch.stack(parts).view(shape).permute(0, 2, 3, 1, 4, 5)
+        result[f"d{name}"] = table.reshape(grid.num_blocks, -1, D)
     if case.router == "switch":
         grad = layer.router.weight.grad.clone()
         torch.distributed.all_reduce(grad)

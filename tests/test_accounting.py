@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import combinations
 from typing import Any
 
 import pytest
@@ -17,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sffn import accounting
 from megatron_sffn.accounting import ModelShape
-from megatron_sffn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.layer import provide_token_ids
+from megatron_sffn.config import Backend, Exchange, SparseFFNConfig, SparseFFNTransformerConfig
 from megatron_sffn.model import block_spec, layer_pattern
 from megatron_sffn.routers import ROUTERS
 
@@ -230,9 +228,8 @@ def test_flops_of_the_built_model(name: str, one_rank: None) -> None:
     ids = torch.arange(2 * shape.seq_length, device=device).reshape(2, -1)
     positions = torch.arange(shape.seq_length, device=device).expand(2, -1)
     causal = torch.ones(shape.seq_length, shape.seq_length, device=device).triu(1).bool()
-    provide_token_ids(model, ids)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(ids, positions, causal[None, None])
+        model(ids, positions, causal[None, None], padding_mask=ids)
     counts = {
         module: sum(flops.values()) / ids.numel()
         for module, flops in counter.get_flop_counts().items()
@@ -251,53 +248,22 @@ def test_flops_of_the_built_model(name: str, one_rank: None) -> None:
     assert counts["Global"] == expected.total + again
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("active", [1, 2, 4, 6])
-def test_exchange_by_enumeration(ranks: int, active: int) -> None:
-    blocks, width = 12, 24
-    layer = sparse(active_cells=5 * active, block_size=5, expansion=blocks // active)
-    shape = dataclasses.replace(SMALL, sparse_layers=1, sffn=layer)
-    # The token sits on rank 0; every choice of its blocks is equally likely.
-    choices = [
-        [i * ranks // blocks for i in choice] for choice in combinations(range(blocks), active)
-    ]
-    rows = sum(len(set(owners) - {0}) for owners in choices) / len(choices)
-    pairs = sum(sum(owner > 0 for owner in owners) for owners in choices) / len(choices)
-    layout = {"expert_parallel_size": ranks, "bytes_per_number": 2}
-    ours = accounting.exchanged_bytes_per_token(shape, **layout)
-    assert ours == pytest.approx(2 * rows * width * 2 + pairs * 8)
-    gated = dataclasses.replace(layer, router=ROUTERS["switch"]())
-    with_gates = accounting.exchanged_bytes_per_token(
-        dataclasses.replace(shape, sffn=gated), **layout
-    )
-    assert with_gates == pytest.approx(2 * rows * width * 2 + pairs * (8 + 4))
-    theirs = accounting.megatron_exchanged_bytes_per_token(shape, **layout)
-    assert theirs == pytest.approx(2 * pairs * width * 2)
-
-
-def test_exchange_at_the_papers_smallest_block() -> None:
-    layout = {"expert_parallel_size": 4096, "bytes_per_number": 2}
-    ours = accounting.exchanged_bytes_per_token(paper(block_size=1), **layout)
-    # 16 of the 65,536 cells on each rank, 4096 of them chosen: (15/16)^16 of the ranks stay out.
-    rows = 4095 * (1 - (15 / 16) ** 16)
-    assert ours == pytest.approx(2 * rows * 1024 * 2 + 4095 * 8, rel=1e-3)
-
-
 def test_table() -> None:
     shape = paper(block_size=64)
     assert (
-        accounting.table(shape, expert_parallel_size=4, bytes_per_number=2)
+        accounting.table(shape, Exchange(expert_parallel_size=4, bytes_per_number=2))
         == """\
 sparse feed-forward: avg-k, 64 of 1024 blocks of 64 cells (E = 16) in 4 of 24 layers
-  parameters                       857.1 M
-  active parameters                353.8 M
-  FLOPs per token, forward         916.6 M
-  FLOPs over dense                +0.924 %
-  exchanged per token and layer    12.7 kB
-  with Megatron's dispatcher      196.6 kB"""
+  parameters                            857.1 M
+  active parameters                     353.8 M
+  FLOPs per token, forward              916.6 M
+  FLOPs over dense                     +0.924 %
+  sent per token and layer, alltoall    12.7 kB
+  with Megatron's dispatcher           196.6 kB"""
     )
-    assert "exchanged" not in accounting.table(shape)
-    dense = accounting.table(accounting.dense_equivalent(shape), expert_parallel_size=4)
+    assert "sent" not in accounting.table(shape)
+    assert "sent" not in accounting.table(shape, Exchange())
+    dense = accounting.table(accounting.dense_equivalent(shape), Exchange(expert_parallel_size=4))
     assert dense.splitlines() == [
         "feed-forward: dense, 4096 cells in 24 layers",
         "  parameters                  353.8 M",

@@ -40,6 +40,7 @@ def arguments(**given: Any) -> Namespace:
         "tensor_model_parallel_size": 2,
         "pipeline_model_parallel_size": 1,
         "expert_model_parallel_size": 4,
+        "expert_tensor_parallel_size": 1,
         "context_parallel_size": 1,
         "data_parallel_size": 4,
         "seed": 11,
@@ -188,6 +189,7 @@ def test_summary(one_rank: None, clock: Clock, tmp_path: Path, do_test: bool) ->
         "parameters_total": counts.total,
         "parameters_active": counts.active,
         "flops_per_token": flops_per_token(shape()).total,
+        "sent_bytes_per_token": None,
         # The median: the first steps are slow.
         "tokens_per_second": pytest.approx(4 * 16 / 3.5),
         "layout": {
@@ -195,6 +197,7 @@ def test_summary(one_rank: None, clock: Clock, tmp_path: Path, do_test: bool) ->
             "tensor": 2,
             "pipeline": 1,
             "expert": 4,
+            "expert_tensor": 1,
             "context": 1,
             "data": 4,
         },

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import struct
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy
@@ -29,8 +30,24 @@ SAMPLED_TOKENS = 1 << 20
 """Tokens at each end of a data set that `check_data` compares with the vocabulary."""
 
 
-def build_datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> Any:
-    """Megatron's datasets provider: train, validation and test sets of the given sizes."""
+def datasets_provider(*, on_every_stage: bool) -> Callable[..., Any]:
+    """Megatron's datasets provider.
+
+    Args:
+        on_every_stage: whether all pipeline stages draw batches, or the first and the last alone.
+
+    Returns:
+        A function that builds train, validation and test sets of given sizes.
+    """
+    provider = partial(_build_datasets, _reads_anywhere if on_every_stage else _reads_at_the_ends)
+    # Every rank builds its own view; Megatron otherwise builds on the first TP rank only.
+    provider.is_distributed = True  # type: ignore[attr-defined]
+    return provider
+
+
+def _build_datasets(
+    reads_data: Callable[[], bool], num_samples: tuple[int, int, int], vp_stage: int | None = None
+) -> Any:
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -51,33 +68,36 @@ def build_datasets(num_samples: tuple[int, int, int], vp_stage: int | None = Non
         create_attention_mask=args.create_attention_mask_in_dataloader,
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(kind, num_samples, _reads_data, config).build()
+    return BlendedMegatronDatasetBuilder(kind, num_samples, reads_data, config).build()
 
 
-# Every rank builds its own view; Megatron otherwise builds on the first TP rank only.
-build_datasets.is_distributed = True  # type: ignore[attr-defined]
+def _reads_anywhere() -> bool:
+    """Whether this rank draws batches, if all stages do: it is its first TP rank."""
+    return bool(mpu.get_tensor_model_parallel_rank() == 0)
 
 
-def _reads_data() -> bool:
-    """Whether this rank draws batches: the first TP rank of the first and last stages."""
-    ends = mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage()
-    return bool(mpu.get_tensor_model_parallel_rank() == 0 and ends)
+def _reads_at_the_ends() -> bool:
+    """The same, if only the first and the last stage do."""
+    return _reads_anywhere() and bool(mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage())
 
 
-def next_batch(batches: Iterator[dict[str, Tensor]] | None) -> dict[str, Any]:
+def next_batch(
+    batches: Iterator[dict[str, Tensor]] | None, *, on_every_stage: bool
+) -> dict[str, Any]:
     """This rank's part of the next microbatch.
 
     Args:
         batches: Megatron's data iterator; None on ranks that do not read.
+        on_every_stage: as given to `datasets_provider`; the whole batch is then on every rank.
 
     Returns:
         `tokens`, `labels`, `loss_mask`, `position_ids` `[b, s]` and `attention_mask`, with None for
-        what this pipeline stage does not use.
+        what this pipeline stage does not have.
     """
     args = get_args()
     first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
     names = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
-    if not (first or last):
+    if not (first or last or on_every_stage):
         return dict.fromkeys(names)
     batch: dict[str, Any] = {}
     tp_rank = mpu.get_tensor_model_parallel_rank()
@@ -95,7 +115,7 @@ def next_batch(batches: Iterator[dict[str, Tensor]] | None) -> dict[str, Any]:
         tp_rank=tp_rank,
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=on_every_stage,  # Megatron's word for the whole batch on every TP rank
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,

@@ -7,19 +7,22 @@ activation the mean is over the gate keys (ours; the paper has none).
 
 `--sffn-gate` is an ablation: sigmoid or softmax of the score as a factor of the block's output.
 Then the score is differentiated, through x and through the keys of every rank.
+
+Descriptors are in fp32 at least and the same bits on every rank. Where the layer is told which
+weights it holds, they are computed and gathered once per optimizer step, not once per microbatch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_sffn.config import RouterConfig, SparseFFNConfig, flag
 from megatron_sffn.ops.route_topk import route_topk
-from megatron_sffn.routers.base import Router, Routing, gather_blocks, score_dtype
+from megatron_sffn.routers.base import Router, Routing, score_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +56,33 @@ class AvgKConfig(RouterConfig):
 class AvgKRouter(Router):
     """Top-K blocks by the dot product with the mean key."""
 
+    _kept: tuple[Hashable, Tensor] | None = None
+
     def forward(self, x: Tensor, keys: Tensor, token_ids: Tensor | None = None) -> Routing:
         """See `Router.forward`."""
         assert isinstance(self.sffn.router, AvgKConfig)
-        gate, gate_keys = self.sffn.router.gate, keys[:, : self.sffn.block_size]
+        gate, gate_keys = self.sffn.router.gate, keys[:, : self.placement.num_local_cells]
         if gate == "none":
             with torch.no_grad():
-                means = gather_blocks(descriptors(gate_keys), self.ep_group)
+                means = self._kept_descriptors(gate_keys)
                 scores = x.to(score_dtype(x)) @ means.T
             return Routing(block_ids=route_topk(scores, self.sffn.num_active_blocks))
-        means = gather_from_sequence_parallel_region(descriptors(gate_keys), group=self.ep_group)
+        means = self._descriptors(gate_keys)
         scores = x.to(score_dtype(x)) @ means.T
         ids = route_topk(scores.detach(), self.sffn.num_active_blocks)
         factors = scores.sigmoid() if gate == "sigmoid" else scores.softmax(dim=-1)
         return Routing(block_ids=ids, gates=factors.gather(1, ids))
 
+    def _kept_descriptors(self, keys: Tensor) -> Tensor:
+        """`_descriptors`, computed again only if the weights may have changed."""
+        version = self.weights_version
+        if version is None:
+            return self._descriptors(keys)
+        if self._kept is None or self._kept[0] != version:
+            self._kept = (version, self._descriptors(keys))
+        return self._kept[1]
 
-def descriptors(keys: Tensor) -> Tensor:
-    """Mean key of each block: `[B, G, D]` in any dtype to `[B, D]`, at least fp32."""
-    return keys.mean(dim=1, dtype=score_dtype(keys))
+    def _descriptors(self, keys: Tensor) -> Tensor:
+        """Mean key of every block: `[B / ep, G / etp, D]` to `[B, D]`, fp32 at least."""
+        sums = keys.sum(dim=1, dtype=score_dtype(keys))
+        return self.placement.sum_over_cells(sums) / self.sffn.block_size

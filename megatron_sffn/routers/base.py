@@ -7,14 +7,15 @@ the method has them, gates. Never a tokens × blocks map: at g = 1 that map has 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,12 @@ class Router(torch.nn.Module):
 
     Args:
         config: of the model; its `sffn` holds the layer's numbers.
-        pg_collection: Megatron's process groups; `ep` is the one over which blocks are cut.
+        pg_collection: Megatron's process groups; `tp_ep`, `ep` and `expt_tp` say where blocks are.
     """
+
+    weights_version: Hashable | None = None
+    """Which weights the keys hold: the same value promises the same weights, so that what follows
+    from them alone is computed once; None promises nothing (see `layer.set_weights_version`)."""
 
     def __init__(
         self,
@@ -49,7 +54,7 @@ class Router(torch.nn.Module):
         assert config.sffn is not None, "a router needs config.sffn"
         self.config = config
         self.sffn: SparseFFNConfig = config.sffn
-        self.ep_group = pg_collection.ep
+        self.placement = Placement.of(pg_collection, config.sffn)
         self.layer_number: int | None = None
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -61,8 +66,8 @@ class Router(torch.nn.Module):
 
         Args:
             x: `[T, D]` tokens of this rank.
-            keys: `[B / ep, G, D]` the keys held here; `[B / ep, 2G, D]`, gate keys first, for a
-                gated activation.
+            keys: `[B / ep, G / etp, D]` the keys held here; `[B / ep, 2G / etp, D]`, gate keys
+                first, for a gated activation.
             token_ids: `[T]` input ids, for routers that ask for them.
         """
         raise NotImplementedError
@@ -71,21 +76,3 @@ class Router(torch.nn.Module):
 def score_dtype(x: Tensor) -> torch.dtype:
     """Scores are at least fp32, so that a selection does not hang on a half-precision tie."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def gather_blocks(local: Tensor, group: Any) -> Tensor:
-    """`[B / ep, ...]` of every rank as `[B, ...]`, without a gradient."""
-    if group.size() == 1:
-        return local
-    parts = [torch.empty_like(local) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, local.contiguous(), group=group)
-    return torch.cat(parts)
-
-
-def token_ids_of(layer_input_ids: Tensor | None, router: str) -> Tensor:
-    """The input ids, or a clear message about who has to provide them."""
-    assert layer_input_ids is not None, (
-        f"router {router} needs the input ids of this microbatch: call "
-        "megatron_sffn.layer.provide_token_ids(model, ids) before the forward pass"
-    )
-    return layer_input_ids

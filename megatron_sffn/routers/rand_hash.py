@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.config import RouterConfig, flag
-from megatron_sffn.routers.base import Router, Routing, token_ids_of
+from megatron_sffn.routers.base import Router, Routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,11 @@ class RandHashRouter(Router):
     def forward(self, x: Tensor, keys: Tensor, token_ids: Tensor | None = None) -> Routing:
         """See `Router.forward`."""
         assert isinstance(self.sffn.router, RandHashConfig)
-        ids, position = token_ids_of(token_ids, "rand-hash").unique(return_inverse=True)
+        assert token_ids is not None, (
+            "rand-hash needs the input ids: give them to the layer (or Megatron's GPTModel) as "
+            "`padding_mask`, the slot for numbers of a token that reaches every pipeline stage"
+        )
+        ids, position = token_ids.unique(return_inverse=True)
         layer = 0 if self.sffn.router.shared else self.layer_number
         assert layer is not None, "rand-hash needs the layer number"
         blocks = hashed_blocks(

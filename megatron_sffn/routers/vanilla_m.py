@@ -5,7 +5,8 @@ cells of a chosen block compute. At g = 1 this is plain top-k of the memory coef
 selection is a hard top-K: unselected cells get exactly no gradient, and none passes through it.
 
 Keys stay where they are: under expert parallelism the tokens visit every rank (T·D numbers) and
-the scores come back (T·B), instead of gathering the key table (M·D numbers, E times the FFN).
+the scores come back (T·B), instead of gathering the key table (M·D numbers, E times the FFN). Where
+a block's cells lie on several ranks, each sends the aggregate of its own.
 """
 
 from __future__ import annotations
@@ -14,20 +15,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_sffn.config import RouterConfig, SparseFFNConfig, flag
+from megatron_sffn.config import Exchange, RouterConfig, SparseFFNConfig, flag
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.route_topk import route_topk
-from megatron_sffn.routers.base import Router, Routing, gather_blocks, score_dtype
+from megatron_sffn.routers.base import Router, Routing, score_dtype
+from megatron_sffn.traffic import SCORE_BYTES
 
-AGGREGATORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda s: s.mean(dim=-1),
-    "mean-abs": lambda s: s.abs().mean(dim=-1),
-    "max": lambda s: s.amax(dim=-1),
-    "min": lambda s: s.amin(dim=-1),
+AGGREGATORS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "mean": (lambda s: s.sum(dim=-1), lambda parts: parts.sum(dim=-1)),
+    "mean-abs": (lambda s: s.abs().sum(dim=-1), lambda parts: parts.sum(dim=-1)),
+    "max": (lambda s: s.amax(dim=-1), lambda parts: parts.amax(dim=-1)),
+    "min": (lambda s: s.amin(dim=-1), lambda parts: parts.amin(dim=-1)),
 }
-"""From the coefficients of a block's cells `[T, B, G]` to its score `[T, B]`."""
+"""From the coefficients of a block's cells on a rank `[..., G / etp]` to a score `[...]`, and from
+the scores of several ranks `[..., etp]` to the block's. A sum stands for the mean: the same choice.
+"""
 
 SCRATCH_NUMBERS = 1 << 24
 """Coefficients held at a time; T·M of them would be 512 MiB at T = 2048, M = 65,536."""
@@ -59,6 +64,11 @@ class VanillaMConfig(RouterConfig):
         per_cell = 2 * hidden_size * (2 if gated else 1)
         return per_cell * (sffn.num_cells - sffn.active_cells)
 
+    def exchanged_bytes(self, sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> float:
+        """The token goes to every rank to be scored, and the scores come back."""
+        scores = sffn.num_blocks / exchange.expert_parallel_size * SCORE_BYTES
+        return (exchange.num_ranks - 1) * (hidden_size * exchange.bytes_per_number + scores)
+
 
 class VanillaMRouter(Router):
     """Top-K blocks by the aggregated activations of their cells."""
@@ -66,19 +76,26 @@ class VanillaMRouter(Router):
     @torch.no_grad()
     def forward(self, x: Tensor, keys: Tensor, token_ids: Tensor | None = None) -> Routing:
         """See `Router.forward`."""
-        ranks = self.ep_group.size()
-        scores = self._local_scores(gather_blocks(x, self.ep_group), keys)
-        if ranks > 1:
-            scores = scores.view(ranks, x.shape[0], -1)
+        grid, group = self.placement, self.placement.group
+        scores = self._local_scores(gather_from_sequence_parallel_region(x, group=group), keys)
+        if grid.num_ranks > 1:
             back = torch.empty_like(scores)
-            torch.distributed.all_to_all_single(back, scores, group=self.ep_group)
-            scores = back.transpose(0, 1).reshape(x.shape[0], -1)
+            torch.distributed.all_to_all_single(back, scores, group=group)
+            # From [ep, etp, T, B / ep] to [T, ep, B / ep, etp].
+            shape = (grid.block_parts, grid.cell_parts, len(x), grid.num_local_blocks)
+            parts = back.view(shape).permute(2, 0, 3, 1)
+            _, join = AGGREGATORS[self._aggregator]
+            scores = join(parts).flatten(1)
         return Routing(block_ids=route_topk(scores, self.sffn.num_active_blocks))
 
-    def _local_scores(self, x: Tensor, keys: Tensor) -> Tensor:
-        """`[T, B / ep]` scores of the blocks held here, a few blocks at a time."""
+    @property
+    def _aggregator(self) -> str:
         assert isinstance(self.sffn.router, VanillaMConfig)
-        aggregate = AGGREGATORS[self.sffn.router.aggregator]
+        return self.sffn.router.aggregator
+
+    def _local_scores(self, x: Tensor, keys: Tensor) -> Tensor:
+        """`[T, B / ep]` scores of the cells held here, a few blocks at a time."""
+        aggregate, _ = AGGREGATORS[self._aggregator]
         activation = Activation.of(self.config)
         dtype = score_dtype(x)
         x = x.to(dtype)

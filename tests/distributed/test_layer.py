@@ -5,39 +5,40 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sffn.dispatch import combine, dispatch
+from megatron_sffn.dispatch import dispatch
+from megatron_sffn.placement import Placement
 from megatron_sffn.routers.base import Routing
 from tests.layers import SPARSE, Case, build, run
 from tests.ranks import run_ranks
 
+
+def layout(tensor: int = 1, expert: int = 1, cells: int = 1) -> dict[str, int]:
+    """Arguments of `initialize_model_parallel`."""
+    return {
+        "tensor_model_parallel_size": tensor,
+        "expert_model_parallel_size": expert,
+        "expert_tensor_parallel_size": cells,
+    }
+
+
 LAYOUTS = {
-    "EP2": (2, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
-    "EP4": (4, {"expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}),
-    "EP2 x DP2": (4, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
-    "TP2": (2, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
-    "TP2 EP2": (
-        2,
-        {
-            "tensor_model_parallel_size": 2,
-            "expert_model_parallel_size": 2,
-            "expert_tensor_parallel_size": 1,
-        },
-    ),
-    "TP2 EP4": (
-        4,
-        {
-            "tensor_model_parallel_size": 2,
-            "expert_model_parallel_size": 4,
-            "expert_tensor_parallel_size": 1,
-        },
-    ),
+    "EP2": (2, layout(expert=2)),
+    "EP4": (4, layout(expert=4)),
+    "EP2 x DP2": (4, layout(expert=2)),
+    "TP2": (2, layout(tensor=2)),
+    "TP2 EP2": (2, layout(tensor=2, expert=2)),
+    "TP2 EP4": (4, layout(tensor=2, expert=4)),
+    "TP2 ETP2": (2, layout(tensor=2, cells=2)),
+    "ETP2 x DP2": (4, layout(cells=2)),
+    "EP2 ETP2": (4, layout(expert=2, cells=2)),
+    "TP2 EP2 ETP2": (4, layout(tensor=2, expert=2, cells=2)),
 }
 
 
-def without_balance(router: str, **fields: object) -> Case:
-    """Balance losses are per data-parallel rank in Megatron: they differ between layouts."""
+def without_balance(router: str, *megatron: tuple[str, object], **fields: object) -> Case:
+    """Balance losses are per microbatch: this layer's differs when fewer ranks share its tokens."""
     none = (("moe_router_load_balancing_type", "none"), ("moe_aux_loss_coeff", 0.0))
-    return Case(router=router, megatron=none if router == "switch" else (), **fields)
+    return Case(router=router, megatron=megatron + (none if router == "switch" else ()), **fields)
 
 
 @pytest.fixture(scope="module")
@@ -46,32 +47,44 @@ def oracle() -> dict[str, dict[str, torch.Tensor]]:
     return {name: run_ranks(1, run, without_balance(name))[0] for name in SPARSE}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("router", SPARSE)
-def test_a_layout_computes_what_one_rank_does(router: str, layout: str, oracle) -> None:
-    world_size, sizes = LAYOUTS[layout]
-    for result in run_ranks(world_size, run, without_balance(router), **sizes):
-        for name, expected in oracle[router].items():
-            torch.testing.assert_close(
-                result[name], expected, rtol=1e-9, atol=1e-11, msg=f"{router} {layout}: {name}"
-            )
+def test_a_layout_computes_what_one_rank_does(
+    router: str, name: str, dispatcher: str, oracle
+) -> None:
+    world_size, sizes = LAYOUTS[name]
+    case = without_balance(router, ("moe_token_dispatcher_type", dispatcher))
+    assert_same(run_ranks(world_size, run, case, **sizes), oracle[router])
+
+
+def assert_same(results: list[dict[str, torch.Tensor]], one: dict[str, torch.Tensor]) -> None:
+    for result in results:
+        for name, expected in one.items():
+            torch.testing.assert_close(result[name], expected, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("aggregator", ["mean-abs", "max", "min"])
+def test_aggregates_of_cells_that_lie_on_several_ranks(aggregator: str) -> None:
+    case = Case(router="vanilla-m", options=(("aggregator", aggregator),))
+    assert_same(run_ranks(4, run, case, **layout(expert=2, cells=2)), run_ranks(1, run, case)[0])
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
 def test_a_differentiated_score_reaches_the_keys_of_other_ranks(gate: str) -> None:
     case = Case(router="avg-k", options=(("gate", gate),))
-    (one,) = run_ranks(1, run, case)
-    for result in run_ranks(2, run, case, **LAYOUTS["EP2"][1]):
-        for name, expected in one.items():
-            torch.testing.assert_close(result[name], expected, rtol=1e-9, atol=1e-11, msg=name)
+    assert_same(run_ranks(4, run, case, **layout(expert=2, cells=2)), run_ranks(1, run, case)[0])
 
 
 def test_swiglu_and_single_cells_on_two_ranks() -> None:
     case = Case(router="vanilla-m", block_size=1, swiglu=True)
-    (one,) = run_ranks(1, run, case)
-    for result in run_ranks(2, run, case, **LAYOUTS["EP2"][1]):
-        for name, expected in one.items():
-            torch.testing.assert_close(result[name], expected, rtol=1e-9, atol=1e-11, msg=name)
+    assert_same(run_ranks(2, run, case, **layout(expert=2)), run_ranks(1, run, case)[0])
+
+
+@pytest.mark.parametrize("router", ["avg-k", "switch"])
+def test_swiglu_with_cells_on_several_ranks(router: str) -> None:
+    case = without_balance(router, swiglu=True)
+    assert_same(run_ranks(4, run, case, **layout(expert=2, cells=2)), run_ranks(1, run, case)[0])
 
 
 def exchange(block_ids: list[list[list[int]]]) -> dict[str, object]:
@@ -81,12 +94,13 @@ def exchange(block_ids: list[list[list[int]]]) -> dict[str, object]:
     ids = torch.tensor(block_ids[rank], dtype=torch.long).view(-1, 2)
     x = (torch.arange(len(ids)).double()[:, None] + 100 * rank).expand(-1, 3).contiguous()
     gates = torch.ones(ids.shape, dtype=torch.double)
-    here = dispatch(x, Routing(block_ids=ids, gates=gates), 8 // ranks, group)
+    grid = Placement(group=group, block_parts=ranks, cell_parts=1, num_blocks=8, block_size=1)
+    here = dispatch(x, Routing(block_ids=ids, gates=gates), grid, "alltoall")
     # Each block multiplies by its own number, so that a row in the wrong place shows.
     y = torch.zeros_like(here.rows)
     factors = (here.pairs.blocks + rank * (8 // ranks) + 1).double()[:, None]
     y.index_add_(0, here.pairs.rows, here.rows[here.pairs.rows] * factors)
-    back = combine(y, here.plan)
+    back = here.plan.combine(y)
     expected = x * (ids + 1).sum(dim=1, keepdim=True)
     return {
         "rows": len(here.rows),
@@ -124,6 +138,9 @@ def initial_tables() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_initial_tables_do_not_depend_on_the_layout() -> None:
     ((keys, values),) = run_ranks(1, initial_tables)
-    parts = run_ranks(4, initial_tables, **LAYOUTS["EP4"][1])
+    parts = run_ranks(4, initial_tables, **layout(expert=4))
     assert torch.equal(torch.cat([part[0] for part in parts]), keys)
     assert torch.equal(torch.cat([part[1] for part in parts]), values)
+    parts = run_ranks(2, initial_tables, **layout(tensor=2, cells=2))
+    assert torch.equal(torch.cat([part[0] for part in parts], dim=1), keys)
+    assert torch.equal(torch.cat([part[1] for part in parts], dim=1), values)

@@ -293,7 +293,7 @@ def test_environment_gives_the_defaults(monkeypatch):
 def tiny_corpus(folder: Path) -> corpus.Corpus:
     """A corpus that the quick start takes for the one it would make itself, but for its size."""
     parameters = {"kind": "stdlib", "origin": [platform.python_version()], "recipe": corpus.RECIPE}
-    texts = sorted((ROOT / "megatron_sffn").glob("*.py")) * 3
+    texts = sorted((ROOT / "megatron_sffn").rglob("*.py")) * 3
     documents = [
         corpus.Document(source=f"{number}/{path.name}", text=f"{number}\n{path.read_text()}")
         for number, path in enumerate(texts)

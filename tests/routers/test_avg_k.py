@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.layer import SparseFFN
 from megatron_sffn.ops import block_ffn, route_topk
-from megatron_sffn.routers.avg_k import AvgKConfig, descriptors
+from megatron_sffn.routers.avg_k import AvgKConfig
 from megatron_sffn.routers.vanilla_m import VanillaMConfig
 from tests.routers.conftest import B, T, tables, transformer
 
 
 def test_a1_the_score_is_the_mean_pre_activation(build) -> None:
     x, keys, _ = tables()
-    scores = x @ descriptors(keys).T
+    scores = x @ build(AvgKConfig())._descriptors(keys).T
     torch.testing.assert_close(
         scores, torch.stack([x @ k.mean(0) for k in keys], 1), rtol=1e-10, atol=1e-12
     )

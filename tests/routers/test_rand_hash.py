@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_sffn.layer import SparseFFN, provide_token_ids
+from megatron_sffn.layer import SparseFFN
 from megatron_sffn.routers.rand_hash import RandHashConfig, hashed_blocks
 from tests.routers.conftest import D, transformer
 
@@ -78,8 +78,7 @@ def test_r4_only_the_current_id_matters(one_rank: None) -> None:
         if changed is not None:
             ids = ids.clone()
             ids[1, changed] += 1
-        provide_token_ids(layer, ids)
-        layer(hidden)
+        layer(hidden, padding_mask=ids)
     differs = (chosen[0] != chosen[1]).any(dim=1)
     # Token (sequence 1, position 3) is row 3·2 + 1 of the sequence-first hidden states.
     assert differs.nonzero().flatten().tolist() == [3 * 2 + 1]
@@ -101,5 +100,5 @@ def test_seeds_differ(build) -> None:
 
 
 def test_without_ids_the_message_says_what_to_call(build) -> None:
-    with pytest.raises(AssertionError, match="provide_token_ids"):
+    with pytest.raises(AssertionError, match="give them to the layer"):
         build(RandHashConfig())(torch.zeros(1, D), torch.zeros(12, 2, D), None)

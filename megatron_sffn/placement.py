@@ -1,0 +1,96 @@
+"""Which rank holds which cells: blocks are cut over EP ranks, the cells of a block over ETP ranks.
+
+Enters: Megatron's process groups. Leaves: a `Placement`, with which tables are cut, scores and
+descriptors gathered, and tokens sent.
+
+Choice: expert parallelism (EP) and expert tensor parallelism (ETP) are one grid of ranks, and one
+group exchanges over it. A block lies on the ETP ranks of its EP rank, a slice of its cells on each;
+a token visits every rank that holds cells of it, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_sffn.config import SparseFFNConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """A grid of ranks with the blocks along one side and the cells of a block along the other.
+
+    Args:
+        group: of all ranks of the grid; rank r is at (r // cell_parts, r % cell_parts).
+        block_parts: expert-parallel size; it divides B.
+        cell_parts: expert-tensor-parallel size; it divides G.
+        num_blocks: B.
+        block_size: G.
+    """
+
+    group: Any
+    block_parts: int
+    cell_parts: int
+    num_blocks: int
+    block_size: int
+
+    @classmethod
+    def of(cls, pg_collection: ProcessGroupCollection, sffn: SparseFFNConfig) -> Placement:
+        """The grid of Megatron's groups: `tp_ep` is all of it, `ep` and `expt_tp` are its sides."""
+        blocks, cells = pg_collection.ep, pg_collection.expt_tp
+        placement = cls(
+            group=pg_collection.tp_ep,
+            block_parts=blocks.size(),
+            cell_parts=cells.size(),
+            num_blocks=sffn.num_blocks,
+            block_size=sffn.block_size,
+        )
+        here = (placement.block_part, placement.cell_part)
+        assert here == (blocks.rank(), cells.rank()), (here, blocks.rank(), cells.rank())
+        assert sffn.num_blocks % blocks.size() == 0, (sffn.num_blocks, blocks.size())
+        assert sffn.block_size % cells.size() == 0, (sffn.block_size, cells.size())
+        return placement
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the grid."""
+        return self.block_parts * self.cell_parts
+
+    @property
+    def block_part(self) -> int:
+        """Where this rank is along the blocks."""
+        return int(self.group.rank()) // self.cell_parts
+
+    @property
+    def cell_part(self) -> int:
+        """Where this rank is along the cells."""
+        return int(self.group.rank()) % self.cell_parts
+
+    @property
+    def num_local_blocks(self) -> int:
+        """Blocks of which this rank holds cells."""
+        return self.num_blocks // self.block_parts
+
+    @property
+    def num_local_cells(self) -> int:
+        """Cells of each of them that this rank holds."""
+        return self.block_size // self.cell_parts
+
+    @property
+    def first_block(self) -> int:
+        """The first of them."""
+        return self.block_part * self.num_local_blocks
+
+    def sum_over_cells(self, local: Tensor) -> Tensor:
+        """`[B / block_parts, ...]` sums over this rank's cells as `[B, ...]` over all, everywhere.
+
+        Differentiable: a rank gets back what all ranks' uses of its part give. The parts are added
+        in one order, so that every rank has the same bits.
+        """
+        everywhere = gather_from_sequence_parallel_region(local, group=self.group)
+        grid = (self.block_parts, self.cell_parts, self.num_local_blocks)
+        return everywhere.view(*grid, *local.shape[1:]).sum(dim=1).flatten(0, 1)

@@ -1,0 +1,94 @@
+"""Bytes that a token costs between ranks, in closed form, and the way of exchange that follows.
+
+Enters: the layer's numbers and the ranks that its cells are cut over. Leaves: bytes per token of
+one sparse layer's forward, ours and Megatron's. `dispatch.py` sends exactly these: what a run
+counts in its evaluations differs by the routing alone, which is taken as uniform here.
+
+Neither tensors nor Megatron are imported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_sffn.config import Exchange, SparseFFNConfig
+
+PAIR_BYTES = 8
+"""A (row, block) pair of the all-to-all: two int32."""
+ID_BYTES = 4
+"""A block id of the all-gather: int32."""
+SCORE_BYTES = 4
+"""A score or a gate: fp32 whatever the model's dtype."""
+
+ALL_GATHER_MARGIN = 1.05
+"""How much more than the all-to-all the all-gather may send and still be chosen: it needs no
+counts, hence no wait of the host, and copies no rows."""
+
+
+def all_to_all_bytes_per_token(
+    sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange
+) -> float:
+    """Bytes that a token costs in the forward of one layer, there and back, by `alltoall`.
+
+    The expectation under uniform routing: a rank gets one row if it holds cells of any of the
+    token's K blocks, and a (row, block) pair with its gate for each.
+    """
+    blocks, active = sffn.num_blocks, sffn.num_active_blocks
+    assert blocks % exchange.expert_parallel_size == 0, (blocks, exchange)
+    elsewhere = blocks - blocks // exchange.expert_parallel_size
+    # In integers: C(65536, 4096) has 6,600 digits, and Python still rounds the quotient correctly.
+    missed = math.comb(elsewhere, active) / math.comb(blocks, active)
+    rows = (exchange.num_ranks - 1) * (1 - missed)
+    pairs = active * (exchange.expert_tensor_parallel_size - 1 / exchange.expert_parallel_size)
+    pair_bytes = PAIR_BYTES + (SCORE_BYTES if sffn.router.gated_output else 0)
+    return 2 * rows * hidden_size * exchange.bytes_per_number + pairs * pair_bytes
+
+
+def all_gather_bytes_per_token(
+    sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange
+) -> float:
+    """The same by `allgather`, whatever the routing is: the row, its ids and gates, everywhere."""
+    block_bytes = ID_BYTES + (SCORE_BYTES if sffn.router.gated_output else 0)
+    row_bytes = 2 * hidden_size * exchange.bytes_per_number
+    return (exchange.num_ranks - 1) * (row_bytes + sffn.num_active_blocks * block_bytes)
+
+
+DISPATCHERS: dict[str, Callable[[SparseFFNConfig, int, Exchange], float]] = {
+    "alltoall": all_to_all_bytes_per_token,
+    "allgather": all_gather_bytes_per_token,
+}
+"""Value of `--moe-token-dispatcher-type` -> bytes per token of a layer's exchange."""
+
+
+def cheapest_dispatcher(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> str:
+    """The way to exchange tokens: `allgather` where almost every rank is hit, else `alltoall`."""
+    exact = all_to_all_bytes_per_token(sffn, hidden_size, exchange)
+    everything = all_gather_bytes_per_token(sffn, hidden_size, exchange)
+    return "allgather" if everything <= ALL_GATHER_MARGIN * exact else "alltoall"
+
+
+def exchanged_bytes_per_token(
+    sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange, dispatcher: str
+) -> float:
+    """Bytes that a token costs in the forward of one sparse layer: its blocks, and its selection.
+
+    The backward sends the rows once more, and the gates' gradients.
+    """
+    if exchange.num_ranks == 1:
+        return 0.0
+    selection = sffn.router.exchanged_bytes(sffn, hidden_size, exchange)
+    return DISPATCHERS[dispatcher](sffn, hidden_size, exchange) + selection
+
+
+def megatron_bytes_per_token(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> float:
+    """The same with Megatron's all-to-all dispatcher: a copy of the token for each remote block.
+
+    Under expert tensor parallelism it gathers the copies once more. The probability that goes with
+    each copy, 4 bytes, is left out.
+    """
+    remote = 1 - 1 / exchange.expert_parallel_size
+    copies = sffn.num_active_blocks * (remote + exchange.expert_tensor_parallel_size - 1)
+    return 2 * copies * hidden_size * exchange.bytes_per_number

@@ -1,0 +1,184 @@
+"""Bytes between ranks: by enumeration, and as the collectives of a real layer count them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sffn import traffic
+from megatron_sffn.config import Exchange, SparseFFNConfig
+from megatron_sffn.routers import ROUTERS
+from tests.layers import BATCH, SPARSE, Case, D, build, config_of, draw
+from tests.ranks import run_ranks
+
+
+def sparse(router: str = "avg-k", **numbers: Any) -> SparseFFNConfig:
+    return SparseFFNConfig(router=ROUTERS[router](), **numbers)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("active", [1, 2, 4, 6])
+def test_exchange_by_enumeration(ranks: int, active: int, slices: int) -> None:
+    blocks, width = 12, 24
+    layer = sparse(active_cells=6 * active, block_size=6, expansion=blocks // active)
+    gated = sparse("switch", active_cells=6 * active, block_size=6, expansion=blocks // active)
+    # The token sits on the first rank of the grid; every choice of its blocks is equally likely.
+    choices = [
+        [(i * ranks // blocks, part) for i in choice for part in range(slices)]
+        for choice in combinations(range(blocks), active)
+    ]
+    rows = sum(len(set(owners) - {(0, 0)}) for owners in choices) / len(choices)
+    pairs = sum(sum(owner != (0, 0) for owner in owners) for owners in choices) / len(choices)
+    over = Exchange(
+        expert_parallel_size=ranks, expert_tensor_parallel_size=slices, bytes_per_number=2
+    )
+    if ranks * slices == 1:
+        assert traffic.exchanged_bytes_per_token(layer, width, over, "alltoall") == 0
+        return
+    ours = traffic.exchanged_bytes_per_token(layer, width, over, "alltoall")
+    assert ours == pytest.approx(2 * rows * width * 2 + pairs * 8)
+    with_gates = traffic.exchanged_bytes_per_token(gated, width, over, "alltoall")
+    assert with_gates == pytest.approx(2 * rows * width * 2 + pairs * (8 + 4))
+    others = ranks * slices - 1
+    everywhere = traffic.exchanged_bytes_per_token(gated, width, over, "allgather")
+    assert everywhere == others * (2 * width * 2 + active * (4 + 4))
+
+
+def test_megatron_sends_a_copy_per_block() -> None:
+    layer = sparse(active_cells=64, block_size=4, expansion=2)
+    remote = Exchange(expert_parallel_size=4, bytes_per_number=2)
+    assert traffic.megatron_bytes_per_token(layer, 24, remote) == 2 * 16 * 3 / 4 * 24 * 2
+    # Each ETP rank of the block gets the copies too.
+    cut = Exchange(expert_tensor_parallel_size=2, bytes_per_number=2)
+    assert traffic.megatron_bytes_per_token(layer, 24, cut) == 2 * 16 * 24 * 2
+
+
+def test_exchange_at_the_papers_smallest_block() -> None:
+    layer = sparse(active_cells=4096, block_size=1, expansion=16)
+    over = Exchange(expert_parallel_size=4096, bytes_per_number=2)
+    ours = traffic.exchanged_bytes_per_token(layer, 1024, over, "alltoall")
+    # 16 of the 65,536 cells on each rank, 4096 of them chosen: (15/16)^16 of the ranks stay out.
+    rows = 4095 * (1 - (15 / 16) ** 16)
+    assert ours == pytest.approx(2 * rows * 1024 * 2 + 4095 * 8, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "ranks", "chosen"),
+    [
+        (4096, 2, "alltoall"),  # half of the tokens stay
+        (1024, 2, "alltoall"),  # 15/16 of the ranks are hit
+        (256, 2, "allgather"),
+        (256, 8, "alltoall"),  # 88 %
+        (64, 8, "allgather"),
+        (64, 64, "alltoall"),  # 64 %
+    ],
+)
+def test_the_all_gather_is_chosen_where_almost_every_rank_is_hit(
+    block_size: int, ranks: int, chosen: str
+) -> None:
+    layer = sparse(active_cells=4096, block_size=block_size, expansion=16)
+    over = Exchange(expert_parallel_size=ranks, bytes_per_number=2)
+    assert traffic.cheapest_dispatcher(layer, 1024, over) == chosen
+
+
+COUNTED = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+
+def sent(case: Case) -> dict[str, float]:
+    """Bytes per token that the collectives of a layer's evaluation send from this rank to others.
+
+    Each is replaced by one that counts and then does the real thing.
+    """
+    layer = build(case).eval()
+    # Descriptors are gathered once per optimizer step, not per microbatch.
+    layer.router.weights_version = 0
+    tokens, counted = 4096 // BATCH, [0]
+    ids = torch.randint(1 << 20, (BATCH, tokens), generator=torch.Generator().manual_seed(5))
+    ids += torch.distributed.get_rank() << 20
+    hidden = draw(torch.distributed.get_rank(), tokens, BATCH, D)
+
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+            group = kwargs["group"]
+            if name == "all_to_all_single":
+                sizes = (
+                    kwargs.get("input_split_sizes") or [len(input) // group.size()] * group.size()
+                )
+                others = sum(sizes) - sizes[group.rank()]
+                # The counts, an int64 pair for each rank, are left out by the closed form.
+                is_counts = input.shape == (group.size(), 2) and input.dtype == torch.int64
+                counted[0] += 0 if is_counts else others * input[:1].nbytes
+            elif name == "all_gather_into_tensor":
+                counted[0] += (group.size() - 1) * input.nbytes
+            else:
+                counted[0] += input.nbytes * (group.size() - 1) // group.size()
+            return original(output, input, *args, **kwargs)
+
+        return call
+
+    with torch.no_grad():
+        layer(hidden, padding_mask=ids)  # the descriptors
+        layer.traffic.take()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in COUNTED:
+                original = getattr(torch.distributed, name)
+                patch.setattr(torch.distributed, name, counting(name, original))
+                for mappings in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+                    module = "megatron.core.tensor_parallel.mappings"
+                    if original is getattr(__import__(module, fromlist=["x"]), mappings):
+                        patch.setattr(f"{module}.{mappings}", counting(name, original))
+            layer(hidden, padding_mask=ids)
+    evaluated, own_count = layer.traffic.take()
+    return {
+        "counted": counted[0] / (tokens * BATCH),
+        "own count": own_count / evaluated,
+        "tokens": evaluated,
+    }
+
+
+LAYOUTS = {
+    "EP2": (2, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
+    "EP2 ETP2": (4, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+}
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("router", SPARSE)
+def test_what_the_collectives_send_is_the_closed_form(
+    router: str, layout: str, dispatcher: str
+) -> None:
+    world_size, sizes = LAYOUTS[layout]
+    # g = 8: K = 2 of B = 6 blocks, so that one rank is missed by many tokens.
+    case = Case(router=router, block_size=8, megatron=(("moe_token_dispatcher_type", dispatcher),))
+    results = run_ranks(world_size, sent, case, **sizes)
+    counted = sum(result["counted"] for result in results) / world_size
+    (config,) = run_ranks(1, config_of, case)
+    over = Exchange(
+        expert_parallel_size=2,
+        expert_tensor_parallel_size=sizes["expert_tensor_parallel_size"],
+        bytes_per_number=8,  # float64, gates and scores too
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traffic, "SCORE_BYTES", 8)
+        patch.setattr("megatron_sffn.routers.vanilla_m.SCORE_BYTES", 8)
+        expected = traffic.exchanged_bytes_per_token(config.sffn, D, over, dispatcher)
+        selection = config.sffn.router.exchanged_bytes(config.sffn, D, over)
+    for result in results:
+        assert result["tokens"] == 4096
+        # What the layer reports is what the collectives did, but for VanillaM's selection.
+        assert result["own count"] + selection == pytest.approx(result["counted"], rel=1e-12)
+    if dispatcher == "allgather":
+        assert counted == expected
+    elif router == "rand-hash":
+        # Uniform routing: 4 standard errors of a mean over 4096 tokens a rank.
+        assert counted == pytest.approx(expected, rel=4 / math.sqrt(4096 * world_size))
+    else:
+        # A learned or key-based choice is not uniform: bounded by none and all ranks hit.
+        assert 0 < counted < 1.25 * expected
