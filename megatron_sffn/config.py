@@ -202,10 +202,15 @@ class SparseFFNTransformerConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         """Derive Megatron's MoE fields, then let Megatron validate."""
+        biased: bool = vars(self)["moe_router_enable_expert_bias"]
         if self.sffn is not None:
             for name, value in moe_fields(self.sffn).items():
                 setattr(self, name, value)
+            # Megatron has the bias for its own sigmoid scores only, and refuses it for softmax.
+            # Our routers add it to their scores themselves; Megatron's part is to update it.
+            self.moe_router_enable_expert_bias = False
         super().__post_init__()
+        self.moe_router_enable_expert_bias = biased
 
 
 def moe_fields(sffn: SparseFFNConfig) -> dict[str, Any]:

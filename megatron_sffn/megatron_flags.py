@@ -53,6 +53,8 @@ GATE = (
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
     "moe_input_jitter_eps",
+    "moe_router_enable_expert_bias",
+    "moe_router_bias_update_rate",
 )
 """MoE flags (dest) that act on a learned gate."""
 

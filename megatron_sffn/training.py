@@ -27,6 +27,7 @@ from megatron_sffn.accounting import ModelShape, table
 from megatron_sffn.arguments import sffn_config, transformer_config
 from megatron_sffn.config import SparseFFNConfig
 from megatron_sffn.data.gpt import check_data, datasets_provider, next_batch
+from megatron_sffn.initialize import draw_again
 from megatron_sffn.layer import set_weights_version
 from megatron_sffn.layout import exchange_of
 from megatron_sffn.model import block_spec
@@ -66,6 +67,7 @@ def train(args: Namespace) -> None:
 def model_config(args: Namespace, sffn: SparseFFNConfig | None) -> GPTModelConfig:
     """Megatron's model config, with our layers in it if the model is sparse."""
     model: GPTModelConfig = gpt_config_from_args(args, config=transformer_config(args, sffn))
+    model.pre_wrap_hooks.append(partial(draw_again, args.seed))
     if sffn is not None:
         model.transformer_layer_spec = block_spec
     return model

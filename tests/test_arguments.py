@@ -413,10 +413,10 @@ REFUSED = [
         "leave it out",
     ),
     (
-        "--sffn-router switch --moe-router-enable-expert-bias",
+        "--moe-router-enable-expert-bias",
         1,
         "--moe-router-enable-expert-bias",
-        "leave it out",
+        "use --sffn-router switch",
     ),
     (
         "--moe-shared-expert-intermediate-size 64",

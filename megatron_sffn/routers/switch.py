@@ -51,32 +51,45 @@ class SwitchConfig(RouterConfig):
 
 
 class SwitchRouter(TopKRouter):
-    """Megatron's top-k router in index form."""
+    """Megatron's top-k router in index form.
+
+    With `--moe-router-enable-expert-bias` a bias per block, which Megatron updates after each step
+    by the sign of its load's distance from the mean, is added to p for the selection alone.
+    """
 
     def forward(self, x: Tensor, keys: Tensor, token_ids: Tensor | None = None) -> Routing:
         """See `Router.forward`."""
+        self._maintain_float32_expert_bias()
         logits = self.apply_z_loss(self.gating(self.apply_input_jitter(x)))
-        ids = route_topk(logits.detach(), self.topk)
+        ids = route_topk(self._selection_scores(logits.detach()), self.topk)
         gates, _ = topk_routing_with_score_function(
             logits, self.topk, use_pre_softmax=True, precomputed_indices=ids, dense_output=True
         )
+        # Not in the first pass of a recomputed layer, which has no gradient: once per microbatch.
         if self.training and torch.is_grad_enabled():
-            gates = self._balanced(gates, logits, ids)
+            counts = torch.bincount(ids.flatten(), minlength=logits.shape[1])
+            gates = self._balanced(gates, logits, counts)
+            if self.enable_expert_bias:
+                self.local_tokens_per_expert += counts
         return Routing(block_ids=ids, gates=gates)
 
-    def _balanced(self, gates: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
+    def _selection_scores(self, logits: Tensor) -> Tensor:
+        """What the blocks are chosen by; the bias stays out of the gate (arXiv 2408.15664)."""
+        if not self.enable_expert_bias:
+            return logits
+        return logits.softmax(dim=-1) + self.expert_bias
+
+    def _balanced(self, gates: Tensor, logits: Tensor, counts: Tensor) -> Tensor:
         """Attach the balance loss `B · Σ_e P_e F_e`; its gradient passes through P alone."""
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if coefficient == 0:
             return gates
-        num_blocks = logits.shape[1]
-        counts = torch.bincount(ids.flatten(), minlength=num_blocks)
         loss = switch_load_balancing_loss_func(
             probs=logits.softmax(dim=-1),
             tokens_per_expert=reduce_from_tensor_model_parallel_region(counts, self.tp_cp_group),
-            total_num_tokens=len(ids) * self.tp_cp_group.size(),
+            total_num_tokens=len(logits) * self.tp_cp_group.size(),
             topk=self.topk,
-            num_experts=num_blocks,
+            num_experts=len(counts),
             moe_aux_loss_coeff=coefficient,
         )
         return self.attach_and_log_load_balancing_loss(

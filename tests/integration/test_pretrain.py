@@ -44,12 +44,6 @@ def test_every_router_learns_on_two_ranks(pretrain, router: str) -> None:
 )
 def test_a_layout_trains_the_same_model(pretrain, one_rank_run, ranks: int, layout: str) -> None:
     log = pretrain(ranks, f"--train-iters 5 --split 90,10,0 {layout}")
-    if "tensor" in layout or "pipeline" in layout:
-        # Megatron seeds the weights it cuts, and each stage, by rank: another model, as good.
-        assert log.values("lm loss")[0] == pytest.approx(
-            one_rank_run.values("lm loss")[0], rel=0.02
-        )
-        return
     for name in ("lm loss", "grad norm"):
         assert log.values(name) == pytest.approx(one_rank_run.values(name), rel=2e-3), name
     assert log.validation_loss == pytest.approx(one_rank_run.validation_loss, rel=1e-4)
