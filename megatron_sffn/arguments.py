@@ -60,6 +60,15 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
     def add_flags(parser: ArgumentParser) -> ArgumentParser:
         megatron_defaults.update(unset_flags(parser))
         parser.set_defaults(**host_defaults)
+        # So that every layout can load the optimizer's state, too.
+        parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
+        parser.add_argument(
+            "--no-dist-ckpt-optim-fully-reshardable",
+            dest="dist_ckpt_optim_fully_reshardable",
+            action="store_false",
+            help="save the distributed optimizer's state as it lies: faster, but it can then be "
+            "loaded on the same TP, PP and EP only",
+        )
         add_sffn_flags(parser)
         return parser
 

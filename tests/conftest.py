@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sffn.platforms import cpu
+from megatron_sffn.platforms import prepare
 
-cpu.install()
+prepare()
 
 from megatron.core import parallel_state  # noqa: E402  (imported on an adapted platform)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402

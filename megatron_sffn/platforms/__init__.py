@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from megatron_sffn.platforms import cpu
+from megatron_sffn.platforms import cpu, optimizer
 
 WITHOUT_TRANSFORMER_ENGINE: dict[str, tuple[str, Any]] = {
     text: setting
@@ -28,6 +28,8 @@ def prepare() -> tuple[dict[str, Any], str]:
     """
     if cpu.is_host():
         cpu.install()
+    optimizer.install()
+    if cpu.is_host():
         flags, why = cpu.HOST_FLAGS, "no CUDA device: training on the CPU"
     elif importlib.util.find_spec("transformer_engine") is None:
         flags, why = WITHOUT_TRANSFORMER_ENGINE, "no Transformer Engine: Megatron's own modules"

@@ -25,12 +25,11 @@ import logging
 import os
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.platforms.adaptation import Adaptation, apply
 
 logger = logging.getLogger(__name__)
 
@@ -70,53 +69,8 @@ def install() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     setattr(torch, _INSTALLED, True)
     for adaptation in adaptations():
-        try:
-            owner, name = resolve(adaptation.target)
-        except AttributeError:
-            raise ConfigError(
-                f"{adaptation.target}, which megatron-sffn replaces on hosts without CUDA for "
-                f"{adaptation.needed_by}, does not exist in the installed torch or megatron-core; "
-                "install the versions of constraints.txt"
-            ) from None
-        setattr(owner, name, adaptation.make(getattr(owner, name)))
+        apply(adaptation)
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_not_the_tracker_remark)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adaptation:
-    """One replaced name.
-
-    Args:
-        target: dotted name of the attribute that is replaced.
-        make: builds the replacement from the original.
-        needed_by: dotted name of the Megatron function or class whose code uses it.
-    """
-
-    target: str
-    make: Callable[[Any], Any]
-    needed_by: str
-
-
-def resolve(dotted: str) -> tuple[Any, str]:
-    """Find the object that holds a dotted name.
-
-    Returns:
-        The holder (a module or class) and the last part of the name.
-
-    Raises:
-        AttributeError: if a part of the name does not exist.
-    """
-    parts = dotted.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        try:
-            owner = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[cut:-1]:
-            owner = getattr(owner, part)
-        getattr(owner, parts[-1])
-        return owner, parts[-1]
-    raise AttributeError(dotted)
 
 
 def adaptations() -> tuple[Adaptation, ...]:

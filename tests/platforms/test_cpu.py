@@ -26,6 +26,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.platforms import cpu
+from megatron_sffn.platforms.adaptation import Adaptation, resolve
 
 pytestmark = pytest.mark.skipif(not cpu.is_host(), reason="this machine has CUDA: not adapted")
 
@@ -37,15 +38,16 @@ FRESH = """
 import importlib, json, sys, warnings
 warnings.simplefilter("ignore")
 from megatron_sffn.platforms import cpu
+from megatron_sffn.platforms.adaptation import resolve
 
 def exists(name):
     try:
         importlib.import_module(name)
     except ImportError:
-        cpu.resolve(name)
+        resolve(name)
 
 def values():
-    return {row.target: getattr(*cpu.resolve(row.target)) for row in cpu.adaptations()}
+    return {row.target: getattr(*resolve(row.target)) for row in cpu.adaptations()}
 
 before = values()
 for row in cpu.adaptations():
@@ -79,7 +81,7 @@ OF_TORCH = {"torch.accelerator.is_available": "Megatron's optimizers are torch's
 
 
 @pytest.mark.parametrize("row", ROWS, ids=TARGETS)
-def test_the_named_code_uses_what_is_replaced(row: cpu.Adaptation) -> None:
+def test_the_named_code_uses_what_is_replaced(row: Adaptation) -> None:
     holder, _, name = row.target.rpartition(".")
     uses = {
         "torch.cuda": rf"torch\.cuda\.{name}\b",
@@ -91,7 +93,7 @@ def test_the_named_code_uses_what_is_replaced(row: cpu.Adaptation) -> None:
     try:
         user: Any = importlib.import_module(row.needed_by)
     except ImportError:
-        user = getattr(*cpu.resolve(row.needed_by))
+        user = getattr(*resolve(row.needed_by))
     assert row.needed_by.startswith("megatron.")
     assert row.target in OF_TORCH or re.search(uses, inspect.getsource(user)), row
 
@@ -117,7 +119,7 @@ def not_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 @pytest.mark.usefixtures("not_installed")
 def test_a_name_that_is_gone(monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
-    row = cpu.Adaptation(target=gone, make=lambda original: original, needed_by="megatron.a.b")
+    row = Adaptation(target=gone, make=lambda original: original, needed_by="megatron.a.b")
     monkeypatch.setattr(cpu, "adaptations", lambda: (row,))
     with pytest.raises(ConfigError, match=rf"^{gone}, .* for megatron\.a\.b, .*; install") as error:
         cpu.install()
@@ -129,7 +131,7 @@ def test_with_cuda_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(original: Any) -> Any:
         raise AssertionError("replaced on a machine with CUDA")
 
-    row = cpu.Adaptation(target="torch.cuda.synchronize", make=refuse, needed_by="megatron.a.b")
+    row = Adaptation(target="torch.cuda.synchronize", make=refuse, needed_by="megatron.a.b")
     monkeypatch.setattr(cpu, "adaptations", lambda: (row,))
     environment = dict(os.environ)
     filters = list(logging.getLogger("megatron.core.tensor_parallel.random").filters)

@@ -1,0 +1,77 @@
+"""Megatron's checkpoints: saved on one layout, continued on another as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import Log
+
+EP2 = "--expert-model-parallel-size 2"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+PP2 = "--pipeline-model-parallel-size 2"
+LAYOUTS = {
+    "one rank": (1, ""),
+    "DP2": (2, ""),
+    "EP2": (2, EP2),
+    "TP2": (2, TP2),
+    "TP2 ETP2": (2, f"{TP2} --expert-tensor-parallel-size 2"),
+    "PP2": (2, PP2),
+    "EP4": (4, "--expert-model-parallel-size 4"),
+    "TP2 PP2 EP2": (4, f"{TP2} {PP2} {EP2}"),
+    "PP2 VPP2": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
+}
+FLAGS = "--num-layers 4 --train-iters 6 --split 90,10,0 --save-interval 3"
+DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+
+
+@pytest.fixture
+def saved(pretrain: Callable[..., Log], tmp_path: Path) -> Callable[..., tuple[Log, str]]:
+    """`saved(layout, flags)`: an undisturbed run, and the flags that load its iteration 3."""
+
+    def run(layout: str, flags: str) -> tuple[Log, str]:
+        ranks, cut = LAYOUTS[layout]
+        log = pretrain(ranks, f"{FLAGS} {cut} {flags} --save {tmp_path}/saved")
+        return log, f"{FLAGS} {flags} --load {tmp_path}/saved --ckpt-step 3"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("source", "targets", "flags"),
+    [
+        ("TP2 PP2 EP2", ["EP4", "one rank", "TP2 ETP2"], ""),
+        ("TP2 PP2 EP2", ["EP4", "one rank", "TP2 ETP2"], DISTRIBUTED),
+        ("one rank", ["TP2 PP2 EP2"], "--sffn-router switch --swiglu"),
+        ("TP2 ETP2", ["EP2", "PP2 VPP2"], f"--sffn-router rand-hash --swiglu {DISTRIBUTED}"),
+        ("EP4", ["TP2", "DP2"], f"--sffn-router switch --bf16 {DISTRIBUTED}"),
+        # The first stage has no sparse layer, so no optimizer state of tables either.
+        ("PP2", ["EP2", "PP2"], "--sffn-layers 3"),
+        ("PP2", ["EP2", "PP2"], f"--sffn-layers 3 {DISTRIBUTED}"),
+    ],
+)
+def test_another_layout_goes_on_with_the_same_run(
+    pretrain, saved, source: str, targets: list[str], flags: str
+) -> None:
+    log, load = saved(source, flags)
+    tolerance = 2e-2 if "bf16" in flags else 1e-3
+    for target in targets:
+        ranks, cut = LAYOUTS[target]
+        continued = pretrain(ranks, f"{load} {cut}")
+        # The first two losses come as their mean: gradient norms stand for each.
+        norms = continued.values("grad norm")
+        assert norms == pytest.approx(log.values("grad norm")[3:], rel=tolerance), target
+        assert continued.values("lm loss")[-1] == pytest.approx(
+            log.values("lm loss")[-1], rel=tolerance
+        )
+
+
+@pytest.mark.parametrize("flags", ["", DISTRIBUTED])
+def test_the_same_layout_goes_on_bit_by_bit(pretrain, saved, flags: str) -> None:
+    log, load = saved("TP2 PP2 EP2", flags)
+    ranks, cut = LAYOUTS["TP2 PP2 EP2"]
+    continued = pretrain(ranks, f"{load} {cut}")
+    assert continued.values("grad norm") == log.values("grad norm")[3:]
+    assert continued.values("lm loss")[-1] == log.values("lm loss")[-1]

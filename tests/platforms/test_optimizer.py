@@ -1,0 +1,70 @@
+"""The number of optimizer steps survives a checkpoint, where Megatron alone would lose it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sffn.platforms import optimizer
+from megatron_sffn.platforms.adaptation import resolve
+
+ROWS = optimizer.adaptations()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.target for row in ROWS])
+def test_the_named_code_uses_what_is_replaced(row: Any) -> None:
+    module, _, user = row.needed_by.rpartition(".")
+    name = row.target.rpartition(".")[2]
+    assert f".{name}(" in inspect.getsource(getattr(importlib.import_module(module), user))
+
+
+def test_installed_once() -> None:
+    before = [getattr(*resolve(row.target)) for row in ROWS]
+    optimizer.install()
+    assert [getattr(*resolve(row.target)) for row in ROWS] == before
+
+
+def state(*steps: int | None) -> dict[str, Any]:
+    """What the distributed optimizer finds in a checkpoint: one group for each step."""
+    groups = [{} if step is None else {"step": step} for step in steps]
+    return {"optimizer": {"param_groups": groups}, "param_state": {}}
+
+
+def plain(step: int | None) -> dict[str, Any]:
+    """The same of the other optimizers."""
+    return {"param_groups": [{}], "state": {} if step is None else {"common_step": step}}
+
+
+@pytest.mark.parametrize(
+    ("found", "loaded"),
+    [
+        ({0: state(7, 7), 1: state(0)}, {0: state(7, 7), 1: state(7)}),
+        ({0: state(7), 1: state(None)}, {0: state(7), 1: state(7)}),
+        ({0: plain(7), 1: plain(None)}, {0: plain(7), 1: plain(7)}),
+        (plain(7), plain(7)),
+        # Nothing is known before the first step.
+        ({0: plain(None), 1: plain(None)}, {0: plain(None), 1: plain(None)}),
+    ],
+)
+def test_optimizers_without_a_step_get_that_of_the_others(found: Any, loaded: Any) -> None:
+    seen = []
+    load = optimizer._with_steps_for_all(lambda self, state_dict: seen.append(state_dict))
+    load(SimpleNamespace(chained_optimizers=[]), found)
+    assert seen == [loaded]
+
+
+def test_every_parameter_counts_for_itself() -> None:
+    shared = torch.tensor(3.0)
+    parameters = [torch.zeros(2, requires_grad=True) for _ in range(2)]
+    adam = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        adam.state[parameter] = {"step": shared, "exp_avg": torch.zeros(2)}
+    load = optimizer._with_steps_for_all(lambda self, state_dict: None)
+    load(SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=adam)]), plain(3))
+    adam.state[parameters[0]]["step"] += 1
+    assert [float(adam.state[p]["step"]) for p in parameters] == [4.0, 3.0]
