@@ -6,16 +6,19 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test check format clean
+.PHONY: help env quickstart bench-parallel test check format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: ## Make or update .venv (PYTHON=... chooses the interpreter)
 	@tools/setup_env.sh
 
 quickstart: env ## Text, data set, training on 2 ranks, evaluation, report (CORPUS=... SEED=...)
 	@$(BIN)/python -m examples.quickstart $(ARGS)
+
+bench-parallel: env ## Time and bytes of a layer on 2 and 4 ranks, ours and Megatron's (ARGS=...)
+	@$(BIN)/python -m benchmarks.parallel $(ARGS)
 
 test: env ## Run all tests that need no GPU (ARGS=...)
 	@$(BIN)/python -m pytest $(ARGS)

@@ -17,7 +17,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_sffn.traffic import exchanged_bytes_per_token, megatron_bytes_per_token
+from megatron_sffn.traffic import (
+    DISPATCHERS,
+    exchanged_bytes_per_token,
+    megatron_bytes_per_token,
+)
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -243,9 +247,10 @@ def table(shape: ModelShape, exchange: Exchange | None = None, dispatcher: str =
         )
     if sffn is not None and exchange is not None and exchange.num_ranks > 1:
         ours = exchanged_bytes_per_token(sffn, shape.hidden_size, exchange, dispatcher)
-        theirs = megatron_bytes_per_token(sffn, shape.hidden_size, exchange)
         rows[f"sent per token and layer, {dispatcher}"] = f"{_human(ours)}B"
-        rows["with Megatron's dispatcher"] = f"{_human(theirs)}B"
+        for theirs in DISPATCHERS:
+            number = megatron_bytes_per_token(sffn, shape.hidden_size, exchange, theirs)
+            rows[f"  with Megatron's {theirs}"] = f"{_human(number)}B"
     width = max(map(len, rows))
     return "\n".join((title, *(f"  {name:<{width}}  {text:>9}" for name, text in rows.items())))
 

@@ -69,11 +69,13 @@ class Exchange:
         expert_parallel_size: ranks over which the blocks are cut; it divides B.
         expert_tensor_parallel_size: ranks over which the cells of a block are cut.
         bytes_per_number: of an activation.
+        backend: of the process group.
     """
 
     expert_parallel_size: int = 1
     expert_tensor_parallel_size: int = 1
     bytes_per_number: int = 4
+    backend: str = "nccl"
 
     @property
     def num_ranks(self) -> int:

@@ -39,6 +39,7 @@ def exchange_of(args: Namespace) -> Exchange:
         expert_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size or 1,
         bytes_per_number=2 if half else 4,
+        backend=args.distributed_backend,
     )
 
 

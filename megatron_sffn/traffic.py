@@ -23,9 +23,12 @@ ID_BYTES = 4
 SCORE_BYTES = 4
 """A score or a gate: fp32 whatever the model's dtype."""
 
+MASK_BYTES = 1
+"""A block of a token in Megatron's routing map: bool."""
+
 ALL_GATHER_MARGIN = 1.05
 """How much more than the all-to-all the all-gather may send and still be chosen: it needs no
-counts, hence no wait of the host, and copies no rows."""
+counts, hence no wait of the host, and copies no rows. Not tuned: on CUDA it is yet to be timed."""
 
 
 def all_to_all_bytes_per_token(
@@ -64,7 +67,13 @@ DISPATCHERS: dict[str, Callable[[SparseFFNConfig, int, Exchange], float]] = {
 
 
 def cheapest_dispatcher(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> str:
-    """The way to exchange tokens: `allgather` where almost every rank is hit, else `alltoall`."""
+    """The way to exchange tokens: `allgather` where almost every rank is hit, else `alltoall`.
+
+    Not over gloo, whose reduce-scatter is an all-reduce inside and sends twice the bytes: there the
+    all-to-all was as fast or faster on 2 and 4 ranks (benchmarks/README.md).
+    """
+    if exchange.backend == "gloo":
+        return "alltoall"
     exact = all_to_all_bytes_per_token(sffn, hidden_size, exchange)
     everything = all_gather_bytes_per_token(sffn, hidden_size, exchange)
     return "allgather" if everything <= ALL_GATHER_MARGIN * exact else "alltoall"
@@ -83,12 +92,18 @@ def exchanged_bytes_per_token(
     return DISPATCHERS[dispatcher](sffn, hidden_size, exchange) + selection
 
 
-def megatron_bytes_per_token(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> float:
-    """The same with Megatron's all-to-all dispatcher: a copy of the token for each remote block.
+def megatron_bytes_per_token(
+    sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange, dispatcher: str
+) -> float:
+    """The same with Megatron's dispatchers, which gather what they send over ETP ranks once more.
 
-    Under expert tensor parallelism it gathers the copies once more. The probability that goes with
-    each copy, 4 bytes, is left out.
+    `alltoall` sends a copy of the token for each remote block (the probability that goes with each,
+    4 bytes, is left out); `allgather` the token once to each rank, with a mask and a probability
+    for every block, chosen or not.
     """
+    width, slices = hidden_size * exchange.bytes_per_number, exchange.expert_tensor_parallel_size
+    if dispatcher == "allgather":
+        per_block = MASK_BYTES + SCORE_BYTES
+        return (exchange.num_ranks - 1) * (2 * width + sffn.num_blocks * per_block)
     remote = 1 - 1 / exchange.expert_parallel_size
-    copies = sffn.num_active_blocks * (remote + exchange.expert_tensor_parallel_size - 1)
-    return 2 * copies * hidden_size * exchange.bytes_per_number
+    return 2 * sffn.num_active_blocks * (remote + slices - 1) * width

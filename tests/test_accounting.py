@@ -259,7 +259,8 @@ sparse feed-forward: avg-k, 64 of 1024 blocks of 64 cells (E = 16) in 4 of 24 la
   FLOPs per token, forward              916.6 M
   FLOPs over dense                     +0.924 %
   sent per token and layer, alltoall    12.7 kB
-  with Megatron's dispatcher           196.6 kB"""
+    with Megatron's alltoall           196.6 kB
+    with Megatron's allgather           27.6 kB"""
     )
     assert "sent" not in accounting.table(shape)
     assert "sent" not in accounting.table(shape, Exchange())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import wire
 from megatron_sffn import traffic
 from megatron_sffn.config import Exchange, SparseFFNConfig
 from megatron_sffn.routers import ROUTERS
@@ -53,10 +54,13 @@ def test_exchange_by_enumeration(ranks: int, active: int, slices: int) -> None:
 def test_megatron_sends_a_copy_per_block() -> None:
     layer = sparse(active_cells=64, block_size=4, expansion=2)
     remote = Exchange(expert_parallel_size=4, bytes_per_number=2)
-    assert traffic.megatron_bytes_per_token(layer, 24, remote) == 2 * 16 * 3 / 4 * 24 * 2
+    sent = traffic.megatron_bytes_per_token
+    assert sent(layer, 24, remote, "alltoall") == 2 * 16 * 3 / 4 * 24 * 2
     # Each ETP rank of the block gets the copies too.
     cut = Exchange(expert_tensor_parallel_size=2, bytes_per_number=2)
-    assert traffic.megatron_bytes_per_token(layer, 24, cut) == 2 * 16 * 24 * 2
+    assert sent(layer, 24, cut, "alltoall") == 2 * 16 * 24 * 2
+    # Or the token once, with a bool and an fp32 for each of the 32 blocks.
+    assert sent(layer, 24, remote, "allgather") == 3 * (2 * 24 * 2 + 32 * 5)
 
 
 def test_exchange_at_the_papers_smallest_block() -> None:
@@ -85,60 +89,32 @@ def test_the_all_gather_is_chosen_where_almost_every_rank_is_hit(
     layer = sparse(active_cells=4096, block_size=block_size, expansion=16)
     over = Exchange(expert_parallel_size=ranks, bytes_per_number=2)
     assert traffic.cheapest_dispatcher(layer, 1024, over) == chosen
-
-
-COUNTED = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+    # Gloo's reduce-scatter sends twice.
+    gloo = dataclasses.replace(over, backend="gloo")
+    assert traffic.cheapest_dispatcher(layer, 1024, gloo) == "alltoall"
 
 
 def sent(case: Case) -> dict[str, float]:
-    """Bytes per token that the collectives of a layer's evaluation send from this rank to others.
-
-    Each is replaced by one that counts and then does the real thing.
-    """
+    """Bytes per token that the collectives of a layer's evaluation send to other ranks."""
     layer = build(case).eval()
     # Descriptors are gathered once per optimizer step, not per microbatch.
     layer.router.weights_version = 0
-    tokens, counted = 4096 // BATCH, [0]
-    ids = torch.randint(1 << 20, (BATCH, tokens), generator=torch.Generator().manual_seed(5))
-    ids += torch.distributed.get_rank() << 20
-    hidden = draw(torch.distributed.get_rank(), tokens, BATCH, D)
-
-    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-            group = kwargs["group"]
-            if name == "all_to_all_single":
-                sizes = (
-                    kwargs.get("input_split_sizes") or [len(input) // group.size()] * group.size()
-                )
-                others = sum(sizes) - sizes[group.rank()]
-                # The counts, an int64 pair for each rank, are left out by the closed form.
-                is_counts = input.shape == (group.size(), 2) and input.dtype == torch.int64
-                counted[0] += 0 if is_counts else others * input[:1].nbytes
-            elif name == "all_gather_into_tensor":
-                counted[0] += (group.size() - 1) * input.nbytes
-            else:
-                counted[0] += input.nbytes * (group.size() - 1) // group.size()
-            return original(output, input, *args, **kwargs)
-
-        return call
-
+    steps, rank, grid = 1024, torch.distributed.get_rank(), layer.experts.placement
+    ids = torch.randint(1 << 20, (BATCH, steps), generator=torch.Generator().manual_seed(5))
+    ids += rank << 20
+    hidden = draw(rank, steps, BATCH, D)
     with torch.no_grad():
         layer(hidden, padding_mask=ids)  # the descriptors
         layer.traffic.take()
-        with pytest.MonkeyPatch.context() as patch:
-            for name in COUNTED:
-                original = getattr(torch.distributed, name)
-                patch.setattr(torch.distributed, name, counting(name, original))
-                for mappings in ("dist_all_gather_func", "dist_reduce_scatter_func"):
-                    module = "megatron.core.tensor_parallel.mappings"
-                    if original is getattr(__import__(module, fromlist=["x"]), mappings):
-                        patch.setattr(f"{module}.{mappings}", counting(name, original))
+        with wire.counted() as collectives:
             layer(hidden, padding_mask=ids)
-    evaluated, own_count = layer.traffic.take()
+    tokens, own_count = layer.traffic.take()
+    # The all-to-all's counts, an int64 pair for each rank, are left out by the closed form.
+    counts = 16 * (grid.num_ranks - 1) if "alltoall" in dict(case.megatron).values() else 0
     return {
-        "counted": counted[0] / (tokens * BATCH),
-        "own count": own_count / evaluated,
-        "tokens": evaluated,
+        "counted": (collectives.total - counts) / tokens,
+        "own count": own_count / tokens,
+        "tokens": tokens,
     }
 
 

@@ -65,7 +65,7 @@ class Log:
 
     def values(self, name: str) -> list[float]:
         """A column of the progress lines, such as `grad norm`."""
-        return [float(v) for v in re.findall(rf"{name}: ([-+.\dEe]+) \|", self.text)]
+        return [float(v) for v in re.findall(rf"{name}: +([-+.\dEe]+) \|", self.text)]
 
     @property
     def validation_loss(self) -> float:

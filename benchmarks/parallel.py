@@ -1,0 +1,344 @@
+"""Cost of one sparse layer between ranks, ours and Megatron's: `python -m benchmarks.parallel`.
+
+Enters: the numbers of a layer, block sizes and numbers of ranks. Leaves: a table of ratios for each
+number of ranks, and, with `--output`, the same rows appended to a CSV file.
+
+Choice: everything that is compared runs in one command, in turns, in the same processes; times are
+ratios to a dense FFN or to each other, since absolute ones say more of the machine than of a layer.
+Ranks are processes of this host: over NCCL where there are GPUs, else over gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import logging
+import math
+import os
+import pickle
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import TYPE_CHECKING
+
+from benchmarks.table import COLUMNS, Row, append, table
+from megatron_sffn.errors import ConfigError, run_command
+
+if TYPE_CHECKING:
+    from benchmarks.contenders import Measured
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark with the arguments of the command line."""
+    args = parse_arguments(argv)
+    # Before torch, as torchrun does it: ranks share the cores, and forks have no thread pools.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    adapt()
+    platform = Platform.here()
+    from benchmarks.contenders import DISPATCHERS
+
+    for ranks in args.ranks:
+        check_devices(ranks, platform)
+    for ranks in args.ranks:
+        measured = measure(ranks, args, platform)
+        check_agreement(ranks, measured)
+        rows = [
+            row_of(of_ranks, dispatcher, args, platform)
+            for of_ranks in measured
+            for dispatcher in DISPATCHERS
+        ]
+        print(table(rows), flush=True)
+        if args.output:
+            append(rows, args.output)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.parallel",
+        description="Time of one sparse layer over ranks and the bytes that it sends, ours and "
+        "Megatron's MoE layer, with the same weights and the switch router.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--hidden-size", type=int, default=256, help="D (default: 256)")
+    add("--active-cells", type=int, default=1024, help="k, also of the dense FFN (default: 1024)")
+    add("--expansion", type=int, default=4, help="E, memory cells over active ones (default: 4)")
+    add("--tokens", type=int, default=1024, help="T of each rank and step (default: 1024)")
+    add(
+        "--block-sizes",
+        type=int,
+        nargs="+",
+        default=[1024, 256, 64, 16],
+        help="g, one table row or more each (default: 1024 256 64 16)",
+    )
+    add("--ranks", type=int, nargs="+", default=[2, 4], help="a table each (default: 2 4)")
+    add(
+        "--repeats",
+        type=int,
+        default=15,
+        help="steps of each layer, of which the median counts; fewer where they are slow "
+        "(default: 15)",
+    )
+    add("--output", type=Path, help="CSV file that gets the rows, after those that it has")
+    args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check the numbers against each other, before any process starts.
+
+    Raises:
+        ConfigError: if one cannot work.
+    """
+    for name in ("hidden_size", "active_cells", "expansion", "repeats", "block_sizes"):
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value < 1:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} {value} is less than 1; give at least 1")
+    for ranks in args.ranks:
+        if ranks < 2:
+            raise ConfigError(f"--ranks {ranks} has nothing to exchange; give at least 2")
+        if args.tokens < ranks:
+            raise ConfigError(
+                f"--tokens {args.tokens} is less than --ranks {ranks}; give at least {ranks}"
+            )
+    for size in args.block_sizes:
+        if args.active_cells % size:
+            raise ConfigError(
+                f"--block-sizes {size} does not divide --active-cells {args.active_cells}; give a "
+                f"divisor, such as {math.gcd(size, args.active_cells)}"
+            )
+        blocks = args.expansion * args.active_cells // size
+        for ranks in args.ranks:
+            if blocks % ranks:
+                raise ConfigError(
+                    f"--ranks {ranks} does not divide the {blocks} blocks of --block-sizes {size}; "
+                    f"give --expansion {ranks} or other --ranks"
+                )
+    if args.output:
+        check_output(args.output)
+
+
+def check_output(path: Path) -> None:
+    """Check that rows can be appended to a file.
+
+    Raises:
+        ConfigError: if it is no file, cannot be written, or has other columns.
+    """
+    if path.is_dir():
+        raise ConfigError(f"--output {path} is a folder; give the path of a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output {path} is in no folder; make {path.parent} first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--output {path} cannot be written; give another path")
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            if next(csv.reader(file), []) != COLUMNS:
+                raise ConfigError(f"--output {path} has other columns; give another path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """What ranks run on.
+
+    Args:
+        device: in words.
+        backend: of `torch.distributed`.
+        devices: how many ranks can have one each; None where they share.
+    """
+
+    device: str
+    backend: str
+    devices: int | None
+
+    @property
+    def start_method(self) -> str:
+        """How ranks start: a fork has Megatron imported already, but CUDA does not survive it."""
+        return "spawn" if self.devices else "fork"
+
+    @classmethod
+    def here(cls) -> Platform:
+        """This machine."""
+        import torch
+
+        from megatron_sffn.platforms import cpu
+
+        if cpu.is_host():
+            cores = len(os.sched_getaffinity(0))
+            return cls(device=f"CPU with {cores} cores", backend="gloo", devices=None)
+        return cls(
+            device=torch.cuda.get_device_name(), backend="nccl", devices=torch.cuda.device_count()
+        )
+
+
+def adapt() -> None:
+    """Adapt this process, before Megatron is imported in it; the parent and ranks alike."""
+    # Megatron's remarks on accelerator libraries that are absent, and torch's on names that
+    # Megatron still uses: nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    from megatron_sffn import platforms
+
+    platforms.prepare()
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+
+
+def check_devices(ranks: int, platform: Platform) -> None:
+    """Check that every rank can have a device of its own.
+
+    Raises:
+        ConfigError: if there are too few.
+    """
+    if platform.devices is not None and ranks > platform.devices:
+        raise ConfigError(
+            f"--ranks {ranks} is more than this machine's {platform.devices} GPUs; give fewer, or "
+            "set CUDA_VISIBLE_DEVICES= (empty) to measure on the CPU"
+        )
+
+
+def measure(ranks: int, args: argparse.Namespace, platform: Platform) -> list[list[Measured]]:
+    """Start ranks and measure in them: for each block size, what every rank measured."""
+    import torch.multiprocessing
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.multiprocessing.start_processes(
+            run_rank,
+            (ranks, args, folder, platform.backend),
+            nprocs=ranks,
+            start_method=platform.start_method,
+        )
+        # Written by our own ranks, a moment ago.
+        results = [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(ranks)]
+    return [list(of_ranks) for of_ranks in zip(*results, strict=True)]
+
+
+def run_rank(rank: int, ranks: int, args: argparse.Namespace, folder: Path, backend: str) -> None:
+    """One rank: join the others, measure every block size, leave the result in the folder."""
+    adapt()
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from benchmarks import contenders
+    from megatron_sffn.config import SparseFFNConfig
+    from megatron_sffn.routers.switch import SwitchConfig
+
+    torch.cuda.set_device(rank)
+    store = torch.distributed.FileStore(str(folder / "store"), ranks)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=ranks, expert_tensor_parallel_size=1
+    )
+    model_parallel_cuda_manual_seed(1)
+    results = []
+    for block_size in args.block_sizes:
+        sffn = SparseFFNConfig(
+            active_cells=args.active_cells,
+            block_size=block_size,
+            expansion=args.expansion,
+            router=SwitchConfig(),
+        )
+        results.append(
+            contenders.measure(
+                sffn, hidden_size=args.hidden_size, tokens=args.tokens, repeats=args.repeats
+            )
+        )
+    _result(folder, rank).write_bytes(pickle.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+def _result(folder: Path, rank: int) -> Path:
+    return folder / f"result{rank}"
+
+
+class DisagreementError(RuntimeError):
+    """Ours and Megatron's layer computed different things: their times compare nothing."""
+
+
+def check_agreement(ranks: int, measured: Sequence[Sequence[Measured]]) -> None:
+    """Refuse to compare layers that do not compute the same.
+
+    Raises:
+        DisagreementError: at the first block size where they differ.
+    """
+    from benchmarks.contenders import TOLERANCE
+
+    for of_ranks in measured:
+        worst, size = of_ranks[0].disagreement, of_ranks[0].sffn.block_size
+        if not worst <= TOLERANCE:
+            raise DisagreementError(
+                f"on {ranks} ranks at g = {size} the layers differ by {worst:.1e} of the largest "
+                f"value, more than {TOLERANCE:.0e}, with the same weights; no ratios are printed"
+            )
+
+
+def row_of(
+    of_ranks: Sequence[Measured], dispatcher: str, args: argparse.Namespace, platform: Platform
+) -> Row:
+    """What all ranks measured at one block size, of one dispatcher."""
+    import torch
+
+    from benchmarks.contenders import DISPATCHERS, name_of
+
+    first = of_ranks[0]
+    time = {name: _median_of_slowest(name, of_ranks) for name in first.seconds}
+    sent = {name: mean(of.sent[name] for of in of_ranks) / args.tokens for name in first.sent}
+    ours, theirs = name_of("ours", dispatcher), name_of("Megatron", dispatcher)
+    fastest = min(time[name_of("Megatron", each)] for each in DISPATCHERS)
+    return Row(
+        device=platform.device,
+        transport=platform.backend,
+        torch=torch.__version__,
+        megatron_core=importlib.metadata.version("megatron-core"),
+        ranks=len(of_ranks),
+        tokens=args.tokens,
+        hidden_size=args.hidden_size,
+        active_cells=args.active_cells,
+        expansion=args.expansion,
+        block_size=first.sffn.block_size,
+        active_blocks=first.sffn.num_active_blocks,
+        blocks=first.sffn.num_blocks,
+        dispatcher=dispatcher,
+        chosen=dispatcher == first.chosen,
+        repeats=len(first.seconds["dense"]),
+        dense_ms=1000 * time["dense"],
+        ours_over_dense=time[ours] / time["dense"],
+        megatron_over_dense=time[theirs] / time["dense"],
+        megatron_over_ours=time[theirs] / time[ours],
+        best_megatron_over_ours=fastest / time[ours],
+        ours_bytes=sent[ours],
+        ours_closed_form=first.closed_form[ours],
+        megatron_bytes=sent[theirs],
+        megatron_closed_form=first.closed_form[theirs],
+        bytes_megatron_over_ours=sent[theirs] / sent[ours],
+        rows_over_dense=time["rows"] / time["dense"],
+        latency_over_dense=time["row"] / time["dense"],
+    )
+
+
+def _median_of_slowest(name: str, of_ranks: Sequence[Measured]) -> float:
+    """A step is over when the last rank is done with it."""
+    return median(map(max, zip(*(of.seconds[name] for of in of_ranks), strict=True)))
+
+
+def command() -> int:
+    """`main`, where layers that disagree are one sentence and exit code 1."""
+    try:
+        return main()
+    except DisagreementError as error:
+        print("error:", error, file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    run_command(command)

@@ -1,0 +1,141 @@
+"""The results of a run as rows: a table to read, and a CSV file to keep.
+
+Enters: rows, each complete in itself, device and versions included. Leaves: text, or lines at the
+end of a file.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One block size and dispatcher on one number of ranks; also the columns of the CSV file.
+
+    Times are of forward and backward, bytes of a forward, per token.
+    """
+
+    device: str
+    transport: str
+    torch: str
+    megatron_core: str
+    ranks: int
+    tokens: int
+    hidden_size: int
+    active_cells: int
+    expansion: int
+    block_size: int
+    active_blocks: int
+    blocks: int
+    dispatcher: str
+    chosen: bool
+    repeats: int
+    dense_ms: float
+    ours_over_dense: float
+    megatron_over_dense: float
+    megatron_over_ours: float
+    best_megatron_over_ours: float
+    ours_bytes: float
+    ours_closed_form: float
+    megatron_bytes: float
+    megatron_closed_form: float
+    bytes_megatron_over_ours: float
+    rows_over_dense: float
+    latency_over_dense: float
+
+
+COLUMNS = [column.name for column in dataclasses.fields(Row)]
+
+
+HEADINGS = (
+    ("", "g"),
+    ("", "K"),
+    ("", "B"),
+    ("", "dispatcher"),
+    ("", ""),
+    ("ours", "/dense"),
+    ("Megatron", "/dense"),
+    ("Megatron", "/ours"),
+    ("best M", "/ours"),
+    ("ours", "counted"),
+    ("closed", "form"),
+    ("Megatron", "counted"),
+    ("closed", "form"),
+    ("Megatron", "/ours"),
+)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows of one number of ranks as text."""
+    first = rows[0]
+    lines = [*zip(*HEADINGS, strict=True), *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    before_bytes = sum(widths[:9]) + 9
+    title = "time, forward + backward ".rjust(before_bytes)
+    return "\n".join(
+        [
+            f"\n{first.ranks} ranks over {first.transport}, {first.device}; torch {first.torch}, "
+            f"megatron-core {first.megatron_core}",
+            f"T = {first.tokens} tokens a rank, D = {first.hidden_size}, k = {first.active_cells}, "
+            f"E = {first.expansion}, fp32, router switch\n",
+            title + "bytes per token, forward".rjust(sum(widths[9:]) + 4),
+            *(" ".join(map(str.rjust, line, widths)) for line in lines),
+            "* chosen by traffic.cheapest_dispatcher; best M: the faster of Megatron's two",
+            *transport_notes(rows),
+        ]
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    times = (
+        row.ours_over_dense,
+        row.megatron_over_dense,
+        row.megatron_over_ours,
+        row.best_megatron_over_ours,
+    )
+    sent = (
+        row.ours_bytes,
+        row.ours_closed_form,
+        row.megatron_bytes,
+        row.megatron_closed_form,
+    )
+    return (
+        *map(str, (row.block_size, row.active_blocks, row.blocks)),
+        row.dispatcher,
+        "*" if row.chosen else "",
+        *(f"{value:.2f}" for value in times),
+        *(f"{value:,.0f}" for value in sent),
+        f"{row.bytes_megatron_over_ours:.2f}",
+    )
+
+
+def transport_notes(rows: Sequence[Row]) -> list[str]:
+    """What the bare exchange costs, and how far bytes decide that."""
+    whole = median(row.rows_over_dense for row in rows)
+    latency = median(row.latency_over_dense for row in rows)
+    notes = [
+        f"transport: T rows all to all, forward + backward, take {whole:.2f} dense; one row for "
+        f"each rank, {latency:.2f}"
+    ]
+    if latency > whole / 2:
+        notes.append("T and D are so small that most of it is latency: bytes decide little here")
+    if rows[0].transport == "gloo":
+        notes.append(
+            "gloo's reduce-scatter, with which allgather ends, really sends twice the bytes counted"
+        )
+    return notes
+
+
+def append(rows: Sequence[Row], path: Path) -> None:
+    """Add rows to a CSV file; a new one gets its head first."""
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in rows)
