@@ -87,13 +87,27 @@ def test_input_ids_reach_the_sparse_layers_of_every_stage(
     assert_same_run(pretrain(ranks, f"{hashed} {layout}"), pretrain(1, hashed))
 
 
+def test_descriptors_kept_for_a_step_are_those_of_its_weights(pretrain, monkeypatch) -> None:
+    flags = f"{SHORT} --eval-interval 2"
+    kept = pretrain(1, flags)
+    monkeypatch.setattr("megatron_sffn.training.set_weights_version", lambda *args: None)
+    fresh = pretrain(1, flags)
+    assert kept.values("lm loss") == fresh.values("lm loss")
+    assert kept.values("lm loss value") == fresh.values("lm loss value")
+    assert kept.validation_loss == fresh.validation_loss
+
+
 def test_bias_and_losses_of_balance_are_the_same_on_every_layout(pretrain) -> None:
     balanced = (
         f"{SHORT} --sffn-router switch --moe-aux-loss-coeff 0.1 --moe-z-loss-coeff 0.01 "
         "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.01"
     )
     log, one = (
-        pretrain(4, f"{balanced} {TP2} --pipeline-model-parallel-size 2 {EP2}"),
+        pretrain(
+            4,
+            f"{balanced} {TP2} --pipeline-model-parallel-size 2 {EP2} --recompute-granularity full "
+            "--recompute-method uniform --recompute-num-layers 1",
+        ),
         pretrain(1, balanced),
     )
     assert_same_run(log, one)

@@ -72,6 +72,22 @@ def test_a5_the_next_forward_uses_the_new_keys(build) -> None:
     assert torch.equal(after, build(AvgKConfig())(x, keys, None).block_ids)
 
 
+def test_descriptors_are_computed_once_for_a_version_of_the_weights(build, monkeypatch) -> None:
+    x, keys, _ = tables()
+    router = build(AvgKConfig())
+    calls = []
+    compute = router._descriptors
+    monkeypatch.setattr(router, "_descriptors", lambda keys: calls.append(1) or compute(keys))
+    for version, computed in ((0, 1), (0, 1), (1, 2), (1, 2), (None, 3), (None, 4), (1, 4)):
+        router.weights_version = version
+        router(x, keys, None)
+        assert len(calls) == computed, version
+    with torch.no_grad():
+        keys.neg_()
+    router.weights_version = 2
+    assert torch.equal(router(x, keys, None).block_ids, route_topk(x @ keys.mean(1).T, 4))
+
+
 def test_a6_scaling_all_keys_keeps_the_selection(build) -> None:
     x, keys, _ = tables()
     router = build(AvgKConfig())
