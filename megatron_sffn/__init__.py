@@ -5,17 +5,22 @@ The path of one token, file by file:
     pretrain.py       the entry point; platforms/cpu.py first, where there is no CUDA
     arguments.py      flags become numbers: g, E, k, and from them B blocks of which K are active
     megatron_flags.py what those numbers do to Megatron's own flags
+    layout.py         layouts of ranks that cannot work
+    checkpoints.py    the checkpoint to go on from: whole, and of this model?
     training.py       hands Megatron its model, batches and loss
     data/gpt.py       the token leaves a .bin file as part of a batch
     model.py          the transformer layers it passes, some of them sparse
+    initialize.py     their first weights, the same on every layout
     layer.py          in a sparse one: route, dispatch, compute, combine
     routers/          route: which K blocks?          -> Routing
+    placement.py      which rank holds which cells of them
     dispatch.py       dispatch: to the ranks that hold them, once each, and back   -> Plan
     memory.py         the tables of keys and values that the blocks are made of
     ops/              compute: f(x Kᵀ) V of the chosen blocks
     balance.py        how evenly the blocks were used
     results.py        summary.json and routing.jsonl
     accounting.py     what all of it costs, in closed form
+    traffic.py        and what it sends between ranks
 """
 
 from __future__ import annotations

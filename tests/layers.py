@@ -125,6 +125,15 @@ def run(case: Case) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in result.items()}
 
 
+@torch.no_grad()
+def copy_tables(ours: Any, theirs: Any) -> None:
+    """Give the experts of a layer of Megatron's the blocks that ours holds on this rank."""
+    for block, mlp in enumerate(theirs.experts.local_experts):
+        mlp.linear_fc1.weight.copy_(ours.experts.keys[block])
+        # Megatron's second linear maps G cells to D: its weight is [D, G].
+        mlp.linear_fc2.weight.copy_(ours.experts.values[block].T)
+
+
 def tables(layer: Any) -> dict[str, Tensor]:
     """Keys and values of the blocks on this rank, as leaves with gradients."""
     return {"keys": layer.experts.keys, "values": layer.experts.values}

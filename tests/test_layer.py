@@ -18,7 +18,7 @@ from megatron_sffn.errors import ConfigError
 from megatron_sffn.layer import SparseFFN
 from megatron_sffn.ops import block_ffn
 from megatron_sffn.routers.avg_k import AvgKConfig
-from tests.layers import SPARSE, Case, build, config_of, inputs, run
+from tests.layers import SPARSE, Case, build, config_of, copy_tables, inputs, run
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -35,10 +35,7 @@ def megatron_layer(case: Case, ours: Any) -> MoELayer:
     theirs.set_layer_number(1)
     with torch.no_grad():
         theirs.router.weight.copy_(ours.router.weight)
-        for block, mlp in enumerate(theirs.experts.local_experts):
-            mlp.linear_fc1.weight.copy_(ours.experts.keys[block])
-            # Megatron's second linear maps G cells to D: its weight is [D, G].
-            mlp.linear_fc2.weight.copy_(ours.experts.values[block].T)
+    copy_tables(ours, theirs)
     return theirs
 
 
@@ -86,10 +83,7 @@ def test_megatrons_dispatcher_and_experts_agree_with_ours(router: str, dispatche
             megatron=(("moe_token_dispatcher_type", dispatcher),),
         )
     )
-    with torch.no_grad():
-        for block, mlp in enumerate(theirs.experts.local_experts):
-            mlp.linear_fc1.weight.copy_(ours.experts.keys[block])
-            mlp.linear_fc2.weight.copy_(ours.experts.values[block].T)
+    copy_tables(ours, theirs)
     hidden, ids, weights = inputs()
     results = []
     for layer in (ours, theirs):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
+from megatron.core import parallel_state
 
+from megatron_sffn.config import Backend
 from megatron_sffn.dispatch import dispatch
 from megatron_sffn.placement import Placement
 from megatron_sffn.routers.base import Routing
-from tests.layers import SPARSE, Case, build, run
+from tests.layers import SPARSE, Case, build, copy_tables, inputs, run
 from tests.ranks import run_ranks
 
 
@@ -85,6 +90,36 @@ def test_swiglu_and_single_cells_on_two_ranks() -> None:
 def test_swiglu_with_cells_on_several_ranks(router: str) -> None:
     case = without_balance(router, swiglu=True)
     assert_same(run_ranks(4, run, case, **layout(expert=2, cells=2)), run_ranks(1, run, case)[0])
+
+
+def beside_megatron(router: str, dispatcher: str) -> list[list[torch.Tensor]]:
+    """Output and input gradient of our layer and of Megatron's dispatcher and experts behind it."""
+    # Megatron's own: its experts hear of sequence parallelism, and have none.
+    warnings.simplefilter("ignore")
+    case = without_balance(router, ("moe_token_dispatcher_type", dispatcher))
+    layers = [build(case), build(replace(case, backend=Backend.MEGATRON))]
+    copy_tables(*layers)
+    hidden, ids, weights = inputs()
+    tensor = parallel_state.get_tensor_model_parallel_group()
+    hidden, weights = (part.chunk(tensor.size())[tensor.rank()] for part in (hidden, weights))
+    results = []
+    for layer in layers:
+        x = hidden.clone().requires_grad_()
+        y, _ = layer(x, padding_mask=ids)
+        (y * weights).sum().backward()
+        results.append([y.detach(), x.grad])
+    return results
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("name", ["EP2", "TP2 EP2"])
+@pytest.mark.parametrize("router", SPARSE)
+def test_megatrons_dispatchers_agree_with_ours(router: str, name: str, dispatcher: str) -> None:
+    world_size, sizes = LAYOUTS[name]
+    for ours, theirs in run_ranks(world_size, beside_megatron, router, dispatcher, **sizes):
+        for mine, reference in zip(ours, theirs, strict=True):
+            # Megatron's probabilities are fp32.
+            torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-7)
 
 
 def exchange(block_ids: list[list[list[int]]]) -> dict[str, object]:

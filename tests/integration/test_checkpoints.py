@@ -24,6 +24,7 @@ LAYOUTS = {
     "PP2 VPP2": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
 }
 FLAGS = "--num-layers 4 --train-iters 6 --split 90,10,0 --save-interval 3"
+SWITCH = "--sffn-router switch"
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 
 
@@ -44,9 +45,13 @@ def saved(pretrain: Callable[..., Log], tmp_path: Path) -> Callable[..., tuple[L
     [
         ("TP2 PP2 EP2", ["EP4", "one rank", "TP2 ETP2"], ""),
         ("TP2 PP2 EP2", ["EP4", "one rank", "TP2 ETP2"], DISTRIBUTED),
-        ("one rank", ["TP2 PP2 EP2"], "--sffn-router switch --swiglu"),
+        (
+            "one rank",
+            ["TP2 PP2 EP2"],
+            "--sffn-router switch --swiglu --moe-router-enable-expert-bias",
+        ),
         ("TP2 ETP2", ["EP2", "PP2 VPP2"], f"--sffn-router rand-hash --swiglu {DISTRIBUTED}"),
-        ("EP4", ["TP2", "DP2"], f"--sffn-router switch --bf16 {DISTRIBUTED}"),
+        ("EP4", ["TP2", "DP2"], f"{SWITCH} --bf16 {DISTRIBUTED}"),
         # The first stage has no sparse layer, so no optimizer state of tables either.
         ("PP2", ["EP2", "PP2"], "--sffn-layers 3"),
         ("PP2", ["EP2", "PP2"], f"--sffn-layers 3 {DISTRIBUTED}"),
