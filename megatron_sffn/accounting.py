@@ -246,8 +246,9 @@ def table(shape: ModelShape, exchange: Exchange | None = None, dispatcher: str =
             f"{shape.sparse_layers} of {shape.num_layers} layers"
         )
     if sffn is not None and exchange is not None and exchange.num_ranks > 1:
-        ours = exchanged_bytes_per_token(sffn, shape.hidden_size, exchange, dispatcher)
-        rows[f"sent per token and layer, {dispatcher}"] = f"{_human(ours)}B"
+        if sffn.backend != "megatron":
+            ours = exchanged_bytes_per_token(sffn, shape.hidden_size, exchange, dispatcher)
+            rows[f"sent per token and layer, {dispatcher}"] = f"{_human(ours)}B"
         for theirs in DISPATCHERS:
             number = megatron_bytes_per_token(sffn, shape.hidden_size, exchange, theirs)
             rows[f"  with Megatron's {theirs}"] = f"{_human(number)}B"

@@ -68,8 +68,9 @@ def _part_of_whole(seed: int, part: ShardedTensor, draw: Draw) -> Tensor:
     """
     axes = part.prepend_axis_num
     name = f"{seed}/{part.key}/{part.global_offset[:axes]}"
-    # torch's CPU generator reads 32 bits of a seed.
-    torch.manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest()))
+    # The CPU's generator alone, which the caller restores; it reads 32 bits of a seed.
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest())
+    torch.default_generator.manual_seed(seed)
     whole = torch.empty(part.global_shape[axes:], dtype=part.dtype)
     draw(whole)
     starts = part.global_offset[axes:]

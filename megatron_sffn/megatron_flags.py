@@ -13,7 +13,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_sffn.config import SparseFFNConfig, moe_fields
+from megatron_sffn.config import Backend, SparseFFNConfig, moe_fields
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.layout import exchange_of
 from megatron_sffn.model import layer_pattern
@@ -158,7 +158,7 @@ def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None
     args.num_experts = fields.pop("num_moe_experts")
     vars(args).update(fields, moe_layer_freq=pattern)
     args.expert_tensor_parallel_size = args.expert_tensor_parallel_size or 1
-    if args.moe_token_dispatcher_type is None:
+    if args.moe_token_dispatcher_type is None and sffn.backend is not Backend.MEGATRON:
         args.moe_token_dispatcher_type = cheapest_dispatcher(
             sffn, args.hidden_size, exchange_of(args)
         )

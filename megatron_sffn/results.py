@@ -185,14 +185,18 @@ def block_loads(model: list[torch.nn.Module], args: Namespace) -> Tensor | None:
     return loads.cpu()
 
 
-def sent_bytes_per_token(model: list[torch.nn.Module]) -> float:
-    """Bytes that a token cost in the exchange of one sparse layer since the last call."""
+def sent_bytes_per_token(model: list[torch.nn.Module]) -> float | None:
+    """Bytes that a token cost in the exchange of one sparse layer since the last call.
+
+    Returns:
+        The mean over all layers and ranks; None where nobody counts, with Megatron's dispatcher.
+    """
     counts = [layer.traffic.take() for chunk in model for layer in sparse_layers(chunk)]
     total = torch.tensor(counts, dtype=torch.float64).view(-1, 2).sum(dim=0)
     total = total.to(torch.cuda.current_device())
     torch.distributed.all_reduce(total)
     tokens, sent = total.tolist()
-    return sent / max(tokens, 1)
+    return sent / tokens if tokens else None
 
 
 def write_whole(path: Path, text: str) -> None:

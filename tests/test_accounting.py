@@ -262,6 +262,11 @@ sparse feed-forward: avg-k, 64 of 1024 blocks of 64 cells (E = 16) in 4 of 24 la
     with Megatron's alltoall           196.6 kB
     with Megatron's allgather           27.6 kB"""
     )
+    baseline = dataclasses.replace(shape.sffn, backend=Backend.MEGATRON)
+    theirs = accounting.table(
+        dataclasses.replace(shape, sffn=baseline), Exchange(expert_parallel_size=4)
+    )
+    assert "sent" not in theirs and "Megatron's alltoall" in theirs
     assert "sent" not in accounting.table(shape)
     assert "sent" not in accounting.table(shape, Exchange())
     dense = accounting.table(accounting.dense_equivalent(shape), Exchange(expert_parallel_size=4))

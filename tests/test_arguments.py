@@ -164,6 +164,28 @@ def test_balance(read: Read, flags: str, kind: str, coefficient: float) -> None:
     assert args.moe_aux_loss_coeff == coefficient
 
 
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        ("", "alltoall"),  # gloo
+        ("--moe-token-dispatcher-type allgather", "allgather"),
+        ("--distributed-backend nccl", "allgather"),  # 8 of 128 blocks: both ranks are hit
+        ("--distributed-backend nccl --sffn-block-size 256", "alltoall"),  # 1 of 16
+        ("--distributed-backend nccl --moe-token-dispatcher-type alltoall", "alltoall"),
+        ("--sffn-backend megatron", "allgather"),  # Megatron's default
+    ],
+)
+def test_how_tokens_travel(read: Read, flags: str, kind: str) -> None:
+    args = read(f"--expert-model-parallel-size 2 {flags}", 2)
+    assert args.moe_token_dispatcher_type == kind
+
+
+def test_every_layout_can_load_the_optimizer_unless_told_otherwise(read: Read) -> None:
+    assert read().dist_ckpt_optim_fully_reshardable is True
+    args = read("--no-dist-ckpt-optim-fully-reshardable")
+    assert args.dist_ckpt_optim_fully_reshardable is False
+
+
 @pytest.mark.parametrize("router", ["switch", "avg-k"])
 def test_blocks_are_chosen_in_fp32_unless_told_otherwise(read: Read, router: str) -> None:
     assert read(f"--sffn-router {router} --bf16").moe_router_dtype == "fp32"
