@@ -92,6 +92,21 @@ def test_swiglu_with_cells_on_several_ranks(router: str) -> None:
     assert_same(run_ranks(4, run, case, **layout(expert=2, cells=2)), run_ranks(1, run, case)[0])
 
 
+def bits_of_descriptors() -> torch.Tensor:
+    layer = build(Case(router="avg-k"))
+    return layer.router._descriptors(layer.experts.keys.float()).detach()
+
+
+@pytest.mark.parametrize("name", ["EP2 x DP2", "TP2 EP4", "EP2 ETP2", "TP2 EP2 ETP2"])
+def test_descriptors_are_the_same_bits_on_every_rank(name: str) -> None:
+    world_size, sizes = LAYOUTS[name]
+    first, *others = run_ranks(world_size, bits_of_descriptors, **sizes)
+    assert first.dtype == torch.float32
+    assert all(torch.equal(first, other) for other in others)
+    (one,) = run_ranks(1, bits_of_descriptors)
+    torch.testing.assert_close(first, one)
+
+
 def beside_megatron(router: str, dispatcher: str) -> list[list[torch.Tensor]]:
     """Output and input gradient of our layer and of Megatron's dispatcher and experts behind it."""
     # Megatron's own: its experts hear of sequence parallelism, and have none.
