@@ -90,15 +90,20 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return draw(1, S, BATCH, D), ids, draw(2, S, BATCH, D)
 
 
-def run(case: Case) -> dict[str, Tensor]:
+def run(case: Case, ids: Tensor | None = None) -> dict[str, Tensor]:
     """Forward and backward of a layer on this rank's part of the inputs.
+
+    Args:
+        case: the layer.
+        ids: other input ids than those of `inputs`, `[BATCH, S]`.
 
     Returns:
         On every rank the whole of: `y`, `dx` `[S, BATCH, D]`, and the gradients of the tables and
         of the gate, summed over ranks.
     """
     layer = build(case)
-    hidden, ids, weights = inputs()
+    hidden, drawn, weights = inputs()
+    ids = drawn if ids is None else ids
     samples = _part(BATCH, parallel_state.get_data_parallel_group())
     # Sequence parallelism cuts s over TP ranks; ids stay whole, the layer cuts them itself.
     steps = _part(S, parallel_state.get_tensor_model_parallel_group())

@@ -9,11 +9,12 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from megatron_sffn import layer as layer_module
 from megatron_sffn.config import Backend
 from megatron_sffn.dispatch import dispatch
 from megatron_sffn.placement import Placement
 from megatron_sffn.routers.base import Routing
-from tests.layers import SPARSE, Case, build, copy_tables, inputs, run
+from tests.layers import BATCH, SPARSE, Case, S, build, copy_tables, inputs, run
 from tests.ranks import run_ranks
 
 
@@ -179,6 +180,32 @@ def test_a_token_travels_once_to_each_rank_that_holds_a_block_of_it() -> None:
 def test_ranks_without_rows_or_tokens(ids: list[list[list[int]]]) -> None:
     results = run_ranks(2, exchange, ids)
     assert all(result["right"] for result in results)
+
+
+def one_word(case: Case) -> tuple[dict[str, torch.Tensor], int]:
+    """`run` with one id everywhere, and the rows that reached this rank."""
+    rows = []
+    compute = layer_module.block_ffn_pairs
+
+    def counting(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        rows.append(len(x))
+        return compute(x, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_module, "block_ffn_pairs", counting)
+        result = run(case, ids=torch.full((BATCH, S), 4))
+    return result, rows[0]
+
+
+@pytest.mark.parametrize("name", ["EP4", "TP2 EP4"])
+def test_a_rank_that_no_token_needs_takes_part(name: str) -> None:
+    # All tokens are the same word: they need the same 4 of 12 blocks, and rows travel exactly.
+    case = without_balance("rand-hash", ("moe_token_dispatcher_type", "alltoall"))
+    ((expected, _),) = run_ranks(1, one_word, case)
+    world_size, sizes = LAYOUTS[name]
+    results = run_ranks(world_size, one_word, case, **sizes)
+    assert_same([result for result, _ in results], expected)
+    assert min(rows for _, rows in results) == 0
 
 
 def initial_tables() -> tuple[torch.Tensor, torch.Tensor]:
