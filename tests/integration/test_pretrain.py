@@ -87,6 +87,23 @@ def test_input_ids_reach_the_sparse_layers_of_every_stage(
     assert_same_run(pretrain(ranks, f"{hashed} {layout}"), pretrain(1, hashed))
 
 
+@pytest.mark.parametrize(
+    ("model", "ranks", "layout"),
+    [
+        ("--sffn-router dense --swiglu", 4, f"{TP2} --pipeline-model-parallel-size 2"),
+        ("--sffn-router dense --untie-embeddings-and-output-weights", 2, TP2),
+        ("--sffn-router switch --sffn-backend megatron --swiglu", 2, EP2),
+        ("--sffn-router avg-k --sffn-backend megatron", 4, f"{TP2} {EP2}"),
+    ],
+    ids=["dense", "untied", "Megatron's experts", "Avg-K before Megatron's experts"],
+)
+def test_the_baselines_too_are_the_same_on_every_layout(
+    pretrain, model: str, ranks: int, layout: str
+) -> None:
+    flags = f"{SHORT} --num-layers 4 {model}"
+    assert_same_run(pretrain(ranks, f"{flags} {layout}"), pretrain(1, flags))
+
+
 def test_descriptors_kept_for_a_step_are_those_of_its_weights(pretrain, monkeypatch) -> None:
     flags = f"{SHORT} --eval-interval 2"
     kept = pretrain(1, flags)
