@@ -6,7 +6,7 @@ The path of one token, file by file:
     arguments.py      flags become numbers: g, E, k, and from them B blocks of which K are active
     megatron_flags.py what those numbers do to Megatron's own flags
     layout.py         layouts of ranks that cannot work
-    checkpoints.py    the checkpoint to go on from: whole, and of this model?
+    checkpoints/      the checkpoint to go on from: whole, and of this model?
     training.py       hands Megatron its model, batches and loss
     data/gpt.py       the token leaves a .bin file as part of a batch
     model.py          the transformer layers it passes, some of them sparse

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from typing import Any, NoReturn
@@ -73,6 +74,7 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
         return parser
 
     args: Namespace = parse_args(add_flags)
+    args.sffn_command = sys.argv[1:]  # goes into checkpoints, for tools that replay the run
     check_router_flags(args)
     check_megatron_flags(args, [name for name in megatron_defaults if vars(args)[name] is not None])
     sffn = sffn_config(args)

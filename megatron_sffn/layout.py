@@ -59,6 +59,12 @@ def _engine(args: Namespace) -> Iterator[str]:
                 f"{text} needs Transformer Engine, which is not installed; install "
                 f"megatron-core[te] or use {remedy}"
             )
+    fused = any(map(importlib.util.find_spec, ("transformer_engine", "amp_C")))
+    if not args.dist_ckpt_optim_fully_reshardable and not fused:
+        yield (
+            "--no-dist-ckpt-optim-fully-reshardable needs the Adam of Transformer Engine or of "
+            "NVIDIA's apex, since Megatron does not load torch's back from that form; leave it out"
+        )
 
 
 def _model(args: Namespace) -> Iterator[str]:

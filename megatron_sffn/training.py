@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_sffn.accounting import ModelShape, table
 from megatron_sffn.arguments import sffn_config, transformer_config
+from megatron_sffn.checkpoints.continuation import check_checkpoint
 from megatron_sffn.config import SparseFFNConfig
 from megatron_sffn.data.gpt import check_data, datasets_provider, next_batch
 from megatron_sffn.initialize import draw_again
@@ -41,10 +42,12 @@ def train(args: Namespace) -> None:
         args: from `megatron_sffn.arguments.parse`.
 
     Raises:
-        ConfigError: if tokenizer or data do not fit, before any process group or file is made.
+        ConfigError: if tokenizer, data or checkpoint do not fit, before any process group or file
+            is made.
     """
     sffn = sffn_config(args)
     check_data(args)
+    check_checkpoint(args, sffn)
     set_global_variables(args)
     shape = ModelShape.of_args(args, sffn)
     if args.rank == 0:

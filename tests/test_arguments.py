@@ -107,7 +107,8 @@ def test_help_gives_meaning_and_default(
 
 
 def test_defaults_are_those_of_the_design(read: Read) -> None:
-    args = read(command=f"{MODEL} --ffn-hidden-size 512")
+    command = f"{MODEL} --ffn-hidden-size 512"
+    args = read(command=command)
     assert {name: value for name, value in vars(args).items() if name.startswith("sffn_")} == {
         "sffn_router": "avg-k",
         "sffn_block_size": 256,
@@ -120,6 +121,7 @@ def test_defaults_are_those_of_the_design(read: Read) -> None:
         "sffn_hash_shared": False,
         "sffn_backend": "auto",
         "sffn_relu": False,
+        "sffn_command": command.split(),
     }
     sffn = sffn_config(args)
     assert sffn is not None
@@ -180,8 +182,13 @@ def test_how_tokens_travel(read: Read, flags: str, kind: str) -> None:
     assert args.moe_token_dispatcher_type == kind
 
 
-def test_every_layout_can_load_the_optimizer_unless_told_otherwise(read: Read) -> None:
+def test_every_layout_can_load_the_optimizer_unless_told_otherwise(
+    read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert read().dist_ckpt_optim_fully_reshardable is True
+    with pytest.raises(ConfigError, match="needs the Adam of Transformer Engine .*; leave it out"):
+        read("--no-dist-ckpt-optim-fully-reshardable")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     args = read("--no-dist-ckpt-optim-fully-reshardable")
     assert args.dist_ckpt_optim_fully_reshardable is False
 

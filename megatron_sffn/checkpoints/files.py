@@ -1,0 +1,239 @@
+"""Megatron's checkpoints as they lie on disk: which iteration a run loads, and whether it is whole.
+
+Enters: the folder that `--load` names. Leaves: the folder of one iteration in the `torch_dist`
+format, and what it says about itself: the metadata of its shards, and the common state, in which
+Megatron keeps the arguments of the run. A damaged checkpoint is named in one sentence.
+
+Choice: of tensors only the sizes of the shard files are looked at, whatever their number; the
+common state is the one object that is read. Megatron 0.19 keeps it in a shard like any other.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, maybe_load_config
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_sffn.errors import ConfigError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron's file that names the iteration to load."""
+
+METADATA = ".metadata"
+"""torch's file that says which shard file holds which part of which tensor."""
+
+COMMON_STATE = "common_state/shard_0_1"
+"""The object that holds what is no tensor."""
+
+SHOWN = 8
+"""Iterations that a message lists."""
+
+
+class Damaged(Exception):
+    """A checkpoint that is not whole; the message names the file, as part of a sentence."""
+
+
+def iteration_folder(load: Path, iteration: int) -> Path:
+    """Where Megatron keeps an iteration."""
+    return load / f"iter_{iteration:07d}"
+
+
+def iterations(load: Path) -> list[int]:
+    """The iterations of which there is a folder in `load`, whole or not, ascending."""
+    if not load.is_dir():
+        return []
+    names = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in load.iterdir() if path.is_dir())
+    return sorted(int(name[1]) for name in names if name)
+
+
+def folder_to_load(load: Path, step: int | None) -> Path | None:
+    """The folder of the iteration that Megatron will load.
+
+    Args:
+        load: value of `--load`.
+        step: value of `--ckpt-step`.
+
+    Returns:
+        None if there is no tracker file: then Megatron starts from scratch.
+
+    Raises:
+        ConfigError: if the iteration is not there, or the tracker file names none.
+    """
+    tracked = _tracked(load)
+    if step is not None:
+        return _asked_for(load, step, tracked)
+    if tracked is None:
+        return None
+    name = tracked if tracked == "release" else iteration_folder(load, int(tracked)).name
+    if not (load / name).is_dir():
+        raise ConfigError(
+            f"{load / TRACKER} names {name}, which is not there ({_held(load)}); "
+            f"{_last_whole(load)}"
+        )
+    return load / name
+
+
+def _tracked(load: Path) -> str | None:
+    """What the tracker file says: a number or `release`; None if there is none."""
+    tracker = load / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_bytes().decode(errors="replace").strip()
+    if text != "release" and not re.fullmatch(r"\d+", text, re.ASCII):
+        raise ConfigError(
+            f"{tracker} says {text[:40]!r}, which is not the number of an iteration "
+            f"({_held(load)}); write the one to load into it"
+        )
+    return text
+
+
+def _asked_for(load: Path, step: int, tracked: str | None) -> Path:
+    """The folder of `--ckpt-step`."""
+    if tracked == "release":
+        raise ConfigError(
+            f"--ckpt-step {step} would be ignored, since {load / TRACKER} says release; write "
+            f"{step} into it instead"
+        )
+    folder = iteration_folder(load, max(step, 0))
+    # Megatron takes 0 for not given.
+    if step < 1 or not folder.is_dir():
+        remedy = "use one of these" if iterations(load) else "check --load"
+        raise ConfigError(f"--ckpt-step {step} is not there ({_held(load)}); {remedy}")
+    return folder
+
+
+def _held(load: Path) -> str:
+    """What a folder holds, as part of a sentence."""
+    known = iterations(load)
+    last = "the last ones are " if len(known) > SHOWN else ""
+    shown = ", ".join(map(str, known[-SHOWN:])) or "none"
+    return f"iterations in {load}: {last}{shown}"
+
+
+def _last_whole(load: Path, but: Path | None = None) -> str:
+    """A remedy: the last iteration that can be loaded."""
+    for iteration in reversed(iterations(load)):
+        folder = iteration_folder(load, iteration)
+        if folder != but and problem_of(folder) is None:
+            return f"use --ckpt-step {iteration}, the last one that is whole"
+    others = "no other iteration" if but is not None else "none"
+    return f"{others} there is whole: use another --load"
+
+
+def is_torch_dist(folder: Path, *, detect: bool = False) -> bool:
+    """Whether an iteration is meant to be in the format that this module reads.
+
+    Args:
+        folder: of the iteration.
+        detect: value of `--auto-detect-ckpt-format`, with which Megatron also takes folders that
+            lack `metadata.json`, for `torch_dcp`; otherwise such a folder is a save that did not
+            end.
+    """
+    legacy = any(path.name.startswith("mp_rank_0") for path in folder.iterdir())
+    return not legacy and (not detect or (folder / CONFIG_FNAME).is_file())
+
+
+def check_whole(folder: Path) -> None:
+    """An iteration has all its files, as long as they should be.
+
+    Raises:
+        ConfigError: naming the first file that has not, and the last iteration that is whole.
+    """
+    problem = problem_of(folder)
+    if problem is not None:
+        raise ConfigError(
+            f"checkpoint {folder} is damaged: {problem}; {_last_whole(folder.parent, folder)}"
+        )
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with an iteration, as part of a sentence; None if it is whole."""
+    try:
+        _check_sizes(folder, read_metadata(folder))
+        read_common(folder)
+    except Damaged as damage:
+        return str(damage)
+    return None
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What torch says about the shards of an iteration.
+
+    Raises:
+        Damaged: if that is missing or unreadable.
+    """
+    # Megatron writes its own file last.
+    for name in (METADATA, CONFIG_FNAME):
+        if not (folder / name).is_file():
+            raise Damaged(f"{name} is missing, as after a save that did not end")
+    try:
+        config = maybe_load_config(str(folder))
+    except (OSError, TypeError, ValueError) as error:
+        raise Damaged(f"{CONFIG_FNAME} cannot be read ({type(error).__name__})") from error
+    if config is None or config.sharded_backend != "torch_dist":
+        raise Damaged(f"{CONFIG_FNAME} does not say torch_dist")
+    try:
+        metadata = FileSystemReader(folder).read_metadata()
+    except Exception as error:  # a pickle can fail in any way
+        raise Damaged(f"{METADATA} cannot be read ({type(error).__name__})") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise Damaged(f"{METADATA} is not torch's")
+    return metadata
+
+
+def _check_sizes(folder: Path, metadata: Metadata) -> None:
+    """The shard files reach as far as the metadata says."""
+    ends: dict[str, int] = {}
+    for item in metadata.storage_data.values():
+        ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if not path.is_file():
+            raise Damaged(f"{name} is missing")
+        if path.stat().st_size < end:
+            raise Damaged(
+                f"{name} is truncated, it has {path.stat().st_size} bytes where {METADATA} says "
+                f"{end}"
+            )
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """Everything but the shards: the run's arguments, iteration, scheduler, optimizer settings.
+
+    Raises:
+        Damaged: if it cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            # torch's, that there is no process group.
+            warnings.simplefilter("ignore", UserWarning)
+            return dict(load_common_state_dict(str(folder)))
+    except (Exception, CheckpointException) as error:  # a pickle can fail in any way
+        stored = read_metadata(folder).storage_data or {}
+        names = [item.relative_path for key, item in stored.items() if key.fqn == COMMON_STATE]
+        raise Damaged(
+            f"{''.join(names) or METADATA} has no common state that can be read "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def read_args(folder: Path) -> Namespace:
+    """The arguments of the run that saved an iteration.
+
+    Raises:
+        Damaged: if they cannot be read.
+    """
+    return args_in(read_common(folder))
+
+
+def args_in(common: dict[str, Any]) -> Namespace:
+    """The arguments in a common state; none of them if the run left none."""
+    args = common.get("args")
+    return args if isinstance(args, Namespace) else Namespace()

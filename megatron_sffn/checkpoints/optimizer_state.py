@@ -1,0 +1,127 @@
+"""Whether the optimizer's state in a checkpoint fits a run, and the schedule of the learning rate.
+
+Enters: the run's validated arguments, and the common state of a checkpoint. Leaves: the first
+reason against, as a sentence. Megatron 0.19 itself fails on each of these, on a missing tensor or
+in an assertion; what it can carry over (any precision under the distributed optimizer, any layout
+of ranks) passes.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_sffn.megatron_flags import flag_of
+
+RANKS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+"""Flags (dest) that cut the model over ranks."""
+
+ANEW = "add --no-load-optim to start it anew"
+"""The remedy that always works."""
+
+
+def misfits(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
+    """Why a run cannot load the optimizer's state.
+
+    Args:
+        args: of the run, validated.
+        common: the checkpoint's, with its `args`.
+
+    Yields:
+        Sentences with the values, the rule and the remedy.
+    """
+    saved = common["args"]
+    yield from _kind(args, saved)
+    yield from _form(args, saved)
+    yield from _schedule(args, common.get("opt_param_scheduler") or {})
+
+
+def _kind(args: Namespace, saved: Namespace) -> Iterator[str]:
+    """The state is there, and that of this optimizer."""
+    known = vars(saved)
+    if known.get("no_save_optim"):
+        yield f"it was saved with --no-save-optim, without the optimizer's state; {ANEW}"
+    if known.get("optimizer", args.optimizer) != args.optimizer:
+        yield (
+            f"--optimizer {args.optimizer} cannot use the state of {saved.optimizer}; use "
+            f"--optimizer {saved.optimizer}, or {ANEW}"
+        )
+
+
+def _form(args: Namespace, saved: Namespace) -> Iterator[str]:
+    """The tensors in which it lies there."""
+    here, there = (bool(vars(a).get("use_distributed_optimizer")) for a in (args, saved))
+    if here != there:
+        ours, theirs = (
+            "--use-distributed-optimizer" if on else "no --use-distributed-optimizer"
+            for on in (here, there)
+        )
+        yield (
+            f"this run has {ours}, but the optimizer's state was saved with {theirs}, in another "
+            f"form; use that, or {ANEW}"
+        )
+    ours, theirs = (_precision(a) for a in (args, saved))
+    if not there and (ours == "fp32") != (theirs == "fp32"):
+        yield (
+            f"this run is in {ours}, but the optimizer's state is of {theirs} and has other "
+            f"tensors; use that, or {ANEW} (--use-distributed-optimizer has no such limit)"
+        )
+    if not there or vars(saved).get("dist_ckpt_optim_fully_reshardable"):
+        return
+    for dest in RANKS:
+        size, old = (vars(a).get(dest) or 1 for a in (args, saved))
+        if size != old:
+            yield (
+                f"{flag_of(dest)} {size} differs from {old} of a checkpoint that was saved with "
+                "--no-dist-ckpt-optim-fully-reshardable; use that, save it again without this "
+                f"flag, or {ANEW}"
+            )
+
+
+def _precision(args: Namespace) -> str:
+    """The flag of the precision."""
+    return next((flag_of(dest) for dest in ("bf16", "fp16") if vars(args).get(dest)), "fp32")
+
+
+def _schedule(args: Namespace, saved: dict[str, Any]) -> Iterator[str]:
+    """Megatron wants it to be the same, unless it is told whose counts."""
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    for name, flag, value in _schedule_of(args):
+        if name in saved and saved[name] != value:
+            yield (
+                f"{flag} makes another schedule than the checkpoint's, {name} {value} instead of "
+                f"{saved[name]}; give the same, or say whose counts: "
+                "--override-opt-param-scheduler for this run's, "
+                "--use-checkpoint-opt-param-scheduler for the checkpoint's"
+            )
+
+
+def _schedule_of(args: Namespace) -> Iterator[tuple[str, str, Any]]:
+    """State of Megatron's scheduler that follows from the flags: its name, the flag, the value."""
+    known = vars(args)
+    unit, batch = ("iters", args.global_batch_size) if args.train_iters else ("samples", 1)
+    total = known[f"train_{unit}"]
+    if total is None:
+        return
+    given = known[f"lr_decay_{unit}"]
+    decay = (total if given is None else given) * batch
+    yield "max_lr", "--lr", args.lr
+    yield "min_lr", "--min-lr", args.min_lr
+    yield "lr_decay_style", "--lr-decay-style", args.lr_decay_style
+    yield "lr_decay_steps", f"--{'train' if given is None else 'lr-decay'}-{unit}", decay
+    if args.lr_warmup_fraction is not None:
+        yield "lr_warmup_steps", "--lr-warmup-fraction", args.lr_warmup_fraction * decay
+    else:
+        yield "lr_warmup_steps", f"--lr-warmup-{unit}", known[f"lr_warmup_{unit}"] * batch
+    yield "start_wd", "--weight-decay", args.start_weight_decay
+    yield "end_wd", "--weight-decay", args.end_weight_decay
+    yield "wd_incr_steps", f"--train-{unit}", total * batch
+    yield "wd_incr_style", "--weight-decay-incr-style", args.weight_decay_incr_style

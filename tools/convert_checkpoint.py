@@ -1,0 +1,275 @@
+"""Convert a checkpoint, offline.
+
+Enters: the folder of a run, and what to change. Leaves: a checkpoint of the same iteration in
+another folder, from which training goes on, optimizer, schedule and random numbers included.
+Choices: one process and no model, so that a machine with a disk is enough. Both checkpoints are
+evaluated with the command line that the run itself left in its checkpoint, before anything is
+written and after; the difference of the losses is what the conversion cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_sffn.errors import ConfigError, run_command
+
+if TYPE_CHECKING:
+    from megatron_sffn.checkpoints.regranulation import Regranulation
+
+REGRANULATE = """\
+Cut the memory of a checkpoint into blocks of another size. The memory is stored as cells, so the
+tables stay as they are; a learned gate (switch), which has a row for every block, is cut with them.
+Parameters, the optimizer's moments and everything else are kept: training goes on from the result,
+on any layout, with the new --sffn-block-size.
+
+A tensor is read in the pieces in which a rank saved it; the largest of them has to fit memory.
+"""
+
+EXAMPLE = """\
+example: from blocks of 64 cells to blocks of 16
+  .venv/bin/python tools/convert_checkpoint.py regranulate --load runs/g64 --save runs/g16 \\
+      --block-size 16
+  torchrun ... -m megatron_sffn.pretrain ... --sffn-block-size 16 --load runs/g16 --save runs/g16
+
+example: evaluate on 1 rank what was trained on 8; what follows -- is added to the run's command
+  .venv/bin/python tools/convert_checkpoint.py regranulate --load runs/g64 --save runs/g16 \\
+      --block-size 16 --nproc-per-node 1 -- --expert-model-parallel-size 1
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The tool's flags; one subcommand for each conversion."""
+    parser = argparse.ArgumentParser(
+        description="Convert a checkpoint, offline.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="CONVERSION")
+    regranulate = commands.add_parser(
+        "regranulate",
+        help="blocks of another size for the same memory",
+        description=REGRANULATE,
+        epilog=EXAMPLE,
+        usage="convert_checkpoint.py regranulate --load DIR --save DIR --block-size G [options] "
+        "[-- TRAINING FLAGS]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = regranulate.add_argument
+    add("--load", type=Path, required=True, metavar="DIR", help="folder of the run")
+    add(
+        "--ckpt-step",
+        type=int,
+        metavar="N",
+        help="iteration to convert (default: the one that training would load)",
+    )
+    add(
+        "--save",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the result; it gets the same iteration, and is made if need be",
+    )
+    add("--block-size", type=int, required=True, metavar="G", help="new --sffn-block-size")
+    add(
+        "--no-evaluate",
+        dest="evaluate",
+        action="store_false",
+        help="do not compare the validation losses before and after",
+    )
+    add(
+        "--nproc-per-node",
+        type=int,
+        metavar="N",
+        help="ranks of the evaluation (default: those of the run); give the layout after --",
+    )
+    return parser
+
+
+def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
+    """Run the subcommand.
+
+    Args:
+        args: its flags.
+        training_flags: added to the run's command for the evaluation.
+
+    Raises:
+        ConfigError: if the checkpoint is damaged, cannot be cut so, or cannot be evaluated.
+    """
+    from tqdm import tqdm
+
+    from megatron_sffn.checkpoints import files, regranulation, rewriting
+
+    source = _source(args.load, args.ckpt_step)
+    metadata, common = files.read_metadata(source), files.read_common(source)
+    saved = files.args_in(common)
+    if "sffn_router" not in vars(saved):
+        raise ConfigError(
+            f"checkpoint {source} was saved by plain Megatron and has no sparse layers; give one "
+            "that megatron_sffn.pretrain saved"
+        )
+    iteration = int(source.name.removeprefix("iter_"))
+    target = rewriting.free_folder(args.save, iteration)
+    plan = regranulation.regranulate(metadata, saved, args.block_size)
+    before = None
+    if args.evaluate:
+        evaluation = Evaluation(args, saved, training_flags)
+        before = evaluation.loss_of(source, plan.before.block_size)
+    start = time.monotonic()
+    size = sum(item.length for item in metadata.storage_data.values())
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="writing") as bar:
+        rewriting.rewrite(
+            source,
+            args.save,
+            iteration,
+            changes=plan.changes,
+            common={**common, "args": plan.args},
+            progress=bar.update,
+        )
+    print(f"{source} -> {target}, {size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
+    print(described(plan), flush=True)
+    if before is not None:
+        after = evaluation.loss_of(target, plan.after.block_size)
+        print(f"validation loss  before {before:.4f}  after {after:.4f}  ({after - before:+.4f})")
+
+
+def _source(load: Path, step: int | None) -> Path:
+    """The whole checkpoint that `--load` and `--ckpt-step` name."""
+    from megatron_sffn.checkpoints.files import check_whole, folder_to_load, is_torch_dist
+
+    source = folder_to_load(load, step)
+    if source is None:
+        raise ConfigError(
+            f"--load {load} has no latest_checkpointed_iteration.txt; give the folder that a run "
+            "was saved in, or --ckpt-step N"
+        )
+    if source.name == "release" or not is_torch_dist(source):
+        raise ConfigError(
+            f"checkpoint {source} is not an iteration in the torch_dist format; save it with "
+            "--ckpt-format torch_dist, which is the default"
+        )
+    check_whole(source)
+    return source
+
+
+def described(plan: Regranulation) -> str:
+    """What was done: the numbers, a table of all entries of the checkpoint, the consequence."""
+    before, after = plan.before, plan.after
+    rows = [("what", "number", "what happened")]
+    rows += [(kind, str(number), what) for (kind, what), number in sorted(plan.account.items())]
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(
+        [
+            f"block size {before.block_size} -> {after.block_size}: {after.num_blocks} blocks "
+            f"instead of {before.num_blocks}, {after.num_active_blocks} per token instead of "
+            f"{before.num_active_blocks}, {after.num_cells} cells as before",
+            *(f"  {kind:{width}}  {number:>6}  {what}" for kind, number, what in rows),
+            plan.consequence,
+        ]
+    )
+
+
+class Evaluation:
+    """Validation losses with the command line that a run left in its checkpoint.
+
+    Args:
+        args: the tool's.
+        saved: the checkpoint's.
+        training_flags: the last of the command line, so that they count.
+
+    Raises:
+        ConfigError: if there is no such command line.
+    """
+
+    def __init__(self, args: Namespace, saved: Namespace, training_flags: Sequence[str]) -> None:
+        if "sffn_command" not in vars(saved):
+            raise ConfigError(
+                f"the checkpoint in --load {args.load} does not hold the command line of its run, "
+                "so it cannot be evaluated; add --no-evaluate"
+            )
+        self.command: list[str] = saved.sffn_command
+        self.ranks: int = args.nproc_per_node or saved.world_size
+        self.training_flags = training_flags
+
+    def loss_of(self, folder: Path, block_size: int) -> float:
+        """The validation loss of a checkpoint; nothing is written into the run's folders.
+
+        Args:
+            folder: of the iteration.
+            block_size: of its blocks.
+
+        Raises:
+            ConfigError: if the run fails, or has no validation data.
+        """
+        iteration = folder.name.removeprefix("iter_")
+        with tempfile.TemporaryDirectory() as results:
+            # argparse: the last one counts. There is no flag that takes back --save.
+            flags = ["--load", str(folder.parent), "--ckpt-step", str(int(iteration))]
+            flags += ["--save", results, "--sffn-block-size", str(block_size)]
+            flags += ["--skip-train", "--no-load-optim", "--no-load-rng"]
+            if any(word.startswith("--tensorboard-dir") for word in self.command):
+                flags += ["--tensorboard-dir", f"{results}/tensorboard"]
+            if any(word.startswith("--wandb-project") for word in self.command):
+                flags += ["--wandb-project", ""]
+            self._run([*self.command, *flags, *self.training_flags], folder)
+            summary = json.loads((Path(results) / "summary.json").read_text())
+        if summary["validation_loss"] is None:
+            raise ConfigError(
+                f"the run of {folder} has no validation data; add --no-evaluate, or data after --"
+            )
+        return float(summary["validation_loss"])
+
+    def _run(self, flags: list[str], folder: Path) -> None:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command = [sys.executable, *torchrun, str(self.ranks), "-m", "megatron_sffn.pretrain"]
+        print(f"evaluating {folder} on {self.ranks} ranks", file=sys.stderr, flush=True)
+        done = subprocess.run(
+            [*command, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+        )
+        if done.returncode:
+            lines = [line for line in done.stdout.splitlines() if line.strip()]
+            said = [line for line in lines if line.startswith("error: ") or "Error: " in line]
+            reason = (said or lines or ["no output"])[0].removeprefix("error: ").strip()
+            raise ConfigError(
+                f"evaluating {folder} on {self.ranks} ranks failed ({reason}); give other flags "
+                "after --, or --nproc-per-node, or add --no-evaluate"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool with the arguments of the command line."""
+    # Megatron warns of every accelerator library that is absent; none of them matters here.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    args = build_parser().parse_args(words[:cut])
+    if args.nproc_per_node is not None and args.nproc_per_node < 1:
+        raise ConfigError(
+            f"--nproc-per-node {args.nproc_per_node} must be at least 1; give a positive number"
+        )
+
+    from megatron_sffn.platforms import prepare
+
+    prepare()
+    regranulate(args, words[cut + 1 :])
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
