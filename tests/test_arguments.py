@@ -186,7 +186,7 @@ def test_every_layout_can_load_the_optimizer_unless_told_otherwise(
     read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert read().dist_ckpt_optim_fully_reshardable is True
-    with pytest.raises(ConfigError, match="needs the Adam of Transformer Engine .*; leave it out"):
+    with pytest.raises(ConfigError, match=r"needs the Adam of Transformer Engine .*; leave it out"):
         read("--no-dist-ckpt-optim-fully-reshardable")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     args = read("--no-dist-ckpt-optim-fully-reshardable")
