@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -99,7 +99,7 @@ class AllToAll:
     """Rows go where they are needed.
 
     Args:
-        placement: of the blocks.
+        group: of the ranks.
         num_tokens: T.
         tokens: `[S]` the token behind each row sent, rank after rank.
         sent: rows sent to each rank.
@@ -107,7 +107,7 @@ class AllToAll:
         bytes_sent: see `Plan`.
     """
 
-    placement: Placement
+    group: Any
     num_tokens: int
     tokens: Tensor
     sent: list[int]
@@ -116,7 +116,7 @@ class AllToAll:
 
     def combine(self, y: Tensor) -> Tensor:
         """See `Plan.combine`; sums are in fp32 at least."""
-        back = all_to_all(self.placement.group, y, self.sent, self.received)
+        back = all_to_all(self.group, y, self.sent, self.received)
         summed = back.new_zeros(
             self.num_tokens, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32)
         )
@@ -159,7 +159,7 @@ def _all_to_all(x: Tensor, routing: Routing, placement: Placement) -> Dispatched
     here = group.rank()
     rows_moved = sum(rows_sent) - rows_sent[here] + sum(rows_received) - rows_received[here]
     plan = AllToAll(
-        placement=placement,
+        group=group,
         num_tokens=tokens,
         tokens=sent_tokens,
         sent=rows_sent,
@@ -177,16 +177,16 @@ class AllGather:
     """Every row goes everywhere.
 
     Args:
-        placement: of the blocks.
+        group: of the ranks.
         bytes_sent: see `Plan`.
     """
 
-    placement: Placement
+    group: Any
     bytes_sent: int
 
     def combine(self, y: Tensor) -> Tensor:
         """See `Plan.combine`; ranks' sums are added in y's dtype, as they travel."""
-        return reduce_scatter_to_sequence_parallel_region(y, group=self.placement.group)
+        return reduce_scatter_to_sequence_parallel_region(y, group=self.group)
 
 
 def _all_gather(x: Tensor, routing: Routing, placement: Placement) -> Dispatched:
@@ -201,7 +201,7 @@ def _all_gather(x: Tensor, routing: Routing, placement: Placement) -> Dispatched
         gates = gather_from_sequence_parallel_region(routing.gates, group=group)[mine]
         gate_bytes = routing.gates.nbytes
     plan = AllGather(
-        placement=placement, bytes_sent=others * (2 * x.nbytes + local_ids.nbytes + gate_bytes)
+        group=group, bytes_sent=others * (2 * x.nbytes + local_ids.nbytes + gate_bytes)
     )
     return Dispatched(rows=rows, pairs=pairs, gates=gates, plan=plan)
 

@@ -67,10 +67,19 @@ def _engine(args: Namespace) -> Iterator[str]:
         )
 
 
+def _model_ranks(args: Namespace) -> int:
+    """Ranks that hold one replica of the dense weights."""
+    return int(
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * args.context_parallel_size
+    )
+
+
 def _model(args: Namespace) -> Iterator[str]:
     """The model's sizes over tensor- and pipeline-parallel ranks."""
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    model_ranks = tensor * pipeline * args.context_parallel_size
+    model_ranks = _model_ranks(args)
     if args.world_size % model_ranks:
         yield (
             f"--tensor-model-parallel-size {tensor} times --pipeline-model-parallel-size {pipeline}"
@@ -106,12 +115,7 @@ def _model(args: Namespace) -> Iterator[str]:
 
 def _batch(args: Namespace) -> Iterator[str]:
     """Microbatches over data-parallel ranks and the interleaved schedule."""
-    model_ranks = (
-        args.tensor_model_parallel_size
-        * args.pipeline_model_parallel_size
-        * args.context_parallel_size
-    )
-    replicas = max(1, args.world_size // model_ranks)
+    replicas = max(1, args.world_size // _model_ranks(args))
     micro, whole = args.micro_batch_size, args.global_batch_size
     if micro is None or whole is None or args.rampup_batch_size:
         return

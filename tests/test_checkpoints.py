@@ -21,12 +21,12 @@ from megatron_sffn.arguments import parse, sffn_config
 from megatron_sffn.checkpoints.continuation import check_checkpoint
 from megatron_sffn.checkpoints.files import (
     COMMON_STATE,
-    check_whole,
+    args_in,
     folder_to_load,
     iterations,
-    read_args,
     read_common,
     read_metadata,
+    read_whole,
 )
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.platforms import cpu
@@ -222,7 +222,7 @@ def test_files_are_not_read_beyond_their_size(load) -> None:
             with open(folder / item.relative_path, "r+b") as file:
                 file.seek(item.offset)
                 file.write(bytes(item.length))
-    check_whole(folder)
+    read_whole(folder)
 
 
 def test_other_formats_are_left_to_megatron(check, load) -> None:
@@ -484,7 +484,7 @@ def test_the_command_refuses_before_anything_starts(pretrain, load, tmp_path: Pa
 
 
 def test_a_checkpoint_knows_its_command(load, text: str) -> None:
-    args = read_args(load() / "iter_0000004")
+    args = args_in(read_common(load() / "iter_0000004"))
     assert args.sffn_command[:2] == ["--num-layers", "2"]
     assert text in args.sffn_command
     json.dumps(args.sffn_command)

@@ -111,7 +111,7 @@ def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
     from megatron_sffn.checkpoints import files, regranulation, rewriting
 
     source = _source(args.load, args.ckpt_step)
-    metadata, common = files.read_metadata(source), files.read_common(source)
+    common, metadata = files.read_whole(source), files.read_metadata(source)
     saved = files.args_in(common)
     if "sffn_router" not in vars(saved):
         raise ConfigError(
@@ -144,8 +144,8 @@ def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
 
 
 def _source(load: Path, step: int | None) -> Path:
-    """The whole checkpoint that `--load` and `--ckpt-step` name."""
-    from megatron_sffn.checkpoints.files import check_whole, folder_to_load, is_torch_dist
+    """The checkpoint that `--load` and `--ckpt-step` name."""
+    from megatron_sffn.checkpoints.files import folder_to_load, is_torch_dist
 
     source = folder_to_load(load, step)
     if source is None:
@@ -158,7 +158,6 @@ def _source(load: Path, step: int | None) -> Path:
             f"checkpoint {source} is not an iteration in the torch_dist format; save it with "
             "--ckpt-format torch_dist, which is the default"
         )
-    check_whole(source)
     return source
 
 

@@ -22,10 +22,9 @@ from megatron_sffn.arguments import router_flags, sffn_config
 from megatron_sffn.checkpoints.files import (
     TRACKER,
     args_in,
-    check_whole,
     folder_to_load,
     is_torch_dist,
-    read_common,
+    read_whole,
 )
 from megatron_sffn.checkpoints.optimizer_state import misfits
 from megatron_sffn.config import Backend, SparseFFNConfig
@@ -68,8 +67,7 @@ def check_checkpoint(args: Namespace, sffn: SparseFFNConfig | None) -> None:
     folder = _folder(args)
     if folder is None:
         return
-    check_whole(folder)
-    common = read_common(folder)
+    common = read_whole(folder)
     saved = _ours(folder, args_in(common), sffn)
     for ours, theirs in _differences(args, saved, sffn):
         raise ConfigError(

@@ -140,27 +140,32 @@ def is_torch_dist(folder: Path, *, detect: bool = False) -> bool:
     return not legacy and (not detect or (folder / CONFIG_FNAME).is_file())
 
 
-def check_whole(folder: Path) -> None:
-    """An iteration has all its files, as long as they should be.
+def read_whole(folder: Path) -> dict[str, Any]:
+    """The common state of an iteration that has all its files, as long as they should be.
 
     Raises:
         ConfigError: naming the first file that has not, and the last iteration that is whole.
     """
-    problem = problem_of(folder)
-    if problem is not None:
+    try:
+        return _read_whole(folder)
+    except Damaged as damage:
         raise ConfigError(
-            f"checkpoint {folder} is damaged: {problem}; {_last_whole(folder.parent, folder)}"
-        )
+            f"checkpoint {folder} is damaged: {damage}; {_last_whole(folder.parent, folder)}"
+        ) from damage
 
 
 def problem_of(folder: Path) -> str | None:
     """What is wrong with an iteration, as part of a sentence; None if it is whole."""
     try:
-        _check_sizes(folder, read_metadata(folder))
-        read_common(folder)
+        _read_whole(folder)
     except Damaged as damage:
         return str(damage)
     return None
+
+
+def _read_whole(folder: Path) -> dict[str, Any]:
+    _check_sizes(folder, read_metadata(folder))
+    return read_common(folder)
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -222,15 +227,6 @@ def read_common(folder: Path) -> dict[str, Any]:
             f"{''.join(names) or METADATA} has no common state that can be read "
             f"({type(error).__name__})"
         ) from error
-
-
-def read_args(folder: Path) -> Namespace:
-    """The arguments of the run that saved an iteration.
-
-    Raises:
-        Damaged: if they cannot be read.
-    """
-    return args_in(read_common(folder))
 
 
 def args_in(common: dict[str, Any]) -> Namespace:

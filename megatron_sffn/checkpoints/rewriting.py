@@ -233,7 +233,7 @@ def _copy(old: IO[bytes], new: IO[bytes], length: int) -> None:
     """The next bytes as they are."""
     while length:
         data = old.read(min(length, COPIED))
-        assert data, (old.name, length)  # `check_whole` has looked at the sizes
+        assert data, (old.name, length)  # `read_whole` has looked at the sizes
         new.write(data)
         length -= len(data)
 

@@ -26,8 +26,7 @@ def prepare() -> tuple[dict[str, Any], str]:
         Defaults of Megatron's flags (argparse dest -> value), and the line that says why; both are
         empty where nothing is needed.
     """
-    if cpu.is_host():
-        cpu.install()
+    cpu.install()
     optimizer.install()
     if cpu.is_host():
         flags, why = cpu.HOST_FLAGS, "no CUDA device: training on the CPU"

@@ -83,12 +83,9 @@ def _with_steps_for_all(original: Callable[..., None]) -> Callable[..., None]:
 def _steps(state: dict[str, Any]) -> list[Any]:
     """The steps that one optimizer's state names: per optimizer, or per group of parameters."""
     inner = state.get("optimizer", state)
-    of_groups = [group["step"] for group in inner["param_groups"] if group.get("step") is not None]
-    return [*of_groups, *(inner[k]["common_step"] for k in ("state",) if _has_common_step(inner))]
-
-
-def _has_common_step(inner: dict[str, Any]) -> bool:
-    return "common_step" in inner.get("state", {})
+    named = [group.get("step") for group in inner["param_groups"]]
+    named.append(inner.get("state", {}).get("common_step"))
+    return [step for step in named if step is not None]
 
 
 def _set_steps(state: dict[str, Any], step: Any) -> None:

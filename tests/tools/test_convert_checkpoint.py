@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_sffn.checkpoints import regranulation, rewriting
-from megatron_sffn.checkpoints.files import COMMON_STATE, read_args, read_common, read_metadata
+from megatron_sffn.checkpoints.files import COMMON_STATE, args_in, read_common, read_metadata
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.block_ffn import block_ffn
 from tests.integration import conftest as real_runs
@@ -224,7 +224,10 @@ def test_there_and_back_restores_every_bit(run, tmp_path: Path, name: str) -> No
     assert all(torch.equal(old[key], new[key]) for key in old)
     touched = {key for key in old if not _equal(old[key], between[key])}
     assert touched == {key for key in old if re.search(r"router|experts\.values", key)}
-    before, after = vars(read_args(source / "iter_0000002")), vars(read_args(back))
+    before, after = (
+        vars(args_in(read_common(source / "iter_0000002"))),
+        vars(args_in(read_common(back))),
+    )
     assert before.pop("sffn_command") != after.pop("sffn_command")
     assert before == after
 
