@@ -125,8 +125,10 @@ def megatron_layer(config: SparseFFNTransformerConfig, ours: SparseFFN) -> MoELa
     theirs.set_layer_number(1)
     with torch.no_grad():
         theirs.router.weight.copy_(ours.router.weight)
+        keys, _ = ours.experts()
+        assert keys is not None
         for block, mlp in enumerate(theirs.experts.local_experts):
-            mlp.linear_fc1.weight.copy_(ours.experts.keys[block])
+            mlp.linear_fc1.weight.copy_(keys[block])
             # Megatron's second linear maps G cells to D: its weight is [D, G].
             mlp.linear_fc2.weight.copy_(ours.experts.values[block].T)
     return theirs

@@ -22,6 +22,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_sffn.config import (
+    INITIALIZATIONS,
     Backend,
     RouterConfig,
     SparseFFNConfig,
@@ -92,8 +93,9 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sparse feed-forward layers",
         "Of M = E·k memory cells in B = M/g blocks of g cells, each token uses the k cells of the "
-        "K = k/g blocks that the router chooses. Balance, placement over ranks and everything else "
-        "are Megatron's flags, below.",
+        "K = k/g blocks that the router chooses. Balance (--moe-router-load-balancing-type, "
+        "--moe-aux-loss-coeff, --moe-z-loss-coeff, --moe-router-enable-expert-bias), placement "
+        "over ranks and everything else are Megatron's flags, below.",
     )
     methods = "; ".join(f"{name}: {config.summary}" for name, config in ROUTERS.items())
     add = group.add_argument
@@ -112,14 +114,30 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         "--sffn-layers",
         metavar="LAYERS",
         default="every:1",
-        help="sparse layers: every:N for layers i, from 0, with (i+1) %% N == 0, or 5,11,17,23",
+        help="sparse layers, counted from 0: every:N for i with (i+1) %% N == 0, every:N:I for "
+        "I, I+N, I+2N, ...; first:N or last:N; or 5,11,17,23",
+    )
+    add(
+        "--sffn-shared-blocks",
+        type=int,
+        metavar="S",
+        default=0,
+        help="S, how many of the k/g active blocks are the same for every token: cells of their "
+        "own, computed where the token is, beside K = k/g - S chosen ones (ours: the papers have "
+        "none)",
+    )
+    tables = "; ".join(f"{name}: {how}" for name, how in INITIALIZATIONS.items())
+    add(
+        "--sffn-init",
+        choices=list(INITIALIZATIONS),
+        help=f"how keys and values are drawn: {tables} (default: as the router's paper)",
     )
     for option, item in router_flags().items():
         kwargs: dict[str, Any] = {"default": item.default, "help": item.metadata["help"]}
-        if isinstance(item.default, bool):
+        if item.metadata["kind"] is bool:
             kwargs["action"] = "store_true"
         else:
-            kwargs |= {"type": type(item.default), "choices": item.metadata["choices"]}
+            kwargs |= {"type": item.metadata["kind"], "choices": item.metadata["choices"]}
         add(option, **kwargs)
     add(
         "--sffn-backend",
@@ -132,6 +150,12 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         "--sffn-relu",
         action="store_true",
         help="ReLU in every FFN, sparse or dense (Megatron has it, but no flag for it)",
+    )
+    add(
+        "--sffn-record-routing",
+        metavar="FILE",
+        help="with --skip-train on one rank: store every validation token's blocks in FILE (.npz), "
+        "for tools/analyze_routing.py",
     )
     for action in group._group_actions:
         if action.default is not None and action.default is not False:
@@ -181,7 +205,9 @@ def sffn_config(args: Namespace) -> SparseFFNConfig | None:
         router=router,
         block_size=args.sffn_block_size,
         expansion=args.sffn_expansion,
+        shared_blocks=args.sffn_shared_blocks,
         backend=args.sffn_backend,
+        initialization=args.sffn_init,
         seed=args.seed,
     )
 
@@ -236,6 +262,8 @@ def _validate(args: Namespace, sffn: SparseFFNConfig | None) -> None:
     try:
         validate_args(args)
         transformer_config(args, sffn)
+    except ConfigError:
+        raise
     except (AssertionError, ValueError, RuntimeError) as error:
         # Many of Megatron's assertions have no message: then the line says what it asks for.
         asks = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or repr(error)

@@ -36,6 +36,16 @@ __all__ = [
 ]
 
 
+INITIALIZATIONS = {
+    "megatron": "--init-method-std, values divided by sqrt(2·layers), as Megatron's MLP",
+    "sigma-moe": "std sqrt(2/(layers·D)) and, over all M cells, sqrt(2/(layers·M)) "
+    "(arXiv 2310.10837)",
+    "sigma-moe-block": "the same, but values sqrt(2/(layers·g)): the paper's ablation",
+    "pkm": "values N(0, 1/D) (Lample et al. 2019), keys as megatron",
+}
+"""Value of `--sffn-init` -> how the tables of keys and values are drawn."""
+
+
 class Backend(StrEnum):
     """Who computes the blocks."""
 
@@ -49,16 +59,41 @@ class Backend(StrEnum):
     """Megatron's own dispatcher and experts with our router: the second oracle."""
 
 
-def flag(name: str, *, help: str, default: Any, choices: tuple[str, ...] | None = None) -> Any:
+def flag(
+    name: str,
+    *,
+    help: str,
+    default: Any,
+    kind: type | None = None,
+    choices: tuple[str, ...] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    training_only: bool = False,
+) -> Any:
     """A config field that is also a command-line flag.
 
     Args:
         name: as typed, `--sffn-...`.
         help: one line for `--help`.
         default: of the field and the flag; a bool makes an on-switch.
+        kind: of a value, where the default is None.
         choices: the values it can take.
+        least: the smallest value.
+        most: the largest value.
+        training_only: whether a trained model is the same whatever the value is.
     """
-    return field(default=default, metadata={"flag": name, "help": help, "choices": choices})
+    return field(
+        default=default,
+        metadata={
+            "flag": name,
+            "help": help,
+            "kind": kind or type(default),
+            "choices": choices,
+            "least": least,
+            "most": most,
+            "training_only": training_only,
+        },
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,22 +128,47 @@ class RouterConfig:
     """One line for `--help`."""
     needs_token_ids: ClassVar[bool] = False
     """Whether the router reads the input ids."""
-    balance_coefficient: ClassVar[float | None] = None
-    """Default weight of the balance loss; None where the method has no gate to balance."""
+    megatron_flags: ClassVar[tuple[str, ...]] = ()
+    """Megatron's MoE flags (dest) that act on this router, beside those of every layer."""
+    balance_coefficient: ClassVar[float] = 0.0
+    """Default of `--moe-aux-loss-coeff`."""
+    initialization: ClassVar[str] = "megatron"
+    """Default of `--sffn-init`."""
 
     def __post_init__(self) -> None:
-        """Check every field that has a closed set of values."""
+        """Check every field that has a closed set or range of values."""
         for item in dataclasses.fields(self):
-            choices, value = item.metadata.get("choices"), getattr(self, item.name)
-            if choices and value not in choices:
-                raise ConfigError(
-                    f"{item.metadata['flag']} {value} is unknown; choose from {', '.join(choices)}"
-                )
+            value = getattr(self, item.name)
+            if value is not None:
+                _check_value(item, value)
+
+    def check(self, sffn: SparseFFNConfig) -> None:
+        """The method is defined for a layer of these numbers.
+
+        Raises:
+            ConfigError: if it is not, with the nearest numbers for which it is.
+        """
+
+    def check_model(self, config: SparseFFNTransformerConfig) -> None:
+        """The method is defined in a model of this config.
+
+        Raises:
+            ConfigError: if it is not.
+        """
 
     @property
     def gated_output(self) -> bool:
         """Whether a factor per (token, block) multiplies the output, and travels with it."""
         return False
+
+    @property
+    def parts_share_gate(self) -> bool:
+        """Whether the gates of equal blocks add up to that of one: a softmax, not a sigmoid."""
+        return False
+
+    def key_width(self, hidden_size: int) -> int:
+        """Numbers of a cell's key: D, or fewer; 0 where the router gives coefficients."""
+        return hidden_size
 
     def build(self) -> Callable[..., torch.nn.Module]:
         """The router's class, to be called with Megatron's `RouterBuilder` arguments."""
@@ -142,18 +202,24 @@ class SparseFFNConfig:
         router: the selection method with its settings.
         block_size: g, cells of a block, from 1 (a single memory cell) to k (a whole expert).
         expansion: E, memory cells over active cells.
+        shared_blocks: S, how many of the k/g active blocks are the same for every token. They are
+            cells of their own, beside the M of the memory.
         backend: who computes the blocks.
-        seed: of the tables' initial values, which do not depend on the layout.
+        initialization: how the tables are drawn (`--sffn-init`); None for the router's own.
+        seed: of the initial values, which do not depend on the layout.
 
     Raises:
-        ConfigError: if g does not divide k, or a number is not positive.
+        ConfigError: if g does not divide k, a number is out of its range, or the router is not
+            defined for them.
     """
 
     active_cells: int
     router: RouterConfig
     block_size: int = 256
     expansion: int = 16
+    shared_blocks: int = 0
     backend: Backend = Backend.AUTO
+    initialization: str | None = None
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -175,10 +241,23 @@ class SparseFFNConfig:
                 f"--sffn-block-size {self.block_size} does not divide --sffn-active-cells "
                 f"{self.active_cells}; {_nearest_divisors(self.active_cells, self.block_size)}"
             )
+        blocks = self.active_cells // self.block_size
+        if not 0 <= self.shared_blocks < blocks:
+            raise ConfigError(
+                f"--sffn-shared-blocks {self.shared_blocks} is not from 0 to {blocks - 1}; of the "
+                f"{blocks} active blocks of a token (--sffn-active-cells / --sffn-block-size) at "
+                "least one must be chosen"
+            )
+        if self.initialization not in (None, *INITIALIZATIONS):
+            raise ConfigError(
+                f"--sffn-init {self.initialization} is unknown; choose from "
+                f"{', '.join(INITIALIZATIONS)}"
+            )
+        self.router.check(self)
 
     @property
     def num_cells(self) -> int:
-        """M, cells of the whole memory."""
+        """M, cells of the whole memory, without the shared blocks."""
         return self.expansion * self.active_cells
 
     @property
@@ -188,8 +267,18 @@ class SparseFFNConfig:
 
     @property
     def num_active_blocks(self) -> int:
-        """K, blocks that a token uses."""
-        return self.active_cells // self.block_size
+        """K, blocks that are chosen for a token."""
+        return self.active_cells // self.block_size - self.shared_blocks
+
+    @property
+    def chosen_cells(self) -> int:
+        """K·g, cells of the blocks that are chosen for a token."""
+        return self.num_active_blocks * self.block_size
+
+    @property
+    def shared_cells(self) -> int:
+        """S·g, cells that every token uses."""
+        return self.shared_blocks * self.block_size
 
 
 @dataclass
@@ -211,8 +300,13 @@ class SparseFFNTransformerConfig(TransformerConfig):
             # Megatron has the bias for its own sigmoid scores only, and refuses it for softmax.
             # Our routers add it to their scores themselves; Megatron's part is to update it.
             self.moe_router_enable_expert_bias = False
+        capacity: float | None = vars(self)["moe_expert_capacity_factor"]
+        self.moe_expert_capacity_factor = None  # ours, too: Megatron allows it to few dispatchers
         super().__post_init__()
         self.moe_router_enable_expert_bias = biased
+        self.moe_expert_capacity_factor = capacity
+        if self.sffn is not None:
+            self.sffn.router.check_model(self)
 
 
 def moe_fields(sffn: SparseFFNConfig) -> dict[str, Any]:
@@ -221,9 +315,22 @@ def moe_fields(sffn: SparseFFNConfig) -> dict[str, Any]:
         "num_moe_experts": sffn.num_blocks,
         "moe_router_topk": sffn.num_active_blocks,
         "moe_ffn_hidden_size": sffn.block_size,
+        "moe_shared_expert_intermediate_size": sffn.shared_cells or None,
         # The probability over all blocks, as Switch defines it: not renormalised over the chosen.
         "moe_router_pre_softmax": True,
     }
+
+
+def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
+    """A flag's value is one that it can take."""
+    name, choices = item.metadata["flag"], item.metadata["choices"]
+    least, most = item.metadata["least"], item.metadata["most"]
+    if choices and value not in choices:
+        raise ConfigError(f"{name} {value} is unknown; choose from {', '.join(choices)}")
+    low, high = least is not None and value < least, most is not None and value > most
+    if low or high or value != value:
+        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{name} {value} is out of range; give a number {allowed}")
 
 
 def _nearest_divisors(number: int, near: int) -> str:

@@ -65,17 +65,18 @@ class Dispatched:
 
 
 def dispatch(x: Tensor, routing: Routing, placement: Placement, dispatcher: str) -> Dispatched:
-    """Send each token to the ranks that hold its blocks.
+    """Send each token, or its query, to the ranks that hold its blocks.
 
     Args:
-        x: `[T, D]`.
+        x: `[T, D]`; outputs that come back have its width and dtype.
         routing: of these tokens, with ids of all B blocks.
         placement: of the blocks.
         dispatcher: `alltoall` or `allgather`; nothing travels when the grid is one rank.
     """
+    rows = x if routing.queries is None else routing.queries
     if placement.num_ranks == 1:
-        return _stay(x, routing)
-    return DISPATCHERS[dispatcher](x, routing, placement)
+        return _stay(rows, routing)
+    return DISPATCHERS[dispatcher](rows, routing, placement, x[:1].nbytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +91,17 @@ class Stay:
 
 
 def _stay(x: Tensor, routing: Routing) -> Dispatched:
+    pairs, gates = _pairs(routing)
+    return Dispatched(rows=x, pairs=pairs, gates=gates, plan=Stay())
+
+
+def _pairs(routing: Routing) -> tuple[Pairs, Tensor | None]:
+    """The (token, block) pairs and their gates, without places that stay empty."""
+    pairs = Pairs.of_ids(routing.block_ids)
     gates = None if routing.gates is None else routing.gates.reshape(-1)
-    return Dispatched(rows=x, pairs=Pairs.of_ids(routing.block_ids), gates=gates, plan=Stay())
+    if gates is not None and len(gates) > len(pairs.rows):
+        gates = gates[routing.block_ids.reshape(-1) >= 0]
+    return pairs, gates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +133,8 @@ class AllToAll:
         return summed.index_add(0, self.tokens, back.to(summed.dtype)).to(y.dtype)
 
 
-def _all_to_all(x: Tensor, routing: Routing, placement: Placement) -> Dispatched:
-    pairs, group = Pairs.of_ids(routing.block_ids), placement.group
+def _all_to_all(x: Tensor, routing: Routing, placement: Placement, back_bytes: int) -> Dispatched:
+    (pairs, flat_gates), group = _pairs(routing), placement.group
     ranks, slices, tokens = placement.num_ranks, placement.cell_parts, len(x)
     # A block lies on `slices` ranks: `[P, slices]` owners of each pair.
     owners = (pairs.blocks // placement.num_local_blocks * slices)[:, None]
@@ -149,23 +159,22 @@ def _all_to_all(x: Tensor, routing: Routing, placement: Placement) -> Dispatched
     local = local[order].int()
     met = all_to_all(group, local, pairs_received, pairs_sent).long()
     pair_bytes, gates = local[0].nbytes if len(local) else 0, None
-    if routing.gates is not None:
-        flat = routing.gates.reshape(-1)
-        gates = all_to_all(group, flat[order // slices], pairs_received, pairs_sent)
-        pair_bytes += flat.itemsize
+    if flat_gates is not None:
+        gates = all_to_all(group, flat_gates[order // slices], pairs_received, pairs_sent)
+        pair_bytes += flat_gates.itemsize
     # Rows of a later rank lie behind those of the earlier ones.
     starts = to_receive[:, 0].cumsum(0) - to_receive[:, 0]
     first = starts.repeat_interleave(to_receive[:, 1])
     here = group.rank()
-    rows_moved = sum(rows_sent) - rows_sent[here] + sum(rows_received) - rows_received[here]
+    there = (sum(rows_sent) - rows_sent[here]) * x.shape[1] * x.itemsize
+    back = (sum(rows_received) - rows_received[here]) * back_bytes
     plan = AllToAll(
         group=group,
         num_tokens=tokens,
         tokens=sent_tokens,
         sent=rows_sent,
         received=rows_received,
-        bytes_sent=rows_moved * x.shape[1] * x.itemsize
-        + (sum(pairs_sent) - pairs_sent[here]) * pair_bytes,
+        bytes_sent=there + back + (sum(pairs_sent) - pairs_sent[here]) * pair_bytes,
     )
     return Dispatched(
         rows=rows, pairs=Pairs(rows=met[:, 0] + first, blocks=met[:, 1]), gates=gates, plan=plan
@@ -189,11 +198,12 @@ class AllGather:
         return reduce_scatter_to_sequence_parallel_region(y, group=self.group)
 
 
-def _all_gather(x: Tensor, routing: Routing, placement: Placement) -> Dispatched:
+def _all_gather(x: Tensor, routing: Routing, placement: Placement, back_bytes: int) -> Dispatched:
     group, others = placement.group, placement.num_ranks - 1
     rows = gather_from_sequence_parallel_region(x, group=group)
     local_ids = routing.block_ids.int()
     ids = gather_from_sequence_parallel_region(local_ids, group=group).long()
+    # An empty place, -1, is in no part.
     mine = ids // placement.num_local_blocks == placement.block_part
     pairs = Pairs(rows=mine.nonzero()[:, 0], blocks=ids[mine] - placement.first_block)
     gates, gate_bytes = None, 0
@@ -201,12 +211,13 @@ def _all_gather(x: Tensor, routing: Routing, placement: Placement) -> Dispatched
         gates = gather_from_sequence_parallel_region(routing.gates, group=group)[mine]
         gate_bytes = routing.gates.nbytes
     plan = AllGather(
-        group=group, bytes_sent=others * (2 * x.nbytes + local_ids.nbytes + gate_bytes)
+        group=group,
+        bytes_sent=others * (x.nbytes + len(x) * back_bytes + local_ids.nbytes + gate_bytes),
     )
     return Dispatched(rows=rows, pairs=pairs, gates=gates, plan=plan)
 
 
-DISPATCHERS: dict[str, Callable[[Tensor, Routing, Placement], Dispatched]] = {
+DISPATCHERS: dict[str, Callable[[Tensor, Routing, Placement, int], Dispatched]] = {
     "alltoall": _all_to_all,
     "allgather": _all_gather,
 }

@@ -3,15 +3,14 @@
 Enters: Megatron's model chunks, just built. Leaves: the same ones, with the weights that Megatron
 drew from generators seeded by tensor- and pipeline-parallel rank drawn again, each as a whole from
 a generator seeded by its name, of which every rank keeps its part. So one rank and any layout start
-from the same model, the dense baseline too. The tables of sparse layers are so already
-(`memory.py`).
+from the same model, the dense baseline too. The tables and routers of sparse layers are so already
+(`memory.py`, `routers/base.py`).
 
 Where a part lies in the whole is what Megatron's checkpoints know: `sharded_state_dict`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_sffn.hashing import seed_of
 from megatron_sffn.memory import Memory
+from megatron_sffn.routers import Router
 
 Draw = Callable[[Tensor], Any]
 
@@ -47,10 +48,10 @@ def _draw_chunk(seed: int, chunk: Any) -> None:
     parts = chunk.sharded_state_dict()
     # Tables are drawn block by block; here they would have to fit a rank as a whole.
     drawn = {
-        f"{name}.{table}"
+        f"{name}.{weight}"
         for name, module in chunk.named_modules()
-        if isinstance(module, Memory)
-        for table, _ in module.named_parameters()
+        if isinstance(module, Memory | Router)
+        for weight, _ in module.named_parameters()
     }
     parts = {name: part for name, part in parts.items() if name not in drawn}
     apply_factories(parts)
@@ -67,10 +68,8 @@ def _part_of_whole(seed: int, part: ShardedTensor, draw: Draw) -> Tensor:
     Axes that Megatron prepends number the layers, which are tensors of their own.
     """
     axes = part.prepend_axis_num
-    name = f"{seed}/{part.key}/{part.global_offset[:axes]}"
-    # The CPU's generator alone, which the caller restores; it reads 32 bits of a seed.
-    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest())
-    torch.default_generator.manual_seed(seed)
+    # The CPU's generator alone, which the caller restores.
+    torch.default_generator.manual_seed(seed_of(seed, part.key, part.global_offset[:axes]))
     whole = torch.empty(part.global_shape[axes:], dtype=part.dtype)
     draw(whole)
     starts = part.global_offset[axes:]

@@ -23,15 +23,16 @@ from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
-from megatron_sffn.balance import LoadCounter, TrafficCounter
 from megatron_sffn.config import Backend, SparseFFNTransformerConfig
 from megatron_sffn.dispatch import dispatch
 from megatron_sffn.memory import Memory
 from megatron_sffn.ops import Activation
 from megatron_sffn.ops.block_ffn import block_ffn_pairs
 from megatron_sffn.routers.base import Routing
+from megatron_sffn.statistics import RoutingCounter, TrafficCounter
 
 
 class _SparseLayer(MoELayer):
@@ -60,7 +61,11 @@ class _SparseLayer(MoELayer):
         config.add_bias_linear = False
         super().__init__(
             config,
-            MoESubmodules(experts=self._experts(), router=sffn.router.build()),
+            MoESubmodules(
+                experts=self._experts(),
+                router=sffn.router.build(),
+                shared_experts=partial(SharedExpertMLP, submodules=_linears()),
+            ),
             layer_number=layer_number,
             pg_collection=pg_collection,
             is_mtp_layer=is_mtp_layer,
@@ -68,7 +73,8 @@ class _SparseLayer(MoELayer):
         )
         self.activation = Activation.of(config)
         self.backend = sffn.backend
-        self.load = LoadCounter(sffn.num_blocks)
+        self.trained = RoutingCounter(sffn.num_blocks)
+        self.evaluated = RoutingCounter(sffn.num_blocks)
         self.traffic = TrafficCounter()
         if layer_number is not None:
             self.set_layer_number(layer_number)
@@ -111,11 +117,21 @@ class _SparseLayer(MoELayer):
     def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
         """`[s, b, D]` and `[s, b]` ids to the update of the former."""
 
-    def _choose(self, x: Tensor, keys: Tensor, token_ids: Tensor | None) -> Routing:
-        """`Routing` of `[T, D]` tokens."""
+    def _choose(self, hidden_states: Tensor, keys: Tensor, token_ids: Tensor | None) -> Routing:
+        """`Routing` of the `[s · b, D]` tokens of `[s, b, D]`."""
         ids = None if token_ids is None else token_ids.reshape(-1)
-        routing: Routing = self.router(x, keys, ids)
-        self.load(routing.block_ids)
+        _, sequences, width = hidden_states.shape
+        try:
+            routing: Routing = self.router(hidden_states.reshape(-1, width), keys, ids, sequences)
+        except FloatingPointError as error:
+            name = self.config.sffn.router.name
+            raise FloatingPointError(
+                f"layer {self.layer_number}, router {name}: {error}"
+            ) from error
+        if not self.training:
+            self.evaluated(routing)
+        elif torch.is_grad_enabled():
+            self.trained(routing)
         return routing
 
 
@@ -142,8 +158,8 @@ class SparseFFN(_SparseLayer):
 
     def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
         keys, values = self.experts()
+        routing = self._choose(hidden_states, keys, token_ids)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = self._choose(x, keys, token_ids)
         here = dispatch(x, routing, self.experts.placement, self.config.moe_token_dispatcher_type)
         y = block_ffn_pairs(
             here.rows,
@@ -155,7 +171,9 @@ class SparseFFN(_SparseLayer):
             backend=self.backend,
         )
         self.traffic(len(x), here.plan.bytes_sent)
-        return here.plan.combine(y).view_as(hidden_states)
+        update = here.plan.combine(y).view_as(hidden_states)
+        shared = self.shared_experts_compute(hidden_states)
+        return update if shared is None else update + shared
 
 
 class MegatronBackedFFN(_SparseLayer):
@@ -167,28 +185,34 @@ class MegatronBackedFFN(_SparseLayer):
 
     @staticmethod
     def _experts() -> Any:
-        linear = LocalSpecProvider()
-        return partial(
-            SequentialMLP,
-            submodules=MLPSubmodules(
-                linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
-            ),
-        )
+        return partial(SequentialMLP, submodules=_linears())
 
     def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
         """Megatron's four steps, with its dense `(probs, routing_map)`, both `[T, B]`."""
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
         keys = torch.stack([mlp.linear_fc1.weight for mlp in self.experts.local_experts])
-        routing = self._choose(x, keys, token_ids)
-        empty = x.new_zeros(x.shape[0], self.config.num_moe_experts)
-        routing_map = empty.bool().scatter(1, routing.block_ids, True)
-        gates = routing.gates
+        routing = self._choose(hidden_states, keys, token_ids)
+        if routing.queries is not None:
+            # The tokens, with the gradients of balance losses attached.
+            hidden_states = routing.queries.view_as(hidden_states)
+        gates, ids = routing.gates, routing.block_ids
         if gates is None:
-            gates = x.new_ones(routing.block_ids.shape)
-        probs = empty.to(gates.dtype).scatter(1, routing.block_ids, gates)
+            gates = hidden_states.new_ones(ids.shape)
+        # A first column for the places that stay empty, -1.
+        empty = gates.new_zeros(len(ids), 1 + self.config.num_moe_experts)
+        probs = empty.scatter(1, ids + 1, gates)[:, 1:]
+        routing_map = empty.bool().scatter(1, ids + 1, True)[:, 1:]
         rows, probs = self.dispatch(*self.preprocess(hidden_states, probs, routing_map))
         output, _ = self.routed_experts_compute(rows, probs)
-        return self.postprocess(self.combine(output), None)
+        shared = self.shared_experts_compute(hidden_states)
+        return self.postprocess(self.combine(output), shared)
+
+
+def _linears() -> MLPSubmodules:
+    """Megatron's linear layers, for experts and shared blocks."""
+    linear = LocalSpecProvider()
+    return MLPSubmodules(
+        linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
+    )
 
 
 def layer_class(backend: Backend) -> type[_SparseLayer]:
@@ -213,3 +237,13 @@ def set_weights_version(model: torch.nn.Module, version: Hashable | None) -> Non
     """
     for layer in sparse_layers(model):
         layer.router.weights_version = version
+
+
+def end_step(model: torch.nn.Module) -> None:
+    """Tell the routers that all microbatches of a step have run, on all ranks.
+
+    Args:
+        model: the model (chunk), before the optimizer changes it.
+    """
+    for layer in sparse_layers(model):
+        layer.router.end_step()

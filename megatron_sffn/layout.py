@@ -182,6 +182,11 @@ def _backend(args: Namespace, sffn: SparseFFNConfig) -> Iterator[str]:
                 "exchange their rows themselves; use alltoall or allgather, or leave it out"
             )
         return
+    if sffn.router.key_width(args.hidden_size) != args.hidden_size:
+        yield (
+            f"--sffn-router {sffn.router.name} has keys of its own, which --sffn-backend megatron "
+            "cannot hold; use another --sffn-backend"
+        )
     if slices > 1:
         yield (
             f"--expert-tensor-parallel-size {slices} is not available with --sffn-backend "

@@ -13,6 +13,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from megatron_sffn.balance import BALANCE_LOSSES
 from megatron_sffn.config import Backend, SparseFFNConfig, moe_fields
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.layout import exchange_of
@@ -44,19 +45,10 @@ DERIVED = {
     "moe_router_topk": "K = k/g",
     "moe_ffn_hidden_size": "--sffn-block-size",
     "moe_layer_freq": "--sffn-layers",
+    "moe_shared_expert_intermediate_size": "--sffn-shared-blocks",
     "moe_router_pre_softmax": "always on",
 }
 """MoE flags (dest) that follow from the S-FFN numbers -> how."""
-
-GATE = (
-    "moe_router_load_balancing_type",
-    "moe_aux_loss_coeff",
-    "moe_z_loss_coeff",
-    "moe_input_jitter_eps",
-    "moe_router_enable_expert_bias",
-    "moe_router_bias_update_rate",
-)
-"""MoE flags (dest) that act on a learned gate."""
 
 LAYER = (
     "moe_router_dtype",
@@ -81,6 +73,10 @@ DENSE_ONLY = (
     "use_torch_fsdp2",
 )
 """Flags (dest) that sparse layers lack, or that replace the model they are in."""
+
+
+DEFAULT_COEFFICIENT = 0.01
+"""Of a balance loss that is asked for, where the router has none of its own."""
 
 
 def unset_flags(parser: ArgumentParser) -> dict[str, Any]:
@@ -135,12 +131,13 @@ def _check_moe_flag(router: str, dest: str, value: Any) -> None:
         )
     if dest in DERIVED:
         raise ConfigError(f"{text} follows from the --sffn flags ({DERIVED[dest]}); leave it out")
-    if dest not in GATE:
+    others = [name for name, config in ROUTERS.items() if dest in config.megatron_flags]
+    if not others:
         raise ConfigError(f"{text} is not available with --sffn-router {router}; leave it out")
-    if ROUTERS[router].balance_coefficient is None and value not in (0, [0], ["none"]):
+    if router not in others and value not in (0, [0], ["none"]):
         raise ConfigError(
-            f"{text} has nothing to act on: --sffn-router {router} has no learned gate; leave it "
-            "out, or use --sffn-router switch"
+            f"{text} has nothing to act on with --sffn-router {router}; leave it out, or use "
+            f"--sffn-router {', '.join(others)}"
         )
 
 
@@ -169,23 +166,30 @@ def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None
 
 def _derive_balance(args: Namespace, sffn: SparseFFNConfig) -> None:
     """Megatron's balance flags, by router."""
-    if sffn.router.balance_coefficient is None:
-        args.moe_aux_loss_coeff, args.moe_router_load_balancing_type = 0.0, "none"
-        return
-    kinds = args.moe_router_load_balancing_type or ["aux_loss"]
-    if kinds not in (["aux_loss"], ["none"]):
+    router, kinds = sffn.router, args.moe_router_load_balancing_type
+    coefficients = args.moe_aux_loss_coeff
+    if kinds is None:
+        on = router.balance_coefficient if coefficients is None else any(coefficients)
+        kinds = ["aux_loss"] if on else ["none"]
+    unknown = [kind for kind in kinds if kind not in BALANCE_LOSSES]
+    if kinds != ["none"] and (unknown or len(set(kinds)) < len(kinds)):
         raise ConfigError(
             f"{typed('--moe-router-load-balancing-type', kinds)} is not available with "
-            f"--sffn-router {sffn.router.name}; use aux_loss or none"
+            f"--sffn-router {router.name}; use none, or each of {', '.join(BALANCE_LOSSES)} at "
+            "most once"
         )
-    default = sffn.router.balance_coefficient if kinds == ["aux_loss"] else 0.0
-    coefficients = args.moe_aux_loss_coeff or [default]
-    if len(coefficients) > 1 or coefficients[0] < 0:
+    if kinds == ["none"]:
+        args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0
+        return
+    default = router.balance_coefficient or DEFAULT_COEFFICIENT
+    coefficients = coefficients or [default] * len(kinds)
+    if len(coefficients) != len(kinds) or min(coefficients) < 0:
         raise ConfigError(
-            f"{typed('--moe-aux-loss-coeff', coefficients)} is not one number of at least 0; "
-            f"leave it out for {default}"
+            f"{typed('--moe-aux-loss-coeff', coefficients)} is not a number of at least 0 for each "
+            f"of {', '.join(kinds)}; leave it out for {default}"
         )
-    args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = kinds[0], coefficients[0]
+    # Megatron makes one value of a list of one.
+    args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = kinds, coefficients
 
 
 def flag_of(dest: str) -> str:

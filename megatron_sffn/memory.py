@@ -1,8 +1,9 @@
 """The memory of one layer: the tables of keys and values, cut over ranks.
 
-Enters: the layer's numbers and its placement. Leaves: two parameters, keys `[B / ep, G / etp, D]`
-(`[B / ep, 2G / etp, D]`, gate keys first, for SwiGLU) and values `[B / ep, G / etp, D]`, their
-initial values and their place in a checkpoint.
+Enters: the layer's numbers and its placement. Leaves: two parameters, keys `[B / ep, G / etp, C]`
+(`[B / ep, 2G / etp, C]`, gate keys first, for SwiGLU) and values `[B / ep, G / etp, D]`, their
+initial values and their place in a checkpoint. The width of keys, C, is D but where the router says
+else; where it is 0 there are values alone.
 
 Choices
 - Tables without biases, as both papers define the layer, whatever `--disable-bias-linear` says.
@@ -14,7 +15,9 @@ Choices
 
 from __future__ import annotations
 
-import hashlib
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +33,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from megatron_sffn.config import SparseFFNTransformerConfig
+from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.hashing import seed_of
 from megatron_sffn.ops import Activation
 from megatron_sffn.placement import Placement
 
@@ -64,17 +68,18 @@ class Memory(MegatronModule):
         )
         self.replicas = pg_collection.expt_dp
         self.keys_per_cell = 2 if Activation.of(config).gated else 1
-        self.keys = self._table(self.keys_per_cell)
-        self.values = self._table(1)
+        width = self.sffn.router.key_width(config.hidden_size)
+        self.keys = self._table(self.keys_per_cell, width) if width else None
+        self.values = self._table(1, config.hidden_size)
 
-    def _table(self, per_cell: int) -> Parameter:
-        """An uninitialised `[B / ep, per_cell · G / etp, D]` with the marks Megatron reads."""
+    def _table(self, per_cell: int, width: int) -> Parameter:
+        """An uninitialised `[B / ep, per_cell · G / etp, width]` with the marks Megatron reads."""
         config, placement = self.config, self.placement
         table = Parameter(
             torch.empty(
                 placement.num_local_blocks,
                 per_cell * placement.num_local_cells,
-                config.hidden_size,
+                width,
                 dtype=config.params_dtype,
                 device=torch.cuda.current_device(),
             )
@@ -86,8 +91,8 @@ class Memory(MegatronModule):
         set_tensor_model_parallel_attributes(table, is_parallel=True, dim=1, stride=1)
         return table
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Keys and values.
+    def forward(self) -> tuple[Tensor | None, Tensor]:
+        """Keys, if there are any, and values.
 
         A call rather than two attributes: Megatron's overlapped gather of parameters waits for
         them when a module that owns some is called.
@@ -96,18 +101,22 @@ class Memory(MegatronModule):
 
     @torch.no_grad()
     def initialize(self, layer_number: int) -> None:
-        """Draw the tables of this layer, block by block, with Megatron's init methods."""
+        """Draw the tables of this layer, block by block."""
         if not self.config.perform_initialization:
             return
-        devices = [self.keys.device] if self.keys.is_cuda else []
-        drawn = (
-            (self.keys, self.keys_per_cell, self.config.init_method),
-            (self.values, 1, self.config.output_layer_init_method),
-        )
+        devices = [self.values.device] if self.values.is_cuda else []
+        draw_keys, draw_values = init_methods(self.config, self.sffn)
+        drawn = [(self.values, 1, draw_values)]
+        if self.keys is not None:
+            drawn.insert(0, (self.keys, self.keys_per_cell, draw_keys))
         grid = self.placement
+        # One generator: `torch.manual_seed` notes the call stack for each device it has not met.
+        reseed = torch.cuda.manual_seed if devices else torch.default_generator.manual_seed
         with torch.random.fork_rng(devices=devices):
             for block in range(grid.num_local_blocks):
-                torch.manual_seed(_seed(self.sffn.seed, layer_number, grid.first_block + block))
+                # Counting on from a hashed place, no two blocks of a layer share a seed.
+                place = seed_of(self.sffn.seed, layer_number) + grid.first_block + block
+                reseed(place % 2**32)
                 for table, per_cell, draw in drawn:
                     whole = table.new_empty(per_cell * grid.block_size, table.shape[-1])
                     draw(whole)
@@ -124,11 +133,12 @@ class Memory(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         """The tables as parts of global `[M, D]` tables of cells."""
-        keys = ("keys",) if self.keys_per_cell == 1 else ("gate_keys", "keys")
-        return {
-            f"{prefix}keys": self._in_cells(self.keys, prefix, keys, sharded_offsets),
-            f"{prefix}values": self._in_cells(self.values, prefix, ("values",), sharded_offsets),
-        }
+        names = ("keys",) if self.keys_per_cell == 1 else ("gate_keys", "keys")
+        values = self._in_cells(self.values, prefix, ("values",), sharded_offsets)
+        if self.keys is None:
+            return {f"{prefix}values": values}
+        keys = self._in_cells(self.keys, prefix, names, sharded_offsets)
+        return {f"{prefix}keys": keys, f"{prefix}values": values}
 
     def _in_cells(
         self,
@@ -140,9 +150,9 @@ class Memory(MegatronModule):
         """A table on its way to a checkpoint, and the optimizer's state of it.
 
         Args:
-            table: `[B / ep, len(names) · G / etp, D]`.
+            table: `[B / ep, len(names) · G / etp, width]`.
             prefix: of the names in the checkpoint.
-            names: of the parts of a cell in this table, each a `[M, D]` table of the checkpoint.
+            names: of the parts of a cell in this table, each an `[M, width]` table there.
             sharded_offsets: of the layer, as Megatron gives them.
         """
         grid, axes = self.placement, len(sharded_offsets)
@@ -181,14 +191,26 @@ class Memory(MegatronModule):
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
-        return f"keys={list(self.keys.shape)}, values={list(self.values.shape)}"
+        keys = None if self.keys is None else list(self.keys.shape)
+        return f"keys={keys}, values={list(self.values.shape)}"
 
 
-def _seed(seed: int, layer: int, block: int) -> int:
-    """A seed for each block of each layer.
+Draw = Callable[[Tensor], Any]
 
-    torch's CPU generator reads 32 bits of it: the layer starts at a hashed place among them, and
-    its blocks count on from there, so that no two blocks of a layer share a seed.
-    """
-    start = hashlib.blake2b(f"{seed}/{layer}".encode(), digest_size=4).digest()
-    return (int.from_bytes(start) + block) % 2**32
+
+def init_methods(config: SparseFFNTransformerConfig, sffn: SparseFFNConfig) -> tuple[Draw, Draw]:
+    """How keys and values are drawn (`--sffn-init`; `config.INITIALIZATIONS` says from where)."""
+    layers, width = config.num_layers, config.hidden_size
+    # Of a layer before which the hidden states are normalised, and that many are added up.
+    like_dense = partial(torch.nn.init.normal_, std=math.sqrt(2 / (layers * width)))
+    match sffn.initialization or sffn.router.initialization:
+        case "sigma-moe":
+            std = math.sqrt(2 / (layers * sffn.num_cells))
+            return like_dense, partial(torch.nn.init.normal_, std=std)
+        case "sigma-moe-block":
+            std = math.sqrt(2 / (layers * sffn.block_size))
+            return like_dense, partial(torch.nn.init.normal_, std=std)
+        case "pkm":
+            return config.init_method, partial(torch.nn.init.normal_, std=width**-0.5)
+        case _:
+            return config.init_method, config.output_layer_init_method

@@ -85,12 +85,23 @@ class Placement:
         """The first of them."""
         return self.block_part * self.num_local_blocks
 
-    def sum_over_cells(self, local: Tensor) -> Tensor:
-        """`[B / block_parts, ...]` sums over this rank's cells as `[B, ...]` over all, everywhere.
+    def local_cells(self, cells: Tensor) -> Tensor:
+        """Of numbers of all cells `[B, G, ...]` those of this rank, `[B / ep, G / etp, ...]`."""
+        cells = cells.narrow(0, self.first_block, self.num_local_blocks)
+        return cells.narrow(1, self.cell_part * self.num_local_cells, self.num_local_cells)
 
-        Differentiable: a rank gets back what all ranks' uses of its part give. The parts are added
-        in one order, so that every rank has the same bits.
+    def parts(self, local: Tensor) -> Tensor:
+        """`[B / block_parts, ...]` of this rank as `[B, cell_parts, ...]` of all, everywhere.
+
+        Differentiable: a rank gets back what all ranks' uses of its part give.
         """
         everywhere = gather_from_sequence_parallel_region(local, group=self.group)
         grid = (self.block_parts, self.cell_parts, self.num_local_blocks)
-        return everywhere.view(*grid, *local.shape[1:]).sum(dim=1).flatten(0, 1)
+        return everywhere.view(*grid, *local.shape[1:]).transpose(1, 2).flatten(0, 1)
+
+    def sum_over_cells(self, local: Tensor) -> Tensor:
+        """`[B / block_parts, ...]` sums over this rank's cells as `[B, ...]` over all, everywhere.
+
+        The parts are added in one order, so that every rank has the same bits.
+        """
+        return self.parts(local).sum(dim=1)

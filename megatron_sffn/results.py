@@ -1,10 +1,10 @@
-"""What a run leaves: `summary.json`, and `routing.jsonl` with the load of every block.
+"""What a run leaves: `summary.json`, and through `routing_log.py` how its layers route.
 
-Enters: losses and block loads of each evaluation, the time of each training step. Leaves: two
+Enters: losses of each evaluation, the time of each training step, the layers' counters. Leaves: two
 files in the run's folder, beside Megatron's checkpoints and TensorBoard events.
 
 Choice: one `Recorder` object, made by the entry point and passed to Megatron as its hooks; nothing
-is kept in module state. Files are replaced whole, so a kill leaves the former ones.
+is kept in module state.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import statistics
 import time
@@ -25,8 +24,10 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.accounting import ModelShape, count_parameters, flops_per_token
-from megatron_sffn.balance import load_entropy
 from megatron_sffn.layer import sparse_layers
+from megatron_sffn.recording import RoutingRecorder
+from megatron_sffn.routing_log import RoutingLog
+from megatron_sffn.run_files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +45,21 @@ class Recorder:
     Args:
         args: Megatron's namespace.
         folder: of the run.
+        blocks: recorder of the blocks of every token of an evaluation, where that is asked for.
     """
 
     args: Namespace
     folder: Path
+    blocks: RoutingRecorder | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     sent_bytes_per_token: float | None = None
+    routing: RoutingLog = field(init=False)
     _loss: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     _step: tuple[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        self.routing = RoutingLog(self.args, self.folder)
 
     def before_forward(self, training: bool) -> None:
         """Time the training steps; called before each microbatch's forward pass."""
@@ -64,6 +71,16 @@ class Recorder:
             self.step_seconds.append(now - self._step[1])
         if self._step is None or self._step[0] != iteration:
             self._step = (iteration, now)
+
+    def after_step(self, model: list[torch.nn.Module], num_microbatches: int) -> None:
+        """Called on every rank when all microbatches of a training step have run.
+
+        Args:
+            model: this rank's chunks.
+            num_microbatches: of the step on this rank.
+        """
+        if self.args.num_experts is not None:
+            self.routing.after_step(model, num_microbatches)
 
     def add_evaluated(self, loss_and_tokens: Tensor) -> None:
         """Add an evaluated microbatch's summed loss and number of tokens, `[2]`."""
@@ -82,29 +99,11 @@ class Recorder:
         self.evaluations.append(Evaluation(iteration=iteration, loss=loss / max(tokens, 1)))
         if self.args.num_experts is not None:
             self.sent_bytes_per_token = sent_bytes_per_token(model)
-        loads = block_loads(model, self.args)
-        if loads is not None and not again and torch.distributed.get_rank() == 0:
-            self._write_loads(iteration, loads)
-
-    def _write_loads(self, iteration: int, loads: Tensor) -> None:
-        lines = [
-            json.dumps(
-                {
-                    "iteration": iteration,
-                    "layer": layer,
-                    "load_entropy": round(load_entropy(tokens), 6),
-                    "dead_blocks": int((tokens == 0).sum()),
-                    "tokens_per_block": tokens.tolist(),
-                }
-            )
-            for layer, tokens in enumerate(loads, start=1)
-            if tokens.sum() > 0
-        ]
-        path = self.folder / "routing.jsonl"
-        kept = path.read_text().splitlines() if path.exists() else []
-        # A resumed run evaluates some iterations again.
-        kept = [line for line in kept if json.loads(line)["iteration"] < iteration]
-        write_whole(path, "\n".join([*kept, *lines]) + "\n")
+            self.routing.after_evaluation(model, iteration, again=again)
+        if self.blocks is not None:
+            self.blocks.save()
+            # Nothing else was asked for.
+            self.args.do_test = False
 
     def write_summary(self, shape: ModelShape) -> Path | None:
         """Write `summary.json` on rank 0 when the run has ended; returns its path there."""
@@ -167,24 +166,6 @@ class Recorder:
         }
 
 
-def block_loads(model: list[torch.nn.Module], args: Namespace) -> Tensor | None:
-    """Tokens per block since the last call, summed over all ranks.
-
-    Returns:
-        `[layers, B]` on the CPU, zero rows for dense layers; None for a dense model.
-    """
-    if args.num_experts is None:
-        return None
-    loads = torch.zeros(
-        args.num_layers, args.num_experts, dtype=torch.long, device=torch.cuda.current_device()
-    )
-    for chunk in model:
-        for layer in sparse_layers(chunk):
-            loads[layer.layer_number - 1] += layer.load.take()
-    torch.distributed.all_reduce(loads)
-    return loads.cpu()
-
-
 def sent_bytes_per_token(model: list[torch.nn.Module]) -> float | None:
     """Bytes that a token cost in the exchange of one sparse layer since the last call.
 
@@ -197,14 +178,3 @@ def sent_bytes_per_token(model: list[torch.nn.Module]) -> float | None:
     torch.distributed.all_reduce(total)
     tokens, sent = total.tolist()
     return sent / tokens if tokens else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the former text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -36,8 +36,9 @@ def all_to_all_bytes_per_token(
 ) -> float:
     """Bytes that a token costs in the forward of one layer, there and back, by `alltoall`.
 
-    The expectation under uniform routing: a rank gets one row if it holds cells of any of the
-    token's K blocks, and a (row, block) pair with its gate for each.
+    The expectation under uniform routing: a rank gets one row, as wide as a key, if it holds cells
+    of any of the token's K blocks, and a (row, block) pair with its gate for each; a row of D
+    numbers comes back.
     """
     blocks, active = sffn.num_blocks, sffn.num_active_blocks
     assert blocks % exchange.expert_parallel_size == 0, (blocks, exchange)
@@ -47,7 +48,7 @@ def all_to_all_bytes_per_token(
     rows = (exchange.num_ranks - 1) * (1 - missed)
     pairs = active * (exchange.expert_tensor_parallel_size - 1 / exchange.expert_parallel_size)
     pair_bytes = PAIR_BYTES + (SCORE_BYTES if sffn.router.gated_output else 0)
-    return 2 * rows * hidden_size * exchange.bytes_per_number + pairs * pair_bytes
+    return rows * _row_bytes(sffn, hidden_size, exchange) + pairs * pair_bytes
 
 
 def all_gather_bytes_per_token(
@@ -55,8 +56,13 @@ def all_gather_bytes_per_token(
 ) -> float:
     """The same by `allgather`, whatever the routing is: the row, its ids and gates, everywhere."""
     block_bytes = ID_BYTES + (SCORE_BYTES if sffn.router.gated_output else 0)
-    row_bytes = 2 * hidden_size * exchange.bytes_per_number
+    row_bytes = _row_bytes(sffn, hidden_size, exchange)
     return (exchange.num_ranks - 1) * (row_bytes + sffn.num_active_blocks * block_bytes)
+
+
+def _row_bytes(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> int:
+    """What meets the keys of a block, and the sum of values that comes back."""
+    return (sffn.router.key_width(hidden_size) + hidden_size) * exchange.bytes_per_number
 
 
 DISPATCHERS: dict[str, Callable[[SparseFFNConfig, int, Exchange], float]] = {

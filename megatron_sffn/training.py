@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import pretrain
 from megatron.training.argument_utils import (
     gpt_config_from_args,
@@ -29,9 +31,10 @@ from megatron_sffn.checkpoints.continuation import check_checkpoint
 from megatron_sffn.config import SparseFFNConfig
 from megatron_sffn.data.gpt import check_data, datasets_provider, next_batch
 from megatron_sffn.initialize import draw_again
-from megatron_sffn.layer import set_weights_version
+from megatron_sffn.layer import end_step, set_weights_version
 from megatron_sffn.layout import exchange_of
 from megatron_sffn.model import block_spec
+from megatron_sffn.recording import RoutingRecorder
 from megatron_sffn.results import Recorder
 
 
@@ -48,14 +51,14 @@ def train(args: Namespace) -> None:
     sffn = sffn_config(args)
     check_data(args)
     check_checkpoint(args, sffn)
+    recorder = Recorder(args, run_folder(args), RoutingRecorder.of_args(args))
     set_global_variables(args)
     shape = ModelShape.of_args(args, sffn)
     if args.rank == 0:
         print(table(shape, exchange_of(args), args.moe_token_dispatcher_type), flush=True)
-    recorder = Recorder(args, run_folder(args))
     hashed = sffn is not None and sffn.router.needs_token_ids
     pretrain(
-        pretrain_cfg_container_from_args(args, model_config(args, sffn)),
+        pretrain_cfg_container_from_args(args, model_config(args, sffn, recorder)),
         datasets_provider(on_every_stage=hashed),
         ModelType.encoder_or_decoder,
         partial(forward_step, recorder, hashed),
@@ -67,13 +70,46 @@ def train(args: Namespace) -> None:
     torch.distributed.destroy_process_group()
 
 
-def model_config(args: Namespace, sffn: SparseFFNConfig | None) -> GPTModelConfig:
+def model_config(
+    args: Namespace, sffn: SparseFFNConfig | None, recorder: Recorder
+) -> GPTModelConfig:
     """Megatron's model config, with our layers in it if the model is sparse."""
-    model: GPTModelConfig = gpt_config_from_args(args, config=transformer_config(args, sffn))
+    config = transformer_config(args, sffn)
+    # Megatron keeps a hook that is there; it is called once per step, on all ranks.
+    config.finalize_model_grads_func = partial(finish_step, recorder)
+    model: GPTModelConfig = gpt_config_from_args(args, config=config)
     model.pre_wrap_hooks.append(partial(draw_again, args.seed))
     if sffn is not None:
         model.transformer_layer_spec = block_spec
     return model
+
+
+def finish_step(
+    recorder: Recorder, model: list[torch.nn.Module], *args: Any, **kwargs: Any
+) -> None:
+    """All microbatches of a step have run: finish their gradients, and log what was counted.
+
+    Args:
+        recorder: of the run.
+        model: this rank's chunks.
+        args: as Megatron's `finalize_model_grads`.
+        kwargs: as Megatron's `finalize_model_grads`.
+    """
+    finish_gradients(model, *args, **kwargs)
+    recorder.after_step(model, get_num_microbatches())
+
+
+def finish_gradients(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+    """Megatron's end of the gradients, then that of our layers.
+
+    Args:
+        model: this rank's chunks.
+        args: as Megatron's `finalize_model_grads`.
+        kwargs: as Megatron's `finalize_model_grads`.
+    """
+    finalize_model_grads(model, *args, **kwargs)
+    for chunk in model:
+        end_step(chunk)
 
 
 def run_folder(args: Namespace) -> Path:
@@ -106,16 +142,23 @@ def forward_step(
         The stage's output, and the function that makes a loss of it on the last stage.
     """
     recorder.before_forward(model.training)
+    iteration = vars(recorder.args).get("curr_iteration")
     # Between two values the optimizer takes one step, or none.
-    set_weights_version(model, (vars(recorder.args).get("curr_iteration"), model.training))
+    set_weights_version(model, (iteration, model.training))
     batch = next_batch(batches, on_every_stage=hashed)
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        padding_mask=batch["tokens"] if hashed else None,
-    )
+    if recorder.blocks is not None:
+        recorder.blocks.before_forward(model, batch["tokens"])
+    try:
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            padding_mask=batch["tokens"] if hashed else None,
+        )
+    except FloatingPointError as error:
+        # Of a recomputed layer the backward says it, without the step.
+        raise FloatingPointError(f"step {(iteration or 0) + 1}, {error}") from error
     return output, partial(loss_of, recorder, batch["loss_mask"], model.training)
 
 

@@ -16,6 +16,21 @@ from megatron_sffn.routers import ROUTERS
 
 S, BATCH, D, VOCAB = 6, 4, 8, 50
 SPARSE = [name for name in ROUTERS if name != "dense"]
+WHOLE_KEYS = [name for name in SPARSE if ROUTERS[name]().key_width(D) == D]
+"""Those whose memory Megatron's experts can hold."""
+NUMBERS = {
+    "top-k-act": {"block_size": 1},
+    **{name: {"block_size": 1, "expansion": 16} for name in ("pkm", "pkm-relu", "pkm-ffn")},
+}
+"""Router -> numbers of a layer for which it is defined, where the usual ones are not."""
+OPTIONS = {
+    "lorkm": {"rank": 6},
+    "noisy-top-k": {"noise": 0.0},  # no random number depends on the layout
+    "pkm": {"heads": 2, "key_size": 6},
+    "pkm-relu": {"heads": 2, "key_size": 6},
+    "pkm-ffn": {"key_size": 6},
+}
+"""Router -> fields of its config, small and without chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,19 +39,23 @@ class Case:
 
     Args:
         router: name.
-        block_size: g; k = 16 and E = 3, so that B = 48 / g.
+        block_size: g; k = 16 and E = 3, so that B = 48 / g; one cell where the router has no other.
+        expansion: E; 16 where M must be a square.
         backend: who computes.
         swiglu: or GELU.
         options: fields of the router's config.
         megatron: fields of Megatron's config.
+        training: or evaluation.
     """
 
     router: str
-    block_size: int = 4
+    block_size: int | None = None
+    expansion: int | None = None
     backend: Backend = Backend.AUTO
     swiglu: bool = False
     options: tuple[tuple[str, Any], ...] = ()
     megatron: tuple[tuple[str, Any], ...] = ()
+    training: bool = True
 
 
 def config_of(case: Case) -> SparseFFNTransformerConfig:
@@ -45,6 +64,7 @@ def config_of(case: Case) -> SparseFFNTransformerConfig:
     balance = {"moe_router_load_balancing_type": "none"}
     if case.router == "switch":
         balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
+    fixed = NUMBERS.get(case.router, {})
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
     return SparseFFNTransformerConfig(
         num_layers=2,
@@ -61,9 +81,9 @@ def config_of(case: Case) -> SparseFFNTransformerConfig:
         init_method_std=0.5,
         sffn=SparseFFNConfig(
             active_cells=16,
-            block_size=case.block_size,
-            expansion=3,
-            router=ROUTERS[case.router](**dict(case.options)),
+            block_size=case.block_size or fixed.get("block_size", 4),
+            expansion=case.expansion or fixed.get("expansion", 3),
+            router=ROUTERS[case.router](**OPTIONS.get(case.router, {}) | dict(case.options)),
             backend=case.backend,
         ),
         **{**activation, **balance, **dict(case.megatron)},
@@ -73,9 +93,9 @@ def config_of(case: Case) -> SparseFFNTransformerConfig:
 def build(case: Case) -> Any:
     """The layer of a case, as Megatron would build layer 1."""
     layer = layer_class(case.backend)(config_of(case), layer_number=1)
-    if case.router == "switch":
+    for seed, (_, weight) in enumerate(layer.router.named_parameters(), start=99):
         with torch.no_grad():
-            layer.router.weight.copy_(draw(99, *layer.router.weight.shape) * 0.5)
+            weight.copy_(draw(seed, *weight.shape) * 0.5)
     return layer
 
 
@@ -99,9 +119,9 @@ def run(case: Case, ids: Tensor | None = None) -> dict[str, Tensor]:
 
     Returns:
         On every rank the whole of: `y`, `dx` `[S, BATCH, D]`, and the gradients of the tables and
-        of the gate, summed over ranks.
+        of the router's weights, summed over ranks.
     """
-    layer = build(case)
+    layer = build(case).train(case.training)
     hidden, drawn, weights = inputs()
     ids = drawn if ids is None else ids
     samples = _part(BATCH, parallel_state.get_data_parallel_group())
@@ -120,13 +140,16 @@ def run(case: Case, ids: Tensor | None = None) -> dict[str, Tensor]:
         parts = [torch.empty_like(grad) for _ in range(grid.num_ranks)]
         torch.distributed.all_gather(parts, grad, group=grid.group)
         # From [ep, etp, B / ep, keys of a cell, G / etp, D] to [B, keys of a cell, G, D].
-        shape = (grid.block_parts, grid.cell_parts, len(grad), -1, grid.num_local_cells, D)
+        width = grad.shape[2]
+        shape = (grid.block_parts, grid.cell_parts, len(grad), -1, grid.num_local_cells, width)
         table = torch.stack(parts).view(shape).permute(0, 2, 3, 1, 4, 5)
-        result[f"d{name}"] = table.reshape(grid.num_blocks, -1, D)
-    if case.router == "switch":
-        grad = layer.router.weight.grad.clone()
+        result[f"d{name}"] = table.reshape(grid.num_blocks, -1, width)
+    for name, weight in layer.router.named_parameters():
+        if weight.grad is None:
+            continue
+        grad = weight.grad.clone()
         torch.distributed.all_reduce(grad)
-        result["dgate"] = grad
+        result[f"drouter.{name}"] = grad
     return {name: value.clone() for name, value in result.items()}
 
 
@@ -141,7 +164,7 @@ def copy_tables(ours: Any, theirs: Any) -> None:
 
 def tables(layer: Any) -> dict[str, Tensor]:
     """Keys and values of the blocks on this rank, as leaves with gradients."""
-    return {"keys": layer.experts.keys, "values": layer.experts.values}
+    return dict(layer.experts.named_parameters())
 
 
 def _part(size: int, group: Any) -> slice:

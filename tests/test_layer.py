@@ -18,7 +18,7 @@ from megatron_sffn.errors import ConfigError
 from megatron_sffn.layer import SparseFFN
 from megatron_sffn.ops import block_ffn
 from megatron_sffn.routers.avg_k import AvgKConfig
-from tests.layers import SPARSE, Case, build, config_of, copy_tables, inputs, run
+from tests.layers import SPARSE, WHOLE_KEYS, Case, build, config_of, copy_tables, inputs, run
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -59,8 +59,8 @@ def test_switch_agrees_with_megatrons_own_layer(g: int, swiglu: bool) -> None:
         torch.stack([mlp.linear_fc2.weight.grad.T for mlp in mlps]),
     ]
     for mine, reference in zip(*results, strict=True):
-        # Both compute the softmax in fp32, so equality is not to 1e-10.
-        torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-7)
+        # Megatron computes the softmax in fp32.
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("router", SPARSE)
@@ -73,7 +73,7 @@ def test_our_backends_agree(router: str) -> None:
 
 
 @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
-@pytest.mark.parametrize("router", SPARSE)
+@pytest.mark.parametrize("router", WHOLE_KEYS)
 def test_megatrons_dispatcher_and_experts_agree_with_ours(router: str, dispatcher: str) -> None:
     ours = build(Case(router=router))
     theirs = build(
@@ -129,21 +129,25 @@ def test_the_layer_is_router_then_functional_form(router: str) -> None:
     hidden, ids, _ = inputs()
     x = hidden.reshape(-1, hidden.shape[-1])
     routing = layer.router(x, layer.experts.keys, ids.T.reshape(-1))
-    y = block_ffn(x, layer.experts.keys, layer.experts.values, routing.block_ids, routing.gates)
+    rows = x if routing.queries is None else routing.queries
+    y = block_ffn(rows, *layer.experts(), routing.block_ids, routing.gates)
     updated, _ = layer(hidden, padding_mask=ids)
     torch.testing.assert_close(updated.flatten(0, 1), y, rtol=1e-12, atol=1e-14)
 
 
-def test_load_counts_evaluated_tokens_only() -> None:
+def test_training_and_evaluation_are_counted_apart() -> None:
     layer = build(Case(router="avg-k"))
     hidden, _, _ = inputs()
+    chosen = hidden.shape[0] * hidden.shape[1] * 4
     layer(hidden)
-    assert layer.load.take().sum() == 0
+    with torch.no_grad():
+        layer(hidden)  # the first pass of a recomputed layer
+    assert layer.trained.take().load.sum() == chosen
     layer.eval()
     layer(hidden)
-    counts = layer.load.take()
-    assert counts.sum() == hidden.shape[0] * hidden.shape[1] * 4
-    assert layer.load.take().sum() == 0
+    assert layer.trained.take().load.sum() == 0
+    assert layer.evaluated.take().load.sum() == chosen
+    assert layer.evaluated.take().load.sum() == 0
 
 
 def test_g_must_divide_k() -> None:

@@ -1,10 +1,9 @@
-"""What a run leaves: times, losses and loads, in files that are never half written."""
+"""What a run leaves: times and losses, and its summary."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,12 @@ import torch
 
 from megatron_sffn import results
 from megatron_sffn.accounting import ModelShape, count_parameters, flops_per_token
-from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.layer import SparseFFN
-from megatron_sffn.results import Recorder, block_loads, write_whole
+from megatron_sffn.config import SparseFFNConfig
+from megatron_sffn.results import Recorder
 from megatron_sffn.routers import ROUTERS
 from tests.ranks import run_ranks
 
 SFFN = SparseFFNConfig(router=ROUTERS["avg-k"](), active_cells=8, block_size=2, expansion=2)
-BLOCKS = SFFN.num_blocks
 
 
 def arguments(**given: Any) -> Namespace:
@@ -31,7 +28,7 @@ def arguments(**given: Any) -> Namespace:
         "consumed_train_samples": 0,
         "global_batch_size": 4,
         "seq_length": 16,
-        "num_experts": BLOCKS,
+        "num_experts": SFFN.num_blocks,
         "num_layers": 3,
         "do_test": False,
         "sffn_router": "avg-k",
@@ -233,133 +230,3 @@ def written_by(folder: str) -> tuple[bool, bool]:
 
 def test_rank_0_writes(tmp_path: Path) -> None:
     assert run_ranks(2, written_by, str(tmp_path)) == [(True, True), (False, True)]
-
-
-# routing.jsonl
-
-
-def layer(number: int) -> SparseFFN:
-    """A sparse layer of a model of three, in evaluation."""
-    config = SparseFFNTransformerConfig(
-        num_layers=3,
-        hidden_size=6,
-        num_attention_heads=2,
-        add_bias_linear=False,
-        moe_router_load_balancing_type="none",
-        expert_model_parallel_size=torch.distributed.get_world_size(),
-        sffn=SFFN,
-    )
-    return SparseFFN(config, layer_number=number).eval()
-
-
-def use(sparse: SparseFFN, *blocks: int) -> None:
-    """Count a token for each of these blocks."""
-    sparse.load(torch.tensor(blocks)[:, None])
-
-
-def test_loads_of_the_layers_of_all_chunks(one_rank: None) -> None:
-    first, third = layer(1), layer(3)
-    use(first, 0, 0, 7)
-    use(third, 5)
-    model = [torch.nn.ModuleList([first]), torch.nn.ModuleList([torch.nn.ReLU(), third])]
-    loads = block_loads(model, arguments())
-    assert loads is not None
-    assert loads.tolist() == [[2, 0, 0, 0, 0, 0, 0, 1], [0] * 8, [0, 0, 0, 0, 0, 1, 0, 0]]
-    again = block_loads(model, arguments())
-    assert again is not None
-    assert again.sum() == 0
-
-
-def test_a_dense_model_has_no_loads(one_rank: None) -> None:
-    assert block_loads([torch.nn.ReLU()], arguments(num_experts=None)) is None
-
-
-def loads_of_a_rank() -> list[list[int]]:
-    rank, sparse = torch.distributed.get_rank(), layer(2)
-    use(sparse, *([1] if rank == 0 else [1, 6, 6]))
-    loads = block_loads([sparse], arguments())
-    assert loads is not None
-    return loads.tolist()
-
-
-def test_loads_are_summed_over_ranks() -> None:
-    expected = [[0] * 8, [0, 2, 0, 0, 0, 0, 2, 0], [0] * 8]
-    assert run_ranks(2, loads_of_a_rank, expert_model_parallel_size=2) == [expected, expected]
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "routing.jsonl").read_text().splitlines()]
-
-
-def test_routing_lines(one_rank: None, tmp_path: Path) -> None:
-    recorder, model = Recorder(arguments(), tmp_path), [layer(1), layer(3)]
-    use(model[0], *range(8))
-    use(model[1], 2, 2, 2, 4, 4, 4)
-    evaluate(recorder, 5, [1.0], model)
-    assert rows(tmp_path) == [
-        {
-            "iteration": 5,
-            "layer": 1,
-            "load_entropy": 1.0,
-            "dead_blocks": 0,
-            "tokens_per_block": [1] * 8,
-        },
-        {
-            "iteration": 5,
-            "layer": 3,
-            "load_entropy": pytest.approx(1 / 3, abs=1e-6),
-            "dead_blocks": 6,
-            "tokens_per_block": [0, 0, 3, 0, 3, 0, 0, 0],
-        },
-    ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["routing.jsonl"]
-
-
-def test_a_resumed_run_replaces_what_came_after_its_checkpoint(
-    one_rank: None, tmp_path: Path
-) -> None:
-    def run(iterations: list[int], block: int) -> None:
-        recorder, sparse = Recorder(arguments(), tmp_path), layer(1)
-        for iteration in iterations:
-            use(sparse, block)
-            evaluate(recorder, iteration, [1.0], [sparse])
-
-    run([5, 10, 15, 20], block=0)
-    run([15, 20], block=3)
-    used = [(row["iteration"], row["tokens_per_block"].index(1)) for row in rows(tmp_path)]
-    assert used == [(5, 0), (10, 0), (15, 3), (20, 3)]
-
-
-# Files
-
-
-def test_write_whole_makes_folders_and_leaves_no_part(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "file.json"
-    write_whole(path, "one\n")
-    write_whole(path, "two\n")
-    assert path.read_text() == "two\n"
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("failing", ["write", "replace"])
-def test_write_whole_that_fails_leaves_the_former_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
-    path = tmp_path / "file.json"
-    write_whole(path, "one\n")
-
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    def half(part: Path, text: str) -> None:
-        part.write_bytes(text.encode()[:1])
-        full()
-
-    if failing == "write":
-        monkeypatch.setattr(Path, "write_text", half)
-    else:
-        monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(path, "two\n")
-    assert path.read_text() == "one\n"
-    assert list(tmp_path.iterdir()) == [path]

@@ -14,7 +14,7 @@ from benchmarks import wire
 from megatron_sffn import traffic
 from megatron_sffn.config import Exchange, SparseFFNConfig
 from megatron_sffn.routers import ROUTERS
-from tests.layers import BATCH, SPARSE, Case, D, build, config_of, draw
+from tests.layers import BATCH, NUMBERS, SPARSE, Case, D, build, config_of, draw
 from tests.ranks import run_ranks
 
 
@@ -49,6 +49,37 @@ def test_exchange_by_enumeration(ranks: int, active: int, slices: int) -> None:
     others = ranks * slices - 1
     everywhere = traffic.exchanged_bytes_per_token(gated, width, over, "allgather")
     assert everywhere == others * (2 * width * 2 + active * (4 + 4))
+
+
+@pytest.mark.parametrize(
+    ("router", "numbers", "there"),
+    [
+        ("lorkm", {"active_cells": 64, "block_size": 4, "expansion": 2}, 128),
+        ("pkm", {"active_cells": 16, "block_size": 1, "expansion": 16}, 0),
+    ],
+)
+def test_a_row_is_as_wide_as_what_meets_the_keys(
+    router: str, numbers: dict[str, int], there: int
+) -> None:
+    layer, width = sparse(router, **numbers), 192
+    over = Exchange(expert_parallel_size=4, bytes_per_number=2)
+    pair = 4 + (4 if layer.router.gated_output else 0)
+    everywhere = traffic.all_gather_bytes_per_token(layer, width, over)
+    assert everywhere == 3 * ((there + width) * 2 + layer.num_active_blocks * pair)
+    missed = math.comb(layer.num_blocks * 3 // 4, layer.num_active_blocks) / math.comb(
+        layer.num_blocks, layer.num_active_blocks
+    )
+    pairs = layer.num_active_blocks * 3 / 4 * (pair + 4)
+    exact = traffic.all_to_all_bytes_per_token(layer, width, over)
+    assert exact == pytest.approx(3 * (1 - missed) * (there + width) * 2 + pairs)
+
+
+def test_shared_blocks_do_not_travel() -> None:
+    layer = sparse(active_cells=64, block_size=4, expansion=2)
+    shared = dataclasses.replace(layer, shared_blocks=4)
+    over = Exchange(expert_parallel_size=2)
+    for exchanged in traffic.DISPATCHERS.values():
+        assert exchanged(shared, 24, over) < exchanged(layer, 24, over)
 
 
 def test_megatron_sends_a_copy_per_block() -> None:
@@ -125,14 +156,26 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("router", SPARSE)
+@pytest.mark.parametrize(
+    ("router", "layout"),
+    [
+        (router, layout)
+        for router in SPARSE
+        for layout in LAYOUTS
+        # A block of a single cell is not cut.
+        if layout == "EP2" or router not in NUMBERS
+    ],
+)
 def test_what_the_collectives_send_is_the_closed_form(
     router: str, layout: str, dispatcher: str
 ) -> None:
     world_size, sizes = LAYOUTS[layout]
     # g = 8: K = 2 of B = 6 blocks, so that one rank is missed by many tokens.
-    case = Case(router=router, block_size=8, megatron=(("moe_token_dispatcher_type", dispatcher),))
+    case = Case(
+        router=router,
+        block_size=None if router in NUMBERS else 8,
+        megatron=(("moe_token_dispatcher_type", dispatcher),),
+    )
     results = run_ranks(world_size, sent, case, **sizes)
     counted = sum(result["counted"] for result in results) / world_size
     (config,) = run_ranks(1, config_of, case)

@@ -7,7 +7,6 @@ Enters: the folders of finished runs: `summary.json`, `routing.jsonl`, TensorBoa
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from examples.quickstart import charts
 from examples.quickstart.charts import Curve, Load
 from examples.quickstart.runs import RUNS, Plan, Run
+from megatron_sffn.run_files import read_records
 
 SAME = 0.005
 """Perplexities closer than this share are called the same: one seed cannot tell them apart."""
@@ -84,10 +84,8 @@ def read_curves(folder: Path) -> tuple[Curve, Curve]:
 
 
 def read_loads(path: Path) -> tuple[Load, ...]:
-    """The load of every layer's blocks; none for a dense model."""
-    if not path.exists():
-        return ()
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    """The load of every layer's blocks in each evaluation; none for a dense model."""
+    records = [record for record in read_records(path) if "tokens_per_block" in record]
     return tuple(
         Load(
             iteration=record["iteration"],

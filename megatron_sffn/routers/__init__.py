@@ -1,6 +1,6 @@
 """The selection methods, one file each: a config and a module.
 
-To add one: write the file, then add its config to `ROUTERS` (and its name to the tests' list).
+To add one: write the file, then add its config to `ROUTERS`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,39 @@ from megatron_sffn.config import RouterConfig
 from megatron_sffn.routers.avg_k import AvgKConfig
 from megatron_sffn.routers.base import Router, Routing
 from megatron_sffn.routers.dense import DenseConfig
+from megatron_sffn.routers.lorkm import LoRKMConfig
+from megatron_sffn.routers.noisy_top_k import NoisyTopKConfig
+from megatron_sffn.routers.pkm import PKMConfig
+from megatron_sffn.routers.pkm_ffn import PKMFFNConfig
+from megatron_sffn.routers.pkm_relu import PKMReLUConfig
 from megatron_sffn.routers.rand_hash import RandHashConfig
+from megatron_sffn.routers.s_base import SBaseConfig
+from megatron_sffn.routers.sigma_moe import SigmaMoEConfig
+from megatron_sffn.routers.softmax_after import SoftmaxAfterConfig
+from megatron_sffn.routers.softmax_before import SoftmaxBeforeConfig
 from megatron_sffn.routers.switch import SwitchConfig
+from megatron_sffn.routers.top_k_act import TopKActConfig
 from megatron_sffn.routers.vanilla_m import VanillaMConfig
 
 ROUTERS: dict[str, type[RouterConfig]] = {
     config.name: config
-    for config in (AvgKConfig, VanillaMConfig, RandHashConfig, SwitchConfig, DenseConfig)
+    for config in (
+        AvgKConfig,
+        VanillaMConfig,
+        LoRKMConfig,
+        RandHashConfig,
+        SwitchConfig,
+        SigmaMoEConfig,
+        SoftmaxBeforeConfig,
+        SoftmaxAfterConfig,
+        NoisyTopKConfig,
+        SBaseConfig,
+        TopKActConfig,
+        PKMConfig,
+        PKMReLUConfig,
+        PKMFFNConfig,
+        DenseConfig,
+    )
 }
 """Value of `--sffn-router` -> config class."""
 

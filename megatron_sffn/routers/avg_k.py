@@ -5,8 +5,8 @@ the block's mean pre-activation. The best K blocks compute; the score does not m
 and no gradient passes through the selection: keys learn through `f(x Kᵀ)` alone. For a gated
 activation the mean is over the gate keys (ours; the paper has none).
 
-`--sffn-gate` is an ablation: sigmoid or softmax of the score as a factor of the block's output.
-Then the score is differentiated, through x and through the keys of every rank.
+Ablations, all ours: another descriptor (`descriptors.py`), a gate from the score, balance losses
+and bias. With a gate or a loss the score is differentiated, through x and the keys of every rank.
 
 Descriptors are in fp32 at least and the same bits on every rank. Where the layer is told which
 weights it holds, they are computed and gathered once per optimizer step, not once per microbatch.
@@ -16,73 +16,123 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_sffn.config import RouterConfig, SparseFFNConfig, flag
-from megatron_sffn.ops.route_topk import route_topk
-from megatron_sffn.routers.base import Router, Routing, score_dtype
+from megatron_sffn.balance import balance_weights
+from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig, flag
+from megatron_sffn.errors import ConfigError
+from megatron_sffn.routers.base import Routing, score_dtype
+from megatron_sffn.routers.descriptors import DESCRIPTORS
+from megatron_sffn.routers.scored import ScoredConfig, ScoredRouter
 
 
 @dataclass(frozen=True, kw_only=True)
-class AvgKConfig(RouterConfig):
+class AvgKConfig(ScoredConfig):
     """Settings of Avg-K."""
 
     name = "avg-k"
     summary = "score a block by x · mean of its keys; no router parameter, no gate"
 
-    gate: str = flag(
-        "--sffn-gate",
-        default="none",
-        choices=("none", "sigmoid", "softmax"),
-        help="factor of a chosen block's output, from its score (avg-k; the paper has none)",
+    descriptor: str = flag(
+        "--sffn-descriptor",
+        default="mean",
+        choices=tuple(DESCRIPTORS),
+        help="what describes a block (avg-k; the paper has the mean, the others are ours): its "
+        "longest key, a mean weighted by length or by learned weights, the mean of a subset of its "
+        "cells, a moving average of the tokens that chose it",
     )
+    subset_cells: int | None = flag(
+        "--sffn-descriptor-cells",
+        default=None,
+        kind=int,
+        least=1,
+        help="cells of a block that --sffn-descriptor subset averages (default: g/4)",
+    )
+    decay: float = flag(
+        "--sffn-descriptor-decay",
+        default=0.99,
+        least=0.0,
+        most=1.0,
+        help="share of the former average that --sffn-descriptor ema keeps in a step",
+    )
+
+    def check(self, sffn: SparseFFNConfig) -> None:
+        """See `RouterConfig.check`."""
+        cells = self.subset_cells
+        if cells is not None and (cells > sffn.block_size or self.descriptor != "subset"):
+            raise ConfigError(
+                f"--sffn-descriptor-cells {cells} needs --sffn-descriptor subset and at most the "
+                f"{sffn.block_size} cells of --sffn-block-size; change one of them"
+            )
+
+    def check_model(self, config: SparseFFNTransformerConfig) -> None:
+        """See `RouterConfig.check_model`."""
+        learns = self.gated_output or balance_weights(config, self.entropy_coefficient)
+        if self.descriptor == "learned" and not learns:
+            raise ConfigError(
+                "--sffn-descriptor learned has nothing to learn from: no gradient passes through "
+                "the choice; add --sffn-gate sigmoid or softmax, or a balance loss"
+            )
 
     def build(self) -> type[AvgKRouter]:
         """See `RouterConfig.build`."""
         return AvgKRouter
 
-    @property
-    def gated_output(self) -> bool:
-        """See `RouterConfig.gated_output`."""
-        return self.gate != "none"
+    def parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
+        """None, but for learned weights of the cells."""
+        return sffn.num_cells if self.descriptor == "learned" else 0
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """One dot product per block."""
         return 2 * hidden_size * sffn.num_blocks
 
 
-class AvgKRouter(Router):
-    """Top-K blocks by the dot product with the mean key."""
+class AvgKRouter(ScoredRouter):
+    """Top-K blocks by the dot product with the block's descriptor. Arguments as `Router`."""
 
+    settings: AvgKConfig
     _kept: tuple[Hashable, Tensor] | None = None
 
-    def forward(self, x: Tensor, keys: Tensor, token_ids: Tensor | None = None) -> Routing:
-        """See `Router.forward`."""
-        assert isinstance(self.sffn.router, AvgKConfig)
-        gate, gate_keys = self.sffn.router.gate, keys[:, : self.placement.num_local_cells]
-        if gate == "none":
-            with torch.no_grad():
-                means = self._kept_descriptors(gate_keys)
-                scores = x.to(score_dtype(x)) @ means.T
-            return Routing(block_ids=route_topk(scores, self.sffn.num_active_blocks))
-        means = self._descriptors(gate_keys)
-        scores = x.to(score_dtype(x)) @ means.T
-        ids = route_topk(scores.detach(), self.sffn.num_active_blocks)
-        factors = scores.sigmoid() if gate == "sigmoid" else scores.softmax(dim=-1)
-        return Routing(block_ids=ids, gates=factors.gather(1, ids))
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        kind = DESCRIPTORS[self.settings.descriptor]
+        self.descriptor = kind(self, self.settings, arguments["pg_collection"].tp_dp_cp)
 
-    def _kept_descriptors(self, keys: Tensor) -> Tensor:
-        """`_descriptors`, computed again only if the weights may have changed."""
-        version = self.weights_version
-        if version is None:
-            return self._descriptors(keys)
-        if self._kept is None or self._kept[0] != version:
-            self._kept = (version, self._descriptors(keys))
-        return self._kept[1]
+    def draw(self, name: str, weight: Tensor) -> None:
+        """Equal weights of all cells at first."""
+        weight.zero_()
+
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor | None,
+        token_ids: Tensor | None = None,
+        num_sequences: int = 1,
+    ) -> Routing:
+        """See `Router.forward`."""
+        routing = super().forward(x, keys, token_ids, num_sequences)
+        if self.training and torch.is_grad_enabled():
+            self.descriptor.observe(x, routing.block_ids)
+        return routing
+
+    def end_step(self) -> None:
+        """See `Router.end_step`."""
+        self.descriptor.end_step()
+
+    def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """See `ScoredRouter.score`."""
+        gate_keys = keys[:, : self.placement.num_local_cells]
+        return x.to(score_dtype(x)) @ self._descriptors(gate_keys).T
 
     def _descriptors(self, keys: Tensor) -> Tensor:
-        """Mean key of every block: `[B / ep, G / etp, D]` to `[B, D]`, fp32 at least."""
-        sums = keys.sum(dim=1, dtype=score_dtype(keys))
-        return self.placement.sum_over_cells(sums) / self.sffn.block_size
+        """`[B, D]`, computed again only if they are differentiated or the weights have changed."""
+        version = self.weights_version
+        if torch.is_grad_enabled() or version is None or not self.descriptor.of_weights_alone:
+            described: Tensor = self.descriptor(keys, self.layer_number)
+            return described
+        if self._kept is None or self._kept[0] != version:
+            self._kept = (version, self.descriptor(keys, self.layer_number))
+        return self._kept[1]

@@ -1,4 +1,4 @@
-"""What a router promises: the record it returns, and how scores travel between ranks.
+"""What a router promises: the record it returns, and how its own weights are drawn.
 
 Enters: tokens `[T, D]` and this rank's keys. Leaves: a `Routing`, K block ids per token and, where
 the method has them, gates. Never a tokens × blocks map: at g = 1 that map has 65,536 columns
@@ -13,9 +13,14 @@ from dataclasses import dataclass
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from torch.nn.parameter import Parameter
 
 from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.hashing import seed_of
 from megatron_sffn.placement import Placement
+
+NO_BLOCK = -1
+"""The id in a place of `Routing.block_ids` that stays empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +28,26 @@ class Routing:
     """The blocks of every token.
 
     Args:
-        block_ids: `[T, K]` int64, distinct within a row, of all B blocks.
+        block_ids: `[T, K]` int64, of all B blocks, distinct within a row (of a head, where there
+            are heads); -1 for a block that was dropped.
         gates: `[T, K]` factor of each block's output, or None where the method has none.
+        queries: `[T, key width]` what meets the keys instead of the tokens; None for the tokens.
+        scores: `[T, K]` of the chosen blocks, detached, for statistics; None if there are none.
     """
 
     block_ids: Tensor
     gates: Tensor | None = None
+    queries: Tensor | None = None
+    scores: Tensor | None = None
 
 
 class Router(torch.nn.Module):
-    """Base of the routers that have no Megatron counterpart.
+    """Base of all routers.
 
     Args:
         config: of the model; its `sffn` holds the layer's numbers.
         pg_collection: Megatron's process groups; `tp_ep`, `ep` and `expt_tp` say where blocks are.
+        is_mtp_layer: Megatron's; not used.
     """
 
     weights_version: Hashable | None = None
@@ -58,21 +69,70 @@ class Router(torch.nn.Module):
         self.layer_number: int | None = None
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Megatron tells each layer its number, counted from 1, after it is built."""
-        self.layer_number = layer_number
+        """Megatron tells each layer its number, counted from 1, after it is built.
 
-    def forward(self, x: Tensor, keys: Tensor, token_ids: Tensor | None) -> Routing:
+        The number seeds the router's own weights, which are the same on every rank and layout.
+        """
+        if layer_number == self.layer_number:
+            return
+        self.layer_number = layer_number
+        if not self.config.perform_initialization:
+            return
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for name, parameter in self.named_parameters():
+                seed = seed_of(self.sffn.seed, layer_number, "router", name)
+                torch.default_generator.manual_seed(seed)
+                drawn = torch.empty(parameter.shape)
+                self.draw(name, drawn)
+                parameter.copy_(drawn)
+
+    def draw(self, name: str, weight: Tensor) -> None:
+        """Fill a new fp32 weight of this name; Megatron's init method unless a router says else."""
+        self.config.init_method(weight)
+
+    def new_weight(self, *shape: int) -> Parameter:
+        """An uninitialised weight that all ranks hold alike."""
+        config, device = self.config, torch.cuda.current_device()
+        weight = Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+        # Its gradient is summed over TP ranks, which have different tokens.
+        weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return weight
+
+    def forward(
+        self, x: Tensor, keys: Tensor | None, token_ids: Tensor | None, num_sequences: int = 1
+    ) -> Routing:
         """Choose K blocks for each token.
 
         Args:
             x: `[T, D]` tokens of this rank.
-            keys: `[B / ep, G / etp, D]` the keys held here; `[B / ep, 2G / etp, D]`, gate keys
-                first, for a gated activation.
+            keys: `[B / ep, G / etp, key width]` the keys held here; `[B / ep, 2G / etp, ...]`, gate
+                keys first, for a gated activation; None for a memory of values alone.
             token_ids: `[T]` input ids, for routers that ask for them.
+            num_sequences: whose tokens alternate in T, as in Megatron's `[s, b, D]`.
+
+        Raises:
+            FloatingPointError: if a score is not finite.
         """
         raise NotImplementedError
+
+    def end_step(self) -> None:
+        """All microbatches of a step have run, on all ranks; the weights are about to change."""
 
 
 def score_dtype(x: Tensor) -> torch.dtype:
     """Scores are at least fp32, so that a selection does not hang on a half-precision tie."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_finite(scores: Tensor) -> None:
+    """Scores are numbers; one pass, of which only the sum is looked at.
+
+    Raises:
+        FloatingPointError: if one is NaN or infinite.
+    """
+    if not scores.detach().sum().isfinite():
+        wrong = int((~scores.isfinite()).sum())
+        raise FloatingPointError(
+            f"{wrong} of {scores.numel()} scores are NaN or infinite; the hidden states or weights "
+            "that they come from have diverged"
+        )

@@ -1,97 +1,106 @@
-"""Switch: a learned gate, softmax over all blocks (Fedus et al. 2021), after Megatron's own router.
+"""Switch: a learned gate, softmax over all blocks (Fedus et al. 2021, arXiv 2101.03961).
 
 `p = softmax(x W_gᵀ)` in fp32; the K blocks of largest p compute, and p (over all B, not
-renormalised over the chosen) multiplies their output, which is how the gate learns. Gate weights,
-z-loss and the logging of the balance loss are Megatron's `TopKRouter`; ours are the index form of
-the selection and of the loss's counts, so that no tokens × blocks map is made.
+renormalised over the chosen) multiplies their output, which is how the gate learns.
+
+With a capacity (`--moe-expert-capacity-factor` C) a block takes at most `ceil(C·T·K/B)` of the
+T tokens of a microbatch; those of least probability, or the last ones
+(`--moe-token-drop-policy probs|position`), get nothing from it. Tensor-parallel ranks decide on all
+tokens of the microbatch together, so that the layout does not matter (Megatron's decide apart).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-from megatron.core.transformer.moe.moe_utils import (
-    switch_load_balancing_loss_func,
-    topk_routing_with_score_function,
-)
-from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_sffn.config import RouterConfig, SparseFFNConfig
-from megatron_sffn.ops.route_topk import route_topk
-from megatron_sffn.routers.base import Routing
+from megatron_sffn.routers.base import NO_BLOCK, Routing
+from megatron_sffn.routers.learned import LearnedConfig, LearnedRouter
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwitchConfig(RouterConfig):
-    """Settings of Switch: Megatron's flags are enough."""
+class SwitchConfig(LearnedConfig):
+    """Settings of Switch."""
 
     name = "switch"
     summary = "learned softmax gate that multiplies the output, with a load-balance loss"
     balance_coefficient = 0.01  # Fedus et al. 2021; --moe-aux-loss-coeff overrides it
-
-    @property
-    def gated_output(self) -> bool:
-        """See `RouterConfig.gated_output`."""
-        return True
+    megatron_flags: ClassVar[tuple[str, ...]] = (
+        *LearnedConfig.megatron_flags,
+        "moe_expert_capacity_factor",
+        "moe_token_drop_policy",
+    )
+    default_gate = "softmax"
 
     def build(self) -> type[SwitchRouter]:
         """See `RouterConfig.build`."""
         return SwitchRouter
 
-    def parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
-        """The gate's weights."""
-        return sffn.num_blocks * hidden_size
 
-    def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
-        """One dot product per block."""
-        return 2 * hidden_size * sffn.num_blocks
+class SwitchRouter(LearnedRouter):
+    """A learned softmax gate. Arguments as `Router`."""
 
-
-class SwitchRouter(TopKRouter):
-    """Megatron's top-k router in index form.
-
-    With `--moe-router-enable-expert-bias` a bias per block, which Megatron updates after each step
-    by the sign of its load's distance from the mean, is added to p for the selection alone.
-    """
-
-    def forward(self, x: Tensor, keys: Tensor, token_ids: Tensor | None = None) -> Routing:
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor | None,
+        token_ids: Tensor | None = None,
+        num_sequences: int = 1,
+    ) -> Routing:
         """See `Router.forward`."""
-        self._maintain_float32_expert_bias()
-        logits = self.apply_z_loss(self.gating(self.apply_input_jitter(x)))
-        ids = route_topk(self._selection_scores(logits.detach()), self.topk)
-        gates, _ = topk_routing_with_score_function(
-            logits, self.topk, use_pre_softmax=True, precomputed_indices=ids, dense_output=True
+        routing = super().forward(x, keys, token_ids, num_sequences)
+        factor = self.config.moe_expert_capacity_factor
+        if factor is None:
+            return routing
+        assert routing.scores is not None
+        by_score = self.config.moe_token_drop_policy == "probs"
+        # Probabilities of different tokens are compared, so scores need their softmax.
+        priority = routing.scores if routing.gates is None else routing.gates.detach()
+        fits = self._fit(routing.block_ids, priority if by_score else None, factor)
+        return dataclasses.replace(
+            routing, block_ids=routing.block_ids.masked_fill(~fits, NO_BLOCK)
         )
-        # Not in the first pass of a recomputed layer, which has no gradient: once per microbatch.
-        if self.training and torch.is_grad_enabled():
-            counts = torch.bincount(ids.flatten(), minlength=logits.shape[1])
-            gates = self._balanced(gates, logits, counts)
-            if self.enable_expert_bias:
-                self.local_tokens_per_expert += counts
-        return Routing(block_ids=ids, gates=gates)
 
-    def _selection_scores(self, logits: Tensor) -> Tensor:
-        """What the blocks are chosen by; the bias stays out of the gate (arXiv 2408.15664)."""
-        if not self.enable_expert_bias:
-            return logits
-        return logits.softmax(dim=-1) + self.expert_bias
+    def _fit(self, block_ids: Tensor, priority: Tensor | None, factor: float) -> Tensor:
+        """`[T, K]` which choices are within their block's capacity."""
+        group = self.balance.near
+        ids = gather_from_sequence_parallel_region(block_ids, group=group)
+        capacity = math.ceil(factor * ids.numel() / self.sffn.num_blocks)
+        if priority is not None:
+            # Repeated words differ by rounding alone, and rounding by the layout: of probabilities
+            # that agree in 8 bits the first token's counts.
+            priority = priority.bfloat16()
+            priority = gather_from_sequence_parallel_region(priority, group=group)
+        fits = within_capacity(ids, priority, capacity)
+        return fits.chunk(group.size())[group.rank()]
 
-    def _balanced(self, gates: Tensor, logits: Tensor, counts: Tensor) -> Tensor:
-        """Attach the balance loss `B · Σ_e P_e F_e`; its gradient passes through P alone."""
-        coefficient = self.get_aux_loss_coeff("aux_loss")
-        if coefficient == 0:
-            return gates
-        loss = switch_load_balancing_loss_func(
-            probs=logits.softmax(dim=-1),
-            tokens_per_expert=reduce_from_tensor_model_parallel_region(counts, self.tp_cp_group),
-            total_num_tokens=len(logits) * self.tp_cp_group.size(),
-            topk=self.topk,
-            num_experts=len(counts),
-            moe_aux_loss_coeff=coefficient,
-        )
-        return self.attach_and_log_load_balancing_loss(
-            gates, coefficient, loss, "load_balancing_loss", self.tp_cp_group
-        )
+
+def within_capacity(block_ids: Tensor, priority: Tensor | None, capacity: int) -> Tensor:
+    """Which choices a block of limited capacity takes.
+
+    Args:
+        block_ids: `[T, K]`; negative for none.
+        priority: `[T, K]`, the largest first; None for the order of the tokens.
+        capacity: tokens of a block.
+
+    Returns:
+        `[T, K]` bool; of equal priorities the first tokens'.
+    """
+    blocks = block_ids.flatten()
+    order = torch.arange(len(blocks), device=blocks.device)
+    if priority is not None:
+        order = priority.flatten().argsort(descending=True, stable=True)
+    order = order[blocks[order].argsort(stable=True)]
+    ordered = blocks[order]
+    # The place of each choice in its block's queue: its index minus that of the block's first.
+    place = torch.arange(len(blocks), device=blocks.device)
+    place = place - torch.searchsorted(ordered, ordered)
+    fits = torch.empty_like(blocks, dtype=torch.bool)
+    fits[order] = (place < capacity) & (ordered >= 0)
+    return fits.view_as(block_ids)

@@ -7,6 +7,9 @@ selection is a hard top-K: unselected cells get exactly no gradient, and none pa
 Keys stay where they are: under expert parallelism the tokens visit every rank (T·D numbers) and
 the scores come back (T·B), instead of gathering the key table (M·D numbers, E times the FFN). Where
 a block's cells lie on several ranks, each sends the aggregate of its own.
+
+Gates and balance losses are ours. They differentiate the scores, which then keeps the coefficients
+of all M cells for the backward.
 """
 
 from __future__ import annotations
@@ -15,42 +18,39 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    all_to_all,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
-from megatron_sffn.config import Exchange, RouterConfig, SparseFFNConfig, flag
+from megatron_sffn.config import Exchange, SparseFFNConfig, flag
 from megatron_sffn.ops.activation import Activation
-from megatron_sffn.ops.route_topk import route_topk
-from megatron_sffn.routers.base import Router, Routing, score_dtype
+from megatron_sffn.routers.base import score_dtype
+from megatron_sffn.routers.scored import ScoredConfig, ScoredRouter
 from megatron_sffn.traffic import SCORE_BYTES
 
 AGGREGATORS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "mean": (lambda s: s.sum(dim=-1), lambda parts: parts.sum(dim=-1)),
-    "mean-abs": (lambda s: s.abs().sum(dim=-1), lambda parts: parts.sum(dim=-1)),
+    "mean": (lambda s: s.mean(dim=-1), lambda parts: parts.mean(dim=-1)),
+    "mean-abs": (lambda s: s.abs().mean(dim=-1), lambda parts: parts.mean(dim=-1)),
     "max": (lambda s: s.amax(dim=-1), lambda parts: parts.amax(dim=-1)),
     "min": (lambda s: s.amin(dim=-1), lambda parts: parts.amin(dim=-1)),
 }
 """From the coefficients of a block's cells on a rank `[..., G / etp]` to a score `[...]`, and from
-the scores of several ranks `[..., etp]` to the block's. A sum stands for the mean: the same choice.
-"""
+the scores of several ranks `[..., etp]`, which have equally many cells each, to the block's."""
 
 SCRATCH_NUMBERS = 1 << 24
 """Coefficients held at a time; T·M of them would be 512 MiB at T = 2048, M = 65,536."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VanillaMConfig(RouterConfig):
-    """Settings of VanillaM."""
+class KeyTableConfig(ScoredConfig):
+    """What the methods share that score all cells with the keys that compute."""
 
-    name = "vanilla-m"
-    summary = "score all cells with their keys, aggregate over a block; costs a full x Kᵀ"
-
-    aggregator: str = flag(
-        "--sffn-aggregator",
-        default="mean",
-        choices=tuple(AGGREGATORS),
-        help="how a block's cell activations become its score (vanilla-m)",
-    )
+    @property
+    def aggregation(self) -> str:
+        """How cells become a block, in `AGGREGATORS`."""
+        return "mean"
 
     def build(self) -> type[VanillaMRouter]:
         """See `RouterConfig.build`."""
@@ -61,41 +61,58 @@ class VanillaMConfig(RouterConfig):
 
         The papers count it so, and so do we, although our layer computes those 2·d·k again.
         """
-        per_cell = 2 * hidden_size * (2 if gated else 1)
-        return per_cell * (sffn.num_cells - sffn.active_cells)
+        per_cell = 2 * self.key_width(hidden_size) * (2 if gated else 1)
+        return per_cell * (sffn.num_cells - sffn.chosen_cells)
 
     def exchanged_bytes(self, sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> float:
         """The token goes to every rank to be scored, and the scores come back."""
         scores = sffn.num_blocks / exchange.expert_parallel_size * SCORE_BYTES
-        return (exchange.num_ranks - 1) * (hidden_size * exchange.bytes_per_number + scores)
+        query = self.key_width(hidden_size) * exchange.bytes_per_number
+        return (exchange.num_ranks - 1) * (query + scores)
 
 
-class VanillaMRouter(Router):
-    """Top-K blocks by the aggregated activations of their cells."""
+@dataclass(frozen=True, kw_only=True)
+class VanillaMConfig(KeyTableConfig):
+    """Settings of VanillaM."""
 
-    @torch.no_grad()
-    def forward(self, x: Tensor, keys: Tensor, token_ids: Tensor | None = None) -> Routing:
-        """See `Router.forward`."""
-        grid, group = self.placement, self.placement.group
-        scores = self._local_scores(gather_from_sequence_parallel_region(x, group=group), keys)
-        if grid.num_ranks > 1:
-            back = torch.empty_like(scores)
-            torch.distributed.all_to_all_single(back, scores, group=group)
-            # From [ep, etp, T, B / ep] to [T, ep, B / ep, etp].
-            shape = (grid.block_parts, grid.cell_parts, len(x), grid.num_local_blocks)
-            parts = back.view(shape).permute(2, 0, 3, 1)
-            _, join = AGGREGATORS[self._aggregator]
-            scores = join(parts).flatten(1)
-        return Routing(block_ids=route_topk(scores, self.sffn.num_active_blocks))
+    name = "vanilla-m"
+    summary = "score all cells with their keys, aggregate over a block; costs a full x Kᵀ"
+
+    aggregator: str = flag(
+        "--sffn-aggregator",
+        default="mean",
+        choices=tuple(AGGREGATORS),
+        help="how a block's cell activations become its score (vanilla-m, lorkm)",
+    )
 
     @property
-    def _aggregator(self) -> str:
-        assert isinstance(self.sffn.router, VanillaMConfig)
-        return self.sffn.router.aggregator
+    def aggregation(self) -> str:
+        """See `KeyTableConfig.aggregation`."""
+        return self.aggregator
+
+
+class VanillaMRouter(ScoredRouter):
+    """Top-K blocks by the aggregated activations of their cells. Arguments as `Router`."""
+
+    settings: KeyTableConfig
+
+    def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """See `ScoredRouter.score`."""
+        grid, group = self.placement, self.placement.group
+        rows = gather_from_sequence_parallel_region(queries, group=group)
+        scores = self._local_scores(rows, keys)
+        if grid.num_ranks == 1:
+            return scores
+        back = all_to_all(group, scores)
+        # From [ep, etp, T, B / ep] to [T, ep, B / ep, etp].
+        shape = (grid.block_parts, grid.cell_parts, len(x), grid.num_local_blocks)
+        parts = back.view(shape).permute(2, 0, 3, 1)
+        _, join = AGGREGATORS[self.settings.aggregation]
+        return join(parts).flatten(1)
 
     def _local_scores(self, x: Tensor, keys: Tensor) -> Tensor:
         """`[T, B / ep]` scores of the cells held here, a few blocks at a time."""
-        aggregate, _ = AGGREGATORS[self._aggregator]
+        aggregate, _ = AGGREGATORS[self.settings.aggregation]
         activation = Activation.of(self.config)
         dtype = score_dtype(x)
         x = x.to(dtype)

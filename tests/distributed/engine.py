@@ -16,7 +16,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
@@ -32,6 +32,8 @@ from megatron_sffn.initialize import draw_again
 from megatron_sffn.layer import set_weights_version, sparse_layers
 from megatron_sffn.model import block_spec
 from megatron_sffn.routers import ROUTERS
+from megatron_sffn.training import finish_gradients
+from tests.layers import NUMBERS, OPTIONS
 
 LAYERS, WIDTH, SEQUENCE, VOCAB = 4, 16, 8, 32
 SAMPLES = 8
@@ -78,6 +80,23 @@ class Layout:
         }
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A sparse layer to train.
+
+    Args:
+        router: name.
+        options: fields of its config.
+        sffn: fields of the layer's config.
+        megatron: fields of Megatron's config.
+    """
+
+    router: str
+    options: tuple[tuple[str, Any], ...] = ()
+    sffn: tuple[tuple[str, Any], ...] = ()
+    megatron: tuple[tuple[str, Any], ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     """What a run computed, whole.
@@ -98,9 +117,9 @@ class Trained:
     balance: dict[int, Tensor]
 
 
-def train(router: str, layout: Layout, **megatron: Any) -> dict[str, Any]:
+def train(variant: Variant, layout: Layout) -> dict[str, Any]:
     """Train `STEPS` steps on this rank; its parts of the results, for `join`."""
-    chunks = build(router, layout, **megatron)
+    chunks = build(variant, layout)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -117,7 +136,7 @@ def train(router: str, layout: Layout, **megatron: Any) -> dict[str, Any]:
     )
     config = chunks[0].config
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finish_gradients
     if layout.distributed_optimizer:
         sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = sync[0] if len(sync) == 1 else sync
@@ -148,10 +167,10 @@ def train(router: str, layout: Layout, **megatron: Any) -> dict[str, Any]:
         for chunk in chunks:
             chunk.disable_forward_pre_hook()
     biases = {
-        layer.layer_number: layer.router.expert_bias.clone()
+        layer.layer_number: layer.router.balance.expert_bias.clone()
         for chunk in chunks
         for layer in sparse_layers(chunk)
-        if getattr(layer.router, "expert_bias", None) is not None
+        if hasattr(layer.router, "balance") and layer.router.balance.biased
     }
     return {
         "losses": losses,
@@ -162,7 +181,7 @@ def train(router: str, layout: Layout, **megatron: Any) -> dict[str, Any]:
     }
 
 
-def build(router: str, layout: Layout, **megatron: Any) -> list[Any]:
+def build(variant: Variant, layout: Layout) -> list[Any]:
     """This rank's model chunks, as Megatron builds and wraps them."""
     recompute: dict[str, Any] = {}
     if layout.recompute == "full":
@@ -176,7 +195,8 @@ def build(router: str, layout: Layout, **megatron: Any) -> list[Any]:
             "recompute_granularity": "selective",
             "recompute_modules": [layout.recompute],
         }
-    balance: dict[str, Any] = {"moe_router_load_balancing_type": "none"}
+    router, balance = variant.router, {"moe_router_load_balancing_type": "none"}
+    numbers = {"active_cells": 16, "block_size": 4, "expansion": 4} | NUMBERS.get(router, {})
     if router == "switch":
         balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.05}
     config = SparseFFNTransformerConfig(
@@ -208,8 +228,15 @@ def build(router: str, layout: Layout, **megatron: Any) -> list[Any]:
         persist_layer_norm=False,
         apply_rope_fusion=False,
         batch_p2p_comm=False,
-        sffn=SparseFFNConfig(active_cells=16, block_size=4, expansion=4, router=ROUTERS[router]()),
-        **{**balance, **recompute, **megatron},
+        sffn=SparseFFNConfig(
+            router=ROUTERS[router](**OPTIONS.get(router, {}) | dict(variant.options)),
+            **numbers | dict(variant.sffn),
+        ),
+        # A variant is hashable, and has tuples where Megatron has lists.
+        **{
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in (balance | recompute | dict(variant.megatron)).items()
+        },
     )
     model = GPTModelConfig(
         transformer=config,
@@ -341,14 +368,14 @@ def whole(found: list[Part]) -> dict[str, Tensor]:
     return tensors
 
 
-def run(layout: Layout, routers: list[str], megatron: dict[str, Any]) -> list[dict[str, Any]]:
-    """`train` of each router in one world."""
+def run(layout: Layout, variants: list[Variant]) -> list[dict[str, Any]]:
+    """`train` of each layer in one world."""
     # Megatron's own, of its experimental models and its dense MLP.
     warnings.simplefilter("ignore")
     torch.set_default_dtype(layout.dtype)  # torch's norms take it
     replicas = parallel_state.get_data_parallel_world_size()
     init_num_microbatches_calculator(0, None, SAMPLES, 1, replicas)
     try:
-        return [train(router, layout, **megatron) for router in routers]
+        return [train(variant, layout) for variant in variants]
     finally:
         destroy_num_microbatches_calculator()

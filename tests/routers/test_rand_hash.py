@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from megatron_sffn.hashing import hashed_subsets
 from megatron_sffn.layer import SparseFFN
-from megatron_sffn.routers.rand_hash import RandHashConfig, hashed_blocks
+from megatron_sffn.routers.rand_hash import RandHashConfig
 from tests.routers.conftest import D, transformer
 
 VOCAB = 5000
 
 
 def every_id(num_blocks: int = 48, num_active: int = 6, key: int = 42) -> torch.Tensor:
-    return hashed_blocks(torch.arange(VOCAB), num_blocks=num_blocks, num_active=num_active, key=key)
+    return hashed_subsets(torch.arange(VOCAB), size=num_blocks, count=num_active, key=key)
 
 
 def test_r1_an_id_has_the_same_blocks_at_every_position_and_in_every_mode(build) -> None:
@@ -29,7 +30,7 @@ def test_r1_an_id_has_the_same_blocks_at_every_position_and_in_every_mode(build)
 
 def test_r1_the_map_is_fixed_for_ever() -> None:
     # A change of these numbers changes every model trained with them.
-    ids = hashed_blocks(torch.tensor([0, 1, 50256]), num_blocks=256, num_active=4, key=42)
+    ids = hashed_subsets(torch.tensor([0, 1, 50256]), size=256, count=4, key=42)
     assert ids.tolist() == [[32, 77, 154, 233], [19, 41, 177, 187], [47, 59, 72, 184]]
 
 
@@ -73,7 +74,7 @@ def test_r4_only_the_current_id_matters(one_rank: None) -> None:
     hidden = torch.randn(5, 2, D).double()
     ids = torch.randint(VOCAB, (2, 5))
     chosen = []
-    layer.load.register_forward_pre_hook(lambda module, args: chosen.append(args[0]))
+    layer.trained.register_forward_pre_hook(lambda module, args: chosen.append(args[0].block_ids))
     for changed in (None, 3):
         if changed is not None:
             ids = ids.clone()

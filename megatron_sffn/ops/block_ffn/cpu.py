@@ -60,7 +60,7 @@ class _BlockFFN(torch.autograd.Function):
         activation: Activation,
     ) -> Tensor:
         ups = x.new_empty(len(rows), keys.shape[1])
-        y = x.new_zeros(x.shape, dtype=_sum_dtype(x))
+        y = x.new_zeros(len(x), values.shape[2], dtype=_sum_dtype(x))
         scratch = x.new_empty(_piece(x), x.shape[1])
         for block, at in _pieces(offsets, len(scratch)):
             here = rows[at]
@@ -82,7 +82,7 @@ class _BlockFFN(torch.autograd.Function):
         dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
         dgates = None if gates is None else torch.empty_like(gates)
         x_scratch = x.new_empty(_piece(x), x.shape[1])
-        dy_scratch = torch.empty_like(x_scratch)
+        dy_scratch = dy.new_empty(len(x_scratch), dy.shape[1])
         for block, at in _pieces(ctx.offsets, len(x_scratch)):
             here, up = rows[at], ups[at]
             x_here = torch.index_select(x, 0, here, out=x_scratch[: len(here)])

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.activation import Activation
-from megatron_sffn.ops.block_ffn import cpu, naive
+from megatron_sffn.ops.block_ffn import cpu, naive, values as values_alone
 from megatron_sffn.ops.block_ffn.pairs import Pairs
 
 IMPLEMENTATIONS = {"naive": naive.block_ffn, "cpu": cpu.block_ffn, "auto": cpu.block_ffn}
@@ -14,7 +14,7 @@ IMPLEMENTATIONS = {"naive": naive.block_ffn, "cpu": cpu.block_ffn, "auto": cpu.b
 
 def block_ffn(
     x: Tensor,
-    keys: Tensor,
+    keys: Tensor | None,
     values: Tensor,
     block_ids: Tensor,
     gates: Tensor | None = None,
@@ -25,10 +25,12 @@ def block_ffn(
     """`y_t = Σ_k gates_tk · f(x_t K_iᵀ) V_i` with `i = block_ids_tk`.
 
     Args:
-        x: `[T, D]` float64, float32, bfloat16 or float16.
-        keys: `[B, G, D]`, of x's dtype; `[B, 2G, D]` with the gate keys first for `swiglu`.
+        x: `[T, C]` float64, float32, bfloat16 or float16, of the keys' width C; the model's D
+            unless the keys are of low rank.
+        keys: `[B, G, C]`, of x's dtype; `[B, 2G, C]` with the gate keys first for `swiglu`. None
+            for a memory of values alone, whose coefficients are the gates.
         values: `[B, G, D]`, of x's dtype.
-        block_ids: `[T, K]` integers in [0, B), distinct within a row.
+        block_ids: `[T, K]` integers in [0, B), distinct within a row; negative for no block.
         gates: `[T, K]` factors of the blocks' outputs, or None for 1.
         activation: `gelu`, `relu`, `squared_relu` or `swiglu`.
         backend: `naive`, `cpu`, or `auto` for the fastest on x's device.
@@ -41,7 +43,7 @@ def block_ffn(
         ConfigError: if a shape, dtype or name does not fit.
     """
     pairs = Pairs.of_ids(block_ids.long())
-    flat_gates = None if gates is None else gates.reshape(-1)
+    flat_gates = None if gates is None else gates.reshape(-1)[block_ids.reshape(-1) >= 0]
     return block_ffn_pairs(
         x, keys, values, pairs, flat_gates, activation=activation, backend=backend
     )
@@ -49,7 +51,7 @@ def block_ffn(
 
 def block_ffn_pairs(
     x: Tensor,
-    keys: Tensor,
+    keys: Tensor | None,
     values: Tensor,
     pairs: Pairs,
     gates: Tensor | None = None,
@@ -60,10 +62,10 @@ def block_ffn_pairs(
     """`block_ffn` for rows with any number of blocks, as they arrive on a rank.
 
     Args:
-        x: `[R, D]`.
-        keys: `[B, G, D]` or `[B, 2G, D]`, as in `block_ffn`.
+        x: `[R, C]`.
+        keys: `[B, G, C]`, `[B, 2G, C]` or None, as in `block_ffn`.
         values: `[B, G, D]`.
-        pairs: which row meets which block, each pair at most once.
+        pairs: which row meets which block; rows ascend if there are no keys.
         gates: `[P]` in the order of `pairs`, or None.
         activation: as in `block_ffn`.
         backend: as in `block_ffn`.
@@ -79,12 +81,16 @@ def block_ffn_pairs(
             f"{error} is not a block_ffn activation ({', '.join(Activation)}) or backend "
             f"({', '.join(IMPLEMENTATIONS)}); choose one of these"
         ) from None
-    blocks, cells, width = values.shape
-    expected = (blocks, cells * (2 if activation.gated else 1), width)
-    if keys.shape != expected or x.shape[1] != width:
+    blocks, cells, _ = values.shape
+    if keys is None:
+        assert gates is not None and cells == 1, "values alone: one cell, its coefficient given"
+        add_up = values_alone.naive if backend == "naive" else values_alone.weighted_values
+        return add_up(len(x), values[:, 0], pairs, gates)
+    expected = (blocks, cells * (2 if activation.gated else 1), x.shape[1])
+    if keys.shape != expected:
         raise ConfigError(
             f"x {tuple(x.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not "
-            f"fit activation {activation}; x must be [T, {width}] and keys {expected}"
+            f"fit activation {activation}; keys must be {expected}"
         )
     if not x.dtype == keys.dtype == values.dtype:
         raise ConfigError(

@@ -22,10 +22,14 @@ class Pairs:
 
     @classmethod
     def of_ids(cls, block_ids: Tensor) -> Pairs:
-        """The pairs of `[T, K]` block ids, token by token."""
+        """The pairs of `[T, K]` block ids, token by token; a negative id is no block."""
         tokens, active = block_ids.shape
         rows = torch.arange(tokens, device=block_ids.device).repeat_interleave(active)
-        return cls(rows=rows, blocks=block_ids.reshape(-1))
+        blocks = block_ids.reshape(-1)
+        if len(blocks) and blocks.amin() < 0:
+            there = blocks >= 0
+            rows, blocks = rows[there], blocks[there]
+        return cls(rows=rows, blocks=blocks)
 
     def by_block(self, num_blocks: int) -> tuple[Tensor, list[int]]:
         """Sort the pairs by block.

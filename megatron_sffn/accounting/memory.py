@@ -1,0 +1,190 @@
+"""Memory of a rank: weights, gradients, the optimizer's state, and activations.
+
+Enters: the model's shape, which of its layers are sparse, the layout and the setup. Leaves: bytes
+of the fullest rank. `torch.cuda.max_memory_allocated` would be these and what kernels use while
+they run.
+
+Choices
+- The fullest rank is of the pipeline stage with the largest sum: the first has the embedding and
+  the most microbatches in flight, the last the logits.
+- Recomputation keeps the inputs of the recomputed layers for every microbatch in flight, and
+  everything else of one of them at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sffn.accounting.activations import Activations
+from megatron_sffn.accounting.parameters import (
+    embedding_parameters,
+    norm_parameters,
+    output_parameters,
+)
+from megatron_sffn.accounting.ranks import RankLayout, Stage, TrainingSetup
+from megatron_sffn.accounting.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldParameters:
+    """Parameters on one rank: `cells` of the blocks, whose replicas are fewer, and the `rest`."""
+
+    cells: int
+    rest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes on one rank.
+
+    Args:
+        stage: its pipeline stage, from 0.
+        parameters: that it holds.
+        weights: their bytes.
+        gradients: in Megatron's buffer.
+        optimizer: moments, and the master copy of half-precision weights.
+        activations: kept for the backward at the fullest moment.
+        scores: the attention's `s²` scores among these; none with fused attention.
+        in_flight: microbatches that have run forward and not yet backward.
+    """
+
+    stage: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    scores: int
+    in_flight: float
+
+    @property
+    def state(self) -> int:
+        """All but activations."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.state + self.activations
+
+
+def memory_per_rank(
+    shape: ModelShape, pattern: tuple[bool, ...], layout: RankLayout, setup: TrainingSetup
+) -> RankMemory:
+    """Memory of the fullest rank.
+
+    Args:
+        shape: of the model.
+        pattern: whether each layer is sparse.
+        layout: of the ranks.
+        setup: of the training.
+    """
+    stages = layout.stages(pattern)
+    ranks = [memory_of_stage(shape, stage, layout, setup) for stage in stages]
+    return max(ranks, key=lambda rank: rank.total)
+
+
+def memory_of_stage(
+    shape: ModelShape, stage: Stage, layout: RankLayout, setup: TrainingSetup
+) -> RankMemory:
+    """Memory of a rank of one pipeline stage."""
+    held = held_parameters(shape, stage, layout)
+    parameters = held.cells + held.rest
+    state = setup.state_bytes * parameters
+    if setup.distributed_optimizer:
+        shares = held.cells / layout.expert_data + held.rest / layout.data
+        state = round(setup.state_bytes * shares)
+    in_flight = layout.in_flight(stage, setup.num_microbatches)
+    activations, scores = _activations(Activations(shape, layout, setup), stage, in_flight)
+    return RankMemory(
+        stage=stage.index,
+        parameters=parameters,
+        weights=setup.number_bytes * parameters,
+        gradients=setup.gradient_bytes * parameters,
+        optimizer=state,
+        activations=round(activations),
+        scores=round(scores),
+        in_flight=in_flight,
+    )
+
+
+def held_parameters(shape: ModelShape, stage: Stage, layout: RankLayout) -> HeldParameters:
+    """Parameters on a rank of one stage."""
+    sparse = sum(stage.layers)
+    rest = len(stage.layers) * _attention_held(shape, layout)
+    rest += (len(stage.layers) - sparse) * _mlp_held(shape, layout)
+    cells = 0
+    if shape.sffn is not None:
+        sffn, width = shape.sffn, shape.hidden_size
+        shared = shape.dense_cell * sffn.shared_cells // layout.tensor
+        rest += sparse * (sffn.router.parameters(sffn, width) + shared)
+        cells = sparse * shape.memory_cell * sffn.num_cells // layout.exchanging
+    learned = shape.learned_positions * shape.hidden_size
+    vocabulary = output_parameters(shape) // layout.tensor
+    if stage.first:
+        assert embedding_parameters(shape) == output_parameters(shape) + learned
+        rest += vocabulary + learned
+    if stage.last:
+        rest += norm_parameters(shape, shape.hidden_size)
+        # Tied weights are held twice where embedding and logits are on different stages.
+        rest += 0 if stage.first and shape.tied_embeddings else vocabulary
+    return HeldParameters(cells=cells, rest=rest)
+
+
+def _attention_held(shape: ModelShape, layout: RankLayout) -> int:
+    """The attention and both norms of a layer; what is not cut over ranks is on all."""
+    projected, width = shape.query_width + shape.key_value_width, shape.hidden_size
+    cut = (projected + shape.query_width) * width
+    cut += projected if shape.bias or shape.qkv_bias else 0
+    whole = 2 * norm_parameters(shape, width) + (width if shape.bias else 0)
+    whole += 2 * norm_parameters(shape, shape.kv_channels) if shape.qk_layernorm else 0
+    return cut // layout.tensor + whole
+
+
+def _mlp_held(shape: ModelShape, layout: RankLayout) -> int:
+    """A dense MLP."""
+    cut, whole = shape.dense_cell * shape.ffn_hidden_size, 0
+    if shape.bias:
+        cut += shape.keys_per_cell * shape.ffn_hidden_size
+        whole = shape.hidden_size
+    return cut // layout.tensor + whole
+
+
+def _activations(kept: Activations, stage: Stage, in_flight: float) -> tuple[float, float]:
+    """Bytes kept, and how many of them are scores of the attention."""
+    setup = kept.setup
+    ends = kept.embedding() * in_flight if stage.first else 0.0
+    head = float(kept.head()) if stage.last else 0.0
+    if setup.recompute == "full":
+        layers, working, scores = _recomputed(kept, stage, in_flight)
+        return ends + layers + max(head, working), scores
+    drops = setup.recomputes("core_attn")
+    scores = 0.0 if drops else len(stage.layers) * kept.scores() * in_flight
+    layers, working = 0.0, float(kept.scores() if drops else 0)
+    for sparse in stage.layers:
+        feed_forward = kept.layer(sparse) - kept.attention() - kept.scores()
+        if setup.recomputes("moe" if sparse else "mlp"):
+            inputs = kept.before_mlp() + kept.stream()
+            working = max(working, feed_forward - inputs)
+            feed_forward = inputs
+        layers += (kept.attention() + feed_forward) * in_flight
+    # The last microbatch's head is gone before a layer is recomputed.
+    return ends + layers + scores + max(head, working), scores
+
+
+def _recomputed(kept: Activations, stage: Stage, in_flight: float) -> tuple[float, float, float]:
+    """Under full recomputation: what is kept, what one recomputation needs, and the scores."""
+    count = kept.setup.recompute_layers
+    groups: list[tuple[bool, ...]] = []
+    stored: tuple[bool, ...] = ()
+    for chunk in stage.chunks:
+        if kept.setup.recompute_method == "uniform":
+            groups += [chunk[start : start + count] for start in range(0, len(chunk), count)]
+        else:
+            # The first layers of a chunk are recomputed one by one, the others kept.
+            groups += [(layer,) for layer in chunk[:count]]
+            stored += chunk[count:]
+    layers = len(groups) * kept.stream() + sum(map(kept.layer, stored))
+    largest = max(groups, key=lambda group: sum(map(kept.layer, group)), default=())
+    scores = (len(stored) * in_flight + len(largest)) * kept.scores()
+    return layers * in_flight, sum(map(kept.layer, largest)), scores

@@ -1,0 +1,126 @@
+"""The sizes of a GPT that its costs depend on.
+
+Enters: Megatron's validated arguments, or the numbers themselves. Leaves: a `ModelShape`, from
+which everything else here follows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from megatron_sffn.config import SparseFFNConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a GPT that its counts depend on.
+
+    Args:
+        num_layers: transformer layers of all pipeline stages.
+        hidden_size: D.
+        ffn_hidden_size: cells of a dense layer's MLP.
+        num_attention_heads: query heads.
+        kv_channels: width of a head.
+        seq_length: tokens of a sequence.
+        padded_vocab_size: rows of the embedding.
+        num_query_groups: key-value heads; None for one per query head.
+        gated: SwiGLU, which gives every cell a second key.
+        bias: of all linear layers but the sparse ones, which have none.
+        qkv_bias: of the query, key and value projection, also without `bias`.
+        layernorm: LayerNorm, with a bias; False for RMSNorm, without.
+        qk_layernorm: whether queries and keys are normalised per head.
+        tied_embeddings: whether the logits use the embedding's weights.
+        learned_positions: rows of a learned position embedding; 0 for RoPE or none.
+        sparse_layers: how many of the layers are sparse.
+        sffn: the sparse layer; None if all layers are dense.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    kv_channels: int
+    seq_length: int
+    padded_vocab_size: int
+    num_query_groups: int | None = None
+    gated: bool = False
+    bias: bool = True
+    qkv_bias: bool = False
+    layernorm: bool = True
+    qk_layernorm: bool = False
+    tied_embeddings: bool = True
+    learned_positions: int = 0
+    sparse_layers: int = 0
+    sffn: SparseFFNConfig | None = None
+
+    def __post_init__(self) -> None:
+        least, most = (0, 0) if self.sffn is None else (1, self.num_layers)
+        assert least <= self.sparse_layers <= most, (self.sparse_layers, self.num_layers, self.sffn)
+
+    @classmethod
+    def of_args(cls, args: Namespace, sffn: SparseFFNConfig | None) -> ModelShape:
+        """The shape that Megatron's arguments describe.
+
+        Args:
+            args: validated, and with the padded vocabulary size that the tokenizer gives.
+            sffn: the sparse layer of the layers in `args.moe_layer_freq`, a list; None if all
+                layers are dense.
+        """
+        assert args.padded_vocab_size is not None, "build the tokenizer first: it pads"
+        learned = args.position_embedding_type == "learned_absolute"
+        return cls(
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            ffn_hidden_size=args.ffn_hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            kv_channels=args.kv_channels,
+            seq_length=args.seq_length,
+            padded_vocab_size=args.padded_vocab_size,
+            num_query_groups=args.num_query_groups if args.group_query_attention else None,
+            gated=args.swiglu,
+            bias=args.add_bias_linear,
+            qkv_bias=args.add_qkv_bias,
+            layernorm=args.normalization == "LayerNorm",
+            qk_layernorm=args.qk_layernorm,
+            tied_embeddings=not args.untie_embeddings_and_output_weights,
+            learned_positions=args.max_position_embeddings if learned else 0,
+            sparse_layers=sum(args.moe_layer_freq) if sffn is not None else 0,
+            sffn=sffn,
+        )
+
+    @property
+    def query_width(self) -> int:
+        """Width of all queries, and of their answers."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def key_value_width(self) -> int:
+        """Width of all keys plus all values."""
+        return 2 * (self.num_query_groups or self.num_attention_heads) * self.kv_channels
+
+    @property
+    def keys_per_cell(self) -> int:
+        """A key, and a gate key if gated."""
+        return 2 if self.gated else 1
+
+    @property
+    def dense_cell(self) -> int:
+        """Numbers of a cell of a dense MLP, or of the shared blocks: D for each key and value."""
+        return (self.keys_per_cell + 1) * self.hidden_size
+
+    @property
+    def memory_cell(self) -> int:
+        """Numbers of a cell of the sparse layers' memory, whose keys may be narrower."""
+        assert self.sffn is not None, "a dense model has no memory"
+        key = self.sffn.router.key_width(self.hidden_size)
+        return self.keys_per_cell * key + self.hidden_size
+
+
+def dense_equivalent(shape: ModelShape) -> ModelShape:
+    """The same model without sparse layers: of equal block compute if k is `ffn_hidden_size`."""
+    return dataclasses.replace(shape, sffn=None, sparse_layers=0)

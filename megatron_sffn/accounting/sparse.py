@@ -1,0 +1,77 @@
+"""Bytes that a sparse layer keeps for the backward of one microbatch on one rank.
+
+Enters: the numbers of the call (`Call`) and how the blocks lie on ranks. Leaves: bytes. Under
+uniform routing, as `traffic.py` has it: a rank whose blocks are wanted more keeps more.
+"""
+
+from __future__ import annotations
+
+import math
+
+from megatron_sffn.accounting.ranks import RankLayout
+from megatron_sffn.accounting.selection import FP32, INT64, Call, kept_by_router
+from megatron_sffn.routers.pkm_ffn import PKMFFNConfig
+
+
+def kept_by_blocks(call: Call, layout: RankLayout) -> float:
+    """The router, the exchange and the blocks of one layer, without its shared blocks.
+
+    Args:
+        call: of the layer.
+        layout: of the ranks; blocks are cut over EP, cells over ETP.
+    """
+    sffn, width = call.sffn, call.sffn.router.key_width(call.hidden_size)
+    router = kept_by_router(call)
+    rows, pairs = rows_and_pairs(call, layout)
+    tokens_kept = router.tokens
+    count = router.bytes + pairs * _per_pair(call, layout)
+    if not width:
+        # `embedding_bag`: three integers a row.
+        count += 3 * INT64 * rows
+    elif layout.exchanging == 1 and width == call.hidden_size:
+        tokens_kept = True
+    else:
+        count += rows * width * call.number_bytes
+    if layout.exchanging > 1:
+        count += _exchange(call, layout)
+    if tokens_kept or sffn.shared_blocks:
+        count += call.tokens * call.hidden_size * call.number_bytes
+    return count
+
+
+def rows_and_pairs(call: Call, layout: RankLayout) -> tuple[float, float]:
+    """R and P of a rank: rows that arrive, and (row, block) pairs among them."""
+    sffn, ranks = call.sffn, layout.exchanging
+    pairs = call.tokens * sffn.num_active_blocks * layout.expert_tensor
+    if layout.dispatcher == "allgather":
+        return call.tokens * ranks, pairs
+    elsewhere = sffn.num_blocks - sffn.num_blocks // layout.expert
+    missed = math.comb(elsewhere, sffn.num_active_blocks) / math.comb(
+        sffn.num_blocks, sffn.num_active_blocks
+    )
+    return call.tokens * ranks * (1 - missed), pairs
+
+
+def _per_pair(call: Call, layout: RankLayout) -> float:
+    """Of a (row, block) pair: the row's index, its up projections, its gate and that's place."""
+    router, numbers = call.sffn.router, call.number_bytes
+    if not router.key_width(call.hidden_size):
+        # The cell, and the coefficient where it is not the router's own result.
+        applied = isinstance(router, PKMFFNConfig) and call.activation != "relu"
+        own = call.half or applied or layout.exchanging > 1
+        return INT64 + (numbers if own else 0)
+    cells = call.sffn.block_size // layout.expert_tensor
+    ups = call.keys_per_cell * cells * numbers
+    return INT64 + ups + ((INT64 + numbers) if router.gated_output else 0)
+
+
+def _exchange(call: Call, layout: RankLayout) -> float:
+    """What sending rows, gates and sums keeps."""
+    rows, pairs = rows_and_pairs(call, layout)
+    gated = call.sffn.router.gated_output
+    if layout.dispatcher == "allgather":
+        # Which of all ids and gates are of this rank's blocks: a bool each.
+        return call.tokens * layout.exchanging * call.sffn.num_active_blocks if gated else 0
+    # The token behind each row, a column of torch's `nonzero`; the rows that come back, in fp32,
+    # which torch's `index_add` keeps; and the place of each gate.
+    return rows * (2 * INT64 + call.hidden_size * FP32) + (pairs * INT64 if gated else 0)

@@ -1,0 +1,59 @@
+"""The costs of a model as the text that a run prints when it starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_sffn.accounting.flops import flops_per_token, overhead_over_dense
+from megatron_sffn.accounting.parameters import count_parameters
+from megatron_sffn.accounting.shape import ModelShape
+from megatron_sffn.traffic import (
+    DISPATCHERS,
+    exchanged_bytes_per_token,
+    megatron_bytes_per_token,
+)
+
+if TYPE_CHECKING:
+    from megatron_sffn.config import Exchange
+
+
+def table(shape: ModelShape, exchange: Exchange | None = None, dispatcher: str = "alltoall") -> str:
+    """The costs of a model.
+
+    Args:
+        shape: of the model.
+        exchange: of its sparse layers; if there are several ranks, the bytes are shown.
+        dispatcher: how they exchange tokens.
+    """
+    parameters, sffn = count_parameters(shape), shape.sffn
+    title = f"feed-forward: dense, {shape.ffn_hidden_size} cells in {shape.num_layers} layers"
+    rows = {
+        "parameters": human(parameters.total),
+        "active parameters": human(parameters.active),
+        "FLOPs per token, forward": human(flops_per_token(shape).total),
+        "FLOPs over dense": f"{100 * overhead_over_dense(shape):+.3g} %",
+    }
+    if sffn is not None:
+        shared = f" and {sffn.shared_blocks} shared" if sffn.shared_blocks else ""
+        title = (
+            f"sparse feed-forward: {sffn.router.name}, {sffn.num_active_blocks} of "
+            f"{sffn.num_blocks} blocks of {sffn.block_size} cells{shared} (E = {sffn.expansion}) "
+            f"in {shape.sparse_layers} of {shape.num_layers} layers"
+        )
+    if sffn is not None and exchange is not None and exchange.num_ranks > 1:
+        if sffn.backend != "megatron":
+            ours = exchanged_bytes_per_token(sffn, shape.hidden_size, exchange, dispatcher)
+            rows[f"sent per token and layer, {dispatcher}"] = f"{human(ours)}B"
+        for theirs in DISPATCHERS:
+            number = megatron_bytes_per_token(sffn, shape.hidden_size, exchange, theirs)
+            rows[f"  with Megatron's {theirs}"] = f"{human(number)}B"
+    width = max(map(len, rows))
+    return "\n".join((title, *(f"  {name:<{width}}  {text:>9}" for name, text in rows.items())))
+
+
+def human(number: float) -> str:
+    """12345678 as `12.3 M`, ready for a unit; 512 as `512 `."""
+    for power, letter in ((4, "T"), (3, "G"), (2, "M"), (1, "k")):
+        if number >= 1000**power:
+            return f"{number / 1000**power:.1f} {letter}"
+    return f"{number:.0f} "

@@ -1,0 +1,283 @@
+"""Pictures of a run's routing, one PNG for each question, with a panel for each layer.
+
+Enters: curves, loads, matrices, tables. Leaves: files.
+
+Choices
+- Blocks have no natural order: they are sorted by load, or so that those alike are neighbours.
+- More blocks than `ROWS` are drawn as the means of as many groups of neighbours, so that 65,536
+  blocks make a picture, too.
+- Colours of ratios are logarithmic and white at 1, which is an even load, or chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.lines
+import numpy
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.transforms import Bbox
+
+from megatron_sffn.analysis.lines import Curve, Loads
+from megatron_sffn.analysis.measures import Floats
+from megatron_sffn.analysis.tokens import Served, shown
+
+ROWS = 128
+"""Blocks, or groups of blocks, that a heat map shows."""
+COLUMNS = 4
+"""Panels next to each other."""
+LEGEND = 8
+"""Layers that have a colour of their own in a legend; more are a scale of colours."""
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "figure.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "savefig.dpi": 110,
+}
+
+TITLES = {
+    "load_entropy": ("load entropy", "1 is even, 0 is one block"),
+    "dead_share": ("dead blocks", "share of blocks"),
+    "load_p50": ("median load", "× even load"),
+    "load_p95": ("95th percentile of the load", "× even load"),
+    "load_max": ("largest load", "× even load"),
+    "gate_mean": ("mean gate of chosen blocks", "gate"),
+    "gate_std": ("deviation of chosen gates", "gate"),
+    "negative_share": ("chosen scores below zero", "share of scores"),
+    "empty_share": ("places left empty", "share of places"),
+}
+"""Number -> title and unit."""
+
+
+def numbers(curves: Mapping[str, Mapping[int, Curve]], path: Path) -> None:
+    """Every number of training against the steps, a line for each layer."""
+    layers = sorted({layer for each in curves.values() for layer in each})
+    colours = dict(zip(layers, _colours(len(layers)), strict=True))
+    with _figure(path, "Routing during training", len(curves), 3.0) as (figure, panels):
+        for axes, (name, each) in zip(panels, curves.items(), strict=True):
+            title, unit = TITLES.get(name, (name.replace("_", " "), "loss, unweighted"))
+            for layer, curve in each.items():
+                mark = "." if len(curve.steps) == 1 else ""
+                axes.plot(curve.steps, curve.values, mark + "-", color=colours[layer], lw=1)
+            axes.set_title(title)
+            axes.set_xlabel("step")
+            axes.set_ylabel(unit)
+            if name == "load_entropy":
+                axes.set_ylim(None, 1.005)
+        handles = [matplotlib.lines.Line2D([], [], color=colours[layer]) for layer in layers]
+        if len(layers) > LEGEND:
+            handles, layers = [handles[0], handles[-1]], [layers[0], layers[-1]]
+        names = [f"layer {layer}" for layer in layers]
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+
+
+def load_over_time(loads: Mapping[int, Loads], path: Path) -> None:
+    """Load of the blocks at each evaluation; blocks sorted by what they have at the last."""
+    with _figure(path, "Load of the blocks over time", len(loads), 2.8) as (figure, panels):
+        for axes, (layer, load) in zip(panels, loads.items(), strict=True):
+            order = numpy.argsort(-load.relative[-1], kind="stable")
+            rows = _grouped(load.relative[:, order].T)
+            image = _ratios(axes, rows, least=1 / 16, most=16)
+            _label_steps(axes, load.steps)
+            axes.set_title(f"layer {layer}")
+            axes.set_xlabel("step of the evaluation")
+            axes.set_ylabel(_of_blocks(len(order), len(rows)))
+            axes.set_yticks([])
+        _scale(figure, image, panels, "load, × even load (≤ 1/16: hardly used or dead)")
+
+
+def load_now(loads: Mapping[int, Loads], path: Path) -> None:
+    """Load of the blocks at the last evaluation, in falling order."""
+    step = max(load.steps[-1] for load in loads.values())
+    with _figure(path, f"Load of the blocks at step {step}", len(loads), 2.4) as (_, panels):
+        for axes, (layer, load) in zip(panels, loads.items(), strict=True):
+            last = numpy.sort(load.relative[-1])[::-1]
+            axes.stairs(last, fill=True, color="#d9622b")
+            axes.axhline(1, color="black", lw=0.8, ls=":")
+            axes.text(len(last), 1, "even ", ha="right", va="bottom", fontsize=8)
+            dead = int((last == 0).sum())
+            axes.set_title(f"layer {layer}: {dead:,} of {len(last):,} dead, largest {last[0]:.1f}×")
+            axes.set_xlabel("blocks, by load")
+            axes.set_ylabel("load, × even load")
+            axes.set_xlim(0, len(last))
+            axes.set_ylim(0, None)
+
+
+def coactivation(matrices: Mapping[int, Floats], title: str, path: Path) -> None:
+    """How often two blocks have the same token, relative to chance."""
+    with _figure(path, title, len(matrices), 3.2) as (figure, panels):
+        for axes, (layer, matrix) in zip(panels, matrices.items(), strict=True):
+            image = _ratios(axes, matrix, least=1 / 8, most=8)
+            _square(axes, layer, len(matrix))
+        _scale(figure, image, panels, "tokens with both blocks, × chance")
+
+
+def overlap(matrices: Mapping[int, Floats], title: str, path: Path) -> None:
+    """How alike the token ids of two blocks are."""
+    most = max(numpy.nanmax(m) if m.size > 1 else 0.0 for m in matrices.values())
+    with _figure(path, title, len(matrices), 3.2) as (figure, panels):
+        for axes, (layer, matrix) in zip(panels, matrices.items(), strict=True):
+            image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=most or 1.0)
+            _square(axes, layer, len(matrix))
+        _scale(figure, image, panels, "overlap of token ids: 1 same, 0 none in common")
+
+
+def drift(
+    to_last: Mapping[int, Curve],
+    to_next: Mapping[int, Curve],
+    chance: Mapping[int, float],
+    path: Path,
+) -> None:
+    """What share of a token's blocks stays from checkpoint to checkpoint, and up to the last."""
+    layers = sorted(to_next)
+    colours = dict(zip(layers, _colours(len(layers)), strict=True))
+    with _figure(path, "Drift between checkpoints", 2, 3.2) as (figure, panels):
+        titles = ("kept since the checkpoint before", "shared with the last checkpoint")
+        for axes, title, curves in zip(panels, titles, (to_next, to_last), strict=True):
+            for layer, curve in curves.items():
+                axes.plot(curve.steps, curve.values, "o-", ms=3, lw=1, color=colours[layer])
+                axes.axhline(chance[layer], color=colours[layer], lw=0.8, ls=":")
+            axes.set_title(title)
+            axes.set_xlabel("step of the checkpoint")
+            axes.set_ylabel("share of a token's blocks")
+            axes.set_ylim(0, 1.02)
+        shown_layers = layers if len(layers) <= LEGEND else [layers[0], layers[-1]]
+        handles = [matplotlib.lines.Line2D([], [], color=colours[each]) for each in shown_layers]
+        handles.append(matplotlib.lines.Line2D([], [], color="black", ls=":", lw=0.8))
+        names = [*(f"layer {layer}" for layer in shown_layers), "by chance"]
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+
+
+def token_table(rows: Sequence[Served], title: str, path: Path) -> None:
+    """The token ids that mark each block: a line for a block."""
+    blocks: dict[int, list[Served]] = {}
+    for row in rows:
+        blocks.setdefault(row.block, []).append(row)
+    width = max(len(each) for each in blocks.values())
+    cells = [
+        [f"{block}", f"{each[0].load:.1f}×"]
+        + [f"{_clip(row.text)}\n{row.share:.0%}, {row.ratio:.1f}×" for row in each]
+        + [""] * (width - len(each))
+        for block, each in blocks.items()
+    ]
+    with matplotlib.rc_context(STYLE):
+        size = (1.6 + 1.15 * width, 0.9 + 0.42 * (len(cells) + 1))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        axes.set_axis_off()
+        axes.set_title(
+            f"{title}\nbelow a token: its share of the block's tokens, × its share of all"
+        )
+        head = ["block", "load", *(f"{rank}." for rank in range(1, width + 1))]
+        table = axes.table(cellText=cells, colLabels=head, cellLoc="center", bbox=Bbox.unit())
+        table.auto_set_font_size(False)
+        table.set_fontsize(8)
+        for cell in table.get_celld().values():
+            cell.set_linewidth(0.3)
+            cell.get_text().set_parse_math(False)
+        figure.savefig(path)
+
+
+# --- parts
+
+
+@contextmanager
+def _figure(
+    path: Path, title: str, count: int, height: float
+) -> Iterator[tuple[Figure, list[Any]]]:
+    """A figure with a panel for each of `count` things, written to `path` at the end."""
+    with matplotlib.rc_context(STYLE):
+        columns = min(count, COLUMNS)
+        lines = -(-count // columns)
+        size = (max(3.4 * columns, 5.0), height * lines + 0.7)
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title)
+        panels = list(figure.subplots(lines, columns, squeeze=False).flatten())
+        for axes in panels[count:]:
+            axes.set_axis_off()
+        yield figure, panels[:count]
+        figure.savefig(path)
+
+
+def _ratios(axes: Any, matrix: Floats, *, least: float, most: float) -> Any:
+    """Draw ratios: red above 1, blue below."""
+    logs = numpy.log2(numpy.clip(matrix, least, most))
+    image = axes.imshow(
+        logs,
+        cmap="RdBu_r",
+        vmin=math.log2(least),
+        vmax=math.log2(most),
+        aspect="auto" if matrix.shape[0] != matrix.shape[1] else None,
+        interpolation="nearest",
+    )
+    axes.set_aspect("auto")
+    return image
+
+
+def _scale(figure: Figure, image: Any, panels: Sequence[Any], label: str) -> None:
+    """A scale of colours beside all panels; of ratios in powers of two."""
+    bar = figure.colorbar(image, ax=list(panels), label=label, shrink=0.9)
+    if image.get_cmap().name == "RdBu_r":
+        low, high = (int(end) for end in image.get_clim())
+        ticks = range(low, high + 1)
+        bar.set_ticks(list(ticks), labels=[f"{2**t}" if t >= 0 else f"1/{2**-t}" for t in ticks])
+
+
+def _grouped(rows: Floats) -> Floats:
+    """At most `ROWS` rows: means of neighbours."""
+    if len(rows) <= ROWS:
+        return rows
+    return numpy.stack([part.mean(axis=0) for part in numpy.array_split(rows, ROWS)])
+
+
+def _of_blocks(blocks: int, rows: int) -> str:
+    """What the rows of a heat map are."""
+    if blocks == rows:
+        return f"{blocks} blocks, most used at the end on top"
+    return f"{blocks:,} blocks in {rows} groups,\nmost used at the end on top"
+
+
+def _label_steps(axes: Any, steps: Sequence[int]) -> None:
+    """Name some columns by their steps."""
+    few = range(0, len(steps), max(1, -(-len(steps) // 6)))
+    axes.set_xticks(list(few), labels=[f"{steps[at]}" for at in few])
+
+
+def _square(axes: Any, layer: int, size: int) -> None:
+    axes.set_aspect("equal")
+    axes.set_title(f"layer {layer}")
+    axes.set_xlabel(f"{size} most used blocks, alike together")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _colours(count: int) -> list[Any]:
+    """One for each layer, from the first to the last."""
+    if count <= LEGEND:
+        return [f"C{at}" for at in range(count)]
+    return list(matplotlib.colormaps["viridis"](numpy.linspace(0, 0.95, count)))
+
+
+def _clip(text: str, most: int = 12) -> str:
+    """A token as it can be drawn."""
+    drawn = shown(text, drawable=_has_glyph)
+    return drawn if len(drawn) <= most else drawn[: most - 1] + "…"
+
+
+def _has_glyph(sign: str) -> bool:
+    return bool(_font().get_char_index(ord(sign)))
+
+
+@cache
+def _font() -> Any:
+    return get_font(findfont("DejaVu Sans"))

@@ -1,0 +1,302 @@
+"""One page on a run's routing: `index.html`, its pictures, `tokens.csv`, `summary.json`.
+
+Enters: the lines of a run and the recordings of its checkpoints. Leaves: files in a folder.
+
+Choice: `summary.json` has every number that a picture shows as a mean, so that runs can be
+compared; the page has words on how to read each picture.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from megatron_sffn.analysis import charts, measures, tokens
+from megatron_sffn.analysis.lines import Curve, Loads, curves, loads
+from megatron_sffn.recording import Recording
+from megatron_sffn.run_files import write_whole
+
+BLOCKS_SHOWN, IDS_SHOWN = 12, 8
+"""Lines and columns of the table of token ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What the page is made of.
+
+    Args:
+        run: the run's folder.
+        lines: of its `routing.jsonl`, of the layers to show.
+        recordings: iteration -> recording, ascending.
+        layers: to show, counted from 1.
+        top: most used blocks in a matrix.
+        decode: token id to text.
+    """
+
+    run: Path
+    lines: Sequence[dict[str, Any]]
+    recordings: Mapping[int, Recording]
+    layers: Sequence[int]
+    top: int
+    decode: tokens.Decode
+
+    @property
+    def last(self) -> int:
+        """The last iteration that was recorded."""
+        return max(self.recordings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A picture, and how to read it."""
+
+    title: str
+    text: str
+    pictures: tuple[str, ...]
+
+
+def write(analysis: Analysis, folder: Path, say: Callable[[str], None]) -> Path:
+    """Make everything.
+
+    Args:
+        analysis: what is known.
+        folder: where it goes.
+        say: told of each part.
+
+    Returns:
+        The page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sections: list[Section] = []
+    layers: dict[int, dict[str, Any]] = {layer: {} for layer in analysis.layers}
+    for part in (_numbers, _loads, _together, _overlaps, _served, _drift):
+        say(f"drawing {part.__name__.strip('_')}")
+        sections += part(analysis, folder, layers)
+    (some, *_) = analysis.recordings.values()
+    summary = {
+        "run": str(analysis.run),
+        "iterations": list(analysis.recordings),
+        "recorded_tokens": len(some.token_ids),
+        "num_blocks": some.num_blocks,
+        "layers": {str(layer): found for layer, found in layers.items()},
+    }
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    page = folder / "index.html"
+    write_whole(page, _page(analysis, sections, summary))
+    return page
+
+
+def _numbers(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
+    """What training logged."""
+    found = curves(analysis.lines)
+    for name, each in found.items():
+        for layer, curve in each.items():
+            layers[layer][name] = curve.values[-1]
+    if not found:
+        return []
+    charts.numbers(found, folder / "numbers.png")
+    text = (
+        "What every step of training logged, a line for each layer. A healthy run has an entropy "
+        "that rises towards 1 and no dead blocks; a largest load that grows without end, or a gate "
+        "that falls to 0, is a router that collapses."
+    )
+    return [Section(title="Training", text=text, pictures=("numbers.png",))]
+
+
+def _loads(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
+    """What evaluations counted; the recordings where none ran."""
+    found = loads(analysis.lines) or _recorded_loads(analysis)
+    charts.load_over_time(found, folder / "load_over_time.png")
+    charts.load_now(found, folder / "load.png")
+    text = (
+        "How many tokens each block gets in evaluation, in multiples of an even load: over time, "
+        "with the blocks in the order of their last load, and at the end. Rows that keep their "
+        "colour are blocks that found their place early; blue rows at the bottom are memory that "
+        "hardly works."
+    )
+    pictures = ("load_over_time.png", "load.png")
+    return [Section(title="Load of the blocks", text=text, pictures=pictures)]
+
+
+def _recorded_loads(analysis: Analysis) -> dict[int, Loads]:
+    """Layer -> loads of the recorded tokens."""
+    steps = tuple(analysis.recordings)
+    return {
+        layer: Loads(
+            steps=steps,
+            tokens=numpy.stack(
+                [
+                    measures.load_of(each.blocks[layer], each.num_blocks)
+                    for each in analysis.recordings.values()
+                ]
+            ),
+        )
+        for layer in analysis.layers
+    }
+
+
+def _together(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
+    """Blocks that are chosen together."""
+    recording, matrices = analysis.recordings[analysis.last], {}
+    for layer in analysis.layers:
+        blocks = recording.blocks[layer]
+        chosen = _most_used(recording, layer, analysis.top)
+        matrix = measures.coactivation(blocks, chosen, recording.num_blocks)
+        order = measures.alike_together(matrix)
+        matrices[layer] = matrix[order][:, order]
+        pairs = matrix[~numpy.isnan(matrix)]
+        layers[layer]["coactivation_mean"] = measures.mean_of_pairs(matrix)
+        layers[layer]["coactivation_p95"] = (
+            float(numpy.quantile(pairs, 0.95)) if len(pairs) else None
+        )
+    title = f"Blocks chosen together, step {analysis.last}"
+    charts.coactivation(matrices, title, folder / "coactivation.png")
+    text = (
+        "How often two blocks have the same token, over what independent choices of the same load "
+        "would give: red pairs belong together, blue ones exclude each other. Red squares on the "
+        "diagonal are groups of blocks that act as one larger block."
+    )
+    return [Section(title="Co-activation", text=text, pictures=("coactivation.png",))]
+
+
+def _overlaps(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
+    """Blocks that serve the same token ids."""
+    recording, matrices = analysis.recordings[analysis.last], {}
+    ids = recording.token_ids
+    for layer in analysis.layers:
+        chosen = _most_used(recording, layer, analysis.top)
+        arguments = (chosen, recording.num_blocks)
+        counts = measures.token_counts(recording.blocks[layer], ids, *arguments)
+        matrix = measures.overlap(counts)
+        order = measures.alike_together(matrix)
+        matrices[layer] = matrix[order][:, order]
+        mixed = measures.token_counts(recording.blocks[layer], tokens.shuffled(ids), *arguments)
+        layers[layer]["token_overlap"] = measures.mean_of_pairs(matrix)
+        layers[layer]["token_overlap_by_chance"] = measures.mean_of_pairs(measures.overlap(mixed))
+    title = f"Token ids in common, step {analysis.last}"
+    charts.overlap(matrices, title, folder / "overlap.png")
+    text = (
+        "How alike the token ids are that two blocks serve: the sum of the smaller shares over the "
+        "sum of the larger ones. Far below the value by chance, blocks have divided the vocabulary "
+        "among themselves; near it, they look at something else than the token itself."
+    )
+    return [Section(title="Token overlap between blocks", text=text, pictures=("overlap.png",))]
+
+
+def _served(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
+    """Token ids of the most used blocks."""
+    recording = analysis.recordings[analysis.last]
+    rows, pictures = [], []
+    for layer in analysis.layers:
+        found = tokens.served(recording, layer, analysis.decode, blocks=analysis.top, ids=IDS_SHOWN)
+        rows += found
+        shown = list(dict.fromkeys(row.block for row in found))[:BLOCKS_SHOWN]
+        name = f"tokens_layer_{layer}.png"
+        title = f"Token ids of the most used blocks, layer {layer}, step {analysis.last}"
+        charts.token_table([row for row in found if row.block in shown], title, folder / name)
+        pictures.append(name)
+    write_whole(folder / "tokens.csv", tokens.as_csv(rows))
+    text = (
+        f"The token ids that mark each of the {BLOCKS_SHOWN} most used blocks: more frequent in "
+        "the block than elsewhere, and frequent enough to matter. tokens.csv has the same for all "
+        "blocks of the matrices above."
+    )
+    return [Section(title="Which tokens a block serves", text=text, pictures=tuple(pictures))]
+
+
+def _drift(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
+    """What stays between checkpoints."""
+    steps = list(analysis.recordings)
+    if len(steps) < 2:
+        return []
+    to_next, to_last, chance = {}, {}, {}
+    for layer in analysis.layers:
+        blocks = [each.blocks[layer] for each in analysis.recordings.values()]
+        num_blocks = analysis.recordings[steps[0]].num_blocks
+        kept = [measures.kept(before, after, num_blocks) for before, after in pairwise(blocks)]
+        shared = [measures.kept(before, blocks[-1], num_blocks) for before in blocks[:-1]]
+        to_next[layer] = Curve(steps=tuple(steps[1:]), values=tuple(kept))
+        to_last[layer] = Curve(steps=tuple(steps[:-1]), values=tuple(shared))
+        load, before = (measures.load_of(each, num_blocks) for each in (blocks[-1], blocks[-2]))
+        chance[layer] = measures.kept_by_chance(before, load, len(blocks[-1]))
+        layers[layer]["kept"] = dict(zip(map(str, steps[1:]), kept, strict=True))
+        layers[layer]["kept_by_chance"] = chance[layer]
+    charts.drift(to_last, to_next, chance, folder / "drift.png")
+    text = (
+        "The same tokens through consecutive checkpoints: what share of a token's blocks it still "
+        "has. Towards the end of training the lines should rise; a line that stays near chance is "
+        "a router that has not found a division of work."
+    )
+    return [Section(title="Drift", text=text, pictures=("drift.png",))]
+
+
+def _most_used(recording: Recording, layer: int, top: int) -> measures.Ints:
+    """The most used blocks of a layer."""
+    load = measures.load_of(recording.blocks[layer], recording.num_blocks)
+    return measures.most_used(load, top)
+
+
+# --- the page
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
+img { max-width: 100%; display: block; margin: 1rem 0 }
+td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ccc }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+p { max-width: 45rem }
+"""
+
+COLUMNS = {
+    "load_entropy": "load entropy",
+    "dead_share": "dead blocks",
+    "load_max": "largest load",
+    "coactivation_p95": "co-activation, p95",
+    "token_overlap": "token overlap",
+    "token_overlap_by_chance": "by chance",
+    "kept": "kept since the checkpoint before",
+    "kept_by_chance": "by chance",
+}
+"""Number of a layer -> its head in the page's table."""
+
+
+def _page(analysis: Analysis, sections: Sequence[Section], summary: Mapping[str, Any]) -> str:
+    """The page as text."""
+    name = html.escape(str(analysis.run))
+    shown = [
+        f"{summary['num_blocks']:,} blocks a layer; checkpoints "
+        f"{', '.join(map(str, summary['iterations']))}, each with the same first "
+        f"{summary['recorded_tokens']:,} validation tokens; layers are counted from 1.",
+    ]
+    body = [f"<h1>Routing of {name}</h1>", *(f"<p>{line}</p>" for line in shown)]
+    body.append(_table(summary["layers"]))
+    for section in sections:
+        body += [f"<h2>{section.title}</h2>", f"<p>{section.text}</p>"]
+        body += [f'<img src="{each}" alt="{section.title}">' for each in section.pictures]
+    head = f'<meta charset="utf-8"><title>Routing of {name}</title><style>{STYLE}</style>'
+    return (
+        f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _table(layers: Mapping[str, Mapping[str, Any]]) -> str:
+    """The last numbers of each layer."""
+    known = [name for name in COLUMNS if any(name in found for found in layers.values())]
+    rows = ["<tr><th>layer</th>" + "".join(f"<th>{COLUMNS[name]}</th>" for name in known) + "</tr>"]
+    for layer, found in layers.items():
+        cells = "".join(f"<td>{_cell(found.get(name))}</td>" for name in known)
+        rows.append(f"<tr><td>{layer}</td>{cells}</tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _cell(value: Any) -> str:
+    """A number with three digits; of a history the last."""
+    if isinstance(value, dict):
+        value = list(value.values())[-1]
+    return "" if value is None else f"{value:.3g}"

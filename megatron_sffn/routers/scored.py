@@ -1,0 +1,174 @@
+"""Routers that score all B blocks: score, choose, gate. A method says where the scores come from.
+
+Enters: tokens `[T, D]`, this rank's keys. Leaves: the `Routing` of the K best blocks.
+
+    scores     [T, B]   of the method (`score`)
+    choice     [T, B]   what the blocks are chosen by: the scores, or what the gate makes of them
+                        plus the balance bias; dropped blocks last
+    block_ids  [T, K]   the largest
+    gates      [T, K]   none, sigmoid or softmax of the scores
+
+Choices
+- No gradient passes through the choice. The scores are differentiated only if a gate or a balance
+  loss asks for it, so that Avg-K and VanillaM cost no backward by default, as in their paper.
+- Block dropout (sigma-MoE's expert dropout, arXiv 2310.10837): a dropped block is chosen only when
+  fewer than K others are left, and then its place stays empty: a token may have less than K blocks,
+  never a score of a block that was dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_sffn.balance import Balance
+from megatron_sffn.config import RouterConfig, flag
+from megatron_sffn.ops.route_topk import route_topk
+from megatron_sffn.routers.base import NO_BLOCK, Router, Routing, check_finite
+
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
+    "none": lambda scores, ids: None,
+    "sigmoid": lambda scores, ids: scores.gather(1, ids).sigmoid(),
+    "softmax": lambda scores, ids: scores.softmax(dim=-1).gather(1, ids),
+    "softmax-chosen": lambda scores, ids: scores.gather(1, ids).softmax(dim=-1),
+}
+"""From scores `[T, B]` and ids `[T, K]` to gates `[T, K]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredConfig(RouterConfig):
+    """What all methods with scores share."""
+
+    megatron_flags: ClassVar[tuple[str, ...]] = (
+        "moe_router_load_balancing_type",
+        "moe_aux_loss_coeff",
+        "moe_z_loss_coeff",
+        "moe_router_enable_expert_bias",
+        "moe_router_bias_update_rate",
+    )
+    default_gate: ClassVar[str] = "none"
+    """Of `GATES`, where `--sffn-gate` is not given."""
+
+    gate: str | None = flag(
+        "--sffn-gate",
+        default=None,
+        kind=str,
+        choices=("none", "sigmoid", "softmax"),
+        help="factor of a chosen block's output, from its score; by default as the method's paper "
+        "has it (avg-k, vanilla-m, lorkm: none; switch: softmax; sigma-moe: sigmoid), any other "
+        "is an ablation of ours",
+    )
+    entropy_coefficient: float = flag(
+        "--sffn-entropy-coeff",
+        default=0.0,
+        least=0.0,
+        training_only=True,
+        help="γ, weight of the entropy of the mean choice (sigma-moe: 1e-3 or 1e-4 in its paper; "
+        "on other routers ours)",
+    )
+    block_dropout: float = flag(
+        "--sffn-block-dropout",
+        default=0.0,
+        least=0.0,
+        most=1.0,
+        training_only=True,
+        help="δ, probability that a token cannot choose a block in training (sigma-moe: 0 to 0.1 "
+        "in its paper; on other routers ours)",
+    )
+
+    @property
+    def gate_kind(self) -> str:
+        """The gate in `GATES`."""
+        return self.gate or self.default_gate
+
+    @property
+    def gated_output(self) -> bool:
+        """See `RouterConfig.gated_output`."""
+        return self.gate_kind != "none"
+
+    @property
+    def parts_share_gate(self) -> bool:
+        """See `RouterConfig.parts_share_gate`."""
+        return self.gate_kind.startswith("softmax")
+
+
+class ScoredRouter(Router):
+    """The K blocks of largest score. Arguments as `Router`."""
+
+    settings: ScoredConfig
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        assert isinstance(self.sffn.router, ScoredConfig)
+        self.settings = self.sffn.router
+        self.balance = Balance(
+            self.config, arguments["pg_collection"], self.settings.entropy_coefficient
+        )
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """See `Router.set_layer_number`."""
+        super().set_layer_number(layer_number)
+        self.balance.layer_number = layer_number
+
+    def query(self, x: Tensor) -> Tensor:
+        """`[T, key width]` what meets the keys; the tokens unless a method says else."""
+        return x
+
+    def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """`[T, B]` scores, fp32 at least; under `no_grad` where no gradient is needed."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor | None,
+        token_ids: Tensor | None = None,
+        num_sequences: int = 1,
+    ) -> Routing:
+        """See `Router.forward`."""
+        assert keys is not None, "blocks are scored by tokens and keys"
+        queries = self.query(x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiates):
+            scores = self.score(x, queries, keys)
+        check_finite(scores)
+        ids, dropped = self._choose(scores)
+        gates = GATES[self.settings.gate_kind](scores, ids)
+        chosen = scores.detach().gather(1, ids)
+        if dropped is not None:
+            ids = ids.masked_fill(dropped, NO_BLOCK)
+        rows = self.balance(queries, scores, ids, num_sequences)
+        return Routing(
+            block_ids=ids,
+            gates=gates,
+            queries=None if rows is x else rows,
+            scores=chosen,
+        )
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether a gradient passes through the scores."""
+        return self.settings.gated_output or self.balance.differentiates
+
+    @torch.no_grad()
+    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`[T, K]` ids, and which of them are dropped, if any can be."""
+        choice, dropout = self.preference(scores), self.settings.block_dropout
+        if self.balance.biased:
+            choice = choice + self.balance.expert_bias
+        if not (self.training and dropout):
+            return route_topk(choice, self.sffn.num_active_blocks), None
+        without = torch.rand_like(scores) < dropout
+        choice = choice.masked_fill(without, -torch.inf)
+        ids = route_topk(choice, self.sffn.num_active_blocks)
+        return ids, without.gather(1, ids)
+
+    def preference(self, scores: Tensor) -> Tensor:
+        """`[T, B]` what blocks are chosen by: in units of the gate, if a bias is added to it."""
+        kind = self.settings.gate_kind
+        if not self.balance.biased or kind == "none":
+            return scores
+        return scores.sigmoid() if kind == "sigmoid" else scores.softmax(dim=-1)

@@ -1,0 +1,166 @@
+"""Models to count: shapes, and Megatron's GPT built to each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.training.models.gpt import GPTModelConfig
+
+from megatron_sffn.accounting import ModelShape
+from megatron_sffn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.model import block_spec, layer_pattern
+from megatron_sffn.routers import ROUTERS
+
+# Odd sizes, so that no two of them can be mistaken for each other.
+SMALL = ModelShape(
+    num_layers=4,
+    hidden_size=24,
+    ffn_hidden_size=40,
+    num_attention_heads=4,
+    kv_channels=10,
+    seq_length=18,
+    padded_vocab_size=96,
+)
+DENSE: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "dense-llama": {
+        "gated": True,
+        "bias": False,
+        "layernorm": False,
+        "tied_embeddings": False,
+        "num_query_groups": 2,
+    },
+    "dense-qwen": {"bias": False, "qkv_bias": True, "qk_layernorm": True, "layernorm": False},
+    "dense-qk-layernorm": {"qk_layernorm": True, "num_query_groups": 1, "learned_positions": 20},
+}
+"""Models without sparse layers, as changes of `SMALL`."""
+
+SPARSE = [name for name in ROUTERS if name != "dense"]
+
+PKM = {"active_cells": 48, "block_size": 1, "expansion": 48}
+NUMBERS: dict[str, dict[str, Any]] = {
+    "top-k-act": {"active_cells": 40, "block_size": 1, "expansion": 3},
+    "pkm": PKM,
+    "pkm-relu": PKM,
+    "pkm-ffn": PKM,
+}
+"""Router -> numbers of a layer for which it is defined, where the usual ones are not."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lorkm": {"rank": 7},
+    "pkm": {"key_size": 10},
+    "pkm-relu": {"heads": 2, "key_size": 10},
+    "pkm-ffn": {"key_size": 14},
+}
+"""Router -> fields of its config that are small, and odd as well."""
+SINGLE_KEY = ["pkm-ffn"]
+"""Routers without a second key, for a gated activation."""
+
+
+def sparse(router: str = "avg-k", options: dict[str, Any] | None = None, **numbers: Any) -> Any:
+    """A sparse layer of small numbers that the router is defined for, and what is given."""
+    usual = {"active_cells": 48, "block_size": 6, "expansion": 3, "backend": Backend.CPU}
+    return SparseFFNConfig(
+        router=ROUTERS[router](**OPTIONS.get(router, {}) | (options or {})),
+        **usual | NUMBERS.get(router, {}) | numbers,
+    )
+
+
+def paper(router: str = "avg-k", block_size: int = 4096, expansion: int = 16) -> ModelShape:
+    """The 355 M models of arXiv 2305.13999: every sixth of 24 layers is sparse."""
+    return ModelShape(
+        num_layers=24,
+        hidden_size=1024,
+        ffn_hidden_size=4096,
+        num_attention_heads=16,
+        kv_channels=64,
+        seq_length=2048,
+        padded_vocab_size=50257,
+        sparse_layers=4,
+        sffn=SparseFFNConfig(
+            router=ROUTERS[router](),
+            active_cells=4096,
+            block_size=block_size,
+            expansion=expansion,
+        ),
+    )
+
+
+def config_of(
+    shape: ModelShape, dtype: torch.dtype = torch.float32, **megatron: Any
+) -> SparseFFNTransformerConfig:
+    """Megatron's config of this shape, with its local modules.
+
+    Args:
+        shape: of the model.
+        dtype: of everything.
+        megatron: other fields of its config.
+    """
+    return SparseFFNTransformerConfig(
+        **{
+            "num_layers": shape.num_layers,
+            "hidden_size": shape.hidden_size,
+            "ffn_hidden_size": shape.ffn_hidden_size,
+            "num_attention_heads": shape.num_attention_heads,
+            "num_query_groups": shape.num_query_groups,
+            "kv_channels": shape.kv_channels,
+            "add_bias_linear": shape.bias,
+            "add_qkv_bias": shape.qkv_bias,
+            "gated_linear_unit": shape.gated,
+            "activation_func": F.silu if shape.gated else F.gelu,
+            "normalization": "LayerNorm" if shape.layernorm else "RMSNorm",
+            "qk_layernorm": shape.qk_layernorm,
+            "moe_layer_freq": pattern_of(shape),
+            "sffn": shape.sffn,
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "none",
+            "transformer_impl": "local",
+            "masked_softmax_fusion": False,
+            "bias_dropout_fusion": False,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "params_dtype": dtype,
+            "pipeline_dtype": dtype,
+            "bf16": dtype == torch.bfloat16,
+        }
+        | megatron
+    )
+
+
+def build(shape: ModelShape, dtype: torch.dtype = torch.float32, **megatron: Any) -> GPTModel:
+    """Megatron's GPT of this shape; arguments as `config_of`."""
+    config = config_of(shape, dtype, **megatron)
+    if shape.sffn is None:
+        spec = get_gpt_decoder_block_spec(config, False, normalization=config.normalization)
+    else:
+        spec = block_spec(GPTModelConfig(transformer=config))
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=shape.learned_positions or shape.seq_length,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="learned_absolute" if shape.learned_positions else "rope",
+    )
+    for parameter in model.parameters():
+        # Torch's norms are in fp32 until Megatron's wrapper narrows them.
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def pattern_of(shape: ModelShape) -> Any:
+    """Megatron's `moe_layer_freq`."""
+    if shape.sffn is None:
+        return 1
+    return layer_pattern(f"every:{shape.num_layers // shape.sparse_layers}", shape.num_layers)
+
+
+def batch(shape: ModelShape, samples: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the model's forward, without labels."""
+    ids = torch.arange(samples * shape.seq_length).reshape(samples, -1) % shape.padded_vocab_size
+    positions = torch.arange(shape.seq_length).expand(samples, -1)
+    causal = torch.ones(shape.seq_length, shape.seq_length).triu(1).bool()
+    return (ids, positions, causal[None, None]), {"padding_mask": ids}

@@ -1,0 +1,222 @@
+"""Activations against what torch really keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+
+from megatron_sffn.accounting import ModelShape
+from megatron_sffn.accounting.activations import Activations
+from megatron_sffn.accounting.ranks import RankLayout, TrainingSetup
+from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, sparse
+from tests.accounting.saved import kept_bytes
+from tests.ranks import run_ranks
+
+# Megatron's own, of calls within Megatron.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning:megatron"),
+    pytest.mark.filterwarnings("ignore:.*tp_group is None:DeprecationWarning:megatron"),
+    pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),
+]
+
+SAMPLES = 3
+ACTIVATIONS: dict[str, tuple[Any, bool]] = {
+    "gelu": (F.gelu, False),
+    "relu": (F.relu, False),
+    "squared_relu": (squared_relu, False),
+    "swiglu": (F.silu, True),
+}
+
+
+def measured(shape: ModelShape, activation: str, half: bool, **megatron: Any) -> int:
+    """Bytes that a model of this shape keeps of one microbatch, on this rank."""
+    dtype = torch.bfloat16 if half else torch.float32
+    megatron = {"activation_func": ACTIVATIONS[activation][0]} | megatron
+    model = build(shape, dtype, **megatron)
+    arguments, named = batch(shape, SAMPLES)
+    masks = shape.seq_length**2  # the attention's mask, which the batch brings
+    size = kept_bytes(lambda: model(*arguments, **named, labels=arguments[0]), model.parameters())
+    return size - masks
+
+
+def counted(
+    shape: ModelShape, activation: str, half: bool, layout: RankLayout, **setup: Any
+) -> float:
+    """The same in closed form."""
+    setup = {"softmax_in_fp32": True, "rope_width": shape.kv_channels} | setup
+    kept = Activations(
+        shape,
+        layout,
+        TrainingSetup(
+            micro_batch_size=SAMPLES,
+            number_bytes=2 if half else 4,
+            activation=activation,
+            **setup,
+        ),
+    )
+    dense = (shape.num_layers - shape.sparse_layers) * kept.layer(False)
+    blocks = shape.sparse_layers * kept.layer(True) if shape.sparse_layers else 0
+    return kept.embedding() + dense + blocks + kept.head()
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("name", [*DENSE, "learned-positions"])
+def test_dense_models_exactly(name: str, dropout: float, half: bool, one_rank: None) -> None:
+    changes = DENSE.get(name, {"learned_positions": 20})
+    shape = dataclasses.replace(SMALL, **changes)
+    activation = "swiglu" if shape.gated else "gelu"
+    size = measured(shape, activation, half, hidden_dropout=dropout, attention_dropout=dropout)
+    rotated = 0 if shape.learned_positions else shape.kv_channels
+    assert size == counted(
+        shape,
+        activation,
+        half,
+        RankLayout(),
+        hidden_dropout=dropout > 0,
+        attention_dropout=dropout > 0,
+        rope_width=rotated,
+    )
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    ("router", "activation"),
+    [
+        (router, activation)
+        for router in SPARSE
+        for activation, (_, gated) in ACTIVATIONS.items()
+        if not (gated and router in SINGLE_KEY)
+    ],
+)
+def test_routers(router: str, half: bool, activation: str, one_rank: None) -> None:
+    gated = ACTIVATIONS[activation][1]
+    shape = dataclasses.replace(SMALL, gated=gated, sparse_layers=4, sffn=sparse(router))
+    size = measured(shape, activation, half)
+    assert size == counted(shape, activation, half, RankLayout())
+
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("avg-k", {"gate": "sigmoid"}),
+    ("avg-k", {"gate": "softmax", "entropy_coefficient": 0.1}),
+    *(
+        ("avg-k", {"gate": "sigmoid", "descriptor": descriptor})
+        for descriptor in ("max-norm", "norm-weighted", "learned", "subset", "ema")
+    ),
+    *(
+        (router, {"gate": "sigmoid", "aggregator": aggregator})
+        for router in ("vanilla-m", "lorkm")
+        for aggregator in ("mean", "mean-abs", "max", "min")
+    ),
+    ("top-k-act", {"gate": "softmax"}),
+    ("sigma-moe", {"gate": "none"}),
+    ("switch", {"network": "mlp", "network_width": 11}),
+    ("switch", {"network": "mlp", "network_width": 11, "network_activation": "gelu"}),
+    ("noisy-top-k", {"network": "attention", "network_width": 11}),
+    ("pkm", {"heads": 8}),
+]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("router", "options"), OPTIONS)
+def test_options(router: str, options: dict[str, Any], half: bool, one_rank: None) -> None:
+    shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=sparse(router, options))
+    size = measured(shape, "gelu", half)
+    # A moving average keeps a bool per block until each of them has started.
+    left_out = 4 * 24 if options.get("descriptor") == "ema" else 0
+    assert size - left_out == counted(shape, "gelu", half, RankLayout())
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 48])
+@pytest.mark.parametrize(
+    ("router", "losses"),
+    [
+        ("rand-hash", ()),
+        *(
+            (router, losses)
+            for router in ("avg-k", "switch")
+            for losses in ((), ("aux_loss",), ("aux_loss", "z_loss"))
+        ),
+    ],
+)
+def test_block_sizes_shared_blocks_and_losses(
+    router: str, losses: tuple[str, ...], block_size: int, one_rank: None
+) -> None:
+    layer = sparse(router, block_size=block_size, shared_blocks=5 if block_size < 48 else 0)
+    shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=layer)
+    balance: dict[str, Any] = {}
+    if "aux_loss" in losses:
+        balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
+    if "z_loss" in losses:
+        balance["moe_z_loss_coeff"] = 0.01
+    size = measured(shape, "gelu", False, **balance)
+    assert size == counted(shape, "gelu", False, RankLayout(), losses=frozenset(losses))
+
+
+LAYOUTS = {
+    "EP2": RankLayout(num_ranks=2, expert=2),
+    "EP2 allgather": RankLayout(num_ranks=2, expert=2, dispatcher="allgather"),
+    "ETP2": RankLayout(num_ranks=2, expert_tensor=2),
+    "TP2 folded EP2": RankLayout(num_ranks=2, tensor=2, expert=2, sequence_parallel=True),
+    "EP2 ETP2": RankLayout(num_ranks=4, expert=2, expert_tensor=2),
+}
+EXCHANGED = [
+    sparse("avg-k", shared_blocks=2),
+    sparse("avg-k", {"gate": "sigmoid"}),
+    sparse("vanilla-m", {"gate": "sigmoid"}),
+    sparse("lorkm"),
+    sparse("lorkm", {"gate": "sigmoid"}),
+    sparse("switch"),
+    sparse("top-k-act"),
+    sparse("pkm"),
+    sparse("pkm-ffn"),
+]
+
+
+def on_ranks(shapes: list[ModelShape], layout: RankLayout, half: bool) -> list[int]:
+    """What each of the models keeps on this rank."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(torch.distributed.get_rank())
+    return [
+        measured(
+            shape,
+            "gelu",
+            half,
+            tensor_model_parallel_size=layout.tensor,
+            sequence_parallel=layout.sequence_parallel,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
+            moe_token_dispatcher_type=layout.dispatcher,
+        )
+        for shape in shapes
+    ]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name: str, half: bool) -> None:
+    layout = LAYOUTS[name]
+    layers = [layer for layer in EXCHANGED if layer.block_size % layout.expert_tensor == 0]
+    # Megatron has no biases under ETP.
+    small = dataclasses.replace(SMALL, bias=False)
+    shapes = [dataclasses.replace(small, sparse_layers=4, sffn=layer) for layer in layers]
+    ranks = run_ranks(
+        layout.num_ranks,
+        on_ranks,
+        shapes,
+        layout,
+        half,
+        tensor_model_parallel_size=layout.tensor,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+    )
+    for index, shape in enumerate(shapes):
+        size = sum(rank[index] for rank in ranks) / layout.num_ranks
+        # The mean of ranks is that of uniform routing but for tokens that miss a rank.
+        assert counted(shape, "gelu", half, layout) == pytest.approx(size, rel=2e-3), shape.sffn

@@ -1,0 +1,285 @@
+"""Parameters and FLOPs against the papers' table and against modules that are really built."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_sffn import accounting
+from megatron_sffn.accounting import ModelShape
+from megatron_sffn.config import Backend
+from megatron_sffn.routers.product_keys import ProductKeysConfig
+from megatron_sffn.routers.vanilla_m import KeyTableConfig
+from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, paper, sparse
+
+# Megatron's own, of calls within Megatron.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning:megatron"),
+    pytest.mark.filterwarnings("ignore:.*tp_group is None:DeprecationWarning:megatron"),
+    pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),
+]
+
+
+def training(shape: ModelShape) -> float:
+    """ZFLOPs of the paper's 60 B tokens, with activation recomputation."""
+    return 60e9 * accounting.training_flops_per_token(shape, recompute=True) / 1e21
+
+
+# X1: block size, gate FLOPs per token and layer, ZFLOPs, percent over dense.
+PAPER_TABLE = [
+    (4096, 32_768, "0.2118", "0.015"),
+    (2048, 65_536, "0.2119", "0.030"),
+    (1024, 131_072, "0.2119", "0.059"),
+    (256, 524_288, "0.2123", "0.238"),
+    (64, 2_097_152, "0.2138", "0.951"),
+    (1, 134_217_728, "0.3406", "60.8"),
+]
+
+
+@pytest.mark.parametrize(("block_size", "gate", "total", "percent"), PAPER_TABLE)
+@pytest.mark.parametrize("router", ["avg-k", "switch"])
+def test_papers_table(router: str, block_size: int, gate: int, total: str, percent: str) -> None:
+    shape = paper(router, block_size)
+    over = 100 * (training(shape) / training(accounting.dense_equivalent(shape)) - 1)
+    assert accounting.flops_per_token(shape).router == 4 * gate
+    assert f"{training(shape):.4f}" == total
+    assert f"{over:.{len(percent.partition('.')[2])}f}" == percent
+
+
+@pytest.mark.parametrize(("expansion", "total"), [(16, "0.3326"), (4, "0.2360")])
+@pytest.mark.parametrize("block_size", [1, 256])
+def test_papers_vanilla_m(block_size: int, expansion: int, total: str) -> None:
+    assert f"{training(paper('vanilla-m', block_size, expansion)):.4f}" == total
+
+
+def test_papers_formulas_of_low_rank_and_product_keys() -> None:
+    low_rank, width, cells = paper("lorkm", 1), 1024, 65_536
+    formula = 2 * width * 128 + 2 * 128 * cells + 2 * width * 4096
+    assert per_layer(low_rank) == formula
+    # One head of 256 numbers: both halves meet sqrt(M) sub-keys of 128 numbers. M = 65,536 has
+    # too few of them for k = 4096, so E is 4096 here.
+    keys = paper("pkm-ffn", 1, 4096)
+    assert per_layer(keys) == 2 * width * 256 + 2 * 256 * 4096 + 2 * width * 4096
+
+
+def per_layer(shape: ModelShape) -> int:
+    """FLOPs of the feed-forward and the router of one sparse layer."""
+    flops, dense = accounting.flops_per_token(shape), accounting.dense_equivalent(shape)
+    others = accounting.flops_per_token(dense).feed_forward * 20 // 24
+    return (flops.feed_forward - others + flops.router) // 4
+
+
+def test_dense_is_narayanans_formula() -> None:
+    dense, h, s, v = accounting.dense_equivalent(paper()), 1024, 2048, 50257
+    formula = 96 * 24 * h**2 * (1 + s / (6 * h) + v / (16 * 24 * h))
+    assert accounting.training_flops_per_token(dense, recompute=True) == pytest.approx(formula)
+    assert accounting.flops_per_token(dense).total == 24 * 24 * h**2 + 24 * 4 * s * h + 2 * h * v
+    assert f"{training(dense):.4f}" == "0.2118"
+
+
+def test_hash_costs_nothing() -> None:
+    shape = paper("rand-hash", 64)
+    dense = accounting.dense_equivalent(shape)
+    assert accounting.flops_per_token(shape) == accounting.flops_per_token(dense)
+    assert accounting.overhead_over_dense(shape) == 0
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("expansion", [4, 16])
+def test_block_compute_depends_on_neither_block_size_nor_expansion(
+    expansion: int, gated: bool
+) -> None:
+    shapes = [
+        dataclasses.replace(paper("avg-k", g, expansion), gated=gated) for g, *_ in PAPER_TABLE
+    ]
+    dense = accounting.dense_equivalent(shapes[0])
+    for shape in shapes:
+        assert accounting.flops_per_token(shape).feed_forward == (
+            accounting.flops_per_token(dense).feed_forward
+        )
+        assert accounting.count_parameters(shape) == accounting.count_parameters(shapes[0])
+    block_compute = accounting.flops_per_token(dense).feed_forward // 24
+    assert block_compute == (25_165_824 if gated else 16_777_216)
+
+
+def test_shared_blocks_are_beside_the_memory_and_among_the_active() -> None:
+    shape = paper("avg-k", 256)
+    assert shape.sffn is not None
+    shared = dataclasses.replace(shape, sffn=dataclasses.replace(shape.sffn, shared_blocks=3))
+    before, after = accounting.count_parameters(shape), accounting.count_parameters(shared)
+    assert after.total - before.total == 4 * 3 * 256 * 2 * 1024
+    assert after.active == before.active
+    assert accounting.flops_per_token(shared) == accounting.flops_per_token(shape)
+
+
+def test_without_recomputation_training_is_three_forwards() -> None:
+    shape = paper()
+    forward = accounting.flops_per_token(shape).total
+    assert accounting.training_flops_per_token(shape, recompute=False) == 3 * forward
+
+
+BUILT: dict[str, dict[str, Any]] = {
+    **DENSE,
+    "avg-k-every-2": {"sparse_layers": 2, "sffn": sparse(), "learned_positions": 20},
+    "avg-k-single-cells": {
+        "sparse_layers": 2,
+        "sffn": sparse(active_cells=40, block_size=1, expansion=2),
+        "gated": True,
+        "tied_embeddings": False,
+    },
+    "avg-k-learned-descriptor": {
+        "sparse_layers": 1,
+        "sffn": sparse(options={"descriptor": "learned", "gate": "sigmoid"}),
+    },
+    "switch-no-bias": {"sparse_layers": 2, "sffn": sparse("switch"), "bias": False},
+    "switch-on-megatron": {
+        "sparse_layers": 2,
+        "sffn": sparse("switch", backend=Backend.MEGATRON),
+    },
+    "switch-on-megatron-shared": {
+        "sparse_layers": 2,
+        "sffn": sparse("switch", backend=Backend.MEGATRON, shared_blocks=2),
+    },
+    "sigma-moe-mlp": {
+        "sparse_layers": 1,
+        "sffn": sparse("sigma-moe", {"network": "mlp", "network_width": 11}),
+    },
+    "noisy-top-k-attention": {
+        "sparse_layers": 1,
+        "sffn": sparse("noisy-top-k", {"network": "attention", "network_width": 11}),
+    },
+}
+for router in SPARSE:
+    for shared in (0, 2):
+        for gated in (False,) if router in SINGLE_KEY else (False, True):
+            name = f"{router}{'-swiglu' if gated else ''}{'-shared' if shared else ''}"
+            # Heads of PKM divide the active cells.
+            blocks = 8 * shared if router.startswith("pkm") else shared
+            layer = sparse(router, shared_blocks=blocks)
+            BUILT[name] = {"sparse_layers": 2, "sffn": layer, "gated": gated}
+
+# Weights that the descriptor's einsum multiplies, once for all tokens.
+DESCRIBED = ["avg-k-learned-descriptor"]
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_parameters_of_the_built_model(name: str, one_rank: None) -> None:
+    shape = dataclasses.replace(SMALL, **BUILT[name])
+    count = accounting.count_parameters(shape)
+    assert count.total == sum(parameter.numel() for parameter in build(shape).parameters())
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_active_parameters_leave_out_the_other_blocks(name: str) -> None:
+    shape = dataclasses.replace(SMALL, **BUILT[name])
+    count, sffn = accounting.count_parameters(shape), shape.sffn
+    if sffn is None:
+        assert count.active == count.total
+        return
+    others = (sffn.num_blocks - sffn.num_active_blocks) * sffn.block_size
+    keys = (2 if shape.gated else 1) * sffn.router.key_width(shape.hidden_size)
+    assert count.total - count.active == shape.sparse_layers * others * (keys + shape.hidden_size)
+
+
+def uncounted(shape: ModelShape) -> tuple[int, int]:
+    """Per token, forward: what our layer computes and the papers do not count, and the reverse."""
+    sffn, layers = shape.sffn, shape.sparse_layers
+    if sffn is None:
+        return 0, 0
+    again, bags = 0, 0
+    if isinstance(sffn.router, KeyTableConfig):
+        # The chosen blocks' keys, which were scored already.
+        keys = (2 if shape.gated else 1) * sffn.router.key_width(shape.hidden_size)
+        again = 2 * keys * sffn.chosen_cells * layers
+    if isinstance(sffn.router, ProductKeysConfig):
+        # Values are added up by torch's embedding_bag, which is no product to its counter.
+        bags = 2 * shape.hidden_size * sffn.chosen_cells * layers
+    return again, bags
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT if name not in DESCRIBED])
+def test_flops_of_the_built_model(name: str, one_rank: None) -> None:
+    shape = dataclasses.replace(SMALL, **BUILT[name])
+    # Without gradients: the counter's hooks trip over tensors that are sliced under no_grad.
+    model = build(shape).eval().requires_grad_(False)
+    arguments, named = batch(shape)
+    with FlopCounterMode(display=False) as counter:
+        model(*arguments, **named)
+    counts = {
+        module: sum(flops.values()) / arguments[0].numel()
+        for module, flops in counter.get_flop_counts().items()
+    }
+
+    def of(suffix: str) -> float:
+        return sum(flops for module, flops in counts.items() if module.endswith(suffix))
+
+    expected = accounting.flops_per_token(shape)
+    again, bags = uncounted(shape)
+    assert of(".self_attention") == expected.attention
+    assert of(".router") == expected.router + again
+    assert of(".mlp") - of(".router") == expected.feed_forward - bags
+    assert of(".output_layer") == expected.logits
+    assert counts["Global"] == expected.total + again - bags
+
+
+def in_place(total: Any, left: Any, right: Any, out_shape: Any = None, **scales: Any) -> int:
+    """FLOPs of `addmm_`, which the counter does not know, from shapes."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+class _NoModules:
+    """In place of the counter's tracker of modules, whose hooks trip as said above."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """Counts forward and backward, in-place products too."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+    counter.mod_tracker = _NoModules()
+    with counter:
+        yield counter
+
+
+WITHOUT_GRADIENT = ["avg-k", "vanilla-m", "lorkm", "top-k-act", "rand-hash"]
+"""Routers whose selection has no backward by default; the papers count it as if it had one."""
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("router", SPARSE)
+def test_training_flops_of_the_built_model(router: str, recompute: bool, one_rank: None) -> None:
+    shape = dataclasses.replace(SMALL, sparse_layers=2, sffn=sparse(router))
+    full = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    model = build(shape, **(full if recompute else {}))
+    arguments, named = batch(shape)
+    with counted() as counter:
+        model(*arguments, **named, labels=arguments[0]).sum().backward()
+    measured = counter.get_total_flops() / arguments[0].numel()
+    forward, again, bags, noise = accounting.flops_per_token(shape), *uncounted(shape), 0
+    if router == "noisy-top-k":
+        noise = 2 * 2 * shape.hidden_size * shape.sffn.num_blocks
+    convention = accounting.training_flops_per_token(shape, recompute=recompute)
+    passes = 4 if recompute else 3
+    exact = convention + passes * (again - bags + noise)
+    if router in WITHOUT_GRADIENT:
+        scores = forward.router + again
+        if router == "lorkm":
+            # The projection learns through the cells that it meets.
+            scores -= 2 * 2 * shape.hidden_size * 7
+        exact -= 2 * scores
+    assert measured == exact

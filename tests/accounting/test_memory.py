@@ -1,0 +1,242 @@
+"""Weights, gradients and optimizer state against really built ones, and the stages of a layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from megatron_sffn.accounting import ModelShape, memory_per_rank, sparse_pattern
+from megatron_sffn.accounting.activations import Activations
+from megatron_sffn.accounting.memory import RankMemory, memory_of_stage
+from megatron_sffn.accounting.ranks import RankLayout, TrainingSetup
+from megatron_sffn.model import block_spec
+from tests.accounting.models import SMALL, config_of, paper, sparse
+from tests.ranks import run_ranks
+
+PATTERN = (True, False, True, True)
+"""A dense layer among them: stages differ."""
+
+
+def layout(**sizes: Any) -> RankLayout:
+    """A layout with sequence parallelism under TP."""
+    return RankLayout(**sizes, sequence_parallel=sizes.get("tensor", 1) > 1)
+
+
+LAYOUTS = {
+    "one": layout(),
+    "EP2": layout(num_ranks=2, expert=2),
+    "DP4 EP2": layout(num_ranks=4, expert=2),
+    "TP2 folded EP2": layout(num_ranks=2, tensor=2, expert=2),
+    "PP2": layout(num_ranks=2, pipeline=2),
+    "PP2 VP2 EP2": layout(num_ranks=4, pipeline=2, chunks=2, expert=2),
+    "TP2 PP2 ETP2": layout(num_ranks=4, tensor=2, pipeline=2, expert_tensor=2),
+}
+SPARSE_SMALL = dataclasses.replace(SMALL, bias=False, sparse_layers=3, sffn=sparse())
+SHAPES: dict[str, ModelShape] = {
+    "avg-k": SPARSE_SMALL,
+    "switch": dataclasses.replace(
+        SPARSE_SMALL, gated=True, layernorm=False, sffn=sparse("switch", shared_blocks=2)
+    ),
+    "lorkm": dataclasses.replace(
+        SPARSE_SMALL, tied_embeddings=False, qk_layernorm=True, sffn=sparse("lorkm")
+    ),
+}
+
+
+def held(shape: ModelShape, cut: RankLayout, half: bool, distributed: bool) -> dict[str, Any]:
+    """What this rank holds after a step: numbers of weights, bytes of all."""
+    warnings.simplefilter("ignore")
+    dtype = torch.bfloat16 if half else torch.float32
+    config = config_of(
+        shape,
+        dtype,
+        moe_layer_freq=[int(layer) for layer in PATTERN],
+        tensor_model_parallel_size=cut.tensor,
+        sequence_parallel=cut.sequence_parallel,
+        pipeline_model_parallel_size=cut.pipeline,
+        virtual_pipeline_model_parallel_size=cut.chunks if cut.chunks > 1 else None,
+        expert_model_parallel_size=cut.expert,
+        expert_tensor_parallel_size=cut.expert_tensor,
+        batch_p2p_comm=False,
+    )
+    model = GPTModelConfig(
+        transformer=config,
+        transformer_layer_spec=block_spec,
+        vocab_size=shape.padded_vocab_size,
+        seq_length=shape.seq_length,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+    )
+    chunks = GPTModelBuilder(model).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        ddp_config=DistributedDataParallelConfig(
+            use_distributed_optimizer=distributed, grad_reduce_in_fp32=True
+        ),
+        data_parallel_random_init=False,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=1e-3,
+            params_dtype=dtype,
+            bf16=half,
+            use_distributed_optimizer=distributed,
+        ),
+        chunks,
+    )
+    weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    for parameter in weights:
+        parameter.main_grad.fill_(1.0)
+    optimizer.step()
+    return {
+        "stage": parallel_state.get_pipeline_model_parallel_rank(),
+        "parameters": sum(parameter.numel() for parameter in weights),
+        "weights": sum(parameter.nbytes for parameter in weights),
+        "gradients": sum(parameter.main_grad.nbytes for parameter in weights),
+        "optimizer": sum(state_bytes(one, half) for one in optimizer.chained_optimizers),
+    }
+
+
+def state_bytes(optimizer: Any, half: bool) -> int:
+    """Bytes of one optimizer's state, and of its master weights where they are copies."""
+    inner = optimizer.optimizer
+    tensors = [
+        value
+        for state in inner.state.values()
+        for name, value in state.items()
+        if name.startswith("exp_avg")
+    ]
+    if half:
+        tensors += [one for group in inner.param_groups for one in group["params"]]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def all_held(
+    shapes: list[ModelShape], cut: RankLayout, half: bool, distributed: bool
+) -> list[dict[str, Any]]:
+    """`held` of several models in one world."""
+    return [held(shape, cut, half, distributed) for shape in shapes]
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_a_rank_holds(name: str, half: bool, distributed: bool) -> None:
+    cut = LAYOUTS[name]
+    setup = TrainingSetup(
+        number_bytes=2 if half else 4, gradient_bytes=4, distributed_optimizer=distributed
+    )
+    ranks = run_ranks(
+        cut.num_ranks,
+        all_held,
+        list(SHAPES.values()),
+        cut,
+        half,
+        distributed,
+        tensor_model_parallel_size=cut.tensor,
+        pipeline_model_parallel_size=cut.pipeline,
+        virtual_pipeline_model_parallel_size=cut.chunks if cut.chunks > 1 else None,
+        expert_model_parallel_size=cut.expert,
+        expert_tensor_parallel_size=cut.expert_tensor,
+    )
+    for index, shape in enumerate(SHAPES.values()):
+        stages = cut.stages(PATTERN)
+        expected = [memory_of_stage(shape, stage, cut, setup) for stage in stages]
+        for stage, memory in zip(stages, expected, strict=True):
+            found = [rank[index] for rank in ranks if rank[index]["stage"] == stage.index]
+            assert len(found) == cut.num_ranks // cut.pipeline
+            for rank in found:
+                assert rank["parameters"] == memory.parameters
+                assert rank["weights"] == memory.weights
+                assert rank["gradients"] == memory.gradients
+            # Shards of the distributed optimizer are cut from buffers, not from each weight: even
+            # on the whole only.
+            mean = sum(rank["optimizer"] for rank in found) / len(found)
+            assert mean == pytest.approx(memory.optimizer, abs=1)
+            if not distributed:
+                assert {rank["optimizer"] for rank in found} == {memory.optimizer}
+
+
+def at(shape: ModelShape, cut: RankLayout, **setup: Any) -> list[RankMemory]:
+    """Memory of each stage."""
+    training = TrainingSetup(**setup)
+    return [memory_of_stage(shape, stage, cut, training) for stage in cut.stages(PATTERN)]
+
+
+def test_stages_as_megatron_deals_them() -> None:
+    layers = tuple(i % 3 == 0 for i in range(8))
+    cut = RankLayout(num_ranks=2, pipeline=2, chunks=2)
+    first, last = cut.stages(layers)
+    assert first.chunks == (layers[0:2], layers[4:6]) and (first.first, first.last) == (True, False)
+    assert last.chunks == (layers[2:4], layers[6:8]) and (last.first, last.last) == (False, True)
+    uneven = RankLayout(num_ranks=3, pipeline=3, first_layers=1, last_layers=3)
+    assert [stage.layers for stage in uneven.stages(layers)] == [
+        layers[:1],
+        layers[1:5],
+        layers[5:],
+    ]
+
+
+def test_microbatches_in_flight() -> None:
+    cut = RankLayout(num_ranks=4, pipeline=4)
+    stages = cut.stages((False,) * 8)
+    assert [cut.in_flight(stage, 16) for stage in stages] == [4, 3, 2, 1]
+    assert [cut.in_flight(stage, 2) for stage in stages] == [2, 2, 2, 1]
+    # Interleaved: 2 · 3 and 4 for the second chunk wait, one more runs; of chunks half as large.
+    cut = RankLayout(num_ranks=4, pipeline=4, chunks=2)
+    stages = cut.stages((False,) * 8)
+    assert [cut.in_flight(stage, 16) for stage in stages] == [11 / 2, 9 / 2, 7 / 2, 5 / 2]
+
+
+def test_recomputation_keeps_inputs_and_one_layer() -> None:
+    shape, cut = SHAPES["avg-k"], RankLayout()
+    kept = Activations(shape, cut, TrainingSetup())
+    (whole,) = at(shape, cut)
+    layers = 3 * kept.layer(True) + kept.layer(False)
+    ends = kept.embedding() + kept.head()
+    assert whole.activations == ends + layers
+    largest = max(kept.layer(True), kept.layer(False))
+    (full,) = at(shape, cut, recompute="full")
+    assert full.activations == kept.embedding() + 4 * kept.stream() + max(largest, kept.head())
+    (some,) = at(shape, cut, recompute="full", recompute_method="block", recompute_layers=2)
+    assert some.activations == kept.embedding() + 2 * kept.stream() + 2 * kept.layer(True) + max(
+        largest, kept.head()
+    )
+    (scores,) = at(shape, cut, recompute="selective", recompute_modules=("core_attn",))
+    assert scores.activations == layers - 4 * kept.scores() + ends
+    assert scores.scores == 0 and whole.scores == 4 * kept.scores()
+    (blocks,) = at(shape, cut, recompute="selective", recompute_modules=("moe",))
+    assert whole.activations - blocks.activations == pytest.approx(
+        3 * (kept.layer(True) - kept.attention() - kept.scores() - kept.before_mlp())
+        - 3 * kept.stream()
+    )
+
+
+def test_the_fullest_rank_is_found() -> None:
+    shape, cut = SHAPES["lorkm"], RankLayout(num_ranks=2, pipeline=2)
+    first, last = at(shape, cut, num_microbatches=8)
+    assert first.in_flight == 2 and last.in_flight == 1
+    fullest = memory_per_rank(shape, PATTERN, cut, TrainingSetup(num_microbatches=8))
+    assert fullest == max(first, last, key=lambda rank: rank.total)
+
+
+def test_thousands_of_ranks() -> None:
+    shape = paper(block_size=64)
+    pattern = sparse_pattern(shape, [int((i + 1) % 6 == 0) for i in range(24)])
+    setup = TrainingSetup(number_bytes=2, distributed_optimizer=True, rope_width=64)
+    one = memory_per_rank(shape, pattern, RankLayout(), setup)
+    cut = RankLayout(num_ranks=4096, expert=1024)
+    many = memory_per_rank(shape, pattern, cut, setup)
+    # One block of 64 cells a layer instead of 1,024 of them.
+    assert one.parameters - many.parameters == 4 * 1023 * 64 * 2 * 1024
+    cells, rest = 4 * 64 * 2 * 1024, many.parameters - 4 * 64 * 2 * 1024
+    assert many.optimizer == round(12 * (cells / 4 + rest / 4096))

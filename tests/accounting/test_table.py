@@ -1,0 +1,56 @@
+"""The table that a run prints."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_sffn import accounting
+from megatron_sffn.config import Backend, Exchange
+from tests.accounting.models import paper
+
+
+def test_table() -> None:
+    shape = paper(block_size=64)
+    assert (
+        accounting.table(shape, Exchange(expert_parallel_size=4, bytes_per_number=2))
+        == """\
+sparse feed-forward: avg-k, 64 of 1024 blocks of 64 cells (E = 16) in 4 of 24 layers
+  parameters                            857.1 M
+  active parameters                     353.8 M
+  FLOPs per token, forward              916.6 M
+  FLOPs over dense                     +0.924 %
+  sent per token and layer, alltoall    12.7 kB
+    with Megatron's alltoall           196.6 kB
+    with Megatron's allgather           27.6 kB"""
+    )
+    baseline = dataclasses.replace(shape.sffn, backend=Backend.MEGATRON)
+    theirs = accounting.table(
+        dataclasses.replace(shape, sffn=baseline), Exchange(expert_parallel_size=4)
+    )
+    assert "sent" not in theirs and "Megatron's alltoall" in theirs
+    shared = accounting.table(
+        dataclasses.replace(shape, sffn=dataclasses.replace(shape.sffn, shared_blocks=2))
+    )
+    assert shared.startswith(
+        "sparse feed-forward: avg-k, 62 of 1024 blocks of 64 cells and 2 shared (E = 16) in 4 of 24"
+    )
+    assert "sent" not in accounting.table(shape)
+    assert "sent" not in accounting.table(shape, Exchange())
+    dense = accounting.table(accounting.dense_equivalent(shape), Exchange(expert_parallel_size=4))
+    assert dense.splitlines() == [
+        "feed-forward: dense, 4096 cells in 24 layers",
+        "  parameters                  353.8 M",
+        "  active parameters           353.8 M",
+        "  FLOPs per token, forward    908.2 M",
+        "  FLOPs over dense               +0 %",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 "), (999, "999 "), (1000, "1.0 k"), (12_345_678, "12.3 M"), (2.5e15, "2500.0 T")],
+)
+def test_human_numbers(number: float, text: str) -> None:
+    assert accounting.human(number) == text

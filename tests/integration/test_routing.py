@@ -1,0 +1,172 @@
+"""Lines about routing: the same on every layout, and the same after a run was killed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+EP2 = "--expert-model-parallel-size 2"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+PP2 = "--pipeline-model-parallel-size 2"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+RUN = "--num-layers 4 --train-iters 3 --split 90,10,0 --log-interval 2 --save-interval 1000"
+# The second pipeline stage has both sparse layers, the first none. (The loss over the whole step
+# and that of entropy look at the microbatches of all ranks at once: they know the layout.)
+FLAGS = f"""
+    {RUN} --sffn-router switch --sffn-layers 2,3 --moe-z-loss-coeff 0.001
+    --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01
+"""
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "routing.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def on_one_rank(pretrain, tmp_path_factory, on_one_rank_so_far) -> list[dict[str, Any]]:
+    if not on_one_rank_so_far:
+        folder = tmp_path_factory.mktemp("one")
+        pretrain(1, f"{FLAGS} --save {folder}")
+        on_one_rank_so_far.extend(lines(folder))
+    return on_one_rank_so_far
+
+
+@pytest.fixture(scope="module")
+def on_one_rank_so_far() -> list[dict[str, Any]]:
+    return []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, EP2),  # with two data-parallel ranks
+        (4, f"{TP2} {PP2} {EP2}"),
+        (2, f"{TP2} --expert-tensor-parallel-size 2 {FULL}"),
+        (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
+    ],
+    ids=["DP2 EP2", "TP2 PP2 EP2", "TP2 ETP2 full", "PP2 VPP2"],
+)
+def test_lines_are_the_same_on_every_layout(
+    pretrain, tmp_path: Path, on_one_rank, ranks: int, layout: str
+) -> None:
+    pretrain(ranks, f"{FLAGS} {layout} --save {tmp_path}")
+    found = lines(tmp_path)
+    assert len(found) == len(on_one_rank) == 6
+    for line, one in zip(found, on_one_rank, strict=True):
+        assert line.keys() == one.keys()
+        assert line["phase"] == one["phase"]
+        # A near tie may go the other way.
+        loads = line.get("tokens_per_block", [])
+        assert loads == pytest.approx(one.get("tokens_per_block", []), abs=2)
+        numbers = {name: value for name, value in line.items() if name not in NO_NUMBERS}
+        assert numbers == pytest.approx({name: one[name] for name in numbers}, rel=0.01, abs=0.01)
+
+
+NO_NUMBERS = ("phase", "tokens_per_block")
+
+
+def test_what_lines_say(on_one_rank) -> None:
+    heads = [(line["iteration"], line["phase"], line["layer"]) for line in on_one_rank]
+    # Two steps at the interval, the last one at the end, and the evaluation after it.
+    assert heads == [
+        (iteration, phase, layer)
+        for iteration, phase in ((2, "training"), (3, "training"), (3, "evaluation"))
+        for layer in (3, 4)
+    ]
+    for line in on_one_rank:
+        trains = line["phase"] == "training"
+        steps = line["steps"] if trains else 2  # --eval-iters
+        assert line["tokens"] == steps * 8 * 64
+        assert 0.5 < line["load_entropy"] <= 1
+        assert line["load_p50"] <= line["load_p95"] <= line["load_max"] <= 64
+        assert line["dead_share"] == line["dead_blocks"] / 64
+        # 16 of 64 softmax gates, the largest.
+        assert 1 / 64 < line["gate_mean"] < 1 / 16
+        assert line["empty_share"] == 0
+        if trains:
+            assert line["seq_load_balancing_loss"] == pytest.approx(1, abs=0.2)
+            assert line["z_loss"] > 0
+        else:
+            assert sum(line["tokens_per_block"]) == line["tokens"] * 16
+            assert "z_loss" not in line
+
+
+def test_tensorboard_has_them_and_the_progress_line_has_not(pretrain, tmp_path: Path) -> None:
+    flags = f"{FLAGS} --save {tmp_path} --tensorboard-dir {tmp_path / 'events'}"
+    # Megatron's writer is on the last rank, the file on the first.
+    log = pretrain(2, f"{flags} {PP2}")
+    assert "entropy" not in log.text
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    training = [line for line in lines(tmp_path) if line["phase"] == "training"]
+    for name in ("load_entropy", "gate_std", "negative_share", "z_loss"):
+        layers = []
+        for layer in (3, 4):
+            drawn = events.Scalars(f"routing/{name}/layer_{layer}")
+            own = [line for line in training if line["layer"] == layer]
+            assert [one.step for one in drawn] == [line["iteration"] for line in own] == [2, 3]
+            layers.append([line[name] for line in own])
+            assert [one.value for one in drawn] == pytest.approx(layers[-1])
+        means = [sum(values) / 2 for values in zip(*layers, strict=True)]
+        assert [one.value for one in events.Scalars(f"routing/{name}")] == pytest.approx(means)
+    assert "routing/load_balancing_loss" not in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize(
+    ("router", "known"),
+    [
+        ("rand-hash", {"gate_mean": False, "negative_share": False}),
+        ("avg-k", {"gate_mean": False, "negative_share": True}),
+        ("pkm --sffn-block-size 1 --sffn-expansion 8", {"gate_mean": True, "negative_share": True}),
+    ],
+)
+def test_numbers_that_a_router_has_not_are_null(
+    pretrain, tmp_path: Path, router: str, known: dict[str, bool]
+) -> None:
+    flags = "--train-iters 1 --split 90,10,0 --log-interval 9 --eval-iters 1 --save-interval 9"
+    events = tmp_path / "events"
+    pretrain(1, f"{flags} --sffn-router {router} --tensorboard-dir {events} --save {tmp_path}")
+    found = lines(tmp_path)
+    # An interval longer than the run ends with it.
+    assert [line["phase"] for line in found] == ["training"] * 2 + ["evaluation"] * 2
+    for name, is_known in known.items():
+        assert all((line[name] is not None) == is_known for line in found), name
+    tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    assert ("routing/gate_mean" in tags) == known["gate_mean"]
+
+
+def test_a_resumed_run_writes_the_lines_of_an_undisturbed_one(pretrain, tmp_path: Path) -> None:
+    # Saves at 2, 4, 6 are no multiples of the log interval; evaluations at 4 lie between lines.
+    flags = (
+        "--train-iters 6 --split 90,10,0 --log-interval 3 --save-interval 2 --eval-interval 4 "
+        "--eval-iters 1 --sffn-router sigma-moe --sffn-block-dropout 0.1 --sffn-entropy-coeff 1e-3"
+    )
+    pretrain(1, f"{flags} --save {tmp_path / 'whole'}")
+    parts = f"{flags} --save {tmp_path / 'parts'} --load {tmp_path / 'parts'}"
+    pretrain(1, f"{parts} --exit-interval 4")
+    expected = (tmp_path / "whole" / "routing.jsonl").read_text()
+    path = tmp_path / "parts" / "routing.jsonl"
+    # Killed in the middle of step 6's lines.
+    whole = expected.splitlines(keepends=True)
+    path.write_text("".join(line for line in whole if json.loads(line)["iteration"] < 6))
+    with path.open("a") as file:
+        file.write(whole[-1][:50])
+    pretrain(1, parts)
+    assert path.read_text() == expected
+    found = lines(tmp_path / "whole")
+    steps = {(one["iteration"], one["phase"]): one.get("steps") for one in found}
+    assert steps == {
+        (2, "training"): 2,
+        (3, "training"): 1,
+        (4, "training"): 1,
+        (4, "evaluation"): None,
+        (6, "training"): 2,
+        (6, "evaluation"): None,
+    }
+    for line in found:
+        if line["phase"] == "training":
+            assert -math.log(64) <= line["entropy_loss"] < -3

@@ -1,0 +1,75 @@
+"""Files that are never half written, and lines that are read without a half one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sffn.run_files import append_records, read_records, replace_records, write_whole
+
+
+def test_write_whole_makes_folders_and_leaves_no_part(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file.json"
+    write_whole(path, "one\n")
+    write_whole(path, "two\n")
+    assert path.read_text() == "two\n"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("failing", ["write", "replace"])
+def test_write_whole_that_fails_leaves_the_former_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path = tmp_path / "file.json"
+    write_whole(path, "one\n")
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def half(part: Path, text: str) -> None:
+        part.write_bytes(text.encode()[:1])
+        full()
+
+    if failing == "write":
+        monkeypatch.setattr(Path, "write_text", half)
+    else:
+        monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "two\n")
+    assert path.read_text() == "one\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lines_grow_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    assert read_records(path) == []
+    append_records(path, [{"iteration": 1}, {"iteration": 2}])
+    inode = path.stat().st_ino
+    append_records(path, [{"iteration": 3}])
+    assert [one["iteration"] for one in read_records(path)] == [1, 2, 3]
+    assert path.stat().st_ino == inode
+
+
+@pytest.mark.parametrize("cut", range(1, 17))
+def test_a_line_that_a_kill_cut_is_not_read_and_goes_with_the_next_replacement(
+    tmp_path: Path, cut: int
+) -> None:
+    path, whole = tmp_path / "lines.jsonl", '{"iteration": 2}\n'
+    append_records(path, [{"iteration": 1}])
+    with path.open("a") as file:
+        file.write(whole[:cut])
+    assert read_records(path) == [{"iteration": 1}]
+    replace_records(path, lambda record: True, [{"iteration": 3}])
+    assert path.read_text() == '{"iteration": 1}\n{"iteration": 3}\n'
+
+
+def test_replaced_lines_are_dropped_and_new_ones_find_their_place(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    append_records(path, [{"iteration": at, "old": True} for at in (1, 2, 2, 4)])
+    replace_records(path, lambda one: one["iteration"] != 2, [{"iteration": 2, "old": False}])
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(one["iteration"], one["old"]) for one in found] == [(1, True), (2, False), (4, True)]

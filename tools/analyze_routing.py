@@ -1,0 +1,135 @@
+"""Pictures and numbers of how a run routes.
+
+Enters: the folder of a run. Leaves: `index.html` with pictures, `tokens.csv`, `summary.json`.
+The work is in `megatron_sffn/analysis/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from megatron_sffn.errors import ConfigError, run_command
+
+DESCRIPTION = """\
+Show how a run routes: load per block and layer over time, which blocks are chosen together and for
+which tokens, and what changes between checkpoints. Reads RUN/routing.jsonl, and replays the first
+validation tokens through every checkpoint in RUN, in one process, with the run's own command line.
+"""
+
+EXAMPLE = """\
+example:
+  .venv/bin/python tools/analyze_routing.py runs/quickstart/avg-k --tokens 32768 --layers 3 6
+
+example: the data moved; what follows -- is added to the run's command
+  .venv/bin/python tools/analyze_routing.py runs/mine -- --data-path /new/place/text_document
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The tool's flags."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        usage="analyze_routing.py RUN [options] [-- TRAINING FLAGS]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="folder of the run (its --save)")
+    add("--out", type=Path, metavar="DIR", help="for the results (default: RUN/routing)")
+    tokens = "first validation tokens to replay (default: %(default)s)"
+    add("--tokens", type=int, metavar="N", default=16384, help=tokens)
+    add(
+        "--iterations",
+        type=int,
+        metavar="I",
+        nargs="+",
+        help="checkpoints to replay (default: all that are whole)",
+    )
+    add(
+        "--layers",
+        type=int,
+        metavar="L",
+        nargs="+",
+        help="layers to show, counted from 1 (default: all sparse ones)",
+    )
+    top = "most used blocks in matrices and tokens.csv (default: %(default)s)"
+    add("--top", type=int, metavar="B", default=64, help=top)
+    return parser
+
+
+def analyze(args: argparse.Namespace, training_flags: Sequence[str]) -> Path:
+    """Run the tool.
+
+    Args:
+        args: its flags.
+        training_flags: added to the run's command.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: if there is nothing to analyze, or a checkpoint cannot be replayed.
+    """
+    from megatron_sffn.analysis import lines, replay, report
+    from megatron_sffn.analysis.tokens import decoder
+
+    say = partial(print, flush=True)
+    for flag, value in (("--tokens", args.tokens), ("--top", args.top)):
+        if value < 1:
+            raise ConfigError(f"{flag} {value} must be at least 1; give a positive number")
+    known = lines.read_lines(args.run)
+    layers = lines.layers_in(known)
+    for layer in args.layers or []:
+        if layer not in layers:
+            raise ConfigError(
+                f"--layers {layer} is no sparse layer of {args.run}; use some of "
+                f"{', '.join(map(str, layers))}"
+            )
+    layers = sorted(set(args.layers or layers))
+    found = replay.checkpoints(args.run, args.iterations, say)
+    out = args.out or args.run / "routing"
+    player = replay.Replay(
+        run=args.run,
+        folder=out / "recordings",
+        tokens=args.tokens,
+        extra=training_flags,
+        say=say,
+    )
+    recordings = {iteration: player.recording(iteration, of) for iteration, of in found.items()}
+    replay.check_same_tokens(recordings)
+    analysis = report.Analysis(
+        run=args.run,
+        lines=[line for line in known if line["layer"] in layers],
+        recordings=recordings,
+        layers=layers,
+        top=args.top,
+        decode=decoder(found[max(found)], say),
+    )
+    return report.write(analysis, out, say)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool with the arguments of the command line."""
+    # Megatron warns of every accelerator library that is absent; none of them matters here.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    args = build_parser().parse_args(words[:cut])
+
+    from megatron_sffn.platforms import prepare
+
+    prepare()
+    print(f"page: {analyze(args, words[cut + 1 :])}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
