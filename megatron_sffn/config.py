@@ -13,6 +13,7 @@ router, so that a new method changes no existing config (axlearn's rule for conf
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -130,6 +131,8 @@ class RouterConfig:
     """Whether the router reads the input ids."""
     megatron_flags: ClassVar[tuple[str, ...]] = ()
     """Megatron's MoE flags (dest) that act on this router, beside those of every layer."""
+    block_rows: ClassVar[tuple[str, ...]] = ()
+    """Its weights that have a row for every block."""
     balance_coefficient: ClassVar[float] = 0.0
     """Default of `--moe-aux-loss-coeff`."""
     initialization: ClassVar[str] = "megatron"
@@ -174,9 +177,13 @@ class RouterConfig:
         """The router's class, to be called with Megatron's `RouterBuilder` arguments."""
         raise NotImplementedError(f"{type(self).__name__} has no router")
 
+    def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """The router's own weights in one layer: name -> shape."""
+        return {}
+
     def parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
         """Parameters of the router of one layer."""
-        return 0
+        return sum(map(math.prod, self.weights(sffn, hidden_size).values()))
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """Forward FLOPs of the selection per token and layer (one multiply-add is 2).

@@ -118,11 +118,11 @@ def _gates_and_losses(router: ScoredConfig, call: Call) -> int:
     blocks, active = call.sffn.num_blocks, call.sffn.num_active_blocks
     losses = call.losses_of(router)
     count = 0
-    if router.gate_kind != "none":
+    if router.gate != "none":
         count += active * _id_bytes(active, blocks)
-    if router.gate_kind == "softmax":
+    if router.gate == "softmax":
         count += FP32 * blocks
-    of_chosen = router.gate_kind in ("sigmoid", "softmax-chosen")
+    of_chosen = router.gate in ("sigmoid", "softmax-chosen")
     if of_chosen:
         count += FP32 * active
     if of_chosen or "z_loss" in losses:

@@ -72,8 +72,8 @@ def numbers(curves: Mapping[str, Mapping[int, Curve]], path: Path) -> None:
             axes.set_title(title)
             axes.set_xlabel("step")
             axes.set_ylabel(unit)
-            if name == "load_entropy":
-                axes.set_ylim(None, 1.005)
+            if unit.startswith("share"):
+                axes.set_ylim(0, max(1.05 * axes.get_ylim()[1], 0.1))
         handles = [matplotlib.lines.Line2D([], [], color=colours[layer]) for layer in layers]
         if len(layers) > LEGEND:
             handles, layers = [handles[0], handles[-1]], [layers[0], layers[-1]]
@@ -212,16 +212,14 @@ def _figure(
 def _ratios(axes: Any, matrix: Floats, *, least: float, most: float) -> Any:
     """Draw ratios: red above 1, blue below."""
     logs = numpy.log2(numpy.clip(matrix, least, most))
-    image = axes.imshow(
+    return axes.imshow(
         logs,
         cmap="RdBu_r",
         vmin=math.log2(least),
         vmax=math.log2(most),
-        aspect="auto" if matrix.shape[0] != matrix.shape[1] else None,
+        aspect="auto",
         interpolation="nearest",
     )
-    axes.set_aspect("auto")
-    return image
 
 
 def _scale(figure: Figure, image: Any, panels: Sequence[Any], label: str) -> None:

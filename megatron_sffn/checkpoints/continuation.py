@@ -150,19 +150,30 @@ def _differences(
         yield f"--sffn-layers {args.sffn_layers}", f"--sffn-layers {saved.sffn_layers}"
     if 0 in pattern:
         yield from _pairs([_with_value("ffn_hidden_size")], args, saved)
-    numbers = {"--sffn-active-cells": "active_cells", "--sffn-expansion": "expansion"}
+    numbers = {
+        "--sffn-active-cells": "active_cells",
+        "--sffn-expansion": "expansion",
+        "--sffn-shared-blocks": "shared_blocks",
+    }
     for flag, name in numbers.items():
         here, there = getattr(sffn, name), getattr(old, name)
         if here != there:
             yield f"{flag} {here}", f"{flag} {there}"
-    for item in dataclasses.fields(sffn.router):
-        here, there = getattr(sffn.router, item.name), getattr(old.router, item.name)
-        if here != there:
-            flag = item.metadata["flag"]
-            yield _typed(flag, here), _typed(flag, there)
+    yield from _router_differences(sffn, old, training_only=False)
     if (sffn.backend is Backend.MEGATRON) != (old.backend is Backend.MEGATRON):
         # Megatron's experts are stored one by one, ours as tables.
         yield f"--sffn-backend {sffn.backend}", f"--sffn-backend {old.backend}"
+
+
+def _router_differences(
+    sffn: SparseFFNConfig, old: SparseFFNConfig, *, training_only: bool
+) -> Iterator[tuple[str, str]]:
+    """The router's flags that differ: those of the model, or those of its training alone."""
+    for item in dataclasses.fields(sffn.router):
+        here, there = getattr(sffn.router, item.name), getattr(old.router, item.name)
+        if here != there and item.metadata["training_only"] is training_only:
+            flag = item.metadata["flag"]
+            yield _typed(flag, here), _typed(flag, there)
 
 
 def saved_config(saved: Namespace) -> SparseFFNConfig | None:
@@ -172,6 +183,7 @@ def saved_config(saved: Namespace) -> SparseFFNConfig | None:
         saved: its arguments; a router's flag that they lack, because it is newer, has its default.
     """
     defaults = {dest_of(flag): item.default for flag, item in router_flags().items()}
+    defaults |= {"sffn_shared_blocks": 0, "sffn_init": None}
     return sffn_config(Namespace(**{**defaults, **vars(saved)}))
 
 
@@ -213,8 +225,8 @@ def _without_value(dest: str) -> Text:
 
 
 def _typed(flag: str, value: Any) -> str:
-    """A flag as typed, also one that is off."""
-    return f"no {flag}" if value is False else typed(flag, value)
+    """A flag as typed, also one that is off or not given."""
+    return f"no {flag}" if value is False or value is None else typed(flag, value)
 
 
 def _activation(args: Namespace) -> str:
@@ -235,9 +247,9 @@ def _blocks(args: Namespace, saved: Namespace, sffn: SparseFFNConfig | None) -> 
     )
     if sffn.backend is Backend.MEGATRON:
         yield f"{change}, whose experts Megatron stores one by one; use that"
-    elif sffn.router.parameters(sffn, args.hidden_size):
+    elif sffn.router.block_rows or sffn.router.parts_share_gate:
         yield (
-            f"{change}, and --sffn-router {args.sffn_router} has parameters for every block; use "
+            f"{change}, and --sffn-router {args.sffn_router} has a gate of every block; use "
             "that, or cut them anew with tools/convert_checkpoint.py regranulate --load "
             f"{args.load} --save DIR --block-size {sffn.block_size}"
         )
@@ -269,5 +281,10 @@ def _remarks(args: Namespace, saved: Namespace, sffn: SparseFFNConfig | None) ->
             f"block size {saved.sffn_block_size} of the checkpoint -> {sffn.block_size}: same "
             f"memory, other blocks{hashed if sffn.router.needs_token_ids else ''}"
         )
+    if sffn is not None:
+        old = saved_config(saved)
+        assert old is not None, saved.sffn_router
+        for here, there in _router_differences(sffn, old, training_only=True):
+            yield f"{there} of the checkpoint -> {here}: the model is the same"
     if saved.sffn_router == "dense" and "sffn_block_size" not in vars(saved):
         yield "the checkpoint was saved by plain Megatron: it has no --sffn flags to compare"

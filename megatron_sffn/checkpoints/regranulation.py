@@ -5,10 +5,11 @@ change and how, the new arguments, and an account in which every tensor occurs. 
 
 Choices
 - A memory is stored as cells, so another block size cuts nothing: tables stay as they are. Only a
-  gate, which has a row for every block, is cut anew, with the values behind it.
-- With r = g/g' parts of a block, a softmax gate repeats its rows r times. The r parts share the
-  block's probability, p/r each, so the values grow by r: the layer computes the same function.
-  The other way, the rows of r blocks are averaged and the values shrink by r.
+  gate network, which has a row for every block, is cut anew, and the values behind a softmax.
+- With r = g/g' parts of a block, a gate repeats its rows r times. Under a softmax the r parts share
+  the block's probability, p/r each, so the values grow by r; under a sigmoid each part has the
+  block's gate. Either way the layer computes the same function. The other way, the rows of r blocks
+  are averaged, and the values shrink by r.
 - The optimizer's moments follow: a gradient scales inversely to its weight, and r equal rows get a
   part of the gradient each. So there and back again restores them.
 """
@@ -36,17 +37,14 @@ from megatron_sffn.model import layer_pattern
 
 KEY = re.compile(
     r"(?:optimizer\.state\.(?P<state>\w+)\.)?"
-    r"decoder\.layers\.(?P<layer>\d+)\.mlp\.(?P<table>experts\.\w+|router\.\w+)"
+    r"decoder\.layers\.(?P<layer>\d+)\.mlp\.(?P<table>experts\.\w+|router\.[\w.]+)"
 )
 """A tensor of a sparse layer, or the optimizer's state of it."""
 
 ORDER = {"": 0, "fp32_param": 0, "param": 0, "exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2}
 """Optimizer state -> the power of the gradient in it; weights, and copies of them, have none."""
 
-WEIGHT, BIAS = "router.weight", "router.expert_bias"
-
-SOFTMAX_GATES = ("switch",)
-"""Routers (`--sffn-router`) whose gate is a softmax over the rows of `router.weight`."""
+BIAS = "router.balance.expert_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +69,14 @@ class Regranulation:
     def consequence(self) -> str:
         """What the model's loss does, in one sentence."""
         router = self.before.router
-        if self.changes and self.after.block_size < self.before.block_size:
+        if router.block_rows and self.after.block_size < self.before.block_size:
+            shared = "share its probability and the values grow by as much"
             return (
-                f"{router.name}: the parts of a block share its probability and the values grow by "
-                "as much; the layer computes the same function, up to rounding"
+                f"{router.name}: the parts of a block "
+                f"{shared if router.parts_share_gate else 'have its gate'}; the layer computes the "
+                "same function, up to rounding"
             )
-        if self.changes:
+        if router.block_rows:
             return (
                 f"{router.name}: the gate's rows of blocks that join are averaged; the loss "
                 "changes, the less the more alike these blocks were"
@@ -108,7 +108,7 @@ def regranulate(metadata: Metadata, saved: Namespace, block_size: int) -> Regran
         raise ConfigError(
             "--sffn-router dense has no blocks to cut anew; give a checkpoint with sparse layers"
         )
-    after = dataclasses.replace(before, block_size=block_size)
+    after = _other_blocks(before, block_size)
     _check(before, after)
     cut = _Cut(before, after, saved)
     account: Counter[tuple[str, str]] = Counter()
@@ -128,6 +128,19 @@ def regranulate(metadata: Metadata, saved: Namespace, block_size: int) -> Regran
     )
 
 
+def _other_blocks(before: SparseFFNConfig, block_size: int) -> SparseFFNConfig:
+    """The layer with blocks of another size, as many of its cells shared as before."""
+    if not before.shared_blocks:
+        return dataclasses.replace(before, block_size=block_size)
+    if block_size < 1 or before.shared_cells % block_size:
+        raise ConfigError(
+            f"--block-size {block_size} does not divide the {before.shared_cells} cells of the "
+            f"checkpoint's {before.shared_blocks} shared blocks; give one that does"
+        )
+    shared = before.shared_cells // block_size
+    return dataclasses.replace(before, block_size=block_size, shared_blocks=shared)
+
+
 def _check(before: SparseFFNConfig, after: SparseFFNConfig) -> None:
     """There is a rule for this change."""
     old, new = before.block_size, after.block_size
@@ -138,14 +151,7 @@ def _check(before: SparseFFNConfig, after: SparseFFNConfig) -> None:
             "the checkpoint was saved with --sffn-backend megatron, whose experts are stored one "
             "by one, not as a memory of cells; train with another --sffn-backend to cut it anew"
         )
-    if not before.router.parameters(before, 1):
-        return
-    if before.router.name not in SOFTMAX_GATES:
-        raise ConfigError(
-            f"--sffn-router {before.router.name} has parameters for every block, and no rule to "
-            f"cut them anew; keep --sffn-block-size {old}"
-        )
-    if max(old, new) % min(old, new):
+    if before.router.block_rows and max(old, new) % min(old, new):
         raise ConfigError(
             f"--block-size {new} neither divides the checkpoint's {old} nor is a multiple of it, "
             f"so the gate's rows of --sffn-router {before.router.name} cannot be shared out; give "
@@ -158,9 +164,12 @@ def _new_args(saved: Namespace, after: SparseFFNConfig) -> Namespace:
     fields = moe_fields(after)
     fields["num_experts"] = fields.pop("num_moe_experts")
     fields["sffn_block_size"] = after.block_size
+    fields["sffn_shared_blocks"] = after.shared_blocks
     if "sffn_command" in vars(saved):
         # The last one counts.
         again = ["--sffn-block-size", str(after.block_size)]
+        if after.shared_blocks:
+            again += ["--sffn-shared-blocks", str(after.shared_blocks)]
         fields["sffn_command"] = [*saved.sffn_command, *again]
     return Namespace(**{**vars(saved), **fields})
 
@@ -178,14 +187,28 @@ class _Cut:
         self.before, self.after = before, after
         self.width: int = saved.hidden_size
         self.parts = Fraction(before.block_size, after.block_size)
-        self.gated = bool(before.router.parameters(before, saved.hidden_size))
+        router = before.router
+        self.rows = [f"router.{name}" for name in router.block_rows]
+        self.gated = bool(self.rows) or router.parts_share_gate
+        self.shapes = self._shapes(saved)
         pattern = layer_pattern(saved.sffn_layers, saved.num_layers)
         self.sparse = [layer for layer, sparse in enumerate(pattern) if sparse]
-        keys = ["experts.gate_keys"] if saved.swiglu else []
-        self.tables = [*keys, "experts.keys", "experts.values"]
-        self.expected = {(layer, table) for layer in self.sparse for table in self.tables}
-        if self.gated:
-            self.expected |= {(layer, WEIGHT) for layer in self.sparse}
+        self.expected = {
+            (layer, table) for layer in self.sparse for table in self.shapes if table != BIAS
+        }
+
+    def _shapes(self, saved: Namespace) -> dict[str, list[int]]:
+        """Table of a sparse layer -> its shape in the checkpoint."""
+        before, router = self.before, self.before.router
+        key_width = router.key_width(self.width)
+        keys = ["gate_keys", "keys"] if saved.swiglu else ["keys"]
+        weights = router.weights(before, self.width)
+        return {
+            **{f"experts.{name}": [before.num_cells, key_width] for name in keys if key_width},
+            "experts.values": [before.num_cells, self.width],
+            **{f"router.{name}": list(shape) for name, shape in weights.items()},
+            BIAS: [before.num_blocks],
+        }
 
     def of(self, key: str, entry: Any) -> tuple[str, str, Change | None]:
         """Kind, what happens, and how, of one entry.
@@ -211,7 +234,7 @@ class _Cut:
         if state not in ORDER or layer not in self.sparse:
             raise ConfigError(_unknown(key, "is not one that this tool knows"))
         self._check_shape(key, table, list(entry.size))
-        if table.startswith("router."):
+        if table in (*self.rows, BIAS):
             self._check_pieces(key, entry)
         if not state:
             self.expected.discard((layer, table))
@@ -220,15 +243,14 @@ class _Cut:
         return (f"gate {kind}" if table.startswith("router.") else kind), what, change
 
     def _check_shape(self, key: str, table: str, shape: list[int]) -> None:
-        cells, blocks = [self.before.num_cells, self.width], self.before.num_blocks
-        shapes = {name: cells for name in self.tables}
-        if self.gated:
-            shapes |= {WEIGHT: [blocks, self.width], BIAS: [blocks]}
-        if table not in shapes:
+        # What describes a block otherwise, a descriptor of Avg-K's, has no rule.
+        if table not in self.shapes or table.startswith("router.descriptor."):
             raise ConfigError(_unknown(key, "is not one that this tool knows"))
-        if shape != shapes[table]:
+        if shape != self.shapes[table]:
             raise ConfigError(
-                _unknown(key, f"has shape {shape} instead of the {shapes[table]} of its arguments")
+                _unknown(
+                    key, f"has shape {shape} instead of the {self.shapes[table]} of its arguments"
+                )
             )
 
     def _check_pieces(self, key: str, entry: TensorStorageMetadata) -> None:
@@ -242,14 +264,15 @@ class _Cut:
 
     def _change(self, table: str, order: int) -> tuple[str, Change | None]:
         """What happens to a table, and how; `order` as in `ORDER`."""
-        cells = self.before.num_cells
-        if table == "experts.values" and self.gated:
+        cells, shared = self.before.num_cells, self.before.router.parts_share_gate
+        if table == "experts.values" and shared:
             factor = self.parts if order == 0 else self.parts**-order
             change = Change(piece=partial(_scaled, float(factor)), rows=(cells, cells))
             return _times(factor), change
-        if not table.startswith("router."):
+        if table not in (*self.rows, BIAS):
             return "the same", None
-        factor = self.parts ** -(1 if table == BIAS else order)
+        # The bias is in units of the gate.
+        factor = self.parts ** -(int(shared) if table == BIAS else order)
         rows = (self.before.num_blocks, self.after.num_blocks)
         change = Change(piece=partial(_recut, self.parts, float(factor)), rows=rows)
         how = (

@@ -81,9 +81,11 @@ class AvgKConfig(ScoredConfig):
         """See `RouterConfig.build`."""
         return AvgKRouter
 
-    def parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
+    def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """None, but for learned weights of the cells."""
-        return sffn.num_cells if self.descriptor == "learned" else 0
+        if self.descriptor != "learned":
+            return {}
+        return {"descriptor.weight": (sffn.num_blocks, sffn.block_size)}
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """One dot product per block."""

@@ -45,6 +45,8 @@ class LearnedConfig(ScoredConfig):
         "moe_input_jitter_eps",
     )
 
+    block_rows: ClassVar[tuple[str, ...]] = ("weight",)
+
     network: str = flag(
         "--sffn-gate-network",
         default="linear",
@@ -70,11 +72,13 @@ class LearnedConfig(ScoredConfig):
         """Numbers that a block's row of the gate has."""
         return hidden_size if self.network == "linear" else self.network_width or hidden_size
 
-    def parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
-        """See `RouterConfig.parameters`."""
+    def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """See `RouterConfig.weights`."""
         width = self.width(hidden_size)
-        below = 0 if self.network == "linear" else width * hidden_size
-        return sffn.num_blocks * width + below
+        weights: dict[str, tuple[int, ...]] = {"weight": (sffn.num_blocks, width)}
+        if self.network != "linear":
+            weights["hidden"] = (width, hidden_size)
+        return weights
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """Every weight meets every token."""

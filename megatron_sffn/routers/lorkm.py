@@ -37,9 +37,9 @@ class LoRKMConfig(VanillaMConfig):
         """See `RouterConfig.key_width`."""
         return self.rank
 
-    def parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
+    def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """The projection."""
-        return self.rank * hidden_size
+        return {"down": (self.rank, hidden_size)}
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """The projection, and all keys."""

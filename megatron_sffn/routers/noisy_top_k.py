@@ -9,7 +9,7 @@ balance losses (importance and load) are not built; Switch's loss has the same a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ class NoisyTopKConfig(LearnedConfig):
     summary = "learned gate with learned noise in training, softmax over the chosen blocks"
     balance_coefficient = 0.01
     default_gate = "softmax-chosen"
+    block_rows: ClassVar[tuple[str, ...]] = ("weight", "noise_weight")
 
     noise: float = flag(
         "--sffn-noise",
@@ -40,13 +41,13 @@ class NoisyTopKConfig(LearnedConfig):
         """See `RouterConfig.build`."""
         return NoisyTopKRouter
 
-    def parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
-        """The gate network and the weights of the noise."""
-        return super().parameters(sffn, hidden_size) + sffn.num_blocks * hidden_size
+    def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """See `RouterConfig.weights`."""
+        return super().weights(sffn, hidden_size) | {"noise_weight": (sffn.num_blocks, hidden_size)}
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """Without the noise, which an evaluation does not compute."""
-        return 2 * super().parameters(sffn, hidden_size)
+        return super().flops(sffn, hidden_size, gated=gated) - 2 * sffn.num_blocks * hidden_size
 
 
 class NoisyTopKRouter(LearnedRouter):

@@ -74,10 +74,15 @@ class ProductKeysConfig(RouterConfig):
             )
         _check_square(self.name, sffn)
 
-    def parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
+    def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """Queries and sub-keys."""
-        query = hidden_size + (1 if self.query_bias else 0)
-        return self.num_heads * self.key_size * (query + math.isqrt(sffn.num_cells))
+        heads, queries = self.num_heads, self.num_heads * self.key_size
+        bias = {"query_bias": (queries,)} if self.query_bias else {}
+        return {
+            "query": (queries, hidden_size),
+            "subkeys": (heads, 2, math.isqrt(sffn.num_cells), self.key_size // 2),
+            **bias,
+        }
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """Queries, and both halves against their sub-keys; the sums are no products."""

@@ -57,10 +57,10 @@ class ScoredConfig(RouterConfig):
         "--sffn-gate",
         default=None,
         kind=str,
-        choices=("none", "sigmoid", "softmax"),
-        help="factor of a chosen block's output, from its score; by default as the method's paper "
-        "has it (avg-k, vanilla-m, lorkm: none; switch: softmax; sigma-moe: sigmoid), any other "
-        "is an ablation of ours",
+        choices=tuple(GATES),
+        help="factor of a chosen block's output, from its score: none, its sigmoid, its softmax "
+        "over all blocks or over the chosen; by default as the method's paper has it (avg-k, "
+        "vanilla-m, lorkm: none; switch: softmax; sigma-moe: sigmoid), any other is ours",
     )
     entropy_coefficient: float = flag(
         "--sffn-entropy-coeff",
@@ -80,20 +80,20 @@ class ScoredConfig(RouterConfig):
         "in its paper; on other routers ours)",
     )
 
-    @property
-    def gate_kind(self) -> str:
-        """The gate in `GATES`."""
-        return self.gate or self.default_gate
+    def __post_init__(self) -> None:
+        """Fill in the gate, then check."""
+        object.__setattr__(self, "gate", self.gate or self.default_gate)
+        super().__post_init__()
 
     @property
     def gated_output(self) -> bool:
         """See `RouterConfig.gated_output`."""
-        return self.gate_kind != "none"
+        return self.gate != "none"
 
     @property
     def parts_share_gate(self) -> bool:
         """See `RouterConfig.parts_share_gate`."""
-        return self.gate_kind.startswith("softmax")
+        return self.gate in ("softmax", "softmax-chosen")
 
 
 class ScoredRouter(Router):
@@ -136,7 +136,7 @@ class ScoredRouter(Router):
             scores = self.score(x, queries, keys)
         check_finite(scores)
         ids, dropped = self._choose(scores)
-        gates = GATES[self.settings.gate_kind](scores, ids)
+        gates = GATES[str(self.settings.gate)](scores, ids)
         chosen = scores.detach().gather(1, ids)
         if dropped is not None:
             ids = ids.masked_fill(dropped, NO_BLOCK)
@@ -168,7 +168,6 @@ class ScoredRouter(Router):
 
     def preference(self, scores: Tensor) -> Tensor:
         """`[T, B]` what blocks are chosen by: in units of the gate, if a bias is added to it."""
-        kind = self.settings.gate_kind
-        if not self.balance.biased or kind == "none":
+        if not self.balance.biased or not self.settings.gated_output:
             return scores
-        return scores.sigmoid() if kind == "sigmoid" else scores.softmax(dim=-1)
+        return scores.sigmoid() if self.settings.gate == "sigmoid" else scores.softmax(dim=-1)

@@ -76,8 +76,8 @@ def computed(name: str | None, dispatcher: str) -> dict[str, list[dict[str, torc
     cases = [
         without_balance(router, ("moe_token_dispatcher_type", dispatcher)) for router in routers
     ]
-    ranks = run_ranks(world_size, run_all, cases, **sizes)
-    return {router: list(each) for router, each in zip(routers, zip(*ranks), strict=True)}
+    parts = zip(*run_ranks(world_size, run_all, cases, **sizes), strict=True)
+    return {router: list(ranks) for router, ranks in zip(routers, parts, strict=True)}
 
 
 def fits(router: str, name: str | None) -> bool:

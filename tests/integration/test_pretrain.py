@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_sffn.routers import ROUTERS
+from megatron_sffn.routers.avg_k import AvgKRouter
 from tests.integration.conftest import Log
 
 EP2 = "--expert-model-parallel-size 2"
@@ -20,10 +22,23 @@ def test_golden_loss_curve(pretrain, golden, fixed_text: str) -> None:
     golden("loss_avg_k", [round(loss, 4) for loss in log.values("lm loss")], tolerance=0.02)
 
 
+ONE_CELL = "--sffn-block-size 1 --sffn-expansion 8"
+NUMBERS = {
+    "top-k-act": ONE_CELL,
+    "pkm": f"{ONE_CELL} --sffn-product-key-size 16",
+    "pkm-relu": f"{ONE_CELL} --sffn-product-key-size 16",
+    "pkm-ffn": f"{ONE_CELL} --sffn-product-key-size 16",
+    "lorkm": "--sffn-key-rank 16",
+    "sigma-moe": "--sffn-relu --sffn-entropy-coeff 1e-3 --sffn-block-dropout 0.05",
+}
+"""Router -> numbers for which it is defined, or those of its paper."""
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_learns_on_two_ranks(pretrain, router: str) -> None:
-    expert = "" if router == "dense" else EP2
-    log = pretrain(2, f"--train-iters 12 --split 90,10,0 --sffn-router {router} {expert}")
+    flags = f"--sffn-router {router} {NUMBERS.get(router, '')}"
+    flags += "" if router == "dense" else f" {EP2}"
+    log = pretrain(2, f"--train-iters 12 --split 90,10,0 {flags}")
     losses = log.values("lm loss")
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.5
@@ -145,6 +160,20 @@ def test_half_precision(pretrain, precision: str, dispatcher: str) -> None:
     losses = log.values("lm loss")
     assert losses[-1] < losses[0] - 0.5
     assert log.values("number of nan iterations") == [0.0] * 12
+
+
+def test_scores_that_are_no_numbers_name_layer_router_and_step(pretrain, monkeypatch) -> None:
+    calls = []
+
+    def diverging(x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        scores = x @ keys.mean(dim=1).T
+        # 2 layers and 4 microbatches in a step: the second layer's in the third step.
+        return scores / 0 if len(calls) == 18 else scores
+
+    monkeypatch.setattr(AvgKRouter, "score", staticmethod(diverging))
+    with pytest.raises(AssertionError, match=r"step 3, layer 2, router avg-k: \d+ of \d+ scores"):
+        pretrain(1, f"{SHORT}")
 
 
 def test_a_loss_scale_that_overflows_is_lowered_and_the_step_skipped(pretrain) -> None:

@@ -244,7 +244,7 @@ def test_what_becomes_of_a_gate_and_its_values(run, tmp_path: Path) -> None:
         ("", "router.weight", 1),
         (first, "router.weight", 1 / 2),
         (second, "router.weight", 1 / 4),
-        ("", "router.expert_bias", 1 / 2),
+        ("", "router.balance.expert_bias", 1 / 2),
         ("", "experts.values", 2),
         (first, "experts.values", 1 / 2),
         (second, "experts.values", 1 / 4),
@@ -262,8 +262,8 @@ def test_what_becomes_of_a_gate_and_its_values(run, tmp_path: Path) -> None:
     pairs = old[f"optimizer.state.exp_avg_sq.{layer}router.weight"].unflatten(0, (-1, 2))
     name = f"optimizer.state.exp_avg_sq.{layer}router.weight"
     torch.testing.assert_close(joined[name], 2 * pairs.sum(dim=1))
-    pairs = old[f"{layer}router.expert_bias"].unflatten(0, (-1, 2))
-    torch.testing.assert_close(joined[f"{layer}router.expert_bias"], pairs.sum(dim=1))
+    pairs = old[f"{layer}router.balance.expert_bias"].unflatten(0, (-1, 2))
+    torch.testing.assert_close(joined[f"{layer}router.balance.expert_bias"], pairs.sum(dim=1))
 
 
 def test_the_loss_before_and_after(run, tmp_path: Path, capsys) -> None:
@@ -286,13 +286,21 @@ def test_the_loss_before_and_after(run, tmp_path: Path, capsys) -> None:
 LAYER = "decoder.layers.0.mlp."
 
 
+GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "switch": lambda scores: scores.softmax(dim=-1),
+    "sigma-moe": torch.sigmoid,
+    "softmax-after": lambda scores: scores,
+}
+"""Router -> what its scores `[T, B]` become; softmax-after then renormalises over the chosen."""
+
+
 def plan(
     block_size: int, *, g: int = 8, k: int = 24, router: str = "switch", **extra: Any
 ) -> tuple[regranulation.Regranulation, dict[str, TensorStorageMetadata]]:
     """Another block size for a made-up checkpoint of a layer; `extra`: tensor -> shape or None."""
     cells, width = 2 * k, 4
     shapes: dict[str, Any] = {f"experts.{name}": [cells, width] for name in ("keys", "values")}
-    if router == "switch":
+    if router in GATES:
         shapes["router.weight"] = [cells // g, width]
     states = ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
     shapes = {
@@ -315,10 +323,13 @@ def entry(shape: list[int]) -> TensorStorageMetadata:
 
 
 @pytest.mark.parametrize("router_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("router", GATES)
 @pytest.mark.parametrize("parts", [2, 3, 24])
-def test_finer_blocks_compute_the_same_function(parts: int, router_dtype: torch.dtype) -> None:
+def test_finer_blocks_compute_the_same_function(
+    parts: int, router: str, router_dtype: torch.dtype
+) -> None:
     torch.manual_seed(1)
-    done, known = plan(24 // parts, g=24, k=48)
+    done, known = plan(24 // parts, g=24, k=48, router=router)
     tables = {key: torch.randn(known[key].size, dtype=torch.float64) for key in known}
     x = torch.randn(50, 4, dtype=torch.float64)
     outputs = []
@@ -326,8 +337,10 @@ def test_finer_blocks_compute_the_same_function(parts: int, router_dtype: torch.
         if change:
             tables.update({key: done.changes[key].piece(tables[key]) for key in done.changes})
         gate = tables[f"{LAYER}router.weight"]
-        chance = (x @ gate.T).to(router_dtype).softmax(dim=-1).double()
-        gates, ids = chance.topk(48 // g)
+        scores = GATES[router]((x @ gate.T).to(router_dtype)).double()
+        gates, ids = scores.topk(48 // g)
+        if router == "softmax-after":
+            gates = gates.softmax(dim=-1)
         keys, values = (tables[f"{LAYER}experts.{name}"] for name in ("keys", "values"))
         blocks = [table.view(-1, g, 4) for table in (keys, values)]
         outputs.append(block_ffn(x, *blocks, ids, gates, activation="gelu"))
@@ -346,10 +359,10 @@ def test_three_parts_there_and_back() -> None:
 
 
 def test_every_tensor_is_accounted_for() -> None:
-    for router in ("switch", "avg-k", "vanilla-m", "rand-hash"):
+    for router in ("switch", "sigma-moe", "avg-k", "vanilla-m", "rand-hash"):
         done, known = plan(4, router=router)
         assert done.account.total() == len(known)
-        assert bool(done.changes) == (router == "switch")
+        assert bool(done.changes) == (router in GATES)
         assert done.consequence.startswith(f"{router}: ")
     assert "the loss jumps" in done.consequence
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.activation import Activation
-from megatron_sffn.ops.block_ffn import cpu, naive, values as values_alone
+from megatron_sffn.ops.block_ffn import cpu, naive
+from megatron_sffn.ops.block_ffn import values as values_alone
 from megatron_sffn.ops.block_ffn.pairs import Pairs
 
 IMPLEMENTATIONS = {"naive": naive.block_ffn, "cpu": cpu.block_ffn, "auto": cpu.block_ffn}

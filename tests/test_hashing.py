@@ -1,0 +1,82 @@
+"""Choices that follow from names: fixed for ever, even, and the same on every device."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from megatron_sffn.hashing import hashed_subsets, seed_of
+
+
+def test_seeds_are_fixed_for_ever() -> None:
+    # A change of these numbers changes the initial weights of every model.
+    assert seed_of(1234, 1, "router", "weight") == 1509138527
+    assert seed_of(1234, 1) == 4291818746
+
+
+def test_names_have_seeds_of_their_own_that_generators_take_whole() -> None:
+    names = list(itertools.product(range(50), range(50), ("router", "subset")))
+    seeds = {seed_of(*name) for name in names}
+    assert len(seeds) >= len(names) - 1
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert seed_of(1, 23) != seed_of(12, 3)
+    assert seed_of("1", 23) == seed_of(1, "23")
+
+
+def test_subsets_are_fixed_for_ever() -> None:
+    found = hashed_subsets(torch.tensor([0, 1, 50256]), size=256, count=4, key=42)
+    assert found.tolist() == [[32, 77, 154, 233], [19, 41, 177, 187], [47, 59, 72, 184]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 65_536, 65_537])
+def test_subsets_are_distinct_and_in_range(size: int) -> None:
+    for count in {1, min(size, 7), min(size, 64)}:
+        found = hashed_subsets(torch.arange(200), size=size, count=count, key=7)
+        assert found.shape == (200, count) and found.dtype == torch.long
+        assert (found.diff(dim=1) > 0).all(), "ascending, hence distinct"
+        assert found.min() >= 0 and found.max() < size
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 100])
+def test_all_of_them_are_a_permutation(size: int) -> None:
+    found = hashed_subsets(torch.arange(20), size=size, count=size, key=3)
+    assert (found == torch.arange(size)).all()
+
+
+def test_a_name_does_not_depend_on_the_others() -> None:
+    names = torch.tensor([5, 2**40, 7, 0])
+    together = hashed_subsets(names, size=50, count=5, key=1)
+    for index, name in enumerate(names):
+        alone = hashed_subsets(name[None], size=50, count=5, key=1)
+        assert torch.equal(alone[0], together[index])
+    assert hashed_subsets(names[:0], size=50, count=5, key=1).shape == (0, 5)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_number_and_every_pair_comes_up_as_often(count: int) -> None:
+    names, size = 40_000, 10
+    found = hashed_subsets(torch.arange(names), size=size, count=count, key=11)
+    share = count / size
+    counts = torch.bincount(found.flatten(), minlength=size)
+    sigma = (names * share * (1 - share)) ** 0.5
+    assert ((counts - names * share).abs() < 5 * sigma).all(), counts
+    if count == 1:
+        return
+    share = count * (count - 1) / (size * (size - 1))
+    member = torch.zeros(names, size).scatter(1, found, 1.0)
+    together = (member.T @ member)[~torch.eye(size, dtype=torch.bool)]
+    sigma = (names * share * (1 - share)) ** 0.5
+    assert ((together - names * share).abs() < 5 * sigma).all()
+
+
+def test_keys_and_neighbouring_names_make_independent_maps() -> None:
+    names, size = 20_000, 16
+    first, second = (
+        hashed_subsets(torch.arange(names), size=size, count=1, key=key)[:, 0] for key in (1, 2)
+    )
+    for a, b in ((first, second), (first[:-1], first[1:]), (first[:-16], first[16:])):
+        same = (a == b).sum().item()
+        expected = len(a) / size
+        assert abs(same - expected) < 5 * expected**0.5, same

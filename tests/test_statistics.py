@@ -1,0 +1,122 @@
+"""What is counted of a layer's routing, and the entropy of a load."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from megatron_sffn.routers.base import Routing
+from megatron_sffn.statistics import SUMS, RoutingCounter, TrafficCounter, load_entropy
+
+
+@pytest.mark.parametrize(
+    ("tokens", "entropy"),
+    [
+        ([5, 5, 5, 5], 1.0),
+        ([1, 1, 1], 1.0),
+        ([0, 7, 0, 0], 0.0),
+        ([3, 3, 0, 0], 0.5),
+        ([2, 1, 1], 1.5 * math.log(2) / math.log(3)),
+        # One block has nothing to be uneven with.
+        ([9], 1.0),
+        ([0], 1.0),
+        # No tokens, no load: the least even, not an error.
+        ([0, 0, 0], 0.0),
+        ([2**40, 2**40], 1.0),
+    ],
+)
+def test_load_entropy(tokens: list[int], entropy: float) -> None:
+    found = load_entropy(torch.tensor(tokens))
+    assert found == pytest.approx(entropy, abs=1e-12)
+    assert json.dumps(round(found, 6))[0] != "-", "minus zero in a file looks like an error"
+
+
+def test_load_entropy_is_between_its_ends_and_knows_no_order() -> None:
+    torch.manual_seed(0)
+    for _ in range(20):
+        tokens = torch.randint(0, 50, (13,))
+        found = load_entropy(tokens)
+        assert 0 < found < 1
+        assert load_entropy(tokens.flip(0)) == pytest.approx(found)
+        assert load_entropy(tokens * 3) == pytest.approx(found)
+
+
+def named(counter: RoutingCounter) -> tuple[list[int], dict[str, float]]:
+    taken = counter.take()
+    assert taken.load.dtype == torch.long and taken.sums.dtype == torch.float64
+    return taken.load.tolist(), dict(zip(SUMS, taken.sums.tolist(), strict=True))
+
+
+def test_sums_of_a_routing() -> None:
+    counter = RoutingCounter(4)
+    routing = Routing(
+        block_ids=torch.tensor([[0, 1], [1, -1], [3, 1]]),
+        gates=torch.tensor([[0.5, 0.25], [0.125, 100.0], [1.0, 2.0]], requires_grad=True),
+        scores=torch.tensor([[-1.0, 2.0], [0.0, -3.0], [-4.0, 5.0]]),
+    )
+    counter(routing)
+    load, sums = named(counter)
+    assert load == [1, 3, 0, 1]
+    assert sums == {
+        "tokens": 3,
+        # Without that of the empty place.
+        "gates": 3.875,
+        "squared_gates": 0.25 + 0.0625 + 0.015625 + 1 + 4,
+        "negative_scores": 3,
+        "scores": 6,
+        "empty_places": 1,
+    }
+
+
+def test_sums_add_up_until_they_are_taken() -> None:
+    counter = RoutingCounter(3)
+    counter(Routing(block_ids=torch.tensor([[0], [2]])))
+    counter(Routing(block_ids=torch.tensor([[2]]), gates=torch.tensor([[0.5]])))
+    taken = counter.take()
+    assert taken.load.tolist() == [1, 0, 2]
+    assert taken.sums.tolist() == [3, 0.5, 0.25, 0, 0, 0]
+    load, sums = named(counter)
+    assert load == [0, 0, 0] and not any(sums.values())
+    counter(Routing(block_ids=torch.tensor([[1]])))
+    assert taken.load.tolist() == [1, 0, 2], "what was taken is the reader's"
+    assert counter.take().load.tolist() == [0, 1, 0]
+
+
+def test_half_precision_gates_are_summed_in_double() -> None:
+    counter = RoutingCounter(1)
+    gates = torch.full((5000, 1), 1.0, dtype=torch.bfloat16)
+    counter(Routing(block_ids=torch.zeros(5000, 1, dtype=torch.long), gates=gates))
+    counter.bfloat16()  # as Megatron narrows models
+    counter(Routing(block_ids=torch.zeros(333, 1, dtype=torch.long), gates=gates[:333]))
+    load, sums = named(counter)
+    assert load == [5333]
+    assert sums["gates"] == sums["squared_gates"] == sums["tokens"] == 5333
+
+
+@pytest.mark.parametrize("gates", [False, True])
+def test_no_tokens_and_no_places_count_nothing(gates: bool) -> None:
+    counter = RoutingCounter(3)
+    for ids in (torch.zeros(0, 2, dtype=torch.long), torch.full((2, 2), -1)):
+        counter(Routing(block_ids=ids, gates=torch.ones(ids.shape) if gates else None))
+    load, sums = named(counter)
+    assert load == [0, 0, 0]
+    assert sums["tokens"] == 2 and sums["empty_places"] == 4 and sums["gates"] == 0
+
+
+def test_a_checkpoint_does_not_hold_the_counts() -> None:
+    assert RoutingCounter(3).state_dict() == {}
+    assert TrafficCounter().state_dict() == {}
+
+
+def test_traffic_is_counted_in_evaluation_and_taken_once() -> None:
+    counter = TrafficCounter()
+    counter(7, 100)
+    assert counter.take() == (0, 0)
+    counter.eval()
+    counter(7, 100)
+    counter(3, 50)
+    assert counter.take() == (10, 150)
+    assert counter.take() == (0, 0)

@@ -1,0 +1,433 @@
+"""What a model costs, before anything is built: parameters, FLOPs, memory, bytes between ranks.
+
+Enters: the flags of `megatron_sffn.pretrain`, a number of ranks, and what to compare. Leaves: a
+table, JSON or CSV, with a row for each router and block size; a plot. Choices: the flags go through
+the run's own parser, so that what is counted is what would train, and what would be refused is
+refused; all numbers are the closed forms of `megatron_sffn.accounting`, so 4,096 ranks cost as
+little as one. Neither tokenizer nor data is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import logging
+import os
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_sffn.errors import ConfigError, run_command
+
+if TYPE_CHECKING:
+    from megatron_sffn.accounting import ModelShape, RankMemory
+
+DESCRIPTION = """\
+Count what a model costs, without building it: parameters, FLOPs per token, memory of the fullest
+rank, and bytes that a token sends. Beside the options below it takes every flag of
+`python -m megatron_sffn.pretrain` (whose --help lists them), and needs of these the model's sizes
+and --vocab-size (or --padded-vocab-size), since it reads no tokenizer. --micro-batch-size is 1 if
+not given.
+"""
+
+EPILOG = """\
+example: one configuration on 64 ranks
+  .venv/bin/python tools/accounting.py --ranks 64 --num-layers 24 --hidden-size 1024 \\
+      --num-attention-heads 16 --seq-length 2048 --max-position-embeddings 2048 \\
+      --vocab-size 50257 --sffn-layers every:6 --expert-model-parallel-size 8 --bf16
+
+example: which block size, which router (add the flags of the model)
+  .venv/bin/python tools/accounting.py ... --compare-routers dense,avg-k,switch,vanilla-m \\
+      --compare-block-sizes 4096,1024,256,64 --plot costs.png
+
+A row that cannot be trained has dashes, and its reason below the table. docs/accounting.md says
+what each number counts.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The costs of one router and block size; `reason` instead, if it cannot be trained."""
+
+    router: str
+    block_size: int | None
+    reason: str | None = None
+    parameters_total: int | None = None
+    parameters_active: int | None = None
+    flops_forward: int | None = None
+    flops_training: int | None = None
+    over_dense: float | None = None
+    weights: int | None = None
+    gradients: int | None = None
+    optimizer: int | None = None
+    activations: int | None = None
+    attention_scores: int | None = None
+    pipeline_stage: int | None = None
+    microbatches_in_flight: float | None = None
+    dispatcher: str | None = None
+    sent_per_token_and_layer: float | None = None
+
+    @property
+    def state(self) -> int:
+        """Bytes of weights, gradients and optimizer."""
+        assert self.weights is not None and self.gradients is not None
+        assert self.optimizer is not None
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def memory(self) -> int:
+        """Bytes of everything."""
+        assert self.activations is not None
+        return self.state + self.activations
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The tool's own flags."""
+    parser = argparse.ArgumentParser(
+        prog="tools/accounting.py",
+        usage="tools/accounting.py [options] [flags of megatron_sffn.pretrain]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--ranks", type=int, default=1, metavar="N", help="ranks of the run (default: 1)")
+    add(
+        "--compare-routers",
+        metavar="A,B,...",
+        help="a row for each of these --sffn-router values (default: the one that is given)",
+    )
+    add(
+        "--compare-block-sizes",
+        metavar="G,H,...",
+        help="rows for each of these --sffn-block-size values (default: the one that is given)",
+    )
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="whose torch kernels keep activations, and gloo or nccl between ranks (default: what "
+        "this machine has)",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON, with all parts of a number")
+    form.add_argument("--csv", action="store_true", help="print the same as CSV")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="also plot FLOPs over dense and memory against the block size",
+    )
+    return parser
+
+
+def rows_of(options: Namespace, flags: list[str]) -> tuple[list[Row], str]:
+    """All rows, and what they have in common.
+
+    Args:
+        options: the tool's.
+        flags: of the run.
+
+    Raises:
+        ConfigError: if no row can be trained.
+    """
+    from megatron_sffn.routers import ROUTERS
+
+    routers = _listed("--compare-routers", options.compare_routers, str)
+    sizes = _listed("--compare-block-sizes", options.compare_block_sizes, int)
+    unknown = [name for name in routers if name not in ROUTERS]
+    if unknown:
+        raise ConfigError(
+            f"--compare-routers {unknown[0]} is unknown; choose from {', '.join(ROUTERS)}"
+        )
+    rows, common, first = [], "", None
+    for router in routers or [None]:
+        # The dense model has no blocks.
+        for size in (sizes or [None]) if router != "dense" else [None]:
+            words = [] if router is None else ["--sffn-router", router]
+            words += [] if size is None else ["--sffn-block-size", str(size)]
+            try:
+                row, common = row_of([*flags, *words], options)
+            except ConfigError as error:
+                first = first or error
+                row = Row(router=router or "-", block_size=size, reason=str(error))
+            rows.append(row)
+    if first is not None and all(row.reason for row in rows):
+        raise first
+    return rows, common
+
+
+def row_of(flags: list[str], options: Namespace) -> tuple[Row, str]:
+    """Count one configuration.
+
+    Args:
+        flags: of the run.
+        options: the tool's.
+
+    Returns:
+        The row, and the line that says what is counted beside router and block size.
+
+    Raises:
+        ConfigError: if it cannot be trained.
+    """
+    from megatron_sffn import accounting
+    from megatron_sffn.arguments import sffn_config, transformer_config
+    from megatron_sffn.layout import exchange_of
+    from megatron_sffn.ops import Activation
+    from megatron_sffn.traffic import exchanged_bytes_per_token, megatron_bytes_per_token
+
+    args, cuda = parsed(flags, options)
+    sffn = sffn_config(args)
+    activation = Activation.of(transformer_config(args, sffn))
+    shape = accounting.ModelShape.of_args(args, sffn)
+    pattern = accounting.sparse_pattern(shape, args.moe_layer_freq if sffn else None)
+    memory = accounting.memory_per_rank(
+        shape,
+        pattern,
+        accounting.RankLayout.of_args(args),
+        accounting.TrainingSetup.of_args(args, activation=activation.value, cuda=cuda),
+    )
+    dispatcher, sent = None, None
+    if sffn is not None:
+        of_megatron = sffn.backend == "megatron"
+        dispatcher = args.moe_token_dispatcher_type
+        count = megatron_bytes_per_token if of_megatron else exchanged_bytes_per_token
+        known = dispatcher in ("alltoall", "allgather")
+        exchange = exchange_of(args)
+        sent = count(sffn, shape.hidden_size, exchange, dispatcher) if known else None
+        sent = 0.0 if exchange.num_ranks == 1 else sent
+    row = Row(
+        router=args.sffn_router,
+        block_size=None if sffn is None else sffn.block_size,
+        dispatcher=dispatcher,
+        sent_per_token_and_layer=sent,
+        **_counts(shape, recompute=args.recompute_granularity == "full"),
+        **_bytes(memory),
+    )
+    return row, described(args, shape, options, cuda=cuda)
+
+
+def _counts(shape: ModelShape, *, recompute: bool) -> dict[str, Any]:
+    """Parameters and FLOPs, as fields of a row."""
+    from megatron_sffn import accounting
+
+    parameters = accounting.count_parameters(shape)
+    return {
+        "parameters_total": parameters.total,
+        "parameters_active": parameters.active,
+        "flops_forward": accounting.flops_per_token(shape).total,
+        "flops_training": accounting.training_flops_per_token(shape, recompute=recompute),
+        "over_dense": accounting.overhead_over_dense(shape),
+    }
+
+
+def _bytes(memory: RankMemory) -> dict[str, Any]:
+    """Memory, as fields of a row."""
+    return {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+        "attention_scores": memory.scores,
+        "pipeline_stage": memory.stage,
+        "microbatches_in_flight": memory.in_flight,
+    }
+
+
+def parsed(flags: list[str], options: Namespace) -> tuple[Namespace, bool]:
+    """The run's namespace with a padded vocabulary, and whether it is counted for CUDA."""
+    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+
+    from megatron_sffn.arguments import parse
+    from megatron_sffn.platforms import prepare
+    from megatron_sffn.platforms.cpu import is_host
+
+    defaults, _ = prepare()
+    cuda = options.device == "cuda" or (options.device is None and not is_host())
+    defaults = {"micro_batch_size": 1, **defaults}
+    defaults["distributed_backend"] = "nccl" if cuda else "gloo"
+    with as_command(flags, options.ranks):
+        args = parse(defaults)
+        if args.padded_vocab_size is None:
+            if args.vocab_size is None:
+                raise ConfigError(
+                    "--vocab-size is missing, and no tokenizer is read here; give --vocab-size N, "
+                    "or --padded-vocab-size N"
+                )
+            args.padded_vocab_size = vocab_size_with_padding(args.vocab_size, args, False)
+    return args, cuda
+
+
+@contextlib.contextmanager
+def as_command(flags: list[str], ranks: int) -> Iterator[None]:
+    """This process as the first rank of a run, silently."""
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
+    argv, before = sys.argv, {name: os.environ.get(name) for name in world}
+    sys.argv = ["pretrain", *flags]
+    os.environ.update(world)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        sys.argv = argv
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def described(args: Namespace, shape: ModelShape, options: Namespace, *, cuda: bool) -> str:
+    """What all rows have in common: the model, the ranks, the training."""
+    sizes = [
+        f"TP {args.tensor_model_parallel_size}",
+        f"PP {args.pipeline_model_parallel_size}",
+        f"EP {args.expert_model_parallel_size}",
+        f"ETP {args.expert_tensor_parallel_size or 1}",
+        f"DP {args.data_parallel_size}",
+    ]
+    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    cut = "distributed optimizer" if args.use_distributed_optimizer else "whole optimizer"
+    redone = args.recompute_granularity or "no"
+    return "\n".join(
+        [
+            f"model: {shape.num_layers} layers of width {shape.hidden_size}, "
+            f"{shape.sparse_layers} of them sparse, sequences of {shape.seq_length}, "
+            f"vocabulary {shape.padded_vocab_size:,}",
+            f"ranks: {options.ranks:,} = {' · '.join(sizes)}; microbatch of "
+            f"{args.micro_batch_size}, {dtype}, {cut}, {redone} recomputation, torch's "
+            f"{'CUDA' if cuda else 'CPU'} kernels",
+        ]
+    )
+
+
+def _listed(flag: str, text: str | None, kind: type) -> list[Any]:
+    """The values of a comma-separated list."""
+    words = [] if text is None else [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        values = [kind(word) for word in words]
+    except ValueError:
+        values = []
+    if text is not None and not values:
+        example = "4096,1024,256" if kind is int else "avg-k,switch"
+        raise ConfigError(f"{flag} {text} is not a list of values; write for example {example}")
+    return list(dict.fromkeys(values))
+
+
+def table(rows: Sequence[Row], common: str) -> str:
+    """Rows for people."""
+    from megatron_sffn.accounting import human
+
+    head = [
+        ("", "", "parameters", "", "FLOPs per token", "", "over", "bytes on a rank", "", "sent per"),
+        ("router", "g", "total", "active", "forward", "training", "dense", "state", "activations",
+         "token, layer"),
+    ]  # fmt: skip
+    cells = []
+    for row in rows:
+        name = (row.router, "" if row.block_size is None else str(row.block_size))
+        if row.reason is not None:
+            cells.append((*name, *"--------"))
+            continue
+        numbers = (row.parameters_total, row.parameters_active, row.flops_forward)
+        numbers += (row.flops_training,)
+        counts = [human(number or 0).strip() for number in numbers]
+        sizes = [human(number) + "B" for number in (row.state, row.activations or 0)]
+        sent = row.sent_per_token_and_layer
+        over = f"{100 * (row.over_dense or 0):+.3g} %"
+        cells.append((*name, *counts, over, *sizes, "-" if sent is None else human(sent) + "B"))
+    widths = [max(len(line[i]) for line in (*head, *cells)) for i in range(len(head[0]))]
+    lines = [
+        "  ".join(
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (*head, *cells)
+    ]
+    reasons = [
+        f"{row.router}{'' if row.block_size is None else f' {row.block_size}'}: {row.reason}"
+        for row in rows
+        if row.reason is not None
+    ]
+    return "\n".join([common, "", *lines, *([""] if reasons else []), *reasons])
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """FLOPs over dense and memory of a rank, against the block size, a line for each router."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for router in dict.fromkeys(row.router for row in rows):
+        known = [row for row in rows if row.router == router and row.reason is None]
+        if not known:
+            continue
+        known.sort(key=lambda row: row.block_size or 0)
+        memory = [row.memory / 1e9 for row in known]
+        if known[0].block_size is None:
+            right.axhline(memory[0], color="gray", linestyle="--", label=router)
+            continue
+        sizes = [row.block_size for row in known]
+        over = [100 * (row.over_dense or 0) for row in known]
+        left.plot(sizes, over, marker="o", label=router)
+        right.plot(sizes, memory, marker="o", label=router)
+    left.set(ylabel="forward FLOPs over dense, %", xscale="log", yscale="symlog")
+    right.set(ylabel="memory of the fullest rank, GB", xscale="log")
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("block size g")
+        axes.grid(alpha=0.3)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--plot {path} cannot be written ({error}); give a path that ends in .png"
+        ) from error
+    finally:
+        pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool with the arguments of the command line."""
+    # Megatron warns of every accelerator library that is absent; none of them matters here.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    options, flags = build_parser().parse_known_args(argv)
+    if options.ranks < 1:
+        raise ConfigError(f"--ranks {options.ranks} must be at least 1; give a positive number")
+
+    from megatron_sffn.platforms import prepare
+
+    prepare()  # before Megatron is imported
+    rows, common = rows_of(options, flags)
+    records = [dataclasses.asdict(row) for row in rows]
+    if options.json:
+        print(json.dumps(records, indent=2))
+    elif options.csv:
+        writer = csv.DictWriter(sys.stdout, fieldnames=list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+    else:
+        print(table(rows, common))
+    if options.plot is not None:
+        plot(rows, options.plot)
+        print(f"plot: {options.plot}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
