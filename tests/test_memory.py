@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
 
+from megatron_sffn.config import INITIALIZATIONS, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.hashing import seed_of
+from megatron_sffn.layer import SparseFFN
+from megatron_sffn.memory import init_methods
+from megatron_sffn.routers import ROUTERS
 from tests.distributed.engine import whole
 from tests.layers import Case, D, build, draw
 from tests.ranks import run_ranks
@@ -78,3 +85,85 @@ def memory_activation(up: Tensor, swiglu: bool) -> Tensor:
 def test_another_block_size_is_the_same_memory(swiglu: bool) -> None:
     ((fine, coarse),) = run_ranks(1, cut_again, swiglu)
     torch.testing.assert_close(fine, coarse, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("router", ["lorkm", "pkm"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_of_narrow_keys_or_none(router: str, ranks: int) -> None:
+    results = run_ranks(ranks, saved, Case(router=router), expert_model_parallel_size=ranks)
+    assert all(same for *_, same in results)
+    tables = whole([part for found, *_ in results for part in found])
+    ((_, one, _),) = run_ranks(1, saved, Case(router=router))
+    assert {f"layer.{name}" for name in one} == set(tables)
+    assert set(one) == ({"values"} if router == "pkm" else {"keys", "values"})
+    for name, table in one.items():
+        assert torch.equal(tables[f"layer.{name}"], table.flatten(0, 1)), name
+    assert tables["layer.values"].shape[1] == D
+    assert router == "pkm" or tables["layer.keys"].shape == (M, 6)
+
+
+def config_with(initialization: str | None, router: str) -> SparseFFNTransformerConfig:
+    """3 layers of width 20, blocks of 8 cells, 384 in all."""
+    return SparseFFNTransformerConfig(
+        num_layers=3,
+        hidden_size=20,
+        num_attention_heads=1,
+        add_bias_linear=False,
+        init_method_std=0.07,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        sffn=SparseFFNConfig(
+            active_cells=32,
+            block_size=8,
+            expansion=12,
+            router=ROUTERS[router](),
+            initialization=initialization,
+        ),
+    )
+
+
+STDS = {
+    "megatron": (0.07, 0.07 / math.sqrt(2 * 3)),
+    "sigma-moe": (math.sqrt(2 / (3 * 20)), math.sqrt(2 / (3 * 384))),
+    "sigma-moe-block": (math.sqrt(2 / (3 * 20)), math.sqrt(2 / (3 * 8))),
+    "pkm": (0.07, 1 / math.sqrt(20)),
+}
+"""Of keys and of values."""
+
+
+@pytest.mark.parametrize("router", ["avg-k", "sigma-moe"])
+@pytest.mark.parametrize("initialization", [None, *INITIALIZATIONS])
+def test_initial_standard_deviations(initialization: str | None, router: str) -> None:
+    config = config_with(initialization, router)
+    assert set(STDS) == set(INITIALIZATIONS)
+    default = {"avg-k": "megatron", "sigma-moe": "sigma-moe"}[router]
+    torch.manual_seed(0)
+    for draws, std in zip(
+        init_methods(config, config.sffn), STDS[initialization or default], strict=True
+    ):
+        table = torch.empty(200, 200)
+        draws(table)
+        assert table.std().item() == pytest.approx(std, abs=5 * std / math.sqrt(2 * 200**2))
+        assert abs(table.mean().item()) < 5 * std / 200
+
+
+def test_layers_draw_what_their_init_says(one_rank: None) -> None:
+    for initialization, stds in STDS.items():
+        layer = SparseFFN(config_with(initialization, "avg-k"), layer_number=2)
+        for table, std in zip(layer.experts(), stds, strict=True):
+            assert table.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_each_block_draws_from_a_seed_of_its_own(one_rank: None) -> None:
+    config = config_with(None, "avg-k")
+    keys, values = SparseFFN(config, layer_number=2).experts()
+    state = torch.random.get_rng_state()
+    for block in (0, 7, 47):
+        torch.manual_seed((seed_of(config.sffn.seed, 2) + block) % 2**32)
+        for table, draws in zip((keys, values), init_methods(config, config.sffn), strict=True):
+            drawn = torch.empty(8, 20)
+            draws(drawn)
+            assert torch.equal(table[block].detach(), drawn)
+    torch.random.set_rng_state(state)
+    SparseFFN(config, layer_number=2)
+    assert torch.equal(torch.random.get_rng_state(), state), "the caller's generator is left alone"

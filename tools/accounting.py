@@ -21,14 +21,15 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sffn.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
-    from megatron_sffn.accounting import ModelShape, RankMemory
+    from megatron_sffn.accounting import ModelShape
+    from megatron_sffn.accounting.comparison import Costs, Row
+    from megatron_sffn.config import SparseFFNConfig
 
 DESCRIPTION = """\
 Count what a model costs, without building it: parameters, FLOPs per token, memory of the fullest
@@ -53,40 +54,8 @@ what each number counts.
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """The costs of one router and block size; `reason` instead, if it cannot be trained."""
-
-    router: str
-    block_size: int | None
-    reason: str | None = None
-    parameters_total: int | None = None
-    parameters_active: int | None = None
-    flops_forward: int | None = None
-    flops_training: int | None = None
-    over_dense: float | None = None
-    weights: int | None = None
-    gradients: int | None = None
-    optimizer: int | None = None
-    activations: int | None = None
-    attention_scores: int | None = None
-    pipeline_stage: int | None = None
-    microbatches_in_flight: float | None = None
-    dispatcher: str | None = None
-    sent_per_token_and_layer: float | None = None
-
-    @property
-    def state(self) -> int:
-        """Bytes of weights, gradients and optimizer."""
-        assert self.weights is not None and self.gradients is not None
-        assert self.optimizer is not None
-        return self.weights + self.gradients + self.optimizer
-
-    @property
-    def memory(self) -> int:
-        """Bytes of everything."""
-        assert self.activations is not None
-        return self.state + self.activations
+WITHOUT_EXPERTS = ["--expert-model-parallel-size", "1", "--expert-tensor-parallel-size", "1"]
+"""Of the dense model in a comparison: on as many ranks, but there are no blocks to cut."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -130,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def rows_of(options: Namespace, flags: list[str]) -> tuple[list[Row], str]:
-    """All rows, and what they have in common.
+    """All rows, and the lines that say what they have in common.
 
     Args:
         options: the tool's.
@@ -139,6 +108,7 @@ def rows_of(options: Namespace, flags: list[str]) -> tuple[list[Row], str]:
     Raises:
         ConfigError: if no row can be trained.
     """
+    from megatron_sffn.accounting.comparison import Row
     from megatron_sffn.routers import ROUTERS
 
     routers = _listed("--compare-routers", options.compare_routers, str)
@@ -154,13 +124,15 @@ def rows_of(options: Namespace, flags: list[str]) -> tuple[list[Row], str]:
         for size in (sizes or [None]) if router != "dense" else [None]:
             words = [] if router is None else ["--sffn-router", router]
             words += [] if size is None else ["--sffn-block-size", str(size)]
+            words += WITHOUT_EXPERTS if router == "dense" else []
             try:
-                row, common = row_of([*flags, *words], options)
+                row, lines = row_of([*flags, *words], options)
+                common = lines if row.router != "dense" or not common else common
             except ConfigError as error:
                 first = first or error
-                row = Row(router=router or "-", block_size=size, reason=str(error))
+                row = Row(router=router or "given", block_size=size, reason=str(error))
             rows.append(row)
-    if first is not None and all(row.reason for row in rows):
+    if first is not None and all(row.costs is None for row in rows):
         raise first
     return rows, common
 
@@ -173,73 +145,79 @@ def row_of(flags: list[str], options: Namespace) -> tuple[Row, str]:
         options: the tool's.
 
     Returns:
-        The row, and the line that says what is counted beside router and block size.
+        The row, and the lines that say what is counted beside router and block size.
 
     Raises:
         ConfigError: if it cannot be trained.
     """
-    from megatron_sffn import accounting
-    from megatron_sffn.arguments import sffn_config, transformer_config
-    from megatron_sffn.layout import exchange_of
-    from megatron_sffn.ops import Activation
-    from megatron_sffn.traffic import exchanged_bytes_per_token, megatron_bytes_per_token
+    from megatron_sffn.accounting import ModelShape
+    from megatron_sffn.accounting.comparison import Row
+    from megatron_sffn.arguments import sffn_config
 
     args, cuda = parsed(flags, options)
     sffn = sffn_config(args)
-    activation = Activation.of(transformer_config(args, sffn))
-    shape = accounting.ModelShape.of_args(args, sffn)
-    pattern = accounting.sparse_pattern(shape, args.moe_layer_freq if sffn else None)
-    memory = accounting.memory_per_rank(
-        shape,
-        pattern,
-        accounting.RankLayout.of_args(args),
-        accounting.TrainingSetup.of_args(args, activation=activation.value, cuda=cuda),
-    )
-    dispatcher, sent = None, None
-    if sffn is not None:
-        of_megatron = sffn.backend == "megatron"
-        dispatcher = args.moe_token_dispatcher_type
-        count = megatron_bytes_per_token if of_megatron else exchanged_bytes_per_token
-        known = dispatcher in ("alltoall", "allgather")
-        exchange = exchange_of(args)
-        sent = count(sffn, shape.hidden_size, exchange, dispatcher) if known else None
-        sent = 0.0 if exchange.num_ranks == 1 else sent
+    shape = ModelShape.of_args(args, sffn)
     row = Row(
         router=args.sffn_router,
         block_size=None if sffn is None else sffn.block_size,
-        dispatcher=dispatcher,
-        sent_per_token_and_layer=sent,
-        **_counts(shape, recompute=args.recompute_granularity == "full"),
-        **_bytes(memory),
+        costs=costs_of(args, sffn, shape, cuda=cuda),
     )
-    return row, described(args, shape, options, cuda=cuda)
+    return row, described(args, shape, cuda=cuda)
 
 
-def _counts(shape: ModelShape, *, recompute: bool) -> dict[str, Any]:
-    """Parameters and FLOPs, as fields of a row."""
+def costs_of(
+    args: Namespace, sffn: SparseFFNConfig | None, shape: ModelShape, *, cuda: bool
+) -> Costs:
+    """The closed forms, put together."""
     from megatron_sffn import accounting
+    from megatron_sffn.accounting.comparison import Costs
+    from megatron_sffn.arguments import transformer_config
+    from megatron_sffn.ops import Activation
 
+    activation = Activation.of(transformer_config(args, sffn))
     parameters = accounting.count_parameters(shape)
-    return {
-        "parameters_total": parameters.total,
-        "parameters_active": parameters.active,
-        "flops_forward": accounting.flops_per_token(shape).total,
-        "flops_training": accounting.training_flops_per_token(shape, recompute=recompute),
-        "over_dense": accounting.overhead_over_dense(shape),
-    }
+    recompute = args.recompute_granularity == "full"
+    memory = accounting.memory_per_rank(
+        shape,
+        accounting.sparse_pattern(shape, args.moe_layer_freq if sffn else None),
+        accounting.RankLayout.of_args(args),
+        accounting.TrainingSetup.of_args(args, activation=activation.value, cuda=cuda),
+    )
+    return Costs(
+        parameters_total=parameters.total,
+        parameters_active=parameters.active,
+        flops_forward=accounting.flops_per_token(shape).total,
+        flops_training=accounting.training_flops_per_token(shape, recompute=recompute),
+        over_dense=accounting.overhead_over_dense(shape),
+        weights=memory.weights,
+        gradients=memory.gradients,
+        optimizer=memory.optimizer,
+        activations=memory.activations,
+        attention_scores=memory.scores,
+        pipeline_stage=memory.stage,
+        microbatches_in_flight=memory.in_flight,
+        dispatcher=None if sffn is None else args.moe_token_dispatcher_type,
+        sent_per_token_and_layer=None if sffn is None else sent(args, sffn),
+    )
 
 
-def _bytes(memory: RankMemory) -> dict[str, Any]:
-    """Memory, as fields of a row."""
-    return {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "activations": memory.activations,
-        "attention_scores": memory.scores,
-        "pipeline_stage": memory.stage,
-        "microbatches_in_flight": memory.in_flight,
-    }
+def sent(args: Namespace, sffn: SparseFFNConfig) -> float | None:
+    """Bytes that a token sends in the forward of a sparse layer; None if there is no closed form."""
+    from megatron_sffn.layout import exchange_of
+    from megatron_sffn.traffic import (
+        DISPATCHERS,
+        exchanged_bytes_per_token,
+        megatron_bytes_per_token,
+    )
+
+    exchange, dispatcher = exchange_of(args), args.moe_token_dispatcher_type
+    if exchange.num_ranks == 1:
+        return 0.0
+    if dispatcher not in DISPATCHERS:
+        return None
+    of_megatron = sffn.backend == "megatron"
+    count = megatron_bytes_per_token if of_megatron else exchanged_bytes_per_token
+    return count(sffn, args.hidden_size, exchange, dispatcher)
 
 
 def parsed(flags: list[str], options: Namespace) -> tuple[Namespace, bool]:
@@ -285,7 +263,7 @@ def as_command(flags: list[str], ranks: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def described(args: Namespace, shape: ModelShape, options: Namespace, *, cuda: bool) -> str:
+def described(args: Namespace, shape: ModelShape, *, cuda: bool) -> str:
     """What all rows have in common: the model, the ranks, the training."""
     sizes = [
         f"TP {args.tensor_model_parallel_size}",
@@ -302,7 +280,7 @@ def described(args: Namespace, shape: ModelShape, options: Namespace, *, cuda: b
             f"model: {shape.num_layers} layers of width {shape.hidden_size}, "
             f"{shape.sparse_layers} of them sparse, sequences of {shape.seq_length}, "
             f"vocabulary {shape.padded_vocab_size:,}",
-            f"ranks: {options.ranks:,} = {' · '.join(sizes)}; microbatch of "
+            f"ranks: {args.world_size:,} = {' · '.join(sizes)}; microbatch of "
             f"{args.micro_batch_size}, {dtype}, {cut}, {redone} recomputation, torch's "
             f"{'CUDA' if cuda else 'CPU'} kernels",
         ]
@@ -322,82 +300,11 @@ def _listed(flag: str, text: str | None, kind: type) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def table(rows: Sequence[Row], common: str) -> str:
-    """Rows for people."""
-    from megatron_sffn.accounting import human
-
-    head = [
-        ("", "", "parameters", "", "FLOPs per token", "", "over", "bytes on a rank", "", "sent per"),
-        ("router", "g", "total", "active", "forward", "training", "dense", "state", "activations",
-         "token, layer"),
-    ]  # fmt: skip
-    cells = []
-    for row in rows:
-        name = (row.router, "" if row.block_size is None else str(row.block_size))
-        if row.reason is not None:
-            cells.append((*name, *"--------"))
-            continue
-        numbers = (row.parameters_total, row.parameters_active, row.flops_forward)
-        numbers += (row.flops_training,)
-        counts = [human(number or 0).strip() for number in numbers]
-        sizes = [human(number) + "B" for number in (row.state, row.activations or 0)]
-        sent = row.sent_per_token_and_layer
-        over = f"{100 * (row.over_dense or 0):+.3g} %"
-        cells.append((*name, *counts, over, *sizes, "-" if sent is None else human(sent) + "B"))
-    widths = [max(len(line[i]) for line in (*head, *cells)) for i in range(len(head[0]))]
-    lines = [
-        "  ".join(
-            text.ljust(width) if i == 0 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (*head, *cells)
-    ]
-    reasons = [
-        f"{row.router}{'' if row.block_size is None else f' {row.block_size}'}: {row.reason}"
-        for row in rows
-        if row.reason is not None
-    ]
-    return "\n".join([common, "", *lines, *([""] if reasons else []), *reasons])
-
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """FLOPs over dense and memory of a rank, against the block size, a line for each router."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for router in dict.fromkeys(row.router for row in rows):
-        known = [row for row in rows if row.router == router and row.reason is None]
-        if not known:
-            continue
-        known.sort(key=lambda row: row.block_size or 0)
-        memory = [row.memory / 1e9 for row in known]
-        if known[0].block_size is None:
-            right.axhline(memory[0], color="gray", linestyle="--", label=router)
-            continue
-        sizes = [row.block_size for row in known]
-        over = [100 * (row.over_dense or 0) for row in known]
-        left.plot(sizes, over, marker="o", label=router)
-        right.plot(sizes, memory, marker="o", label=router)
-    left.set(ylabel="forward FLOPs over dense, %", xscale="log", yscale="symlog")
-    right.set(ylabel="memory of the fullest rank, GB", xscale="log")
-    right.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("block size g")
-        axes.grid(alpha=0.3)
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--plot {path} cannot be written ({error}); give a path that ends in .png"
-        ) from error
-    finally:
-        pyplot.close(figure)
+def record(row: Row) -> dict[str, Any]:
+    """A row as one flat record."""
+    fields = dataclasses.asdict(row)
+    costs = fields.pop("costs") or {}
+    return {**fields, **costs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -413,16 +320,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_sffn.platforms import prepare
 
     prepare()  # before Megatron is imported
+    from megatron_sffn.accounting.comparison import comparison, plot
+
     rows, common = rows_of(options, flags)
-    records = [dataclasses.asdict(row) for row in rows]
+    records = [record(row) for row in rows]
     if options.json:
         print(json.dumps(records, indent=2))
     elif options.csv:
-        writer = csv.DictWriter(sys.stdout, fieldnames=list(records[0]))
+        names = list(dict.fromkeys(name for one in records for name in one))
+        writer = csv.DictWriter(sys.stdout, fieldnames=names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
     else:
-        print(table(rows, common))
+        print(common, comparison(rows), sep="\n\n")
     if options.plot is not None:
         plot(rows, options.plot)
         print(f"plot: {options.plot}", file=sys.stderr)

@@ -112,7 +112,7 @@ def mean_of_pairs(matrix: Floats) -> float | None:
 
 
 def kept(before: Ints, after: Ints, num_blocks: int) -> float:
-    """Share of a token's blocks that it still has.
+    """Share of a token's blocks that it still has; a block of two heads counts once.
 
     Args:
         before: `[T, K]`.
@@ -126,16 +126,19 @@ def kept(before: Ints, after: Ints, num_blocks: int) -> float:
     return both / max(former, 1)
 
 
-def kept_by_chance(before: Ints, after: Ints, num_tokens: int) -> float:
-    """What `kept` would be if blocks of these loads were chosen independently.
+def kept_by_chance(before: Ints, after: Ints, num_blocks: int) -> float:
+    """What `kept` would be if tokens chose independently, each block as often as they do.
 
     Args:
-        before: `[B]` load.
-        after: `[B]` load.
-        num_tokens: T.
+        before: `[T, K]`.
+        after: `[T, K]`.
+        num_blocks: B.
     """
-    product = float((before.astype(numpy.float64) * after).sum())
-    return product / max(float(before.sum()) * num_tokens, 1.0)
+    former, latter = (
+        sum(part.sum(axis=0, dtype=numpy.float64) for part in _maps(blocks, num_blocks))
+        for blocks in (before, after)
+    )
+    return float((former * latter).sum() / max(float(numpy.sum(former)) * len(before), 1.0))
 
 
 def _maps(blocks: Ints, num_blocks: int) -> Iterator[NDArray[numpy.bool_]]:

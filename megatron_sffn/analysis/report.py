@@ -224,8 +224,7 @@ def _drift(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) 
         shared = [measures.kept(before, blocks[-1], num_blocks) for before in blocks[:-1]]
         to_next[layer] = Curve(steps=tuple(steps[1:]), values=tuple(kept))
         to_last[layer] = Curve(steps=tuple(steps[:-1]), values=tuple(shared))
-        load, before = (measures.load_of(each, num_blocks) for each in (blocks[-1], blocks[-2]))
-        chance[layer] = measures.kept_by_chance(before, load, len(blocks[-1]))
+        chance[layer] = measures.kept_by_chance(blocks[-2], blocks[-1], num_blocks)
         layers[layer]["kept"] = dict(zip(map(str, steps[1:]), kept, strict=True))
         layers[layer]["kept_by_chance"] = chance[layer]
     charts.drift(to_last, to_next, chance, folder / "drift.png")

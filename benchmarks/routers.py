@@ -1,0 +1,212 @@
+"""Which router, at which block size: pretraining runs of equal active cells, several seeds each.
+
+Enters: the data sets of a quick start (`--quickstart FOLDER`, made by `make quickstart`). Leaves: a
+folder per run, and a table of held-out perplexity (mean and standard deviation over seeds), FLOPs,
+throughput, and blocks that no held-out token used.
+
+Choices
+- The quick start's model and schedule, one rank each; only the feed-forward layer differs. Nothing
+  is tuned for a router: what differs is the selection.
+- Methods of single cells have no blocks of 64: they run once, at g = 1.
+- A finished run is not repeated, so that the command continues where it was; only summaries are
+  kept, not checkpoints. With `--jobs` runs share the machine: their throughput is then a ratio of
+  what they had, not of what the machine can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.quickstart.runs import COMMON
+from megatron_sffn.errors import ConfigError, run_command
+
+SINGLE_CELLS = ("top-k-act", "pkm", "pkm-relu", "pkm-ffn")
+"""Routers that are defined for blocks of one cell only."""
+PAPERS = {
+    "sigma-moe": "--sffn-entropy-coeff 1e-3",
+    "softmax-before": "--sffn-entropy-coeff 1e-3",
+    "softmax-after": "--sffn-entropy-coeff 1e-3",
+}
+"""Router -> the regularisation that its paper trains it with."""
+EXPANSION, BLOCK_SIZES = 16, (64, 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run.
+
+    Args:
+        router: name.
+        block_size: g.
+        seed: of weights and the order of the data.
+    """
+
+    router: str
+    block_size: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.router}-g{self.block_size}-seed{self.seed}"
+
+    @property
+    def flags(self) -> str:
+        """Of the feed-forward layer."""
+        if self.router == "dense":
+            return "--sffn-router dense"
+        return (
+            f"--sffn-router {self.router} --sffn-block-size {self.block_size} "
+            f"--sffn-expansion {EXPANSION} {PAPERS.get(self.router, '')}"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not done, then print the table."""
+    args = _parse(argv)
+    jobs = [
+        Job(router=router, block_size=g, seed=seed)
+        for seed in args.seeds
+        for router in args.routers
+        for g in _block_sizes(router)
+    ]
+    todo = [job for job in jobs if _result(args.output / job.name, args.train_iters) is None]
+    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = pool.map(lambda job: _run(job, args), todo)
+        for number, (job, failed) in enumerate(zip(todo, runs, strict=True), start=1):
+            left = (time.monotonic() - start) / number * (len(todo) - number)
+            state = f"failed, see {args.output / job.name}.log" if failed else "done"
+            print(
+                f"{number}/{len(todo)} {job.name} {state}, {left / 60:.0f} minutes left",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(table(jobs, args.output, args.train_iters))
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    # Megatron's remarks on accelerator libraries that are absent.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    from megatron_sffn.routers import ROUTERS
+
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.routers", description=__doc__.partition("\n")[0] if __doc__ else None
+    )
+    add = parser.add_argument
+    add("--quickstart", type=Path, default=Path("runs/quickstart"), help="folder with its data/")
+    add("--output", type=Path, default=Path("runs/routers"), help="folder of the runs")
+    add("--routers", nargs="+", default=list(ROUTERS), choices=list(ROUTERS))
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    add("--train-iters", type=int, default=150, help="steps of 2,048 tokens")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each")
+    args = parser.parse_args(argv)
+    if not (args.quickstart / "data" / "complete.json").is_file():
+        raise ConfigError(
+            f"--quickstart {args.quickstart} has no finished data sets; run make quickstart first"
+        )
+    return args
+
+
+def _block_sizes(router: str) -> tuple[int, ...]:
+    if router in SINGLE_CELLS:
+        return (1,)
+    return BLOCK_SIZES[:1] if router == "dense" else BLOCK_SIZES
+
+
+def _run(job: Job, args: argparse.Namespace) -> bool:
+    """Train one; whether it failed."""
+    folder, data = (args.output / job.name).resolve(), (args.quickstart / "data").resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    flags = [job.flags, *COMMON]
+    flags += [
+        f"--train-iters {args.train_iters} --eval-interval {args.train_iters} --seed {job.seed}",
+        "--tokenizer-type HuggingFaceTokenizer",
+        # The last one counts: nothing is saved on the way.
+        "--save-interval 1000000",
+    ]
+    paths = {
+        "--tokenizer-model": data / "tokenizer",
+        "--train-data-path": data / "train_text_document",
+        "--valid-data-path": data / "valid_text_document",
+        "--data-cache-path": args.output.resolve() / "cache",
+        "--save": folder,
+    }
+    command = [sys.executable, "-m", "megatron_sffn.pretrain", *" ".join(flags).split()]
+    command += [word for flag, path in paths.items() for word in (flag, str(path))]
+    log = args.output / f"{job.name}.log"
+    with log.open("w") as out:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        code = subprocess.run(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False
+        ).returncode
+    for checkpoint in folder.glob("iter_*"):
+        shutil.rmtree(checkpoint)
+    return code != 0
+
+
+def _result(folder: Path, train_iters: int) -> dict[str, Any] | None:
+    """What a finished run left; None if it has not finished."""
+    try:
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if summary["iterations"] != train_iters:
+        return None
+    path = folder / "routing.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    last = [line["tokens_per_block"] for line in lines if "tokens_per_block" in line]
+    last = last[
+        -sum("tokens_per_block" in line and line["iteration"] == train_iters for line in lines) :
+    ]
+    blocks = [tokens for layer in last for tokens in layer]
+    summary["dead_share"] = blocks.count(0) / len(blocks) if blocks else None
+    return summary
+
+
+def table(jobs: list[Job], output: Path, train_iters: int) -> str:
+    """A line for every router and block size of which all seeds are done."""
+    lines = [
+        f"{'router':<15} {'g':>4} {'perplexity':>15} {'seeds':>5} {'MFLOPs/token':>12} "
+        f"{'parameters':>10} {'tokens/s':>8} {'dead':>6}"
+    ]
+    rows = []
+    for router, g in dict.fromkeys((job.router, job.block_size) for job in jobs):
+        seeds = [job for job in jobs if (job.router, job.block_size) == (router, g)]
+        found = [_result(output / job.name, train_iters) for job in seeds]
+        done = [summary for summary in found if summary is not None]
+        if not done:
+            continue
+        values = [summary["validation_perplexity"] for summary in done]
+        mean, spread = statistics.mean(values), statistics.stdev(values) if len(done) > 1 else 0.0
+        dead = [summary["dead_share"] for summary in done if summary["dead_share"] is not None]
+        rate = statistics.median(summary["tokens_per_second"] for summary in done)
+        first = done[0]
+        text = (
+            f"{router:<15} {'' if router == 'dense' else g:>4} {mean:>8.1f} ± {spread:<4.1f} "
+            f"{len(done):>5} {first['flops_per_token'] / 1e6:>12.2f} "
+            f"{first['parameters_total'] / 1e6:>8.1f} M {rate:>8.0f} "
+            f"{f'{100 * statistics.mean(dead):.1f} %' if dead else '':>6}"
+        )
+        rows.append((mean, text))
+    return "\n".join(lines + [text for _, text in sorted(rows)])
+
+
+if __name__ == "__main__":
+    run_command(main)

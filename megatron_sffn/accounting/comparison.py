@@ -1,0 +1,171 @@
+"""Costs of several configurations side by side: a table for people, and a plot.
+
+Enters: a `Row` for each router and block size. Leaves: text, or a PNG file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+from megatron_sffn.accounting.table import human
+from megatron_sffn.errors import ConfigError
+
+HEADER = (
+    ("", "", "parameters", "", "FLOPs per token", "", "over", "bytes on a rank", "", "sent per"),
+    ("router", "g", "total", "active", "forward", "training", "dense", "state", "activations")
+    + ("token, layer",),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What one configuration costs.
+
+    Args:
+        parameters_total: of the model.
+        parameters_active: with K instead of B blocks in each sparse layer.
+        flops_forward: per token.
+        flops_training: per token.
+        over_dense: forward FLOPs over those of the dense model, minus 1.
+        weights: bytes on the fullest rank.
+        gradients: bytes there.
+        optimizer: bytes there.
+        activations: bytes there.
+        attention_scores: of the activations, bytes of the attention's `s²` scores.
+        pipeline_stage: of the fullest rank, from 0.
+        microbatches_in_flight: there.
+        dispatcher: how tokens travel; None for a dense model.
+        sent_per_token_and_layer: bytes of a sparse layer's forward; None for a dense model.
+    """
+
+    parameters_total: int
+    parameters_active: int
+    flops_forward: int
+    flops_training: int
+    over_dense: float
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    attention_scores: int
+    pipeline_stage: int
+    microbatches_in_flight: float
+    dispatcher: str | None
+    sent_per_token_and_layer: float | None
+
+    @property
+    def state(self) -> int:
+        """Bytes of weights, gradients and optimizer."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def memory(self) -> int:
+        """Bytes of everything on the fullest rank."""
+        return self.state + self.activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One router and block size with its costs, or the reason why it cannot be trained.
+
+    Args:
+        router: name.
+        block_size: g; None for a dense model.
+        costs: None if there is a reason.
+        reason: a sentence.
+    """
+
+    router: str
+    block_size: int | None
+    costs: Costs | None = None
+    reason: str | None = None
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """The first two cells."""
+        return self.router, "" if self.block_size is None else str(self.block_size)
+
+
+def comparison(rows: Sequence[Row]) -> str:
+    """The table, and below it the reasons."""
+    lines = [*HEADER, *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    reasons = [f"{' '.join(row.name).strip()}: {row.reason}" for row in rows if row.reason]
+    return "\n".join([*text, *([""] if reasons else []), *reasons])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """A line of the table."""
+    if row.costs is None:
+        return (*row.name, *"--------")
+    costs, sent = row.costs, row.costs.sent_per_token_and_layer
+    counts = (costs.parameters_total, costs.parameters_active)
+    flops = (costs.flops_forward, costs.flops_training)
+    return (
+        *row.name,
+        *(human(number).strip() for number in (*counts, *flops)),
+        f"{100 * costs.over_dense:+.3g} %",
+        f"{human(costs.state)}B",
+        f"{human(costs.activations)}B",
+        "-" if sent is None else f"{human(sent)}B",
+    )
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """FLOPs over dense and memory of a rank, against the block size, a line for each router.
+
+    Args:
+        rows: those without costs are left out.
+        path: of the PNG file.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    known = [(row, row.costs) for row in rows if row.costs is not None]
+    markers = cycle("osD^vPX*")
+    for router in dict.fromkeys(row.router for row, _ in known):
+        own = [(row.block_size or 0, costs) for row, costs in known if row.router == router]
+        own.sort(key=lambda pair: pair[0])
+        sizes = [size for size, _ in own]
+        memory = [costs.memory / 1e9 for _, costs in own]
+        if not sizes[0]:
+            right.axhline(memory[0], color="gray", linestyle="--", label=router)
+            continue
+        style = {"marker": next(markers), "alpha": 0.8, "fillstyle": "none"}
+        left.plot(sizes, [100 * costs.over_dense for _, costs in own], **style)
+        right.plot(sizes, memory, label=router, **style)
+    left.set_yscale("symlog", linthresh=0.01)
+    left.set_ylabel("forward FLOPs over dense, %")
+    right.set_ylabel("memory of the fullest rank, GB")
+    right.set_ylim(0, 1.1 * max((costs.memory / 1e9 for _, costs in known), default=1))
+    ticks = sorted({row.block_size for row, _ in known if row.block_size})
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(size) for size in ticks])
+        axes.set_xlabel("block size g")
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--plot {path} cannot be written ({error}); give a path that ends in .png"
+        ) from error
+    finally:
+        pyplot.close(figure)
