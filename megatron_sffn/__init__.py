@@ -17,9 +17,12 @@ The path of one token, file by file:
     dispatch.py       dispatch: to the ranks that hold them, once each, and back   -> Plan
     memory.py         the tables of keys and values that the blocks are made of
     ops/              compute: f(x Kᵀ) V of the chosen blocks
-    balance.py        how evenly the blocks were used
-    results.py        summary.json and routing.jsonl
-    accounting.py     what all of it costs, in closed form
+    balance.py        losses and a bias that keep the blocks evenly used
+    statistics.py     how they were used: counts of every layer
+    routing_log.py    routing.jsonl, TensorBoard, W&B
+    results.py        summary.json
+    recording.py      which blocks which tokens chose, for analysis/, which draws it
+    accounting/       what all of it costs, in closed form
     traffic.py        and what it sends between ranks
 """
 

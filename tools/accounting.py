@@ -22,7 +22,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_sffn.errors import ConfigError, run_command
 
@@ -202,7 +202,7 @@ def costs_of(
 
 
 def sent(args: Namespace, sffn: SparseFFNConfig) -> float | None:
-    """Bytes that a token sends in the forward of a sparse layer; None if there is no closed form."""
+    """Bytes that a token sends in the forward of a sparse layer; None if no formula is known."""
     from megatron_sffn.layout import exchange_of
     from megatron_sffn.traffic import (
         DISPATCHERS,
@@ -300,6 +300,11 @@ def _listed(flag: str, text: str | None, kind: type) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
+def _reject(message: str) -> NoReturn:
+    """Argparse's complaint as ours."""
+    raise ConfigError(f"{message}; --help lists every option")
+
+
 def record(row: Row) -> dict[str, Any]:
     """A row as one flat record."""
     fields = dataclasses.asdict(row)
@@ -313,7 +318,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    options, flags = build_parser().parse_known_args(argv)
+    parser = build_parser()
+    parser.error = _reject  # type: ignore[method-assign]
+    options, flags = parser.parse_known_args(argv)
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} must be at least 1; give a positive number")
 

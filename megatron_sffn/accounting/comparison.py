@@ -13,11 +13,19 @@ from pathlib import Path
 from megatron_sffn.accounting.table import human
 from megatron_sffn.errors import ConfigError
 
-HEADER = (
-    ("", "", "parameters", "", "FLOPs per token", "", "over", "bytes on a rank", "", "sent per"),
-    ("router", "g", "total", "active", "forward", "training", "dense", "state", "activations")
-    + ("token, layer",),
+COLUMNS = (
+    ("", "router"),
+    ("", "g"),
+    ("total", "params"),
+    ("active", "params"),
+    ("forward", "FLOPs"),
+    ("training", "FLOPs"),
+    ("over", "dense"),
+    ("state", "a rank"),
+    ("activations", "a rank"),
+    ("sent a token", "and layer"),
 )
+"""Two lines of header, column by column."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +99,7 @@ class Row:
 
 def comparison(rows: Sequence[Row]) -> str:
     """The table, and below it the reasons."""
-    lines = [*HEADER, *map(_cells, rows)]
+    lines = [*zip(*COLUMNS, strict=True), *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join(
@@ -165,7 +173,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--plot {path} cannot be written ({error}); give a path that ends in .png"
+            f"--plot {path} cannot be written ({error}); give a path in a folder that is "
+            "there, and that ends in .png"
         ) from error
     finally:
         pyplot.close(figure)

@@ -26,6 +26,8 @@ from megatron_sffn.routers.vanilla_m import KeyTableConfig
 FP32 = 4
 """Scores are in fp32 whatever the model is."""
 INT64 = 8
+BALANCE = {"aux_loss", "seq_aux_loss", "global_aux_loss"}
+"""Losses of the blocks' frequencies."""
 KEY_COPIES = {"subset": 0, "learned": 1, "norm-weighted": 2}
 """Descriptors of weighted keys -> fp32 copies of half-precision keys that they keep."""
 
@@ -97,8 +99,10 @@ def _(router: ScoredConfig, call: Call) -> Kept:
     scores = _scores(router, call)
     bytes_ = scores.bytes + call.tokens * _gates_and_losses(router, call)
     losses = call.losses_of(router)
-    # Of each loss that weighs blocks, their frequencies; and the sum of all losses.
-    bytes_ += FP32 * (len(losses - {"z_loss"}) * call.sffn.num_blocks + bool(losses))
+    # Of each loss numbers of the blocks: their frequencies; for the entropy its three factors. And
+    # the sum of all losses.
+    per_block = len(losses & BALANCE) + (3 if "entropy_loss" in losses else 0)
+    bytes_ += FP32 * (per_block * call.sffn.num_blocks + bool(losses))
     return Kept(bytes=bytes_, tokens=scores.tokens)
 
 

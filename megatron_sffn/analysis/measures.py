@@ -135,10 +135,10 @@ def kept_by_chance(before: Ints, after: Ints, num_blocks: int) -> float:
         num_blocks: B.
     """
     former, latter = (
-        sum(part.sum(axis=0, dtype=numpy.float64) for part in _maps(blocks, num_blocks))
+        numpy.sum([part.sum(axis=0) for part in _maps(blocks, num_blocks)], axis=0, dtype=float)
         for blocks in (before, after)
     )
-    return float((former * latter).sum() / max(float(numpy.sum(former)) * len(before), 1.0))
+    return float((former * latter).sum() / max(former.sum() * len(before), 1.0))
 
 
 def _maps(blocks: Ints, num_blocks: int) -> Iterator[NDArray[numpy.bool_]]:

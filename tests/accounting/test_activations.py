@@ -220,3 +220,46 @@ def test_layouts(name: str, half: bool) -> None:
         size = sum(rank[index] for rank in ranks) / layout.num_ranks
         # The mean of ranks is that of uniform routing but for tokens that miss a rank.
         assert counted(shape, "gelu", half, layout) == pytest.approx(size, rel=2e-3), shape.sffn
+
+
+FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
+RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
+    ({**FULL, "recompute_method": "uniform"}, lambda kept: 4 * kept.stream()),
+    (
+        {**FULL, "recompute_method": "block"},
+        lambda kept: kept.stream() + 2 * kept.layer(True) + kept.layer(False),
+    ),
+    (
+        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+        lambda kept: (
+            2 * kept.layer(False)
+            + 2 * (kept.attention() + kept.scores() + kept.before_mlp() + kept.stream())
+        ),
+    ),
+    (
+        {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+        lambda kept: (
+            2 * kept.layer(True)
+            + 2 * (kept.attention() + kept.scores() + kept.before_mlp() + kept.stream())
+        ),
+    ),
+    (
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        lambda kept: 2 * kept.layer(False) + 2 * kept.layer(True) - 4 * kept.scores(),
+    ),
+]
+
+
+# Megatron's, of fused attention, which is not here.
+@pytest.mark.filterwarnings("ignore:If you are using transformer_engine:UserWarning:megatron")
+@pytest.mark.parametrize(("flags", "layers"), RECOMPUTED)
+def test_recomputation(flags: dict[str, Any], layers: Any, one_rank: None) -> None:
+    # Layers 1 and 3, from 0, are sparse.
+    shape = dataclasses.replace(SMALL, sparse_layers=2, sffn=sparse("switch"))
+    size = measured(shape, "gelu", False, **flags)
+    kept = Activations(
+        shape,
+        RankLayout(),
+        TrainingSetup(micro_batch_size=SAMPLES, rope_width=shape.kv_channels),
+    )
+    assert layers(kept) + kept.embedding() + kept.head() == pytest.approx(size, rel=0.02)

@@ -25,6 +25,9 @@ LAYOUTS = {
 }
 FLAGS = "--num-layers 4 --train-iters 6 --split 90,10,0 --save-interval 3"
 SWITCH = "--sffn-router switch"
+PRODUCT_KEYS = (
+    "--sffn-router pkm --sffn-block-size 1 --sffn-expansion 8 --sffn-product-key-size 16"
+)
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 
 
@@ -52,6 +55,15 @@ def saved(pretrain: Callable[..., Log], tmp_path: Path) -> Callable[..., tuple[L
         ),
         ("TP2 ETP2", ["EP2", "PP2 VPP2"], f"--sffn-router rand-hash --swiglu {DISTRIBUTED}"),
         ("EP4", ["TP2", "DP2"], f"{SWITCH} --bf16 {DISTRIBUTED}"),
+        (
+            "TP2 PP2 EP2",
+            ["EP4", "TP2 ETP2"],
+            "--sffn-router sigma-moe --sffn-shared-blocks 2 --sffn-gate-network mlp "
+            "--moe-router-enable-expert-bias",
+        ),
+        ("EP2", ["TP2", "PP2"], f"{PRODUCT_KEYS} {DISTRIBUTED}"),
+        ("TP2 ETP2", ["EP4"], "--sffn-router lorkm --sffn-key-rank 16 --swiglu"),
+        ("EP2", ["TP2 ETP2"], "--sffn-descriptor ema --sffn-gate softmax"),
         # The first stage has no sparse layer, so no optimizer state of tables either.
         ("PP2", ["EP2", "PP2"], "--sffn-layers 3"),
         ("PP2", ["EP2", "PP2"], f"--sffn-layers 3 {DISTRIBUTED}"),

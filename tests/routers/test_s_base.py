@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import sinkhorn
 
 from megatron_sffn.ops import route_topk
+from megatron_sffn.routers import s_base
 from megatron_sffn.routers.s_base import SBaseConfig, balancing_prices
 from tests import layers
 from tests.layers import Case
@@ -72,6 +73,14 @@ def test_the_plan_is_that_of_sinkhorns_algorithm(build) -> None:
     ours = (scores + balancing_prices(scores)).softmax(dim=1) / TOKENS
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-9)
     assert torch.equal(route_topk(theirs, 1), route_topk(ours, 1))
+
+
+def test_prices_stop_changing_before_the_last_turn(build, monkeypatch) -> None:
+    router, x = skewed(build)
+    scores = x @ router.weight.detach().T / 2
+    prices = balancing_prices(scores)
+    monkeypatch.setattr(s_base, "MOST_TURNS", s_base.MOST_TURNS // 2)
+    assert torch.equal(balancing_prices(scores), prices)
 
 
 @pytest.mark.parametrize("scale", [10.0, 1e3, 1e6])

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from megatron_sffn.layer import SparseFFN
 from megatron_sffn.ops import block_ffn, route_topk
 from megatron_sffn.routers.switch import SwitchConfig, within_capacity
+from tests import layers
+from tests.ranks import run_ranks
 from tests.routers.conftest import D, transformer
 
 T, B = 24, 6
@@ -187,3 +189,25 @@ def test_capacity_that_all_fit_changes_nothing(build, gate: str) -> None:
     roomy = {"moe_expert_capacity_factor": 3.0, "moe_token_drop_policy": "probs"}
     routing = build(SwitchConfig(gate=gate), **roomy)(x, torch.zeros(12, 2, D))
     assert torch.equal(routing.block_ids, plain.block_ids)
+
+
+def rationed(policy: str) -> torch.Tensor:
+    """The ids that this tensor-parallel rank's tokens keep."""
+    flags = (
+        ("moe_expert_capacity_factor", 0.5),
+        ("moe_token_drop_policy", policy),
+        ("moe_router_load_balancing_type", "none"),
+    )
+    layer = layers.build(layers.Case(router="switch", megatron=flags))
+    hidden, _, _ = layers.inputs()
+    world = torch.distributed.group.WORLD
+    part = hidden.chunk(world.size())[world.rank()]
+    return layer.router(part.flatten(0, 1), layer.experts.keys).block_ids
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_tensor_parallel_ranks_ration_a_microbatch_together(policy: str) -> None:
+    (one,) = run_ranks(1, rationed, policy)
+    assert 0 < (one < 0).sum() < one.numel()
+    parts = run_ranks(2, rationed, policy, tensor_model_parallel_size=2)
+    assert torch.equal(torch.cat(parts), one)

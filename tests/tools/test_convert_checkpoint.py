@@ -30,8 +30,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_sffn.checkpoints import regranulation, rewriting
 from megatron_sffn.checkpoints.files import COMMON_STATE, args_in, read_common, read_metadata
+from megatron_sffn.config import SparseFFNConfig
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.block_ffn import block_ffn
+from megatron_sffn.routers import ROUTERS
 from tests.integration import conftest as real_runs
 from tests.integration.conftest import Log
 
@@ -356,6 +358,16 @@ def test_three_parts_there_and_back() -> None:
         table = torch.randn(known[key].size)
         again = back.changes[key].piece(fine.changes[key].piece(table))
         torch.testing.assert_close(again, table, rtol=1e-6, atol=0)
+
+
+def test_shared_blocks_keep_their_cells() -> None:
+    before = SparseFFNConfig(
+        router=ROUTERS["switch"](), active_cells=24, block_size=8, expansion=2, shared_blocks=1
+    )
+    after = regranulation._other_blocks(before, 2)
+    assert (after.shared_blocks, after.shared_cells) == (4, 8)
+    with pytest.raises(ConfigError, match="does not divide the 8 cells of .* 1 shared blocks"):
+        regranulation._other_blocks(before, 12)
 
 
 def test_every_tensor_is_accounted_for() -> None:

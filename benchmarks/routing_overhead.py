@@ -1,0 +1,179 @@
+"""What the statistics of routing cost of a step: `python -m benchmarks.routing_overhead`.
+
+Enters: the numbers of a layer. Leaves: for each block size and router the time of counting a
+microbatch, and of a line in `routing.jsonl`, as shares of the layer's forward and backward.
+
+Choices
+- The layer alone is the whole: a model has more around it, so the share in a step is smaller.
+- Shares of 1 % drown in the noise of two whole steps. So counting is timed by itself, on the
+  `Routing` of the step before it, in turns with steps with and without it; medians count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.parallel import Platform, adapt
+from megatron_sffn.errors import ConfigError, run_command
+
+LINES_EVERY = 100
+"""Steps between lines: Megatron's default of --log-interval."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark with the arguments of the command line."""
+    args = parse_arguments(argv)
+    adapt()
+    platform = Platform.here()
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = torch.distributed.FileStore(f"{folder}/store", 1)
+        torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        print(
+            f"{platform.device}, threads: {torch.get_num_threads()}, torch {torch.__version__}\n"
+            f"T = {args.tokens}, D = {args.hidden_size}, k = {args.active_cells}, "
+            f"E = {args.expansion}, fp32; a layer's forward and backward are 100 %\n\n"
+            f"   g     B     K      router  step, ms  counting  with / without  "
+            f"a line in {LINES_EVERY} steps"
+        )
+        for block_size in args.block_sizes:
+            for router in args.routers:
+                print(row(args, block_size, router, Path(folder)), flush=True)
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.routing_overhead",
+        description="Cost of the statistics of routing, as a share of a sparse layer's step.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--tokens", type=int, default=2048, help="T of a microbatch (default: 2048)")
+    add("--hidden-size", type=int, default=256, help="D (default: 256)")
+    add("--active-cells", type=int, default=1024, help="k (default: 1024)")
+    add("--expansion", type=int, default=8, help="E (default: 8)")
+    add("--block-sizes", type=int, nargs="+", default=[64, 1], help="g (default: 64 1)")
+    add("--routers", nargs="+", default=["avg-k", "switch"], help="(default: avg-k switch)")
+    add("--repeats", type=int, default=15, help="of which the median counts (default: 15)")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        raise ConfigError(f"--repeats {args.repeats} is less than 1; give at least 1")
+    return args
+
+
+def row(args: Namespace, block_size: int, router: str, folder: Path) -> str:
+    """A line of the table."""
+    import torch
+
+    from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
+    from megatron_sffn.layer import SparseFFN
+    from megatron_sffn.routers import ROUTERS
+    from megatron_sffn.routing_log import RoutingLog
+
+    sffn = SparseFFNConfig(
+        router=ROUTERS[router](),
+        active_cells=args.active_cells,
+        block_size=block_size,
+        expansion=args.expansion,
+    )
+    config = SparseFFNTransformerConfig(
+        num_layers=1,
+        hidden_size=args.hidden_size,
+        num_attention_heads=1,
+        add_bias_linear=False,
+        moe_router_load_balancing_type="aux_loss" if router == "switch" else "none",
+        moe_aux_loss_coeff=0.01,
+        sffn=sffn,
+    )
+    layer = SparseFFN(config, layer_number=1)
+    device = torch.cuda.current_device()
+    x, dy = torch.randn(2, args.tokens, 1, args.hidden_size).to(device)
+    routings: list[Any] = []
+    layer.router.register_forward_hook(lambda module, given, made: routings.append(made))
+
+    def step() -> None:
+        routings.clear()
+        layer(x.detach().requires_grad_())[0].backward(dy)
+
+    def step_without() -> None:
+        counter = layer.trained
+        layer.trained = torch.nn.Identity()  # type: ignore[assignment]
+        step()
+        layer.trained = counter
+
+    log = RoutingLog(log_arguments(sffn.num_blocks), folder)
+
+    def line() -> None:
+        log.args.curr_iteration += 1
+        log.after_step([layer], 1)
+
+    seconds = alternate(
+        {
+            "with": step,
+            "counting": lambda: layer.trained(routings[-1]),
+            "without": step_without,
+            "line": line,
+        },
+        args.repeats,
+    )
+    unit = seconds["without"]
+    return (
+        f"{block_size:4} {sffn.num_blocks:5} {sffn.num_active_blocks:5} {router:>11}  "
+        f"{unit * 1e3:8.1f}  {seconds['counting'] / unit:8.2%}  {seconds['with'] / unit:14.3f}  "
+        f"{seconds['line'] / unit / LINES_EVERY:{len(f'a line in {LINES_EVERY} steps')}.3%}"
+    )
+
+
+def log_arguments(num_blocks: int) -> Namespace:
+    """What a log reads of Megatron's namespace, with a line after each step."""
+    return Namespace(
+        curr_iteration=0,
+        num_experts=num_blocks,
+        num_layers=1,
+        data_parallel_size=1,
+        log_interval=1,
+        train_iters=None,
+        exit_interval=None,
+        save=None,
+        save_interval=None,
+        skip_train=False,
+    )
+
+
+def alternate(contenders: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, taken in turns so that another load meets all of them."""
+    import torch
+
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(repeats + 2):
+        for name, run in contenders.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            # The first two warm up.
+            if repeat > 1:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: median(each) for name, each in seconds.items()}
+
+
+if __name__ == "__main__":
+    # Before torch. Threads that wait for each other on a shared machine are all noise.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    run_command(main)
