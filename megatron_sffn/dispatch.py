@@ -6,7 +6,7 @@ row per token and rank back.
 
 Megatron's dispatchers send a copy per chosen expert, K of them; here rows do not multiply when
 blocks shrink, only the pairs of small integers do. Two ways, named as in Megatron
-(`--moe-token-dispatcher-type`; `accounting.cheapest_dispatcher` chooses):
+(`--moe-token-dispatcher-type`; `traffic.cheapest_dispatcher` chooses):
 
 - `alltoall`: exact counts, each row where it is needed. A rank may send or get none.
 - `allgather`: every row everywhere, and sums back by a reduce-scatter. It sends more where some

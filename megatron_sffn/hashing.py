@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+TURNS = 12
+"""Of the Feistel network. With 4, permutations of fewer than 256 numbers were uneven: of 16 blocks
+some were chosen 7 % more often than others, some pairs twice as often as they should."""
+
+
 def seed_of(*names: object) -> int:
     """A seed for what these names say; 32 bits, as many as torch's CPU generator reads."""
     name = "/".join(map(str, names))
@@ -48,7 +53,7 @@ def _feistel(values: Tensor, keys: Tensor, half_bits: int) -> Tensor:
     """A keyed permutation of [0, 4^half_bits)."""
     mask = (1 << half_bits) - 1
     left, right = values >> half_bits, values & mask
-    for turn in range(4):
+    for turn in range(TURNS):
         left, right = right, left ^ (_mix(right + keys + turn * 0x5851F42D) & mask)
     return (left << half_bits) | right
 

@@ -27,7 +27,7 @@ def test_names_have_seeds_of_their_own_that_generators_take_whole() -> None:
 
 def test_subsets_are_fixed_for_ever() -> None:
     found = hashed_subsets(torch.tensor([0, 1, 50256]), size=256, count=4, key=42)
-    assert found.tolist() == [[32, 77, 154, 233], [19, 41, 177, 187], [47, 59, 72, 184]]
+    assert found.tolist() == [[98, 133, 146, 242], [145, 200, 204, 213], [43, 128, 213, 231]]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 65_536, 65_537])
@@ -54,13 +54,6 @@ def test_a_name_does_not_depend_on_the_others() -> None:
     assert hashed_subsets(names[:0], size=50, count=5, key=1).shape == (0, 5)
 
 
-SMALL_DOMAINS = pytest.mark.xfail(
-    strict=True,
-    reason="4 Feistel turns are too few for halves below 4 bits: loads differ by up to 7 %, "
-    "pairs of blocks meet 0.7 to 2.3 times as often as they should; 12 turns are enough",
-)
-
-
 def chi_square(found: torch.Tensor, expected: float, variance: float) -> float:
     """Of counts with this mean and variance, in standard deviations from its own mean."""
     statistic = float(((found.double() - expected) ** 2).sum() / variance)
@@ -71,8 +64,12 @@ def chi_square(found: torch.Tensor, expected: float, variance: float) -> float:
     ("size", "count"),
     [
         (2, 1),
-        *(pytest.param(size, count, marks=SMALL_DOMAINS) for size, count in ((3, 1), (8, 1))),
-        *(pytest.param(size, 2, marks=SMALL_DOMAINS) for size in (4, 8, 12, 16)),
+        (3, 1),
+        (8, 1),
+        (4, 2),
+        (8, 2),
+        (12, 2),
+        (16, 2),
         (65, 1),
         (100, 4),
         (256, 4),

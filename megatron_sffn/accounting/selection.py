@@ -110,11 +110,12 @@ def _(router: ScoredConfig, call: Call) -> Kept:
 def _(router: ProductKeysConfig, call: Call) -> Kept:
     heads, size, side = router.num_heads, router.key_size, math.isqrt(call.sffn.num_cells)
     each = call.sffn.num_active_blocks // heads
-    halves = FP32 * (size + 2 * side) + 2 * each * _id_bytes(each, side)
-    sums = FP32 * each**2 + each * (_id_bytes(each, each**2) + FP32)
+    halves = FP32 * (size + 2 * side)
+    # A row, a column, and the coefficient's input or output.
+    chosen = each * (2 * INT64 + FP32)
     # The sub-keys in fp32.
     copies = heads * size * side * FP32 if call.half else 0
-    return Kept(bytes=copies + call.tokens * heads * (halves + sums), tokens=True)
+    return Kept(bytes=copies + call.tokens * heads * (halves + chosen), tokens=True)
 
 
 def _gates_and_losses(router: ScoredConfig, call: Call) -> int:

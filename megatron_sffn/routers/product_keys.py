@@ -140,15 +140,24 @@ class ProductKeysRouter(Router):
         check_finite(scores)
         ids = route_topk(scores.detach().reshape(-1, side), min(self.each, side))
         ids = ids.view(*scores.shape[:3], -1)
-        best = scores.gather(3, ids)
-        sums = best[:, :, 0, :, None] + best[:, :, 1, None, :]
-        cells = ids[:, :, 0, :, None] * side + ids[:, :, 1, None, :]
-        chosen = route_topk(sums.detach().flatten(0, 1).flatten(1), self.each)
-        chosen = chosen.view(-1, heads, self.each)
-        sums, cells = (of.flatten(2).gather(2, chosen) for of in (sums, cells))
+        first, second = self._best_sums(scores.detach().gather(3, ids))
+        # Rows and columns of the chosen, of n: only their scores stay for the backward.
+        rows, columns = ids[:, :, 0].gather(2, first), ids[:, :, 1].gather(2, second)
+        sums = scores[:, :, 0].gather(2, rows) + scores[:, :, 1].gather(2, columns)
         return Routing(
-            block_ids=cells.flatten(1),
+            block_ids=(rows * side + columns).flatten(1),
             gates=self.coefficients(sums).flatten(1),
             queries=x[:, :0],
             scores=sums.detach().flatten(1),
         )
+
+    def _best_sums(self, best: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the best scores of both halves `[T, heads, 2, knn]` the pairs of largest sum.
+
+        Returns:
+            `[T, heads, knn]` their places in the first half, and in the second.
+        """
+        sums = best[:, :, 0, :, None] + best[:, :, 1, None, :]
+        chosen = route_topk(sums.flatten(0, 1).flatten(1), self.each)
+        chosen = chosen.view(*sums.shape[:2], self.each)
+        return chosen // sums.shape[3], chosen % sums.shape[3]

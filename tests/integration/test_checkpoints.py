@@ -25,9 +25,7 @@ LAYOUTS = {
 }
 FLAGS = "--num-layers 4 --train-iters 6 --split 90,10,0 --save-interval 3"
 SWITCH = "--sffn-router switch"
-PRODUCT_KEYS = (
-    "--sffn-router pkm --sffn-block-size 1 --sffn-expansion 8 --sffn-product-key-size 16"
-)
+PRODUCT_KEYS = "--sffn-router pkm --sffn-block-size 1 --sffn-expansion 8 --sffn-product-key-size 16"
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 
 

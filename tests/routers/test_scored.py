@@ -11,6 +11,7 @@ from megatron_sffn.layer import SparseFFN
 from megatron_sffn.ops import route_topk
 from megatron_sffn.routers import ROUTERS
 from megatron_sffn.routers.avg_k import AvgKConfig
+from megatron_sffn.routers.base import check_finite
 from megatron_sffn.routers.scored import ScoredConfig
 from tests import layers
 from tests.routers.conftest import tables, transformer
@@ -175,6 +176,21 @@ def test_scores_that_are_no_numbers_stop_the_run(
         layer.train(mode)
         with pytest.raises(FloatingPointError, match=f"layer 1, router {name}: .*NaN or infinite"):
             layer(hidden, padding_mask=ids)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_wrong_score_is_enough(build, monkeypatch, value: float) -> None:
+    scores = torch.randn(20, 12)
+    check_finite(scores)
+    check_finite(scores[:0])
+    scores[13, 7] = value
+    with pytest.raises(FloatingPointError, match="1 of 240 scores are NaN or infinite"):
+        check_finite(scores)
+    x, keys, _ = tables()
+    router = build(AvgKConfig())
+    monkeypatch.setattr(router, "score", lambda x, queries, keys: scores)
+    with pytest.raises(FloatingPointError, match="1 of 240"):
+        router(x, keys)
 
 
 @pytest.mark.parametrize("name", SCORED)

@@ -366,7 +366,7 @@ def test_shared_blocks_keep_their_cells() -> None:
     )
     after = regranulation._other_blocks(before, 2)
     assert (after.shared_blocks, after.shared_cells) == (4, 8)
-    with pytest.raises(ConfigError, match="does not divide the 8 cells of .* 1 shared blocks"):
+    with pytest.raises(ConfigError, match=r"does not divide the 8 cells of .* 1 shared blocks"):
         regranulation._other_blocks(before, 12)
 
 
