@@ -172,8 +172,8 @@ class Balance(torch.nn.Module):
 
     def _since_the_step_began(self, chosen: Tensor) -> Tensor:
         """`[1, B]` choices of this microbatch on all ranks, and of those before it."""
-        # Ranks of `tp_cp` have the same sum already.
-        everywhere = chosen / self.near.size()
+        # Ranks of `tp_cp` have the same sum already; only ratios matter.
+        everywhere = chosen.clone()
         _sum_over(self.far, everywhere)
         self.tokens_of_step += everywhere[0]
         return self.tokens_of_step[None].clone()

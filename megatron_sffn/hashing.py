@@ -11,7 +11,6 @@ import hashlib
 import torch
 from torch import Tensor
 
-
 TURNS = 12
 """Of the Feistel network. With 4, permutations of fewer than 256 numbers were uneven: of 16 blocks
 some were chosen 7 % more often than others, some pairs twice as often as they should."""

@@ -13,7 +13,10 @@ from megatron.core.distributed.finalize_model_grads import (
     reset_model_temporary_tensors,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import (
+    destroy_moe_metrics_tracker,
+    get_moe_metrics_tracker,
+)
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
@@ -269,6 +272,7 @@ def test_the_gradient_follows_megatrons_loss_scale(monkeypatch: pytest.MonkeyPat
 
 
 def test_values_add_up_until_they_are_taken_and_megatrons_log_has_them() -> None:
+    destroy_moe_metrics_tracker()  # its tables have the sizes of the first model that it met
     config, flags = of_kind("aux_loss")
     router = with_losses(config, **flags)
     several = [logits(seed) for seed in range(3)]

@@ -60,7 +60,7 @@ class SwitchRouter(LearnedRouter):
             return routing
         assert routing.scores is not None
         by_score = self.config.moe_token_drop_policy == "probs"
-        # Probabilities of different tokens are compared, so scores need their softmax.
+        # Without a gate there is no probability, and scores are compared.
         priority = routing.scores if routing.gates is None else routing.gates.detach()
         fits = self._fit(routing.block_ids, priority if by_score else None, factor)
         return dataclasses.replace(
