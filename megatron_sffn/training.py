@@ -157,7 +157,6 @@ def forward_step(
             padding_mask=batch["tokens"] if hashed else None,
         )
     except FloatingPointError as error:
-        # Of a recomputed layer the backward says it, without the step.
         raise FloatingPointError(f"step {(iteration or 0) + 1}, {error}") from error
     return output, partial(loss_of, recorder, batch["loss_mask"], model.training)
 

@@ -123,7 +123,7 @@ def test_what_cannot_be_analyzed(run: Path, tmp_path: Path, flags: str, said: st
 
 
 def test_a_dense_run(pretrain, tmp_path: Path, start_tool) -> None:
-    flags = "--train-iters 1 --save-interval 1 --eval-iters 0 --sffn-router dense"
+    flags = "--train-iters 1 --save-interval 1 --split 90,10,0 --sffn-router dense"
     pretrain(1, f"{flags} --save {tmp_path / 'dense'}")
     process = start_tool("analyze_routing.py", tmp_path / "dense")
     _, errors = process.communicate(timeout=120)

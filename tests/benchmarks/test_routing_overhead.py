@@ -1,0 +1,30 @@
+"""The benchmark of the statistics runs, and says shares."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_small_table() -> None:
+    small = "--tokens 16 --hidden-size 8 --active-cells 8 --block-sizes 4 1 --repeats 2"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.routing_overhead", *small.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[4:]]
+    assert [row[:4] for row in rows] == [
+        ["4", "16", "2", "avg-k"],
+        ["4", "16", "2", "switch"],
+        ["1", "64", "8", "avg-k"],
+        ["1", "64", "8", "switch"],
+    ]
+    assert all(re.fullmatch(r"\d+\.\d\d%", row[5]) for row in rows)
