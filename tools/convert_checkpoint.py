@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 REGRANULATE = """\
 Cut the memory of a checkpoint into blocks of another size. The memory is stored as cells, so the
-tables stay as they are; a learned gate (switch), which has a row for every block, is cut with them.
+tables stay as they are; a learned gate, which has a row for every block, is cut with them.
 Parameters, the optimizer's moments and everything else are kept: training goes on from the result,
 on any layout, with the new --sffn-block-size.
 
