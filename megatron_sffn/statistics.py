@@ -60,12 +60,14 @@ class RoutingCounter(torch.nn.Module):
         self.load += counts[1:]
         sums = self.sums.new_zeros(len(SUMS))
         sums[0], sums[5] = len(routing.block_ids), counts[0]
+        taken = ids >= 0 if counts[0] else ...
         if routing.gates is not None:
-            gates = routing.gates if not counts[0] else routing.gates.flatten()[ids >= 0]
+            gates = routing.gates.flatten()[taken]
             sums[1] = gates.sum(dtype=torch.float64)
             sums[2] = gates.double().square().sum()
         if routing.scores is not None:
-            sums[3], sums[4] = (routing.scores < 0).sum(), routing.scores.numel()
+            scores = routing.scores.flatten()[taken]
+            sums[3], sums[4] = (scores < 0).sum(), scores.numel()
         self.sums += sums
 
     def take(self) -> RoutingSums:

@@ -62,11 +62,11 @@ def test_sums_of_a_routing() -> None:
     assert load == [1, 3, 0, 1]
     assert sums == {
         "tokens": 3,
-        # Without that of the empty place.
+        # Without those of the empty place.
         "gates": 3.875,
         "squared_gates": 0.25 + 0.0625 + 0.015625 + 1 + 4,
-        "negative_scores": 3,
-        "scores": 6,
+        "negative_scores": 2,
+        "scores": 5,
         "empty_places": 1,
     }
 

@@ -107,15 +107,8 @@ class AvgKRouter(ScoredRouter):
         """Equal weights of all cells at first."""
         weight.zero_()
 
-    def forward(
-        self,
-        x: Tensor,
-        keys: Tensor | None,
-        token_ids: Tensor | None = None,
-        num_sequences: int = 1,
-    ) -> Routing:
-        """See `Router.forward`."""
-        routing = super().forward(x, keys, token_ids, num_sequences)
+    def settle(self, x: Tensor, routing: Routing) -> Routing:
+        """Show the descriptors which tokens chose which blocks, once per microbatch."""
         if self.training and torch.is_grad_enabled():
             self.descriptor.observe(x, routing.block_ids)
         return routing

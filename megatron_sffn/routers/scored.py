@@ -141,12 +141,17 @@ class ScoredRouter(Router):
         if dropped is not None:
             ids = ids.masked_fill(dropped, NO_BLOCK)
         rows = self.balance(queries, scores, ids, num_sequences)
-        return Routing(
+        routing = Routing(
             block_ids=ids,
             gates=gates,
             queries=None if rows is x else rows,
             scores=chosen,
         )
+        return self.settle(x, routing)
+
+    def settle(self, x: Tensor, routing: Routing) -> Routing:
+        """What a method still does with the blocks of its tokens; nothing, unless it says else."""
+        return routing
 
     @property
     def differentiates(self) -> bool:

@@ -46,15 +46,8 @@ class SwitchConfig(LearnedConfig):
 class SwitchRouter(LearnedRouter):
     """A learned softmax gate. Arguments as `Router`."""
 
-    def forward(
-        self,
-        x: Tensor,
-        keys: Tensor | None,
-        token_ids: Tensor | None = None,
-        num_sequences: int = 1,
-    ) -> Routing:
-        """See `Router.forward`."""
-        routing = super().forward(x, keys, token_ids, num_sequences)
+    def settle(self, x: Tensor, routing: Routing) -> Routing:
+        """Leave places empty whose block is full."""
         factor = self.config.moe_expert_capacity_factor
         if factor is None:
             return routing
