@@ -171,11 +171,12 @@ def _result(folder: Path, train_iters: int) -> dict[str, Any] | None:
         return None
     path = folder / "routing.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    last = [line["tokens_per_block"] for line in lines if "tokens_per_block" in line]
-    last = last[
-        -sum("tokens_per_block" in line and line["iteration"] == train_iters for line in lines) :
+    blocks = [
+        tokens
+        for line in lines
+        if line["phase"] == "evaluation" and line["iteration"] == train_iters
+        for tokens in line["tokens_per_block"]
     ]
-    blocks = [tokens for layer in last for tokens in layer]
     summary["dead_share"] = blocks.count(0) / len(blocks) if blocks else None
     return summary
 

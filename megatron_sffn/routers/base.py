@@ -90,9 +90,14 @@ class Router(torch.nn.Module):
         """Fill a new fp32 weight of this name; Megatron's init method unless a router says else."""
         self.config.init_method(weight)
 
-    def new_weight(self, *shape: int) -> Parameter:
-        """An uninitialised weight that all ranks hold alike."""
+    def new_weight(self, name: str) -> Parameter:
+        """An uninitialised weight that all ranks hold alike.
+
+        Args:
+            name: of those in `RouterConfig.weights`, which has its shape.
+        """
         config, device = self.config, torch.cuda.current_device()
+        shape = self.sffn.router.weights(self.sffn, config.hidden_size)[name]
         weight = Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         # Its gradient is summed over TP ranks, which have different tokens.
         weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

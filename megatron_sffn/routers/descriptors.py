@@ -109,7 +109,7 @@ class Learned(Mean):
 
     def __init__(self, router: AvgKRouter, settings: AvgKConfig, group: Any) -> None:
         super().__init__(router, settings, group)
-        self.weight = router.new_weight(router.sffn.num_blocks, router.sffn.block_size)
+        self.weight = router.new_weight("descriptor.weight")
 
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
         """See `Mean.forward`."""

@@ -92,12 +92,8 @@ class LearnedRouter(ScoredRouter):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        hidden_size = self.config.hidden_size
-        width = self.settings.width(hidden_size)
-        self.weight = self.new_weight(self.sffn.num_blocks, width)
-        self.hidden = None
-        if self.settings.network != "linear":
-            self.hidden = self.new_weight(width, hidden_size)
+        self.weight = self.new_weight("weight")
+        self.hidden = None if self.settings.network == "linear" else self.new_weight("hidden")
 
     def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """See `ScoredRouter.score`."""

@@ -53,7 +53,7 @@ class LoRKMRouter(VanillaMRouter):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.down = self.new_weight(self.settings.rank, self.config.hidden_size)
+        self.down = self.new_weight("down")
 
     def query(self, x: Tensor) -> Tensor:
         """See `ScoredRouter.query`."""

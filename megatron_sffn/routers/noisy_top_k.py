@@ -57,7 +57,7 @@ class NoisyTopKRouter(LearnedRouter):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.noise_weight = self.new_weight(self.sffn.num_blocks, self.config.hidden_size)
+        self.noise_weight = self.new_weight("noise_weight")
 
     def draw(self, name: str, weight: Tensor) -> None:
         """See `Router.draw`; the last layers start at zero."""

@@ -114,12 +114,11 @@ class ProductKeysRouter(Router):
         super().__init__(**arguments)
         assert isinstance(self.sffn.router, ProductKeysConfig)
         self.settings = self.sffn.router
-        heads, size = self.settings.num_heads, self.settings.key_size
-        self.side = math.isqrt(self.sffn.num_cells)
-        self.each = self.sffn.num_active_blocks // heads
-        self.query = self.new_weight(heads * size, self.config.hidden_size)
-        self.query_bias = self.new_weight(heads * size) if self.settings.query_bias else None
-        self.subkeys = self.new_weight(heads, 2, self.side, size // 2)
+        self.each = self.sffn.num_active_blocks // self.settings.num_heads
+        self.query = self.new_weight("query")
+        self.query_bias = self.new_weight("query_bias") if self.settings.query_bias else None
+        self.subkeys = self.new_weight("subkeys")
+        self.side = self.subkeys.shape[2]
 
     def coefficients(self, scores: Tensor) -> Tensor:
         """From the scores `[T, heads, knn]` of chosen cells to what multiplies their values."""
