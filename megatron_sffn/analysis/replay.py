@@ -51,7 +51,8 @@ LAYOUT = """
 """Flags without which the command is one of one rank."""
 
 RESULTS = """
-    load ckpt-step save save-interval tensorboard-dir wandb-project wandb-exp-name wandb-save-dir
+    load ckpt-step save save-interval save-retain-interval async-save non-persistent-save-interval
+    non-persistent-ckpt-type tensorboard-dir wandb-project wandb-exp-name wandb-save-dir
     wandb-entity eval-iters eval-micro-batch-size eval-global-batch-size full-validation
     multiple-validation-sets validation-set-names skip-train sffn-record-routing
 """

@@ -32,6 +32,7 @@ def recording(seed: int = 0, *, layer: int = 2, tokens: int = 24) -> Recording:
     [
         ("--lr 1 --save x --seed 3", "--lr 1 --seed 3"),
         ("--save=x --seed 3", "--seed 3"),
+        ("--save-interval 100 --save-retain-interval 1000 --seed 3", "--seed 3"),
         ("--sequence-parallel --lr -1", "--lr -1"),
         ("--data-path 1 a 2 b --tensor-model-parallel-size 8", "--data-path 1 a 2 b"),
         ("--pipeline-model-parallel-layout Et*4|t*4L --swiglu", "--swiglu"),
