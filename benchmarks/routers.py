@@ -1,21 +1,22 @@
 """Which router, at which block size: pretraining runs of equal active cells, several seeds each.
 
-Enters: the data sets of a quick start (`--quickstart FOLDER`, made by `make quickstart`). Leaves: a
-folder per run, and a table of held-out perplexity (mean and standard deviation over seeds), FLOPs,
-throughput, and blocks that no held-out token used.
+Enters: the data sets of a quick start (`--quickstart FOLDER`, made by `make quickstart`). Leaves:
+`results.jsonl` with a line per run, and a table of held-out perplexity (mean and standard deviation
+over seeds), FLOPs, throughput, and blocks that no held-out token used.
 
 Choices
 - The quick start's model and schedule, one rank each; only the feed-forward layer differs. Nothing
   is tuned for a router: what differs is the selection.
 - Methods of single cells have no blocks of 64: they run once, at g = 1.
-- A finished run is not repeated, so that the command continues where it was; only summaries are
-  kept, not checkpoints. With `--jobs` runs share the machine: their throughput is then a ratio of
-  what they had, not of what the machine can.
+- A finished run is a line of the results and is not repeated, so that the command continues where
+  it was. Of the run itself only the log is kept. With `--jobs` runs share the machine: their
+  throughput is then a ratio of what they had, not of what the machine can.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -30,8 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from examples.quickstart.runs import COMMON
 from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.run_files import append_records, read_records
 
 SINGLE_CELLS = ("top-k-act", "pkm", "pkm-relu", "pkm-ffn")
 """Routers that are defined for blocks of one cell only."""
@@ -83,20 +87,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         for router in args.routers
         for g in _block_sizes(router)
     ]
-    todo = [job for job in jobs if _result(args.output / job.name, args.train_iters) is None]
+    records = args.output / "results.jsonl"
+    done = {_key(record) for record in read_records(records)}
+    keys = {job: _key({**dataclasses.asdict(job), "iterations": args.train_iters}) for job in jobs}
+    todo = [job for job in jobs if keys[job] not in done]
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done", file=sys.stderr, flush=True)
     start = time.monotonic()
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = pool.map(lambda job: _run(job, args), todo)
-        for number, (job, failed) in enumerate(zip(todo, runs, strict=True), start=1):
+        for number, (job, record) in enumerate(zip(todo, runs, strict=True), start=1):
+            if record is not None:
+                append_records(records, [record])
             left = (time.monotonic() - start) / number * (len(todo) - number)
-            state = f"failed, see {args.output / job.name}.log" if failed else "done"
+            state = "done" if record else f"failed, see {args.output / job.name}.log"
             print(
                 f"{number}/{len(todo)} {job.name} {state}, {left / 60:.0f} minutes left",
                 file=sys.stderr,
                 flush=True,
             )
-    print(table(jobs, args.output, args.train_iters))
+    asked = set(keys.values())
+    print(table([record for record in read_records(records) if _key(record) in asked]))
     return 0
 
 
@@ -129,8 +139,8 @@ def _block_sizes(router: str) -> tuple[int, ...]:
     return BLOCK_SIZES[:1] if router == "dense" else BLOCK_SIZES
 
 
-def _run(job: Job, args: argparse.Namespace) -> bool:
-    """Train one; whether it failed."""
+def _run(job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Train one; its line of the results, None if it failed."""
     folder, data = (args.output / job.name).resolve(), (args.quickstart / "data").resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -150,59 +160,58 @@ def _run(job: Job, args: argparse.Namespace) -> bool:
     }
     command = [sys.executable, "-m", "megatron_sffn.pretrain", *" ".join(flags).split()]
     command += [word for flag, path in paths.items() for word in (flag, str(path))]
-    log = args.output / f"{job.name}.log"
-    with log.open("w") as out:
+    with (args.output / f"{job.name}.log").open("w") as out:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         code = subprocess.run(
             command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False
         ).returncode
-    for checkpoint in folder.glob("iter_*"):
-        shutil.rmtree(checkpoint)
-    return code != 0
+    record = _record(job, folder) if code == 0 else None
+    shutil.rmtree(folder)
+    return record
 
 
-def _result(folder: Path, train_iters: int) -> dict[str, Any] | None:
-    """What a finished run left; None if it has not finished."""
-    try:
-        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-    if summary["iterations"] != train_iters:
-        return None
-    path = folder / "routing.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def _record(job: Job, folder: Path) -> dict[str, Any]:
+    """What a finished run left, in one line."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     blocks = [
         tokens
-        for line in lines
-        if line["phase"] == "evaluation" and line["iteration"] == train_iters
+        for line in read_records(folder / "routing.jsonl")
+        if line["phase"] == "evaluation" and line["iteration"] == summary["iterations"]
         for tokens in line["tokens_per_block"]
     ]
-    summary["dead_share"] = blocks.count(0) / len(blocks) if blocks else None
-    return summary
+    kept = ("iterations", "validation_perplexity", "parameters_total", "flops_per_token")
+    return {
+        **dataclasses.asdict(job),
+        **{name: summary[name] for name in (*kept, "tokens_per_second")},
+        "dead_share": blocks.count(0) / len(blocks) if blocks else None,
+        "torch": torch.__version__,
+    }
 
 
-def table(jobs: list[Job], output: Path, train_iters: int) -> str:
-    """A line for every router and block size of which all seeds are done."""
+def _key(record: dict[str, Any]) -> tuple[str, int, int, int]:
+    """What tells the lines of the results apart."""
+    return record["router"], record["block_size"], record["seed"], record["iterations"]
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A line for every router and block size, best first."""
     lines = [
         f"{'router':<15} {'g':>4} {'perplexity':>15} {'seeds':>5} {'MFLOPs/token':>12} "
         f"{'parameters':>10} {'tokens/s':>8} {'dead':>6}"
     ]
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["router"], record["block_size"]), []).append(record)
     rows = []
-    for router, g in dict.fromkeys((job.router, job.block_size) for job in jobs):
-        seeds = [job for job in jobs if (job.router, job.block_size) == (router, g)]
-        found = [_result(output / job.name, train_iters) for job in seeds]
-        done = [summary for summary in found if summary is not None]
-        if not done:
-            continue
-        values = [summary["validation_perplexity"] for summary in done]
-        mean, spread = statistics.mean(values), statistics.stdev(values) if len(done) > 1 else 0.0
-        dead = [summary["dead_share"] for summary in done if summary["dead_share"] is not None]
-        rate = statistics.median(summary["tokens_per_second"] for summary in done)
-        first = done[0]
+    for (router, g), runs in groups.items():
+        values = [run["validation_perplexity"] for run in runs]
+        mean, spread = statistics.mean(values), statistics.stdev(values) if len(runs) > 1 else 0.0
+        dead = [run["dead_share"] for run in runs if run["dead_share"] is not None]
+        rate = statistics.median(run["tokens_per_second"] for run in runs)
         text = (
             f"{router:<15} {'' if router == 'dense' else g:>4} {mean:>8.1f} ± {spread:<4.1f} "
-            f"{len(done):>5} {first['flops_per_token'] / 1e6:>12.2f} "
-            f"{first['parameters_total'] / 1e6:>8.1f} M {rate:>8.0f} "
+            f"{len(runs):>5} {runs[0]['flops_per_token'] / 1e6:>12.2f} "
+            f"{runs[0]['parameters_total'] / 1e6:>8.1f} M {rate:>8.0f} "
             f"{f'{100 * statistics.mean(dead):.1f} %' if dead else '':>6}"
         )
         rows.append((mean, text))
