@@ -4,6 +4,7 @@
 # environment variables: make exports both kinds by itself, and an unset one stays unset.
 
 BIN := .venv/bin
+CPP := $(wildcard megatron_sffn/ops/*/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help env quickstart bench-parallel test check format clean
@@ -27,12 +28,14 @@ test: env ## Run all tests that need no GPU (ARGS=...)
 check: env ## Lint, format, import direction and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/mypy
 
 format: env ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CPP)
 
 clean: ## Remove caches and build output; leaves runs/ and .venv
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -54,8 +54,10 @@ class Backend(StrEnum):
     """The fastest of ours for the tensors' device."""
     NAIVE = "naive"
     """The oracle: every block for every token, then a mask."""
+    TORCH = "torch"
+    """Blocks in a loop of torch's products, on any device."""
     CPU = "cpu"
-    """Blocks in a loop with bounded scratch; plain torch, so it also runs on a GPU."""
+    """C++ kernels, compiled on this machine; torch's loop where there is no compiler."""
     MEGATRON = "megatron"
     """Megatron's own dispatcher and experts with our router: the second oracle."""
 

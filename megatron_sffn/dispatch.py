@@ -157,14 +157,14 @@ def _all_to_all(x: Tensor, routing: Routing, placement: Placement, back_bytes: i
     blocks = (pairs.blocks % placement.num_local_blocks)[:, None].expand_as(owners)
     local = torch.stack((row_of[owners, pairs.rows[:, None]], blocks), dim=-1).flatten(0, 1)
     local = local[order].int()
-    met = all_to_all(group, local, pairs_received, pairs_sent).long()
+    met = all_to_all(group, local, pairs_received, pairs_sent)
     pair_bytes, gates = local[0].nbytes if len(local) else 0, None
     if flat_gates is not None:
         gates = all_to_all(group, flat_gates[order // slices], pairs_received, pairs_sent)
         pair_bytes += flat_gates.itemsize
     # Rows of a later rank lie behind those of the earlier ones.
     starts = to_receive[:, 0].cumsum(0) - to_receive[:, 0]
-    first = starts.repeat_interleave(to_receive[:, 1])
+    first = starts.int().repeat_interleave(to_receive[:, 1])
     here = group.rank()
     there = (sum(rows_sent) - rows_sent[here]) * x.shape[1] * x.itemsize
     back = (sum(rows_received) - rows_received[here]) * back_bytes
@@ -202,10 +202,10 @@ def _all_gather(x: Tensor, routing: Routing, placement: Placement, back_bytes: i
     group, others = placement.group, placement.num_ranks - 1
     rows = gather_from_sequence_parallel_region(x, group=group)
     local_ids = routing.block_ids.int()
-    ids = gather_from_sequence_parallel_region(local_ids, group=group).long()
+    ids = gather_from_sequence_parallel_region(local_ids, group=group)
     # An empty place, -1, is in no part.
     mine = ids // placement.num_local_blocks == placement.block_part
-    pairs = Pairs(rows=mine.nonzero()[:, 0], blocks=ids[mine] - placement.first_block)
+    pairs = Pairs(rows=mine.nonzero()[:, 0].int(), blocks=ids[mine] - placement.first_block)
     gates, gate_bytes = None, 0
     if routing.gates is not None:
         gates = gather_from_sequence_parallel_region(routing.gates, group=group)[mine]

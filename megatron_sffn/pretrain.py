@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 
 from megatron_sffn.errors import run_command
 
@@ -34,8 +35,11 @@ def main() -> int:
     from megatron_sffn.training import train
 
     args = parse(defaults)
-    if line and args.rank == 0:
-        print(line, flush=True)
+    ours = logging.getLogger("megatron_sffn")
+    ours.addHandler(logging.StreamHandler(sys.stdout))
+    ours.setLevel(logging.INFO if args.rank == 0 else logging.ERROR)
+    if line:
+        ours.info(line)
     logging.getLogger("megatron").setLevel(logging.WARNING)
     train(args)
     return 0

@@ -34,6 +34,8 @@ from megatron_sffn.initialize import draw_again
 from megatron_sffn.layer import end_step, set_weights_version
 from megatron_sffn.layout import exchange_of
 from megatron_sffn.model import block_spec
+from megatron_sffn.ops.compiled import kernels
+from megatron_sffn.platforms.cpu import is_host
 from megatron_sffn.recording import RoutingRecorder
 from megatron_sffn.results import Recorder
 
@@ -52,6 +54,9 @@ def train(args: Namespace) -> None:
     check_data(args)
     check_checkpoint(args, sffn)
     recorder = Recorder(args, run_folder(args), RoutingRecorder.of_args(args))
+    if sffn is not None and is_host():
+        # Compiled now, or not at all: the first step is no time to learn which.
+        kernels()
     set_global_variables(args)
     shape = ModelShape.of_args(args, sffn)
     if args.rank == 0:

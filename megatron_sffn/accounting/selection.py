@@ -25,7 +25,7 @@ from megatron_sffn.routers.vanilla_m import KeyTableConfig
 
 FP32 = 4
 """Scores are in fp32 whatever the model is."""
-INT64 = 8
+INT32, INT64 = 4, 8
 BALANCE = {"aux_loss", "seq_aux_loss", "global_aux_loss"}
 """Losses of the blocks' frequencies."""
 KEY_COPIES = {"subset": 0, "learned": 1, "norm-weighted": 2}
@@ -124,7 +124,7 @@ def _gates_and_losses(router: ScoredConfig, call: Call) -> int:
     losses = call.losses_of(router)
     count = 0
     if router.gate != "none":
-        count += active * _id_bytes(active, blocks)
+        count += active * INT64
     if router.gate == "softmax":
         count += FP32 * blocks
     of_chosen = router.gate in ("sigmoid", "softmax-chosen")
@@ -137,11 +137,6 @@ def _gates_and_losses(router: ScoredConfig, call: Call) -> int:
     if losses - {"z_loss"}:
         count += FP32 * blocks
     return count
-
-
-def _id_bytes(chosen: int, of: int) -> int:
-    """An index of the chosen: a column of torch's `nonzero`, unless all are chosen."""
-    return INT64 if chosen == of else 2 * INT64
 
 
 @singledispatch

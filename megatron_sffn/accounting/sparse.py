@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 
 from megatron_sffn.accounting.ranks import RankLayout
-from megatron_sffn.accounting.selection import FP32, INT64, Call, kept_by_router
-from megatron_sffn.routers.pkm_ffn import PKMFFNConfig
+from megatron_sffn.accounting.selection import FP32, INT32, INT64, Call, kept_by_router
 
 
 def kept_by_blocks(call: Call, layout: RankLayout) -> float:
@@ -25,10 +24,9 @@ def kept_by_blocks(call: Call, layout: RankLayout) -> float:
     rows, pairs = rows_and_pairs(call, layout)
     tokens_kept = router.tokens
     count = router.bytes + pairs * _per_pair(call, layout)
-    if not width:
-        # `embedding_bag`: three integers a row.
-        count += 3 * INT64 * rows
-    elif layout.exchanging == 1 and width == call.hidden_size:
+    # Where the pairs of each block begin.
+    count += INT64 * (sffn.num_blocks // layout.expert + 1)
+    if layout.exchanging == 1 and width == call.hidden_size:
         tokens_kept = True
     else:
         count += rows * width * call.number_bytes
@@ -55,14 +53,12 @@ def rows_and_pairs(call: Call, layout: RankLayout) -> tuple[float, float]:
 def _per_pair(call: Call, layout: RankLayout) -> float:
     """Of a (row, block) pair: the row's index, its up projections, its gate and that's place."""
     router, numbers = call.sffn.router, call.number_bytes
+    gate = INT32 + numbers
     if not router.key_width(call.hidden_size):
-        # The cell, and the coefficient where it is not the router's own result.
-        applied = isinstance(router, PKMFFNConfig) and call.activation != "relu"
-        own = call.half or applied or layout.exchanging > 1
-        return INT64 + (numbers if own else 0)
+        return INT32 + gate
     cells = call.sffn.block_size // layout.expert_tensor
     ups = call.keys_per_cell * cells * numbers
-    return INT64 + ups + ((INT64 + numbers) if router.gated_output else 0)
+    return INT32 + ups + (gate if router.gated_output else 0)
 
 
 def _exchange(call: Call, layout: RankLayout) -> float:

@@ -1,7 +1,7 @@
 """The operations of a sparse layer, as functions of tensors.
 
-Each op is a folder: `naive.py` the oracle, `cpu.py` the fast form in plain torch, `op.py` the
-choice between them. The ops know nothing of Megatron.
+Each op is a folder: `naive.py` the oracle, fast forms in plain torch and in C++ (`compiled.py`
+builds it), `op.py` the choice between them. The ops know nothing of Megatron.
 """
 
 from megatron_sffn.ops.activation import Activation

@@ -67,6 +67,9 @@ def install() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Megatron insists on it under tensor parallelism; it is about CUDA queues.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # torch asks for huge pages: a gradient of E·k cells in fresh small ones costs as much as to
+    # compute it (benchmarks/NOTES.md).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     setattr(torch, _INSTALLED, True)
     for adaptation in adaptations():
         apply(adaptation)

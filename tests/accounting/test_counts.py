@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_sffn import accounting
 from megatron_sffn.accounting import ModelShape
 from megatron_sffn.config import Backend
-from megatron_sffn.routers.product_keys import ProductKeysConfig
 from megatron_sffn.routers.vanilla_m import KeyTableConfig
 from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, paper, sparse
 
@@ -187,20 +186,14 @@ def test_active_parameters_leave_out_the_other_blocks(name: str) -> None:
     assert count.total - count.active == shape.sparse_layers * others * (keys + shape.hidden_size)
 
 
-def uncounted(shape: ModelShape) -> tuple[int, int]:
-    """Per token, forward: what our layer computes and the papers do not count, and the reverse."""
-    sffn, layers = shape.sffn, shape.sparse_layers
-    if sffn is None:
-        return 0, 0
-    again, bags = 0, 0
-    if isinstance(sffn.router, KeyTableConfig):
-        # The chosen blocks' keys, which were scored already.
-        keys = (2 if shape.gated else 1) * sffn.router.key_width(shape.hidden_size)
-        again = 2 * keys * sffn.chosen_cells * layers
-    if isinstance(sffn.router, ProductKeysConfig):
-        # Values are added up by torch's embedding_bag, which is no product to its counter.
-        bags = 2 * shape.hidden_size * sffn.chosen_cells * layers
-    return again, bags
+def again(shape: ModelShape) -> int:
+    """Per token, forward: what our layer computes and the papers do not count."""
+    sffn = shape.sffn
+    if sffn is None or not isinstance(sffn.router, KeyTableConfig):
+        return 0
+    # The chosen blocks' keys, which were scored already.
+    keys = (2 if shape.gated else 1) * sffn.router.key_width(shape.hidden_size)
+    return 2 * keys * sffn.chosen_cells * shape.sparse_layers
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT if name not in DESCRIBED])
@@ -220,12 +213,12 @@ def test_flops_of_the_built_model(name: str, one_rank: None) -> None:
         return sum(flops for module, flops in counts.items() if module.endswith(suffix))
 
     expected = accounting.flops_per_token(shape)
-    again, bags = uncounted(shape)
+    twice = again(shape)
     assert of(".self_attention") == expected.attention
-    assert of(".router") == expected.router + again
-    assert of(".mlp") - of(".router") == expected.feed_forward - bags
+    assert of(".router") == expected.router + twice
+    assert of(".mlp") - of(".router") == expected.feed_forward
     assert of(".output_layer") == expected.logits
-    assert counts["Global"] == expected.total + again - bags
+    assert counts["Global"] == expected.total + twice
 
 
 def in_place(total: Any, left: Any, right: Any, out_shape: Any = None, **scales: Any) -> int:
@@ -270,14 +263,14 @@ def test_training_flops_of_the_built_model(router: str, recompute: bool, one_ran
     with counted() as counter:
         model(*arguments, **named, labels=arguments[0]).sum().backward()
     measured = counter.get_total_flops() / arguments[0].numel()
-    forward, again, bags, noise = accounting.flops_per_token(shape), *uncounted(shape), 0
+    forward, twice, noise = accounting.flops_per_token(shape), again(shape), 0
     if router == "noisy-top-k":
         noise = 2 * 2 * shape.hidden_size * shape.sffn.num_blocks
     convention = accounting.training_flops_per_token(shape, recompute=recompute)
     passes = 4 if recompute else 3
-    exact = convention + passes * (again - bags + noise)
+    exact = convention + passes * (twice + noise)
     if router in WITHOUT_GRADIENT:
-        scores = forward.router + again
+        scores = forward.router + twice
         if router == "lorkm":
             # The projection learns through the cells that it meets.
             scores -= 2 * 2 * shape.hidden_size * 7

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import Activation, block_ffn
-from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs, cpu
+from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs, loop
 
-BACKENDS = ["naive", "cpu"]
+BACKENDS = ["naive", "torch", "cpu"]
 ACTIVATIONS = list(Activation)
 T, D, M = 13, 6, 24
 
@@ -114,8 +114,9 @@ def test_f7_output_and_gradients_are_those_of_the_masked_dense_ffn(
         torch.testing.assert_close(ours, formula, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_hand_written_backward_is_the_derivative(activation: Activation) -> None:
+def test_the_hand_written_backward_is_the_derivative(activation: Activation, backend: str) -> None:
     x, keys, values = make(3, activation)
     inputs = [
         t[:4].clone().requires_grad_() if t is x else t.requires_grad_() for t in (x, keys, values)
@@ -124,7 +125,7 @@ def test_the_hand_written_backward_is_the_derivative(activation: Activation) -> 
     ids = choose(8, 2, tokens=4)
     # Away from the kink of ReLU, where no finite difference can be right.
     assert torch.autograd.gradcheck(
-        lambda x, k, v, g: block_ffn(x, k, v, ids, g, activation=activation, backend="cpu"),
+        lambda x, k, v, g: block_ffn(x, k, v, ids, g, activation=activation, backend=backend),
         (*inputs, gates),
     )
 
@@ -139,7 +140,7 @@ def pairs_of(case: str) -> Pairs:
         rows, blocks = torch.full((6,), 7), torch.arange(6)
     else:
         rows, blocks = torch.tensor([0, 0, 3, 12]), torch.tensor([5, 0, 0, 2])
-    return Pairs(rows=rows, blocks=blocks)
+    return Pairs(rows=rows.int(), blocks=blocks.int())
 
 
 @pytest.mark.parametrize(
@@ -147,16 +148,46 @@ def pairs_of(case: str) -> Pairs:
 )
 @pytest.mark.parametrize("scratch", [1, 1 << 20])
 def test_edges_against_the_oracle(case: str, scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "SCRATCH_BYTES", scratch)
-    monkeypatch.setattr(cpu, "SMALLEST_PIECE", 3)
+    monkeypatch.setattr(loop, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(loop, "SMALLEST_PIECE", 3)
     results = []
     for backend in BACKENDS:
         x, keys, values = (t.requires_grad_() for t in make(4))
         y = block_ffn_pairs(x, keys, values, pairs_of(case), backend=backend)
         y.square().sum().backward()
         results.append([y.detach(), x.grad, keys.grad, values.grad])
-    for naive, fast in zip(*results, strict=True):
-        torch.testing.assert_close(fast, naive, rtol=1e-10, atol=1e-12)
+    for naive, *fast in zip(*results, strict=True):
+        for ours in fast:
+            torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("g", [1, 2, 3, 7, 16, 33, 100])
+@pytest.mark.parametrize("rows, width", [(2500, 40), (300, 301), (2, 16)])
+def test_sizes_that_fill_no_tile_and_cross_every_bound(
+    rows: int, width: int, g: int, dtype: torch.dtype
+) -> None:
+    """A block that has all rows, one that has none, and others in between."""
+    torch.manual_seed(g)
+    blocks = max(5, 1500 // g if width == 40 else 0)
+    x = torch.randn(rows, width, dtype=torch.float64)
+    keys, values = torch.randn(2, blocks, g, width, dtype=torch.float64) * width**-0.5
+    met = torch.rand(rows, blocks) < torch.linspace(0.0, 0.1, blocks)
+    met[:, 3] = True
+    met[rows // 2] = False
+    places = met.nonzero().int()
+    pairs = Pairs(rows=places[:, 0].contiguous(), blocks=places[:, 1].contiguous())
+    gates = torch.rand(len(places), dtype=torch.float64)
+    results = []
+    for backend, width_of in (("torch", torch.float64), ("cpu", dtype)):
+        inputs = [t.to(dtype).to(width_of).requires_grad_() for t in (x, keys, values, gates)]
+        y = block_ffn_pairs(*inputs[:3], pairs, inputs[3], backend=backend)
+        (y * x.to(dtype).to(width_of)).sum().backward()
+        results.append([y.detach(), *(t.grad for t in inputs)])
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for exact, ours in zip(*results, strict=True):
+        error = (ours.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)
+        assert error < tolerance, f"relative error {error:.2e}"
 
 
 def test_no_tokens() -> None:

@@ -6,21 +6,22 @@ import torch
 from megatron_sffn.ops import route_topk
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("levels", [2, 5, 1000])
 @pytest.mark.parametrize(("blocks", "active"), [(1, 1), (7, 1), (16, 5), (33, 32), (64, 64)])
 def test_against_the_oracle_with_and_without_ties(
-    blocks: int, active: int, levels: int, dtype: torch.dtype
+    blocks: int, active: int, levels: int, dtype: torch.dtype, backend: str
 ) -> None:
     torch.manual_seed(levels)
     scores = torch.randint(levels, (50, blocks)).to(dtype) - levels / 2
-    ids = route_topk(scores, active)
+    ids = route_topk(scores, active, backend=backend)
     assert torch.equal(ids, route_topk(scores, active, backend="naive"))
     assert ids.shape == (50, active)
     assert (ids.diff(dim=1) > 0).all(), "ids must ascend, hence be distinct"
 
 
-@pytest.mark.parametrize("backend", ["naive", "cpu"])
+@pytest.mark.parametrize("backend", ["naive", "torch", "auto"])
 def test_a8_ties_go_to_the_lowest_index(backend: str) -> None:
     scores = torch.tensor([[1.0, 2.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [3.0, 3.0, 5.0, 3.0]])
     assert route_topk(scores, 2, backend=backend).tolist() == [[0, 1], [0, 1], [0, 2]]

@@ -1,6 +1,9 @@
-"""A memory of values alone: `weighted_values` against its oracle, on ragged rows and in bf16."""
+"""A memory of values alone: every backend against the formula, on ragged rows and in bf16."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +11,6 @@ from torch import Tensor
 
 from megatron_sffn.ops import block_ffn
 from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs
-from megatron_sffn.ops.block_ffn.values import naive, weighted_values
 
 R, B, D = 11, 17, 5
 
@@ -26,8 +28,18 @@ def pairs_of(case: str) -> Pairs:
     blocks = torch.randint(B, rows.shape)
     if case == "ragged":
         blocks[1] = blocks[0]
-    return Pairs(rows=rows, blocks=blocks)
+    return Pairs(rows=rows.int(), blocks=blocks.int())
 
+
+def weighted_values(
+    num_rows: int, values: Tensor, pairs: Pairs, gates: Tensor, backend: str = "auto"
+) -> Tensor:
+    x = values.new_zeros(num_rows, 0)
+    return block_ffn_pairs(x, None, values[:, None], pairs, gates, backend=backend)
+
+
+naive = partial(weighted_values, backend="naive")
+in_torch = partial(weighted_values, backend="torch")
 
 CASES = [
     "as many each",
@@ -56,7 +68,7 @@ def test_output_and_gradients_are_those_of_the_formula(case: str) -> None:
     formula = (torch.zeros_like(values), torch.zeros_like(gates))
     if len(gates):
         formula = torch.autograd.grad((expected * weights).sum(), (values, gates))
-    for op in (weighted_values, naive):
+    for op in (weighted_values, in_torch, naive):
         y = op(R, values, pairs, gates)
         torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
         ours = torch.autograd.grad((y * weights).sum(), (values, gates))
@@ -68,10 +80,11 @@ def test_output_and_gradients_are_those_of_the_formula(case: str) -> None:
         assert (ours[0][~used] == 0).all()
 
 
-def test_the_derivative() -> None:
+@pytest.mark.parametrize("op", [weighted_values, in_torch])
+def test_the_derivative(op: Callable[..., Tensor]) -> None:
     pairs = pairs_of("ragged")
     values, gates = made(pairs)
-    assert torch.autograd.gradcheck(lambda v, g: weighted_values(R, v, pairs, g), (values, gates))
+    assert torch.autograd.gradcheck(lambda v, g: op(R, v, pairs, g), (values, gates))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -80,8 +93,8 @@ def test_narrow_dtypes_stay_near_the_float64_oracle(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     rows, active = 40, 64
     pairs = Pairs(
-        rows=torch.arange(rows).repeat_interleave(active),
-        blocks=torch.randint(300, (rows * active,)),
+        rows=torch.arange(rows, dtype=torch.int32).repeat_interleave(active),
+        blocks=torch.randint(300, (rows * active,), dtype=torch.int32),
     )
     results = []
     narrow = torch.randn(300, 33).to(dtype), torch.randn(rows * active).to(dtype)
@@ -117,7 +130,7 @@ def test_no_rows() -> None:
     assert (values.grad == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["naive", "cpu", "auto"])
+@pytest.mark.parametrize("backend", ["naive", "torch", "cpu", "auto"])
 def test_the_op_takes_values_alone(backend: str) -> None:
     torch.manual_seed(2)
     x = torch.zeros(R, 0, dtype=torch.float64)

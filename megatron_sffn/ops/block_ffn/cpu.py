@@ -1,117 +1,63 @@
-"""`block_ffn` as a loop over blocks, with a hand-written backward.
-
-For each block: gather its rows, up, activation, down, add to the rows' outputs. What makes it fast
-(measured ratios over a dense FFN are in benchmarks/):
-
-- nothing of size T·K·D ever exists: gathered rows live in one piece of scratch that is used again
-  and again, and the backward gathers them anew instead of saving them;
-- the up projections are saved in block order, P·G numbers, which is what a dense FFN saves too;
-- slicing the tables under autograd would make each block's backward allocate a gradient of the
-  whole table; here each block writes its own slice of one gradient.
-
-Outputs are summed in fp32 when the inputs are narrower. A row meets a block at most once, so the
-adds of one block never collide: results do not depend on the number of threads.
-"""
+"""The products of rows and blocks on a CPU: `products.cpp`, for fp32 and fp64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from megatron_sffn.ops.activation import Activation
-from megatron_sffn.ops.block_ffn.pairs import Pairs
-
-SCRATCH_BYTES = 1 << 20
-"""Size of the piece of gathered rows: it should stay in a core's L2 cache."""
-
-SMALLEST_PIECE = 64
-"""Rows below which the products would be too small, however wide a row is."""
+from megatron_sffn.ops.block_ffn import loop
+from megatron_sffn.ops.block_ffn.function import Products
+from megatron_sffn.ops.block_ffn.pairs import Sorted
+from megatron_sffn.ops.compiled import kernels
 
 
-def block_ffn(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    pairs: Pairs,
-    gates: Tensor | None,
-    activation: Activation,
-) -> Tensor:
-    """Arguments and result as `op.block_ffn_pairs`."""
-    order, offsets = pairs.by_block(keys.shape[0])
-    rows = pairs.rows[order]
-    if gates is not None:
-        gates = gates[order].to(x.dtype)
-    return _BlockFFN.apply(x, keys, values, gates, rows, offsets, activation)
+def products(dtype: torch.dtype) -> Products:
+    """The fastest for a dtype: half precision is left to torch, whose products use matrix units."""
+    compiled = _compiled() if dtype in (torch.float32, torch.float64) else None
+    return loop if compiled is None else compiled
 
 
-class _BlockFFN(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        gates: Tensor | None,
-        rows: Tensor,
-        offsets: list[int],
-        activation: Activation,
-    ) -> Tensor:
-        ups = x.new_empty(len(rows), keys.shape[1])
-        y = x.new_zeros(len(x), values.shape[2], dtype=_sum_dtype(x))
-        scratch = x.new_empty(_piece(x), x.shape[1])
-        for block, at in _pieces(offsets, len(scratch)):
-            here = rows[at]
-            x_here = torch.index_select(x, 0, here, out=scratch[: len(here)])
-            up = torch.mm(x_here, keys[block].T, out=ups[at])
-            h = activation(up)
-            if gates is not None:
-                h = h * gates[at, None]
-            y.index_add_(0, here, (h @ values[block]).to(y.dtype))
-        ctx.save_for_backward(x, keys, values, gates, rows, ups)
-        ctx.offsets, ctx.activation = offsets, activation
-        return y.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, keys, values, gates, rows, ups = ctx.saved_tensors
-        (dy,) = grads
-        dx = x.new_zeros(x.shape, dtype=_sum_dtype(x))
-        dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-        dgates = None if gates is None else torch.empty_like(gates)
-        x_scratch = x.new_empty(_piece(x), x.shape[1])
-        dy_scratch = dy.new_empty(len(x_scratch), dy.shape[1])
-        for block, at in _pieces(ctx.offsets, len(x_scratch)):
-            here, up = rows[at], ups[at]
-            x_here = torch.index_select(x, 0, here, out=x_scratch[: len(here)])
-            dy_here = torch.index_select(dy, 0, here, out=dy_scratch[: len(here)])
-            h = ctx.activation(up)
-            dh = dy_here @ values[block].T
-            if gates is not None and dgates is not None:
-                torch.sum(dh * h, dim=1, out=dgates[at])
-                dh = dh * gates[at, None]
-                h = h * gates[at, None]
-            dvalues[block].addmm_(h.T, dy_here)
-            dup = ctx.activation.backward(dh, up)
-            dkeys[block].addmm_(dup.T, x_here)
-            dx.index_add_(0, here, (dup @ keys[block]).to(dx.dtype))
-        return dx.to(x.dtype), dkeys, dvalues, dgates, None, None, None
+@functools.cache
+def _compiled() -> Products | None:
+    """The C++ kernels, known to torch's FLOP counter; None where there are none."""
+    compiled = kernels()
+    if compiled is None:
+        return None
+    register_flop_formula([compiled.to_pairs, compiled.to_rows])(_flops_with_table)
+    register_flop_formula(compiled.to_table)(_flops_to_table)
+    return _Compiled(compiled)
 
 
-def _pieces(offsets: list[int], longest: int) -> Iterator[tuple[int, slice]]:
-    """Each block with its pairs, at most `longest` at a time; empty blocks do not appear."""
-    for block in range(len(offsets) - 1):
-        for start in range(offsets[block], offsets[block + 1], longest):
-            yield block, slice(start, min(start + longest, offsets[block + 1]))
+def _flops_with_table(pairs: Any, table: Any, row: Any, *_: Any, **__: Any) -> int:
+    """Of shapes: each pair meets a block."""
+    flops: int = 2 * row[0] * table[1] * table[2]
+    return flops
 
 
-def _piece(x: Tensor) -> int:
-    """Rows of x that fit the scratch."""
-    return max(SMALLEST_PIECE, SCRATCH_BYTES // (x.shape[1] * x.element_size()))
+def _flops_to_table(pairs: Any, rows: Any, *_: Any, **__: Any) -> int:
+    flops: int = 2 * pairs[0] * pairs[1] * rows[1]
+    return flops
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which outputs are summed: at least fp32."""
-    return torch.promote_types(x.dtype, torch.float32)
+class _Compiled:
+    def __init__(self, kernels: Any) -> None:
+        self.sort = kernels.sort_by_block
+        self._kernels = kernels
+
+    def to_pairs(self, rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
+        result: Tensor = self._kernels.to_pairs(rows, table, pairs.rows, pairs.offsets)
+        return result
+
+    def to_rows(self, coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
+        result: Tensor = self._kernels.to_rows(
+            coefficients, table, pairs.rows, pairs.offsets, num_rows
+        )
+        return result
+
+    def to_table(self, coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
+        result: Tensor = self._kernels.to_table(coefficients, rows, pairs.rows, pairs.offsets)
+        return result

@@ -23,3 +23,9 @@ def block_ffn(
     mask = x.new_zeros(rows, blocks).index_put((pairs.rows, pairs.blocks), factors, accumulate=True)
     up = torch.einsum("rd,bgd->rbg", x, keys)
     return torch.einsum("rbg,bgd->rd", activation(up) * mask[:, :, None], values)
+
+
+def weighted_values(num_rows: int, values: Tensor, pairs: Pairs, gates: Tensor) -> Tensor:
+    """The oracle of `function.weighted_values`: one vector per pair."""
+    weighted = gates.to(values.dtype)[:, None] * values[pairs.blocks, 0]
+    return values.new_zeros(num_rows, values.shape[2]).index_add(0, pairs.rows, weighted)

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.activation import Activation
-from megatron_sffn.ops.block_ffn import cpu, naive
-from megatron_sffn.ops.block_ffn import values as values_alone
+from megatron_sffn.ops.block_ffn import cpu, function, loop, naive
+from megatron_sffn.ops.block_ffn.function import Products
 from megatron_sffn.ops.block_ffn.pairs import Pairs
 
-IMPLEMENTATIONS = {"naive": naive.block_ffn, "cpu": cpu.block_ffn, "auto": cpu.block_ffn}
+BACKENDS = ("auto", "naive", "torch", "cpu")
 
 
 def block_ffn(
@@ -34,7 +34,8 @@ def block_ffn(
         block_ids: `[T, K]` integers in [0, B), distinct within a row; negative for no block.
         gates: `[T, K]` factors of the blocks' outputs, or None for 1.
         activation: `gelu`, `relu`, `squared_relu` or `swiglu`.
-        backend: `naive`, `cpu`, or `auto` for the fastest on x's device.
+        backend: `naive`, the oracle; `torch`, a loop over blocks; `cpu`, C++; or `auto` for the
+            fastest on x's device.
 
     Returns:
         `[T, D]` of x's dtype, differentiable in x, keys, values and gates. Sums are in fp32 at
@@ -66,7 +67,7 @@ def block_ffn_pairs(
         x: `[R, C]`.
         keys: `[B, G, C]`, `[B, 2G, C]` or None, as in `block_ffn`.
         values: `[B, G, D]`.
-        pairs: which row meets which block; rows ascend if there are no keys.
+        pairs: which row meets which block.
         gates: `[P]` in the order of `pairs`, or None.
         activation: as in `block_ffn`.
         backend: as in `block_ffn`.
@@ -76,17 +77,18 @@ def block_ffn_pairs(
     """
     try:
         activation = Activation(activation)
-        compute = IMPLEMENTATIONS[str(backend)]
+        products = _products(str(backend), values)
     except (ValueError, KeyError) as error:
         raise ConfigError(
             f"{error} is not a block_ffn activation ({', '.join(Activation)}) or backend "
-            f"({', '.join(IMPLEMENTATIONS)}); choose one of these"
+            f"({', '.join(BACKENDS)}); choose one of these"
         ) from None
     blocks, cells, _ = values.shape
     if keys is None:
         assert gates is not None and cells == 1, "values alone: one cell, its coefficient given"
-        add_up = values_alone.naive if backend == "naive" else values_alone.weighted_values
-        return add_up(len(x), values[:, 0], pairs, gates)
+        if products is None:
+            return naive.weighted_values(len(x), values, pairs, gates)
+        return function.weighted_values(len(x), values, pairs, gates, products)
     expected = (blocks, cells * (2 if activation.gated else 1), x.shape[1])
     if keys.shape != expected:
         raise ConfigError(
@@ -98,4 +100,25 @@ def block_ffn_pairs(
             f"x, keys and values are {x.dtype}, {keys.dtype} and {values.dtype}; "
             "give them one dtype"
         )
-    return compute(x, keys, values, pairs, gates, activation)
+    if products is None:
+        return naive.block_ffn(x, keys, values, pairs, gates, activation)
+    return function.block_ffn(x, keys, values, pairs, gates, activation, products)
+
+
+def _products(backend: str, values: Tensor) -> Products | None:
+    """Who multiplies; None for the oracle, which has no parts."""
+    match backend:
+        case "naive":
+            return None
+        case "auto":
+            return loop if values.is_cuda else cpu.products(values.dtype)
+        case "torch":
+            return loop
+        case "cpu":
+            if values.is_cuda:
+                raise ConfigError(
+                    "backend cpu computes on a CPU, but the tables are on a GPU; use auto or torch"
+                )
+            return cpu.products(values.dtype)
+        case _:
+            raise KeyError(backend)

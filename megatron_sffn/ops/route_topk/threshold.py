@@ -1,4 +1,4 @@
-"""`route_topk` by threshold: the K-th largest score, then one pass that marks what reaches it.
+"""`route_topk` in plain torch: the K-th largest score, then a pass that marks what reaches it.
 
 `torch.topk` alone leaves the order of equal scores open; the mark makes it exact and returns the
 ids in order, for a fraction of a stable sort's time.
@@ -22,4 +22,5 @@ def route_topk(scores: Tensor, num_active: int) -> Tensor:
         above, at = scores > least, scores == least
         places = num_active - above.sum(dim=1, keepdim=True)
         chosen = above | (at & (at.cumsum(dim=1) <= places))
-    return chosen.nonzero()[:, 1].view(tokens, num_active)
+    # A column of its own: a view would keep the other one, too, for as long as the ids live.
+    return chosen.nonzero()[:, 1].contiguous().view(tokens, num_active)
