@@ -30,8 +30,9 @@ SOURCES = sorted(Path(__file__).parent.glob("*/*.cpp"))
 INSTRUCTION_SETS = {
     "AVX512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma",
     "AVX2": "-mavx2 -mfma -mf16c",
+    "DEFAULT": "",
 }
-"""What torch found that the processor has -> the compiler's flags; others need none."""
+"""What torch found that the processor has -> the compiler's flags."""
 
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
 
@@ -45,18 +46,19 @@ def kernels() -> Any | None:
         output = getattr(error, "stderr", None) or str(error)
         reason = next((line for line in output.splitlines() if "error" in line), output.strip())
         logger.warning(
-            "sparse layers run in plain torch, slower: the C++ kernels cannot be built (%s); "
-            "install g++ 11 or newer, or set CXX to a compiler of C++20 with OpenMP",
+            "kernels: plain torch, slower, for those in C++ cannot be built (%s); install g++ 11 "
+            "or newer, or set CXX to a compiler that knows C++20 and OpenMP",
             reason,
         )
         return None
-    logger.info("sparse layers run in C++ compiled for %s", _instruction_set())
+    logger.info("kernels: C++ for %s", _instruction_set())
     return torch.ops.megatron_sffn
 
 
 def _instruction_set() -> str:
-    """As torch calls it; environment variable ATEN_CPU_CAPABILITY can lower it."""
-    return torch.backends.cpu.get_cpu_capability()
+    """One that we know, else DEFAULT; environment variable ATEN_CPU_CAPABILITY can lower it."""
+    name = torch.backends.cpu.get_cpu_capability()
+    return name if name in INSTRUCTION_SETS else "DEFAULT"
 
 
 def _library() -> Path:
@@ -67,7 +69,7 @@ def _library() -> Path:
         subprocess.CalledProcessError: the compiler failed.
     """
     name = _instruction_set()
-    command = [os.environ.get("CXX", "c++"), *FLAGS, *INSTRUCTION_SETS.get(name, "").split()]
+    command = [os.environ.get("CXX", "c++"), *FLAGS, *INSTRUCTION_SETS[name].split()]
     # ATen's own spelling of the instruction set that its vectors shall use.
     command += [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
     digest = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
@@ -89,7 +91,7 @@ def _library() -> Path:
 
 def _compile(command: list[str], library: Path) -> None:
     """Run the compiler and put the library in its place."""
-    logger.warning("compiling the C++ kernels of sparse layers for this machine, once")
+    logger.warning("kernels: compiling C++ for this machine, once; half a minute")
     root = Path(torch.__file__).parent
     command += [f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include"]
     command += [*map(str, SOURCES), f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
