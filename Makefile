@@ -7,7 +7,7 @@ BIN := .venv/bin
 CPP := $(wildcard megatron_sffn/ops/*/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart bench-parallel test check format clean
+.PHONY: help env quickstart bench bench-gpu bench-parallel test check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,12 @@ env: ## Make or update .venv (PYTHON=... chooses the interpreter)
 
 quickstart: env ## Text, data set, training on 2 ranks, evaluation, report (CORPUS=... SEED=...)
 	@$(BIN)/python -m examples.quickstart $(ARGS)
+
+bench: env ## Time of a layer over dense on the CPU, ours and the peers' (ARGS=...)
+	@$(BIN)/python -m benchmarks.blocks $(ARGS)
+
+bench-gpu: env ## The same on a GPU, in bf16 (ARGS=...)
+	@$(BIN)/python -m benchmarks.blocks --device cuda --dtype bf16 $(ARGS)
 
 bench-parallel: env ## Time and bytes of a layer on 2 and 4 ranks, ours and Megatron's (ARGS=...)
 	@$(BIN)/python -m benchmarks.parallel $(ARGS)

@@ -11,7 +11,6 @@ Ranks are processes of this host: over NCCL where there are GPUs, else over gloo
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.metadata
 import logging
 import math
@@ -26,7 +25,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
-from benchmarks.table import COLUMNS, Row, append, table
+from benchmarks.rows import append, check_output
+from benchmarks.table import Row, table
 from megatron_sffn.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
@@ -125,25 +125,7 @@ def check(args: argparse.Namespace) -> None:
                     f"give --expansion {ranks} or other --ranks"
                 )
     if args.output:
-        check_output(args.output)
-
-
-def check_output(path: Path) -> None:
-    """Check that rows can be appended to a file.
-
-    Raises:
-        ConfigError: if it is no file, cannot be written, or has other columns.
-    """
-    if path.is_dir():
-        raise ConfigError(f"--output {path} is a folder; give the path of a file in it")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--output {path} is in no folder; make {path.parent} first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--output {path} cannot be written; give another path")
-    if path.exists() and path.stat().st_size:
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            if next(csv.reader(file), []) != COLUMNS:
-                raise ConfigError(f"--output {path} has other columns; give another path")
+        check_output(args.output, Row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +171,8 @@ def adapt() -> None:
     from megatron_sffn import platforms
 
     platforms.prepare()
-    logging.getLogger("megatron").setLevel(logging.WARNING)
+    for name in ("megatron", "megatron_sffn"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def check_devices(ranks: int, platform: Platform) -> None:

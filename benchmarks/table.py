@@ -1,17 +1,15 @@
-"""The results of a run as rows: a table to read, and a CSV file to keep.
+"""The results of `benchmarks.parallel` as rows, and as a table to read.
 
-Enters: rows, each complete in itself, device and versions included. Leaves: text, or lines at the
-end of a file.
+Enters: rows, each complete in itself, device and versions included. Leaves: text.
 """
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
+
+from benchmarks.rows import columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ class Row:
     latency_over_dense: float
 
 
-COLUMNS = [column.name for column in dataclasses.fields(Row)]
+COLUMNS = columns(Row)
 
 
 HEADINGS = (
@@ -130,12 +128,3 @@ def transport_notes(rows: Sequence[Row]) -> list[str]:
             "gloo's reduce-scatter, with which allgather ends, really sends twice the bytes counted"
         )
     return notes
-
-
-def append(rows: Sequence[Row], path: Path) -> None:
-    """Add rows to a CSV file; a new one gets its head first."""
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if not file.tell():
-            writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)

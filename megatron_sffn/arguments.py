@@ -144,8 +144,8 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         default=Backend.AUTO.value,
         choices=[backend.value for backend in Backend],
         help="who computes the blocks: auto: the fastest here; naive: the oracle, dense with a "
-        "mask; torch: a loop over blocks; cpu: C++, compiled here; megatron: Megatron's own "
-        "dispatcher and experts",
+        "mask; torch: a loop over blocks; cpu: C++, compiled here; triton: kernels for a GPU; "
+        "megatron: Megatron's own dispatcher and experts",
     )
     add(
         "--sffn-relu",

@@ -58,6 +58,8 @@ class Backend(StrEnum):
     """Blocks in a loop of torch's products, on any device."""
     CPU = "cpu"
     """C++ kernels, compiled on this machine; torch's loop where there is no compiler."""
+    TRITON = "triton"
+    """Triton kernels for a GPU, in fp32, bf16 and fp16."""
     MEGATRON = "megatron"
     """Megatron's own dispatcher and experts with our router: the second oracle."""
 

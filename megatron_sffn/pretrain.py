@@ -37,6 +37,7 @@ def main() -> int:
     args = parse(defaults)
     ours = logging.getLogger("megatron_sffn")
     ours.addHandler(logging.StreamHandler(sys.stdout))
+    ours.propagate = False  # Megatron has its own way with the root of loggers
     ours.setLevel(logging.INFO if args.rank == 0 else logging.ERROR)
     if line:
         ours.info(line)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from megatron_sffn.errors import ConfigError
@@ -10,7 +12,7 @@ from megatron_sffn.ops.block_ffn import cpu, function, loop, naive
 from megatron_sffn.ops.block_ffn.function import Products
 from megatron_sffn.ops.block_ffn.pairs import Pairs
 
-BACKENDS = ("auto", "naive", "torch", "cpu")
+BACKENDS = ("auto", "naive", "torch", "cpu", "triton")
 
 
 def block_ffn(
@@ -34,8 +36,8 @@ def block_ffn(
         block_ids: `[T, K]` integers in [0, B), distinct within a row; negative for no block.
         gates: `[T, K]` factors of the blocks' outputs, or None for 1.
         activation: `gelu`, `relu`, `squared_relu` or `swiglu`.
-        backend: `naive`, the oracle; `torch`, a loop over blocks; `cpu`, C++; or `auto` for the
-            fastest on x's device.
+        backend: `naive`, the oracle; `torch`, a loop over blocks; `cpu`, C++; `triton`, for a GPU
+            and 32 or 16 bits; or `auto` for the fastest on x's device.
 
     Returns:
         `[T, D]` of x's dtype, differentiable in x, keys, values and gates. Sums are in fp32 at
@@ -77,12 +79,14 @@ def block_ffn_pairs(
     """
     try:
         activation = Activation(activation)
-        products = _products(str(backend), values)
+        if backend not in BACKENDS:
+            raise KeyError(str(backend))
     except (ValueError, KeyError) as error:
         raise ConfigError(
             f"{error} is not a block_ffn activation ({', '.join(Activation)}) or backend "
             f"({', '.join(BACKENDS)}); choose one of these"
         ) from None
+    products = _products(backend, values)
     blocks, cells, _ = values.shape
     if keys is None:
         assert gates is not None and cells == 1, "values alone: one cell, its coefficient given"
@@ -111,6 +115,7 @@ def _products(backend: str, values: Tensor) -> Products | None:
         case "naive":
             return None
         case "auto":
+            # Not yet triton on a GPU: its tests there have never run.
             return loop if values.is_cuda else cpu.products(values.dtype)
         case "torch":
             return loop
@@ -120,5 +125,39 @@ def _products(backend: str, values: Tensor) -> Products | None:
                     "backend cpu computes on a CPU, but the tables are on a GPU; use auto or torch"
                 )
             return cpu.products(values.dtype)
+        case "triton":
+            return _triton_for(values)
         case _:
-            raise KeyError(backend)
+            raise AssertionError(f"{backend} is none of {BACKENDS}")
+
+
+def _triton_for(values: Tensor) -> Products:
+    """The Triton kernels, if they can compute on these tables."""
+    products = _triton()
+    if products is None:
+        raise ConfigError(
+            "backend triton needs the package triton, which is not installed; install it, or use "
+            "auto or torch"
+        )
+    if values.dtype not in products.DTYPES:
+        raise ConfigError(
+            f"backend triton computes in float32, bfloat16 or float16, but the tables are "
+            f"{values.dtype}; use auto or torch"
+        )
+    if not (values.is_cuda or products.INTERPRETED):
+        raise ConfigError(
+            "backend triton computes on a GPU, but the tables are on a CPU; use auto, torch or cpu"
+        )
+    return products
+
+
+def _triton() -> Any | None:
+    """The module of the Triton kernels; None where triton is not installed."""
+    try:
+        # Not at the top: it takes a second, and a machine without a GPU has no use for it.
+        from megatron_sffn.ops.block_ffn import triton
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
+    return triton

@@ -62,6 +62,8 @@ constexpr int64_t kRows = 2048;
 constexpr int64_t kColumns = 256;
 // Cells whose gradient one thread computes at a time.
 constexpr int64_t kCells = 96;
+// Multiplications that are worth a thread: 10 microseconds or more.
+constexpr int64_t kWork = 1 << 19;
 // The same for blocks of few cells, where rows or the table must stay in the L2 cache.
 constexpr int64_t kDotRows = 256;
 constexpr int64_t kBagVectors = 8;
@@ -77,11 +79,13 @@ constexpr int64_t kBagBlock = 2;
 template <int N>
 using Int = std::integral_constant<int, N>;
 
-// Calls f(item) for each of the items; a thread that is done takes the next one.
+// Calls f(item) for each of the items; a thread that is done takes the next one. There are no more
+// threads than `work`, a number of multiplications, is worth.
 template <typename F>
-void parallel(int64_t items, const F& f) {
+void parallel(int64_t items, int64_t work, const F& f) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+  const int64_t threads = std::clamp<int64_t>(work / kWork, 1, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t item; (item = next++) < items;) f(item);
   });
 }
@@ -161,6 +165,9 @@ struct Job {
   const int64_t* offsets;
   int64_t num_rows, blocks, cells, width;
 
+  // Multiplications of a product.
+  int64_t work() const { return offsets[blocks] * cells * width; }
+
   // The pairs of a block whose rows are in [first, last).
   std::pair<int64_t, int64_t> span(int64_t block, int64_t first, int64_t last) const {
     const int* end = row + offsets[block + 1];
@@ -199,7 +206,7 @@ void to_pairs_by_tiles(const Job<T>& job, const T* rows, const T* table, T* pair
   for (int64_t i = 0; i < job.blocks; ++i)
     for (int64_t at = job.offsets[i]; at < job.offsets[i + 1]; at += kPairs)
       items.push_back({i, at, std::min(at + kPairs, job.offsets[i + 1])});
-  parallel(items.size(), [&](int64_t index) {
+  parallel(items.size(), job.work(), [&](int64_t index) {
     const auto [block, from, to] = items[index];
     const T* cells = table + block * job.cells * job.width;
     std::vector<const T*> left(to - from);
@@ -253,7 +260,7 @@ template <typename T>
 void to_pairs_by_dots(const Job<T>& job, const T* rows, const T* table, T* pairs) {
   const int64_t tiles = (job.num_rows + kDotRows - 1) / kDotRows,
                 parts = std::min<int64_t>(16, job.blocks);
-  parallel(tiles * parts, [&](int64_t index) {
+  parallel(tiles * parts, job.work(), [&](int64_t index) {
     const int64_t first = index / parts * kDotRows, part = index % parts;
     for (int64_t i = job.blocks * part / parts; i < job.blocks * (part + 1) / parts; ++i) {
       const auto [from, to] = job.span(i, first, first + kDotRows);
@@ -280,7 +287,7 @@ template <typename T>
 void to_rows_by_tiles(const Job<T>& job, const T* pairs, const T* table, T* rows) {
   const int64_t tall = (job.num_rows + kRows - 1) / kRows,
                 wide = (job.width + kColumns - 1) / kColumns;
-  parallel(tall * wide, [&](int64_t index) {
+  parallel(tall * wide, job.work(), [&](int64_t index) {
     const int64_t first = index / wide * kRows, last = std::min(first + kRows, job.num_rows);
     const int64_t column = index % wide * kColumns,
                   columns = std::min(kColumns, job.width - column);
@@ -337,7 +344,7 @@ void to_rows_by_bags(const Job<T>& job, const T* pairs, const T* table, T* rows)
   std::vector<int64_t> starts(parts * job.num_rows + 1, size);
   const auto cell = std::make_unique_for_overwrite<int[]>(size);
   const auto h = std::make_unique_for_overwrite<T[]>(size);
-  parallel(parts, [&](int64_t part) {
+  parallel(parts, job.work(), [&](int64_t part) {
     const int64_t first = part * blocks, last = std::min(first + blocks, job.blocks);
     std::vector<int64_t> next(job.num_rows);
     for (int64_t p = job.offsets[first]; p < job.offsets[last]; ++p) next[job.row[p]] += job.cells;
@@ -355,7 +362,7 @@ void to_rows_by_bags(const Job<T>& job, const T* pairs, const T* table, T* rows)
         }
   });
   const int64_t tall = std::max(kRows, (job.num_rows - 1) / at::get_num_threads() + 1);
-  parallel((job.num_rows + tall - 1) / tall, [&](int64_t index) {
+  parallel((job.num_rows + tall - 1) / tall, job.work(), [&](int64_t index) {
     const int64_t first = index * tall, last = std::min(first + tall, job.num_rows);
     std::fill(rows + first * job.width, rows + last * job.width, T(0));
     std::vector<T> near(kBagCells * kBagVectors * kLanes<T>);
@@ -385,7 +392,7 @@ void to_table(const Job<T>& job, const T* pairs, const T* rows, T* table) {
   const int64_t blocks = std::max<int64_t>(1, kCells / job.cells),
                 groups = (job.blocks + blocks - 1) / blocks;
   const int64_t parts = (job.cells + kCells - 1) / kCells;
-  parallel(wide * groups * parts, [&](int64_t index) {
+  parallel(wide * groups * parts, job.work(), [&](int64_t index) {
     const int64_t column = index / (groups * parts) * kColumns,
                   columns = std::min(kColumns, job.width - column);
     const int64_t group = index / parts % groups, cell = index % parts * kCells;
@@ -472,7 +479,7 @@ std::tuple<Tensor, Tensor> sort_op(const Tensor& ids, int64_t blocks) {
   int* to = order.mutable_data_ptr<int>();
   int64_t* offset = offsets.mutable_data_ptr<int64_t>();
   std::vector<int64_t> next(parts * blocks);
-  parallel(parts, [&](int64_t part) {
+  parallel(parts, 16 * size, [&](int64_t part) {
     for (int64_t p = size * part / parts; p < size * (part + 1) / parts; ++p)
       ++next[part * blocks + id[p]];
   });
@@ -482,7 +489,7 @@ std::tuple<Tensor, Tensor> sort_op(const Tensor& ids, int64_t blocks) {
     for (int64_t part = 0; part < parts; ++part) sum += std::exchange(next[part * blocks + i], sum);
   }
   offset[blocks] = sum;
-  parallel(parts, [&](int64_t part) {
+  parallel(parts, 16 * size, [&](int64_t part) {
     for (int64_t p = size * part / parts; p < size * (part + 1) / parts; ++p)
       to[next[part * blocks + id[p]]++] = static_cast<int>(p);
   });

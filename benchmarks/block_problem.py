@@ -1,0 +1,145 @@
+"""What the contenders of `benchmarks.blocks` compute, and whether they computed it.
+
+Enters: the numbers of a layer. Leaves: tokens, tables and routing drawn from one seed; the result
+in float64; and how far a contender's is from it.
+
+Choices
+- The reference is the oracle of `block_ffn` in float64, some tokens at a time: outputs, and the
+  gradients of tokens, tables and gates.
+- Differences are relative to the norm, not to the largest value: a ReLU whose input is zero within
+  rounding may fall on either side, which makes one row quite another and all rows hardly differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.block_ffn import op
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Of every output and gradient, relative to its norm."""
+RELU_TOLERANCE = 2e-3
+"""At least so much for ReLU: a few derivatives of the millions are 0 rather than 1, or 1 than 0."""
+REFERENCE_TOKENS = 256
+"""Tokens at a time: the oracle computes all M cells for each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What every contender computes, on one device and in one dtype.
+
+    Args:
+        x: `[T, D]` tokens.
+        dy: `[T, D]`, the gradient of the output.
+        keys: `[B, G, D]`; `[B, 2G, D]` with the gate keys first for `swiglu`.
+        values: `[B, G, D]`.
+        block_ids: `[T, K]` int64, distinct within a row.
+        gates: `[T, K]` factors of the blocks' outputs, or None for 1.
+        activation: f.
+    """
+
+    x: Tensor
+    dy: Tensor
+    keys: Tensor
+    values: Tensor
+    block_ids: Tensor
+    gates: Tensor | None
+    activation: Activation
+
+    @property
+    def num_blocks(self) -> int:
+        """B."""
+        return len(self.values)
+
+    @cached_property
+    def ones_or_gates(self) -> Tensor:
+        """`[T, K]`: factors for those who always multiply."""
+        return (
+            torch.ones_like(self.block_ids, dtype=self.x.dtype)
+            if self.gates is None
+            else self.gates
+        )
+
+    @classmethod
+    def draw(
+        cls,
+        *,
+        tokens: int,
+        hidden_size: int,
+        active_cells: int,
+        block_size: int,
+        expansion: int,
+        activation: Activation,
+        dtype: torch.dtype,
+        gated: bool,
+        device: Any,
+    ) -> Problem:
+        """Uniform random routing and tables, the same for the same numbers on every device."""
+        draw = torch.Generator().manual_seed(1)
+        blocks, active = expansion * active_cells // block_size, active_cells // block_size
+        cells = block_size * (2 if activation.gated else 1)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=draw) * scale).to(device, dtype)
+
+        return cls(
+            x=normal(tokens, hidden_size),
+            dy=normal(tokens, hidden_size),
+            # Up projections and outputs are then near 1, also in half precision.
+            keys=normal(blocks, cells, hidden_size, scale=hidden_size**-0.5),
+            values=normal(blocks, block_size, hidden_size, scale=active_cells**-0.5),
+            block_ids=torch.rand(tokens, blocks, generator=draw).topk(active).indices.to(device),
+            gates=(torch.rand(tokens, active, generator=draw) + 0.5).to(device, dtype)
+            if gated
+            else None,
+            activation=activation,
+        )
+
+
+def tolerance(problem: Problem) -> float:
+    """Largest difference with which a result counts as right."""
+    least = RELU_TOLERANCE if problem.activation is Activation.RELU else 0.0
+    return max(least, TOLERANCES[problem.x.dtype])
+
+
+def reference(problem: Problem) -> dict[str, Tensor]:
+    """Output `y` and the gradients of `x`, `keys`, `values` and `gates`, in float64."""
+    leaves = {name: getattr(problem, name) for name in ("x", "keys", "values", "gates")}
+    leaves = {
+        name: leaf.double().requires_grad_() for name, leaf in leaves.items() if leaf is not None
+    }
+    outputs = []
+    for start in range(0, len(problem.x), REFERENCE_TOKENS):
+        at = slice(start, start + REFERENCE_TOKENS)
+        gates = leaves["gates"][at] if "gates" in leaves else None
+        y = op.block_ffn(
+            leaves["x"][at],
+            leaves["keys"],
+            leaves["values"],
+            problem.block_ids[at],
+            gates,
+            activation=problem.activation,
+            backend="naive",
+        )
+        y.backward(problem.dy[at].double())
+        outputs.append(y.detach())
+    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"y": torch.cat(outputs), **found}
+
+
+def disagreement(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Largest difference of any output or gradient, relative to the reference's norm."""
+    assert found.keys() == expected.keys(), (found.keys(), expected.keys())
+    largest = 0.0
+    for name, right in expected.items():
+        error = (found[name].double() - right).norm() / right.norm()
+        # NaN compares as nothing: it has to count as wrong.
+        largest = max(largest, float(error.nan_to_num(nan=float("inf"))))
+    return largest

@@ -1,0 +1,226 @@
+"""The results of `benchmarks.blocks` as rows, as a table to read, and as a picture.
+
+Enters: rows, each complete in itself, device and versions included. Leaves: text, or a PNG file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from benchmarks.block_timing import PASSES
+from megatron_sffn.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One contender's pass at one size; also the columns of the CSV file.
+
+    Args:
+        date: of the run, ISO 8601, UTC.
+        commit: short; `-dirty` where files differ from it; empty outside of git.
+        device: in words.
+        threads: of torch on the CPU.
+        torch: version, as the next ones; empty where a package is absent.
+        megatron_core: version.
+        transformer_engine: version.
+        transformers: version.
+        triton: version.
+        dtype: of tokens and tables.
+        activation: f.
+        gated: whether a gate multiplies each block's output.
+        block_size: g.
+        expansion: E.
+        tokens: T.
+        hidden_size: D.
+        active_cells: k.
+        contender: who.
+        pass_: what was timed.
+        repeats: turns.
+        ms: their median.
+        ratio: of the medians, over the dense FFN's.
+        spread: of the turns, interquartile range over median.
+    """
+
+    date: str
+    commit: str
+    device: str
+    threads: int
+    torch: str
+    megatron_core: str
+    transformer_engine: str
+    transformers: str
+    triton: str
+    dtype: str
+    activation: str
+    gated: bool
+    block_size: int
+    expansion: int
+    tokens: int
+    hidden_size: int
+    active_cells: int
+    contender: str
+    pass_: str
+    repeats: int
+    ms: float
+    ratio: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """Why a contender has no ratio at one size."""
+
+    contender: str
+    block_size: int
+    expansion: int
+    reason: str
+
+
+def rows_of(
+    seconds: Mapping[tuple[str, str], Sequence[float]], common: Mapping[str, Any]
+) -> list[Row]:
+    """A row for each contender and pass of one size, from the seconds of every turn."""
+    rows = []
+    for timed in PASSES:
+        for name in dict.fromkeys(name for name, _ in seconds):
+            turns = seconds[name, timed]
+            middle = median(turns)
+            low, _, high = quantiles(turns) if len(turns) > 1 else (middle, middle, middle)
+            rows.append(
+                Row(
+                    **common,
+                    contender=name,
+                    pass_=timed,
+                    repeats=len(turns),
+                    ms=1000 * middle,
+                    ratio=middle / median(seconds["dense", timed]),
+                    spread=(high - low) / middle,
+                )
+            )
+    return rows
+
+
+def table(rows: Sequence[Row], missing: Sequence[Missing], contenders: Sequence[str]) -> str:
+    """All rows as text, a line for each pass and size, and what is missing and why."""
+    first = rows[0]
+    cells = {(row.pass_, row.expansion, row.block_size, row.contender): row for row in rows}
+    ends = [name.rpartition(" ") for name in contenders]
+    lines: list[Sequence[str]] = [
+        ("", "", "", "", "dense", *(start for start, _, _ in ends)),
+        ("pass", "g", "E", "T", "ms", *(end for _, _, end in ends)),
+    ]
+    units = [row for row in rows if row.contender == "dense"]
+    for timed in PASSES:
+        for unit in (row for row in units if row.pass_ == timed):
+            size = (timed, unit.expansion, unit.block_size)
+            found = (cells.get((*size, name)) for name in contenders)
+            lines.append(
+                (
+                    timed,
+                    *map(str, (unit.block_size, unit.expansion, unit.tokens)),
+                    f"{unit.ms:.3g}",
+                    *("-" if row is None else f"{row.ratio:.2f}" for row in found),
+                )
+            )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widest = max(rows, key=lambda row: row.spread)
+    versions = ", ".join(
+        f"{name.replace('_', '-')} {getattr(first, name)}"
+        for name in ("torch", "megatron_core", "transformer_engine", "transformers", "triton")
+        if getattr(first, name)
+    )
+    return "\n".join(
+        [
+            f"\n{first.device}, threads: {first.threads}; {versions}; commit {first.commit or '-'}",
+            f"D = {first.hidden_size}, k = {first.active_cells}, {first.dtype}, "
+            f"{first.activation}, {'with' if first.gated else 'without'} gates; times over a dense "
+            "FFN of k cells\n",
+            *(_line(line, widths) for line in lines),
+            f"largest spread (interquartile range over median): {widest.spread:.0%}, "
+            f"{widest.contender}, {widest.pass_}, g = {widest.block_size}, E = {widest.expansion}",
+            *notes(missing),
+        ]
+    )
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """The pass to the left, numbers to the right."""
+    first, *others = cells
+    return " ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
+
+
+def notes(missing: Sequence[Missing]) -> list[str]:
+    """Each reason once, with the sizes it is about."""
+    sizes: dict[tuple[str, str], list[Missing]] = {}
+    for each in missing:
+        sizes.setdefault((each.contender, each.reason), []).append(each)
+    return [
+        f"- {contender}, "
+        + ", ".join(f"g = {size.block_size} E = {size.expansion}" for size in where)
+        + f": {reason}"
+        for (contender, reason), where in sizes.items()
+    ]
+
+
+def plot(rows: Sequence[Row], contenders: Sequence[str], path: Path) -> None:
+    """Ratios against the block size: a panel for each pass and expansion, a line per contender.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    expansions = sorted({row.expansion for row in rows})
+    figure, panels = pyplot.subplots(
+        len(PASSES),
+        len(expansions),
+        figsize=(1.5 + 4 * len(expansions), 7),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for timed, line in zip(PASSES, panels, strict=True):
+        for expansion, axes in zip(expansions, line, strict=True):
+            here = [row for row in rows if (row.pass_, row.expansion) == (timed, expansion)]
+            _draw(axes, here, contenders)
+            axes.set_title(f"{timed}, E = {expansion}")
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.grid(alpha=0.3)
+    ticks = sorted({row.block_size for row in rows})
+    for axes in panels[-1]:
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.set_xlabel("block size g")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("time over dense")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2 * len(expansions))
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ConfigError(
+            f"--plot {path} cannot be written ({error}); give a path in a folder that is there"
+        ) from error
+    finally:
+        pyplot.close(figure)
+
+
+def _draw(axes: Any, rows: Sequence[Row], contenders: Sequence[str]) -> None:
+    """One line for each contender, which has the same colour and marker in every panel."""
+    axes.axhline(1, color="gray", linestyle="--", linewidth=1)
+    for name, marker in zip(contenders, cycle("osD^vPX*"), strict=False):
+        own = sorted((row.block_size, row.ratio) for row in rows if row.contender == name)
+        axes.plot([size for size, _ in own], [ratio for _, ratio in own], marker=marker, label=name)

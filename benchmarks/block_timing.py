@@ -1,0 +1,121 @@
+"""Times of modules that take turns, and which of them have to be left out.
+
+Enters: modules `[T, D]` to `[T, D]` of one `Problem`. Leaves: seconds of a forward and of a forward
+and backward, one for each turn; or the sentence that says why a module has none.
+
+Choices
+- Contenders take turns (A B C A B C ...), so that another load on the machine meets all of them.
+- What makes a peer slow, copies of tokens, is proportional to the pairs of tokens and blocks. So a
+  step at the next block size is foreseen from the last, and left out if that is over the budget:
+  otherwise it would have to be waited for to know.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from benchmarks.block_problem import Problem
+
+FORWARD, BOTH = "forward", "forward + backward"
+PASSES = (FORWARD, BOTH)
+CONTENDER_SECONDS = 20.0
+"""A contender's turns at one size stop here, but for the fewest."""
+FEWEST_TURNS = 3
+STEPS_ON_GPU = 10
+"""In a row, as one turn: the host then launches kernels ahead of the device, as in training."""
+COPIES = 6
+"""Of all rows that meet a block, `[T·K, D]` each, that a peer's step holds at its peak."""
+
+
+@dataclass
+class Budget:
+    """What one step of a peer may take, at the block sizes of one expansion.
+
+    Args:
+        seconds: at most so long.
+        last: contender -> pairs and seconds of its last step.
+    """
+
+    seconds: float
+    last: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def refusal(self, name: str, problem: Problem) -> str | None:
+        """Why not to begin a step of a peer; None if it can be tried."""
+        pairs = problem.block_ids.numel()
+        if COPIES * pairs * problem.x.shape[1] * problem.x.itemsize > free_memory(problem.x):
+            return "its copies of tokens would need more memory than is free"
+        before, seconds = self.last.get(name, (pairs, 0.0))
+        if seconds * pairs / before > self.seconds:
+            return self.too_long
+        return None
+
+    def note(self, name: str, problem: Problem, seconds: float) -> str | None:
+        """Remember a step; why not to repeat it, None if it can be timed."""
+        self.last[name] = problem.block_ids.numel(), seconds
+        return self.too_long if seconds > self.seconds else None
+
+    @property
+    def too_long(self) -> str:
+        """The sentence."""
+        return f"a step would take longer than --budget {self.seconds:g} (seconds)"
+
+
+def free_memory(where: Tensor) -> int:
+    """Bytes that can be allocated on a tensor's device."""
+    if where.is_cuda:
+        return torch.cuda.mem_get_info(where.device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def step(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward and backward; the output and the gradient of the input."""
+    x = x.detach().requires_grad_()
+    y: Tensor = module(x)
+    y.backward(dy)
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+def seconds_of(module: nn.Module, problem: Problem, timed: str, steps: int = 1) -> float:
+    """Seconds of a pass, the mean of some in a row; gradients are new in each."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        if timed == FORWARD:
+            with torch.no_grad():
+                module(problem.x)
+        else:
+            step(module, problem.x, problem.dy)
+            module.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps
+
+
+def alternate(
+    modules: Mapping[str, nn.Module], problem: Problem, repeats: int
+) -> dict[tuple[str, str], list[float]]:
+    """Seconds of every module's passes, in turns, after one to warm up.
+
+    Returns:
+        Contender and pass -> one number for each turn: `repeats`, or fewer where they are slow.
+    """
+    steps = STEPS_ON_GPU if problem.x.is_cuda else 1
+    seconds: dict[tuple[str, str], list[float]] = {
+        (name, timed): [] for name in modules for timed in PASSES
+    }
+    for turn in range(repeats + 1):
+        for name, module in modules.items():
+            spent = sum(sum(seconds[name, timed]) for timed in PASSES) * steps
+            if spent > CONTENDER_SECONDS and turn > FEWEST_TURNS:
+                continue
+            for timed in PASSES:
+                took = seconds_of(module, problem, timed, steps)
+                if turn:
+                    seconds[name, timed].append(took)
+    return seconds

@@ -1,0 +1,333 @@
+"""Time of a sparse feed-forward layer with its routing given: `python -m benchmarks.blocks`.
+
+Enters: sizes, a dtype, a device. Leaves: a table of times over the dense FFN of the same active
+cells, ours beside the peers' as installed packages; the same as rows at the end of a CSV file; and,
+with `--plot`, as a picture.
+
+Choices
+- Who computes is in `block_layers.py`, what in `block_problem.py`, how it is timed in
+  `block_timing.py`.
+- Nothing is timed before it was right: the output and every gradient of each contender are compared
+  with the oracle in float64, at the size that is timed. If ours is wrong, the command stops; a peer
+  that is wrong, or cannot run, has no ratio, and a line below the table says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import block_layers
+from benchmarks.block_problem import Problem, disagreement, reference, tolerance
+from benchmarks.block_table import Missing, Row, plot, rows_of, table
+from benchmarks.block_timing import Budget, alternate, step
+from benchmarks.facts import ROOT, commit, now, version_of
+from benchmarks.parallel import DisagreementError, Platform, adapt
+from benchmarks.rows import append, check_output
+from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.block_ffn.op import BACKENDS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOKENS, TOKENS_OF_CELLS = 2048, 1024
+"""Default of --tokens, and at g = 1, where a peer would copy a token for each of its cells."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark with the arguments of the command line."""
+    args = parse_arguments(argv)
+    if args.device == "cpu":
+        # Before anything asks CUDA: on a machine with GPUs too, this run is one without.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    adapt()
+    platform = Platform.here()
+    if args.device == "cuda" and platform.devices is None:
+        raise ConfigError(
+            "--device cuda: torch finds no CUDA device here; run make bench, or give --device cpu"
+        )
+    with one_rank(platform):
+        return run(args, platform)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.blocks",
+        description="Time of a sparse feed-forward layer whose routing is given, forward and "
+        "forward + backward, in units of the dense FFN with the same number of active cells: ours, "
+        "and the installed megatron-core, transformers and torch. A token uses k = --active-cells "
+        "of E·k cells, in blocks of g. Every result is compared with a float64 oracle first; what "
+        "is wrong gets no ratio.",
+        epilog="example: --block-sizes 64 16 --expansions 4 --backends auto torch --no-output",
+        allow_abbrev=False,
+    )
+    _add_sizes(parser.add_argument_group("sizes").add_argument)
+    add = parser.add_argument_group("run").add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    add("--dtype", choices=list(DTYPES), help="(default: fp32, with --device cuda bf16)")
+    add(
+        "--backends",
+        nargs="+",
+        choices=BACKENDS,
+        default=["auto"],
+        help="of ours, a column each; auto is the fastest for the device (default: auto)",
+    )
+    add("--threads", type=int, help="of torch (default: 1, with --device cuda torch's own)")
+    add(
+        "--repeats",
+        type=int,
+        default=15,
+        help="turns of each contender, of which the median counts; fewer, but at least 3, where "
+        "they take long (default: 15)",
+    )
+    add(
+        "--budget",
+        type=float,
+        default=20.0,
+        help="seconds; a peer whose step takes longer has a dash (default: 20)",
+    )
+    add = parser.add_argument_group("results").add_argument
+    results = ROOT / "benchmarks" / "results.csv"
+    add(
+        "--output",
+        type=Path,
+        default=results,
+        help="CSV file that gets the rows, after those that it has "
+        "(default: benchmarks/results.csv)",
+    )
+    add("--no-output", dest="output", action="store_const", const=None, help="print only")
+    add("--plot", type=Path, metavar="FILE.png", help="ratios over g, a panel per E and pass")
+    args = parser.parse_args(argv)
+    check(args)
+    args.activation = Activation(args.activation)
+    args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
+    if args.threads is None and args.device == "cpu":
+        args.threads = 1
+    return args
+
+
+def _add_sizes(add: Any) -> None:
+    """The flags of the layer."""
+    add(
+        "--block-sizes",
+        type=int,
+        nargs="+",
+        default=[1024, 256, 64, 16, 1],
+        help="g, cells of a block, a line of the table each; from large to small, slow peers are "
+        "foreseen (default: 1024 256 64 16 1)",
+    )
+    add("--expansions", type=int, nargs="+", default=[4, 16], help="E (default: 4 16)")
+    add("--hidden-size", type=int, default=512, help="D (default: 512)")
+    add("--active-cells", type=int, default=2048, help="k, also of the dense FFN (default: 2048)")
+    add("--tokens", type=int, help=f"T (default: {TOKENS}, {TOKENS_OF_CELLS} at g = 1)")
+    add("--activation", choices=list(map(str, Activation)), default="gelu", help="(default: gelu)")
+    add(
+        "--gates",
+        action="store_true",
+        help="multiply each block's output by a factor, as most routers do, and compute its "
+        "gradient; without, the peers' factors are 1 and ours has none",
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check the numbers against each other, before anything is built.
+
+    Raises:
+        ConfigError: if one cannot work.
+    """
+    names = ("block_sizes", "expansions", "hidden_size", "active_cells", "tokens", "threads")
+    for name in (*names, "repeats"):
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < 1:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} {value} is less than 1; give at least 1")
+    if not args.budget > 0:
+        raise ConfigError(f"--budget {args.budget:g} is no time; give seconds above 0")
+    for size in args.block_sizes:
+        if args.active_cells % size:
+            raise ConfigError(
+                f"--block-sizes {size} does not divide --active-cells {args.active_cells}; give a "
+                f"divisor, such as {math.gcd(size, args.active_cells)}"
+            )
+    if args.output:
+        check_output(args.output, Row)
+    if args.plot and args.plot.suffix != ".png":
+        raise ConfigError(f"--plot {args.plot} does not end in .png; give a name that does")
+    if args.plot and not args.plot.parent.is_dir():
+        raise ConfigError(f"--plot {args.plot} is in no folder; make {args.plot.parent} first")
+
+
+@contextlib.contextmanager
+def one_rank(platform: Platform) -> Iterator[None]:
+    """Megatron's process groups over this process alone: its layer asks for them."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = torch.distributed.FileStore(f"{folder}/store", 1)
+        torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
+
+def run(args: argparse.Namespace, platform: Platform) -> int:
+    """Measure all sizes, in a process that has Megatron's groups; print, append and draw.
+
+    Raises:
+        DisagreementError: if ours is wrong.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    common = facts(args, platform)
+    contenders = [*(ours(backend) for backend in args.backends), *block_layers.peers()]
+    rows: list[Row] = []
+    missing: list[Missing] = []
+    for expansion in args.expansions:
+        budget = Budget(seconds=args.budget)
+        for block_size in args.block_sizes:
+            found, without = measure(args, expansion, block_size, budget, common)
+            if args.output:
+                append(found, args.output)
+            rows += found
+            missing += without
+    print(table(rows, missing, contenders), flush=True)
+    if args.plot:
+        plot(rows, contenders, args.plot)
+    return 0
+
+
+def ours(backend: str) -> str:
+    """Name of one of our backends in the table."""
+    return "ours" if backend == "auto" else f"ours {backend}"
+
+
+def measure(
+    args: argparse.Namespace,
+    expansion: int,
+    block_size: int,
+    budget: Budget,
+    common: dict[str, Any],
+) -> tuple[list[Row], list[Missing]]:
+    """All contenders at one size: compare, then time."""
+    problem = Problem.draw(
+        tokens=args.tokens or (TOKENS if block_size > 1 else TOKENS_OF_CELLS),
+        hidden_size=args.hidden_size,
+        active_cells=args.active_cells,
+        block_size=block_size,
+        expansion=expansion,
+        activation=args.activation,
+        dtype=DTYPES[args.dtype],
+        gated=args.gates,
+        device=torch.cuda.current_device(),
+    )
+    print(f"g = {block_size}, E = {expansion}: comparing", file=sys.stderr, flush=True)
+    expected = reference(problem)
+    modules: dict[str, nn.Module] = {"dense": block_layers.Dense(problem)}
+    for backend in args.backends:
+        modules[ours(backend)] = module = block_layers.Ours(problem, backend)
+        error = difference(module, problem, expected)
+        if not error <= tolerance(problem):
+            raise DisagreementError(
+                f"{ours(backend)} is wrong at g = {block_size}, E = {expansion}: it differs from "
+                f"the oracle by {error:.1e} of the norm, more than {tolerance(problem):.0e}; no "
+                "ratios are printed"
+            )
+    missing = []
+    for name, build in block_layers.peers().items():
+        peer = attempt(name, build, problem, expected, budget)
+        if isinstance(peer, nn.Module):
+            modules[name] = peer
+        else:
+            missing.append(
+                Missing(contender=name, block_size=block_size, expansion=expansion, reason=peer)
+            )
+    del expected
+    print(f"g = {block_size}, E = {expansion}: timing", file=sys.stderr, flush=True)
+    size = {"block_size": block_size, "expansion": expansion, "tokens": len(problem.x)}
+    return rows_of(alternate(modules, problem, args.repeats), {**common, **size}), missing
+
+
+def attempt(
+    name: str,
+    build: Callable[[Problem], nn.Module],
+    problem: Problem,
+    expected: dict[str, torch.Tensor],
+    budget: Budget,
+) -> nn.Module | str:
+    """Build a peer and run it once: the module, or why it cannot be timed."""
+    if reason := budget.refusal(name, problem):
+        return reason
+    try:
+        module = build(problem)
+        start = time.perf_counter()
+        error = difference(module, problem, expected)
+        seconds = time.perf_counter() - start
+    except Exception as refused:  # whatever another package raises is its reason
+        return " ".join(f"{type(refused).__name__}: {refused}".splitlines())[:200]
+    if not error <= tolerance(problem):
+        return (
+            f"wrong: it differs from the oracle by {error:.1e} of the norm, more than "
+            f"{tolerance(problem):.0e}"
+        )
+    return budget.note(name, problem, seconds) or module
+
+
+def difference(module: Any, problem: Problem, expected: dict[str, torch.Tensor]) -> float:
+    """How far a contender's output and gradients are from the oracle's, relative."""
+    y, dx = step(module, problem.x, problem.dy)
+    error = disagreement({"y": y, "x": dx, **module.gradients()}, expected)
+    module.zero_grad(set_to_none=True)
+    return error
+
+
+def facts(args: argparse.Namespace, platform: Platform) -> dict[str, Any]:
+    """What all rows of a run have in common."""
+    device = platform.device
+    if platform.devices is None:
+        device += f", {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "date": now(),
+        "commit": commit(args.output),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "megatron_core": version_of("megatron-core"),
+        "transformer_engine": version_of("transformer-engine"),
+        "transformers": version_of("transformers"),
+        "triton": version_of("triton"),
+        "dtype": args.dtype,
+        "activation": str(args.activation),
+        "gated": args.gates,
+        "hidden_size": args.hidden_size,
+        "active_cells": args.active_cells,
+    }
+
+
+def command() -> int:
+    """`main`, where a wrong result of ours is one sentence and exit code 1."""
+    try:
+        return main()
+    except DisagreementError as error:
+        print("error:", error, file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    run_command(command)

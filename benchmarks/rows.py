@@ -1,0 +1,48 @@
+"""Rows of results in a CSV file that only grows; every benchmark's rows are a dataclass of its own.
+
+Enters: rows, each complete in itself, device and versions included. Leaves: lines at the end of a
+file. A column is a field of the dataclass, without the underscore of a name that Python reserves.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sffn.errors import ConfigError
+
+
+def columns(row_type: type) -> list[str]:
+    """The columns of a dataclass of rows."""
+    return [field.name.rstrip("_") for field in dataclasses.fields(row_type)]
+
+
+def append(rows: Sequence[Any], path: Path) -> None:
+    """Add rows of one dataclass to a CSV file; a new one gets its head first."""
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if not file.tell():
+            writer.writerow(columns(type(rows[0])))
+        writer.writerows(dataclasses.astuple(row) for row in rows)
+
+
+def check_output(path: Path, row_type: type) -> None:
+    """Check that rows can be appended to a file.
+
+    Raises:
+        ConfigError: if it is no file, cannot be written, or has other columns.
+    """
+    if path.is_dir():
+        raise ConfigError(f"--output {path} is a folder; give the path of a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output {path} is in no folder; make {path.parent} first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--output {path} cannot be written; give another path")
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            if next(csv.reader(file), []) != columns(row_type):
+                raise ConfigError(f"--output {path} has other columns; give another path")
