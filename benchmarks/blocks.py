@@ -33,7 +33,7 @@ from benchmarks.block_problem import Problem, disagreement, reference, tolerance
 from benchmarks.block_table import Missing, Row, plot, rows_of, table
 from benchmarks.block_timing import Budget, alternate, step
 from benchmarks.facts import ROOT, commit, now, version_of
-from benchmarks.parallel import DisagreementError, Platform, adapt
+from benchmarks.parallel import DisagreementError, Platform, adapt, refusing
 from benchmarks.rows import append, check_output
 from megatron_sffn.errors import ConfigError, run_command
 from megatron_sffn.ops.activation import Activation
@@ -321,12 +321,8 @@ def facts(args: argparse.Namespace, platform: Platform) -> dict[str, Any]:
 
 
 def command() -> int:
-    """`main`, where a wrong result of ours is one sentence and exit code 1."""
-    try:
-        return main()
-    except DisagreementError as error:
-        print("error:", error, file=sys.stderr, flush=True)
-        return 1
+    """`main`, as a command."""
+    return refusing(main)
 
 
 if __name__ == "__main__":

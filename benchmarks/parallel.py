@@ -19,7 +19,7 @@ import pickle
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -314,13 +314,18 @@ def _median_of_slowest(name: str, of_ranks: Sequence[Measured]) -> float:
     return median(map(max, zip(*(of.seconds[name] for of in of_ranks), strict=True)))
 
 
-def command() -> int:
-    """`main`, where layers that disagree are one sentence and exit code 1."""
+def refusing(main: Callable[[], int]) -> int:
+    """`main`, where results that disagree are one sentence and exit code 1."""
     try:
         return main()
     except DisagreementError as error:
         print("error:", error, file=sys.stderr, flush=True)
         return 1
+
+
+def command() -> int:
+    """`main`, as a command."""
+    return refusing(main)
 
 
 if __name__ == "__main__":
