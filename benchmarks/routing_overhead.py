@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parallel import Platform, adapt
+from benchmarks.machine import Platform, adapt, one_rank
 from megatron_sffn.errors import ConfigError, run_command
 
 LINES_EVERY = 100
@@ -34,14 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     adapt()
     platform = Platform.here()
     import torch
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    with tempfile.TemporaryDirectory() as folder:
-        store = torch.distributed.FileStore(f"{folder}/store", 1)
-        torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(1)
+    with one_rank(platform), tempfile.TemporaryDirectory() as folder:
         print(
             f"{platform.device}, threads: {torch.get_num_threads()}, torch {torch.__version__}\n"
             f"T = {args.tokens}, D = {args.hidden_size}, k = {args.active_cells}, "
@@ -52,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for block_size in args.block_sizes:
             for router in args.routers:
                 print(row(args, block_size, router, Path(folder)), flush=True)
-        torch.distributed.destroy_process_group()
     return 0
 
 

@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_sffn.ops.block_ffn import Pairs
+from megatron_sffn.ops.block_ffn import Pairs, pairs_of_ids
 from megatron_sffn.placement import Placement
 from megatron_sffn.routers.base import Routing
 
@@ -91,17 +91,8 @@ class Stay:
 
 
 def _stay(x: Tensor, routing: Routing) -> Dispatched:
-    pairs, gates = _pairs(routing)
+    pairs, gates = pairs_of_ids(routing.block_ids, routing.gates)
     return Dispatched(rows=x, pairs=pairs, gates=gates, plan=Stay())
-
-
-def _pairs(routing: Routing) -> tuple[Pairs, Tensor | None]:
-    """The (token, block) pairs and their gates, without places that stay empty."""
-    pairs = Pairs.of_ids(routing.block_ids)
-    gates = None if routing.gates is None else routing.gates.reshape(-1)
-    if gates is not None and len(gates) > len(pairs.rows):
-        gates = gates[routing.block_ids.reshape(-1) >= 0]
-    return pairs, gates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +102,7 @@ class AllToAll:
     Args:
         group: of the ranks.
         num_tokens: T.
-        tokens: `[S]` the token behind each row sent, rank after rank.
+        tokens: `[S]` int32, the token behind each row sent, rank after rank.
         sent: rows sent to each rank.
         received: rows received from each rank; they sum to R.
         bytes_sent: see `Plan`.
@@ -125,16 +116,38 @@ class AllToAll:
     bytes_sent: int
 
     def combine(self, y: Tensor) -> Tensor:
-        """See `Plan.combine`; sums are in fp32 at least."""
+        """See `Plan.combine`; sums are in fp32 at least, in the order of the ranks."""
         back = all_to_all(self.group, y, self.sent, self.received)
-        summed = back.new_zeros(
-            self.num_tokens, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32)
-        )
-        return summed.index_add(0, self.tokens, back.to(summed.dtype)).to(y.dtype)
+        summed: Tensor = _SumPerToken.apply(back, self.tokens, self.sent, self.num_tokens)
+        return summed
+
+
+class _SumPerToken(torch.autograd.Function):
+    """Rows of all ranks, rank after rank, summed per token.
+
+    Torch's `index_add` keeps the rows for its backward, which needs only their shape.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, tokens: Tensor, of_rank: list[int], num_tokens: int
+    ) -> Tensor:
+        ctx.save_for_backward(tokens)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        summed = rows.new_zeros(num_tokens, rows.shape[1], dtype=wide)
+        # A token is once in a rank's rows: adds do not collide, so that their order is fixed.
+        for here, some in zip(tokens.split(of_rank), rows.split(of_rank), strict=True):
+            summed.index_add_(0, here, some.to(wide))
+        return summed.to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (tokens,) = ctx.saved_tensors
+        return grads[0].index_select(0, tokens), None, None, None
 
 
 def _all_to_all(x: Tensor, routing: Routing, placement: Placement, back_bytes: int) -> Dispatched:
-    (pairs, flat_gates), group = _pairs(routing), placement.group
+    (pairs, flat_gates), group = pairs_of_ids(routing.block_ids, routing.gates), placement.group
     ranks, slices, tokens = placement.num_ranks, placement.cell_parts, len(x)
     # A block lies on `slices` ranks: `[P, slices]` owners of each pair.
     owners = (pairs.blocks // placement.num_local_blocks * slices)[:, None]
@@ -152,7 +165,7 @@ def _all_to_all(x: Tensor, routing: Routing, placement: Placement, back_bytes: i
     rows_sent, pairs_sent = to_send.T.tolist()
     rows_received, pairs_received = to_receive.T.tolist()
 
-    sent_tokens = meets.nonzero()[:, 1]
+    sent_tokens = meets.nonzero()[:, 1].int()
     rows = all_to_all(group, x.index_select(0, sent_tokens), rows_received, rows_sent)
     blocks = (pairs.blocks % placement.num_local_blocks)[:, None].expand_as(owners)
     local = torch.stack((row_of[owners, pairs.rows[:, None]], blocks), dim=-1).flatten(0, 1)
@@ -160,7 +173,8 @@ def _all_to_all(x: Tensor, routing: Routing, placement: Placement, back_bytes: i
     met = all_to_all(group, local, pairs_received, pairs_sent)
     pair_bytes, gates = local[0].nbytes if len(local) else 0, None
     if flat_gates is not None:
-        gates = all_to_all(group, flat_gates[order // slices], pairs_received, pairs_sent)
+        to_send_gates = flat_gates.index_select(0, (order // slices).int())
+        gates = all_to_all(group, to_send_gates, pairs_received, pairs_sent)
         pair_bytes += flat_gates.itemsize
     # Rows of a later rank lie behind those of the earlier ones.
     starts = to_receive[:, 0].cumsum(0) - to_receive[:, 0]

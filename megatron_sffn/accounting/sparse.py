@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from megatron_sffn.accounting.ranks import RankLayout
-from megatron_sffn.accounting.selection import FP32, INT32, INT64, Call, kept_by_router
+from megatron_sffn.accounting.selection import INT32, INT64, Call, kept_by_router
 
 
 def kept_by_blocks(call: Call, layout: RankLayout) -> float:
@@ -68,6 +68,5 @@ def _exchange(call: Call, layout: RankLayout) -> float:
     if layout.dispatcher == "allgather":
         # Which of all ids and gates are of this rank's blocks: a bool each.
         return call.tokens * layout.exchanging * call.sffn.num_active_blocks if gated else 0
-    # The token behind each row, a column of torch's `nonzero`; the rows that come back, in fp32,
-    # which torch's `index_add` keeps; and the place of each gate.
-    return rows * (2 * INT64 + call.hidden_size * FP32) + (pairs * INT64 if gated else 0)
+    # The token behind each row, and the place of each gate.
+    return rows * INT32 + (pairs * INT32 if gated else 0)

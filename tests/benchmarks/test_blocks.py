@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import block_layers, block_problem, block_timing, blocks
-from benchmarks.block_table import Row
-from benchmarks.parallel import DisagreementError, Platform
+from benchmarks.agreement import DisagreementError
+from benchmarks.blocks import layers, timing
+from benchmarks.blocks import run as blocks
+from benchmarks.blocks.problem import Problem, disagreement, reference
+from benchmarks.blocks.table import Row
+from benchmarks.machine import Platform
 from benchmarks.rows import columns
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.activation import Activation
@@ -30,7 +33,7 @@ def run(arguments: str) -> int:
     return blocks.run(blocks.parse_arguments(arguments.split()), Platform.here())
 
 
-def toy_problem(**changes) -> block_problem.Problem:
+def toy_problem(**changes) -> Problem:
     numbers = {
         "tokens": 12,
         "hidden_size": 16,
@@ -42,7 +45,7 @@ def toy_problem(**changes) -> block_problem.Problem:
         "gated": True,
         "device": "cpu",
     }
-    return block_problem.Problem.draw(**{**numbers, **changes})
+    return Problem.draw(**{**numbers, **changes})
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -76,32 +79,32 @@ def test_a_line_and_rows_per_size(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("gated", [False, True])
 def test_all_contenders_agree(activation: Activation, gated: bool) -> None:
     problem = toy_problem(activation=activation, gated=gated)
-    expected = block_problem.reference(problem)
+    expected = reference(problem)
     assert expected.keys() == {"y", "x", "keys", "values"} | ({"gates"} if gated else set())
-    modules = [block_layers.Ours(problem, "auto")]
-    modules += [build(problem) for build in block_layers.peers().values()]
+    modules = [layers.Ours(problem, "auto")]
+    modules += [build(problem) for build in layers.peers().values()]
     assert len(modules) == 4
     for module in modules:
         assert blocks.difference(module, problem, expected) < 1e-5, module
     # Dense has the same cells per token: one block per row that all tokens share.
     whole = toy_problem(activation=activation, gated=False, expansion=1)
-    dense = block_layers.Dense(whole)(whole.x)
-    torch.testing.assert_close(dense, block_layers.Ours(whole, "naive")(whole.x))
+    dense = layers.Dense(whole)(whole.x)
+    torch.testing.assert_close(dense, layers.Ours(whole, "naive")(whole.x))
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_wrong_peer_has_no_ratio(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Wrong(block_layers.GroupedMM):
+    class Wrong(layers.GroupedMM):
         def gradients(self):
             return {**super().gradients(), "keys": self.keys.grad * 1.01}
 
-    class Broken(block_layers.GroupedMM):
+    class Broken(layers.GroupedMM):
         def forward(self, x):
             raise NotImplementedError("not on\nthis device")
 
-    monkeypatch.setattr(block_layers, "peers", lambda: {"a wrong": Wrong, "a broken": Broken})
+    monkeypatch.setattr(layers, "peers", lambda: {"a wrong": Wrong, "a broken": Broken})
     assert run(TOY) == 0
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines() if line.startswith("forward")]
@@ -116,9 +119,9 @@ def test_a_wrong_peer_has_no_ratio(
 def test_no_ratios_if_ours_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    original = block_layers.Ours.forward
+    original = layers.Ours.forward
     monkeypatch.setattr(
-        block_layers.Ours, "forward", lambda self, x: original(self, x).index_fill(0, _last(x), 0)
+        layers.Ours, "forward", lambda self, x: original(self, x).index_fill(0, _last(x), 0)
     )
     output = tmp_path / "rows.csv"
     with pytest.raises(
@@ -142,19 +145,19 @@ def _last(x: torch.Tensor) -> torch.Tensor:
 
 def test_a_nan_is_wrong() -> None:
     right = {"y": torch.ones(2, dtype=torch.float64)}
-    assert block_problem.disagreement({"y": torch.tensor([1.0, torch.nan])}, right) == torch.inf
+    assert disagreement({"y": torch.tensor([1.0, torch.nan])}, right) == torch.inf
 
 
 def test_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     coarse, fine = toy_problem(), toy_problem(block_size=2)
-    budget = block_timing.Budget(seconds=10)
+    budget = timing.Budget(seconds=10)
     assert budget.refusal("peer", fine) is None
     assert budget.note("peer", coarse, 3.0) is None
     # Four times the pairs: 12 seconds are foreseen.
     assert budget.refusal("peer", fine) == "a step would take longer than --budget 10 (seconds)"
     assert budget.refusal("another", fine) is None
     assert budget.note("another", coarse, 11.0) == budget.too_long
-    monkeypatch.setattr(block_timing, "free_memory", lambda where: 1000)
+    monkeypatch.setattr(timing, "free_memory", lambda where: 1000)
     assert budget.refusal("third", coarse) == (
         "its copies of tokens would need more memory than is free"
     )

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import contenders, parallel
-from benchmarks.table import COLUMNS
+from benchmarks.machine import Platform
+from benchmarks.parallel import contenders
+from benchmarks.parallel import run as parallel
+from benchmarks.parallel.table import COLUMNS
 from megatron_sffn.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +62,7 @@ def test_rows_and_bytes(rows: list[dict[str, str]]) -> None:
 
 def test_ours_reports_what_the_collectives_send() -> None:
     args = parallel.parse_arguments(TOY.split())
-    for of_ranks in parallel.measure(2, args, parallel.Platform.here()):
+    for of_ranks in parallel.measure(2, args, Platform.here()):
         for measured in of_ranks:
             gathered, exact = (contenders.name_of("ours", way) for way in ("allgather", "alltoall"))
             assert measured.reported[gathered] == measured.sent[gathered]
@@ -106,7 +108,7 @@ def test_bad_flags(arguments: str, message: str) -> None:
 
 
 def test_too_few_gpus() -> None:
-    two = parallel.Platform(device="H", backend="nccl", devices=2)
+    two = Platform(device="H", backend="nccl", devices=2)
     assert two.start_method == "spawn"
     parallel.check_devices(2, two)
     with pytest.raises(ConfigError, match=r"--ranks 4 is more than this machine's 2 GPUs; give"):

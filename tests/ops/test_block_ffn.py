@@ -225,14 +225,68 @@ def test_results_are_the_same_bits_every_time() -> None:
     assert all(torch.equal(block_ffn(x, keys, values, ids), first) for _ in range(3))
 
 
-def test_what_does_not_fit_is_refused() -> None:
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"activation": "swiglu"}, ("swiglu", "(6, 8, 6)")),
+        ({"activation": "tanh"}, ("tanh", "squared_relu")),
+        ({"backend": "cuda"}, ("cuda", "triton")),
+        ({"x": torch.zeros(T, D)}, ("x is torch.float32", "one dtype")),
+        ({"x": torch.zeros(T, D + 1, dtype=torch.float64)}, ("(13, 7)", "(6, 4, 7)")),
+        ({"x": torch.zeros(T, 1, D, dtype=torch.float64)}, ("x (13, 1, 6)", "[T, C]")),
+        ({"values": torch.zeros(6, D, dtype=torch.float64)}, ("values (6, 6)", "[B, G, D]")),
+        ({"keys": None}, ("without keys", "give keys")),
+        ({"block_ids": torch.zeros(T - 1, 2).long()}, ("(12, 2)", "T = 13")),
+        ({"block_ids": torch.zeros(T, 2)}, ("float32", "integers")),
+        ({"gates": torch.zeros(T, 3, dtype=torch.float64)}, ("gates (13, 3)", "each id")),
+        ({"gates": torch.zeros(T, 2, dtype=torch.float64, device="meta")}, ("gates is on meta",)),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_does_not_fit_is_refused(
+    backend: str, change: dict[str, object], words: tuple[str, ...]
+) -> None:
     x, keys, values = make(4)
-    ids = choose(6, 2)
-    with pytest.raises(ConfigError, match="swiglu"):
-        block_ffn(x, keys, values, ids, activation="swiglu")
-    with pytest.raises(ConfigError, match="one dtype"):
-        block_ffn(x.float(), keys, values, ids)
-    with pytest.raises(ConfigError, match="tanh"):
-        block_ffn(x, keys, values, ids, activation="tanh")
-    with pytest.raises(ConfigError, match="cuda"):
-        block_ffn(x, keys, values, ids, backend="cuda")
+    fitting = {"x": x, "keys": keys, "values": values, "block_ids": choose(6, 2)}
+    with pytest.raises(ConfigError) as caught:
+        block_ffn(**{**fitting, "backend": backend, **change})
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    "ids, words",
+    [
+        ([[0, 1], [6, 2]], ("block id 6", "[0, 6)", "1 of 4")),
+        ([[0, 1], [3, 3]], ("block id 3", "twice in row 1")),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ids_are_checked_on_request(
+    backend: str, ids: list[list[int]], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFFN_CHECK", "1")
+    x, keys, values = make(4)
+    block_ffn(x[:2], keys, values, torch.tensor([[0, 5], [-1, -1]]), backend=backend)
+    with pytest.raises(ConfigError) as caught:
+        block_ffn(x[:2], keys, values, torch.tensor(ids), backend=backend)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_pairs_are_checked_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFFN_CHECK", "1")
+    x, keys, values = make(4)
+    for rows, words in (
+        ([0, 13], "row 13 is not in"),
+        ([-1, 0], "row -1"),
+        ([1, 0], "must ascend"),
+    ):
+        pairs = Pairs(rows=torch.tensor(rows).int(), blocks=torch.tensor([0, 1]).int())
+        with pytest.raises(ConfigError, match=words):
+            block_ffn_pairs(x, keys, values, pairs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_an_id_without_a_block_never_reaches_memory(backend: str) -> None:
+    x, keys, values = make(4)
+    with pytest.raises(IndexError):
+        block_ffn(x, keys, values, torch.tensor([[0, 6]] * T), backend=backend)

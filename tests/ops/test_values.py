@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import block_ffn
 from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs
 
@@ -149,5 +150,5 @@ def test_the_op_takes_values_alone(backend: str) -> None:
 def test_coefficients_must_be_given() -> None:
     pairs = pairs_of("ragged")
     values, _ = made(pairs)
-    with pytest.raises(AssertionError, match="its coefficient given"):
+    with pytest.raises(ConfigError, match="coefficients"):
         block_ffn_pairs(values[:R, :0], None, values[:, None], pairs)

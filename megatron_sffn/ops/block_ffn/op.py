@@ -8,9 +8,9 @@ from torch import Tensor
 
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.activation import Activation
-from megatron_sffn.ops.block_ffn import cpu, function, loop, naive
+from megatron_sffn.ops.block_ffn import check, cpu, function, loop, naive
 from megatron_sffn.ops.block_ffn.function import Products
-from megatron_sffn.ops.block_ffn.pairs import Pairs
+from megatron_sffn.ops.block_ffn.pairs import Pairs, pairs_of_ids
 
 BACKENDS = ("auto", "naive", "torch", "cpu", "triton")
 
@@ -44,13 +44,12 @@ def block_ffn(
         least.
 
     Raises:
-        ConfigError: if a shape, dtype or name does not fit.
+        ConfigError: if a shape, dtype, device or name does not fit; where `SFFN_CHECK=1` is set,
+            also if an id is out of range or twice in a row.
     """
-    pairs = Pairs.of_ids(block_ids.long())
-    flat_gates = None if gates is None else gates.reshape(-1)[block_ids.reshape(-1) >= 0]
-    return block_ffn_pairs(
-        x, keys, values, pairs, flat_gates, activation=activation, backend=backend
-    )
+    check.ids(x, block_ids, gates)
+    pairs, gates = pairs_of_ids(block_ids, gates)
+    return block_ffn_pairs(x, keys, values, pairs, gates, activation=activation, backend=backend)
 
 
 def block_ffn_pairs(
@@ -76,6 +75,9 @@ def block_ffn_pairs(
 
     Returns:
         `[R, D]`; zero for a row without a block.
+
+    Raises:
+        ConfigError: as in `block_ffn`.
     """
     try:
         activation = Activation(activation)
@@ -86,24 +88,14 @@ def block_ffn_pairs(
             f"{error} is not a block_ffn activation ({', '.join(Activation)}) or backend "
             f"({', '.join(BACKENDS)}); choose one of these"
         ) from None
+    check.tensors(x, keys, values, pairs, gates, activation)
+    check.pairs(pairs, len(x), len(values), distinct=keys is not None)
     products = _products(backend, values)
-    blocks, cells, _ = values.shape
     if keys is None:
-        assert gates is not None and cells == 1, "values alone: one cell, its coefficient given"
+        assert gates is not None  # as checked
         if products is None:
             return naive.weighted_values(len(x), values, pairs, gates)
         return function.weighted_values(len(x), values, pairs, gates, products)
-    expected = (blocks, cells * (2 if activation.gated else 1), x.shape[1])
-    if keys.shape != expected:
-        raise ConfigError(
-            f"x {tuple(x.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not "
-            f"fit activation {activation}; keys must be {expected}"
-        )
-    if not x.dtype == keys.dtype == values.dtype:
-        raise ConfigError(
-            f"x, keys and values are {x.dtype}, {keys.dtype} and {values.dtype}; "
-            "give them one dtype"
-        )
     if products is None:
         return naive.block_ffn(x, keys, values, pairs, gates, activation)
     return function.block_ffn(x, keys, values, pairs, gates, activation, products)

@@ -20,16 +20,26 @@ class Pairs:
     rows: Tensor
     blocks: Tensor
 
-    @classmethod
-    def of_ids(cls, block_ids: Tensor) -> Pairs:
-        """The pairs of `[T, K]` block ids, token by token; a negative id is no block."""
-        tokens, active = block_ids.shape
-        rows = torch.arange(tokens, dtype=torch.int32, device=block_ids.device)
-        rows, blocks = rows.repeat_interleave(active), block_ids.reshape(-1).int()
-        if len(blocks) and blocks.amin() < 0:
-            there = blocks >= 0
-            rows, blocks = rows[there], blocks[there]
-        return cls(rows=rows, blocks=blocks)
+
+def pairs_of_ids(block_ids: Tensor, gates: Tensor | None) -> tuple[Pairs, Tensor | None]:
+    """The pairs of `[T, K]` block ids, token by token, and their gates; a negative id is no block.
+
+    Args:
+        block_ids: `[T, K]`, distinct within a row.
+        gates: `[T, K]` or None.
+
+    Returns:
+        The pairs, and their gates `[P]`.
+    """
+    tokens, active = block_ids.shape
+    rows = torch.arange(tokens, dtype=torch.int32, device=block_ids.device)
+    rows, blocks = rows.repeat_interleave(active), block_ids.reshape(-1).int()
+    gates = None if gates is None else gates.reshape(-1)
+    if len(blocks) and blocks.amin() < 0:
+        there = blocks >= 0
+        rows, blocks = rows[there], blocks[there]
+        gates = None if gates is None else gates[there]
+    return Pairs(rows=rows, blocks=blocks), gates
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -479,10 +479,17 @@ std::tuple<Tensor, Tensor> sort_op(const Tensor& ids, int64_t blocks) {
   int* to = order.mutable_data_ptr<int>();
   int64_t* offset = offsets.mutable_data_ptr<int64_t>();
   std::vector<int64_t> next(parts * blocks);
+  std::atomic<bool> known{true};
   parallel(parts, 16 * size, [&](int64_t part) {
-    for (int64_t p = size * part / parts; p < size * (part + 1) / parts; ++p)
+    for (int64_t p = size * part / parts; p < size * (part + 1) / parts; ++p) {
+      if (id[p] < 0 || id[p] >= blocks) {
+        known = false;
+        return;
+      }
       ++next[part * blocks + id[p]];
+    }
   });
+  TORCH_CHECK_INDEX(known, "a block id is not in [0, ", blocks, "); SFFN_CHECK=1 says which");
   int64_t sum = 0;
   for (int64_t i = 0; i < blocks; ++i) {
     offset[i] = sum;

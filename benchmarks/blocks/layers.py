@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.block_problem import Problem
+from benchmarks.blocks.problem import Problem
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn import op
 

@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from benchmarks.block_problem import Problem
+from benchmarks.blocks.problem import Problem
 
 FORWARD, BOTH = "forward", "forward + backward"
 PASSES = (FORWARD, BOTH)

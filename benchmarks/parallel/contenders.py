@@ -30,7 +30,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from torch import Tensor, nn
 
-from benchmarks import wire
+from benchmarks.parallel import wire
 from megatron_sffn import traffic
 from megatron_sffn.config import Exchange, SparseFFNConfig, SparseFFNTransformerConfig
 from megatron_sffn.layer import SparseFFN

@@ -12,25 +12,23 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import logging
 import math
 import os
 import pickle
-import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
+from benchmarks.agreement import DisagreementError, refusing
+from benchmarks.machine import Platform, adapt
+from benchmarks.parallel.table import Row, table
 from benchmarks.rows import append, check_output
-from benchmarks.table import Row, table
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from benchmarks.contenders import Measured
+    from benchmarks.parallel.contenders import Measured
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     adapt()
     platform = Platform.here()
-    from benchmarks.contenders import DISPATCHERS
+    from benchmarks.parallel.contenders import DISPATCHERS
 
     for ranks in args.ranks:
         check_devices(ranks, platform)
@@ -128,53 +126,6 @@ def check(args: argparse.Namespace) -> None:
         check_output(args.output, Row)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Platform:
-    """What ranks run on.
-
-    Args:
-        device: in words.
-        backend: of `torch.distributed`.
-        devices: how many ranks can have one each; None where they share.
-    """
-
-    device: str
-    backend: str
-    devices: int | None
-
-    @property
-    def start_method(self) -> str:
-        """How ranks start: a fork has Megatron imported already, but CUDA does not survive it."""
-        return "spawn" if self.devices else "fork"
-
-    @classmethod
-    def here(cls) -> Platform:
-        """This machine."""
-        import torch
-
-        from megatron_sffn.platforms import cpu
-
-        if cpu.is_host():
-            cores = len(os.sched_getaffinity(0))
-            return cls(device=f"CPU with {cores} cores", backend="gloo", devices=None)
-        return cls(
-            device=torch.cuda.get_device_name(), backend="nccl", devices=torch.cuda.device_count()
-        )
-
-
-def adapt() -> None:
-    """Adapt this process, before Megatron is imported in it; the parent and ranks alike."""
-    # Megatron's remarks on accelerator libraries that are absent, and torch's on names that
-    # Megatron still uses: nothing that a user could act on.
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    from megatron_sffn import platforms
-
-    platforms.prepare()
-    for name in ("megatron", "megatron_sffn"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
 def check_devices(ranks: int, platform: Platform) -> None:
     """Check that every rank can have a device of its own.
 
@@ -212,7 +163,7 @@ def run_rank(rank: int, ranks: int, args: argparse.Namespace, folder: Path, back
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from benchmarks import contenders
+    from benchmarks.parallel import contenders
     from megatron_sffn.config import SparseFFNConfig
     from megatron_sffn.routers.switch import SwitchConfig
 
@@ -244,17 +195,13 @@ def _result(folder: Path, rank: int) -> Path:
     return folder / f"result{rank}"
 
 
-class DisagreementError(RuntimeError):
-    """Ours and Megatron's layer computed different things: their times compare nothing."""
-
-
 def check_agreement(ranks: int, measured: Sequence[Sequence[Measured]]) -> None:
     """Refuse to compare layers that do not compute the same.
 
     Raises:
         DisagreementError: at the first block size where they differ.
     """
-    from benchmarks.contenders import TOLERANCE
+    from benchmarks.parallel.contenders import TOLERANCE
 
     for of_ranks in measured:
         worst, size = of_ranks[0].disagreement, of_ranks[0].sffn.block_size
@@ -271,7 +218,7 @@ def row_of(
     """What all ranks measured at one block size, of one dispatcher."""
     import torch
 
-    from benchmarks.contenders import DISPATCHERS, name_of
+    from benchmarks.parallel.contenders import DISPATCHERS, name_of
 
     first = of_ranks[0]
     time = {name: _median_of_slowest(name, of_ranks) for name in first.seconds}
@@ -314,19 +261,6 @@ def _median_of_slowest(name: str, of_ranks: Sequence[Measured]) -> float:
     return median(map(max, zip(*(of.seconds[name] for of in of_ranks), strict=True)))
 
 
-def refusing(main: Callable[[], int]) -> int:
-    """`main`, where results that disagree are one sentence and exit code 1."""
-    try:
-        return main()
-    except DisagreementError as error:
-        print("error:", error, file=sys.stderr, flush=True)
-        return 1
-
-
 def command() -> int:
     """`main`, as a command."""
     return refusing(main)
-
-
-if __name__ == "__main__":
-    run_command(command)

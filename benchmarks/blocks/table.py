@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.block_timing import PASSES
+from benchmarks.blocks.timing import PASSES
 from megatron_sffn.errors import ConfigError
 
 

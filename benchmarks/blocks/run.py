@@ -5,8 +5,8 @@ cells, ours beside the peers' as installed packages; the same as rows at the end
 with `--plot`, as a picture.
 
 Choices
-- Who computes is in `block_layers.py`, what in `block_problem.py`, how it is timed in
-  `block_timing.py`.
+- Who computes is in `layers.py`, what in `problem.py`, how it is timed in
+  `timing.py`.
 - Nothing is timed before it was right: the output and every gradient of each contender are compared
   with the oracle in float64, at the size that is timed. If ours is wrong, the command stops; a peer
   that is wrong, or cannot run, has no ratio, and a line below the table says why.
@@ -15,27 +15,25 @@ Choices
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks import block_layers
-from benchmarks.block_problem import Problem, disagreement, reference, tolerance
-from benchmarks.block_table import Missing, Row, plot, rows_of, table
-from benchmarks.block_timing import Budget, alternate, step
-from benchmarks.facts import ROOT, commit, now, version_of
-from benchmarks.parallel import DisagreementError, Platform, adapt, refusing
+from benchmarks.agreement import DisagreementError, refusing
+from benchmarks.blocks import layers
+from benchmarks.blocks.problem import Problem, disagreement, reference, tolerance
+from benchmarks.blocks.table import Missing, Row, plot, rows_of, table
+from benchmarks.blocks.timing import Budget, alternate, step
+from benchmarks.machine import ROOT, Platform, adapt, commit, now, one_rank, version_of
 from benchmarks.rows import append, check_output
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn.op import BACKENDS
 
@@ -169,24 +167,6 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--plot {args.plot} is in no folder; make {args.plot.parent} first")
 
 
-@contextlib.contextmanager
-def one_rank(platform: Platform) -> Iterator[None]:
-    """Megatron's process groups over this process alone: its layer asks for them."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    with tempfile.TemporaryDirectory() as folder:
-        store = torch.distributed.FileStore(f"{folder}/store", 1)
-        torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(1)
-        try:
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            torch.distributed.destroy_process_group()
-
-
 def run(args: argparse.Namespace, platform: Platform) -> int:
     """Measure all sizes, in a process that has Megatron's groups; print, append and draw.
 
@@ -196,7 +176,7 @@ def run(args: argparse.Namespace, platform: Platform) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     common = facts(args, platform)
-    contenders = [*(ours(backend) for backend in args.backends), *block_layers.peers()]
+    contenders = [*(ours(backend) for backend in args.backends), *layers.peers()]
     rows: list[Row] = []
     missing: list[Missing] = []
     for expansion in args.expansions:
@@ -239,9 +219,9 @@ def measure(
     )
     print(f"g = {block_size}, E = {expansion}: comparing", file=sys.stderr, flush=True)
     expected = reference(problem)
-    modules: dict[str, nn.Module] = {"dense": block_layers.Dense(problem)}
+    modules: dict[str, nn.Module] = {"dense": layers.Dense(problem)}
     for backend in args.backends:
-        modules[ours(backend)] = module = block_layers.Ours(problem, backend)
+        modules[ours(backend)] = module = layers.Ours(problem, backend)
         error = difference(module, problem, expected)
         if not error <= tolerance(problem):
             raise DisagreementError(
@@ -250,7 +230,7 @@ def measure(
                 "ratios are printed"
             )
     missing = []
-    for name, build in block_layers.peers().items():
+    for name, build in layers.peers().items():
         peer = attempt(name, build, problem, expected, budget)
         if isinstance(peer, nn.Module):
             modules[name] = peer
@@ -323,7 +303,3 @@ def facts(args: argparse.Namespace, platform: Platform) -> dict[str, Any]:
 def command() -> int:
     """`main`, as a command."""
     return refusing(main)
-
-
-if __name__ == "__main__":
-    run_command(command)

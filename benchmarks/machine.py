@@ -1,0 +1,115 @@
+"""The machine that something is measured on, and this process on it.
+
+Enters: nothing. Leaves: words for the columns of results, and Megatron ready to run, also alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import logging
+import os
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """What ranks run on.
+
+    Args:
+        device: in words.
+        backend: of `torch.distributed`.
+        devices: how many ranks can have one each; None where they share.
+    """
+
+    device: str
+    backend: str
+    devices: int | None
+
+    @property
+    def start_method(self) -> str:
+        """How ranks start: a fork has Megatron imported already, but CUDA does not survive it."""
+        return "spawn" if self.devices else "fork"
+
+    @classmethod
+    def here(cls) -> Platform:
+        """This machine."""
+        import torch
+
+        from megatron_sffn.platforms import cpu
+
+        if cpu.is_host():
+            cores = len(os.sched_getaffinity(0))
+            return cls(device=f"CPU with {cores} cores", backend="gloo", devices=None)
+        return cls(
+            device=torch.cuda.get_device_name(), backend="nccl", devices=torch.cuda.device_count()
+        )
+
+
+def adapt() -> None:
+    """Adapt this process, before Megatron is imported in it; the parent and ranks alike."""
+    # Megatron's remarks on accelerator libraries that are absent, and torch's on names that
+    # Megatron still uses: nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    from megatron_sffn import platforms
+
+    platforms.prepare()
+    for name in ("megatron", "megatron_sffn"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def one_rank(platform: Platform) -> Iterator[None]:
+    """Megatron's process groups over this process alone: its layer asks for them."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = torch.distributed.FileStore(f"{folder}/store", 1)
+        torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def version_of(package: str) -> str:
+    """Of an installed package; empty if it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def commit(output: Path | None) -> str:
+    """Short hash, with `-dirty` where tracked files other than the results differ from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("diff", "--name-only", "HEAD").splitlines()
+        name = git("rev-parse", "--short", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    others = [path for path in changed if output is None or ROOT / path != output.resolve()]
+    return f"{name}-dirty" if others else name

@@ -1,0 +1,1 @@
+"""One layer between ranks: `python -m benchmarks.parallel`."""
