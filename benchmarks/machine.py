@@ -86,9 +86,20 @@ def one_rank(platform: Platform) -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
-def now() -> str:
-    """The time, ISO 8601, UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def facts(platform: Platform, output: Path | None) -> dict[str, str]:
+    """What the rows of every benchmark begin with: date, commit, device, torch, megatron_core."""
+    import torch
+
+    device = platform.device
+    if platform.devices is None:
+        device += f", {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(output),
+        "device": device,
+        "torch": torch.__version__,
+        "megatron_core": version_of("megatron-core"),
+    }
 
 
 def version_of(package: str) -> str:
@@ -99,7 +110,7 @@ def version_of(package: str) -> str:
         return ""
 
 
-def commit(output: Path | None) -> str:
+def _commit(output: Path | None) -> str:
     """Short hash, with `-dirty` where tracked files other than the results differ from it."""
 
     def git(*words: str) -> str:

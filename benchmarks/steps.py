@@ -1,8 +1,9 @@
-"""Whole training steps: what a sparse model costs over the dense one of the same active cells.
+"""Whole training steps: what a sparse model costs over the dense one: `python -m benchmarks.steps`.
 
-Enters: sizes. Leaves: a table of milliseconds per step and ratios over dense, ours beside
-Megatron's own dispatcher and experts (`--sffn-backend megatron`: same router, same B, K and g), and
-the growth of a step with the memory (E) and with the tokens, as a picture if one is asked for.
+Enters: sizes. Leaves: a table of ratios, ours beside Megatron's own dispatcher and experts
+(`--sffn-backend megatron`: same router, same B, K and g), over a dense model of as many active
+cells; the growth of a step with the memory (E) and with the tokens, as a table and, with `--plot`,
+as a curve; and, with `--output`, the times as rows of a CSV file.
 
 Choices
 - Real runs: `megatron_sffn.pretrain` on one rank with Megatron's mock data, which costs nothing to
@@ -19,18 +20,23 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.machine import Platform, adapt, facts
+from benchmarks.rows import append, check_output
 from megatron_sffn.errors import ConfigError, run_command
 
+SEQUENCE = 256
+"""Tokens of one."""
+
 COMMON = (
-    "--sffn-router switch --num-attention-heads 4 --position-embedding-type rope "
-    "--normalization RMSNorm --disable-bias-linear --seq-length 256 --max-position-embeddings 256 "
-    "--mock-data --tokenizer-type NullTokenizer --vocab-size 4096 --lr 1e-3 --num-workers 0 "
-    "--no-create-attention-mask-in-dataloader --eval-iters 0 --eval-interval 1000000 "
-    "--save-interval 1000000 --log-interval 1000000"
+    f"--seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --sffn-router switch "
+    "--num-attention-heads 4 --position-embedding-type rope --normalization RMSNorm "
+    "--disable-bias-linear --mock-data --tokenizer-type NullTokenizer --vocab-size 4096 --lr 1e-3 "
+    "--num-workers 0 --no-create-attention-mask-in-dataloader --eval-iters 0 "
+    "--eval-interval 1000000 --save-interval 1000000 --log-interval 1000000"
 )
 """Flags of every run, beside its sizes; `--sffn-router dense` comes later and then counts."""
 
@@ -53,7 +59,8 @@ class Step:
 
     def flags(self) -> str:
         """Of the feed-forward layer and the batch."""
-        batch = f"--micro-batch-size {self.tokens // 256} --global-batch-size {self.tokens // 256}"
+        sequences = self.tokens // SEQUENCE
+        batch = f"--micro-batch-size {sequences} --global-batch-size {sequences}"
         if self.backend == "dense":
             return f"{batch} --sffn-router dense"
         backend = "auto" if self.backend == "ours" else self.backend
@@ -63,10 +70,123 @@ class Step:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A run's step; also the columns of the CSV file.
+
+    Args:
+        date: of the command, ISO 8601, UTC.
+        commit: short; `-dirty` where files differ from it.
+        device: in words.
+        torch: version.
+        megatron_core: version.
+        num_layers: all of them sparse, or none.
+        hidden_size: D.
+        active_cells: k.
+        backend: as in `Step`, with the next three.
+        block_size: g.
+        expansion: E.
+        tokens: of a step.
+        ms: of a step.
+    """
+
+    date: str
+    commit: str
+    device: str
+    torch: str
+    megatron_core: str
+    num_layers: int
+    hidden_size: int
+    active_cells: int
+    backend: str
+    block_size: int
+    expansion: int
+    tokens: int
+    ms: float
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all, then print the tables."""
-    args = _parse(argv)
-    tokens, largest = args.tokens, max(args.expansions)
+    args = parse_arguments(argv)
+    adapt()
+    common = facts(Platform.here(), args.output)
+    steps = steps_of(args)
+    took = dict.fromkeys(steps, float("inf"))
+    for turn in range(args.rounds):
+        for number, step in enumerate(steps, start=1):
+            print(f"round {turn + 1}, {number}/{len(steps)} {step}", file=sys.stderr, flush=True)
+            took[step] = min(milliseconds(step, args), took[step])
+    print(comparison(took, args))
+    print()
+    print(growth(took, args))
+    if args.output:
+        sizes = {"num_layers": args.num_layers, "hidden_size": args.hidden_size}
+        sizes["active_cells"] = 4 * args.hidden_size
+        append(
+            [Row(**common, **sizes, **vars(step), ms=ms) for step, ms in took.items()], args.output
+        )
+    if args.plot:
+        plot(took, args)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line.
+
+    Raises:
+        ConfigError: if a value cannot work.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.steps",
+        description="Time of a whole training step of a sparse model, ours and with Megatron's own "
+        "experts, over a dense one of as many active cells; and how it grows.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--block-sizes",
+        type=int,
+        nargs="+",
+        default=[1024, 256, 64, 16],
+        help="g (default: 1024 256 64 16)",
+    )
+    add("--expansion", type=int, default=16, help="E beside Megatron (default: 16)")
+    add(
+        "--expansions",
+        type=int,
+        nargs="+",
+        default=[4, 16, 64],
+        help="E of the growth (default: 4 16 64)",
+    )
+    add("--tokens", type=int, default=2048, help=f"in sequences of {SEQUENCE} (default: 2048)")
+    add("--num-layers", type=int, default=4, help="all of them sparse (default: 4)")
+    add("--hidden-size", type=int, default=256, help="D; k = 4 D active cells (default: 256)")
+    add("--train-iters", type=int, default=8, help="steps of a run (default: 8)")
+    add("--rounds", type=int, default=2, help="runs of each (default: 2)")
+    add("--output", type=Path, help="CSV file that gets the rows, after those that it has")
+    add("--plot", type=Path, metavar="FILE.png", help="the growth as a curve")
+    args = parser.parse_args(argv)
+    if args.tokens < SEQUENCE or args.tokens % SEQUENCE:
+        raise ConfigError(
+            f"--tokens {args.tokens} is not a multiple of {SEQUENCE}; give whole sequences"
+        )
+    for g in args.block_sizes:
+        if g < 1 or 4 * args.hidden_size % g:
+            raise ConfigError(
+                f"--block-sizes {g} does not divide the {4 * args.hidden_size} active cells of "
+                f"--hidden-size {args.hidden_size}; choose a divisor"
+            )
+    if args.rounds < 1:
+        raise ConfigError(f"--rounds {args.rounds} is less than 1; give at least 1")
+    if args.output:
+        check_output(args.output, Row)
+    return args
+
+
+def steps_of(args: argparse.Namespace) -> list[Step]:
+    """Every run that the tables need, once: dense, ours and Megatron's, the growth."""
+    tokens = args.tokens
+    dense = [Step(backend="dense", tokens=t) for t in (tokens, 2 * tokens)]
     compared = [
         Step(backend=backend, block_size=g, expansion=args.expansion, tokens=tokens)
         for g in args.block_sizes
@@ -75,50 +195,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     grown = [
         Step(backend="ours", block_size=g, expansion=e, tokens=t)
         for g in args.block_sizes
-        for e, t in [*((e, tokens) for e in args.expansions), (largest, 2 * tokens)]
+        for e, t in places(args)
     ]
-    units = [Step(backend="dense", tokens=t) for t in (tokens, 2 * tokens)]
-    steps = list(dict.fromkeys([*units, *compared, *grown]))
-    took: dict[Step, float] = {}
-    for turn in range(args.rounds):
-        for number, step in enumerate(steps, start=1):
-            print(f"round {turn + 1}, {number}/{len(steps)} {step}", file=sys.stderr, flush=True)
-            took[step] = min(_milliseconds(step, args), took.get(step, float("inf")))
-    print(_comparison(took, args))
-    print(_growth(took, args))
-    if args.plot:
-        _plot(took, args)
-    return 0
+    return list(dict.fromkeys([*dense, *compared, *grown]))
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.steps", description=__doc__.partition("\n")[0] if __doc__ else None
-    )
-    add = parser.add_argument
-    add("--block-sizes", type=int, nargs="+", default=[1024, 256, 64, 16], help="g")
-    add("--expansion", type=int, default=16, help="E of the comparison with Megatron")
-    add("--expansions", type=int, nargs="+", default=[4, 16, 64], help="E of the growth")
-    add("--tokens", type=int, default=2048, help="of a step, in sequences of 256")
-    add("--num-layers", type=int, default=4, help="all of them sparse")
-    add("--hidden-size", type=int, default=256, help="D; 4 D active cells")
-    add("--train-iters", type=int, default=8, help="steps of a run")
-    add("--rounds", type=int, default=2, help="runs of each")
-    add("--plot", type=Path, help="PNG file of the growth")
-    args = parser.parse_args(argv)
-    if args.tokens < 256 or args.tokens % 256:
-        raise ConfigError(f"--tokens {args.tokens} is not a multiple of 256; give whole sequences")
-    for g in args.block_sizes:
-        if g < 1 or 4 * args.hidden_size % g:
-            raise ConfigError(
-                f"--block-sizes {g} does not divide the {4 * args.hidden_size} active cells of "
-                f"--hidden-size {args.hidden_size}; choose a divisor"
-            )
-    return args
+def places(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """E and tokens of the growth: every E, and the largest with twice the tokens."""
+    return [*((e, args.tokens) for e in args.expansions), (max(args.expansions), 2 * args.tokens)]
 
 
-def _milliseconds(step: Step, args: argparse.Namespace) -> float:
-    """The median step of a run."""
+def milliseconds(step: Step, args: argparse.Namespace) -> float:
+    """The median step of a run.
+
+    Raises:
+        ConfigError: if it does not train.
+    """
     sizes = (
         f"--num-layers {args.num_layers} --hidden-size {args.hidden_size} "
         f"--ffn-hidden-size {4 * args.hidden_size} --train-iters {args.train_iters}"
@@ -140,7 +232,8 @@ def _milliseconds(step: Step, args: argparse.Namespace) -> float:
     return 1000 * step.tokens / float(summary["tokens_per_second"])
 
 
-def _comparison(took: dict[Step, float], args: argparse.Namespace) -> str:
+def comparison(took: Mapping[Step, float], args: argparse.Namespace) -> str:
+    """The table of ours and Megatron's over dense."""
     dense = took[Step(backend="dense", tokens=args.tokens)]
     lines = [
         f"a step of {args.tokens} tokens: {args.num_layers} layers, D = {args.hidden_size}, "
@@ -161,23 +254,24 @@ def _comparison(took: dict[Step, float], args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _growth(took: dict[Step, float], args: argparse.Namespace) -> str:
-    unit = {t: took[Step(backend="dense", tokens=t)] for t in (args.tokens, 2 * args.tokens)}
-    places = [*((e, args.tokens) for e in args.expansions)]
-    places += [(max(args.expansions), 2 * args.tokens)]
-    heads = [f"E={e}" if t == args.tokens else f"E={e}, {t} tokens" for e, t in places]
-    lines = ["", "ours over dense of as many tokens, as the memory grows"]
+def growth(took: Mapping[Step, float], args: argparse.Namespace) -> str:
+    """The table of ours over dense of as many tokens, at every E."""
+    heads = [f"E={e}" if t == args.tokens else f"E={e}, {t} tokens" for e, t in places(args)]
+    lines = ["ours over dense of as many tokens, as the memory grows"]
     lines.append(f"{'g':>5} " + " ".join(f"{head:>16}" for head in heads))
     for g in args.block_sizes:
-        ratios = [
-            took[Step(backend="ours", block_size=g, expansion=e, tokens=t)] / unit[t]
-            for e, t in places
-        ]
+        ratios = [over_dense(took, g, e, t) for e, t in places(args)]
         lines.append(f"{g:>5} " + " ".join(f"{ratio:>16.2f}" for ratio in ratios))
     return "\n".join(lines)
 
 
-def _plot(took: dict[Step, float], args: argparse.Namespace) -> None:
+def over_dense(took: Mapping[Step, float], block_size: int, expansion: int, tokens: int) -> float:
+    """Time of one of our steps over the dense one of as many tokens."""
+    ours = Step(backend="ours", block_size=block_size, expansion=expansion, tokens=tokens)
+    return took[ours] / took[Step(backend="dense", tokens=tokens)]
+
+
+def plot(took: Mapping[Step, float], args: argparse.Namespace) -> None:
     """Step time over E, a line for each block size."""
     import matplotlib
 
@@ -185,12 +279,8 @@ def _plot(took: dict[Step, float], args: argparse.Namespace) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    dense = took[Step(backend="dense", tokens=args.tokens)]
     for g in args.block_sizes:
-        times = [
-            took[Step(backend="ours", block_size=g, expansion=e, tokens=args.tokens)] / dense
-            for e in args.expansions
-        ]
+        times = [over_dense(took, g, e, args.tokens) for e in args.expansions]
         axes.plot(args.expansions, times, marker="o", label=f"g = {g}")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="E, memory cells over active cells", ylabel="time of a step over dense")

@@ -31,7 +31,7 @@ from benchmarks.blocks import layers
 from benchmarks.blocks.problem import Problem, disagreement, reference, tolerance
 from benchmarks.blocks.table import Missing, Row, plot, rows_of, table
 from benchmarks.blocks.timing import Budget, alternate, step
-from benchmarks.machine import ROOT, Platform, adapt, commit, now, one_rank, version_of
+from benchmarks.machine import ROOT, Platform, adapt, facts, one_rank, version_of
 from benchmarks.rows import append, check_output
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.activation import Activation
@@ -175,7 +175,7 @@ def run(args: argparse.Namespace, platform: Platform) -> int:
     """
     if args.threads:
         torch.set_num_threads(args.threads)
-    common = facts(args, platform)
+    common = common_of(args, platform)
     contenders = [*(ours(backend) for backend in args.backends), *layers.peers()]
     rows: list[Row] = []
     missing: list[Missing] = []
@@ -277,18 +277,11 @@ def difference(module: Any, problem: Problem, expected: dict[str, torch.Tensor])
     return error
 
 
-def facts(args: argparse.Namespace, platform: Platform) -> dict[str, Any]:
+def common_of(args: argparse.Namespace, platform: Platform) -> dict[str, Any]:
     """What all rows of a run have in common."""
-    device = platform.device
-    if platform.devices is None:
-        device += f", {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "date": now(),
-        "commit": commit(args.output),
-        "device": device,
+        **facts(platform, args.output),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "megatron_core": version_of("megatron-core"),
         "transformer_engine": version_of("transformer-engine"),
         "transformers": version_of("transformers"),
         "triton": version_of("triton"),

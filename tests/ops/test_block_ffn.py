@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import Activation, block_ffn
-from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs, loop
+from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs, cpu, loop
 
 BACKENDS = ["naive", "torch", "cpu"]
 ACTIVATIONS = list(Activation)
@@ -200,9 +200,11 @@ def test_no_tokens() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("few_cells", [1, 64])
 def test_narrow_dtypes_stay_near_the_float64_oracle(
-    activation: Activation, dtype: torch.dtype
+    few_cells: int, activation: Activation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cpu, "FEW_CELLS", few_cells)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     ids = choose(12, 5)
     results = []

@@ -126,7 +126,7 @@ def test_tables_on_a_gpu() -> None:
     for dtype in triton.DTYPES:
         assert op._products("triton", OnGPU(dtype)) is triton
         assert op._products("auto", OnGPU(dtype)) is loop
-    assert op._products("auto", torch.zeros(1)) is cpu.products(torch.float32)
+    assert op._products("auto", torch.zeros(1, 2, 3)) is cpu.products(torch.float32, 2)
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

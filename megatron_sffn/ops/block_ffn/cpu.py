@@ -1,4 +1,8 @@
-"""The products of rows and blocks on a CPU: `products.cpp`, for fp32 and fp64."""
+"""The products of rows and blocks on a CPU: `products.cpp`, for fp32 and fp64, and for narrow blocks.
+
+Half precision is torch's, whose products use matrix units, down to blocks of `FEW_CELLS`. Below, its
+calls are too many, and converting to fp32 and back is faster (benchmarks/NOTES.md).
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,18 @@ from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.compiled import kernels
 
 
-def products(dtype: torch.dtype) -> Products:
-    """The fastest for a dtype: half precision is left to torch, whose products use matrix units."""
-    compiled = _compiled() if dtype in (torch.float32, torch.float64) else None
-    return loop if compiled is None else compiled
+FEW_CELLS = 64
+"""Cells of a block below which half precision is computed in fp32."""
+
+
+def products(dtype: torch.dtype, cells: int) -> Products:
+    """The fastest for a dtype and the cells of a block."""
+    compiled = _compiled()
+    if compiled is None:
+        return loop
+    if dtype in (torch.float32, torch.float64):
+        return compiled
+    return _Widened(compiled) if cells < FEW_CELLS else loop
 
 
 @functools.cache
@@ -61,3 +73,21 @@ class _Compiled:
     def to_table(self, coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
         result: Tensor = self._kernels.to_table(coefficients, rows, pairs.rows, pairs.offsets)
         return result
+
+
+class _Widened:
+    """Half precision in fp32."""
+
+    def __init__(self, products: Products) -> None:
+        self.sort = products.sort
+        self._products = products
+
+    def to_pairs(self, rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
+        return self._products.to_pairs(rows.float(), table.float(), pairs).to(rows.dtype)
+
+    def to_rows(self, coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
+        result = self._products.to_rows(coefficients.float(), table.float(), pairs, num_rows)
+        return result.to(table.dtype)
+
+    def to_table(self, coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
+        return self._products.to_table(coefficients.float(), rows.float(), pairs).to(rows.dtype)

@@ -108,7 +108,7 @@ def _products(backend: str, values: Tensor) -> Products | None:
             return None
         case "auto":
             # Not yet triton on a GPU: its tests there have never run.
-            return loop if values.is_cuda else cpu.products(values.dtype)
+            return loop if values.is_cuda else cpu.products(values.dtype, values.shape[1])
         case "torch":
             return loop
         case "cpu":
@@ -116,7 +116,7 @@ def _products(backend: str, values: Tensor) -> Products | None:
                 raise ConfigError(
                     "backend cpu computes on a CPU, but the tables are on a GPU; use auto or torch"
                 )
-            return cpu.products(values.dtype)
+            return cpu.products(values.dtype, values.shape[1])
         case "triton":
             return _triton_for(values)
         case _:

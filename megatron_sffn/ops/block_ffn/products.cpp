@@ -62,6 +62,8 @@ constexpr int64_t kRows = 2048;
 constexpr int64_t kColumns = 256;
 // Cells whose gradient one thread computes at a time.
 constexpr int64_t kCells = 96;
+// Coefficients so far apart fall on few sets of the L1 cache: a part of them is copied together.
+constexpr int64_t kFarApart = 512;
 // Multiplications that are worth a thread: 10 microseconds or more.
 constexpr int64_t kWork = 1 << 19;
 // The same for blocks of few cells, where rows or the table must stay in the L2 cache.
@@ -398,17 +400,27 @@ void to_table(const Job<T>& job, const T* pairs, const T* rows, T* table) {
     const int64_t group = index / parts % groups, cell = index % parts * kCells;
     const int64_t height = std::min(kCells, job.cells - cell);
     std::vector<const T*> right;
+    std::vector<T> near;
     for (int64_t i = group * blocks; i < std::min((group + 1) * blocks, job.blocks); ++i) {
       const int64_t from = job.offsets[i], count = job.offsets[i + 1] - from;
       T* sums = table + (i * job.cells + cell) * job.width + column;
       right.resize(count);
       for (int64_t p = 0; p < count; ++p) right[p] = rows + job.row[from + p] * job.width + column;
+      const T* left = pairs + from * job.cells + cell;
+      int64_t stride = job.cells;
+      if (stride >= kFarApart) {
+        near.resize(count * height);
+        for (int64_t p = 0; p < count; ++p)
+          std::copy_n(left + p * stride, height, near.data() + p * height);
+        left = near.data();
+        stride = height;
+      }
       strips<T, kWidest>(columns, [&](auto vectors, auto part, int64_t n, int width) {
         int64_t k = 0;
         do {  // once for an empty block, whose gradient is zero
           tiles<T, vectors(), part()>(
               height, std::min(kDepth, count - k),
-              [&](int64_t m, int64_t p) { return pairs[(from + k + p) * job.cells + cell + m]; },
+              [&](int64_t m, int64_t p) { return left[(k + p) * stride + m]; },
               [&](int64_t p) { return right[k + p] + n; },
               [&](int64_t m) { return sums + m * job.width + n; }, k > 0, width);
           k += kDepth;
