@@ -154,6 +154,14 @@ def adaptations() -> tuple[Adaptation, ...]:
             _answer(collections.defaultdict(int)),
             "training.training.training_log",
         ),
+        # One pass over each weight, gradient and moment instead of eleven.
+        row("torch.optim.Adam.__init__", _fused, "core.optimizer"),
+        # One pass over each gradient, and no copy of it.
+        row(
+            "megatron.core.optimizer.clip_grads.multi_tensor_scale_impl",
+            _scale,
+            "core.optimizer.clip_grads",
+        ),
         # Megatron's own functions that assume a GPU.
         row(
             "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
@@ -292,6 +300,28 @@ def _keep_generator(original: Callable[..., Any]) -> Callable[..., Any]:
             torch.set_rng_state(state)
 
     return iterate
+
+
+def _fused(original: Callable[..., None]) -> Callable[..., None]:
+    """Adam, and AdamW, whose class is below it, in torch's fused form unless another is asked for."""
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not (kwargs.get("foreach") or kwargs.get("capturable") or kwargs.get("differentiable")):
+            kwargs["fused"] = True if kwargs.get("fused") is None else kwargs["fused"]
+        original(self, *args, **kwargs)
+
+    return init
+
+
+def _scale(original: Callable[..., None]) -> Callable[..., None]:
+    """Gradients times a factor, where they lie."""
+
+    def scale(chunk: int, overflow: torch.Tensor, lists: Any, factor: float) -> None:
+        for source, target in zip(*lists, strict=True):
+            torch.mul(source, factor, out=target)
+
+    return scale
 
 
 def _compile_unless_compiled(original: Callable[[], None]) -> Callable[[], None]:

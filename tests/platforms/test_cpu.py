@@ -18,6 +18,7 @@ import numpy
 import pytest
 import torch
 from megatron.core.datasets import utils as datasets_utils
+from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -88,6 +89,7 @@ def test_the_named_code_uses_what_is_replaced(row: Adaptation) -> None:
         "torch": rf"torch\.{name}\((?s:.){{0,200}}?device=",
         "torch.Tensor": rf"\.{name}\(",
         "torch.nn.Module": rf"\.{name}\(",
+        "torch.optim.Adam": r"torch\.optim\.Adam\b",
         "torch.utils.data.DataLoader": r"\biter\(",
     }.get(holder, rf"\b{name}\b")
     try:
@@ -297,6 +299,33 @@ def test_a_norm_marks_its_parameters_for_the_sum_over_tp(
     marks = [parameter.sequence_parallel for parameter in norm.parameters()]
     assert marks == [sequence_parallel] * (2 if normalization == "LayerNorm" else 1)
     assert config.sequence_parallel is sequence_parallel
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_adam_is_fused_and_takes_the_same_steps(kind: type[torch.optim.Adam]) -> None:
+    steps = {}
+    for fused in (None, False):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 101, dtype=torch.float64))
+        optimizer = kind([weight], lr=0.1, weight_decay=0.01, fused=fused)
+        for turn in range(3):
+            weight.grad = (weight.detach() + turn).sin()
+            optimizer.step()
+        steps[optimizer.defaults["fused"]] = weight.detach()
+    torch.testing.assert_close(steps[True], steps[False], rtol=1e-13, atol=1e-13)
+    assert not kind([weight], foreach=True).defaults["fused"]
+    assert not kind([weight], capturable=True).defaults["fused"]
+
+
+def test_gradients_are_clipped_where_they_lie() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(5)) for _ in range(2)]
+    gradients = [torch.arange(5.0), torch.ones(5)]
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient.clone()
+    before = [weight.grad.data_ptr() for weight in weights]
+    clip_grads.clip_grad_by_total_norm_fp32(weights, max_norm=1.0, total_norm=4.0)
+    for weight, gradient, place in zip(weights, gradients, before, strict=True):
+        torch.testing.assert_close(weight.grad, gradient / (4.0 + 1e-6))
+        assert weight.grad.data_ptr() == place
 
 
 def test_split_sizes_become_numbers() -> None:
