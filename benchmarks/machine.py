@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,7 +87,7 @@ def one_rank(platform: Platform) -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
-def facts(platform: Platform, output: Path | None) -> dict[str, str]:
+def facts(platform: Platform, output: Path | None) -> dict[str, Any]:
     """What the rows of every benchmark begin with: date, commit, device, torch, megatron_core."""
     import torch
 

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.machine import Platform, adapt, facts
 from benchmarks.rows import append, check_output
@@ -120,14 +121,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
     print(growth(took, args))
     if args.output:
-        sizes = {"num_layers": args.num_layers, "hidden_size": args.hidden_size}
-        sizes["active_cells"] = 4 * args.hidden_size
-        append(
-            [Row(**common, **sizes, **vars(step), ms=ms) for step, ms in took.items()], args.output
-        )
+        append([row_of(step, ms, args, common) for step, ms in took.items()], args.output)
     if args.plot:
         plot(took, args)
     return 0
+
+
+def row_of(step: Step, ms: float, args: argparse.Namespace, common: dict[str, Any]) -> Row:
+    """A run's step as a row."""
+    return Row(
+        **common,
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        active_cells=4 * args.hidden_size,
+        **vars(step),
+        ms=ms,
+    )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -4,7 +4,7 @@ Enters: a dtype, the cells of a block, a compute capability. Leaves: for each ke
 spills, shared memory and matrix instruction.
 
 Choices
-- The products are called on tiny tensors of a CPU, with the launch replaced by a note of what
+- The ops are called on tiny tensors of a CPU, with the launch replaced by a note of what
   would be started: the report compiles exactly what would run.
 - `ptxas` and `cuobjdump` are those of the triton package. Spills are the bytes of a thread's stack,
   which these kernels use for nothing else.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,8 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_sffn.errors import ConfigError, run_command
-from megatron_sffn.ops.block_ffn import triton as products
+from megatron_sffn.ops import triton_launch
+from megatron_sffn.ops.block_ffn import triton_grouped, triton_masked
+from megatron_sffn.ops.block_ffn.function import Products
 from megatron_sffn.ops.block_ffn.pairs import Sorted
+from megatron_sffn.ops.route_topk import triton as topk
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -41,23 +44,34 @@ POINTERS = {
     torch.int64: "*i64",
 }
 
+FORMS = {"grouped": (triton_grouped, (256, 16)), "masked": (triton_masked, (16, 1))}
+"""The forms of the products, and the cells of a block for which each is made."""
+
 WIDTH = 512
 """D: a multiple of 16, as a model's is, which Triton makes use of."""
+
+ROWS = 256
+"""More than a tile."""
+
+BLOCKS = 8192
+"""Of which `route_topk` chooses: more than a piece."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """A kernel as a product would start it."""
+    """A kernel as an op would start it; the cells of a block, where the op has any."""
 
-    product: str
+    op: str
+    cells: int | None
     kernel: Any
-    tiles: products.Tiles
+    warps: int
+    stages: int
     arguments: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """Of the product and the kernel."""
-        return f"{self.product}: {self.kernel.__name__.removesuffix('_kernel')}"
+        """Of the op and the kernel."""
+        return f"{self.op}: {self.kernel.__name__.removesuffix('_kernel')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +81,7 @@ class Compiled:
     kernel: str
     target: int
     dtype: str
-    cells: int
+    cells: int | None
     registers: int
     spills: int
     shared: int
@@ -83,47 +97,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    add("--cells", type=int, nargs="+", default=[256, 16], help="N of a block (default: 256 16)")
+    add("--cells", type=int, nargs="+", help="N of a block (default: 256 16; masked: 16 1)")
     add("--targets", type=int, nargs="+", default=[80, 90], help="sm_... (default: 80 90)")
     args = parser.parse_args(argv)
-    print("kernel                 target  dtype  cells  registers  spills   shared  instruction")
+    print(
+        "kernel                      target  dtype  cells  registers  spills   shared  instruction"
+    )
     for dtype in args.dtypes:
-        for cells in args.cells:
-            for line in report(dtype, cells, args.targets):
-                print(
-                    f"{line.kernel:22} sm_{line.target:<4} {line.dtype:5} {line.cells:6} "
-                    f"{line.registers:10} {line.spills:7} {line.shared:8}  {line.instruction}",
-                    flush=True,
-                )
+        for line in report(dtype, args.cells, args.targets):
+            print(
+                f"{line.kernel:27} sm_{line.target:<4} {line.dtype:5} {line.cells or '-':>6} "
+                f"{line.registers:10} {line.spills:7} {line.shared:8}  {line.instruction}",
+                flush=True,
+            )
     return 0
 
 
-def report(dtype: str, cells: int, targets: Sequence[int]) -> Iterator[Compiled]:
-    """Compile the kernels of all products.
+def report(dtype: str, cells: Sequence[int] | None, targets: Sequence[int]) -> Iterator[Compiled]:
+    """Compile the kernels of all ops.
 
     Args:
         dtype: a key of `DTYPES`.
-        cells: N of a block.
+        cells: N of a block; None for those of `FORMS`.
         targets: compute capabilities, as 90.
 
     Raises:
         ConfigError: in Triton's interpreter, which compiles nothing.
     """
-    if products.INTERPRETED:
+    if triton_launch.INTERPRETED:
         raise ConfigError("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
     for launch in launches(DTYPES[dtype], cells):
         for target in targets:
             compiled = triton.compile(
                 source(launch),
                 target=GPUTarget("cuda", target, 32),
-                options={"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages},
+                options={"num_warps": launch.warps, "num_stages": launch.stages},
             )
             used = resources(compiled.asm["cubin"])
             yield Compiled(
                 kernel=launch.name,
                 target=target,
                 dtype=dtype,
-                cells=cells,
+                cells=launch.cells,
                 registers=used["REG"],
                 spills=used["STACK"] + used["LOCAL"],
                 shared=compiled.metadata.shared,
@@ -131,30 +146,50 @@ def report(dtype: str, cells: int, targets: Sequence[int]) -> Iterator[Compiled]
             )
 
 
-def launches(dtype: torch.dtype, cells: int) -> list[Launch]:
-    """What the three products start, at a size at which the compiler may assume alignment."""
-    found: list[Launch] = []
-    x = torch.zeros(4 * products.LEAST, WIDTH, dtype=dtype)
-    table = torch.zeros(2, cells, WIDTH, dtype=dtype)
-    h = torch.zeros(len(x), cells, dtype=dtype)
+def launches(dtype: torch.dtype, cells: Sequence[int] | None) -> Iterator[Launch]:
+    """What the ops start, at sizes at which the compiler may assume alignment."""
+    for form, (products, usual) in FORMS.items():
+        for size in cells or usual:
+            yield from _launches(form, products, dtype, size)
+    scores = torch.zeros(1, BLOCKS, dtype=dtype)
+    yield from _noted("route_topk", None, topk.route_topk, scores, BLOCKS // 16)
+
+
+def _launches(form: str, products: Products, dtype: torch.dtype, cells: int) -> Iterator[Launch]:
+    """What the products of one form start where all rows meet the first block."""
+    num_blocks = max(2, ROWS // cells)
+    x = torch.zeros(ROWS, WIDTH, dtype=dtype)
+    table = torch.zeros(num_blocks, cells, WIDTH, dtype=dtype)
+    h = torch.zeros(ROWS, cells, dtype=dtype)
     pairs = Sorted(
-        rows=torch.arange(len(x), dtype=torch.int32), offsets=torch.tensor([0, 1, len(x)])
+        rows=torch.arange(ROWS, dtype=torch.int32), offsets=torch.tensor([0] + num_blocks * [ROWS])
     )
     for product, arguments in (
         (products.to_pairs, (x, table, pairs)),
-        (products.to_rows, (h, table, pairs, len(x))),
+        (products.to_rows, (h, table, pairs, ROWS)),
         (products.to_table, (h, x, pairs)),
     ):
+        yield from _noted(f"{form} {product.__name__}", cells, product, *arguments)
 
-        def note(
-            kernel: Any, _: int, tiles: products.Tiles, product: Any = product, **arguments: Any
-        ) -> None:
-            found.append(
-                Launch(product=product.__name__, kernel=kernel, tiles=tiles, arguments=arguments)
+
+def _noted(op: str, cells: int | None, call: Callable[..., Any], *arguments: Any) -> list[Launch]:
+    """What a call starts; nothing is started."""
+    found: list[Launch] = []
+
+    def note(kernel: Any, _: int, *, warps: int, stages: int, **arguments: Any) -> None:
+        found.append(
+            Launch(
+                op=op,
+                cells=cells,
+                kernel=kernel,
+                warps=warps,
+                stages=stages,
+                arguments=arguments,
             )
+        )
 
-        with mock.patch.object(products, "launch", note):
-            product(*arguments)
+    with mock.patch.object(triton_launch, "launch", note):
+        call(*arguments)
     return found
 
 

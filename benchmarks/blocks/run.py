@@ -35,7 +35,7 @@ from benchmarks.machine import ROOT, Platform, adapt, facts, one_rank, version_o
 from benchmarks.rows import append, check_output
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.activation import Activation
-from megatron_sffn.ops.block_ffn.op import BACKENDS
+from megatron_sffn.ops.backends import BACKENDS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS, TOKENS_OF_CELLS = 2048, 1024

@@ -17,6 +17,7 @@ from torch.nn.parameter import Parameter
 
 from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
 from megatron_sffn.hashing import seed_of
+from megatron_sffn.ops.route_topk import route_topk
 from megatron_sffn.placement import Placement
 
 NO_BLOCK = -1
@@ -85,6 +86,11 @@ class Router(torch.nn.Module):
                 drawn = torch.empty(parameter.shape)
                 self.draw(name, drawn)
                 parameter.copy_(drawn)
+
+    def largest(self, scores: Tensor, count: int) -> Tensor:
+        """`[T, count]` ids of the largest of `[T, n]` scores, by the layer's backend."""
+        backend = self.sffn.backend
+        return route_topk(scores, count, backend="auto" if backend == "megatron" else backend)
 
     def draw(self, name: str, weight: Tensor) -> None:
         """Fill a new fp32 weight of this name; Megatron's init method unless a router says else."""

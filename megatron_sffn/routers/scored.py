@@ -27,7 +27,6 @@ from torch import Tensor
 
 from megatron_sffn.balance import Balance
 from megatron_sffn.config import RouterConfig, flag
-from megatron_sffn.ops.route_topk import route_topk
 from megatron_sffn.routers.base import NO_BLOCK, Router, Routing, check_finite
 
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
@@ -165,10 +164,10 @@ class ScoredRouter(Router):
         if self.balance.biased:
             choice = choice + self.balance.expert_bias
         if not (self.training and dropout):
-            return route_topk(choice, self.sffn.num_active_blocks), None
+            return self.largest(choice, self.sffn.num_active_blocks), None
         without = torch.rand_like(scores) < dropout
         choice = choice.masked_fill(without, -torch.inf)
-        ids = route_topk(choice, self.sffn.num_active_blocks)
+        ids = self.largest(choice, self.sffn.num_active_blocks)
         return ids, without.gather(1, ids)
 
     def preference(self, scores: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ The interpreter cannot multiply bf16; that is left to the compiler here and to a
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,10 @@ import torch
 
 from megatron_sffn.config import Backend
 from megatron_sffn.errors import ConfigError
-from megatron_sffn.ops import block_ffn
+from megatron_sffn.ops import block_ffn, route_topk
+from megatron_sffn.ops.backends import BACKENDS
 from megatron_sffn.ops.block_ffn import cpu, loop, op
+from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.platforms.cpu import is_host
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +42,7 @@ REGISTERS = 184
 
 @needs_triton
 def test_numbers_in_the_interpreter() -> None:
-    from tests.ops.triton_cases import CASES, SIZES, TOLERANCES
+    from tests.ops.triton_cases import CHOICES, DTYPES, FORMS, TOLERANCES, interpreted
 
     process = subprocess.run(
         [sys.executable, "-m", "tests.ops.triton_cases"],
@@ -49,24 +53,38 @@ def test_numbers_in_the_interpreter() -> None:
     )
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)
-    assert len(found) == (len(CASES) + 1) * len(SIZES)
-    for case, errors in found.items():
-        assert {"to_pairs", "to_rows", "to_table"} <= errors.keys()
+    for case in interpreted():
+        errors = found.pop(", ".join(case))
+        for form, product in itertools.product(FORMS, ("to_pairs", "to_rows", "to_table")):
+            assert f"{form} {product}" in errors
         for name, error in errors.items():
             # Not `error > tolerance`: NaN is a failure.
-            assert error < TOLERANCES[case[-4:]], f"{case}: {name} is {error:.2e} off"
+            assert error < TOLERANCES[case[-1]], f"{case}: {name} is {error:.2e} off"
+    assert len(found) == len(CHOICES) * len(DTYPES)
+    for choice, shares in found.items():
+        assert shares == {"ids": 0, "NaN": 0}, choice
 
 
 @needs_triton
 @pytest.mark.skipif(is_host(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("case", ["some", "all to one block", "no pairs", "one row"])
-@pytest.mark.parametrize("size", ["1x50", "16x50", "40x150"])
+@pytest.mark.parametrize("case", ["some", "all to one block", "no pairs", "one row", "many rows"])
+@pytest.mark.parametrize("size", ["1x50", "7x20", "16x50", "40x150"])
 def test_numbers_on_a_gpu(size: str, case: str, dtype: str) -> None:
     from tests.ops.triton_cases import TOLERANCES, errors
 
     for name, error in errors(case, size, dtype, "cuda").items():
         assert error < TOLERANCES[dtype], f"{name} is {error:.2e} off"
+
+
+@needs_triton
+@pytest.mark.skipif(is_host(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("choice", ["1 of 1", "33 of 33", "1 of 300", "70 of 5000"])
+def test_choice_on_a_gpu(choice: str, dtype: str) -> None:
+    from tests.ops.triton_cases import differing
+
+    assert differing(choice, dtype, "cuda") == {"ids": 0, "NaN": 0}
 
 
 @needs_triton
@@ -81,17 +99,18 @@ def test_code_for_a_gpu_spills_nothing_and_uses_matrix_units(tmp_path: Path) -> 
     )
     assert process.returncode == 0, process.stderr
     lines = re.findall(
-        r"^(\w+: \w+) +sm_(\d+) +(\w+) +(\d+) +(\d+) +(\d+) +(\d+) +(\S+)$",
+        r"^([\w ]+: \w+) +sm_(\d+) +(\w+) +(\S+) +(\d+) +(\d+) +(\d+) +(\S+)$",
         process.stdout,
         re.MULTILINE,
     )
-    assert len(lines) == 4 * 2 * 2 * 2, process.stdout
+    assert len(lines) == (2 * (4 + 4) + 1) * 2 * 2, process.stdout
     for kernel, target, dtype, cells, registers, spills, shared, instruction in lines:
         line = f"{kernel}, sm_{target}, {dtype}, {cells} cells"
         assert int(spills) == 0, line
         assert int(registers) <= REGISTERS, f"{line}: {registers}"
         assert int(shared) <= SHARED[int(target)], f"{line}: {shared}"
-        if kernel != "to_rows: sum" and dtype == "bf16" and cells == "256":
+        product = kernel.endswith(("multiply", "to_pairs", "to_rows", "to_table"))
+        if product and dtype == "bf16" and (cells == "256" or kernel.startswith("masked")):
             assert instruction == {"80": "mma.sync", "90": "wgmma.mma_async"}[target], line
 
 
@@ -107,13 +126,16 @@ def test_tables_that_the_kernels_cannot_take(dtype: torch.dtype, words: tuple[st
         block_ffn(x, table, table, torch.zeros(3, 1, dtype=torch.long), backend="triton")
     sentence = str(caught.value)
     assert all(word in sentence for word in ("backend triton", *words)), sentence
-    assert "activation" not in sentence
+    with pytest.raises(ConfigError) as caught:
+        route_topk(x, 2, backend="triton")
+    assert str(caught.value) == sentence
 
 
 class OnGPU:
-    """What the choice of a backend looks at in a table."""
+    """What the choice of a backend looks at in a tensor."""
 
     is_cuda = True
+    shape = (3, 4)
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -129,13 +151,56 @@ def test_tables_on_a_gpu() -> None:
     assert op._products("auto", torch.zeros(1, 2, 3)) is cpu.products(torch.float32, 2)
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    "cells, spread, dtype, masked",
+    [
+        (1, 16, torch.bfloat16, ["to_pairs", "to_rows", "to_table"]),
+        (16, 4, torch.bfloat16, ["to_pairs", "to_rows", "to_table"]),
+        (64, 4, torch.bfloat16, ["to_rows"]),
+        (256, 4, torch.bfloat16, []),
+        (256, 1, torch.bfloat16, ["to_pairs", "to_rows", "to_table"]),
+        (16, 4, torch.float32, ["to_rows"]),
+    ],
+)
+def test_form_of_a_product(cells: int, spread: int, dtype: torch.dtype, masked: list[str]) -> None:
+    from megatron_sffn.ops.block_ffn import triton, triton_grouped, triton_masked
+
+    def form(product: str, pairs: Sorted) -> object:
+        return triton.choose(product, dtype, pairs, 8, cells)
+
+    rows, offsets = torch.zeros(8 * 32 // spread, dtype=torch.int32), torch.zeros(32 + 1)
+    for product in triton.MOVES:
+        expected = triton_masked if product in masked else triton_grouped
+        assert form(product, Sorted(rows=rows, offsets=offsets)) is expected
+        # A row may meet a block twice, or no row meet any.
+        for grouped in (
+            Sorted(rows=rows, offsets=offsets, distinct=False),
+            Sorted(rows=rows[:0], offsets=offsets),
+        ):
+            assert form(product, grouped) is triton_grouped
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(sys.modules[op.__package__], "triton", raising=False)
-    monkeypatch.delitem(sys.modules, f"{op.__package__}.triton", raising=False)
+    for name in list(sys.modules):
+        folder, _, stem = name.rpartition(".")
+        if name.startswith("megatron_sffn.ops.") and stem.startswith("triton"):
+            monkeypatch.delattr(sys.modules[folder], stem, raising=False)
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ConfigError, match="install it"):
         op._products("triton", OnGPU(torch.bfloat16))
+    with pytest.raises(ConfigError, match="install it"):
+        route_topk(torch.zeros(3, 4), 2, backend="triton")
+
+
+@pytest.mark.parametrize("choose", [op._products, lambda name, on: route_topk(on, 2, backend=name)])
+def test_names_and_devices_that_do_not_fit(choose: Callable[[str, OnGPU], object]) -> None:
+    with pytest.raises(ConfigError, match="'cuda' does not exist; use one of auto"):
+        choose("cuda", OnGPU(torch.float32))
+    with pytest.raises(ConfigError, match="cpu computes on a CPU"):
+        choose("cpu", OnGPU(torch.float32))
 
 
 def test_every_backend_of_the_op_has_a_flag() -> None:
-    assert set(op.BACKENDS) == set(Backend) - {Backend.MEGATRON}
+    assert set(BACKENDS) == set(Backend) - {Backend.MEGATRON}

@@ -1,11 +1,13 @@
-"""The Triton kernels against float64, on any device: a script, for Triton's interpreter.
+"""The Triton kernels against the oracles, on any device: a script, for Triton's interpreter.
 
 The interpreter is chosen when triton is imported, for the whole process; so the tests run this in
-a process of its own, with `TRITON_INTERPRET=1`. It prints the relative errors as JSON.
+a process of its own, with `TRITON_INTERPRET=1`. It prints the errors as JSON: of the products their
+size, relative to float64; of the choice of blocks the share of rows that differ.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import warnings
@@ -14,27 +16,46 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs, loop, triton
+from megatron_sffn.ops import route_topk
+from megatron_sffn.ops.block_ffn import (
+    Pairs,
+    block_ffn_pairs,
+    loop,
+    triton,
+    triton_grouped,
+    triton_masked,
+)
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 
 B = 5
-SIZES = {"1x50": (1, 50), "16x50": (16, 50), "40x150": (40, 150)}
-"""N and D."""
-CASES = {"some": 17, "all to one block": 67, "no pairs": 13, "one row": 1}
+FORMS = {"grouped": triton_grouped, "masked": triton_masked}
+SIZES = {"1x50": (1, 50), "7x20": (7, 20), "16x50": (16, 50), "40x150": (40, 150)}
+"""N and D. Runs of 1, 1, 16 and 8 cells under a mask."""
+CASES = {"some": 17, "all to one block": 67, "no pairs": 13, "one row": 1, "many rows": 150}
 """Which pairs, and R: where all go to one block, more than one fp32 tile of its pairs."""
+CHOICES = {"1 of 1": (1, 1), "33 of 33": (33, 33), "1 of 300": (300, 1), "70 of 5000": (5000, 70)}
+"""B and K of a choice of blocks; 5000 scores are two pieces."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}
 
 
 def main() -> None:
-    """Print `{case: {what: error}}` of everything that the interpreter can do: not bf16."""
+    """Print `{case: {what: error}}` of everything that the interpreter can do."""
     assert triton.INTERPRETED, "set TRITON_INTERPRET=1"
-    found = {}
-    for case, size, dtype in product(CASES, SIZES, ("fp32", "fp16")):
-        # Other tiles are all that fp16 adds.
-        if dtype == "fp32" or case == "some":
-            found[f"{case}, {size}, {dtype}"] = errors(case, size, dtype, "cpu")
+    found = {", ".join(case): errors(*case, "cpu") for case in interpreted()}
+    found |= {", ".join(case): differing(*case, "cpu") for case in product(CHOICES, DTYPES)}
     json.dump(found, sys.stdout)
+
+
+def interpreted() -> list[tuple[str, str, str]]:
+    """The case, size and dtype of what is multiplied there: no bf16, and not all: it is slow."""
+
+    def adds(case: str, size: str, dtype: str) -> bool:
+        if case == "many rows":  # more than one tile of rows
+            return (size, dtype) in (("7x20", "fp32"), ("16x50", "fp16"))
+        return dtype == "fp32" or case == "some"  # other tiles
+
+    return [case for case in product(CASES, SIZES, ("fp32", "fp16")) if adds(*case)]
 
 
 def errors(case: str, size: str, dtype: str, device: str) -> dict[str, float]:
@@ -45,13 +66,40 @@ def errors(case: str, size: str, dtype: str, device: str) -> dict[str, float]:
         torch.use_deterministic_algorithms(True, warn_only=True)
         warnings.simplefilter("ignore")
         found = _products(case, size, DTYPES[dtype], device)
-        activations = {"1x50": ("gelu", None), "16x50": ("swiglu",), "40x150": ("gelu",)}[size]
-        if case == "all to one block" and device == "cpu":
-            activations = ()  # the interpreter takes a while, and the products have been compared
-        for activation in activations:
+        activations = {"1x50": ("gelu", None), "16x50": ("swiglu",), "40x150": ("gelu",)}
+        if case in ("all to one block", "many rows") and device == "cpu":
+            activations = {}  # the interpreter takes a while, and the products have been compared
+        for activation in activations.get(size, ()):
             found |= _layer(case, size, DTYPES[dtype], device, activation)
         torch.use_deterministic_algorithms(False)
     return found
+
+
+def differing(choice: str, dtype: str, device: str) -> dict[str, float]:
+    """The share of the ids of `route_topk` that are not the oracle's, and of NaN that passes."""
+    blocks, active = CHOICES[choice]
+    torch.manual_seed(blocks)
+    scores = _scores(blocks).to(DTYPES[dtype]).to(device)
+    # The oracle is asked on a CPU, in fp32, which holds all scores.
+    expected = route_topk(scores.cpu().float(), active, backend="naive").to(device)
+    ids = route_topk(scores, active, backend="triton")
+    assert ids.dtype == torch.int64
+    assert route_topk(scores[:0], active, backend="triton").shape == (0, active)
+    passes = 0
+    for number in (torch.nan, -torch.nan):
+        scores[-1, -1], rows = number, scores[-1:]
+        with contextlib.suppress(FloatingPointError):
+            route_topk(rows, active, backend="triton")
+            passes += 1
+    return {"ids": (ids != expected).double().mean().item(), "NaN": passes / 2}
+
+
+def _scores(blocks: int) -> Tensor:
+    """Row by row: any, few values, one value, infinite ones, zeros of both signs."""
+    any_ = torch.randn(blocks)
+    infinite = any_.where(any_ > -0.5, -torch.inf).where(any_ < 1.5, torch.inf)
+    zeros = torch.zeros(blocks).copysign(any_)
+    return torch.stack((any_, (2 * any_).round(), torch.full_like(any_, -1.5), infinite, zeros))
 
 
 def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str, float]:
@@ -69,21 +117,26 @@ def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str
         ("to_rows", (h, table), (by_block, rows)),
         ("to_table", (h, x), (by_block,)),
     ):
-        ours = getattr(triton, name)(*arguments, *rest)
-        if device != "cpu":  # the interpreter has one order only
-            again = getattr(triton, name)(*arguments, *rest)
-            assert torch.equal(ours, again), f"{name} depends on the order of execution"
-        assert ours.dtype == dtype
         exact = getattr(loop, name)(*(t.double() for t in arguments), *rest)
-        found[name] = _error(ours, exact)
+        for form, products in FORMS.items():
+            ours = getattr(products, name)(*arguments, *rest)
+            if device != "cpu":  # the interpreter has one order only
+                again = getattr(products, name)(*arguments, *rest)
+                assert torch.equal(ours, again), f"{form} {name} depends on the order of execution"
+            assert ours.dtype == dtype
+            found[f"{form} {name}"] = _error(ours, exact)
     return found
 
 
 def _layer(
     case: str, size: str, dtype: torch.dtype, device: str, activation: str | None
 ) -> dict[str, float]:
-    """Of y and every gradient; without an activation, of a memory of values alone."""
+    """Of y and every gradient; without an activation, of a memory of values alone, met twice."""
     pairs, rows, (cells, width) = _pairs(case, device), CASES[case], SIZES[size]
+    if activation is None:
+        pairs = Pairs(
+            rows=pairs.rows.repeat_interleave(2), blocks=pairs.blocks.repeat_interleave(2)
+        )
     num_keys = cells * (2 if activation == "swiglu" else 1)
     tensors = {
         "x": _random(dtype, device, rows, width),
@@ -115,9 +168,9 @@ def _layer(
 
 
 def _pairs(case: str, device: str) -> Pairs:
-    """Row by row; in `some`, block 2 is empty, and so are some rows."""
+    """Row by row; in `some` and `many rows`, block 2 is empty, and so are some rows."""
     met = torch.rand(CASES[case], B) < 0.6
-    if case == "some":
+    if case in ("some", "many rows"):
         met[:, 2] = False
         met[1::4] = False
     elif case == "one row":

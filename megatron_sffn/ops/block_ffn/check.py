@@ -16,6 +16,16 @@ from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn.pairs import Pairs
 
 
+def activation(name: str) -> Activation:
+    """The activation of a name; raises `ConfigError` if there is none."""
+    try:
+        return Activation(name)
+    except ValueError:
+        raise ConfigError(
+            f"activation {name!r} does not exist; use one of {', '.join(Activation)}"
+        ) from None
+
+
 def ids(x: Tensor, block_ids: Tensor, gates: Tensor | None) -> None:
     """Raise `ConfigError` unless there is a row of ids, and of gates, for each token."""
     if block_ids.dim() != 2 or len(block_ids) != len(x) or block_ids.is_floating_point():

@@ -1,7 +1,7 @@
-"""The products of rows and blocks on a CPU: `products.cpp`, for fp32 and fp64, and for narrow blocks.
+"""The products of rows and blocks on a CPU: `products.cpp`, for fp32 and fp64.
 
-Half precision is torch's, whose products use matrix units, down to blocks of `FEW_CELLS`. Below, its
-calls are too many, and converting to fp32 and back is faster (benchmarks/NOTES.md).
+Half precision is torch's loop, whose products use matrix units, down to blocks of `FEW_CELLS`.
+Below, its calls are too many, and fp32 is faster, there and back (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from megatron_sffn.ops.block_ffn import loop
 from megatron_sffn.ops.block_ffn.function import Products
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.compiled import kernels
-
 
 FEW_CELLS = 64
 """Cells of a block below which half precision is computed in fp32."""

@@ -45,7 +45,7 @@ def block_ffn(
     products: Products,
 ) -> Tensor:
     """Arguments and result as `op.block_ffn_pairs`."""
-    by_block, gates = _by_block(pairs, gates, values, products)
+    by_block, gates = _by_block(pairs, gates, values, products, distinct=True)
     y: Tensor = _BlockFFN.apply(
         x.contiguous(),
         keys.contiguous(),
@@ -73,7 +73,7 @@ def weighted_values(
     Returns:
         `[R, D]` of the values' dtype, differentiable in values and gates.
     """
-    by_block, coefficients = _by_block(pairs, gates, values, products)
+    by_block, coefficients = _by_block(pairs, gates, values, products, distinct=False)
     assert coefficients is not None
     y: Tensor = _WeightedValues.apply(
         coefficients[:, None], values.contiguous(), by_block, num_rows, products
@@ -82,13 +82,14 @@ def weighted_values(
 
 
 def _by_block(
-    pairs: Pairs, gates: Tensor | None, values: Tensor, products: Products
+    pairs: Pairs, gates: Tensor | None, values: Tensor, products: Products, *, distinct: bool
 ) -> tuple[Sorted, Tensor | None]:
     """Pairs and their gates in the order of the blocks, the gates in the values' dtype."""
     order, offsets = products.sort(pairs.blocks, len(values))
     if gates is not None:
         gates = gates.index_select(0, order).to(values.dtype)
-    return Sorted(rows=pairs.rows.index_select(0, order), offsets=offsets), gates
+    rows = pairs.rows.index_select(0, order)
+    return Sorted(rows=rows, offsets=offsets, distinct=distinct), gates
 
 
 class _BlockFFN(torch.autograd.Function):
@@ -154,6 +155,7 @@ class _WeightedValues(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         coefficients, values, rows, offsets = ctx.saved_tensors
-        pairs, dy = Sorted(rows=rows, offsets=offsets), grads[0].contiguous()
+        pairs = Sorted(rows=rows, offsets=offsets, distinct=False)
+        dy = grads[0].contiguous()
         dcoefficients = ctx.products.to_pairs(dy, values, pairs)
         return dcoefficients, ctx.products.to_table(coefficients, dy, pairs), None, None, None

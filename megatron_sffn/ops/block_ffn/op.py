@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.ops import backends
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn import check, cpu, function, loop, naive
 from megatron_sffn.ops.block_ffn.function import Products
 from megatron_sffn.ops.block_ffn.pairs import Pairs, pairs_of_ids
-
-BACKENDS = ("auto", "naive", "torch", "cpu", "triton")
 
 
 def block_ffn(
@@ -79,15 +75,7 @@ def block_ffn_pairs(
     Raises:
         ConfigError: as in `block_ffn`.
     """
-    try:
-        activation = Activation(activation)
-        if backend not in BACKENDS:
-            raise KeyError(str(backend))
-    except (ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{error} is not a block_ffn activation ({', '.join(Activation)}) or backend "
-            f"({', '.join(BACKENDS)}); choose one of these"
-        ) from None
+    activation = check.activation(activation)
     check.tensors(x, keys, values, pairs, gates, activation)
     check.pairs(pairs, len(x), len(values), distinct=keys is not None)
     products = _products(backend, values)
@@ -103,53 +91,17 @@ def block_ffn_pairs(
 
 def _products(backend: str, values: Tensor) -> Products | None:
     """Who multiplies; None for the oracle, which has no parts."""
+    backends.check(backend, values)
     match backend:
         case "naive":
             return None
-        case "auto":
-            # Not yet triton on a GPU: its tests there have never run.
-            return loop if values.is_cuda else cpu.products(values.dtype, values.shape[1])
+        case "triton":
+            kernels: Products = backends.triton_for(__package__, values)
+            return kernels
+        # On a GPU not yet triton: its tests there have never run.
+        case "auto" if values.is_cuda:
+            return loop
         case "torch":
             return loop
-        case "cpu":
-            if values.is_cuda:
-                raise ConfigError(
-                    "backend cpu computes on a CPU, but the tables are on a GPU; use auto or torch"
-                )
-            return cpu.products(values.dtype, values.shape[1])
-        case "triton":
-            return _triton_for(values)
         case _:
-            raise AssertionError(f"{backend} is none of {BACKENDS}")
-
-
-def _triton_for(values: Tensor) -> Products:
-    """The Triton kernels, if they can compute on these tables."""
-    products = _triton()
-    if products is None:
-        raise ConfigError(
-            "backend triton needs the package triton, which is not installed; install it, or use "
-            "auto or torch"
-        )
-    if values.dtype not in products.DTYPES:
-        raise ConfigError(
-            f"backend triton computes in float32, bfloat16 or float16, but the tables are "
-            f"{values.dtype}; use auto or torch"
-        )
-    if not (values.is_cuda or products.INTERPRETED):
-        raise ConfigError(
-            "backend triton computes on a GPU, but the tables are on a CPU; use auto, torch or cpu"
-        )
-    return products
-
-
-def _triton() -> Any | None:
-    """The module of the Triton kernels; None where triton is not installed."""
-    try:
-        # Not at the top: it takes a second, and a machine without a GPU has no use for it.
-        from megatron_sffn.ops.block_ffn import triton
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        return None
-    return triton
+            return cpu.products(values.dtype, values.shape[1])

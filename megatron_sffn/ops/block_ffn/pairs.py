@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,11 @@ class Sorted:
     Args:
         rows: `[P]` int32.
         offsets: `[B + 1]` int64: block i owns the pairs from `offsets[i]` to `offsets[i + 1]`.
+        distinct: whether a row meets a block only once.
+        derived: what a backend makes of these once, for all products with them; by its type.
     """
 
     rows: Tensor
     offsets: Tensor
+    distinct: bool = True
+    derived: dict[type, Any] = field(default_factory=dict)

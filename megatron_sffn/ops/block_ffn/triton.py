@@ -4,384 +4,77 @@ Enters: contiguous tensors on a GPU; on a CPU only where `TRITON_INTERPRET=1` wa
 import. Leaves: the results of `function.Products`, the same bits every time.
 
 Choices
-- Two of the three products are one grouped GEMM: a program owns a tile of one block's pairs and a
-  tile of columns. It reads rows by index; gathered rows never lie in memory. Which tile belongs to
-  which block is worked out on the device: no product waits for the host.
-- `to_rows` writes each pair's part in the input's dtype, as `loop` rounds it, then sums a row's
-  parts in fp32. Against fp32 atomics this moves less (367/g against 585/g of the dense FFN's time,
-  derived for an H200) and does not depend on the order of arrival. It goes by groups of columns, so
-  that the parts never outgrow R·D numbers, or P times one tile of columns: T·D at k = 4·D and
-  g = 512, twice that at g = 256.
-- A block of one cell needs no parts: its part is a row of the table times a number, so the sum
-  reads the table itself.
-- `to_table` has a program for each tile of each block's cells, which loops over the block's pairs.
-  A block that has most of the pairs is not shared out; that would need atomics or more scratch.
-- Products of fp32 are IEEE, not TF32, whatever torch is set to, and so use no matrix units.
-- Below g = 64 the traffic of rows is the limit, and at E = 4 a masked dense kernel would win; there
-  is none here.
+- Two forms of each product: grouped, which moves rows, and masked, which multiplies all rows with
+  all cells. Each product takes the form that should be faster.
+- What should be faster is derived, not measured. The unit is a dense product of as many rows and
+  cells as meet, 2·P·N·D operations. Masked takes E = B·R/P units. Grouped takes 1, and moves D
+  numbers per pair: `to_pairs` and `to_table` read rows from the L2 cache, which in 16 bits on an
+  H200 is 144/N units; `to_rows` writes parts to memory and reads them back, 367/N. Blocks of one
+  cell have no parts.
+- Products of fp32 are IEEE, not TF32, whatever torch is set to, and so use no matrix units. They
+  take 12 times as long, and grouped wins from fewer cells on.
+- A memory of values alone stays grouped: a row may meet a cell twice there, and a mask has one bit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from megatron_sffn.ops.block_ffn import triton_grouped, triton_masked
+from megatron_sffn.ops.block_ffn.function import Products
 from megatron_sffn.ops.block_ffn.pairs import Sorted
+from megatron_sffn.ops.triton_launch import INTERPRETED
+
+__all__ = ["DTYPES", "INTERPRETED", "sort", "to_pairs", "to_rows", "to_table"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether the kernels run on a CPU, in Triton's interpreter."""
+MULTIPLIES = {torch.float32: 67e12, torch.bfloat16: 790e12, torch.float16: 790e12}
+"""Operations an H200 does in a second: measured in 16 bits, of its data sheet in 32."""
 
-NARROW = 32
-"""Cells up to which a block counts as narrow in `TILES`."""
+L2, MEMORY = 5.5e12, 4.3e12
+"""Bytes that it moves in a second: derived, and measured."""
 
-LEAST = 16
-"""Least side of a tile of `tl.dot`; what is missing is masked."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """How a product is cut.
-
-    Args:
-        pairs: of one block that a program owns.
-        columns: of the result that a program owns, at most.
-        inner: terms of the sums that are loaded at a time, at most.
-        warps: of a program.
-        stages: of the loop's pipeline.
-    """
-
-    pairs: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
-
-
-_WIDE = Tiles(pairs=128, columns=128, inner=64, warps=8, stages=3)
-_NARROW = Tiles(pairs=128, columns=64, inner=64, warps=4, stages=3)
-_WIDE_FP32 = Tiles(pairs=64, columns=64, inner=16, warps=8, stages=3)
-_NARROW_FP32 = Tiles(pairs=64, columns=32, inner=16, warps=4, stages=3)
-
-TILES: dict[tuple[str, torch.dtype, str], Tiles] = {
-    ("any", torch.bfloat16, "wide"): _WIDE,
-    ("any", torch.bfloat16, "narrow"): _NARROW,
-    ("any", torch.float16, "wide"): _WIDE,
-    ("any", torch.float16, "narrow"): _NARROW,
-    ("any", torch.float32, "wide"): _WIDE_FP32,
-    ("any", torch.float32, "narrow"): _NARROW_FP32,
-}
-"""Device, dtype and width of the blocks -> tiles; "any" for devices without a line of their own.
-
-Untuned: no GPU has timed them. They compile without spills for sm_80 and sm_90
-(`benchmarks/triton_report.py`).
-"""
-
-ROWS_PARTS = 8
-"""Parts of a row that are loaded at a time. Untuned."""
+MOVES = {"to_pairs": 1 / L2, "to_rows": 2 / MEMORY, "to_table": 1 / L2}
+"""Seconds in which the grouped form of a product moves a byte of a row."""
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
     """See `function.Products`."""
-    return _grouped(blocks, num_blocks)
+    return triton_grouped.sort(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
     """See `function.Products`."""
-    cells = table.shape[1]
-    result = rows.new_empty(len(pairs.rows), cells)
-    _multiply(rows, table.mT, result, pairs, _tiles(table, cells), gather=True)
-    return result
+    form = choose("to_pairs", rows.dtype, pairs, len(rows), table.shape[1])
+    return form.to_pairs(rows, table, pairs)
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
     """See `function.Products`."""
-    num_pairs, (_, cells, width) = len(pairs.rows), table.shape
-    if not num_pairs:
-        return table.new_zeros(num_rows, width)
-    result = table.new_empty(num_rows, width)
-    tiles = _tiles(table, cells)
-    order, offsets = _grouped(pairs.rows, num_rows)
-    if cells == 1:
-        blocks = torch.arange(len(table), dtype=torch.int32, device=table.device)
-        blocks = blocks.repeat_interleave(pairs.offsets.diff(), output_size=num_pairs)
-        weights = coefficients.index_select(0, order)
-        _sum(table[:, 0], blocks.index_select(0, order), weights, offsets, result, tiles)
-        return result
-    group = max(1, width * num_rows // num_pairs // tiles.columns) * tiles.columns
-    parts = table.new_empty(num_pairs, min(group, width))
-    for first in range(0, width, group):
-        columns = slice(first, min(first + group, width))
-        some = parts[:, : columns.stop - first]
-        _multiply(coefficients, table[:, :, columns], some, pairs, tiles, gather=False)
-        _sum(some, order, None, offsets, result[:, columns], tiles)
-    return result
+    form = choose("to_rows", table.dtype, pairs, num_rows, table.shape[1])
+    return form.to_rows(coefficients, table, pairs, num_rows)
 
 
 def to_table(coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
     """See `function.Products`."""
-    num_blocks, cells, width = len(pairs.offsets) - 1, coefficients.shape[1], rows.shape[1]
-    result = rows.new_empty(num_blocks, cells, width)
-    tiles = _tiles(rows, cells)
-    block_n, block_d = _side(cells, tiles.columns), _side(width, tiles.columns)
-    launch(
-        to_table_kernel,
-        num_blocks * triton.cdiv(cells, block_n) * triton.cdiv(width, block_d),
-        tiles,
-        coefficients=coefficients,
-        x=rows,
-        result=result,
-        rows=pairs.rows,
-        offsets=pairs.offsets,
-        N=cells,
-        D=width,
-        BLOCK_P=tiles.inner,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-    )
-    return result
+    form = choose("to_table", rows.dtype, pairs, len(rows), coefficients.shape[1])
+    return form.to_table(coefficients, rows, pairs)
 
 
-def launch(kernel: Any, programs: int, tiles: Tiles, **arguments: Any) -> None:
-    """Start a kernel; in one place, so that a report can see what would be compiled."""
-    kernel[(programs,)](**arguments, num_warps=tiles.warps, num_stages=tiles.stages)
-
-
-def _multiply(
-    source: Tensor, table: Tensor, result: Tensor, pairs: Sorted, tiles: Tiles, *, gather: bool
-) -> None:
-    """`result[p] = source[row(p) if gather else p] @ table[i]` for the pairs p of block i.
+def choose(product: str, dtype: torch.dtype, pairs: Sorted, num_rows: int, cells: int) -> Products:
+    """Who computes a product; does not wait for the device.
 
     Args:
-        source: `[R, I]`, or `[P, I]`.
-        table: `[B, I, O]`, with any strides.
-        result: `[P, O]`, with any stride of its rows.
-        pairs: in the order of the blocks.
-        tiles: how it is cut.
-        gather: whether rows are read by index.
+        product: a key of `MOVES`.
+        dtype: of the table.
+        pairs: who meets.
+        num_rows: R.
+        cells: N of a block.
     """
-    if not len(pairs.rows):
-        return
-    blocks, firsts = _schedule(pairs, tiles.pairs)
-    inner, outer = table.shape[1:]
-    block_o = _side(outer, tiles.columns)
-    launch(
-        multiply_kernel,
-        len(blocks) * triton.cdiv(outer, block_o),
-        tiles,
-        source=source,
-        table=table,
-        result=result,
-        rows=pairs.rows,
-        offsets=pairs.offsets,
-        blocks=blocks,
-        firsts=firsts,
-        inner=inner,
-        outer=outer,
-        source_row=source.stride(0),
-        table_block=table.stride(0),
-        table_inner=table.stride(1),
-        table_outer=table.stride(2),
-        result_row=result.stride(0),
-        GATHER=gather,
-        BLOCK_P=tiles.pairs,
-        BLOCK_I=_side(inner, tiles.inner),
-        BLOCK_O=block_o,
-    )
-
-
-def _sum(
-    source: Tensor,
-    index: Tensor,
-    weights: Tensor | None,
-    offsets: Tensor,
-    result: Tensor,
-    tiles: Tiles,
-) -> None:
-    """`result[r]` = the sum of `source[index[q]] · weights[q]`, q from `offsets[r]` on."""
-    block_d = _side(result.shape[1], tiles.columns)
-    launch(
-        sum_kernel,
-        len(result) * triton.cdiv(result.shape[1], block_d),
-        # A row's parts are few bytes; more programs hide more latency than wider ones.
-        Tiles(pairs=1, columns=block_d, inner=ROWS_PARTS, warps=1, stages=tiles.stages),
-        source=source,
-        index=index,
-        weights=weights,
-        offsets=offsets,
-        result=result,
-        width=result.shape[1],
-        source_row=source.stride(0),
-        result_row=result.stride(0),
-        BLOCK_Q=ROWS_PARTS,
-        BLOCK_D=block_d,
-    )
-
-
-def _grouped(keys: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Stable order of `[P]` keys below `groups`, int32, and `[groups + 1]` int64 offsets."""
-    # Narrow keys sort in fewer passes.
-    narrow = torch.int16 if groups <= torch.iinfo(torch.int16).max else torch.int32
-    ordered, order = keys.to(narrow).sort(stable=True)
-    bounds = torch.arange(groups + 1, dtype=narrow, device=keys.device)
-    # Not bincount, which asks the device for the largest key and waits.
-    return order.int(), torch.searchsorted(ordered, bounds)
-
-
-def _schedule(pairs: Sorted, height: int) -> tuple[Tensor, Tensor]:
-    """Cut each block's pairs in tiles; the host knows only how many there are at most.
-
-    Returns:
-        Of each tile its block and its first pair, int64. What is not needed belongs to the last
-        block and starts behind its last pair.
-    """
-    offsets = pairs.offsets
-    num_blocks, num_pairs = len(offsets) - 1, len(pairs.rows)
-    heights = (offsets.diff() + (height - 1)) // height
-    ends = heights.cumsum(0)
-    most = num_pairs // height + min(num_blocks, num_pairs)
-    tiles = torch.arange(most, device=offsets.device)
-    blocks = torch.searchsorted(ends, tiles, right=True).clamp(max=num_blocks - 1)
-    within = tiles - (ends - heights).index_select(0, blocks)
-    return blocks, offsets.index_select(0, blocks) + within * height
-
-
-def _tiles(tensor: Tensor, cells: int) -> Tiles:
-    """The line of `TILES` for a tensor's device and dtype."""
-    width = "narrow" if cells <= NARROW else "wide"
-    device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else "any"
-    return TILES.get((device, tensor.dtype, width)) or TILES["any", tensor.dtype, width]
-
-
-def _side(size: int, most: int) -> int:
-    """Side of a tile: a power of two that holds `size`, within bounds."""
-    return min(max(triton.next_power_of_2(size), LEAST), most)
-
-
-@triton.jit
-def multiply_kernel(
-    source: tl.tensor,
-    table: tl.tensor,
-    result: tl.tensor,
-    rows: tl.tensor,
-    offsets: tl.tensor,
-    blocks: tl.tensor,
-    firsts: tl.tensor,
-    inner: tl.tensor,
-    outer: tl.tensor,
-    source_row: tl.tensor,
-    table_block: tl.tensor,
-    table_inner: tl.tensor,
-    table_outer: tl.tensor,
-    result_row: tl.tensor,
-    GATHER: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-) -> None:
-    """See `_multiply`. Columns are the faster index: neighbours share rows in the L2 cache."""
-    num_columns = tl.cdiv(outer, BLOCK_O)
-    i_t, i_o = tl.program_id(0) // num_columns, tl.program_id(0) % num_columns
-    i_b = tl.load(blocks + i_t)
-    first, last = tl.load(firsts + i_t), tl.load(offsets + i_b + 1)
-    if first >= last:
-        return
-    o_p = first + tl.arange(0, BLOCK_P)
-    m_p = o_p < last
-    # Behind the last pair row 0 is read, and its product not stored.
-    o_r = tl.where(m_p, o_p, 0)
-    if GATHER:
-        o_r = tl.load(rows + o_p, mask=m_p, other=0).to(tl.int64)
-    o_i = tl.arange(0, BLOCK_I)
-    o_o = i_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    m_o = o_o < outer
-    p_x = source + o_r[:, None] * source_row + o_i[None, :]
-    p_w = table + i_b * table_block + o_i[:, None] * table_inner + o_o[None, :] * table_outer
-    acc = tl.zeros((BLOCK_P, BLOCK_O), dtype=tl.float32)
-    for i in range(0, inner, BLOCK_I):
-        m_i = o_i < inner - i
-        # [BLOCK_P, BLOCK_I] and [BLOCK_I, BLOCK_O]
-        b_x = tl.load(p_x, mask=m_i[None, :], other=0.0)
-        b_w = tl.load(p_w, mask=m_i[:, None] & m_o[None, :], other=0.0)
-        acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
-        p_x += BLOCK_I
-        p_w += BLOCK_I * table_inner
-    p_y = result + o_p[:, None] * result_row + o_o[None, :]
-    tl.store(p_y, acc.to(result.dtype.element_ty), mask=m_p[:, None] & m_o[None, :])
-
-
-@triton.jit
-def sum_kernel(
-    source: tl.tensor,
-    index: tl.tensor,
-    weights: tl.tensor,
-    offsets: tl.tensor,
-    result: tl.tensor,
-    width: tl.tensor,
-    source_row: tl.tensor,
-    result_row: tl.tensor,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-) -> None:
-    """See `_sum`."""
-    num_columns = tl.cdiv(width, BLOCK_D)
-    i_r = (tl.program_id(0) // num_columns).to(tl.int64)
-    o_d = (tl.program_id(0) % num_columns) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < width
-    first, last = tl.load(offsets + i_r), tl.load(offsets + i_r + 1)
-    acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
-    for q in range(first, last, BLOCK_Q):
-        o_q = q + tl.arange(0, BLOCK_Q)
-        m_q = o_q < last
-        o_s = tl.load(index + o_q, mask=m_q, other=0).to(tl.int64)
-        # [BLOCK_Q, BLOCK_D]
-        p_s = source + o_s[:, None] * source_row + o_d[None, :]
-        b_s = tl.load(p_s, mask=m_q[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-        if weights is not None:
-            b_s *= tl.load(weights + o_q, mask=m_q, other=0.0).to(tl.float32)[:, None]
-        acc += b_s
-    total = tl.sum(acc, axis=0).to(result.dtype.element_ty)
-    tl.store(result + i_r * result_row + o_d, total, mask=m_d)
-
-
-@triton.jit
-def to_table_kernel(
-    coefficients: tl.tensor,
-    x: tl.tensor,
-    result: tl.tensor,
-    rows: tl.tensor,
-    offsets: tl.tensor,
-    N: tl.tensor,
-    D: tl.tensor,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-) -> None:
-    """See `function.Products.to_table`. Tiles of one block are neighbours: they share its rows."""
-    num_n, num_d = tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_D)
-    i_b = (tl.program_id(0) // (num_n * num_d)).to(tl.int64)
-    within = tl.program_id(0) % (num_n * num_d)
-    o_n = (within // num_d) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_d = (within % num_d) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_n, m_d = o_n < N, o_d < D
-    first, last = tl.load(offsets + i_b), tl.load(offsets + i_b + 1)
-    acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for p in range(first, last, BLOCK_P):
-        o_p = p + tl.arange(0, BLOCK_P)
-        m_p = o_p < last
-        o_r = tl.load(rows + o_p, mask=m_p, other=0).to(tl.int64)
-        # [BLOCK_P, BLOCK_N] and [BLOCK_P, BLOCK_D]; zeros behind the last pair, in both, since
-        # zero times what is not finite is not zero.
-        p_h = coefficients + o_p[:, None] * N + o_n[None, :]
-        b_h = tl.load(p_h, mask=m_p[:, None] & m_n[None, :], other=0.0)
-        p_x = x + o_r[:, None] * D + o_d[None, :]
-        b_x = tl.load(p_x, mask=m_p[:, None] & m_d[None, :], other=0.0)
-        acc = tl.dot(tl.trans(b_h), b_x, acc, input_precision="ieee")
-    p_y = result + (i_b * N + o_n[:, None]) * D + o_d[None, :]
-    tl.store(p_y, acc.to(result.dtype.element_ty), mask=m_n[:, None] & m_d[None, :])
+    moves = 1 / L2 if cells == 1 else MOVES[product]
+    moving = dtype.itemsize * moves * MULTIPLIES[dtype] / (2 * cells)
+    num_blocks, num_pairs = len(pairs.offsets) - 1, len(pairs.rows)
+    masked = pairs.distinct and num_blocks * num_rows < (1 + moving) * num_pairs
+    return triton_masked if masked else triton_grouped

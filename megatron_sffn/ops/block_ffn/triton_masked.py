@@ -1,0 +1,291 @@
+"""The products of rows and blocks on a GPU as dense GEMMs under a mask, for blocks of few cells.
+
+Enters: contiguous tensors; pairs that are distinct. Leaves: the results of `function.Products`,
+the same bits every time.
+
+Choices
+- Every row meets every cell in a dense GEMM: E = B·R/P times the operations that count. The sparse
+  operand lies in memory as pairs only: `to_rows` and `to_table` gather it on chip, zero where row
+  and block do not meet; `to_pairs` stores only what meets. No row is copied, no part is summed
+  later, and a skewed load costs nothing.
+- The cells are cut in runs, the largest power of two that divides N: a run lies in one block, so
+  that one look-up serves it, and its coefficients are loaded at once.
+- Zero times what is not finite is not zero: a row or cell that is not finite spoils the results of
+  others, where the grouped kernels spoil those that it meets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_sffn.ops.block_ffn import triton_tiles
+from megatron_sffn.ops.block_ffn.pairs import Sorted
+from megatron_sffn.ops.block_ffn.triton_index import WORD, find, index_of
+from megatron_sffn.ops.block_ffn.triton_tiles import Tiles, launch, side
+
+_PAIRS = Tiles(height=128, columns=128, inner=64, warps=8, stages=3)
+_PAIRS_SHORT = Tiles(height=64, columns=128, inner=64, warps=8, stages=3)
+_SUMS = Tiles(height=128, columns=128, inner=32, warps=8, stages=3)
+# What is gathered serves as many columns as registers allow: short runs need more instructions.
+_SUMS_SHORT = Tiles(height=64, columns=256, inner=32, warps=8, stages=3)
+_FP32 = Tiles(height=64, columns=64, inner=16, warps=8, stages=3)
+
+SHORT = 8
+"""Cells below which a run counts as short in `TILES`: their loads are of less than 16 bytes."""
+
+TILES: dict[tuple[str, torch.dtype, str], Tiles] = {
+    ("any", torch.bfloat16, "pairs"): _PAIRS,
+    ("any", torch.bfloat16, "pairs, short runs"): _PAIRS_SHORT,
+    ("any", torch.bfloat16, "sums"): _SUMS,
+    ("any", torch.bfloat16, "sums, short runs"): _SUMS_SHORT,
+    ("any", torch.float16, "pairs"): _PAIRS,
+    ("any", torch.float16, "pairs, short runs"): _PAIRS_SHORT,
+    ("any", torch.float16, "sums"): _SUMS,
+    ("any", torch.float16, "sums, short runs"): _SUMS_SHORT,
+    ("any", torch.float32, "pairs"): _FP32,
+    ("any", torch.float32, "pairs, short runs"): _FP32,
+    ("any", torch.float32, "sums"): _FP32,
+    ("any", torch.float32, "sums, short runs"): _FP32,
+}
+"""Device, dtype and product -> tiles; "any" for devices without a line of their own.
+
+Untuned: no GPU has timed them. They compile without spills for sm_80 and sm_90
+(`benchmarks/triton_report.py`).
+"""
+
+GROUP = 8
+"""Tiles of rows that pass over the cells together, for the L2 cache. Untuned."""
+
+
+def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
+    """See `function.Products`."""
+    num_rows, (num_blocks, cells, width) = len(rows), table.shape
+    result = rows.new_empty(len(pairs.rows), cells)
+    tiles = _tiles(rows, "pairs", cells)
+    block_r, block_c = side(num_rows, tiles.height), side(num_blocks * cells, tiles.columns)
+    launch(
+        to_pairs_kernel,
+        triton.cdiv(num_rows, block_r) * triton.cdiv(num_blocks * cells, block_c),
+        tiles,
+        x=rows,
+        table=table,
+        result=result,
+        **_where(pairs, num_rows, cells, block_c),
+        D=width,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        BLOCK_D=side(width, tiles.inner),
+        WORDS=triton.cdiv(block_r, WORD),
+        GROUP=GROUP,
+    )
+    return result
+
+
+def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
+    """See `function.Products`."""
+    num_blocks, cells, width = table.shape
+    result = table.new_empty(num_rows, width)
+    tiles = _tiles(table, "sums", cells)
+    block_r, block_d = side(num_rows, tiles.height), side(width, tiles.columns)
+    block_c = side(num_blocks * cells, tiles.inner)
+    launch(
+        to_rows_kernel,
+        triton.cdiv(num_rows, block_r) * triton.cdiv(width, block_d),
+        tiles,
+        coefficients=coefficients,
+        table=table,
+        result=result,
+        **_where(pairs, num_rows, cells, block_c),
+        D=width,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        BLOCK_D=block_d,
+    )
+    return result
+
+
+def to_table(coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
+    """See `function.Products`."""
+    (num_rows, width), cells = rows.shape, coefficients.shape[1]
+    num_blocks = len(pairs.offsets) - 1
+    result = rows.new_empty(num_blocks, cells, width)
+    tiles = _tiles(rows, "sums", cells)
+    block_c, block_d = side(num_blocks * cells, tiles.height), side(width, tiles.columns)
+    launch(
+        to_table_kernel,
+        triton.cdiv(num_blocks * cells, block_c) * triton.cdiv(width, block_d),
+        tiles,
+        coefficients=coefficients,
+        x=rows,
+        result=result,
+        **_where(pairs, num_rows, cells, block_c),
+        D=width,
+        BLOCK_R=side(num_rows, tiles.inner),
+        BLOCK_C=block_c,
+        BLOCK_D=block_d,
+    )
+    return result
+
+
+def _tiles(tensor: Tensor, kind: str, cells: int) -> Tiles:
+    """The line of `TILES` for a tensor and the runs of a block."""
+    return triton_tiles.choose(TILES, tensor, kind if cells % SHORT == 0 else f"{kind}, short runs")
+
+
+def _where(pairs: Sorted, num_rows: int, cells: int, block_c: int) -> dict[str, Any]:
+    """The arguments of `find`.
+
+    Args:
+        pairs: who meets.
+        num_rows: R.
+        cells: N of a block.
+        block_c: cells of a tile.
+    """
+    index, num_blocks = index_of(pairs, num_rows), len(pairs.offsets) - 1
+    run = min(cells & -cells, block_c)
+    return {
+        "mask": index.mask,
+        "base": index.base,
+        "R": num_rows,
+        "B": num_blocks,
+        "per_block": cells // run,
+        "RUN": run,
+    }
+
+
+@triton.jit
+def to_pairs_kernel(
+    x: tl.tensor,
+    table: tl.tensor,
+    result: tl.tensor,
+    mask: tl.tensor,
+    base: tl.tensor,
+    R: tl.tensor,
+    B: tl.tensor,
+    per_block: tl.tensor,
+    D: tl.tensor,
+    RUN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WORDS: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> None:
+    """See `function.Products.to_pairs`."""
+    RUNS: tl.constexpr = BLOCK_C // RUN
+    C = B * per_block * RUN
+    num_r, num_c = tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C)
+    i_r, i_c = tl.swizzle2d(
+        tl.program_id(0) // num_c, tl.program_id(0) % num_c, num_r, num_c, GROUP
+    )
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_s = i_c * RUNS + tl.arange(0, RUNS)
+    o_w = i_r * WORDS + tl.arange(0, WORDS)
+    o_b = o_s // per_block
+    m_w = (o_w < tl.cdiv(R, 32))[:, None] & (o_b < B)[None, :]
+    p_w = mask + o_w.to(tl.int64)[:, None] * B + o_b[None, :]
+    if tl.sum((tl.load(p_w, mask=m_w, other=0) != 0).to(tl.int32)) == 0:
+        return
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_r, m_c = o_r < R, o_c < C
+    o_d = tl.arange(0, BLOCK_D)
+    p_x = x + o_r.to(tl.int64)[:, None] * D + o_d[None, :]
+    p_t = table + o_c.to(tl.int64)[None, :] * D + o_d[:, None]
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    for d in range(0, D, BLOCK_D):
+        m_d = o_d < D - d
+        # [BLOCK_R, BLOCK_D] and [BLOCK_D, BLOCK_C]
+        b_x = tl.load(p_x, mask=m_r[:, None] & m_d[None, :], other=0.0)
+        b_t = tl.load(p_t, mask=m_d[:, None] & m_c[None, :], other=0.0)
+        acc = tl.dot(b_x, b_t, acc, input_precision="ieee")
+        p_x += BLOCK_D
+        p_t += BLOCK_D
+    met, first = find(mask, base, o_r, o_s, R, B, per_block, RUN)
+    # [BLOCK_R, RUNS * RUN] to [RUNS, BLOCK_R, RUN]
+    b_y = tl.reshape(acc.to(result.dtype.element_ty), (BLOCK_R, RUNS, RUN))
+    p_y = result + first[:, :, None] + tl.arange(0, RUN)[None, None, :]
+    tl.store(p_y, tl.permute(b_y, (1, 0, 2)), mask=met[:, :, None])
+
+
+@triton.jit
+def to_rows_kernel(
+    coefficients: tl.tensor,
+    table: tl.tensor,
+    result: tl.tensor,
+    mask: tl.tensor,
+    base: tl.tensor,
+    R: tl.tensor,
+    B: tl.tensor,
+    per_block: tl.tensor,
+    D: tl.tensor,
+    RUN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """See `function.Products.to_rows`. Tiles of the same rows are neighbours."""
+    RUNS: tl.constexpr = BLOCK_C // RUN
+    num_d = tl.cdiv(D, BLOCK_D)
+    o_r = (tl.program_id(0) // num_d) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_d = (tl.program_id(0) % num_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_r, m_d = o_r < R, o_d < D
+    o_v = tl.arange(0, RUN)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    for s in range(0, B * per_block, RUNS):
+        met, first = find(mask, base, o_r, s + tl.arange(0, RUNS), R, B, per_block, RUN)
+        # [RUNS, BLOCK_R, RUN] to [BLOCK_R, BLOCK_C], and [BLOCK_C, BLOCK_D]
+        p_h = coefficients + first[:, :, None] + o_v[None, None, :]
+        b_h = tl.load(p_h, mask=met[:, :, None], other=0.0)
+        b_h = tl.reshape(tl.permute(b_h, (1, 0, 2)), (BLOCK_R, BLOCK_C))
+        o_c = s * RUN + tl.arange(0, BLOCK_C)
+        p_t = table + o_c.to(tl.int64)[:, None] * D + o_d[None, :]
+        b_t = tl.load(p_t, mask=(o_c < B * per_block * RUN)[:, None] & m_d[None, :], other=0.0)
+        acc = tl.dot(b_h, b_t, acc, input_precision="ieee")
+    p_y = result + o_r.to(tl.int64)[:, None] * D + o_d[None, :]
+    tl.store(p_y, acc.to(result.dtype.element_ty), mask=m_r[:, None] & m_d[None, :])
+
+
+@triton.jit
+def to_table_kernel(
+    coefficients: tl.tensor,
+    x: tl.tensor,
+    result: tl.tensor,
+    mask: tl.tensor,
+    base: tl.tensor,
+    R: tl.tensor,
+    B: tl.tensor,
+    per_block: tl.tensor,
+    D: tl.tensor,
+    RUN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """See `function.Products.to_table`. Tiles of the same cells are neighbours."""
+    RUNS: tl.constexpr = BLOCK_C // RUN
+    num_d = tl.cdiv(D, BLOCK_D)
+    i_c = tl.program_id(0) // num_d
+    o_d = (tl.program_id(0) % num_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_s = i_c * RUNS + tl.arange(0, RUNS)
+    m_d = o_d < D
+    o_v = tl.arange(0, RUN)
+    acc = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
+    for r in range(0, R, BLOCK_R):
+        o_r = r + tl.arange(0, BLOCK_R)
+        met, first = find(mask, base, o_r, o_s, R, B, per_block, RUN)
+        # [RUNS, BLOCK_R, RUN] to [BLOCK_C, BLOCK_R], and [BLOCK_R, BLOCK_D]
+        p_h = coefficients + first[:, :, None] + o_v[None, None, :]
+        b_h = tl.load(p_h, mask=met[:, :, None], other=0.0)
+        b_h = tl.reshape(tl.permute(b_h, (0, 2, 1)), (BLOCK_C, BLOCK_R))
+        p_x = x + o_r.to(tl.int64)[:, None] * D + o_d[None, :]
+        b_x = tl.load(p_x, mask=(o_r < R)[:, None] & m_d[None, :], other=0.0)
+        acc = tl.dot(b_h, b_x, acc, input_precision="ieee")
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    p_y = result + o_c.to(tl.int64)[:, None] * D + o_d[None, :]
+    m_c = o_c < B * per_block * RUN
+    tl.store(p_y, acc.to(result.dtype.element_ty), mask=m_c[:, None] & m_d[None, :])
