@@ -8,9 +8,9 @@ Choices
   which block is worked out on the device: no product waits for the host.
 - `to_rows` writes each pair's part in the input's dtype, as `loop` rounds it, then sums a row's
   parts in fp32. Against fp32 atomics this moves less (367/g against 585/g of a dense product's
-  time, derived for an H200) and does not depend on the order of arrival. It goes by groups of columns, so
-  that the parts never outgrow R·D numbers, or P times one tile of columns: T·D at k = 4·D and
-  g = 512, twice that at g = 256.
+  time, derived for an H200) and does not depend on the order of arrival. It goes by groups of
+  columns, so that the parts never outgrow R·D numbers, or P times one tile of columns: T·D at
+  k = 4·D and g = 512, twice that at g = 256.
 - A block of one cell needs no parts: its part is a row of the table times a number, so the sum
   reads the table itself.
 - `to_table` has a program for each tile of each block's cells, which loops over the block's pairs.
