@@ -7,7 +7,7 @@ BIN := .venv/bin
 CPP := $(wildcard megatron_sffn/ops/*/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart bench bench-gpu bench-parallel test check format clean
+.PHONY: help env quickstart bench bench-gpu bench-steps bench-parallel test check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ quickstart: env ## Text, data set, training on 2 ranks, evaluation, report (CORP
 
 bench: env ## Time of a layer over dense on the CPU, ours and the peers' (ARGS=...)
 	@$(BIN)/python -m benchmarks.blocks $(ARGS)
+
+bench-steps: env ## Time of whole training steps over a dense model's, ours and Megatron's (ARGS=...)
+	@$(BIN)/python -m benchmarks.steps $(ARGS)
 
 bench-gpu: env ## The same on a GPU, in bf16 (ARGS=...)
 	@$(BIN)/python -m benchmarks.blocks --device cuda --dtype bf16 $(ARGS)

@@ -30,6 +30,18 @@ def append(rows: Sequence[Any], path: Path) -> None:
         writer.writerows(dataclasses.astuple(row) for row in rows)
 
 
+def check_plot(path: Path) -> None:
+    """Check that a picture can be written.
+
+    Raises:
+        ConfigError: if the name has another ending, or its folder is not there.
+    """
+    if path.suffix != ".png":
+        raise ConfigError(f"--plot {path} does not end in .png; give a name that does")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot {path} is in no folder; make {path.parent} first")
+
+
 def check_output(path: Path, row_type: type) -> None:
     """Check that rows can be appended to a file.
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import Platform, adapt, facts
-from benchmarks.rows import append, check_output
+from benchmarks.rows import append, check_output, check_plot
 from megatron_sffn.errors import ConfigError, run_command
 
 SEQUENCE = 256
@@ -189,6 +189,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ConfigError(f"--rounds {args.rounds} is less than 1; give at least 1")
     if args.output:
         check_output(args.output, Row)
+    if args.plot:
+        check_plot(args.plot)
     return args
 
 

@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_sffn.ops.block_ffn import Pairs, pairs_of_ids
+from megatron_sffn.ops.block_ffn import Pairs, pairs_of_ids, sort_stably
 from megatron_sffn.placement import Placement
 from megatron_sffn.routers.base import Routing
 
@@ -151,15 +151,14 @@ def _all_to_all(x: Tensor, routing: Routing, placement: Placement, back_bytes: i
     ranks, slices, tokens = placement.num_ranks, placement.cell_parts, len(x)
     # A block lies on `slices` ranks: `[P, slices]` owners of each pair.
     owners = (pairs.blocks // placement.num_local_blocks * slices)[:, None]
-    owners = owners + torch.arange(slices, device=x.device)
+    owners = owners + torch.arange(slices, dtype=torch.int32, device=x.device)
     # One row per (rank, token) that meet, rank-major; `row_of` numbers them within their rank.
     meets = torch.zeros(ranks, tokens, dtype=torch.bool, device=x.device)
     meets[owners, pairs.rows[:, None]] = True
     row_of = meets.cumsum(dim=1) - 1
-    order = owners.flatten().argsort(stable=True)
+    order, offsets = sort_stably(owners.flatten(), ranks)
 
-    num_pairs = torch.bincount(owners.flatten(), minlength=ranks)
-    to_send = torch.stack((meets.sum(dim=1), num_pairs), dim=1)
+    to_send = torch.stack((meets.sum(dim=1), offsets.diff()), dim=1)
     to_receive = torch.empty_like(to_send)
     torch.distributed.all_to_all_single(to_receive, to_send, group=group)
     rows_sent, pairs_sent = to_send.T.tolist()
@@ -173,7 +172,7 @@ def _all_to_all(x: Tensor, routing: Routing, placement: Placement, back_bytes: i
     met = all_to_all(group, local, pairs_received, pairs_sent)
     pair_bytes, gates = local[0].nbytes if len(local) else 0, None
     if flat_gates is not None:
-        to_send_gates = flat_gates.index_select(0, (order // slices).int())
+        to_send_gates = flat_gates.index_select(0, order // slices)
         gates = all_to_all(group, to_send_gates, pairs_received, pairs_sent)
         pair_bytes += flat_gates.itemsize
     # Rows of a later rank lie behind those of the earlier ones.

@@ -32,7 +32,7 @@ from benchmarks.blocks.problem import Problem, disagreement, reference, toleranc
 from benchmarks.blocks.table import Missing, Row, plot, rows_of, table
 from benchmarks.blocks.timing import Budget, alternate, step
 from benchmarks.machine import ROOT, Platform, adapt, facts, one_rank, version_of
-from benchmarks.rows import append, check_output
+from benchmarks.rows import append, check_output, check_plot
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.backends import BACKENDS
@@ -161,10 +161,8 @@ def check(args: argparse.Namespace) -> None:
             )
     if args.output:
         check_output(args.output, Row)
-    if args.plot and args.plot.suffix != ".png":
-        raise ConfigError(f"--plot {args.plot} does not end in .png; give a name that does")
-    if args.plot and not args.plot.parent.is_dir():
-        raise ConfigError(f"--plot {args.plot} is in no folder; make {args.plot.parent} first")
+    if args.plot:
+        check_plot(args.plot)
 
 
 def run(args: argparse.Namespace, platform: Platform) -> int:

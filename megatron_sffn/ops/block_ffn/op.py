@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatron_sffn.ops import backends
@@ -87,6 +88,20 @@ def block_ffn_pairs(
     if products is None:
         return naive.block_ffn(x, keys, values, pairs, gates, activation)
     return function.block_ffn(x, keys, values, pairs, gates, activation, products)
+
+
+def sort_stably(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """Sort small integers.
+
+    Args:
+        keys: `[P]` int32 in [0, num_keys).
+        num_keys: N.
+
+    Returns:
+        Their stable order `[P]` int32, and `[N + 1]` int64: where in it each key begins.
+    """
+    products = loop if keys.is_cuda else cpu.products(torch.float32, cells=1)
+    return products.sort(keys, num_keys)
 
 
 def _products(backend: str, values: Tensor) -> Products | None:
