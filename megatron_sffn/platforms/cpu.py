@@ -303,7 +303,7 @@ def _keep_generator(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fused(original: Callable[..., None]) -> Callable[..., None]:
-    """Adam, and AdamW, whose class is below it, in torch's fused form unless another is asked for."""
+    """Adam, and AdamW, whose class is below it, in torch's fused form unless another is named."""
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
