@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import wire
+from benchmarks.parallel import wire
 from megatron_sffn import traffic
 from megatron_sffn.config import Exchange, SparseFFNConfig
 from megatron_sffn.routers import ROUTERS
