@@ -81,6 +81,7 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
     sffn = sffn_config(args)
     check_layout(args, sffn)
     derive_megatron_flags(args, sffn)
+    derive_evaluation(args)
     for name, default in megatron_defaults.items():
         if vars(args)[name] is None:
             setattr(args, name, default)
@@ -157,6 +158,14 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="with --skip-train on one rank: store every validation token's blocks in FILE (.npz), "
         "for tools/analyze_routing.py",
+    )
+    add(
+        "--sffn-dataloader",
+        default="torch",
+        choices=("torch", "dali"),
+        help="who makes batches: torch: Megatron's loader; dali: the same batches in the same "
+        "order through NVIDIA DALI (pip install nvidia-dali-cuda130), on the GPU if there is one; "
+        "--num-workers are then threads that read ahead",
     )
     for action in group._group_actions:
         if action.default is not None and action.default is not False:
@@ -240,6 +249,23 @@ def transformer_config(args: Namespace, sffn: SparseFFNConfig | None) -> SparseF
         described, SparseFFNTransformerConfig
     )
     return config
+
+
+def derive_evaluation(args: Namespace) -> None:
+    """Without `--eval-interval` there is no evaluation before the end, as Megatron's help says.
+
+    Megatron's own code divides by it.
+
+    Raises:
+        ConfigError: if it is given and not positive.
+    """
+    if args.eval_interval is None:
+        args.eval_interval = max(args.train_iters or 0, args.train_samples or 0) + 1
+    if args.eval_interval < 1:
+        raise ConfigError(
+            f"--eval-interval {args.eval_interval} must be at least 1; leave it out to evaluate "
+            "after training alone"
+        )
 
 
 def check_router_flags(args: Namespace) -> None:

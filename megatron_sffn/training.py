@@ -29,7 +29,9 @@ from megatron_sffn.accounting import ModelShape, table
 from megatron_sffn.arguments import sffn_config, transformer_config
 from megatron_sffn.checkpoints.continuation import check_checkpoint
 from megatron_sffn.config import SparseFFNConfig
-from megatron_sffn.data.gpt import check_data, datasets_provider, next_batch
+from megatron_sffn.data.check import check_data
+from megatron_sffn.data.gpt import datasets_provider, next_batch
+from megatron_sffn.data.tokenizer import localize_tokenizer
 from megatron_sffn.initialize import draw_again
 from megatron_sffn.layer import end_step, set_weights_version
 from megatron_sffn.layout import exchange_of
@@ -53,6 +55,7 @@ def train(args: Namespace) -> None:
     sffn = sffn_config(args)
     check_data(args)
     check_checkpoint(args, sffn)
+    localize_tokenizer(args)  # Megatron builds it again, from the flags
     recorder = Recorder(args, run_folder(args), RoutingRecorder.of_args(args))
     if sffn is not None and is_host():
         # Compiled now, or not at all: the first step is no time to learn which.

@@ -140,6 +140,7 @@ def test_defaults_are_those_of_the_design(read: Read) -> None:
         "sffn_pkm_heads": 4,
         "sffn_product_key_size": 256,
         "sffn_record_routing": None,
+        "sffn_dataloader": "torch",
         "sffn_hash_seed": 42,
         "sffn_hash_shared": False,
         "sffn_backend": "auto",
@@ -652,7 +653,7 @@ PROCESSES = {
     ),
     "data": (
         "data set nowhere.idx does not exist",
-        "check --data-path",
+        "give the path of PREFIX.bin",
         f"{COMMAND} --train-iters 1 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 64 "
         "--data-path nowhere --save runs --save-interval 1 --tensorboard-dir events",
     ),

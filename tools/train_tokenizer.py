@@ -1,11 +1,13 @@
-"""Train a byte-level BPE tokenizer, offline.
+"""Train a byte-level BPE tokenizer, offline; or make one whose ids are bytes.
 
-Enters: text, as JSON lines or plain files. Leaves: a folder with `tokenizer.json` and
-`tokenizer_config.json` that `--tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR` loads.
+Enters: text, in files of any kind that `preprocess_data.py` reads. Leaves: a folder with
+`tokenizer.json` and `tokenizer_config.json` that `--tokenizer-type HuggingFaceTokenizer
+--tokenizer-model DIR` loads.
 Choices: GPT-2's byte-level BPE (Radford et al. 2019): all 256 bytes are tokens, so every text can
 be encoded and decodes to itself. `<|endoftext|>` (id 0) ends a document. `<|padding|>` (id 1) has
 an id of its own, because Megatron's datasets mask the loss of the pad token wherever it occurs.
-The same input gives the same files.
+The same input gives the same files. With `--bytes` ids 0 to 255 are bytes, as results on enwik8
+are given; the two others follow.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_sffn.data.jsonl import check_inputs, read_lines, texts_of
+from megatron_sffn.data.blocks import read_blocks
+from megatron_sffn.data.documents import Document, DocumentError, read_documents
+from megatron_sffn.data.sources import Source, find_sources
 from megatron_sffn.errors import ConfigError, run_command
 
 END_OF_TEXT = "<|endoftext|>"
@@ -42,22 +47,18 @@ CONFIG = {
 }
 
 
-def read_texts(paths: Sequence[str], key: str) -> Iterator[str]:
-    """The texts of JSON-lines files under `key`, and of `.txt` files in pieces of whole lines."""
-    for path in paths:
-        if not path.endswith(".txt"):
-            for line in read_lines([path]):
-                yield from texts_of(line, [key])
+def read_texts(sources: Sequence[Source], key: str) -> Iterator[str]:
+    """The texts of files under `key`, and of `.txt` files in pieces of whole lines."""
+    for source in sources:
+        if source.kind != "text":
+            for document in read_documents([source], columns=[key]):
+                yield from document.sequences([key])[0]
             continue
-        # newline="": line ends are text too.
-        with open(path, encoding="utf-8", newline="") as file:
-            try:
-                while lines := file.readlines(1 << 20):
-                    yield "".join(lines)
-            except UnicodeDecodeError as error:
-                raise ConfigError(
-                    f"--input {path} is not UTF-8 ({error.reason}); convert it first"
-                ) from error
+        for block in read_blocks([replace(source, kind="lines")]):
+            if block.fault:
+                raise DocumentError(block.fault)
+            piece = Document(path=source.name, unit="", number=None, content=block.content)
+            yield from piece.texts([key])
 
 
 class Sample:
@@ -104,6 +105,20 @@ def train(texts: Iterable[str], *, vocab_size: int, min_frequency: int) -> Token
     return tokenizer
 
 
+def bytes_as_tokens() -> Tokenizer:
+    """A tokenizer whose ids are the bytes of a text in UTF-8."""
+    # The characters by which byte-level tokenizers write bytes: themselves where that is visible.
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in visible]
+    vocab = {chr(byte): byte for byte in visible}
+    vocab |= {chr(256 + number): byte for number, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return tokenizer
+
+
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Write the two files into `folder`, complete or not at all; other files there stay."""
     folder = folder.absolute()
@@ -137,15 +152,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Train a byte-level BPE tokenizer, offline.", allow_abbrev=False
     )
     parser.add_argument(
-        "--input", nargs="+", required=True, help=".txt files are plain text, others JSON lines"
+        "--input",
+        nargs="+",
+        help="files, folders, globs, or - for standard input, as preprocess_data.py reads them",
     )
-    parser.add_argument("--json-key", default="text", help="key of the text in JSON lines")
+    parser.add_argument(
+        "--bytes",
+        action="store_true",
+        help="train nothing: 256 ids for the bytes, and two for the end of a document and padding",
+    )
+    parser.add_argument("--json-key", default="text", help="key or column of the text")
     parser.add_argument(
         "--vocab-size", type=int, default=16384, help="ids, special tokens included"
     )
     parser.add_argument("--min-frequency", type=int, default=2, help="rarer pairs are not merged")
     parser.add_argument("--output", required=True, help="folder of the tokenizer")
     args = parser.parse_args(argv)
+    if args.input and args.bytes:
+        raise ConfigError(
+            f"--bytes trains nothing on --input {args.input[0]}; leave one of them out"
+        )
+    if not args.input and not args.bytes:
+        raise ConfigError("--input is not given, and a tokenizer is trained on text; give files")
     if args.vocab_size < SMALLEST_VOCAB:
         raise ConfigError(
             f"--vocab-size {args.vocab_size} has no room for 256 bytes and {len(SPECIAL_TOKENS)} "
@@ -155,15 +183,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ConfigError(f"--min-frequency {args.min_frequency} is less than 1; give at least 1")
     if os.path.exists(args.output) and not os.path.isdir(args.output):
         raise ConfigError(f"--output {args.output} is a file; give the path of a folder")
-    check_inputs(args.input)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
     args = parse_arguments(argv)
+    if args.bytes:
+        tokenizer = bytes_as_tokens()
+        save(tokenizer, Path(args.output))
+        print(f"{args.output}: {tokenizer.get_vocab_size()} ids, one per byte and two more")
+        return 0
     start = time.monotonic()
-    sample = Sample(read_texts(args.input, args.json_key))
+    sample = Sample(read_texts(find_sources(args.input, [args.json_key]), args.json_key))
     log(f"reading {' '.join(args.input)}")
     tokenizer = train(sample, vocab_size=args.vocab_size, min_frequency=args.min_frequency)
     if not sample.num_bytes:

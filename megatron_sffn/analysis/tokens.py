@@ -122,8 +122,7 @@ def decoder(args: Namespace, say: Callable[[str], None]) -> Decode:
 
     def decode(token_id: int) -> str:
         try:
-            # Not in the protocol of training, which never goes this way.
-            return str(tokenizer.detokenize([token_id]))  # type: ignore[attr-defined]
+            return str(tokenizer.detokenize([token_id]))
         except Exception:  # padding, and whatever else a tokenizer has no text for
             return str(token_id)
 

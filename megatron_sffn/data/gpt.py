@@ -1,37 +1,37 @@
-"""GPT data: Megatron's data sets, a batch for each microbatch, and a check before anything starts.
+"""GPT data: Megatron's data sets, and a batch for each microbatch.
 
-Enters: `--data-path` and its relatives, `.bin/.idx` pairs. Leaves: iterators of token batches on
-this rank's device. All index building, blending and sampling is Megatron's.
+Enters: `--data-path` and its relatives, `.bin/.idx` pairs that `check.py` has looked at. Leaves:
+iterators of token batches on this rank's device. All blending, sampling and computing of indices is
+Megatron's; where index files are written is in `cache.py`, and the other loader in `dali.py`.
 """
 
 from __future__ import annotations
 
-import os
-import struct
+import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
+from megatron.training.datasets.data_samplers import build_pretraining_data_loader
+from megatron.training.global_vars import set_args
+from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
-from megatron_sffn.data.tokenizer import load_tokenizer
-from megatron_sffn.errors import ConfigError
-
-SAMPLED_TOKENS = 1 << 20
-"""Tokens at each end of a data set that `check_data` compares with the vocabulary."""
+from megatron_sffn.data.cache import Request, Sizes, complete_everywhere
+from megatron_sffn.data.dali import DaliLoader
 
 
 def datasets_provider(*, on_every_stage: bool) -> Callable[..., Any]:
-    """Megatron's datasets provider.
+    """Megatron's datasets provider, or under `--sffn-dataloader dali` of ready loaders.
 
     Args:
         on_every_stage: whether all pipeline stages draw batches, or the first and the last alone.
@@ -39,17 +39,77 @@ def datasets_provider(*, on_every_stage: bool) -> Callable[..., Any]:
     Returns:
         A function that builds train, validation and test sets of given sizes.
     """
-    provider = partial(_build_datasets, _reads_anywhere if on_every_stage else _reads_at_the_ends)
+    args = get_args()
+    reads_data = _reads_anywhere if on_every_stage else _reads_at_the_ends
+    provider: Any = partial(_build_datasets, reads_data)
+    if args.sffn_dataloader == "dali":
+        provider = partial(_build_loaders, reads_data, args.dataloader_type)
+        args.dataloader_type = "external"  # Megatron takes loaders as they are
     # Every rank builds its own view; Megatron otherwise builds on the first TP rank only.
-    provider.is_distributed = True  # type: ignore[attr-defined]
+    provider.is_distributed = True
     return provider
 
 
 def _build_datasets(
-    reads_data: Callable[[], bool], num_samples: tuple[int, int, int], vp_stage: int | None = None
+    reads_data: Callable[[], bool], num_samples: Sizes, vp_stage: int | None = None
 ) -> Any:
     args = get_args()
+    request = dataset_request(args, get_tokenizer(), num_samples)
+    if not args.dataloader_fast_cache_load:  # which says that every file is there
+        complete_everywhere(request)
+    builder = BlendedMegatronDatasetBuilder(request.kind, request.sizes, reads_data, request.config)
+    return builder.build()
+
+
+def _build_loaders(
+    reads_data: Callable[[], bool], order: str, num_samples: Sizes, vp_stage: int | None = None
+) -> tuple[Any, Any, Any]:
+    """DALI's loaders of the data sets, as Megatron would make and use its own.
+
+    Args:
+        reads_data: whether this rank draws batches.
+        order: `single` or `cyclic`, of `--dataloader-type`.
+        num_samples: for training, validation and test.
+        vp_stage: Megatron's; all stages of a rank read the same.
+    """
+    args = get_args()
+
+    def loader(dataset: Any, consumed: int) -> Any:
+        if isinstance(dataset, list):
+            return [loader(one, consumed) for one in dataset]
+        args.dataloader_type = order
+        try:
+            own = build_pretraining_data_loader(dataset, consumed)
+        finally:
+            args.dataloader_type = "external"
+        if own is None:
+            return None
+        return DaliLoader(own, workers=args.num_workers, cyclic=order == "cyclic")
+
+    train, valid, test = _build_datasets(reads_data, num_samples)
+    from_the_start = args.skip_train or args.full_validation
+    return (
+        None if args.skip_train else loader(train, args.consumed_train_samples),
+        loader(valid, 0 if from_the_start else args.consumed_valid_samples),
+        loader(test, 0),
+    )
+
+
+def dataset_request(args: Namespace, tokenizer: Any, num_samples: Sizes) -> Request:
+    """What Megatron builds the data sets of a run from.
+
+    Args:
+        args: Megatron's validated namespace.
+        tokenizer: of the run.
+        num_samples: for training, validation and test.
+
+    Raises:
+        AssertionError, OSError, ValueError: Megatron's, if it does not accept the flags.
+    """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences = None
+    if args.per_dataset_sequences_path is not None:
+        sequences = json.loads(Path(args.per_dataset_sequences_path).read_text())
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -61,14 +121,39 @@ def _build_datasets(
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
+        tokenizer=tokenizer,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=sequences,
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(kind, num_samples, reads_data, config).build()
+    return Request(kind=kind, sizes=num_samples, config=config)
+
+
+def samples_of_run(args: Namespace) -> Sizes:
+    """How many samples a run draws, for training, validation and test, as Megatron counts them.
+
+    Args:
+        args: Megatron's validated namespace, which becomes that of this process.
+    """
+    set_args(args)
+    init_num_microbatches_calculator(
+        rank=args.rank,
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_size=args.data_parallel_size,
+        step_batch_size_schedule=args.step_batch_size_schedule,
+        seq_length=args.seq_length,
+    )
+    update_train_iters(args)
+    sizes: Sizes = get_train_valid_test_num_samples()
+    return sizes
 
 
 def _reads_anywhere() -> bool:
@@ -124,95 +209,3 @@ def next_batch(
     if args.context_parallel_size > 1:
         batch = get_batch_on_this_cp_rank({**batch, "cu_seqlens": None}, is_hybrid_cp=False)
     return batch
-
-
-def check_data(args: Namespace) -> None:
-    """Look at tokenizer and data sets before any process group or file is made.
-
-    Args:
-        args: Megatron's validated namespace.
-
-    Raises:
-        ConfigError: if a file is missing, truncated, or holds ids outside the vocabulary.
-    """
-    vocab_size = load_tokenizer(args).vocab_size
-    if args.mock_data:
-        return
-    try:
-        blend, blend_per_split = get_blend_and_blend_per_split(args)
-    except (AssertionError, KeyError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"the data paths cannot be read ({type(error).__name__}: {error}); give --data-path "
-            "PREFIX, or WEIGHT PREFIX for each of several, or files with such lists"
-        ) from error
-    blends = [blend] if blend else [one for one in blend_per_split or [] if one]
-    if not blends:
-        raise ConfigError(
-            "no data set was given; pass --data-path PREFIX (of PREFIX.bin and PREFIX.idx, made by "
-            "tools/preprocess_data.py) or --mock-data"
-        )
-    for prefixes, weights in blends:
-        if weights and not all(weight > 0 for weight in weights):
-            raise ConfigError(
-                f"the weights {weights} of --data-path hold one that is not positive; "
-                "leave out the data sets that are not to be read"
-            )
-        for prefix in prefixes:
-            check_dataset(prefix, vocab_size)
-
-
-def check_dataset(prefix: str, vocab_size: int) -> None:
-    """Look at one `.bin/.idx` pair.
-
-    Args:
-        prefix: path without the ending.
-        vocab_size: of the tokenizer that is to read it.
-
-    Raises:
-        ConfigError: if a file is missing or truncated, or an id is outside the vocabulary.
-    """
-    for ending in (".idx", ".bin"):
-        if not os.path.exists(prefix + ending):
-            raise ConfigError(
-                f"data set {prefix + ending} does not exist; check --data-path, which is the path "
-                "of PREFIX.bin and PREFIX.idx without the ending"
-            )
-    if os.path.getsize(prefix + ".bin") == 0:
-        raise ConfigError(f"data set {prefix}.bin is empty; give it documents")
-    _check_index(prefix + ".idx")
-    dataset = IndexedDataset(prefix)
-    tokens = int(dataset.sequence_lengths.sum())
-    dtype = numpy.dtype(dataset.index.dtype)
-    size, expected = os.path.getsize(prefix + ".bin"), tokens * dtype.itemsize
-    if size != expected:
-        raise ConfigError(
-            f"data set {prefix}.bin has {size} bytes, but its index says {expected}; it is "
-            "truncated or belongs to another index: make it again with tools/preprocess_data.py"
-        )
-    ids = numpy.memmap(prefix + ".bin", dtype=dtype, mode="r")
-    ends = (ids[:SAMPLED_TOKENS], ids[-SAMPLED_TOKENS:])
-    smallest, largest = min(int(end.min()) for end in ends), max(int(end.max()) for end in ends)
-    if smallest < 0 or largest >= vocab_size:
-        raise ConfigError(
-            f"data set {prefix} holds token ids {smallest} to {largest}, but the tokenizer has "
-            f"{vocab_size} ids; use the tokenizer that made the data set (--tokenizer-type, "
-            "--tokenizer-model)"
-        )
-
-
-def _check_index(path: str) -> None:
-    """The head of an `.idx` file is Megatron's, and the file as long as it says.
-
-    `IndexedDataset` would notice too, but prints a second traceback when it is torn down.
-    """
-    head = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, documents
-    with open(path, "rb") as file:
-        start = file.read(head.size).ljust(head.size, b"\0")
-    magic, version, code, sequences, documents = head.unpack(start)
-    known = (magic, version) == (b"MMIDIDX\0\0", 1) and code in [dtype.value for dtype in DType]
-    # A length and an offset for each sequence, and the first sequence of each document.
-    if not known or os.path.getsize(path) != head.size + 12 * sequences + 8 * documents:
-        raise ConfigError(
-            f"data set index {path} is {'truncated' if known else 'no index'}; make the data set "
-            "again with tools/preprocess_data.py"
-        )

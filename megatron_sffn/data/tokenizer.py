@@ -1,19 +1,32 @@
 """Megatron's tokenizers, built before anything else, with one sentence when that fails.
 
 Enters: Megatron's tokenizer flags. Leaves: the tokenizer that Megatron builds from them.
+Choices: nothing is fetched unless HF_HUB_OFFLINE=0 is set. Megatron asks the hub about GPT-2 even
+when its files are given: a folder that says the same is made of them, in the user's cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
-from typing import Protocol
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
 
 from megatron_sffn.errors import ConfigError
 
 
 class Tokenizer(Protocol):
     """What is needed of a tokenizer that Megatron built."""
+
+    library: str
+    path: str
+    _tokenizer: Any
+    """Megatron's wrapper of a library's tokenizer, for engines that go below both."""
 
     @property
     def vocab_size(self) -> int:
@@ -26,6 +39,9 @@ class Tokenizer(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """The ids of `text`."""
 
+    def detokenize(self, ids: list[int], skip_special_tokens: bool | None = None) -> str:
+        """The text of `ids`."""
+
 
 def load_tokenizer(args: argparse.Namespace, *, need_eod: bool = False) -> Tokenizer:
     """Build the tokenizer that the flags name.
@@ -37,8 +53,44 @@ def load_tokenizer(args: argparse.Namespace, *, need_eod: bool = False) -> Token
     Raises:
         ConfigError: no type is named, its files are missing or unusable, or it has no eod.
     """
+    # Padding the vocabulary concerns the model, and writes to the namespace.
+    args = argparse.Namespace(**{**vars(args), "pad_vocab_size": False})
+    chosen = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
+    localize_tokenizer(args)
+
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
+    try:
+        tokenizer: Tokenizer = build_tokenizer(args)
+        eod = tokenizer.eod if need_eod else 0
+    except Exception as error:  # each tokenizer library has its own errors
+        if _is_hub_name(args):
+            raise ConfigError(
+                f"--tokenizer-model {args.tokenizer_model} is no folder here, and the hub's cache "
+                "does not have it; give a folder, or set HF_HUB_OFFLINE=0 to have it fetched"
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{chosen} cannot be loaded ({reason}); check the tokenizer flags"
+        ) from error
+    if eod is None:
+        raise ConfigError(
+            f"{chosen} has no end-of-document token; leave out --append-eod, or name one as "
+            "eos_token in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def localize_tokenizer(args: argparse.Namespace) -> None:
+    """Change the flags so that Megatron finds the tokenizer on this machine.
+
+    Args:
+        args: with the flags of Megatron's `TokenizerConfig`; changed.
+
+    Raises:
+        ConfigError: no type is named, or its files are missing or do not fit.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if args.tokenizer_type is None:
         raise ConfigError(
             "--tokenizer-type is not given and there is no default; for a folder made by "
@@ -52,26 +104,101 @@ def load_tokenizer(args: argparse.Namespace, *, need_eod: bool = False) -> Token
     ):
         if path is not None and not os.path.exists(path) and _is_path(path):
             raise ConfigError(f"{flag} {path} does not exist; give an existing file or folder")
-    # Padding the vocabulary concerns the model, and writes to the namespace.
-    args = argparse.Namespace(**{**vars(args), "pad_vocab_size": False})
-    chosen = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
-    try:
-        tokenizer: Tokenizer = build_tokenizer(args)
-        eod = tokenizer.eod if need_eod else 0
-    except Exception as error:  # each tokenizer library has its own errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f"{chosen} cannot be loaded ({reason}); check the tokenizer flags"
-        ) from error
-    if eod is None:
-        raise ConfigError(f"{chosen} has no end-of-document token; leave out --append-eod")
-    return tokenizer
+    if args.tokenizer_type == "HuggingFaceTokenizer" and _is_json(args.tokenizer_model):
+        args.tokenizer_model = _folder_of(args.tokenizer_model)
+    elif args.tokenizer_type == "GPT2BPETokenizer":
+        args.tokenizer_model = str(_gpt2_folder(args.vocab_file, args.merge_file))
+        args.tokenizer_type, args.vocab_file, args.merge_file = "HuggingFaceTokenizer", None, None
+    elif args.tokenizer_type == "TikTokenizer":
+        _check_tiktoken(args)
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name that does not exist was meant as a path, not as a model of the hub.
-
-    Asking the hub takes a minute to fail on a machine without a network.
-    """
+    """Whether a name that does not exist was meant as a path, not as a model of the hub."""
     parent = os.path.dirname(name)
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(parent)
+
+
+def _is_hub_name(args: argparse.Namespace) -> bool:
+    model = args.tokenizer_model
+    return args.tokenizer_type == "HuggingFaceTokenizer" and model and not os.path.exists(model)
+
+
+def _is_json(path: str | None) -> bool:
+    return path is not None and path.endswith(".json") and os.path.isfile(path)
+
+
+def _folder_of(path: str) -> str:
+    if os.path.basename(path) != "tokenizer.json":
+        raise ConfigError(
+            f"--tokenizer-model {path} is a file of another name than tokenizer.json, which "
+            "transformers looks for; give it that name in a folder of its own"
+        )
+    return os.path.dirname(path) or "."
+
+
+def _gpt2_folder(vocab_file: str | None, merge_file: str | None) -> Path:
+    """A folder that loads as the two files of GPT-2's tokenizer, the same for the same files."""
+    if vocab_file is None or merge_file is None:
+        raise ConfigError(
+            f"--tokenizer-type GPT2BPETokenizer has --vocab-file {vocab_file} and --merge-file "
+            f"{merge_file}; give both, because nothing is fetched"
+        )
+    files = {"vocab.json": Path(vocab_file).read_bytes()}
+    files["merges.txt"] = Path(merge_file).read_bytes()
+    files["tokenizer_config.json"] = b'{"tokenizer_class": "GPT2Tokenizer"}\n'
+    digest = hashlib.sha256(b"\0".join(files.values())).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_sffn"
+    folder = cache / f"gpt2-{digest[:16]}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=cache))
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        try:
+            partial.replace(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
+    return folder
+
+
+def _check_tiktoken(args: argparse.Namespace) -> None:
+    """Megatron checks the same by assertions without words."""
+    path = args.tokenizer_model
+    if not _is_json(path):
+        raise ConfigError(
+            f"--tokenizer-model {path} is not what TikTokenizer reads: a JSON file with a list of "
+            '{"rank": 0, "token_bytes": "AA==", "token_str": "..."}; convert it'
+        )
+    try:
+        num_tokens = len(json.loads(Path(path).read_bytes()))
+    except ValueError as error:
+        raise ConfigError(
+            f"--tokenizer-model {path} is not JSON ({error}); copy it again"
+        ) from error
+    special = args.tiktoken_num_special_tokens
+    # Megatron's own default.
+    vocab_size = args.vocab_size or 2**17
+    if vocab_size > num_tokens + special:
+        raise ConfigError(
+            f"--vocab-size {vocab_size} is more than the {num_tokens} tokens of {path} and "
+            f"--tiktoken-num-special-tokens {special}; give --vocab-size {num_tokens + special}"
+        )
+
+
+def changed_text(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[str, str] | None:
+    """The first of some texts that its ids do not give back, and what they give, from there on.
+
+    Args:
+        tokenizer: what Megatron built.
+        texts: of the input.
+    """
+    for text in texts:
+        ids = tokenizer.tokenize(text)
+        # Ids that the tokenizer puts around every text are no change.
+        back, inner = (tokenizer.detokenize(ids, skip) for skip in (None, True))
+        if text not in (back, inner):
+            pairs = enumerate(zip(text, back, strict=False))
+            same = next((at for at, (one, other) in pairs if one != other), len(back))
+            return text[same : same + 20], back[same : same + 20]
+    return None

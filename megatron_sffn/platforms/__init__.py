@@ -7,6 +7,7 @@ that the machine needs. A CUDA machine with Transformer Engine needs none.
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 from megatron_sffn.platforms import cpu, optimizer
@@ -26,6 +27,8 @@ def prepare() -> tuple[dict[str, Any], str]:
         Defaults of Megatron's flags (argparse dest -> value), and the line that says why; both are
         empty where nothing is needed.
     """
+    # Nothing is fetched unless that is asked for; the hub's library asks when it is imported.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     cpu.install()
     optimizer.install()
     if cpu.is_host():

@@ -103,7 +103,7 @@ def test_what_is_recorded_is_what_the_router_chose(
 )
 def test_recording_needs_an_evaluation_of_a_sparse_model(pretrain, flags: str, said: str) -> None:
     with pytest.raises(AssertionError, match=said):
-        pretrain(1, f"--train-iters 1 --sffn-record-routing x.npz {flags}")
+        pretrain(1, f"--train-iters 1 --split 90,10,0 --sffn-record-routing x.npz {flags}")
 
 
 @pytest.mark.parametrize(

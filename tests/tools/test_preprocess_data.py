@@ -1,33 +1,54 @@
-"""The dataset: every id is the tokenizer's, order is the input's, and a stop leaves nothing."""
+"""The data set: Megatron's bytes, in the order of the input, whatever the input and the engine."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import random
-import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import preprocess_data
+import pyarrow
 import pytest
+from backports import zstd
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from pyarrow import parquet
 
-from megatron_sffn.data.jsonl import Line
+from megatron_sffn.data import blocks, preprocess, workers
+from megatron_sffn.data.check import check_dataset
+from megatron_sffn.data.tokenizer import load_tokenizer
 from megatron_sffn.errors import ConfigError
+from tests.data import made_tokenizers
+from tests.data.made_tokenizers import arguments, write_as_megatron
 
 # Other tests may have left threads in this process; the workers of these use none of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-def flags(source: Path, prefix: Path, tokenizer: Path, *more: object) -> list[str]:
-    values = ["--input", source, "--output-prefix", prefix, "--append-eod"]
-    values += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
-    return [str(value) for value in [*values, *more]]
+def flags(source: object, prefix: Path, tokenizer: object, *more: object) -> list[str]:
+    named = tokenizer if isinstance(tokenizer, list) else made_tokenizers.hugging_face(tokenizer)
+    values = ["--input", source, "--output-prefix", prefix, "--workers", 1, *named, *more]
+    return [str(value) for value in values]
 
 
 def files_of(folder: Path, prefix: str) -> dict[str, bytes]:
     return {
         path.name.removeprefix(prefix): path.read_bytes() for path in folder.glob(f"{prefix}_*")
     }
+
+
+def read_report(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture
@@ -37,198 +58,343 @@ def tokenizer(build_tokenizer, tokenizer_folder):
 
 @pytest.fixture
 def documents(texts):
-    """More than one batch per worker, of very different lengths, with an empty document."""
+    """Of very different lengths, with empty ones."""
     rng = random.Random(0)
-    made = [" ".join(rng.choices(texts, k=rng.choice([1, 5, 300]))) for _ in range(700)]
-    return [*made[:10], "", *made[10:]]
+    made = [" ".join(rng.choices(texts, k=rng.choice([1, 5, 100]))) for _ in range(300)]
+    return ["", *made[:10], "", "", *made[10:], ""]
 
 
-def test_ids_order_and_workers(
-    tmp_path, documents, tokenizer, tokenizer_folder, write_lines, start_tool
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(workers, "TASK_BYTES", 20_000)
+    monkeypatch.setattr(workers, "AHEAD_BYTES", 4 * 20_000)
+
+
+@pytest.mark.parametrize("append_eod", [True, False])
+@pytest.mark.parametrize("kind", [*made_tokenizers.KINDS, "large"])
+def test_bytes_are_those_of_megatrons_builder(tmp_path, kind, append_eod, texts, write_lines):
+    named = getattr(made_tokenizers, kind)(tmp_path)
+    written = ["1 2", "3", "999 0", "5"] if kind == "null" else ["", *texts, "", *texts, ""]
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in written])
+    more = ["--append-eod"] if append_eod else []
+    assert preprocess_data.main(flags(source, tmp_path / "ours", named, *more)) == 0
+
+    tokenizer = load_tokenizer(arguments(named))
+    theirs = tmp_path / "theirs_text_document"
+    write_as_megatron(theirs, [[text] for text in written], tokenizer, append_eod=append_eod)
+    assert files_of(tmp_path, "ours") == files_of(tmp_path, "theirs")
+    prefix = str(tmp_path / "ours_text_document")
+    check_dataset(prefix, tokenizer.vocab_size)
+    assert IndexedDataset(prefix).index.dtype == (np.int32 if kind == "large" else np.uint16)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("engine", ["auto", "tokenizers", "megatron"])
+def test_engines_and_workers_make_the_same_files(
+    tmp_path, documents, engine, tokenizer, tokenizer_folder, write_lines
 ):
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
     records = [{"text": text, "title": text[:9] + str(i)} for i, text in enumerate(documents)]
     source = write_lines(tmp_path / "a.jsonl", records)
-    assert source.stat().st_size > 4 * preprocess_data.BATCH_BYTES
-    more = ["--json-keys", "text", "title", "--log-interval", 100, "--keep-newlines"]
+    for key in ("text", "title"):
+        written = [[record[key]] for record in records]
+        write_as_megatron(tmp_path / f"m_{key}_document", written, tokenizer, append_eod=True)
+    for processes in (1, 2, 5):
+        more = ["--append-eod", "--json-keys", "text", "title", "--engine", engine]
+        given = flags(source, tmp_path / "out", tokenizer_folder, *more, "--workers", processes)
+        assert preprocess_data.main([*given, "--overwrite"]) == 0
+        assert files_of(tmp_path, "out") == files_of(tmp_path, "m")
 
-    process = start_tool(
-        "preprocess_data.py", *flags(source, tmp_path / "two", tokenizer_folder, *more),
-        "--workers", 2,
-    )  # fmt: skip
+
+def test_command(tmp_path, documents, tokenizer_folder, write_lines, start_tool):
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in documents])
+    more = ["--partitions", 4, "--keep-sequential-samples", "--keep-newlines", "--log-interval", 9]
+    given = flags(source, tmp_path / "two", tokenizer_folder, *more)
+    del given[given.index("--workers") : given.index("--workers") + 2]
+    process = start_tool("preprocess_data.py", *given)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert f"two_text_document: {len(documents)} documents" in out
-    assert "MB/s" in err and "M tokens, ETA 0:00:" in err
-    assert "Transformer Engine" not in err
-
-    one = flags(source, tmp_path / "one", tokenizer_folder, *more, "--workers", 1)
-    assert preprocess_data.main(one) == 0
+    assert "MB/s" in err and "M tokens, " in err and "%, ETA 0:00:0" in err
+    assert "ids by gigatoken, which gave those of Megatron's tokenizer on" in err
+    assert "--keep-newlines concerns --split-sentences" in err
+    assert len(err.splitlines()) < 8
+    plain = flags(source, tmp_path / "one", tokenizer_folder)
+    assert preprocess_data.main(plain) == 0
     assert files_of(tmp_path, "one") == files_of(tmp_path, "two")
-    assert sorted(files_of(tmp_path, "one")) == [
-        f"_{key}_document.{end}" for key in ("text", "title") for end in ("bin", "idx")
-    ]
-
-    for key in ("text", "title"):
-        dataset = IndexedDataset(str(tmp_path / f"one_{key}_document"))
-        assert dataset.index.dtype == np.uint16
-        expected = [tokenizer.tokenize(record[key]) for record in records]
-        kept = [ids for ids in expected if ids]
-        assert len(dataset) == len(kept)
-        for ids, stored in zip(kept, dataset, strict=True):
-            assert stored.tolist() == [*ids, tokenizer.eod]
-        # A document per line; the empty one has no sequence.
-        counts = np.diff(dataset.document_indices)
-        assert counts.tolist() == [1 if ids else 0 for ids in expected]
+    assert sorted(files_of(tmp_path, "one")) == ["_text_document.bin", "_text_document.idx"]
 
 
-def test_kill_leaves_no_dataset(tmp_path, tokenizer_folder, write_lines, start_tool):
-    pipe = tmp_path / "pipe.jsonl"
-    os.mkfifo(pipe)
-    process = start_tool(
-        "preprocess_data.py", *flags(pipe, tmp_path / "out", tokenizer_folder, "--workers", 2)
-    )
-    # Writes of up to this length go into the pipe whole or not at all.
-    length = os.pathconf(pipe, "PC_PIPE_BUF") - 20
-    line = json.dumps({"text": "x " * (length // 2)}).encode() + b"\n"
-    deadline = time.monotonic() + 60
-    with pipe.open("wb", buffering=0) as writer:
-        os.set_blocking(writer.fileno(), False)
-        started = False
-        # Feed it until it has written ids, kill the main process, and go on until the pipe has
-        # no reader: the workers hold it open, so they must have ended too.
-        try:
-            while time.monotonic() < deadline:
-                if not writer.write(line):
-                    time.sleep(0.01)
-                ids = list(tmp_path.glob("out_text_document.bin.*.partial"))
-                if not started and ids and ids[0].stat().st_size:
-                    started = True
-                    process.kill()
-            os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail(f"still running after a minute, started={started}")
-        except BrokenPipeError:
-            assert started, process.communicate()
-    assert process.wait(timeout=10) == -signal.SIGKILL
-    process.communicate()
-    assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob("*.idx"))
-    assert list(tmp_path.glob("*.partial"))
+@pytest.mark.usefixtures("small_blocks")
+def test_every_kind_of_input_gives_the_same(tmp_path, documents, tokenizer_folder):
+    documents = [text.replace("\0", "") for text in documents]  # which .txt may not hold
+    content = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in documents)
+    half = content.index(b"\n", len(content) // 2) + 1
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    for name, written in {
+        "plain/a.jsonl": content,
+        "crlf/a.jsonl": b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"),
+        "gz/a.jsonl.gz": gzip.compress(content),
+        "bz2/a.json.bz2": bz2.compress(content),
+        "xz/a.ndjson.xz": lzma.compress(content),
+        "zst/a.jsonl.zst": zstd.compress(content),
+        "parts/a1.jsonl": content[:half],
+        "parts/deep/a2.jsonl.gz": gzip.compress(content[half:]),
+    }.items():
+        (inputs / name).parent.mkdir(parents=True, exist_ok=True)
+        (inputs / name).write_bytes(written)
+    (inputs / "texts").mkdir()
+    for number, text in enumerate(documents):
+        (inputs / "texts" / f"{number:04}.txt").write_bytes(text.encode())
+    (inputs / "rows").mkdir()
+    table = pyarrow.table({"n": list(range(len(documents))), "text": documents})
+    parquet.write_table(table, inputs / "rows" / "a.parquet", row_group_size=100)
 
-    source = write_lines(tmp_path / "a.jsonl", [{"text": "again"}])
-    assert preprocess_data.main(flags(source, tmp_path / "out", tokenizer_folder)) == 0
-    assert sorted(files_of(tmp_path, "out")) == ["_text_document.bin", "_text_document.idx"]
+    assert preprocess_data.main(flags(inputs / "plain", tmp_path / "plain", tokenizer_folder)) == 0
+    expected = files_of(tmp_path, "plain")
+    for folder in sorted(set(os.listdir(inputs)) - {"plain"}):
+        given = flags(inputs / folder, tmp_path / folder, tokenizer_folder, "--workers", 2)
+        assert preprocess_data.main(given) == 0
+        assert files_of(tmp_path, folder) == expected, folder
+    glob = flags(inputs / "parts" / "**" / "*", tmp_path / "glob", tokenizer_folder)
+    assert preprocess_data.main(glob) == 0
+    assert files_of(tmp_path, "glob") == expected
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (b'{"text": "x"', r"line 3 of .*a\.jsonl is not JSON"),
-        (b"", "line 3 .* is not JSON"),
-        (b'{"text": "\xff"}', "line 3 .* is not JSON .*UTF-8"),
-        (b'["x"]', "line 3 .* is a JSON list, not an object"),
-        (b'{"body": "x"}', r"line 3 .* has no key 'text' \(it has body\)"),
-        (b'{"text": 5}', "line 3 .* holds int under 'text'"),
-        (b'{"text": ["x"]}', "line 3 .* holds list"),
-        (b'{"text": "\\ud83d"}', "line 3 .* surrogate"),
-    ],
-)
-@pytest.mark.usefixtures("tokenizer")
-def test_bad_line(tmp_path, bad, message, tokenizer_folder, write_lines):
+def test_standard_input_and_pipes(
+    tmp_path, documents, tokenizer_folder, write_lines, monkeypatch, capsys
+):
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in documents])
+    assert preprocess_data.main(flags(source, tmp_path / "file", tokenizer_folder)) == 0
+    capsys.readouterr()
+    with source.open("rb") as file, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", file)
+        given = flags("-", tmp_path / "stdin", tokenizer_folder, "--log-interval", 1)
+        assert preprocess_data.main(given) == 0
+    err = capsys.readouterr().err
+    assert "M tokens" in err and "ETA" not in err
+    reader, writer = os.pipe()
+    with subprocess.Popen(["cat", str(source)], stdout=writer):
+        os.close(writer)
+        given = flags(f"/dev/fd/{reader}", tmp_path / "pipe", tokenizer_folder)
+        assert preprocess_data.main(given) == 0
+    os.close(reader)
+    assert files_of(tmp_path, "stdin") == files_of(tmp_path, "pipe") == files_of(tmp_path, "file")
+
+
+def test_lists_are_documents_of_several_sequences(
+    tmp_path, tokenizer, tokenizer_folder, write_lines
+):
+    lists = [["one", "", "two words"], "three", [], "", ["four"], [""]]
+    source = write_lines(tmp_path / "a.jsonl", [{"text": value} for value in lists])
+    given = flags(source, tmp_path / "ours", tokenizer_folder, "--append-eod")
+    assert preprocess_data.main(given) == 0
+    written = [value if isinstance(value, list) else [value] for value in lists]
+    write_as_megatron(tmp_path / "m_text_document", written, tokenizer, append_eod=True)
+    assert files_of(tmp_path, "ours") == files_of(tmp_path, "m")
+    dataset = IndexedDataset(str(tmp_path / "ours_text_document"))
+    assert np.diff(dataset.document_indices).tolist() == [2, 1, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("keep", [[], ["--keep-newlines"]])
+def test_sentences(
+    tmp_path, keep, tokenizer, tokenizer_folder, write_lines, monkeypatch, texts, capsys
+):
+    import nltk.data
+    from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
+
+    from megatron_sffn.data.sentences import load_splitter
+
+    folder = tmp_path / "nltk" / "tokenizers" / "punkt_tab"
+    folder.mkdir(parents=True)
+    folder.chmod(0o700)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
+    save_punkt_params(PunktTrainer("A man. A plan! A canal?").get_params(), str(folder / "english"))
+    written = ["One. Two!\n\nThree?  Four", "", "  ", *texts]
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in written])
+    more = ["--append-eod", "--split-sentences", *keep]
+    assert preprocess_data.main(flags(source, tmp_path / "ours", tokenizer_folder, *more)) == 0
+    split = load_splitter("english", keep_newlines=bool(keep))
+    sentences = [split(text) for text in written]
+    assert len(sentences[0]) == 4 and sentences[0][1] == ("Two!\n\n" if keep else "Two!")
+    write_as_megatron(tmp_path / "m_text_sentence", sentences, tokenizer, append_eod=True)
+    assert files_of(tmp_path, "ours") == files_of(tmp_path, "m")
+    assert "ours_text_sentence: 11 documents" in capsys.readouterr().out
+
+
+BAD = {
+    b'{"text": "x"': "is not JSON (Expecting ',' delimiter at character 12)",
+    b'{"text": "\xff"}': "is not JSON (it is not UTF-8 at byte 10)",
+    b'{"text": "a\x00"}': "is not JSON (it holds a NUL at byte 11)",
+    b'["x"]': "is a JSON list, not an object",
+    b'{"body": "x"}': "has no key 'text' (it has body)",
+    b'{"text": 5}': "holds int under 'text', not a string",
+    b'{"text": "\\ud83d"}': "holds half of a surrogate pair ('\\ud83d') under 'text', "
+    "which is no character",
+}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_document_stops(tmp_path, bad, processes, tokenizer_folder, write_lines):
     source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}, bad, {"text": "c"}])
-    arguments = flags(source, tmp_path / "out", tokenizer_folder, "--workers", 1)
-    with pytest.raises(ConfigError, match=message):
-        preprocess_data.main(arguments)
+    given = flags(source, tmp_path / "out", tokenizer_folder, "--workers", processes)
+    with pytest.raises(ConfigError) as error:
+        preprocess_data.main(given)
+    assert str(error.value).startswith(f"line 3 of {source} {BAD[bad]}")
+    assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bad_documents_are_left_out_and_reported(
+    tmp_path, processes, documents, tokenizer, tokenizer_folder, write_lines, capsys
+):
+    good = [{"text": text} for text in documents]
+    lines: list[object] = list(good)
+    for number, bad in enumerate(BAD):
+        lines.insert(number * 43, bad)
+    source = write_lines(tmp_path / "a.jsonl", lines)
+    cut = tmp_path / "b.jsonl.gz"
+    cut.write_bytes(gzip.compress(b'{"text": "in the archive"}\n' * 5)[:-5])
+    last = tmp_path / "c.txt"
+    last.write_bytes(b"last")
+    more = ["--input", source, cut, last, "--on-error", "skip", "--append-eod"]
+    given = flags(source, tmp_path / "out", tokenizer_folder, "--workers", processes, *more)
+    assert preprocess_data.main(given) == 0
+
+    report = read_report(tmp_path / "out_errors.jsonl")
+    expected = [
+        {"file": str(source), "line": number * 43 + 1, "reason": reason}
+        for number, reason in enumerate(BAD.values())
+    ]
+    assert report[:-1] == expected
+    assert report[-1]["file"] == str(cut) and report[-1]["line"] is None
+    assert report[-1]["reason"].startswith("is truncated or damaged after line 5 (")
+    out = capsys.readouterr().out
+    assert f"out_text_document: {len(documents) + 6} documents" in out
+    assert "out_errors.jsonl: 8 documents left out (3 is not JSON, 1 " in out
+    written = [[text] for text in [*documents, *["in the archive"] * 5, "last"]]
+    write_as_megatron(tmp_path / "m_text_document", written, tokenizer, append_eod=True)
+    ours = files_of(tmp_path, "out")
+    del ours["_errors.jsonl"]
+    assert ours == files_of(tmp_path, "m")
+
+
+def test_documents_that_the_tokenizer_refuses(tmp_path, write_lines):
+    named = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
+    numbers = ["1 2", "one", "3 70000", "4 5 6", "7 -1"]
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in numbers])
+    with pytest.raises(ConfigError, match=r"line 2 .* cannot be encoded .*'one'\); remove it"):
+        preprocess_data.main(flags(source, tmp_path / "out", named))
+    assert list(tmp_path.iterdir()) == [source]
+    assert preprocess_data.main(flags(source, tmp_path / "out", named, "--on-error", "skip")) == 0
+    report = read_report(tmp_path / "out_errors.jsonl")
+    assert [record["line"] for record in report] == [2, 3, 5]
+    assert "ids 3 to 70000 are outside the vocabulary of 100" in report[1]["reason"]
+    dataset = IndexedDataset(str(tmp_path / "out_text_document"))
+    assert [ids.tolist() for ids in dataset] == [[1, 2], [4, 5, 6]]
+
+
+def test_a_long_line(tmp_path, tokenizer_folder, write_lines, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 10_000)
+    long = "word " * 400_000
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": long}, {"text": "b"}])
+    given = flags(source, tmp_path / "out", tokenizer_folder, "--workers", 2)
+    assert preprocess_data.main(given) == 0
+    assert len(IndexedDataset(str(tmp_path / "out_text_document"))) == 3
+    monkeypatch.setattr(blocks, "LONGEST_DOCUMENT", 1_000_000)
+    with pytest.raises(ConfigError, match=f"line 2 of {source} is longer than 1000000 bytes; cut"):
+        preprocess_data.main([*given, "--overwrite"])
+    assert preprocess_data.main([*given, "--overwrite", "--on-error", "skip"]) == 0
+    assert len(IndexedDataset(str(tmp_path / "out_text_document"))) == 2
+
+
+def test_a_tokenizer_that_changes_text_is_said(tmp_path, write_lines, capsys):
+    named = made_tokenizers.sentence_piece(tmp_path)
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "two  spaces"}])
+    assert preprocess_data.main(flags(source, tmp_path / "out", named)) == 0
+    assert "warning" not in capsys.readouterr().err
+    named = made_tokenizers.lossy(tmp_path)
+    assert preprocess_data.main(flags(source, tmp_path / "lossy", named)) == 0
+    err = capsys.readouterr().err
+    warning = "warning: the tokenizer changes text, ' spaces' comes back as 'spaces'"
+    assert err.splitlines().count(warning) == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--split-sentences"], "--split-sentences is not available"),
-        (["--partitions", "2"], "--partitions 2 is not available"),
-        (["--workers", "0"], "--workers 0 is less than 1"),
-        (["--json-keys", "a", "a"], "names a key twice"),
-        (["--json-keys", "text", "a/b"], "out_a/b_document.bin cannot be written"),
+        (["--partitions", "0"], "--partitions 0 is less than 1"),
+        (["--workers", "0"], "--workers 0 is less than 1; give a positive number"),
+        (["--log-interval", "-1"], "--log-interval -1 is less than 1"),
+        (["--json-keys", "a", "a"], "--json-keys a a names a key twice; name each once"),
+        (["--json-keys", "text", "a/b"], "--json-keys text a/b has a /, .*; rename the key"),
         (["--input", "no-such-file"], "no-such-file does not exist"),
-        (["--output-prefix", "no-such-folder/x"], "no-such-folder, which is no folder"),
+        (["--output-prefix", "no-such-folder/x"], "no-such-folder, which is no folder; create"),
         (["--tokenizer-model", "./no-such-folder"], "no-such-folder does not exist"),
         (["--tokenizer-model", "/dev/null"], "cannot be loaded"),
         (["--tokenizer-type", "NullTokenizer"], "NullTokenizer .* cannot be loaded"),
-        (["--tokenizer-type", "NullTokenizer", "--vocab-size", "9"], "cannot encode line 1 .*one"),
+        (["--engine", "gigatoken", "--tokenizer-type", "NullTokenizer", "--vocab-size", "9"],
+         "--engine gigatoken cannot stand for the tokenizer: it needs a fast tokenizer"),
+        (["--split-sentences", "--lang", "klingon"], "--lang klingon has no Punkt model"),
     ],
-)
-@pytest.mark.usefixtures("tokenizer")
+)  # fmt: skip
 def test_bad_arguments(tmp_path, arguments, message, tokenizer_folder, write_lines):
     source = write_lines(tmp_path / "a.jsonl", [{"text": "one two"}])
-    base = flags(source, tmp_path / "out", tokenizer_folder, "--workers", 1)
-    with pytest.raises(ConfigError, match=message):
+    base = flags(source, tmp_path / "out", tokenizer_folder)
+    with pytest.raises(ConfigError, match=message) as error:
         preprocess_data.main([*base, *arguments])
+    assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == [source]
 
 
-@pytest.mark.usefixtures("tokenizer")
-def test_ids_outside_the_vocabulary(tmp_path, write_lines):
-    source = write_lines(tmp_path / "a.jsonl", [{"text": "1 2"}, {"text": "3 70000"}])
-    arguments = ["--input", str(source), "--output-prefix", str(tmp_path / "out")]
-    arguments += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100", "--workers", "1"]
-    with pytest.raises(
-        ConfigError, match=r"line 2 .* ids 3 to 70000, outside its vocabulary of 100"
-    ):
-        preprocess_data.main(arguments)
-    assert list(tmp_path.iterdir()) == [source]
+def test_a_folder_that_cannot_be_written(tmp_path, tokenizer_folder, write_lines):
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "one two"}])
+    (tmp_path / "out.partial").write_text("a file")
+    with pytest.raises(ConfigError, match=r"out.partial cannot be written \(.*\); give another"):
+        preprocess_data.main(flags(source, tmp_path / "out", tokenizer_folder))
 
 
 @pytest.mark.parametrize("records", [[], [{"text": ""}, {"text": ""}]])
-@pytest.mark.usefixtures("tokenizer")
 def test_no_text(tmp_path, records, tokenizer_folder, write_lines):
     source = write_lines(tmp_path / "a.jsonl", records)
-    with pytest.raises(ConfigError, match=f"holds {len(records)} documents and no text"):
-        preprocess_data.main(flags(source, tmp_path / "out", tokenizer_folder, "--workers", 1))
+    with pytest.raises(ConfigError, match=f"holds {len(records)} documents and no text under 'te"):
+        preprocess_data.main(flags(source, tmp_path / "out", tokenizer_folder))
     assert list(tmp_path.iterdir()) == [source]
 
 
-@pytest.mark.usefixtures("tokenizer")
+def test_all_documents_are_bad(tmp_path, tokenizer_folder, write_lines):
+    source = write_lines(tmp_path / "a.jsonl", [{"body": "a"}] * 3)
+    with pytest.raises(ConfigError, match="holds 0 documents and no text under 'text'"):
+        preprocess_data.main(
+            flags(source, tmp_path / "out", tokenizer_folder, "--on-error", "skip")
+        )
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_no_tokenizer(tmp_path, write_lines):
     source = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     with pytest.raises(ConfigError, match="--tokenizer-type is not given"):
         preprocess_data.main(["--input", str(source), "--output-prefix", str(tmp_path / "out")])
 
 
-def batches_of(count: int, taken: list[int]):
-    for number in range(1, count + 1):
-        taken.append(number)
-        yield [Line(path="a", number=number, content=b"x")]
+def test_the_report_is_no_input(tmp_path, tokenizer_folder, write_lines):
+    write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    given = flags(tmp_path, tmp_path / "out", tokenizer_folder, "--on-error", "skip", "--overwrite")
+    assert preprocess_data.main(given) == 0
+    assert (tmp_path / "out_errors.jsonl").read_bytes() == b""
+    with pytest.raises(ConfigError, match=r"leads to .*out_errors.jsonl, the report of this very"):
+        preprocess_data.main(given)
 
 
-def encode_number(batch):
-    """Stands in for an encoder: odd lines take longer, and 13 kills its worker."""
-    number = batch[0].number
-    time.sleep(0.02 if number % 2 else 0)
-    if number == 13:
-        os._exit(1)
-    return preprocess_data.EncodedBatch(documents=[[np.array([number])]], num_bytes=1)
-
-
-def test_workers_keep_order_and_read_no_further():
-    taken: list[int] = []
-    encoded = preprocess_data.encode_in_order(encode_number, batches_of(12, taken), workers=2)
-    numbers = [next(encoded).documents[0][0].item()]
-    assert len(taken) == 2 * preprocess_data.BATCHES_PER_WORKER
-    numbers += [batch.documents[0][0].item() for batch in encoded]
-    assert numbers == list(range(1, 13))
-
-
-def test_bad_line_in_a_worker():
-    def encode(batch):
-        raise ConfigError(f"{batch[0]} is bad")
-
-    encoded = preprocess_data.encode_in_order(encode, batches_of(9, []), workers=2)
-    with pytest.raises(ConfigError, match="line 1 of a is bad"):
-        list(encoded)
-
-
-def test_killed_worker():
-    encoded = preprocess_data.encode_in_order(encode_number, batches_of(13, []), workers=2)
-    with pytest.raises(ConfigError, match="--workers 2 processes was killed"):
-        list(encoded)
+def test_the_sample_is_of_several_files(tmp_path, tokenizer_folder, write_lines):
+    for number in range(20):
+        write_lines(tmp_path / f"{number:02}.jsonl", [{"text": f"file {number}"}])
+    args = preprocess_data.build_parser().parse_args(
+        flags(tmp_path, tmp_path / "out", tokenizer_folder)
+    )
+    sample = preprocess.sample_texts(preprocess_data.describe(args), [])
+    assert sample == [f"file {number}" for number in range(0, 20, 3)]

@@ -1,11 +1,14 @@
 """The tokenizer: Megatron loads it, nothing of a text is lost, and bad input leaves nothing."""
 
-from pathlib import Path
+import gzip
 
+import pyarrow
 import pytest
 import train_tokenizer
+from pyarrow import parquet
 from tokenizers import Tokenizer, pre_tokenizers
 
+from megatron_sffn.data.sources import find_sources
 from megatron_sffn.errors import ConfigError
 
 
@@ -54,13 +57,36 @@ def test_all_bytes_are_tokens(tokenizer_folder):
     assert len(ids) == 256 and None not in ids
 
 
-def test_plain_text_keeps_line_ends(tmp_path):
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz"])
+def test_plain_text_keeps_line_ends(tmp_path, ending):
     text = "one\r\n\r\ntwo\n\n\nthree " * 100_000
-    path = tmp_path / "a.txt"
-    path.write_bytes(text.encode())
-    pieces = list(train_tokenizer.read_texts([str(path)], "text"))
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(gzip.compress(text.encode()) if ending == ".txt.gz" else text.encode())
+    pieces = list(train_tokenizer.read_texts(find_sources([str(path)], ["text"]), "text"))
     assert len(pieces) > 1
     assert "".join(pieces) == text
+
+
+def test_every_kind_of_input(tmp_path, texts, write_lines):
+    (tmp_path / "in").mkdir()
+    lines = write_lines(tmp_path / "in" / "a.jsonl", [{"body": text} for text in texts])
+    (tmp_path / "in" / "b.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    table = pyarrow.table({"body": texts, "other": texts})
+    parquet.write_table(table, tmp_path / "in" / "c.parquet")
+    write_lines(tmp_path / "in" / "d.jsonl", [{"body": texts}])
+    (tmp_path / "in" / "e.txt").write_text("plain")
+    sources = find_sources([str(tmp_path / "in")], ["body"])
+    assert list(train_tokenizer.read_texts(sources, "body")) == [*texts * 4, "plain"]
+
+
+def test_bytes(tmp_path, build_tokenizer, texts, capsys):
+    assert train_tokenizer.main(["--bytes", "--output", str(tmp_path / "bytes")]) == 0
+    assert "bytes: 258 ids, one per byte and two more" in capsys.readouterr().out
+    tokenizer = build_tokenizer(tmp_path / "bytes")
+    for text in texts:
+        assert tokenizer.tokenize(text) == list(text.encode())
+        assert tokenizer.detokenize(list(text.encode())) == text
+    assert (tokenizer.eod, tokenizer.pad) == (256, 257)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +97,12 @@ def test_plain_text_keeps_line_ends(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', [], r"line 2 of .*a\.jsonl is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n', ["--json-key", "t"], r"line 1 .* no key 't' \(it has text"),
         ("a.jsonl", b"", [], "holds no text"),
-        ("a.txt", b"\xff\xfe", [], "is not UTF-8"),
-        ("a.jsonl.gz", b"", [], "is compressed"),
+        ("a.txt", b"\xff\xfe", [], r"a\.txt is not UTF-8"),
+        ("a.txt", b"a\x00b", [], r"a\.txt holds a NUL"),
+        ("a.jsonl.gz", b"no archive", [], r"a\.jsonl\.gz is truncated or damaged after line 0"),
+        ("a.txt.gz", b"no archive", [], r"a\.txt\.gz is truncated or damaged"),
+        ("a.parquet", b"no parquet", [], "is no Parquet file"),
+        ("a.jsonl", b"{}", ["--bytes"], "--bytes trains nothing on --input .*; leave one of them"),
         ("a.jsonl", b"{}", ["--output", __file__], "is a file"),
     ],
 )
@@ -85,8 +115,16 @@ def test_bad_input(tmp_path, name, content, arguments, message):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_missing_input(tmp_path: Path):
-    with pytest.raises(ConfigError, match="does not exist"):
-        train_tokenizer.main(["--input", str(tmp_path / "no"), "--output", str(tmp_path / "tok")])
-    with pytest.raises(ConfigError, match="is a folder"):
-        train_tokenizer.main(["--input", str(tmp_path), "--output", str(tmp_path / "tok")])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--input", "no"], "--input no does not exist"),
+        (["--input", "."], "--input . is a folder without text"),
+        ([], "--input is not given, and a tokenizer is trained on text; give files"),
+    ],
+)
+def test_missing_input(tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        train_tokenizer.main([*given, "--output", "tok"])
+    assert list(tmp_path.iterdir()) == []

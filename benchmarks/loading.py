@@ -1,0 +1,320 @@
+"""Batches of Megatron's torch loader and of DALI's: `python -m benchmarks.loading`.
+
+Enters: a data set, or none for the source of this Python's library, a byte a token. Leaves: a table
+of tokens per second and of the wait for a batch between steps, and, with `--output`, rows of a CSV
+file.
+
+Choices
+- The way is that of a run: Megatron's data sets, its sampler, its iterators, and the copy to the
+  device that a step makes.
+- A step is a sleep: what a loader does meanwhile costs nothing, as on a GPU. Where steps compute on
+  the same cores, count tokens per second instead.
+- Nothing is timed before both loaders gave the same batches. Contenders take turns, `--rounds`
+  times, and the best round counts: other work on a machine only ever adds time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.agreement import DisagreementError, refusing
+from benchmarks.machine import Platform, adapt, facts, one_rank, version_of
+from benchmarks.rows import append, check_output
+from megatron_sffn.errors import ConfigError, run_command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WARM_UP = 20
+"""Batches of every contender that are not timed."""
+
+
+COMPARED = 5
+"""Batches that both loaders give before anything is timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """A contender.
+
+    Args:
+        loader: `torch` or `dali`.
+        workers: processes of torch's loader, threads of DALI's.
+    """
+
+    loader: str
+    workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What one round measured.
+
+    Args:
+        tokens_per_second: of batches that are drawn one after the other.
+        first_ms: until the first batch.
+        wait_ms: for a batch between two steps.
+    """
+
+    tokens_per_second: float
+    first_ms: float
+    wait_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured of a contender; also the columns of the CSV file.
+
+    Args:
+        date: of the command, ISO 8601, UTC.
+        commit: short; `-dirty` where files differ from it.
+        device: in words.
+        torch: version.
+        megatron_core: version.
+        dali: version.
+        seq_length: tokens of a sequence.
+        micro_batch_size: sequences of a batch.
+        step_ms: of the pretended step.
+        loader: as in `Loader`, with the next.
+        workers: threads or processes.
+        tokens_per_second: as in `Timing`, with the next two.
+        first_ms: until the first batch.
+        wait_ms: for a batch between two steps.
+    """
+
+    date: str
+    commit: str
+    device: str
+    torch: str
+    megatron_core: str
+    dali: str
+    seq_length: int
+    micro_batch_size: int
+    step_ms: float
+    loader: str
+    workers: int
+    tokens_per_second: float
+    first_ms: float
+    wait_ms: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare, then time all, then print the table."""
+    options = parse_arguments(argv)
+    adapt()
+    # Without a GPU no memory is pinned, and outside a run nothing is run again.
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.utils.data")
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    platform = Platform.here()
+    loaders = [
+        Loader(loader=kind, workers=n) for kind in ("torch", "dali") for n in options.workers
+    ]
+    with tempfile.TemporaryDirectory() as folder, one_rank(platform):
+        args = run_of(options, Path(folder))
+        compare(args)
+        best: dict[Loader, Timing] = {}
+        for turn in range(options.rounds):
+            for loader in loaders:
+                print(f"round {turn + 1}: {loader}", file=sys.stderr, flush=True)
+                timing = timed(args, loader, options)
+                best[loader] = max(best.get(loader, timing), timing, key=by_throughput)
+    print(table(best, platform, options))
+    if options.output:
+        common: dict[str, Any] = {
+            **facts(platform, options.output),
+            "dali": version_of("nvidia-dali-cuda130"),
+        }
+        sizes = {name: vars(options)[name] for name in SIZES}
+        rows = [Row(**common, **sizes, **asdict(one), **asdict(best[one])) for one in loaders]
+        append(rows, options.output)
+    return 0
+
+
+SIZES = ("seq_length", "micro_batch_size", "step_ms")
+"""Options that are columns."""
+
+
+def by_throughput(timing: Timing) -> float:
+    """What makes one round better than another."""
+    return timing.tokens_per_second
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line.
+
+    Raises:
+        ConfigError: if a value cannot work.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loading",
+        description="Tokens per second of Megatron's torch loader and of --sffn-dataloader dali.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--data-path",
+        nargs="+",
+        metavar="X",
+        help="as in a run: PREFIX, or WEIGHT PREFIX ... (default: the source of this Python's "
+        "library, a byte a token)",
+    )
+    add("--seq-length", type=int, default=2048, help="tokens (default: 2048)")
+    add("--micro-batch-size", type=int, default=8, help="sequences (default: 8)")
+    add("--workers", type=int, nargs="+", default=[0, 1, 2], help="--num-workers (default: 0 1 2)")
+    add("--batches", type=int, default=200, help="timed in a row, and between steps (default: 200)")
+    add("--step-ms", type=float, default=10.0, help="of a pretended step (default: 10)")
+    add("--rounds", type=int, default=3, help="of each loader (default: 3)")
+    add("--mask", action="store_true", help="with the attention mask, s x s bytes a sequence")
+    add("--output", type=Path, help="CSV file that gets the rows, after those that it has")
+    options = parser.parse_args(argv)
+    for name in ("seq_length", "micro_batch_size", "batches", "rounds"):
+        if vars(options)[name] < 1:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {vars(options)[name]} is less than 1; give at least 1")
+    if min(options.workers) < 0:
+        raise ConfigError(f"--workers {min(options.workers)} is less than 0; give 0 or more")
+    if options.output:
+        check_output(options.output, Row)
+    return options
+
+
+def run_of(options: argparse.Namespace, folder: Path) -> Namespace:
+    """The namespace of a run that reads the data, which Megatron then knows."""
+    from megatron.training.global_vars import set_global_variables
+
+    from megatron_sffn.arguments import parse
+    from megatron_sffn.data.check import check_data
+    from megatron_sffn.platforms import prepare
+
+    batches = WARM_UP + 2 * options.batches
+    paths = options.data_path or [written(folder / "library")]
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    sys.argv = [
+        "pretrain",
+        *MODEL.split(),
+        *("--seq-length", str(options.seq_length)),
+        *("--max-position-embeddings", str(options.seq_length)),
+        *("--micro-batch-size", str(options.micro_batch_size), "--train-iters", str(batches)),
+        *("--data-path", *paths, "--data-cache-path", str(folder / "cache")),
+        *([] if options.mask else ["--no-create-attention-mask-in-dataloader"]),
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's account of what it derives
+        args = parse(prepare()[0])
+        args.sffn_dataloader = "dali"  # is it there?
+        check_data(args)
+        set_global_variables(args)
+    args.iteration = 0
+    return args
+
+
+MODEL = (
+    "--num-layers 1 --hidden-size 64 --num-attention-heads 1 --sffn-router dense --lr 1e-3 "
+    "--tokenizer-type NullTokenizer --vocab-size 1000000 --split 100,0,0 --eval-iters 0"
+)
+"""Of a model that is not built; no id is too large for its vocabulary."""
+
+
+def written(prefix: Path) -> str:
+    """A data set of the library's source, a document for each file; returns its prefix."""
+    import numpy
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*/*.py")):
+        data = numpy.frombuffer(path.read_bytes(), dtype=numpy.uint8)
+        builder.add_document(data, [len(data)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def batches_of(args: Namespace, loader: Loader) -> Iterator[dict[str, Tensor]]:
+    """Training batches, through Megatron, on the device of a step."""
+    from megatron.training.training import build_train_valid_test_data_iterators
+
+    from megatron_sffn.data.gpt import datasets_provider
+
+    args.sffn_dataloader, args.num_workers = loader.loader, loader.workers
+    args.dataloader_type = "single"
+    with contextlib.redirect_stdout(io.StringIO()):
+        provider = datasets_provider(on_every_stage=False)
+        iterator = build_train_valid_test_data_iterators(provider)[0]
+    while True:
+        yield {name: value.cuda(non_blocking=True) for name, value in next(iterator).items()}
+
+
+def compare(args: Namespace) -> None:
+    """Both loaders give the same first batches.
+
+    Raises:
+        DisagreementError: if they do not.
+    """
+    import torch
+
+    ours, theirs = (batches_of(args, Loader(loader=kind, workers=0)) for kind in ("dali", "torch"))
+    for number in range(COMPARED):
+        mine, their = next(ours), next(theirs)
+        if not all(torch.equal(value, their[name]) for name, value in mine.items()):
+            raise DisagreementError(f"batch {number} of DALI is not that of torch's loader")
+
+
+def timed(args: Namespace, loader: Loader, options: argparse.Namespace) -> Timing:
+    """One round of a contender."""
+    import torch
+
+    start = time.perf_counter()
+    batches = batches_of(args, loader)
+    next(batches)
+    first = time.perf_counter() - start
+    for _ in range(WARM_UP - 1):
+        next(batches)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(options.batches):
+        next(batches)
+    torch.cuda.synchronize()
+    tokens = options.batches * options.micro_batch_size * options.seq_length
+    rate = tokens / (time.perf_counter() - start)
+    waited = 0.0
+    for _ in range(options.batches):
+        time.sleep(options.step_ms / 1000)
+        start = time.perf_counter()
+        next(batches)
+        torch.cuda.synchronize()
+        waited += time.perf_counter() - start
+    return Timing(
+        tokens_per_second=rate, first_ms=1000 * first, wait_ms=1000 * waited / options.batches
+    )
+
+
+def table(best: dict[Loader, Timing], platform: Platform, options: argparse.Namespace) -> str:
+    """A row for each contender."""
+    lines = [
+        f"batches of {options.micro_batch_size} sequences of {options.seq_length} tokens; "
+        f"{platform.device}",
+        f"{'loader':<8}{'workers':>7}{'tokens/s':>14}{'first batch':>13}"
+        f"{f'wait between steps of {options.step_ms:g} ms':>34}",
+    ]
+    for loader, timing in best.items():
+        lines.append(
+            f"{loader.loader:<8}{loader.workers:>7}{timing.tokens_per_second:>14,.0f}"
+            f"{timing.first_ms:>10.0f} ms{timing.wait_ms:>31.2f} ms"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(lambda: refusing(main))

@@ -1,0 +1,200 @@
+"""WikiText-103 and enwik8: the files that papers report on, checked, with their published splits.
+
+Enters: the path of an archive, a folder or a file that the user has. Leaves: of WikiText-103 an
+article per line of JSON, in `train`, `valid` and `test`; of enwik8 data sets of bytes.
+Sources of the SHA-1: for WikiText-103 (Merity et al. 2016) the data sets of GluonNLP and MXNet, for
+enwik8 the author's page, http://mattmahoney.net/dc/textdata.html. The split of enwik8 into 90, 5
+and 5 million bytes is that of Mikolov et al. 2012, which Transformer-XL and others report on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy
+
+from megatron_sffn.data.indexed import IndexWriter
+from megatron_sffn.errors import ConfigError
+
+PIECE = 1 << 20
+PARTS = ("train", "valid", "test")
+
+WIKITEXT_103: Mapping[str, Mapping[str, str]] = {
+    "tokens": {
+        "wiki.train.tokens": "b7497e2dfe77e72cfef5e3dbc61b7b53712ac211",
+        "wiki.valid.tokens": "c326ac59dc587676d58c422eb8a03e119582f92b",
+        "wiki.test.tokens": "8a5befc548865cec54ed4273cf87dbbad60d1e47",
+    },
+    "raw": {
+        "wiki.train.raw": "3d06627c15e834408cfee91293f862c11c1cc9ef",
+        "wiki.valid.raw": "db78d4db83700cba1b1bf4a9381087043db2876d",
+        "wiki.test.raw": "6f1fe2054a940eebfc76b284b09680763b37f5ea",
+    },
+}
+"""SHA-1 of each file: with rare words as <unk>, and as written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Enwik8:
+    """A file of bytes: its SHA-1, and the bytes of train, valid and test."""
+
+    sha1: str
+    sizes: tuple[int, int, int]
+
+
+ENWIK8 = Enwik8(
+    sha1="57b8363b814821dc9d47aa4d41f58733519076b2", sizes=(90_000_000, 5_000_000, 5_000_000)
+)
+
+# A title stands alone: ` = Title = ` between lines without text; sections have ` = = `.
+TITLE = re.compile(rb"(?:^|(?<=\n)) \n = (?!= )[^\n]*(?<! =) = \n(?= \n)")
+
+
+@contextmanager
+def opened(path: Path, name: str) -> Iterator[IO[bytes]]:
+    """A file in an archive or a folder, or the file itself.
+
+    Raises:
+        ConfigError: the archive is damaged.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            (member,) = (one for one in archive.namelist() if Path(one).name == name)
+            try:
+                with archive.open(member) as file:
+                    yield file
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise ConfigError(f"{path} is damaged ({error}); download it again") from error
+    else:
+        with (path / name if path.is_dir() else path).open("rb") as file:
+            yield file
+
+
+def names_in(path: Path) -> set[str]:
+    """Names of the files in an archive or a folder, or that of the file itself.
+
+    Raises:
+        ConfigError: there is nothing.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist; give the archive, or what was in it")
+    if path.is_dir():
+        return {one.name for one in path.iterdir()}
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return {Path(one).name for one in archive.namelist()}
+    return {path.name}
+
+
+def take(path: Path, name: str, sha1: str, folder: Path) -> Path:
+    """Copy a file into a folder, if it is the published one.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    found = hashlib.sha1(usedforsecurity=False)
+    with opened(path, name) as source, (folder / name).open("wb") as copy:
+        while piece := source.read(PIECE):
+            found.update(piece)
+            copy.write(piece)
+    if found.hexdigest() != sha1:
+        raise ConfigError(
+            f"{name} of {path} has the SHA-1 {found.hexdigest()}, but the published file has "
+            f"{sha1}; download it again"
+        )
+    return folder / name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a part holds: articles, and words with a line end as one, as papers count them."""
+
+    documents: int
+    words: int
+
+
+def wikitext_103(path: Path, folder: Path) -> dict[str, Part]:
+    """Write `train.jsonl`, `valid.jsonl` and `test.jsonl`: an article is a document.
+
+    Args:
+        path: of `wikitext-103-v1.zip`, `wikitext-103-raw-v1.zip`, or a folder with their files.
+        folder: for the files.
+
+    Raises:
+        ConfigError: files are missing, or not the published ones.
+    """
+    names = names_in(path)
+    kinds = [kind for kind, files in WIKITEXT_103.items() if set(files) <= names]
+    if not kinds:
+        raise ConfigError(
+            f"{path} has no {' and no '.join(next(iter(one)) for one in WIKITEXT_103.values())}; "
+            "give wikitext-103-v1.zip, wikitext-103-raw-v1.zip, or a folder with their three files"
+        )
+    parts = {}
+    for part, (name, sha1) in zip(PARTS, WIKITEXT_103[kinds[0]].items(), strict=True):
+        file = take(path, name, sha1, folder)
+        parts[part] = _write_articles(file, folder / f"{part}.jsonl")
+        file.unlink()
+    return parts
+
+
+def _write_articles(source: Path, target: Path) -> Part:
+    documents = words = 0
+    with target.open("w", encoding="utf-8") as lines:
+        for article in articles(source):
+            lines.write(json.dumps({"text": article}, ensure_ascii=False) + "\n")
+            documents += 1
+            words += len(article.split()) + article.count("\n")
+    return Part(documents=documents, words=words)
+
+
+def articles(path: Path) -> Iterator[str]:
+    """The text between titles; joined, it is the file."""
+    with (
+        path.open("rb") as file,
+        closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as content,
+    ):
+        start = 0
+        for title in TITLE.finditer(content):
+            if title.start() > start:
+                yield content[start : title.start()].decode("utf-8")
+            start = title.start()
+        yield content[start:].decode("utf-8")
+
+
+def enwik8(path: Path, folder: Path) -> None:
+    """Write `train_text_document`, `valid_…` and `test_…`: ids are bytes, a part is a document.
+
+    A part may begin within a character, so it is no text: nothing tokenizes it.
+
+    Args:
+        path: of `enwik8`, or of `enwik8.zip`.
+        folder: for the data sets.
+
+    Raises:
+        ConfigError: it is not the published file.
+    """
+    names = names_in(path)
+    if "enwik8" not in names and (path.is_dir() or zipfile.is_zipfile(path)):
+        raise ConfigError(f"{path} holds no file enwik8; give enwik8.zip, or the file itself")
+    file = take(path, "enwik8" if "enwik8" in names else path.name, ENWIK8.sha1, folder)
+    start = 0
+    for part, size in zip(PARTS, ENWIK8.sizes, strict=True):
+        ids = numpy.fromfile(file, numpy.uint8, size, offset=start).astype("<u2")
+        ids.tofile(folder / f"{part}_text_document.bin")
+        with closing(IndexWriter(ids.dtype, folder)) as writer:
+            writer.add_sequences(numpy.array([size], numpy.int32))
+            writer.end_documents(numpy.array([1]))
+            writer.finish(folder / f"{part}_text_document.idx")
+        start += size
+    file.unlink()

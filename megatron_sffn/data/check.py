@@ -1,0 +1,231 @@
+"""The look at flags, tokenizer and data sets before anything starts.
+
+Enters: the validated namespace. Leaves: nothing, or one sentence. What is found here Megatron would
+notice as well, but after the model is built, after training, or never: it looks for the samples of
+a split without tokens until it is killed.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.utils import Split
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_sffn.data.dali import check_dali
+from megatron_sffn.data.gpt import dataset_request
+from megatron_sffn.data.indexed import Index, open_index
+from megatron_sffn.data.tokenizer import load_tokenizer
+from megatron_sffn.errors import ConfigError
+
+SAMPLED_TOKENS = 1 << 20
+"""Tokens at each end of a data set that are compared with the vocabulary."""
+
+REFUSED = {
+    "fim_data": "text is trained on as it is written",
+    "sft": "this is pretraining",
+    "dataloader_inter_document_masking": "lengths of documents do not reach the attention; use "
+    "--reset-attention-mask",
+    "hybrid_context_parallel": "lengths of documents do not reach the attention",
+    "rampup_batch_size": "Megatron 0.19 reads it and does not act on it; use "
+    "--step-batch-size-schedule",
+}
+"""Megatron's flags (dest) that would have no effect -> why."""
+
+PURPOSES = {Split.train: "training", Split.valid: "validation", Split.test: "testing"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one split reads.
+
+    Args:
+        split: which.
+        prefixes: of its data sets.
+        share: of each of them, from and to, within 0 and 1.
+    """
+
+    split: Split
+    prefixes: list[str]
+    share: tuple[float, float]
+
+    def tokens(self, index: Index) -> int:
+        """How many it gets of a data set, by Megatron's rounding to whole sequences."""
+        first, last = (round(edge * index.num_sequences) for edge in self.share)
+        return int(index.lengths[first:last].sum(dtype=numpy.int64))
+
+
+def check_data(args: Namespace) -> None:
+    """Look at flags, tokenizer and data sets before any process group or file is made.
+
+    Args:
+        args: Megatron's validated namespace.
+
+    Raises:
+        ConfigError: if a flag cannot be served; a file is missing, truncated, or holds ids outside
+            the vocabulary; or a split lacks data.
+    """
+    _check_flags(args)
+    check_dali(args)
+    tokenizer = load_tokenizer(args)
+    if args.mock_data:
+        return
+    parts = list(_parts(args))
+    _check_uses(args, parts)
+    prefixes = dict.fromkeys(prefix for part in parts for prefix in part.prefixes)
+    indices = {prefix: check_dataset(prefix, tokenizer.vocab_size) for prefix in prefixes}
+    for part in parts:
+        for prefix in part.prefixes:
+            _check_size(args, part, prefix, part.tokens(indices[prefix]))
+    try:
+        dataset_request(args, tokenizer, ())
+    except (AssertionError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"Megatron does not accept the flags of the data ({' '.join(str(error).split())}); "
+            "change them"
+        ) from error
+
+
+def _check_flags(args: Namespace) -> None:
+    """Every flag has an effect, and the length of the run is known."""
+    for dest, why in REFUSED.items():
+        if getattr(args, dest):
+            raise ConfigError(f"--{dest.replace('_', '-')} is not available, {why}")
+    if args.dataloader_type == "external":
+        raise ConfigError(
+            "--dataloader-type external takes batches that a caller made, and there is none here; "
+            "use single or cyclic"
+        )
+    if not (args.train_iters or args.train_samples):
+        raise ConfigError(
+            "--train-iters is missing, and the size of the data sets follows from it; give it, for "
+            "example --train-iters 1000, or --train-samples"
+        )
+
+
+def _parts(args: Namespace) -> Iterator[Part]:
+    """Every split that reads anything."""
+    try:
+        blend, blend_per_split = get_blend_and_blend_per_split(args)
+    except (AssertionError, KeyError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"the data paths cannot be read ({type(error).__name__}: {error}); give --data-path "
+            "PREFIX, or WEIGHT PREFIX for each of several, or files with such lists"
+        ) from error
+    blends = [blend] if blend else [one for one in blend_per_split or [] if one]
+    if not blends:
+        raise ConfigError(
+            "no data set was given; pass --data-path PREFIX (of PREFIX.bin and PREFIX.idx, made by "
+            "tools/preprocess_data.py) or --mock-data"
+        )
+    for _, weights in blends:
+        if weights and not all(weight > 0 for weight in weights):
+            raise ConfigError(
+                f"the weights {weights} of --data-path hold one that is not positive; "
+                "leave out the data sets that are not to be read"
+            )
+    shares = _shares(args.split, shared=bool(blend))
+    for split, share, own in zip(Split, shares, blend_per_split or [blend] * 3, strict=True):
+        if share is not None and own:
+            yield Part(split=split, prefixes=own[0], share=share)
+
+
+def _shares(split: str | None, *, shared: bool) -> list[tuple[float, float] | None]:
+    """Of the data sets, from and to, for each split.
+
+    Args:
+        split: of `--split`.
+        shared: whether all splits read the same data sets.
+
+    Raises:
+        ConfigError: if the flag is missing, has nothing to act on, or is no list of shares.
+    """
+    if not shared:
+        if split is not None:
+            raise ConfigError(
+                f"--split {split} has nothing to act on, since every split has data sets of its "
+                "own; leave it out"
+            )
+        return [(0.0, 1.0)] * len(Split)
+    try:
+        with numpy.errstate(invalid="raise"):
+            vector = parse_and_normalize_split(split)
+    except (AssertionError, FloatingPointError, TypeError, ValueError) as error:
+        wrong = "--split is not given" if split is None else f"--split {split} cannot be used"
+        raise ConfigError(
+            f"{wrong}; give the shares of training, validation and test, such as --split 98,1,1"
+        ) from error
+    matrix: list[Any] = convert_split_vector_to_split_matrix(vector)
+    return matrix
+
+
+def _check_uses(args: Namespace, parts: list[Part]) -> None:
+    """Training has data, and so has validation, which Megatron would miss after training."""
+    asked = {}
+    if not args.skip_train:
+        asked[Split.train] = ("the run trains", "use --skip-train")
+    if args.full_validation:
+        asked[Split.valid] = ("--full-validation reads it", "leave that out and use --eval-iters 0")
+    elif args.eval_iters:
+        asked[Split.valid] = (f"--eval-iters {args.eval_iters} reads it", "use --eval-iters 0")
+    for split, (use, remedy) in asked.items():
+        if split in [part.split for part in parts]:
+            continue
+        given = f"--{split.name}-data-path is not given"
+        share = "give it"
+        if args.split is not None:
+            given = f"--split {args.split} leaves nothing for {PURPOSES[split]}"
+            share = "give it a share, such as --split 98,1,1"
+        raise ConfigError(f"{given}, but {use}; {share}, or {remedy}")
+
+
+def _check_size(args: Namespace, part: Part, prefix: str, tokens: int) -> None:
+    """A split has one sequence of every data set, and the token after it."""
+    if tokens > args.seq_length:
+        return
+    few = f"{tokens} tokens, and one sequence needs {args.seq_length + 1} (--seq-length and one)"
+    if args.split is None:
+        raise ConfigError(
+            f"data set {prefix} of --{part.split.name}-data-path has {few}; give a larger one, or "
+            "leave it out"
+        )
+    raise ConfigError(
+        f"--split {args.split} leaves for {PURPOSES[part.split]}, of data set {prefix}, {few}; "
+        "give it a larger share, or 0"
+    )
+
+
+def check_dataset(prefix: str, vocab_size: int) -> Index:
+    """Look at one `.bin/.idx` pair.
+
+    Args:
+        prefix: path without the ending.
+        vocab_size: of the tokenizer that is to read it.
+
+    Returns:
+        Its index.
+
+    Raises:
+        ConfigError: if a file is missing or truncated, or an id is outside the vocabulary.
+    """
+    index = open_index(prefix)
+    if not index.num_tokens:
+        raise ConfigError(f"data set {index.bin} is empty; give it documents")
+    ids = numpy.memmap(index.bin, dtype=index.dtype, mode="r")
+    ends = (ids[:SAMPLED_TOKENS], ids[-SAMPLED_TOKENS:])
+    smallest, largest = min(int(end.min()) for end in ends), max(int(end.max()) for end in ends)
+    if smallest < 0 or largest >= vocab_size:
+        raise ConfigError(
+            f"data set {prefix} holds token ids {smallest} to {largest}, but the tokenizer has "
+            f"{vocab_size} ids; use the tokenizer that made the data set (--tokenizer-type, "
+            "--tokenizer-model)"
+        )
+    return index

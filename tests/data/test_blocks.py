@@ -1,0 +1,225 @@
+"""Blocks: all of a file whatever its packing, from any place on, and never more of it in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from megatron_sffn.data import blocks
+from megatron_sffn.data import parquet as rows
+from megatron_sffn.data.blocks import Block, Position, read_blocks
+from megatron_sffn.data.documents import documents_of
+from megatron_sffn.data.sources import PACKINGS, find_sources
+
+TEXTS = [f"document {number} " + "abc " * (number % 50) for number in range(2000)]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(rows, "BATCH_BYTES", 10_000)
+
+
+def write(path: Path, content: bytes = LINES) -> str:
+    """Compressed, if the name says so; in two parts, as `cat a.gz b.gz` makes them."""
+    library: Any = PACKINGS.get(path.suffix)
+    if library is None:
+        path.write_bytes(content)
+        return str(path)
+    with path.open("wb") as file:
+        file.write(library.compress(content[:1000]) + library.compress(content[1000:]))
+    return str(path)
+
+
+def read(*given: str, start: Position | None = None) -> list[Block]:
+    return list(read_blocks(find_sources(given, ["text"]), columns=["text"], start=start))
+
+
+def texts_of(found: list[Block]) -> list[str]:
+    return [
+        document.texts(["text"])[0]
+        for block in found
+        if not block.fault
+        for document in documents_of(block)
+    ]
+
+
+@pytest.mark.parametrize("packing", ["", *PACKINGS])
+def test_lines_are_read_from_any_block_on(tmp_path: Path, packing: str) -> None:
+    path = write(tmp_path / f"a.jsonl{packing}")
+    found = read(path)
+    assert len(found) > 10
+    assert texts_of(found) == TEXTS
+    assert all(len(block.content) < 3 * blocks.BLOCK_BYTES or packing for block in found)
+    assert [block.number for block in found] == [1, *(block.end.number + 1 for block in found[:-1])]
+    consumed = [block.consumed for block in found]
+    assert consumed == sorted(consumed) and consumed[-1] == os.path.getsize(path)
+    for block in found[::3]:
+        assert texts_of(read(path, start=block.end)) == TEXTS[block.end.number :]
+
+
+def test_rows_are_read_from_any_block_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": TEXTS, "other": [b"x" * 50] * len(TEXTS)})
+    parquet.write_table(table, path, row_group_size=301)
+    found = read(str(path))
+    assert len(found) > 10
+    assert found[0].content.column_names == ["text"]
+    assert texts_of(found) == TEXTS
+    assert found[-1].consumed == path.stat().st_size
+    for block in found[::3]:
+        rest = read(str(path), start=block.end)
+        assert texts_of(rest) == TEXTS[block.end.number :]
+        assert not rest or rest[0].number == block.end.number + 1
+
+
+def test_several_files_count_on(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl.gz")
+    (tmp_path / "c.txt").write_bytes(b"the third")
+    given = (first, second, str(tmp_path / "c.txt"))
+    found = read(*given)
+    assert texts_of(found) == [*TEXTS, *TEXTS, "the third"]
+    assert found[-1].consumed == sum(map(os.path.getsize, given))
+    for block in found[::7]:
+        rest = texts_of(read(*given, start=block.end))
+        assert rest == [*TEXTS, *TEXTS, "the third"][block.end.file * 2000 + block.end.number :]
+    assert read(*given, start=found[-1].end) == []
+
+
+def test_the_last_line_needs_no_end(tmp_path: Path) -> None:
+    assert texts_of(read(write(tmp_path / "a.jsonl", LINES[:-1]))) == TEXTS
+
+
+def test_byte_order_mark_line_ends_and_blank_lines(tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbf" + b'{"text": "a\\r\\n"}\r\n\r\n  \n{"text": "b"}\r\n\n'
+    (block,) = read(write(tmp_path / "a.jsonl", content))
+    documents = list(documents_of(block))
+    assert [document.texts(["text"]) for document in documents] == [["a\r\n"], ["b"]]
+    assert [document.number for document in documents] == [1, 4]
+    assert block.end == Position(offset=len(content), number=5)
+    (text,) = read(write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\n\r\ntwo\n"))
+    assert texts_of([text]) == ["one\r\n\r\ntwo\n"]
+
+
+def test_empty_files(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.jsonl", b"")) == []
+    assert texts_of(read(write(tmp_path / "a.txt", b""))) == [""]
+    parquet.write_table(
+        pyarrow.table({"text": pyarrow.array([], "string")}), tmp_path / "a.parquet"
+    )
+    assert read(str(tmp_path / "a.parquet")) == []
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_truncated_archive_gives_what_is_there(tmp_path: Path, packing: str) -> None:
+    # Text that does not compress, so that every packing has given a part of it before the end.
+    random = os.urandom(300_000).hex().encode()
+    lines = b"".join(b'{"text": "%s"}\n' % random[at : at + 500] for at in range(0, 600_000, 500))
+    path = tmp_path / f"a.jsonl{packing}"
+    path.write_bytes(PACKINGS[packing].compress(lines)[: 200_000 if packing != ".bz2" else -5])
+    other = write(tmp_path / "b.jsonl")
+    *found, last, _ = (found := read(str(path), other))[: -len(read(other)) + 1]
+    read_lines = last.number - 1
+    assert b"".join(block.content for block in found) == b"".join(
+        lines.splitlines(keepends=True)[:read_lines]
+    )
+    assert read_lines > 100 or packing == ".bz2"
+    assert str(last.fault).startswith(f"{path} is truncated or damaged after line {read_lines} (")
+    assert str(last.fault).endswith("; make or copy the file again")
+    assert last.end == Position(file=1)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_an_archive_that_is_none(tmp_path: Path, packing: str) -> None:
+    path = tmp_path / f"a.jsonl{packing}"
+    path.write_bytes(LINES)
+    (block,) = read(str(path))
+    assert f"{path} is truncated or damaged after line 0 (" in str(block.fault)
+
+
+def test_a_damaged_row_group(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": TEXTS}), path, row_group_size=500)
+    content = bytearray(path.read_bytes())
+    at = len(content) * 6 // 10
+    content[at : at + 500] = bytes(500)
+    path.write_bytes(content)
+    *found, last = read(str(path))
+    assert texts_of(found) == TEXTS[: last.number - 1]
+    assert f"{path} is truncated or damaged after row {last.number - 1} (" in str(last.fault)
+
+
+def test_a_file_that_is_gone(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl")
+    sources = find_sources([path], ["text"])
+    os.unlink(path)
+    (block,) = read_blocks(sources)
+    assert "No such file" in str(block.fault)
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+def test_a_line_that_is_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    monkeypatch.setattr(blocks, "LONGEST_DOCUMENT", 100_000)
+    long = b'{"text": "' + b"x" * 400_000 + b'"}\n'
+    content = LINES[:5000].rpartition(b"\n")[0] + b"\n"
+    path = write(tmp_path / f"a.jsonl{packing}", content + long + LINES + long[:-1])
+    found = read(path)
+    faults = [block for block in found if block.fault]
+    lines = content.count(b"\n")
+    assert [str(block.fault) for block in faults] == [
+        f"line {number} of {path} is longer than 100000 bytes; cut it into several documents"
+        for number in (lines + 1, lines + 2 + len(TEXTS))
+    ]
+    assert texts_of(found) == [*TEXTS[:lines], *TEXTS]
+    assert [block.number for block in faults] == [lines + 1, lines + 2 + len(TEXTS)]
+    assert texts_of(read(path, start=faults[0].end)) == TEXTS
+
+
+def test_a_text_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "LONGEST_DOCUMENT", 10)
+    fits, long = tmp_path / "a.txt", tmp_path / "b.txt"
+    fits.write_bytes(b"x" * 10)
+    long.write_bytes(b"x" * 11)
+    found = read(str(fits), str(long))
+    assert texts_of(found) == ["x" * 10]
+    assert str(found[1].fault) == f"{long} is longer than 10 bytes; cut it into several documents"
+
+
+def test_a_long_line_costs_its_length_a_few_times(tmp_path: Path) -> None:
+    length = 30_000_000
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        for _ in range(3):
+            file.write(b'{"text": "' + b"x" * length + b'"}\n')
+    tracemalloc.start()
+    try:
+        for block in read_blocks(find_sources([str(path)], ["text"])):
+            assert len(block.content) == length + 13
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 * length
+
+
+def test_memory_does_not_grow_with_a_row_group(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    text = os.urandom(5_000).hex()
+    table = pyarrow.table({"text": [text[number:] + text[:number] for number in range(3000)]})
+    parquet.write_table(table, path, row_group_size=3000, use_dictionary=False, compression="none")
+    assert path.stat().st_size > 29_000_000
+    del table
+    before = pyarrow.total_allocated_bytes()
+    peak = 0
+    for _ in read_blocks(find_sources([str(path)], ["text"])):
+        peak = max(peak, pyarrow.total_allocated_bytes() - before)
+    assert peak < 15_000_000

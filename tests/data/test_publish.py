@@ -1,0 +1,79 @@
+"""Files appear together or not at all; what is left of a kill is removed, or finished."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_sffn.data.publish import bin_and_idx, published
+from megatron_sffn.errors import ConfigError
+
+
+def write(prefix: Path, content: str, *, overwrite: bool = False) -> None:
+    files = bin_and_idx(str(prefix))
+    with published(str(prefix), files, overwrite=overwrite) as folder:
+        for path in files:
+            (folder / path.name).write_text(content)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_files_appear_at_the_end(tmp_path: Path) -> None:
+    files = bin_and_idx(f"{tmp_path}/a")
+    with published(f"{tmp_path}/a", files, overwrite=False) as folder:
+        for path in files:
+            (folder / path.name).write_text("x")
+        assert not any(path.exists() for path in files)
+        assert folder.parent == tmp_path  # beside them, so that a rename is enough
+    assert content(tmp_path) == {"a.bin": "x", "a.idx": "x"}
+
+
+def test_an_error_leaves_the_old_files(tmp_path: Path) -> None:
+    write(tmp_path / "a", "old")
+    files = bin_and_idx(f"{tmp_path}/a")
+    with (
+        pytest.raises(ZeroDivisionError),
+        published(f"{tmp_path}/a", files, overwrite=True) as folder,
+    ):
+        (folder / "a.bin").write_text("new")
+        raise ZeroDivisionError
+    assert content(tmp_path) == {"a.bin": "old", "a.idx": "old"}
+
+
+@pytest.mark.parametrize("renamed", [0, 1])
+def test_a_kill_among_the_renames_is_finished(tmp_path: Path, renamed: int) -> None:
+    """The process ends where it gives the files their names."""
+    pid = os.fork()
+    if not pid:
+        replace, calls = Path.replace, []
+
+        def die(path: Path, target: Path) -> Path:
+            if path.suffix in (".bin", ".idx"):
+                calls.append(path)
+                if len(calls) > renamed:
+                    os._exit(9)
+            return replace(path, target)
+
+        Path.replace = die  # type: ignore[method-assign]
+        write(tmp_path / "a", "whole")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert not (tmp_path / "a.idx").exists()
+    with pytest.raises(ConfigError, match="is there already"):
+        write(tmp_path / "a", "another")
+    assert content(tmp_path) == {"a.bin": "whole", "a.idx": "whole"}
+    write(tmp_path / "a", "another", overwrite=True)
+    assert content(tmp_path) == {"a.bin": "another", "a.idx": "another"}
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "a.bin.partial").write_text("in the way")
+    with pytest.raises(
+        ConfigError, match=r"a\.bin\.partial cannot be written \(File exists\); give"
+    ):
+        write(tmp_path / "a", "x")
+    assert content(tmp_path) == {"a.bin.partial": "in the way"}

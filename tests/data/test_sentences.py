@@ -1,0 +1,89 @@
+"""Sentences: those that Megatron-LM's tool makes with the same Punkt model."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from nltk.tokenize.punkt import (
+    PunktLanguageVars,
+    PunktSentenceTokenizer,
+    PunktTrainer,
+    save_punkt_params,
+)
+
+from megatron_sffn.data import sentences
+from megatron_sffn.data.sentences import load_splitter
+from megatron_sffn.errors import ConfigError
+
+TRAINING = "Dr. Jones met Mr. Smith. They spoke, e.g. of Mr. Brown. Mr. Brown was late! " * 20
+TEXT = 'Mr. Smith came. "Late!"  He left,\n\nbut why?  Dr. Jones (3.5 m away...) knew. End'
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PunktSentenceTokenizer:
+    """A Punkt model where NLTK looks for it."""
+    import nltk.data
+
+    folder = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab"
+    folder.mkdir(parents=True)
+    folder.chmod(0o700)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
+    params = PunktTrainer(TRAINING).get_params()
+    save_punkt_params(params, str(folder / "english"))
+    return PunktSentenceTokenizer(params)
+
+
+def test_sentences(model: PunktSentenceTokenizer) -> None:
+    found = load_splitter("english", keep_newlines=False)(TEXT)
+    assert found == model.tokenize(TEXT)
+    assert found[:2] == ["Mr. Smith came.", '"Late!"']
+    assert load_splitter("english", keep_newlines=False)("") == []
+
+
+def test_newlines_are_kept(model: PunktSentenceTokenizer) -> None:
+    found = load_splitter("english", keep_newlines=True)(TEXT + "\n")
+    assert found[0] == "Mr. Smith came. "
+    assert found[2] == "He left,\n\nbut why?  "
+
+
+def test_newlines_are_kept_as_megatron_lm_keeps_them(model: PunktSentenceTokenizer) -> None:
+    class Theirs(PunktLanguageVars):
+        _period_context_fmt = (
+            r"\S*%(SentEndChars)s\s*(?=(?P<after_tok>%(NonWord)s|(?P<next_tok>\S+)))"
+        )
+
+    theirs = PunktSentenceTokenizer(model._params, lang_vars=Theirs())
+    ours = load_splitter("english", keep_newlines=True)
+    rng = random.Random(0)
+    words = ["One", "two", ".", "!", "?", "...", "Mr.", "e.g.", "3.14", ")", "(", '"', ",", "\n\n"]
+    for _ in range(500):
+        text = "".join(rng.choice(words) + rng.choice(["", " ", "\n"]) for _ in range(20))
+        assert ours(text) == theirs.tokenize(text)
+
+
+def test_long_words_cost_their_length(model: PunktSentenceTokenizer) -> None:
+    start = time.monotonic()
+    load_splitter("english", keep_newlines=True)("x" * 100_000 + " end. Next")
+    assert time.monotonic() - start < 5  # the square of the length would be a minute
+
+
+def test_long_texts_are_cut(model: PunktSentenceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentences, "PIECE", 7)
+    assert load_splitter("english", keep_newlines=False)("One two three") == ["One two", " three"]
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("language", ["klingon", "../english", ""])
+def test_a_model_that_is_missing(language: str) -> None:
+    with pytest.raises(ConfigError, match=f"--lang {language} has no Punkt model .* NLTK_DATA"):
+        load_splitter(language, keep_newlines=False)
+
+
+def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nltk.tokenize.punkt", None)
+    with pytest.raises(ConfigError, match="needs NLTK, which is not installed; pip install nltk"):
+        load_splitter("english", keep_newlines=False)

@@ -1,0 +1,146 @@
+"""Tokenizers of every kind load from this machine alone, and what is wrong is one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sffn.data.tokenizer import changed_text, load_tokenizer, localize_tokenizer
+from megatron_sffn.errors import ConfigError
+from tests.data import made_tokenizers
+from tests.data.made_tokenizers import KINDS, TEXTS, arguments
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network, and with a cache of its own."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a tokenizer asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RANK", "0")  # without it Megatron's logging warns
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_loads_and_gives_back_text(tmp_path: Path, kind: str) -> None:
+    tokenizer = load_tokenizer(arguments(KINDS[kind](tmp_path)), need_eod=True)
+    texts = ["1 2", "999 0 3"] if kind == "null" else TEXTS
+    assert changed_text(tokenizer, texts) is None
+    assert 0 <= tokenizer.eod < tokenizer.vocab_size
+    ids = [id for text in texts for id in tokenizer.tokenize(text)]
+    assert 0 <= min(ids) <= max(ids) < tokenizer.vocab_size
+
+
+def test_bytes_are_their_own_ids(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(arguments(made_tokenizers.bytes_as_ids(tmp_path)))
+    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000), 0x10FFFF]))
+    assert tokenizer.tokenize(text) == list(text.encode())
+    assert (tokenizer.eod, tokenizer.vocab_size) == (256, 258)
+
+
+def test_gpt2_is_the_tokenizer_of_its_files(tmp_path: Path) -> None:
+    flags = made_tokenizers.gpt2(tmp_path)
+    whole = load_tokenizer(arguments(made_tokenizers.byte_level(tmp_path)))
+    first, second = load_tokenizer(arguments(flags)), load_tokenizer(arguments(flags))
+    for text in TEXTS:
+        assert first.tokenize(text) == second.tokenize(text) == whole.tokenize(text)
+    assert len(list((tmp_path / "cache" / "megatron_sffn").iterdir())) == 1
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    assert load_tokenizer(arguments(flags)).tokenize("words") != first.tokenize("words")
+
+
+def test_megatron_itself_finds_what_is_localized(tmp_path: Path) -> None:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    for kind in ("gpt2", "json_file"):
+        args = arguments(KINDS[kind](tmp_path), pad_vocab_size=False)
+        before = vars(args).copy()
+        expected = load_tokenizer(args).tokenize(TEXTS[0])
+        assert vars(args) == before
+        localize_tokenizer(args)
+        assert build_tokenizer(args).tokenize(TEXTS[0]) == expected
+
+
+def test_a_change_of_text_is_found(tmp_path: Path) -> None:
+    lossy = load_tokenizer(arguments(made_tokenizers.lossy(tmp_path)))
+    assert changed_text(lossy, ["fine words", "some  spaces"]) == (" spaces", "spaces")
+    assert changed_text(lossy, ["words word"]) is None
+
+
+def bad(tmp_path: Path, *flags: str) -> argparse.Namespace:
+    return arguments([flag.replace("DIR", str(tmp_path)) for flag in flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], r"--tokenizer-type is not given and there is no default; .* use:"),
+        (["HuggingFaceTokenizer", "--tokenizer-model", "DIR/no"], "DIR/no does not exist; give"),
+        (["HuggingFaceTokenizer", "--tokenizer-model", "DIR"], "DIR cannot be loaded .*; check"),
+        (
+            ["HuggingFaceTokenizer", "--tokenizer-model", "some/model"],
+            "some/model is no folder here, and the hub's cache .* not have it; .*HF_HUB_OFFLINE=0",
+        ),
+        (
+            ["HuggingFaceTokenizer", "--tokenizer-model", "DIR/other.json"],
+            "DIR/other.json is a file of another name than tokenizer.json, .*; give it that name",
+        ),
+        (["GPT2BPETokenizer"], "has --vocab-file None and --merge-file None; give both"),
+        (["GPT2BPETokenizer", "--vocab-file", "DIR/other.json"], "--merge-file None; give both"),
+        (["GPT2BPETokenizer", "--vocab-file", "DIR/no"], "--vocab-file DIR/no does not exist"),
+        (["GPTSentencePieceTokenizer", "--tokenizer-model", "DIR/other.json"], "cannot be loaded"),
+        (["GPTSentencePieceTokenizer"], "cannot be loaded .*; check the tokenizer flags"),
+        (["TikTokenizer", "--tokenizer-model", "DIR/a.tiktoken"], "is not what TikTokenizer reads"),
+        (["TikTokenizer", "--tokenizer-model", "DIR/bad.json"], r"bad.json is not JSON \(.*; copy"),
+        (
+            ["TikTokenizer", "--tokenizer-model", "DIR/other.json", "--vocab-size", "1500"],
+            r"--vocab-size 1500 is more than the 3 tokens of .* 1000; give --vocab-size 1003",
+        ),
+        (["NullTokenizer"], "NullTokenizer .* cannot be loaded"),
+    ],
+)
+def test_tokenizers_that_cannot_be_loaded(tmp_path: Path, flags: list[str], message: str) -> None:
+    (tmp_path / "other.json").write_text("[1, 2, 3]")
+    (tmp_path / "bad.json").write_text("[1, 2")
+    (tmp_path / "a.tiktoken").write_text("IQ== 0\n")
+    given = ["--tokenizer-type", *flags] if flags else []
+    with pytest.raises(ConfigError, match=message.replace("DIR", str(tmp_path))) as error:
+        load_tokenizer(bad(tmp_path, *given))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_end_of_document_is_needed(tmp_path: Path) -> None:
+    flags = made_tokenizers.byte_level(tmp_path)
+    os.unlink(tmp_path / "tokenizer" / "tokenizer_config.json")
+    assert load_tokenizer(arguments(flags)).eod is None
+    with pytest.raises(ConfigError, match="no end-of-document token; leave out --append-eod, or"):
+        load_tokenizer(arguments(flags), need_eod=True)
+
+
+@pytest.mark.parametrize(("given", "offline"), [(None, "True"), ("0", "False"), ("1", "True")])
+def test_the_hub_is_asked_only_on_request(given: str | None, offline: str) -> None:
+    code = (
+        "from argparse import Namespace\n"
+        "from megatron_sffn.data.tokenizer import localize_tokenizer\n"
+        "names = ('tokenizer_model', 'vocab_file', 'merge_file')\n"
+        "args = Namespace(tokenizer_type='NullTokenizer', **dict.fromkeys(names))\n"
+        "localize_tokenizer(args)\n"
+        "from huggingface_hub.constants import HF_HUB_OFFLINE\n"
+        "print(HF_HUB_OFFLINE)\n"
+    )
+    env = {**os.environ, "HF_HUB_OFFLINE": given or ""}
+    if given is None:
+        del env["HF_HUB_OFFLINE"]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == offline

@@ -1,0 +1,201 @@
+"""What is in a data set: numbers that are exact, pictures, and files that are found to be wrong."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tracemalloc
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import inspect_dataset
+import numpy
+import pytest
+
+from megatron_sffn.data import indexed, inspection
+from megatron_sffn.data.indexed import open_index
+from megatron_sffn.data.inspection import document_lengths, id_counts, samples
+from megatron_sffn.errors import ConfigError
+from tests.data.pairs import random_documents, write_pair
+
+DOCUMENTS = random_documents(300, vocab=90)
+LENGTHS = [sum(map(len, document)) for document in DOCUMENTS]
+IDS = [token for document in DOCUMENTS for sequence in document for token in sequence]
+
+
+@pytest.fixture(autouse=True)
+def rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it Megatron's logging warns that it does not know the rank."""
+    monkeypatch.setenv("RANK", "0")
+
+
+def run(*arguments: object) -> int:
+    return inspect_dataset.main([str(argument) for argument in arguments])
+
+
+def test_the_command(tmp_path: Path, start_tool: Any, tokenizer_folder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    texts = ["plain words, and some more plain words", "1234567890"]
+    ids = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    prefix = write_pair(tmp_path / "a", [[ids.encode(text).ids] for text in texts])
+    process = start_tool(
+        "inspect_dataset.py", "--input", prefix, "--samples", 9,
+        "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png",
+        "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder,
+    )  # fmt: skip
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Transformer Engine" not in err
+    assert "2 documents, 2 sequences" in out and "tokens per document: min" in out
+    assert all(text in out for text in texts)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert [sample["text"] for sample in record["samples"]] == texts
+    assert record["ids"]["vocab_size"] == ids.get_vocab_size()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.bin", "a.idx", "a.json", "a.png",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", [1, 64, 1 << 20])
+def test_the_numbers_are_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], piece: int
+) -> None:
+    for module in (indexed, inspection):
+        monkeypatch.setattr(module, "PIECE", piece)
+    prefixes = [
+        write_pair(tmp_path / "a", DOCUMENTS[:123]),
+        write_pair(tmp_path / "b", DOCUMENTS[123:], numpy.int32),
+    ]
+    assert run("--input", *prefixes, "--json", tmp_path / "out.json", "--top", 5) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert (record["documents"], record["tokens"]) == (300, len(IDS))
+    assert record["sequences"] == sum(map(len, DOCUMENTS))
+    assert [one["documents"] for one in record["data_sets"]] == [123, 177]
+    assert [one["dtype"] for one in record["data_sets"]] == ["uint16", "int32"]
+    assert record["tokens_per_document"] == {
+        "min": min(LENGTHS),
+        "median": statistics.median(LENGTHS),
+        "mean": pytest.approx(statistics.mean(LENGTHS)),
+        "max": max(LENGTHS),
+    }
+    for one in record["lengths"]:
+        inside = [length for length in LENGTHS if one["from"] <= length <= one["to"]]
+        assert (one["documents"], one["tokens"]) == (len(inside), sum(inside))
+    assert sum(one["documents"] for one in record["lengths"]) == 300
+    counts = Counter(IDS)
+    ids = record["ids"]
+    assert (ids["smallest"], ids["largest"]) == (min(IDS), max(IDS))
+    assert (ids["distinct"], ids["vocab_size"]) == (len(counts), None)
+    expected = sorted(counts, key=lambda token: (-counts[token], token))[:5]
+    assert [one["id"] for one in ids["most_frequent"]] == expected
+    assert [one["count"] for one in ids["most_frequent"]] == [counts[one] for one in expected]
+    out = capsys.readouterr().out
+    assert f"together: 300 documents, {record['sequences']} sequences, {len(IDS):,} tokens" in out
+
+
+@pytest.mark.parametrize("lengths", [[1], [0, 0, 5], [0, 0, 0, 2], [7, 7], [1, 2, 3, 1000], [4, 8]])
+def test_lengths_of_few_documents(tmp_path: Path, lengths: list[int]) -> None:
+    documents = [[[1] * length] if length else [] for length in lengths]
+    found = document_lengths([open_index(write_pair(tmp_path / "a", documents))])
+    assert (found.documents, found.tokens) == (len(lengths), sum(lengths))
+    assert found.median == statistics.median(lengths)
+    bins = found.bins()
+    assert bins[0]["from"] <= min(lengths) and max(lengths) <= bins[-1]["to"]
+    assert all(one["to"] + 1 == other["from"] for one, other in pairwise(bins))
+
+
+def test_samples(tmp_path: Path) -> None:
+    indices = [
+        open_index(write_pair(tmp_path / "a", DOCUMENTS[:100])),
+        open_index(write_pair(tmp_path / "b", DOCUMENTS[100:])),
+    ]
+    drawn = samples(indices, 40, 1, 10**9)
+    assert drawn == samples(indices, 40, 1, 10**9) != samples(indices, 40, 2, 10**9)
+    places = [(one.prefix[-1], one.number) for one in drawn]
+    assert len(set(places)) == 40 and places == sorted(places)
+    assert {name for name, _ in places} == {"a", "b"}
+    for one in drawn:
+        document = DOCUMENTS[one.number + (100 if one.prefix.endswith("b") else 0)]
+        assert one.ids == [token for sequence in document for token in sequence]
+        assert one.length == len(one.ids)
+    assert len(samples(indices, 10**6, 1, 3)) == 300
+    assert [len(one.ids) for one in samples(indices, 300, 1, 3)] == [min(n, 3) for n in LENGTHS]
+
+
+def test_memory_does_not_grow_with_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (indexed, inspection):
+        monkeypatch.setattr(module, "PIECE", 1 << 12)
+    lengths = [1 + number % 5 for number in range(100_000)]
+    index = open_index(write_pair(tmp_path / "a", [[[1] * length] for length in lengths]))
+    tracemalloc.start()
+    assert document_lengths([index]).tokens == sum(lengths)
+    assert id_counts([index], lambda num_bytes: None).tolist() == [0, sum(lengths)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 400_000 < index.num_bytes
+
+
+def test_the_index_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = write_pair(tmp_path / "a", [[[5, 70000]]], numpy.int32)
+    assert run("--input", prefix, "--index-only", "--json", tmp_path / "a.json") == 0
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["tokens"] == 2 and "ids" not in record and not record["samples"]
+    assert "ids:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--input nowhere", r"nowhere\.idx does not exist"),
+        (
+            "--input nothing",
+            "nothing holds 0 documents and no tokens, which .*; make it again, of text",
+        ),
+        ("--input empty", "empty holds 2 documents and no tokens"),
+        ("--input truncated", r"truncated\.bin has 4 bytes, but its index says 6"),
+        ("--input mismatched", r"mismatched\.bin has 4 bytes, but its index says 6"),
+        ("--input foreign", r"foreign\.idx is no index"),
+        ("--input damaged", r"damaged\.idx is damaged, its documents"),
+        ("--input large", r"large\.bin holds the id 16777216, which no vocabulary has"),
+        ("--input negative", r"negative\.bin holds the id -5, which no vocabulary has"),
+        ("--input good --samples -1", "--samples -1 is less than 0"),
+        ("--input good --top -1", "--top -1 is less than 0"),
+        ("--input good --sample-tokens 0", "--sample-tokens 0 is less than 1"),
+        ("--input good --plot a.txt", r"--plot a\.txt is no picture .* end in \.png"),
+        ("--input good --plot no/a.png", "--plot no/a.png lies in no folder; create no first"),
+        ("--input good --json no/a.json", "--json no/a.json lies in no folder; create no"),
+        (
+            "--input good --tokenizer-type NullTokenizer --vocab-size 3",
+            "holds the id 3, but the tokenizer has 3 ids; give the tokenizer that made",
+        ),
+        ("--input good --tokenizer-type HuggingFaceTokenizer --tokenizer-model ./no", "not exist"),
+    ],
+)
+def test_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("good", "truncated", "mismatched", "damaged"):
+        write_pair(Path(name), [[[1, 2], [3]]])
+    write_pair(Path("nothing"), [])
+    write_pair(Path("empty"), [[], []])
+    write_pair(Path("large"), [[[1, 1 << 24]]], numpy.int32)
+    write_pair(Path("negative"), [[[-5, 1]]], numpy.int32)
+    Path("truncated.bin").write_bytes(Path("truncated.bin").read_bytes()[:4])
+    write_pair(Path("other"), [[[1, 2]]])
+    Path("other.bin").replace("mismatched.bin")
+    Path("foreign.bin").write_bytes(b"image")
+    Path("foreign.idx").write_bytes(b"something else" * 10)
+    index = Path("damaged.idx").read_bytes()
+    Path("damaged.idx").write_bytes(index[:-8] + bytes(8))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=message) as error:
+        run(*flags.split())
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before

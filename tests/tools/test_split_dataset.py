@@ -1,0 +1,202 @@
+"""Parts of a corpus: a document's content alone decides, nothing is lost, nothing half-written."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pyarrow
+import pyarrow.parquet
+import pytest
+import split_dataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_sffn.data.split import parse_parts
+from megatron_sffn.errors import ConfigError
+from tests.data.pairs import content, random_documents, write_pair
+
+TEXTS = [f"document {number} é 日本\n" * (1 + number % 7) for number in range(400)]
+
+
+@pytest.fixture(autouse=True)
+def rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it Megatron's logging warns that it does not know the rank."""
+    monkeypatch.setenv("RANK", "0")
+
+
+def run(*arguments: object) -> int:
+    return split_dataset.main([str(argument) for argument in arguments])
+
+
+def write(path: Path, records: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def texts_of(folder: Path, prefix: str, names: Sequence[str]) -> dict[str, list[str]]:
+    return {
+        name: [record["text"] for record in read(folder / f"{prefix}_{name}.jsonl")]
+        for name in names
+    }
+
+
+NAMES = ("train", "valid", "test")
+PARTS = ("--parts", "train=0.8,valid=0.1,test=0.1")
+
+
+def test_the_command(tmp_path: Path, start_tool: Any) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": text, "n": [1]} for text in TEXTS])
+    process = start_tool(
+        "split_dataset.py", "--input", source, "--output-prefix", tmp_path / "out", *PARTS
+    )
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    parts = {name: (tmp_path / f"out_{name}.jsonl").read_bytes() for name in NAMES}
+    # Lines are the same bytes, in the same order, each in one part.
+    lines = [part.splitlines(keepends=True) for part in parts.values()]
+    order = {line: at for at, line in enumerate(source.read_bytes().splitlines(keepends=True))}
+    places = [[order.pop(line) for line in part] for part in lines]
+    assert not order and all(part == sorted(part) for part in places)
+    shares = [len(part) / len(TEXTS) for part in places]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.05)
+    for name, part in zip(NAMES, lines, strict=True):
+        assert f"out_{name}.jsonl: {len(part)} documents ({len(part) / 400:.2%})" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.jsonl", "out_test.jsonl", "out_train.jsonl", "out_valid.jsonl",
+    ]  # fmt: skip
+
+
+def test_the_parts_never_change() -> None:
+    # Fixed for ever: a corpus of another machine or year holds out the same documents.
+    parts = parse_parts("train=0.8,valid=0.1,test=0.1", 0)
+    found = [parts.of(f"document {number}".encode()) for number in range(40)]
+    assert "".join(map(str, found)) == "0000020000001200010010000000022120000002"
+    other = parse_parts("train=0.8,valid=0.1,test=0.1", 1)
+    assert [other.of(f"document {number}".encode()) for number in range(40)] != found
+    # Relative, exact, in any notation.
+    for same in ("train=8,valid=1,test=1", "train=4/5,valid=1/10,test=1/10"):
+        assert parse_parts(same, 0) == parts
+
+
+def test_content_alone_decides(tmp_path: Path) -> None:
+    """Other files, order, format, keys, packing, copies: the same documents are held out."""
+    shuffled = random.Random(0).sample(TEXTS, len(TEXTS))
+    first = write(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    assert run("--input", first, "--output-prefix", tmp_path / "a", *PARTS) == 0
+
+    rows = pyarrow.table({"n": list(range(100)), "body": shuffled[:100]})
+    pyarrow.parquet.write_table(rows, tmp_path / "b1.parquet")
+    lines = "".join(json.dumps({"id": 1, "body": text}) + "\n" for text in shuffled[100:])
+    (tmp_path / "b2.jsonl.gz").write_bytes(gzip.compress((lines * 2).encode()))
+    flags = ("--json-key", "body", "--output-prefix", tmp_path / "b", *PARTS)
+    assert run("--input", tmp_path / "b*", *flags) == 0
+
+    for name in NAMES:
+        here = {record["text"] for record in read(tmp_path / f"a_{name}.jsonl")}
+        there = read(tmp_path / f"b_{name}.jsonl")
+        assert {record["body"] for record in there} == here
+        assert len(there) == 2 * len(here) - sum("n" in record for record in there)
+        assert all(set(record) in ({"n", "body"}, {"id", "body"}) for record in there)
+
+
+def test_text_files(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, text in enumerate(TEXTS[:60]):
+        (folder / f"{number:02}.txt").write_text(text, newline="")
+    assert run("--input", folder, "--output-prefix", tmp_path / "out", "--parts", "a=1,b=1") == 0
+    found = texts_of(tmp_path, "out", "ab")
+    assert sorted(found["a"] + found["b"]) == sorted(TEXTS[:60])
+
+
+@pytest.mark.parametrize("dtype", [numpy.uint16, numpy.int32])
+def test_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: Any) -> None:
+    documents = random_documents(300)
+    prefixes = [
+        write_pair(tmp_path / "a", documents[:200], dtype),
+        write_pair(tmp_path / "b", documents[200:] + documents[:50], dtype),
+    ]
+    flags = ("--tokenized", "--output-prefix", tmp_path / "out", *PARTS)
+    assert run("--input", *prefixes, *flags) == 0
+    out = capsys.readouterr().out
+    parts = parse_parts(PARTS[1], 0)
+    for part, name in enumerate(NAMES):
+        chosen = [
+            document
+            for document in documents + documents[:50]
+            if parts.of(numpy.array(list(chain.from_iterable(document)), dtype).tobytes()) == part
+        ]
+        expected = write_pair(tmp_path / f"expected_{name}", chosen, dtype)
+        assert content(tmp_path / f"out_{name}") == content(expected)
+        assert f"out_{name}: {len(chosen)} documents" in out
+        assert len(IndexedDataset(f"{tmp_path}/out_{name}")) == sum(map(len, chosen))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--parts train", "--parts train has no two different names"),
+        ("--parts train=1", "--parts train=1 has no two different names; name each part once"),
+        ("--parts a=1,a=2", "has no two different names"),
+        ("--parts a=1,b/c=2", "has a name that is not made of letters, digits, - and _; write"),
+        ("--parts a=1,=2", "has a name that is not made of"),
+        ("--parts a=1,b", "--parts a=1,b has a share that is no positive number; write"),
+        ("--parts a=1,b=x", "has a share that is no positive number"),
+        ("--parts a=1,b=0", "has a share that is no positive number"),
+        ("--parts a=1,b=-1", "has a share that is no positive number"),
+        ("--parts a=1,b=1/0", "has a share that is no positive number"),
+        ("--parts a=1,b=inf", "has a share that is no positive number"),
+        ("--parts a=1,b=1e-9", "the part b would be empty: of 4 documents none .* larger one"),
+        ("--seed -1", "--seed -1 is less than 0"),
+        ("--json-key body", r"line 1 of good\.jsonl has no key 'body' \(it has text\)"),
+        ("--input bad.jsonl", r"line 2 of bad\.jsonl is not JSON"),
+        ("--input cut.jsonl.gz", r"cut\.jsonl\.gz is truncated or damaged"),
+        ("--input empty.jsonl", "the part train would be empty: of 0 documents none"),
+        ("--input nowhere", "--input nowhere does not exist"),
+        ("--output-prefix nowhere/out", "nowhere/out lies in nowhere, which is no folder"),
+        ("--output-prefix good", r"good_valid\.jsonl is there already; add --overwrite"),
+        ("--tokenized", r"good\.jsonl\.idx does not exist; give the path of PREFIX"),
+        ("--tokenized --input ids wide", "different tokenizers made them; give sets of one"),
+        ("--tokenized --input ids --parts a=1,b=1e-9", "the part b would be empty"),
+        ("--input raw.parquet", r"row 1 of raw\.parquet has a value that JSON cannot hold"),
+    ],
+)
+def test_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in "abcd")
+    Path("good.jsonl").write_text(lines)
+    Path("bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    Path("cut.jsonl.gz").write_bytes(gzip.compress((lines * 99).encode())[:-9])
+    Path("empty.jsonl").touch()
+    Path("good_valid.jsonl").touch()
+    write_pair(Path("ids"), [[[1]], [[2]]])
+    write_pair(Path("wide"), [[[1]]], numpy.int32)
+    rows = pyarrow.table({"text": ["a"], "raw": [b"\xff"]})
+    pyarrow.parquet.write_table(rows, "raw.parquet")
+    before = sorted(tmp_path.rglob("*"))
+    base = ["--input", "good.jsonl", "--output-prefix", "out"]
+    with pytest.raises(ConfigError, match=message) as error:
+        run(*base, *flags.split())
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_overwrite(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    (tmp_path / "out_train.jsonl").write_text("old")
+    flags = ("--input", source, "--output-prefix", tmp_path / "out", *PARTS)
+    assert run(*flags, "--overwrite") == 0
+    found = texts_of(tmp_path, "out", NAMES)
+    assert sorted(chain.from_iterable(found.values())) == sorted(TEXTS)

@@ -1,0 +1,123 @@
+"""Write the index files of a run before it starts.
+
+Enters: the flags of `megatron_sffn.pretrain`. Leaves: Megatron's index files, so that no rank of
+the run computes or waits for them. The work is in `megatron_sffn/data/cache.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import sys
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from megatron_sffn.errors import ConfigError, run_command
+
+if TYPE_CHECKING:
+    from megatron_sffn.data.cache import IndexSet
+
+DESCRIPTION = """\
+Write the index files that say in what order a run reads its data: for every data set and blend, for
+training, validation and test. They go to --data-cache-path, or beside the data sets. Give it the
+flags of the run, all of them: the files depend on data paths, --split, --seq-length, --seed, the
+tokenizer, and on how many samples training and evaluation draw. Files that are there and whole
+stay.
+"""
+
+EXAMPLE = """\
+example: once, before a run of 512 ranks
+  .venv/bin/python tools/build_index_cache.py --ranks 512 [the flags of the run] \\
+      --data-cache-path /shared/cache
+
+example: a disk in each node (a run also does so by itself, when it starts)
+  srun --ntasks-per-node 1 .venv/bin/python tools/build_index_cache.py --ranks 512 [flags] \\
+      --data-cache-path /local/cache
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The tool's own flags."""
+    parser = argparse.ArgumentParser(
+        prog="tools/build_index_cache.py",
+        usage="tools/build_index_cache.py [--ranks N] [flags of megatron_sffn.pretrain]",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="ranks of the run (default: 1)"
+    )
+    return parser
+
+
+def namespace_of(flags: list[str], ranks: int) -> Namespace:
+    """The run's namespace, as its first rank has it."""
+    from megatron_sffn.platforms import prepare
+
+    defaults, _ = prepare()  # before Megatron is imported
+
+    from megatron_sffn.arguments import parse
+
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks))
+    sys.argv = ["pretrain", *flags]
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's account of what it derives
+        return parse(defaults)
+
+
+def report(done: int, missing: int, one: IndexSet) -> None:
+    """A line of progress."""
+    print(f"written {done} of {missing}: {one.title}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool with the arguments of the command line."""
+    # Megatron warns of every accelerator library that is absent; none of them matters here.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    parser = build_parser()
+    parser.error = _reject  # type: ignore[method-assign]
+    options, flags = parser.parse_known_args(argv)
+    if options.ranks < 1:
+        raise ConfigError(f"--ranks {options.ranks} must be at least 1; give a positive number")
+    start = time.monotonic()
+    args = namespace_of(flags, options.ranks)
+
+    from megatron_sffn.data.cache import complete
+    from megatron_sffn.data.check import check_data
+    from megatron_sffn.data.gpt import dataset_request, samples_of_run
+    from megatron_sffn.data.tokenizer import load_tokenizer
+
+    check_data(args)
+    if args.phase_transition_iterations:
+        raise ConfigError(
+            "--phase-transition-iterations has index files for each phase, which the run writes "
+            "when a phase begins; leave it out, and this tool"
+        )
+    if args.mock_data and not args.data_cache_path:
+        raise ConfigError("--mock-data without --data-cache-path has no index files; give data")
+    with contextlib.redirect_stdout(io.StringIO()):
+        request = dataset_request(args, load_tokenizer(args), samples_of_run(args))
+    sets, missing = complete(request, report)
+    where = args.data_cache_path or "the folders of the data sets"
+    seconds = time.monotonic() - start
+    print(f"{sets} sets of index files in {where}, {missing} of them new ({seconds:.1f} s)")
+    return 0
+
+
+def _reject(message: str) -> NoReturn:
+    """Argparse's complaint as ours."""
+    raise ConfigError(f"{message}; --help lists every option")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,105 @@
+"""Leave out documents that say what an earlier one says.
+
+Enters: text. Leaves: JSON lines without the duplicates, and a report of those.
+The work is in `megatron_sffn/data/dedup.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from megatron_sffn.data.dedup import dedup
+from megatron_sffn.data.meter import Meter, size
+from megatron_sffn.data.near import UNITS, Near
+from megatron_sffn.data.sources import find_sources, total_size
+from megatron_sffn.errors import ConfigError, run_command
+
+DESCRIPTION = """\
+Leave out documents that are copies of an earlier one: exact ones, but for white space and the form
+of accents, and with --near those that share most of their n-grams with it. The first of several
+stays. Reads text (.jsonl, .txt, .parquet, compressed or not; files, folders, globs, - for standard
+input); writes P.jsonl, and P_duplicates.jsonl with a line for each document that is not in it: its
+file and line, the reason, and the file and line of the one that stays. The same input gives the
+same files.
+"""
+
+EXAMPLE = """\
+memory: 250 bytes for each document that stays, with --near 2.8 kB, whatever its length
+
+example: exact copies
+  .venv/bin/python tools/dedup_dataset.py --input data/raw --output-prefix data/clean
+
+example: near copies, too (needs the extra `dedup`)
+  .venv/bin/python tools/dedup_dataset.py --input data/raw --output-prefix data/clean --near
+
+example: Chinese, Japanese, Thai: words are not spaced, so compare characters
+  .venv/bin/python tools/dedup_dataset.py --input data/raw --output-prefix data/clean --near \\
+      --unit characters --ngram 8
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The tool's flags."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="X",
+        help="files, folders, globs, or - for standard input, in order",
+    )
+    add("--output-prefix", required=True, metavar="P", help="writes P.jsonl and P_duplicates.jsonl")
+    add("--json-key", default="text", help="key of the text to compare (default: text)")
+    add("--near", action="store_true", help="leave out near-duplicates, too")
+    threshold = "n-grams in common, of all that two near-duplicates have (default: 0.8)"
+    add("--threshold", type=float, default=0.8, metavar="T", help=threshold)
+    add("--ngram", type=int, default=5, metavar="N", help="length of an n-gram (default: 5)")
+    add("--unit", choices=UNITS, default="words", help="what n-grams are of (default: words)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that hash (default: the cores of this machine)",
+    )
+    add("--overwrite", action="store_true", help="replace files that are there")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool with the arguments of the command line."""
+    args = build_parser().parse_args(argv)
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(f"--workers {args.workers} is less than 1; give a positive number")
+    near = Near(threshold=args.threshold, size=args.ngram, unit=args.unit) if args.near else None
+    sources = find_sources(args.input, [args.json_key])
+    meter = Meter("compared", total_size(sources))
+    result = dedup(
+        sources,
+        args.json_key,
+        near,
+        args.output_prefix,
+        # Not os.cpu_count(): in a container or a Slurm step fewer cores may be ours.
+        workers=args.workers or len(os.sched_getaffinity(0)),
+        overwrite=args.overwrite,
+        progress=meter.reach,
+    )
+    print(
+        f"{result.path}: {result.kept} documents of {result.kept + result.exact + result.near}, "
+        f"{size(result.kept_bytes)}\n"
+        f"{result.report}: {result.exact} exact and {result.near} near-duplicates, "
+        f"{size(result.left_out_bytes)}\n"
+        f"{meter.end()}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,138 @@
+"""Look into Megatron data sets.
+
+Enters: `.bin/.idx` pairs. Leaves: what they hold, on the terminal, as JSON and as a picture; or
+what is wrong with them, as one sentence and exit code 2.
+The work is in `megatron_sffn/data/inspection.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_sffn.errors import ConfigError, run_command
+
+if TYPE_CHECKING:
+    from megatron_sffn.data.tokenizer import Tokenizer
+
+DESCRIPTION = """\
+Show what is in Megatron data sets (.bin and .idx): documents, tokens, a histogram of their lengths,
+the most frequent ids, and some documents, decoded if a tokenizer is given. Every entry of the index
+and every id is read, so truncated, mismatched and foreign files are found: exit code 2 and one
+sentence. Memory does not grow with the data.
+"""
+
+EXAMPLE = """\
+example:
+  .venv/bin/python tools/inspect_dataset.py --input data/corpus_text_document --plot lengths.png \\
+      --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer --samples 3
+
+example: are all shards whole? (no ids are read)
+  .venv/bin/python tools/inspect_dataset.py --input data/shards --index-only
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The tool's flags; those of the tokenizer are Megatron's."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.config import TokenizerConfig
+
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="X",
+        help="prefixes (paths without .bin and .idx), folders, and globs of prefixes; several are "
+        "taken as one corpus",
+    )
+    add("--samples", type=int, default=2, metavar="N", help="documents to show (default: 2)")
+    add("--sample-tokens", type=int, default=256, metavar="N", help="of each (default: 256)")
+    add("--seed", type=int, default=0, help="of the documents that are drawn (default: 0)")
+    add("--top", type=int, default=10, metavar="N", help="most frequent ids (default: 10)")
+    add("--index-only", action="store_true", help="do not read the ids: seconds for terabytes")
+    add("--json", type=Path, metavar="FILE", help="write all numbers, for other programs")
+    add("--plot", type=Path, metavar="FILE", help="draw the lengths, as .png, .pdf or .svg")
+    ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot work, before anything is read."""
+    from megatron_sffn.data.report import check_picture
+
+    for flag, value in (("--samples", args.samples), ("--top", args.top)):
+        if value < 0:
+            raise ConfigError(f"{flag} {value} is less than 0; give 0 for none, or more")
+    if args.sample_tokens < 1:
+        raise ConfigError(f"--sample-tokens {args.sample_tokens} is less than 1; give more")
+    if args.plot:
+        check_picture(args.plot)
+    if args.json and not args.json.parent.is_dir():
+        raise ConfigError(f"--json {args.json} lies in no folder; create {args.json.parent} first")
+
+
+def check_vocabulary(largest: int, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that cannot have made the data sets."""
+    if largest >= tokenizer.vocab_size:
+        raise ConfigError(
+            f"--input holds the id {largest}, but the tokenizer has {tokenizer.vocab_size} ids; "
+            "give the tokenizer that made the data sets (--tokenizer-type, --tokenizer-model)"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool with the arguments of the command line."""
+    # Megatron warns of every accelerator library that is absent; none of them matters here.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    args = build_parser().parse_args(argv)
+    check_arguments(args)
+
+    from megatron_sffn.data import report
+    from megatron_sffn.data.datasets import open_datasets
+    from megatron_sffn.data.inspection import document_lengths, id_counts, samples
+    from megatron_sffn.data.meter import Meter
+    from megatron_sffn.data.tokenizer import load_tokenizer
+    from megatron_sffn.run_files import write_whole
+
+    tokenizer = load_tokenizer(args) if args.tokenizer_type else None
+    indices = [index for group in open_datasets(args.input) for index in group]
+    lengths = document_lengths(indices)
+    ids = None
+    if not args.index_only:
+        ids = id_counts(indices, Meter("read", sum(index.num_bytes for index in indices)).add)
+    if tokenizer and ids is not None:
+        check_vocabulary(len(ids) - 1, tokenizer)
+    found = report.Findings(
+        indices=indices,
+        lengths=lengths,
+        ids=ids,
+        top=args.top,
+        vocab_size=tokenizer.vocab_size if tokenizer else None,
+        samples=[]
+        if args.index_only
+        else samples(indices, args.samples, args.seed, args.sample_tokens),
+    )
+    record = report.as_record(found, tokenizer.detokenize if tokenizer else None)
+    print("\n".join(report.as_lines(record)))
+    if args.plot:
+        report.draw(lengths, " ".join(args.input), args.plot)
+    if args.json:
+        write_whole(args.json, json.dumps(record, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,110 @@
+"""Hold out parts of a corpus, by what is in its documents.
+
+Enters: text, or `.bin/.idx` pairs. Leaves: the same in parts: train, validation and test, say.
+The work is in `megatron_sffn/data/split.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from megatron_sffn.data.datasets import check_same_type, open_datasets
+from megatron_sffn.data.meter import Meter, size
+from megatron_sffn.data.sources import find_sources, total_size
+from megatron_sffn.data.split import Count, Parts, parse_parts, split_datasets, split_text
+from megatron_sffn.errors import ConfigError, run_command
+
+DESCRIPTION = """\
+Split a corpus into parts. A hash of a document's content decides where it goes: it lands in the
+same part in every file, order, version and machine, and so do its exact copies, so nothing that is
+held out is in the training text. Reads text (.jsonl, .txt, .parquet, compressed or not; files,
+folders, globs, - for standard input) and writes JSON lines, or, with --tokenized, reads Megatron
+data sets and writes the same. Split text rather than ids where you can: another tokenizer then
+holds out the same documents.
+"""
+
+EXAMPLE = """\
+example: corpus_train.jsonl, corpus_valid.jsonl, corpus_test.jsonl
+  .venv/bin/python tools/split_dataset.py --input 'data/*.jsonl.gz' --output-prefix data/corpus \\
+      --parts train=0.98,valid=0.01,test=0.01
+
+example: corpus_train.bin and .idx, corpus_valid.bin and .idx
+  .venv/bin/python tools/split_dataset.py --tokenized --input data/corpus_text_document \\
+      --output-prefix data/corpus --parts train=99,valid=1
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The tool's flags."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="X",
+        help="files, folders, globs, or - for standard input; with --tokenized prefixes (paths "
+        "without .bin and .idx), folders, and globs of prefixes",
+    )
+    add("--output-prefix", required=True, metavar="P", help="writes P_NAME... for each part")
+    add(
+        "--parts",
+        default="train=0.98,valid=0.01,test=0.01",
+        metavar="NAME=SHARE,...",
+        help="names and shares, relative to their sum (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="another one gives other parts (default: 0)")
+    add("--tokenized", action="store_true", help="split Megatron data sets instead of text")
+    add("--json-key", default="text", help="key of the text that decides (default: text)")
+    add("--overwrite", action="store_true", help="replace files that are there")
+    return parser
+
+
+def split(args: argparse.Namespace, parts: Parts) -> tuple[list[Count], Meter]:
+    """Split what the flags name."""
+    if args.tokenized:
+        indices = [index for group in open_datasets(args.input) for index in group]
+        check_same_type(indices)
+        meter = Meter("split", sum(index.num_bytes for index in indices))
+        counts = split_datasets(
+            indices, parts, args.output_prefix, overwrite=args.overwrite, progress=meter.add
+        )
+    else:
+        sources = find_sources(args.input, [args.json_key])
+        meter = Meter("split", total_size(sources))
+        counts = split_text(
+            sources,
+            args.json_key,
+            parts,
+            args.output_prefix,
+            overwrite=args.overwrite,
+            progress=meter.reach,
+        )
+    return counts, meter
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool with the arguments of the command line."""
+    args = build_parser().parse_args(argv)
+    if args.seed < 0:
+        raise ConfigError(f"--seed {args.seed} is less than 0; give 0 or more")
+    counts, meter = split(args, parse_parts(args.parts, args.seed))
+    total = sum(count.documents for count in counts)
+    for count in counts:
+        tokens = "" if count.tokens is None else f", {count.tokens} tokens"
+        print(
+            f"{count.path}: {count.documents} documents ({count.documents / total:.2%}){tokens}, "
+            f"{size(count.num_bytes)}"
+        )
+    print(meter.end())
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
