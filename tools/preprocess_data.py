@@ -16,19 +16,19 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_sffn.data.encode import Encoder
-from megatron_sffn.data.engines import MAKERS, MegatronEngine, choose_engine
-from megatron_sffn.data.preprocess import Job, count_reasons, preprocess, refuse_existing
-from megatron_sffn.data.sentences import Splitter, load_splitter
+from megatron_sffn.data.cluster import connected
+from megatron_sffn.data.engines import MAKERS
+from megatron_sffn.data.preprocess import Job, Work, count_reasons, preprocess
+from megatron_sffn.data.recipe import Loaded, Recipe, tokenizer_files
 from megatron_sffn.data.sources import find_sources
-from megatron_sffn.data.tokenizer import Tokenizer, changed_text, load_tokenizer
+from megatron_sffn.data.workers import encode_in_order
 from megatron_sffn.errors import ConfigError, run_command
-
-ROUND_TRIPS, ROUND_TRIP_LENGTH = 25, 2000
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,6 +98,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=None, help="processes; default: the cores that are ours"
     )
     runtime.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="encode on all CPUs of a Ray cluster: of the one that this machine belongs to, or of "
+        "that at HOST:PORT",
+    )
+    runtime.add_argument(
         "--partitions",
         type=int,
         default=1,
@@ -137,6 +145,11 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--output-prefix {args.output_prefix} lies in {folder}, which is no folder; "
             "create it first"
         )
+    if args.ray and args.workers:
+        raise ConfigError(
+            f"--workers {args.workers} counts processes of this machine, and --ray {args.ray} uses "
+            "all CPUs of a cluster; give one of them"
+        )
     if args.keep_newlines and not args.split_sentences:
         say("--keep-newlines concerns --split-sentences: newlines are always kept without it")
 
@@ -153,8 +166,6 @@ def describe(args: argparse.Namespace) -> Job:
         prefix=args.output_prefix,
         level="sentence" if args.split_sentences else "document",
         command=command_of(args),
-        # Not os.cpu_count(): in a container or a Slurm step fewer cores may be ours.
-        workers=args.workers or len(os.sched_getaffinity(0)),
         skip=args.on_error == "skip",
         overwrite=args.overwrite,
         log_interval=args.log_interval,
@@ -165,52 +176,41 @@ def describe(args: argparse.Namespace) -> Job:
             "of the folder of the input"
         )
     if not Path(f"{job.prefix}.partial").exists():
-        refuse_existing(job)
+        job.refuse_existing()
     return job
 
 
 def command_of(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that determine the output, and the tokenizer's files as they are now."""
-    others = "input on_error engine output_prefix overwrite workers partitions log_interval"
+    others = "input on_error engine output_prefix overwrite workers ray partitions log_interval"
     flags = {name: value for name, value in vars(args).items() if name not in others.split()}
-    paths = [
-        Path(value) for value in (args.tokenizer_model, args.vocab_file, args.merge_file) if value
-    ]
-    files = sorted(file for path in paths for file in (path.iterdir() if path.is_dir() else [path]))
-    stats = [(str(file), file.stat()) for file in files if file.is_file()]
+    stats = [(str(file), file.stat()) for file in tokenizer_files(args)]
     flags["tokenizer_files"] = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return flags
 
 
-def make_encoder(
-    args: argparse.Namespace, tokenizer: Tokenizer, split: Splitter | None, sample: Sequence[str]
-) -> Encoder:
-    """An encoder for texts such as those of `sample`."""
-    from megatron.core.datasets.indexed_dataset import DType
-
-    engine = choose_engine(tokenizer, sample, args.engine, say)
-    warn_of_changes(tokenizer, sample)
-    return Encoder(
-        engine=engine,
-        reference=MegatronEngine(tokenizer),
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """How the flags want texts to become ids."""
+    return Recipe(
+        tokenizer=args,
         keys=tuple(args.json_keys),
-        split=split,
-        eod=tokenizer.eod if args.append_eod else None,
-        vocab_size=tokenizer.vocab_size,
-        dtype=DType.optimal_dtype(tokenizer.vocab_size),
+        language=args.lang if args.split_sentences else None,
+        keep_newlines=args.keep_newlines,
+        append_eod=args.append_eod,
+        engine=args.engine,
     )
 
 
-def warn_of_changes(tokenizer: Tokenizer, sample: Sequence[str]) -> None:
-    """Say that the ids of a text do not give it back, if they do not."""
-    try:
-        change = changed_text(
-            tokenizer, [text[:ROUND_TRIP_LENGTH] for text in sample[:ROUND_TRIPS]]
-        )
-    except ValueError:  # a text that has no ids: its document will be named
-        return
-    if change:
-        say(f"warning: the tokenizer changes text, {change[0]!a} comes back as {change[1]!a}")
+@contextmanager
+def workers(args: argparse.Namespace, recipe: Recipe, loaded: Loaded) -> Iterator[Work]:
+    """Those that encode: processes of this machine, or of a Ray cluster."""
+    if args.ray:
+        with connected(args.ray, say) as cluster:
+            yield cluster.work(recipe, loaded)
+    else:
+        # Not os.cpu_count(): in a container or a Slurm step fewer cores may be ours.
+        count = args.workers or len(os.sched_getaffinity(0))
+        yield partial(encode_in_order, workers=count)
 
 
 def say(message: str) -> None:
@@ -230,12 +230,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_arguments(args)
     job = describe(args)
     start = time.monotonic()
-    split = None
-    if args.split_sentences:
-        split = load_splitter(args.lang, keep_newlines=args.keep_newlines)
-    tokenizer = load_tokenizer(args, need_eod=args.append_eod)
+    recipe = recipe_of(args)
+    loaded = recipe.load()
     try:
-        done = preprocess(job, lambda sample: make_encoder(args, tokenizer, split, sample), say)
+        with workers(args, recipe, loaded) as work:
+            done = preprocess(job, lambda sample: recipe.encoder(loaded, sample, say), work, say)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from the last note of how far it was")
         return 130

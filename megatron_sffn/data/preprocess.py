@@ -3,18 +3,20 @@
 Enters: sources of text, and a tokenizer. Leaves: `<prefix>_<key>_document.bin` and `.idx` for every
 key (`_sentence` where documents are cut into sentences), one document for each of the input, in
 its order; and `<prefix>_errors.jsonl`, if documents were left out.
-Choices: one process reads and writes, the others encode. What is written is on the disk every
-`SAVE_SECONDS`, with a note of how far it is, so the same command goes on after a kill.
+
+Choices
+- One process reads and writes, others encode, here or elsewhere.
+- What is written is on the disk every `SAVE_SECONDS`, with a note of how far it is, so the same
+  command goes on after a kill.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -27,17 +29,17 @@ from megatron_sffn.data.encode import Encoded, Encoder
 from megatron_sffn.data.growing import GrowingDataset
 from megatron_sffn.data.journal import Journal, State
 from megatron_sffn.data.progress import Progress
+from megatron_sffn.data.publish import FULL, refuse_existing
 from megatron_sffn.data.sources import Source, total_size
-from megatron_sffn.data.workers import encode_in_order
 from megatron_sffn.errors import ConfigError
 
 SAVE_SECONDS = 10.0
 SAMPLE_BYTES = 1 << 20
 SAMPLED_SOURCES = 8
 LONGEST_SAMPLE = 1 << 16
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Say = Callable[[str], None]
+Work = Callable[[Encoder, Iterable[Block]], Generator[Encoded, None, None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,6 @@ class Job:
         prefix: path and first part of the name of every file.
         level: `document` or `sentence`, the last part.
         command: the flags that determine the ids, by name.
-        workers: number of processes.
         skip: leave out documents that are wrong, and report them; else stop at the first.
         overwrite: replace files that are there.
         log_interval: documents between two lines of progress.
@@ -61,7 +62,6 @@ class Job:
     prefix: str
     level: str
     command: Mapping[str, Any]
-    workers: int
     skip: bool
     overwrite: bool
     log_interval: int
@@ -82,28 +82,26 @@ class Job:
         pairs = [(f"{prefix}.bin", f"{prefix}.idx") for prefix in self.prefixes]
         return [*map(Path, chain.from_iterable(pairs)), self.report]
 
+    def refuse_existing(self) -> None:
+        """Refuse to replace files, unless that is asked for."""
+        if not self.overwrite:
+            refuse_existing(self.files if self.skip else self.files[:-1])
+
     @property
     def repeatable(self) -> bool:
         """Whether all sources can be read again."""
         return total_size(self.sources) is not None
 
 
-def refuse_existing(job: Job) -> None:
-    """Refuse to replace files, unless that is asked for."""
-    for path in job.files if job.skip else job.files[:-1]:
-        if path.exists() and not job.overwrite:
-            raise ConfigError(
-                f"{path} is there already; add --overwrite to replace it, or give another "
-                "--output-prefix"
-            )
-
-
-def preprocess(job: Job, make_encoder: Callable[[list[str]], Encoder], say: Say) -> State:
+def preprocess(
+    job: Job, make_encoder: Callable[[list[str]], Encoder], work: Work, say: Say
+) -> State:
     """Make the data sets.
 
     Args:
         job: what to make, and of what.
         make_encoder: gives an encoder for texts such as these of the input.
+        work: encodes blocks, and gives what becomes of them in their order.
         say: told what a user should know, a sentence each time.
 
     Returns:
@@ -119,10 +117,11 @@ def preprocess(job: Job, make_encoder: Callable[[list[str]], Encoder], say: Say)
         if state is not None and state.complete:
             journal.discard()
             return state
-        refuse_existing(job)
+        job.refuse_existing()
         if state is not None:
             say(f"going on in {journal.folder}, after {state.documents} documents")
-        return _run(job, journal, state or State(tokens=(0,) * len(job.keys)), make_encoder, say)
+        start = state or State(tokens=(0,) * len(job.keys))
+        return _run(job, journal, start, make_encoder, work, say)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -140,6 +139,7 @@ def _run(
     journal: Journal,
     start: State,
     make_encoder: Callable[[list[str]], Encoder],
+    work: Work,
     say: Say,
 ) -> State:
     blocks = read_blocks(job.sources, columns=job.keys, start=start.position)
@@ -149,7 +149,7 @@ def _run(
     saved = time.monotonic()
     with (
         closing(_Output(job, journal.folder, encoder, start)) as output,
-        closing(encode_in_order(encoder, chain(first, blocks), job.workers)) as results,
+        closing(work(encoder, chain(first, blocks))) as results,
     ):
         for encoded in results:
             if encoded.faults and not job.skip:

@@ -16,6 +16,7 @@ from megatron_sffn.data.journal import Journal, State
 from megatron_sffn.errors import ConfigError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk without room says."""
 
 
 @contextmanager
@@ -42,12 +43,8 @@ def published(prefix: str, files: Sequence[Path], *, overwrite: bool) -> Iterato
     try:
         # First, because it ends the renames among which a run was killed.
         journal.take_up(repeatable=False)
-        for path in files:
-            if path.exists() and not overwrite:
-                raise ConfigError(
-                    f"{path} is there already; add --overwrite to replace it, or give another "
-                    "--output-prefix"
-                )
+        if not overwrite:
+            refuse_existing(files)
         yield journal.folder
         journal.publish(State())
     except OSError as error:
@@ -60,6 +57,20 @@ def published(prefix: str, files: Sequence[Path], *, overwrite: bool) -> Iterato
     finally:
         journal.saved = False
         journal.leave()
+
+
+def refuse_existing(files: Sequence[Path]) -> None:
+    """Refuse to replace files.
+
+    Raises:
+        ConfigError: one of them is there.
+    """
+    for path in files:
+        if path.exists():
+            raise ConfigError(
+                f"{path} is there already; add --overwrite to replace it, or give another "
+                "--output-prefix"
+            )
 
 
 def bin_and_idx(prefix: str) -> list[Path]:

@@ -14,7 +14,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -37,9 +37,8 @@ def encode_in_order[Result](
     Raises:
         ConfigError: a worker was killed.
     """
-    tasks = bundled(blocks)
     if workers == 1:
-        yield from map(encode, tasks)
+        yield from map(encode, bundled(blocks))
         return
     pool = ProcessPoolExecutor(
         workers,
@@ -47,19 +46,10 @@ def encode_in_order[Result](
         initializer=_start_worker,
         initargs=(encode,),
     )
-    pending: deque[tuple[int, Future[Result]]] = deque()
-    on_the_way = 0
     try:
-        for task in tasks:
-            size = sum(block.num_bytes for block in task)
-            while pending and on_the_way + size > AHEAD_BYTES * workers:
-                done, future = pending.popleft()
-                on_the_way -= done
-                yield future.result()
-            pending.append((size, pool.submit(_encode_in_worker, task)))
-            on_the_way += size
-        while pending:
-            yield pending.popleft()[1].result()
+        yield from in_order(
+            lambda task: pool.submit(_encode_in_worker, task).result, blocks, AHEAD_BYTES * workers
+        )
     except BrokenProcessPool as error:
         raise ConfigError(
             f"one of the --workers {workers} processes was killed, most often for lack of memory; "
@@ -67,6 +57,30 @@ def encode_in_order[Result](
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def in_order[Result](
+    start: Callable[[list[Block]], Callable[[], Result]], blocks: Iterable[Block], ahead: int
+) -> Iterator[Result]:
+    """Results in the order of the blocks.
+
+    Args:
+        start: begins with some blocks elsewhere; what it returns waits for the result.
+        blocks: read only as results are taken.
+        ahead: bytes that may be on the way.
+    """
+    pending: deque[tuple[int, Callable[[], Result]]] = deque()
+    on_the_way = 0
+    for task in bundled(blocks):
+        size = sum(block.num_bytes for block in task)
+        while pending and on_the_way + size > ahead:
+            done, wait = pending.popleft()
+            on_the_way -= done
+            yield wait()
+        pending.append((size, start(task)))
+        on_the_way += size
+    while pending:
+        yield pending.popleft()[1]()
 
 
 def bundled(blocks: Iterable[Block]) -> Iterator[list[Block]]:
