@@ -12,11 +12,12 @@ import logging
 import os
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_sffn.remarks import silence
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,10 +58,7 @@ class Platform:
 
 def adapt() -> None:
     """Adapt this process, before Megatron is imported in it; the parent and ranks alike."""
-    # Megatron's remarks on accelerator libraries that are absent, and torch's on names that
-    # Megatron still uses: nothing that a user could act on.
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    silence()
     from megatron_sffn import platforms
 
     platforms.prepare()

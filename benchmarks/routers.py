@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ import torch
 
 from examples.quickstart.runs import COMMON
 from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.remarks import silence
 from megatron_sffn.run_files import append_records, read_records
 
 SINGLE_CELLS = ("top-k-act", "pkm", "pkm-relu", "pkm-ffn")
@@ -111,8 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    # Megatron's remarks on accelerator libraries that are absent.
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    silence()
     from megatron_sffn.routers import ROUTERS
 
     parser = argparse.ArgumentParser(

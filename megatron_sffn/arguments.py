@@ -15,7 +15,7 @@ import re
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.nn.functional as F
 from megatron.training.argument_utils import core_transformer_config_from_args
@@ -28,7 +28,7 @@ from megatron_sffn.config import (
     SparseFFNConfig,
     SparseFFNTransformerConfig,
 )
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.errors import ConfigError, reject
 from megatron_sffn.layout import check_layout
 from megatron_sffn.megatron_flags import (
     check_megatron_flags,
@@ -178,7 +178,7 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
     parser._action_groups.insert(0, group)
     parser.usage = USAGE
     parser.description = "Pretrain a GPT with sparse feed-forward layers on Megatron."
-    parser.error = _reject  # type: ignore[method-assign]
+    parser.error = reject  # type: ignore[method-assign]
 
 
 def router_flags() -> dict[str, dataclasses.Field[Any]]:
@@ -297,8 +297,3 @@ def _validate(args: Namespace, sffn: SparseFFNConfig | None) -> None:
         asks = " ".join(asks.split()).removeprefix("assert ").rstrip(".")
         asks = re.sub(r"\bargs\.(\w+)", lambda name: flag_of(name[1]), asks)
         raise ConfigError(f"Megatron does not accept these flags ({asks}); change them") from error
-
-
-def _reject(message: str) -> NoReturn:
-    """Argparse's complaint as ours: one sentence, said by one rank."""
-    raise ConfigError(f"{message}; --help lists every flag")

@@ -25,6 +25,11 @@ class ConfigError(ValueError):
     """
 
 
+def reject(message: str) -> NoReturn:
+    """What `argparse.ArgumentParser.error` shall be: its complaint as ours."""
+    raise ConfigError(f"{message}; --help lists every flag")
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` as a process: a `ConfigError` becomes one sentence and exit code 2.
 

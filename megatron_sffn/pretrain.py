@@ -14,18 +14,15 @@ import socket
 import sys
 
 from megatron_sffn.errors import run_command
+from megatron_sffn.remarks import silence
 
 
 def main() -> int:
     """Run the command."""
     import logging
-    import warnings
 
     one_rank_without_torchrun()
-    # Megatron's remarks on accelerator libraries that are absent, and torch's on names that
-    # Megatron still uses: nothing that a user could act on.
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    silence()
 
     from megatron_sffn.platforms import prepare
 

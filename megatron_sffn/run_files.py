@@ -24,6 +24,15 @@ def write_whole(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a file of JSON; none if there is no file, and no half-written last one."""
     if not path.exists():

@@ -15,16 +15,15 @@ import csv
 import dataclasses
 import io
 import json
-import logging
 import os
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import ConfigError, reject, run_command
+from megatron_sffn.remarks import silence
 
 if TYPE_CHECKING:
     from megatron_sffn.accounting import ModelShape
@@ -300,11 +299,6 @@ def _listed(flag: str, text: str | None, kind: type) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _reject(message: str) -> NoReturn:
-    """Argparse's complaint as ours."""
-    raise ConfigError(f"{message}; --help lists every option")
-
-
 def record(row: Row) -> dict[str, Any]:
     """A row as one flat record."""
     fields = dataclasses.asdict(row)
@@ -314,12 +308,9 @@ def record(row: Row) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
-    # Megatron warns of every accelerator library that is absent; none of them matters here.
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    silence()
     parser = build_parser()
-    parser.error = _reject  # type: ignore[method-assign]
+    parser.error = reject  # type: ignore[method-assign]
     options, flags = parser.parse_known_args(argv)
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} must be at least 1; give a positive number")

@@ -7,14 +7,13 @@ The work is in `megatron_sffn/analysis/`.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.remarks import silence
 
 DESCRIPTION = """\
 Show how a run routes: load per block and layer over time, which blocks are chosen together and for
@@ -117,9 +116,7 @@ def analyze(args: argparse.Namespace, training_flags: Sequence[str]) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
-    # Megatron warns of every accelerator library that is absent; none of them matters here.
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    silence()
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     args = build_parser().parse_args(words[:cut])

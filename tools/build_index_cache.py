@@ -13,12 +13,12 @@ import logging
 import os
 import sys
 import time
-import warnings
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import ConfigError, reject, run_command
+from megatron_sffn.remarks import silence
 
 if TYPE_CHECKING:
     from megatron_sffn.data.cache import IndexSet
@@ -80,12 +80,9 @@ def report(done: int, missing: int, one: IndexSet) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
-    # Megatron warns of every accelerator library that is absent; none of them matters here.
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    silence()
     parser = build_parser()
-    parser.error = _reject  # type: ignore[method-assign]
+    parser.error = reject  # type: ignore[method-assign]
     options, flags = parser.parse_known_args(argv)
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} must be at least 1; give a positive number")
@@ -112,11 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.monotonic() - start
     print(f"{sets} sets of index files in {where}, {missing} of them new ({seconds:.1f} s)")
     return 0
-
-
-def _reject(message: str) -> NoReturn:
-    """Argparse's complaint as ours."""
-    raise ConfigError(f"{message}; --help lists every option")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.remarks import silence
 
 if TYPE_CHECKING:
     from megatron_sffn.data.tokenizer import Tokenizer
@@ -94,9 +93,7 @@ def check_vocabulary(largest: int, tokenizer: Tokenizer) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
-    # Megatron warns of every accelerator library that is absent; none of them matters here.
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    silence()
     args = build_parser().parse_args(argv)
     check_arguments(args)
 

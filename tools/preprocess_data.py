@@ -11,11 +11,9 @@ same command goes on.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +27,7 @@ from megatron_sffn.data.recipe import Loaded, Recipe, tokenizer_files
 from megatron_sffn.data.sources import find_sources
 from megatron_sffn.data.workers import encode_in_order
 from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.remarks import silence
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -220,10 +219,7 @@ def say(message: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
-    # Megatron warns of every accelerator library that is absent; none of them matters here.
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    # torch looks for CUDA when it is imported; its absence does not matter either.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    silence()
     # Workers are the parallelism here, and the threads of the library do not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     args = build_parser().parse_args(argv)

@@ -47,6 +47,7 @@ from megatron_sffn.checkpoints.files import (
     read_metadata,
 )
 from megatron_sffn.errors import ConfigError
+from megatron_sffn.run_files import sync
 
 COPIED = 1 << 24
 """Bytes that are copied at a time."""
@@ -145,9 +146,9 @@ def _new_folder(target: Path, size: int) -> Iterator[Path]:
             )
         part.mkdir()
         yield part
-        _sync(part)
+        sync(part)
         part.rename(target)
-        _sync(save)
+        sync(save)
     except OSError as error:
         raise ConfigError(f"{target} cannot be written ({error}); give another --save") from error
     finally:
@@ -164,15 +165,6 @@ def _created(path: Path) -> Iterator[IO[bytes]]:
         yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Names in a folder, on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_shards(
@@ -281,4 +273,4 @@ def _point_to(save: Path, iteration: int) -> None:
     with _created(part) as file:
         file.write(str(iteration).encode())
     part.replace(save / TRACKER)
-    _sync(save)
+    sync(save)

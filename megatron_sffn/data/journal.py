@@ -25,6 +25,7 @@ from typing import Any
 
 from megatron_sffn.data.blocks import Position
 from megatron_sffn.errors import ConfigError
+from megatron_sffn.run_files import sync
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class Journal:
         names = self._command["files"]
         for name in names:
             if (path := self.folder / name).exists():
-                _sync(path)
+                sync(path)
         self.save(replace(state, complete=True))
         self._rename(names)
         self.discard()
@@ -159,7 +160,7 @@ class Journal:
             (self.folder.parent / name).unlink(missing_ok=True)
         for name in names:
             (self.folder / name).replace(self.folder.parent / name)
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
 
     def _empty(self) -> None:
         for path in self.folder.iterdir():
@@ -175,15 +176,6 @@ class Journal:
     def _write(self, name: str, content: Any) -> None:
         part = self.folder / f"{name}.part"
         part.write_text(json.dumps(content) + "\n")
-        _sync(part)
+        sync(part)
         part.replace(self.folder / name)
-        _sync(self.folder)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(self.folder)
