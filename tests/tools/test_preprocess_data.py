@@ -299,12 +299,12 @@ def test_documents_that_the_tokenizer_refuses(tmp_path, write_lines):
 
 
 def test_a_long_line(tmp_path, tokenizer_folder, write_lines, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 10_000)
-    long = "word " * 400_000
+    long = "word " * 20_000_000
     source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": long}, {"text": "b"}])
     given = flags(source, tmp_path / "out", tokenizer_folder, "--workers", 2)
     assert preprocess_data.main(given) == 0
-    assert len(IndexedDataset(str(tmp_path / "out_text_document"))) == 3
+    dataset = IndexedDataset(str(tmp_path / "out_text_document"))
+    assert len(dataset) == 3 and dataset.sequence_lengths[1] > 10_000_000
     monkeypatch.setattr(blocks, "LONGEST_DOCUMENT", 1_000_000)
     with pytest.raises(ConfigError, match=f"line 2 of {source} is longer than 1000000 bytes; cut"):
         preprocess_data.main([*given, "--overwrite"])
