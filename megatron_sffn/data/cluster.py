@@ -42,14 +42,13 @@ class Cluster:
     """A Ray cluster that this process is connected to.
 
     Args:
-        address: of its head.
         say: told what a user should know, a sentence each time.
     """
 
-    def __init__(self, address: str, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
         import ray
 
-        self._ray, self._address, self._say = ray, address, say
+        self._ray, self._say = ray, say
         self._bytes: Counter[str] = Counter()  # by machine
 
     @property
@@ -98,9 +97,9 @@ class Cluster:
                 raise error.cause from error
             except exceptions.RayError as error:
                 raise ConfigError(
-                    f"the text from {name} on ended its worker {TRIES + 1} times "
-                    f"({type(error).__name__}), most often for lack of memory; give Ray fewer CPUs "
-                    "on each machine, and the same command to go on"
+                    f"Ray gave up the text from {name} on ({type(error).__name__}), most often for "
+                    "lack of memory; give it fewer CPUs on each machine, and the same command to "
+                    "go on"
                 ) from error
             else:
                 self._bytes[node] += encoded.num_bytes
@@ -132,7 +131,7 @@ def connected(address: str, say: Callable[[str], None]) -> Iterator[Cluster]:
             "and ray start --address HOST:6379 on the other machines"
         ) from error
     try:
-        cluster = Cluster(address, say)
+        cluster = Cluster(say)
         nodes = sum(node["Alive"] for node in ray.nodes())
         say(f"{cluster.workers} CPUs on {nodes} machines of the Ray cluster {address}")
         yield cluster

@@ -446,7 +446,7 @@ def test_values_beyond_the_range_of_their_dtype_are_refused() -> None:
 # Complete, or not at all
 
 
-@pytest.mark.parametrize("place", ["_copy_others", "_changed", "_sync"])
+@pytest.mark.parametrize("place", ["_copy_others", "_changed", "sync"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_nothing_is_left_of_what_failed(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -170,7 +169,7 @@ def test_same_files_with_a_machine_and_a_worker_lost(
     assert err.splitlines()[-1].count(" MB on ") >= 2, "more than one machine takes part"
 
 
-def test_a_killed_command_goes_on_anywhere(
+def test_a_command_that_failed_goes_on_anywhere(
     tmp_path: Path,
     command: list[str],
     expected: dict[str, bytes],
@@ -178,20 +177,26 @@ def test_a_killed_command_goes_on_anywhere(
     start: Any,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    # A note every ten seconds would come too late for so little text.
-    script = tmp_path / "often.py"
+    script = tmp_path / "impatient.py"
     script.write_text(
         f"import sys\nsys.path.append({os.path.dirname(preprocess_data.__file__)!r})\n"
-        "import preprocess_data\nfrom megatron_sffn.data import preprocess\n"
+        "import preprocess_data\nfrom megatron_sffn.data import cluster, preprocess\n"
+        "from megatron_sffn.errors import run_command\n"
+        "cluster.TRIES = 0\n"
+        # A note every ten seconds would come too late for so little text.
         "preprocess.SAVE_SECONDS = 0\n"
-        "raise SystemExit(preprocess_data.main())\n"
+        "run_command(preprocess_data.main)\n"
     )
     at = ["--engine", "megatron", "--ray", machines.address]
     process = start(script, *command, *prefix(tmp_path, "ray"), *at)
     wait_for(process.stderr, "M tokens, ")
     wait_for(process.stderr, "M tokens, ")  # a note follows each
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=20)
+    for machine in machines:
+        for worker in machine.workers():
+            worker.kill()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2, out
+    assert "error: Ray gave up the text from line " in err.splitlines()[-1]
     assert files_of(tmp_path, "ray") == {}
     assert preprocess_data.main([*command, *prefix(tmp_path, "ray"), "--workers", "1"]) == 0
     assert "going on in" in capfd.readouterr().err
