@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import megatron.core.tokenizers.text  # noqa: F401  (2 s that no forked rank has to spend)
 import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

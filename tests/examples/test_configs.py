@@ -1,0 +1,316 @@
+"""The configurations of examples/configs: built at full size on fake ranks, trained at toy size."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import warnings
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import megatron.core.tokenizers.text  # noqa: F401  (takes seconds: once, not in every rank)
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.training.models.dist_utils import build_virtual_pipeline_stages
+from megatron.training.models.gpt import GPTModelBuilder
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_sffn.accounting import ModelShape, count_parameters
+from megatron_sffn.arguments import sffn_config
+from megatron_sffn.errors import ConfigError
+from megatron_sffn.pretrain import main
+from megatron_sffn.training import model_config
+from tests.integration.conftest import Log
+from tests.ranks import fork
+from tools.accounting import costs_of, parsed
+
+FOLDER = Path(__file__).parents[2] / "examples" / "configs"
+UNIFIED, SIGMA, SMALL, LARGE = (
+    "unified_sffn.sh",
+    "sigma_moe.sh",
+    "modern_1b.sh",
+    "modern_30b.sh",
+)
+
+ONE_CELL = ("lorkm", "pkm-ffn", "pkm")
+ROUTERS = ("avg-k", "vanilla-m", "switch", "rand-hash", *ONE_CELL)
+GRID = [
+    (router, str(g), str(expansion))
+    for router in ROUTERS
+    for g in ((1,) if router in ONE_CELL else (4096, 2048, 1024, 256, 64, 1))
+    for expansion in (4, 16)
+]
+PAPERS = {
+    UNIFIED: [("dense",), *GRID],
+    SIGMA: [
+        (model, router)
+        for model in ("wt-s", "wt-s-star", "wt-m", "enwik8")
+        for router in ("sigma-moe", "dense")
+    ],
+}
+"""Script -> the arguments of each of its configurations."""
+
+GPU = {(LARGE, 8): 141e9}
+"""Bytes of a GPU, where it is not one of 80 GB."""
+
+SETTINGS = ("DATA", "SAVE", "NNODES", "GPUS_PER_NODE", "NODE_RANK", "TOY", "RUN")
+CLEAN = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+"""The environment without what the scripts read."""
+
+pytestmark = [
+    # Megatron's own, of a call within Megatron, and of a case that its next line excludes.
+    pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:If you are using transformer_engine:UserWarning:megatron"),
+]
+
+
+def command(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A configuration with a command of ours in place of torchrun's: it prints a flag per line."""
+    return subprocess.run(
+        [FOLDER / script, *arguments],
+        env={**CLEAN, "RUN": "printf %s\\n", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def arguments_of(script: str, *arguments: str, ranks: int = 1) -> Namespace:
+    """What the parser of a run makes of a configuration, as the first rank of `ranks` GPUs."""
+    flags = command(script, *arguments, NNODES=str(max(1, ranks // 8))).stdout.splitlines()
+    return parsed(flags, Namespace(ranks=ranks, device="cuda"))[0]
+
+
+@contextmanager
+def fake_rank(rank: int, args: Namespace) -> Iterator[None]:
+    """Megatron's groups as this rank of the whole world sees them; nobody is at their other end."""
+    store = FakeStore()
+    torch.distributed.init_process_group("fake", store, rank=rank, world_size=args.world_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(1)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def held(rank: int, args: Namespace) -> Counter[str]:
+    """Parameters of a rank, built as a run builds them but without storage, by who has others."""
+    config, count = model_config(args, sffn_config(args), None), Counter()
+    config.transformer.perform_initialization = False
+    with fake_rank(rank, args), FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the command's own filters count here
+        chunks = build_virtual_pipeline_stages(
+            GPTModelBuilder(config).build_model,
+            ProcessGroupCollection.use_mpu_process_groups(),
+            args.virtual_pipeline_model_parallel_size,
+        )
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            cells = not getattr(parameter, "allreduce", True)
+            cut = getattr(parameter, "tensor_model_parallel", False)
+            count["expert" if cells else "tensor" if cut else "all"] += parameter.numel()
+    return count
+
+
+def parameters_on_ranks(args: Namespace) -> int:
+    """Parameters of the whole model, from those of the first and last rank of every stage."""
+    stages, total = args.pipeline_model_parallel_size, 0
+    each = args.world_size // stages
+    for first in range(0, args.world_size, each):
+        here = held(first, args)
+        assert each == 1 or held(first + each - 1, args) == here
+        total += here["expert"] * args.expert_model_parallel_size
+        total += here["tensor"] * args.tensor_model_parallel_size + here["all"]
+    return total
+
+
+def counted(args: Namespace) -> dict[str, int]:
+    """Total and active parameters, in closed form; the total is that of the built model."""
+    parameters = count_parameters(ModelShape.of_args(args, sffn_config(args)))
+    assert parameters_on_ranks(args) == parameters.total
+    return {"total": parameters.total, "active": parameters.active}
+
+
+@pytest.mark.parametrize("script", PAPERS)
+def test_parameters_of_the_papers_models_at_full_size(golden, script: str) -> None:
+    counts = {" ".join(each): counted(arguments_of(script, *each)) for each in PAPERS[script]}
+    golden(f"parameters_{script.removesuffix('.sh')}", counts)
+
+
+@pytest.mark.parametrize("script", [SMALL, LARGE])
+def test_parameters_of_the_modern_models_over_the_ranks_of_every_layout(
+    golden, script: str
+) -> None:
+    counts = [counted(arguments_of(script, ranks=ranks)) for ranks in (8, 64, 1024)]
+    assert counts[1:] == counts[:-1]
+    golden(f"parameters_{script.removesuffix('.sh')}", counts[0])
+
+
+@pytest.mark.parametrize("ranks", [8, 64, 1024])
+@pytest.mark.parametrize("script", [SMALL, LARGE])
+def test_a_layout_fits_its_gpus(script: str, ranks: int) -> None:
+    args = arguments_of(script, ranks=ranks)
+    sffn = sffn_config(args)
+    costs = costs_of(args, sffn, ModelShape.of_args(args, sffn), cuda=True)
+    needed = costs.weights + costs.gradients + costs.optimizer + costs.activations
+    # The rest is for what only exists while a kernel runs, and for ranks that get more tokens.
+    assert needed < 0.75 * GPU.get((script, ranks), 80e9), needed
+    # A step has whole microbatches on every replica, and no fewer than stages.
+    count = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    assert count >= args.pipeline_model_parallel_size
+
+
+MILLIONS = {
+    ("wt-s", "sigma-moe"): (47.26, 0.01),
+    ("wt-s-star", "sigma-moe"): (237.0, 0.01),
+    ("wt-m", "sigma-moe"): (262.46, 0.01),
+    ("enwik8", "sigma-moe"): (41.24, 0.01),
+    # Widths that the authors chose for as many parameters, which they meet to 20 thousand.
+    ("wt-s", "dense"): (47.26, 0.01),
+    ("wt-m", "dense"): (262.46, 0.02),
+    ("enwik8", "dense"): (41.24, 0.01),
+}
+"""Parameters of the paper's models, and how near ours come; wt-s-star has no figure of its own."""
+
+
+@pytest.mark.parametrize(("model", "router"), MILLIONS)
+def test_sigma_moes_models_are_the_papers_but_for_what_is_named(model: str, router: str) -> None:
+    args = arguments_of(SIGMA, model, router)
+    ours = count_parameters(ModelShape.of_args(args, sffn_config(args))).total
+    inner = args.num_attention_heads * args.kv_channels
+    vocabulary = 204 if model == "enwik8" else 8000
+    missing = args.num_layers * (args.hidden_size + 2) * inner  # relative positions
+    missing += vocabulary  # the bias of the logits
+    missing -= 2 * args.hidden_size * (args.padded_vocab_size - vocabulary)
+    if router == "dense":
+        missing += args.num_layers * (args.ffn_hidden_size + args.hidden_size)  # the FFN's biases
+    millions, tolerance = MILLIONS[model, router]
+    assert abs((ours + missing) / 1e6 - millions) <= tolerance, ours + missing
+    # None of the corrections is what makes the number right.
+    assert abs(ours / 1e6 - millions) > 1
+
+
+def test_the_grid_is_trained_on_60_billion_tokens() -> None:
+    args = arguments_of(UNIFIED, "avg-k", "64", "16")
+    tokens = args.global_batch_size * args.seq_length
+    assert args.train_iters == round(60e9 / tokens)
+    assert [i for i, sparse in enumerate(args.moe_layer_freq) if sparse] == [5, 11, 17, 23]
+
+
+def test_flags_at_the_end_win() -> None:
+    args = arguments_of(UNIFIED, "avg-k", "64", "16", "--lr", "1e-3", "--num-layers", "12")
+    assert (args.lr, args.num_layers, args.seq_length) == (1e-3, 12, 2048)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        (UNIFIED, ()),
+        (UNIFIED, ("avg-k",)),
+        (UNIFIED, ("avg-k", "--seed", "3")),
+        (SIGMA, ()),
+        (SIGMA, ("wt-l", "sigma-moe")),
+        (SIGMA, ("wt-s", "pkm")),
+    ],
+)
+def test_a_configuration_that_there_is_not(script: str, arguments: tuple[str, ...]) -> None:
+    done = command(script, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"error: '{' '.join(arguments)}' does not begin with .*\n", done.stderr)
+
+
+def test_numbers_that_do_not_fit_are_refused_by_the_run() -> None:
+    with pytest.raises(ConfigError, match="--sffn-block-size 48 does not divide"):
+        arguments_of(UNIFIED, "avg-k", "48", "16")
+
+
+def test_all_scripts_start_a_run_alike() -> None:
+    ends = {path.read_text().partition("\nLAUNCH=(")[2] for path in FOLDER.glob("*.sh")}
+    assert len(ends) == 1 and ends != {""}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def train(flags: list[str], folder: Path) -> Log:
+    """Run the entry point on 2 ranks in a folder; returns what the last one printed."""
+    port = free_port()
+
+    def body(rank: int, results: Path) -> str:
+        warnings.simplefilter("ignore")  # the command's own filters count here
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.chdir(folder)
+        output = os.open(results / f"log{rank}", os.O_CREAT | os.O_WRONLY)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        sys.argv = ["pretrain", *flags]
+        main()
+        sys.stdout.flush()
+        return (results / f"log{rank}").read_text()
+
+    return Log(text=fork(2, body)[-1])
+
+
+def assert_trained(log: Log) -> None:
+    losses = log.values("lm loss")
+    assert len(losses) == 5
+    # Of 1,024 ids, untrained.
+    assert losses[0] == pytest.approx(math.log(1024), abs=0.5)
+    assert losses[-1] < losses[0] - 0.03
+
+
+TOYS = [
+    (UNIFIED, ("dense",)),
+    *((UNIFIED, (router, "1" if router in ONE_CELL else "256", "16")) for router in ROUTERS),
+    *((SIGMA, each) for each in PAPERS[SIGMA]),
+    (SMALL, ()),
+    (LARGE, ()),
+]
+"""Every configuration; of the grid, one of each router."""
+
+
+@pytest.mark.parametrize(("script", "arguments"), TOYS)
+def test_five_steps_at_toy_size(script: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    flags = command(script, *arguments, TOY="1").stdout.splitlines()
+    assert_trained(train(flags, tmp_path))
+
+
+def test_five_steps_with_the_one_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [FOLDER / SMALL],
+        cwd=tmp_path,
+        env={
+            **CLEAN,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "TOY": "1",
+            "MASTER_PORT": str(free_port()),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_trained(Log(text=done.stdout))
