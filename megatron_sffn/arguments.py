@@ -154,6 +154,12 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         help="ReLU in every FFN, sparse or dense (Megatron has it, but no flag for it)",
     )
     add(
+        "--sffn-trust-checkpoint",
+        action="store_true",
+        help="load a checkpoint that names code other than torch's and Megatron's classes, as old "
+        "ones do, and let it run",
+    )
+    add(
         "--sffn-record-routing",
         metavar="FILE",
         help="with --skip-train on one rank: store every validation token's blocks in FILE (.npz), "

@@ -82,6 +82,16 @@ class Recorder:
         if self.args.num_experts is not None:
             self.routing.after_step(model, num_microbatches)
 
+    def before_save(self, model: list[torch.nn.Module], iteration: int) -> None:
+        """Called on every rank before a checkpoint is written.
+
+        Args:
+            model: this rank's chunks.
+            iteration: steps that the model was trained.
+        """
+        if self.args.num_experts is not None:
+            self.routing.before_save(model, iteration)
+
     def add_evaluated(self, loss_and_tokens: Tensor) -> None:
         """Add an evaluated microbatch's summed loss and number of tokens, `[2]`."""
         self._loss += loss_and_tokens.detach().double().cpu()

@@ -11,7 +11,7 @@ Choices
   different tokens (`layout.py` asks for sequence parallelism), as data- and context-parallel ones
   do, and pipeline stages hold different layers.
 - Sums have no place in a checkpoint. So there is a line wherever a run may end or go on, too: where
-  it saves (`--save-interval`), at `--exit-interval`, at its last step.
+  it saves, at `--exit-interval`, at its last step.
 - A run that goes on first drops the lines of steps that it takes again.
 """
 
@@ -82,8 +82,21 @@ class RoutingLog:
         iteration = self.args.curr_iteration + 1
         self._steps += 1
         self._microbatches += num_microbatches
-        if not self._is_due(iteration):
-            return
+        if self._is_due(iteration):
+            self._write_steps(model, iteration)
+
+    def before_save(self, model: list[torch.nn.Module], iteration: int) -> None:
+        """Called on all ranks before a checkpoint is written, which may be at any step.
+
+        Args:
+            model: this rank's chunks.
+            iteration: steps that the model was trained.
+        """
+        if self._steps:
+            self._write_steps(model, iteration)
+
+    def _write_steps(self, model: list[torch.nn.Module], iteration: int) -> None:
+        """Lines about the steps since the last ones."""
         table = layer_sums(model, self.args, training=True)
         # Losses are means over data-parallel ranks and microbatches.
         table[:, -len(LOSSES) :] /= self.args.data_parallel_size * self._microbatches

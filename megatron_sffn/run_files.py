@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -20,6 +21,21 @@ def write_whole(path: Path, text: str) -> None:
     try:
         part.write_text(text)
         os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[IO[str]]:
+    """A text file that takes the place of another, on the disk, when the block ends."""
+    part = path.with_name(f".{path.name}.partial")
+    try:
+        with part.open("w") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 

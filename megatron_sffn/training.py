@@ -28,10 +28,12 @@ from torch import Tensor
 from megatron_sffn.accounting import ModelShape, table
 from megatron_sffn.arguments import sffn_config, transformer_config
 from megatron_sffn.checkpoints.continuation import check_checkpoint
+from megatron_sffn.checkpoints.saving import Saves, check_room
 from megatron_sffn.config import SparseFFNConfig
 from megatron_sffn.data.check import check_data
 from megatron_sffn.data.gpt import datasets_provider, next_batch
 from megatron_sffn.data.tokenizer import localize_tokenizer
+from megatron_sffn.faults import Watch, check_loss, exit_on_signals
 from megatron_sffn.initialize import draw_again
 from megatron_sffn.layer import end_step, set_weights_version
 from megatron_sffn.layout import exchange_of
@@ -49,19 +51,23 @@ def train(args: Namespace) -> None:
         args: from `megatron_sffn.arguments.parse`.
 
     Raises:
-        ConfigError: if tokenizer, data or checkpoint do not fit, before any process group or file
-            is made.
+        ConfigError: if tokenizer, data, checkpoint or disk do not fit, before any process group or
+            file is made.
     """
     sffn = sffn_config(args)
     check_data(args)
     check_checkpoint(args, sffn)
+    check_room(args, sffn)
     localize_tokenizer(args)  # Megatron builds it again, from the flags
     recorder = Recorder(args, run_folder(args), RoutingRecorder.of_args(args))
     if sffn is not None and is_host():
         # Compiled now, or not at all: the first step is no time to learn which.
         kernels()
+    args.exit_signal_handler = True
     set_global_variables(args)
+    exit_on_signals(args)
     shape = ModelShape.of_args(args, sffn)
+    Saves(args, recorder.before_save).install()
     if args.rank == 0:
         print(table(shape, exchange_of(args), args.moe_token_dispatcher_type), flush=True)
     hashed = sffn is not None and sffn.router.needs_token_ids
@@ -69,7 +75,7 @@ def train(args: Namespace) -> None:
         pretrain_cfg_container_from_args(args, model_config(args, sffn, recorder)),
         datasets_provider(on_every_stage=hashed),
         ModelType.encoder_or_decoder,
-        partial(forward_step, recorder, hashed),
+        partial(forward_step, recorder, Watch(args), hashed),
         non_loss_data_func=recorder.after_evaluation,
     )
     path = recorder.write_summary(shape)
@@ -132,6 +138,7 @@ def run_folder(args: Namespace) -> Path:
 
 def forward_step(
     recorder: Recorder,
+    watch: Watch,
     hashed: bool,
     batches: Iterator[dict[str, Tensor]] | None,
     model: torch.nn.Module,
@@ -140,6 +147,7 @@ def forward_step(
 
     Args:
         recorder: of the run.
+        watch: of the run.
         hashed: whether the sparse layers read the input ids, which then go where Megatron has a
             `padding_mask`: the only slot for a number per token that reaches the MLP of every stage
             and of every recomputation, whatever the order of microbatches.
@@ -151,6 +159,7 @@ def forward_step(
     """
     recorder.before_forward(model.training)
     iteration = vars(recorder.args).get("curr_iteration")
+    watch.note(iteration or 0)
     # Between two values the optimizer takes one step, or none.
     set_weights_version(model, (iteration, model.training))
     batch = next_batch(batches, on_every_stage=hashed)
@@ -185,6 +194,7 @@ def loss_of(
     """
     mask = loss_mask.reshape(-1).float()
     loss = (output.reshape(-1).float() * mask).sum()
+    check_loss(recorder.args, loss)
     tokens = mask.sum()
     report = torch.stack((loss, tokens)).detach()
     if not training:

@@ -87,6 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="do not compare the validation losses before and after",
     )
     add(
+        "--sffn-trust-checkpoint",
+        action="store_true",
+        help="read a checkpoint that names code other than torch's and Megatron's classes, as old "
+        "ones do, and let it run",
+    )
+    add(
         "--nproc-per-node",
         type=int,
         metavar="N",
@@ -107,9 +113,13 @@ def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
     """
     from tqdm import tqdm
 
-    from megatron_sffn.checkpoints import files, regranulation, rewriting
+    from megatron_sffn.checkpoints import code, files, regranulation, rewriting
+    from megatron_sffn.platforms.unpickling import trust
 
+    if args.sffn_trust_checkpoint:
+        trust()
     source = _source(args.load, args.ckpt_step)
+    code.check_data_only(source)
     common, metadata = files.read_whole(source), files.read_metadata(source)
     saved = files.args_in(common)
     if "sffn_router" not in vars(saved):
@@ -190,12 +200,14 @@ class Evaluation:
     """
 
     def __init__(self, args: Namespace, saved: Namespace, training_flags: Sequence[str]) -> None:
+        from megatron_sffn.checkpoints.code import NOT_FROM_A_CHECKPOINT, without
+
         if "sffn_command" not in vars(saved):
             raise ConfigError(
                 f"the checkpoint in --load {args.load} does not hold the command line of its run, "
                 "so it cannot be evaluated; add --no-evaluate"
             )
-        self.command: list[str] = saved.sffn_command
+        self.command = without(saved.sffn_command, NOT_FROM_A_CHECKPOINT)
         self.ranks: int = args.nproc_per_node or saved.world_size
         self.training_flags = training_flags
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy
 
+from megatron_sffn.checkpoints.code import NOT_FROM_A_CHECKPOINT, without
 from megatron_sffn.checkpoints.files import (
     args_in,
     is_torch_dist,
@@ -58,7 +59,7 @@ RESULTS = """
 """
 """Flags of what a run reads and leaves, which the replay sets itself."""
 
-TAKEN_OUT = frozenset(f"--{name}" for name in (LAYOUT + RESULTS).split())
+TAKEN_OUT = NOT_FROM_A_CHECKPOINT.union(f"--{name}" for name in (LAYOUT + RESULTS).split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,17 +141,6 @@ class Replay:
             *("--sffn-record-routing", str(path.absolute())),
             *self.extra,
         ]
-
-
-def without(command: Sequence[str], flags: frozenset[str]) -> list[str]:
-    """A command line without some flags and their values."""
-    left, dropped = [], False
-    for word in command:
-        if word.startswith("--"):
-            dropped = word.split("=", 1)[0] in flags
-        if not dropped:
-            left.append(word)
-    return left
 
 
 def alone(environment: os._Environ[str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Checkpoints before and after training: what lies on disk, who can go on from it, how it is cut.
 
     files.py            one iteration's folder: which, whole or damaged, and its arguments
+    code.py             is it data alone, or does it name code that would run as it is loaded?
     continuation.py     may this run load it? the look that training takes before anything starts
     optimizer_state.py  the same for the optimizer's state
     rewriting.py        a copy of a checkpoint with some tensors changed, complete or not at all

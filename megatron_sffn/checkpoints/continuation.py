@@ -19,6 +19,7 @@ from typing import Any
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_sffn.arguments import router_flags, sffn_config
+from megatron_sffn.checkpoints.code import check_data_only
 from megatron_sffn.checkpoints.files import (
     TRACKER,
     args_in,
@@ -32,6 +33,7 @@ from megatron_sffn.data.tokenizer import load_tokenizer
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.megatron_flags import ACTIVATIONS, dest_of, flag_of, typed
 from megatron_sffn.model import layer_pattern
+from megatron_sffn.platforms.unpickling import trust
 
 NUMBERS = (
     "num_layers",
@@ -62,10 +64,15 @@ def check_checkpoint(args: Namespace, sffn: SparseFFNConfig | None) -> None:
         sffn: the sparse layer; None for the dense baseline.
 
     Raises:
-        ConfigError: if it is damaged, of another model, or its optimizer's state does not fit.
+        ConfigError: if it names code, is damaged, of another model, or its optimizer's state does
+            not fit.
     """
+    if args.sffn_trust_checkpoint:
+        trust()
     folder = _folder(args)
-    if folder is None:
+    if folder is not None and args.rank == 0:
+        check_data_only(folder)
+    if folder is None or not _is_ours(args, folder):
         return
     common = read_whole(folder)
     saved = _ours(folder, args_in(common), sffn)
@@ -85,21 +92,24 @@ def check_checkpoint(args: Namespace, sffn: SparseFFNConfig | None) -> None:
 
 
 def _folder(args: Namespace) -> Path | None:
-    """What Megatron will load; None where it starts from scratch or the format is not ours."""
+    """What Megatron will load; None where it starts from scratch, or looks elsewhere."""
     if args.load is None and args.ckpt_step is not None:
         raise ConfigError(
             f"--ckpt-step {args.ckpt_step} has nothing to act on without --load; add --load DIR"
         )
-    if args.ckpt_format != "torch_dist" or args.enable_msc or args.non_persistent_ckpt_type:
+    if args.enable_msc or args.non_persistent_ckpt_type:
         return None
     load = args.load
     pretrained = args.pretrained_checkpoint
     if pretrained is not None and (load is None or not (Path(load) / TRACKER).is_file()):
         load = pretrained
-    folder = None if load is None else folder_to_load(Path(load), args.ckpt_step)
-    if folder is None or not is_torch_dist(folder, detect=args.auto_detect_ckpt_format):
-        return None
-    return folder
+    return None if load is None else folder_to_load(Path(load), args.ckpt_step)
+
+
+def _is_ours(args: Namespace, folder: Path) -> bool:
+    """Whether it is in the format that this module reads."""
+    detect = args.auto_detect_ckpt_format
+    return args.ckpt_format == "torch_dist" and is_torch_dist(folder, detect=detect)
 
 
 def _loads_state(args: Namespace, folder: Path) -> bool:

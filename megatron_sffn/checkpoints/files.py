@@ -74,8 +74,7 @@ def folder_to_load(load: Path, step: int | None) -> Path | None:
     name = tracked if tracked == "release" else iteration_folder(load, int(tracked)).name
     if not (load / name).is_dir():
         raise ConfigError(
-            f"{load / TRACKER} names {name}, which is not there ({_held(load)}); "
-            f"{_last_whole(load)}"
+            f"{load / TRACKER} names {name}, which is not there ({_held(load)}); {_remedy(load)}"
         )
     return load / name
 
@@ -117,12 +116,20 @@ def _held(load: Path) -> str:
     return f"iterations in {load}: {last}{shown}"
 
 
-def _last_whole(load: Path, but: Path | None = None) -> str:
-    """A remedy: the last iteration that can be loaded."""
+def last_whole(load: Path, but: Path | None = None) -> int | None:
+    """The last iteration that can be loaded, if there is one beside the folder `but`."""
     for iteration in reversed(iterations(load)):
         folder = iteration_folder(load, iteration)
         if folder != but and problem_of(folder) is None:
-            return f"use --ckpt-step {iteration}, the last one that is whole"
+            return iteration
+    return None
+
+
+def _remedy(load: Path, but: Path | None = None) -> str:
+    """What to load instead, as part of a sentence."""
+    iteration = last_whole(load, but)
+    if iteration is not None:
+        return f"use --ckpt-step {iteration}, the last one that is whole"
     others = "no other iteration" if but is not None else "none"
     return f"{others} there is whole: use another --load"
 
@@ -150,7 +157,7 @@ def read_whole(folder: Path) -> dict[str, Any]:
         return _read_whole(folder)
     except Damaged as damage:
         raise ConfigError(
-            f"checkpoint {folder} is damaged: {damage}; {_last_whole(folder.parent, folder)}"
+            f"checkpoint {folder} is damaged: {damage}; {_remedy(folder.parent, folder)}"
         ) from damage
 
 

@@ -47,7 +47,7 @@ from megatron_sffn.checkpoints.files import (
     read_metadata,
 )
 from megatron_sffn.errors import ConfigError
-from megatron_sffn.run_files import sync
+from megatron_sffn.run_files import replaced, sync
 
 COPIED = 1 << 24
 """Bytes that are copied at a time."""
@@ -112,7 +112,7 @@ def rewrite(
         assert new.state_dict_metadata.keys() == metadata.state_dict_metadata.keys(), target
         problem = problem_of(part)
         assert problem is None, (target, problem)
-    _point_to(save, iteration)
+    point_to(save, iteration)
     return target
 
 
@@ -266,11 +266,7 @@ def _copy_others(source: Path, part: Path, metadata: Metadata) -> None:
         save_integrity_manifest(str(part))
 
 
-def _point_to(save: Path, iteration: int) -> None:
+def point_to(save: Path, iteration: int) -> None:
     """Make an iteration the one that Megatron loads."""
-    part = save / f".{TRACKER}.partial"
-    part.unlink(missing_ok=True)
-    with _created(part) as file:
-        file.write(str(iteration).encode())
-    part.replace(save / TRACKER)
-    sync(save)
+    with replaced(save / TRACKER) as file:
+        file.write(str(iteration))

@@ -7,22 +7,25 @@ import pytest
 from megatron_sffn import platforms
 from megatron_sffn.platforms import cpu
 
+APEX = set(platforms.FUSED_BY_APEX.values())
+
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
-    """`machine(cuda=, transformer_engine=)` pretends."""
+    """`machine(modules, cuda=)` pretends that these are installed."""
 
-    def pretend(*, cuda: bool, transformer_engine: bool) -> None:
+    def pretend(modules: set[str], *, cuda: bool = True) -> None:
         monkeypatch.setattr(cpu, "is_host", lambda: not cuda)
         monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name: object() if transformer_engine else None
+            importlib.util, "find_spec", lambda name: object() if name in modules else None
         )
 
     return pretend
 
 
-def test_without_cuda_the_cpu_trains_over_gloo(machine) -> None:
-    machine(cuda=False, transformer_engine=False)
+@pytest.mark.parametrize("modules", [set(), {"transformer_engine"} | APEX])
+def test_without_cuda_the_cpu_trains_over_gloo(machine, modules: set[str]) -> None:
+    machine(modules, cuda=False)
     defaults, line = platforms.prepare()
     assert defaults["distributed_backend"] == "gloo"
     assert defaults["transformer_impl"] == "local"
@@ -31,13 +34,29 @@ def test_without_cuda_the_cpu_trains_over_gloo(machine) -> None:
 
 
 def test_cuda_without_transformer_engine_keeps_nccl(machine) -> None:
-    machine(cuda=True, transformer_engine=False)
+    machine(set())
     defaults, line = platforms.prepare()
     assert defaults["transformer_impl"] == "local"
     assert "distributed_backend" not in defaults
     assert "gloo" not in line
 
 
+def test_what_apex_has_fused_is_used(machine) -> None:
+    machine(APEX)
+    defaults, line = platforms.prepare()
+    assert defaults["transformer_impl"] == "local"
+    kept = {"gradient_accumulation_fusion", "masked_softmax_fusion", "no_persist_layer_norm"}
+    assert not kept & defaults.keys()
+    assert not any(text in line for text in platforms.FUSED_BY_APEX)
+
+
+def test_transformer_engine_alone_lacks_the_gradients_of_the_logits(machine) -> None:
+    machine({"transformer_engine"})
+    defaults, line = platforms.prepare()
+    assert defaults == {"gradient_accumulation_fusion": False}
+    assert line == "no apex of NVIDIA's, with --no-gradient-accumulation-fusion"
+
+
 def test_a_complete_machine_needs_nothing(machine) -> None:
-    machine(cuda=True, transformer_engine=True)
+    machine({"transformer_engine"} | APEX)
     assert platforms.prepare() == ({}, "")

@@ -1,0 +1,99 @@
+"""Can training start here, and if not, what is to be done? `python -m megatron_sffn.doctor`.
+
+Enters: this machine and this environment. Leaves: a table, or JSON, and an exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+from megatron_sffn.doctor import machine, packages
+from megatron_sffn.doctor.findings import WRONG, Finding, absent, guarded
+from megatron_sffn.doctor.smoke import smoke
+from megatron_sffn.errors import reject, run_command
+
+DESCRIPTION = """\
+Look at this machine and this Python environment: can training start here? A line for each check
+says what was found: ok, absent (something optional is not there), or wrong; with a remedy below
+what is not ok. The exit code is 0 if nothing is wrong, else 1.
+"""
+
+EXAMPLE = """\
+example: before the first run, and after each change of drivers or packages
+  python -m megatron_sffn.doctor
+
+example: a container's health check, in seconds
+  python -m megatron_sffn.doctor --no-smoke
+
+example: all nodes of a Slurm job
+  srun --ntasks-per-node 1 python -m megatron_sffn.doctor --json
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_sffn.doctor",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument(
+        "--no-smoke",
+        dest="smoke",
+        action="store_false",
+        help="leave out the smoke test: two ranks, a sum over them, two steps of a small model",
+    )
+    parser.error = reject  # type: ignore[method-assign]
+    return parser
+
+
+def examine(with_smoke: bool) -> list[Finding]:
+    """All lines; the smoke test comes last, and only where nothing else is wrong."""
+    checks = {**packages.CHECKS, **machine.CHECKS}
+    with ThreadPoolExecutor(2) as pool:
+        findings = list(pool.map(guarded, checks, checks.values()))
+    if with_smoke and any(finding.state == WRONG for finding in findings):
+        remedy = "mend what is wrong above, then run doctor again"
+        findings.append(absent("smoke test", "not run", remedy))
+    elif with_smoke:
+        print("two ranks start ...", file=sys.stderr, flush=True)
+        findings.append(guarded("smoke test", smoke))
+    return findings
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """Findings as text, a remedy below each that has one."""
+    width = max(len(finding.name) for finding in findings)
+    lines = [f"{'check':{width}}  state   found"]
+    for finding in findings:
+        lines.append(f"{finding.name:{width}}  {finding.state:6}  {finding.found}")
+        if finding.remedy:
+            lines.append(f"{'':{width}}          -> {finding.remedy}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    args = build_parser().parse_args(argv)
+    print("looking at packages and machine ...", file=sys.stderr, flush=True)
+    findings = examine(args.smoke)
+    bad = [finding.name for finding in findings if finding.state == WRONG]
+    if args.json:
+        print(json.dumps({"ready": not bad, "checks": [asdict(f) for f in findings]}, indent=1))
+    else:
+        print(table(findings))
+        verdict = f"wrong here: {', '.join(bad)}" if bad else "training can start here"
+        print(f"\n{verdict}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

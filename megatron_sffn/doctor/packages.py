@@ -1,0 +1,326 @@
+"""Python, torch, Megatron, and the optional packages: there, whole, and the right ones?
+
+Enters: the environment. Leaves: a line for each.
+
+Choice: what is installed is read from the packages' metadata and folders; only then is a package
+imported, in another process.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from megatron_sffn.doctor.findings import (
+    Check,
+    Finding,
+    ProbeError,
+    absent,
+    ok,
+    probe,
+    wrong,
+)
+
+PYTHON = ((3, 12), (3, 14))
+"""From the first to before the second: megatron-core 0.19 has wheels for these."""
+
+INSTALL = "pip install -c constraints.txt megatron-sffn, with the constraints.txt of the clone"
+
+APEX_OF_NVIDIA = "multi_tensor_apply"
+"""A folder that NVIDIA's apex has; the index's package of the name has not."""
+
+EXTRAS = {
+    "gigatoken": ("fast", "faster tokenizing"),
+    "ray": ("ray", "preprocessing on a cluster"),
+    "rensa": ("dedup", "near duplicates"),
+    "nltk": ("sentences", "--split-sentences"),
+    "wandb": ("wandb", "--wandb-project"),
+}
+"""Package -> our extra that brings it, and what for."""
+
+
+def python(name: str) -> Finding:
+    """The interpreter that runs this."""
+    first, end = PYTHON
+    found = f"{sys.version.split()[0]}, {sys.executable}"
+    if first <= sys.version_info[:2] < end:
+        return ok(name, found)
+    return wrong(name, found, "install Python 3.12 or 3.13, then megatron-sffn into it")
+
+
+def requirements(name: str) -> Finding:
+    """Everything that this package needs, in the versions that it needs."""
+    try:
+        needed = importlib.metadata.requires("megatron-sffn") or []
+    except importlib.metadata.PackageNotFoundError:
+        return absent(name, "not known: megatron-sffn is here, but not installed", INSTALL)
+    from packaging.requirements import Requirement
+
+    problems, count = [], 0
+    for requirement in map(Requirement, needed):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        count += 1
+        version = version_of(requirement.name)
+        if version is None:
+            problems.append(f"{requirement.name} is missing")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"{requirement.name} {version} is not {requirement.specifier}")
+    if problems:
+        return wrong(name, ", ".join(problems), INSTALL)
+    return ok(name, f"{count} packages, megatron-core {version_of('megatron-core')}")
+
+
+def version_of(package: str) -> str | None:
+    """Of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def torch_build() -> dict[str, Any]:
+    """What torch says about itself; see `probes.torch`.
+
+    Raises:
+        ProbeError: if it cannot be imported.
+    """
+    with _ASKED_ONCE:
+        answer = _torch_answer()
+    if isinstance(answer, ProbeError):
+        raise answer
+    return answer
+
+
+_ASKED_ONCE = threading.Lock()
+
+
+@cache
+def _torch_answer() -> dict[str, Any] | ProbeError:
+    try:
+        return probe("torch")
+    except ProbeError as error:
+        return error
+
+
+def torch(name: str) -> Finding:
+    """torch can be imported."""
+    try:
+        build = torch_build()
+    except ProbeError as error:
+        return _broken(name, "torch", error, f"pip uninstall torch, then {INSTALL}")
+    cuda = f"built for CUDA {build['cuda']}" if build["cuda"] else "built without CUDA"
+    return ok(name, f"{build['version']}, {cuda}")
+
+
+def _broken(name: str, package: str, error: ProbeError, remedy: str) -> Finding:
+    """A required package that cannot be imported, or is not there."""
+    version = version_of(package)
+    if version is None:
+        return wrong(name, "not installed", INSTALL)
+    return wrong(name, f"{version}, {error}", remedy)
+
+
+def cuda(name: str) -> Finding:
+    """torch's CUDA goes with the driver."""
+    driver = driver_version()
+    build = torch_build()
+    if build["available"]:
+        return ok(name, f"driver {driver or 'present'}, CUDA {build['cuda']} of torch")
+    if driver is None:
+        return absent(
+            name,
+            "no NVIDIA driver: training runs on the CPU",
+            "on a GPU machine install the driver; in a container: docker run --gpus all",
+        )
+    return wrong(
+        name,
+        f"driver {driver}, but torch, built for CUDA {build['cuda']}, sees no GPU",
+        "update the driver to one of that CUDA (nvidia-smi shows its own), or install a torch that "
+        "is built for the driver's; or unset CUDA_VISIBLE_DEVICES",
+    )
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's kernel driver, or None."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else None
+
+
+def gpus(name: str) -> Finding:
+    """The GPUs, and whether this torch has code for them."""
+    build = torch_build()
+    if not build["gpus"]:
+        return absent(name, "none: training runs on the CPU", "none needed to try things")
+    known = {int(arch.split("_")[1]) // 10 for arch in build["architectures"] if "sm_" in arch}
+    strange = [gpu["name"] for gpu in build["gpus"] if gpu["capability"][0] not in known]
+    each = [
+        f"{gpu['name']} ({gpu['bytes'] / 2**30:.0f} GiB, compute capability "
+        f"{'.'.join(map(str, gpu['capability']))})"
+        for gpu in build["gpus"]
+    ]
+    found = ", ".join(f"{each.count(one)} x {one}" for one in dict.fromkeys(each))
+    if strange:
+        return wrong(name, found, f"install a torch with code for {', '.join(set(strange))}")
+    return ok(name, found)
+
+
+def collectives(name: str) -> Finding:
+    """Ways between ranks."""
+    build = torch_build()
+    ways = ["gloo"] if build["gloo"] else []
+    ways += [f"NCCL {build['nccl']}"] if build["nccl"] else []
+    found = ", ".join(ways) or "neither gloo nor NCCL"
+    if not build["gloo"]:
+        return wrong(name, found, "install a torch with gloo, such as the index's")
+    if build["gpus"] and not build["nccl"]:
+        return wrong(name, found, "install a torch with NCCL, such as the index's")
+    return ok(name, found)
+
+
+def megatron(name: str) -> Finding:
+    """Megatron and its training loop can be imported."""
+    try:
+        probe("megatron")
+    except ProbeError as error:
+        remedy = f"mend what is wrong above, such as Transformer Engine or apex; else {INSTALL}"
+        return _broken(name, "megatron-core", error, remedy)
+    return ok(name, f"{version_of('megatron-core')}, with its training loop")
+
+
+def transformer_engine(name: str) -> Finding:
+    """Whole, or not there: half of it makes `import megatron.core` fail."""
+    version = version_of("transformer-engine")
+    if version is None and importlib.util.find_spec("transformer_engine") is None:
+        remedy = 'on a GPU machine: pip install --no-build-isolation "megatron-sffn[te]"'
+        return absent(name, "not installed: Megatron's own modules compute", remedy)
+    try:
+        probe("transformer_engine")
+    except ProbeError as error:
+        if version_of("transformer-engine-torch") is None:
+            found = f"{version}, half-installed, without its torch part ({error})"
+        else:
+            found = f"{version}, cannot be imported ({error})"
+        return wrong(
+            name,
+            found,
+            f'pip install --no-build-isolation "transformer-engine[pytorch]=={version}", or pip '
+            "uninstall transformer-engine; Megatron cannot be imported before",
+        )
+    return ok(name, f"{version}, with its torch part")
+
+
+def apex(name: str) -> Finding:
+    """NVIDIA's, or the package of the same name in the index."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return absent(
+            name,
+            "not installed: torch's Adam and norms compute",
+            "NGC's PyTorch image has it; never pip install apex, which is another package",
+        )
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    version = version_of("apex")
+    if not any((folder / APEX_OF_NVIDIA).is_dir() for folder in folders):
+        return wrong(
+            name,
+            f"{version}, not NVIDIA's: a package of the index with the same name",
+            "pip uninstall apex; Megatron would choose its norms and fail",
+        )
+    if importlib.util.find_spec("amp_C") is None:
+        return wrong(
+            name,
+            f"{version}, NVIDIA's, without its CUDA extensions",
+            "build it with them (--cpp_ext --cuda_ext), or pip uninstall apex",
+        )
+    return ok(name, f"{version}, NVIDIA's, with its CUDA extensions")
+
+
+def dali(name: str) -> Finding:
+    """NVIDIA DALI."""
+    found = [
+        f"{dist.metadata['Name']} {dist.version}"
+        for dist in importlib.metadata.distributions()
+        if (dist.metadata["Name"] or "").startswith("nvidia-dali-cuda")
+    ]
+    if not found:
+        remedy = 'for --sffn-dataloader dali: pip install "megatron-sffn[dali]"'
+        return absent(name, "not installed", remedy)
+    try:
+        probe("dali")
+    except ProbeError as error:
+        return wrong(name, f"{found[0]}, {error}", f"pip install --force-reinstall {found[0]}")
+    return ok(name, found[0])
+
+
+def triton(name: str) -> Finding:
+    """A kernel compiles and runs; without a GPU, through the interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return absent(name, "not installed", f"for --sffn-backend triton: {INSTALL}")
+    host = not torch_build()["available"]
+    try:
+        answer = probe("triton", **({"TRITON_INTERPRET": "1"} if host else {}))
+    except ProbeError as error:
+        remedy = "install gcc, with which Triton builds its launcher, and check TRITON_CACHE_DIR"
+        return wrong(name, f"{version_of('triton')}, {error}", remedy)
+    how = "interpreted, as there is no GPU" if host else "compiled"
+    return ok(name, f"{answer['version']}, a kernel ran {how}")
+
+
+def kernels(name: str) -> Finding:
+    """The C++ compiler, and our kernels for the CPU."""
+    compiler = os.environ.get("CXX", "c++")
+    remedy = "install g++ 11 or newer, or set CXX to a compiler that knows C++20 and OpenMP"
+    try:
+        command = [*compiler.split(), "--version"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return absent(name, f"no compiler ({compiler}): plain torch computes on a CPU", remedy)
+    compiler_name = said.stdout.splitlines()[0]
+    torch_build()
+    try:
+        answer = probe("kernels")
+    except ProbeError as error:
+        return wrong(name, f"{compiler_name}; {error}", remedy)
+    if not answer["loaded"]:
+        return wrong(name, answer["said"].split(";")[0], remedy)
+    how = "built now" if answer["built"] else "cached"
+    return ok(name, f"{answer['said'].removeprefix('kernels: ')}, {how}; {compiler_name}")
+
+
+def extra(package: str, name: str) -> Finding:
+    """An optional package that is used as it is."""
+    version = version_of(package)
+    if version is not None and importlib.util.find_spec(package) is not None:
+        return ok(name, version)
+    bringer, use = EXTRAS[package]
+    return absent(name, "not installed", f'for {use}: pip install "megatron-sffn[{bringer}]"')
+
+
+CHECKS: dict[str, Check] = {
+    "Python": python,
+    "requirements": requirements,
+    "torch": torch,
+    "CUDA": cuda,
+    "GPUs": gpus,
+    "collectives": collectives,
+    "Transformer Engine": transformer_engine,
+    "apex": apex,
+    "Megatron": megatron,
+    "DALI": dali,
+    "Triton": triton,
+    "C++ kernels": kernels,
+    **{package: partial(extra, package) for package in EXTRAS},
+}
+"""Name of a line -> its check, in the order of the table."""

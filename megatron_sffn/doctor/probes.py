@@ -1,0 +1,101 @@
+"""What doctor runs in processes of their own: imports and kernels that may fail in any way.
+
+Enters: the name of a function of this file. Leaves: its answer, as the last line, in JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from typing import Any
+
+from megatron_sffn.remarks import silence
+
+
+def torch() -> dict[str, Any]:
+    """The installed torch, its CUDA, the GPUs that it sees, and its ways between ranks."""
+    import torch
+    from torch import distributed
+
+    cuda = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "available": cuda,
+        "gpus": [
+            {"name": gpu.name, "bytes": gpu.total_memory, "capability": [gpu.major, gpu.minor]}
+            for gpu in gpus
+        ],
+        "architectures": torch.cuda.get_arch_list() if cuda else [],
+        "gloo": distributed.is_available() and distributed.is_gloo_available(),
+        "nccl": _nccl(torch) if distributed.is_available() else None,
+    }
+
+
+def _nccl(torch: Any) -> str | None:
+    if not torch.distributed.is_nccl_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def megatron() -> dict[str, Any]:
+    """Megatron with its training loop, as the entry point imports it."""
+    from megatron_sffn.platforms import prepare
+
+    prepare()
+    for name in ("megatron.core", "megatron.training", "megatron_sffn.training"):
+        importlib.import_module(name)
+    return {}
+
+
+def transformer_engine() -> dict[str, Any]:
+    """Its torch part."""
+    importlib.import_module("transformer_engine.pytorch")
+    return {}
+
+
+def dali() -> dict[str, Any]:
+    """NVIDIA DALI, with its types."""
+    importlib.import_module("nvidia.dali.pipeline")
+    return {}
+
+
+def triton() -> dict[str, Any]:
+    """A kernel that doubles 4 numbers, on the GPU if there is one."""
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def double(x, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        o_x = tl.arange(0, SIZE)
+        tl.store(x + o_x, 2 * tl.load(x + o_x))
+
+    x = torch.ones(4, device="cuda" if torch.cuda.is_available() else "cpu")
+    double[(1,)](x, SIZE=4)
+    assert x.tolist() == [2.0] * 4, x
+    return {"version": triton.__version__, "device": x.device.type}
+
+
+def kernels() -> dict[str, Any]:
+    """Our C++ kernels: whether they were there, and whether they are now."""
+    import logging
+
+    from megatron_sffn.ops import compiled
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(compiled.__name__)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    loaded = compiled.kernels() is not None
+    return {"loaded": loaded, "said": said[-1], "built": loaded and len(said) > 1}
+
+
+if __name__ == "__main__":
+    silence()
+    print("\n" + json.dumps(globals()[sys.argv[1]]()))

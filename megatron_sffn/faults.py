@@ -1,0 +1,185 @@
+"""What a run does when it is asked to stop, when its loss is no number, and when a rank hangs.
+
+Enters: Megatron's namespace, and the progress of this rank. Leaves: handlers of signals, Megatron's
+checks of the loss, and a line that names the rank for which the others wait.
+
+Choices
+- Megatron's handler of `--exit-signal`, which saves and leaves with exit code 0, is always on: it
+  costs one small all-gather per step. It takes SIGTERM, SIGUSR1 and SIGUSR2, whichever a scheduler
+  sends as its warning.
+- A collective that times out says which operation, not which rank is missing. So each rank has a
+  thread that looks at its own progress; if there is none for most of the timeout, it says so in the
+  store of the process group, before the collective fails. Ranks that say nothing are stopped or
+  gone; if all do, where each is tells which one does not wait.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections import defaultdict
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""After which a run saves and leaves: of a scheduler that stops a job, or warns that it will."""
+
+SPIKE = 10.0
+"""A loss is a spike if it exceeds the largest so far by this factor; as in Megatron's own loss."""
+
+PATIENCE, ANSWERS = 3 / 4, 1 / 16
+"""Shares of the timeout: without progress before a rank says so, and for the others to say so."""
+
+SHOWN = 8
+"""Ranks that a line lists."""
+
+
+def exit_on_signals(args: Namespace) -> None:
+    """Give Megatron's handler of one signal all of them; after `set_global_variables`."""
+    handler = signal.getsignal(args.exit_signal)
+    for one in SIGNALS:
+        signal.signal(one, handler)
+
+
+def check_loss(args: Namespace, loss: Tensor) -> None:
+    """Megatron's checks of a microbatch's loss on this rank.
+
+    Args:
+        args: with `check_for_nan_in_loss_and_grad` and `check_for_spiky_loss`.
+        loss: scalar.
+
+    Raises:
+        FloatingPointError: if it is NaN or infinite in the first step of a process, which Megatron
+            does not look at: weights that are no numbers would be saved.
+        RuntimeError: Megatron's, if it is in a later one and `--rerun-mode` is disabled; otherwise
+            Megatron runs the step again and decides then.
+    """
+    machine = get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        if not machine.first_iteration_complete and not loss.isfinite():
+            raise FloatingPointError(
+                f"the loss is {loss.item()} in the first step, step {args.curr_iteration + 1}; the "
+                "weights that were loaded, or the flags, do not work"
+            )
+        for found, kind in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            machine.validate_result(
+                result=loss,
+                rejection_func=found,
+                message=f"found {kind} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        machine.validate_result(
+            result=loss,
+            rejection_func=partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss"),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
+
+
+class Watch:
+    """Names the rank that the others wait for.
+
+    Args:
+        args: Megatron's namespace.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self._first: int | None = None
+        self._progress = (0, time.monotonic())
+        self._main = threading.get_ident()
+
+    def note(self, iteration: int) -> None:
+        """This rank begins a microbatch of a step; the first call starts the thread."""
+        if self._first is None:
+            self._first = iteration
+            rank = torch.distributed.get_rank()
+            # A connection of its own: the main thread may hold the other one.
+            store: Any = _get_default_store()
+            store = store.clone()
+            store.set(f"rank {rank}", f"{socket.gethostname()}, process {os.getpid()}")
+            threading.Thread(target=self._run, args=(store, rank), daemon=True).start()
+        self._progress = (iteration, time.monotonic())
+
+    @property
+    def timeout(self) -> float:
+        """Of the collectives, in seconds; Megatron can have another one after the first step."""
+        later = self.args.distributed_timeout_seconds_after_init
+        if later is not None and self._progress[0] != self._first:
+            return float(later)
+        return 60.0 * self.args.distributed_timeout_minutes
+
+    def _run(self, store: torch.distributed.Store, rank: int) -> None:
+        """Sleep until there was no progress for too long; then say so, once."""
+        while (waited := time.monotonic() - self._progress[1]) < PATIENCE * self.timeout:
+            time.sleep(min(PATIENCE * self.timeout - waited, 1.0))
+        asks = threading.Thread(target=self._ask, args=(store, rank), daemon=True)
+        asks.start()
+        asks.join(2 * ANSWERS * self.timeout)
+        if asks.is_alive():
+            self._say(
+                "the store does not answer: rank 0, or the launcher that holds it, is stopped, "
+                "dead or cut off"
+            )
+
+    def _ask(self, store: torch.distributed.Store, rank: int) -> None:
+        """Say where this rank is; the first to do so waits for the others, and reports."""
+        store.set(f"place {rank}", self._place())
+        if store.add("stalled", 1) == 1:
+            time.sleep(ANSWERS * self.timeout)
+            self._say(report(store, torch.distributed.get_world_size()))
+
+    def _say(self, what: str) -> None:
+        iteration, since = self._progress
+        seconds = time.monotonic() - since
+        line = f"no progress for {seconds:.0f} s in step {iteration + 1}: {what}"
+        print(line, file=sys.stderr, flush=True)
+
+    def _place(self) -> str:
+        """Where the main thread is."""
+        frame = sys._current_frames()[self._main]
+        return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def report(store: torch.distributed.Store, num_ranks: int) -> str:
+    """Who hangs, from what the ranks said.
+
+    Args:
+        store: with `rank N` of every rank, and `place N` of those that answer.
+        num_ranks: of the job.
+    """
+    silent, places = [], defaultdict(list)
+    for rank in range(num_ranks):
+        if store.check([f"place {rank}"]):
+            places[store.get(f"place {rank}").decode()].append(rank)
+        else:
+            silent.append(rank)
+    if silent:
+        who = "; ".join(f"rank {r} ({store.get(f'rank {r}').decode()})" for r in silent[:SHOWN])
+        more = f" and {len(silent) - SHOWN} more" if len(silent) > SHOWN else ""
+        return f"{who}{more} does not answer: stopped, dead or cut off; the others wait for it"
+    where = "; ".join(
+        f"{_ranks(ranks)} at {place}"
+        for place, ranks in sorted(places.items(), key=lambda item: len(item[1]))[:SHOWN]
+    )
+    return f"all ranks answer: {where}"
+
+
+def _ranks(ranks: list[int]) -> str:
+    """Few by name, many by number."""
+    if len(ranks) > SHOWN:
+        return f"{len(ranks)} ranks"
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -1,0 +1,175 @@
+"""docker/: what can be said of the images without building them."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ["docker/Dockerfile", "docker/Dockerfile.cpu"]
+BUILD = ROOT / "docker" / "build.sh"
+
+
+def stages(file: str) -> dict[str, list[tuple[str, str]]]:
+    """Stage -> its instructions with their arguments, behind those of the stage it starts from."""
+    text = "\n".join(
+        line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")
+    )
+    found: dict[str, list[tuple[str, str]]] = {}
+    stage: list[tuple[str, str]] = []
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        instruction, _, arguments = line.partition(" ")
+        if instruction == "FROM":
+            base, _, name = arguments.partition(" AS ")
+            stage = found[name] = list(found.get(base, []))
+        elif instruction:
+            stage.append((instruction, arguments))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "files"), [("hadolint", FILES), ("shellcheck", ["docker/build.sh"])]
+)
+def test_linters_have_nothing_to_say(name: str, files: list[str]) -> None:
+    beside = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    linter = shutil.which(name, path=beside)
+    if linter is None:
+        pytest.skip(f"no {name} here")
+    result = subprocess.run([linter, *files], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout + result.stderr == ""
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_image_has_a_user_a_health_check_and_labels(file: str) -> None:
+    *_, (name, image) = stages(file).items()
+    assert name == "image", "`docker build` without --target makes the last stage"
+    last = dict(image)
+    assert last["USER"].isdecimal(), "Kubernetes checks runAsNonRoot by number"
+    assert int(last["USER"]) > 0
+    assert '"megatron_sffn.doctor", "--no-smoke"' in last["HEALTHCHECK"]
+    labels = " ".join(arguments for instruction, arguments in image if instruction == "LABEL")
+    for label in ("title", "description", "licenses", "version", "revision"):
+        assert f"org.opencontainers.image.{label}=" in labels
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"), [("docker/Dockerfile", "runtime"), ("docker/Dockerfile.cpu", "requirements")]
+)
+def test_requirements_lie_below_the_source(file: str, stage: str) -> None:
+    kinds = [
+        "requirements" if "--requirement requirements.txt" in arguments else "source"
+        for instruction, arguments in stages(file)[stage]
+        if "--requirement requirements.txt" in arguments
+        or (instruction == "COPY" and re.search(r"megatron_sffn|examples|tools", arguments))
+    ]
+    assert kinds[0] == "requirements"
+    assert kinds.count("requirements") == 1
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_pip_takes_nothing_but_what_is_pinned(file: str) -> None:
+    installs = [
+        arguments
+        for stage in stages(file).values()
+        for instruction, arguments in stage
+        if instruction == "RUN" and re.search(r"\bpip (install|wheel)\b", arguments)
+    ]
+    assert installs
+    for arguments in installs:
+        assert re.search("--no-deps|--constraint |PIP_CONSTRAINT=pins.txt", arguments)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_context_holds_what_is_copied_and_little_else(file: str) -> None:
+    _, everything, *lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert everything == "*"
+    names = {line[1:] for line in lines if line.startswith("!")}
+    copied = {
+        source
+        for stage in stages(file).values()
+        for instruction, arguments in stage
+        if instruction == "COPY" and not arguments.startswith("--from")
+        for source in arguments.split()[:-1]
+    }
+    assert copied <= names
+    assert all((ROOT / name).exists() for name in names)
+    size = sum(
+        path.stat().st_size
+        for name in names
+        for path in [ROOT / name, *(ROOT / name).rglob("*")]
+        if path.is_file() and not fnmatch.fnmatch(str(path), "*/__pycache__/*")
+    )
+    assert size < 4e6, f"{size} bytes go to the builder"
+
+
+def build(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Call docker/build.sh where there is nothing but what is in a folder, and what it needs."""
+    for name in ("bash", "dirname", "git", "sed"):
+        if not (path / name).exists() and (real := shutil.which(name)):
+            (path / name).symlink_to(real)
+    environment = {"PATH": str(path), "TESTS": "tests/routers", "QUICKSTART": "--train-iters 20"}
+    return subprocess.run(
+        [BUILD, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def stand_in(path: Path, name: str, *, works: bool = True) -> None:
+    """An engine that says what it was asked, and whose daemon runs or not."""
+    (path / name).write_text(
+        f"#!{shutil.which('bash')}\ncase $1 in info) {'true' if works else 'false'} ;; "
+        f'*) echo "{name} $*" ;; esac\n'
+    )
+    (path / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("arguments", [[], ["tpu"]])
+def test_a_kind_of_image_that_is_not_there(tmp_path: Path, arguments: list[str]) -> None:
+    result = build(tmp_path, *arguments)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert f"'{''.join(arguments)}' is neither cpu nor gpu; give one of them." in line
+
+
+def test_without_an_engine_it_says_what_to_install(tmp_path: Path) -> None:
+    stand_in(tmp_path, "docker", works=False)
+    result = build(tmp_path, "cpu")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "no docker with a running daemon, podman or buildah found" in line
+    assert "apt-get install podman" in line
+
+
+def test_docker_without_a_daemon_leaves_it_to_podman(tmp_path: Path) -> None:
+    stand_in(tmp_path, "docker", works=False)
+    stand_in(tmp_path, "podman")
+    result = build(tmp_path, "cpu", "--isolation", "chroot")
+    assert (result.returncode, result.stderr) == (0, "")
+    asked = [line for line in result.stdout.splitlines() if line.startswith("podman ")]
+    assert [line.split()[1] for line in asked] == ["build", "build", "run", "run", "run"]
+    # Podman's own format drops the health check.
+    assert all("--format docker" in line and "--isolation chroot" in line for line in asked[:2])
+    wanted = ["doctor --no-smoke", "quickstart --train-iters 20", "tests/routers"]
+    for line, end in zip(asked[2:], wanted, strict=True):
+        assert "--network none" in line
+        assert line.endswith(end)
+
+
+def test_the_gpu_image_is_built_only(tmp_path: Path) -> None:
+    stand_in(tmp_path, "docker")
+    result = build(tmp_path, "gpu", "--build-arg", "BASE=other")
+    assert (result.returncode, result.stderr) == (0, "")
+    (asked,) = (line for line in result.stdout.splitlines() if line.startswith("docker build"))
+    assert "--file docker/Dockerfile " in asked
+    assert "--build-arg BASE=other" in asked
+    assert "--format" not in asked
+
+
+def test_the_script_can_be_run() -> None:
+    assert os.access(BUILD, os.X_OK)

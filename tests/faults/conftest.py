@@ -1,0 +1,12 @@
+"""What a run is compared with that was disturbed."""
+
+import pytest
+
+from tests.faults.jobs import Job
+from tests.faults.scenarios import undisturbed
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The undisturbed run; it has ended."""
+    return undisturbed(tmp_path_factory.mktemp("whole"))

@@ -1,0 +1,234 @@
+"""What can happen to a run, each as a function that does it to a real one.
+
+Enters: a folder. Leaves: what it cost, for the fault table (`python -m tests.faults`), or an
+`AssertionError` if the run did not survive.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+import resource
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sffn.checkpoints.files import folder_to_load, problem_of
+from megatron_sffn.checkpoints.saving import iteration_of
+from tests.faults.jobs import EP2, Agent, Job, SmallDisk, column, job, validation_loss, wait_until
+
+INTERVAL = 5
+"""Steps between saves."""
+
+STEPS = 24
+"""Of a run; its last save is none of the interval."""
+
+RUN = f"{EP2} --train-iters {STEPS} --save-interval {INTERVAL} --hidden-dropout 0.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a fault cost a run that survived.
+
+    Args:
+        lost: steps that had to be done again, at most.
+        note: what else there is to say.
+    """
+
+    lost: int = 0
+    note: str = ""
+
+
+def in_folder(folder: Path) -> str:
+    """Flags of a run that goes on where it stopped."""
+    return f"{RUN} --save {folder} --load {folder}"
+
+
+def undisturbed(folder: Path) -> Job:
+    """The run as it should be, with its files in `folder/run`."""
+    with job(2, in_folder(folder / "run"), folder) as run:
+        assert run.wait() == [0, 0], run.log()
+    return run
+
+
+def assert_the_same(save: Path, log: str, whole: Job) -> None:
+    """A run that was disturbed ended as the undisturbed one, bit by bit.
+
+    Args:
+        save: its folder.
+        log: of all its parts.
+        whole: the undisturbed one.
+    """
+    norms, expected = column(log, "grad norm"), column(whole.log(), "grad norm")
+    assert norms == expected
+    assert validation_loss(log) == validation_loss(whole.log())
+    for name in ("routing.jsonl", "latest_checkpointed_iteration.txt"):
+        assert (save / name).read_text() == (whole.folder / "run" / name).read_text(), name
+    assert _results(save) == _results(whole.folder / "run")
+
+
+def _results(save: Path) -> dict[str, object]:
+    """What a summary says, but for the speed."""
+    found = json.loads((save / "summary.json").read_text())
+    return {name: value for name, value in found.items() if name != "tokens_per_second"}
+
+
+def killed_job(folder: Path, whole: Job, *, kills: int, seed: int) -> Outcome:
+    """All ranks get SIGKILL at random moments, about half of them while the run saves.
+
+    A run that comes to its end in spite of that is compared, and another one begins.
+    """
+    moments, lost, saves = random.Random(seed), 0, 0
+    for number in itertools.count():
+        save, log = folder / f"run{number}", ""
+        while not (save / "summary.json").exists():
+            with job(2, in_folder(save), folder / f"logs{number}") as run:
+                if kills and _reaches(run, moments):
+                    run.send(signal.SIGKILL)
+                run.wait()
+            log += run.log()
+            if set(run.codes.values()) == {-signal.SIGKILL}:
+                kills -= 1
+                saves += run.log(0).count("saving checkpoint") > run.log(0).count("successfully")
+                lost = max(lost, _lost(save, log))
+            else:
+                assert (save / "summary.json").exists(), run.log()
+        assert_the_same(save, log, whole)
+        if not kills:
+            return Outcome(lost=lost, note=f"{saves} of them in a save")
+    raise AssertionError(kills)
+
+
+def _reaches(run: Job, moments: random.Random) -> bool:
+    """Wait for a random moment; whether the run still runs then."""
+    if moments.random() < 0.5:
+        saves = moments.randint(1, 3)
+        wait_until(
+            lambda: not run.runs() or run.log(0).count("saving checkpoint") >= saves, 60, run.log
+        )
+        time.sleep(10 ** moments.uniform(-3, 0.5))
+    else:
+        time.sleep(moments.uniform(0, 4))
+    return run.runs()
+
+
+def _lost(save: Path, log: str) -> int:
+    """Steps that have to be done again after a kill; what is there can be loaded."""
+    there = folder_to_load(save, None)
+    assert there is None or problem_of(there) is None, there
+    kept = 0 if there is None else iteration_of(there)
+    lost = max([kept, *column(log, "grad norm")]) - kept
+    assert lost <= INTERVAL, (lost, kept)
+    return lost
+
+
+def killed_rank(folder: Path, whole: Job) -> Outcome:
+    """One rank gets SIGKILL in the middle of a step; torchrun starts all of them again."""
+    save = folder / "run"
+    with Agent(in_folder(save), folder, "--max-restarts", "1") as agent:
+        agent.wait_for(r"iteration +1/")
+        victim = agent.ranks()[0]
+        agent.wait_for(r"iteration +7/")
+        victim.kill()
+        assert agent.wait() == 0, agent.log()
+    steps = [int(step) for step in re.findall(r"iteration +(\d+)/", agent.log())]
+    again = len(steps) - STEPS
+    assert 0 < again <= INTERVAL, steps
+    assert_the_same(save, agent.log(), whole)
+    return Outcome(lost=again)
+
+
+def asked_to_stop(
+    folder: Path, whole: Job, number: signal.Signals, rank: int | None = None
+) -> Outcome:
+    """A signal to all ranks, or to one: the run saves and leaves with exit code 0."""
+    save = folder / "run"
+    with job(2, in_folder(save), folder) as run:
+        run.wait_for(r"iteration +7/")
+        run.send(number, rank)
+        assert run.wait() == [0, 0], run.log()
+    lost = _lost(save, run.log())
+    with job(2, in_folder(save), folder / "rest") as rest:
+        assert rest.wait() == [0, 0], rest.log()
+    assert_the_same(save, run.log() + rest.log(), whole)
+    return Outcome(lost=lost)
+
+
+def torchrun_asked_to_stop(folder: Path) -> Outcome:
+    """SIGTERM to torchrun, which passes it on: the ranks save before they leave."""
+    save = folder / "run"
+    with Agent(in_folder(save), folder) as agent:
+        agent.wait_for(r"iteration +7/")
+        agent.process.send_signal(signal.SIGTERM)
+        code = agent.wait()
+    assert "exiting program after receiving SIGTERM" in agent.log(), agent.log()
+    return Outcome(lost=_lost(save, agent.log()), note=f"torchrun's exit code is {code}")
+
+
+def full_disk(folder: Path, whole: Job) -> Outcome:
+    """The disk has room for one checkpoint and not for the next."""
+    save = folder / "disk" / "run"
+    folder.mkdir(exist_ok=True)
+    size = size_of(whole.folder / "run" / f"iter_{INTERVAL:07d}")
+    with SmallDisk(folder / "disk", round(1.5 * size)) as disk:
+        with job(2, in_folder(save), folder / "full") as run:
+            assert run.wait(rank=0) == [2], run.log(0)
+        sentence = run.log(0).splitlines()[-1]
+        assert re.search(
+            rf"^error: checkpoint {save}/iter_0000010 needs \S+ kB, but --save {save} has \S+ kB "
+            rf"free; iteration {INTERVAL} is the last one there: make room, and give",
+            sentence,
+        ), sentence
+        assert sorted(path.name for path in save.iterdir()) == LEFT
+        lost = _lost(save, run.log())
+        disk.grow(10 * size)
+        with job(2, in_folder(save), folder / "rest") as rest:
+            assert rest.wait() == [0, 0], rest.log()
+        assert_the_same(save, run.log() + rest.log(), whole)
+    return Outcome(lost=lost)
+
+
+LEFT = [f"iter_{INTERVAL:07d}", "latest_checkpointed_iteration.txt", "routing.jsonl"]
+"""Names in the folder of a run that could not save a second time."""
+
+
+def failing_write(folder: Path, whole: Job) -> Outcome:
+    """A write fails in the middle of a save."""
+    save = folder / "run"
+    first = whole.folder / "run" / f"iter_{INTERVAL:07d}"
+    limit = max(path.stat().st_size for path in first.iterdir()) // 2
+    with job(2, in_folder(save), folder / "failing") as run:
+        run.wait_for(r"successfully saved", rank=0)
+        for pid in run.pids:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit))
+        assert run.wait(rank=0) == [2], run.log(0)
+    assert f"error: checkpoint {save}/iter_0000010 needs" in run.log(0), run.log(0)
+    assert "and writing failed; iteration 5 is the last one there" in run.log(0), run.log(0)
+    assert sorted(path.name for path in save.iterdir()) == LEFT
+    lost = _lost(save, run.log())
+    with job(2, in_folder(save), folder / "rest") as rest:
+        assert rest.wait() == [0, 0], rest.log()
+    assert_the_same(save, run.log() + rest.log(), whole)
+    return Outcome(lost=lost)
+
+
+def hung_rank(folder: Path, rank: int) -> Outcome:
+    """A rank stops in the middle of a step: the others say which, and leave."""
+    flags = f"{RUN} --distributed-timeout-seconds-after-init 4"
+    with job(2, flags, folder) as run:
+        run.wait_for(r"iteration +3/")
+        run.send(signal.SIGSTOP, rank)
+        started, other = time.monotonic(), 1 - rank
+        assert run.wait(rank=other) != [0], run.log(other)
+        seconds = time.monotonic() - started
+        line = re.search(r"^no progress for .*", run.log(other), re.MULTILINE)
+        assert line, run.log(other)
+    return Outcome(note=f"{seconds:.0f} s; {line[0]}")
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir())

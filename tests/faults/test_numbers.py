@@ -1,0 +1,67 @@
+"""Losses that are no numbers, and spikes: what Megatron's flags say happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sffn.checkpoints.files import iteration_folder, read_common, read_metadata
+from megatron_sffn.checkpoints.rewriting import Change, rewrite
+from tests.faults.jobs import EP2, Job, column, job
+
+DENSE = "--sffn-router dense"
+DIVERGING = "--train-iters 6 --lr 1e38"
+"""After the first step the weights have this size."""
+
+
+def ended(folder: Path, flags: str) -> tuple[Job, list[int]]:
+    with job(2, flags, folder) as run:
+        codes = run.wait()
+    return run, codes
+
+
+@pytest.mark.parametrize("flags", ["", "--save saved --save-interval 9"])
+def test_megatron_runs_the_step_again_and_leaves(tmp_path: Path, flags: str) -> None:
+    run, codes = ended(tmp_path, f"{DENSE} {DIVERGING} {flags}")
+    assert codes == [16, 16], run.log()  # EXIT_CODE_RESUME_TO_DISAMBIGUATE
+    assert "found NaN in local forward loss calculation" in run.log(), run.log()
+    assert list(column(run.log(), "lm loss")) == [1]
+
+
+def test_without_the_rerun_it_leaves_at_once(tmp_path: Path) -> None:
+    run, codes = ended(tmp_path, f"{DENSE} {DIVERGING} --rerun-mode disabled")
+    assert codes == [1, 1]
+    assert "found NaN in local forward loss calculation" in run.log(), run.log()
+    assert list(column(run.log(), "lm loss")) == [1]
+
+
+def test_without_the_check_it_goes_on(tmp_path: Path) -> None:
+    run, codes = ended(tmp_path, f"{DENSE} {DIVERGING} --no-check-for-nan-in-loss-and-grad")
+    assert codes == [0, 0], run.log()
+    assert list(column(run.log(), "grad norm").values())[1:] == ["nan"] * 5
+
+
+def test_a_router_stops_before_that(tmp_path: Path) -> None:
+    run, codes = ended(tmp_path, f"{EP2} {DIVERGING}")
+    assert codes == [1, 1]
+    assert "step 2, layer 1, router avg-k:" in run.log(), run.log()
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_weights_that_are_no_numbers_are_not_trained(tmp_path: Path, value: float) -> None:
+    flags = f"{EP2} --train-iters 4 --save-interval 1"
+    ended(tmp_path / "first", f"{flags} --exit-interval 2 --save {tmp_path / 'good'}")
+    bad = tmp_path / "bad"
+    source = iteration_folder(tmp_path / "good", 2)
+    [norm] = [key for key in read_metadata(source).state_dict_metadata if key in NORMS]
+    broken = Change(piece=lambda rows: torch.full_like(rows, value), rows=(32, 32))
+    rewrite(source, bad, 2, changes={norm: broken}, common=read_common(source))
+    run, codes = ended(tmp_path / "second", f"{flags} --save {bad} --load {bad}")
+    assert codes == [1, 1]
+    assert "the loss is nan in the first step, step 3" in run.log(), run.log()
+    assert [path.name for path in bad.glob("iter_*")] == [source.name]
+
+
+NORMS = ("decoder.final_layernorm.weight", "final_layernorm.weight")

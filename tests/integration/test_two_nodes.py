@@ -1,0 +1,139 @@
+"""Two nodes of two ranks each train the model that one node trains.
+
+A node is a network of its own, with a cable to the other: a namespace with one end of a veth pair.
+The scripts of examples/launch start torchrun in each. Nodes share this machine's disk.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.conftest import MODEL, Log
+
+LAUNCH = Path(__file__).parents[2] / "examples" / "launch"
+ADDRESSES = ("198.18.0.1", "198.18.0.2")  # of the range for tests of networks, RFC 2544
+FLAGS = "--train-iters 5 --split 90,10,0"
+# Both kinds of exchange inside a sparse layer cross the cable: blocks lie on all four ranks.
+LAYOUT = "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4"
+TIMEOUT = 120
+# What follows ends with pytest, even when pytest is killed.
+WITH_PYTEST = ("setpriv", "--pdeathsig", "KILL")
+
+
+@pytest.fixture
+def nodes() -> Iterator[list[int]]:
+    """Two processes, each in a network namespace of its own, joined by a cable named `cable`.
+
+    The namespaces and the cable go with the last process in them.
+    """
+    if os.geteuid():
+        pytest.skip("two nodes are two network namespaces, which only root can make")
+    if not all(map(shutil.which, ("ip", "unshare", "nsenter", "setpriv"))):
+        pytest.skip("two nodes need ip (iproute2) and unshare, nsenter, setpriv (util-linux)")
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        pytest.skip("this container may not make network namespaces (CAP_SYS_ADMIN)")
+    holders = [
+        subprocess.Popen(
+            [*WITH_PYTEST, "unshare", "--net", "sh", "-c", "echo ready; exec sleep infinity"],
+            stdout=subprocess.PIPE,
+        )
+        for _ in ADDRESSES
+    ]
+    try:
+        for holder in holders:
+            assert holder.stdout and holder.stdout.readline() == b"ready\n"
+        first, second = (holder.pid for holder in holders)
+        cable = f"link add cable netns {first} type veth peer name cable netns {second}"
+        subprocess.run(["ip", *cable.split()], check=True)
+        for node, address in zip((first, second), ADDRESSES, strict=True):
+            setup = f"ip addr add {address}/30 dev cable; ip link set cable up; ip link set lo up"
+            subprocess.run([*inside(node), "sh", "-ec", setup], check=True)
+        yield [first, second]
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.communicate()
+
+
+def inside(node: int) -> list[str]:
+    """Begin of a command that runs in a node."""
+    return [*WITH_PYTEST, "nsenter", f"--net=/proc/{node}/ns/net"]
+
+
+def train(nodes: list[int], script: str, own: list[dict[str, str]], flags: str, at: Path) -> Log:
+    """Run a script of examples/launch on both nodes, `own` being what only one of them is told."""
+    # As docs/cluster.md says: the file's variables, and those of this network by hand.
+    command = ["bash", "-c", 'set -a; . "$0"; set +a; exec "$@"', LAUNCH / "gloo.env"]
+    command += [LAUNCH / script, *shlex.split(f"{MODEL} {flags}")]
+    processes = []
+    for rank, node in enumerate(nodes):
+        variables = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "GLOO_SOCKET_IFNAME": "cable",
+            "MASTER_ADDR": ADDRESSES[0],
+            "NODE_ADDR": ADDRESSES[rank],
+            "NNODES": "2",
+            "GPUS_PER_NODE": "2",
+            **own[rank],
+        }
+        with (at / f"node{rank}.log").open("wb") as output:
+            processes.append(
+                subprocess.Popen(
+                    [*inside(node), *command],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=at,
+                    env=os.environ | variables,
+                )
+            )
+    try:
+        codes = [process.wait(TIMEOUT) for process in processes]
+    finally:
+        stop(processes)
+    logs = [(at / f"node{rank}.log").read_text() for rank in range(len(nodes))]
+    assert codes == [0, 0], "\n".join(log[-3000:] for log in logs)
+    return Log(text=logs[-1])
+
+
+def stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End torchruns and their ranks, which have sessions of their own."""
+    for process in processes:
+        if process.poll() is None:
+            for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+                member.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize(
+    ("script", "own", "flags"),
+    [
+        ("static.sh", [{"NODE_RANK": "0"}, {"NODE_RANK": "1"}], FLAGS),
+        (
+            "elastic.sh",
+            # The first address is none of the host itself, where c10d would look for it.
+            [{"RUN_ID": "x", "IS_MASTER": "true"}, {"RUN_ID": "x", "IS_MASTER": "false"}],
+            f"{FLAGS} --save run --load run --save-interval 1000",
+        ),
+    ],
+    ids=["static", "c10d"],
+)
+def test_two_nodes_train_the_model_of_one_node(
+    nodes, pretrain, text: str, tmp_path: Path, script: str, own: list[dict[str, str]], flags: str
+) -> None:
+    log = train(nodes, script, own, f"--data-path {text} {LAYOUT} {flags}", tmp_path)
+    node, rank = pretrain(4, f"{FLAGS} {LAYOUT}"), pretrain(1, FLAGS)
+    for name in ("lm loss", "grad norm"):
+        assert len(log.values(name)) == 5
+        assert log.values(name) == node.values(name), name
+        assert log.values(name) == pytest.approx(rank.values(name), rel=2e-3), name
+    assert log.validation_loss == node.validation_loss
+    assert log.validation_loss == pytest.approx(rank.validation_loss, rel=1e-4)

@@ -1,0 +1,351 @@
+"""A checkpoint runs no code, a tokenizer neither, and secrets stay where they are."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import io
+import os
+import pickle
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_sffn.checkpoints.code import NOT_FROM_A_CHECKPOINT, check_data_only, without
+from megatron_sffn.checkpoints.files import COMMON_STATE, read_common, read_metadata
+from megatron_sffn.errors import ConfigError
+from megatron_sffn.platforms import unpickling
+from megatron_sffn.platforms.adaptation import resolve
+from megatron_sffn.tools import convert_checkpoint
+from tests.integration import conftest as real_runs
+
+pretrain, text = real_runs.pretrain, real_runs.text
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = "--train-iters 2 --save-interval 1 --split 90,10,0 --eval-iters 1"
+EP2 = "--expert-model-parallel-size 2"
+SECRETS = {
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "HF_TOKEN": "hf_SecretSecretSecretSecretSecret",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+}
+
+
+class Code:
+    """Unpickled, it makes a folder: what a hostile file does is only harmless."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.makedirs, (str(self.made), 0o777, True)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run, filled by `load`."""
+    return tmp_path_factory.mktemp("original")
+
+
+@pytest.fixture
+def load(pretrain, originals: Path, tmp_path: Path) -> Path:
+    """A copy of a run's folder, with iterations 1 and 2."""
+    if not any(originals.iterdir()):
+        pretrain(2, f"{FLAGS} {EP2} --save {originals}")
+    return Path(shutil.copytree(originals, tmp_path / "run"))
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """The folder that hostile code would make."""
+    return tmp_path / "made"
+
+
+def packed(value: Any, **options: Any) -> bytes:
+    """As torch.save writes it."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def plant(folder: Path, key: str, data: bytes) -> None:
+    """Other bytes for the objects of a key among the shards."""
+    metadata = read_metadata(folder)
+    for index, item in metadata.storage_data.items():
+        if index.fqn.startswith(key):
+            path = folder / item.relative_path
+            start = path.stat().st_size
+            with path.open("ab") as file:
+                file.write(data)
+            metadata.storage_data[index] = replace(item, offset=start, length=len(data))
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def in_common_file(folder: Path, code: Code) -> None:
+    torch.save({**read_common(folder), "more": code}, folder / "common.pt")
+
+
+def in_common_state(folder: Path, code: Code) -> None:
+    plant(folder, COMMON_STATE, packed([{**read_common(folder), "more": code}]))
+
+
+def in_newer_pickle(folder: Path, code: Code) -> None:
+    plant(folder, COMMON_STATE, packed([code], pickle_protocol=4))
+
+
+def in_random_numbers(folder: Path, code: Code) -> None:
+    plant(folder, "rng_state", packed([code]))
+
+
+def in_metadata(folder: Path, code: Code) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(code))
+
+
+def inside_metadata(folder: Path, code: Code) -> None:
+    metadata = replace(read_metadata(folder), planner_data={"more": code})
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def in_legacy_file(folder: Path, code: Code) -> None:
+    ranked = legacy(folder)
+    torch.save({"args": None, "more": code}, ranked / "model_optim_rng.pt")
+
+
+def in_legacy_optimizer(folder: Path, code: Code) -> None:
+    ranked = legacy(folder)
+    torch.save({"args": None}, ranked / "model_optim_rng.pt")
+    torch.save({"more": code}, ranked / "distrib_optim.pt")
+
+
+def in_legacy_bare_pickle(folder: Path, code: Code) -> None:
+    (legacy(folder) / "model_optim_rng.pt").write_bytes(pickle.dumps(code))
+
+
+def legacy(folder: Path) -> Path:
+    """An iteration in the format `torch`."""
+    shutil.rmtree(folder)
+    (folder / "mp_rank_00").mkdir(parents=True)
+    return folder / "mp_rank_00"
+
+
+HOSTILE = {
+    "common.pt": (in_common_file, "os.makedirs in common.pt"),
+    "common state": (in_common_state, r"os.makedirs in __\d_0.distcp"),
+    "newer pickle": (in_newer_pickle, r"what torch's checkpoints never hold in __\d_0.distcp"),
+    "random numbers": (in_random_numbers, r"os.makedirs in __\d_0.distcp"),
+    "metadata": (in_metadata, "os.makedirs in .metadata"),
+    "inside metadata": (inside_metadata, "os.makedirs in .metadata"),
+    "legacy": (in_legacy_file, "os.makedirs in mp_rank_00/model_optim_rng.pt"),
+    "legacy optimizer": (in_legacy_optimizer, "os.makedirs in mp_rank_00/distrib_optim.pt"),
+    "legacy bare pickle": (
+        in_legacy_bare_pickle,
+        "what torch.save before 1.6 could name in mp_rank_00/model_optim_rng.pt",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_code_is_named_with_its_place_and_not_run(load: Path, made: Path, name: str) -> None:
+    write, place = HOSTILE[name]
+    folder = load / "iter_0000002"
+    write(folder, Code(made))
+    with pytest.raises(ConfigError, match=f"checkpoint {folder} names {place}, which is code"):
+        check_data_only(folder)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("name", ["common state", "metadata", "legacy"])
+def test_training_refuses_it(pretrain, load: Path, made: Path, name: str) -> None:
+    write, place = HOSTILE[name]
+    write(load / "iter_0000002", Code(made))
+    new = load.parent / "new"
+    sentence = f"ConfigError: checkpoint {load}/iter_0000002 names {place}, which is code"
+    with pytest.raises(AssertionError, match=sentence) as refusal:
+        pretrain(1, f"{FLAGS} --load {load} --save {new} --auto-detect-ckpt-format")
+    assert "add --sffn-trust-checkpoint if you trust" in str(refusal.value)
+    assert not made.exists()
+    assert not new.exists()
+
+
+def test_whatever_the_flags_say_of_it(pretrain, load: Path, made) -> None:
+    in_common_state(load / "iter_0000002", Code(made))
+    for flags in (
+        f"--load {load} --ckpt-format torch",
+        f"--pretrained-checkpoint {load} --load {load / 'none'}",
+        f"--load {load} --no-load-optim --no-load-rng --finetune",
+    ):
+        with pytest.raises(AssertionError, match=r"names os.makedirs in __\d_0.distcp"):
+            pretrain(1, f"{FLAGS} {flags}")
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("name", ["common state", "random numbers", "inside metadata"])
+def test_it_runs_where_the_user_says_so(pretrain, load: Path, made, name: str) -> None:
+    """And so the code of these tests is code: without the limits it runs."""
+    HOSTILE[name][0](load / "iter_0000002", Code(made))
+    flags = f"{FLAGS} {EP2} --load {load} --sffn-trust-checkpoint"
+    if name == "random numbers":  # these objects hold nothing but code
+        with pytest.raises(AssertionError):
+            pretrain(2, flags)
+    else:
+        pretrain(2, flags)
+    assert made.is_dir()
+
+
+def test_reading_has_the_same_limits_without_a_look_before(load: Path, made) -> None:
+    folder = load / "iter_0000002"
+    in_common_state(folder, Code(made))
+    with (
+        pytest.warns(UserWarning, match=r"torch\.distributed is disabled"),
+        pytest.raises(CheckpointException, match="Weights only load failed"),
+    ):
+        load_common_state_dict(str(folder))
+    inside_metadata(folder, Code(made))
+    with pytest.raises(unpickling.ForeignCode, match=r"os.makedirs"):
+        FileSystemReader(folder).read_metadata()
+    assert not made.exists()
+
+
+def test_what_megatron_saves_is_data(load: Path) -> None:
+    check_data_only(load / "iter_0000002")
+
+
+def test_a_damaged_file_is_no_code(load: Path) -> None:
+    folder = load / "iter_0000002"
+    plant(folder, COMMON_STATE, bytes(500))
+    check_data_only(folder)
+    (folder / ".metadata").write_bytes(b"nothing")
+    check_data_only(folder)
+
+
+@pytest.mark.parametrize("row", unpickling.adaptations(), ids=lambda row: row.target)
+def test_the_named_code_uses_what_is_replaced(row: Any) -> None:
+    owner, user = resolve(row.needed_by)
+    name = row.target.rpartition(".")[2]
+    code = inspect.getsource(getattr(owner, user))
+    assert f" {name}.load(" in code or f".{name}(" in code
+
+
+def test_installed_once() -> None:
+    before = [getattr(*resolve(row.target)) for row in unpickling.adaptations()]
+    unpickling.install()
+    assert [getattr(*resolve(row.target)) for row in unpickling.adaptations()] == before
+
+
+def test_metadata_may_name_what_torch_has(tmp_path: Path) -> None:
+    for module, names in unpickling.METADATA_NAMES.items():
+        if module == "pathlib._local" and sys.version_info < (3, 13):
+            continue
+        for name in names:
+            assert hasattr(importlib.import_module(module), name), (module, name)
+    metadata = Metadata({}, planner_data={"dtypes": [torch.bfloat16], "path": tmp_path})
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert FileSystemReader(tmp_path).read_metadata().planner_data == metadata.planner_data
+
+
+# The command line in a checkpoint
+
+
+def test_a_checkpoint_gives_no_permissions() -> None:
+    command = "--sffn-trust-checkpoint --lr 1 --spec a b --trust-remote-code --seed 2 --spec=a"
+    assert without(command.split(), NOT_FROM_A_CHECKPOINT) == ["--lr", "1", "--seed", "2"]
+
+
+# The commands, as processes
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
+    """Of a command that ended with exit code 2."""
+    assert done.returncode == 2, done.stderr
+    (sentence,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "Traceback" not in done.stderr
+    return sentence
+
+
+def test_the_commands_refuse_with_one_sentence(load: Path, made, text: str) -> None:
+    in_common_state(load / "iter_0000002", Code(made))
+    convert = [ROOT / "tools" / "convert_checkpoint.py", "regranulate", "--load", load]
+    convert += ["--save", load.parent / "finer", "--block-size", "4"]
+    assert " names os.makedirs in __" in one_sentence(run(*convert))
+    flags = shlex.split(f"{real_runs.MODEL} {FLAGS} --data-path {text} --load {load}")
+    trained = run("-m", "megatron_sffn.pretrain", *flags)
+    assert " names os.makedirs in __" in one_sentence(trained)
+    assert not made.exists()
+    assert not (load.parent / "finer").exists()
+
+
+def test_the_tool_reads_it_where_the_user_says_so(load: Path, made, monkeypatch) -> None:
+    in_common_state(load / "iter_0000002", Code(made))
+    monkeypatch.setenv(unpickling.TRUST, "0")  # which the flag sets, and this takes back
+    flags = f"regranulate --load {load} --save {load.parent}/finer --block-size 4 --no-evaluate"
+    assert convert_checkpoint.main([*flags.split(), "--sffn-trust-checkpoint"]) == 0
+    assert made.is_dir()
+
+
+# Tokenizers
+
+
+@pytest.fixture
+def tokenizer(made: Path, tmp_path: Path) -> Path:
+    """A folder with a tokenizer whose code makes a folder."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["code.Tokenizer", null]}, "tokenizer_class": "Tokenizer"}'
+    )
+    (folder / "code.py").write_text(f"import os\nos.mkdir({str(made)!r})\n")
+    return folder
+
+
+def test_a_tokenizers_code_runs_only_when_it_is_asked_for(
+    pretrain, made, tokenizer: Path, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    flags = f"{FLAGS} --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}"
+    with pytest.raises(AssertionError, match=r"ConfigError: .* cannot be loaded"):
+        pretrain(1, flags)
+    assert not made.exists()
+    with pytest.raises(AssertionError, match=r"ConfigError: .* cannot be loaded"):
+        pretrain(1, f"{flags} --trust-remote-code")
+    assert made.is_dir()
+
+
+# Secrets
+
+
+def test_secrets_are_in_nothing_that_a_run_leaves(pretrain, monkeypatch, tmp_path: Path) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    log = pretrain(2, f"{FLAGS} {EP2} --save {tmp_path}/run --tensorboard-dir {tmp_path}/run/tb")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert {"summary.json", "routing.jsonl", ".metadata", "__0_0.distcp"} <= names
+    assert any(name.startswith("events.out") for name in names)
+    report = tmp_path / "run" / "report"
+    analyze = [ROOT / "tools" / "analyze_routing.py", tmp_path / "run", "--out", report]
+    done = run(*analyze, "--tokens", "512", "--iterations", "2")
+    assert done.returncode == 0, done.stderr
+    left = [log.text, done.stdout, done.stderr]
+    left += [path.read_bytes().decode("latin1") for path in report.rglob("*") if path.is_file()]
+    left += [path.read_bytes().decode("latin1") for path in files]
+    for value in SECRETS.values():
+        assert not any(value in one for one in left)
