@@ -33,6 +33,8 @@ for flag in --save --load; do
     esac
 done
 
+# Else torch 2.13 hands restarted ranks the store of the killed ones, with addresses of nobody.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$RUN_ID" \
     --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" \
     ${IS_MASTER:+--rdzv-conf "is_host=$IS_MASTER"} --max-restarts "${MAX_RESTARTS:-3}" \
