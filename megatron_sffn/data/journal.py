@@ -25,7 +25,7 @@ from typing import Any
 
 from megatron_sffn.data.blocks import Position
 from megatron_sffn.errors import ConfigError
-from megatron_sffn.run_files import sync
+from megatron_sffn.run_files import replaced, sync
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +174,5 @@ class Journal:
             return None
 
     def _write(self, name: str, content: Any) -> None:
-        part = self.folder / f"{name}.part"
-        part.write_text(json.dumps(content) + "\n")
-        sync(part)
-        part.replace(self.folder / name)
-        sync(self.folder)
+        with replaced(self.folder / name) as file:
+            file.write(json.dumps(content) + "\n")
