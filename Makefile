@@ -5,6 +5,7 @@
 
 BIN := .venv/bin
 CPP := $(wildcard megatron_sffn/ops/*/*.cpp)
+SHELL_FILES := .ci/run $(wildcard docker/*.sh examples/*/*.sh tools/*.sh)
 
 .DEFAULT_GOAL := help
 .PHONY: help env quickstart bench bench-gpu bench-steps bench-parallel test check format clean
@@ -38,6 +39,8 @@ check: env ## Lint, format, import direction and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run -Werror $(CPP)
+	@$(BIN)/shellcheck $(SHELL_FILES)
+	@$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/mypy
 

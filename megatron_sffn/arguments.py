@@ -170,7 +170,7 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         default="torch",
         choices=("torch", "dali"),
         help="who makes batches: torch: Megatron's loader; dali: the same batches in the same "
-        "order through NVIDIA DALI (pip install nvidia-dali-cuda130), on the GPU if there is one; "
+        "order through NVIDIA DALI (the extra dali), on the GPU if there is one; "
         "--num-workers are then threads that read ahead",
     )
     for action in group._group_actions:

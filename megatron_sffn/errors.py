@@ -7,6 +7,7 @@ point needs one `except`; our own invariants use `assert` instead (style: OLMo-c
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -28,6 +29,28 @@ class ConfigError(ValueError):
 def reject(message: str) -> NoReturn:
     """What `argparse.ArgumentParser.error` shall be: its complaint as ours."""
     raise ConfigError(f"{message}; --help lists every flag")
+
+
+def require(module: str, asked_by: str, extra: str) -> None:
+    """Refuse what needs an optional package where that is not installed.
+
+    Args:
+        module: that would be imported.
+        asked_by: the flag or command.
+        extra: of this package, which brings it.
+
+    Raises:
+        ConfigError: with the extra.
+    """
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # the package that it is a part of
+        found = None
+    if found is None:
+        raise ConfigError(
+            f"{asked_by} needs {module}, which is not installed; pip install "
+            f"'megatron-sffn[{extra}]'"
+        )
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

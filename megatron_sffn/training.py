@@ -28,7 +28,7 @@ from torch import Tensor
 from megatron_sffn.accounting import ModelShape, table
 from megatron_sffn.arguments import sffn_config, transformer_config
 from megatron_sffn.checkpoints.continuation import check_checkpoint
-from megatron_sffn.checkpoints.saving import Saves, check_room
+from megatron_sffn.checkpoints.saving import Saves, check_saves
 from megatron_sffn.config import SparseFFNConfig
 from megatron_sffn.data.check import check_data
 from megatron_sffn.data.gpt import datasets_provider, next_batch
@@ -57,7 +57,7 @@ def train(args: Namespace) -> None:
     sffn = sffn_config(args)
     check_data(args)
     check_checkpoint(args, sffn)
-    check_room(args, sffn)
+    check_saves(args, sffn)
     localize_tokenizer(args)  # Megatron builds it again, from the flags
     recorder = Recorder(args, run_folder(args), RoutingRecorder.of_args(args))
     if sffn is not None and is_host():

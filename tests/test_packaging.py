@@ -94,7 +94,7 @@ def test_apex_is_in_no_extra_and_kept_out() -> None:
     extras = project["optional-dependencies"]
     named = [*project["dependencies"], *(one for extra in extras.values() for one in extra)]
     assert "apex" not in {Requirement(one).name for one in named}
-    assert {"te", "dali", "ray", "wandb", "dev"} <= extras.keys()
+    assert {"te", "dali", "ray", "plot", "wandb", "dev"} <= extras.keys()
     assert "apex<0" in (ROOT / "constraints.txt").read_text().splitlines()
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sffn.errors import ConfigError, reject, run_command
+from megatron_sffn.errors import ConfigError, reject, require, run_command
 from megatron_sffn.remarks import silence
 
 if TYPE_CHECKING:
@@ -314,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, flags = parser.parse_known_args(argv)
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} must be at least 1; give a positive number")
+    if options.plot is not None:
+        require("matplotlib", "--plot", "plot")
 
     from megatron_sffn.platforms import prepare
 

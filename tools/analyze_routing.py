@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import ConfigError, require, run_command
 from megatron_sffn.remarks import silence
 
 DESCRIPTION = """\
@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     args = build_parser().parse_args(words[:cut])
+    require("matplotlib", "analyze_routing", "plot")
 
     from megatron_sffn.platforms import prepare
 

@@ -61,7 +61,7 @@ INPUT=(
 )
 OUTPUT=(
     --save "$SAVE" --load "$SAVE" --save-interval 500 --tensorboard-dir "$SAVE/tensorboard"
-    --log-interval 10 --eval-interval 1000 --eval-iters 20 --exit-signal-handler
+    --log-interval 10 --eval-interval 1000 --eval-iters 20
 )
 
 if [[ ${TOY:-} ]]; then

@@ -88,7 +88,7 @@ INPUT=(
 )
 OUTPUT=(
     --save "$SAVE" --load "$SAVE" --save-interval 1000 --tensorboard-dir "$SAVE/tensorboard"
-    --log-interval 10 --eval-interval 2000 --eval-iters 100 --exit-signal-handler
+    --log-interval 10 --eval-interval 2000 --eval-iters 100
 )
 
 if [[ ${TOY:-} ]]; then

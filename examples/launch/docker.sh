@@ -12,8 +12,7 @@
 #   RUNS      a folder that all hosts share, /runs in the container, written as the user who calls
 #   ENV_FILE  variables of the ranks (default: nccl.env beside this script, without GPUs gloo.env)
 #   GPUS      for docker run --gpus (default: all; empty for none)
-# Leaves: what the training leaves. `docker stop` asks the ranks to save, with --exit-signal-handler
-# among the flags.
+# Leaves: what the training leaves. `docker stop` asks the ranks to save.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 

@@ -60,7 +60,7 @@ srun --wait 120 bash -c '
     exec torchrun --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
         --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
         --nproc-per-node "${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-auto}}" \
-        -m megatron_sffn.pretrain --exit-signal-handler "$@"' torchrun "$@" &
+        -m megatron_sffn.pretrain "$@"' torchrun "$@" &
 step=$!
 
 code=0

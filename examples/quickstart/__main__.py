@@ -26,7 +26,7 @@ from pathlib import Path
 from examples.quickstart import corpus, data
 from examples.quickstart.launch import RunFailedError, clock, launch
 from examples.quickstart.runs import RUNS, TRAIN_ITERS, VOCAB_SIZE, Plan, Run
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import ConfigError, require, run_command
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C has ended."""
@@ -216,6 +216,7 @@ def pretrain(plan: Plan, run: Run) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     args = parse_arguments(argv)
+    require("matplotlib", "the quick start", "plot")
     # A closed terminal or a `kill` saves like Ctrl-C.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)

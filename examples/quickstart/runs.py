@@ -33,7 +33,7 @@ COMMON = (
     # On a small model, processes that load data cost more than they save.
     "--num-workers 0 --no-create-attention-mask-in-dataloader",
     # Ctrl-C saves at the end of the step and exits.
-    "--exit-signal-handler --exit-signal SIGINT",
+    "--exit-signal SIGINT",
     # Of the checkpoints only the newest stays.
     "--save-interval 100 --save-retain-interval 1000000",
     "--log-interval 10",

@@ -16,7 +16,7 @@ Choices
   signal to all processes of a job ends that one, and the save that should follow it fails. Here
   the results stay, which also makes the first save 2 s faster.
 - The room on the disk is compared with the exact size before the first byte is written, and with a
-  closed form of it before training (`check_room`).
+  closed form of it before training (`check_saves`).
 """
 
 from __future__ import annotations
@@ -49,14 +49,15 @@ from megatron_sffn.config import SparseFFNConfig
 from megatron_sffn.data.tokenizer import load_tokenizer
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.platforms.adaptation import Adaptation, apply
+from megatron_sffn.platforms.cpu import is_host
 from megatron_sffn.run_files import replaced
 
 MOMENTS = {"adam": 2, "sgd": 1}
 """Megatron's optimizers -> numbers of their state per parameter."""
 
 
-def check_room(args: Namespace, sffn: SparseFFNConfig | None) -> None:
-    """The disk has room for the first checkpoint.
+def check_saves(args: Namespace, sffn: SparseFFNConfig | None) -> None:
+    """Checkpoints can be written: in the way that is asked for, and the disk has room for one.
 
     Args:
         args: Megatron's validated namespace.
@@ -65,7 +66,14 @@ def check_room(args: Namespace, sffn: SparseFFNConfig | None) -> None:
     Raises:
         ConfigError: if not.
     """
-    if args.save is None or args.ckpt_format != "torch_dist" or args.skip_train or args.enable_msc:
+    if args.save is None or args.skip_train:
+        return
+    if args.async_save and is_host():
+        raise ConfigError(
+            "--async-save needs a GPU, for the process that writes meanwhile fails without one and "
+            "the run would wait for it without end; leave it out"
+        )
+    if args.ckpt_format != "torch_dist" or args.enable_msc:
         return
     rows = args.padded_vocab_size or calculate_padded_vocab_size(
         load_tokenizer(args).vocab_size,

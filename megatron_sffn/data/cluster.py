@@ -12,7 +12,6 @@ Choices
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import socket
@@ -28,7 +27,7 @@ from megatron_sffn.data.blocks import Block, place
 from megatron_sffn.data.encode import Encoded, Encoder
 from megatron_sffn.data.recipe import Loaded, Recipe
 from megatron_sffn.data.workers import AHEAD_BYTES, in_order
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.errors import ConfigError, require
 
 TRIES = 10
 """A block that takes its worker with it so often is at fault itself."""
@@ -117,8 +116,7 @@ def connected(address: str, say: Callable[[str], None]) -> Iterator[Cluster]:
     Raises:
         ConfigError: Ray is not installed, or there is no cluster.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError("--ray needs Ray, which is not installed; pip install ray")
+    require("ray", "--ray", "ray")
     import ray
 
     try:

@@ -16,7 +16,6 @@ Choices
 
 from __future__ import annotations
 
-import importlib.util
 from argparse import Namespace
 from collections import deque
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.errors import ConfigError, require
 
 AHEAD = 2
 """Batches that are ready before they are asked for, in DALI and in each thread that reads."""
@@ -57,11 +56,7 @@ def check_dali(args: Namespace) -> None:
     """
     if args.sffn_dataloader != "dali":
         return
-    if importlib.util.find_spec("nvidia") is None or not importlib.util.find_spec("nvidia.dali"):
-        raise ConfigError(
-            "--sffn-dataloader dali needs NVIDIA DALI, which is not installed; pip install "
-            "nvidia-dali-cuda130, or use --sffn-dataloader torch"
-        )
+    require("nvidia.dali", "--sffn-dataloader dali", "dali")
     if args.phase_transition_iterations:
         raise ConfigError(
             "--phase-transition-iterations is not available with --sffn-dataloader dali, which "

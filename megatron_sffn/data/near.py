@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import batched
 from typing import Any
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.errors import ConfigError, require
 
 HASHES = 128
 SEED = 42
@@ -84,13 +84,9 @@ class Near:
 
 def rensa() -> Any:
     """The library, or one sentence on how to get it."""
-    try:
-        import rensa as library
-    except ImportError:
-        raise ConfigError(
-            "--near needs the package rensa, which is not installed; install it with: "
-            "pip install 'megatron-sffn[dedup]'"
-        ) from None
+    require("rensa", "--near", "dedup")
+    import rensa as library
+
     return library
 
 

@@ -16,7 +16,7 @@ import numpy
 from megatron_sffn.data.indexed import Index
 from megatron_sffn.data.inspection import Counts, Lengths, Sample
 from megatron_sffn.data.meter import size
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.errors import ConfigError, require
 
 BAR = 30
 """Characters of the longest bar."""
@@ -167,6 +167,7 @@ def _sample(sample: dict[str, Any]) -> list[str]:
 
 def check_picture(path: Path) -> None:
     """Refuse a picture that cannot be drawn, before anything is counted."""
+    require("matplotlib", "--plot", "plot")
     if path.suffix not in PICTURES:
         raise ConfigError(
             f"--plot {path} is no picture that can be drawn; let its name end in "

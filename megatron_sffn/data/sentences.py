@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.errors import ConfigError, require
 
 PIECE = 1_000_000
 
@@ -27,12 +27,8 @@ def load_splitter(language: str, *, keep_newlines: bool) -> Splitter:
     Raises:
         ConfigError: NLTK or the model is missing.
     """
-    try:
-        from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer, PunktTokenizer
-    except ImportError as error:
-        raise ConfigError(
-            "--split-sentences needs NLTK, which is not installed; pip install nltk"
-        ) from error
+    require("nltk", "--split-sentences", "sentences")
+    from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer, PunktTokenizer
 
     class KeepingVars(PunktLanguageVars):
         # White space belongs to the end of a sentence. Without the first part, which only says

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 
 from megatron_sffn.doctor import machine, packages
 from megatron_sffn.doctor.findings import WRONG, Finding, absent, guarded
@@ -49,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-smoke",
         dest="smoke",
         action="store_false",
-        help="leave out the smoke test: two ranks, a sum over them, two steps of a small model",
+        help="run nothing on GPUs, which may be in use, and leave out the smoke test: two ranks, a "
+        "sum over them, two steps of a small model",
     )
     parser.error = reject  # type: ignore[method-assign]
     return parser
@@ -58,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
 def examine(with_smoke: bool) -> list[Finding]:
     """All lines; the smoke test comes last, and only where nothing else is wrong."""
     checks = {**packages.CHECKS, **machine.CHECKS}
+    if not with_smoke:
+        # A training may have left no memory on the GPU.
+        checks["Triton"] = partial(packages.triton, on_gpu=False)
     with ThreadPoolExecutor(2) as pool:
         findings = list(pool.map(guarded, checks, checks.values()))
     if with_smoke and any(finding.state == WRONG for finding in findings):

@@ -37,6 +37,7 @@ APEX_OF_NVIDIA = "multi_tensor_apply"
 """A folder that NVIDIA's apex has; the index's package of the name has not."""
 
 EXTRAS = {
+    "matplotlib": ("plot", "pictures of reports"),
     "gigatoken": ("fast", "faster tokenizing"),
     "ray": ("ray", "preprocessing on a cluster"),
     "rensa": ("dedup", "near duplicates"),
@@ -264,17 +265,17 @@ def dali(name: str) -> Finding:
     return ok(name, found[0])
 
 
-def triton(name: str) -> Finding:
+def triton(name: str, on_gpu: bool = True) -> Finding:
     """A kernel compiles and runs; without a GPU, through the interpreter."""
     if importlib.util.find_spec("triton") is None:
         return absent(name, "not installed", f"for --sffn-backend triton: {INSTALL}")
-    host = not torch_build()["available"]
+    compiled = torch_build()["available"] and on_gpu
     try:
-        answer = probe("triton", **({"TRITON_INTERPRET": "1"} if host else {}))
+        answer = probe("triton", **({} if compiled else {"TRITON_INTERPRET": "1"}))
     except ProbeError as error:
         remedy = "install gcc, with which Triton builds its launcher, and check TRITON_CACHE_DIR"
         return wrong(name, f"{version_of('triton')}, {error}", remedy)
-    how = "interpreted, as there is no GPU" if host else "compiled"
+    how = "on the GPU" if compiled else "in the interpreter"
     return ok(name, f"{answer['version']}, a kernel ran {how}")
 
 

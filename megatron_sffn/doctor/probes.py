@@ -63,7 +63,7 @@ def dali() -> dict[str, Any]:
 
 
 def triton() -> dict[str, Any]:
-    """A kernel that doubles 4 numbers, on the GPU if there is one."""
+    """A kernel that doubles 4 numbers, on the GPU unless it is interpreted."""
     import torch
     import triton
     import triton.language as tl
@@ -73,10 +73,10 @@ def triton() -> dict[str, Any]:
         o_x = tl.arange(0, SIZE)
         tl.store(x + o_x, 2 * tl.load(x + o_x))
 
-    x = torch.ones(4, device="cuda" if torch.cuda.is_available() else "cpu")
+    x = torch.ones(4, device="cpu" if triton.knobs.runtime.interpret else "cuda")
     double[(1,)](x, SIZE=4)
     assert x.tolist() == [2.0] * 4, x
-    return {"version": triton.__version__, "device": x.device.type}
+    return {"version": triton.__version__}
 
 
 def kernels() -> dict[str, Any]:

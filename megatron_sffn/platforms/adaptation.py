@@ -6,7 +6,7 @@ Enters: a row of a platform's table. Leaves: the name replaced, or a sentence th
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,3 +65,19 @@ def apply(adaptation: Adaptation) -> None:
             "constraints.txt"
         ) from None
     setattr(owner, name, adaptation.make(getattr(owner, name)))
+
+
+_APPLIED: set[str] = set()
+"""Targets that `apply_once` has replaced in this process."""
+
+
+def apply_once(adaptations: Iterable[Adaptation]) -> None:
+    """Replace the names; those that a former call has replaced stay as they are.
+
+    Raises:
+        ConfigError: if one no longer exists.
+    """
+    for adaptation in adaptations:
+        if adaptation.target not in _APPLIED:
+            apply(adaptation)
+            _APPLIED.add(adaptation.target)

@@ -1,9 +1,9 @@
-"""Megatron's optimizers in a checkpoint: the number of steps, where Megatron 0.19 loses it.
+"""Megatron's optimizers in a checkpoint: steps and learning rates, where Megatron 0.19 loses them.
 
 Enters: Megatron's optimizer classes. Leaves: three of their methods replaced, on every machine.
 
 A checkpoint's number of optimizer steps is written by the first rank alone, for each of its
-optimizers: one for dense weights, one for tables. Two things go wrong there:
+optimizers: one for dense weights, one for tables. Three things go wrong there:
 
 - If the first pipeline stage has no sparse layer, its optimizer for tables has no parameter and so
   no step to write; loading then fails, or starts Adam's bias correction anew.
@@ -11,6 +11,9 @@ optimizers: one for dense weights, one for tables. Two things go wrong there:
   was taken, which none was when it is asked for the shapes to load into; then looks for the step,
   which Adam keeps as a tensor, among the tensors that were loaded; and gives all parameters one
   such tensor, which each of them increments.
+- Groups of parameters are paired with those in the checkpoint by their values, the learning rate
+  among them: with another `--lr` no pair is found, and `--override-opt-param-scheduler` and
+  `--use-checkpoint-opt-param-scheduler` fail on what they are for.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ from typing import Any
 
 import torch
 
-from megatron_sffn.platforms.adaptation import Adaptation, apply
+from megatron_sffn.platforms.adaptation import Adaptation, apply_once
+
+RATES = ("max_lr", "min_lr")
+"""Of a group of parameters: what `--lr` and `--min-lr` say."""
 
 
 def install() -> None:
@@ -29,12 +35,7 @@ def install() -> None:
     Raises:
         ConfigError: if a method no longer exists.
     """
-    from megatron.core.optimizer import ChainedOptimizer
-
-    if hasattr(ChainedOptimizer.load_state_dict, "original"):
-        return
-    for adaptation in adaptations():
-        apply(adaptation)
+    apply_once(adaptations())
 
 
 def adaptations() -> tuple[Adaptation, ...]:
@@ -42,7 +43,7 @@ def adaptations() -> tuple[Adaptation, ...]:
     return (
         Adaptation(
             target="megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
-            make=_with_steps_for_all,
+            make=_with_steps_and_rates,
             needed_by="megatron.training.checkpointing.load_checkpoint",
         ),
         Adaptation(
@@ -59,14 +60,18 @@ def adaptations() -> tuple[Adaptation, ...]:
     )
 
 
-def _with_steps_for_all(original: Callable[..., None]) -> Callable[..., None]:
+def _with_steps_and_rates(original: Callable[..., None]) -> Callable[..., None]:
     """All optimizers have taken equally many steps: those without the number get it from others.
 
-    And every parameter gets a counter of its own.
+    And every parameter gets a counter of its own, and every group one rate, here and there.
     """
 
     def load_state_dict(self: Any, state_dict: Any) -> None:
-        states = list(state_dict.values()) if 0 in state_dict else [state_dict]
+        chained = 0 in state_dict
+        states = [state_dict[i] for i in sorted(state_dict)] if chained else [state_dict]
+        for optimizer, state in zip(self.chained_optimizers, states, strict=False):
+            saved = state.get("optimizer", state)["param_groups"]
+            _share_rates(optimizer.optimizer.param_groups, saved)
         steps = [step for state in states for step in _steps(state)]
         for state in states if steps else []:
             _set_steps(state, max(steps))
@@ -76,8 +81,25 @@ def _with_steps_for_all(original: Callable[..., None]) -> Callable[..., None]:
                 if torch.is_tensor(state.get("step")):
                     state["step"] = state["step"].clone()
 
-    load_state_dict.original = original  # type: ignore[attr-defined]
     return load_state_dict
+
+
+def _share_rates(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """Give pairs of groups that differ in the learning rate alone this run's, or the saved one."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+    from megatron.training import get_args
+
+    def rest(group: dict[str, Any]) -> list[Any]:
+        return [group.get(key) for key in param_group_identifier_keys if key not in RATES]
+
+    for there in saved:
+        alike = [group for group in groups if rest(group) == rest(there)]
+        if len(alike) != 1 or all(alike[0].get(key) == there.get(key) for key in RATES):
+            continue
+        source, target = alike[0], there
+        if get_args().use_checkpoint_opt_param_scheduler:
+            source, target = target, source
+        target.update({key: source[key] for key in RATES})
 
 
 def _steps(state: dict[str, Any]) -> list[Any]:

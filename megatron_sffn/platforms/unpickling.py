@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint._traverse import set_element
 
-from megatron_sffn.platforms.adaptation import Adaptation, apply
+from megatron_sffn.platforms.adaptation import Adaptation, apply_once
 
 TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 """torch's environment variable: files may name any code."""
@@ -66,12 +66,7 @@ def install() -> None:
     Raises:
         ConfigError: if one no longer exists.
     """
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-
-    if hasattr(DefaultLoadPlanner.load_bytes, "original"):
-        return
-    for adaptation in adaptations():
-        apply(adaptation)
+    apply_once(adaptations())
 
 
 def adaptations() -> tuple[Adaptation, ...]:
@@ -130,5 +125,4 @@ def _as_weights_only(original: Callable[..., None]) -> Callable[..., None]:
         else:
             self.state_dict[key] = loaded
 
-    load_bytes.original = original  # type: ignore[attr-defined]
     return load_bytes

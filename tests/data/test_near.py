@@ -123,5 +123,5 @@ def test_bad_numbers(threshold: float, size: int, message: str) -> None:
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rensa", None)
-    with pytest.raises(ConfigError, match=r"needs the package rensa, .*'megatron-sffn\[dedup\]'"):
+    with pytest.raises(ConfigError, match=r"needs rensa, .*'megatron-sffn\[dedup\]'"):
         near()

@@ -84,6 +84,6 @@ def test_a_model_that_is_missing(language: str) -> None:
 
 
 def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nltk.tokenize.punkt", None)
-    with pytest.raises(ConfigError, match="needs NLTK, which is not installed; pip install nltk"):
+    monkeypatch.setitem(sys.modules, "nltk", None)
+    with pytest.raises(ConfigError, match=r"needs nltk, .* install 'megatron-sffn\[sentences\]'"):
         load_splitter("english", keep_newlines=False)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from megatron_sffn import faults
 from megatron_sffn.checkpoints.files import iteration_folder, read_common, read_metadata
 from megatron_sffn.checkpoints.rewriting import Change, rewrite
 from tests.faults.jobs import EP2, Job, column, job
@@ -20,6 +23,16 @@ def ended(folder: Path, flags: str) -> tuple[Job, list[int]]:
     with job(2, flags, folder) as run:
         codes = run.wait()
     return run, codes
+
+
+def with_norm(run: Path, iteration: int, folder: Path, change: Callable[[Tensor], Tensor]) -> Path:
+    """The run's checkpoint with another weight of the last norm, of which there are 32 numbers."""
+    source = iteration_folder(run, iteration)
+    names = ("decoder.final_layernorm.weight", "final_layernorm.weight")
+    [norm] = [key for key in read_metadata(source).state_dict_metadata if key in names]
+    changed = Change(piece=change, rows=(32, 32))
+    rewrite(source, folder, iteration, changes={norm: changed}, common=read_common(source))
+    return folder
 
 
 @pytest.mark.parametrize("flags", ["", "--save saved --save-interval 9"])
@@ -49,19 +62,27 @@ def test_a_router_stops_before_that(tmp_path: Path) -> None:
     assert "step 2, layer 1, router avg-k:" in run.log(), run.log()
 
 
+@pytest.mark.parametrize(("factor", "said"), [(10.0, False), (0.1, True)])
+def test_a_spike_is_said_and_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, said: bool
+) -> None:
+    # No loss of 10 times the usual: at a tenth of it, every one is a spike.
+    monkeypatch.setattr(faults, "SPIKE", factor)
+    # 8 microbatches of a rank in each step: Megatron knows the usual loss after 100.
+    flags = "--micro-batch-size 1 --global-batch-size 16 --train-iters 15 --check-for-spiky-loss"
+    run, codes = ended(tmp_path, f"{DENSE} {flags}")
+    assert codes == [0, 0], run.log()
+    assert list(column(run.log(), "lm loss")) == list(range(1, 16))
+    assert ("Spiky loss" in run.log()) is said, run.log()
+
+
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_weights_that_are_no_numbers_are_not_trained(tmp_path: Path, value: float) -> None:
     flags = f"{EP2} --train-iters 4 --save-interval 1"
     ended(tmp_path / "first", f"{flags} --exit-interval 2 --save {tmp_path / 'good'}")
-    bad = tmp_path / "bad"
-    source = iteration_folder(tmp_path / "good", 2)
-    [norm] = [key for key in read_metadata(source).state_dict_metadata if key in NORMS]
-    broken = Change(piece=lambda rows: torch.full_like(rows, value), rows=(32, 32))
-    rewrite(source, bad, 2, changes={norm: broken}, common=read_common(source))
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    with_norm(good, 2, bad, lambda weight: torch.full_like(weight, value))
     run, codes = ended(tmp_path / "second", f"{flags} --save {bad} --load {bad}")
     assert codes == [1, 1]
     assert "the loss is nan in the first step, step 3" in run.log(), run.log()
-    assert [path.name for path in bad.glob("iter_*")] == [source.name]
-
-
-NORMS = ("decoder.final_layernorm.weight", "final_layernorm.weight")
+    assert [path.name for path in bad.glob("iter_*")] == ["iter_0000002"]

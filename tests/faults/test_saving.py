@@ -41,6 +41,14 @@ def test_the_tracker_never_names_the_folder_that_is_emptied(two: Path) -> None:
     assert not any((two / "iter_0000002").iterdir())
 
 
+def test_a_save_in_another_process_needs_a_gpu(tmp_path: Path) -> None:
+    flags = f"{FLAGS} --save run --async-save --use-persistent-ckpt-worker"
+    with job(1, flags.replace(EP2, ""), tmp_path) as run:
+        assert run.wait() == [2], run.log()
+    assert run.log().splitlines()[-1].startswith("error: --async-save needs a GPU, "), run.log()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_kill_does_not_leave_an_empty_tracker(tmp_path: Path) -> None:
     (tmp_path / TRACKER).write_text("2")
     with pytest.raises(KeyboardInterrupt), replaced(tmp_path / TRACKER) as file:

@@ -90,3 +90,18 @@ def test_the_same_layout_goes_on_bit_by_bit(pretrain, saved, flags: str) -> None
     continued = pretrain(ranks, f"{load} {cut}")
     assert continued.values("grad norm") == log.values("grad norm")[3:]
     assert continued.values("lm loss")[-1] == log.values("lm loss")[-1]
+
+
+@pytest.mark.parametrize("flags", ["", DISTRIBUTED])
+def test_another_learning_rate(pretrain, saved, flags: str) -> None:
+    """The run's or the checkpoint's, as is said; in both groups, of dense weights and of tables."""
+    log, load = saved("EP2", flags)
+    assert log.values("learning rate") == [3e-3] * 6
+    load = f"{load} {EP2} --lr 1e-3"
+    anew = pretrain(2, f"{load} --override-opt-param-scheduler")
+    assert anew.values("learning rate") == [1e-3] * 3
+    assert anew.values("grad norm")[0] == log.values("grad norm")[3]
+    assert anew.values("grad norm")[1] != log.values("grad norm")[4]
+    same = pretrain(2, f"{load} --use-checkpoint-opt-param-scheduler")
+    assert same.values("learning rate") == [3e-3] * 3
+    assert same.values("grad norm") == log.values("grad norm")[3:]

@@ -7,11 +7,14 @@ The scripts of examples/launch start torchrun in each. Nodes share this machine'
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -69,48 +72,60 @@ def inside(node: int) -> list[str]:
     return [*WITH_PYTEST, "nsenter", f"--net=/proc/{node}/ns/net"]
 
 
-def train(nodes: list[int], script: str, own: list[dict[str, str]], flags: str, at: Path) -> Log:
-    """Run a script of examples/launch on both nodes, `own` being what only one of them is told."""
+@contextmanager
+def started(
+    nodes: list[int], script: str, own: list[dict[str, str]], flags: str, at: Path
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A script of examples/launch on nodes, `own` being what only one of them is told.
+
+    Leaves torchrun's processes, and `node0.log` and so on in the folder `at`; ends with the block.
+    """
     # As docs/cluster.md says: the file's variables, and those of this network by hand.
     command = ["bash", "-c", 'set -a; . "$0"; set +a; exec "$@"', LAUNCH / "gloo.env"]
     command += [LAUNCH / script, *shlex.split(f"{MODEL} {flags}")]
     processes = []
-    for rank, node in enumerate(nodes):
-        variables = {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "GLOO_SOCKET_IFNAME": "cable",
-            "MASTER_ADDR": ADDRESSES[0],
-            "NODE_ADDR": ADDRESSES[rank],
-            "NNODES": "2",
-            "GPUS_PER_NODE": "2",
-            **own[rank],
-        }
-        with (at / f"node{rank}.log").open("wb") as output:
-            processes.append(
-                subprocess.Popen(
-                    [*inside(node), *command],
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    cwd=at,
-                    env=os.environ | variables,
-                )
-            )
     try:
-        codes = [process.wait(TIMEOUT) for process in processes]
+        for rank, node in enumerate(nodes):
+            variables = {
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "GLOO_SOCKET_IFNAME": "cable",
+                "MASTER_ADDR": ADDRESSES[0],
+                "NODE_ADDR": ADDRESSES[rank],
+                "NNODES": "2",
+                "GPUS_PER_NODE": "2",
+                **own[rank],
+            }
+            with (at / f"node{rank}.log").open("wb") as output:
+                processes.append(
+                    subprocess.Popen(
+                        [*inside(node), *command],
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        cwd=at,
+                        env=os.environ | variables,
+                    )
+                )
+        yield processes
     finally:
-        stop(processes)
+        for process in processes:
+            stop(process)
+
+
+def train(nodes: list[int], script: str, own: list[dict[str, str]], flags: str, at: Path) -> Log:
+    """Run a script to its end on all nodes."""
+    with started(nodes, script, own, flags, at) as processes:
+        codes = [process.wait(TIMEOUT) for process in processes]
     logs = [(at / f"node{rank}.log").read_text() for rank in range(len(nodes))]
     assert codes == [0, 0], "\n".join(log[-3000:] for log in logs)
     return Log(text=logs[-1])
 
 
-def stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """End torchruns and their ranks, which have sessions of their own."""
-    for process in processes:
-        if process.poll() is None:
-            for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-                member.kill()
-            process.wait()
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End torchrun and its ranks, which have sessions of their own."""
+    if process.poll() is None:
+        for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+            member.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(
@@ -137,3 +152,32 @@ def test_two_nodes_train_the_model_of_one_node(
         assert log.values(name) == pytest.approx(rank.values(name), rel=2e-3), name
     assert log.validation_loss == node.validation_loss
     assert log.validation_loss == pytest.approx(rank.validation_loss, rel=1e-4)
+
+
+def test_a_node_that_is_lost(nodes, pretrain, text: str, tmp_path: Path) -> None:
+    """One node loses its power; the other goes on alone, and ends with the same model."""
+    flags = "--train-iters 12 --split 90,10,0 --expert-model-parallel-size 2"
+    saved = f"--data-path {text} {flags} --save run --load run --save-interval 4"
+    # 6 seconds to miss a node in place of 15, and 8 to wait for others in place of 30.
+    soon = "keep_alive_interval=2,keep_alive_max_attempt=3,last_call_timeout=8"
+    own = [
+        {"RUN_ID": "x", "NNODES": "1:2", "IS_MASTER": f"{master},{soon}"}
+        for master in ("true", "false")
+    ]
+    with started(nodes, "elastic.sh", own, saved, tmp_path) as processes:
+        wait_for(tmp_path / "node1.log", r"iteration +6/")
+        stop(processes[1])
+        assert processes[0].wait(TIMEOUT) == 0, (tmp_path / "node0.log").read_text()[-3000:]
+    alone = Log(text=(tmp_path / "node0.log").read_text())
+    whole = pretrain(1, flags.replace("--expert-model-parallel-size 2", ""))
+    assert len(alone.values("grad norm")) == 8
+    assert alone.values("grad norm") == pytest.approx(whole.values("grad norm")[4:], rel=2e-3)
+    assert alone.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
+
+
+def wait_for(log: Path, pattern: str) -> None:
+    """Wait until a node has printed something."""
+    deadline = time.monotonic() + TIMEOUT
+    while not re.search(pattern, log.read_text()):
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.01)

@@ -53,7 +53,7 @@ def plain(step: int | None) -> dict[str, Any]:
 )
 def test_optimizers_without_a_step_get_that_of_the_others(found: Any, loaded: Any) -> None:
     seen = []
-    load = optimizer._with_steps_for_all(lambda self, state_dict: seen.append(state_dict))
+    load = optimizer._with_steps_and_rates(lambda self, state_dict: seen.append(state_dict))
     load(SimpleNamespace(chained_optimizers=[]), found)
     assert seen == [loaded]
 
@@ -64,7 +64,7 @@ def test_every_parameter_counts_for_itself() -> None:
     adam = torch.optim.AdamW(parameters)
     for parameter in parameters:
         adam.state[parameter] = {"step": shared, "exp_avg": torch.zeros(2)}
-    load = optimizer._with_steps_for_all(lambda self, state_dict: None)
+    load = optimizer._with_steps_and_rates(lambda self, state_dict: None)
     load(SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=adam)]), plain(3))
     adam.state[parameters[0]]["step"] += 1
     assert [float(adam.state[p]["step"]) for p in parameters] == [4.0, 3.0]

@@ -235,6 +235,6 @@ def test_bad_arguments(
         with pytest.raises(ConfigError, match=f"--ray {address} leads to no cluster .*; start one"):
             preprocess_data.main([*given, "--ray", address])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="--ray needs Ray, which is not installed; pip install"):
+    with pytest.raises(ConfigError, match="--ray needs ray, which is not installed; pip install"):
         preprocess_data.main([*given, "--ray"])
     assert set(tmp_path.iterdir()) == before
