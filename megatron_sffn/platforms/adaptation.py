@@ -35,19 +35,25 @@ def resolve(dotted: str) -> tuple[Any, str]:
         The holder (a module or class) and the last part of the name.
 
     Raises:
-        AttributeError: if a part of the name does not exist.
+        LookupError: if a part of the name does not exist.
     """
     parts = dotted.split(".")
     for cut in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:cut])
         try:
-            owner = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
+            owner = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # another one, which this one imports
             continue
-        for part in parts[cut:-1]:
-            owner = getattr(owner, part)
-        getattr(owner, parts[-1])
+        try:
+            for part in parts[cut:-1]:
+                owner = getattr(owner, part)
+            getattr(owner, parts[-1])
+        except AttributeError:
+            break
         return owner, parts[-1]
-    raise AttributeError(dotted)
+    raise LookupError(dotted)
 
 
 def apply(adaptation: Adaptation) -> None:
@@ -58,7 +64,7 @@ def apply(adaptation: Adaptation) -> None:
     """
     try:
         owner, name = resolve(adaptation.target)
-    except AttributeError:
+    except LookupError:
         raise ConfigError(
             f"{adaptation.target}, which megatron-sffn replaces for {adaptation.needed_by}, does "
             "not exist in the installed torch or megatron-core; install the versions of "
