@@ -1,7 +1,7 @@
 """What a dense and a sparse layer are made of in Megatron's Transformer Engine spec, in JSON.
 
 A program, because Megatron asks once, as it is imported, whether that engine is there. With the
-argument `stand-in` Megatron finds a package that has all of the engine's names and computes nothing.
+argument `stand-in` it finds a package that has all of the engine's names and computes nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sparse layer in Megatron's Transformer Engine spec: its place there, and training on a GPU."""
+"""The sparse layer in Megatron's Transformer Engine spec: its place, and training on a GPU."""
 
 from __future__ import annotations
 
