@@ -13,9 +13,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 kind=${1:-}
 image=${IMAGE:-megatron-sffn:$kind} # the name of what is built
-tests=${TESTS:-tests/routers}       # the folder of tests that run in it
-quickstart=${QUICKSTART:-}          # arguments of the quick start: --train-iters 20
-read -ra run_options <<<"${RUN_OPTIONS:-}" # of the engine's `run`: --ulimit host
+# Tests that run in it, arguments of the quick start (--train-iters 20), options of the engine's
+# `run` (--ulimit host).
+read -ra tests <<<"${TESTS:-tests/routers tests/integration}"
+read -ra quickstart <<<"${QUICKSTART:-}"
+read -ra run_options <<<"${RUN_OPTIONS:-}"
 # pip trusts the certificates of this host in the build, too; no layer keeps them.
 certificates=${PIP_CERT:-${SSL_CERT_FILE:-}}
 
@@ -84,8 +86,7 @@ build "$image-test" --target test "$@"
 say "doctor in $image"
 run "$image" python -m megatron_sffn.doctor --no-smoke
 say "quick start in $image"
-# shellcheck disable=SC2086 # several arguments
-run "$image" python -m examples.quickstart $quickstart
-say "$tests in $image-test"
-run "$image-test" python -m pytest -p no:cacheprovider "/opt/megatron-sffn/$tests"
-say "$image is ready: doctor, quick start and $tests passed in it as user 10001, without a network"
+run "$image" python -m examples.quickstart "${quickstart[@]}"
+say "${tests[*]} in $image-test"
+run "$image-test" python -m pytest -p no:cacheprovider "${tests[@]/#//opt/megatron-sffn/}"
+say "$image is ready: doctor, quick start and ${tests[*]} passed in it as user 10001, without a network"

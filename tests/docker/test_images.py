@@ -101,7 +101,11 @@ def build(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     for name in ("bash", "dirname", "git", "sed"):
         if not (path / name).exists() and (real := shutil.which(name)):
             (path / name).symlink_to(real)
-    environment = {"PATH": str(path), "TESTS": "tests/routers", "QUICKSTART": "--train-iters 20"}
+    environment = {
+        "PATH": str(path),
+        "TESTS": "tests/routers tests/ops",
+        "QUICKSTART": "--train-iters 20",
+    }
     return subprocess.run(
         [BUILD, *arguments], env=environment, capture_output=True, text=True, check=False
     )
@@ -142,7 +146,11 @@ def test_docker_without_a_daemon_leaves_it_to_podman(tmp_path: Path) -> None:
     assert [line.split()[1] for line in asked] == ["build", "build", "run", "run", "run"]
     # Podman's own format drops the health check.
     assert all("--format docker" in line and "--isolation chroot" in line for line in asked[:2])
-    wanted = ["doctor --no-smoke", "quickstart --train-iters 20", "tests/routers"]
+    wanted = [
+        "doctor --no-smoke",
+        "quickstart --train-iters 20",
+        "/tests/routers /opt/megatron-sffn/tests/ops",
+    ]
     for line, end in zip(asked[2:], wanted, strict=True):
         assert "--network none" in line
         assert line.endswith(end)
