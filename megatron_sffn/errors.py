@@ -31,6 +31,13 @@ def reject(message: str) -> NoReturn:
     raise ConfigError(f"{message}; --help lists every flag")
 
 
+def reason_in(output: str) -> str:
+    """The line that says why a command failed, of all that it and its launcher printed."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("error: ") or "Error: " in line]
+    return (said or lines[-1:] or ["no output"])[0].removeprefix("error: ")
+
+
 def require(module: str, asked_by: str, extra: str) -> None:
     """Refuse what needs an optional package where that is not installed.
 

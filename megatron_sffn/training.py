@@ -28,7 +28,8 @@ from torch import Tensor
 from megatron_sffn.accounting import ModelShape, table
 from megatron_sffn.arguments import sffn_config, transformer_config
 from megatron_sffn.checkpoints.continuation import check_checkpoint
-from megatron_sffn.checkpoints.saving import Saves, check_saves
+from megatron_sffn.checkpoints.room import check_saves
+from megatron_sffn.checkpoints.saving import Saves
 from megatron_sffn.config import SparseFFNConfig
 from megatron_sffn.data.check import check_data
 from megatron_sffn.data.gpt import datasets_provider, next_batch

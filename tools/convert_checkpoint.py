@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import ConfigError, reason_in, run_command
 from megatron_sffn.remarks import silence
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
             f"checkpoint {source} was saved by plain Megatron and has no sparse layers; give one "
             "that megatron_sffn.pretrain saved"
         )
-    iteration = int(source.name.removeprefix("iter_"))
+    iteration = files.iteration_of(source)
     target = rewriting.free_folder(args.save, iteration)
     plan = regranulation.regranulate(metadata, saved, args.block_size)
     before = None
@@ -221,10 +221,11 @@ class Evaluation:
         Raises:
             ConfigError: if the run fails, or has no validation data.
         """
-        iteration = folder.name.removeprefix("iter_")
+        from megatron_sffn.checkpoints.files import iteration_of
+
         with tempfile.TemporaryDirectory() as results:
             # argparse: the last one counts. There is no flag that takes back --save.
-            flags = ["--load", str(folder.parent), "--ckpt-step", str(int(iteration))]
+            flags = ["--load", str(folder.parent), "--ckpt-step", str(iteration_of(folder))]
             flags += ["--save", results, "--sffn-block-size", str(block_size)]
             flags += ["--skip-train", "--no-load-optim", "--no-load-rng"]
             if any(word.startswith("--tensorboard-dir") for word in self.command):
@@ -252,12 +253,9 @@ class Evaluation:
             env={"OMP_NUM_THREADS": "1", **os.environ},
         )
         if done.returncode:
-            lines = [line for line in done.stdout.splitlines() if line.strip()]
-            said = [line for line in lines if line.startswith("error: ") or "Error: " in line]
-            reason = (said or lines or ["no output"])[0].removeprefix("error: ").strip()
             raise ConfigError(
-                f"evaluating {folder} on {self.ranks} ranks failed ({reason}); give other flags "
-                "after --, or --nproc-per-node, or add --no-evaluate"
+                f"evaluating {folder} on {self.ranks} ranks failed ({reason_in(done.stdout)}); give "
+                "other flags after --, or --nproc-per-node, or add --no-evaluate"
             )
 
 

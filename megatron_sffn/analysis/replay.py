@@ -33,7 +33,7 @@ from megatron_sffn.checkpoints.files import (
     problem_of,
     read_common,
 )
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.errors import ConfigError, reason_in
 from megatron_sffn.recording import Recording
 
 LAYOUT = """
@@ -119,10 +119,9 @@ class Replay:
             )
         remedy = "add flags for it after --, such as another --data-path"
         if done.returncode:
-            lines = [line for line in done.stdout.splitlines() if line.strip()]
-            said = [line for line in lines if line.startswith("error: ") or "Error: " in line]
-            reason = (said or lines[-1:] or ["no output"])[0].removeprefix("error: ").strip()
-            raise ConfigError(f"replaying iteration {iteration} failed ({reason}); {remedy}")
+            raise ConfigError(
+                f"replaying iteration {iteration} failed ({reason_in(done.stdout)}); {remedy}"
+            )
         if not path.exists():
             raise ConfigError(
                 f"the run of {self.run} has no validation data, so nothing was recorded; {remedy}"

@@ -4,6 +4,8 @@
     code.py             is it data alone, or does it name code that would run as it is loaded?
     continuation.py     may this run load it? the look that training takes before anything starts
     optimizer_state.py  the same for the optimizer's state
+    room.py             is there room for the next one?
+    saving.py           Megatron's saves wrapped: at any moment one that is whole is named
     rewriting.py        a copy of a checkpoint with some tensors changed, complete or not at all
     regranulation.py    another block size: what becomes of each tensor
 

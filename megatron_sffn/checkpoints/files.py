@@ -45,6 +45,11 @@ def iteration_folder(load: Path, iteration: int) -> Path:
     return load / f"iter_{iteration:07d}"
 
 
+def iteration_of(folder: Path) -> int:
+    """The number in Megatron's name for the folder of an iteration."""
+    return int(folder.name.removeprefix("iter_"))
+
+
 def iterations(load: Path) -> list[int]:
     """The iterations of which there is a folder in `load`, whole or not, ascending."""
     if not load.is_dir():

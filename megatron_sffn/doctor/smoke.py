@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from megatron_sffn.doctor.findings import Finding, ok, wrong
-from megatron_sffn.errors import run_command
+from megatron_sffn.errors import reason_in, run_command
 
 SECONDS = 600
 """After which two ranks hang."""
@@ -55,7 +55,7 @@ def smoke(name: str) -> Finding:
             return wrong(name, f"{ranks} ranks did not end within {SECONDS} s", remedy)
         summaries = list(Path(folder).glob("runs/*/summary.json"))
         if process.returncode or not summaries:
-            return wrong(name, _reason(output), "mend what the message names")
+            return wrong(name, reason_in(output), "mend what the message names")
         summary = json.loads(summaries[0].read_text())
     backend = "NCCL" if torch_build()["gpus"] else "gloo"
     seconds = time.monotonic() - start
@@ -70,13 +70,6 @@ def _import_path() -> dict[str, str]:
     """The ranks start in another folder, and shall find the package that runs this."""
     root = str(Path(__file__).parents[2])
     return {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
-
-
-def _reason(output: str) -> str:
-    """The line that says why, of all that ranks and launcher print."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("error: ") or "Error: " in line]
-    return (said or lines or ["no output"])[0]
 
 
 def main() -> int:

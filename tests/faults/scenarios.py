@@ -16,8 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sffn.checkpoints.files import folder_to_load, problem_of
-from megatron_sffn.checkpoints.saving import iteration_of
+from megatron_sffn.checkpoints.files import folder_to_load, iteration_of, problem_of
 from tests.faults.jobs import EP2, Agent, Job, SmallDisk, column, job, validation_loss, wait_until
 
 INTERVAL = 5
