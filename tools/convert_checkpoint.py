@@ -254,8 +254,8 @@ class Evaluation:
         )
         if done.returncode:
             raise ConfigError(
-                f"evaluating {folder} on {self.ranks} ranks failed ({reason_in(done.stdout)}); give "
-                "other flags after --, or --nproc-per-node, or add --no-evaluate"
+                f"evaluating {folder} on {self.ranks} ranks failed ({reason_in(done.stdout)}); "
+                "give other flags after --, or --nproc-per-node, or add --no-evaluate"
             )
 
 
