@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sffn.errors import reject, run_command
+from megatron_sffn.errors import CommandParser, run_command
 
 PACKAGE = Path(__file__).parent
 
@@ -49,16 +49,14 @@ def build_parser() -> argparse.ArgumentParser:
     known = commands()
     width = max(map(len, known))
     listed = "\n".join(f"  {name:{width}}  {summary(path)}" for name, path in known.items())
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="megatron-sffn",
         usage="megatron-sffn COMMAND [flags of the command]",
         description=f"Pretraining with sparse feed-forward layers on Megatron.\n\n{listed}",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=list(known), metavar="COMMAND", help="one of the above")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parser.error = reject  # type: ignore[method-assign]
     return parser
 
 

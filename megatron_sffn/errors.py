@@ -7,12 +7,13 @@ point needs one `except`; our own invariants use `assert` instead (style: OLMo-c
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 OTHER_RANKS_WAIT = 30.0
 """Seconds: ranks reach the same error within a few of each other."""
@@ -29,6 +30,22 @@ class ConfigError(ValueError):
 def reject(message: str) -> NoReturn:
     """What `argparse.ArgumentParser.error` shall be: its complaint as ours."""
     raise ConfigError(f"{message}; --help lists every flag")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A command's flags: whole names only, help as it is written, complaints as `ConfigError`.
+
+    Args:
+        options: of argparse's parser.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**{**defaults, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls."""
+        reject(message)
 
 
 def reason_in(output: str) -> str:

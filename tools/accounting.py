@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sffn.errors import ConfigError, reject, require, run_command
+from megatron_sffn.errors import CommandParser, ConfigError, require, run_command
 from megatron_sffn.remarks import silence
 
 if TYPE_CHECKING:
@@ -59,13 +59,11 @@ WITHOUT_EXPERTS = ["--expert-model-parallel-size", "1", "--expert-tensor-paralle
 
 def build_parser() -> argparse.ArgumentParser:
     """The tool's own flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="tools/accounting.py",
         usage="tools/accounting.py [options] [flags of megatron_sffn.pretrain]",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--ranks", type=int, default=1, metavar="N", help="ranks of the run (default: 1)")
@@ -310,7 +308,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
     silence()
     parser = build_parser()
-    parser.error = reject  # type: ignore[method-assign]
     options, flags = parser.parse_known_args(argv)
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} must be at least 1; give a positive number")

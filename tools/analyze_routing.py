@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_sffn.errors import ConfigError, require, run_command
+from megatron_sffn.errors import CommandParser, ConfigError, require, run_command
 from megatron_sffn.remarks import silence
 
 DESCRIPTION = """\
@@ -32,12 +32,10 @@ example: the data moved; what follows -- is added to the run's command
 
 def build_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=DESCRIPTION,
         epilog=EXAMPLE,
         usage="analyze_routing.py RUN [options] [-- TRAINING FLAGS]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of the run (its --save)")

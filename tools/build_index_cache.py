@@ -17,7 +17,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_sffn.errors import ConfigError, reject, run_command
+from megatron_sffn.errors import CommandParser, ConfigError, run_command
 from megatron_sffn.remarks import silence
 
 if TYPE_CHECKING:
@@ -44,13 +44,11 @@ example: a disk in each node (a run also does so by itself, when it starts)
 
 def build_parser() -> argparse.ArgumentParser:
     """The tool's own flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="tools/build_index_cache.py",
         usage="tools/build_index_cache.py [--ranks N] [flags of megatron_sffn.pretrain]",
         description=DESCRIPTION,
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--ranks", type=int, default=1, metavar="N", help="ranks of the run (default: 1)"
@@ -82,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
     silence()
     parser = build_parser()
-    parser.error = reject  # type: ignore[method-assign]
     options, flags = parser.parse_known_args(argv)
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} must be at least 1; give a positive number")

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sffn.errors import ConfigError, reason_in, run_command
+from megatron_sffn.errors import CommandParser, ConfigError, reason_in, run_command
 from megatron_sffn.remarks import silence
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ example: evaluate on 1 rank what was trained on 8; what follows -- is added to t
 
 def build_parser() -> argparse.ArgumentParser:
     """The tool's flags; one subcommand for each conversion."""
-    parser = argparse.ArgumentParser(
-        description="Convert a checkpoint, offline.", allow_abbrev=False
-    )
+    parser = CommandParser(description="Convert a checkpoint, offline.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="CONVERSION")
     regranulate = commands.add_parser(
         "regranulate",
@@ -61,8 +59,6 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         usage="convert_checkpoint.py regranulate --load DIR --save DIR --block-size G [options] "
         "[-- TRAINING FLAGS]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = regranulate.add_argument
     add("--load", type=Path, required=True, metavar="DIR", help="folder of the run")

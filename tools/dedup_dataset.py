@@ -14,7 +14,7 @@ from megatron_sffn.data.dedup import dedup
 from megatron_sffn.data.meter import Meter, size
 from megatron_sffn.data.near import UNITS, Near
 from megatron_sffn.data.sources import find_sources, total_size
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import CommandParser, ConfigError, run_command
 
 DESCRIPTION = """\
 Leave out documents that are copies of an earlier one: exact ones, but for white space and the form
@@ -42,11 +42,9 @@ example: Chinese, Japanese, Thai: words are not spaced, so compare characters
 
 def build_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=DESCRIPTION,
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from megatron_sffn.data.merge import merge, merged_weight, open_blend
 from megatron_sffn.data.meter import Meter
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import CommandParser, ConfigError, run_command
 
 DESCRIPTION = """\
 Join Megatron data sets (.bin and .idx) to one. Documents keep their order; the result has the bytes
@@ -37,11 +37,9 @@ weights are in proportion to the tokens, which is checked
 
 def build_parser() -> argparse.ArgumentParser:
     """Megatron-LM's flags, and ours."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=DESCRIPTION,
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

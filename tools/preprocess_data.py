@@ -26,7 +26,7 @@ from megatron_sffn.data.preprocess import Job, Work, count_reasons, preprocess
 from megatron_sffn.data.recipe import Loaded, Recipe, tokenizer_files
 from megatron_sffn.data.sources import find_sources
 from megatron_sffn.data.workers import encode_in_order
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import CommandParser, ConfigError, run_command
 from megatron_sffn.remarks import silence
 
 
@@ -35,10 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     from megatron.training.argument_utils import ArgumentGroupFactory
     from megatron.training.config import TokenizerConfig
 
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Tokenize text into a Megatron data set. Killed at any moment, the same "
         "command goes on where it was.",
-        allow_abbrev=False,
     )
     data = parser.add_argument_group("input data")
     data.add_argument(

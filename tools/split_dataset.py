@@ -13,7 +13,7 @@ from megatron_sffn.data.datasets import check_same_type, open_datasets
 from megatron_sffn.data.meter import Meter, size
 from megatron_sffn.data.sources import find_sources, total_size
 from megatron_sffn.data.split import Count, Parts, parse_parts, split_datasets, split_text
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import CommandParser, ConfigError, run_command
 
 DESCRIPTION = """\
 Split a corpus into parts. A hash of a document's content decides where it goes: it lands in the
@@ -37,11 +37,9 @@ example: corpus_train.bin and .idx, corpus_valid.bin and .idx
 
 def build_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=DESCRIPTION,
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megatron_sffn.data.blocks import read_blocks
 from megatron_sffn.data.documents import Document, DocumentError, read_documents
 from megatron_sffn.data.sources import Source, find_sources
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import CommandParser, ConfigError, run_command
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -148,9 +148,7 @@ def log(message: str) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a byte-level BPE tokenizer, offline.", allow_abbrev=False
-    )
+    parser = CommandParser(description="Train a byte-level BPE tokenizer, offline.")
     parser.add_argument(
         "--input",
         nargs="+",

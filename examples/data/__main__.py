@@ -25,7 +25,7 @@ from examples.data.files import folder_documents, write_documents
 from examples.quickstart import data
 from examples.quickstart.corpus import DEBIAN_PACKAGES, debian_documents
 from megatron_sffn.data.split import parse_parts
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import CommandParser, ConfigError, run_command
 
 EXAMPLE = """\
 examples:
@@ -39,12 +39,10 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """A subcommand for each corpus."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m examples.data",
         description="Make data sets of what is at hand: train, valid and test, and a tokenizer.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
     debian = corpora.add_parser("debian-docs", help="documentation packages, from apt-get")

@@ -26,7 +26,7 @@ from pathlib import Path
 from examples.quickstart import corpus, data
 from examples.quickstart.launch import RunFailedError, clock, launch
 from examples.quickstart.runs import RUNS, TRAIN_ITERS, VOCAB_SIZE, Plan, Run
-from megatron_sffn.errors import ConfigError, require, run_command
+from megatron_sffn.errors import CommandParser, ConfigError, require, run_command
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C has ended."""
@@ -57,12 +57,11 @@ def log(message: str) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m examples.quickstart",
         description="Train two small language models on real text, one dense and one with Avg-K "
-        "sparse layers of the same active cells, on 2 CPU ranks, and compare them. "
+        "sparse layers\nof the same active cells, on 2 CPU ranks, and compare them.\n"
         "Interrupt it when you like: the same command continues.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--corpus",

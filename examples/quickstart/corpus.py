@@ -9,7 +9,6 @@ decides its split, so it falls on the same side on every machine and in every ve
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.errors import CommandParser, ConfigError, run_command
 
 KINDS = ("stdlib", "debian-docs")
 DEBIAN_PACKAGES = ("python3.11-doc", "linux-doc-6.1", "postgresql-doc-15")
@@ -383,7 +382,7 @@ class _TextParser(HTMLParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build a corpus with the arguments of the command line."""
-    parser = argparse.ArgumentParser(description="Build a corpus of real text, as JSON lines.")
+    parser = CommandParser(description="Build a corpus of real text, as JSON lines.")
     parser.add_argument("--kind", default="stdlib", help=f"one of: {', '.join(KINDS)}")
     parser.add_argument("--output", type=Path, default=Path("corpus"), help="folder of the corpus")
     parser.add_argument(

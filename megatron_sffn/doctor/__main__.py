@@ -16,7 +16,7 @@ from functools import partial
 from megatron_sffn.doctor import machine, packages
 from megatron_sffn.doctor.findings import WRONG, Finding, absent, guarded
 from megatron_sffn.doctor.smoke import smoke
-from megatron_sffn.errors import reject, run_command
+from megatron_sffn.errors import CommandParser, run_command
 
 DESCRIPTION = """\
 Look at this machine and this Python environment: can training start here? A line for each check
@@ -38,12 +38,10 @@ example: all nodes of a Slurm job
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m megatron_sffn.doctor",
         description=DESCRIPTION,
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument(
@@ -53,7 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="run nothing on GPUs, which may be in use, and leave out the smoke test: two ranks, a "
         "sum over them, two steps of a small model",
     )
-    parser.error = reject  # type: ignore[method-assign]
     return parser
 
 

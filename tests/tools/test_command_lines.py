@@ -1,0 +1,21 @@
+"""What all tools do with flags that they do not have."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from megatron_sffn.errors import ConfigError
+
+TOOLS = sorted(path.stem for path in (Path(__file__).parents[2] / "tools").glob("*.py"))
+
+
+@pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")  # Megatron's own
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("flag", ["--nonsense", "--inp"])
+def test_an_unknown_or_shortened_flag_is_one_sentence(tool: str, flag: str) -> None:
+    main = importlib.import_module(f"tools.{tool}").main
+    with pytest.raises(ConfigError, match=r"; --help lists every flag$"):
+        main([flag, "x"])
