@@ -108,9 +108,9 @@ def _reaches(run: Job, moments: random.Random) -> bool:
         wait_until(
             lambda: not run.runs() or run.log(0).count("saving checkpoint") >= saves, 60, run.log
         )
-        time.sleep(10 ** moments.uniform(-3, 0.5))
+        time.sleep(10 ** moments.uniform(-3, 0))
     else:
-        time.sleep(moments.uniform(0, 4))
+        time.sleep(moments.uniform(0, 3))
     return run.runs()
 
 
