@@ -156,8 +156,8 @@ def test_two_nodes_train_the_model_of_one_node(
 
 def test_a_node_that_is_lost(nodes, pretrain, text: str, tmp_path: Path) -> None:
     """One node loses its power; the other goes on alone, and ends with the same model."""
-    flags = "--train-iters 12 --split 90,10,0 --expert-model-parallel-size 2"
-    saved = f"--data-path {text} {flags} --save run --load run --save-interval 4"
+    flags = "--train-iters 24 --split 90,10,0 --expert-model-parallel-size 2"
+    saved = f"--data-path {text} {flags} --save run --load run --save-interval 8"
     # 6 seconds to miss a node in place of 15, and 8 to wait for others in place of 30.
     soon = "keep_alive_interval=2,keep_alive_max_attempt=3,last_call_timeout=8"
     own = [
@@ -165,13 +165,14 @@ def test_a_node_that_is_lost(nodes, pretrain, text: str, tmp_path: Path) -> None
         for master in ("true", "false")
     ]
     with started(nodes, "elastic.sh", own, saved, tmp_path) as processes:
-        wait_for(tmp_path / "node1.log", r"iteration +6/")
+        wait_for(tmp_path / "node1.log", r"iteration +10/")
         stop(processes[1])
         assert processes[0].wait(TIMEOUT) == 0, (tmp_path / "node0.log").read_text()[-3000:]
     alone = Log(text=(tmp_path / "node0.log").read_text())
     whole = pretrain(1, flags.replace("--expert-model-parallel-size 2", ""))
-    assert len(alone.values("grad norm")) == 8
-    assert alone.values("grad norm") == pytest.approx(whole.values("grad norm")[4:], rel=2e-3)
+    norms = alone.values("grad norm")
+    assert len(norms) in (8, 16), "it went on from a checkpoint"
+    assert norms == pytest.approx(whole.values("grad norm")[-len(norms) :], rel=2e-3)
     assert alone.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
 
 
