@@ -141,11 +141,11 @@ def killed_rank(folder: Path, whole: Job) -> Outcome:
 
 
 def asked_to_stop(
-    folder: Path, whole: Job, number: signal.Signals, rank: int | None = None
+    folder: Path, whole: Job, number: signal.Signals, rank: int | None = None, flags: str = ""
 ) -> Outcome:
     """A signal to all ranks, or to one: the run saves and leaves with exit code 0."""
     save = folder / "run"
-    with job(2, in_folder(save), folder) as run:
+    with job(2, f"{in_folder(save)} {flags}", folder) as run:
         run.wait_for(r"iteration +7/")
         run.send(number, rank)
         assert run.wait() == [0, 0], run.log()

@@ -21,6 +21,11 @@ def test_a_signal_saves_and_leaves(
     assert asked_to_stop(tmp_path, whole, number, rank).lost == 0
 
 
+def test_processes_that_load_data_get_the_signal_too(tmp_path: Path, whole: Job) -> None:
+    flags = "--num-workers 2"
+    assert asked_to_stop(tmp_path, whole, signal.SIGTERM, flags=flags).lost == 0
+
+
 def test_torchrun_passes_the_signal_on(tmp_path: Path) -> None:
     assert torchrun_asked_to_stop(tmp_path).lost == 0
 
