@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from torch.distributed.run import config_from_args, get_args_parser
@@ -24,6 +23,7 @@ from torch.distributed.run import config_from_args, get_args_parser
 from megatron_sffn.arguments import parse
 from megatron_sffn.platforms import cpu
 from tests.integration.conftest import MODEL
+from tests.processes import kill_all
 
 LAUNCH = Path(__file__).resolve().parents[2] / "examples" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -278,14 +278,6 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], lo
         time.sleep(0.05)
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """End what a failed test would leave: ranks have sessions of their own."""
-    if process.poll() is None:
-        for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-            member.kill()
-        process.wait()
-
-
 def test_the_job_saves_before_its_time_is_up_and_goes_on_in_the_next(tmp_path: Path) -> None:
     for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
         executable(tmp_path / name, text)
@@ -318,7 +310,7 @@ def test_the_job_saves_before_its_time_is_up_and_goes_on_in_the_next(tmp_path: P
             process.send_signal(signal.SIGUSR1)
             assert process.wait(60) == 0, log.read_text()[-3000:]
         finally:
-            kill(process)
+            kill_all(process)
         iterations.append(int((tmp_path / "run/latest_checkpointed_iteration.txt").read_text()))
     assert (tmp_path / "scontrol-asked").read_text() == "requeue 77\n" * 2
     assert 0 < iterations[0] < iterations[1] < 100000

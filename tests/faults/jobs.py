@@ -15,10 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -29,6 +28,7 @@ from megatron_sffn.errors import run_command
 from megatron_sffn.pretrain import main
 from tests import ranks
 from tests.integration.conftest import MODEL
+from tests.processes import kill_all, wait_until
 
 ROOT = Path(__file__).parents[2]
 EP2 = "--expert-model-parallel-size 2"
@@ -144,10 +144,7 @@ class Agent:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, and so have its ranks
-            for process in (*self.process.children(recursive=True), self.process):
-                process.kill()
-        self.process.wait()
+        kill_all(self.process)
 
     def log(self) -> str:
         """What torchrun and the ranks have printed."""
@@ -227,18 +224,6 @@ class SmallDisk:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise PermissionError(done.stderr)
-
-
-def wait_until(done: Callable[[], bool], seconds: float, log: Callable[[], str]) -> None:
-    """Wait for something.
-
-    Raises:
-        AssertionError: with the end of a log, if it does not come.
-    """
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, f"not within {seconds} s:\n{log()[-3000:]}"
-        time.sleep(0.005)
 
 
 def column(log: str, name: str) -> dict[int, str]:

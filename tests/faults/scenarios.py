@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sffn.checkpoints.files import folder_to_load, iteration_of, problem_of
-from tests.faults.jobs import EP2, Agent, Job, SmallDisk, column, job, validation_loss, wait_until
+from tests.faults.jobs import EP2, Agent, Job, SmallDisk, column, job, validation_loss
+from tests.processes import wait_until
 
 INTERVAL = 5
 """Steps between saves."""

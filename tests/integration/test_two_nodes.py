@@ -12,15 +12,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.integration.conftest import MODEL, Log
+from tests.processes import kill_all, wait_until
 
 LAUNCH = Path(__file__).parents[2] / "examples" / "launch"
 ADDRESSES = ("198.18.0.1", "198.18.0.2")  # of the range for tests of networks, RFC 2544
@@ -108,7 +107,7 @@ def started(
         yield processes
     finally:
         for process in processes:
-            stop(process)
+            kill_all(process)
 
 
 def train(nodes: list[int], script: str, own: list[dict[str, str]], flags: str, at: Path) -> Log:
@@ -118,14 +117,6 @@ def train(nodes: list[int], script: str, own: list[dict[str, str]], flags: str, 
     logs = [(at / f"node{rank}.log").read_text() for rank in range(len(nodes))]
     assert codes == [0, 0], "\n".join(log[-3000:] for log in logs)
     return Log(text=logs[-1])
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End torchrun and its ranks, which have sessions of their own."""
-    if process.poll() is None:
-        for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-            member.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize(
@@ -165,8 +156,9 @@ def test_a_node_that_is_lost(nodes, pretrain, text: str, tmp_path: Path) -> None
         for master in ("true", "false")
     ]
     with started(nodes, "elastic.sh", own, saved, tmp_path) as processes:
-        wait_for(tmp_path / "node1.log", r"iteration +10/")
-        stop(processes[1])
+        log = (tmp_path / "node1.log").read_text
+        wait_until(lambda: bool(re.search(r"iteration +10/", log())), TIMEOUT, log)
+        kill_all(processes[1])
         assert processes[0].wait(TIMEOUT) == 0, (tmp_path / "node0.log").read_text()[-3000:]
     alone = Log(text=(tmp_path / "node0.log").read_text())
     whole = pretrain(1, flags.replace("--expert-model-parallel-size 2", ""))
@@ -174,11 +166,3 @@ def test_a_node_that_is_lost(nodes, pretrain, text: str, tmp_path: Path) -> None
     assert len(norms) in (8, 16), "it went on from a checkpoint"
     assert norms == pytest.approx(whole.values("grad norm")[-len(norms) :], rel=2e-3)
     assert alone.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
-
-
-def wait_for(log: Path, pattern: str) -> None:
-    """Wait until a node has printed something."""
-    deadline = time.monotonic() + TIMEOUT
-    while not re.search(pattern, log.read_text()):
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.01)

@@ -1,0 +1,31 @@
+"""Processes that a test has started: what it waits for, and their end."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Callable
+
+import psutil
+
+
+def wait_until(done: Callable[[], bool], seconds: float, log: Callable[[], str]) -> None:
+    """Wait for something.
+
+    Raises:
+        AssertionError: with the end of a log, if it does not come.
+    """
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, f"not within {seconds} s:\n{log()[-3000:]}"
+        time.sleep(0.005)
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """End a launcher and its ranks, which have sessions of their own."""
+    if process.poll() is None:
+        for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                member.kill()
+        process.wait()
