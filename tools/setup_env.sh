@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-need_gb=8 # 5.2 for .venv, the rest for the wheels while they are unpacked
+need_gb=8 # GiB: 6.3 for .venv, the rest for the wheels while they are unpacked
 venv=.venv
 stamp=$venv/.stamp
 log=$venv/setup.log
@@ -85,7 +85,7 @@ make_venv() {
     if [ "$free_kb" -lt $((need_gb * 1024 * 1024)) ]; then
         fail "$((free_kb / 1024 / 1024)) GB are free here, but the install needs about $need_gb GB; free some space or move the checkout to a larger disk."
     fi
-    printf 'setup: installing into %s with Python %s: 2 to 5 minutes, 1.5 GB to download, 5.2 GB on disk\n' \
+    printf 'setup: installing into %s with Python %s: 2 to 5 minutes, 1.9 GB to download, 6.8 GB on disk\n' \
         "$venv" "$version"
     mkdir $venv
     "$python" -m venv $venv >$log 2>&1 ||
