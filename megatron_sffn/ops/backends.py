@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_sffn.errors import ConfigError
+from megatron_sffn.ops import device
 
 BACKENDS = ("auto", "naive", "torch", "cpu", "triton")
 """The fastest for a device, the oracle, plain torch, C++, kernels for a GPU."""
@@ -21,7 +22,7 @@ def check(backend: str, tensor: Tensor) -> None:
     """Raise `ConfigError` for a name that is none, or one that cannot compute on the device."""
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} does not exist; use one of {', '.join(BACKENDS)}")
-    if backend == "cpu" and tensor.is_cuda:
+    if backend == "cpu" and device.is_gpu(tensor):
         raise ConfigError(
             "backend cpu computes on a CPU, but the tensors are on a GPU; use auto or torch"
         )
@@ -52,7 +53,7 @@ def triton_for(package: str, tensor: Tensor) -> Any:
             f"backend triton computes in float32, bfloat16 or float16, but the tensors are "
             f"{tensor.dtype}; use auto or torch"
         )
-    if not (tensor.is_cuda or kernels.INTERPRETED):
+    if not (device.is_gpu(tensor) or kernels.INTERPRETED):
         raise ConfigError(
             "backend triton computes on a GPU, but the tensors are on a CPU; use auto, torch or cpu"
         )

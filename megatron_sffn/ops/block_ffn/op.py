@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_sffn.ops import backends
+from megatron_sffn.ops import backends, device
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn import check, cpu, function, loop, naive
 from megatron_sffn.ops.block_ffn.function import Products
@@ -100,7 +100,7 @@ def sort_stably(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
     Returns:
         Their stable order `[P]` int32, and `[N + 1]` int64: where in it each key begins.
     """
-    products = loop if keys.is_cuda else cpu.products(torch.float32, cells=1)
+    products = loop if device.is_gpu(keys) else cpu.products(torch.float32, cells=1)
     return products.sort(keys, num_keys)
 
 
@@ -114,7 +114,7 @@ def _products(backend: str, values: Tensor) -> Products | None:
             kernels: Products = backends.triton_for(__package__, values)
             return kernels
         # On a GPU not yet triton: its tests there have never run.
-        case "auto" if values.is_cuda:
+        case "auto" if device.is_gpu(values):
             return loop
         case "torch":
             return loop

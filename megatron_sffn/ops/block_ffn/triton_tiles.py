@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_sffn.ops import triton_launch
+from megatron_sffn.ops import device, triton_launch
 
 LEAST = 16
 """Least side of a tile of `tl.dot`; what is missing is masked."""
@@ -37,8 +37,7 @@ class Tiles:
 
 def choose(table: Mapping[tuple[str, torch.dtype, str], Tiles], tensor: Tensor, kind: str) -> Tiles:
     """The line for a tensor's device and dtype; "any" for devices without a line of their own."""
-    device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else "any"
-    return table.get((device, tensor.dtype, kind)) or table["any", tensor.dtype, kind]
+    return table.get((device.name(tensor), tensor.dtype, kind)) or table["any", tensor.dtype, kind]
 
 
 def side(size: int, most: int) -> int:

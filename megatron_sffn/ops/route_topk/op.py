@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.errors import ConfigError
-from megatron_sffn.ops import backends
+from megatron_sffn.ops import backends, device
 from megatron_sffn.ops.compiled import kernels
 from megatron_sffn.ops.route_topk import naive, threshold
 
@@ -55,7 +55,7 @@ def _select_and_check(scores: Tensor, num_active: int, backend: str) -> tuple[Te
         selected = backends.triton_for(__package__, scores).route_topk(scores, num_active)
         return selected
     # On a GPU not yet triton: its tests there have never run.
-    compiled = kernels() if backend in ("auto", "cpu") and not scores.is_cuda else None
+    compiled = kernels() if backend in ("auto", "cpu") and not device.is_gpu(scores) else None
     if compiled is None:
         return None
     wide = torch.promote_types(scores.dtype, torch.float32)

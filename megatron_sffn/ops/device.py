@@ -1,0 +1,25 @@
+"""What kind of device a tensor is on: the only place in `ops/` that asks.
+
+The choice of a backend hangs on the answers. Every question about the hardware goes through this
+module, so that a test can play a CUDA machine on the CPU by replacing these functions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on a CUDA device."""
+    return tensor.is_cuda
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """Compute capability of a tensor's device, such as (9, 0) for an H100; (0, 0) for a CPU."""
+    return torch.cuda.get_device_capability(tensor.device) if is_gpu(tensor) else (0, 0)
+
+
+def name(tensor: Tensor) -> str:
+    """Name of a tensor's device, such as "NVIDIA H100 80GB HBM3"; "cpu" for a CPU."""
+    return torch.cuda.get_device_name(tensor.device) if is_gpu(tensor) else "cpu"
