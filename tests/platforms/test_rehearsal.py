@@ -62,7 +62,7 @@ def rehearse(
 
 
 def test_it_goes_the_way_of_a_machine_without_transformer_engine(rehearse) -> None:
-    log = rehearse(1, "--train-iters 1").text
+    log = rehearse(1, SHORT).text
     assert "no Transformer Engine: Megatron's own modules, with --transformer-impl local" in log
     assert "training on the CPU" not in log
 
