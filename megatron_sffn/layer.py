@@ -121,13 +121,7 @@ class _SparseLayer(MoELayer):
         """`Routing` of the `[s · b, D]` tokens of `[s, b, D]`."""
         ids = None if token_ids is None else token_ids.reshape(-1)
         _, sequences, width = hidden_states.shape
-        try:
-            routing: Routing = self.router(hidden_states.reshape(-1, width), keys, ids, sequences)
-        except FloatingPointError as error:
-            name = self.config.sffn.router.name
-            raise FloatingPointError(
-                f"layer {self.layer_number}, router {name}: {error}"
-            ) from error
+        routing: Routing = self.router(hidden_states.reshape(-1, width), keys, ids, sequences)
         if not self.training:
             self.evaluated(routing)
         elif torch.is_grad_enabled():
