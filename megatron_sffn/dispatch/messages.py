@@ -54,7 +54,10 @@ def unpack(
         integers: their dtype.
         gates: their dtype; None where there are none.
     """
-    first = message[:, : integers.itemsize].contiguous().view(integers).view(-1)
+    # Clones, since a view of at most one pair is contiguous already, but begins at an odd address.
+    dense = torch.contiguous_format
+    first = message[:, : integers.itemsize].clone(memory_format=dense).view(integers).view(-1)
     if gates is None:
         return first, None
-    return first, message[:, integers.itemsize :].contiguous().view(gates).view(-1)
+    last = message[:, integers.itemsize :].clone(memory_format=dense)
+    return first, last.view(gates).view(-1)

@@ -125,3 +125,11 @@ def test_pairs_travel_in_as_few_bytes_as_the_blocks_need(num_blocks: int) -> Non
     assert torch.equal(pairs.rows, rows)
     assert torch.equal(pairs.blocks, blocks)
     assert torch.equal(with_gates, gates)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_message_of_at_most_one_pair_is_read(count: int) -> None:
+    codes, gates = torch.full((count,), -3, dtype=torch.int16), torch.rand(count)
+    arrived, with_gates = messages.unpack(messages.pack(codes, gates), torch.int16, torch.float32)
+    assert torch.equal(arrived, codes)
+    assert torch.equal(with_gates, gates)
