@@ -26,6 +26,7 @@ from megatron_sffn.ops.block_ffn import (
     triton_masked,
 )
 from megatron_sffn.ops.block_ffn.pairs import Sorted
+from megatron_sffn.ops.route_topk import triton as topk
 
 B = 5
 FORMS = {"grouped": triton_grouped, "masked": triton_masked}
@@ -85,6 +86,10 @@ def differing(choice: str, dtype: str, device: str) -> dict[str, float]:
     ids = route_topk(scores, active, backend="triton")
     assert ids.dtype == torch.int64
     assert route_topk(scores[:0], active, backend="triton").shape == (0, active)
+    spoilt = scores.clone()
+    spoilt[:, ::2] = torch.nan
+    chosen = topk.route_topk(spoilt, active)
+    assert (chosen.diff(dim=1) > 0).all() and chosen.min() >= 0 and chosen.max() < blocks
     passes = 0
     for number in (torch.nan, -torch.nan):
         scores[-1, -1], rows = number, scores[-1:]
@@ -125,6 +130,11 @@ def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str
                 assert torch.equal(ours, again), f"{form} {name} depends on the order of execution"
             assert ours.dtype == dtype
             found[f"{form} {name}"] = _error(ours, exact)
+            if name == "to_table":
+                start = _random(torch.float32, device, B, cells, width)
+                into = start.clone()
+                assert products.to_table(*arguments, *rest, into=into) is into
+                found[f"{form} {name}, added"] = _error(into, start.double() + exact)
     return found
 
 

@@ -91,10 +91,14 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
     return result
 
 
-def to_table(coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
-    """See `function.Products`."""
+def to_table(
+    coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
+) -> Tensor:
+    """See `function.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
     num_blocks, cells, width = len(pairs.offsets) - 1, coefficients.shape[1], rows.shape[1]
-    result = rows.new_empty(num_blocks, cells, width)
+    result = rows.new_empty(num_blocks, cells, width) if into is None else into
+    # The kernel takes the table as contiguous.
+    assert result.is_contiguous() and result.shape == (num_blocks, cells, width)
     tiles = _tiles(rows, cells)
     block_n, block_d = side(cells, tiles.columns), side(width, tiles.columns)
     launch(
@@ -108,6 +112,7 @@ def to_table(coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
         offsets=pairs.offsets,
         N=cells,
         D=width,
+        ADD=into is not None,
         BLOCK_P=tiles.inner,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
@@ -314,6 +319,7 @@ def to_table_kernel(
     offsets: tl.tensor,
     N: tl.tensor,
     D: tl.tensor,
+    ADD: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -339,4 +345,6 @@ def to_table_kernel(
         b_x = tl.load(p_x, mask=m_p[:, None] & m_d[None, :], other=0.0)
         acc = tl.dot(tl.trans(b_h), b_x, acc, input_precision="ieee")
     p_y = result + (i_b * N + o_n[:, None]) * D + o_d[None, :]
+    if ADD:
+        acc += tl.load(p_y, mask=m_n[:, None] & m_d[None, :], other=0.0)
     tl.store(p_y, acc.to(result.dtype.element_ty), mask=m_n[:, None] & m_d[None, :])

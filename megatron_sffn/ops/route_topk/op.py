@@ -52,8 +52,8 @@ def _select_and_check(scores: Tensor, num_active: int, backend: str) -> tuple[Te
     """`[T, K]` ids and whether all scores are numbers, of a kernel that finds both; else None."""
     selected: tuple[Tensor, bool]
     if backend == "triton":
-        selected = backends.triton_for(__package__, scores).route_topk(scores, num_active)
-        return selected
+        ids: Tensor = backends.triton_for(__package__, scores).route_topk(scores, num_active)
+        return ids, not bool(scores.isnan().any())
     # On a GPU not yet triton: its tests there have never run.
     compiled = kernels() if backend in ("auto", "cpu") and not device.is_gpu(scores) else None
     if compiled is None:
