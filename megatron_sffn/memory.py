@@ -36,6 +36,7 @@ from torch.nn.parameter import Parameter
 from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
 from megatron_sffn.hashing import seed_of
 from megatron_sffn.ops import Activation
+from megatron_sffn.ops.block_ffn import main_grad
 from megatron_sffn.placement import Placement
 
 
@@ -89,6 +90,9 @@ class Memory(MegatronModule):
         table.allreduce = False  # type: ignore[attr-defined]
         # Without the mark, gradient norms would count the table on the first TP rank only.
         set_tensor_model_parallel_attributes(table, is_parallel=True, dim=1, stride=1)
+        # The layer computes with tables in `block_ffn` alone, but for its router, to which it
+        # gives them through `main_grad.shared`.
+        main_grad.add_to_main_grad(table)
         return table
 
     def forward(self) -> tuple[Tensor | None, Tensor]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_sffn.balance import Balance
 from megatron_sffn.config import RouterConfig, flag
-from megatron_sffn.routers.base import NO_BLOCK, Router, Routing, check_finite
+from megatron_sffn.routers.base import NO_BLOCK, Router, Routing
 
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
     "none": lambda scores, ids: None,
@@ -133,7 +133,7 @@ class ScoredRouter(Router):
         queries = self.query(x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiates):
             scores = self.score(x, queries, keys)
-        check_finite(scores)
+        self.flag_not_finite(scores)
         ids, dropped = self._choose(scores)
         gates = GATES[str(self.settings.gate)](scores, ids)
         chosen = scores.detach().gather(1, ids)
@@ -145,6 +145,7 @@ class ScoredRouter(Router):
             gates=gates,
             queries=None if rows is x else rows,
             scores=chosen,
+            may_be_empty=dropped is not None,
         )
         return self.settle(x, routing)
 

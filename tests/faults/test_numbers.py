@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sffn import faults
+from megatron_sffn import nan_check
 from megatron_sffn.checkpoints.files import iteration_folder, read_common, read_metadata
 from megatron_sffn.checkpoints.rewriting import Change, rewrite
 from tests.faults.jobs import EP2, Job, column, job
@@ -56,10 +56,18 @@ def test_without_the_check_it_goes_on(tmp_path: Path) -> None:
     assert list(column(run.log(), "grad norm").values())[1:] == ["nan"] * 5
 
 
-def test_a_router_stops_before_that(tmp_path: Path) -> None:
-    run, codes = ended(tmp_path, f"{EP2} {DIVERGING}")
+SCORES = "step 2, layer 1, router avg-k: scores are NaN or infinite; the hidden states"
+
+
+@pytest.mark.parametrize("flags", ["", "--rerun-mode disabled --recompute-granularity full"])
+def test_scores_end_all_ranks_before_the_loss_does(tmp_path: Path, flags: str) -> None:
+    if flags:
+        flags += " --recompute-method uniform --recompute-num-layers 1"
+    run, codes = ended(tmp_path, f"{EP2} {DIVERGING} {flags}")
     assert codes == [1, 1]
-    assert "step 2, layer 1, router avg-k:" in run.log(), run.log()
+    for rank in range(2):
+        assert SCORES in run.log(rank), run.log(rank)
+        assert "local forward loss" not in run.log(rank), run.log(rank)
 
 
 @pytest.mark.parametrize(("factor", "said"), [(10.0, False), (0.1, True)])
@@ -67,7 +75,7 @@ def test_a_spike_is_said_and_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, said: bool
 ) -> None:
     # No loss of 10 times the usual: at a tenth of it, every one is a spike.
-    monkeypatch.setattr(faults, "SPIKE", factor)
+    monkeypatch.setattr(nan_check, "SPIKE", factor)
     # 8 microbatches of a rank in each step: Megatron knows the usual loss after 100.
     flags = "--micro-batch-size 1 --global-batch-size 16 --train-iters 15 --check-for-spiky-loss"
     run, codes = ended(tmp_path, f"{DENSE} {flags}")

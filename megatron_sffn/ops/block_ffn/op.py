@@ -45,7 +45,7 @@ def block_ffn(
             also if an id is out of range or twice in a row.
     """
     check.ids(x, block_ids, gates)
-    pairs, gates = pairs_of_ids(block_ids, gates)
+    pairs, gates = pairs_of_ids(block_ids, gates, may_be_empty=True)
     return block_ffn_pairs(x, keys, values, pairs, gates, activation=activation, backend=backend)
 
 

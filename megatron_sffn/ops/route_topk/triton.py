@@ -1,14 +1,14 @@
 """Exact top-K on a GPU, in Triton: a radix select of every row, for fp32, bf16 and fp16.
 
 Enters: scores on a GPU; on a CPU only where `TRITON_INTERPRET=1` was set before the import.
-Leaves: ids, and whether all scores are numbers.
+Leaves: ids.
 
 Choices
 - A program owns a row. Scores become unsigned keys of the same order. Each pass counts the next 8
   bits of the keys that share the bits found so far, until the K-th largest key is known. A last
   pass writes the ids of larger keys, and of its equals the first, as many as there are places.
 - A row is read in pieces, in every pass anew: it comes from the L2 cache, and B has no bound.
-- NaN is counted in the last pass; the host reads one number, and waits once.
+- NaN is counted in the last pass, for whoever reads it: the host does not, and never waits.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ PER_WARP = 512
 """Scores of a piece that a warp owns, at least. Untuned."""
 
 
-def route_topk(scores: Tensor, num_active: int) -> tuple[Tensor, bool]:
-    """`[T, B]` scores to `[T, K]` int64 ids as `naive.route_topk`; False if a score is NaN."""
+def route_topk(scores: Tensor, num_active: int) -> Tensor:
+    """`[T, B]` scores to `[T, K]` int64 ids as `naive.route_topk`; distinct also if one is NaN."""
     tokens, blocks = scores.shape
     ids = torch.empty(tokens, num_active, dtype=torch.int64, device=scores.device)
     if not tokens:
-        return ids, True
+        return ids
     nans = torch.zeros(1, dtype=torch.int32, device=scores.device)
     piece = min(max(triton.next_power_of_2(blocks), SHORTEST), LONGEST)
     triton_launch.launch(
@@ -56,7 +56,7 @@ def route_topk(scores: Tensor, num_active: int) -> tuple[Tensor, bool]:
         DIGITS=DIGITS[scores.dtype],
         BLOCK_B=piece,
     )
-    return ids, not nans.item()
+    return ids
 
 
 @triton.jit
