@@ -301,6 +301,9 @@ class SparseFFNTransformerConfig(TransformerConfig):
     """
 
     sffn: SparseFFNConfig | None = None
+    padded_vocab_size: int | None = None
+    """Rows of the embedding, where they are known: Megatron pads the vocabulary once its tokenizer
+    is built. RandHash makes a table of its map with it."""
 
     def __post_init__(self) -> None:
         """Derive Megatron's MoE fields, then let Megatron validate."""

@@ -139,7 +139,7 @@ class Router(torch.nn.Module):
     @torch.no_grad()
     def flag_not_finite(self, scores: Tensor) -> None:
         """Note on the device whether a score is NaN or infinite: one pass, and no wait."""
-        # 0 times a finite sum leaves the flag as it is; 0 times NaN or infinity is NaN, which stays.
+        # 0 times a finite sum adds 0; 0 times NaN or infinity adds NaN, which stays.
         self.score_flag.add_(scores.detach().sum(), alpha=0.0)
 
     def end_step(self) -> None:
@@ -149,4 +149,3 @@ class Router(torch.nn.Module):
 def score_dtype(x: Tensor) -> torch.dtype:
     """Scores are at least fp32, so that a selection does not hang on a half-precision tie."""
     return torch.promote_types(x.dtype, torch.float32)
-
