@@ -63,6 +63,8 @@ class Backend(StrEnum):
     """Dense products of all rows with all cells, of which the chosen are taken: small E."""
     BAGS = "bags"
     """Sums of single cells by a library: memories of values alone."""
+    QUACK = "quack"
+    """A grouped product of the package quack-kernels, which reads rows by index."""
     CPU = "cpu"
     """C++ kernels, compiled on this machine; torch's loop where there is no compiler."""
     TRITON = "triton"
@@ -329,7 +331,7 @@ class SparseFFNTransformerConfig(TransformerConfig):
 
     def _check_backend(self, sffn: SparseFFNConfig) -> None:
         """Refuse a backend that cannot compute a layer of these sizes, whatever the device."""
-        if sffn.backend is not Backend.GROUPED:
+        if sffn.backend not in (Backend.GROUPED, Backend.QUACK):
             return
         slices = vars(self)["expert_tensor_parallel_size"] or 1
         width, key_width = self.hidden_size, sffn.router.key_width(self.hidden_size)
@@ -340,7 +342,7 @@ class SparseFFNTransformerConfig(TransformerConfig):
         if not key_width:
             reason = f"needs keys, and --sffn-router {sffn.router.name} has values alone"
         if reason is not None:
-            raise ConfigError(f"--sffn-backend grouped {reason}; use auto, masked or torch")
+            raise ConfigError(f"--sffn-backend {sffn.backend} {reason}; use auto, masked or torch")
 
 
 def moe_fields(sffn: SparseFFNConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_sffn.ops.block_ffn import grouped
+from megatron_sffn.ops.block_ffn import grouped, quack
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +79,16 @@ def estimates(shape: Shape, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def not_grouped(shape: Shape, tensor: Tensor) -> str | None:
-    """Why `grouped` cannot compute a call, as `grouped.refusal`; None if it can."""
-    widths = {"the width of values": shape.width, "the cells of a block": shape.cells}
+def refusal(backend: str, shape: Shape, tensor: Tensor) -> str | None:
+    """Why `grouped` or `quack` cannot compute a call, as `grouped.refusal`; None if it can."""
     if not shape.key_width:
         return "needs keys, and there is a memory of values alone"
-    return grouped.refusal(tensor, {"the width of keys": shape.key_width} | widths)
+    widths = {
+        "the width of keys": shape.key_width,
+        "the width of values": shape.width,
+        "the cells of a block": shape.cells,
+    }
+    return (quack if backend == "quack" else grouped).refusal(tensor, widths)
 
 
 def choose(shape: Shape, tensor: Tensor) -> tuple[str, str]:
@@ -101,7 +105,7 @@ def choose(shape: Shape, tensor: Tensor) -> tuple[str, str]:
     if not shape.key_width:
         return "bags", f"bags for a memory of values alone in {name}"
     units = estimates(shape, tensor.dtype)
-    why_not = not_grouped(shape, tensor)
+    why_not = refusal("grouped", shape, tensor)
     if why_not is not None:
         del units["grouped"]
     best = min(units, key=lambda backend: units[backend])

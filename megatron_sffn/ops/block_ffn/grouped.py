@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sffn.ops import device
-from megatron_sffn.ops.block_ffn.pairs import Sorted, sort_by_block
+from megatron_sffn.ops.block_ffn.pairs import ByRow, Sorted, sort_by_block
 
 MOST_GROUPS = 1023
 """Groups of one call. The kernel refuses 1,024."""
@@ -72,7 +72,7 @@ def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
     """Each row times the cells of each of its blocks, as `function.Products.to_pairs`."""
-    table, longest = _aligned(table), _count(rows.shape[1] * rows.itemsize)
+    table, longest = aligned(table), _count(rows.shape[1] * rows.itemsize)
     products = []
     for chunk in _chunks(pairs):
         for first in range(chunk.first, chunk.last, longest):
@@ -80,7 +80,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
             gathered = rows.index_select(0, pairs.rows[first:last])
             ends = (chunk.ends - first).clamp(0, last - first)
             products.append(F.grouped_mm(gathered, table[chunk.blocks].mT, offs=ends))
-    return _joined(products, rows.new_empty(0, table.shape[1]))
+    return joined(products, rows.new_empty(0, table.shape[1]))
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
@@ -88,27 +88,20 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
     width = table.shape[2]
     if not len(pairs.rows):
         return table.new_zeros(num_rows, width)
-    coefficients, table, by_row = _aligned(coefficients), _aligned(table), pairs.by_row(num_rows)
+    coefficients, table, by_row = aligned(coefficients), aligned(table), pairs.by_row(num_rows)
     sums = []
-    for columns in _columns(width, len(pairs.rows) * table.itemsize):
+    for piece in columns(width, len(pairs.rows) * table.itemsize):
         parts = [
             F.grouped_mm(
                 coefficients[chunk.first : chunk.last],
-                table[chunk.blocks, :, columns],
+                table[chunk.blocks, :, piece],
                 offs=chunk.ends - chunk.first,
             )
             for chunk in _chunks(pairs)
             if chunk.first < chunk.last
         ]
-        bags = F.embedding_bag(
-            by_row.order,
-            _joined(parts, parts[0]),
-            by_row.offsets,
-            mode="sum",
-            include_last_offset=True,
-        )
-        sums.append(bags)
-    return _joined(sums, sums[0], dim=1)
+        sums.append(sum_parts(joined(parts, parts[0]), by_row))
+    return joined(sums, sums[0], dim=1)
 
 
 def to_table(
@@ -118,16 +111,15 @@ def to_table(
     blocks, (count, cells), width = len(pairs.offsets) - 1, coefficients.shape, rows.shape[1]
     if not count:
         return rows.new_zeros(blocks, cells, width) if into is None else into
-    coefficients = _aligned(coefficients)
-    columns = list(_columns(width, count * rows.itemsize))
-    chunks = list(_chunks(pairs))
-    if into is None and len(columns) == len(chunks) == 1:
-        return _chunk_to_table(coefficients, rows, pairs, chunks[0], columns[0])
+    coefficients = aligned(coefficients)
+    pieces, chunks = list(columns(width, count * rows.itemsize)), list(_chunks(pairs))
+    if into is None and len(pieces) == len(chunks) == 1:
+        return _chunk_to_table(coefficients, rows, pairs, chunks[0], pieces[0])
     result = rows.new_empty(blocks, cells, width) if into is None else into
     for chunk in chunks:
-        for some in columns:
-            product = _chunk_to_table(coefficients, rows, pairs, chunk, some)
-            target = result[chunk.blocks, :, some]
+        for piece in pieces:
+            product = _chunk_to_table(coefficients, rows, pairs, chunk, piece)
+            target = result[chunk.blocks, :, piece]
             if into is None:
                 target.copy_(product)
             else:
@@ -178,18 +170,25 @@ def _chunks(pairs: Sorted) -> Iterator[_Chunk]:
 
 
 def _chunk_to_table(
-    coefficients: Tensor, rows: Tensor, pairs: Sorted, chunk: _Chunk, columns: slice
+    coefficients: Tensor, rows: Tensor, pairs: Sorted, chunk: _Chunk, piece: slice
 ) -> Tensor:
-    """`[blocks of the chunk, N, columns]` of `to_table`."""
+    """`[blocks of the chunk, N, columns of the piece]` of `to_table`."""
     span = slice(chunk.first, chunk.last)
-    gathered = rows[:, columns].index_select(0, pairs.rows[span])
+    gathered = rows[:, piece].index_select(0, pairs.rows[span])
     if not len(gathered):
         blocks = len(chunk.ends)
         return gathered.new_zeros(blocks, coefficients.shape[1], gathered.shape[1])
     return F.grouped_mm(coefficients[span].mT, gathered, offs=chunk.ends - chunk.first)
 
 
-def _columns(width: int, bytes_per_column: int) -> Iterator[slice]:
+def sum_parts(parts: Tensor, by_row: ByRow) -> Tensor:
+    """`[P, D]` parts of rows, a part for each sorted pair, to their sums `[R, D]`, made in fp32."""
+    return F.embedding_bag(
+        by_row.order, parts, by_row.offsets, mode="sum", include_last_offset=True
+    )
+
+
+def columns(width: int, bytes_per_column: int) -> Iterator[slice]:
     """Columns whose scratch fits, in multiples of 64, which is a line of memory in bf16."""
     step = max(64, _count(bytes_per_column) // 64 * 64)
     return (slice(first, min(first + step, width)) for first in range(0, width, step))
@@ -200,14 +199,14 @@ def _count(size: int) -> int:
     return max(MULTIPLE, SCRATCH_BYTES // size)
 
 
-def _joined(pieces: list[Tensor], otherwise: Tensor, dim: int = 0) -> Tensor:
+def joined(pieces: list[Tensor], otherwise: Tensor, dim: int = 0) -> Tensor:
     """The concatenation of pieces; without a copy if there is one, or none."""
     if len(pieces) > 1:
         return torch.cat(pieces, dim)
     return pieces[0] if pieces else otherwise
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a copy if it does not begin at a multiple of 16 bytes, as TMA wants it."""
     offset = tensor.storage_offset() * tensor.itemsize
     return tensor.clone() if offset % 16 else tensor

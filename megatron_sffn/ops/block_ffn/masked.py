@@ -40,6 +40,8 @@ def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
     """Each row times the cells of each of its blocks, as `function.Products.to_pairs`."""
+    if not pairs.distinct:
+        return bags.to_pairs(rows, table, pairs)
     blocks, cells, _ = table.shape
     result = rows.new_empty(len(pairs.rows), cells)
     if not len(result):

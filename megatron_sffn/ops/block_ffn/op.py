@@ -18,9 +18,13 @@ from megatron_sffn.ops.block_ffn import (
     loop,
     masked,
     naive,
+    quack,
 )
 from megatron_sffn.ops.block_ffn.function import Products
 from megatron_sffn.ops.block_ffn.pairs import Pairs, pairs_of_ids
+
+NEED_SHAPES = ("grouped", "quack")
+"""Backends that serve some shapes only."""
 
 
 def block_ffn(
@@ -45,8 +49,9 @@ def block_ffn(
         gates: `[T, K]` factors of the blocks' outputs, or None for 1.
         activation: `gelu`, `relu`, `squared_relu` or `swiglu`.
         backend: `naive`, the oracle; `torch`, a loop over blocks; `grouped`, a grouped product;
-            `masked`, all rows times all cells; `bags`, for single cells; `cpu`, C++; `triton`, for
-            a GPU and 32 or 16 bits; or `auto` for the fastest on x's device.
+            `masked`, all rows times all cells; `bags`, for single cells; `quack`, a grouped
+            product of the package quack-kernels; `cpu`, C++; `triton`, for a GPU and 32 or 16
+            bits; or `auto` for the fastest on x's device.
 
     Returns:
         `[T, D]` of x's dtype, differentiable in x, keys, values and gates. Sums are in fp32 at
@@ -120,9 +125,9 @@ def _resolved(backend: str, x: Tensor, keys: Tensor | None, values: Tensor, pair
     """The backend of a call: on a GPU what `auto` stands for.
 
     Raises:
-        ConfigError: if `grouped` was asked for and cannot compute the call.
+        ConfigError: if one of `NEED_SHAPES` was asked for and cannot compute the call.
     """
-    if backend != "grouped" and not (backend == "auto" and device.is_gpu(values)):
+    if backend not in NEED_SHAPES and not (backend == "auto" and device.is_gpu(values)):
         return backend
     shape = choice.Shape(
         rows=len(x),
@@ -134,8 +139,8 @@ def _resolved(backend: str, x: Tensor, keys: Tensor | None, values: Tensor, pair
     )
     if backend == "auto":
         return choice.backend_of(shape, values)
-    if (why_not := choice.not_grouped(shape, values)) is not None:
-        raise ConfigError(f"backend grouped {why_not}; use auto, masked or torch")
+    if (why_not := choice.refusal(backend, shape, values)) is not None:
+        raise ConfigError(f"backend {backend} {why_not}; use auto, masked or torch")
     return backend
 
 
@@ -152,6 +157,9 @@ def _products(backend: str, values: Tensor) -> Products | None:
             return loop
         case "grouped":
             return grouped
+        case "quack":
+            quack.kernels()
+            return quack
         case "masked":
             return masked
         case "bags":
