@@ -25,10 +25,15 @@ def ended(folder: Path, flags: str) -> tuple[Job, list[int]]:
     return run, codes
 
 
-def with_norm(run: Path, iteration: int, folder: Path, change: Callable[[Tensor], Tensor]) -> Path:
-    """The run's checkpoint with another weight of the last norm, of which there are 32 numbers."""
+def with_norm(
+    run: Path,
+    iteration: int,
+    folder: Path,
+    change: Callable[[Tensor], Tensor],
+    names: tuple[str, ...] = ("decoder.final_layernorm.weight", "final_layernorm.weight"),
+) -> Path:
+    """The run's checkpoint with another weight of a norm, of which there are 32 numbers."""
     source = iteration_folder(run, iteration)
-    names = ("decoder.final_layernorm.weight", "final_layernorm.weight")
     [norm] = [key for key in read_metadata(source).state_dict_metadata if key in names]
     changed = Change(piece=change, rows=(32, 32))
     rewrite(source, folder, iteration, changes={norm: changed}, common=read_common(source))
@@ -94,3 +99,16 @@ def test_weights_that_are_no_numbers_are_not_trained(tmp_path: Path, value: floa
     assert codes == [1, 1]
     assert "the loss is nan in the first step, step 3" in run.log(), run.log()
     assert [path.name for path in bad.glob("iter_*")] == ["iter_0000002"]
+
+
+def test_scores_of_one_stage_end_the_other_with_the_same_sentence(tmp_path: Path) -> None:
+    flags = "--pipeline-model-parallel-size 2 --train-iters 4"
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    ended(tmp_path / "first", f"{flags} --exit-interval 2 --save {good} --save-interval 4")
+    norm = "decoder.layers.1.mlp.linear_fc1.layer_norm_weight"
+    with_norm(good, 2, bad, lambda weight: torch.full_like(weight, torch.nan), (norm,))
+    for more, when in (("", "step 3"), ("--skip-train", "evaluation after step 2")):
+        run, codes = ended(tmp_path / when, f"{flags} --load {bad} {more}")
+        assert codes == [1, 1], run.log()
+        for rank in range(2):
+            assert f"{when}, layer 2, router avg-k: scores are NaN" in run.log(rank), run.log(rank)
