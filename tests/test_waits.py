@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from megatron_sffn.layer import set_weights_version
+from megatron_sffn.nan_check import NanCheck
 from megatron_sffn.ops.block_ffn import pairs_of_ids
 from megatron_sffn.ops.block_ffn.check import pairs as check_pairs
 from megatron_sffn.routers.descriptors import DESCRIPTORS
@@ -79,6 +81,19 @@ def test_a_step_waits_where_the_table_says_and_nowhere_else(one_rank: None, name
     layer.router.end_step()
     set_weights_version(layer, "another")
     assert waits.recorded(step) == {**BLOCKS, **ALLOWED.get(name, {})}
+
+
+def test_the_look_at_the_end_of_a_step_is_one_wait(one_rank: None) -> None:
+    model = torch.nn.ModuleList([layers.build(Case(router="avg-k")) for _ in range(3)])
+    args = Namespace(num_layers=2, curr_iteration=4, sffn_router="avg-k")
+    args.check_for_nan_in_loss_and_grad = args.check_for_spiky_loss = False
+    check = NanCheck(args)
+    for loss in (1.0, 2.0):
+        check.note_loss(torch.full((), loss))
+    assert waits.recorded(lambda: check.after_step([model])) == {"nan_check.py:_look": 1}
+    model[1].router.score_flag.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="step 5, layer 1, router avg-k: scores are NaN"):
+        check.after_step([model])
 
 
 def test_the_recorder_sees_what_would_wait() -> None:

@@ -100,7 +100,9 @@ def _noting(waits: Waits, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, which notes that it waits."""
 
     def noting(*args: Any, **kwargs: Any) -> Any:
-        waits.note()
+        # A new tensor without a device stays on the host.
+        if isinstance(args[0], torch.Tensor) or kwargs.get("device") is not None:
+            waits.note()
         return function(*args, **kwargs)
 
     return noting

@@ -64,10 +64,15 @@ def test_without_the_check_it_goes_on(tmp_path: Path) -> None:
 SCORES = "step 2, layer 1, router avg-k: scores are NaN or infinite; the hidden states"
 
 
-@pytest.mark.parametrize("flags", ["", "--rerun-mode disabled --recompute-granularity full"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--overlap-grad-reduce",
+        "--rerun-mode disabled --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1",
+    ],
+)
 def test_scores_end_all_ranks_before_the_loss_does(tmp_path: Path, flags: str) -> None:
-    if flags:
-        flags += " --recompute-method uniform --recompute-num-layers 1"
     run, codes = ended(tmp_path, f"{EP2} {DIVERGING} {flags}")
     assert codes == [1, 1]
     for rank in range(2):
