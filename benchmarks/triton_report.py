@@ -25,7 +25,8 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from megatron_sffn.errors import ConfigError, run_command
 from megatron_sffn.ops import triton_launch
@@ -35,14 +36,6 @@ from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.route_topk import triton as topk
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 
 FORMS = {"grouped": (triton_grouped, (256, 16)), "masked": (triton_masked, (16, 1))}
 """The forms of the products, and the cells of a block for which each is made."""
@@ -88,6 +81,19 @@ class Compiled:
     instruction: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Specialised:
+    """What a launch compiles: the kernel with its arguments' types, the options, and the key.
+
+    Launches of a kernel with equal keys and options run the same code; another key is compiled
+    when it is first met.
+    """
+
+    source: ASTSource
+    options: dict[str, Any]
+    key: str
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report that the command line asks for."""
     parser = argparse.ArgumentParser(
@@ -98,7 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     add("--cells", type=int, nargs="+", help="N of a block (default: 256 16; masked: 16 1)")
-    add("--targets", type=int, nargs="+", default=[80, 90], help="sm_... (default: 80 90)")
+    add(
+        "--targets",
+        type=int,
+        nargs="+",
+        default=[80, 90, 100, 120],
+        help="sm_... (default: 80 90 100 120)",
+    )
     args = parser.parse_args(argv)
     print(
         "kernel                      target  dtype  cells  registers  spills   shared  instruction"
@@ -128,11 +140,9 @@ def report(dtype: str, cells: Sequence[int] | None, targets: Sequence[int]) -> I
         raise ConfigError("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
     for launch in launches(DTYPES[dtype], cells):
         for target in targets:
-            compiled = triton.compile(
-                source(launch),
-                target=GPUTarget("cuda", target, 32),
-                options={"num_warps": launch.warps, "num_stages": launch.stages},
-            )
+            gpu = GPUTarget("cuda", target, 32)
+            special = specialised(launch, gpu)
+            compiled = triton.compile(special.source, target=gpu, options=special.options)
             used = resources(compiled.asm["cubin"])
             yield Compiled(
                 kernel=launch.name,
@@ -146,27 +156,29 @@ def report(dtype: str, cells: Sequence[int] | None, targets: Sequence[int]) -> I
             )
 
 
-def launches(dtype: torch.dtype, cells: Sequence[int] | None) -> Iterator[Launch]:
+def launches(dtype: torch.dtype, cells: Sequence[int] | None, rows: int = ROWS) -> Iterator[Launch]:
     """What the ops start, at sizes at which the compiler may assume alignment."""
     for form, (products, usual) in FORMS.items():
         for size in cells or usual:
-            yield from _launches(form, products, dtype, size)
-    scores = torch.zeros(1, BLOCKS, dtype=dtype)
+            yield from _launches(form, products, dtype, size, rows)
+    scores = torch.zeros(rows, BLOCKS, dtype=dtype)
     yield from _noted("route_topk", None, topk.route_topk, scores, BLOCKS // 16)
 
 
-def _launches(form: str, products: Products, dtype: torch.dtype, cells: int) -> Iterator[Launch]:
+def _launches(
+    form: str, products: Products, dtype: torch.dtype, cells: int, rows: int
+) -> Iterator[Launch]:
     """What the products of one form start where all rows meet the first block."""
     num_blocks = max(2, ROWS // cells)
-    x = torch.zeros(ROWS, WIDTH, dtype=dtype)
+    x = torch.zeros(rows, WIDTH, dtype=dtype)
     table = torch.zeros(num_blocks, cells, WIDTH, dtype=dtype)
-    h = torch.zeros(ROWS, cells, dtype=dtype)
+    h = torch.zeros(rows, cells, dtype=dtype)
     pairs = Sorted(
-        rows=torch.arange(ROWS, dtype=torch.int32), offsets=torch.tensor([0] + num_blocks * [ROWS])
+        rows=torch.arange(rows, dtype=torch.int32), offsets=torch.tensor([0] + num_blocks * [rows])
     )
     for product, arguments in (
         (products.to_pairs, (x, table, pairs)),
-        (products.to_rows, (h, table, pairs, ROWS)),
+        (products.to_rows, (h, table, pairs, rows)),
         (products.to_table, (h, x, pairs)),
     ):
         yield from _noted(f"{form} {product.__name__}", cells, product, *arguments)
@@ -193,19 +205,26 @@ def _noted(op: str, cells: int | None, call: Callable[..., Any], *arguments: Any
     return found
 
 
-def source(launch: Launch) -> ASTSource:
-    """The kernel with its arguments' types, specialised as a launch would do it."""
-    signature, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        pointer = isinstance(value, torch.Tensor)
-        signature[name] = POINTERS[value.dtype] if pointer else "i32"
-        if pointer or value % 16 == 0:
-            attributes[place,] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes)
+def specialised(launch: Launch, target: GPUTarget) -> Specialised:
+    """What Triton's own launcher would compile for a launch, and the key of its cache."""
+    backend = make_backend(target)
+    kernel = launch.kernel
+    options = {
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+        "debug": False,
+        "instrumentation_mode": "",
+    }
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, key, rest = bind(**launch.arguments, **options)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, key, rest
+    )
+    return Specialised(
+        source=ASTSource(kernel, signature, constants, attributes),
+        options=vars(options),
+        key=str(key),
+    )
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -224,7 +243,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def instruction(ptx: str) -> str:
     """The instruction that multiplies matrices, or what does it in its place."""
-    for name in ("wgmma.mma_async", "mma.sync"):
+    for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync"):
         if name in ptx:
             return name
     return "fma" if "fma.rn.f32" in ptx else "add"

@@ -11,6 +11,7 @@ file names a method.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 import traceback
@@ -75,6 +76,9 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
         return parser
 
     args: Namespace = parse_args(add_flags)
+    if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
+        # Megatron insists on it; CUDA reads it when it starts, which it has not yet.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     args.sffn_command = sys.argv[1:]  # goes into checkpoints, for tools that replay the run
     check_router_flags(args)
     check_megatron_flags(args, [name for name in megatron_defaults if vars(args)[name] is not None])

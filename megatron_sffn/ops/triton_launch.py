@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -11,7 +12,9 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 def launch(kernel: Any, programs: int, *, warps: int, stages: int, **arguments: Any) -> None:
-    """Start a kernel.
+    """Start a kernel on the device of its tensors, and on that device's current stream.
+
+    Triton itself starts a kernel on the current device, whatever device the tensors are on.
 
     Args:
         kernel: what `triton.jit` made.
@@ -20,4 +23,7 @@ def launch(kernel: Any, programs: int, *, warps: int, stages: int, **arguments: 
         stages: of the pipeline of its loops.
         arguments: of the kernel, by name.
     """
-    kernel[(programs,)](**arguments, num_warps=warps, num_stages=stages)
+    tensor = next(a for a in arguments.values() if isinstance(a, torch.Tensor))
+    # Does nothing for a tensor on a CPU.
+    with torch.cuda.device_of(tensor):
+        kernel[(programs,)](**arguments, num_warps=warps, num_stages=stages)

@@ -67,7 +67,8 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
     num_rows, (num_blocks, cells, width) = len(rows), table.shape
     result = rows.new_empty(len(pairs.rows), cells)
     tiles = _tiles(rows, "pairs", cells)
-    block_r, block_c = side(num_rows, tiles.height), side(num_blocks * cells, tiles.columns)
+    # Not cut to R, here and below: the kernel would be compiled anew when R changes.
+    block_r, block_c = tiles.height, side(num_blocks * cells, tiles.columns)
     launch(
         to_pairs_kernel,
         triton.cdiv(num_rows, block_r) * triton.cdiv(num_blocks * cells, block_c),
@@ -91,7 +92,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
     num_blocks, cells, width = table.shape
     result = table.new_empty(num_rows, width)
     tiles = _tiles(table, "sums", cells)
-    block_r, block_d = side(num_rows, tiles.height), side(width, tiles.columns)
+    block_r, block_d = tiles.height, side(width, tiles.columns)
     block_c = side(num_blocks * cells, tiles.inner)
     launch(
         to_rows_kernel,
@@ -125,7 +126,7 @@ def to_table(coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
         result=result,
         **_where(pairs, num_rows, cells, block_c),
         D=width,
-        BLOCK_R=side(num_rows, tiles.inner),
+        BLOCK_R=tiles.inner,
         BLOCK_C=block_c,
         BLOCK_D=block_d,
     )
@@ -158,7 +159,7 @@ def _where(pairs: Sorted, num_rows: int, cells: int, block_c: int) -> dict[str, 
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def to_pairs_kernel(
     x: tl.tensor,
     table: tl.tensor,
@@ -212,7 +213,7 @@ def to_pairs_kernel(
     tl.store(p_y, tl.permute(b_y, (1, 0, 2)), mask=met[:, :, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def to_rows_kernel(
     coefficients: tl.tensor,
     table: tl.tensor,
@@ -241,7 +242,11 @@ def to_rows_kernel(
         # [RUNS, BLOCK_R, RUN] to [BLOCK_R, BLOCK_C], and [BLOCK_C, BLOCK_D]
         p_h = coefficients + first[:, :, None] + o_v[None, None, :]
         b_h = tl.load(p_h, mask=met[:, :, None], other=0.0)
-        b_h = tl.reshape(tl.permute(b_h, (1, 0, 2)), (BLOCK_R, BLOCK_C))
+        if RUN < 8:
+            # Through fp32, which is exact: Triton 3.7.1 moves a permute of 16-bit numbers past
+            # the copy to shared memory, and for sm_100 finds no layout for runs that short.
+            b_h = b_h.to(tl.float32)
+        b_h = tl.reshape(tl.permute(b_h, (1, 0, 2)), (BLOCK_R, BLOCK_C)).to(table.dtype.element_ty)
         o_c = s * RUN + tl.arange(0, BLOCK_C)
         p_t = table + o_c.to(tl.int64)[:, None] * D + o_d[None, :]
         b_t = tl.load(p_t, mask=(o_c < B * per_block * RUN)[:, None] & m_d[None, :], other=0.0)
@@ -250,7 +255,7 @@ def to_rows_kernel(
     tl.store(p_y, acc.to(result.dtype.element_ty), mask=m_r[:, None] & m_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def to_table_kernel(
     coefficients: tl.tensor,
     x: tl.tensor,

@@ -1,0 +1,88 @@
+"""The Triton kernels as machine code for four generations of GPUs, none of which has to be there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes of shared memory that a program can have, by compute capability (CUDA's tables)."""
+
+MATRIX_UNITS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+"""The instruction of the matrix units, by compute capability."""
+
+REGISTERS = 184
+"""Of a thread. 255 is where spills begin."""
+
+SPILLS = {("3.6", "route_topk: select", "fp32"): 8}
+"""Bytes of a thread, by Triton's version, kernel and dtype; all other kernels spill nothing."""
+
+
+@pytest.mark.parametrize(
+    "dtype, targets", [("bf16", ("80", "90", "100", "120")), ("fp32", ("90",))]
+)
+def test_machine_code_spills_nothing_and_uses_matrix_units(
+    tmp_path: Path, dtype: str, targets: tuple[str, ...]
+) -> None:
+    # In a process of its own: this one has been made to believe in a GPU.
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.triton_report"),
+            *("--dtypes", dtype, "--targets", *targets),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    lines = re.findall(
+        r"^([\w ]+: \w+) +sm_(\d+) +(\w+) +(\S+) +(\d+) +(\d+) +(\d+) +(\S+)$",
+        process.stdout,
+        re.MULTILINE,
+    )
+    assert len(lines) == (2 * (4 + 4) + 1) * len(targets), process.stdout
+    version = ".".join(importlib.metadata.version("triton").split(".")[:2])
+    for kernel, target, _, cells, registers, spills, shared, instruction in lines:
+        line = f"{kernel}, sm_{target}, {dtype}, {cells} cells, Triton {version}"
+        assert int(spills) <= SPILLS.get((version, kernel, dtype), 0), f"{line}: {spills}"
+        assert int(registers) <= REGISTERS, f"{line}: {registers}"
+        assert int(shared) <= SHARED[int(target)], f"{line}: {shared}"
+        product = kernel.endswith(("multiply", "to_pairs", "to_rows", "to_table"))
+        if product and dtype == "bf16" and (cells == "256" or kernel.startswith("masked")):
+            assert instruction == MATRIX_UNITS[int(target)], line
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET is set: nothing is compiled"
+)
+def test_nothing_is_compiled_anew_when_the_number_of_rows_changes() -> None:
+    from triton.backends.compiler import GPUTarget
+
+    from benchmarks import triton_report
+
+    def compiled(rows: int) -> list[tuple[str, str, str]]:
+        """The kernels, with the keys by which Triton's launcher looks for compiled code."""
+        target = GPUTarget("cuda", 90, 32)
+        special = [
+            (launch.name, triton_report.specialised(launch, target))
+            for launch in triton_report.launches(torch.bfloat16, None, rows)
+        ]
+        return [(name, code.key, str(code.options)) for name, code in special]
+
+    # A multiple of 16, a number that is none, and 1 are three cases for Triton.
+    assert compiled(256) == compiled(257) == compiled(1)
