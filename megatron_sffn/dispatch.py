@@ -91,7 +91,7 @@ class Stay:
 
 
 def _stay(x: Tensor, routing: Routing) -> Dispatched:
-    pairs, gates = pairs_of_ids(routing.block_ids, routing.gates)
+    pairs, gates = pairs_of_ids(routing.block_ids, routing.gates, may_be_empty=routing.may_be_empty)
     return Dispatched(rows=x, pairs=pairs, gates=gates, plan=Stay())
 
 

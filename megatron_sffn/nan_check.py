@@ -86,8 +86,14 @@ class NanCheck:
         self._check_losses()
 
     def _look(self, model: list[torch.nn.Module], where: str) -> str:
-        """Raise for scores; returns "nan" or "inf" for a loss that is, else "". One wait."""
-        *layers, loss = self._flags(model).tolist()
+        """Raise for scores; returns "nan" or "inf" for a loss that is, else "".
+
+        The noted losses are on the host afterwards, so that the host waits for the device once.
+        """
+        flags = self._flags(model)
+        numbers = torch.cat((flags, *(loss.reshape(1) for loss in self._losses))).tolist()
+        *layers, loss = numbers[: len(flags)]
+        self._losses = [torch.tensor(number) for number in numbers[len(flags) :]]
         for number, flag in enumerate(layers, start=1):
             if flag:
                 raise FloatingPointError(
