@@ -112,12 +112,8 @@ def sentence(error: BaseException) -> str:
 
 def is_of_cuda(error: BaseException) -> bool:
     """Whether an error is one after which CUDA calls of this process fail; no memory is not."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
-    accelerator = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, accelerator) or "CUDA error" in str(error)
+    kind = type(error).__name__
+    return kind != "OutOfMemoryError" and (kind == "AcceleratorError" or "CUDA error" in str(error))
 
 
 def note(records: Path, line: dict[str, Any]) -> None:
