@@ -111,7 +111,7 @@ class NanCheck:
         device = torch.cuda.current_device()
         flags = torch.zeros(self.args.num_layers + 1, device=device)
         for layer in (layer for chunk in model for layer in sparse_layers(chunk)):
-            flags[layer.layer_number - 1] = layer.router.score_flag
+            flags[layer.layer_number - 1] += layer.router.score_flag
         flags = flags.isnan().float()
         if self._losses and self.args.check_for_nan_in_loss_and_grad:
             losses = torch.stack(self._losses)
