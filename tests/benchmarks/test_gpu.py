@@ -136,9 +136,11 @@ def test_a_case_that_ends_its_process_costs_itself_only(
 
 def test_a_case_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
-    entry = run_section("slow", 6, tmp_path, monkeypatch)
-    assert entry["state"] in ("failed", "cut")
-    assert "its time" in entry["reason"]
+    entry = run_section("slow", 8, tmp_path, monkeypatch)
+    assert entry["state"] == "failed"
+    # Given up by its own process, or, on a machine that is busy, ended from outside.
+    reason = " ".join([entry["reason"], *(case["reason"] for case in entry["cases"])])
+    assert "was given up" in reason or "its time" in reason
     assert time.monotonic() - start < 500, "the case sleeps for 1,000 s"
 
 
