@@ -33,17 +33,10 @@ FILES = {
 
 
 def test_dry_runs_pass_every_section(tmp_path: Path) -> None:
+    flags = ["--dry-run", "--seconds", "1200"]  # seconds of which a busy machine takes many
     started = {
         command: subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "benchmarks.gpu",
-                command,
-                "--dry-run",
-                "--out",
-                tmp_path / command,
-            ],
+            [sys.executable, "-m", "benchmarks.gpu", command, "--out", tmp_path / command, *flags],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -53,7 +46,7 @@ def test_dry_runs_pass_every_section(tmp_path: Path) -> None:
     }
     left: set[str] = set()
     for command, process in started.items():
-        output, _ = process.communicate(timeout=500)
+        output, _ = process.communicate(timeout=1200)
         log = (tmp_path / command / "log.txt").read_text()
         assert process.returncode == 0, f"{output}\n{log[-6000:]}"
         left |= {path.name for path in (tmp_path / command).iterdir()}
