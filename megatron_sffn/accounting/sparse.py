@@ -66,7 +66,7 @@ def _exchange(call: Call, layout: RankLayout) -> float:
     rows, pairs = rows_and_pairs(call, layout)
     gated = call.sffn.router.gated_output
     if layout.dispatcher == "allgather":
-        # Which of all ids and gates are of this rank's blocks: a bool each.
-        return call.tokens * layout.exchanging * call.sffn.num_active_blocks if gated else 0
+        # Where the gates of this rank's blocks are among all.
+        return pairs * INT32 if gated else 0
     # The token behind each row, and the place of each gate.
     return rows * INT32 + (pairs * INT32 if gated else 0)

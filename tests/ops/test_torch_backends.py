@@ -163,6 +163,20 @@ def test_the_host_never_waits_for_a_gpu(backend: str, monkeypatch: pytest.Monkey
             on_a_gpu(backend)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_the_branches_for_a_gpu_compute_the_same(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the CPU's products, in the way in which a GPU is asked for them."""
+    monkeypatch.setattr(device, "is_gpu", lambda tensor: True)
+    monkeypatch.setattr(device, "capability", lambda tensor: (9, 0))
+    torch.manual_seed(0)
+    pairs = load("skewed", 6)
+    tensors = [torch.randn(R, D), torch.randn(6, 8, D) / 5, torch.randn(6, 8, D)]
+    tensors = [tensor.double() for tensor in [*tensors, torch.rand(len(pairs.rows))]]
+    agree(backend, torch.bfloat16, tensors, pairs, Activation.GELU)
+
+
 def test_other_rows_outlive_a_row_that_is_not_finite() -> None:
     torch.manual_seed(0)
     x, keys, values = torch.randn(R, D), torch.randn(6, 3, D), torch.randn(6, 3, D)

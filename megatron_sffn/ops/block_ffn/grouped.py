@@ -47,6 +47,8 @@ def refusal(tensor: Tensor, widths: dict[str, int]) -> str | None:
         tensor: of the dtype and on the device in question.
         widths: name -> numbers in a row of a table, or cells of a block.
     """
+    if not hasattr(F, "grouped_mm"):
+        return f"needs torch 2.10 or newer, and this is {torch.__version__}"
     served = (torch.bfloat16,) if device.is_gpu(tensor) else CPU_DTYPES
     if tensor.dtype not in served:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in served)
