@@ -301,6 +301,14 @@ class SparseFFNConfig:
         return self.shared_blocks * self.block_size
 
 
+ACTS_IN_OUR_ROUTERS = (
+    "moe_expert_capacity_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+)
+"""Fields of Megatron's config that our routers act on and check."""
+
+
 @dataclass
 class SparseFFNTransformerConfig(TransformerConfig):
     """Megatron's config with the sparse layers' numbers in it.
@@ -323,11 +331,12 @@ class SparseFFNTransformerConfig(TransformerConfig):
             # Megatron has the bias for its own sigmoid scores only, and refuses it for softmax.
             # Our routers add it to their scores themselves; Megatron's part is to update it.
             self.moe_router_enable_expert_bias = False
-        capacity: float | None = vars(self)["moe_expert_capacity_factor"]
-        self.moe_expert_capacity_factor = None  # ours, too: Megatron allows it to few dispatchers
+        # Ours, too: Megatron allows a capacity to few dispatchers, and asserts about groups.
+        ours = {name: vars(self)[name] for name in ACTS_IN_OUR_ROUTERS}
+        vars(self).update(dict.fromkeys(ours))
         super().__post_init__()
         self.moe_router_enable_expert_bias = biased
-        self.moe_expert_capacity_factor = capacity
+        vars(self).update(ours)
         if self.sffn is not None:
             self.sffn.router.check_model(self)
             self._check_backend(self.sffn)

@@ -71,6 +71,7 @@ class AvgKConfig(ScoredConfig):
 
     def check_model(self, config: SparseFFNTransformerConfig) -> None:
         """See `RouterConfig.check_model`."""
+        super().check_model(config)
         learns = self.gated_output or balance_weights(config, self.entropy_coefficient)
         if self.descriptor == "learned" and not learns:
             raise ConfigError(

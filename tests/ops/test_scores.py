@@ -25,7 +25,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def operands(x_dtype: torch.dtype, weight_dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
     """Tokens, weights, and a gradient of the scores."""
     torch.manual_seed(0)
-    x, weight, grad = torch.randn(T, D), torch.randn(B, D) * scale, torch.randn(T, B) * scale
+    x, weight, grad = torch.randn(T, D), torch.randn(B, D) * scale, torch.randn(T, B)
     return [
         x.to(x_dtype).requires_grad_(),
         weight.to(weight_dtype).requires_grad_(),
@@ -109,15 +109,24 @@ def test_a_cpu_uses_the_oracle(dtype: torch.dtype) -> None:
     assert torch.equal(scores(*inputs[:2]), naive.scores(*inputs[:2]))
 
 
-@pytest.mark.parametrize("weight_dtype", [*HALF, torch.float32])
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-def test_a_gpu_never_makes_the_host_wait(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
-    if dtype is not weight_dtype and torch.float32 not in (dtype, weight_dtype):
-        return
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32),
+    ],
+)
+def test_the_host_never_waits(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    # Fake tensors raise where a number is asked for. `meta` stands for the GPU: torch's backward
+    # pass asks the driver for the streams of a CUDA device.
     with FakeTensorMode(allow_non_fake_inputs=False):
-        x = torch.empty(T, D, dtype=dtype, device="cuda", requires_grad=True)
-        weight = torch.empty(B, D, dtype=weight_dtype, device="cuda", requires_grad=True)
+        x = torch.empty(T, D, dtype=dtype, device="meta", requires_grad=True)
+        weight = torch.empty(B, D, dtype=weight_dtype, device="meta", requires_grad=True)
         result = scores(x, weight)
         result.sum().backward()
-    assert (result.shape, result.dtype, result.device.type) == ((T, B), torch.float32, "cuda")
+    assert (result.shape, result.dtype, result.device.type) == ((T, B), torch.float32, "meta")
     assert x.grad.dtype is dtype and weight.grad.dtype is weight_dtype
