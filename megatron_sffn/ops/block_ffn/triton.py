@@ -57,10 +57,13 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
     return form.to_rows(coefficients, table, pairs, num_rows)
 
 
-def to_table(coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
-    """See `function.Products`."""
+def to_table(
+    coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
+) -> Tensor:
+    """The sum of each cell's weighted rows, as `function.Products.to_table`."""
     form = choose("to_table", rows.dtype, pairs, len(rows), coefficients.shape[1])
-    return form.to_table(coefficients, rows, pairs)
+    result = form.to_table(coefficients, rows, pairs)
+    return result if into is None else into.add_(result)
 
 
 def choose(product: str, dtype: torch.dtype, pairs: Sorted, num_rows: int, cells: int) -> Products:
