@@ -333,10 +333,12 @@ class SparseFFNTransformerConfig(TransformerConfig):
             self.moe_router_enable_expert_bias = False
         # Ours, too: Megatron allows a capacity to few dispatchers, and asserts about groups.
         ours = {name: vars(self)[name] for name in ACTS_IN_OUR_ROUTERS}
-        vars(self).update(dict.fromkeys(ours))
+        for name in ours:
+            setattr(self, name, None)
         super().__post_init__()
         self.moe_router_enable_expert_bias = biased
-        vars(self).update(ours)
+        for name, value in ours.items():
+            setattr(self, name, value)
         if self.sffn is not None:
             self.sffn.router.check_model(self)
             self._check_backend(self.sffn)
