@@ -216,8 +216,13 @@ def places(args: argparse.Namespace) -> list[tuple[int, int]]:
     return [*((e, args.tokens) for e in args.expansions), (max(args.expansions), 2 * args.tokens)]
 
 
-def milliseconds(step: Step, args: argparse.Namespace) -> float:
+def milliseconds(step: Step, args: argparse.Namespace, extra: Sequence[str] = ()) -> float:
     """The median step of a run.
+
+    Args:
+        step: what it is.
+        args: sizes of the model.
+        extra: more flags of the run.
 
     Raises:
         ConfigError: if it does not train.
@@ -228,7 +233,7 @@ def milliseconds(step: Step, args: argparse.Namespace) -> float:
     )
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "megatron_sffn.pretrain"]
-        command += f"{COMMON} {sizes} {step.flags()} --save {folder}".split()
+        command += [*f"{COMMON} {sizes} {step.flags()} --save {folder}".split(), *extra]
         run = subprocess.run(
             command,
             env={"OMP_NUM_THREADS": "1", **os.environ},

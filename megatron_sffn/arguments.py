@@ -11,6 +11,7 @@ file names a method.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 import traceback
@@ -75,6 +76,9 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
         return parser
 
     args: Namespace = parse_args(add_flags)
+    if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
+        # Megatron insists on it; CUDA reads it when it starts, which it has not yet.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     args.sffn_command = sys.argv[1:]  # goes into checkpoints, for tools that replay the run
     check_router_flags(args)
     check_megatron_flags(args, [name for name in megatron_defaults if vars(args)[name] is not None])
@@ -144,8 +148,11 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         "--sffn-backend",
         default=Backend.AUTO.value,
         choices=[backend.value for backend in Backend],
-        help="who computes the blocks: auto: the fastest here; naive: the oracle, dense with a "
-        "mask; torch: a loop over blocks; cpu: C++, compiled here; triton: kernels for a GPU; "
+        help="who computes the blocks: auto: the fastest for these sizes on this machine; naive: "
+        "the oracle, dense with a mask; torch: a loop over blocks; grouped: torch's grouped "
+        "product, for blocks of a multiple of 8 cells in bf16; masked: dense products, of which "
+        "the chosen cells are taken; bags: sums of single cells; quack: a grouped product of the "
+        "package quack-kernels; cpu: C++, compiled on this machine; triton: kernels for a GPU; "
         "megatron: Megatron's own dispatcher and experts",
     )
     add(

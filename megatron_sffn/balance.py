@@ -32,6 +32,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_sffn.ops.counting import count_ids
+
 BALANCE_LOSSES = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
@@ -166,8 +168,8 @@ class Balance(torch.nn.Module):
     def _counts(self, block_ids: Tensor, num_sequences: int) -> Tensor:
         """`[num_sequences, B]` how often each block is chosen for the tokens of each sequence."""
         sequence = torch.arange(len(block_ids), device=block_ids.device) % num_sequences
-        places = (block_ids + self.num_blocks * sequence[:, None])[block_ids >= 0]
-        counts = torch.bincount(places, minlength=num_sequences * self.num_blocks)
+        places = (block_ids + self.num_blocks * sequence[:, None]).where(block_ids >= 0, -1)
+        counts = count_ids(places, num_sequences * self.num_blocks)[1:]
         return counts.view(num_sequences, self.num_blocks).float()
 
     def _since_the_step_began(self, chosen: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What a run does when it is asked to stop, when its loss is no number, and when a rank hangs.
+"""What a run does when it is asked to stop, and when a rank hangs.
 
-Enters: Megatron's namespace, and the progress of this rank. Leaves: handlers of signals, Megatron's
-checks of the loss, and a line that names the rank for which the others wait.
+Enters: Megatron's namespace, and the progress of this rank. Leaves: handlers of signals, and
+a line that names the rank for which the others wait.
 
 Choices
 - Megatron's handler of `--exit-signal`, which saves and leaves with exit code 0, is always on: it
@@ -23,19 +23,13 @@ import threading
 import time
 from argparse import Namespace
 from collections import defaultdict
-from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.rerun_state_machine import get_rerun_state_machine
-from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """After which a run saves and leaves: of a scheduler that stops a job, or warns that it will."""
-
-SPIKE = 10.0
-"""A loss is a spike if it exceeds the largest so far by this factor; as in Megatron's own loss."""
 
 PATIENCE, ANSWERS = 3 / 4, 1 / 16
 """Shares of the timeout: without progress before a rank says so, and for the others to say so."""
@@ -49,44 +43,6 @@ def exit_on_signals(args: Namespace) -> None:
     handler = signal.getsignal(args.exit_signal)
     for one in SIGNALS:
         signal.signal(one, handler)
-
-
-def check_loss(args: Namespace, loss: Tensor) -> None:
-    """Megatron's checks of a microbatch's loss on this rank.
-
-    Args:
-        args: with `check_for_nan_in_loss_and_grad` and `check_for_spiky_loss`.
-        loss: scalar.
-
-    Raises:
-        FloatingPointError: if it is NaN or infinite in the first step of a process, which Megatron
-            does not look at: weights that are no numbers would be saved.
-        RuntimeError: Megatron's, if it is in a later one and `--rerun-mode` is disabled; otherwise
-            Megatron runs the step again and decides then.
-    """
-    machine = get_rerun_state_machine()
-    if args.check_for_nan_in_loss_and_grad:
-        if not machine.first_iteration_complete and not loss.isfinite():
-            raise FloatingPointError(
-                f"the loss is {loss.item()} in the first step, step {args.curr_iteration + 1}; the "
-                "weights that were loaded, or the flags, do not work"
-            )
-        for found, kind in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-            machine.validate_result(
-                result=loss,
-                rejection_func=found,
-                message=f"found {kind} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
-    if args.check_for_spiky_loss:
-        machine.validate_result(
-            result=loss,
-            rejection_func=partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss"),
-            message="Spiky loss",
-            tolerance=0.0,
-            fatal=False,
-        )
 
 
 class Watch:

@@ -26,7 +26,8 @@ def hashed_subsets(names: Tensor, *, size: int, count: int, key: int) -> Tensor:
     """For each name, `count` of the numbers below `size`.
 
     They are the first images of a permutation that is keyed by the name: distinct by construction.
-    The permutation is a Feistel network with cycle walking.
+    The permutation is a Feistel network with cycle walking. The host waits for the device in every
+    turn of the walk: call it once and keep the result, where that is possible.
 
     Args:
         names: `[N]` int64.
@@ -38,7 +39,7 @@ def hashed_subsets(names: Tensor, *, size: int, count: int, key: int) -> Tensor:
         `[N, count]` int64, ascending, distinct within a row.
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    keys = _mix(names.long()[:, None] + _mix(torch.tensor(key, device=names.device)))
+    keys = _mix(names.long()[:, None] + _mix(torch.full((1,), key, device=names.device)))
     images = torch.arange(count, device=names.device).expand(len(names), -1)
     images = _feistel(images, keys, half_bits)
     # The network permutes a power of four at least B: walk the cycle until inside. It ends, since

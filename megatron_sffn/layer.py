@@ -30,7 +30,7 @@ from megatron_sffn.config import Backend, SparseFFNTransformerConfig
 from megatron_sffn.dispatch import dispatch
 from megatron_sffn.memory import Memory
 from megatron_sffn.ops import Activation
-from megatron_sffn.ops.block_ffn import block_ffn_pairs
+from megatron_sffn.ops.block_ffn import block_ffn_pairs, main_grad
 from megatron_sffn.routers.base import Routing
 from megatron_sffn.statistics import RoutingCounter, TrafficCounter
 
@@ -121,13 +121,7 @@ class _SparseLayer(MoELayer):
         """`Routing` of the `[s · b, D]` tokens of `[s, b, D]`."""
         ids = None if token_ids is None else token_ids.reshape(-1)
         _, sequences, width = hidden_states.shape
-        try:
-            routing: Routing = self.router(hidden_states.reshape(-1, width), keys, ids, sequences)
-        except FloatingPointError as error:
-            name = self.config.sffn.router.name
-            raise FloatingPointError(
-                f"layer {self.layer_number}, router {name}: {error}"
-            ) from error
+        routing: Routing = self.router(hidden_states.reshape(-1, width), keys, ids, sequences)
         if not self.training:
             self.evaluated(routing)
         elif torch.is_grad_enabled():
@@ -158,7 +152,7 @@ class SparseFFN(_SparseLayer):
 
     def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
         keys, values = self.experts()
-        routing = self._choose(hidden_states, keys, token_ids)
+        routing = self._choose(hidden_states, main_grad.shared(keys), token_ids)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         here = dispatch(x, routing, self.experts.placement, self.config.moe_token_dispatcher_type)
         y = block_ffn_pairs(

@@ -60,6 +60,11 @@ LAYER = (
 
 DENSE_ONLY = (
     "activation_func_clamp_value",
+    "cuda_graph_impl",
+    "delay_wgrad_compute",
+    "enable_cuda_graph",
+    "external_cuda_graph",
+    "fine_grained_activation_offloading",
     "glu_linear_offset",
     "heterogeneous_layers_config_path",
     "hybrid_layer_pattern",
@@ -122,7 +127,7 @@ def check_megatron_flags(args: Namespace, given: list[str]) -> None:
 def _check_moe_flag(router: str, dest: str, value: Any) -> None:
     """One flag that was given has an effect."""
     text, dense = typed(flag_of(dest), value), router == "dense"
-    if dest in LAYER or (dense and dest in DENSE_ONLY):
+    if dest in LAYER or value == "none" or (dense and dest in DENSE_ONLY):
         return
     if dest in DERIVED and dense:
         raise ConfigError(

@@ -96,13 +96,18 @@ class Recorder:
         """Add an evaluated microbatch's summed loss and number of tokens, `[2]`."""
         self._loss += loss_and_tokens.detach().double().cpu()
 
+    @property
+    def iteration(self) -> int:
+        """Steps that the model was trained."""
+        return int(self.args.consumed_train_samples // self.args.global_batch_size)
+
     def after_evaluation(self, model: list[torch.nn.Module]) -> None:
-        """Megatron's `non_loss_data_func`: called on every rank when an evaluation ends."""
+        """Called on every rank when an evaluation ends."""
         # Ranks of one TP group hold the same sums, ranks of other stages none: the quotient stays.
         total = self._loss.clone().to(torch.cuda.current_device())
         torch.distributed.all_reduce(total)
         self._loss.zero_()
-        iteration = self.args.consumed_train_samples // self.args.global_batch_size
+        iteration = self.iteration
         loss, tokens = total.tolist()
         # A second evaluation at the same step is of the test set; the file shows the validation.
         again = any(former.iteration == iteration for former in self.evaluations)
@@ -168,12 +173,20 @@ class Recorder:
             "versions": {
                 "python": platform.python_version(),
                 **{
-                    package: importlib.metadata.version(package)
+                    package: _version_of(package)
                     for package in ("megatron-sffn", "megatron-core", "torch")
                 },
             },
             "seed": args.seed,
         }
+
+
+def _version_of(package: str) -> str | None:
+    """Of an installed package; None for a clone that is imported where it lies."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def sent_bytes_per_token(model: list[torch.nn.Module]) -> float | None:

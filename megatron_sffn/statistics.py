@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_sffn.ops.counting import count_ids
 from megatron_sffn.routers.base import Routing
 
 SUMS = ("tokens", "gates", "squared_gates", "negative_scores", "scores", "empty_places")
@@ -54,20 +55,22 @@ class RoutingCounter(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, routing: Routing) -> None:
-        """Count a microbatch."""
-        ids = routing.block_ids.flatten()
-        counts = torch.bincount(ids + 1, minlength=len(self.load) + 1)
+        """Count a microbatch. The host does not wait for the device."""
+        ids, gates, scores = routing.block_ids, routing.gates, routing.scores
+        counts = count_ids(ids, len(self.load))
         self.load += counts[1:]
+        if routing.may_be_empty:
+            # Neither a gate nor a score of an empty place counts.
+            empty = ids < 0
+            gates = None if gates is None else gates.masked_fill(empty, 0.0)
+            scores = None if scores is None else scores.masked_fill(empty, 0.0)
         sums = self.sums.new_zeros(len(SUMS))
-        sums[0], sums[5] = len(routing.block_ids), counts[0]
-        taken = ids >= 0 if counts[0] else ...
-        if routing.gates is not None:
-            gates = routing.gates.flatten()[taken]
+        sums[0], sums[5] = len(ids), counts[0]
+        if gates is not None:
             sums[1] = gates.sum(dtype=torch.float64)
             sums[2] = gates.double().square().sum()
-        if routing.scores is not None:
-            scores = routing.scores.flatten()[taken]
-            sums[3], sums[4] = (scores < 0).sum(), scores.numel()
+        if scores is not None:
+            sums[3], sums[4] = (scores < 0).sum(), ids.numel() - counts[0]
         self.sums += sums
 
     def take(self) -> RoutingSums:

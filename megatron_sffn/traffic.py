@@ -16,10 +16,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_sffn.config import Exchange, SparseFFNConfig
 
-PAIR_BYTES = 8
-"""A (row, block) pair of the all-to-all: two int32."""
-ID_BYTES = 4
-"""A block id of the all-gather: int32."""
 SCORE_BYTES = 4
 """A score or a gate: fp32 whatever the model's dtype."""
 
@@ -27,8 +23,18 @@ MASK_BYTES = 1
 """A block of a token in Megatron's routing map: bool."""
 
 ALL_GATHER_MARGIN = 1.05
-"""How much more than the all-to-all the all-gather may send and still be chosen: it needs no
-counts, hence no wait of the host, and copies no rows. Not tuned: on CUDA it is yet to be timed."""
+"""How much more than the all-to-all the all-gather may send and still be chosen: it sorts nothing
+and copies no rows, and the host waits while rows travel, not before. Not tuned: on CUDA it is yet
+to be timed. Both sum in fp32, so that precision does not decide."""
+
+
+def id_bytes(num_blocks: int) -> int:
+    """Bytes of a block id that travels: an int16 where all ids and their negatives fit, or int32.
+
+    Of the all-gather an id of all B blocks. Of the all-to-all an id of a rank's own blocks: it is a
+    (row, block) pair, since its sign says whether a new row begins (`dispatch/messages.py`).
+    """
+    return 2 if num_blocks <= 2**15 else 4
 
 
 def all_to_all_bytes_per_token(
@@ -47,7 +53,7 @@ def all_to_all_bytes_per_token(
     missed = math.comb(elsewhere, active) / math.comb(blocks, active)
     rows = (exchange.num_ranks - 1) * (1 - missed)
     pairs = active * (exchange.expert_tensor_parallel_size - 1 / exchange.expert_parallel_size)
-    pair_bytes = PAIR_BYTES + (SCORE_BYTES if sffn.router.gated_output else 0)
+    pair_bytes = id_bytes(blocks - elsewhere) + (SCORE_BYTES if sffn.router.gated_output else 0)
     return rows * _row_bytes(sffn, hidden_size, exchange) + pairs * pair_bytes
 
 
@@ -55,7 +61,7 @@ def all_gather_bytes_per_token(
     sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange
 ) -> float:
     """The same by `allgather`, whatever the routing is: the row, its ids and gates, everywhere."""
-    block_bytes = ID_BYTES + (SCORE_BYTES if sffn.router.gated_output else 0)
+    block_bytes = id_bytes(sffn.num_blocks) + (SCORE_BYTES if sffn.router.gated_output else 0)
     row_bytes = _row_bytes(sffn, hidden_size, exchange)
     return (exchange.num_ranks - 1) * (row_bytes + sffn.num_active_blocks * block_bytes)
 
@@ -75,8 +81,9 @@ DISPATCHERS: dict[str, Callable[[SparseFFNConfig, int, Exchange], float]] = {
 def cheapest_dispatcher(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> str:
     """The way to exchange tokens: `allgather` where almost every rank is hit, else `alltoall`.
 
-    Not over gloo, whose reduce-scatter is an all-reduce inside and sends twice the bytes: there the
-    all-to-all was as fast or faster on 2 and 4 ranks (benchmarks/README.md).
+    Not over gloo: there the all-to-all was as fast or faster on 2 and 4 ranks, when sums came back
+    by gloo's reduce-scatter, which sends twice the bytes (benchmarks/README.md). Today they come
+    back by an all-to-all of equal parts, and this is yet to be timed again.
     """
     if exchange.backend == "gloo":
         return "alltoall"

@@ -34,11 +34,12 @@ from megatron_sffn.config import SparseFFNConfig
 from megatron_sffn.data.check import check_data
 from megatron_sffn.data.gpt import datasets_provider, next_batch
 from megatron_sffn.data.tokenizer import localize_tokenizer
-from megatron_sffn.faults import Watch, check_loss, exit_on_signals
+from megatron_sffn.faults import Watch, exit_on_signals
 from megatron_sffn.initialize import draw_again
 from megatron_sffn.layer import end_step, set_weights_version
 from megatron_sffn.layout import exchange_of
 from megatron_sffn.model import block_spec
+from megatron_sffn.nan_check import NanCheck
 from megatron_sffn.ops.compiled import kernels
 from megatron_sffn.platforms.cpu import is_host
 from megatron_sffn.recording import RoutingRecorder
@@ -61,6 +62,7 @@ def train(args: Namespace) -> None:
     check_saves(args, sffn)
     localize_tokenizer(args)  # Megatron builds it again, from the flags
     recorder = Recorder(args, run_folder(args), RoutingRecorder.of_args(args))
+    nan_check = NanCheck(args)
     if sffn is not None and is_host():
         # Compiled now, or not at all: the first step is no time to learn which.
         kernels()
@@ -73,11 +75,11 @@ def train(args: Namespace) -> None:
         print(table(shape, exchange_of(args), args.moe_token_dispatcher_type), flush=True)
     hashed = sffn is not None and sffn.router.needs_token_ids
     pretrain(
-        pretrain_cfg_container_from_args(args, model_config(args, sffn, recorder)),
+        pretrain_cfg_container_from_args(args, model_config(args, sffn, recorder, nan_check)),
         datasets_provider(on_every_stage=hashed),
         ModelType.encoder_or_decoder,
-        partial(forward_step, recorder, Watch(args), hashed),
-        non_loss_data_func=recorder.after_evaluation,
+        partial(forward_step, recorder, Watch(args), nan_check, hashed),
+        non_loss_data_func=partial(finish_evaluation, recorder, nan_check),
     )
     path = recorder.write_summary(shape)
     if path is not None:
@@ -86,12 +88,12 @@ def train(args: Namespace) -> None:
 
 
 def model_config(
-    args: Namespace, sffn: SparseFFNConfig | None, recorder: Recorder
+    args: Namespace, sffn: SparseFFNConfig | None, recorder: Recorder, nan_check: NanCheck
 ) -> GPTModelConfig:
     """Megatron's model config, with our layers in it if the model is sparse."""
     config = transformer_config(args, sffn)
     # Megatron keeps a hook that is there; it is called once per step, on all ranks.
-    config.finalize_model_grads_func = partial(finish_step, recorder)
+    config.finalize_model_grads_func = partial(finish_step, recorder, nan_check)
     model: GPTModelConfig = gpt_config_from_args(args, config=config)
     model.pre_wrap_hooks.append(partial(draw_again, args.seed))
     if sffn is not None:
@@ -100,18 +102,39 @@ def model_config(
 
 
 def finish_step(
-    recorder: Recorder, model: list[torch.nn.Module], *args: Any, **kwargs: Any
+    recorder: Recorder,
+    nan_check: NanCheck,
+    model: list[torch.nn.Module],
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     """All microbatches of a step have run: finish their gradients, and log what was counted.
 
     Args:
         recorder: of the run.
+        nan_check: of the run; it looks first, because Megatron's own checks of the gradients may
+            end one rank alone.
         model: this rank's chunks.
         args: as Megatron's `finalize_model_grads`.
         kwargs: as Megatron's `finalize_model_grads`.
     """
+    nan_check.after_step(model)
     finish_gradients(model, *args, **kwargs)
     recorder.after_step(model, get_num_microbatches())
+
+
+def finish_evaluation(
+    recorder: Recorder, nan_check: NanCheck, model: list[torch.nn.Module]
+) -> None:
+    """Megatron's `non_loss_data_func`: called on all ranks when an evaluation ends.
+
+    Args:
+        recorder: of the run.
+        nan_check: of the run.
+        model: this rank's chunks.
+    """
+    nan_check.after_evaluation(model, recorder.iteration)
+    recorder.after_evaluation(model)
 
 
 def finish_gradients(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
@@ -140,6 +163,7 @@ def run_folder(args: Namespace) -> Path:
 def forward_step(
     recorder: Recorder,
     watch: Watch,
+    nan_check: NanCheck,
     hashed: bool,
     batches: Iterator[dict[str, Tensor]] | None,
     model: torch.nn.Module,
@@ -149,6 +173,7 @@ def forward_step(
     Args:
         recorder: of the run.
         watch: of the run.
+        nan_check: of the run.
         hashed: whether the sparse layers read the input ids, which then go where Megatron has a
             `padding_mask`: the only slot for a number per token that reaches the MLP of every stage
             and of every recomputation, whatever the order of microbatches.
@@ -166,26 +191,28 @@ def forward_step(
     batch = next_batch(batches, on_every_stage=hashed)
     if recorder.blocks is not None:
         recorder.blocks.before_forward(model, batch["tokens"])
-    try:
-        output = model(
-            batch["tokens"],
-            batch["position_ids"],
-            batch["attention_mask"],
-            labels=batch["labels"],
-            padding_mask=batch["tokens"] if hashed else None,
-        )
-    except FloatingPointError as error:
-        raise FloatingPointError(f"step {(iteration or 0) + 1}, {error}") from error
-    return output, partial(loss_of, recorder, batch["loss_mask"], model.training)
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        padding_mask=batch["tokens"] if hashed else None,
+    )
+    return output, partial(loss_of, recorder, nan_check, batch["loss_mask"], model.training)
 
 
 def loss_of(
-    recorder: Recorder, loss_mask: Tensor, training: bool, output: Tensor
+    recorder: Recorder,
+    nan_check: NanCheck,
+    loss_mask: Tensor,
+    training: bool,
+    output: Tensor,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Megatron's loss function.
 
     Args:
         recorder: gets the loss of evaluated microbatches.
+        nan_check: gets the loss of every microbatch.
         loss_mask: `[b, s]`, 1 for tokens that count.
         training: whether this is a training step.
         output: `[b, s]` loss of each token.
@@ -195,7 +222,7 @@ def loss_of(
     """
     mask = loss_mask.reshape(-1).float()
     loss = (output.reshape(-1).float() * mask).sum()
-    check_loss(recorder.args, loss)
+    nan_check.note_loss(loss)
     tokens = mask.sum()
     report = torch.stack((loss, tokens)).detach()
     if not training:

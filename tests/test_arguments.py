@@ -41,8 +41,7 @@ Read = Callable[..., Namespace]
 def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Read:
     """`read(flags, ranks)`: the namespace of a command line, read in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    # As `cpu.install` does; on a CUDA machine it does not.
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as `parse` does with several TP ranks
     monkeypatch.setenv("RANK", "0")
 
     def run(flags: str = "", ranks: int = 1, *, command: str = COMMAND) -> Namespace:
@@ -636,6 +635,37 @@ def test_every_flag_of_megatrons_moe_has_a_class_or_is_refused(
     assert read().moe_from_the_future == 3
     with pytest.raises(ConfigError, match=r"--moe-from-the-future 3 is not available .* leave"):
         read("--moe-from-the-future 3")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--cuda-graph-impl local",
+        "--cuda-graph-impl transformer_engine",
+        "--enable-cuda-graph",
+        "--external-cuda-graph",
+        "--delay-wgrad-compute",
+        "--fine-grained-activation-offloading",
+    ],
+)
+def test_a_flag_that_sparse_layers_cannot_serve_is_refused_by_name(read: Read, flags: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{flags} is not available with --sffn-router avg-k"):
+        read(flags)
+
+
+def test_a_flag_that_asks_for_nothing_is_accepted(read: Read) -> None:
+    assert read("--cuda-graph-impl none").cuda_graph_impl == "none"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("", None), ("--tensor-model-parallel-size 2 --sequence-parallel", "1")]
+)
+def test_tensor_parallelism_sets_the_number_of_cuda_connections(
+    read: Read, monkeypatch: pytest.MonkeyPatch, flags: str, expected: str | None
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    read(flags, ranks=2)
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
 
 
 # The same through the real process

@@ -128,6 +128,26 @@ def test_broken_packages_are_lines_of_the_table(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "wrong here: Transformer Engine, apex, Megatron"
 
 
+def test_parts_of_two_versions_of_transformer_engine_are_named(tmp_path: Path) -> None:
+    package(tmp_path, "transformer-engine", "2.9.0", {"transformer_engine/__init__.py": EMPTY_TE})
+    package(tmp_path, "transformer-engine-torch", "2.8.0", {})
+    done = run("--no-smoke", PYTHONPATH=str(tmp_path))
+    said = "wrong   2.9.0, but transformer-engine-torch 2.8.0: parts of two versions ("
+    assert said in done.stdout
+
+
+def test_training_beside_a_broken_package_names_it_and_the_doctor(tmp_path: Path) -> None:
+    package(tmp_path, "transformer-engine", "2.9.0", {"transformer_engine/__init__.py": EMPTY_TE})
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "megatron_sffn.pretrain"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: megatron cannot be imported (Found empty `transformer-engine` meta package"
+    )
+    assert "python -m megatron_sffn.doctor says which package to mend" in done.stderr
+
+
 def test_a_torch_that_cannot_be_imported_ends_nothing(tmp_path: Path) -> None:
     broken = "raise ImportError('libcudart.so.13: cannot open shared object file')\n"
     package(tmp_path, "torch", "2.1.0", {"torch/__init__.py": broken})

@@ -56,6 +56,7 @@ def test_sums_of_a_routing() -> None:
         block_ids=torch.tensor([[0, 1], [1, -1], [3, 1]]),
         gates=torch.tensor([[0.5, 0.25], [0.125, 100.0], [1.0, 2.0]], requires_grad=True),
         scores=torch.tensor([[-1.0, 2.0], [0.0, -3.0], [-4.0, 5.0]]),
+        may_be_empty=True,
     )
     counter(routing)
     load, sums = named(counter)
@@ -100,7 +101,8 @@ def test_half_precision_gates_are_summed_in_double() -> None:
 def test_no_tokens_and_no_places_count_nothing(gates: bool) -> None:
     counter = RoutingCounter(3)
     for ids in (torch.zeros(0, 2, dtype=torch.long), torch.full((2, 2), -1)):
-        counter(Routing(block_ids=ids, gates=torch.ones(ids.shape) if gates else None))
+        ones = torch.ones(ids.shape) if gates else None
+        counter(Routing(block_ids=ids, gates=ones, may_be_empty=True))
     load, sums = named(counter)
     assert load == [0, 0, 0]
     assert sums["tokens"] == 2 and sums["empty_places"] == 4 and sums["gates"] == 0

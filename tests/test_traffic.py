@@ -43,12 +43,12 @@ def test_exchange_by_enumeration(ranks: int, active: int, slices: int) -> None:
         assert traffic.exchanged_bytes_per_token(layer, width, over, "alltoall") == 0
         return
     ours = traffic.exchanged_bytes_per_token(layer, width, over, "alltoall")
-    assert ours == pytest.approx(2 * rows * width * 2 + pairs * 8)
+    assert ours == pytest.approx(2 * rows * width * 2 + pairs * 2)
     with_gates = traffic.exchanged_bytes_per_token(gated, width, over, "alltoall")
-    assert with_gates == pytest.approx(2 * rows * width * 2 + pairs * (8 + 4))
+    assert with_gates == pytest.approx(2 * rows * width * 2 + pairs * (2 + 4))
     others = ranks * slices - 1
     everywhere = traffic.exchanged_bytes_per_token(gated, width, over, "allgather")
-    assert everywhere == others * (2 * width * 2 + active * (4 + 4))
+    assert everywhere == others * (2 * width * 2 + active * (2 + 4))
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_a_row_is_as_wide_as_what_meets_the_keys(
 ) -> None:
     layer, width = sparse(router, **numbers), 192
     over = Exchange(expert_parallel_size=4, bytes_per_number=2)
-    pair = 4 + (4 if layer.router.gated_output else 0)
+    pair = 2 + (4 if layer.router.gated_output else 0)
     everywhere = traffic.all_gather_bytes_per_token(layer, width, over)
     assert everywhere == 3 * ((there + width) * 2 + layer.num_active_blocks * pair)
     missed = math.comb(layer.num_blocks * 3 // 4, layer.num_active_blocks) / math.comb(
         layer.num_blocks, layer.num_active_blocks
     )
-    pairs = layer.num_active_blocks * 3 / 4 * (pair + 4)
+    pairs = layer.num_active_blocks * 3 / 4 * pair
     exact = traffic.all_to_all_bytes_per_token(layer, width, over)
     assert exact == pytest.approx(3 * (1 - missed) * (there + width) * 2 + pairs)
 
@@ -100,7 +100,7 @@ def test_exchange_at_the_papers_smallest_block() -> None:
     ours = traffic.exchanged_bytes_per_token(layer, 1024, over, "alltoall")
     # 16 of the 65,536 cells on each rank, 4096 of them chosen: (15/16)^16 of the ranks stay out.
     rows = 4095 * (1 - (15 / 16) ** 16)
-    assert ours == pytest.approx(2 * rows * 1024 * 2 + 4095 * 8, rel=1e-3)
+    assert ours == pytest.approx(2 * rows * 1024 * 2 + 4095 * 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,13 @@ INSTALL = "pip install -c constraints.txt megatron-sffn, with the constraints.tx
 APEX_OF_NVIDIA = "multi_tensor_apply"
 """A folder that NVIDIA's apex has; the index's package of the name has not."""
 
+TRANSFORMER_ENGINE_PARTS = (
+    "transformer-engine-torch",
+    "transformer-engine-cu12",
+    "transformer-engine-cu13",
+)
+"""Distributions that have to have the version of transformer-engine."""
+
 EXTRAS = {
     "matplotlib": ("plot", "pictures of reports"),
     "gigatoken": ("fast", "faster tokenizing"),
@@ -209,7 +216,11 @@ def transformer_engine(name: str) -> Finding:
     try:
         probe("transformer_engine")
     except ProbeError as error:
-        if version_of("transformer-engine-torch") is None:
+        parts = {part: version_of(part) for part in TRANSFORMER_ENGINE_PARTS}
+        other = [f"{part} {has}" for part, has in parts.items() if has not in (None, version)]
+        if other:
+            found = f"{version}, but {', '.join(other)}: parts of two versions ({error})"
+        elif parts["transformer-engine-torch"] is None:
             found = f"{version}, half-installed, without its torch part ({error})"
         else:
             found = f"{version}, cannot be imported ({error})"

@@ -42,9 +42,14 @@ def _nccl(torch: Any) -> str | None:
 
 def megatron() -> dict[str, Any]:
     """Megatron with its training loop, as the entry point imports it."""
+    from megatron_sffn.errors import ConfigError
     from megatron_sffn.platforms import prepare
 
-    prepare()
+    try:
+        prepare()
+    except ConfigError as error:
+        # Its sentence sends the reader here; the import's own error is what helps now.
+        raise error.__cause__ or error from None
     for name in ("megatron.core", "megatron.training", "megatron_sffn.training"):
         importlib.import_module(name)
     return {}

@@ -32,6 +32,11 @@ class Activation(StrEnum):
         """Whether a cell has two keys, one of them a gate."""
         return self is Activation.SWIGLU
 
+    @property
+    def keys_per_cell(self) -> int:
+        """Keys of a cell: 2 if it has a gate key, else 1."""
+        return 2 if self.gated else 1
+
     @classmethod
     def of(cls, config: TransformerConfig) -> Activation:
         """The activation that Megatron's flags chose.
@@ -79,5 +84,9 @@ class Activation(StrEnum):
             case Activation.SQUARED_RELU:
                 return grad * (2 * F.relu(up))
             case Activation.SWIGLU:
-                gate, linear = up.chunk(2, dim=-1)
-                return torch.cat((aten.silu_backward(grad * linear, gate), grad * F.silu(gate)), -1)
+                result = torch.empty_like(up)
+                (gate, linear), halves = up.chunk(2, dim=-1), result.chunk(2, dim=-1)
+                # Written in place: a concatenation would write and read both halves once more.
+                aten.silu_backward.grad_input(grad * linear, gate, grad_input=halves[0])
+                torch.mul(grad, F.silu(gate), out=halves[1])
+                return result

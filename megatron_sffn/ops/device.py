@@ -23,3 +23,8 @@ def capability(tensor: Tensor) -> tuple[int, int]:
 def name(tensor: Tensor) -> str:
     """Name of a tensor's device, such as "NVIDIA H100 80GB HBM3"; "cpu" for a CPU."""
     return torch.cuda.get_device_name(tensor.device) if is_gpu(tensor) else "cpu"
+
+
+def has_streams(tensor: Tensor) -> bool:
+    """Whether work on a tensor is queued in CUDA streams; False for a CPU that plays a GPU."""
+    return tensor.is_cuda

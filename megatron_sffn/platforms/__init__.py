@@ -1,7 +1,7 @@
-"""Where the hardware questions are asked, once; the answer is one logged line.
+"""Fits this process to its machine, and logs the result as one line.
 
-Enters: nothing. Leaves: this process adapted to its machine, and the defaults of Megatron's flags
-that the machine needs. A CUDA machine with Transformer Engine and NVIDIA's apex needs none.
+Outputs: torch and Megatron with some names replaced, and the defaults of Megatron's flags that the
+machine needs. A CUDA machine with Transformer Engine and NVIDIA's apex needs no flags.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib.util
 import os
 from typing import Any
 
-from megatron_sffn.platforms import cpu, optimizer, unpickling
+from megatron_sffn.platforms import cpu, megatron, optimizer, unpickling
 
 WITHOUT_TRANSFORMER_ENGINE: dict[str, tuple[str, Any]] = {
     text: setting
@@ -33,10 +33,15 @@ def prepare() -> tuple[dict[str, Any], str]:
     Returns:
         Defaults of Megatron's flags (argparse dest -> value), and the line that says why; both are
         empty where nothing is needed.
+
+    Raises:
+        ConfigError: if Megatron cannot be imported, as where Transformer Engine is half-installed,
+            or lacks a name that is replaced.
     """
     # Nothing is fetched unless that is asked for; the hub's library asks when it is imported.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     cpu.install()
+    megatron.install()
     optimizer.install()
     unpickling.install()
     if cpu.is_host():

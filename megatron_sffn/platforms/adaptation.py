@@ -60,7 +60,7 @@ def apply(adaptation: Adaptation) -> None:
     """Replace the name.
 
     Raises:
-        ConfigError: if it no longer exists.
+        ConfigError: if it no longer exists, or what holds it cannot be imported.
     """
     try:
         owner, name = resolve(adaptation.target)
@@ -70,6 +70,12 @@ def apply(adaptation: Adaptation) -> None:
             "not exist in the installed torch or megatron-core; install the versions of "
             "constraints.txt"
         ) from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"{adaptation.target.partition('.')[0]} cannot be imported ({reason}); python -m "
+            "megatron_sffn.doctor says which package to mend"
+        ) from error
     setattr(owner, name, adaptation.make(getattr(owner, name)))
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import importlib
 import logging
 import os
 import types
@@ -65,8 +64,6 @@ def install() -> None:
         return
     # Megatron decorates functions with torch.compile, and dynamo asks the CUDA driver.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Megatron insists on it under tensor parallelism; it is about CUDA queues.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # torch asks for huge pages: a gradient of E·k cells in fresh small ones costs as much as to
     # compute it (benchmarks/NOTES.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -106,6 +103,8 @@ def adaptations() -> tuple[Adaptation, ...]:
         # torch's own code asks this one, and must go on hearing the truth: the Adam that Megatron
         # uses, before a graph capture, and the DataLoader, before it pins memory.
         row("torch.accelerator.is_available", _answer(False), "core.optimizer"),
+        # Before torch 2.12 Adam asks this instead, once `torch.cuda` says that it is there.
+        row("torch.cuda.is_current_stream_capturing", _answer(False), "core.optimizer"),
         # Tensors that ask for the GPU.
         row("torch.tensor", _on_host, "core.optimizer.grad_scaler.DynamicGradScaler"),
         row("torch.zeros", _on_host, schedule),
@@ -154,29 +153,11 @@ def adaptations() -> tuple[Adaptation, ...]:
             _answer(collections.defaultdict(int)),
             "training.training.training_log",
         ),
-        # One pass over each weight, gradient and moment instead of eleven.
-        row("torch.optim.Adam.__init__", _fused, "core.optimizer"),
-        # One pass over each gradient, and no copy of it.
-        row(
-            "megatron.core.optimizer.clip_grads.multi_tensor_scale_impl",
-            _scale,
-            "core.optimizer.clip_grads",
-        ),
-        # Megatron's own functions that assume a GPU.
+        # Megatron's own function that copies from the GPU.
         row(
             "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
             _sizes_as_numbers,
             dispatcher,
-        ),
-        row(
-            "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__",
-            _norm_under_sequence_parallel,
-            "core.transformer.torch_norm.WrappedTorchNorm",
-        ),
-        row(
-            "megatron.core.datasets.utils.compile_helpers",
-            _compile_unless_compiled,
-            "training.initialize._compile_dependencies",
         ),
     )
 
@@ -271,20 +252,6 @@ def _sizes_as_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
     return sizes
 
 
-def _norm_under_sequence_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch's norm under sequence parallelism: it has to mark its parameters for the TP sum."""
-
-    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        plain = types.SimpleNamespace(**vars(config))
-        plain.sequence_parallel = False
-        norm: torch.nn.Module = original(cls, plain, *args, **kwargs)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
-
-    return new
-
-
 def _keep_generator(original: Callable[..., Any]) -> Callable[..., Any]:
     """`iter(loader)` without moving the default generator.
 
@@ -300,40 +267,6 @@ def _keep_generator(original: Callable[..., Any]) -> Callable[..., Any]:
             torch.set_rng_state(state)
 
     return iterate
-
-
-def _fused(original: Callable[..., None]) -> Callable[..., None]:
-    """Adam, and AdamW, whose class is below it, in torch's fused form unless another is named."""
-
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not (kwargs.get("foreach") or kwargs.get("capturable") or kwargs.get("differentiable")):
-            kwargs["fused"] = True if kwargs.get("fused") is None else kwargs["fused"]
-        original(self, *args, **kwargs)
-
-    return init
-
-
-def _scale(original: Callable[..., None]) -> Callable[..., None]:
-    """Gradients times a factor, where they lie."""
-
-    def scale(chunk: int, overflow: torch.Tensor, lists: Any, factor: float) -> None:
-        for source, target in zip(*lists, strict=True):
-            torch.mul(source, factor, out=target)
-
-    return scale
-
-
-def _compile_unless_compiled(original: Callable[[], None]) -> Callable[[], None]:
-    """The wheel carries the compiled index helper, but no Makefile to compile it again."""
-
-    def compile_helpers() -> None:
-        try:
-            importlib.import_module("megatron.core.datasets.helpers_cpp")
-        except ImportError:
-            original()
-
-    return compile_helpers
 
 
 def _not_the_tracker_remark(record: logging.LogRecord) -> bool:

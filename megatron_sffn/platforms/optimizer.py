@@ -130,9 +130,10 @@ def _also_before_the_first_step(original: Callable[..., Any]) -> Callable[..., A
         if distrib_optimizer.HAVE_APEX_OR_TE or optimizer.state:
             return original(self)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        fused = optimizer.defaults.get("fused")  # its kernel reads the step on the GPU
         for parameter in parameters:
             optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=parameter.device if fused else "cpu"),
                 **{key: torch.zeros_like(parameter) for key in self.optimizer_state_keys},
             }
         if parameters:

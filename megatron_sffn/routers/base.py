@@ -34,12 +34,15 @@ class Routing:
         gates: `[T, K]` factor of each block's output, or None where the method has none.
         queries: `[T, key width]` what meets the keys instead of the tokens; None for the tokens.
         scores: `[T, K]` of the chosen blocks, detached, for statistics; None if there are none.
+        may_be_empty: False promises that no id is -1, so that nobody has to look for one, which
+            would make the host wait for the device. It follows from flags alone.
     """
 
     block_ids: Tensor
     gates: Tensor | None = None
     queries: Tensor | None = None
     scores: Tensor | None = None
+    may_be_empty: bool = False
 
 
 class Router(torch.nn.Module):
@@ -55,6 +58,11 @@ class Router(torch.nn.Module):
     """Which weights the keys hold: the same value promises the same weights, so that what follows
     from them alone is computed once; None promises nothing (see `layer.set_weights_version`)."""
 
+    score_flag: Tensor
+    """Scalar on the device: 0, and NaN for good once a score was NaN or infinite. `nan_check` looks
+    at it once a step. Not a buffer: it has no place in a checkpoint, and half-precision models have
+    their buffers narrowed."""
+
     def __init__(
         self,
         *,
@@ -68,6 +76,7 @@ class Router(torch.nn.Module):
         self.sffn: SparseFFNConfig = config.sffn
         self.placement = Placement.of(pg_collection, config.sffn)
         self.layer_number: int | None = None
+        self.score_flag = torch.zeros((), device=torch.cuda.current_device())
 
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron tells each layer its number, counted from 1, after it is built.
@@ -121,10 +130,17 @@ class Router(torch.nn.Module):
             token_ids: `[T]` input ids, for routers that ask for them.
             num_sequences: whose tokens alternate in T, as in Megatron's `[s, b, D]`.
 
-        Raises:
-            FloatingPointError: if a score is not finite.
+        Returns:
+            K distinct blocks for each token, also where scores are NaN: `flag_not_finite` notes
+            that, and the run ends with the step.
         """
         raise NotImplementedError
+
+    @torch.no_grad()
+    def flag_not_finite(self, scores: Tensor) -> None:
+        """Note on the device whether a score is NaN or infinite: one pass, and no wait."""
+        # 0 times a finite sum adds 0; 0 times NaN or infinity adds NaN, which stays.
+        self.score_flag.add_(scores.detach().sum(), alpha=0.0)
 
     def end_step(self) -> None:
         """All microbatches of a step have run, on all ranks; the weights are about to change."""
@@ -133,17 +149,3 @@ class Router(torch.nn.Module):
 def score_dtype(x: Tensor) -> torch.dtype:
     """Scores are at least fp32, so that a selection does not hang on a half-precision tie."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def check_finite(scores: Tensor) -> None:
-    """Scores are numbers; one pass, of which only the sum is looked at.
-
-    Raises:
-        FloatingPointError: if one is NaN or infinite.
-    """
-    if not scores.detach().sum().isfinite():
-        wrong = int((~scores.isfinite()).sum())
-        raise FloatingPointError(
-            f"{wrong} of {scores.numel()} scores are NaN or infinite; the hidden states or weights "
-            "that they come from have diverged"
-        )

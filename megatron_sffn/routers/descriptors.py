@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sffn.hashing import hashed_subsets, seed_of
@@ -91,8 +92,17 @@ class MaxNorm(Mean):
 class Subset(Mean):
     """The mean of some cells."""
 
+    _weights: tuple[int | None, Tensor] | None = None
+
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
         """See `Mean.forward`."""
+        if self._weights is None or self._weights[0] != layer_number:
+            self._weights = (layer_number, self._draw_weights(keys, layer_number))
+        return self._weighted(keys, self._weights[1])
+
+    @torch.no_grad()
+    def _draw_weights(self, keys: Tensor, layer_number: int | None) -> Tensor:
+        """`[B / ep, G / etp]`: 1 for a cell of the subset, else 0."""
         grid = self.placement
         cells = hashed_subsets(
             torch.arange(grid.num_blocks, device=keys.device),
@@ -101,7 +111,7 @@ class Subset(Mean):
             key=seed_of(self.seed, layer_number, "subset"),
         )
         chosen = keys.new_zeros(grid.num_blocks, grid.block_size, dtype=score_dtype(keys))
-        return self._weighted(keys, grid.local_cells(chosen.scatter_(1, cells, 1.0)))
+        return grid.local_cells(chosen.scatter_(1, cells, 1.0))
 
 
 class Learned(Mean):
@@ -121,6 +131,8 @@ class MovingAverage(Mean):
     """An average of the tokens that chose a block, which moves once per step."""
 
     of_weights_alone = False
+    all_started = False
+    """Whether all blocks have an average, as known on the host; looked at once a step."""
     average: Tensor
     started: Tensor
     sums: Tensor
@@ -143,17 +155,29 @@ class MovingAverage(Mean):
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
         """See `Mean.forward`; not differentiable in the keys once it has moved."""
         average = self.average.to(score_dtype(keys))
-        if self.started.all():
+        if self.all_started:
             return average
         return torch.where(self.started > 0, average, super().forward(keys, layer_number))
 
     @torch.no_grad()
     def observe(self, x: Tensor, block_ids: Tensor) -> None:
         """See `Mean.observe`."""
-        for ids in block_ids.unbind(dim=1):
-            chosen = ids >= 0
-            self.sums.index_add_(0, ids[chosen], x[chosen].float())
-            self.counts += torch.bincount(ids[chosen], minlength=len(self.counts))
+        num_blocks = len(self.counts)
+        ids, order = block_ids.flatten().sort(stable=True)
+        # Where the choices of each block begin; those of empty places, -1, come first.
+        names = torch.arange(-1, num_blocks + 1, device=ids.device)
+        offsets = torch.searchsorted(ids, names)
+        # Tokens of a block are added one after the other: the order is fixed, as it would not be
+        # with atomic additions of floating-point numbers.
+        sums = F.embedding_bag(
+            order // block_ids.shape[1],
+            x.float(),
+            offsets,
+            mode="sum",
+            include_last_offset=True,
+        )
+        self.sums += sums[1:]
+        self.counts += offsets.diff()[1:]
 
     @torch.no_grad()
     def end_step(self) -> None:
@@ -167,6 +191,8 @@ class MovingAverage(Mean):
         moved = decay * self.average + (1 - decay) * mean
         self.average.copy_(torch.where(counts > 0, moved, self.average))
         self.started.copy_(torch.where(counts > 0, 1.0, self.started))
+        if not self.all_started:
+            self.all_started = bool(self.started.all())
         self.sums.zero_()
         self.counts.zero_()
 

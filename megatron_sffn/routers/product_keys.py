@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_sffn.config import RouterConfig, SparseFFNConfig, flag
 from megatron_sffn.errors import ConfigError
-from megatron_sffn.routers.base import Router, Routing, check_finite, score_dtype
+from megatron_sffn.routers.base import Router, Routing, score_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class ProductKeysRouter(Router):
         queries = F.linear(x, self.query, self.query_bias).view(-1, heads, 2, half)
         # [heads · 2, T, n]: two products per head.
         scores = torch.einsum("thpc,hpnc->thpn", queries.to(dtype), self.subkeys.to(dtype))
-        check_finite(scores)
+        self.flag_not_finite(scores)
         ids = self.largest(scores.detach().reshape(-1, side), min(self.each, side))
         ids = ids.view(*scores.shape[:3], -1)
         first, second = self._best_sums(scores.detach().gather(3, ids))

@@ -3,17 +3,28 @@ Roller et al. 2021). No parameter, no gate, no balance loss.
 
 The K blocks of an id are K of B by a hash of the id, the layer and the seed (`hashing.py`): the map
 is the same on every device and layout, and a checkpoint need not carry it.
+
+Design notes: where the size V of the vocabulary is known, the first forward pass hashes all ids
+into a table `[V, K]`, and every pass looks its tokens up there without a wait for the device.
+Without it, or where the table would be too large, every pass hashes its own ids, and waits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_sffn.config import RouterConfig, flag
 from megatron_sffn.hashing import hashed_subsets
 from megatron_sffn.routers.base import Router, Routing
+
+LARGEST_TABLE = 1 << 28
+"""Bytes of a layer's table: 256 MiB hold 50,304 ids with 2,667 blocks each."""
+
+HASHED_IDS = 1 << 20
+"""Ids times blocks that are hashed at once: each takes 8 bytes in several temporary tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +47,15 @@ class RandHashConfig(RouterConfig):
 
 
 class RandHashRouter(Router):
-    """Blocks by a keyed permutation of the token id."""
+    """Blocks by a keyed permutation of the token id. Arguments as `Router`."""
+
+    _table: Tensor | None = None
+    """`[V, K]` blocks of every id. Not a buffer: a checkpoint need not carry it."""
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """See `Router.set_layer_number`; the map of another layer is another one."""
+        super().set_layer_number(layer_number)
+        self._table = None
 
     def forward(
         self,
@@ -46,18 +65,46 @@ class RandHashRouter(Router):
         num_sequences: int = 1,
     ) -> Routing:
         """See `Router.forward`."""
-        assert isinstance(self.sffn.router, RandHashConfig)
         assert token_ids is not None, (
             "rand-hash needs the input ids: give them to the layer (or Megatron's GPTModel) as "
             "`padding_mask`, the slot for numbers of a token that reaches every pipeline stage"
         )
+        if self._table is None and self._table_fits():
+            self._table = self._make_table(token_ids.device)
+        if self._table is not None:
+            return Routing(block_ids=self._table.index_select(0, token_ids).long())
         ids, position = token_ids.unique(return_inverse=True)
-        layer = 0 if self.sffn.router.shared else self.layer_number
+        return Routing(block_ids=self._hash(ids)[position])
+
+    def _hash(self, ids: Tensor) -> Tensor:
+        """`[N, K]` int64 blocks of `[N]` ids."""
+        settings = self.sffn.router
+        assert isinstance(settings, RandHashConfig)
+        layer = 0 if settings.shared else self.layer_number
         assert layer is not None, "rand-hash needs the layer number"
-        blocks = hashed_subsets(
+        return hashed_subsets(
             ids,
             size=self.sffn.num_blocks,
             count=self.sffn.num_active_blocks,
-            key=self.sffn.router.seed * 1_000_003 + layer,
+            key=settings.seed * 1_000_003 + layer,
         )
-        return Routing(block_ids=blocks[position])
+
+    def _table_fits(self) -> bool:
+        """Whether V is known and the table is small enough."""
+        rows = self.config.padded_vocab_size
+        size = self._table_dtype.itemsize * self.sffn.num_active_blocks
+        return rows is not None and rows * size <= LARGEST_TABLE
+
+    @property
+    def _table_dtype(self) -> torch.dtype:
+        """The smaller of int16 and int32 that holds every block."""
+        fits = self.sffn.num_blocks <= torch.iinfo(torch.int16).max
+        return torch.int16 if fits else torch.int32
+
+    def _make_table(self, device: torch.device) -> Tensor:
+        """`[V, K]` blocks of every id; the host waits, once."""
+        rows = self.config.padded_vocab_size
+        assert rows is not None, "a table needs the size of the vocabulary"
+        ids = torch.arange(rows, device=device)
+        chunks = ids.split(max(1, HASHED_IDS // self.sffn.num_active_blocks))
+        return torch.cat([self._hash(chunk).to(self._table_dtype) for chunk in chunks])

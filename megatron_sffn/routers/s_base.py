@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -24,6 +25,9 @@ from megatron_sffn.routers.learned import LearnedConfig, LearnedRouter
 TOLERANCE = 1e-3
 """Mean change of a price, in units of scores, at which the plan is good enough."""
 MOST_TURNS = 100
+TURNS_PER_LOOK = 10
+"""Turns between two looks at whether the plan is good enough: the host waits for each look. Turns
+after the one that was good enough change nothing, so that this number does not, either."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +66,13 @@ def balancing_prices(scores: Tensor) -> Tensor:
     """
     tokens, blocks = scores.shape
     prices = scores.new_zeros(blocks)
-    for _ in range(MOST_TURNS):
-        former = prices
+    done = torch.zeros((), dtype=torch.bool, device=scores.device)
+    for turn in range(1, MOST_TURNS + 1):
         rows = (scores + prices).logsumexp(dim=1, keepdim=True)
-        prices = math.log(tokens / blocks) - (scores - rows).logsumexp(dim=0)
-        if (prices - former).abs().mean() < TOLERANCE:
+        moved = math.log(tokens / blocks) - (scores - rows).logsumexp(dim=0)
+        change = (moved - prices).abs().mean()
+        prices = torch.where(done, prices, moved)
+        done = done | (change < TOLERANCE)
+        if turn % TURNS_PER_LOOK == 0 and done:
             break
     return prices

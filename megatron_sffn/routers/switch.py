@@ -57,7 +57,9 @@ class SwitchRouter(LearnedRouter):
         priority = routing.scores if routing.gates is None else routing.gates.detach()
         fits = self._fit(routing.block_ids, priority if by_score else None, factor)
         return dataclasses.replace(
-            routing, block_ids=routing.block_ids.masked_fill(~fits, NO_BLOCK)
+            routing,
+            block_ids=routing.block_ids.masked_fill(~fits, NO_BLOCK),
+            may_be_empty=True,
         )
 
     def _fit(self, block_ids: Tensor, priority: Tensor | None, factor: float) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import route_topk
+from megatron_sffn.ops.route_topk import threshold
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -33,9 +34,36 @@ def test_infinite_scores_are_scores() -> None:
     assert route_topk(scores, 2).tolist() == [[1, 2]]
 
 
-def test_nan_is_refused() -> None:
+@pytest.mark.parametrize("backend", ["naive", "torch", "cpu"])
+@pytest.mark.parametrize("nans", [1, 3, 4, 8])
+def test_rows_with_nan_get_distinct_ids_and_the_others_the_right_ones(
+    nans: int, backend: str
+) -> None:
+    torch.manual_seed(nans)
+    scores = torch.randint(3, (20, 9)).float()
+    expected = route_topk(scores, 4, backend="naive")
+    scores[7, torch.randperm(9)[:nans]] = torch.nan
+    scores[12, torch.randperm(9)[:nans]] = -torch.nan
+    ids = route_topk(scores, 4, backend=backend)
+    others = [row for row in range(20) if row not in (7, 12)]
+    assert torch.equal(ids[others], expected[others])
+    assert (ids.diff(dim=1) > 0).all() and ids.min() >= 0 and ids.max() < 9
+
+
+def test_nan_is_refused_where_the_environment_asks_for_checks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SFFN_CHECK", "1")
     with pytest.raises(FloatingPointError, match="1 of 6 block scores are NaN"):
         route_topk(torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 2.0]]), 1)
+
+
+def test_rows_in_chunks_are_the_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randint(3, (20, 9)).float()
+    at_once = route_topk(scores, 4, backend="torch")
+    monkeypatch.setattr(threshold, "SCRATCH_NUMBERS", 3 * 9 + 1)
+    assert torch.equal(route_topk(scores, 4, backend="torch"), at_once)
+    assert torch.equal(at_once, route_topk(scores, 4, backend="naive"))
 
 
 def test_no_tokens() -> None:

@@ -5,6 +5,7 @@ import torch
 
 from megatron_sffn.hashing import hashed_subsets
 from megatron_sffn.layer import SparseFFN
+from megatron_sffn.routers import rand_hash
 from megatron_sffn.routers.rand_hash import RandHashConfig
 from tests.routers.conftest import D, transformer
 
@@ -92,6 +93,26 @@ def test_seeds_differ(build) -> None:
     ids, x, keys = torch.arange(100), torch.zeros(100, D).double(), torch.zeros(12, 2, D).double()
     first, second = (build(RandHashConfig(seed=s))(x, keys, ids).block_ids for s in (1, 2))
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("largest", "makes_table"), [(2**28, True), (100 * 4 * 2, True), (799, False)]
+)
+def test_a_table_of_the_vocabulary_is_the_map(
+    build, monkeypatch: pytest.MonkeyPatch, largest: int, makes_table: bool
+) -> None:
+    monkeypatch.setattr(rand_hash, "LARGEST_TABLE", largest)
+    monkeypatch.setattr(rand_hash, "HASHED_IDS", 30)
+    ids, x, keys = torch.arange(99, -1, -3), torch.zeros(34, D).double(), torch.zeros(12, 2, D)
+    expected = build(RandHashConfig())(x, keys, ids).block_ids
+    router = build(RandHashConfig(), padded_vocab_size=100)
+    for _ in range(2):
+        found = router(x, keys, ids).block_ids
+        assert torch.equal(found, expected) and found.dtype == torch.int64
+    assert (router._table is not None) is makes_table
+    assert not router.state_dict()
+    router.set_layer_number(2)
+    assert not torch.equal(router(x, keys, ids).block_ids, expected)
 
 
 def test_without_ids_the_message_says_what_to_call(build) -> None:

@@ -69,9 +69,11 @@ class _Compiled:
         )
         return result
 
-    def to_table(self, coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
+    def to_table(
+        self, coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
+    ) -> Tensor:
         result: Tensor = self._kernels.to_table(coefficients, rows, pairs.rows, pairs.offsets)
-        return result
+        return result if into is None else into.add_(result)
 
 
 class _Widened:
@@ -88,5 +90,8 @@ class _Widened:
         result = self._products.to_rows(coefficients.float(), table.float(), pairs, num_rows)
         return result.to(table.dtype)
 
-    def to_table(self, coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
-        return self._products.to_table(coefficients.float(), rows.float(), pairs).to(rows.dtype)
+    def to_table(
+        self, coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
+    ) -> Tensor:
+        result = self._products.to_table(coefficients.float(), rows.float(), pairs, into)
+        return result if into is not None else result.to(rows.dtype)

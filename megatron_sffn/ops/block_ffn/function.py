@@ -1,8 +1,9 @@
 """`block_ffn` from three products of rows and blocks, with hand-written backwards.
 
-The up projections are saved in block order, P·G numbers, which is what a dense FFN saves too;
-nothing of size P·D ever exists. Slicing the tables under autograd would make each block's backward
-allocate a gradient of the whole table; here each block writes its own slice of one gradient.
+The up projections are saved in block order, P·G numbers, which is what a dense FFN saves too.
+Slicing the tables under autograd would make each block's backward allocate a gradient of the whole
+table; here each block writes its own slice of one gradient, or adds it to Megatron's buffer of
+gradients (`main_grad.py`).
 """
 
 from __future__ import annotations
@@ -11,19 +12,28 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.block_ffn import epilogue, main_grad
 from megatron_sffn.ops.block_ffn.pairs import Pairs, Sorted
 
 
 class Products(Protocol):
     """A backend: how rows meet blocks. `table` is `[B, N, D]`; results have its dtype.
 
-    Sums are in fp32 at least.
+    MegaBlocks calls these products SDD, DSD and the transposed DSD. Sums are in fp32 at least.
+
+    A backend may also have fused forms, which are used where they exist:
+
+    - `up_activated(x, keys, pairs, gates, activation) -> (ups, h)`: `ups = to_pairs(x, keys)` and
+      `h = f(ups) · gates`, `[P, G]`;
+    - `down_backward_activated(dy, values, pairs, ups, gates, activation) -> (h, dups, dgates)`:
+      with `dh = to_pairs(dy, values)`, what `epilogue.backward` returns.
     """
 
     def sort(self, blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-        """`[P]` int32 ids to their stable order `[P]`, int32, and the blocks' offsets."""
+        """`[P]` int32 ids to their stable order `[P]`, int32, and the blocks' offsets, int64."""
 
     def to_pairs(self, rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
         """`[R, D]` to `[P, N]`: each row times the cells of each of its blocks."""
@@ -31,8 +41,13 @@ class Products(Protocol):
     def to_rows(self, coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
         """`[P, N]` to `[R, D]`: the sum of a row's cells, each times its coefficient."""
 
-    def to_table(self, coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
-        """`[P, N]` and `[R, D]` to `[B, N, D]`: the sum of a cell's rows, likewise."""
+    def to_table(
+        self, coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
+    ) -> Tensor:
+        """`[P, N]` and `[R, D]` to `[B, N, D]`: the sum of a cell's rows, likewise.
+
+        With `into`, an fp32 `[B, N, D]`, the product is added to it, and it is returned.
+        """
 
 
 def block_ffn(
@@ -84,12 +99,13 @@ def weighted_values(
 def _by_block(
     pairs: Pairs, gates: Tensor | None, values: Tensor, products: Products, *, distinct: bool
 ) -> tuple[Sorted, Tensor | None]:
-    """Pairs and their gates in the order of the blocks, the gates in the values' dtype."""
+    """Pairs and their gates in the order of the blocks, the gates in fp32 (fp64 for fp64)."""
     order, offsets = products.sort(pairs.blocks, len(values))
     if gates is not None:
-        gates = gates.index_select(0, order).to(values.dtype)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        gates = gates.index_select(0, order).to(wide)
     rows = pairs.rows.index_select(0, order)
-    return Sorted(rows=rows, offsets=offsets, distinct=distinct), gates
+    return Sorted(rows=rows, offsets=offsets, order=order, distinct=distinct), gates
 
 
 class _BlockFFN(torch.autograd.Function):
@@ -104,58 +120,78 @@ class _BlockFFN(torch.autograd.Function):
         activation: Activation,
         products: Products,
     ) -> Tensor:
-        ups = products.to_pairs(x, keys, pairs)
-        h = activation(ups)
-        if gates is not None:
-            h *= gates[:, None]
+        fused = getattr(products, "up_activated", None)
+        if fused is not None:
+            ups, h = fused(x, keys, pairs, gates, activation)
+        else:
+            ups = products.to_pairs(x, keys, pairs)
+            h = epilogue.activated(ups, gates, activation)
         ctx.save_for_backward(x, keys, values, gates, ups, pairs.rows, pairs.offsets)
-        ctx.activation, ctx.products = activation, products
+        ctx.derived, ctx.activation, ctx.products = pairs.derived, activation, products
+        # The parameters themselves, which carry Megatron's buffers.
+        ctx.tables = keys, values
         return products.to_rows(h, values, pairs, len(x))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, keys, values, gates, ups, rows, offsets = ctx.saved_tensors
         activation, products = ctx.activation, ctx.products
-        pairs = Sorted(rows=rows, offsets=offsets)
+        pairs = Sorted(rows=rows, offsets=offsets, derived=ctx.derived)
         dy = grads[0].contiguous()
-        h, dh = activation(ups), products.to_pairs(dy, values, pairs)
-        dgates = None
-        if gates is not None:
-            dgates = (h * dh).sum(dim=1)
-            h *= gates[:, None]
-            dh *= gates[:, None]
-        dvalues = products.to_table(h, dy, pairs)
-        dups = activation.backward(dh, ups)
-        dkeys = products.to_table(dups, x, pairs)
-        return (
-            products.to_rows(dups, keys, pairs, len(x)),
-            dkeys,
-            dvalues,
-            dgates,
-            None,
-            None,
-            None,
-        )
+        fused = getattr(products, "down_backward_activated", None)
+        if fused is not None:
+            h, dups, dgates = fused(dy, values, pairs, ups, gates, activation)
+        else:
+            dh = products.to_pairs(dy, values, pairs)
+            h, dups, dgates = epilogue.backward(ups, dh, gates, activation)
+            del dh
+        dkeys = dvalues = dx = None
+        if ctx.needs_input_grad[2]:
+            dvalues = _table_gradient(ctx.tables[1], h, dy, pairs, products)
+        del h
+        if ctx.needs_input_grad[1]:
+            dkeys = _table_gradient(ctx.tables[0], dups, x, pairs, products)
+        if ctx.needs_input_grad[0]:
+            dx = products.to_rows(dups, keys, pairs, len(x))
+        return dx, dkeys, dvalues, dgates, None, None, None
 
 
 class _WeightedValues(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        coefficients: Tensor,
+        gates: Tensor,
         values: Tensor,
         pairs: Sorted,
         num_rows: int,
         products: Products,
     ) -> Tensor:
-        ctx.save_for_backward(coefficients, values, pairs.rows, pairs.offsets)
-        ctx.products = products
-        return products.to_rows(coefficients, values, pairs, num_rows)
+        ctx.save_for_backward(gates, values, pairs.rows, pairs.offsets)
+        ctx.derived, ctx.products, ctx.table = pairs.derived, products, values
+        return products.to_rows(gates.to(values.dtype), values, pairs, num_rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        coefficients, values, rows, offsets = ctx.saved_tensors
-        pairs = Sorted(rows=rows, offsets=offsets, distinct=False)
+        gates, values, rows, offsets = ctx.saved_tensors
+        pairs = Sorted(rows=rows, offsets=offsets, distinct=False, derived=ctx.derived)
         dy = grads[0].contiguous()
-        dcoefficients = ctx.products.to_pairs(dy, values, pairs)
-        return dcoefficients, ctx.products.to_table(coefficients, dy, pairs), None, None, None
+        dgates = dvalues = None
+        if ctx.needs_input_grad[0]:
+            dgates = ctx.products.to_pairs(dy, values, pairs).to(gates.dtype)
+        if ctx.needs_input_grad[1]:
+            coefficients = gates.to(values.dtype)
+            dvalues = _table_gradient(ctx.table, coefficients, dy, pairs, ctx.products)
+        return dgates, dvalues, None, None, None
+
+
+def _table_gradient(
+    table: Tensor, coefficients: Tensor, rows: Tensor, pairs: Sorted, products: Products
+) -> Tensor:
+    """What autograd gets as the gradient of a table; see `main_grad.py`."""
+    buffer = main_grad.buffer_of(table)
+    if buffer is None:
+        return products.to_table(coefficients, rows, pairs)
+    products.to_table(coefficients, rows, pairs, into=buffer.view(table.shape))
+    return main_grad.placeholder(table)

@@ -19,10 +19,14 @@ def block_ffn(
 ) -> Tensor:
     """`y = (f(x Kᵀ) · mask) V`; arguments as `op.block_ffn_pairs`, differentiable by autograd."""
     rows, blocks = x.shape[0], keys.shape[0]
-    factors = x.new_ones(len(pairs.rows)) if gates is None else gates.to(x.dtype)
-    mask = x.new_zeros(rows, blocks).index_put((pairs.rows, pairs.blocks), factors, accumulate=True)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    ones = x.new_ones(len(pairs.rows), dtype=wide)
+    factors = ones if gates is None else gates.to(wide)
+    mask = ones.new_zeros(rows, blocks)
+    mask = mask.index_put((pairs.rows, pairs.blocks), factors, accumulate=True)
     up = torch.einsum("rd,bgd->rbg", x, keys)
-    return torch.einsum("rbg,bgd->rd", activation(up) * mask[:, :, None], values)
+    h = (activation(up) * mask[:, :, None]).to(x.dtype)
+    return torch.einsum("rbg,bgd->rd", h, values)
 
 
 def weighted_values(num_rows: int, values: Tensor, pairs: Pairs, gates: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from megatron_sffn.ops.route_topk import naive, threshold
 
 @torch.no_grad()
 def route_topk(scores: Tensor, num_active: int, *, backend: str = "auto") -> Tensor:
-    """Choose the blocks with the largest scores.
+    """Choose the blocks with the largest scores. The host does not wait for a GPU.
 
     Args:
         scores: `[T, B]` real; not NaN; -inf comes last.
@@ -23,41 +25,40 @@ def route_topk(scores: Tensor, num_active: int, *, backend: str = "auto") -> Ten
 
     Returns:
         `[T, K]` int64, ascending within a row; of equal scores the lowest index wins, so that
-        every rank and every layout chooses alike.
+        every rank and every layout chooses alike. A row with NaN gets K distinct ids in [0, B), so
+        that what follows stays in range: whoever makes the scores notes that they are NaN.
 
     Raises:
         ConfigError: if there are less than K blocks, or a backend cannot compute on these scores.
-        FloatingPointError: if a score is NaN.
+        FloatingPointError: if a score is NaN and `SFFN_CHECK=1` is set.
     """
     backends.check(backend, scores)
     if num_active < 1 or num_active > scores.shape[1]:
         raise ConfigError(
             f"{num_active} of {scores.shape[1]} blocks cannot be chosen; choose 1 to all of them"
         )
-    if selected := _select_and_check(scores, num_active, backend):
-        ids, numbers = selected
-        if numbers:
-            return ids
-    # NaN would be the largest of its row.
-    if scores.shape[0] and scores.amax(dim=1).isnan().any():
-        raise FloatingPointError(
-            f"{int(scores.isnan().sum())} of {scores.numel()} block scores are NaN; "
-            "the hidden states or keys that they come from have diverged"
-        )
-    select = naive.route_topk if backend == "naive" else threshold.route_topk
-    return select(scores, num_active)
-
-
-def _select_and_check(scores: Tensor, num_active: int, backend: str) -> tuple[Tensor, bool] | None:
-    """`[T, K]` ids and whether all scores are numbers, of a kernel that finds both; else None."""
-    selected: tuple[Tensor, bool]
+    if os.environ.get("SFFN_CHECK") == "1":
+        _check_numbers(scores)
+    if backend == "naive":
+        return naive.route_topk(scores, num_active)
     if backend == "triton":
         ids: Tensor = backends.triton_for(__package__, scores).route_topk(scores, num_active)
-        return ids, not bool(scores.isnan().any())
+        return ids
     # On a GPU not yet triton: its tests there have never run.
     compiled = kernels() if backend in ("auto", "cpu") and not device.is_gpu(scores) else None
-    if compiled is None:
-        return None
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    selected = compiled.route_topk(scores.to(wide).contiguous(), num_active)
-    return selected
+    if compiled is not None:
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        ids, numbers = compiled.route_topk(scores.to(wide).contiguous(), num_active)
+        # The kernel writes no ids into a row with NaN.
+        if numbers:
+            return ids
+    return threshold.route_topk(scores, num_active)
+
+
+def _check_numbers(scores: Tensor) -> None:
+    """Raise `FloatingPointError` for a NaN; the host waits for the device."""
+    if wrong := int(scores.isnan().sum()):
+        raise FloatingPointError(
+            f"{wrong} of {scores.numel()} block scores are NaN; the hidden states or keys that "
+            "they come from have diverged"
+        )

@@ -1,7 +1,12 @@
-"""`route_topk` in plain torch: the K-th largest score, then a pass that marks what reaches it.
+"""`route_topk` in plain torch, for any device: it never waits for the device.
 
-`torch.topk` alone leaves the order of equal scores open; the mark makes it exact and returns the
-ids in order, for a fraction of a stable sort's time.
+`torch.topk` finds the K-th largest score of a row, and leaves open which of several equal scores it
+returns. Only those places are filled again: the j-th of them gets the j-th block, in order, whose
+score equals the K-th largest. A row with NaN keeps the ids of `torch.topk`, which are distinct and
+in range.
+
+Design notes: the running count of equal scores is searched for 1, 2, 3, ..., because a mask turned
+into ids by `nonzero` would make the host wait for the number of ids.
 """
 
 from __future__ import annotations
@@ -9,18 +14,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SCRATCH_NUMBERS = 1 << 26
+"""Scores of a chunk of rows: its running counts take 4 bytes each."""
+
 
 def route_topk(scores: Tensor, num_active: int) -> Tensor:
     """`[T, B]` scores to `[T, K]` ids of the largest; ascending ids, ties to the lowest."""
     tokens, blocks = scores.shape
     if num_active == blocks:
         return torch.arange(blocks, device=scores.device).repeat(tokens, 1)
-    least = scores.topk(num_active, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-    chosen = scores >= least
-    if int(chosen.sum()) != tokens * num_active:
-        # Some row has more scores equal to its threshold than places: the first of them stay.
-        above, at = scores > least, scores == least
-        places = num_active - above.sum(dim=1, keepdim=True)
-        chosen = above | (at & (at.cumsum(dim=1) <= places))
-    # A column of its own: a view would keep the other one, too, for as long as the ids live.
-    return chosen.nonzero()[:, 1].contiguous().view(tokens, num_active)
+    chunks = scores.split(max(1, SCRATCH_NUMBERS // blocks))
+    return torch.cat([_select(chunk, num_active) for chunk in chunks])
+
+
+def _select(scores: Tensor, num_active: int) -> Tensor:
+    """`route_topk` of a few rows."""
+    values, ids = scores.topk(num_active, dim=1, sorted=False)
+    least = values.amin(dim=1, keepdim=True)
+    # A NaN among the values makes `least` NaN, which equals nothing: the ids stay as they are.
+    tied = values == least
+    equal_so_far = (scores == least).cumsum(dim=1, dtype=torch.int32)
+    lowest = torch.searchsorted(equal_so_far, tied.cumsum(dim=1, dtype=torch.int32))
+    return torch.where(tied, lowest, ids).sort(dim=1).values

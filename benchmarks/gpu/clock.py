@@ -1,0 +1,100 @@
+"""Times of calls: CUDA events on a GPU, the host's clock in a dry run.
+
+Inputs: a call. Outputs: the milliseconds of each repetition, after one to warm up.
+
+Design notes: before each repetition a buffer larger than the L2 cache is written, so that nothing
+of the last repetition is still in it. Repetitions are started without waiting for the device, so
+that the launches of the next overlap the work of the last, as in training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.case import Context
+
+L2_TIMES = 2
+"""How often the buffer that is written between repetitions holds the L2 cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Milliseconds of a call.
+
+    Args:
+        ms: of every repetition.
+        peak: bytes allocated at most while it ran; 0 in a dry run.
+    """
+
+    ms: tuple[float, ...]
+    peak: int
+
+    @property
+    def median(self) -> float:
+        """The number to quote."""
+        return median(self.ms)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median; 0 for one repetition."""
+        if len(self.ms) < 2:
+            return 0.0
+        low, _, high = quantiles(self.ms)
+        return (high - low) / self.median
+
+
+def measure(
+    call: Callable[[], Any], context: Context, *, seconds: float = 0.3, most: int = 20
+) -> Measured:
+    """Time a call.
+
+    Args:
+        call: what is timed; its result is dropped.
+        context: of the section.
+        seconds: that all repetitions may take; a call that takes longer is repeated once.
+        most: repetitions, at most.
+    """
+    context.synchronize()
+    start = time.perf_counter()
+    call()
+    context.synchronize()
+    first = time.perf_counter() - start
+    # The first call may have compiled a kernel: a second one tells what a repetition takes.
+    if first < seconds * 10:
+        start = time.perf_counter()
+        call()
+        context.synchronize()
+        first = time.perf_counter() - start
+    repeats = max(1, min(most, int(seconds / max(first, 1e-6))))
+    if context.dry:
+        return Measured(ms=tuple(_on_host(call) for _ in range(min(repeats, 2))), peak=0)
+    torch.cuda.reset_peak_memory_stats()
+    return Measured(ms=_on_gpu(call, repeats), peak=torch.cuda.max_memory_allocated())
+
+
+def _on_host(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - start)
+
+
+def _on_gpu(call: Callable[[], Any], repeats: int) -> tuple[float, ...]:
+    properties = torch.cuda.get_device_properties()
+    cache = int(getattr(properties, "L2_cache_size", 0) or 64 << 20)
+    buffer = torch.empty(L2_TIMES * cache, dtype=torch.int8, device="cuda")
+    events = []
+    for _ in range(repeats):
+        buffer.zero_()
+        pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        pair[0].record()
+        call()
+        pair[1].record()
+        events.append(pair)
+    torch.cuda.synchronize()
+    return tuple(start.elapsed_time(end) for start, end in events)

@@ -1,0 +1,75 @@
+"""Who can compute: the backends of the ops, and every module that has the three products.
+
+Design notes: both are looked up where they are declared, so that a new backend or kernel is
+accepted, timed and tuned without a line here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.case import Context
+from megatron_sffn.ops.backends import BACKENDS
+
+NOT_OF_A_GPU = ("cpu",)
+"""Backends that refuse a GPU."""
+
+ORACLE = "naive"
+
+PRODUCTS = ("to_pairs", "to_rows", "to_table")
+
+IN_TIME: dict[str, tuple[int, int]] = {
+    "torch": (64, 1 << 30),
+    "loop": (64, 1 << 30),
+    "bags": (1, 1),
+}
+"""Backend or module -> least and largest g at which it ends in time: the loop's launches grow with
+the blocks, and the bags' reads with their cells."""
+
+
+def backends(*, oracle: bool = False) -> list[str]:
+    """Names of the backends for a GPU; `auto` first, then the newest declared last."""
+    return [name for name in BACKENDS if name not in NOT_OF_A_GPU and (oracle or name != ORACLE)]
+
+
+def too_slow(name: str, cells: int, context: Context) -> bool:
+    """Whether a backend or module is not made for blocks of so many cells, at real sizes."""
+    if context.dry:
+        return False
+    least, most = IN_TIME.get(name, (1, 1 << 30))
+    return not least <= cells <= most
+
+
+def modules() -> dict[str, ModuleType]:
+    """Name -> module of `ops.block_ffn` that has the three products as functions."""
+    # Not `from megatron_sffn.ops import block_ffn`, which is the function.
+    package = importlib.import_module("megatron_sffn.ops.block_ffn")
+    found = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        try:
+            module = importlib.import_module(f"{package.__name__}.{info.name}")
+        except ImportError:  # of an optional package
+            continue
+        if all(callable(getattr(module, name, None)) for name in PRODUCTS):
+            found[info.name] = module
+    return found
+
+
+def is_interpreted(module_or_backend: str) -> bool:
+    """Whether a dry run computes it in Triton's interpreter."""
+    return module_or_backend.startswith("triton")
+
+
+def dtype_for(name: str, context: Context) -> torch.dtype:
+    """bf16; in a dry run fp32 for Triton, whose interpreter cannot multiply bf16."""
+    return torch.float32 if context.dry and is_interpreted(name) else torch.bfloat16
+
+
+def tuned(module: Any) -> bool:
+    """Whether a module's kernels are cut by a table of tiles."""
+    return isinstance(getattr(module, "TILES", None), dict)

@@ -1,0 +1,121 @@
+"""Tokens, tables and routing of a layer, drawn on the device that computes.
+
+Inputs: the numbers of a layer, and a kind of load. Outputs: the `Problem` of `benchmarks.blocks`,
+so that its oracle and its peers serve here, too.
+
+Design notes: a row's K distinct blocks are an arithmetic sequence modulo B, with a random start
+and a random odd step: B is a power of two. That is as good as uniform, and costs no T × B random
+numbers (g = 1 at real sizes: 4 billion).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.blocks.problem import Problem
+from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.block_ffn import loop
+from megatron_sffn.ops.block_ffn.pairs import Sorted
+
+LOADS = ("uniform", "skewed", "empty")
+"""Every block alike; every row also with block 0; half of the blocks and a quarter of the rows
+without any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """The numbers of a layer.
+
+    Args:
+        tokens: T.
+        width: D.
+        active: k, cells that a token uses.
+        cells: g of a block.
+        expansion: E.
+        dtype: of tokens and tables.
+        load: one of `LOADS`.
+        gated: whether a gate multiplies each block's output.
+        activation: f.
+    """
+
+    tokens: int
+    width: int
+    active: int
+    cells: int
+    expansion: int
+    dtype: torch.dtype
+    load: str = "uniform"
+    gated: bool = True
+    activation: Activation = Activation.GELU
+
+    @property
+    def num_blocks(self) -> int:
+        """B."""
+        return self.expansion * self.active // self.cells
+
+    @property
+    def num_active(self) -> int:
+        """K."""
+        return self.active // self.cells
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        kind = "" if self.load == "uniform" else f" {self.load}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"g={self.cells} E={self.expansion} T={self.tokens} D={self.width} {dtype}{kind}"
+
+
+def draw(size: Size, device: torch.device) -> Problem:
+    """The problem of a size, the same for the same size and kind of device."""
+    generator = torch.Generator(device).manual_seed(1)
+    keys = size.cells * (2 if size.activation.gated else 1)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        numbers = torch.empty(shape, dtype=size.dtype, device=device)
+        return numbers.normal_(0.0, scale, generator=generator)
+
+    ids = draw_ids(size, device, generator)
+    gates = torch.rand(ids.shape, device=device, generator=generator) + 0.5
+    return Problem(
+        x=normal(size.tokens, size.width),
+        dy=normal(size.tokens, size.width),
+        keys=normal(size.num_blocks, keys, size.width, scale=size.width**-0.5),
+        values=normal(size.num_blocks, size.cells, size.width, scale=size.active**-0.5),
+        block_ids=ids,
+        gates=gates if size.gated else None,
+        activation=size.activation,
+    )
+
+
+def draw_ids(size: Size, device: torch.device, generator: torch.Generator) -> Tensor:
+    """`[T, K]` int64 ids, distinct within a row; -1 for no block, in an empty load."""
+    blocks = size.num_blocks // 2 if size.load == "empty" else size.num_blocks
+    assert blocks & (blocks - 1) == 0 and size.num_active <= blocks, (blocks, size.num_active)
+
+    def integers() -> Tensor:
+        drawn = torch.randint(blocks, (size.tokens, 1), device=device, generator=generator)
+        return drawn
+
+    places = torch.arange(size.num_active, device=device)
+    ids = (integers() + (2 * integers() + 1) * places) % blocks
+    if size.load == "skewed":
+        # The row's first place becomes block 0, unless another place has it already.
+        has_zero = (ids == 0).any(dim=1)
+        ids[:, 0] = torch.where(has_zero, ids[:, 0], 0)
+    if size.load == "empty":
+        ids[::4] = -1
+    return ids
+
+
+def sorted_pairs(ids: Tensor, num_blocks: int) -> Sorted:
+    """The pairs of `[T, K]` ids that are not negative, in the order of their blocks."""
+    tokens, active = ids.shape
+    rows = torch.arange(tokens, dtype=torch.int32, device=ids.device).repeat_interleave(active)
+    blocks = ids.reshape(-1).int()
+    rows, blocks = rows[blocks >= 0], blocks[blocks >= 0]
+    order, offsets = loop.sort(blocks, num_blocks)
+    return Sorted(rows=rows.index_select(0, order), offsets=offsets)

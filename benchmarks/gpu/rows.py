@@ -1,0 +1,100 @@
+"""The rows of products.csv and layers.csv, and what all rows of a run have in common."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.gpu.case import Context
+from benchmarks.gpu.problem import Size
+from benchmarks.machine import Platform, facts, version_of
+from benchmarks.rows import append
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One time; also the columns of both files.
+
+    Args:
+        date: of the run, ISO 8601, UTC.
+        commit: short; `-dirty` where files differ from it; empty outside of git.
+        device: name of the card.
+        torch: version.
+        megatron_core: version.
+        triton: version.
+        dtype: of tokens and tables.
+        block_size: g.
+        expansion: E.
+        tokens: T.
+        hidden_size: D.
+        active_cells: k.
+        contender: who: a module, a backend, a router or a peer.
+        what: a product, or `forward + backward`.
+        repeats: how often it was timed.
+        ms: the median.
+        spread: interquartile range over the median.
+        ratio: over the dense product, or the dense FFN of k cells, of the same T and D.
+        peak_bytes: allocated at most while it ran.
+    """
+
+    date: str
+    commit: str
+    device: str
+    torch: str
+    megatron_core: str
+    triton: str
+    dtype: str
+    block_size: int
+    expansion: int
+    tokens: int
+    hidden_size: int
+    active_cells: int
+    contender: str
+    what: str
+    repeats: int
+    ms: float
+    spread: float
+    ratio: float
+    peak_bytes: int
+
+
+@functools.cache
+def common() -> dict[str, Any]:
+    """Date, commit, device and versions."""
+    return {**facts(Platform.here(), None), "triton": version_of("triton")}
+
+
+def row_of(size: Size, measured: Any, *, contender: str, what: str, unit: float) -> Row:
+    """A row.
+
+    Args:
+        size: of the problem.
+        measured: what `clock.measure` returned.
+        contender: who.
+        what: was timed.
+        unit: milliseconds of the dense form.
+    """
+    return Row(
+        **common(),
+        dtype=str(size.dtype).removeprefix("torch."),
+        block_size=size.cells,
+        expansion=size.expansion,
+        tokens=size.tokens,
+        hidden_size=size.width,
+        active_cells=size.active,
+        contender=contender,
+        what=what,
+        repeats=len(measured.ms),
+        ms=measured.median,
+        spread=measured.spread,
+        ratio=measured.median / unit,
+        peak_bytes=measured.peak,
+    )
+
+
+def write(rows: Sequence[Row], name: str, context: Context) -> None:
+    """Append rows to a CSV file of the results."""
+    if rows:
+        append(rows, context.out / name)

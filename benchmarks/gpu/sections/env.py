@@ -1,0 +1,73 @@
+"""The machine: its card and versions, and the two ceilings: copying bytes, and a dense product."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.case import Case, Context, Failure
+from benchmarks.gpu.clock import measure
+from benchmarks.machine import version_of
+
+PACKAGES = ("torch", "triton", "megatron-core", "transformers", "transformer-engine", "numpy")
+
+
+def cases(context: Context) -> list[Case]:
+    """Versions, the card, and the ceilings."""
+    return [
+        Case(name="versions", run=versions),
+        Case(name="card", run=lambda: card(context)),
+        Case(name="ceilings", run=lambda: ceilings(context)),
+    ]
+
+
+def versions() -> dict[str, Any]:
+    """Of Python, the packages and CUDA; Megatron's wheel must be there."""
+    import platform
+
+    found = {name: version_of(name) for name in PACKAGES}
+    if not found["megatron-core"]:
+        raise Failure("megatron-core is not installed; docs/gpu.md says how to bring its wheel")
+    words = ", ".join(f"{name} {number or 'absent'}" for name, number in found.items())
+    python = platform.python_version()
+    return {**found, "python": python, "cuda": torch.version.cuda, "print": [words]}
+
+
+def card(context: Context) -> dict[str, Any]:
+    """Name, capability, memory, and what the driver says."""
+    tools = {name: shutil.which(name) or "" for name in ("nvidia-smi", "compute-sanitizer", "ncu")}
+    said = ""
+    if tools["nvidia-smi"]:
+        asked = "name,driver_version,clocks.max.sm,power.limit,ecc.mode.current,memory.total"
+        words = [tools["nvidia-smi"], f"--query-gpu={asked}", "--format=csv,noheader"]
+        said = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False).stdout
+    if context.dry:
+        return {"name": "cpu", "tools": tools, "nvidia_smi": said.strip()}
+    properties = torch.cuda.get_device_properties()
+    return {
+        "name": properties.name,
+        "capability": [properties.major, properties.minor],
+        "bytes": properties.total_memory,
+        "processors": properties.multi_processor_count,
+        "tools": tools,
+        "nvidia_smi": said.strip(),
+        "print": [f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {said.strip()}"],
+    }
+
+
+def ceilings(context: Context) -> dict[str, Any]:
+    """Bytes a second of a copy, operations a second of a product of squares in bf16."""
+    numbers = context.choose(1 << 29, 1 << 16)
+    source = torch.ones(numbers, dtype=torch.bfloat16, device=context.device)
+    target = torch.empty_like(source)
+    copied = measure(lambda: target.copy_(source), context)
+    side = context.choose(8192, 64)
+    square = torch.ones(side, side, dtype=torch.bfloat16, device=context.device)
+    product = measure(lambda: square @ square, context)
+    copy = 4 * numbers / copied.median * 1e3
+    flops = 2 * side**3 / product.median * 1e3
+    words = f"copy {copy / 1e12:.2f} TB/s, a product of {side}³ in bf16 {flops / 1e12:.0f} TFLOP/s"
+    return {"copy_bytes_per_second": copy, "flops_per_second": flops, "print": [words]}

@@ -1,0 +1,120 @@
+"""Forward + backward of a layer with its routing given, every backend over a dense FFN of k cells.
+
+Outputs: layers.csv, and a table: a line for each g and E, a column for each backend.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.blocks import layers
+from benchmarks.blocks.problem import Problem
+from benchmarks.blocks.timing import step
+from benchmarks.gpu import forms
+from benchmarks.gpu.case import Case, Context
+from benchmarks.gpu.clock import measure
+from benchmarks.gpu.problem import Size, draw
+from benchmarks.gpu.rows import Row, row_of, write
+
+FILE = "layers.csv"
+WHAT = "forward + backward"
+SHAPES = ((1024, 4), (256, 4), (64, 4), (16, 4), (1, 4), (1024, 16), (256, 16), (64, 16), (16, 16))
+"""g and E of the table of the issue, the cheaper E first; g = 1 at E = 16 is E times dense."""
+
+
+def cases(context: Context) -> list[Case]:
+    """D = 4,096 of every backend, then D = 1,024; a table at the end of each."""
+    found = []
+    for width in context.choose((4096, 1024), (16,)):
+        timed: list[Row] = []
+        for g, expansion in context.choose(SHAPES, ((8, 2),)):
+            for backend in forms.backends():
+                if forms.too_slow(backend, g, context):
+                    continue
+                size = size_of(width, g, expansion, forms.dtype_for(backend, context), context)
+                run = functools.partial(compare, backend, size, context, timed)
+                found.append(Case(name=f"{backend}: {size.name}", run=run))
+        found.append(Case(name=f"table D={width}", run=functools.partial(table, timed, width)))
+    return found
+
+
+def size_of(
+    width: int, g: int, expansion: int, dtype: torch.dtype, context: Context, *, gated: bool = True
+) -> Size:
+    """T = 16,384 and k = 4·D."""
+    return Size(
+        tokens=context.choose(16_384, 7),
+        width=width,
+        active=context.choose(4 * width, 16),
+        cells=g,
+        expansion=expansion,
+        dtype=dtype,
+        gated=gated,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def drawn(size: Size, device: torch.device) -> Problem:
+    """A problem, kept for the next backend."""
+    return draw(size, device)
+
+
+def compare(backend: str, size: Size, context: Context, timed: list[Row]) -> dict[str, Any]:
+    """One backend at one size."""
+    problem = drawn(size, context.device)
+    return time_module(
+        layers.Ours(problem, backend), problem, size, context, contender=backend, timed=timed
+    )
+
+
+def time_module(
+    module: Any,
+    problem: Problem,
+    size: Size,
+    context: Context,
+    *,
+    contender: str,
+    timed: list[Row],
+) -> dict[str, Any]:
+    """Time forward + backward of a module, note its row, and free its gradients."""
+
+    def run() -> None:
+        step(module, problem.x, problem.dy)
+        module.zero_grad(set_to_none=True)
+
+    unit = dense_ms(size.tokens, size.width, size.active, size.dtype, context)
+    row = row_of(size, measure(run, context), contender=contender, what=WHAT, unit=unit)
+    write([row], FILE, context)
+    timed.append(row)
+    return {"ms": row.ms, "ratio": row.ratio, "spread": row.spread, "peak_bytes": row.peak_bytes}
+
+
+@functools.lru_cache(maxsize=4)
+def dense_ms(tokens: int, width: int, active: int, dtype: torch.dtype, context: Context) -> float:
+    """Milliseconds of forward + backward of the dense FFN: the unit."""
+    size = Size(tokens=tokens, width=width, active=active, cells=active, expansion=1, dtype=dtype)
+    problem = draw(size, context.device)
+    module = layers.Dense(problem)
+
+    def run() -> None:
+        step(module, problem.x, problem.dy)
+        module.zero_grad(set_to_none=True)
+
+    return measure(run, context, seconds=0.5).median
+
+
+def table(rows: Sequence[Row], width: int) -> dict[str, Any]:
+    """The ratios as text."""
+    names = list(dict.fromkeys(row.contender for row in rows))
+    ratios = {(row.block_size, row.expansion, row.contender): row.ratio for row in rows}
+    sizes = list(dict.fromkeys((row.block_size, row.expansion) for row in rows))
+    lines = [f"{WHAT} over dense, D = {width}", "   g  E " + " ".join(f"{n:>9}" for n in names)]
+    for g, expansion in sizes:
+        cells = (ratios.get((g, expansion, name)) for name in names)
+        numbers = " ".join(f"{'-' if ratio is None else f'{ratio:.2f}':>9}" for ratio in cells)
+        lines.append(f"{g:4} {expansion:2} {numbers}")
+    return {"print": lines}

@@ -1,0 +1,143 @@
+"""The products and `block_ffn` of every backend against the oracle, at small and at real sizes.
+
+What counts as passed: every output and gradient within the tolerance of its dtype from float64,
+first with every uninitialised tensor full of NaN, then as it is; and the same bits twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.blocks import layers
+from benchmarks.blocks.problem import Problem, disagreement, reference, tolerance
+from benchmarks.blocks.timing import step
+from benchmarks.gpu import forms
+from benchmarks.gpu.case import Case, Context, Failure
+from benchmarks.gpu.problem import Size, draw
+
+
+def cases(context: Context) -> list[Case]:
+    """The kernels' own cases, then real sizes of every backend, then a large one."""
+    return [*kernel_cases(context), *size_cases(context), *large_cases(context)]
+
+
+def kernel_cases(context: Context) -> Iterator[Case]:
+    """Those of tests/ops/triton_cases.py: each compares all products with float64."""
+    tests = importlib.import_module("tests.ops.triton_cases")
+    tolerances: dict[str, float] = tests.TOLERANCES
+
+    def run(case: str, size: str, dtype: str) -> dict[str, Any]:
+        found = tests.errors(case, size, dtype, context.device.type)
+        for name, error in found.items():
+            if not error < tolerances[dtype]:  # NaN is a failure
+                raise Failure(f"{name} is {error:.2e} off, more than {tolerances[dtype]:.0e}")
+        return {"worst": max(found.values(), default=0.0)}
+
+    everything = list(itertools.product(tests.CASES, tests.SIZES, tests.DTYPES))
+    few = [("one row", "7x20", "fp32")]
+    for names in context.choose(everything, few):
+        yield Case(name=f"kernels: {', '.join(names)}", run=functools.partial(run, *names))
+
+
+def size_cases(context: Context) -> Iterator[Case]:
+    """Real sizes: all g and E, rows that are and are not multiples of 16, loads that are uneven."""
+    width, active = context.choose((4096, 4096), (16, 8))
+    rows = context.choose((2048, 2051), (16, 7))
+    cells = context.choose((256, 64, 1024, 16, 1), (8, 1))
+    shapes = [(rows[1], g, e, "uniform") for e in context.choose((4, 16), (4,)) for g in cells]
+    shapes += [(rows[0], cells[0], 4, "uniform")]
+    shapes += [
+        (rows[1], g, 4, load) for load in ("skewed", "empty") for g in context.choose(cells, (8,))
+    ]
+    for tokens, g, expansion, load in shapes:
+        for backend in forms.backends():
+            if backend == "auto" or forms.too_slow(backend, g, context):
+                continue  # auto is one of the others
+            size = Size(
+                tokens=tokens,
+                width=width,
+                active=active,
+                cells=g,
+                expansion=expansion,
+                dtype=forms.dtype_for(backend, context),
+                load=load,
+            )
+            run = functools.partial(compare, backend, size, context)
+            yield Case(name=f"{backend}: {size.name}", run=run)
+
+
+def large_cases(context: Context) -> Iterator[Case]:
+    """More than 2^31 coefficients: indices of 32 bits would run over."""
+    tokens, active, width, g = context.choose((131_077, 16_384, 256, 64), (7, 16, 16, 16))
+    for backend in forms.backends():
+        if backend == "auto" or forms.too_slow(backend, g, context):
+            continue
+        dtype = forms.dtype_for(backend, context)
+        size = Size(
+            tokens=tokens,
+            width=width,
+            active=active,
+            cells=g,
+            expansion=2,
+            dtype=dtype,
+            gated=False,
+        )
+        run = functools.partial(compare, backend, size, context)
+        yield Case(name=f"{backend}, P·N > 2^31: {size.name}", run=run)
+
+
+def compare(backend: str, size: Size, context: Context) -> dict[str, Any]:
+    """One backend at one size, three times: in NaN, and twice as it is."""
+    problem, expected = problem_of(size, context.device)
+    module = layers.Ours(problem, backend)
+    error = 0.0
+    for fill in (True, False):
+        results = run_step(module, problem, fill)
+        error = max(error, disagreement(results, expected))
+        if not error <= tolerance(problem):
+            kind = "with NaN in uninitialised memory, " if fill else ""
+            raise Failure(
+                f"{kind}it differs from float64 by {error:.1e}, more than {tolerance(problem):.0e}"
+            )
+    if context.dry and forms.is_interpreted(backend):
+        return {"error": error}  # the interpreter is slow, and has one order only
+    again = run_step(module, problem, False)
+    different = [name for name in results if not torch.equal(results[name], again[name])]
+    if different:
+        raise Failure(f"{', '.join(different)} have other bits when computed again")
+    return {"error": error}
+
+
+@functools.lru_cache(maxsize=1)
+def problem_of(size: Size, device: torch.device) -> tuple[Problem, dict[str, Tensor]]:
+    """The problem and its result in float64; kept for the next backend at the same size."""
+    problem = draw(size, device)
+    return problem, reference(problem)
+
+
+def run_step(module: layers.Ours, problem: Problem, fill: bool) -> dict[str, Tensor]:
+    """Forward and backward: the output and all gradients.
+
+    Args:
+        module: one of ours.
+        problem: that it computes.
+        fill: whether `torch.empty` is full of NaN, so that what is not written shows.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(fill, warn_only=True)
+        try:
+            y, dx = step(module, problem.x, problem.dy)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    found = {"y": y, "x": dx, **module.gradients()}
+    module.zero_grad(set_to_none=True)
+    return found

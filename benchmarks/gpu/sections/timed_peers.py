@@ -1,0 +1,51 @@
+"""The peers' forward + backward over the same dense FFN, each in a fresh process."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.case import Case, Context, NotHere
+from benchmarks.gpu.rows import Row
+from benchmarks.gpu.sections.layers import size_of, time_module
+from benchmarks.gpu.sections.peers import PEERS, peer_module
+
+COPIES = 6
+"""Of all rows that meet a block that a peer's step holds at its peak."""
+
+
+def cases(context: Context) -> list[Case]:
+    """Each peer, all sizes of one D at a time."""
+    return [
+        Case(name=f"{name} D={width}", run=functools.partial(compare, name, width, context))
+        for width in context.choose((4096, 1024), (16,))
+        for name in PEERS[context.choose(0, 2) :]  # section peers has started all of them
+    ]
+
+
+def compare(name: str, width: int, context: Context) -> dict[str, Any]:
+    """One peer at every size that its copies of tokens leave memory for."""
+    found: dict[str, Any] = {}
+    timed: list[Row] = []
+    for g, expansion in context.choose(((1024, 4), (256, 4), (64, 4), (256, 16)), ((8, 2),)):
+        size = size_of(width, g, expansion, torch.bfloat16, context, gated=False)
+        copies = COPIES * size.tokens * size.num_active * width * size.dtype.itemsize
+        if not context.dry and copies > torch.cuda.mem_get_info()[0]:
+            found[size.name] = "its copies of tokens would need more memory than is free"
+            continue
+        if context.left < 0:
+            found[size.name] = "its time was up"
+            continue
+        try:
+            with peer_module(name, size, context) as (module, problem):
+                found[size.name] = time_module(
+                    module, problem, size, context, contender=name, timed=timed
+                )
+        except torch.OutOfMemoryError as error:
+            found[size.name] = str(error)[:200]
+    if not timed:
+        raise NotHere(f"no size could be timed: {found}")
+    ratios = ", ".join(f"g={r.block_size} E={r.expansion} {r.ratio:.2f}" for r in timed)
+    return {**found, "print": [f"{name}, D = {width}: {ratios}"]}

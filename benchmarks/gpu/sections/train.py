@@ -1,0 +1,251 @@
+"""Training: the doctor's smoke test, backends against each other, the same bits twice, and resume.
+
+Inputs: this machine, through `megatron_sffn.pretrain`. Outputs: the losses of every step.
+
+Design notes: runs are small and take turns on one GPU, several at a time: most of a run is its
+start. `python -m benchmarks.gpu.sections.train` stores the losses of a CPU in `CURVE`; where that
+file is there, a GPU's losses are compared with them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import forms
+from benchmarks.gpu.case import Case, Context, Failure, NotHere
+from megatron_sffn.errors import reason_in
+
+CURVE = Path(__file__).parents[1] / "cpu_losses.json"
+"""Router -> losses of the steps on a CPU, in the sizes of a GPU."""
+
+FLAGS = (
+    "--num-layers 2 --num-attention-heads 4 --position-embedding-type rope --disable-bias-linear "
+    "--normalization RMSNorm --tokenizer-type NullTokenizer --make-vocab-size-divisible-by 64 "
+    "--mock-data --lr 1e-3 --log-interval 1 --eval-iters 1 --num-workers 0 --eval-interval 1000000 "
+    "--no-create-attention-mask-in-dataloader"
+)
+GPU_SIZES = (
+    "--hidden-size 256 --ffn-hidden-size 1024 --seq-length 256 --max-position-embeddings 256 "
+    "--vocab-size 1024 --micro-batch-size 8 --global-batch-size 8 "
+    "--sffn-block-size 64 --sffn-expansion 4"
+)
+DRY_SIZES = (
+    "--hidden-size 32 --ffn-hidden-size 32 --seq-length 16 --max-position-embeddings 16 "
+    "--vocab-size 64 --micro-batch-size 1 --global-batch-size 1 "
+    "--sffn-block-size 16 --sffn-expansion 2"
+)
+ROUTERS = ("switch", "avg-k")
+TOLERANCE = 1e-2
+"""Between the losses of two backends, and those of a CPU, at any step."""
+
+AT_A_TIME = 4
+"""Runs that share a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training.
+
+    Args:
+        router: name.
+        backend: name.
+        steps: that the schedule has.
+        stop: steps after which it stops; as `steps` if it goes on to the end.
+        folder: of its checkpoints; a run goes on from those that are there.
+        bf16: or fp32.
+    """
+
+    router: str
+    backend: str
+    steps: int
+    stop: int
+    folder: Path
+    bf16: bool
+
+    def flags(self, sizes: str) -> list[str]:
+        """Of the command line."""
+        words = f"{FLAGS} {sizes} --sffn-router {self.router} --sffn-backend {self.backend} "
+        words += f"--train-iters {self.steps} --save-interval 1000000 --save {self.folder} "
+        words += "--bf16 " * self.bf16
+        if self.stop < self.steps:
+            words += f"--exit-interval {self.stop} "
+        if (self.folder / "latest_checkpointed_iteration.txt").exists():
+            words += f"--load {self.folder}"
+        return words.split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What a run left.
+
+    Args:
+        steps: number of a step -> its loss as it was printed, 7 digits.
+        validation: the loss after the last step, every bit of it; None where a run stopped early.
+    """
+
+    steps: Mapping[int, str]
+    validation: float | None
+
+
+def cases(context: Context) -> list[Case]:
+    """In the order of their worth."""
+    found = [Case(name="resume and repeat", run=lambda: repeat(context))]
+    for router in ROUTERS[: context.choose(len(ROUTERS), 1)]:
+        run = functools.partial(compare, router, context)
+        found.append(Case(name=f"backends agree: {router}", run=run))
+    if not context.dry:  # tests/test_doctor.py runs it without a GPU
+        found.append(Case(name="doctor's smoke test", run=smoke))
+    return found
+
+
+def smoke() -> dict[str, Any]:
+    """The training of `megatron_sffn.doctor`."""
+    from megatron_sffn.doctor.findings import WRONG
+    from megatron_sffn.doctor.smoke import smoke as doctor
+
+    finding = doctor("smoke")
+    if finding.state == WRONG:
+        raise Failure(finding.found)
+    return {"found": finding.found}
+
+
+def repeat(context: Context) -> dict[str, Any]:
+    """One run, and the same again in two parts: the second part resumes from a checkpoint."""
+    steps = context.choose(20, 4)
+
+    def run(folder: str, stop: int) -> Losses:
+        path = context.scratch / folder
+        planned = Run(
+            router="switch",
+            backend="auto",
+            steps=steps,
+            stop=stop,
+            folder=path,
+            bf16=True,
+        )
+        return train(planned, context)
+
+    with ThreadPoolExecutor(2) as pool:
+        whole, first = pool.map(run, ("whole", "parts"), (steps, steps // 2))
+    if first.steps != {step: whole.steps[step] for step in first.steps}:
+        raise Failure(f"the same run twice has other losses: {first.steps} and {whole.steps}")
+    second = run("parts", steps)
+    together = {**first.steps, **second.steps}
+    # Megatron's line of the second step after a start has the mean of the first two losses.
+    mean = steps // 2 + 2
+    differ = [n for n in whole.steps if n != mean and together.get(n) != whole.steps[n]]
+    if differ or second.validation != whole.validation:
+        raise Failure(
+            f"a resumed run differs at steps {differ}: validation {second.validation}, not "
+            f"{whole.validation}"
+        )
+    return {"losses": list(whole.steps.values()), "validation": whole.validation}
+
+
+def compare(router: str, context: Context) -> dict[str, Any]:
+    """Every backend trains to the same losses, and those of a CPU if they are stored."""
+    steps = context.choose(20, 2)
+    names = [name for name in forms.backends(oracle=True) if name != "auto"]
+    if context.dry:  # two will do, one of them in Triton's interpreter
+        others = [name for name in names if name not in (forms.ORACLE, "torch")]
+        names = [*others[:1], *filter(forms.is_interpreted, others)]
+    reasons: dict[str, str] = {}
+
+    def run(name: str) -> Losses | None:
+        planned = Run(
+            router=router,
+            backend=name,
+            steps=steps,
+            stop=steps,
+            folder=context.scratch / f"{router}-{name}",
+            bf16=not (context.dry and forms.is_interpreted(name)),
+        )
+        try:
+            return train(planned, context)
+        except NotHere as reason:
+            reasons[name] = str(reason)
+            return None
+        finally:
+            shutil.rmtree(planned.folder, ignore_errors=True)
+
+    with ThreadPoolExecutor(context.choose(AT_A_TIME, 2)) as pool:
+        ended = dict(zip(names, pool.map(run, names), strict=True))
+    losses = {
+        name: [float(loss) for loss in run.steps.values()] for name, run in ended.items() if run
+    }
+    if not losses:
+        raise Failure(f"no backend trains: {reasons}")
+    if CURVE.exists() and not context.dry:
+        losses["stored CPU"] = json.loads(CURVE.read_text(encoding="utf-8"))[router]
+    check_equal(losses, steps)
+    return {"losses": losses, "refused": reasons}
+
+
+def check_equal(losses: Mapping[str, Sequence[float]], steps: int) -> None:
+    """Raise `Failure` unless all have a loss for every step, within the tolerance of each other."""
+    (first, expected), *others = losses.items()
+    for name, curve in losses.items():
+        if len(curve) != steps:
+            raise Failure(f"{name} printed {len(curve)} losses of {steps} steps")
+    for name, curve in others:
+        largest = max(abs(a - b) for a, b in zip(curve, expected, strict=True))
+        if not largest < TOLERANCE:
+            raise Failure(f"losses of {name} and {first} differ by {largest:.1e}: {curve}")
+
+
+def train(run: Run, context: Context) -> Losses:
+    """Train in a process of its own.
+
+    Raises:
+        NotHere: if the command line is refused.
+        Failure: if the run fails.
+    """
+    sizes = context.choose(GPU_SIZES, DRY_SIZES)
+    command = [sys.executable, "-m", "megatron_sffn.pretrain", *run.flags(sizes)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    output = done.stdout + done.stderr
+    if done.returncode:
+        print(" ".join(command), output[-6000:], sep="\n", flush=True)
+        kind = NotHere if done.returncode == 2 else Failure
+        raise kind(f"{run.router} with {run.backend}: {reason_in(done.stderr or output)}"[:250])
+    summary = run.folder / "summary.json"
+    found = re.findall(r"iteration\s+(\d+)/.*?lm loss: (\S+)", output)
+    validation = None
+    if run.stop == run.steps and summary.exists():
+        validation = json.loads(summary.read_text(encoding="utf-8"))["validation_loss"]
+    return Losses(steps={int(step): loss for step, loss in found}, validation=validation)
+
+
+def store_curve() -> None:
+    """Train on this machine in the sizes of a GPU, and store the losses."""
+    curves = {}
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        context = Context(dry=False, out=scratch, scratch=scratch, deadline=float("inf"))
+        for router in ROUTERS:
+            run = Run(
+                router=router,
+                backend="torch",
+                steps=20,
+                stop=20,
+                folder=scratch / router,
+                bf16=True,
+            )
+            losses = train(run, context)
+            curves[router] = [float(loss) for loss in losses.steps.values()]
+    CURVE.write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    store_curve()

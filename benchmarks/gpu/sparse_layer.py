@@ -1,0 +1,63 @@
+"""A sparse layer as Megatron would build it, in bf16, in a process that has Megatron's groups."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+
+def sparse_layer(
+    router: str,
+    device: torch.device,
+    *,
+    width: int,
+    active: int,
+    g: int = 4,
+    expansion: int = 4,
+    backend: str = "auto",
+) -> Any:
+    """A layer to train.
+
+    Args:
+        router: name; where the method is defined for other numbers only, those of the tests.
+        device: of its weights.
+        width: D.
+        active: k.
+        g: cells of a block.
+        expansion: E.
+        backend: who computes.
+    """
+    from megatron_sffn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
+    from megatron_sffn.layer import layer_class
+    from megatron_sffn.routers import ROUTERS
+
+    tests = importlib.import_module("tests.layers")
+    numbers = {"block_size": g, "expansion": expansion, **tests.NUMBERS.get(router, {})}
+    balance: dict[str, Any] = {"moe_router_load_balancing_type": "none"}
+    if router == "switch":
+        balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
+    config = SparseFFNTransformerConfig(
+        num_layers=2,
+        hidden_size=width,
+        num_attention_heads=2,
+        add_bias_linear=False,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+        # The product draws on the CPU, for equal bits everywhere: minutes at real sizes.
+        perform_initialization=False,
+        sffn=SparseFFNConfig(
+            active_cells=active,
+            router=ROUTERS[router](**tests.OPTIONS.get(router, {})),
+            backend=Backend(backend),
+            block_size=numbers["block_size"],
+            expansion=numbers["expansion"],
+        ),
+        **balance,
+    )
+    layer = layer_class(Backend(backend))(config, layer_number=1).to(device).train()
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.normal_(0.0, 0.02)
+    return layer

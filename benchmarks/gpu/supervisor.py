@@ -1,0 +1,194 @@
+"""Runs the sections of a command, each in a process of its own with a limit of its own.
+
+Inputs: a plan, a folder, seconds. Outputs: results.json after every section, log.txt, and a line
+on stdout as each section starts and ends.
+
+Design notes
+- A section gets its share of the time that is left: what an early section does not use, the later
+  ones get; when time runs out, all of them shrink alike. The total is never exceeded.
+- A process stops by itself at its limit, between two cases. `GRACE` later it is ended, with all
+  that it started.
+- A process that dies (a failed device assertion, a signal) is started again without the cases that
+  it had begun, so that one bad case costs itself only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import results
+from benchmarks.gpu.plan import PLANS, Section, share
+from benchmarks.gpu.worker import NEXT, POISONED
+from benchmarks.machine import ROOT
+from megatron_sffn.errors import reason_in
+
+GRACE = 8.0
+"""Seconds between the last moment at which a case may start and the end of its process."""
+
+RESERVE = 3.0
+"""Seconds at the end in which no section runs: results are written and printed."""
+
+MOST_RESTARTS = 12
+"""Of a section whose cases end their process."""
+
+LEAST = 2.0
+"""Seconds below which a section is not started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What was asked for.
+
+    Args:
+        name: a key of `PLANS`.
+        out: the folder of the results, which exists.
+        seconds: of the whole command.
+        dry: whether to run without a GPU.
+        only: names of the sections to run; all of the plan if it is empty.
+    """
+
+    name: str
+    out: Path
+    seconds: float
+    dry: bool
+    only: tuple[str, ...] = ()
+
+
+def run(command: Command) -> dict[str, Any]:
+    """Run all sections; returns what results.json then has of this command."""
+    end = time.monotonic() + command.seconds - RESERVE
+    sections = [s for s in PLANS[command.name] if not command.only or s.name in command.only]
+    store = results.Store(command.out / "results.json", command.name, dry=command.dry)
+    log = command.out / "log.txt"
+    for number, section in enumerate(sections):
+        limit = share(tuple(sections[number:]), end - time.monotonic())
+        if limit < LEAST:
+            store.add(section.name, results.not_started())
+        else:
+            print(f"  {section.name:12} starts, at most {limit:.0f} s", flush=True)
+            with tempfile.TemporaryDirectory(prefix="sffn-gpu-") as scratch:
+                store.add(section.name, _run_section(section, command, limit, Path(scratch), log))
+        print(results.line(section.name, store.sections[section.name]), flush=True)
+    return store.sections
+
+
+def _run_section(
+    section: Section, command: Command, limit: float, scratch: Path, log: Path
+) -> dict[str, Any]:
+    """One section with its restarts; returns its entry of results.json."""
+    start = time.monotonic()
+    records, reason = scratch / "records.jsonl", ""
+    for _ in range(MOST_RESTARTS):
+        left = limit - (time.monotonic() - start)
+        if left < LEAST:
+            reason = "its time was up before all cases had begun"
+            break
+        before = len(_lines(records))
+        code, said = _process(section, command, left, scratch, log)
+        if code == 0:
+            reason = ""
+            break
+        if code in (NEXT, POISONED):
+            continue
+        reason = f"its process ended with {_name(code)}: {said}"
+        _close(records, reason)
+        if code is None or len(_lines(records)) <= before:
+            break
+    return results.entry(_lines(records), reason, time.monotonic() - start)
+
+
+def _process(
+    section: Section, command: Command, left: float, scratch: Path, log: Path
+) -> tuple[int | None, str]:
+    """Run the process once: its exit code, None if it was ended; and its last words."""
+    grace = min(GRACE, left / 4)
+    words = [sys.executable, "-m", "benchmarks.gpu.worker", section.name]
+    words += ["--out", str(command.out.resolve()), "--scratch", str(scratch)]
+    words += ["--records", str(scratch / "records.jsonl"), "--seconds", f"{left - grace:.1f}"]
+    words += ["--isolated"] * section.isolated + ["--dry-run"] * command.dry
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"\n==== {command.name} {section.name}, at most {left:.0f} s\n")
+        file.flush()
+        begin = file.tell()
+        process = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=environment(command.dry),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        with _ended(process):
+            try:
+                code: int | None = process.wait(timeout=left)
+            except subprocess.TimeoutExpired:
+                code = None
+    with log.open(encoding="utf-8", errors="replace") as file:
+        file.seek(begin)
+        return code, "" if code == 0 else reason_in(file.read())[:300]
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Leave none of a process and of what it started, however the block ends."""
+    try:
+        yield
+    finally:
+        # The group, also after its leader has ended: a training may have outlived it.
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+                if process.poll() is None and number == signal.SIGTERM:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=2)
+        process.wait()
+
+
+def environment(dry: bool) -> dict[str, str]:
+    """Of a section's process and of all that it starts."""
+    found = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+    found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [found.get("PYTHONPATH")])])
+    if dry:
+        # No compiler for the C++ kernels of a CPU: a GPU does not run them either.
+        found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "CXX": "no-compiler"}
+        found["TORCH_EXTENSIONS_DIR"] = str(Path(tempfile.gettempdir()) / "sffn-no-extensions")
+    return found
+
+
+def _lines(records: Path) -> list[dict[str, Any]]:
+    """What the processes of a section have noted; a line that was cut short is left out."""
+    lines = []
+    for line in records.read_text(encoding="utf-8").splitlines() if records.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def _close(records: Path, reason: str) -> None:
+    """Note that the case that had begun last failed, if its process did not live to say so."""
+    lines = _lines(records)
+    ended = {line["case"] for line in lines if "case" in line}
+    with records.open("a", encoding="utf-8") as file:
+        for line in lines:
+            if "begun" in line and line["begun"] not in ended:
+                failed = {"case": line["begun"], "state": "failed", "reason": reason, "seconds": 0}
+                file.write(json.dumps(failed) + "\n")
+
+
+def _name(code: int | None) -> str:
+    """What ended a process, in words."""
+    if code is None:
+        return "its time"
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

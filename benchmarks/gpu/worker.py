@@ -1,0 +1,156 @@
+"""The process of one section: `python -m benchmarks.gpu.worker SECTION ...`.
+
+Inputs: the name of a section, a file of JSON lines that a former process of the same section may
+have begun. Outputs: lines at the end of that file, two for each case: that it begins, and how it
+ended. Whatever happens to this process, what is in the file is true.
+
+Design notes: a case that the file has begun is not run again, so that the supervisor can start a
+section anew after a case has ended its process. After an error of CUDA itself the process ends with
+`POISONED`: every later call would fail, too. So it ends after a case that takes half of the
+section's time: the other cases shall have theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+POISONED = 71
+"""Exit code: CUDA is of no more use in this process."""
+
+NEXT = 72
+"""Exit code: the next case wants a fresh process."""
+
+LONGEST_CASE = 0.5
+"""Share of the section's time after which a case is given up."""
+
+LONGEST_SENTENCE = 300
+"""Characters of a reason that are kept; log.txt has all."""
+
+
+def main() -> int:
+    """Run the cases that are left."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.worker", allow_abbrev=False)
+    parser.add_argument("section")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--records", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--isolated", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.seconds
+
+    from benchmarks.gpu.case import Case, Context
+    from megatron_sffn.remarks import silence
+
+    silence()
+    # A benchmark measures; a warning is for log.txt, and ends nothing.
+    warnings.simplefilter("default")
+    context = Context(dry=args.dry_run, out=args.out, scratch=args.scratch, deadline=deadline)
+    section = importlib.import_module(f"benchmarks.gpu.sections.{args.section}")
+    begun = begun_cases(args.records)
+    cases: list[Case] = [case for case in section.cases(context) if case.name not in begun]
+    for number, case in enumerate(cases):
+        if number and context.left <= 0:
+            note(args.records, {"not_run": [case.name for case in cases[number:]]})
+            return 0
+        with given_up(case.name, max(LONGEST_CASE * args.seconds, 5.0), args.records):
+            poisoned = run_case(case, context, args.records)
+        if poisoned:
+            return POISONED
+        if args.isolated and number + 1 < len(cases):
+            return NEXT
+    return 0
+
+
+def begun_cases(records: Path) -> set[str]:
+    """Names of the cases that a former process of this section has begun."""
+    if not records.exists():
+        return set()
+    lines = map(json.loads, records.read_text(encoding="utf-8").splitlines())
+    return {line["begun"] for line in lines if "begun" in line}
+
+
+@contextlib.contextmanager
+def given_up(name: str, seconds: float, records: Path) -> Iterator[None]:
+    """End this process, and note why, if the block takes too long."""
+
+    def give_up() -> None:
+        reason = f"it took more than {seconds:.0f} s, and was given up"
+        failed = {"case": name, "state": "failed", "reason": reason, "seconds": seconds}
+        note(records, failed)
+        os._exit(POISONED)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def run_case(case: Any, context: Any, records: Path) -> bool:
+    """Run a case and note how it ended; True if CUDA cannot be used any more."""
+    from benchmarks.gpu.case import NotHere
+    from megatron_sffn.errors import ConfigError
+
+    note(records, {"begun": case.name})
+    print(f"-- {case.name}", flush=True)
+    start, poisoned = time.monotonic(), False
+    ended: dict[str, Any] = {"case": case.name}
+    try:
+        values = case.run()
+        context.synchronize()
+        ended |= {"state": "passed", "values": dict(values or {})}
+    except (NotHere, ConfigError) as reason:
+        # A backend that cannot serve a size or a dtype refuses it in a sentence.
+        ended |= {"state": "skipped", "reason": sentence(reason)}
+    except Exception as error:  # of any package: it is the result of the case
+        traceback.print_exc()
+        ended |= {"state": "failed", "reason": sentence(error)}
+        poisoned = is_of_cuda(error)
+    sys.stderr.flush()
+    note(records, {**ended, "seconds": round(time.monotonic() - start, 3)})
+    return poisoned
+
+
+def sentence(error: BaseException) -> str:
+    """An error in one line; the name of its class where that is not ours."""
+    from benchmarks.gpu.case import Failure, NotHere
+    from megatron_sffn.errors import ConfigError
+
+    words = " ".join(str(error).split())
+    if not isinstance(error, Failure | NotHere | ConfigError):
+        words = f"{type(error).__name__}: {words}"
+    return words[:LONGEST_SENTENCE]
+
+
+def is_of_cuda(error: BaseException) -> bool:
+    """Whether an error is one after which CUDA calls of this process fail; no memory is not."""
+    kind = type(error).__name__
+    return kind != "OutOfMemoryError" and (kind == "AcceleratorError" or "CUDA error" in str(error))
+
+
+def note(records: Path, line: dict[str, Any]) -> None:
+    """Append a line, so that it is on the disk before anything else happens."""
+    with records.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The exchange by itself: how exactly it sums, what it waits for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sffn.dispatch import dispatch, messages
+from megatron_sffn.ops.block_ffn import Pairs
+from megatron_sffn.placement import Placement
+from megatron_sffn.routers.base import Routing
+from tests.ranks import run_ranks
+from tests.waits import recorded
+
+TOKENS, WIDTH, BLOCKS, ACTIVE = 50, 24, 16, 7
+LOSS_OF_ONE_ROUNDING = 2.0**-8
+"""Largest relative error of a number that is rounded to bf16 once."""
+
+
+def placement_of(cells: int = 1) -> Placement:
+    group = torch.distributed.group.WORLD
+    blocks = group.size() // cells
+    return Placement(
+        group=group, block_parts=blocks, cell_parts=cells, num_blocks=BLOCKS, block_size=2
+    )
+
+
+def tokens_of(rank: int, dtype: torch.dtype) -> tuple[Tensor, Routing, Tensor]:
+    """Tokens, their blocks of which some places are empty, and the weights of a loss."""
+    draw = torch.Generator().manual_seed(rank)
+    x = torch.randn(TOKENS, WIDTH, generator=draw).to(dtype)
+    ids = torch.rand(TOKENS, BLOCKS, generator=draw).argsort(dim=1)[:, :ACTIVE]
+    ids[torch.rand(ids.shape, generator=draw) < 0.1] = -1
+    gates = torch.rand(ids.shape, generator=draw)
+    weights = torch.randn(TOKENS, WIDTH, generator=draw).to(dtype)
+    routing = Routing(block_ids=ids, gates=gates.requires_grad_(), may_be_empty=True)
+    return x.requires_grad_(), routing, weights
+
+
+def factor(rank: int) -> float:
+    """What a rank multiplies its rows by: exact in bf16, but no sum of such products is."""
+    return (-1.0) ** (rank // 2) * 2.0 ** (-3 * (rank % 4))
+
+
+def sums_on(dispatcher: str, cells: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over ranks of this rank's tokens and gradients, each rank with its own factor."""
+    rank, grid = torch.distributed.get_rank(), placement_of(cells)
+    x, routing, weights = tokens_of(rank, torch.bfloat16)
+    arrived = dispatch(x, routing, grid, dispatcher)
+    of_row = torch.zeros(len(arrived.rows)).index_fill_(0, arrived.pairs.rows.long(), factor(rank))
+    y = arrived.plan.combine(arrived.rows * of_row[:, None].bfloat16())
+    (
+        (y * weights).sum() + (arrived.gates * (arrived.pairs.blocks + 1) * factor(rank)).sum()
+    ).backward()
+    return y.detach(), x.grad, routing.gates.grad
+
+
+def sums_of(rank: int, ranks: int, cells: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in float64 on no rank."""
+    x, routing, weights = tokens_of(rank, torch.bfloat16)
+    ids, each = routing.block_ids, BLOCKS // (ranks // cells)
+    total, dgates = torch.zeros(TOKENS, 1).double(), torch.zeros(ids.shape).double()
+    for other in range(ranks):
+        met = (ids // each == other // cells) & (ids >= 0)
+        total += met.any(dim=1, keepdim=True) * factor(other)
+        dgates += met * factor(other) * (ids % each + 1)
+    return x.detach().double() * total, weights.double() * total, dgates
+
+
+def all_sums(layouts: list[tuple[str, int]]) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+    return [[sums_on(*layout) for _ in range(2)] for layout in layouts]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_sums_between_ranks_in_bf16_have_the_error_of_one_rounding(ranks: int) -> None:
+    layouts = [(way, cells) for way in ("alltoall", "allgather") for cells in (1, 2)]
+    results = run_ranks(ranks, all_sums, layouts)
+    for rank, by_layout in enumerate(results):
+        for (way, cells), (first, second) in zip(layouts, by_layout, strict=True):
+            exact = sums_of(rank, ranks, cells)
+            assert all(map(torch.equal, first, second)), (way, cells)
+            for mine, expected in zip(first[:2], exact[:2], strict=True):
+                error = (mine.double() - expected).abs()
+                assert (error <= LOSS_OF_ONE_ROUNDING * expected.abs() + 1e-6).all(), (way, cells)
+            torch.testing.assert_close(first[2].double(), exact[2], rtol=1e-6, atol=1e-6)
+
+
+def waits_of(dispatcher: str, *, may_be_empty: bool) -> dict[str, int]:
+    """Where the host would wait for a GPU in a forward and a backward."""
+    x, routing, weights = tokens_of(torch.distributed.get_rank(), torch.float32)
+    if not may_be_empty:
+        ids = torch.arange(ACTIVE).expand(TOKENS, ACTIVE) + torch.arange(TOKENS)[:, None] % 9
+        routing = Routing(block_ids=ids, gates=routing.gates)
+
+    def step() -> None:
+        arrived = dispatch(x, routing, placement_of(), dispatcher)
+        y = arrived.plan.combine(arrived.rows * 2)
+        torch.autograd.backward([y, arrived.gates], [weights, torch.ones_like(arrived.gates)])
+
+    return recorded(step)
+
+
+def all_waits() -> list[dict[str, int]]:
+    ways = ("alltoall", "allgather")
+    return [waits_of(way, may_be_empty=empty) for way in ways for empty in (False, True)]
+
+
+def test_the_host_waits_once_for_counts_and_for_nothing_else() -> None:
+    for waits in run_ranks(2, all_waits):
+        assert waits == [{"ops/streams.py:wait": 1}] * 4
+
+
+@pytest.mark.parametrize("num_blocks", [3, 2**15, 2**15 + 1])
+def test_pairs_travel_in_as_few_bytes_as_the_blocks_need(num_blocks: int) -> None:
+    rows = torch.tensor([0, 0, 1, 2, 2, 2], dtype=torch.int32)
+    blocks = torch.tensor([0, num_blocks - 1, 0, num_blocks - 1, 1, 0], dtype=torch.int32)
+    begins = torch.tensor([True, False, True, True, False, False])
+    codes = messages.encode(blocks, begins, num_blocks)
+    assert codes.itemsize == (2 if num_blocks <= 2**15 else 4)
+    gates = torch.rand(6, dtype=torch.float64)
+    arrived, with_gates = messages.unpack(messages.pack(codes, gates), codes.dtype, gates.dtype)
+    pairs = messages.decode(arrived)
+    assert isinstance(pairs, Pairs)
+    assert torch.equal(pairs.rows, rows)
+    assert torch.equal(pairs.blocks, blocks)
+    assert torch.equal(with_gates, gates)
