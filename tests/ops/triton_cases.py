@@ -111,7 +111,7 @@ def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str
     expected = loop.sort(pairs.blocks, B)
     assert torch.equal(order, expected[0]) and torch.equal(offsets, expected[1])
     assert (order.dtype, offsets.dtype) == (torch.int32, torch.int64)
-    by_block = Sorted(rows=pairs.rows[order.long()], offsets=offsets)
+    by_block = Sorted(rows=pairs.rows[order.long()], offsets=offsets, order=order)
     x, table = _random(dtype, device, rows, width), _random(dtype, device, B, cells, width)
     h = _random(dtype, device, len(order), cells)
     found = {}
