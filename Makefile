@@ -5,10 +5,11 @@
 
 BIN := .venv/bin
 CPP := $(wildcard megatron_sffn/ops/*/*.cpp)
-SHELL_FILES := .ci/run $(wildcard docker/*.sh examples/*/*.sh tools/*.sh)
+SHELL_FILES := .ci/run $(wildcard docker/*.sh examples/*/*.sh tools/*.sh benchmarks/*/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart bench bench-gpu bench-steps bench-parallel test check format clean
+.PHONY: help env quickstart bench bench-gpu bench-steps bench-parallel gpu-rehearsal test check \
+	format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +28,11 @@ bench-steps: env ## Time of whole training steps over a dense model's, ours and 
 
 bench-gpu: env ## The same on a GPU, in bf16 (ARGS=...)
 	@$(BIN)/python -m benchmarks.blocks --device cuda --dtype bf16 $(ARGS)
+
+# Without `env`: it has an environment of its own, with the versions of a GPU machine. The command
+# itself, on such a machine, needs no make at all: docs/gpu.md.
+gpu-rehearsal: ## Dry run of the acceptance of a GPU, under Python 3.12, torch 2.11 and Triton 3.6
+	@benchmarks/gpu/rehearse.sh
 
 bench-parallel: env ## Time and bytes of a layer on 2 and 4 ranks, ours and Megatron's (ARGS=...)
 	@$(BIN)/python -m benchmarks.parallel $(ARGS)
@@ -51,5 +57,5 @@ format: env ## Rewrite the code in the project's format
 
 clean: ## Remove caches and build output; leaves runs/ and .venv
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
-	@find . \( -name .venv -o -name runs -o -name .git \) -prune -o -type d -name __pycache__ -exec rm -rf {} +
-	@echo "Kept runs/ and .venv; to remove those: rm -rf runs .venv"
+	@find . \( -name .venv -o -name .venv-torch211 -o -name runs -o -name .git \) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	@echo "Kept runs/ and .venv*; to remove those: rm -rf runs .venv .venv-torch211"

@@ -148,8 +148,11 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         "--sffn-backend",
         default=Backend.AUTO.value,
         choices=[backend.value for backend in Backend],
-        help="who computes the blocks: auto: the fastest here; naive: the oracle, dense with a "
-        "mask; torch: a loop over blocks; cpu: C++, compiled here; triton: kernels for a GPU; "
+        help="who computes the blocks: auto: the fastest for these sizes on this machine; naive: "
+        "the oracle, dense with a mask; torch: a loop over blocks; grouped: torch's grouped "
+        "product, for blocks of a multiple of 8 cells in bf16; masked: dense products, of which "
+        "the chosen cells are taken; bags: sums of single cells; quack: a grouped product of the "
+        "package quack-kernels; cpu: C++, compiled on this machine; triton: kernels for a GPU; "
         "megatron: Megatron's own dispatcher and experts",
     )
     add(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sffn.errors import ConfigError
+from megatron_sffn.ops.block_ffn import grouped
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,14 @@ class Backend(StrEnum):
     """The oracle: every block for every token, then a mask."""
     TORCH = "torch"
     """Blocks in a loop of torch's products, on any device."""
+    GROUPED = "grouped"
+    """A grouped product of a library, a group for each block: blocks of a multiple of 8 cells."""
+    MASKED = "masked"
+    """Dense products of all rows with all cells, of which the chosen are taken: small E."""
+    BAGS = "bags"
+    """Sums of single cells by a library: memories of values alone."""
+    QUACK = "quack"
+    """A grouped product of the package quack-kernels, which reads rows by index."""
     CPU = "cpu"
     """C++ kernels, compiled on this machine; torch's loop where there is no compiler."""
     TRITON = "triton"
@@ -292,6 +301,14 @@ class SparseFFNConfig:
         return self.shared_blocks * self.block_size
 
 
+ACTS_IN_OUR_ROUTERS = (
+    "moe_expert_capacity_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+)
+"""Fields of Megatron's config that our routers act on and check."""
+
+
 @dataclass
 class SparseFFNTransformerConfig(TransformerConfig):
     """Megatron's config with the sparse layers' numbers in it.
@@ -314,13 +331,32 @@ class SparseFFNTransformerConfig(TransformerConfig):
             # Megatron has the bias for its own sigmoid scores only, and refuses it for softmax.
             # Our routers add it to their scores themselves; Megatron's part is to update it.
             self.moe_router_enable_expert_bias = False
-        capacity: float | None = vars(self)["moe_expert_capacity_factor"]
-        self.moe_expert_capacity_factor = None  # ours, too: Megatron allows it to few dispatchers
+        # Ours, too: Megatron allows a capacity to few dispatchers, and asserts about groups.
+        ours = {name: vars(self)[name] for name in ACTS_IN_OUR_ROUTERS}
+        for name in ours:
+            setattr(self, name, None)
         super().__post_init__()
         self.moe_router_enable_expert_bias = biased
-        self.moe_expert_capacity_factor = capacity
+        for name, value in ours.items():
+            setattr(self, name, value)
         if self.sffn is not None:
             self.sffn.router.check_model(self)
+            self._check_backend(self.sffn)
+
+    def _check_backend(self, sffn: SparseFFNConfig) -> None:
+        """Refuse a backend that cannot compute a layer of these sizes, whatever the device."""
+        if sffn.backend not in (Backend.GROUPED, Backend.QUACK):
+            return
+        slices = vars(self)["expert_tensor_parallel_size"] or 1
+        width, key_width = self.hidden_size, sffn.router.key_width(self.hidden_size)
+        reason = grouped.refusal_of_widths(
+            {"--hidden-size": width, "the width of keys": key_width}
+            | {"--sffn-block-size / --expert-tensor-parallel-size": sffn.block_size // slices}
+        )
+        if not key_width:
+            reason = f"needs keys, and --sffn-router {sffn.router.name} has values alone"
+        if reason is not None:
+            raise ConfigError(f"--sffn-backend {sffn.backend} {reason}; use auto, masked or torch")
 
 
 def moe_fields(sffn: SparseFFNConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def hashed_subsets(names: Tensor, *, size: int, count: int, key: int) -> Tensor:
 
     They are the first images of a permutation that is keyed by the name: distinct by construction.
     The permutation is a Feistel network with cycle walking. The host waits for the device in every
-    turn of the walk, so that this belongs into the first step, not into every one.
+    turn of the walk: call it once and keep the result, where that is possible.
 
     Args:
         names: `[N]` int64.

@@ -7,16 +7,19 @@ else; where it is 0 there are values alone.
 
 Choices
 - Tables without biases, as both papers define the layer, whatever `--disable-bias-linear` says.
-- Each block draws its initial values from a generator seeded by (seed, layer, block): the model is
-  the same on one rank and on a thousand.
+- Each block draws its initial values on the CPU, from a generator seeded by (seed, layer, block):
+  the model is the same on one rank and on a thousand, and on a CPU and a GPU.
 - A checkpoint holds cells, not blocks: tables `[M, D]` (gate keys apart), in which a block is G
   consecutive rows. So any EP and ETP can load it, and any block size that divides the memory.
 """
 
 from __future__ import annotations
 
+import collections
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -103,29 +106,35 @@ class Memory(MegatronModule):
         """
         return self.keys, self.values
 
-    @torch.no_grad()
     def initialize(self, layer_number: int) -> None:
         """Draw the tables of this layer, block by block."""
         if not self.config.perform_initialization:
             return
-        devices = [self.values.device] if self.values.is_cuda else []
         draw_keys, draw_values = init_methods(self.config, self.sffn)
-        drawn = [(self.values, 1, draw_values)]
+        tables = [(self.values.detach(), 1, draw_values)]
         if self.keys is not None:
-            drawn.insert(0, (self.keys, self.keys_per_cell, draw_keys))
-        grid = self.placement
-        # One generator: `torch.manual_seed` notes the call stack for each device it has not met.
-        reseed = torch.cuda.manual_seed if devices else torch.default_generator.manual_seed
-        with torch.random.fork_rng(devices=devices):
-            for block in range(grid.num_local_blocks):
-                # Counting on from a hashed place, no two blocks of a layer share a seed.
-                place = seed_of(self.sffn.seed, layer_number) + grid.first_block + block
-                reseed(place % 2**32)
-                for table, per_cell, draw in drawn:
-                    whole = table.new_empty(per_cell * grid.block_size, table.shape[-1])
-                    draw(whole)
-                    cells = whole.view(per_cell, grid.cell_parts, grid.num_local_cells, -1)
-                    table[block] = cells[:, grid.cell_part].flatten(0, 1)
+            tables.insert(0, (self.keys.detach(), self.keys_per_cell, draw_keys))
+        # Drawn on the CPU also for a GPU, whose generator gives other numbers: then a run on a GPU
+        # can be compared with one on a CPU, loss by loss.
+        drawn = [(_on_cpu(table), keys_per_cell, draw) for table, keys_per_cell, draw in tables]
+        grid, first_seed = self.placement, seed_of(self.sffn.seed, layer_number)
+
+        def draw_block(block: int) -> None:
+            generator = torch.Generator()
+            # Counting on from a hashed number, no two blocks of a layer share a seed.
+            generator.manual_seed((first_seed + grid.first_block + block) % 2**32)
+            for table, keys_per_cell, draw in drawn:
+                whole_block = table.new_empty(keys_per_cell * grid.block_size, table.shape[-1])
+                draw(whole_block, generator=generator)
+                cells = whole_block.view(keys_per_cell, grid.cell_parts, grid.num_local_cells, -1)
+                table[block] = cells[:, grid.cell_part].flatten(0, 1)
+
+        # Threads draw at the same time: torch lets Python go on while it fills a tensor.
+        with ThreadPoolExecutor(drawing_threads()) as threads:
+            collections.deque(threads.map(draw_block, range(grid.num_local_blocks)), maxlen=0)
+        for (table, *_), (numbers, *_) in zip(tables, drawn, strict=True):
+            if numbers is not table:
+                table.copy_(numbers)
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients: ours are never delayed."""
@@ -199,7 +208,19 @@ class Memory(MegatronModule):
         return f"keys={keys}, values={list(self.values.shape)}"
 
 
-Draw = Callable[[Tensor], Any]
+Draw = Callable[..., Any]
+"""`draw(tensor, generator=...)` of `torch.nn.init` fills a tensor."""
+
+
+def _on_cpu(table: Tensor) -> Tensor:
+    """The table itself if it is on the CPU, else an uninitialised one of its shape and dtype."""
+    return table if table.device.type == "cpu" else torch.empty_like(table, device="cpu")
+
+
+def drawing_threads() -> int:
+    """Threads that draw tables: this rank's share of the processors, and at most 8."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(max(1, len(os.sched_getaffinity(0)) // ranks), 8)
 
 
 def init_methods(config: SparseFFNTransformerConfig, sffn: SparseFFNConfig) -> tuple[Draw, Draw]:

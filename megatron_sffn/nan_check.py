@@ -86,8 +86,14 @@ class NanCheck:
         self._check_losses()
 
     def _look(self, model: list[torch.nn.Module], where: str) -> str:
-        """Raise for scores; returns "nan" or "inf" for a loss that is, else "". One wait."""
-        *layers, loss = self._flags(model).tolist()
+        """Raise for scores; returns "nan" or "inf" for a loss that is, else "".
+
+        The noted losses are on the host afterwards, so that the host waits for the device once.
+        """
+        flags = self._flags(model)
+        numbers = torch.cat((flags, *(loss.reshape(1) for loss in self._losses))).tolist()
+        *layers, loss = numbers[: len(flags)]
+        self._losses = [torch.tensor(number) for number in numbers[len(flags) :]]
         for number, flag in enumerate(layers, start=1):
             if flag:
                 raise FloatingPointError(
@@ -105,7 +111,7 @@ class NanCheck:
         device = torch.cuda.current_device()
         flags = torch.zeros(self.args.num_layers + 1, device=device)
         for layer in (layer for chunk in model for layer in sparse_layers(chunk)):
-            flags[layer.layer_number - 1] = layer.router.score_flag
+            flags[layer.layer_number - 1] += layer.router.score_flag
         flags = flags.isnan().float()
         if self._losses and self.args.check_for_nan_in_loss_and_grad:
             losses = torch.stack(self._losses)

@@ -173,12 +173,20 @@ class Recorder:
             "versions": {
                 "python": platform.python_version(),
                 **{
-                    package: importlib.metadata.version(package)
+                    package: _version_of(package)
                     for package in ("megatron-sffn", "megatron-core", "torch")
                 },
             },
             "seed": args.seed,
         }
+
+
+def _version_of(package: str) -> str | None:
+    """Of an installed package; None for a clone that is imported where it lies."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def sent_bytes_per_token(model: list[torch.nn.Module]) -> float | None:

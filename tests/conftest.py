@@ -5,6 +5,7 @@ import os
 # Before torch: ranks are forked, and a thread pool does not survive a fork.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import importlib.util
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -16,6 +17,12 @@ import torch
 
 from megatron_sffn.platforms import prepare
 
+if importlib.util.find_spec("megatron") is None:
+    pytest.exit(
+        "megatron-core is not installed, which every test needs; run make env, or on a machine "
+        "without a network see docs/gpu.md",
+        returncode=2,
+    )
 prepare()
 
 from megatron.core import parallel_state  # noqa: E402  (imported on an adapted platform)

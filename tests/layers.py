@@ -23,6 +23,7 @@ NUMBERS = {
     **{name: {"block_size": 1, "expansion": 16} for name in ("pkm", "pkm-relu", "pkm-ffn")},
 }
 """Router -> numbers of a layer for which it is defined, where the usual ones are not."""
+FLOAT64 = {"params_dtype": torch.float64, "moe_router_dtype": "fp64"}
 OPTIONS = {
     "lorkm": {"rank": 6},
     "noisy-top-k": {"noise": 0.0},  # no random number depends on the layout
@@ -71,8 +72,6 @@ def config_of(case: Case) -> SparseFFNTransformerConfig:
         hidden_size=D,
         num_attention_heads=2,
         add_bias_linear=False,
-        params_dtype=torch.float64,
-        moe_router_dtype="fp64",
         tensor_model_parallel_size=tensor_parallel,
         sequence_parallel=tensor_parallel > 1,
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
@@ -86,7 +85,7 @@ def config_of(case: Case) -> SparseFFNTransformerConfig:
             router=ROUTERS[case.router](**OPTIONS.get(case.router, {}) | dict(case.options)),
             backend=case.backend,
         ),
-        **{**activation, **balance, **dict(case.megatron)},
+        **{**FLOAT64, **activation, **balance, **dict(case.megatron)},
     )
 
 

@@ -21,7 +21,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-TIMEOUT = 60.0
+TIMEOUT = 180.0
+"""Seconds: eight ranks on a busy machine of two cores need more than a minute."""
 
 FORKS_ARE_SAFE = True
 """Until this process starts a process group of its own (see tests/conftest.py)."""

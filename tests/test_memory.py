@@ -8,6 +8,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from megatron_sffn.config import INITIALIZATIONS, SparseFFNConfig, SparseFFNTransformerConfig
 from megatron_sffn.hashing import seed_of
@@ -167,3 +168,32 @@ def test_each_block_draws_from_a_seed_of_its_own(one_rank: None) -> None:
     torch.random.set_rng_state(state)
     SparseFFN(config, layer_number=2)
     assert torch.equal(torch.random.get_rng_state(), state), "the caller's generator is left alone"
+
+
+class Copies(TorchFunctionMode):
+    """Keeps what is copied from the CPU to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[Tensor] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.copy_ and args[0].device.type != "cpu":
+            self.sources.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tables_on_another_device_start_from_the_bits_of_the_cpu(
+    one_rank: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    config = config_with(None, "avg-k")
+    config.params_dtype = dtype
+    expected = SparseFFN(config, layer_number=2).experts()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+    with Copies() as copies:
+        layer = SparseFFN(config, layer_number=2)
+    assert {table.device.type for table in layer.experts()} == {"meta"}
+    assert len(copies.sources) == 2, "a table is one copy"
+    for table, source in zip(expected, copies.sources, strict=True):
+        assert torch.equal(table, source)

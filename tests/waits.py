@@ -58,9 +58,7 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self.waits = waits
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _waits(func, args, kwargs):
             self.waits.note()
@@ -102,7 +100,9 @@ def _noting(waits: Waits, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, which notes that it waits."""
 
     def noting(*args: Any, **kwargs: Any) -> Any:
-        waits.note()
+        # A new tensor without a device stays on the host.
+        if isinstance(args[0], torch.Tensor) or kwargs.get("device") is not None:
+            waits.note()
         return function(*args, **kwargs)
 
     return noting

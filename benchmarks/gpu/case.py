@@ -3,6 +3,9 @@
 Inputs: the environment that the supervisor gives to a section's process.
 Outputs: values of a case; or `Failure` with a sentence, or `NotHere` with the reason why a case
 cannot run on this machine.
+
+Design notes: torch is imported when a device is asked for, so that a process whose section fails to
+import it can still say so.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Values = Mapping[str, Any]
 """What a case found, as JSON can hold it."""
@@ -59,6 +63,8 @@ class Context:
     @property
     def device(self) -> torch.device:
         """The GPU; the CPU in a dry run."""
+        import torch
+
         return torch.device("cpu" if self.dry else "cuda")
 
     @property
@@ -73,4 +79,6 @@ class Context:
     def synchronize(self) -> None:
         """Wait for the device: errors of kernels belong to the case that started them."""
         if not self.dry:
+            import torch
+
             torch.cuda.synchronize()

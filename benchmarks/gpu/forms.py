@@ -23,8 +23,13 @@ ORACLE = "naive"
 
 PRODUCTS = ("to_pairs", "to_rows", "to_table")
 
-LOOPS: dict[str, int] = {"torch": 64, "loop": 64}
-"""Backend or module whose launches grow with the blocks -> least g at which it ends in time."""
+IN_TIME: dict[str, tuple[int, int]] = {
+    "torch": (64, 1 << 30),
+    "loop": (64, 1 << 30),
+    "bags": (1, 1),
+}
+"""Backend or module -> least and largest g at which it ends in time: the loop's launches grow with
+the blocks, and the bags' reads with their cells."""
 
 
 def backends(*, oracle: bool = False) -> list[str]:
@@ -32,9 +37,12 @@ def backends(*, oracle: bool = False) -> list[str]:
     return [name for name in BACKENDS if name not in NOT_OF_A_GPU and (oracle or name != ORACLE)]
 
 
-def too_slow(name: str, cells: int) -> bool:
-    """Whether a backend or module takes a launch for every block, and the blocks are too many."""
-    return cells < LOOPS.get(name, 0)
+def too_slow(name: str, cells: int, context: Context) -> bool:
+    """Whether a backend or module is not made for blocks of so many cells, at real sizes."""
+    if context.dry:
+        return False
+    least, most = IN_TIME.get(name, (1, 1 << 30))
+    return not least <= cells <= most
 
 
 def modules() -> dict[str, ModuleType]:

@@ -6,19 +6,23 @@ ended. Whatever happens to this process, what is in the file is true.
 
 Design notes: a case that the file has begun is not run again, so that the supervisor can start a
 section anew after a case has ended its process. After an error of CUDA itself the process ends with
-`POISONED`: every later call would fail, too.
+`POISONED`: every later call would fail, too. So it ends after a case that takes half of the
+section's time: the other cases shall have theirs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,9 @@ POISONED = 71
 
 NEXT = 72
 """Exit code: the next case wants a fresh process."""
+
+LONGEST_CASE = 0.5
+"""Share of the section's time after which a case is given up."""
 
 LONGEST_SENTENCE = 300
 """Characters of a reason that are kept; log.txt has all."""
@@ -59,7 +66,9 @@ def main() -> int:
         if number and context.left <= 0:
             note(args.records, {"not_run": [case.name for case in cases[number:]]})
             return 0
-        if run_case(case, context, args.records):
+        with given_up(case.name, max(LONGEST_CASE * args.seconds, 5.0), args.records):
+            poisoned = run_case(case, context, args.records)
+        if poisoned:
             return POISONED
         if args.isolated and number + 1 < len(cases):
             return NEXT
@@ -72,6 +81,25 @@ def begun_cases(records: Path) -> set[str]:
         return set()
     lines = map(json.loads, records.read_text(encoding="utf-8").splitlines())
     return {line["begun"] for line in lines if "begun" in line}
+
+
+@contextlib.contextmanager
+def given_up(name: str, seconds: float, records: Path) -> Iterator[None]:
+    """End this process, and note why, if the block takes too long."""
+
+    def give_up() -> None:
+        reason = f"it took more than {seconds:.0f} s, and was given up"
+        failed = {"case": name, "state": "failed", "reason": reason, "seconds": seconds}
+        note(records, failed)
+        os._exit(POISONED)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def run_case(case: Any, context: Any, records: Path) -> bool:
@@ -112,12 +140,8 @@ def sentence(error: BaseException) -> str:
 
 def is_of_cuda(error: BaseException) -> bool:
     """Whether an error is one after which CUDA calls of this process fail; no memory is not."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
-    accelerator = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, accelerator) or "CUDA error" in str(error)
+    kind = type(error).__name__
+    return kind != "OutOfMemoryError" and (kind == "AcceleratorError" or "CUDA error" in str(error))
 
 
 def note(records: Path, line: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from megatron_sffn.accounting.ranks import RankLayout
-from megatron_sffn.accounting.selection import INT32, INT64, Call, kept_by_router
+from megatron_sffn.accounting.selection import FP32, INT32, INT64, Call, kept_by_router
 
 
 def kept_by_blocks(call: Call, layout: RankLayout) -> float:
@@ -53,7 +53,7 @@ def rows_and_pairs(call: Call, layout: RankLayout) -> tuple[float, float]:
 def _per_pair(call: Call, layout: RankLayout) -> float:
     """Of a (row, block) pair: the row's index, its up projections, its gate and that's place."""
     router, numbers = call.sffn.router, call.number_bytes
-    gate = INT32 + numbers
+    gate = INT32 + FP32
     if not router.key_width(call.hidden_size):
         return INT32 + gate
     cells = call.sffn.block_size // layout.expert_tensor

@@ -14,8 +14,8 @@ from torch import Tensor
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import device
 
-BACKENDS = ("auto", "naive", "torch", "cpu", "triton")
-"""The fastest for a device, the oracle, plain torch, C++, kernels for a GPU."""
+BACKENDS = ("auto", "naive", "torch", "grouped", "masked", "bags", "quack", "cpu", "triton")
+"""The fastest for a device, the oracle, plain torch four times, quack-kernels, C++, Triton."""
 
 
 def check(backend: str, tensor: Tensor) -> None:

@@ -103,6 +103,8 @@ def adaptations() -> tuple[Adaptation, ...]:
         # torch's own code asks this one, and must go on hearing the truth: the Adam that Megatron
         # uses, before a graph capture, and the DataLoader, before it pins memory.
         row("torch.accelerator.is_available", _answer(False), "core.optimizer"),
+        # Before torch 2.12 Adam asks this instead, once `torch.cuda` says that it is there.
+        row("torch.cuda.is_current_stream_capturing", _answer(False), "core.optimizer"),
         # Tensors that ask for the GPU.
         row("torch.tensor", _on_host, "core.optimizer.grad_scaler.DynamicGradScaler"),
         row("torch.zeros", _on_host, schedule),

@@ -24,7 +24,8 @@ from torch import Tensor
 from megatron_sffn.balance import balance_weights
 from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig, flag
 from megatron_sffn.errors import ConfigError
-from megatron_sffn.routers.base import Routing, score_dtype
+from megatron_sffn.ops.scores import scores
+from megatron_sffn.routers.base import Routing
 from megatron_sffn.routers.descriptors import DESCRIPTORS
 from megatron_sffn.routers.scored import ScoredConfig, ScoredRouter
 
@@ -70,6 +71,7 @@ class AvgKConfig(ScoredConfig):
 
     def check_model(self, config: SparseFFNTransformerConfig) -> None:
         """See `RouterConfig.check_model`."""
+        super().check_model(config)
         learns = self.gated_output or balance_weights(config, self.entropy_coefficient)
         if self.descriptor == "learned" and not learns:
             raise ConfigError(
@@ -120,7 +122,7 @@ class AvgKRouter(ScoredRouter):
     def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """See `ScoredRouter.score`."""
         gate_keys = keys[:, : self.placement.num_local_cells]
-        return x.to(score_dtype(x)) @ self._descriptors(gate_keys).T
+        return scores(x, self._descriptors(gate_keys))
 
     def _descriptors(self, keys: Tensor) -> Tensor:
         """`[B, D]`, computed again only if they are differentiated or the weights have changed."""

@@ -9,7 +9,8 @@ Networks (`--sffn-gate-network`)
   `(x Hᵀ) Wᵀ / sqrt(h)`.
 The last two are ours; the paper on block sizes (arXiv 2305.13999) leaves other gates open.
 
-Choice: products in the tokens' dtype with scores in fp32 at least (Megatron's function).
+Choice: scores are fp32 at least: on a GPU products of half precision with sums in fp32
+(`ops/scores`), elsewhere Megatron's function, which keeps no fp32 copy for the backward pass.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from torch import Tensor
 
 from megatron_sffn.config import SparseFFNConfig, flag
+from megatron_sffn.ops.scores import scores, tensor_core_dtype
 from megatron_sffn.routers.base import score_dtype
 from megatron_sffn.routers.scored import ScoredConfig, ScoredRouter
 
@@ -115,5 +117,7 @@ class LearnedRouter(ScoredRouter):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x Wᵀ` in fp32 at least."""
+    if tensor_core_dtype(x, weight) is not None:
+        return scores(x, weight)
     product: Tensor = router_gating_linear(x, weight, None, score_dtype(x))
     return product

@@ -103,6 +103,8 @@ class RandHashRouter(Router):
 
     def _make_table(self, device: torch.device) -> Tensor:
         """`[V, K]` blocks of every id; the host waits, once."""
-        ids = torch.arange(self.config.padded_vocab_size, device=device)
+        rows = self.config.padded_vocab_size
+        assert rows is not None, "a table needs the size of the vocabulary"
+        ids = torch.arange(rows, device=device)
         chunks = ids.split(max(1, HASHED_IDS // self.sffn.num_active_blocks))
         return torch.cat([self._hash(chunk).to(self._table_dtype) for chunk in chunks])

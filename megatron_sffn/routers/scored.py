@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.balance import Balance
-from megatron_sffn.config import RouterConfig, flag
+from megatron_sffn.config import RouterConfig, SparseFFNTransformerConfig, flag
 from megatron_sffn.routers.base import NO_BLOCK, Router, Routing
+from megatron_sffn.routers.groups import check_groups, in_best_groups
 
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
     "none": lambda scores, ids: None,
@@ -48,6 +49,8 @@ class ScoredConfig(RouterConfig):
         "moe_z_loss_coeff",
         "moe_router_enable_expert_bias",
         "moe_router_bias_update_rate",
+        "moe_router_num_groups",
+        "moe_router_group_topk",
     )
     default_gate: ClassVar[str] = "none"
     """Of `GATES`, where `--sffn-gate` is not given."""
@@ -83,6 +86,11 @@ class ScoredConfig(RouterConfig):
         """Fill in the gate, then check."""
         object.__setattr__(self, "gate", self.gate or self.default_gate)
         super().__post_init__()
+
+    def check_model(self, config: SparseFFNTransformerConfig) -> None:
+        """See `RouterConfig.check_model`."""
+        assert config.sffn is not None, "a router is checked in a model that has it"
+        check_groups(config, config.sffn.num_blocks, config.sffn.num_active_blocks)
 
     @property
     def gated_output(self) -> bool:
@@ -164,12 +172,18 @@ class ScoredRouter(Router):
         choice, dropout = self.preference(scores), self.settings.block_dropout
         if self.balance.biased:
             choice = choice + self.balance.expert_bias
-        if not (self.training and dropout):
-            return self.largest(choice, self.sffn.num_active_blocks), None
-        without = torch.rand_like(scores) < dropout
-        choice = choice.masked_fill(without, -torch.inf)
-        ids = self.largest(choice, self.sffn.num_active_blocks)
-        return ids, without.gather(1, ids)
+        active, drops = self.sffn.num_active_blocks, self.training and bool(dropout)
+        unavailable = torch.rand_like(scores) < dropout if drops else None
+        if unavailable is not None:
+            choice = choice.masked_fill(unavailable, -torch.inf)
+        if num_groups := self.config.moe_router_num_groups:
+            group_topk = self.config.moe_router_group_topk
+            allowed = in_best_groups(choice, active, num_groups, group_topk, self.largest)
+            choice = choice.masked_fill(~allowed, -torch.inf)
+            # Of blocks that cannot be chosen the lowest come first, from any group.
+            unavailable = None if unavailable is None else unavailable | ~allowed
+        ids = self.largest(choice, active)
+        return ids, None if unavailable is None else unavailable.gather(1, ids)
 
     def preference(self, scores: Tensor) -> Tensor:
         """`[T, B]` what blocks are chosen by: in units of the gate, if a bias is added to it."""

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_sffn.config import Exchange, SparseFFNConfig, flag
 from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.scores import scores, tensor_core_dtype
 from megatron_sffn.routers.base import score_dtype
 from megatron_sffn.routers.scored import ScoredConfig, ScoredRouter
 from megatron_sffn.traffic import SCORE_BYTES
@@ -114,12 +115,12 @@ class VanillaMRouter(ScoredRouter):
         """`[T, B / ep]` scores of the cells held here, a few blocks at a time."""
         aggregate, _ = AGGREGATORS[self.settings.aggregation]
         activation = Activation.of(self.config)
-        dtype = score_dtype(x)
-        x = x.to(dtype)
+        if tensor_core_dtype(x, keys) is None:
+            x = x.to(score_dtype(x))  # once for all chunks
         cells, width = keys.shape[1:]
         step = max(1, SCRATCH_NUMBERS // max(1, x.shape[0] * cells))
         parts = []
         for some in keys.split(step):
-            up = x @ some.reshape(-1, width).T.to(dtype)
+            up = scores(x, some.reshape(-1, width))
             parts.append(aggregate(activation(up.view(x.shape[0], -1, cells))))
         return torch.cat(parts, dim=1)

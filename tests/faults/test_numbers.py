@@ -25,10 +25,15 @@ def ended(folder: Path, flags: str) -> tuple[Job, list[int]]:
     return run, codes
 
 
-def with_norm(run: Path, iteration: int, folder: Path, change: Callable[[Tensor], Tensor]) -> Path:
-    """The run's checkpoint with another weight of the last norm, of which there are 32 numbers."""
+def with_norm(
+    run: Path,
+    iteration: int,
+    folder: Path,
+    change: Callable[[Tensor], Tensor],
+    names: tuple[str, ...] = ("decoder.final_layernorm.weight", "final_layernorm.weight"),
+) -> Path:
+    """The run's checkpoint with another weight of a norm, of which there are 32 numbers."""
     source = iteration_folder(run, iteration)
-    names = ("decoder.final_layernorm.weight", "final_layernorm.weight")
     [norm] = [key for key in read_metadata(source).state_dict_metadata if key in names]
     changed = Change(piece=change, rows=(32, 32))
     rewrite(source, folder, iteration, changes={norm: changed}, common=read_common(source))
@@ -59,10 +64,15 @@ def test_without_the_check_it_goes_on(tmp_path: Path) -> None:
 SCORES = "step 2, layer 1, router avg-k: scores are NaN or infinite; the hidden states"
 
 
-@pytest.mark.parametrize("flags", ["", "--rerun-mode disabled --recompute-granularity full"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--overlap-grad-reduce",
+        "--rerun-mode disabled --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1",
+    ],
+)
 def test_scores_end_all_ranks_before_the_loss_does(tmp_path: Path, flags: str) -> None:
-    if flags:
-        flags += " --recompute-method uniform --recompute-num-layers 1"
     run, codes = ended(tmp_path, f"{EP2} {DIVERGING} {flags}")
     assert codes == [1, 1]
     for rank in range(2):
@@ -94,3 +104,16 @@ def test_weights_that_are_no_numbers_are_not_trained(tmp_path: Path, value: floa
     assert codes == [1, 1]
     assert "the loss is nan in the first step, step 3" in run.log(), run.log()
     assert [path.name for path in bad.glob("iter_*")] == ["iter_0000002"]
+
+
+def test_scores_of_one_stage_end_the_other_with_the_same_sentence(tmp_path: Path) -> None:
+    flags = "--pipeline-model-parallel-size 2 --train-iters 4"
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    ended(tmp_path / "first", f"{flags} --exit-interval 2 --save {good} --save-interval 4")
+    norm = "decoder.layers.1.mlp.linear_fc1.layer_norm_weight"
+    with_norm(good, 2, bad, lambda weight: torch.full_like(weight, torch.nan), (norm,))
+    for more, when in (("", "step 3"), ("--skip-train", "evaluation after step 2")):
+        run, codes = ended(tmp_path / when, f"{flags} --load {bad} {more}")
+        assert codes == [1, 1], run.log()
+        for rank in range(2):
+            assert f"{when}, layer 2, router avg-k: scores are NaN" in run.log(rank), run.log(rank)

@@ -22,7 +22,7 @@ from megatron_sffn.config import Backend
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import block_ffn, route_topk
 from megatron_sffn.ops.backends import BACKENDS
-from megatron_sffn.ops.block_ffn import cpu, loop, op
+from megatron_sffn.ops.block_ffn import cpu, op
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.platforms.cpu import is_host
 
@@ -114,7 +114,6 @@ def test_tables_on_a_gpu() -> None:
 
     for dtype in triton.DTYPES:
         assert op._products("triton", OnGPU(dtype)) is triton
-        assert op._products("auto", OnGPU(dtype)) is loop
     assert op._products("auto", torch.zeros(1, 2, 3)) is cpu.products(torch.float32, 2)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels as machine code for four generations of GPUs, none of which has to be there."""
+"""The Triton kernels compiled for four generations of GPUs, none of which has to be there."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from megatron_sffn.ops.block_ffn import (
     triton_masked,
 )
 from megatron_sffn.ops.block_ffn.pairs import Sorted
+from megatron_sffn.ops.route_topk import triton as topk
 
 B = 5
 FORMS = {"grouped": triton_grouped, "masked": triton_masked}
@@ -84,6 +85,10 @@ def differing(choice: str, dtype: str, device: str) -> dict[str, float]:
     ids = route_topk(scores, active, backend="triton")
     assert ids.dtype == torch.int64
     assert route_topk(scores[:0], active, backend="triton").shape == (0, active)
+    spoilt = scores.clone()
+    spoilt[:, ::2] = torch.nan
+    chosen = topk.route_topk(spoilt, active)
+    assert (chosen.diff(dim=1) > 0).all() and chosen.min() >= 0 and chosen.max() < blocks
     bad = 0
     for number in (torch.nan, -torch.nan):
         scores[-1, -1] = number
@@ -106,7 +111,7 @@ def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str
     expected = loop.sort(pairs.blocks, B)
     assert torch.equal(order, expected[0]) and torch.equal(offsets, expected[1])
     assert (order.dtype, offsets.dtype) == (torch.int32, torch.int64)
-    by_block = Sorted(rows=pairs.rows[order.long()], offsets=offsets)
+    by_block = Sorted(rows=pairs.rows[order.long()], offsets=offsets, order=order)
     x, table = _random(dtype, device, rows, width), _random(dtype, device, B, cells, width)
     h = _random(dtype, device, len(order), cells)
     found = {}
@@ -123,6 +128,11 @@ def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str
                 assert torch.equal(ours, again), f"{form} {name} depends on the order of execution"
             assert ours.dtype == dtype
             found[f"{form} {name}"] = _error(ours, exact)
+            if name == "to_table":
+                start = _random(torch.float32, device, B, cells, width)
+                into = start.clone()
+                assert products.to_table(*arguments, *rest, into=into) is into
+                found[f"{form} {name}, added"] = _error(into, start.double() + exact)
     return found
 
 

@@ -24,11 +24,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-OPERATORS = torch.library.Library("aten", "IMPL")
-"""Operators that torch has for CUDA alone."""
+from tests.cuda_operators import CUDA_OPERATORS
 
 H100 = "NVIDIA H100 80GB HBM3"
 TIMEOUT = 120.0
@@ -43,18 +39,13 @@ def play_cuda_machine() -> None:
 
     from megatron_sffn.ops import device
 
-    OPERATORS.impl("mm.dtype", wide_product, "CPU")
+    assert CUDA_OPERATORS
     device.is_gpu = lambda tensor: True
     device.capability = lambda tensor: (9, 0)
     device.name = lambda tensor: H100
 
     import megatron.core.tokenizers.text
     import megatron.training  # noqa: F401  (seconds that no forked rank has to spend)
-
-
-def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """`torch.mm(left, right, out_dtype=dtype)`: sums in another dtype than the operands'."""
-    return left.to(dtype) @ right.to(dtype)
 
 
 def leave_out(target: str) -> None:

@@ -33,7 +33,7 @@ def cases(context: Context) -> list[Case]:
         timed: list[Row] = []
         for g, expansion in context.choose(SHAPES, ((8, 2),)):
             for backend in forms.backends():
-                if forms.too_slow(backend, context.choose(g, 1 << 30)):
+                if forms.too_slow(backend, g, context):
                     continue
                 size = size_of(width, g, expansion, forms.dtype_for(backend, context), context)
                 run = functools.partial(compare, backend, size, context, timed)

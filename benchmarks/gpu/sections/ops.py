@@ -59,7 +59,7 @@ def size_cases(context: Context) -> Iterator[Case]:
     ]
     for tokens, g, expansion, load in shapes:
         for backend in forms.backends():
-            if backend == "auto" or forms.too_slow(backend, context.choose(g, 1 << 30)):
+            if backend == "auto" or forms.too_slow(backend, g, context):
                 continue  # auto is one of the others
             size = Size(
                 tokens=tokens,
@@ -78,7 +78,7 @@ def large_cases(context: Context) -> Iterator[Case]:
     """More than 2^31 coefficients: indices of 32 bits would run over."""
     tokens, active, width, g = context.choose((131_077, 16_384, 256, 64), (7, 16, 16, 16))
     for backend in forms.backends():
-        if backend == "auto":
+        if backend == "auto" or forms.too_slow(backend, g, context):
             continue
         dtype = forms.dtype_for(backend, context)
         size = Size(

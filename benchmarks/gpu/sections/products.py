@@ -35,7 +35,7 @@ def cases(context: Context) -> list[Case]:
         ((8, 2),),
     ):
         for name in modules:
-            if forms.too_slow(name, context.choose(g, 1 << 30)):
+            if forms.too_slow(name, g, context):
                 continue
             size = size_of(g, expansion, forms.dtype_for(name, context), context)
             run = functools.partial(compare, name, size, context, timed)

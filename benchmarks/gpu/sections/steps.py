@@ -7,7 +7,8 @@ from argparse import Namespace
 from typing import Any
 
 from benchmarks import steps
-from benchmarks.gpu.case import Case, Context
+from benchmarks.gpu.case import Case, Context, Failure
+from megatron_sffn.errors import ConfigError
 
 
 def cases(context: Context) -> list[Case]:
@@ -33,7 +34,10 @@ def run(
     tokens, layers, width = context.choose((16_384, 4, 2048), (256, 1, 32))
     step = steps.Step(backend=backend, block_size=g, expansion=expansion, tokens=tokens)
     sizes = Namespace(num_layers=layers, hidden_size=width, train_iters=context.choose(12, 2))
-    ms = steps.milliseconds(step, sizes, extra=("--bf16",))
+    try:
+        ms = steps.milliseconds(step, sizes, extra=("--bf16",))
+    except ConfigError as error:  # which is how that command says that a run failed
+        raise Failure(str(error)) from error
     took[backend if backend == "dense" else step.flags()] = ms
     ratio = ms / took["dense"] if "dense" in took else None
     words = f"step, {backend} g={g} E={expansion}, {tokens} tokens, D = {width}: {ms:.1f} ms"

@@ -45,8 +45,8 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
     """The sum of each row's weighted cells, as `function.Products.to_rows`."""
     wide = torch.promote_types(table.dtype, torch.float32)
     result = table.new_zeros(num_rows, table.shape[2], dtype=wide)
-    for block, piece in _pieces(pairs, table[0]):
-        part = _widest(coefficients[piece], table[block])
+    for block, piece in _pieces(pairs, table.flatten(0, 1)):
+        part = coefficients[piece] @ table[block]
         result.index_add_(0, pairs.rows[piece], part.to(wide))
     return result.to(table.dtype)
 
@@ -55,32 +55,26 @@ def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
     """The sum of each cell's weighted rows, as `function.Products.to_table`."""
-    blocks = len(pairs.offsets) - 1
-    shape = coefficients.shape[1], rows.shape[1]
-    result = rows.new_zeros(blocks, *shape) if into is None else into
+    shape = len(pairs.offsets) - 1, coefficients.shape[1], rows.shape[1]
+    result = rows.new_zeros(shape) if into is None else into
     # Of one block, so that pieces are never summed in 16 bits.
-    wide = rows.new_empty(shape, dtype=torch.promote_types(rows.dtype, torch.float32))
-    summed = -1
+    wide = rows.new_empty(shape[1:], dtype=torch.promote_types(rows.dtype, torch.float32))
+    offsets = _host_offsets(pairs)
     for block, piece, gathered in _gathered(pairs, rows):
-        part = _widest(coefficients[piece].T, gathered)
+        part = coefficients[piece].T @ gathered
         if into is not None:
             into[block] += part
             continue
-        if block != summed:
+        begins, ends = piece.start == offsets[block], piece.stop == offsets[block + 1]
+        if begins and ends:
+            result[block] = part
+        elif begins:
             wide.copy_(part)
         else:
             wide += part
-        summed = block
-        if piece.stop == _host_offsets(pairs)[block + 1]:
-            result[block] = wide
+            if ends:
+                result[block] = wide
     return result
-
-
-def _widest(left: Tensor, right: Tensor) -> Tensor:
-    """A product in fp32 where the device can give that for narrow inputs, else in their dtype."""
-    if device.is_gpu(left) and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right
 
 
 def _gathered(pairs: Sorted, rows: Tensor) -> Iterator[tuple[int, slice, Tensor]]:

@@ -5,11 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import backends, device
 from megatron_sffn.ops.activation import Activation
-from megatron_sffn.ops.block_ffn import check, cpu, function, loop, naive
+from megatron_sffn.ops.block_ffn import (
+    bags,
+    check,
+    choice,
+    cpu,
+    function,
+    grouped,
+    loop,
+    masked,
+    naive,
+    quack,
+)
 from megatron_sffn.ops.block_ffn.function import Products
 from megatron_sffn.ops.block_ffn.pairs import Pairs, pairs_of_ids
+
+NEED_SHAPES = ("grouped", "quack")
+"""Backends that serve some shapes only."""
 
 
 def block_ffn(
@@ -33,8 +48,10 @@ def block_ffn(
         block_ids: `[T, K]` integers in [0, B), distinct within a row; negative for no block.
         gates: `[T, K]` factors of the blocks' outputs, or None for 1.
         activation: `gelu`, `relu`, `squared_relu` or `swiglu`.
-        backend: `naive`, the oracle; `torch`, a loop over blocks; `cpu`, C++; `triton`, for a GPU
-            and 32 or 16 bits; or `auto` for the fastest on x's device.
+        backend: `naive`, the oracle; `torch`, a loop over blocks; `grouped`, a grouped product;
+            `masked`, all rows times all cells; `bags`, for single cells; `quack`, a grouped
+            product of the package quack-kernels; `cpu`, C++; `triton`, for a GPU and 32 or 16
+            bits; or `auto` for the fastest on x's device.
 
     Returns:
         `[T, D]` of x's dtype, differentiable in x, keys, values and gates. Sums are in fp32 at
@@ -79,7 +96,7 @@ def block_ffn_pairs(
     activation = check.activation(activation)
     check.tensors(x, keys, values, pairs, gates, activation)
     check.pairs(pairs, len(x), len(values), distinct=keys is not None)
-    products = _products(backend, values)
+    products = _products(_resolved(backend, x, keys, values, pairs), values)
     if keys is None:
         assert gates is not None  # as checked
         if products is None:
@@ -104,6 +121,29 @@ def sort_stably(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
     return products.sort(keys, num_keys)
 
 
+def _resolved(backend: str, x: Tensor, keys: Tensor | None, values: Tensor, pairs: Pairs) -> str:
+    """The backend of a call: on a GPU what `auto` stands for.
+
+    Raises:
+        ConfigError: if one of `NEED_SHAPES` was asked for and cannot compute the call.
+    """
+    if backend not in NEED_SHAPES and not (backend == "auto" and device.is_gpu(values)):
+        return backend
+    shape = choice.Shape(
+        rows=len(x),
+        pairs=len(pairs.rows),
+        blocks=len(values),
+        cells=values.shape[1],
+        width=values.shape[2],
+        key_width=0 if keys is None else keys.shape[2],
+    )
+    if backend == "auto":
+        return choice.backend_of(shape, values)
+    if (why_not := choice.refusal(backend, shape, values)) is not None:
+        raise ConfigError(f"backend {backend} {why_not}; use auto, masked or torch")
+    return backend
+
+
 def _products(backend: str, values: Tensor) -> Products | None:
     """Who multiplies; None for the oracle, which has no parts."""
     backends.check(backend, values)
@@ -113,10 +153,16 @@ def _products(backend: str, values: Tensor) -> Products | None:
         case "triton":
             kernels: Products = backends.triton_for(__package__, values)
             return kernels
-        # On a GPU not yet triton: its tests there have never run.
-        case "auto" if device.is_gpu(values):
-            return loop
         case "torch":
             return loop
+        case "grouped":
+            return grouped
+        case "quack":
+            quack.kernels()
+            return quack
+        case "masked":
+            return masked
+        case "bags":
+            return bags
         case _:
             return cpu.products(values.dtype, values.shape[1])

@@ -18,11 +18,12 @@ Choices
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from megatron_sffn.ops.block_ffn import triton_grouped, triton_masked
-from megatron_sffn.ops.block_ffn.function import Products
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.triton_launch import INTERPRETED
 
@@ -57,14 +58,16 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
     return form.to_rows(coefficients, table, pairs, num_rows)
 
 
-def to_table(coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
-    """See `function.Products`."""
+def to_table(
+    coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
+) -> Tensor:
+    """See `function.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
     form = choose("to_table", rows.dtype, pairs, len(rows), coefficients.shape[1])
-    return form.to_table(coefficients, rows, pairs)
+    return form.to_table(coefficients, rows, pairs, into)
 
 
-def choose(product: str, dtype: torch.dtype, pairs: Sorted, num_rows: int, cells: int) -> Products:
-    """Who computes a product; does not wait for the device.
+def choose(product: str, dtype: torch.dtype, pairs: Sorted, num_rows: int, cells: int) -> Any:
+    """The module that computes a product; does not wait for the device.
 
     Args:
         product: a key of `MOVES`.

@@ -19,13 +19,15 @@ Choices
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megatron_sffn.ops.block_ffn import triton_tiles
-from megatron_sffn.ops.block_ffn.pairs import Sorted
+from megatron_sffn.ops.block_ffn.pairs import Sorted, sort_by_block
 from megatron_sffn.ops.block_ffn.triton_tiles import Tiles, launch, side
 
 NARROW = 32
@@ -54,9 +56,23 @@ ROWS_PARTS = 8
 """Parts of a row that are loaded at a time. Untuned."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The tiles of pairs: each lies in one block. The host knows only how many there are at most.
+
+    Args:
+        blocks: of each tile, int64.
+        firsts: the first pair of each tile, int64. A tile that is not needed belongs to the last
+            block and starts behind its last pair.
+    """
+
+    blocks: Tensor
+    firsts: Tensor
+
+
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
     """See `function.Products`."""
-    return _grouped(blocks, num_blocks)
+    return sort_by_block(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
@@ -74,7 +90,8 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
         return table.new_zeros(num_rows, width)
     result = table.new_empty(num_rows, width)
     tiles = _tiles(table, cells)
-    order, offsets = _grouped(pairs.rows, num_rows)
+    by_row = pairs.by_row(num_rows)
+    order, offsets = by_row.order, by_row.offsets
     if cells == 1:
         blocks = torch.arange(len(table), dtype=torch.int32, device=table.device)
         blocks = blocks.repeat_interleave(pairs.offsets.diff(), output_size=num_pairs)
@@ -91,10 +108,14 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
     return result
 
 
-def to_table(coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
-    """See `function.Products`."""
+def to_table(
+    coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
+) -> Tensor:
+    """See `function.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
     num_blocks, cells, width = len(pairs.offsets) - 1, coefficients.shape[1], rows.shape[1]
-    result = rows.new_empty(num_blocks, cells, width)
+    result = rows.new_empty(num_blocks, cells, width) if into is None else into
+    # The kernel takes the table as contiguous.
+    assert result.is_contiguous() and result.shape == (num_blocks, cells, width)
     tiles = _tiles(rows, cells)
     block_n, block_d = side(cells, tiles.columns), side(width, tiles.columns)
     launch(
@@ -108,6 +129,7 @@ def to_table(coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
         offsets=pairs.offsets,
         N=cells,
         D=width,
+        ADD=into is not None,
         BLOCK_P=tiles.inner,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
@@ -130,20 +152,20 @@ def _multiply(
     """
     if not len(pairs.rows):
         return
-    blocks, firsts = _schedule(pairs, tiles.height)
+    schedule = _schedule(pairs, tiles.height)
     inner, outer = table.shape[1:]
     block_o = side(outer, tiles.columns)
     launch(
         multiply_kernel,
-        len(blocks) * triton.cdiv(outer, block_o),
+        len(schedule.blocks) * triton.cdiv(outer, block_o),
         tiles,
         source=source,
         table=table,
         result=result,
         rows=pairs.rows,
         offsets=pairs.offsets,
-        blocks=blocks,
-        firsts=firsts,
+        blocks=schedule.blocks,
+        firsts=schedule.firsts,
         inner=inner,
         outer=outer,
         source_row=source.stride(0),
@@ -186,32 +208,21 @@ def _sum(
     )
 
 
-def _grouped(keys: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Stable order of `[P]` keys below `groups`, int32, and `[groups + 1]` int64 offsets."""
-    # Narrow keys sort in fewer passes.
-    narrow = torch.int16 if groups <= torch.iinfo(torch.int16).max else torch.int32
-    ordered, order = keys.to(narrow).sort(stable=True)
-    bounds = torch.arange(groups + 1, dtype=narrow, device=keys.device)
-    # Not bincount, which asks the device for the largest key and waits.
-    return order.int(), torch.searchsorted(ordered, bounds)
-
-
-def _schedule(pairs: Sorted, height: int) -> tuple[Tensor, Tensor]:
-    """Cut each block's pairs in tiles; the host knows only how many there are at most.
-
-    Returns:
-        Of each tile its block and its first pair, int64. What is not needed belongs to the last
-        block and starts behind its last pair.
-    """
-    offsets = pairs.offsets
-    num_blocks, num_pairs = len(offsets) - 1, len(pairs.rows)
-    heights = (offsets.diff() + (height - 1)) // height
-    ends = heights.cumsum(0)
-    most = num_pairs // height + min(num_blocks, num_pairs)
-    tiles = torch.arange(most, device=offsets.device)
-    blocks = torch.searchsorted(ends, tiles, right=True).clamp(max=num_blocks - 1)
-    within = tiles - (ends - heights).index_select(0, blocks)
-    return blocks, offsets.index_select(0, blocks) + within * height
+def _schedule(pairs: Sorted, height: int) -> Schedule:
+    """The schedule for tiles of `height` pairs, made once for all products with these pairs."""
+    schedules: dict[int, Schedule] = pairs.derived.setdefault(Schedule, {})
+    if height not in schedules:
+        offsets = pairs.offsets
+        num_blocks, num_pairs = len(offsets) - 1, len(pairs.rows)
+        heights = (offsets.diff() + (height - 1)) // height
+        ends = heights.cumsum(0)
+        most = num_pairs // height + min(num_blocks, num_pairs)
+        tiles = torch.arange(most, device=offsets.device)
+        blocks = torch.searchsorted(ends, tiles, right=True).clamp(max=num_blocks - 1)
+        within = tiles - (ends - heights).index_select(0, blocks)
+        firsts = offsets.index_select(0, blocks) + within * height
+        schedules[height] = Schedule(blocks=blocks, firsts=firsts)
+    return schedules[height]
 
 
 def _tiles(tensor: Tensor, cells: int) -> Tiles:
@@ -314,6 +325,7 @@ def to_table_kernel(
     offsets: tl.tensor,
     N: tl.tensor,
     D: tl.tensor,
+    ADD: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -339,4 +351,6 @@ def to_table_kernel(
         b_x = tl.load(p_x, mask=m_p[:, None] & m_d[None, :], other=0.0)
         acc = tl.dot(tl.trans(b_h), b_x, acc, input_precision="ieee")
     p_y = result + (i_b * N + o_n[:, None]) * D + o_d[None, :]
+    if ADD:
+        acc += tl.load(p_y, mask=m_n[:, None] & m_d[None, :], other=0.0)
     tl.store(p_y, acc.to(result.dtype.element_ty), mask=m_n[:, None] & m_d[None, :])

@@ -110,11 +110,15 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
     return result
 
 
-def to_table(coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
-    """See `function.Products`."""
+def to_table(
+    coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
+) -> Tensor:
+    """See `function.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
     (num_rows, width), cells = rows.shape, coefficients.shape[1]
     num_blocks = len(pairs.offsets) - 1
-    result = rows.new_empty(num_blocks, cells, width)
+    result = rows.new_empty(num_blocks, cells, width) if into is None else into
+    # The kernel takes the table as contiguous.
+    assert result.is_contiguous() and result.shape == (num_blocks, cells, width)
     tiles = _tiles(rows, "sums", cells)
     block_c, block_d = side(num_blocks * cells, tiles.height), side(width, tiles.columns)
     launch(
@@ -126,6 +130,7 @@ def to_table(coefficients: Tensor, rows: Tensor, pairs: Sorted) -> Tensor:
         result=result,
         **_where(pairs, num_rows, cells, block_c),
         D=width,
+        ADD=into is not None,
         BLOCK_R=tiles.inner,
         BLOCK_C=block_c,
         BLOCK_D=block_d,
@@ -266,6 +271,7 @@ def to_table_kernel(
     B: tl.tensor,
     per_block: tl.tensor,
     D: tl.tensor,
+    ADD: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -293,4 +299,6 @@ def to_table_kernel(
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     p_y = result + o_c.to(tl.int64)[:, None] * D + o_d[None, :]
     m_c = o_c < B * per_block * RUN
+    if ADD:
+        acc += tl.load(p_y, mask=m_c[:, None] & m_d[None, :], other=0.0)
     tl.store(p_y, acc.to(result.dtype.element_ty), mask=m_c[:, None] & m_d[None, :])

@@ -1,14 +1,15 @@
 """Exact top-K on a GPU, in Triton: a radix select of every row, for fp32, bf16 and fp16.
 
 Enters: scores on a GPU; on a CPU only where `TRITON_INTERPRET=1` was set before the import.
-Leaves: ids.
+Leaves: ids. Nothing waits for the device.
 
 Choices
 - A program owns a row. Scores become unsigned keys of the same order. Each pass counts the next 8
   bits of the keys that share the bits found so far, until the K-th largest key is known. A last
   pass writes the ids of larger keys, and of its equals the first, as many as there are places.
 - A row is read in pieces, in every pass anew: it comes from the L2 cache, and B has no bound.
-- NaN is counted in the last pass, for whoever reads it: the host does not, and never waits.
+- A NaN counts as larger than infinity, or as smaller than -infinity if its sign bit is set: a row
+  with NaN still gets K distinct ids. Who must refuse NaN looks at the scores.
 """
 
 from __future__ import annotations
@@ -36,12 +37,11 @@ PER_WARP = 512
 
 
 def route_topk(scores: Tensor, num_active: int) -> Tensor:
-    """`[T, B]` scores to `[T, K]` int64 ids as `naive.route_topk`; distinct also if one is NaN."""
+    """`[T, B]` scores to `[T, K]` int64 ids as `naive.route_topk`."""
     tokens, blocks = scores.shape
     ids = torch.empty(tokens, num_active, dtype=torch.int64, device=scores.device)
     if not tokens:
         return ids
-    nans = torch.zeros(1, dtype=torch.int32, device=scores.device)
     piece = min(max(triton.next_power_of_2(blocks), SHORTEST), LONGEST)
     triton_launch.launch(
         select_kernel,
@@ -50,7 +50,6 @@ def route_topk(scores: Tensor, num_active: int) -> Tensor:
         stages=1,
         scores=scores.contiguous(),
         ids=ids,
-        nans=nans,
         B=blocks,
         K=num_active,
         DIGITS=DIGITS[scores.dtype],
@@ -71,7 +70,6 @@ def load_keys(scores: tl.tensor, o_b: tl.tensor, m_b: tl.tensor) -> tl.tensor:
 def select_kernel(
     scores: tl.tensor,
     ids: tl.tensor,
-    nans: tl.tensor,
     B: tl.tensor,
     K: tl.tensor,
     DIGITS: tl.constexpr,
@@ -98,13 +96,11 @@ def select_kernel(
     # Bits behind the last digit follow from the others.
     REST: tl.constexpr = 32 - 8 * DIGITS
     least = least >> REST
-    chosen, equal, invalid = 0, 0, 0
+    chosen, equal = 0, 0
     for b in range(0, B, BLOCK_B):
         o_b = b + tl.arange(0, BLOCK_B)
         m_b = o_b < B
-        b_key = load_keys(scores, o_b, m_b)
-        invalid += tl.sum(((b_key > 0xFF800000) | (b_key < 0x007FFFFF)).to(tl.int32))
-        b_key = b_key >> REST
+        b_key = load_keys(scores, o_b, m_b) >> REST
         m_equal = m_b & (b_key == least)
         m_first = m_equal & (equal + tl.cumsum(m_equal.to(tl.int32)) <= places)
         m_chosen = (m_b & (b_key > least)) | m_first
@@ -112,4 +108,3 @@ def select_kernel(
         tl.store(ids + o_k, o_b.to(tl.int64), mask=m_chosen)
         chosen += tl.sum(m_chosen.to(tl.int32))
         equal += tl.sum(m_equal.to(tl.int32))
-    tl.atomic_add(nans, invalid, mask=invalid > 0, sem="relaxed")

@@ -1,0 +1,152 @@
+"""The fastest tiles of every Triton kernel on this card: few candidates, compiled ahead, timed.
+
+Outputs: tiles.json, and a line for each winner as the table `TILES` of its module wants it.
+
+Design notes: candidates are compiled first, by several processes at once, into Triton's cache on
+the disk; one that does not compile, wants more than the card has, or computes something else is
+left out. Every time is that of a product whole, with what it derives from the pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.gpu import forms
+from benchmarks.gpu.case import Case, Context, NotHere
+from benchmarks.gpu.clock import measure
+from benchmarks.gpu.tiles import Job, Tuned, card, jobs, opened
+
+LEAST_GAIN = 0.02
+"""Share of the time by which a candidate must be faster to be proposed."""
+
+SAME = 1e-2
+"""Relative difference up to which two candidates have computed the same."""
+
+COMPILING = 0.4
+"""Share of the section's time that compiling ahead may take."""
+
+
+def cases(context: Context) -> list[Case]:
+    """Compile everything, then one case for each module, product and g."""
+    ahead = Case(name="compile ahead", run=lambda: compile_ahead(context))
+    return [
+        ahead,
+        *(Case(name=job.name, run=functools.partial(tune, job, context)) for job in jobs(context)),
+    ]
+
+
+def tune(job: Job, context: Context) -> dict[str, Any]:
+    """Time the candidates of a line."""
+    with opened(job, context) as tuned:
+        took, reasons = times(tuned, context)
+    if not took:
+        raise NotHere(f"no candidate compiles: {reasons[:2]}")
+    best = min(took, key=lambda number: took[number])
+    if 0 in took and took[0] <= took[best] * (1 + LEAST_GAIN):
+        best = 0
+    dtype = forms.dtype_for(job.module, context)
+    line = f'("{card()}", {dtype}, "{tuned.kind}"): {tuned.tried[best]},'
+    line += f"  # {job.name}: {took[best]:.3g} ms, now {took.get(0, float('nan')):.3g}"
+    timed = [{**dataclasses.asdict(tuned.tried[n]), "ms": ms} for n, ms in took.items()]
+    entry = {**dataclasses.asdict(job), "kind": tuned.kind, "line": line}
+    add({**entry, "candidates": timed, "refused": reasons}, context.out / "tiles.json")
+    return {"line": line, "print": [line] if best else []}
+
+
+def times(tuned: Tuned, context: Context) -> tuple[dict[int, float], list[str]]:
+    """Milliseconds by number of the candidate, and why others have none."""
+    took: dict[int, float] = {}
+    reasons: list[str] = []
+    expected = None
+    for number, candidate in enumerate(tuned.tried):
+        tuned.table.candidate = candidate
+        try:
+            result = tuned.call().float()
+            expected = result if expected is None else expected
+            error = float((result - expected).norm() / expected.norm().clamp(min=1e-30))
+            if not error <= SAME:
+                reasons.append(f"{candidate}: differs from the first by {error:.1e}")
+                continue
+            took[number] = measure(tuned.call, context, seconds=0.05).median
+        except Exception as error:  # of the compiler: too many registers, too much shared memory
+            if "CUDA error" in str(error):
+                raise
+            reasons.append(" ".join(f"{candidate}: {type(error).__name__}: {error}".split())[:200])
+    return took, reasons
+
+
+def compile_ahead(context: Context) -> dict[str, Any]:
+    """Compile all candidates in several processes; what fails there fails again when timed."""
+    processes = context.choose(max((os.cpu_count() or 2) - 2, 1), 1)
+    words = [sys.executable, "-m", "benchmarks.gpu.sections.tune"]
+    end = time.monotonic() + context.left * COMPILING
+    started = [
+        subprocess.Popen([*words, str(n), str(processes), *["--dry-run"] * context.dry])
+        for n in range(processes)
+    ]
+    codes = []
+    for process in started:
+        try:
+            codes.append(process.wait(timeout=max(end - time.monotonic(), 0.1)))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            codes.append(process.wait())
+    return {"processes": processes, "exit_codes": codes}
+
+
+def compile_share(number: int, processes: int, *, dry: bool) -> None:
+    """One of those processes: of all candidates every so many-th; every launch is a compilation."""
+    from megatron_sffn.ops import triton_launch
+
+    def compile_kernel(
+        kernel: Any, programs: int, *, warps: int, stages: int, **arguments: Any
+    ) -> None:
+        kernel.warmup(grid=(programs,), num_warps=warps, num_stages=stages, **arguments)
+
+    context = Context(dry=dry, out=Path(), scratch=Path(), deadline=float("inf"))
+    count = 0
+    with mock.patch.object(triton_launch, "launch", compile_kernel):
+        for job in jobs(context):
+            try:
+                with opened(job, context) as tuned:
+                    for candidate in tuned.tried:
+                        count += 1
+                        if count % processes == number:
+                            tuned.table.candidate = candidate
+                            _compile(tuned)
+            except NotHere as reason:
+                print(f"{job.name}: {reason}", flush=True)
+    if not dry:
+        torch.cuda.synchronize()
+
+
+def _compile(tuned: Tuned) -> None:
+    try:
+        tuned.call()
+    except Exception as error:  # of the compiler
+        print(f"{tuned.table.candidate}: {type(error).__name__}: {error}"[:300], flush=True)
+
+
+def add(entry: dict[str, Any], path: Path) -> None:
+    """Add an entry to a JSON list, and replace the file."""
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps([*entries, entry], indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    importlib.import_module("megatron_sffn.remarks").silence()
+    compile_share(int(sys.argv[1]), int(sys.argv[2]), dry="--dry-run" in sys.argv)

@@ -1,0 +1,182 @@
+"""The tables of tiles of the Triton kernels, seen from outside: what is looked up, what is near it.
+
+Design notes: which line of a table a product looks up is seen by looking: the table is replaced by
+one that remembers. Candidates are the present tiles and their neighbours, one field changed at a
+time; every field of the record is tried, whatever an edition of the kernels calls it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import forms
+from benchmarks.gpu.case import Context, NotHere
+from benchmarks.gpu.problem import Size, draw, sorted_pairs
+from megatron_sffn.ops import device
+
+MOST = 12
+"""Candidates of a line, the present tiles among them."""
+
+Key = tuple[str, torch.dtype, str]
+"""A line of `TILES`: device, dtype, kind."""
+
+
+class Remembering(dict[Key, Any]):
+    """A table of tiles that remembers what was looked up, and can answer with a candidate.
+
+    Args:
+        table: the module's.
+    """
+
+    def __init__(self, table: dict[Key, Any]) -> None:
+        super().__init__(table)
+        self.kinds: set[str] = set()
+        self.candidate: Any = None
+
+    def get(self, key: Key, default: Any = None) -> Any:
+        """The candidate for any kind, if there is one; else the table's line or the one for all."""
+        return self[key]
+
+    def __getitem__(self, key: Key) -> Any:
+        self.kinds.add(key[2])
+        if self.candidate is not None:
+            return self.candidate
+        line = super().get(key)
+        return super().__getitem__(("any", *key[1:])) if line is None else line
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A line of a table to tune: the one that a product looks up for blocks of some cells.
+
+    Args:
+        module: name of the module that has the table.
+        product: name.
+        cells: g.
+    """
+
+    module: str
+    product: str
+    cells: int
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"{self.module}.{self.product} g={self.cells}"
+
+
+def jobs(context: Context) -> list[Job]:
+    """Of all modules that have a table."""
+    found = [
+        Job(module=name, product=product, cells=g)
+        for g in context.choose((256, 16, 1), (16,))
+        for name, module in forms.modules().items()
+        if forms.tuned(module)
+        for product in forms.PRODUCTS
+    ]
+    return found[: context.choose(len(found), 2)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """A job under way.
+
+    Args:
+        table: of its module, for as long as it is replaced.
+        call: runs the product.
+        kind: the line that it looks up.
+        present: the tiles there.
+        tried: the candidates, of which the present tiles are the first.
+    """
+
+    table: Remembering
+    call: Callable[[], Any]
+    kind: str
+    present: Any
+    tried: list[Any]
+
+
+@contextmanager
+def opened(job: Job, context: Context) -> Iterator[Tuned]:
+    """Replace the table of a job's module, and see what the product looks up.
+
+    Raises:
+        NotHere: if the product looks up no line, or more than one.
+    """
+    module: Any = forms.modules()[job.module]
+    former, table = module.TILES, Remembering(module.TILES)
+    module.TILES = table
+    try:
+        call = call_of(job, context)
+        call()
+        if len(table.kinds) != 1:
+            kinds = ", ".join(sorted(table.kinds)) or "none"
+            raise NotHere(f"{job.product} looks up other than one line of its table: {kinds}")
+        (kind,) = table.kinds
+        dtype = forms.dtype_for(job.module, context)
+        present = former.get((card(), dtype, kind)) or former["any", dtype, kind]
+        tried = candidates(present)[: context.choose(MOST, 2)]
+        yield Tuned(table=table, call=call, kind=kind, present=present, tried=tried)
+    finally:
+        module.TILES = former
+
+
+def candidates(present: Any) -> list[Any]:
+    """A record of tiles and its neighbours: each whole number doubled and halved, stages by one."""
+    found = [present]
+    for field in dataclasses.fields(present):
+        value = getattr(present, field.name)
+        if isinstance(value, bool):
+            steps: tuple[Any, ...] = (not value,)
+        elif not isinstance(value, int):
+            continue
+        elif field.name == "stages":
+            steps = (value + 1, value - 1)
+        else:
+            steps = (value * 2, value // 2)
+        found += [
+            dataclasses.replace(present, **{field.name: step})
+            for step in steps
+            if isinstance(step, bool) or step >= 1
+        ]
+    return found[:MOST]
+
+
+def call_of(job: Job, context: Context) -> Callable[[], Any]:
+    """The product of a job at a real size; it derives everything from the pairs anew."""
+    module, where = forms.modules()[job.module], context.device
+    tokens, width, active = context.choose((8192, 4096, 4096), (7, 16, 16))
+    size = Size(
+        tokens=tokens,
+        width=width,
+        active=active,
+        cells=job.cells,
+        expansion=4,
+        dtype=forms.dtype_for(job.module, context),
+        gated=False,
+    )
+    problem = draw(size, where)
+    pairs = sorted_pairs(problem.block_ids, size.num_blocks)
+    h = torch.empty(len(pairs.rows), job.cells, dtype=size.dtype, device=where).normal_()
+    calls: dict[str, Callable[[], Any]] = {
+        "to_pairs": lambda: module.to_pairs(problem.x, problem.keys, pairs),
+        "to_rows": lambda: module.to_rows(h, problem.values, pairs, tokens),
+        "to_table": lambda: module.to_table(h, problem.dy, pairs),
+    }
+
+    def call() -> Any:
+        # What is derived may hang on the tiles.
+        pairs.derived.clear()
+        return calls[job.product]()
+
+    return call
+
+
+def card() -> str:
+    """The name that a line of `TILES` has for this device."""
+    return device.name(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))

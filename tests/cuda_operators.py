@@ -1,0 +1,17 @@
+"""Operators that torch has for CUDA alone, registered for the CPU, for tests that play a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """`torch.mm(left, right, out_dtype=dtype)`: sums in another dtype than the operands'."""
+    return left.to(dtype) @ right.to(dtype)
+
+
+CUDA_OPERATORS = torch.library.Library("aten", "IMPL")
+"""As long as it lives, the operators are there."""
+
+CUDA_OPERATORS.impl("mm.dtype", wide_product, "CPU")

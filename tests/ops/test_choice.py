@@ -1,0 +1,142 @@
+"""What `auto` chooses on a GPU, for which `ops/device.py` is replaced: nothing computes."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from megatron_sffn.config import Backend, ConfigError, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.ops import device
+from megatron_sffn.ops.block_ffn import Pairs, choice, op
+from megatron_sffn.ops.block_ffn.choice import Shape
+from megatron_sffn.routers import ROUTERS
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
+    monkeypatch.setattr(device, "is_gpu", lambda tensor: True)
+    monkeypatch.setattr(device, "capability", lambda tensor: capability)
+    monkeypatch.setattr(device, "name", lambda tensor: "a GPU")
+
+
+def shape(g: int, spread: float, *, tokens: int = 16384, width: int = 4096) -> Shape:
+    """T tokens that use as many cells as four times the width, of E times that."""
+    active = max(1, 4 * width // g)
+    return Shape(
+        rows=tokens,
+        pairs=tokens * active,
+        blocks=int(active * spread),
+        cells=g,
+        width=width,
+        key_width=width,
+    )
+
+
+@pytest.mark.parametrize(
+    "g, spread, dtype, capability, backend",
+    [
+        (1024, 16, HALF, (9, 0), "grouped"),
+        (1024, 1, HALF, (9, 0), "masked"),
+        (256, 4, HALF, (9, 0), "grouped"),
+        (256, 4, HALF, (10, 0), "grouped"),
+        (128, 16, HALF, (9, 0), "grouped"),
+        (64, 4, HALF, (9, 0), "masked"),
+        (64, 16, HALF, (9, 0), "grouped"),
+        (16, 16, HALF, (9, 0), "masked"),
+        (1, 4, HALF, (9, 0), "masked"),
+        (1, 16, HALF, (9, 0), "masked"),
+        (1, 1024, HALF, (9, 0), "bags"),
+        # Where a grouped product is a loop of torch's own, or does not exist.
+        (1024, 16, HALF, (8, 0), "torch"),
+        (1024, 16, torch.float16, (9, 0), "torch"),
+        (1024, 4, SINGLE, (9, 0), "torch"),
+        (64, 4, HALF, (8, 0), "masked"),
+        (64, 2, SINGLE, (9, 0), "torch"),
+        (16, 4, SINGLE, (9, 0), "masked"),
+        (252, 16, HALF, (9, 0), "torch"),
+    ],
+)
+def test_the_rule(
+    g: int,
+    spread: float,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu(monkeypatch, capability)
+    best, reason = choice.choose(shape(g, spread), torch.empty(0, dtype=dtype))
+    assert best == backend, (reason, choice.estimates(shape(g, spread), dtype))
+
+
+def test_the_rule_for_values_alone_for_no_pairs_and_for_the_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu(monkeypatch, (8, 6))
+    tensor = torch.empty(0, dtype=HALF)
+    alone = Shape(rows=8, pairs=32, blocks=512, cells=1, width=64, key_width=0)
+    assert choice.choose(alone, tensor)[0] == "bags"
+    nothing = Shape(rows=0, pairs=0, blocks=64, cells=64, width=64, key_width=64)
+    assert choice.choose(nothing, tensor)[0] in ("masked", "torch")
+    monkeypatch.setattr(choice, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="megatron_sffn"):
+        for spread in (4, 5, 6):
+            choice.backend_of(shape(64, spread), tensor)
+    (record,) = caplog.records
+    assert (
+        "masked for blocks of 64 cells in bfloat16, of which a row uses 1 in 4.0" in record.message
+    )
+    assert "grouped needs a GPU of capability 9.0 or newer, and a GPU has 8.6" in record.message
+
+
+def test_auto_asks_the_rule_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, tables = torch.zeros(5, 64), torch.zeros(2, 6, 64, 64)
+    ids = torch.arange(6, dtype=torch.int32)
+    call = (x, *tables, Pairs(rows=ids, blocks=ids))
+    assert op._resolved("auto", *call) == "auto"
+    gpu(monkeypatch)
+    assert (
+        op._resolved("auto", *call)
+        == choice.choose(Shape(rows=5, pairs=6, blocks=6, cells=64, width=64, key_width=64), x)[0]
+    )
+    assert op._resolved("masked", *call) == "masked"
+    with pytest.raises(ConfigError, match="computes in bfloat16, but the tensors are"):
+        op._resolved("grouped", *call)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"block_size": 4}, "--sffn-block-size / --expert-tensor-parallel-size is 4"),
+        ({"hidden_size": 36}, "--hidden-size is 36"),
+        ({"expert_tensor_parallel_size": 2}, "--expert-tensor-parallel-size is 4"),
+        ({"router": "pkm", "block_size": 1, "expansion": 16}, "--sffn-router pkm has values alone"),
+        ({"router": "lorkm", "rank": 12}, "the width of keys is 12"),
+    ],
+)
+def test_sizes_that_a_grouped_product_cannot_take_are_refused_at_the_start(
+    changes: dict[str, object], words: str
+) -> None:
+    numbers = {"active_cells": 16, "block_size": 8, "expansion": 4, "hidden_size": 32} | changes
+    router = ROUTERS[numbers.pop("router", "switch")]
+    options = {"rank": numbers.pop("rank")} if "rank" in numbers else {}
+    megatron = {name: numbers.pop(name) for name in list(numbers) if name in MEGATRON}
+    sffn = SparseFFNConfig(router=router(**options), backend=Backend.GROUPED, **numbers)
+    with pytest.raises(ConfigError, match=words) as caught:
+        SparseFFNTransformerConfig(
+            num_layers=1,
+            num_attention_heads=4,
+            add_bias_linear=False,
+            moe_router_dtype="fp32",
+            tensor_model_parallel_size=megatron.get("expert_tensor_parallel_size", 1),
+            sequence_parallel="expert_tensor_parallel_size" in megatron,
+            sffn=sffn,
+            **megatron,
+        )
+    assert str(caught.value).endswith("; use auto, masked or torch")
+
+
+MEGATRON = ("hidden_size", "expert_tensor_parallel_size")

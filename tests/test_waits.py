@@ -1,0 +1,154 @@
+"""Where the host waits for a GPU in a step of one layer: a table which only shrinks.
+
+The default path never waits. What does stands in `ALLOWED`, and is in docs/routing.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sffn.config import Backend
+from megatron_sffn.layer import set_weights_version
+from megatron_sffn.nan_check import NanCheck
+from megatron_sffn.ops.block_ffn import pairs_of_ids
+from megatron_sffn.ops.block_ffn.check import pairs as check_pairs
+from megatron_sffn.routers.descriptors import DESCRIPTORS
+from tests import layers, waits
+from tests.layers import SPARSE, VOCAB, Case
+
+ROOT = Path(__file__).parents[1]
+
+
+def switch(**megatron: Any) -> Case:
+    """A layer of Switch with these fields of Megatron's config."""
+    return Case(router="switch", megatron=tuple({"moe_aux_loss_coeff": 0.1, **megatron}.items()))
+
+
+CASES = {
+    **{name: Case(router=name, megatron=(("padded_vocab_size", VOCAB),)) for name in SPARSE},
+    "rand-hash, vocabulary not known": Case(router="rand-hash"),
+    "switch, loss per sequence": switch(moe_router_load_balancing_type="seq_aux_loss"),
+    "switch, global loss": switch(moe_router_load_balancing_type="global_aux_loss"),
+    "switch, z loss": switch(moe_z_loss_coeff=0.1),
+    "switch, bias": switch(moe_router_enable_expert_bias=True),
+    "switch, capacity": switch(moe_expert_capacity_factor=1.0, moe_token_drop_policy="probs"),
+    "sigma-moe, entropy": Case(router="sigma-moe", options=(("entropy_coefficient", 0.1),)),
+    "sigma-moe, dropout": Case(router="sigma-moe", options=(("block_dropout", 0.1),)),
+    **{
+        f"avg-k, {kind}": Case(router="avg-k", options=(("descriptor", kind), ("gate", "sigmoid")))
+        for kind in DESCRIPTORS
+    },
+    **{
+        f"backend {name}": Case(router="avg-k", backend=Backend(name))
+        for name in ("torch", "masked", "bags")
+    },
+}
+
+EMPTY_PLACES = {"ops/block_ffn/pairs.py:pairs_of_ids": 1}
+ALLOWED: dict[str, dict[str, int]] = {
+    # The hash walks until it is inside, and the host asks how many ids there are.
+    "rand-hash, vocabulary not known": {
+        "routers/rand_hash.py:forward": 1,
+        "hashing.py:hashed_subsets": 4,
+    },
+    # One look at the tolerance in 10 turns.
+    "s-base": {"routers/s_base.py:balancing_prices": 1},
+    # How many places are empty follows from the tokens.
+    "switch, capacity": EMPTY_PLACES,
+    "sigma-moe, dropout": EMPTY_PLACES,
+    # A loop over blocks has to know where they begin.
+    "backend torch": {"ops/block_ffn/loop.py:_host_offsets": 1},
+}
+"""Case -> `file:function` -> waits of one forward and backward pass."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_waits_where_the_table_says_and_nowhere_else(one_rank: None, name: str) -> None:
+    layer = layers.build(CASES[name]).train()
+    hidden, ids, weights = layers.inputs()
+
+    def step() -> None:
+        y, _ = layer(hidden.clone().requires_grad_(), padding_mask=ids)
+        (y * weights).sum().backward()
+
+    # What is computed once, in the first step, may wait.
+    step()
+    layer.router.end_step()
+    set_weights_version(layer, "another")
+    assert waits.recorded(step) == ALLOWED.get(name, {})
+
+
+def test_the_look_at_the_end_of_a_step_is_one_wait(one_rank: None) -> None:
+    model = torch.nn.ModuleList([layers.build(Case(router="avg-k")) for _ in range(3)])
+    args = Namespace(num_layers=2, curr_iteration=4, sffn_router="avg-k")
+    args.check_for_nan_in_loss_and_grad = args.check_for_spiky_loss = False
+    check = NanCheck(args)
+    for loss in (1.0, 2.0):
+        check.note_loss(torch.full((), loss))
+    assert waits.recorded(lambda: check.after_step([model])) == {"nan_check.py:_look": 1}
+    model[1].router.score_flag.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="step 5, layer 1, router avg-k: scores are NaN"):
+        check.after_step([model])
+
+
+def test_the_recorder_sees_what_would_wait() -> None:
+    x = torch.tensor([3, 1, 2])
+    seen = {
+        "item": lambda: x[0].item(),
+        "bool": lambda: bool(x[0] > 2),
+        "if": lambda: 1 if x.sum() else 0,
+        "int": lambda: int(x[1]),
+        "tolist": lambda: x.tolist(),
+        "cpu": lambda: x.cpu(),
+        "nonzero": lambda: x.nonzero(),
+        "where": lambda: torch.where(x > 1),
+        "mask": lambda: x[x > 1],
+        "mask to write": lambda: x.clone().__setitem__(x > 1, x[:2]),
+        "masked_select": lambda: x.masked_select(x > 1),
+        "bincount": lambda: x.bincount(),
+        "unique": lambda: x.unique(),
+        "repeats": lambda: x.repeat_interleave(x),
+        "equal": lambda: torch.equal(x, x),
+        "new": lambda: torch.tensor(3, device="cpu"),
+        "check": lambda: check_pairs_of(x),
+    }
+    silent = {
+        "repeats of a known size": lambda: x.repeat_interleave(x, output_size=6),
+        "index": lambda: x[x - 1],
+        "scatter": lambda: x.clone().scatter_add_(0, x - 1, x),
+        "fill": lambda: x.clone().fill_(2),
+        "set": lambda: x.clone().__setitem__(0, 7),
+        "topk": lambda: x.topk(2),
+        "shape": lambda: len(x) + x.numel(),
+    }
+    assert [name for name, call in seen.items() if not waits.recorded(call)] == []
+    assert [name for name, call in silent.items() if waits.recorded(call)] == []
+
+
+def check_pairs_of(ids: torch.Tensor) -> None:
+    """The slow checks of `SFFN_CHECK=1`, which ask the device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SFFN_CHECK", "1")
+        pairs, _ = pairs_of_ids(ids[:, None], None, may_be_empty=False)
+        check_pairs(pairs, 3, 4, distinct=True)
+
+
+def test_every_router_runs_on_fake_tensors_of_a_gpu() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {}
