@@ -24,6 +24,7 @@ from megatron.training.arguments import parse_args, validate_args
 
 from megatron_sffn.config import (
     INITIALIZATIONS,
+    REGATHER,
     Backend,
     RouterConfig,
     SparseFFNConfig,
@@ -155,6 +156,24 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         "package quack-kernels; cpu: C++, compiled on this machine; triton: kernels for a GPU; "
         "megatron: Megatron's own dispatcher and experts",
     )
+    when = "; ".join(f"{name}: {rule}" for name, rule in REGATHER.items())
+    add(
+        "--sffn-regather",
+        choices=list(REGATHER),
+        default="auto",
+        help="send the tokens between expert ranks again in the backward pass, rather than keep "
+        "all rows that a rank got from others: less memory for one more exchange of rows a layer, "
+        f"the same results; {when}",
+    )
+    add(
+        "--sffn-node-size",
+        type=int,
+        metavar="N",
+        help="with --moe-token-dispatcher-type alltoall: a token crosses once to each node of N "
+        "ranks that has a block of it, and is handed on within the node, so that the slow network "
+        "between nodes carries it once; 0: straight to each rank (default: ranks of a node, where "
+        "the expert ranks fill several whole nodes, else 0)",
+    )
     add(
         "--sffn-relu",
         action="store_true",
@@ -232,7 +251,23 @@ def sffn_config(args: Namespace) -> SparseFFNConfig | None:
         backend=args.sffn_backend,
         initialization=args.sffn_init,
         seed=args.seed,
+        regather=args.sffn_regather,
+        node_size=node_size(args),
     )
+
+
+def node_size(args: Namespace) -> int:
+    """Ranks of a node over which tokens travel in two steps; 0 for straight to each rank.
+
+    Without `--sffn-node-size` it is torchrun's LOCAL_WORLD_SIZE, where the ranks that hold the
+    blocks fill several whole nodes.
+    """
+    if args.sffn_node_size is not None:
+        return int(args.sffn_node_size)
+    size, slices = int(os.environ.get("LOCAL_WORLD_SIZE", 0)), args.expert_tensor_parallel_size or 1
+    grid = args.expert_model_parallel_size * slices
+    whole_nodes = size > 1 and grid % size == 0 and size % slices == 0
+    return size if whole_nodes and grid > size else 0
 
 
 def ffn_hidden_size(args: Namespace) -> int:

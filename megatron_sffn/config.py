@@ -48,6 +48,14 @@ INITIALIZATIONS = {
 """Value of `--sffn-init` -> how the tables of keys and values are drawn."""
 
 
+REGATHER = {
+    "auto": "where a rank gets at least twice as many rows as it has tokens",
+    "on": "always",
+    "off": "never",
+}
+"""Value of `--sffn-regather` -> when the backward sends the rows between ranks again."""
+
+
 class Backend(StrEnum):
     """Who computes the blocks."""
 
@@ -227,6 +235,10 @@ class SparseFFNConfig:
         backend: who computes the blocks.
         initialization: how the tables are drawn (`--sffn-init`); None for the router's own.
         seed: of the initial values, which do not depend on the layout.
+        regather: whether the backward sends the rows between ranks again rather than keep them
+            (`REGATHER`).
+        node_size: ranks of a node, where tokens shall cross to each node once (`alltoall` only);
+            0 to send them straight to each rank.
 
     Raises:
         ConfigError: if g does not divide k, a number is out of its range, or the router is not
@@ -241,6 +253,8 @@ class SparseFFNConfig:
     backend: Backend = Backend.AUTO
     initialization: str | None = None
     seed: int = 1234
+    regather: str = "auto"
+    node_size: int = 0
 
     def __post_init__(self) -> None:
         """Check the numbers against each other."""
@@ -272,6 +286,15 @@ class SparseFFNConfig:
             raise ConfigError(
                 f"--sffn-init {self.initialization} is unknown; choose from "
                 f"{', '.join(INITIALIZATIONS)}"
+            )
+        if self.regather not in REGATHER:
+            raise ConfigError(
+                f"--sffn-regather {self.regather} is unknown; choose from {', '.join(REGATHER)}"
+            )
+        if self.node_size < 0:
+            raise ConfigError(
+                f"--sffn-node-size {self.node_size} is negative; give the ranks of a node, or 0 to "
+                "send tokens straight to each rank"
             )
         self.router.check(self)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,13 +26,15 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
-from megatron_sffn.config import Backend, SparseFFNTransformerConfig
+from megatron_sffn.config import Backend, Exchange, SparseFFNTransformerConfig
 from megatron_sffn.dispatch import dispatch
 from megatron_sffn.memory import Memory
 from megatron_sffn.ops import Activation
 from megatron_sffn.ops.block_ffn import block_ffn_pairs, main_grad
+from megatron_sffn.ops.streams import start_beside
 from megatron_sffn.routers.base import Routing
 from megatron_sffn.statistics import RoutingCounter, TrafficCounter
+from megatron_sffn.traffic import regathers
 
 
 class _SparseLayer(MoELayer):
@@ -150,24 +152,45 @@ class SparseFFN(_SparseLayer):
             self.experts.initialize(layer_number)
             self._drawn_for = layer_number
 
+    @cached_property
+    def _regathers(self) -> bool:
+        """Whether the backward sends the rows again rather than keep them."""
+        config, grid = self.config, self.experts.placement
+        exchange = Exchange(
+            expert_parallel_size=grid.block_parts, expert_tensor_parallel_size=grid.cell_parts
+        )
+        return regathers(
+            config.sffn, config.hidden_size, exchange, config.moe_token_dispatcher_type
+        )
+
     def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
         keys, values = self.experts()
         routing = self._choose(hidden_states, main_grad.shared(keys), token_ids)
+        # The shared blocks need no other rank: a GPU computes them while the tokens travel.
+        shared = None
+        if self.use_shared_expert:
+            shared = start_beside(self.shared_experts_compute, hidden_states)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        here = dispatch(x, routing, self.experts.placement, self.config.moe_token_dispatcher_type)
+        dispatched = dispatch(
+            x,
+            routing,
+            self.experts.placement,
+            self.config.moe_token_dispatcher_type,
+            regather=self._regathers,
+        )
         y = block_ffn_pairs(
-            here.rows,
+            dispatched.rows,
             keys,
             values,
-            here.pairs,
-            here.gates,
+            dispatched.pairs,
+            dispatched.gates,
             activation=self.activation,
             backend=self.backend,
+            rows_again=dispatched.rows_again,
         )
-        self.traffic(len(x), here.plan.bytes_sent)
-        update = here.plan.combine(y).view_as(hidden_states)
-        shared = self.shared_experts_compute(hidden_states)
-        return update if shared is None else update + shared
+        self.traffic(len(x), dispatched.plan.bytes_sent)
+        update = dispatched.plan.combine(y).view_as(hidden_states)
+        return update if shared is None else update + shared()
 
 
 class MegatronBackedFFN(_SparseLayer):

@@ -146,6 +146,19 @@ def _blocks(args: Namespace, sffn: SparseFFNConfig) -> Iterator[str]:
             f"(--sffn-expansion {sffn.expansion} · --sffn-active-cells {sffn.active_cells} / "
             f"--sffn-block-size {sffn.block_size}); change one of them so that it does"
         )
+    node = args.sffn_node_size or 0
+    if node and (expert * slices % node or node % slices):
+        yield (
+            f"--sffn-node-size {node} does not cut the {expert * slices} expert ranks "
+            f"(--expert-model-parallel-size {expert} · --expert-tensor-parallel-size {slices}) "
+            "into whole nodes; give a divisor of them that --expert-tensor-parallel-size divides, "
+            "or 0"
+        )
+    if node and args.moe_token_dispatcher_type == "allgather":
+        yield (
+            f"--sffn-node-size {node} has nothing to act on with --moe-token-dispatcher-type "
+            "allgather, which sends every token to every rank; use alltoall, or leave one out"
+        )
     if sffn.block_size % slices:
         yield (
             f"--expert-tensor-parallel-size {slices} does not divide --sffn-block-size "

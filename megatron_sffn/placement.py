@@ -10,14 +10,17 @@ a token visits every rank that holds cells of it, once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_sffn.config import SparseFFNConfig
+from megatron_sffn.traffic import num_nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,8 @@ class Placement:
         cell_parts: expert-tensor-parallel size; it divides G.
         num_blocks: B.
         block_size: G.
+        node_groups: where ranks lie on several nodes and rows shall cross to each node once: the
+            group of the ranks at this rank's place in every node, and that of its own node.
     """
 
     group: Any
@@ -37,6 +42,7 @@ class Placement:
     cell_parts: int
     num_blocks: int
     block_size: int
+    node_groups: tuple[Any, Any] | None = None
 
     @classmethod
     def of(cls, pg_collection: ProcessGroupCollection, sffn: SparseFFNConfig) -> Placement:
@@ -48,6 +54,7 @@ class Placement:
             cell_parts=cells.size(),
             num_blocks=sffn.num_blocks,
             block_size=sffn.block_size,
+            node_groups=_node_groups(pg_collection.tp_ep, sffn.node_size),
         )
         here = (placement.block_part, placement.cell_part)
         assert here == (blocks.rank(), cells.rank()), (here, blocks.rank(), cells.rank())
@@ -85,6 +92,26 @@ class Placement:
         """The first of them."""
         return self.block_part * self.num_local_blocks
 
+    def levels(self) -> tuple[Placement, Placement]:
+        """The two exchanges of a grid on several nodes: across nodes, then within the own one.
+
+        Across, a node is one rank that holds all blocks of its ranks. Within, the blocks of the
+        node, counted from its first, lie on its ranks.
+        """
+        assert self.node_groups is not None, "the grid is on one node"
+        across, within = self.node_groups
+        nodes = across.size()
+        return (
+            replace(self, group=across, block_parts=nodes, cell_parts=1, node_groups=None),
+            replace(
+                self,
+                group=within,
+                block_parts=self.block_parts // nodes,
+                num_blocks=self.num_blocks // nodes,
+                node_groups=None,
+            ),
+        )
+
     def local_cells(self, cells: Tensor) -> Tensor:
         """Of numbers of all cells `[B, G, ...]` those of this rank, `[B / ep, G / etp, ...]`."""
         cells = cells.narrow(0, self.first_block, self.num_local_blocks)
@@ -105,3 +132,20 @@ class Placement:
         The parts are added in one order, so that every rank has the same bits.
         """
         return self.parts(local).sum(dim=1)
+
+
+@cache
+def _node_groups(group: Any, node_size: int) -> tuple[Any, Any] | None:
+    """The groups of `Placement.node_groups`, made once for all layers; None on one node.
+
+    All ranks of the grid call this together. Neighbours in Megatron's order lie on one node.
+    """
+    if num_nodes(group.size(), node_size) == 1:
+        return None
+    ranks = torch.distributed.get_process_group_ranks(group)
+    node, place = divmod(group.rank(), node_size)
+    members = ranks[node * node_size : (node + 1) * node_size], ranks[place::node_size]
+    within, across = (
+        torch.distributed.new_group(each, use_local_synchronization=True) for each in members
+    )
+    return across, within

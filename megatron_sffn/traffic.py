@@ -9,6 +9,7 @@ Neither tensors nor Megatron are imported.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -46,15 +47,71 @@ def all_to_all_bytes_per_token(
     of any of the token's K blocks, and a (row, block) pair with its gate for each; a row of D
     numbers comes back.
     """
+    nodes = num_nodes(exchange.num_ranks, sffn.node_size)
+    ranks, slices = exchange.num_ranks // nodes, exchange.expert_tensor_parallel_size
+    # From each node that the token has reached, to the node's other ranks; without nodes, there is
+    # one, of all ranks.
+    rows = nodes * (ranks - 1) * chance_of_visit(sffn, exchange)
+    parts = exchange.expert_parallel_size // nodes
+    sent = rows * _row_bytes(sffn, hidden_size, exchange)
+    sent += (slices - 1 / parts) * _pairs_bytes(sffn, exchange.expert_parallel_size)
+    if nodes > 1:
+        sent += bytes_between_nodes_per_token(sffn, hidden_size, exchange)
+    return sent
+
+
+def bytes_between_nodes_per_token(
+    sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange
+) -> float:
+    """Those of them that cross nodes: a row for each other node that has a block of the token."""
+    nodes = num_nodes(exchange.num_ranks, sffn.node_size)
+    across = dataclasses.replace(
+        exchange, expert_parallel_size=nodes, expert_tensor_parallel_size=1
+    )
+    rows = (nodes - 1) * chance_of_visit(sffn, across)
+    sent = rows * _row_bytes(sffn, hidden_size, exchange)
+    return sent + (1 - 1 / nodes) * _pairs_bytes(sffn, nodes)
+
+
+def _pairs_bytes(sffn: SparseFFNConfig, parts: int) -> int:
+    """All pairs of a token and their gates, as they are sent to `parts` parts of the blocks."""
+    gate_bytes = SCORE_BYTES if sffn.router.gated_output else 0
+    return sffn.num_active_blocks * (id_bytes(sffn.num_blocks // parts) + gate_bytes)
+
+
+def num_nodes(num_ranks: int, node_size: int) -> int:
+    """Nodes that a grid of ranks lies on, where tokens cross to each node once; else 1."""
+    if node_size < 2 or num_ranks % node_size:
+        return 1
+    return num_ranks // node_size
+
+
+def chance_of_visit(sffn: SparseFFNConfig, exchange: Exchange) -> float:
+    """The probability that a rank has a block of a token, under uniform routing."""
     blocks, active = sffn.num_blocks, sffn.num_active_blocks
     assert blocks % exchange.expert_parallel_size == 0, (blocks, exchange)
     elsewhere = blocks - blocks // exchange.expert_parallel_size
     # In integers: C(65536, 4096) has 6,600 digits, and Python still rounds the quotient correctly.
-    missed = math.comb(elsewhere, active) / math.comb(blocks, active)
-    rows = (exchange.num_ranks - 1) * (1 - missed)
-    pairs = active * (exchange.expert_tensor_parallel_size - 1 / exchange.expert_parallel_size)
-    pair_bytes = id_bytes(blocks - elsewhere) + (SCORE_BYTES if sffn.router.gated_output else 0)
-    return rows * _row_bytes(sffn, hidden_size, exchange) + pairs * pair_bytes
+    return 1 - math.comb(elsewhere, active) / math.comb(blocks, active)
+
+
+def rows_per_token(sffn: SparseFFNConfig, exchange: Exchange, dispatcher: str) -> float:
+    """R / T: rows that a rank gets, its own among them, over its tokens, under uniform routing."""
+    visits = 1.0 if dispatcher == "allgather" else chance_of_visit(sffn, exchange)
+    return exchange.num_ranks * visits
+
+
+def regathers(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange, dispatcher: str) -> bool:
+    """Whether the backward sends the rows again (`--sffn-regather`) rather than keep R of them.
+
+    What is kept instead are the T rows of the rank's own tokens. `auto` asks that this halves the
+    bytes at least, since it costs one more exchange of rows beside the four of a step.
+    """
+    if exchange.num_ranks == 1 or not sffn.router.key_width(hidden_size):
+        return False
+    if sffn.regather == "auto":
+        return rows_per_token(sffn, exchange, dispatcher) >= 2
+    return sffn.regather == "on"
 
 
 def all_gather_bytes_per_token(
@@ -85,7 +142,9 @@ def cheapest_dispatcher(sffn: SparseFFNConfig, hidden_size: int, exchange: Excha
     by gloo's reduce-scatter, which sends twice the bytes (benchmarks/README.md). Today they come
     back by an all-to-all of equal parts, and this is yet to be timed again.
     """
-    if exchange.backend == "gloo":
+    # On several nodes only the all-to-all crosses to each of them once.
+    on_nodes = num_nodes(exchange.num_ranks, sffn.node_size) > 1
+    if exchange.backend == "gloo" or on_nodes:
         return "alltoall"
     exact = all_to_all_bytes_per_token(sffn, hidden_size, exchange)
     everything = all_gather_bytes_per_token(sffn, hidden_size, exchange)

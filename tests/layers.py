@@ -46,6 +46,7 @@ class Case:
         swiglu: or GELU.
         options: fields of the router's config.
         megatron: fields of Megatron's config.
+        sffn: other fields of the layer's config.
         training: or evaluation.
     """
 
@@ -56,6 +57,7 @@ class Case:
     swiglu: bool = False
     options: tuple[tuple[str, Any], ...] = ()
     megatron: tuple[tuple[str, Any], ...] = ()
+    sffn: tuple[tuple[str, Any], ...] = ()
     training: bool = True
 
 
@@ -84,6 +86,7 @@ def config_of(case: Case) -> SparseFFNTransformerConfig:
             expansion=case.expansion or fixed.get("expansion", 3),
             router=ROUTERS[case.router](**OPTIONS.get(case.router, {}) | dict(case.options)),
             backend=case.backend,
+            **dict(case.sffn),
         ),
         **{**FLOAT64, **activation, **balance, **dict(case.megatron)},
     )

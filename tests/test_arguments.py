@@ -123,6 +123,8 @@ def test_defaults_are_those_of_the_design(read: Read) -> None:
         "sffn_active_cells": None,
         "sffn_layers": "every:1",
         "sffn_shared_blocks": 0,
+        "sffn_regather": "auto",
+        "sffn_node_size": None,
         "sffn_init": None,
         "sffn_aggregator": "mean",
         "sffn_gate": None,

@@ -141,7 +141,9 @@ def sent(case: Case) -> dict[str, float]:
             layer(hidden, padding_mask=ids)
     tokens, own_count = layer.traffic.take()
     # The all-to-all's counts, an int64 pair for each rank, are left out by the closed form.
-    counts = 16 * (grid.num_ranks - 1) if "alltoall" in dict(case.megatron).values() else 0
+    groups = [grid.group] if grid.node_groups is None else grid.node_groups
+    counts = sum(16 * (group.size() - 1) for group in groups)
+    counts = counts if "alltoall" in dict(case.megatron).values() else 0
     return {
         "counted": (collectives.total - counts) / tokens,
         "own count": own_count / tokens,
@@ -201,3 +203,33 @@ def test_what_the_collectives_send_is_the_closed_form(
     else:
         # A learned or key-based choice is not uniform: bounded by none and all ranks hit.
         assert 0 < counted < 1.25 * expected
+
+
+def test_a_token_crosses_to_each_node_once() -> None:
+    case = Case(
+        router="rand-hash",
+        block_size=4,
+        megatron=(("moe_token_dispatcher_type", "alltoall"),),
+        sffn=(("node_size", 2),),
+    )
+    results = run_ranks(4, sent, case, expert_model_parallel_size=4)
+    for result in results:
+        assert result["own count"] == pytest.approx(result["counted"], rel=1e-12)
+    # Each token has 4 of 12 blocks, of which a node has 6 and a rank 3.
+    node, rank = 1 - math.comb(6, 4) / math.comb(12, 4), 1 - math.comb(9, 4) / math.comb(12, 4)
+    row, pair = 2 * D * 2, 2
+    between = node * row + 4 / 2 * pair
+    expected = between + 2 * rank * row + 4 / 2 * pair
+    layer = sparse(active_cells=16, block_size=4, expansion=3, node_size=2)
+    over = Exchange(expert_parallel_size=4, bytes_per_number=2)
+    assert traffic.bytes_between_nodes_per_token(layer, D, over) == pytest.approx(between)
+    assert traffic.exchanged_bytes_per_token(layer, D, over, "alltoall") == pytest.approx(expected)
+    # The run is in float64.
+    layer = dataclasses.replace(layer, router=ROUTERS["rand-hash"]())
+    wide = dataclasses.replace(over, bytes_per_number=8)
+    expected = traffic.exchanged_bytes_per_token(layer, D, wide, "alltoall")
+    counted = sum(result["counted"] for result in results) / 4
+    assert counted == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
+    flat = dataclasses.replace(layer, node_size=0)
+    assert traffic.cheapest_dispatcher(layer, D, over) == "alltoall"
+    assert traffic.exchanged_bytes_per_token(flat, D, over, "alltoall") < expected

@@ -6,10 +6,10 @@ uniform routing, as `traffic.py` has it: a rank whose blocks are wanted more kee
 
 from __future__ import annotations
 
-import math
-
 from megatron_sffn.accounting.ranks import RankLayout
 from megatron_sffn.accounting.selection import FP32, INT32, INT64, Call, kept_by_router
+from megatron_sffn.config import Exchange
+from megatron_sffn.traffic import num_nodes, regathers, rows_per_token
 
 
 def kept_by_blocks(call: Call, layout: RankLayout) -> float:
@@ -26,9 +26,13 @@ def kept_by_blocks(call: Call, layout: RankLayout) -> float:
     count = router.bytes + pairs * _per_pair(call, layout)
     # Where the pairs of each block begin.
     count += INT64 * (sffn.num_blocks // layout.expert + 1)
-    if layout.exchanging == 1 and width == call.hidden_size:
+    # What meets the keys is kept: this rank's own rows, or those that arrived.
+    exchange = _exchange_of(layout)
+    own = layout.exchanging == 1 or regathers(sffn, call.hidden_size, exchange, layout.dispatcher)
+    if own and width == call.hidden_size:
         tokens_kept = True
     else:
+        rows = call.tokens if own else rows
         count += rows * width * call.number_bytes
     if layout.exchanging > 1:
         count += _exchange(call, layout)
@@ -39,15 +43,16 @@ def kept_by_blocks(call: Call, layout: RankLayout) -> float:
 
 def rows_and_pairs(call: Call, layout: RankLayout) -> tuple[float, float]:
     """R and P of a rank: rows that arrive, and (row, block) pairs among them."""
-    sffn, ranks = call.sffn, layout.exchanging
+    sffn = call.sffn
     pairs = call.tokens * sffn.num_active_blocks * layout.expert_tensor
-    if layout.dispatcher == "allgather":
-        return call.tokens * ranks, pairs
-    elsewhere = sffn.num_blocks - sffn.num_blocks // layout.expert
-    missed = math.comb(elsewhere, sffn.num_active_blocks) / math.comb(
-        sffn.num_blocks, sffn.num_active_blocks
+    return call.tokens * rows_per_token(sffn, _exchange_of(layout), layout.dispatcher), pairs
+
+
+def _exchange_of(layout: RankLayout) -> Exchange:
+    """What the tokens travel over, as far as rows are counted."""
+    return Exchange(
+        expert_parallel_size=layout.expert, expert_tensor_parallel_size=layout.expert_tensor
     )
-    return call.tokens * ranks * (1 - missed), pairs
 
 
 def _per_pair(call: Call, layout: RankLayout) -> float:
@@ -68,5 +73,11 @@ def _exchange(call: Call, layout: RankLayout) -> float:
     if layout.dispatcher == "allgather":
         # Where the gates of this rank's blocks are among all.
         return pairs * INT32 if gated else 0
+    nodes = num_nodes(layout.exchanging, call.sffn.node_size)
+    if nodes > 1:
+        # What crosses nodes is on its way twice.
+        across = Exchange(expert_parallel_size=nodes)
+        rows += call.tokens * rows_per_token(call.sffn, across, "alltoall")
+        pairs += call.tokens * call.sffn.num_active_blocks
     # The token behind each row, and the place of each gate.
     return rows * INT32 + (pairs * INT32 if gated else 0)

@@ -193,7 +193,12 @@ def saved_config(saved: Namespace) -> SparseFFNConfig | None:
         saved: its arguments; a router's flag that they lack, because it is newer, has its default.
     """
     defaults = {dest_of(flag): item.default for flag, item in router_flags().items()}
-    defaults |= {"sffn_shared_blocks": 0, "sffn_init": None}
+    defaults |= {
+        "sffn_shared_blocks": 0,
+        "sffn_init": None,
+        "sffn_regather": "auto",
+        "sffn_node_size": 0,
+    }
     return sffn_config(Namespace(**{**defaults, **vars(saved)}))
 
 

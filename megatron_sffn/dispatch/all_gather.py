@@ -72,7 +72,11 @@ def all_gather(tokens: Tokens, placement: Placement) -> Dispatched:
         * (tokens.rows.nbytes + len(tokens.rows) * tokens.output_bytes + message_bytes),
     )
     return Dispatched(
-        rows=rows, pairs=pairs, gates=gates, plan=plan, rows_again=lambda: wire.out(own_rows)
+        rows=rows,
+        pairs=pairs,
+        gates=gates,
+        plan=plan,
+        rows_again=(lambda: wire.out(own_rows)) if tokens.keep else None,
     )
 
 

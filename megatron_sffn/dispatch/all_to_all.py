@@ -57,6 +57,11 @@ class _Departures:
 
 def all_to_all(tokens: Tokens, placement: Placement) -> Dispatched:
     """Send each row once to each rank that holds cells of its blocks."""
+    return send_exactly(tokens, placement)[0]
+
+
+def send_exactly(tokens: Tokens, placement: Placement) -> tuple[Dispatched, ExactWire]:
+    """`all_to_all`, and the wire on which the rows came."""
     group, slices = placement.group, placement.cell_parts
     departures = _departures(tokens, placement)
     arrivals = torch.empty_like(departures.counts)
@@ -89,13 +94,14 @@ def all_to_all(tokens: Tokens, placement: Placement) -> Dispatched:
         + (sum(rows_received) - rows_received[rank]) * tokens.output_bytes
     )
     own = tokens.rows.detach()
-    return Dispatched(
+    dispatched = Dispatched(
         rows=rows,
         pairs=messages.decode(codes),
         gates=gates,
         plan=AllToAll(wire=wire, bytes_sent=bytes_sent),
-        rows_again=lambda: wire.out(own),
+        rows_again=(lambda: wire.out(own)) if tokens.keep else None,
     )
+    return dispatched, wire
 
 
 def _departures(tokens: Tokens, placement: Placement) -> _Departures:

@@ -75,6 +75,7 @@ class Dispatched:
         gates: `[P]` in the order of `pairs`, or None.
         plan: takes the outputs back.
         rows_again: sends the rows once more, not differentiably; all ranks must call it together.
+            None where nobody asked for it.
     """
 
     rows: Tensor

@@ -52,9 +52,7 @@ class HostCopy:
         return self._numbers.tolist()
 
 
-def start_beside(
-    compute: Callable[[Tensor], Tensor | None], x: Tensor
-) -> Callable[[], Tensor | None]:
+def start_beside(compute: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
     """Begin `compute(x)` on a stream beside the current one.
 
     Args:
@@ -75,10 +73,9 @@ def start_beside(
         result = compute(x)
     x.record_stream(stream)
 
-    def finish() -> Tensor | None:
+    def finish() -> Tensor:
         current.wait_stream(stream)
-        if result is not None:
-            result.record_stream(current)
+        result.record_stream(current)
         return result
 
     return finish

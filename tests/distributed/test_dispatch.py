@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_sffn.config import Exchange
 from megatron_sffn.dispatch import dispatch, messages
 from megatron_sffn.ops.block_ffn import Pairs
 from megatron_sffn.placement import Placement
 from megatron_sffn.routers.base import Routing
+from megatron_sffn.traffic import regathers
+from tests.layers import Case, build, inputs
 from tests.ranks import run_ranks
 from tests.waits import recorded
 
@@ -125,6 +130,47 @@ def test_pairs_travel_in_as_few_bytes_as_the_blocks_need(num_blocks: int) -> Non
     assert torch.equal(pairs.rows, rows)
     assert torch.equal(pairs.blocks, blocks)
     assert torch.equal(with_gates, gates)
+
+
+def step_of(router: str, dispatcher: str, regather: str) -> list[Tensor]:
+    """Output and gradients of a layer on this rank."""
+    layer = build(Case(router=router, megatron=(("moe_token_dispatcher_type", dispatcher),)))
+    layer.config.sffn = dataclasses.replace(layer.config.sffn, regather=regather)
+    hidden, ids, weights = inputs()
+    x = (hidden + torch.distributed.get_rank()).requires_grad_()
+    y, _ = layer(x, padding_mask=ids)
+    (y * weights).sum().backward()
+    return [y.detach(), x.grad, *(table.grad for table in layer.experts.parameters())]
+
+
+def steps_with_and_without() -> list[tuple[list[Tensor], list[Tensor]]]:
+    cases = [(router, way) for router in ("switch", "lorkm") for way in ("alltoall", "allgather")]
+    return [(step_of(*case, "on"), step_of(*case, "off")) for case in cases]
+
+
+def test_rows_that_are_sent_again_give_the_same_bits() -> None:
+    for by_case in run_ranks(2, steps_with_and_without, expert_model_parallel_size=2):
+        for again, kept in by_case:
+            assert all(map(torch.equal, again, kept))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dispatcher", "regather", "expected"),
+    [
+        (1, "alltoall", "on", False),  # nothing travels
+        (2, "alltoall", "auto", False),  # at most two rows for one
+        (2, "allgather", "auto", True),
+        (3, "alltoall", "auto", True),
+        (3, "alltoall", "off", False),
+        (2, "alltoall", "on", True),
+    ],
+)
+def test_rows_are_sent_again_where_that_halves_what_is_kept(
+    ranks: int, dispatcher: str, regather: str, expected: bool, one_rank: None
+) -> None:
+    sffn = dataclasses.replace(build(Case(router="avg-k")).config.sffn, regather=regather)
+    exchange = Exchange(expert_parallel_size=ranks)
+    assert regathers(sffn, 8, exchange, dispatcher) is expected
 
 
 @pytest.mark.parametrize("count", [0, 1])

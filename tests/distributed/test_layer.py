@@ -101,6 +101,30 @@ def assert_same(results: list[dict[str, torch.Tensor]], one: dict[str, torch.Ten
             torch.testing.assert_close(result[name], expected, rtol=1e-9, atol=1e-11, msg=name)
 
 
+NODES = {
+    "TP2 EP8": (2, layout(tensor=2, expert=8)),
+    "TP2 EP4 ETP2": (4, layout(tensor=2, expert=4, cells=2)),
+}
+"""Layout of 8 ranks, as 2 nodes of 4 -> a block size whose blocks it can cut."""
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_once_per_node_computes_what_one_rank_and_the_flat_exchange_do(name: str) -> None:
+    block_size, sizes = NODES[name]
+    routers, step = ["switch", "lorkm", "rand-hash"], (("moe_token_dispatcher_type", "alltoall"),)
+    flat, on_nodes = (
+        [without_balance(router, *step, block_size=block_size, sffn=fields) for router in routers]
+        for fields in ((), (("node_size", 4), ("regather", "on")))
+    )
+    # Without its rows sent again, too.
+    on_nodes.append(replace(on_nodes[0], sffn=(("node_size", 4), ("regather", "off"))))
+    (one,) = run_ranks(1, run_all, [*flat, flat[0]])
+    eight = run_ranks(8, run_all, [*flat, *on_nodes], **sizes)
+    for results in eight:
+        for result, expected in zip(results, [*one[: len(flat)], *one], strict=True):
+            assert_same([result], expected)
+
+
 @pytest.mark.parametrize("aggregator", ["mean-abs", "max", "min"])
 def test_aggregates_of_cells_that_lie_on_several_ranks(aggregator: str) -> None:
     case = Case(router="vanilla-m", options=(("aggregator", aggregator),))

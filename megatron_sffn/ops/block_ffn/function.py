@@ -8,6 +8,7 @@ gradients (`main_grad.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,7 @@ def block_ffn(
     gates: Tensor | None,
     activation: Activation,
     products: Products,
+    rows_again: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Arguments and result as `op.block_ffn_pairs`."""
     by_block, gates = _by_block(pairs, gates, values, products, distinct=True)
@@ -69,6 +71,7 @@ def block_ffn(
         by_block,
         activation,
         products,
+        rows_again,
     )
     return y
 
@@ -119,6 +122,7 @@ class _BlockFFN(torch.autograd.Function):
         pairs: Sorted,
         activation: Activation,
         products: Products,
+        rows_again: Callable[[], Tensor] | None,
     ) -> Tensor:
         fused = getattr(products, "up_activated", None)
         if fused is not None:
@@ -126,7 +130,9 @@ class _BlockFFN(torch.autograd.Function):
         else:
             ups = products.to_pairs(x, keys, pairs)
             h = epilogue.activated(ups, gates, activation)
-        ctx.save_for_backward(x, keys, values, gates, ups, pairs.rows, pairs.offsets)
+        kept_x = x if rows_again is None else None
+        ctx.rows_again, ctx.num_rows = rows_again, len(x)
+        ctx.save_for_backward(kept_x, keys, values, gates, ups, pairs.rows, pairs.offsets)
         ctx.derived, ctx.activation, ctx.products = pairs.derived, activation, products
         # The parameters themselves, which carry Megatron's buffers.
         ctx.tables = keys, values
@@ -151,10 +157,12 @@ class _BlockFFN(torch.autograd.Function):
             dvalues = _table_gradient(ctx.tables[1], h, dy, pairs, products)
         del h
         if ctx.needs_input_grad[1]:
+            if ctx.rows_again is not None:
+                x = ctx.rows_again()
             dkeys = _table_gradient(ctx.tables[0], dups, x, pairs, products)
         if ctx.needs_input_grad[0]:
-            dx = products.to_rows(dups, keys, pairs, len(x))
-        return dx, dkeys, dvalues, dgates, None, None, None
+            dx = products.to_rows(dups, keys, pairs, ctx.num_rows)
+        return dx, dkeys, dvalues, dgates, None, None, None, None
 
 
 class _WeightedValues(torch.autograd.Function):

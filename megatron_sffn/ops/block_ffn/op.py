@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,7 @@ def block_ffn_pairs(
     *,
     activation: Activation | str = Activation.GELU,
     backend: str = "auto",
+    rows_again: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """`block_ffn` for rows with any number of blocks, as they arrive on a rank.
 
@@ -86,6 +89,8 @@ def block_ffn_pairs(
         gates: `[P]` in the order of `pairs`, or None.
         activation: as in `block_ffn`.
         backend: as in `block_ffn`.
+        rows_again: gives x once more in the backward, so that it is not kept; None to keep it. The
+            oracle keeps it in any case.
 
     Returns:
         `[R, D]`; zero for a row without a block.
@@ -104,7 +109,7 @@ def block_ffn_pairs(
         return function.weighted_values(len(x), values, pairs, gates, products)
     if products is None:
         return naive.block_ffn(x, keys, values, pairs, gates, activation)
-    return function.block_ffn(x, keys, values, pairs, gates, activation, products)
+    return function.block_ffn(x, keys, values, pairs, gates, activation, products, rows_again)
 
 
 def sort_stably(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
