@@ -203,9 +203,8 @@ def test_flops_of_the_built_model(name: str, one_rank: None) -> None:
     # Without gradients: the counter's hooks trip over tensors that are sliced under no_grad.
     model = build(shape).eval().requires_grad_(False)
     arguments, named = batch(shape)
-    cpu.products(
-        torch.float32, cells=1
-    )  # a counter knows only the operators that are there when it is made
+    # A counter knows only the operators that are there when it is made.
+    cpu.products(torch.float32, cells=1)
     with FlopCounterMode(display=False) as counter:
         model(*arguments, **named)
     counts = {
