@@ -21,7 +21,7 @@ sparse feed-forward: avg-k, 64 of 1024 blocks of 64 cells (E = 16) in 4 of 24 la
   active parameters                     353.8 M
   FLOPs per token, forward              916.6 M
   FLOPs over dense                     +0.924 %
-  sent per token and layer, alltoall    12.7 kB
+  sent per token and layer, alltoall    12.4 kB
     with Megatron's alltoall           196.6 kB
     with Megatron's allgather           27.6 kB"""
     )

@@ -47,9 +47,9 @@ def test_rows_and_bytes(rows: list[dict[str, str]]) -> None:
         assert int(row["repeats"]) == 2
         ours, theirs = float(row["ours_bytes"]), float(row["megatron_bytes"])
         if row["dispatcher"] == "allgather":
-            # D = 16 both ways, K ids and gates; or a mask and probabilities of all B.
+            # D = 16 both ways, K ids of 2 bytes and gates; or a mask and probabilities of all B.
             active, blocks = int(row["active_blocks"]), int(row["blocks"])
-            assert ours == float(row["ours_closed_form"]) == 2 * 16 * 4 + active * 8
+            assert ours == float(row["ours_closed_form"]) == 2 * 16 * 4 + active * (2 + 4)
             assert theirs == float(row["megatron_closed_form"]) == 2 * 16 * 4 + blocks * 5
         else:
             # Routing is near uniform, and Megatron's probabilities and counts are not in its form.
