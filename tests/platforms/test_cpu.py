@@ -73,7 +73,10 @@ def test_no_name_is_replaced_twice() -> None:
     assert len(set(TARGETS)) == len(TARGETS)
 
 
-OF_TORCH = {"torch.accelerator.is_available": "Megatron's optimizers are torch's, which ask it"}
+OF_TORCH = {
+    "torch.accelerator.is_available": "Megatron's optimizers are torch's, which ask it",
+    "torch.cuda.is_current_stream_capturing": "torch's Adam of 2.11, before a graph capture",
+}
 """Targets that Megatron uses only through torch -> how."""
 
 
