@@ -45,21 +45,28 @@ def test_dry_runs_pass_every_section(tmp_path: Path) -> None:
         for command in PLANS
     }
     left: set[str] = set()
-    for command, process in started.items():
-        output, _ = process.communicate(timeout=1200)
-        log = (tmp_path / command / "log.txt").read_text()
-        assert process.returncode == 0, f"{output}\n{log[-6000:]}"
-        left |= {path.name for path in (tmp_path / command).iterdir()}
-        ended = [line for line in output.splitlines() if line[:1] in "✓–"]
-        assert [line.split()[1] for line in ended] == [section.name for section in PLANS[command]]
-        closing = output.split("\n\n", 1)[1].splitlines()
-        assert len(closing) <= results.MOST_LINES
-        entry = json.loads((tmp_path / command / "results.json").read_text())[command]
-        assert entry["dry_run"] is True
-        for name, section in entry["sections"].items():
-            tools = name in ("sanitizer", "ncu")  # which a machine without a GPU lacks
-            states = {case["state"] for case in section["cases"]}
-            assert section["state"] == "passed" or (tools and states == {"skipped"}), name
+    try:
+        for command, process in started.items():
+            output, _ = process.communicate(timeout=1200)
+            log = (tmp_path / command / "log.txt").read_text()
+            assert process.returncode == 0, f"{output}\n{log[-6000:]}"
+            left |= {path.name for path in (tmp_path / command).iterdir()}
+            ended = [line for line in output.splitlines() if line[:1] in "✓–"]
+            assert [line.split()[1] for line in ended] == [
+                section.name for section in PLANS[command]
+            ]
+            closing = output.split("\n\n", 1)[1].splitlines()
+            assert len(closing) <= results.MOST_LINES
+            entry = json.loads((tmp_path / command / "results.json").read_text())[command]
+            assert entry["dry_run"] is True
+            for name, section in entry["sections"].items():
+                tools = name in ("sanitizer", "ncu")  # which a machine without a GPU lacks
+                states = {case["state"] for case in section["cases"]}
+                assert section["state"] == "passed" or (tools and states == {"skipped"}), name
+    finally:
+        for process in started.values():
+            process.kill()
+            process.communicate()
     assert left <= FILES and left >= FILES - {"ncu.csv"}
 
 
