@@ -51,7 +51,7 @@ def test_dry_runs_pass_every_section(tmp_path: Path) -> None:
             log = (tmp_path / command / "log.txt").read_text()
             assert process.returncode == 0, f"{output}\n{log[-6000:]}"
             left |= {path.name for path in (tmp_path / command).iterdir()}
-            ended = [line for line in output.splitlines() if line[:1] in "✓–"]
+            ended = [line for line in output.splitlines() if line.startswith(("✓", "–"))]
             assert [line.split()[1] for line in ended] == [
                 section.name for section in PLANS[command]
             ]

@@ -172,7 +172,7 @@ def test_scores_that_are_no_numbers_name_layer_router_and_step(pretrain, monkeyp
         return scores / 0 if len(calls) == 18 else scores
 
     monkeypatch.setattr(AvgKRouter, "score", staticmethod(diverging))
-    with pytest.raises(AssertionError, match=r"step 3, layer 2, router avg-k: \d+ of \d+ scores"):
+    with pytest.raises(AssertionError, match="step 3, layer 2, router avg-k: scores are NaN"):
         pretrain(1, f"{SHORT}")
 
 

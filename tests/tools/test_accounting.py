@@ -31,7 +31,7 @@ TABLE = """
 router     g   params   params    FLOPs     FLOPs     dense  a rank       a rank     and layer
 dense         355.9 M  355.9 M  908.2 M     2.7 G      +0 %  2.1 GB      10.2 GB             -
 avg-k   4096        -        -        -         -         -       -            -             -
-avg-k     64  859.2 M  355.9 M  916.6 M     2.7 G  +0.924 %  2.0 GB      10.8 GB      167.4 kB
+avg-k     64  859.2 M  355.9 M  916.6 M     2.7 G  +0.924 %  2.0 GB      10.1 GB      167.0 kB
 pkm     4096        -        -        -         -         -       -            -             -
 pkm       64        -        -        -         -         -       -            -             -
 """
