@@ -38,7 +38,8 @@ from tests.layers import NUMBERS, OPTIONS
 LAYERS, WIDTH, SEQUENCE, VOCAB = 4, 16, 8, 32
 SAMPLES = 8
 """Of a global batch; a microbatch is one sample."""
-STEPS = 5
+STEPS = 3
+"""In the second Adam's moments, biases and moving averages act; in the third what they changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
