@@ -239,6 +239,8 @@ class SparseFFNConfig:
             (`REGATHER`).
         node_size: ranks of a node, where tokens shall cross to each node once (`alltoall` only);
             0 to send them straight to each rank.
+        exchange_chunks: in how many chunks a rank's tokens travel, one after the other, while the
+            blocks compute the chunk before (`alltoall` only).
 
     Raises:
         ConfigError: if g does not divide k, a number is out of its range, or the router is not
@@ -255,6 +257,7 @@ class SparseFFNConfig:
     seed: int = 1234
     regather: str = "auto"
     node_size: int = 0
+    exchange_chunks: int = 1
 
     def __post_init__(self) -> None:
         """Check the numbers against each other."""
@@ -295,6 +298,11 @@ class SparseFFNConfig:
             raise ConfigError(
                 f"--sffn-node-size {self.node_size} is negative; give the ranks of a node, or 0 to "
                 "send tokens straight to each rank"
+            )
+        if self.exchange_chunks < 1:
+            raise ConfigError(
+                f"--sffn-exchange-chunks {self.exchange_chunks} must be at least 1; give 1 to send "
+                "all tokens of a microbatch at once"
             )
         self.router.check(self)
 

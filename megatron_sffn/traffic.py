@@ -142,9 +142,9 @@ def cheapest_dispatcher(sffn: SparseFFNConfig, hidden_size: int, exchange: Excha
     by gloo's reduce-scatter, which sends twice the bytes (benchmarks/README.md). Today they come
     back by an all-to-all of equal parts, and this is yet to be timed again.
     """
-    # On several nodes only the all-to-all crosses to each of them once.
+    # Only the all-to-all crosses to each of several nodes once, and only it sends chunks.
     on_nodes = num_nodes(exchange.num_ranks, sffn.node_size) > 1
-    if exchange.backend == "gloo" or on_nodes:
+    if exchange.backend == "gloo" or on_nodes or sffn.exchange_chunks > 1:
         return "alltoall"
     exact = all_to_all_bytes_per_token(sffn, hidden_size, exchange)
     everything = all_gather_bytes_per_token(sffn, hidden_size, exchange)
