@@ -127,12 +127,17 @@ class Exchange:
         expert_tensor_parallel_size: ranks over which the cells of a block are cut.
         bytes_per_number: of an activation.
         backend: of the process group.
+        router_groups: equal groups of consecutive blocks (`--moe-router-num-groups`).
+        router_group_topk: in how many of them all blocks of a token are; 1 of 1 where routing is
+            not limited to groups.
     """
 
     expert_parallel_size: int = 1
     expert_tensor_parallel_size: int = 1
     bytes_per_number: int = 4
     backend: str = "nccl"
+    router_groups: int = 1
+    router_group_topk: int = 1
 
     @property
     def num_ranks(self) -> int:

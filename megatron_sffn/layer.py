@@ -157,7 +157,10 @@ class SparseFFN(_SparseLayer):
         """Whether the backward sends the rows again rather than keep them."""
         config, grid = self.config, self.experts.placement
         exchange = Exchange(
-            expert_parallel_size=grid.block_parts, expert_tensor_parallel_size=grid.cell_parts
+            expert_parallel_size=grid.block_parts,
+            expert_tensor_parallel_size=grid.cell_parts,
+            router_groups=config.moe_router_num_groups or 1,
+            router_group_topk=config.moe_router_group_topk or 1,
         )
         return regathers(
             config.sffn, config.hidden_size, exchange, config.moe_token_dispatcher_type

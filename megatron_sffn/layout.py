@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from megatron_sffn.config import Backend, Exchange, SparseFFNConfig
 from megatron_sffn.errors import ConfigError
+from megatron_sffn.routers.groups import check_groups
 
 
 def check_layout(args: Namespace, sffn: SparseFFNConfig | None) -> None:
@@ -30,6 +31,9 @@ def check_layout(args: Namespace, sffn: SparseFFNConfig | None) -> None:
         problems += [_blocks(args, sffn), _ranks(args), _backend(args, sffn), _chunks(args, sffn)]
     for sentence in (sentence for each in problems for sentence in each):
         raise ConfigError(sentence)
+    if sffn is not None:
+        # Before the way of exchange is chosen, which depends on them.
+        check_groups(args, sffn.num_blocks, sffn.num_active_blocks)
 
 
 def exchange_of(args: Namespace) -> Exchange:
@@ -40,6 +44,8 @@ def exchange_of(args: Namespace) -> Exchange:
         expert_tensor_parallel_size=args.expert_tensor_parallel_size or 1,
         bytes_per_number=2 if half else 4,
         backend=args.distributed_backend,
+        router_groups=args.moe_router_num_groups or 1,
+        router_group_topk=args.moe_router_group_topk or 1,
     )
 
 

@@ -44,6 +44,8 @@ class Call:
         number_bytes: of an activation.
         activation: name of the nonlinearity.
         losses: Megatron's balance losses that are on.
+        router_groups: see `Exchange`.
+        router_group_topk: see `Exchange`.
     """
 
     sffn: SparseFFNConfig
@@ -53,6 +55,8 @@ class Call:
     number_bytes: int
     activation: str
     losses: frozenset[str]
+    router_groups: int = 1
+    router_group_topk: int = 1
 
     @property
     def half(self) -> bool:

@@ -6,6 +6,8 @@ uniform routing, as `traffic.py` has it: a rank whose blocks are wanted more kee
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_sffn.accounting.ranks import RankLayout
 from megatron_sffn.accounting.selection import FP32, INT32, INT64, Call, kept_by_router
 from megatron_sffn.config import Exchange
@@ -27,7 +29,7 @@ def kept_by_blocks(call: Call, layout: RankLayout) -> float:
     # Where the pairs of each block begin.
     count += INT64 * (sffn.num_blocks // layout.expert + 1)
     # What meets the keys is kept: this rank's own rows, or those that arrived.
-    exchange = _exchange_of(layout)
+    exchange = _exchange_of(call, layout)
     own = layout.exchanging == 1 or regathers(sffn, call.hidden_size, exchange, layout.dispatcher)
     if own and width == call.hidden_size:
         tokens_kept = True
@@ -45,13 +47,17 @@ def rows_and_pairs(call: Call, layout: RankLayout) -> tuple[float, float]:
     """R and P of a rank: rows that arrive, and (row, block) pairs among them."""
     sffn = call.sffn
     pairs = call.tokens * sffn.num_active_blocks * layout.expert_tensor
-    return call.tokens * rows_per_token(sffn, _exchange_of(layout), layout.dispatcher), pairs
+    rows = rows_per_token(sffn, _exchange_of(call, layout), layout.dispatcher)
+    return call.tokens * rows, pairs
 
 
-def _exchange_of(layout: RankLayout) -> Exchange:
+def _exchange_of(call: Call, layout: RankLayout) -> Exchange:
     """What the tokens travel over, as far as rows are counted."""
     return Exchange(
-        expert_parallel_size=layout.expert, expert_tensor_parallel_size=layout.expert_tensor
+        expert_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        router_groups=call.router_groups,
+        router_group_topk=call.router_group_topk,
     )
 
 
@@ -76,7 +82,9 @@ def _exchange(call: Call, layout: RankLayout) -> float:
     nodes = num_nodes(layout.exchanging, call.sffn.node_size)
     if nodes > 1:
         # What crosses nodes is on its way twice.
-        across = Exchange(expert_parallel_size=nodes)
+        across = replace(
+            _exchange_of(call, layout), expert_parallel_size=nodes, expert_tensor_parallel_size=1
+        )
         rows += call.tokens * rows_per_token(call.sffn, across, "alltoall")
         pairs += call.tokens * call.sffn.num_active_blocks
     # The token behind each row, and the place of each gate.
