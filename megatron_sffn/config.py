@@ -221,6 +221,16 @@ class RouterConfig:
         """
         return 0
 
+    def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:
+        """Bytes that the router of one layer holds on each rank beside its weights.
+
+        Args:
+            sffn: the layer.
+            hidden_size: D.
+            vocab_size: rows of the embedding; None where they are not known.
+        """
+        return 0
+
     def exchanged_bytes(self, sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> float:
         """Bytes between ranks that the selection costs per token and layer, beside the exchange."""
         return 0.0

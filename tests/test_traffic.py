@@ -56,7 +56,7 @@ def test_exchange_by_enumeration(ranks: int, active: int, slices: int) -> None:
 
 
 def choices_in_groups(blocks: int, active: int, groups: int, chosen: int) -> list[tuple[int, ...]]:
-    """All choices of K blocks within all choices of groups, each as often as it is equally likely."""
+    """All choices of K blocks within all choices of groups: each of the list is equally likely."""
     size = blocks // groups
     return [
         choice

@@ -128,6 +128,7 @@ class Activations:
             losses=setup.losses,
             router_groups=setup.router_groups,
             router_group_topk=setup.router_group_topk,
+            cuda=setup.cuda,
         )
         return count + kept_by_blocks(call, self.layout) + self.mlp(shape.sffn.shared_cells)
 

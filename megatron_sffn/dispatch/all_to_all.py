@@ -125,22 +125,22 @@ def find_routes(requests: Requests, placement: Placement) -> Routes:
             )
         )
         start += num_tokens
-    sent = [sum(counts) for counts in pairs_sent]
+    sent, gates = [sum(counts) for counts in pairs_sent], requests.gates
     pair_wire = PairWire(
         group=group,
-        codes=departures.codes[: sum(sent)],
         order=departures.order[: sum(sent)],
         slices=placement.cell_parts,
         sent=sent,
         received=pairs_received,
     )
-    codes, gates = pair_wire.send(requests.gates)
+    codes, arrived_gates = pair_wire.send(departures.codes[: sum(sent)], gates)
+    pair_bytes = codes.itemsize + (0 if gates is None else gates.itemsize)
     return Routes(
         wires=wires,
         codes=codes,
-        gates=gates,
+        gates=arrived_gates,
         pair_counts=[sum(counts) for counts in zip(*pairs_received, strict=True)],
-        pair_bytes_sent=(sum(sent) - sent[group.rank()]) * pair_wire.pair_bytes(requests.gates),
+        pair_bytes_sent=(sum(sent) - sent[group.rank()]) * pair_bytes,
     )
 
 

@@ -18,41 +18,41 @@ class PairWire:
 
     Args:
         group: of the ranks.
-        codes: `[S]` pairs to send, rank after rank, chunk after chunk for each.
-        order: `[S]` int32, the place of each among `[P, slices]`.
+        order: `[S]` int32, the place among `[P, slices]` of each pair that is sent, rank after
+            rank, chunk after chunk for each.
         slices: ranks that each pair goes to.
         sent: pairs sent to each rank.
         received: of each rank, pairs received of each chunk.
     """
 
     group: Any
-    codes: Tensor
     order: Tensor
     slices: int
     sent: list[int]
     received: list[list[int]]
 
-    def pair_bytes(self, gates: Tensor | None) -> int:
-        """Of a pair with its gate."""
-        return self.codes.itemsize + (0 if gates is None else gates.itemsize)
+    def send(self, codes: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The pairs that arrive, chunk after chunk, and their gates, differentiably.
 
-    def send(self, gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The pairs that arrive, chunk after chunk, and their gates, differentiably."""
+        Args:
+            codes: `[S]`, see `messages.encode`.
+            gates: `[P]` of all pairs, or None.
+        """
         if gates is None:
-            return self.out(None)
-        codes, arrived = _SendGates.apply(gates, self)
-        return codes, arrived
+            return self.out(codes, None)
+        arrived, arrived_gates = _SendGates.apply(gates, codes, self)
+        return arrived, arrived_gates
 
-    def out(self, gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Pairs, and `[P]` gates of all pairs, to what arrives."""
+    def out(self, codes: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Not differentiable; arguments and result as `send`."""
         dtype = None if gates is None else gates.dtype
         if gates is not None:
             gates = gates.index_select(0, self.order // self.slices)
-        message = messages.pack(self.codes, gates)
+        message = messages.pack(codes, gates)
         totals = [sum(counts) for counts in self.received]
         arrived = exchange(message, self.group, sent=self.sent, received=totals).land()
         arrived = regrouped(arrived, self.received)
-        return messages.unpack(arrived, self.codes.dtype, dtype)
+        return messages.unpack(arrived, codes.dtype, dtype)
 
     def back(self, dgates: Tensor, num_pairs: int) -> Tensor:
         """`[P]` gradients of the gates: each is the sum over the slices, in their order."""
@@ -70,16 +70,18 @@ class PairWire:
 
 class _SendGates(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gates: Tensor, wire: PairWire) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, gates: Tensor, codes: Tensor, wire: PairWire
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(wire.order)
         ctx.wire, ctx.num_pairs = wire, len(gates)
-        codes, arrived = wire.out(gates)
-        ctx.mark_non_differentiable(codes)
-        return codes, arrived
+        arrived, arrived_gates = wire.out(codes, gates)
+        ctx.mark_non_differentiable(arrived)
+        return arrived, arrived_gates
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.wire.back(grads[1], ctx.num_pairs), None
+        return ctx.wire.back(grads[1], ctx.num_pairs), None, None
 
 
 def regrouped(rows: Tensor, counts: list[list[int]]) -> Tensor:

@@ -21,13 +21,12 @@ from torch import Tensor
 from megatron_sffn.errors import ConfigError
 
 
-def check_groups(
-    config: TransformerConfig | Namespace, num_blocks: int, num_active: int
-) -> None:
+def check_groups(config: TransformerConfig | Namespace, num_blocks: int, num_active: int) -> None:
     """Refuse numbers of groups that cannot be.
 
     Args:
-        config: Megatron's, or its arguments, with `moe_router_num_groups` and `moe_router_group_topk`.
+        config: Megatron's or its arguments, with `moe_router_num_groups` and
+            `moe_router_group_topk`.
         num_blocks: B.
         num_active: K, blocks that a token chooses.
 
