@@ -185,10 +185,12 @@ class SparseFFN(_SparseLayer):
         self.traffic(len(x), plan.bytes_sent)
 
         def blocks(arrived: Arrived) -> Tensor:
+            tables = keys, values
+            if not arrived.first:
+                tables = main_grad.further_use(keys), main_grad.further_use(values)
             return block_ffn_pairs(
                 arrived.rows,
-                keys,
-                values,
+                *tables,
                 arrived.pairs,
                 arrived.gates,
                 activation=self.activation,

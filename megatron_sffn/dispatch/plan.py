@@ -44,7 +44,7 @@ class Chunk:
     meetings: Callable[[], tuple[Pairs, Tensor | None]]
     keep: bool
 
-    def travel(self, compute: Compute) -> Generator[None, None, Tensor]:
+    def travel(self, compute: Compute, *, first: bool) -> Generator[None, None, Tensor]:
         """Send the rows, compute them where they arrive, and return the sums `[T, D]`."""
         rows, pairs, gates = self.rows, None, None
         for wire in self.wires:
@@ -58,7 +58,7 @@ class Chunk:
         if pairs is None:
             pairs, gates = self.meetings()
         again = partial(_send_again, self.rows.detach(), self.wires) if self.keep else None
-        y = compute(Arrived(rows=rows, pairs=pairs, gates=gates, rows_again=again))
+        y = compute(Arrived(rows=rows, pairs=pairs, gates=gates, rows_again=again, first=first))
         del rows, pairs, gates
         for wire in reversed(self.wires):
             leg = Leg(wire, back=True)
@@ -98,7 +98,9 @@ class Plan:
         Returns:
             `[T, D]`.
         """
-        outputs = staggered(chunk.travel(compute) for chunk in self.chunks)
+        outputs = staggered(
+            chunk.travel(compute, first=number == 0) for number, chunk in enumerate(self.chunks)
+        )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

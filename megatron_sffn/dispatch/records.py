@@ -80,9 +80,11 @@ class Arrived:
         gates: `[P]` in the order of `pairs`, or None.
         rows_again: sends the rows once more, not differentiably; all ranks must call it together.
             None where nobody asked for it.
+        first: whether it is the first chunk.
     """
 
     rows: Tensor
     pairs: Pairs
     gates: Tensor | None
-    rows_again: Callable[[], Tensor] | None = None
+    rows_again: Callable[[], Tensor] | None
+    first: bool
