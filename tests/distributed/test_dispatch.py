@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from megatron_sffn.config import Exchange
 from megatron_sffn.dispatch import Arrived, dispatch, messages
+from megatron_sffn.dispatch.legs import Leg
 from megatron_sffn.ops.block_ffn import Pairs
 from megatron_sffn.placement import Placement
 from megatron_sffn.routers.base import Routing
@@ -191,3 +193,43 @@ def test_a_message_of_at_most_one_pair_is_read(count: int) -> None:
     arrived, with_gates = messages.unpack(messages.pack(codes, gates), torch.int16, torch.float32)
     assert torch.equal(arrived, codes)
     assert torch.equal(with_gates, gates)
+
+
+def order_of_steps() -> tuple[list[str], list[str]]:
+    """What a rank does with the rows of three chunks, in the forward and in the backward."""
+    x, routing, weights = tokens_of(torch.distributed.get_rank(), torch.float32)
+    steps: list[str] = []
+    numbers: dict[Leg, int] = {}
+
+    def noting(name: str) -> Any:
+        original = getattr(Leg, name)
+
+        def noted(leg: Leg, *args: Any, **kwargs: Any) -> Any:
+            steps.append(f"{name} {numbers.setdefault(leg, len(numbers))}")
+            return original(leg, *args, **kwargs)
+
+        return noted
+
+    def compute(arrived: Arrived) -> Tensor:
+        steps.append("compute")
+        y = arrived.rows * 2
+        y.register_hook(lambda grad: steps.append("compute"))
+        return y
+
+    Leg.launch, Leg.land = noting("launch"), noting("land")  # type: ignore[method-assign]
+    y = dispatch(x, routing, placement_of(), "alltoall", num_chunks=3).run(compute)
+    forward = list(steps)
+    steps.clear()
+    (y * weights).sum().backward()
+    return forward, steps
+
+
+def test_rows_of_the_next_chunk_are_on_their_way_while_one_is_computed() -> None:
+    out = ["launch 0", "launch 1", "land 0", "compute", "launch 2", "launch 3", "land 1", "compute"]
+    back = ["launch 4", "land 2", "land 3", "compute", "launch 5", "land 4", "land 5"]
+    other = {"launch": "land", "land": "launch"}
+    for forward, backward in run_ranks(2, order_of_steps):
+        assert forward == out + back
+        # Legs 0, 1 and 3 go out, 2, 4 and 5 back; the backward is the forward from its end.
+        turned = [" ".join(other.get(word, word) for word in step.split()) for step in forward]
+        assert backward == turned[::-1]
