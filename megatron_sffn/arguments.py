@@ -175,6 +175,15 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         "the expert ranks fill several whole nodes, else 0)",
     )
     add(
+        "--sffn-exchange-chunks",
+        type=int,
+        metavar="N",
+        default=1,
+        help="with --moe-token-dispatcher-type alltoall: cut a rank's tokens of a microbatch in N "
+        "chunks, which travel between expert ranks one after the other while the blocks compute "
+        "the chunk before; each chunk is a smaller product, so 2 to 4 at most",
+    )
+    add(
         "--sffn-relu",
         action="store_true",
         help="ReLU in every FFN, sparse or dense (Megatron has it, but no flag for it)",
@@ -253,6 +262,7 @@ def sffn_config(args: Namespace) -> SparseFFNConfig | None:
         seed=args.seed,
         regather=args.sffn_regather,
         node_size=node_size(args),
+        exchange_chunks=args.sffn_exchange_chunks,
     )
 
 

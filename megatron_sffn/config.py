@@ -127,12 +127,17 @@ class Exchange:
         expert_tensor_parallel_size: ranks over which the cells of a block are cut.
         bytes_per_number: of an activation.
         backend: of the process group.
+        router_groups: equal groups of consecutive blocks (`--moe-router-num-groups`).
+        router_group_topk: in how many of them all blocks of a token are; 1 of 1 where routing is
+            not limited to groups.
     """
 
     expert_parallel_size: int = 1
     expert_tensor_parallel_size: int = 1
     bytes_per_number: int = 4
     backend: str = "nccl"
+    router_groups: int = 1
+    router_group_topk: int = 1
 
     @property
     def num_ranks(self) -> int:
@@ -216,6 +221,16 @@ class RouterConfig:
         """
         return 0
 
+    def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:
+        """Bytes that the router of one layer holds on each rank beside its weights.
+
+        Args:
+            sffn: the layer.
+            hidden_size: D.
+            vocab_size: rows of the embedding; None where they are not known.
+        """
+        return 0
+
     def exchanged_bytes(self, sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> float:
         """Bytes between ranks that the selection costs per token and layer, beside the exchange."""
         return 0.0
@@ -239,6 +254,8 @@ class SparseFFNConfig:
             (`REGATHER`).
         node_size: ranks of a node, where tokens shall cross to each node once (`alltoall` only);
             0 to send them straight to each rank.
+        exchange_chunks: in how many chunks a rank's tokens travel, one after the other, while the
+            blocks compute the chunk before (`alltoall` only).
 
     Raises:
         ConfigError: if g does not divide k, a number is out of its range, or the router is not
@@ -255,6 +272,7 @@ class SparseFFNConfig:
     seed: int = 1234
     regather: str = "auto"
     node_size: int = 0
+    exchange_chunks: int = 1
 
     def __post_init__(self) -> None:
         """Check the numbers against each other."""
@@ -295,6 +313,11 @@ class SparseFFNConfig:
             raise ConfigError(
                 f"--sffn-node-size {self.node_size} is negative; give the ranks of a node, or 0 to "
                 "send tokens straight to each rank"
+            )
+        if self.exchange_chunks < 1:
+            raise ConfigError(
+                f"--sffn-exchange-chunks {self.exchange_chunks} must be at least 1; give 1 to send "
+                "all tokens of a microbatch at once"
             )
         self.router.check(self)
 

@@ -27,7 +27,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
 from megatron_sffn.config import Backend, Exchange, SparseFFNTransformerConfig
-from megatron_sffn.dispatch import dispatch
+from megatron_sffn.dispatch import Arrived, dispatch
 from megatron_sffn.memory import Memory
 from megatron_sffn.ops import Activation
 from megatron_sffn.ops.block_ffn import block_ffn_pairs, main_grad
@@ -157,7 +157,10 @@ class SparseFFN(_SparseLayer):
         """Whether the backward sends the rows again rather than keep them."""
         config, grid = self.config, self.experts.placement
         exchange = Exchange(
-            expert_parallel_size=grid.block_parts, expert_tensor_parallel_size=grid.cell_parts
+            expert_parallel_size=grid.block_parts,
+            expert_tensor_parallel_size=grid.cell_parts,
+            router_groups=config.moe_router_num_groups or 1,
+            router_group_topk=config.moe_router_group_topk or 1,
         )
         return regathers(
             config.sffn, config.hidden_size, exchange, config.moe_token_dispatcher_type
@@ -171,25 +174,31 @@ class SparseFFN(_SparseLayer):
         if self.use_shared_expert:
             shared = start_beside(self.shared_experts_compute, hidden_states)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        dispatched = dispatch(
+        plan = dispatch(
             x,
             routing,
             self.experts.placement,
             self.config.moe_token_dispatcher_type,
             regather=self._regathers,
+            num_chunks=self.config.sffn.exchange_chunks,
         )
-        y = block_ffn_pairs(
-            dispatched.rows,
-            keys,
-            values,
-            dispatched.pairs,
-            dispatched.gates,
-            activation=self.activation,
-            backend=self.backend,
-            rows_again=dispatched.rows_again,
-        )
-        self.traffic(len(x), dispatched.plan.bytes_sent)
-        update = dispatched.plan.combine(y).view_as(hidden_states)
+        self.traffic(len(x), plan.bytes_sent)
+
+        def blocks(arrived: Arrived) -> Tensor:
+            tables = keys, values
+            if not arrived.first:
+                tables = main_grad.further_use(keys), main_grad.further_use(values)
+            return block_ffn_pairs(
+                arrived.rows,
+                *tables,
+                arrived.pairs,
+                arrived.gates,
+                activation=self.activation,
+                backend=self.backend,
+                rows_again=arrived.rows_again,
+            )
+
+        update = plan.run(blocks).view_as(hidden_states)
         return update if shared is None else update + shared()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from megatron_sffn.config import Backend, Exchange, SparseFFNConfig
 from megatron_sffn.errors import ConfigError
+from megatron_sffn.routers.groups import check_groups
 
 
 def check_layout(args: Namespace, sffn: SparseFFNConfig | None) -> None:
@@ -27,9 +28,12 @@ def check_layout(args: Namespace, sffn: SparseFFNConfig | None) -> None:
     """
     problems = [_engine(args), _model(args), _batch(args)]
     if sffn is not None:
-        problems += [_blocks(args, sffn), _ranks(args), _backend(args, sffn)]
+        problems += [_blocks(args, sffn), _ranks(args), _backend(args, sffn), _chunks(args, sffn)]
     for sentence in (sentence for each in problems for sentence in each):
         raise ConfigError(sentence)
+    if sffn is not None:
+        # Before the way of exchange is chosen, which depends on them.
+        check_groups(args, sffn.num_blocks, sffn.num_active_blocks)
 
 
 def exchange_of(args: Namespace) -> Exchange:
@@ -40,6 +44,8 @@ def exchange_of(args: Namespace) -> Exchange:
         expert_tensor_parallel_size=args.expert_tensor_parallel_size or 1,
         bytes_per_number=2 if half else 4,
         backend=args.distributed_backend,
+        router_groups=args.moe_router_num_groups or 1,
+        router_group_topk=args.moe_router_group_topk or 1,
     )
 
 
@@ -211,3 +217,36 @@ def _backend(args: Namespace, sffn: SparseFFNConfig) -> Iterator[str]:
             "--overlap-param-gather is not available with --sffn-backend megatron, whose keys are "
             "read before they are gathered; leave it out, or use another --sffn-backend"
         )
+
+
+def _chunks(args: Namespace, sffn: SparseFFNConfig) -> Iterator[str]:
+    """Chunks of an exchange, where there is one and it can be cut."""
+    chunks = sffn.exchange_chunks
+    if chunks == 1:
+        return
+    if sffn.backend is Backend.MEGATRON or args.moe_token_dispatcher_type == "allgather":
+        other = (
+            "--moe-token-dispatcher-type allgather"
+            if sffn.backend is not Backend.MEGATRON
+            else "--sffn-backend megatron"
+        )
+        yield (
+            f"--sffn-exchange-chunks {chunks} is not available with {other}, which sends all "
+            "tokens at once; use --moe-token-dispatcher-type alltoall with another --sffn-backend, "
+            "or leave it out"
+        )
+    if exchange_of(args).num_ranks == 1:
+        yield (
+            f"--sffn-exchange-chunks {chunks} has nothing to act on where all blocks are on one "
+            "rank; add --expert-model-parallel-size, or leave it out"
+        )
+    parts = args.context_parallel_size * (
+        args.tensor_model_parallel_size if args.sequence_parallel else 1
+    )
+    if args.seq_length and args.micro_batch_size:
+        tokens = args.seq_length * args.micro_batch_size // parts
+        if chunks > tokens:
+            yield (
+                f"--sffn-exchange-chunks {chunks} is more than the {tokens} tokens of a microbatch "
+                "on a rank; give a smaller number, 2 to 4 at most"
+            )

@@ -1,8 +1,9 @@
 """Bytes that a token costs between ranks, in closed form, and the way of exchange that follows.
 
 Enters: the layer's numbers and the ranks that its cells are cut over. Leaves: bytes per token of
-one sparse layer's forward, ours and Megatron's. `dispatch.py` sends exactly these: what a run
-counts in its evaluations differs by the routing alone, which is taken as uniform here.
+one sparse layer's forward, ours and Megatron's. `dispatch/` sends exactly these: what a run
+counts in its evaluations differs by the routing alone, which is taken as uniform here, or as
+uniform within the groups of group-limited routing.
 
 Neither tensors nor Megatron are imported.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -87,12 +89,58 @@ def num_nodes(num_ranks: int, node_size: int) -> int:
 
 
 def chance_of_visit(sffn: SparseFFNConfig, exchange: Exchange) -> float:
-    """The probability that a rank has a block of a token, under uniform routing."""
-    blocks, active = sffn.num_blocks, sffn.num_active_blocks
-    assert blocks % exchange.expert_parallel_size == 0, (blocks, exchange)
-    elsewhere = blocks - blocks // exchange.expert_parallel_size
+    """The probability that a rank has a block of a token, under uniform routing.
+
+    With group-limited routing: every choice of groups is equally likely, and so is every choice of
+    K blocks within them; the mean over ranks, where these do not have the groups' bounds.
+    """
+    blocks, active, parts = sffn.num_blocks, sffn.num_active_blocks, exchange.expert_parallel_size
+    assert blocks % parts == 0, (blocks, exchange)
+    groups, chosen = exchange.router_groups, exchange.router_group_topk
+    allowed = chosen * (blocks // groups)
     # In integers: C(65536, 4096) has 6,600 digits, and Python still rounds the quotient correctly.
-    return 1 - math.comb(elsewhere, active) / math.comb(blocks, active)
+    missed = sum(
+        ranks * choices * math.comb(allowed - own, active)
+        for held, ranks in _held_of_groups(blocks, parts, groups).items()
+        for own, choices in _chosen_of(held, groups, chosen).items()
+    )
+    return 1 - missed / (parts * math.comb(groups, chosen) * math.comb(allowed, active))
+
+
+def _held_of_groups(blocks: int, parts: int, groups: int) -> Counter[tuple[int, ...]]:
+    """How many of `parts` ranks hold so many blocks of each group of which they hold some."""
+    local, size = blocks // parts, blocks // groups
+    return Counter(
+        tuple(
+            sorted(
+                min(first + local, (group + 1) * size) - max(first, group * size)
+                for group in range(first // size, -(-(first + local) // size))
+            )
+        )
+        for first in range(0, blocks, local)
+    )
+
+
+def _chosen_of(held: tuple[int, ...], groups: int, chosen: int) -> Counter[int]:
+    """Blocks of a rank in the chosen groups -> in how many choices of groups.
+
+    Args:
+        held: blocks of the rank in each group of which it holds some.
+        groups: of all blocks.
+        chosen: groups of a token.
+    """
+    # Of so many groups, with so many blocks of the rank -> choices; groups of equal size at once.
+    ways = Counter({(0, 0): 1})
+    for size, count in Counter(held).items():
+        taken = Counter[tuple[int, int]]()
+        for (number, own), choices in ways.items():
+            for more in range(min(count, chosen - number) + 1):
+                taken[number + more, own + more * size] += choices * math.comb(count, more)
+        ways = taken
+    result = Counter[int]()
+    for (number, own), choices in ways.items():
+        result[own] += choices * math.comb(groups - len(held), chosen - number)
+    return result
 
 
 def rows_per_token(sffn: SparseFFNConfig, exchange: Exchange, dispatcher: str) -> float:
@@ -142,9 +190,9 @@ def cheapest_dispatcher(sffn: SparseFFNConfig, hidden_size: int, exchange: Excha
     by gloo's reduce-scatter, which sends twice the bytes (benchmarks/README.md). Today they come
     back by an all-to-all of equal parts, and this is yet to be timed again.
     """
-    # On several nodes only the all-to-all crosses to each of them once.
+    # Only the all-to-all crosses to each of several nodes once, and only it sends chunks.
     on_nodes = num_nodes(exchange.num_ranks, sffn.node_size) > 1
-    if exchange.backend == "gloo" or on_nodes:
+    if exchange.backend == "gloo" or on_nodes or sffn.exchange_chunks > 1:
         return "alltoall"
     exact = all_to_all_bytes_per_token(sffn, hidden_size, exchange)
     everything = all_gather_bytes_per_token(sffn, hidden_size, exchange)

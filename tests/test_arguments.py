@@ -125,6 +125,7 @@ def test_defaults_are_those_of_the_design(read: Read) -> None:
         "sffn_shared_blocks": 0,
         "sffn_regather": "auto",
         "sffn_node_size": None,
+        "sffn_exchange_chunks": 1,
         "sffn_init": None,
         "sffn_aggregator": "mean",
         "sffn_gate": None,
@@ -209,6 +210,7 @@ def test_balance(read: Read, flags: str, kind: Any, coefficient: Any) -> None:
         ("--distributed-backend nccl", "allgather"),  # 8 of 128 blocks: both ranks are hit
         ("--distributed-backend nccl --sffn-block-size 256", "alltoall"),  # 1 of 16
         ("--distributed-backend nccl --moe-token-dispatcher-type alltoall", "alltoall"),
+        ("--distributed-backend nccl --sffn-exchange-chunks 2", "alltoall"),
         ("--sffn-backend megatron", "allgather"),  # Megatron's default
     ],
 )
@@ -345,6 +347,30 @@ REFUSED = [
     ("--sffn-aggregator sum", 1, "--sffn-aggregator", "'sum'", "mean-abs", "--help"),
     ("--sffn-gate relu", 1, "--sffn-gate", "'relu'", "sigmoid", "--help"),
     ("--sffn-backend cuda", 1, "--sffn-backend", "'cuda'", "auto", "--help"),
+    ("--sffn-exchange-chunks 0", 2, "--sffn-exchange-chunks 0", "give 1"),
+    ("--sffn-exchange-chunks 2", 1, "on one rank", "add --expert-model-parallel-size"),
+    (
+        "--expert-model-parallel-size 2 --sffn-exchange-chunks 99",
+        2,
+        "--sffn-exchange-chunks 99",
+        "more than the 32 tokens",
+        "give a smaller number",
+    ),
+    (
+        "--expert-model-parallel-size 2 --sffn-exchange-chunks 2 "
+        "--moe-token-dispatcher-type allgather",
+        2,
+        "--sffn-exchange-chunks 2",
+        "with --moe-token-dispatcher-type allgather",
+        "use --moe-token-dispatcher-type alltoall",
+    ),
+    (
+        "--expert-model-parallel-size 2 --sffn-exchange-chunks 2 --sffn-backend megatron",
+        2,
+        "--sffn-exchange-chunks 2",
+        "with --sffn-backend megatron",
+        "another --sffn-backend",
+    ),
     ("--sffn-rooter avg-k", 1, "--sffn-rooter avg-k", "--help"),
     ("--sffn-layers 1,4", 1, "--sffn-layers 1,4", "layer 4", "indices from 0 to 3"),
     ("--sffn-layers=-1", 1, "--sffn-layers -1", "indices from 0 to 3"),

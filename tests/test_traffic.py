@@ -13,7 +13,11 @@ import torch
 from benchmarks.parallel import wire
 from megatron_sffn import traffic
 from megatron_sffn.config import Exchange, SparseFFNConfig
+from megatron_sffn.dispatch import dispatch
+from megatron_sffn.placement import Placement
 from megatron_sffn.routers import ROUTERS
+from megatron_sffn.routers.base import Routing
+from megatron_sffn.routers.groups import in_best_groups
 from tests.layers import BATCH, NUMBERS, SPARSE, Case, D, build, config_of, draw
 from tests.ranks import run_ranks
 
@@ -49,6 +53,52 @@ def test_exchange_by_enumeration(ranks: int, active: int, slices: int) -> None:
     others = ranks * slices - 1
     everywhere = traffic.exchanged_bytes_per_token(gated, width, over, "allgather")
     assert everywhere == others * (2 * width * 2 + active * (2 + 4))
+
+
+def choices_in_groups(blocks: int, active: int, groups: int, chosen: int) -> list[tuple[int, ...]]:
+    """All choices of K blocks within all choices of groups: each of the list is equally likely."""
+    size = blocks // groups
+    return [
+        choice
+        for some in combinations(range(groups), chosen)
+        for choice in combinations([g * size + i for g in some for i in range(size)], active)
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 6])
+@pytest.mark.parametrize(("groups", "chosen"), [(2, 1), (4, 2), (3, 2), (12, 6), (6, 6)])
+def test_exchange_in_groups_by_enumeration(groups: int, chosen: int, ranks: int) -> None:
+    # Groups and ranks have the same bounds, or many in one, or bounds that cross.
+    blocks, active, width = 12, 4, 24
+    layer = sparse(active_cells=6 * active, block_size=6, expansion=blocks // active)
+    choices = choices_in_groups(blocks, active, groups, chosen)
+    visits = sum(len({i * ranks // blocks for i in choice}) for choice in choices) / len(choices)
+    over = Exchange(
+        expert_parallel_size=ranks,
+        bytes_per_number=2,
+        router_groups=groups,
+        router_group_topk=chosen,
+    )
+    assert traffic.rows_per_token(layer, over, "alltoall") == pytest.approx(visits)
+    remote = 1 - 1 / ranks  # of rows and of pairs, over tokens of all ranks
+    sent = traffic.exchanged_bytes_per_token(layer, width, over, "alltoall")
+    assert sent == pytest.approx(remote * (2 * visits * width * 2 + active * 2))
+    # As two nodes.
+    on_nodes = dataclasses.replace(layer, node_size=ranks // 2)
+    nodes = sum(len({i * 2 // blocks for i in choice}) for choice in choices) / len(choices)
+    between = traffic.bytes_between_nodes_per_token(on_nodes, width, over)
+    if ranks > 2:
+        assert between == pytest.approx((2 * nodes * width * 2 + active * 2) / 2)
+
+
+def test_groups_as_many_as_ranks_bound_the_ranks_that_a_token_reaches() -> None:
+    layer = sparse(active_cells=4096, block_size=64, expansion=16)
+    free = Exchange(expert_parallel_size=16, bytes_per_number=2)
+    limited = dataclasses.replace(free, router_groups=16, router_group_topk=4)
+    assert traffic.rows_per_token(layer, free, "alltoall") > 15
+    assert traffic.rows_per_token(layer, limited, "alltoall") == pytest.approx(4, rel=1e-6)
+    assert traffic.cheapest_dispatcher(layer, 1024, free) == "allgather"
+    assert traffic.cheapest_dispatcher(layer, 1024, limited) == "alltoall"
 
 
 @pytest.mark.parametrize(
@@ -233,3 +283,36 @@ def test_a_token_crosses_to_each_node_once() -> None:
     flat = dataclasses.replace(layer, node_size=0)
     assert traffic.cheapest_dispatcher(layer, D, over) == "alltoall"
     assert traffic.exchanged_bytes_per_token(flat, D, over, "alltoall") < expected
+
+
+def sent_in_groups(by_score: bool) -> float:
+    """Bytes per token of an exchange whose tokens have 4 of 64 blocks in 2 of 8 groups."""
+    group, tokens = torch.distributed.group.WORLD, 4096
+    grid = Placement(group=group, block_parts=4, cell_parts=1, num_blocks=64, block_size=1)
+    random = torch.Generator().manual_seed(group.rank())
+    scores = torch.rand(tokens, 64, generator=random)
+    if by_score:
+        allowed = in_best_groups(scores, 4, 8, 2, lambda worth, count: worth.topk(count).indices)
+    else:
+        chosen = torch.rand(tokens, 8, generator=random).topk(2).indices
+        allowed = torch.zeros(tokens, 8, dtype=torch.bool).scatter_(1, chosen, True)
+        allowed = allowed.repeat_interleave(8, dim=1)
+    ids = scores.masked_fill(~allowed, -1).topk(4).indices
+    with wire.counted() as collectives:
+        plan = dispatch(torch.zeros(tokens, D), Routing(block_ids=ids), grid, "alltoall")
+        plan.run(lambda arrived: arrived.rows)
+    assert plan.bytes_sent == collectives.total - 16 * (group.size() - 1)
+    return plan.bytes_sent / tokens
+
+
+def test_what_group_limited_routing_sends_is_the_closed_form() -> None:
+    layer = sparse(active_cells=4, block_size=1, expansion=16)
+    free = Exchange(expert_parallel_size=4)
+    over = dataclasses.replace(free, router_groups=8, router_group_topk=2)
+    expected = traffic.exchanged_bytes_per_token(layer, D, over, "alltoall")
+    uniform = sum(run_ranks(4, sent_in_groups, False)) / 4
+    assert uniform == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
+    # Scores choose groups that are good for several blocks each, so that rather both are used.
+    scored = sum(run_ranks(4, sent_in_groups, True)) / 4
+    assert expected < scored < 1.1 * expected
+    assert scored < 0.8 * traffic.exchanged_bytes_per_token(layer, D, free, "alltoall")

@@ -1,6 +1,7 @@
 """Where the host waits for a GPU in a step of one layer: a table which only shrinks.
 
-The default path never waits. What does stands in `ALLOWED`, and is in docs/routing.md.
+The default path never waits. What does stands in `ALLOWED`, and is in docs/routing.md. Between
+ranks the host waits for counts: `BETWEEN_RANKS`, and docs/parallelism.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from megatron_sffn.ops.block_ffn.check import pairs as check_pairs
 from megatron_sffn.routers.descriptors import DESCRIPTORS
 from tests import layers, waits
 from tests.layers import SPARSE, VOCAB, Case
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,6 +87,53 @@ def test_a_step_waits_where_the_table_says_and_nowhere_else(one_rank: None, name
     layer.router.end_step()
     set_weights_version(layer, "another")
     assert waits.recorded(step) == ALLOWED.get(name, {})
+
+
+def between_ranks(dispatcher: str, **sffn: Any) -> Case:
+    """A layer whose tokens travel."""
+    return Case(
+        router="switch",
+        megatron=(("moe_token_dispatcher_type", dispatcher),),
+        sffn=tuple(sffn.items()),
+    )
+
+
+BETWEEN_RANKS: dict[str, tuple[Case, int]] = {
+    "alltoall": (between_ranks("alltoall"), 1),
+    "alltoall in chunks": (between_ranks("alltoall", exchange_chunks=4), 1),
+    "alltoall, rows sent again": (between_ranks("alltoall", regather="on"), 1),
+    "alltoall on two nodes": (between_ranks("alltoall", node_size=2), 2),
+    "alltoall on two nodes in chunks": (
+        between_ranks("alltoall", node_size=2, exchange_chunks=4),
+        2,
+    ),
+    "allgather": (between_ranks("allgather"), 1),
+    "allgather, rows sent again": (between_ranks("allgather", regather="on"), 1),
+}
+"""Way of exchange -> a layer, and the waits for counts of one forward and backward pass, on EP4."""
+
+
+def waits_between_ranks() -> dict[str, dict[str, int]]:
+    """Where the host would wait in a step of each layer on this rank."""
+    result = {}
+    for name, (case, _) in BETWEEN_RANKS.items():
+        layer = layers.build(case).train()
+        hidden, ids, weights = layers.inputs()
+
+        def step(layer: Any = layer, x: Any = hidden, ids: Any = ids, w: Any = weights) -> None:
+            y, _ = layer(x.clone().requires_grad_(), padding_mask=ids)
+            (y * w).sum().backward()
+
+        step()
+        layer.router.end_step()
+        result[name] = waits.recorded(step)
+    return result
+
+
+def test_an_exchange_waits_for_counts_once_a_level_whatever_the_chunks() -> None:
+    expected = {name: {"ops/streams.py:wait": n} for name, (_, n) in BETWEEN_RANKS.items()}
+    for of_rank in run_ranks(4, waits_between_ranks, expert_model_parallel_size=4):
+        assert of_rank == expected
 
 
 def test_the_look_at_the_end_of_a_step_is_one_wait(one_rank: None) -> None:

@@ -189,6 +189,7 @@ def costs_of(
         weights=memory.weights,
         gradients=memory.gradients,
         optimizer=memory.optimizer,
+        router_tables=memory.router_tables,
         activations=memory.activations,
         attention_scores=memory.scores,
         pipeline_stage=memory.stage,

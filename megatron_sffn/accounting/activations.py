@@ -126,6 +126,9 @@ class Activations:
             number_bytes=setup.number_bytes,
             activation=setup.activation,
             losses=setup.losses,
+            router_groups=setup.router_groups,
+            router_group_topk=setup.router_group_topk,
+            cuda=setup.cuda,
         )
         return count + kept_by_blocks(call, self.layout) + self.mlp(shape.sffn.shared_cells)
 

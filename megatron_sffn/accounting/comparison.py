@@ -41,6 +41,7 @@ class Costs:
         weights: bytes on the fullest rank.
         gradients: bytes there.
         optimizer: bytes there.
+        router_tables: bytes there that routers hold beside weights.
         activations: bytes there.
         attention_scores: of the activations, bytes of the attention's `s²` scores.
         pipeline_stage: of the fullest rank, from 0.
@@ -57,6 +58,7 @@ class Costs:
     weights: int
     gradients: int
     optimizer: int
+    router_tables: int
     activations: int
     attention_scores: int
     pipeline_stage: int
@@ -66,8 +68,8 @@ class Costs:
 
     @property
     def state(self) -> int:
-        """Bytes of weights, gradients and optimizer."""
-        return self.weights + self.gradients + self.optimizer
+        """Bytes of all but activations."""
+        return self.weights + self.gradients + self.optimizer + self.router_tables
 
     @property
     def memory(self) -> int:

@@ -1,4 +1,4 @@
-"""Memory of a rank: weights, gradients, the optimizer's state, and activations.
+"""Memory of a rank: weights, gradients, the optimizer's state, routers' tables, and activations.
 
 Enters: the model's shape, which of its layers are sparse, the layout and the setup. Leaves: bytes
 of the fullest rank. `torch.cuda.max_memory_allocated` would be these and what kernels use while
@@ -43,6 +43,7 @@ class RankMemory:
         weights: their bytes.
         gradients: in Megatron's buffer.
         optimizer: moments, and the master copy of half-precision weights.
+        router_tables: what routers hold beside weights: RandHash's map, averages of descriptors.
         activations: kept for the backward at the fullest moment.
         scores: the attention's `s²` scores among these; none with fused attention.
         in_flight: microbatches that have run forward and not yet backward.
@@ -53,6 +54,7 @@ class RankMemory:
     weights: int
     gradients: int
     optimizer: int
+    router_tables: int
     activations: int
     scores: int
     in_flight: float
@@ -60,7 +62,7 @@ class RankMemory:
     @property
     def state(self) -> int:
         """All but activations."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.router_tables
 
     @property
     def total(self) -> int:
@@ -102,6 +104,7 @@ def memory_of_stage(
         weights=setup.number_bytes * parameters,
         gradients=setup.gradient_bytes * parameters,
         optimizer=state,
+        router_tables=router_tables(shape, stage),
         activations=round(activations),
         scores=round(scores),
         in_flight=in_flight,
@@ -129,6 +132,14 @@ def held_parameters(shape: ModelShape, stage: Stage, layout: RankLayout) -> Held
         # Tied weights are held twice where embedding and logits are on different stages.
         rest += 0 if stage.first and shape.tied_embeddings else vocabulary
     return HeldParameters(cells=cells, rest=rest)
+
+
+def router_tables(shape: ModelShape, stage: Stage) -> int:
+    """Bytes that the routers of one stage hold beside their weights, the same on all its ranks."""
+    if shape.sffn is None:
+        return 0
+    each = shape.sffn.router.held_bytes(shape.sffn, shape.hidden_size, shape.padded_vocab_size)
+    return sum(stage.layers) * each
 
 
 def _attention_held(shape: ModelShape, layout: RankLayout) -> int:

@@ -179,6 +179,8 @@ class TrainingSetup:
         rope_width: numbers of a head that are rotated; 0 without RoPE.
         activation: name of the nonlinearity.
         losses: balance losses of the routers' scores that are on.
+        router_groups: see `Exchange`.
+        router_group_topk: see `Exchange`.
         cuda: count what torch's CUDA kernels save rather than its CPU ones.
     """
 
@@ -198,6 +200,8 @@ class TrainingSetup:
     rope_width: int = 0
     activation: str = "gelu"
     losses: frozenset[str] = frozenset()
+    router_groups: int = 1
+    router_group_topk: int = 1
     cuda: bool = False
 
     @classmethod
@@ -242,6 +246,8 @@ class TrainingSetup:
             rope_width=int(args.kv_channels * args.rotary_percent) if rotated else 0,
             activation=activation,
             losses=_losses(args),
+            router_groups=args.moe_router_num_groups or 1,
+            router_group_topk=args.moe_router_group_topk or 1,
             cuda=cuda,
         )
 

@@ -44,6 +44,9 @@ class Call:
         number_bytes: of an activation.
         activation: name of the nonlinearity.
         losses: Megatron's balance losses that are on.
+        router_groups: see `Exchange`.
+        router_group_topk: see `Exchange`.
+        cuda: whether scores are computed on a GPU, and `auto` is chosen for one.
     """
 
     sffn: SparseFFNConfig
@@ -53,11 +56,19 @@ class Call:
     number_bytes: int
     activation: str
     losses: frozenset[str]
+    router_groups: int = 1
+    router_group_topk: int = 1
+    cuda: bool = False
 
     @property
     def half(self) -> bool:
         """Whether fp32 copies are copies."""
         return self.number_bytes < FP32
+
+    @property
+    def raises(self) -> bool:
+        """Whether scores keep fp32 copies of half-precision operands: on a CPU."""
+        return self.half and not self.cuda
 
     @property
     def keys_per_cell(self) -> int:
@@ -155,9 +166,9 @@ def _(router: AvgKConfig, call: Call) -> Kept:
         numbers = call.sffn.num_cells // call.ranks
         numbers *= 1 + (KEY_COPIES[router.descriptor] * width if call.half else 0)
         bytes_ += FP32 * (numbers + blocks * (width + 2))
-    if call.half:
+    if call.raises:
         bytes_ += call.tokens * call.hidden_size * FP32
-    return Kept(bytes=bytes_, tokens=not call.half)
+    return Kept(bytes=bytes_, tokens=not call.raises)
 
 
 @_scores.register
@@ -188,10 +199,10 @@ def _(router: KeyTableConfig, call: Call) -> Kept:
     if router.aggregation in ("max", "min"):
         numbers += sffn.num_blocks
     bytes_ = call.tokens * numbers * FP32
-    raised = call.half or call.ranks > 1
-    if raised:
-        bytes_ += call.tokens * call.ranks * width * FP32
-    if call.half:
+    copied = call.raises or call.ranks > 1
+    if copied:
+        bytes_ += call.tokens * call.ranks * width * (FP32 if call.raises else call.number_bytes)
+    if call.raises:
         bytes_ += call.keys_per_cell * sffn.num_cells * width * FP32 // call.ranks
     low_rank = isinstance(router, LoRKMConfig)
-    return Kept(bytes=bytes_, tokens=low_rank or not raised)
+    return Kept(bytes=bytes_, tokens=low_rank or not copied)

@@ -198,6 +198,7 @@ def saved_config(saved: Namespace) -> SparseFFNConfig | None:
         "sffn_init": None,
         "sffn_regather": "auto",
         "sffn_node_size": 0,
+        "sffn_exchange_chunks": 1,
     }
     return sffn_config(Namespace(**{**defaults, **vars(saved)}))
 

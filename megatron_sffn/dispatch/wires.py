@@ -1,10 +1,13 @@
-"""Ways for rows between ranks, each with its adjoint, and how autograd passes along them.
+"""Ways for rows between ranks, each with its adjoint.
 
 A `Wire` carries `[T, C]` rows of this rank `out` to the ranks that need them, and `[R, C]` rows
 `back`, where what comes from several ranks is summed per token. The two are each other's adjoint,
-so that the backward of the one is the other: four exchanges of rows in a step, and two pieces of
-code. All sums are in fp32 at least, in the order of the ranks, and rounded once: the same bits in
-every run, and the error of one rounding on any number of ranks.
+so that the backward of the one is the other (`legs.py`): four exchanges of rows in a step, and two
+pieces of code. All sums are in fp32 at least, in the order of the ranks, and rounded once: the same
+bits in every run, and the error of one rounding on any number of ranks.
+
+Both ways begin with a collective that nobody waits for yet, a `Flight`, so that whoever has other
+work queues it before `land`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,26 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Flight:
+    """A message on its way.
+
+    Args:
+        message: what is sent; it must not change before `land`.
+        arriving: where it arrives; to be read after `land`.
+        work: torch's handle of the collective.
+    """
+
+    message: Tensor
+    arriving: Tensor
+    work: Any
+
+    def land(self) -> Tensor:
+        """What has arrived. The current stream waits for it; on a CPU, the host does."""
+        self.work.wait()
+        return self.arriving
+
+
 class Wire(Protocol):
     """A way for rows."""
 
@@ -23,11 +46,14 @@ class Wire(Protocol):
     def tensors(self) -> tuple[Tensor, ...]:
         """What it needs of the device's memory until the backward."""
 
-    def out(self, rows: Tensor) -> Tensor:
-        """`[T, C]` to `[R, C]`."""
+    def start_out(self, rows: Tensor) -> Flight:
+        """Send `[T, C]` rows; `[R, C]` arrive."""
 
-    def back(self, rows: Tensor) -> Tensor:
-        """`[R, C]` to `[T, C]`, summed per token."""
+    def start_back(self, rows: Tensor) -> Flight:
+        """Send `[R, C]` rows; what arrives is for `sum_per_token`."""
+
+    def sum_per_token(self, returned: Tensor) -> Tensor:
+        """What came back from all ranks to `[T, C]` sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +79,24 @@ class ExactWire:
         """Which token each row is of."""
         return (self.tokens,)
 
-    def out(self, rows: Tensor) -> Tensor:
+    def start_out(self, rows: Tensor) -> Flight:
         """A token is copied for each rank that it visits."""
         copies = rows.index_select(0, self.tokens)
         return exchange(copies, self.group, sent=self.sent, received=self.received)
 
-    def back(self, rows: Tensor) -> Tensor:
-        """Sums per token."""
-        returned = exchange(rows, self.group, sent=self.received, received=self.sent)
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        summed = rows.new_zeros(self.num_tokens, rows.shape[1], dtype=wide)
+    def start_back(self, rows: Tensor) -> Flight:
+        """Each row to the rank that it came from."""
+        return exchange(rows, self.group, sent=self.received, received=self.sent)
+
+    def sum_per_token(self, returned: Tensor) -> Tensor:
+        """The sum of a token's copies."""
+        wide = torch.promote_types(returned.dtype, torch.float32)
+        summed = returned.new_zeros(self.num_tokens, returned.shape[1], dtype=wide)
         # A token is once in a rank's rows: adds do not collide, so that their order is fixed.
         pieces = zip(self.tokens.split(self.sent), returned.split(self.sent), strict=True)
         for tokens, piece in pieces:
             summed.index_add_(0, tokens, piece.to(wide))
-        return summed.to(rows.dtype)
+        return summed.to(returned.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,69 +114,23 @@ class WholeWire:
         """Nothing."""
         return ()
 
-    def out(self, rows: Tensor) -> Tensor:
+    def start_out(self, rows: Tensor) -> Flight:
         """All ranks' rows, rank after rank."""
         return gather(rows, self.group)
 
-    def back(self, rows: Tensor) -> Tensor:
-        """Each rank gets its rows from all others, and adds them up.
+    def start_back(self, rows: Tensor) -> Flight:
+        """Each rank gets its rows from all others.
 
         A reduce-scatter sends as many bytes, but adds in the rows' dtype, in an order of its own.
         """
-        ranks = self.group.size()
-        parts = torch.empty_like(rows)
-        torch.distributed.all_to_all_single(parts, rows.contiguous(), group=self.group)
-        first, *others = parts.chunk(ranks)
-        summed = first.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
-        for part in others:
-            summed += part
-        return summed.to(rows.dtype)
+        return exchange_equally(rows, self.group)
+
+    def sum_per_token(self, returned: Tensor) -> Tensor:
+        """The sum of all ranks' parts."""
+        return sum_of_parts(returned, self.group.size())
 
 
-def send(rows: Tensor, wire: Wire, *, keep: bool = False) -> Tensor:
-    """`wire.out`, differentiable.
-
-    Args:
-        rows: `[T, C]`.
-        wire: the way.
-        keep: whether the rows stay for the backward, because somebody will send them again.
-    """
-    arrived: Tensor = _Send.apply(rows, wire, keep)
-    return arrived
-
-
-def send_back(rows: Tensor, wire: Wire) -> Tensor:
-    """`wire.back`, differentiable."""
-    summed: Tensor = _SendBack.apply(rows, wire)
-    return summed
-
-
-class _Send(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, wire: Wire, keep: bool) -> Tensor:
-        # Saved for those who count or offload what autograd keeps.
-        ctx.save_for_backward(*wire.tensors, *([rows] if keep else []))
-        ctx.wire = wire
-        return wire.out(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.wire.back(grads[0]), None, None
-
-
-class _SendBack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, wire: Wire) -> Tensor:
-        ctx.save_for_backward(*wire.tensors)
-        ctx.wire = wire
-        return wire.back(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.wire.out(grads[0]), None
-
-
-def exchange(rows: Tensor, group: Any, *, sent: list[int], received: list[int]) -> Tensor:
+def exchange(rows: Tensor, group: Any, *, sent: list[int], received: list[int]) -> Flight:
     """All-to-all of rows, rank after rank; not differentiable.
 
     Args:
@@ -156,19 +139,38 @@ def exchange(rows: Tensor, group: Any, *, sent: list[int], received: list[int]) 
         sent: rows for each rank.
         received: rows from each rank.
     """
-    arrived = rows.new_empty(sum(received), *rows.shape[1:])
-    torch.distributed.all_to_all_single(
-        arrived,
-        rows.contiguous(),
+    message, arriving = rows.contiguous(), rows.new_empty(sum(received), *rows.shape[1:])
+    work = torch.distributed.all_to_all_single(
+        arriving,
+        message,
         output_split_sizes=received,
         input_split_sizes=sent,
         group=group,
+        async_op=True,
     )
-    return arrived
+    return Flight(message=message, arriving=arriving, work=work)
 
 
-def gather(rows: Tensor, group: Any) -> Tensor:
+def gather(rows: Tensor, group: Any) -> Flight:
     """All-gather of rows, rank after rank; not differentiable."""
-    arrived = rows.new_empty(group.size() * len(rows), *rows.shape[1:])
-    torch.distributed.all_gather_into_tensor(arrived, rows.contiguous(), group=group)
-    return arrived
+    message = rows.contiguous()
+    arriving = rows.new_empty(group.size() * len(rows), *rows.shape[1:])
+    work = torch.distributed.all_gather_into_tensor(arriving, message, group=group, async_op=True)
+    return Flight(message=message, arriving=arriving, work=work)
+
+
+def exchange_equally(rows: Tensor, group: Any) -> Flight:
+    """All-to-all of equally many rows for each rank, rank after rank; not differentiable."""
+    message = rows.contiguous()
+    arriving = torch.empty_like(message)
+    work = torch.distributed.all_to_all_single(arriving, message, group=group, async_op=True)
+    return Flight(message=message, arriving=arriving, work=work)
+
+
+def sum_of_parts(rows: Tensor, num_parts: int) -> Tensor:
+    """The sum of equal parts of rows, in their order, in fp32 at least."""
+    first, *others = rows.chunk(num_parts)
+    summed = first.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+    for part in others:
+        summed += part
+    return summed.to(rows.dtype)

@@ -89,6 +89,10 @@ class AvgKConfig(ScoredConfig):
             return {}
         return {"descriptor.weight": (sffn.num_blocks, sffn.block_size)}
 
+    def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:
+        """The average and the sums of `--sffn-descriptor ema`, in fp32, with their counts."""
+        return 8 * sffn.num_blocks * (hidden_size + 1) if self.descriptor == "ema" else 0
+
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """One dot product per block."""
         return 2 * hidden_size * sffn.num_blocks

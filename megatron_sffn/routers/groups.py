@@ -11,6 +11,7 @@ group_topk of them. The rule is Megatron's, but that ties go to the group of low
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
 
 import torch
@@ -20,11 +21,12 @@ from torch import Tensor
 from megatron_sffn.errors import ConfigError
 
 
-def check_groups(config: TransformerConfig, num_blocks: int, num_active: int) -> None:
+def check_groups(config: TransformerConfig | Namespace, num_blocks: int, num_active: int) -> None:
     """Refuse numbers of groups that cannot be.
 
     Args:
-        config: Megatron's, with `moe_router_num_groups` and `moe_router_group_topk`.
+        config: Megatron's or its arguments, with `moe_router_num_groups` and
+            `moe_router_group_topk`.
         num_blocks: B.
         num_active: K, blocks that a token chooses.
 

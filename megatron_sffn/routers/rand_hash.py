@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_sffn.config import RouterConfig, flag
+from megatron_sffn.config import RouterConfig, SparseFFNConfig, flag
 from megatron_sffn.hashing import hashed_subsets
 from megatron_sffn.routers.base import Router, Routing
 
@@ -45,6 +45,17 @@ class RandHashConfig(RouterConfig):
         """See `RouterConfig.build`."""
         return RandHashRouter
 
+    def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:
+        """The table of all ids' blocks, if it is made."""
+        each = table_dtype(sffn.num_blocks).itemsize * sffn.num_active_blocks
+        size = (vocab_size or 0) * each
+        return size if size <= LARGEST_TABLE else 0
+
+
+def table_dtype(num_blocks: int) -> torch.dtype:
+    """The smaller of int16 and int32 that holds every block."""
+    return torch.int16 if num_blocks <= torch.iinfo(torch.int16).max else torch.int32
+
 
 class RandHashRouter(Router):
     """Blocks by a keyed permutation of the token id. Arguments as `Router`."""
@@ -69,7 +80,7 @@ class RandHashRouter(Router):
             "rand-hash needs the input ids: give them to the layer (or Megatron's GPTModel) as "
             "`padding_mask`, the slot for numbers of a token that reaches every pipeline stage"
         )
-        if self._table is None and self._table_fits():
+        if self._table is None and self._held_bytes():
             self._table = self._make_table(token_ids.device)
         if self._table is not None:
             return Routing(block_ids=self._table.index_select(0, token_ids).long())
@@ -89,22 +100,15 @@ class RandHashRouter(Router):
             key=settings.seed * 1_000_003 + layer,
         )
 
-    def _table_fits(self) -> bool:
-        """Whether V is known and the table is small enough."""
-        rows = self.config.padded_vocab_size
-        size = self._table_dtype.itemsize * self.sffn.num_active_blocks
-        return rows is not None and rows * size <= LARGEST_TABLE
-
-    @property
-    def _table_dtype(self) -> torch.dtype:
-        """The smaller of int16 and int32 that holds every block."""
-        fits = self.sffn.num_blocks <= torch.iinfo(torch.int16).max
-        return torch.int16 if fits else torch.int32
+    def _held_bytes(self) -> int:
+        """Of the table; 0 if V is not known, or the table is too large."""
+        width, rows = self.config.hidden_size, self.config.padded_vocab_size
+        return self.sffn.router.held_bytes(self.sffn, width, rows)
 
     def _make_table(self, device: torch.device) -> Tensor:
         """`[V, K]` blocks of every id; the host waits, once."""
         rows = self.config.padded_vocab_size
         assert rows is not None, "a table needs the size of the vocabulary"
-        ids = torch.arange(rows, device=device)
+        dtype, ids = table_dtype(self.sffn.num_blocks), torch.arange(rows, device=device)
         chunks = ids.split(max(1, HASHED_IDS // self.sffn.num_active_blocks))
-        return torch.cat([self._hash(chunk).to(self._table_dtype) for chunk in chunks])
+        return torch.cat([self._hash(chunk).to(dtype) for chunk in chunks])

@@ -14,9 +14,15 @@ from megatron.core.activations import squared_relu
 from megatron_sffn.accounting import ModelShape
 from megatron_sffn.accounting.activations import Activations
 from megatron_sffn.accounting.ranks import RankLayout, TrainingSetup
+from megatron_sffn.accounting.selection import Call
+from megatron_sffn.accounting.sparse import backend_of, kept_by_blocks
+from megatron_sffn.config import Backend, SparseFFNConfig
+from megatron_sffn.routers import ROUTERS
 from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, sparse
 from tests.accounting.saved import kept_bytes
+from tests.cuda_operators import CUDA_OPERATORS
 from tests.ranks import run_ranks
+from tests.waits import played_gpu
 
 # Megatron's own, of calls within Megatron.
 pytestmark = [
@@ -159,6 +165,93 @@ def test_block_sizes_shared_blocks_and_losses(
     assert size == counted(shape, "gelu", False, RankLayout(), losses=frozenset(losses))
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "router"),
+    [
+        *((backend, router) for backend in ("masked", "bags") for router in ("switch", "pkm")),
+        ("grouped", "avg-k"),
+        ("grouped", "switch"),
+    ],
+)
+def test_what_backends_derive_from_pairs(
+    backend: str, router: str, half: bool, one_rank: None
+) -> None:
+    sizes = {} if router == "pkm" else {"block_size": 8}
+    layer = sparse(router, backend=Backend(backend), **sizes)
+    shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=layer)
+    size = measured(shape, "gelu", half)
+    assert size == counted(shape, "gelu", half, RankLayout())
+    # The C++ kernels derive nothing.
+    without = dataclasses.replace(shape, sffn=dataclasses.replace(layer, backend=Backend.CPU))
+    pairs = SAMPLES * shape.seq_length * layer.num_active_blocks
+    assert size - counted(without, "gelu", half, RankLayout()) >= 4 * 4 * pairs
+
+
+GPU_SCORES: list[tuple[str, dict[str, Any]]] = [
+    ("avg-k", {"gate": "sigmoid"}),
+    ("vanilla-m", {"gate": "sigmoid"}),
+    ("lorkm", {"gate": "sigmoid"}),
+    ("switch", {}),
+    ("switch", {"network": "mlp", "network_width": 11, "network_activation": "gelu"}),
+]
+
+
+@pytest.mark.parametrize(("router", "options"), GPU_SCORES)
+def test_scores_of_a_gpu_keep_half_precision_operands(
+    router: str, options: dict[str, Any], one_rank: None
+) -> None:
+    assert CUDA_OPERATORS is not None
+    layer = sparse(router, options, backend=Backend.MASKED)
+    shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=layer)
+    on_cpu = measured(shape, "gelu", True)
+    with played_gpu():
+        on_gpu = measured(shape, "gelu", True)
+    host, gpu = (
+        kept_by_blocks(
+            Call(
+                sffn=layer,
+                hidden_size=shape.hidden_size,
+                tokens=SAMPLES * shape.seq_length,
+                ranks=1,
+                number_bytes=2,
+                activation="gelu",
+                losses=frozenset(),
+                cuda=cuda,
+            ),
+            RankLayout(),
+        )
+        for cuda in (False, True)
+    )
+    # All else is Megatron's, which has not noticed.
+    assert on_cpu - on_gpu == 4 * (host - gpu)
+    assert (host > gpu) == (router != "switch")
+
+
+def test_auto_on_a_gpu_is_what_the_estimate_says() -> None:
+    sizes = {
+        # block size, expansion, bf16
+        "grouped": (512, 16, True),
+        "masked": (8, 4, False),
+    }
+    for expected, (block_size, expansion, half) in sizes.items():
+        layer = SparseFFNConfig(
+            router=ROUTERS["avg-k"](), active_cells=4096, block_size=block_size, expansion=expansion
+        )
+        call = Call(
+            sffn=layer,
+            hidden_size=1024,
+            tokens=4096,
+            ranks=1,
+            number_bytes=2 if half else 4,
+            activation="gelu",
+            losses=frozenset(),
+            cuda=True,
+        )
+        assert backend_of(call, RankLayout()) == expected
+        assert backend_of(dataclasses.replace(call, cuda=False), RankLayout()) == "auto"
+
+
 LAYOUTS = {
     "EP2": RankLayout(num_ranks=2, expert=2),
     "EP2 allgather": RankLayout(num_ranks=2, expert=2, dispatcher="allgather"),
@@ -174,6 +267,7 @@ EXCHANGED = [
     sparse("lorkm", {"gate": "sigmoid"}),
     sparse("switch"),
     sparse("switch", regather="on"),
+    sparse("switch", exchange_chunks=3),
     sparse("rand-hash", regather="on"),
     sparse("lorkm", regather="on"),
     sparse("top-k-act"),

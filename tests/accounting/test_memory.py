@@ -16,10 +16,12 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_sffn.accounting import ModelShape, memory_per_rank, sparse_pattern
 from megatron_sffn.accounting.activations import Activations
-from megatron_sffn.accounting.memory import RankMemory, memory_of_stage
+from megatron_sffn.accounting.memory import RankMemory, memory_of_stage, router_tables
 from megatron_sffn.accounting.ranks import RankLayout, TrainingSetup
+from megatron_sffn.layer import sparse_layers
 from megatron_sffn.model import block_spec
-from tests.accounting.models import SMALL, config_of, paper, sparse
+from megatron_sffn.routers.rand_hash import LARGEST_TABLE
+from tests.accounting.models import SMALL, batch, build, config_of, paper, sparse
 from tests.ranks import run_ranks
 
 PATTERN = (True, False, True, True)
@@ -240,3 +242,38 @@ def test_thousands_of_ranks() -> None:
     assert one.parameters - many.parameters == 4 * 1023 * 64 * 2 * 1024
     cells, rest = 4 * 64 * 2 * 1024, many.parameters - 4 * 64 * 2 * 1024
     assert many.optimizer == round(12 * (cells / 4 + rest / 4096))
+
+
+@pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*tp_group is None:DeprecationWarning:megatron")
+@pytest.mark.parametrize(
+    ("router", "options"), [("rand-hash", {}), ("avg-k", {"descriptor": "ema"}), ("avg-k", {})]
+)
+def test_what_routers_hold_beside_weights(
+    router: str, options: dict[str, Any], one_rank: None
+) -> None:
+    shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=sparse(router, options))
+    model = build(shape, padded_vocab_size=shape.padded_vocab_size)
+    arguments, named = batch(shape)
+    model(*arguments, **named)
+    layers = list(sparse_layers(model))
+    tables = [layer.router._table for layer in layers if router == "rand-hash"]
+    buffers = [buffer for layer in layers for buffer in layer.router.buffers()]
+    # Every router has a flag for NaN.
+    size = sum(table.nbytes for table in (*tables, *buffers) if table.numel() > 1)
+    (stage,) = RankLayout().stages((True,) * 4)
+    assert router_tables(shape, stage) == size
+    assert (size > 0) == (router == "rand-hash" or bool(options))
+    without, with_tables = (
+        memory_of_stage(each, stage, RankLayout(), TrainingSetup())
+        for each in (dataclasses.replace(shape, sffn=sparse("avg-k")), shape)
+    )
+    assert with_tables.state - without.state == size
+
+
+def test_a_table_that_is_too_large_is_not_made() -> None:
+    layer = sparse("rand-hash")
+    fits = layer.router.held_bytes(layer, 24, LARGEST_TABLE // (2 * layer.num_active_blocks))
+    assert 0.99 * LARGEST_TABLE < fits <= LARGEST_TABLE
+    assert layer.router.held_bytes(layer, 24, LARGEST_TABLE) == 0
+    assert layer.router.held_bytes(layer, 24, None) == 0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_sffn.config import Exchange
-from megatron_sffn.dispatch import dispatch, messages
+from megatron_sffn.dispatch import Arrived, dispatch, messages
+from megatron_sffn.dispatch.legs import Leg
 from megatron_sffn.ops.block_ffn import Pairs
 from megatron_sffn.placement import Placement
 from megatron_sffn.routers.base import Routing
@@ -48,16 +50,21 @@ def factor(rank: int) -> float:
     return (-1.0) ** (rank // 2) * 2.0 ** (-3 * (rank % 4))
 
 
-def sums_on(dispatcher: str, cells: int) -> tuple[Tensor, Tensor, Tensor]:
+def sums_on(dispatcher: str, cells: int, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over ranks of this rank's tokens and gradients, each rank with its own factor."""
     rank, grid = torch.distributed.get_rank(), placement_of(cells)
     x, routing, weights = tokens_of(rank, torch.bfloat16)
-    arrived = dispatch(x, routing, grid, dispatcher)
-    of_row = torch.zeros(len(arrived.rows)).index_fill_(0, arrived.pairs.rows.long(), factor(rank))
-    y = arrived.plan.combine(arrived.rows * of_row[:, None].bfloat16())
-    (
-        (y * weights).sum() + (arrived.gates * (arrived.pairs.blocks + 1) * factor(rank)).sum()
-    ).backward()
+    of_gates = []
+
+    def compute(arrived: Arrived) -> Tensor:
+        rows, met = arrived.rows, arrived.pairs.rows.long()
+        of_row = torch.zeros(len(rows)).index_fill_(0, met, factor(rank))
+        of_gates.append((arrived.gates * (arrived.pairs.blocks + 1) * factor(rank)).sum())
+        return rows * of_row[:, None].bfloat16()
+
+    y = dispatch(x, routing, grid, dispatcher, num_chunks=chunks).run(compute)
+    assert len(of_gates) == chunks
+    ((y * weights).sum() + sum(of_gates)).backward()
     return y.detach(), x.grad, routing.gates.grad
 
 
@@ -73,25 +80,27 @@ def sums_of(rank: int, ranks: int, cells: int) -> tuple[Tensor, Tensor, Tensor]:
     return x.detach().double() * total, weights.double() * total, dgates
 
 
-def all_sums(layouts: list[tuple[str, int]]) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+def all_sums(layouts: list[tuple[str, int, int]]) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
     return [[sums_on(*layout) for _ in range(2)] for layout in layouts]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_sums_between_ranks_in_bf16_have_the_error_of_one_rounding(ranks: int) -> None:
-    layouts = [(way, cells) for way in ("alltoall", "allgather") for cells in (1, 2)]
+    layouts = [(way, cells, 1) for way in ("alltoall", "allgather") for cells in (1, 2)]
+    layouts += [("alltoall", cells, 3) for cells in (1, 2)]
     results = run_ranks(ranks, all_sums, layouts)
     for rank, by_layout in enumerate(results):
-        for (way, cells), (first, second) in zip(layouts, by_layout, strict=True):
+        for (way, cells, chunks), (first, second) in zip(layouts, by_layout, strict=True):
             exact = sums_of(rank, ranks, cells)
-            assert all(map(torch.equal, first, second)), (way, cells)
+            assert all(map(torch.equal, first, second)), (way, cells, chunks)
             for mine, expected in zip(first[:2], exact[:2], strict=True):
                 error = (mine.double() - expected).abs()
-                assert (error <= LOSS_OF_ONE_ROUNDING * expected.abs() + 1e-6).all(), (way, cells)
+                bound = LOSS_OF_ONE_ROUNDING * expected.abs() + 1e-6
+                assert (error <= bound).all(), (way, cells, chunks)
             torch.testing.assert_close(first[2].double(), exact[2], rtol=1e-6, atol=1e-6)
 
 
-def waits_of(dispatcher: str, *, may_be_empty: bool) -> dict[str, int]:
+def waits_of(dispatcher: str, *, may_be_empty: bool, chunks: int) -> dict[str, int]:
     """Where the host would wait for a GPU in a forward and a backward."""
     x, routing, weights = tokens_of(torch.distributed.get_rank(), torch.float32)
     if not may_be_empty:
@@ -99,21 +108,26 @@ def waits_of(dispatcher: str, *, may_be_empty: bool) -> dict[str, int]:
         routing = Routing(block_ids=ids, gates=routing.gates)
 
     def step() -> None:
-        arrived = dispatch(x, routing, placement_of(), dispatcher)
-        y = arrived.plan.combine(arrived.rows * 2)
-        torch.autograd.backward([y, arrived.gates], [weights, torch.ones_like(arrived.gates)])
+        plan = dispatch(x, routing, placement_of(), dispatcher, num_chunks=chunks)
+        gates = []
+        y = plan.run(lambda arrived: gates.append(arrived.gates) or arrived.rows * 2)
+        torch.autograd.backward([y, *gates], [weights, *map(torch.ones_like, gates)])
 
     return recorded(step)
 
 
 def all_waits() -> list[dict[str, int]]:
-    ways = ("alltoall", "allgather")
-    return [waits_of(way, may_be_empty=empty) for way in ways for empty in (False, True)]
+    ways = (("alltoall", 1), ("alltoall", 3), ("allgather", 1))
+    return [
+        waits_of(way, may_be_empty=empty, chunks=chunks)
+        for way, chunks in ways
+        for empty in (False, True)
+    ]
 
 
-def test_the_host_waits_once_for_counts_and_for_nothing_else() -> None:
+def test_the_host_waits_once_for_counts_of_all_chunks_and_for_nothing_else() -> None:
     for waits in run_ranks(2, all_waits):
-        assert waits == [{"ops/streams.py:wait": 1}] * 4
+        assert waits == [{"ops/streams.py:wait": 1}] * 6
 
 
 @pytest.mark.parametrize("num_blocks", [3, 2**15, 2**15 + 1])
@@ -179,3 +193,43 @@ def test_a_message_of_at_most_one_pair_is_read(count: int) -> None:
     arrived, with_gates = messages.unpack(messages.pack(codes, gates), torch.int16, torch.float32)
     assert torch.equal(arrived, codes)
     assert torch.equal(with_gates, gates)
+
+
+def order_of_steps() -> tuple[list[str], list[str]]:
+    """What a rank does with the rows of three chunks, in the forward and in the backward."""
+    x, routing, weights = tokens_of(torch.distributed.get_rank(), torch.float32)
+    steps: list[str] = []
+    numbers: dict[Leg, int] = {}
+
+    def noting(name: str) -> Any:
+        original = getattr(Leg, name)
+
+        def noted(leg: Leg, *args: Any, **kwargs: Any) -> Any:
+            steps.append(f"{name} {numbers.setdefault(leg, len(numbers))}")
+            return original(leg, *args, **kwargs)
+
+        return noted
+
+    def compute(arrived: Arrived) -> Tensor:
+        steps.append("compute")
+        y = arrived.rows * 2
+        y.register_hook(lambda grad: steps.append("compute"))
+        return y
+
+    Leg.launch, Leg.land = noting("launch"), noting("land")  # type: ignore[method-assign]
+    y = dispatch(x, routing, placement_of(), "alltoall", num_chunks=3).run(compute)
+    forward = list(steps)
+    steps.clear()
+    (y * weights).sum().backward()
+    return forward, steps
+
+
+def test_rows_of_the_next_chunk_are_on_their_way_while_one_is_computed() -> None:
+    out = ["launch 0", "launch 1", "land 0", "compute", "launch 2", "launch 3", "land 1", "compute"]
+    back = ["launch 4", "land 2", "land 3", "compute", "launch 5", "land 4", "land 5"]
+    other = {"launch": "land", "land": "launch"}
+    for forward, backward in run_ranks(2, order_of_steps):
+        assert forward == out + back
+        # Legs 0, 1 and 3 go out, 2, 4 and 5 back; the backward is the forward from its end.
+        turned = [" ".join(other.get(word, word) for word in step.split()) for step in forward]
+        assert backward == turned[::-1]

@@ -18,8 +18,11 @@ VARIANTS = {
     "avg-k with a gate": Variant("avg-k", options=(("gate", "sigmoid"),)),
     "vanilla-m": Variant("vanilla-m"),
     "pkm": Variant("pkm"),
+    "in chunks": Variant("switch", sffn=(("exchange_chunks", 3),)),
+    "pkm in chunks": Variant("pkm", sffn=(("exchange_chunks", 3),)),
 }
-"""Keys that the router does not differentiate, keys that it does, and values alone."""
+"""Keys that the router does not differentiate, keys that it does, values alone, and tables that are
+used once for each chunk of a microbatch."""
 
 LAYOUTS = {
     "one rank": Layout(dtype=torch.float32),

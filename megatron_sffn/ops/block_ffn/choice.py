@@ -83,12 +83,16 @@ def refusal(backend: str, shape: Shape, tensor: Tensor) -> str | None:
     """Why `grouped` or `quack` cannot compute a call, as `grouped.refusal`; None if it can."""
     if not shape.key_width:
         return "needs keys, and there is a memory of values alone"
-    widths = {
+    return (quack if backend == "quack" else grouped).refusal(tensor, _widths(shape))
+
+
+def _widths(shape: Shape) -> dict[str, int]:
+    """Numbers of which a grouped product wants multiples, by name."""
+    return {
         "the width of keys": shape.key_width,
         "the width of values": shape.width,
         "the cells of a block": shape.cells,
     }
-    return (quack if backend == "quack" else grouped).refusal(tensor, widths)
 
 
 def choose(shape: Shape, tensor: Tensor) -> tuple[str, str]:
@@ -115,6 +119,16 @@ def choose(shape: Shape, tensor: Tensor) -> tuple[str, str]:
         f"{spread:.1f}; estimated at {units[best]:.1f} times a dense layer"
     )
     return best, reason if why_not is None else f"{reason}; grouped {why_not}"
+
+
+def on_hopper(shape: Shape, dtype: torch.dtype) -> str:
+    """The backend on a GPU of capability 9.0, where there is none to ask; see `choose`."""
+    if not shape.key_width:
+        return "bags"
+    units = estimates(shape, dtype)
+    if dtype is not torch.bfloat16 or grouped.refusal_of_widths(_widths(shape)):
+        del units["grouped"]
+    return min(units, key=lambda backend: units[backend])
 
 
 _logged: set[tuple[str, int, torch.dtype]] = set()

@@ -196,7 +196,7 @@ class _WeightedValues(torch.autograd.Function):
 
 def _table_gradient(
     table: Tensor, coefficients: Tensor, rows: Tensor, pairs: Sorted, products: Products
-) -> Tensor:
+) -> Tensor | None:
     """What autograd gets as the gradient of a table; see `main_grad.py`."""
     buffer = main_grad.buffer_of(table)
     if buffer is None:

@@ -26,6 +26,9 @@ from torch import Tensor
 PROMISE = "every_use_adds_to_main_grad"
 """Attribute of a parameter: see `add_to_main_grad`."""
 
+PARAMETER = "further_use_of"
+"""Attribute of what `further_use` gives: the parameter."""
+
 
 def add_to_main_grad(table: Tensor) -> None:
     """Promise that every use of a parameter is `block_ffn` or passes through `shared`."""
@@ -34,6 +37,7 @@ def add_to_main_grad(table: Tensor) -> None:
 
 def buffer_of(table: Tensor) -> Tensor | None:
     """The buffer, fp32 (fp64 for fp64), that takes a table's gradient; None for the usual way."""
+    table = getattr(table, PARAMETER, table)
     wrapped = hasattr(table, "grad_added_to_main_grad") and not hasattr(table, "__fsdp_param__")
     if not wrapped or not getattr(table, PROMISE, False):
         return None
@@ -42,16 +46,44 @@ def buffer_of(table: Tensor) -> Tensor | None:
     return main_grad if main_grad is not None and main_grad.dtype == wide else None
 
 
-def placeholder(table: Tensor) -> Tensor:
+def placeholder(table: Tensor) -> Tensor | None:
     """What autograd gets for a table whose gradient has been added to its buffer.
+
+    None for a `further_use`: another use gives the one that is needed.
 
     Marks the table. The hook needs a gradient of the right shape that is not None under
     `--overlap-grad-reduce`. It reads it only where Megatron says so (`zero_out_wgrad`).
     """
+    if hasattr(table, PARAMETER):
+        return None
     table.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     if getattr(table, "zero_out_wgrad", False):
         return torch.zeros_like(table, memory_format=torch.contiguous_format)
     return torch.empty_like(table, memory_format=torch.contiguous_format)
+
+
+def further_use[Table: Tensor | None](table: Table) -> Table:
+    """The same table for one more `block_ffn` of a forward, which then makes no placeholder.
+
+    Autograd would add the placeholders up, each as large as the table.
+    """
+    if table is None or buffer_of(table) is None:
+        return table
+    view: Any = _FurtherUse.apply(table)
+    setattr(view, PARAMETER, table)
+    return view
+
+
+class _FurtherUse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+        # The oracle's gradient; None of those who add to the buffer.
+        return grads[0]
 
 
 def shared[Table: Tensor | None](table: Table) -> Table:
