@@ -211,6 +211,10 @@ def test_balance(read: Read, flags: str, kind: Any, coefficient: Any) -> None:
         ("--distributed-backend nccl --sffn-block-size 256", "alltoall"),  # 1 of 16
         ("--distributed-backend nccl --moe-token-dispatcher-type alltoall", "alltoall"),
         ("--distributed-backend nccl --sffn-exchange-chunks 2", "alltoall"),
+        (  # all 8 in one of 2 groups: one rank is hit
+            "--distributed-backend nccl --moe-router-num-groups 2 --moe-router-group-topk 1",
+            "alltoall",
+        ),
         ("--sffn-backend megatron", "allgather"),  # Megatron's default
     ],
 )
@@ -347,6 +351,15 @@ REFUSED = [
     ("--sffn-aggregator sum", 1, "--sffn-aggregator", "'sum'", "mean-abs", "--help"),
     ("--sffn-gate relu", 1, "--sffn-gate", "'relu'", "sigmoid", "--help"),
     ("--sffn-backend cuda", 1, "--sffn-backend", "'cuda'", "auto", "--help"),
+    # Before the way of exchange is chosen by their closed form.
+    (
+        "--distributed-backend nccl --expert-model-parallel-size 2 --moe-router-num-groups 0 "
+        "--moe-router-group-topk 1",
+        2,
+        "--moe-router-num-groups 0",
+        "128 blocks",
+        "use a divisor",
+    ),
     ("--sffn-exchange-chunks 0", 2, "--sffn-exchange-chunks 0", "give 1"),
     ("--sffn-exchange-chunks 2", 1, "on one rank", "add --expert-model-parallel-size"),
     (
