@@ -15,7 +15,7 @@ from megatron_sffn.accounting import ModelShape
 from megatron_sffn.accounting.activations import Activations
 from megatron_sffn.accounting.ranks import RankLayout, TrainingSetup
 from megatron_sffn.accounting.selection import Call
-from megatron_sffn.accounting.sparse import backend_of, kept_by_blocks
+from megatron_sffn.accounting.sparse import backend_of, kept_by_blocks, rows_and_pairs
 from megatron_sffn.config import Backend, SparseFFNConfig
 from megatron_sffn.routers import ROUTERS
 from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, sparse
@@ -226,6 +226,26 @@ def test_scores_of_a_gpu_keep_half_precision_operands(
     # All else is Megatron's, which has not noticed.
     assert on_cpu - on_gpu == 4 * (host - gpu)
     assert (host > gpu) == (router != "switch")
+
+
+def test_rows_that_arrive_under_group_limited_routing() -> None:
+    call = Call(
+        sffn=sparse(active_cells=96, block_size=1, expansion=2, regather="off"),
+        hidden_size=24,
+        tokens=100,
+        ranks=16,
+        number_bytes=4,
+        activation="gelu",
+        losses=frozenset(),
+    )
+    limited = dataclasses.replace(call, router_groups=16, router_group_topk=12)
+    cut = RankLayout(num_ranks=16, expert=16)
+    free_rows, pairs = rows_and_pairs(call, cut)
+    rows, same_pairs = rows_and_pairs(limited, cut)
+    assert rows == pytest.approx(1200, rel=1e-3) and free_rows > 1590 and pairs == same_pairs
+    kept, kept_free = (kept_by_blocks(each, cut) for each in (limited, call))
+    # A row of 24 numbers, and the token behind it.
+    assert kept_free - kept == pytest.approx((free_rows - rows) * (24 * 4 + 4))
 
 
 def test_auto_on_a_gpu_is_what_the_estimate_says() -> None:

@@ -116,6 +116,16 @@ def test_recomputation_trains_the_same_model(name: str, router: str) -> None:
     assert_same(of_router(name, router, RECOMPUTED), one_rank(router), 1e-8, 1e-10)
 
 
+def test_tokens_in_chunks_train_the_same_model() -> None:
+    # 4 tokens of a microbatch on each rank; on two nodes, and computed again in the backward.
+    layout = Layout(ranks=4, tensor=2, expert=4, recompute="full")
+    chunks = (("exchange_chunks", 3), ("node_size", 2))
+    routers = ("switch", "avg-k", "pkm")
+    results = trained(layout, tuple(Variant(router, sffn=chunks) for router in routers))
+    for router in routers:
+        assert_same(results[Variant(router, sffn=chunks)], one_rank(router), 1e-8, 1e-10)
+
+
 # Megatron's distributed optimizer has fp32 and half precision only: sums of products of a hundred
 # numbers differ by their order in the 6th digit, and Adam divides by small ones.
 DISTRIBUTED_OPTIMIZER = {
