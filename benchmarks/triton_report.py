@@ -188,7 +188,9 @@ def _noted(op: str, cells: int | None, call: Callable[..., Any], *arguments: Any
     """What a call starts; nothing is started."""
     found: list[Launch] = []
 
-    def note(kernel: Any, _: int, *, warps: int, stages: int, **arguments: Any) -> None:
+    def note(
+        kernel: Any, _: int, *, warps: int, stages: int, writes: Any = None, **arguments: Any
+    ) -> None:
         found.append(
             Launch(
                 op=op,

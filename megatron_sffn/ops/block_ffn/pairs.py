@@ -97,7 +97,8 @@ class Sorted:
                 order = self.rows.argsort(stable=True).int()
             else:
                 places = torch.arange(len(self.order), dtype=torch.int32, device=self.order.device)
-                order = torch.empty_like(places).index_copy_(0, self.order.long(), places)
+                # Not in place, which torch.compile cannot hand from forward to backward.
+                order = places.index_copy(0, self.order.long(), places)
             offsets = _starts(self.rows.index_select(0, order), num_rows)
             kept = self.derived[ByRow] = ByRow(order=order, offsets=offsets.int())
         by_row: ByRow = kept
