@@ -57,7 +57,7 @@ def launch(
         writes: names of the arguments that the kernel writes, also those that it reads first.
         arguments: of the kernel, by name; None stands for a null pointer.
     """
-    written = {name: arguments.pop(name) for name in writes}
+    written = {name: a for name in writes if (a := arguments.pop(name)) is not None}
     read, numbers, words = {}, {}, {}
     for name, argument in arguments.items():
         if isinstance(argument, Tensor):
