@@ -29,7 +29,7 @@ from megatron_sffn.ops.route_topk import triton as topk
 
 B = 5
 FORMS = {"grouped": triton_grouped, "masked": triton_masked}
-SIZES = {"1x50": (1, 50), "7x20": (7, 20), "16x50": (16, 50), "40x150": (40, 150)}
+SIZES = {"1x48": (1, 48), "7x16": (7, 16), "16x48": (16, 48), "40x144": (40, 144)}
 """N and D. Runs of 1, 1, 16 and 8 cells under a mask."""
 CASES = {"some": 17, "all to one block": 67, "no pairs": 13, "one row": 1, "many rows": 150}
 """Which pairs, and R: where all go to one block, more than one fp32 tile of its pairs."""
@@ -52,7 +52,7 @@ def interpreted() -> list[tuple[str, str, str]]:
 
     def adds(case: str, size: str, dtype: str) -> bool:
         if case == "many rows":  # more than one tile of rows
-            return (size, dtype) in (("7x20", "fp32"), ("16x50", "fp16"))
+            return (size, dtype) in (("7x16", "fp32"), ("16x48", "fp16"))
         return dtype == "fp32" or case == "some"  # other tiles
 
     return [case for case in product(CASES, SIZES, ("fp32", "fp16")) if adds(*case)]
@@ -66,7 +66,7 @@ def errors(case: str, size: str, dtype: str, device: str) -> dict[str, float]:
         torch.use_deterministic_algorithms(True, warn_only=True)
         warnings.simplefilter("ignore")
         found = _products(case, size, DTYPES[dtype], device)
-        activations = {"1x50": ("gelu", None), "16x50": ("swiglu",), "40x150": ("gelu",)}
+        activations = {"1x48": ("gelu", None), "16x48": ("swiglu",), "40x144": ("gelu",)}
         if case in ("all to one block", "many rows") and device == "cpu":
             activations = {}  # the interpreter takes a while, and the products have been compared
         for activation in activations.get(size, ()):
