@@ -51,6 +51,7 @@ def test_numbers_in_the_interpreter() -> None:
         errors = found.pop(", ".join(case))
         for form, product in itertools.product(FORMS, ("to_pairs", "to_rows", "to_table")):
             assert f"{form} {product}" in errors
+        assert any(name.startswith("fused") for name in errors)
         for name, error in errors.items():
             # Not `error > tolerance`: NaN is a failure.
             assert error < TOLERANCES[case[-1]], f"{case}: {name} is {error:.2e} off"
@@ -63,7 +64,7 @@ def test_numbers_in_the_interpreter() -> None:
 @pytest.mark.skipif(is_host(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", ["some", "all to one block", "no pairs", "one row", "many rows"])
-@pytest.mark.parametrize("size", ["1x50", "7x20", "16x50", "40x150"])
+@pytest.mark.parametrize("size", ["1x48", "7x16", "16x48", "136x144"])
 def test_numbers_on_a_gpu(size: str, case: str, dtype: str) -> None:
     from tests.ops.triton_cases import TOLERANCES, errors
 

@@ -1,6 +1,6 @@
 """The products of rows and blocks on a GPU as grouped GEMMs: each block's pairs and its cells.
 
-Enters: contiguous tensors. Leaves: the results of `function.Products`, the same bits every time.
+Inputs: contiguous tensors. Outputs: the results of `function.Products`, the same bits every time.
 
 Choices
 - Two of the three products are one grouped GEMM: a program owns a tile of one block's pairs and a
@@ -9,12 +9,11 @@ Choices
 - `to_rows` writes each pair's part in the input's dtype, as `loop` rounds it, then sums a row's
   parts in fp32. Against fp32 atomics this moves less (367/g against 585/g of a dense product's
   time, derived for an H200) and does not depend on the order of arrival. It goes by groups of
-  columns, so that the parts never outgrow R·D numbers, or P times one tile of columns: T·D at
-  k = 4·D and g = 512, twice that at g = 256.
+  columns, so that the parts never outgrow the largest of R·D numbers, `PARTS_BYTES` and P times one
+  tile of columns. Each group reads the coefficients from memory again.
 - A block of one cell needs no parts: its part is a row of the table times a number, so the sum
   reads the table itself.
-- `to_table` has a program for each tile of each block's cells, which loops over the block's pairs.
-  A block that has most of the pairs is not shared out; that would need atomics or more scratch.
+- `to_table` is in `triton_table.py`; `to_pairs` with activation and gates in `triton_fused.py`.
 """
 
 from __future__ import annotations
@@ -26,12 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_sffn.ops.block_ffn import triton_tiles
+from megatron_sffn.ops.block_ffn import triton_table, triton_tiles
 from megatron_sffn.ops.block_ffn.pairs import Sorted, sort_by_block
+from megatron_sffn.ops.block_ffn.triton_epilogue import store_tile
 from megatron_sffn.ops.block_ffn.triton_tiles import Tiles, launch, side
 
-NARROW = 32
-"""Cells up to which a block counts as narrow in `TILES`."""
+NARROW, WIDE = 32, 128
+"""Cells up to which a block counts as narrow in `TILES`, and from which on it counts as wide."""
 
 _WIDE = Tiles(height=128, columns=128, inner=64, warps=8, stages=3)
 _NARROW = Tiles(height=128, columns=64, inner=64, warps=4, stages=3)
@@ -39,18 +39,29 @@ _WIDE_FP32 = Tiles(height=64, columns=64, inner=16, warps=8, stages=3)
 _NARROW_FP32 = Tiles(height=64, columns=32, inner=16, warps=4, stages=3)
 
 TILES: dict[tuple[str, torch.dtype, str], Tiles] = {
-    ("any", torch.bfloat16, "wide"): _WIDE,
-    ("any", torch.bfloat16, "narrow"): _NARROW,
-    ("any", torch.float16, "wide"): _WIDE,
-    ("any", torch.float16, "narrow"): _NARROW,
-    ("any", torch.float32, "wide"): _WIDE_FP32,
-    ("any", torch.float32, "narrow"): _NARROW_FP32,
+    ("any", dtype, f"{product}, {kind}"): tiles
+    for dtypes, by_kind in (
+        (
+            (torch.bfloat16, torch.float16),
+            {"wide": _WIDE, "middle": _WIDE, "narrow": _NARROW},
+        ),
+        (
+            (torch.float32,),
+            {"wide": _WIDE_FP32, "middle": _WIDE_FP32, "narrow": _NARROW_FP32},
+        ),
+    )
+    for dtype in dtypes
+    for product in ("to_pairs", "to_pairs, backward", "to_rows", "to_table")
+    for kind, tiles in by_kind.items()
 }
 """Device, dtype and width of the blocks -> tiles; "any" for devices without a line of their own.
 
 Untuned: no GPU has timed them. They compile without spills for sm_80 and sm_90
 (`benchmarks/triton_report.py`).
 """
+
+PARTS_BYTES = 1 << 30
+"""Bytes that the parts of `to_rows` may have at any size: each group reads the coefficients again."""
 
 ROWS_PARTS = 8
 """Parts of a row that are loaded at a time. Untuned."""
@@ -79,7 +90,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
     """See `function.Products`."""
     cells = table.shape[1]
     result = rows.new_empty(len(pairs.rows), cells)
-    _multiply(rows, table.mT, result, pairs, _tiles(table, cells), gather=True)
+    _multiply(rows, table.mT, result, pairs, tiles_of(table, "to_pairs", cells), gather=True)
     return result
 
 
@@ -89,7 +100,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
     if not num_pairs:
         return table.new_zeros(num_rows, width)
     result = table.new_empty(num_rows, width)
-    tiles = _tiles(table, cells)
+    tiles = tiles_of(table, "to_rows", cells)
     by_row = pairs.by_row(num_rows)
     order, offsets = by_row.order, by_row.offsets
     if cells == 1:
@@ -98,7 +109,8 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
         weights = coefficients.index_select(0, order)
         _sum(table[:, 0], blocks.index_select(0, order), weights, offsets, result, tiles)
         return result
-    group = max(1, width * num_rows // num_pairs // tiles.columns) * tiles.columns
+    numbers = max(width * num_rows, PARTS_BYTES // table.itemsize)
+    group = max(1, numbers // num_pairs // tiles.columns) * tiles.columns
     parts = table.new_empty(num_pairs, min(group, width))
     for first in range(0, width, group):
         columns = slice(first, min(first + group, width))
@@ -112,29 +124,8 @@ def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
     """See `function.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
-    num_blocks, cells, width = len(pairs.offsets) - 1, coefficients.shape[1], rows.shape[1]
-    result = rows.new_empty(num_blocks, cells, width) if into is None else into
-    # The kernel takes the table as contiguous.
-    assert result.is_contiguous() and result.shape == (num_blocks, cells, width)
-    tiles = _tiles(rows, cells)
-    block_n, block_d = side(cells, tiles.columns), side(width, tiles.columns)
-    launch(
-        to_table_kernel,
-        num_blocks * triton.cdiv(cells, block_n) * triton.cdiv(width, block_d),
-        tiles,
-        coefficients=coefficients,
-        x=rows,
-        result=result,
-        rows=pairs.rows,
-        offsets=pairs.offsets,
-        N=cells,
-        D=width,
-        ADD=into is not None,
-        BLOCK_P=tiles.inner,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-    )
-    return result
+    tiles = tiles_of(rows, "to_table", coefficients.shape[1])
+    return triton_table.to_table(coefficients, rows, pairs, into, tiles)
 
 
 def _multiply(
@@ -152,7 +143,7 @@ def _multiply(
     """
     if not len(pairs.rows):
         return
-    schedule = _schedule(pairs, tiles.height)
+    schedule = schedule_of(pairs, tiles.height)
     inner, outer = table.shape[1:]
     block_o = side(outer, tiles.columns)
     launch(
@@ -208,7 +199,7 @@ def _sum(
     )
 
 
-def _schedule(pairs: Sorted, height: int) -> Schedule:
+def schedule_of(pairs: Sorted, height: int) -> Schedule:
     """The schedule for tiles of `height` pairs, made once for all products with these pairs."""
     schedules: dict[int, Schedule] = pairs.derived.setdefault(Schedule, {})
     if height not in schedules:
@@ -225,9 +216,10 @@ def _schedule(pairs: Sorted, height: int) -> Schedule:
     return schedules[height]
 
 
-def _tiles(tensor: Tensor, cells: int) -> Tiles:
-    """The line of `TILES` for a tensor."""
-    return triton_tiles.choose(TILES, tensor, "narrow" if cells <= NARROW else "wide")
+def tiles_of(tensor: Tensor, product: str, cells: int) -> Tiles:
+    """The line of `TILES` for a tensor, a product and the width of the blocks."""
+    kind = "narrow" if cells <= NARROW else "wide" if cells >= WIDE else "middle"
+    return triton_tiles.choose(TILES, tensor, f"{product}, {kind}")
 
 
 @triton.jit
@@ -278,8 +270,7 @@ def multiply_kernel(
         acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
         p_x += BLOCK_I
         p_w += BLOCK_I * table_inner
-    p_y = result + o_p[:, None] * result_row + o_o[None, :]
-    tl.store(p_y, acc.to(result.dtype.element_ty), mask=m_p[:, None] & m_o[None, :])
+    store_tile(acc, result + o_p * result_row, m_p, i_o * BLOCK_O, outer, False)
 
 
 @triton.jit
@@ -314,43 +305,3 @@ def sum_kernel(
         acc += b_s
     total = tl.sum(acc, axis=0).to(result.dtype.element_ty)
     tl.store(result + i_r * result_row + o_d, total, mask=m_d)
-
-
-@triton.jit
-def to_table_kernel(
-    coefficients: tl.tensor,
-    x: tl.tensor,
-    result: tl.tensor,
-    rows: tl.tensor,
-    offsets: tl.tensor,
-    N: tl.tensor,
-    D: tl.tensor,
-    ADD: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-) -> None:
-    """See `function.Products.to_table`. Tiles of one block are neighbours: they share its rows."""
-    num_n, num_d = tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_D)
-    i_b = (tl.program_id(0) // (num_n * num_d)).to(tl.int64)
-    within = tl.program_id(0) % (num_n * num_d)
-    o_n = (within // num_d) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_d = (within % num_d) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_n, m_d = o_n < N, o_d < D
-    first, last = tl.load(offsets + i_b), tl.load(offsets + i_b + 1)
-    acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for p in range(first, last, BLOCK_P):
-        o_p = p + tl.arange(0, BLOCK_P)
-        m_p = o_p < last
-        o_r = tl.load(rows + o_p, mask=m_p, other=0).to(tl.int64)
-        # [BLOCK_P, BLOCK_N] and [BLOCK_P, BLOCK_D]; zeros behind the last pair, in both, since
-        # zero times what is not finite is not zero.
-        p_h = coefficients + o_p[:, None] * N + o_n[None, :]
-        b_h = tl.load(p_h, mask=m_p[:, None] & m_n[None, :], other=0.0)
-        p_x = x + o_r[:, None] * D + o_d[None, :]
-        b_x = tl.load(p_x, mask=m_p[:, None] & m_d[None, :], other=0.0)
-        acc = tl.dot(tl.trans(b_h), b_x, acc, input_precision="ieee")
-    p_y = result + (i_b * N + o_n[:, None]) * D + o_d[None, :]
-    if ADD:
-        acc += tl.load(p_y, mask=m_n[:, None] & m_d[None, :], other=0.0)
-    tl.store(p_y, acc.to(result.dtype.element_ty), mask=m_n[:, None] & m_d[None, :])
