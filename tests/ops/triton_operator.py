@@ -11,6 +11,7 @@ import json
 import sys
 import warnings
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from megatron_sffn.ops.block_ffn import (
     pairs_of_ids,
     triton_grouped,
     triton_masked,
+    triton_table,
 )
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 
@@ -56,6 +58,7 @@ def main() -> None:
     with Starts() as starts:
         for sizes in FORMS.values():
             layer(*numbers(*sizes))[0].backward()
+        layer(*numbers(*FORMS["grouped"]), gated=False)[0].backward()
         add_to_table(*FORMS["grouped"])
     for kernel, arguments in starts.arguments.items():
         # Not its test under AOTAutograd, which takes long, and which `change` makes of all.
@@ -66,24 +69,27 @@ def main() -> None:
     json.dump(wrong, sys.stdout)
 
 
-def layer(x: Tensor, keys: Tensor, values: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+def layer(
+    x: Tensor, keys: Tensor, values: Tensor, scores: Tensor, *, gated: bool = True
+) -> tuple[Tensor, Tensor]:
     """Choice of blocks and feed-forward layer, to a loss and the outputs."""
     ids = route_topk(scores, K, backend="triton")
-    gates = scores.gather(1, ids).sigmoid()
+    gates = scores.gather(1, ids).sigmoid() if gated else None
     pairs, gates = pairs_of_ids(ids, gates, may_be_empty=False)
     y = block_ffn_pairs(x, keys, values, pairs, gates, backend="triton")
     return y.square().sum(), y
 
 
 def add_to_table(blocks: int, cells: int) -> None:
-    """The products that read what they write."""
-    x, _, start, scores = (tensor.detach() for tensor in numbers(blocks, cells))
-    ids = route_topk(scores, K, backend="triton")
-    pairs, _ = pairs_of_ids(ids, None, may_be_empty=False)
-    order, offsets = triton_grouped.sort(pairs.blocks, blocks)
-    by_block = Sorted(rows=pairs.rows[order.long()], offsets=offsets, order=order)
-    for form in (triton_grouped, triton_masked):
-        form.to_table(torch.randn(T * K, cells), x, by_block, into=start)
+    """The products that read what they write, and those of a block with many pairs."""
+    pairs = Sorted(
+        rows=torch.arange(40, dtype=torch.int32),
+        offsets=torch.tensor([0] + blocks * [40]),
+    )
+    x, h, start = torch.randn(40, D), torch.randn(40, cells), torch.randn(blocks, cells, D)
+    with mock.patch.object(triton_table, "CHUNK", 16):
+        for form in (triton_grouped, triton_masked):
+            form.to_table(h, x, pairs, into=start)
 
 
 def numbers(blocks: int, cells: int) -> list[Tensor]:

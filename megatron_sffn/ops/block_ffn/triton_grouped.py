@@ -201,8 +201,7 @@ def _sum(
 
 def schedule_of(pairs: Sorted, height: int) -> Schedule:
     """The schedule for tiles of `height` pairs, made once for all products with these pairs."""
-    schedules: dict[int, Schedule] = pairs.derived.setdefault(Schedule, {})
-    if height not in schedules:
+    if (Schedule, height) not in pairs.derived:
         offsets = pairs.offsets
         num_blocks, num_pairs = len(offsets) - 1, len(pairs.rows)
         heights = (offsets.diff() + (height - 1)) // height
@@ -212,8 +211,9 @@ def schedule_of(pairs: Sorted, height: int) -> Schedule:
         blocks = torch.searchsorted(ends, tiles, right=True).clamp(max=num_blocks - 1)
         within = tiles - (ends - heights).index_select(0, blocks)
         firsts = offsets.index_select(0, blocks) + within * height
-        schedules[height] = Schedule(blocks=blocks, firsts=firsts)
-    return schedules[height]
+        pairs.derived[Schedule, height] = Schedule(blocks=blocks, firsts=firsts)
+    schedule: Schedule = pairs.derived[Schedule, height]
+    return schedule
 
 
 def tiles_of(tensor: Tensor, product: str, cells: int) -> Tiles:

@@ -17,8 +17,6 @@ Design notes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 import triton
 import triton.language as tl
@@ -36,17 +34,6 @@ CHUNK = 1024
 
 SUMMED = 4096
 """Numbers of a block that a program of `sum_chunks_kernel` adds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunks:
-    """The cuts of some pairs.
-
-    Args:
-        owners: by chunk length, `[chunks]` int64: one more than the block that has pair c · length.
-    """
-
-    owners: dict[int, Tensor] = field(default_factory=dict)
 
 
 def to_table(
@@ -77,6 +64,7 @@ def to_table(
         to_table_kernel,
         (chunks + num_blocks) * tiles_of_block,
         tiles,
+        writes=("result", "scratch"),
         coefficients=coefficients,
         x=rows,
         result=result,
@@ -111,19 +99,20 @@ def to_table(
 
 
 def _cuts(pairs: Sorted, tiles_of_block: int, multiple: int) -> tuple[int, Tensor]:
-    """The length of the chunks and the blocks at the cuts, none if there is one chunk.
+    """The length of the chunks, and the cuts, none if there is one chunk.
 
-    Made once for all products with these pairs and this length.
+    Made once for all products with these pairs and this length: `[chunks]` int64, of chunk c one
+    more than the block that has pair c · length.
     """
     num_pairs = len(pairs.rows)
     least = triton.cdiv(num_pairs, triton.cdiv(PROGRAMS, tiles_of_block))
     length = triton.cdiv(max(CHUNK, least), multiple) * multiple
-    owners = pairs.derived.setdefault(Chunks, Chunks()).owners
-    if length not in owners:
+    if ("cuts", length) not in pairs.derived:
         most = num_pairs if num_pairs > length else 0
         cuts = torch.arange(0, most, length, device=pairs.offsets.device)
-        owners[length] = torch.searchsorted(pairs.offsets, cuts, right=True)
-    return length, owners[length]
+        owners = torch.searchsorted(pairs.offsets, cuts, right=True)
+        pairs.derived["cuts", length] = owners
+    return length, pairs.derived["cuts", length]
 
 
 @triton.jit
