@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from megatron_sffn.ops import route_topk, triton_launch
 from megatron_sffn.ops.block_ffn import (
@@ -44,8 +45,11 @@ class Starts(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is OPERATOR:
-            # With the names, because a pointer that is null is not among them.
-            self.arguments.setdefault(f"{args[0].rpartition('.')[2]}({args[4]})", args)
+            # With the names, because a pointer that is null is not among them. Copies, because a
+            # second start would change nothing in what the first has written.
+            name = f"{args[0].rpartition('.')[2]}({args[4]})"
+            if name not in self.arguments:
+                self.arguments[name] = tree_map_only(Tensor, Tensor.clone, args)
         return func(*args, **(kwargs or {}))
 
 
