@@ -13,6 +13,10 @@ Choices
   tile of columns. Each group reads the coefficients from memory again.
 - A block of one cell needs no parts: its part is a row of the table times a number, so the sum
   reads the table itself.
+- All operands are read by pointers. TMA descriptors were left out: rows are gathered; a tile of
+  coefficients must be zero behind the block's last pair, which no fixed shape of a tensor says; and
+  for the table alone a descriptor would save some of the issue slots of copies, which are not the
+  bound, for a second form of each kernel where the table is not aligned to 16 bytes.
 - `to_table` is in `triton_table.py`; `to_pairs` with activation and gates in `triton_fused.py`.
 """
 
