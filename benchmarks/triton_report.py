@@ -31,7 +31,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from megatron_sffn.errors import ConfigError, run_command
-from megatron_sffn.ops import triton_launch
+from megatron_sffn.ops import device, triton_launch
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn import triton_fused, triton_grouped, triton_masked
 from megatron_sffn.ops.block_ffn.function import Products
@@ -43,9 +43,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORMS = {"grouped": (triton_grouped, (256, 16)), "masked": (triton_masked, (16, 1))}
 """The forms of the products, and the cells of a block for which each is made."""
 
-FUSED = ((Activation.GELU, 256), (Activation.SWIGLU, 256), (Activation.GELU, 16))
-"""Activations of the fused products, and the cells of a block for which each is made: the one that
-computes most, and the one that has most operands."""
+FUSED = (Activation.GELU, Activation.SWIGLU)
+"""Activations of the fused products: the one that computes most, the one with most operands."""
+
+OPS = ("grouped", "masked", "fused", "route_topk")
+"""Groups of kernels."""
 
 WIDTH = 512
 """D: a multiple of 16, as a model's is, which Triton makes use of."""
@@ -118,12 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[80, 90, 100, 120],
         help="sm_... (default: 80 90 100 120)",
     )
+    add("--ops", nargs="+", choices=OPS, default=OPS, help="groups of kernels (default: all)")
     args = parser.parse_args(argv)
     print(
         "kernel                      target  dtype  cells  registers  spills   shared  instruction"
     )
     for dtype in args.dtypes:
-        for line in report(dtype, args.cells, args.targets):
+        for line in report(dtype, args.cells, args.targets, args.ops):
             print(
                 f"{line.kernel:27} sm_{line.target:<4} {line.dtype:5} {line.cells or '-':>6} "
                 f"{line.registers:10} {line.spills:7} {line.shared:8}  {line.instruction}",
@@ -132,22 +135,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def report(dtype: str, cells: Sequence[int] | None, targets: Sequence[int]) -> Iterator[Compiled]:
-    """Compile the kernels of all ops.
+def report(
+    dtype: str, cells: Sequence[int] | None, targets: Sequence[int], ops: Sequence[str] = OPS
+) -> Iterator[Compiled]:
+    """Compile kernels.
 
     Args:
         dtype: a key of `DTYPES`.
         cells: N of a block; None for those of `FORMS`.
         targets: compute capabilities, as 90.
+        ops: of `OPS`.
 
     Raises:
         ConfigError: in Triton's interpreter, which compiles nothing.
     """
     if triton_launch.INTERPRETED:
         raise ConfigError("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
-    for launch in launches(DTYPES[dtype], cells):
-        for target in targets:
-            gpu = GPUTarget("cuda", target, 32)
+    for target in targets:
+        gpu = GPUTarget("cuda", target, 32)
+        for launch in launches(DTYPES[dtype], cells, target):
+            if not launch.op.startswith(tuple(ops)):
+                continue
             special = specialised(launch, gpu)
             compiled = triton.compile(special.source, target=gpu, options=special.options)
             used = resources(compiled.asm["cubin"])
@@ -163,12 +171,20 @@ def report(dtype: str, cells: Sequence[int] | None, targets: Sequence[int]) -> I
             )
 
 
-def launches(dtype: torch.dtype, cells: Sequence[int] | None, rows: int = ROWS) -> Iterator[Launch]:
-    """What the ops start, at sizes at which the compiler may assume alignment."""
+def launches(
+    dtype: torch.dtype, cells: Sequence[int] | None, target: int, rows: int = ROWS
+) -> list[Launch]:
+    """What the ops start on a GPU, at sizes at which the compiler may assume alignment."""
+    # Tiles hang on the compute capability.
+    with mock.patch.object(device, "capability", lambda _: divmod(target, 10)):
+        return [*_all_launches(dtype, cells, rows)]
+
+
+def _all_launches(dtype: torch.dtype, cells: Sequence[int] | None, rows: int) -> Iterator[Launch]:
     for form, (products, usual) in FORMS.items():
         for size in cells or usual:
             yield from _launches(form, products, dtype, size, rows)
-    for activation, size in FUSED if not cells else itertools.product(Activation, cells):
+    for activation, size in itertools.product(FUSED, cells or FORMS["grouped"][1][:1]):
         yield from _fused_launches(activation, dtype, size, rows)
     scores = torch.zeros(rows, BLOCKS, dtype=dtype)
     yield from _noted("route_topk", None, topk.route_topk, scores, BLOCKS // 16)

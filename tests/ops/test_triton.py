@@ -36,7 +36,7 @@ interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 @needs_triton
 def test_numbers_in_the_interpreter() -> None:
-    from tests.ops.triton_cases import CHOICES, DTYPES, FORMS, TOLERANCES, interpreted
+    from tests.ops.triton_cases import CHOSEN, FORMS, TOLERANCES, interpreted
 
     process = subprocess.run(
         [sys.executable, "-m", "tests.ops.triton_cases"],
@@ -55,7 +55,7 @@ def test_numbers_in_the_interpreter() -> None:
         for name, error in errors.items():
             # Not `error > tolerance`: NaN is a failure.
             assert error < TOLERANCES[case[-1]], f"{case}: {name} is {error:.2e} off"
-    assert len(found) == len(CHOICES) * len(DTYPES)
+    assert len(found) == len(CHOSEN)
     for choice, shares in found.items():
         assert shares == {"ids": 0, "NaN": 0}, choice
 
@@ -64,7 +64,7 @@ def test_numbers_in_the_interpreter() -> None:
 @pytest.mark.skipif(is_host(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", ["some", "all to one block", "no pairs", "one row", "many rows"])
-@pytest.mark.parametrize("size", ["1x48", "7x16", "16x48", "136x144"])
+@pytest.mark.parametrize("size", ["1x48", "7x16", "16x48", "136x80"])
 def test_numbers_on_a_gpu(size: str, case: str, dtype: str) -> None:
     from tests.ops.triton_cases import TOLERANCES, errors
 

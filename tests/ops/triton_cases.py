@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from itertools import product
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from megatron_sffn.ops import route_topk
+from megatron_sffn.ops import device, route_topk
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn import (
     Pairs,
@@ -34,21 +33,24 @@ from megatron_sffn.ops.route_topk import triton as topk
 
 B = 5
 FORMS = {"grouped": triton_grouped, "masked": triton_masked}
-SIZES = {"1x48": (1, 48), "7x16": (7, 16), "16x48": (16, 48), "136x144": (136, 144)}
+SIZES = {"1x48": (1, 48), "7x16": (7, 16), "16x48": (16, 48), "136x80": (136, 80)}
 """N and D. Runs of 1, 1, 16 and 8 cells under a mask; narrow blocks and wide ones."""
 CASES = {"some": 17, "all to one block": 67, "no pairs": 13, "one row": 1, "many rows": 150}
 """Which pairs, and R: where all go to one block, more than one fp32 tile of its pairs."""
 FUSED = {
     "1x48": ((Activation.RELU, True),),
-    "7x16": ((Activation.SQUARED_RELU, True), (Activation.GELU, False)),
-    "16x48": ((Activation.SWIGLU, False),),
-    "136x144": ((Activation.GELU, True), (Activation.SWIGLU, True)),
+    "7x16": ((Activation.SQUARED_RELU, False),),
+    "16x48": ((Activation.GELU, True),),
+    "136x80": ((Activation.SWIGLU, True),),
 }
 """Activations of the fused products at each size, and whether there are gates."""
-LAYERS = {"1x48": ("gelu", None), "16x48": ("swiglu",), "136x144": ("gelu",)}
-"""Activations of whole layers; None is a memory of values alone."""
+LAYERS = {"1x48": ("gelu", None), "16x48": ("swiglu",)}
+"""Activations of whole layers, of which the first is computed by the masked form and the last by
+both; None is a memory of values alone."""
 CHOICES = {"1 of 1": (1, 1), "33 of 33": (33, 33), "1 of 300": (300, 1), "70 of 5000": (5000, 70)}
 """B and K of a choice of blocks; 5000 scores are two pieces."""
+CHOSEN = [*((choice, "fp32") for choice in CHOICES), ("1 of 300", "fp16"), ("1 of 300", "bf16")]
+"""Choices and dtypes in the interpreter."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}
 
@@ -56,8 +58,10 @@ TOLERANCES = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}
 def main() -> None:
     """Print `{case: {what: error}}` of everything that the interpreter can do."""
     assert triton.INTERPRETED, "set TRITON_INTERPRET=1"
-    found = {", ".join(case): errors(*case, "cpu") for case in interpreted()}
-    found |= {", ".join(case): differing(*case, "cpu") for case in product(CHOICES, DTYPES)}
+    # With the tiles of an H100, which are the largest.
+    with mock.patch.object(device, "capability", lambda _: (9, 0)):
+        found = {", ".join(case): errors(*case, "cpu") for case in interpreted()}
+    found |= {", ".join(case): differing(*case, "cpu") for case in CHOSEN}
     json.dump(found, sys.stdout)
 
 
@@ -65,7 +69,7 @@ def interpreted() -> list[tuple[str, str, str]]:
     """The case, size and dtype of what is multiplied there: no bf16, and not all: it is slow."""
     return [
         *(("some", size, "fp32") for size in SIZES),
-        *(("some", size, "fp16") for size in ("7x16", "136x144")),  # other tiles
+        *(("some", size, "fp16") for size in ("7x16", "136x80")),  # other tiles
         ("all to one block", "16x48", "fp32"),
         ("no pairs", "7x16", "fp32"),
         ("one row", "1x48", "fp32"),

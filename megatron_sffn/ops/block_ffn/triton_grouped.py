@@ -13,6 +13,10 @@ Choices
   tile of columns. Each group reads the coefficients from memory again.
 - A block of one cell needs no parts: its part is a row of the table times a number, so the sum
   reads the table itself.
+- All operands are read by pointers. TMA descriptors were left out: rows are gathered; a tile of
+  coefficients must be zero behind the block's last pair, which no fixed shape of a tensor says; and
+  for the table alone a descriptor would save some of the issue slots of copies, which are not the
+  bound, for a second form of each kernel where the table is not aligned to 16 bytes.
 - `to_table` is in `triton_table.py`; `to_pairs` with activation and gates in `triton_fused.py`.
 """
 
@@ -25,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_sffn.ops import device
 from megatron_sffn.ops.block_ffn import triton_table, triton_tiles
 from megatron_sffn.ops.block_ffn.pairs import Sorted, sort_by_block
 from megatron_sffn.ops.block_ffn.triton_epilogue import store_tile
@@ -33,35 +38,59 @@ from megatron_sffn.ops.block_ffn.triton_tiles import Tiles, launch, side
 NARROW, WIDE = 32, 128
 """Cells up to which a block counts as narrow in `TILES`, and from which on it counts as wide."""
 
+LARGE = {"to_pairs": (9, 10), "to_pairs, backward": (9, 10), "to_table": (9,)}
+"""Products whose tiles are large for wide blocks in 16 bits, by major compute capability: elsewhere
+the accumulators of a large tile leave too few registers, and the kernel spills."""
+
+_LARGE = Tiles(height=128, columns=256, inner=64, warps=8, stages=3)
 _WIDE = Tiles(height=128, columns=128, inner=64, warps=8, stages=3)
 _NARROW = Tiles(height=128, columns=64, inner=64, warps=4, stages=3)
-_WIDE_FP32 = Tiles(height=64, columns=64, inner=16, warps=8, stages=3)
+_FP32 = Tiles(height=64, columns=64, inner=16, warps=8, stages=3)
 _NARROW_FP32 = Tiles(height=64, columns=32, inner=16, warps=4, stages=3)
+
+_PAIRS = {"large": _LARGE, "wide": _WIDE, "middle": _WIDE, "narrow": _NARROW}
+# Rows are read by indices that are read before: of 5 stages 3 hold operands.
+_TABLE = {
+    "large": Tiles(height=128, columns=256, inner=64, warps=8, stages=5),
+    "wide": Tiles(height=128, columns=128, inner=64, warps=8, stages=5),
+    "middle": Tiles(height=64, columns=256, inner=64, warps=8, stages=3),
+    "narrow": Tiles(height=32, columns=256, inner=64, warps=4, stages=3),
+}
+_ANY_FP32 = {"wide": _FP32, "middle": _FP32, "narrow": _NARROW_FP32}
+_TABLE_FP32 = {
+    "wide": _FP32,
+    "middle": _FP32,
+    "narrow": Tiles(height=32, columns=64, inner=16, warps=4, stages=3),
+}
 
 TILES: dict[tuple[str, torch.dtype, str], Tiles] = {
     ("any", dtype, f"{product}, {kind}"): tiles
-    for dtypes, by_kind in (
-        (
-            (torch.bfloat16, torch.float16),
-            {"wide": _WIDE, "middle": _WIDE, "narrow": _NARROW},
-        ),
-        (
-            (torch.float32,),
-            {"wide": _WIDE_FP32, "middle": _WIDE_FP32, "narrow": _NARROW_FP32},
-        ),
+    for product, in_16_bits, in_32_bits in (
+        ("to_pairs", _PAIRS, _ANY_FP32),
+        ("to_pairs, backward", _PAIRS, _ANY_FP32),
+        ("to_rows", _PAIRS, _ANY_FP32),
+        ("to_table", _TABLE, _TABLE_FP32),
     )
-    for dtype in dtypes
-    for product in ("to_pairs", "to_pairs, backward", "to_rows", "to_table")
-    for kind, tiles in by_kind.items()
+    for dtype, kinds in (
+        (torch.bfloat16, in_16_bits),
+        (torch.float16, in_16_bits),
+        (torch.float32, in_32_bits),
+    )
+    for kind, tiles in kinds.items()
 }
-"""Device, dtype and width of the blocks -> tiles; "any" for devices without a line of their own.
+"""Device, dtype, product and width of the blocks -> tiles; "any" for devices without a line of
+their own. In `to_table` the height is of cells, elsewhere of pairs.
 
-Untuned: no GPU has timed them. They compile without spills for sm_80 and sm_90
-(`benchmarks/triton_report.py`).
+Untuned: no GPU has timed them. What chose them is derived: a tile of 128 x 128 does 64 operations
+for a byte from the L2 cache, which feeds 60 % of the matrix units of an H100, one of 128 x 256 does
+85. A large tile leaves no room for a second program on a multiprocessor, so that nothing hides its
+first loads and its stores; `to_rows`, whose loop is as short as N, keeps to smaller ones. Columns
+are many in `to_table`, since the coefficients are read once for each tile of columns. All compile
+without spills for sm_80, 90, 100 and 120 (`benchmarks/triton_report.py`).
 """
 
 PARTS_BYTES = 1 << 30
-"""Bytes that the parts of `to_rows` may have at any size: each group reads the coefficients again."""
+"""Bytes of the parts of `to_rows` at any size; each group reads the coefficients again."""
 
 ROWS_PARTS = 8
 """Parts of a row that are loaded at a time. Untuned."""
@@ -218,7 +247,10 @@ def schedule_of(pairs: Sorted, height: int) -> Schedule:
 
 def tiles_of(tensor: Tensor, product: str, cells: int) -> Tiles:
     """The line of `TILES` for a tensor, a product and the width of the blocks."""
-    kind = "narrow" if cells <= NARROW else "wide" if cells >= WIDE else "middle"
+    kind = "narrow" if cells <= NARROW else "middle" if cells < WIDE else "wide"
+    major = device.capability(tensor)[0]
+    if kind == "wide" and tensor.itemsize == 2 and major in LARGE.get(product, ()):
+        kind = "large"
     return triton_tiles.choose(TILES, tensor, f"{product}, {kind}")
 
 
