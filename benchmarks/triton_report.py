@@ -13,6 +13,7 @@ Choices
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +25,15 @@ from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from megatron_sffn.errors import ConfigError, run_command
-from megatron_sffn.ops import triton_launch
-from megatron_sffn.ops.block_ffn import triton_grouped, triton_masked
+from megatron_sffn.ops import device, triton_launch
+from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.block_ffn import triton_fused, triton_grouped, triton_masked
 from megatron_sffn.ops.block_ffn.function import Products
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.route_topk import triton as topk
@@ -40,11 +43,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORMS = {"grouped": (triton_grouped, (256, 16)), "masked": (triton_masked, (16, 1))}
 """The forms of the products, and the cells of a block for which each is made."""
 
+FUSED = (Activation.GELU, Activation.SWIGLU)
+"""Activations of the fused products: the one that computes most, the one with most operands."""
+
+OPS = ("grouped", "masked", "fused", "route_topk")
+"""Groups of kernels."""
+
 WIDTH = 512
 """D: a multiple of 16, as a model's is, which Triton makes use of."""
 
-ROWS = 256
-"""More than a tile."""
+ROWS = 2048
+"""More than a tile, and more than a chunk of pairs."""
 
 BLOCKS = 8192
 """Of which `route_topk` chooses: more than a piece."""
@@ -111,12 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[80, 90, 100, 120],
         help="sm_... (default: 80 90 100 120)",
     )
+    add("--ops", nargs="+", choices=OPS, default=OPS, help="groups of kernels (default: all)")
     args = parser.parse_args(argv)
     print(
         "kernel                      target  dtype  cells  registers  spills   shared  instruction"
     )
     for dtype in args.dtypes:
-        for line in report(dtype, args.cells, args.targets):
+        for line in report(dtype, args.cells, args.targets, args.ops):
             print(
                 f"{line.kernel:27} sm_{line.target:<4} {line.dtype:5} {line.cells or '-':>6} "
                 f"{line.registers:10} {line.spills:7} {line.shared:8}  {line.instruction}",
@@ -125,22 +135,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def report(dtype: str, cells: Sequence[int] | None, targets: Sequence[int]) -> Iterator[Compiled]:
-    """Compile the kernels of all ops.
+def report(
+    dtype: str, cells: Sequence[int] | None, targets: Sequence[int], ops: Sequence[str] = OPS
+) -> Iterator[Compiled]:
+    """Compile kernels.
 
     Args:
         dtype: a key of `DTYPES`.
         cells: N of a block; None for those of `FORMS`.
         targets: compute capabilities, as 90.
+        ops: of `OPS`.
 
     Raises:
         ConfigError: in Triton's interpreter, which compiles nothing.
     """
     if triton_launch.INTERPRETED:
         raise ConfigError("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
-    for launch in launches(DTYPES[dtype], cells):
-        for target in targets:
-            gpu = GPUTarget("cuda", target, 32)
+    for target in targets:
+        gpu = GPUTarget("cuda", target, 32)
+        for launch in launches(DTYPES[dtype], cells, target):
+            if not launch.op.startswith(tuple(ops)):
+                continue
             special = specialised(launch, gpu)
             compiled = triton.compile(special.source, target=gpu, options=special.options)
             used = resources(compiled.asm["cubin"])
@@ -156,11 +171,21 @@ def report(dtype: str, cells: Sequence[int] | None, targets: Sequence[int]) -> I
             )
 
 
-def launches(dtype: torch.dtype, cells: Sequence[int] | None, rows: int = ROWS) -> Iterator[Launch]:
-    """What the ops start, at sizes at which the compiler may assume alignment."""
+def launches(
+    dtype: torch.dtype, cells: Sequence[int] | None, target: int, rows: int = ROWS
+) -> list[Launch]:
+    """What the ops start on a GPU, at sizes at which the compiler may assume alignment."""
+    # Tiles hang on the compute capability.
+    with mock.patch.object(device, "capability", lambda _: divmod(target, 10)):
+        return [*_all_launches(dtype, cells, rows)]
+
+
+def _all_launches(dtype: torch.dtype, cells: Sequence[int] | None, rows: int) -> Iterator[Launch]:
     for form, (products, usual) in FORMS.items():
         for size in cells or usual:
             yield from _launches(form, products, dtype, size, rows)
+    for activation, size in itertools.product(FUSED, cells or FORMS["grouped"][1][:1]):
+        yield from _fused_launches(activation, dtype, size, rows)
     scores = torch.zeros(rows, BLOCKS, dtype=dtype)
     yield from _noted("route_topk", None, topk.route_topk, scores, BLOCKS // 16)
 
@@ -169,13 +194,7 @@ def _launches(
     form: str, products: Products, dtype: torch.dtype, cells: int, rows: int
 ) -> Iterator[Launch]:
     """What the products of one form start where all rows meet the first block."""
-    num_blocks = max(2, ROWS // cells)
-    x = torch.zeros(rows, WIDTH, dtype=dtype)
-    table = torch.zeros(num_blocks, cells, WIDTH, dtype=dtype)
-    h = torch.zeros(rows, cells, dtype=dtype)
-    pairs = Sorted(
-        rows=torch.arange(rows, dtype=torch.int32), offsets=torch.tensor([0] + num_blocks * [rows])
-    )
+    x, table, h, pairs = _operands(dtype, cells, rows)
     for product, arguments in (
         (products.to_pairs, (x, table, pairs)),
         (products.to_rows, (h, table, pairs, rows)),
@@ -184,11 +203,39 @@ def _launches(
         yield from _noted(f"{form} {product.__name__}", cells, product, *arguments)
 
 
+def _fused_launches(
+    activation: Activation, dtype: torch.dtype, cells: int, rows: int
+) -> Iterator[Launch]:
+    """What the fused products start, with gates."""
+    x, values, h, pairs = _operands(dtype, cells, rows)
+    keys = values.repeat(1, activation.keys_per_cell, 1)
+    ups = h.repeat(1, activation.keys_per_cell)
+    gates = torch.zeros(rows)
+    for product, arguments in (
+        (triton_fused.up_activated, (x, keys, pairs, gates, activation)),
+        (triton_fused.down_backward_activated, (x, values, pairs, ups, gates, activation)),
+    ):
+        yield from _noted(f"fused {activation}", cells, product, *arguments)
+
+
+def _operands(dtype: torch.dtype, cells: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Sorted]:
+    """Rows, a table, coefficients and pairs: all rows meet the first block."""
+    num_blocks = max(2, ROWS // cells)
+    pairs = Sorted(
+        rows=torch.arange(rows, dtype=torch.int32), offsets=torch.tensor([0] + num_blocks * [rows])
+    )
+    x = torch.zeros(rows, WIDTH, dtype=dtype)
+    table = torch.zeros(num_blocks, cells, WIDTH, dtype=dtype)
+    return x, table, torch.zeros(rows, cells, dtype=dtype), pairs
+
+
 def _noted(op: str, cells: int | None, call: Callable[..., Any], *arguments: Any) -> list[Launch]:
     """What a call starts; nothing is started."""
     found: list[Launch] = []
 
-    def note(kernel: Any, _: int, *, warps: int, stages: int, **arguments: Any) -> None:
+    def note(
+        kernel: Any, _: int, *, warps: int, stages: int, writes: Any = None, **arguments: Any
+    ) -> None:
         found.append(
             Launch(
                 op=op,

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -30,8 +31,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_sffn.layer import layer_class
 from megatron_sffn.ops import device
 from megatron_sffn.routers import s_base
-from tests.layers import BATCH, SPARSE, VOCAB, Case, D, S, config_of
+from tests.layers import BATCH, SPARSE, VOCAB, Case, S, config_of
 
+D = 16
+"""Width of the layers: backends have sizes of which it must be a multiple."""
 DEVICES = {"cuda": 0, "meta": torch.device("meta")}
 """What stands for the GPU -> what `torch.cuda.current_device` answers."""
 BACKENDS = {
@@ -39,6 +42,7 @@ BACKENDS = {
     "masked": ("fp32", "bf16", "fp16"),
     "bags": ("fp32", "bf16", "fp16"),
     "grouped": ("bf16",),
+    "triton": ("fp32", "bf16", "fp16"),
 }
 """Who computes blocks without a wait -> dtypes."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,7 +70,9 @@ def rehearse(case: Case, backend: str, dtype: torch.dtype, on: str) -> None:
     fields = {"params_dtype": dtype, "moe_router_dtype": "fp32", "perform_initialization": False}
     fields |= dict(case.megatron)
     case = Case(**{**vars(case), "megatron": tuple(fields.items())})
-    layer = layer_class(case.backend)(config_of(case), layer_number=1).train()
+    layer = layer_class(case.backend)(
+        replace(config_of(case), hidden_size=D), layer_number=1
+    ).train()
     layer.backend = backend
     if case.router == "rand-hash":
         # Made once, with numbers.
@@ -109,6 +115,10 @@ def main() -> dict[str, str]:
     swiglu = Case(router="sigma-moe", swiglu=True, block_size=8)
     others = itertools.product([("swiglu", swiglu)], BACKENDS.items(), DEVICES)
     plans += [(case, backend, dtype, on) for case, (backend, of), on in others for dtype in of]
+    # Triton's products have two forms, and no form has all three products in the case before.
+    coarse = Case(router="sigma-moe", swiglu=True, block_size=16, expansion=64)
+    fine = Case(router="pkm", block_size=1)
+    plans += itertools.product((("coarse", coarse), ("fine", fine)), ["triton"], ["bf16"], DEVICES)
     # The device `cuda` adds little to `meta`: one dtype is enough there.
     plans = [plan for plan in plans if plan[2:] not in (("fp32", "cuda"), ("fp16", "cuda"))]
     errors = {}

@@ -6,7 +6,7 @@ not.
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -28,11 +28,11 @@ def check(backend: str, tensor: Tensor) -> None:
         )
 
 
-def triton_for(package: str, tensor: Tensor) -> Any:
+def triton_for(load: Callable[[], Any], tensor: Tensor) -> Any:
     """The module `triton` of an op's package.
 
     Args:
-        package: that it is in.
+        load: imports the module, by a statement, which `torch.compile` follows.
         tensor: that it shall compute on.
 
     Raises:
@@ -40,7 +40,7 @@ def triton_for(package: str, tensor: Tensor) -> Any:
     """
     try:
         # Not at the top of the op: it takes a second, which a machine without a GPU need not wait.
-        kernels = importlib.import_module(f"{package}.triton")
+        kernels = load()
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

@@ -17,12 +17,17 @@ def is_gpu(tensor: Tensor) -> bool:
 
 def capability(tensor: Tensor) -> tuple[int, int]:
     """Compute capability of a tensor's device, such as (9, 0) for an H100; (0, 0) for a CPU."""
-    return torch.cuda.get_device_capability(tensor.device) if is_gpu(tensor) else (0, 0)
+    if not is_gpu(tensor):
+        return 0, 0
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return properties.major, properties.minor
 
 
 def name(tensor: Tensor) -> str:
     """Name of a tensor's device, such as "NVIDIA H100 80GB HBM3"; "cpu" for a CPU."""
-    return torch.cuda.get_device_name(tensor.device) if is_gpu(tensor) else "cpu"
+    # Not `get_device_name`, at which torch.compile breaks the graph: it knows that properties are
+    # constants.
+    return torch.cuda.get_device_properties(tensor.device).name if is_gpu(tensor) else "cpu"
 
 
 def has_streams(tensor: Tensor) -> bool:

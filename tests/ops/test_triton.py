@@ -36,7 +36,7 @@ interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 @needs_triton
 def test_numbers_in_the_interpreter() -> None:
-    from tests.ops.triton_cases import CHOICES, DTYPES, FORMS, TOLERANCES, interpreted
+    from tests.ops.triton_cases import CHOSEN, FORMS, TOLERANCES, interpreted
 
     process = subprocess.run(
         [sys.executable, "-m", "tests.ops.triton_cases"],
@@ -51,10 +51,11 @@ def test_numbers_in_the_interpreter() -> None:
         errors = found.pop(", ".join(case))
         for form, product in itertools.product(FORMS, ("to_pairs", "to_rows", "to_table")):
             assert f"{form} {product}" in errors
+        assert any(name.startswith("fused") for name in errors)
         for name, error in errors.items():
             # Not `error > tolerance`: NaN is a failure.
             assert error < TOLERANCES[case[-1]], f"{case}: {name} is {error:.2e} off"
-    assert len(found) == len(CHOICES) * len(DTYPES)
+    assert len(found) == len(CHOSEN)
     for choice, shares in found.items():
         assert shares == {"ids": 0, "NaN": 0}, choice
 
@@ -63,7 +64,7 @@ def test_numbers_in_the_interpreter() -> None:
 @pytest.mark.skipif(is_host(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", ["some", "all to one block", "no pairs", "one row", "many rows"])
-@pytest.mark.parametrize("size", ["1x50", "7x20", "16x50", "40x150"])
+@pytest.mark.parametrize("size", ["1x48", "7x16", "16x48", "136x80"])
 def test_numbers_on_a_gpu(size: str, case: str, dtype: str) -> None:
     from tests.ops.triton_cases import TOLERANCES, errors
 
@@ -88,7 +89,7 @@ def test_choice_on_a_gpu(choice: str, dtype: str) -> None:
     [(torch.float32, ("GPU", "torch or cpu")), (torch.float64, ("float64", "torch"))],
 )
 def test_tables_that_the_kernels_cannot_take(dtype: torch.dtype, words: tuple[str, ...]) -> None:
-    x, table = torch.zeros(3, 4, dtype=dtype), torch.zeros(2, 5, 4, dtype=dtype)
+    x, table = torch.zeros(3, 16, dtype=dtype), torch.zeros(2, 5, 16, dtype=dtype)
     with pytest.raises(ConfigError) as caught:
         block_ffn(x, table, table, torch.zeros(3, 1, dtype=torch.long), backend="triton")
     sentence = str(caught.value)

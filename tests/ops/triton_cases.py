@@ -10,31 +10,47 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from itertools import product
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from megatron_sffn.ops import route_topk
+from megatron_sffn.ops import device, route_topk
+from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn import (
     Pairs,
     block_ffn_pairs,
+    epilogue,
     loop,
     triton,
+    triton_fused,
     triton_grouped,
     triton_masked,
+    triton_table,
 )
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.route_topk import triton as topk
 
 B = 5
 FORMS = {"grouped": triton_grouped, "masked": triton_masked}
-SIZES = {"1x50": (1, 50), "7x20": (7, 20), "16x50": (16, 50), "40x150": (40, 150)}
-"""N and D. Runs of 1, 1, 16 and 8 cells under a mask."""
+SIZES = {"1x48": (1, 48), "7x16": (7, 16), "16x48": (16, 48), "136x80": (136, 80)}
+"""N and D. Runs of 1, 1, 16 and 8 cells under a mask; narrow blocks and wide ones."""
 CASES = {"some": 17, "all to one block": 67, "no pairs": 13, "one row": 1, "many rows": 150}
 """Which pairs, and R: where all go to one block, more than one fp32 tile of its pairs."""
+FUSED = {
+    "1x48": ((Activation.RELU, True),),
+    "7x16": ((Activation.SQUARED_RELU, False),),
+    "16x48": ((Activation.GELU, True),),
+    "136x80": ((Activation.SWIGLU, True),),
+}
+"""Activations of the fused products at each size, and whether there are gates."""
+LAYERS = {"1x48": ("gelu", None), "16x48": ("swiglu",)}
+"""Activations of whole layers, of which the first is computed by the masked form and the last by
+both; None is a memory of values alone."""
 CHOICES = {"1 of 1": (1, 1), "33 of 33": (33, 33), "1 of 300": (300, 1), "70 of 5000": (5000, 70)}
 """B and K of a choice of blocks; 5000 scores are two pieces."""
+CHOSEN = [*((choice, "fp32") for choice in CHOICES), ("1 of 300", "fp16"), ("1 of 300", "bf16")]
+"""Choices and dtypes in the interpreter."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}
 
@@ -42,20 +58,25 @@ TOLERANCES = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}
 def main() -> None:
     """Print `{case: {what: error}}` of everything that the interpreter can do."""
     assert triton.INTERPRETED, "set TRITON_INTERPRET=1"
-    found = {", ".join(case): errors(*case, "cpu") for case in interpreted()}
-    found |= {", ".join(case): differing(*case, "cpu") for case in product(CHOICES, DTYPES)}
+    # With the tiles of an H100, which are the largest.
+    with mock.patch.object(device, "capability", lambda _: (9, 0)):
+        found = {", ".join(case): errors(*case, "cpu") for case in interpreted()}
+    found |= {", ".join(case): differing(*case, "cpu") for case in CHOSEN}
     json.dump(found, sys.stdout)
 
 
 def interpreted() -> list[tuple[str, str, str]]:
     """The case, size and dtype of what is multiplied there: no bf16, and not all: it is slow."""
-
-    def adds(case: str, size: str, dtype: str) -> bool:
-        if case == "many rows":  # more than one tile of rows
-            return (size, dtype) in (("7x20", "fp32"), ("16x50", "fp16"))
-        return dtype == "fp32" or case == "some"  # other tiles
-
-    return [case for case in product(CASES, SIZES, ("fp32", "fp16")) if adds(*case)]
+    return [
+        *(("some", size, "fp32") for size in SIZES),
+        *(("some", size, "fp16") for size in ("7x16", "136x80")),  # other tiles
+        ("all to one block", "16x48", "fp32"),
+        ("no pairs", "7x16", "fp32"),
+        ("one row", "1x48", "fp32"),
+        # More than one tile of rows.
+        ("many rows", "7x16", "fp32"),
+        ("many rows", "16x48", "fp16"),
+    ]
 
 
 def errors(case: str, size: str, dtype: str, device: str) -> dict[str, float]:
@@ -65,12 +86,18 @@ def errors(case: str, size: str, dtype: str, device: str) -> dict[str, float]:
         # Makes `torch.empty` NaN, so that what is not written shows.
         torch.use_deterministic_algorithms(True, warn_only=True)
         warnings.simplefilter("ignore")
-        found = _products(case, size, DTYPES[dtype], device)
-        activations = {"1x50": ("gelu", None), "16x50": ("swiglu",), "40x150": ("gelu",)}
-        if case in ("all to one block", "many rows") and device == "cpu":
-            activations = {}  # the interpreter takes a while, and the products have been compared
-        for activation in activations.get(size, ()):
-            found |= _layer(case, size, DTYPES[dtype], device, activation)
+        # Small pieces, so that small sizes have several of them.
+        with (
+            mock.patch.object(triton_table, "CHUNK", 16),
+            mock.patch.object(triton_grouped, "PARTS_BYTES", 0),
+        ):
+            found = _products(case, size, DTYPES[dtype], device)
+        for activation, with_gates in FUSED[size]:
+            found |= _fused(case, size, DTYPES[dtype], device, activation, with_gates)
+        # The interpreter takes a while, and the products have been compared.
+        if device != "cpu" or case == "some":
+            for activation in LAYERS.get(size, ()):
+                found |= _layer(case, size, DTYPES[dtype], device, activation)
         torch.use_deterministic_algorithms(False)
     return found
 
@@ -133,6 +160,50 @@ def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str
                 into = start.clone()
                 assert products.to_table(*arguments, *rest, into=into) is into
                 found[f"{form} {name}, added"] = _error(into, start.double() + exact)
+    return found
+
+
+def _fused(
+    case: str,
+    size: str,
+    dtype: torch.dtype,
+    device: str,
+    activation: Activation,
+    with_gates: bool,
+) -> dict[str, float]:
+    """Of the products with an epilogue, against the epilogue in float64.
+
+    It gets the up projections as the product rounded them, and the gradient of the coefficients
+    without rounding.
+    """
+    pairs, rows, (cells, width) = _pairs(case, device), CASES[case], SIZES[size]
+    order, offsets = triton.sort(pairs.blocks, B)
+    by_block = Sorted(rows=pairs.rows[order.long()], offsets=offsets, order=order)
+    x, dy = _random(dtype, device, rows, width), _random(dtype, device, rows, width)
+    keys = _random(dtype, device, B, cells * activation.keys_per_cell, width) * width**-0.5
+    values = _random(dtype, device, B, cells, width)
+    gates = _random(torch.float32, device, len(order)) if with_gates else None
+    ups, h = triton_fused.up_activated(x, keys, by_block, gates, activation)
+    ours = (
+        ups,
+        h,
+        *triton_fused.down_backward_activated(dy, values, by_block, ups, gates, activation),
+    )
+    exact_gates = None if gates is None else gates.double()
+    dh = loop.to_pairs(dy.double(), values.double(), by_block)
+    exact = (
+        loop.to_pairs(x.double(), keys.double(), by_block),
+        epilogue.activated(ups.double(), exact_gates, activation),
+        *epilogue.backward(ups.double(), dh, exact_gates, activation),
+    )
+    found = {}
+    for name, result, expected in zip(
+        ("ups", "h", "h again", "dups", "dgates"), ours, exact, strict=True
+    ):
+        assert (result is None) == (expected is None), name
+        if result is not None and expected is not None:
+            assert result.dtype == (torch.float32 if name == "dgates" else dtype), name
+            found[f"fused {activation}: {name}"] = _error(result, expected)
     return found
 
 

@@ -42,7 +42,7 @@ def kernel_cases(context: Context) -> Iterator[Case]:
         return {"worst": max(found.values(), default=0.0)}
 
     everything = list(itertools.product(tests.CASES, tests.SIZES, tests.DTYPES))
-    few = [("one row", "7x20", "fp32")]
+    few = [("one row", "7x16", "fp32")]
     for names in context.choose(everything, few):
         yield Case(name=f"kernels: {', '.join(names)}", run=functools.partial(run, *names))
 

@@ -111,7 +111,13 @@ def compile_share(number: int, processes: int, *, dry: bool) -> None:
     from megatron_sffn.ops import triton_launch
 
     def compile_kernel(
-        kernel: Any, programs: int, *, warps: int, stages: int, **arguments: Any
+        kernel: Any,
+        programs: int,
+        *,
+        warps: int,
+        stages: int,
+        writes: Any = None,
+        **arguments: Any,
     ) -> None:
         kernel.warmup(grid=(programs,), num_warps=warps, num_stages=stages, **arguments)
 

@@ -45,6 +45,14 @@ SECONDS_PER_BLOCK = 1e-4
 """That the loop needs for a block, forward and backward: 14 calls of 7 microseconds."""
 
 
+NEED_SHAPES = ("grouped", "quack", "triton")
+"""Backends that serve some shapes only."""
+
+TRITON_MULTIPLE = 16
+"""Numbers of which widths must be multiples for `triton`, whose kernels spill registers otherwise:
+they then load two bytes at a time (328 bytes of a thread at D = 100)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """One call.
@@ -80,7 +88,10 @@ def estimates(shape: Shape, dtype: torch.dtype) -> dict[str, float]:
 
 
 def refusal(backend: str, shape: Shape, tensor: Tensor) -> str | None:
-    """Why `grouped` or `quack` cannot compute a call, as `grouped.refusal`; None if it can."""
+    """Why one of `NEED_SHAPES` cannot compute a call, as `grouped.refusal`; None if it can."""
+    if backend == "triton":
+        widths = {"the width of keys": shape.key_width, "the width of values": shape.width}
+        return grouped.refusal_of_widths(widths, TRITON_MULTIPLE)
     if not shape.key_width:
         return "needs keys, and there is a memory of values alone"
     return (quack if backend == "quack" else grouped).refusal(tensor, _widths(shape))

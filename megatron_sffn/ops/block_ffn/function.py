@@ -143,7 +143,8 @@ class _BlockFFN(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, keys, values, gates, ups, rows, offsets = ctx.saved_tensors
         activation, products = ctx.activation, ctx.products
-        pairs = Sorted(rows=rows, offsets=offsets, derived=ctx.derived)
+        # A copy: torch.compile lets a backward pass change nothing of its forward pass.
+        pairs = Sorted(rows=rows, offsets=offsets, derived=dict(ctx.derived))
         dy = grads[0].contiguous()
         fused = getattr(products, "down_backward_activated", None)
         if fused is not None:
@@ -183,7 +184,7 @@ class _WeightedValues(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gates, values, rows, offsets = ctx.saved_tensors
-        pairs = Sorted(rows=rows, offsets=offsets, distinct=False, derived=ctx.derived)
+        pairs = Sorted(rows=rows, offsets=offsets, distinct=False, derived=dict(ctx.derived))
         dy = grads[0].contiguous()
         dgates = dvalues = None
         if ctx.needs_input_grad[0]:

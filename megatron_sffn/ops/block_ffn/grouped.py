@@ -60,11 +60,11 @@ def refusal(tensor: Tensor, widths: dict[str, int]) -> str | None:
     return refusal_of_widths(widths)
 
 
-def refusal_of_widths(widths: dict[str, int]) -> str | None:
+def refusal_of_widths(widths: dict[str, int], multiple: int = MULTIPLE) -> str | None:
     """The part of `refusal` that sizes alone decide."""
-    wrong = (f"{name} is {width}" for name, width in widths.items() if width % MULTIPLE)
+    wrong = (f"{name} is {width}" for name, width in widths.items() if width % multiple)
     first = next(wrong, None)
-    return None if first is None else f"needs multiples of {MULTIPLE}, and {first}"
+    return None if first is None else f"needs multiples of {multiple}, and {first}"
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:

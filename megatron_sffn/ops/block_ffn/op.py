@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,6 @@ from megatron_sffn.ops.block_ffn import (
 )
 from megatron_sffn.ops.block_ffn.function import Products
 from megatron_sffn.ops.block_ffn.pairs import Pairs, pairs_of_ids
-
-NEED_SHAPES = ("grouped", "quack")
-"""Backends that serve some shapes only."""
 
 
 def block_ffn(
@@ -130,9 +128,9 @@ def _resolved(backend: str, x: Tensor, keys: Tensor | None, values: Tensor, pair
     """The backend of a call: on a GPU what `auto` stands for.
 
     Raises:
-        ConfigError: if one of `NEED_SHAPES` was asked for and cannot compute the call.
+        ConfigError: if one of `choice.NEED_SHAPES` was asked for and cannot compute the call.
     """
-    if backend not in NEED_SHAPES and not (backend == "auto" and device.is_gpu(values)):
+    if backend not in choice.NEED_SHAPES and not (backend == "auto" and device.is_gpu(values)):
         return backend
     shape = choice.Shape(
         rows=len(x),
@@ -156,7 +154,7 @@ def _products(backend: str, values: Tensor) -> Products | None:
         case "naive":
             return None
         case "triton":
-            kernels: Products = backends.triton_for(__package__, values)
+            kernels: Products = backends.triton_for(_triton, values)
             return kernels
         case "torch":
             return loop
@@ -171,3 +169,10 @@ def _products(backend: str, values: Tensor) -> Products | None:
             return bags
         case _:
             return cpu.products(values.dtype, values.shape[1])
+
+
+def _triton() -> Any:
+    """The Triton products, whose import needs the package triton."""
+    from megatron_sffn.ops.block_ffn import triton
+
+    return triton

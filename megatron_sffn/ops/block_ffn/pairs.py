@@ -5,6 +5,7 @@ Nothing in this module waits for the device, but for `pairs_of_ids` where ids ma
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,14 +75,15 @@ class Sorted:
         offsets: `[B + 1]` int64: block i owns the pairs from `offsets[i]` to `offsets[i + 1]`.
         order: `[P]` int32: the place in `Pairs` of each; None where it was not kept.
         distinct: whether a row meets a block only once.
-        derived: what a backend makes of these once, for all products with them; by its type.
+        derived: what a backend makes of these once, for all products with them; by its type, or
+            by a tuple of its type or name and a size.
     """
 
     rows: Tensor
     offsets: Tensor
     order: Tensor | None = None
     distinct: bool = True
-    derived: dict[type, Any] = field(default_factory=dict)
+    derived: dict[Hashable, Any] = field(default_factory=dict)
 
     def by_row(self, num_rows: int) -> ByRow:
         """The order by row, made once for all products with these pairs.
@@ -97,7 +99,8 @@ class Sorted:
                 order = self.rows.argsort(stable=True).int()
             else:
                 places = torch.arange(len(self.order), dtype=torch.int32, device=self.order.device)
-                order = torch.empty_like(places).index_copy_(0, self.order.long(), places)
+                # Not in place, which torch.compile cannot hand from forward to backward.
+                order = places.index_copy(0, self.order.long(), places)
             offsets = _starts(self.rows.index_select(0, order), num_rows)
             kept = self.derived[ByRow] = ByRow(order=order, offsets=offsets.int())
         by_row: ByRow = kept

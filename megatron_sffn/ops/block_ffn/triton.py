@@ -23,11 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sffn.ops.block_ffn import triton_grouped, triton_masked
+from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.block_ffn import epilogue, triton_fused, triton_grouped, triton_masked
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.triton_launch import INTERPRETED
 
-__all__ = ["DTYPES", "INTERPRETED", "sort", "to_pairs", "to_rows", "to_table"]
+__all__ = [
+    "DTYPES",
+    "INTERPRETED",
+    "down_backward_activated",
+    "sort",
+    "to_pairs",
+    "to_rows",
+    "to_table",
+    "up_activated",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,6 +74,33 @@ def to_table(
     """See `function.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
     form = choose("to_table", rows.dtype, pairs, len(rows), coefficients.shape[1])
     return form.to_table(coefficients, rows, pairs, into)
+
+
+def up_activated(
+    x: Tensor, keys: Tensor, pairs: Sorted, gates: Tensor | None, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """See `function.Products`; the masked form has no fused kernel, and the epilogue follows it."""
+    form = choose("to_pairs", keys.dtype, pairs, len(x), keys.shape[1])
+    if form is triton_grouped:
+        return triton_fused.up_activated(x, keys, pairs, gates, activation)
+    ups = form.to_pairs(x, keys, pairs)
+    return ups, epilogue.activated(ups, gates, activation)
+
+
+def down_backward_activated(
+    dy: Tensor,
+    values: Tensor,
+    pairs: Sorted,
+    ups: Tensor,
+    gates: Tensor | None,
+    activation: Activation,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `function.Products` and `up_activated`."""
+    form = choose("to_pairs", values.dtype, pairs, len(dy), values.shape[1])
+    if form is triton_grouped:
+        return triton_fused.down_backward_activated(dy, values, pairs, ups, gates, activation)
+    dh = form.to_pairs(dy, values, pairs)
+    return epilogue.backward(ups, dh, gates, activation)
 
 
 def choose(product: str, dtype: torch.dtype, pairs: Sorted, num_rows: int, cells: int) -> Any:

@@ -1,6 +1,6 @@
 """The products of rows and blocks on a GPU as grouped GEMMs: each block's pairs and its cells.
 
-Enters: contiguous tensors. Leaves: the results of `function.Products`, the same bits every time.
+Inputs: contiguous tensors. Outputs: the results of `function.Products`, the same bits every time.
 
 Choices
 - Two of the three products are one grouped GEMM: a program owns a tile of one block's pairs and a
@@ -9,12 +9,15 @@ Choices
 - `to_rows` writes each pair's part in the input's dtype, as `loop` rounds it, then sums a row's
   parts in fp32. Against fp32 atomics this moves less (367/g against 585/g of a dense product's
   time, derived for an H200) and does not depend on the order of arrival. It goes by groups of
-  columns, so that the parts never outgrow R·D numbers, or P times one tile of columns: T·D at
-  k = 4·D and g = 512, twice that at g = 256.
+  columns, so that the parts never outgrow the largest of R·D numbers, `PARTS_BYTES` and P times one
+  tile of columns. Each group reads the coefficients from memory again.
 - A block of one cell needs no parts: its part is a row of the table times a number, so the sum
   reads the table itself.
-- `to_table` has a program for each tile of each block's cells, which loops over the block's pairs.
-  A block that has most of the pairs is not shared out; that would need atomics or more scratch.
+- All operands are read by pointers. TMA descriptors were left out: rows are gathered; a tile of
+  coefficients must be zero behind the block's last pair, which no fixed shape of a tensor says; and
+  for the table alone a descriptor would save some of the issue slots of copies, which are not the
+  bound, for a second form of each kernel where the table is not aligned to 16 bytes.
+- `to_table` is in `triton_table.py`; `to_pairs` with activation and gates in `triton_fused.py`.
 """
 
 from __future__ import annotations
@@ -26,31 +29,68 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_sffn.ops.block_ffn import triton_tiles
+from megatron_sffn.ops import device
+from megatron_sffn.ops.block_ffn import triton_table, triton_tiles
 from megatron_sffn.ops.block_ffn.pairs import Sorted, sort_by_block
+from megatron_sffn.ops.block_ffn.triton_epilogue import store_tile
 from megatron_sffn.ops.block_ffn.triton_tiles import Tiles, launch, side
 
-NARROW = 32
-"""Cells up to which a block counts as narrow in `TILES`."""
+NARROW, WIDE = 32, 128
+"""Cells up to which a block counts as narrow in `TILES`, and from which on it counts as wide."""
 
+LARGE = {"to_pairs": (9, 10), "to_pairs, backward": (9, 10), "to_table": (9,)}
+"""Products whose tiles are large for wide blocks in 16 bits, by major compute capability: elsewhere
+the accumulators of a large tile leave too few registers, and the kernel spills."""
+
+_LARGE = Tiles(height=128, columns=256, inner=64, warps=8, stages=3)
 _WIDE = Tiles(height=128, columns=128, inner=64, warps=8, stages=3)
 _NARROW = Tiles(height=128, columns=64, inner=64, warps=4, stages=3)
-_WIDE_FP32 = Tiles(height=64, columns=64, inner=16, warps=8, stages=3)
+_FP32 = Tiles(height=64, columns=64, inner=16, warps=8, stages=3)
 _NARROW_FP32 = Tiles(height=64, columns=32, inner=16, warps=4, stages=3)
 
-TILES: dict[tuple[str, torch.dtype, str], Tiles] = {
-    ("any", torch.bfloat16, "wide"): _WIDE,
-    ("any", torch.bfloat16, "narrow"): _NARROW,
-    ("any", torch.float16, "wide"): _WIDE,
-    ("any", torch.float16, "narrow"): _NARROW,
-    ("any", torch.float32, "wide"): _WIDE_FP32,
-    ("any", torch.float32, "narrow"): _NARROW_FP32,
+_PAIRS = {"large": _LARGE, "wide": _WIDE, "middle": _WIDE, "narrow": _NARROW}
+# Rows are read by indices that are read before: of 5 stages 3 hold operands.
+_TABLE = {
+    "large": Tiles(height=128, columns=256, inner=64, warps=8, stages=5),
+    "wide": Tiles(height=128, columns=128, inner=64, warps=8, stages=5),
+    "middle": Tiles(height=64, columns=256, inner=64, warps=8, stages=3),
+    "narrow": Tiles(height=32, columns=256, inner=64, warps=4, stages=3),
 }
-"""Device, dtype and width of the blocks -> tiles; "any" for devices without a line of their own.
+_ANY_FP32 = {"wide": _FP32, "middle": _FP32, "narrow": _NARROW_FP32}
+_TABLE_FP32 = {
+    "wide": _FP32,
+    "middle": _FP32,
+    "narrow": Tiles(height=32, columns=64, inner=16, warps=4, stages=3),
+}
 
-Untuned: no GPU has timed them. They compile without spills for sm_80 and sm_90
-(`benchmarks/triton_report.py`).
+TILES: dict[tuple[str, torch.dtype, str], Tiles] = {
+    ("any", dtype, f"{product}, {kind}"): tiles
+    for product, in_16_bits, in_32_bits in (
+        ("to_pairs", _PAIRS, _ANY_FP32),
+        ("to_pairs, backward", _PAIRS, _ANY_FP32),
+        ("to_rows", _PAIRS, _ANY_FP32),
+        ("to_table", _TABLE, _TABLE_FP32),
+    )
+    for dtype, kinds in (
+        (torch.bfloat16, in_16_bits),
+        (torch.float16, in_16_bits),
+        (torch.float32, in_32_bits),
+    )
+    for kind, tiles in kinds.items()
+}
+"""Device, dtype, product and width of the blocks -> tiles; "any" for devices without a line of
+their own. In `to_table` the height is of cells, elsewhere of pairs.
+
+Untuned: no GPU has timed them. What chose them is derived: a tile of 128 x 128 does 64 operations
+for a byte from the L2 cache, which feeds 60 % of the matrix units of an H100, one of 128 x 256 does
+85. A large tile leaves no room for a second program on a multiprocessor, so that nothing hides its
+first loads and its stores; `to_rows`, whose loop is as short as N, keeps to smaller ones. Columns
+are many in `to_table`, since the coefficients are read once for each tile of columns. All compile
+without spills for sm_80, 90, 100 and 120 (`benchmarks/triton_report.py`).
 """
+
+PARTS_BYTES = 1 << 30
+"""Bytes of the parts of `to_rows` at any size; each group reads the coefficients again."""
 
 ROWS_PARTS = 8
 """Parts of a row that are loaded at a time. Untuned."""
@@ -79,7 +119,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
     """See `function.Products`."""
     cells = table.shape[1]
     result = rows.new_empty(len(pairs.rows), cells)
-    _multiply(rows, table.mT, result, pairs, _tiles(table, cells), gather=True)
+    _multiply(rows, table.mT, result, pairs, tiles_of(table, "to_pairs", cells), gather=True)
     return result
 
 
@@ -89,7 +129,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
     if not num_pairs:
         return table.new_zeros(num_rows, width)
     result = table.new_empty(num_rows, width)
-    tiles = _tiles(table, cells)
+    tiles = tiles_of(table, "to_rows", cells)
     by_row = pairs.by_row(num_rows)
     order, offsets = by_row.order, by_row.offsets
     if cells == 1:
@@ -98,7 +138,8 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
         weights = coefficients.index_select(0, order)
         _sum(table[:, 0], blocks.index_select(0, order), weights, offsets, result, tiles)
         return result
-    group = max(1, width * num_rows // num_pairs // tiles.columns) * tiles.columns
+    numbers = max(width * num_rows, PARTS_BYTES // table.itemsize)
+    group = max(1, numbers // num_pairs // tiles.columns) * tiles.columns
     parts = table.new_empty(num_pairs, min(group, width))
     for first in range(0, width, group):
         columns = slice(first, min(first + group, width))
@@ -112,29 +153,8 @@ def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
     """See `function.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
-    num_blocks, cells, width = len(pairs.offsets) - 1, coefficients.shape[1], rows.shape[1]
-    result = rows.new_empty(num_blocks, cells, width) if into is None else into
-    # The kernel takes the table as contiguous.
-    assert result.is_contiguous() and result.shape == (num_blocks, cells, width)
-    tiles = _tiles(rows, cells)
-    block_n, block_d = side(cells, tiles.columns), side(width, tiles.columns)
-    launch(
-        to_table_kernel,
-        num_blocks * triton.cdiv(cells, block_n) * triton.cdiv(width, block_d),
-        tiles,
-        coefficients=coefficients,
-        x=rows,
-        result=result,
-        rows=pairs.rows,
-        offsets=pairs.offsets,
-        N=cells,
-        D=width,
-        ADD=into is not None,
-        BLOCK_P=tiles.inner,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-    )
-    return result
+    tiles = tiles_of(rows, "to_table", coefficients.shape[1])
+    return triton_table.to_table(coefficients, rows, pairs, into, tiles)
 
 
 def _multiply(
@@ -152,7 +172,7 @@ def _multiply(
     """
     if not len(pairs.rows):
         return
-    schedule = _schedule(pairs, tiles.height)
+    schedule = schedule_of(pairs, tiles.height)
     inner, outer = table.shape[1:]
     block_o = side(outer, tiles.columns)
     launch(
@@ -208,10 +228,9 @@ def _sum(
     )
 
 
-def _schedule(pairs: Sorted, height: int) -> Schedule:
+def schedule_of(pairs: Sorted, height: int) -> Schedule:
     """The schedule for tiles of `height` pairs, made once for all products with these pairs."""
-    schedules: dict[int, Schedule] = pairs.derived.setdefault(Schedule, {})
-    if height not in schedules:
+    if (Schedule, height) not in pairs.derived:
         offsets = pairs.offsets
         num_blocks, num_pairs = len(offsets) - 1, len(pairs.rows)
         heights = (offsets.diff() + (height - 1)) // height
@@ -221,13 +240,18 @@ def _schedule(pairs: Sorted, height: int) -> Schedule:
         blocks = torch.searchsorted(ends, tiles, right=True).clamp(max=num_blocks - 1)
         within = tiles - (ends - heights).index_select(0, blocks)
         firsts = offsets.index_select(0, blocks) + within * height
-        schedules[height] = Schedule(blocks=blocks, firsts=firsts)
-    return schedules[height]
+        pairs.derived[Schedule, height] = Schedule(blocks=blocks, firsts=firsts)
+    schedule: Schedule = pairs.derived[Schedule, height]
+    return schedule
 
 
-def _tiles(tensor: Tensor, cells: int) -> Tiles:
-    """The line of `TILES` for a tensor."""
-    return triton_tiles.choose(TILES, tensor, "narrow" if cells <= NARROW else "wide")
+def tiles_of(tensor: Tensor, product: str, cells: int) -> Tiles:
+    """The line of `TILES` for a tensor, a product and the width of the blocks."""
+    kind = "narrow" if cells <= NARROW else "middle" if cells < WIDE else "wide"
+    major = device.capability(tensor)[0]
+    if kind == "wide" and tensor.itemsize == 2 and major in LARGE.get(product, ()):
+        kind = "large"
+    return triton_tiles.choose(TILES, tensor, f"{product}, {kind}")
 
 
 @triton.jit
@@ -278,8 +302,7 @@ def multiply_kernel(
         acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
         p_x += BLOCK_I
         p_w += BLOCK_I * table_inner
-    p_y = result + o_p[:, None] * result_row + o_o[None, :]
-    tl.store(p_y, acc.to(result.dtype.element_ty), mask=m_p[:, None] & m_o[None, :])
+    store_tile(acc, result + o_p * result_row, m_p, i_o * BLOCK_O, outer, False)
 
 
 @triton.jit
@@ -314,43 +337,3 @@ def sum_kernel(
         acc += b_s
     total = tl.sum(acc, axis=0).to(result.dtype.element_ty)
     tl.store(result + i_r * result_row + o_d, total, mask=m_d)
-
-
-@triton.jit
-def to_table_kernel(
-    coefficients: tl.tensor,
-    x: tl.tensor,
-    result: tl.tensor,
-    rows: tl.tensor,
-    offsets: tl.tensor,
-    N: tl.tensor,
-    D: tl.tensor,
-    ADD: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-) -> None:
-    """See `function.Products.to_table`. Tiles of one block are neighbours: they share its rows."""
-    num_n, num_d = tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_D)
-    i_b = (tl.program_id(0) // (num_n * num_d)).to(tl.int64)
-    within = tl.program_id(0) % (num_n * num_d)
-    o_n = (within // num_d) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_d = (within % num_d) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_n, m_d = o_n < N, o_d < D
-    first, last = tl.load(offsets + i_b), tl.load(offsets + i_b + 1)
-    acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for p in range(first, last, BLOCK_P):
-        o_p = p + tl.arange(0, BLOCK_P)
-        m_p = o_p < last
-        o_r = tl.load(rows + o_p, mask=m_p, other=0).to(tl.int64)
-        # [BLOCK_P, BLOCK_N] and [BLOCK_P, BLOCK_D]; zeros behind the last pair, in both, since
-        # zero times what is not finite is not zero.
-        p_h = coefficients + o_p[:, None] * N + o_n[None, :]
-        b_h = tl.load(p_h, mask=m_p[:, None] & m_n[None, :], other=0.0)
-        p_x = x + o_r[:, None] * D + o_d[None, :]
-        b_x = tl.load(p_x, mask=m_p[:, None] & m_d[None, :], other=0.0)
-        acc = tl.dot(tl.trans(b_h), b_x, acc, input_precision="ieee")
-    p_y = result + (i_b * N + o_n[:, None]) * D + o_d[None, :]
-    if ADD:
-        acc += tl.load(p_y, mask=m_n[:, None] & m_d[None, :], other=0.0)
-    tl.store(p_y, acc.to(result.dtype.element_ty), mask=m_n[:, None] & m_d[None, :])

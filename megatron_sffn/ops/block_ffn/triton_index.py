@@ -48,6 +48,7 @@ def index_of(pairs: Sorted, num_rows: int) -> Index:
             index_kernel,
             num_blocks,
             TILES,
+            writes=("mask", "base"),
             rows=pairs.rows,
             offsets=pairs.offsets,
             mask=index.mask,

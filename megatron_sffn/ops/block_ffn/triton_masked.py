@@ -153,7 +153,9 @@ def _where(pairs: Sorted, num_rows: int, cells: int, block_c: int) -> dict[str, 
         block_c: cells of a tile.
     """
     index, num_blocks = index_of(pairs, num_rows), len(pairs.offsets) - 1
-    run = min(cells & -cells, block_c)
+    run = 1
+    while run < block_c and cells % (2 * run) == 0:
+        run *= 2
     return {
         "mask": index.mask,
         "base": index.base,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from megatron_sffn.ops import device, triton_launch
@@ -42,7 +41,7 @@ def choose(table: Mapping[tuple[str, torch.dtype, str], Tiles], tensor: Tensor, 
 
 def side(size: int, most: int) -> int:
     """Side of a tile: a power of two that holds `size`, within bounds."""
-    return min(max(triton.next_power_of_2(size), LEAST), most)
+    return triton_launch.power_of_2(size, LEAST, most)
 
 
 def launch(kernel: Any, programs: int, tiles: Tiles, **arguments: Any) -> None:

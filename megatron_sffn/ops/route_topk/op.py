@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def route_topk(scores: Tensor, num_active: int, *, backend: str = "auto") -> Ten
     if backend == "naive":
         return naive.route_topk(scores, num_active)
     if backend == "triton":
-        ids: Tensor = backends.triton_for(__package__, scores).route_topk(scores, num_active)
+        ids: Tensor = backends.triton_for(_triton, scores).route_topk(scores, num_active)
         return ids
     # On a GPU not yet triton: its tests there have never run.
     compiled = kernels() if backend in ("auto", "cpu") and not device.is_gpu(scores) else None
@@ -62,3 +63,10 @@ def _check_numbers(scores: Tensor) -> None:
             f"{wrong} of {scores.numel()} block scores are NaN; the hidden states or keys that "
             "they come from have diverged"
         )
+
+
+def _triton() -> Any:
+    """The Triton selection, whose import needs the package triton."""
+    from megatron_sffn.ops.route_topk import triton
+
+    return triton

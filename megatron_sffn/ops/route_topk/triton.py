@@ -42,12 +42,13 @@ def route_topk(scores: Tensor, num_active: int) -> Tensor:
     ids = torch.empty(tokens, num_active, dtype=torch.int64, device=scores.device)
     if not tokens:
         return ids
-    piece = min(max(triton.next_power_of_2(blocks), SHORTEST), LONGEST)
+    piece = triton_launch.power_of_2(blocks, SHORTEST, LONGEST)
     triton_launch.launch(
         select_kernel,
         tokens,
         warps=max(piece // PER_WARP, 1),
         stages=1,
+        writes=("ids",),
         scores=scores.contiguous(),
         ids=ids,
         B=blocks,

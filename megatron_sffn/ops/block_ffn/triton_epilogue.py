@@ -1,0 +1,104 @@
+"""What Triton kernels do with a tile of sums in registers: activate it, or store it in pieces.
+
+Inputs: tiles in fp32. Outputs: coefficients and gradients in fp32, as `ops/activation.py` defines
+them; the name of the activation is a constant of the kernel, which so holds one of them only.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+PIECE = tl.constexpr(16)
+"""Columns of a tile that are finished at a time, where their addresses, their inputs and what is
+computed from them would not fit in the registers for a whole tile."""
+
+
+@triton.jit
+def normal_cdf(x: tl.tensor) -> tl.tensor:
+    """The distribution function of the standard normal distribution, by erf."""
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def positive(x: tl.tensor) -> tl.tensor:
+    """`max(x, 0)`; a comparison that is false for NaN, which `tl.maximum` would drop."""
+    return tl.where(x <= 0, 0.0, x)
+
+
+@triton.jit
+def activate(up: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """`f(up)` of an activation that has one key per cell."""
+    if ACTIVATION == "gelu":
+        return up * normal_cdf(up)
+    elif ACTIVATION == "relu":
+        return positive(up)
+    else:
+        tl.static_assert(ACTIVATION == "squared_relu")
+        return positive(up) * positive(up)
+
+
+@triton.jit
+def activate_backward(grad: tl.tensor, up: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """`f'(up) · grad` of an activation that has one key per cell."""
+    if ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * up * up)
+        return grad * (normal_cdf(up) + up * density)
+    elif ACTIVATION == "relu":
+        return tl.where(up <= 0, 0.0, grad)
+    else:
+        tl.static_assert(ACTIVATION == "squared_relu")
+        return grad * (2.0 * positive(up))
+
+
+@triton.jit
+def swiglu(gate: tl.tensor, linear: tl.tensor) -> tl.tensor:
+    """`silu(gate) · linear`."""
+    return gate * tl.sigmoid(gate) * linear
+
+
+@triton.jit
+def swiglu_backward(grad: tl.tensor, gate: tl.tensor, linear: tl.tensor) -> tl.tensor:
+    """The gradients of `silu(gate) · linear` in gate and linear."""
+    share = tl.sigmoid(gate)
+    return grad * linear * (share * (1.0 + gate * (1.0 - share))), grad * (gate * share)
+
+
+@triton.jit
+def halves(tile: tl.tensor) -> tl.tensor:
+    """The left and the right half of the columns of a tile."""
+    parts = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(parts, (0, 2, 1)))
+
+
+@triton.jit
+def store_tile(
+    tile: tl.tensor,
+    p_rows: tl.tensor,
+    m_rows: tl.tensor,
+    first: tl.tensor,
+    width: tl.tensor,
+    ADD: tl.constexpr,
+) -> None:
+    """Store a tile `[H, W]` in its place, piece by piece, or add it to what is there.
+
+    Args:
+        tile: fp32.
+        p_rows: `[H]`, where each row begins.
+        m_rows: `[H]`, which rows there are.
+        first: column of the tile's first.
+        width: columns of a row.
+        ADD: whether the tile is added.
+    """
+    COLUMNS: tl.constexpr = tile.shape[1]
+    if COLUMNS > PIECE:
+        left, right = halves(tile)
+        store_tile(left, p_rows, m_rows, first, width, ADD)
+        store_tile(right, p_rows, m_rows, first + COLUMNS // 2, width, ADD)
+    else:
+        o_w = first + tl.arange(0, COLUMNS)
+        p_tile = p_rows[:, None] + o_w[None, :]
+        m_tile = m_rows[:, None] & (o_w < width)[None, :]
+        if ADD:
+            tile += tl.load(p_tile, mask=m_tile, other=0.0)
+        tl.store(p_tile, tile.to(p_rows.dtype.element_ty), mask=m_tile)

@@ -1,0 +1,116 @@
+"""The operator that starts Triton kernels, in Triton's interpreter: a script, as `triton_cases`.
+
+It runs the products and the choice of blocks, keeps the first start of each kernel, and prints as
+JSON: for each kernel what `torch.library.opcheck` finds wrong with its start, and the largest
+difference that `torch.compile` makes to `block_ffn`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from megatron_sffn.ops import route_topk, triton_launch
+from megatron_sffn.ops.block_ffn import (
+    block_ffn_pairs,
+    pairs_of_ids,
+    triton_grouped,
+    triton_masked,
+    triton_table,
+)
+from megatron_sffn.ops.block_ffn.pairs import Sorted
+
+OPERATOR = torch.ops.megatron_sffn.launch_triton.default
+T, D, K = 6, 16, 2
+FORMS = {"masked": (3, 8), "grouped": (40, 8), "single cells": (40, 1)}
+"""Form of the products -> B and G for which they take it."""
+
+
+class Starts(TorchDispatchMode):
+    """The first start of each kernel, with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[str, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is OPERATOR:
+            # With the names, because a pointer that is null is not among them. Copies, because a
+            # second start would change nothing in what the first has written.
+            name = f"{args[0].rpartition('.')[2]}({args[4]})"
+            if name not in self.arguments:
+                self.arguments[name] = tree_map_only(Tensor, Tensor.clone, args)
+        return func(*args, **(kwargs or {}))
+
+
+def main() -> None:
+    """Print `{kernel: what is wrong}` and `{"change": largest difference}`."""
+    assert triton_launch.INTERPRETED, "set TRITON_INTERPRET=1"
+    # Of torch, about itself; and the tests read what a process writes.
+    warnings.simplefilter("ignore")
+    wrong: dict[str, str | float] = {}
+    with Starts() as starts:
+        for sizes in FORMS.values():
+            layer(*numbers(*sizes))[0].backward()
+        layer(*numbers(*FORMS["grouped"]), gated=False)[0].backward()
+        add_to_table(*FORMS["grouped"])
+    for kernel, arguments in starts.arguments.items():
+        # Not its test under AOTAutograd, which takes long, and which `change` makes of all.
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        checks = torch.library.opcheck(OPERATOR, arguments, test_utils=tests, raise_exception=False)
+        wrong[kernel] = "; ".join(f"{k}: {v}" for k, v in checks.items() if v != "SUCCESS")
+    wrong["change"] = change(*numbers(*FORMS["grouped"]))
+    json.dump(wrong, sys.stdout)
+
+
+def layer(
+    x: Tensor, keys: Tensor, values: Tensor, scores: Tensor, *, gated: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Choice of blocks and feed-forward layer, to a loss and the outputs."""
+    ids = route_topk(scores, K, backend="triton")
+    gates = scores.gather(1, ids).sigmoid() if gated else None
+    pairs, gates = pairs_of_ids(ids, gates, may_be_empty=False)
+    y = block_ffn_pairs(x, keys, values, pairs, gates, backend="triton")
+    return y.square().sum(), y
+
+
+def add_to_table(blocks: int, cells: int) -> None:
+    """The products that read what they write, and those of a block with many pairs."""
+    pairs = Sorted(
+        rows=torch.arange(40, dtype=torch.int32),
+        offsets=torch.tensor([0] + blocks * [40]),
+    )
+    x, h, start = torch.randn(40, D), torch.randn(40, cells), torch.randn(blocks, cells, D)
+    with mock.patch.object(triton_table, "CHUNK", 16):
+        for form in (triton_grouped, triton_masked):
+            form.to_table(h, x, pairs, into=start)
+
+
+def numbers(blocks: int, cells: int) -> list[Tensor]:
+    """Arguments of `layer`."""
+    torch.manual_seed(0)
+    shapes = (T, D), (blocks, cells, D), (blocks, cells, D), (T, blocks)
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def change(*tensors: Tensor) -> float:
+    """What compiling changes in the outputs and gradients, with no break in the graph."""
+    results = []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        loss, y = call(*tensors)
+        results.append((y, *torch.autograd.grad(loss, tensors)))
+    return max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+
+
+if __name__ == "__main__":
+    main()
