@@ -27,6 +27,7 @@ prepare()
 
 from megatron.core import parallel_state  # noqa: E402  (imported on an adapted platform)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # noqa: E402
 
 from tests import ranks  # noqa: E402
 
@@ -83,5 +84,6 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     yield
+    destroy_moe_metrics_tracker()  # it has the number of layers of the first model
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
