@@ -77,6 +77,7 @@ class Sorted:
         distinct: whether a row meets a block only once.
         derived: what a backend makes of these once, for all products with them; by its type, or
             by a tuple of its type or name and a size.
+        of_pass: likewise for what is large: made again in the backward pass, rather than kept.
     """
 
     rows: Tensor
@@ -84,6 +85,7 @@ class Sorted:
     order: Tensor | None = None
     distinct: bool = True
     derived: dict[Hashable, Any] = field(default_factory=dict)
+    of_pass: dict[Hashable, Any] = field(default_factory=dict)
 
     def by_row(self, num_rows: int) -> ByRow:
         """The order by row, made once for all products with these pairs.

@@ -39,7 +39,7 @@ class Index:
 
 def index_of(pairs: Sorted, num_rows: int) -> Index:
     """The index of the pairs, made at the first call."""
-    if Index not in pairs.derived:
+    if Index not in pairs.of_pass:
         num_blocks = len(pairs.offsets) - 1
         words = (triton.cdiv(num_rows, WORD), num_blocks)
         mask = torch.zeros(words, dtype=torch.int32, device=pairs.rows.device)
@@ -56,8 +56,8 @@ def index_of(pairs: Sorted, num_rows: int) -> Index:
             B=num_blocks,
             BLOCK_P=TILES.height,
         )
-        pairs.derived[Index] = index
-    return pairs.derived[Index]
+        pairs.of_pass[Index] = index
+    return pairs.of_pass[Index]
 
 
 @triton.jit
