@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sffn.hashing import seed_of
-from megatron_sffn.memory import Memory
+from megatron_sffn.memory import Memory, drawn_dtype
 from megatron_sffn.routers import Router
 
 Draw = Callable[[Tensor], Any]
@@ -70,7 +70,7 @@ def _part_of_whole(seed: int, part: ShardedTensor, draw: Draw) -> Tensor:
     axes = part.prepend_axis_num
     # The CPU's generator alone, which the caller restores.
     torch.default_generator.manual_seed(seed_of(seed, part.key, part.global_offset[:axes]))
-    whole = torch.empty(part.global_shape[axes:], dtype=part.dtype)
+    whole = torch.empty(part.global_shape[axes:], dtype=drawn_dtype(part.data))
     draw(whole)
     starts = part.global_offset[axes:]
     return whole[tuple(slice(i, i + n) for i, n in zip(starts, part.local_shape, strict=True))]

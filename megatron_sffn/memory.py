@@ -124,7 +124,9 @@ class Memory(MegatronModule):
             # Counting on from a hashed number, no two blocks of a layer share a seed.
             generator.manual_seed((first_seed + grid.first_block + block) % 2**32)
             for table, keys_per_cell, draw in drawn:
-                whole_block = table.new_empty(keys_per_cell * grid.block_size, table.shape[-1])
+                shape = keys_per_cell * grid.block_size, table.shape[-1]
+                # In half precision torch 2.11 and 2.13 draw other numbers from one seed.
+                whole_block = table.new_empty(shape, dtype=drawn_dtype(table))
                 draw(whole_block, generator=generator)
                 cells = whole_block.view(keys_per_cell, grid.cell_parts, grid.num_local_cells, -1)
                 table[block] = cells[:, grid.cell_part].flatten(0, 1)
@@ -215,6 +217,11 @@ Draw = Callable[..., Any]
 def _on_cpu(table: Tensor) -> Tensor:
     """The table itself if it is on the CPU, else an uninitialised one of its shape and dtype."""
     return table if table.device.type == "cpu" else torch.empty_like(table, device="cpu")
+
+
+def drawn_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a weight is drawn, before it is rounded to its own."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def drawing_threads() -> int:
