@@ -37,9 +37,8 @@ gpu-rehearsal: ## Dry run of the acceptance of a GPU, under Python 3.12, torch 2
 bench-parallel: env ## Time and bytes of a layer on 2 and 4 ranks, ours and Megatron's (ARGS=...)
 	@$(BIN)/python -m benchmarks.parallel $(ARGS)
 
-# Two workers or more, each of which takes files in order: tests/conftest.py. ARGS='-n 0' for none.
 test: env ## Run all tests that need no GPU (ARGS=...)
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 # Cheapest first, so that a slip shows at once.
 check: env ## Lint, format, import direction and types

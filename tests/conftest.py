@@ -42,19 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests that fork ranks first: gloo's threads, once started, do not survive a fork.
-
-    With several workers (`-n 2 --dist loadgroup`), a worker takes the tests of a file that are of
-    one kind as a whole, in this order.
-    """
-    items.sort(key=uses_one_rank)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(f"{item.path} {uses_one_rank(item)}"))
-
-
-def uses_one_rank(item: pytest.Item) -> bool:
-    """Whether a test starts a process group in this process."""
-    return "one_rank" in getattr(item, "fixturenames", ())
+    """Tests that fork ranks first: gloo's threads, once started here, do not survive a fork."""
+    items.sort(key=lambda item: "one_rank" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture
