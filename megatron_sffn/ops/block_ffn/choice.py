@@ -119,15 +119,12 @@ def choose(shape: Shape, tensor: Tensor) -> tuple[str, str]:
     name = str(tensor.dtype).removeprefix("torch.")
     if not shape.key_width:
         return "bags", f"bags for a memory of values alone in {name}"
-    units = estimates(shape, tensor.dtype)
     why_not = refusal("grouped", shape, tensor)
-    if why_not is not None:
-        del units["grouped"]
-    best = min(units, key=lambda backend: units[backend])
+    best, units = _least(shape, tensor.dtype, with_grouped=why_not is None)
     spread = shape.blocks * shape.rows / max(shape.pairs, 1)
     reason = (
         f"{best} for blocks of {shape.cells} cells in {name}, of which a row uses 1 in "
-        f"{spread:.1f}; estimated at {units[best]:.1f} times a dense layer"
+        f"{spread:.1f}; estimated at {units:.1f} times a dense layer"
     )
     return best, reason if why_not is None else f"{reason}; grouped {why_not}"
 
@@ -136,10 +133,17 @@ def on_hopper(shape: Shape, dtype: torch.dtype) -> str:
     """The backend on a GPU of capability 9.0, where there is none to ask; see `choose`."""
     if not shape.key_width:
         return "bags"
+    fits = dtype is torch.bfloat16 and grouped.refusal_of_widths(_widths(shape)) is None
+    return _least(shape, dtype, with_grouped=fits)[0]
+
+
+def _least(shape: Shape, dtype: torch.dtype, *, with_grouped: bool) -> tuple[str, float]:
+    """The backend of the least estimate, and this estimate; `grouped` only where it can compute."""
     units = estimates(shape, dtype)
-    if dtype is not torch.bfloat16 or grouped.refusal_of_widths(_widths(shape)):
+    if not with_grouped:
         del units["grouped"]
-    return min(units, key=lambda backend: units[backend])
+    best = min(units, key=lambda backend: units[backend])
+    return best, units[best]
 
 
 _logged: set[tuple[str, int, torch.dtype]] = set()
