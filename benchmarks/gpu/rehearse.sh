@@ -40,5 +40,5 @@ if [ "$(cat $stamp 2>/dev/null)" != "$key" ]; then
     printf '%s\n' "$key" >$stamp
 fi
 
-echo "rehearsal: the dry runs of check, time and tune, about 3 minutes"
+echo "rehearsal: the dry runs of check, time and tune, about 5 minutes on 2 cores"
 $venv/bin/python -m pytest tests/benchmarks/test_gpu.py
