@@ -8,8 +8,8 @@ CPP := $(wildcard megatron_sffn/ops/*/*.cpp)
 SHELL_FILES := .ci/run $(wildcard docker/*.sh examples/*/*.sh tools/*.sh benchmarks/*/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart bench bench-gpu bench-steps bench-parallel gpu-rehearsal test check \
-	format clean
+.PHONY: help env quickstart bench bench-gpu bench-steps bench-parallel gpu-rehearsal test test-slow \
+	check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,8 +37,11 @@ gpu-rehearsal: ## Dry run of the acceptance of a GPU, under Python 3.12, torch 2
 bench-parallel: env ## Time and bytes of a layer on 2 and 4 ranks, ours and Megatron's (ARGS=...)
 	@$(BIN)/python -m benchmarks.parallel $(ARGS)
 
-test: env ## Run all tests that need no GPU (ARGS=...)
+test: env ## Run the tests that need no GPU (ARGS=...)
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: env ## Run the long ones as well: every layout, configuration and launcher (ARGS=...)
+	@$(BIN)/python -m pytest -m "" $(ARGS)
 
 # Cheapest first, so that a slip shows at once.
 check: env ## Lint, format, import direction and types

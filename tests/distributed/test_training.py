@@ -12,6 +12,7 @@ import torch
 from tests.distributed.engine import Layout, Trained, Variant, join, run
 from tests.layers import NUMBERS, SPARSE
 from tests.ranks import run_ranks
+from tests.slow import slow
 
 LAYOUTS = {
     # 2 ranks
@@ -55,6 +56,10 @@ SOME = ["TP2 EP2 folded", "TP2 ETP2", "PP2 VPP2 EP2 moe", "TP2 PP2 full"]
 """Layouts of all routers: each kind of parallelism, both dispatchers, and recomputation."""
 
 
+FAST = {*SOME, "TP2 PP2 EP4", "EP2 x DP2"}
+"""Layouts of `make test`; the others are for `make test-slow`."""
+
+
 def on(layouts: dict[str, Layout]) -> list[tuple[str, str]]:
     """(layout, router) for which there is a test."""
     return [
@@ -63,6 +68,14 @@ def on(layouts: dict[str, Layout]) -> list[tuple[str, str]]:
         for router in SPARSE
         if (router in THOROUGH or name in SOME)
         and not (router in WITHOUT_SLICES and layout.cells > 1)
+    ]
+
+
+def cases(layouts: dict[str, Layout]) -> list[Any]:
+    """The same as parameters of a test, marked slow where the layout is not a fast one."""
+    return [
+        pytest.param(name, router) if name in FAST else slow(name, router)
+        for name, router in on(layouts)
     ]
 
 
@@ -106,12 +119,12 @@ def assert_same(
         assert torch.equal(found.balance[layer], bias)
 
 
-@pytest.mark.parametrize(("name", "router"), on(LAYOUTS))
+@pytest.mark.parametrize(("name", "router"), cases(LAYOUTS))
 def test_a_layout_trains_the_model_of_one_rank(name: str, router: str) -> None:
     assert_same(of_router(name, router, LAYOUTS), one_rank(router), 1e-8, 1e-10)
 
 
-@pytest.mark.parametrize(("name", "router"), on(RECOMPUTED))
+@pytest.mark.parametrize(("name", "router"), cases(RECOMPUTED))
 def test_recomputation_trains_the_same_model(name: str, router: str) -> None:
     assert_same(of_router(name, router, RECOMPUTED), one_rank(router), 1e-8, 1e-10)
 
@@ -140,7 +153,7 @@ DISTRIBUTED_OPTIMIZER = {
 }
 
 
-@pytest.mark.parametrize(("name", "router"), on(DISTRIBUTED_OPTIMIZER))
+@pytest.mark.parametrize(("name", "router"), cases(DISTRIBUTED_OPTIMIZER))
 def test_the_distributed_optimizer_trains_the_same_model(name: str, router: str) -> None:
     found = of_router(name, router, DISTRIBUTED_OPTIMIZER)
     assert_same(found, one_rank(router, dtype=torch.float32), 1e-3, 2e-4, sharded=True)
@@ -165,7 +178,10 @@ BALANCED = (
 @pytest.mark.parametrize("variant", BALANCED, ids=lambda variant: variant.router)
 @pytest.mark.parametrize(
     "name",
-    ["DP2", "PP2 VPP2", "EP2 ETP2", "TP2 PP2 EP4", "TP2 PP2 full"],
+    [
+        "TP2 PP2 EP4",
+        *(slow(name) for name in ("DP2", "PP2 VPP2", "EP2 ETP2", "TP2 PP2 full")),
+    ],
 )
 def test_balance_does_not_depend_on_the_layout(name: str, variant: Variant) -> None:
     one, layout = trained(Layout(), BALANCED)[variant], (LAYOUTS | RECOMPUTED)[name]
@@ -202,7 +218,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", ["TP2 PP2 full", "EP2 ETP2"])
+@pytest.mark.parametrize("name", ["EP2 ETP2", slow("TP2 PP2 full")])
 def test_an_ablation_does_not_depend_on_the_layout(name: str, variant: str) -> None:
     layout, together = (LAYOUTS | RECOMPUTED)[name], tuple(VARIANTS.values())
     found = trained(layout, together)[VARIANTS[variant]]

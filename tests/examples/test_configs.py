@@ -33,6 +33,7 @@ from megatron_sffn.pretrain import main
 from megatron_sffn.training import model_config
 from tests.integration.conftest import Log
 from tests.ranks import fork
+from tests.slow import slow
 from tools.accounting import costs_of, parsed
 
 FOLDER = Path(__file__).parents[2] / "examples" / "configs"
@@ -285,10 +286,16 @@ def assert_trained(log: Log) -> None:
 
 TOYS = [
     (UNIFIED, ("dense",)),
-    *((UNIFIED, (router, "1" if router in ONE_CELL else "256", "16")) for router in ROUTERS),
-    *((SIGMA, each) for each in PAPERS[SIGMA]),
+    *(
+        slow(UNIFIED, (router, "1" if router in ONE_CELL else "256", "16"))
+        for router in ROUTERS
+        if router != "avg-k"
+    ),
+    (UNIFIED, ("avg-k", "256", "16")),
+    (SIGMA, PAPERS[SIGMA][0]),
+    *(slow(SIGMA, each) for each in PAPERS[SIGMA][1:]),
     (SMALL, ()),
-    (LARGE, ()),
+    slow(LARGE, ()),
 ]
 """Every configuration; of the grid, one of each router."""
 
@@ -299,6 +306,7 @@ def test_five_steps_at_toy_size(script: str, arguments: tuple[str, ...], tmp_pat
     assert_trained(train(flags, tmp_path))
 
 
+@pytest.mark.slow
 def test_five_steps_with_the_one_command(tmp_path: Path) -> None:
     done = subprocess.run(
         [FOLDER / SMALL],

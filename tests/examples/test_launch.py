@@ -278,6 +278,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], lo
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_the_job_saves_before_its_time_is_up_and_goes_on_in_the_next(tmp_path: Path) -> None:
     for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
         executable(tmp_path / name, text)

@@ -321,6 +321,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
+@pytest.mark.slow
 def test_interrupted_run_continues_exactly(tmp_path):
     plan = Plan(folder=tmp_path / "out", seed=7, train_iters=12)
     tiny_corpus(plan.folder / "corpus")

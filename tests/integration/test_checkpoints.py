@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import Log
+from tests.slow import slow
 
 EP2 = "--expert-model-parallel-size 2"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -44,26 +45,26 @@ def saved(pretrain: Callable[..., Log], tmp_path: Path) -> Callable[..., tuple[L
 @pytest.mark.parametrize(
     ("source", "targets", "flags"),
     [
-        ("TP2 PP2 EP2", ["EP4", "one rank", "TP2 ETP2"], ""),
+        slow("TP2 PP2 EP2", ["EP4", "one rank", "TP2 ETP2"], ""),
         ("TP2 PP2 EP2", ["EP4", "one rank", "TP2 ETP2"], DISTRIBUTED),
         (
             "one rank",
             ["TP2 PP2 EP2"],
             "--sffn-router switch --swiglu --moe-router-enable-expert-bias",
         ),
-        ("TP2 ETP2", ["EP2", "PP2 VPP2"], f"--sffn-router rand-hash --swiglu {DISTRIBUTED}"),
-        ("EP4", ["TP2", "DP2"], f"{SWITCH} --bf16 {DISTRIBUTED}"),
-        (
+        slow("TP2 ETP2", ["EP2", "PP2 VPP2"], f"--sffn-router rand-hash --swiglu {DISTRIBUTED}"),
+        slow("EP4", ["TP2", "DP2"], f"{SWITCH} --bf16 {DISTRIBUTED}"),
+        slow(
             "TP2 PP2 EP2",
             ["EP4", "TP2 ETP2"],
             "--sffn-router sigma-moe --sffn-shared-blocks 2 --sffn-gate-network mlp "
             "--moe-router-enable-expert-bias",
         ),
-        ("EP2", ["TP2", "PP2"], f"{PRODUCT_KEYS} {DISTRIBUTED}"),
-        ("TP2 ETP2", ["EP4"], "--sffn-router lorkm --sffn-key-rank 16 --swiglu"),
-        ("EP2", ["TP2 ETP2"], "--sffn-descriptor ema --sffn-gate softmax"),
+        slow("EP2", ["TP2", "PP2"], f"{PRODUCT_KEYS} {DISTRIBUTED}"),
+        slow("TP2 ETP2", ["EP4"], "--sffn-router lorkm --sffn-key-rank 16 --swiglu"),
+        slow("EP2", ["TP2 ETP2"], "--sffn-descriptor ema --sffn-gate softmax"),
         # The first stage has no sparse layer, so no optimizer state of tables either.
-        ("PP2", ["EP2", "PP2"], "--sffn-layers 3"),
+        slow("PP2", ["EP2", "PP2"], "--sffn-layers 3"),
         ("PP2", ["EP2", "PP2"], f"--sffn-layers 3 {DISTRIBUTED}"),
     ],
 )
@@ -83,7 +84,7 @@ def test_another_layout_goes_on_with_the_same_run(
         )
 
 
-@pytest.mark.parametrize("flags", ["", DISTRIBUTED])
+@pytest.mark.parametrize("flags", [slow(""), DISTRIBUTED])
 def test_the_same_layout_goes_on_bit_by_bit(pretrain, saved, flags: str) -> None:
     log, load = saved("TP2 PP2 EP2", flags)
     ranks, cut = LAYOUTS["TP2 PP2 EP2"]
@@ -92,7 +93,7 @@ def test_the_same_layout_goes_on_bit_by_bit(pretrain, saved, flags: str) -> None
     assert continued.values("lm loss")[-1] == log.values("lm loss")[-1]
 
 
-@pytest.mark.parametrize("flags", ["", DISTRIBUTED])
+@pytest.mark.parametrize("flags", [slow(""), DISTRIBUTED])
 def test_another_learning_rate(pretrain, saved, flags: str) -> None:
     """The run's or the checkpoint's, as is said; in both groups, of dense weights and of tables."""
     log, load = saved("EP2", flags)

@@ -20,6 +20,7 @@ import pytest
 
 from tests.integration.conftest import MODEL, Log
 from tests.processes import kill_all, wait_until
+from tests.slow import slow
 
 LAUNCH = Path(__file__).parents[2] / "examples" / "launch"
 ADDRESSES = ("198.18.0.1", "198.18.0.2")  # of the range for tests of networks, RFC 2544
@@ -123,7 +124,7 @@ def train(nodes: list[int], script: str, own: list[dict[str, str]], flags: str, 
     ("script", "own", "flags"),
     [
         ("static.sh", [{"NODE_RANK": "0"}, {"NODE_RANK": "1"}], FLAGS),
-        (
+        slow(
             "elastic.sh",
             # The first address is none of the host itself, where c10d would look for it.
             [{"RUN_ID": "x", "IS_MASTER": "true"}, {"RUN_ID": "x", "IS_MASTER": "false"}],
@@ -145,6 +146,7 @@ def test_two_nodes_train_the_model_of_one_node(
     assert log.validation_loss == pytest.approx(rank.validation_loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost(nodes, pretrain, text: str, tmp_path: Path) -> None:
     """One node loses its power; the other goes on alone, and ends with the same model."""
     flags = "--train-iters 24 --split 90,10,0 --expert-model-parallel-size 2"

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SAME_AS_TORCH = """
 import torch
 from megatron_sffn.ops import block_ffn, route_topk
@@ -33,6 +35,7 @@ def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_on_a_processor_of_no_special_instructions(tmp_path: Path) -> None:
     runs = [start(tmp_path, ATEN_CPU_CAPABILITY="default") for _ in range(2)]
     outputs = [run.communicate(timeout=300) for run in runs]
