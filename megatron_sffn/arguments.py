@@ -208,6 +208,14 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         "order through NVIDIA DALI (the extra dali), on the GPU if there is one; "
         "--num-workers are then threads that read ahead",
     )
+    add(
+        "--sffn-validation-data",
+        default="first",
+        choices=("first", "next"),
+        help="what an evaluation reads: first: the first --eval-iters batches of the validation "
+        "set every time, so that losses of steps, runs and checkpoints can be compared; next: the "
+        "batches after those of the last evaluation, as Megatron does (--full-validation: all)",
+    )
     for action in group._group_actions:
         if action.default is not None and action.default is not False:
             action.help = f"{action.help} (default: %(default)s)"
@@ -310,13 +318,40 @@ def transformer_config(args: Namespace, sffn: SparseFFNConfig | None) -> SparseF
 
 
 def derive_evaluation(args: Namespace) -> None:
-    """Without `--eval-interval` there is no evaluation before the end, as Megatron's help says.
+    """What an evaluation reads, and when there is one.
 
-    Megatron's own code divides by it.
+    Without `--eval-interval` there is none before the end, as Megatron's help says; Megatron's own
+    code divides by it. Megatron overwrites `--eval-iters` under `--full-validation`, which it
+    serves for a list of data sets only.
 
     Raises:
-        ConfigError: if it is given and not positive.
+        ConfigError: if a flag contradicts another, or is out of range.
     """
+    if args.multiple_validation_sets and not args.full_validation:
+        raise ConfigError(
+            "--multiple-validation-sets needs --full-validation, since Megatron counts no batches "
+            "of a single set; add it"
+        )
+    if args.validation_set_names and not args.multiple_validation_sets:
+        raise ConfigError(
+            f"--validation-set-names {' '.join(args.validation_set_names)} has nothing to act on "
+            "without --multiple-validation-sets; add that or leave it out"
+        )
+    if args.full_validation and args.sffn_validation_data == "next":
+        raise ConfigError(
+            "--sffn-validation-data next has nothing to act on with --full-validation, which reads "
+            "all of the validation set; leave one out"
+        )
+    if args.full_validation and args.mock_data:
+        raise ConfigError(
+            "--full-validation has no end with --mock-data; give --eval-iters instead, or data"
+        )
+    if args.eval_iters < 0:
+        raise ConfigError(
+            f"--eval-iters {args.eval_iters} must be at least 0; 0 leaves evaluations out"
+        )
+    args.multiple_validation_sets = args.full_validation
+    args.sffn_eval_iters = args.eval_iters
     if args.eval_interval is None:
         args.eval_interval = max(args.train_iters or 0, args.train_samples or 0) + 1
     if args.eval_interval < 1:

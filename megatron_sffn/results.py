@@ -1,7 +1,7 @@
 """What a run leaves: `summary.json`, and through `routing_log.py` how its layers route.
 
-Enters: losses of each evaluation, the time of each training step, the layers' counters. Leaves: two
-files in the run's folder, beside Megatron's checkpoints and TensorBoard events.
+Enters: losses of each evaluation (`evaluations.py`), the time of each training step, the layers'
+counters. Leaves: files in the run's folder, beside Megatron's checkpoints and TensorBoard events.
 
 Choice: one `Recorder` object, made by the entry point and passed to Megatron as its hooks; nothing
 is kept in module state.
@@ -21,21 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_sffn.accounting import ModelShape, count_parameters, flops_per_token
+from megatron_sffn.evaluations import Evaluations
 from megatron_sffn.layer import sparse_layers
 from megatron_sffn.recording import RoutingRecorder
 from megatron_sffn.routing_log import RoutingLog
 from megatron_sffn.run_files import write_whole
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Loss of one pass over evaluation data."""
-
-    iteration: int
-    loss: float
 
 
 @dataclass
@@ -51,14 +43,15 @@ class Recorder:
     args: Namespace
     folder: Path
     blocks: RoutingRecorder | None = None
-    evaluations: list[Evaluation] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
+    evaluations: Evaluations = field(init=False)
+    samples_per_second: list[float] = field(default_factory=list)
     sent_bytes_per_token: float | None = None
     routing: RoutingLog = field(init=False)
-    _loss: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    _step: tuple[int, float] | None = None
+    _step: tuple[int, int, float] | None = None
+    _iteration: int | None = None
 
     def __post_init__(self) -> None:
+        self.evaluations = Evaluations(self.args, self.folder)
         self.routing = RoutingLog(self.args, self.folder)
 
     def before_forward(self, training: bool) -> None:
@@ -67,10 +60,14 @@ class Recorder:
             self._step = None
             return
         now, iteration = time.perf_counter(), self.args.curr_iteration
-        if self._step is not None and self._step[0] != iteration:
-            self.step_seconds.append(now - self._step[1])
-        if self._step is None or self._step[0] != iteration:
-            self._step = (iteration, now)
+        if self._step is not None and self._step[0] == iteration:
+            return
+        samples = self.args.consumed_train_samples
+        if self._step is not None:
+            _, samples_before, started = self._step
+            # The batch may grow from step to step.
+            self.samples_per_second.append((samples - samples_before) / (now - started))
+        self._step = (iteration, samples, now)
 
     def after_step(self, model: list[torch.nn.Module], num_microbatches: int) -> None:
         """Called on every rank when all microbatches of a training step have run.
@@ -79,6 +76,7 @@ class Recorder:
             model: this rank's chunks.
             num_microbatches: of the step on this rank.
         """
+        self._iteration = self.args.curr_iteration + 1
         if self.args.num_experts is not None:
             self.routing.after_step(model, num_microbatches)
 
@@ -92,29 +90,22 @@ class Recorder:
         if self.args.num_experts is not None:
             self.routing.before_save(model, iteration)
 
-    def add_evaluated(self, loss_and_tokens: Tensor) -> None:
-        """Add an evaluated microbatch's summed loss and number of tokens, `[2]`."""
-        self._loss += loss_and_tokens.detach().double().cpu()
-
     @property
     def iteration(self) -> int:
-        """Steps that the model was trained."""
-        return int(self.args.consumed_train_samples // self.args.global_batch_size)
+        """Steps that the model was trained; before the first, those of the loaded checkpoint."""
+        return int(self.args.iteration if self._iteration is None else self._iteration)
 
     def after_evaluation(self, model: list[torch.nn.Module]) -> None:
-        """Called on every rank when an evaluation ends."""
-        # Ranks of one TP group hold the same sums, ranks of other stages none: the quotient stays.
-        total = self._loss.clone().to(torch.cuda.current_device())
-        torch.distributed.all_reduce(total)
-        self._loss.zero_()
-        iteration = self.iteration
-        loss, tokens = total.tolist()
-        # A second evaluation at the same step is of the test set; the file shows the validation.
-        again = any(former.iteration == iteration for former in self.evaluations)
-        self.evaluations.append(Evaluation(iteration=iteration, loss=loss / max(tokens, 1)))
+        """Called on every rank when a data set was evaluated."""
+        former = [one.iteration for one in self.evaluations.validations]
+        evaluation = self.evaluations.end_set()
+        if not evaluation.is_finished:
+            return
         if self.args.num_experts is not None:
             self.sent_bytes_per_token = sent_bytes_per_token(model)
-            self.routing.after_evaluation(model, iteration, again=again)
+            # The file shows the first evaluation of the validation set at each step.
+            again = evaluation.is_test or evaluation.iteration in former
+            self.routing.after_evaluation(model, evaluation.iteration, again=again)
         if self.blocks is not None:
             self.blocks.save()
             # Nothing else was asked for.
@@ -131,14 +122,9 @@ class Recorder:
     def summary(self, shape: ModelShape) -> dict[str, Any]:
         """The run in numbers."""
         args = self.args
-        # Megatron evaluates the validation set, and after it the test set if there is one.
-        test = self.evaluations[-1].loss if args.do_test and self.evaluations else None
-        validated = self.evaluations[:-1] if args.do_test else self.evaluations
-        loss = validated[-1].loss if validated else None
-        # The last iteration is evaluated twice if --eval-interval divides it: the last word counts.
-        curve = {one.iteration: one.loss for one in validated}
+        losses = self.evaluations.summary()
+        loss = losses["validation_loss"]
         parameters = count_parameters(shape)
-        tokens_per_step = args.global_batch_size * args.seq_length
         return {
             "router": args.sffn_router,
             "block_size": shape.sffn.block_size if shape.sffn else None,
@@ -146,19 +132,17 @@ class Recorder:
             "active_cells": shape.sffn.active_cells if shape.sffn else args.ffn_hidden_size,
             "num_blocks": shape.sffn.num_blocks if shape.sffn else None,
             "num_active_blocks": shape.sffn.num_active_blocks if shape.sffn else None,
-            "iterations": args.consumed_train_samples // args.global_batch_size,
+            "iterations": self.iteration,
             "tokens": args.consumed_train_samples * args.seq_length,
-            "validation_loss": loss,
+            **losses,
             "validation_perplexity": None if loss is None else math.exp(min(loss, 700)),
-            "test_loss": test,
-            "validation_curve": [list(point) for point in curve.items()],
             "parameters_total": parameters.total,
             "parameters_active": parameters.active,
             "flops_per_token": flops_per_token(shape).total,
             "sent_bytes_per_token": self.sent_bytes_per_token,
             "tokens_per_second": (
-                tokens_per_step / statistics.median(self.step_seconds)
-                if self.step_seconds
+                args.seq_length * statistics.median(self.samples_per_second)
+                if self.samples_per_second
                 else None
             ),
             "layout": {

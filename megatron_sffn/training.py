@@ -71,6 +71,7 @@ def train(args: Namespace) -> None:
     exit_on_signals(args)
     shape = ModelShape.of_args(args, sffn)
     Saves(args, recorder.before_save).install()
+    recorder.evaluations.install()
     if args.rank == 0:
         print(table(shape, exchange_of(args), args.moe_token_dispatcher_type), flush=True)
     hashed = sffn is not None and sffn.router.needs_token_ids
@@ -133,7 +134,7 @@ def finish_evaluation(
         nan_check: of the run.
         model: this rank's chunks.
     """
-    nan_check.after_evaluation(model, recorder.iteration)
+    nan_check.after_evaluation(model, recorder.evaluations.current.iteration)
     recorder.after_evaluation(model)
 
 
@@ -226,5 +227,5 @@ def loss_of(
     tokens = mask.sum()
     report = torch.stack((loss, tokens)).detach()
     if not training:
-        recorder.add_evaluated(report)
+        recorder.evaluations.add(report)
     return loss, tokens.int(), {"lm loss": report}

@@ -86,7 +86,7 @@ def check_data(args: Namespace) -> None:
         for prefix in part.prefixes:
             _check_size(args, part, prefix, part.tokens(indices[prefix]))
     try:
-        dataset_request(args, tokenizer, ())
+        dataset_request(args, tokenizer, (0, 0, 0))
     except (AssertionError, OSError, ValueError) as error:
         raise ConfigError(
             f"Megatron does not accept the flags of the data ({' '.join(str(error).split())}); "
@@ -176,6 +176,13 @@ def _check_uses(args: Namespace, parts: list[Part]) -> None:
         asked[Split.valid] = ("--full-validation reads it", "leave that out and use --eval-iters 0")
     elif args.eval_iters:
         asked[Split.valid] = (f"--eval-iters {args.eval_iters} reads it", "use --eval-iters 0")
+    names = args.validation_set_names
+    for part in parts:
+        if part.split is Split.valid and names and len(names) != len(part.prefixes):
+            raise ConfigError(
+                f"--validation-set-names {' '.join(names)} has {len(names)} names, but "
+                f"--valid-data-path has {len(part.prefixes)} data sets; give a name for each"
+            )
     for split, (use, remedy) in asked.items():
         if split in [part.split for part in parts]:
             continue

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from megatron_sffn.data.evaluation_samples import EvaluationSamples
 from megatron_sffn.errors import ConfigError, require
 
 AHEAD = 2
@@ -43,6 +44,7 @@ Ids = NDArray[numpy.int32]
 Read = list[Ids]
 """Ids `[b, s + 1]`; if `Fields.restarts`, also where each token's document starts, `[b, s]`."""
 Batch = dict[str, Tensor]
+type Samples = GPTDataset | BlendedDataset | EvaluationSamples
 
 
 def check_dali(args: Namespace) -> None:
@@ -57,6 +59,11 @@ def check_dali(args: Namespace) -> None:
     if args.sffn_dataloader != "dali":
         return
     require("nvidia.dali", "--sffn-dataloader dali", "dali")
+    if args.full_validation:
+        raise ConfigError(
+            "--full-validation is not available with --sffn-dataloader dali, which has no samples "
+            "without a loss to fill the last batch; use --sffn-dataloader torch"
+        )
     if args.phase_transition_iterations:
         raise ConfigError(
             "--phase-transition-iterations is not available with --sffn-dataloader dali, which "
@@ -75,6 +82,12 @@ class DaliLoader:
 
     def __init__(self, loader: DataLoader[Any], *, workers: int, cyclic: bool) -> None:
         self._dataset, self._sampler = loader.dataset, loader.batch_sampler
+        if isinstance(self._dataset, EvaluationSamples) and not self._dataset.is_full:
+            raise ConfigError(
+                f"an evaluation reads {self._dataset.size} sequences (--eval-iters times the batch "
+                f"size), but its data has {len(self._dataset.dataset)}, and --sffn-dataloader dali "
+                "reads whole batches alone; lower --eval-iters"
+            )
         self._workers, self._cyclic = workers, cyclic
         self._batches: Iterator[Batch] | None = None
 
@@ -118,8 +131,10 @@ class Fields:
     attention_mask: bool
 
     @classmethod
-    def of(cls, dataset: GPTDataset | BlendedDataset) -> Fields:
+    def of(cls, dataset: Samples) -> Fields:
         """Those of a data set, which in a blend are the same for all."""
+        if isinstance(dataset, EvaluationSamples):
+            dataset = dataset.dataset
         while isinstance(dataset, BlendedDataset):
             dataset = dataset.datasets[0]
         config = dataset.config
@@ -145,9 +160,7 @@ class Fields:
         return ["tokens", "labels", "loss_mask", "position_ids", *masks]
 
 
-def read_ahead(
-    dataset: GPTDataset | BlendedDataset, sampler: Any, fields: Fields, workers: int
-) -> Iterator[Read]:
+def read_ahead(dataset: Samples, sampler: Any, fields: Fields, workers: int) -> Iterator[Read]:
     """Read batches before they are asked for.
 
     Args:
@@ -170,7 +183,7 @@ def read_ahead(
             yield ahead.popleft().result()
 
 
-def read_batch(dataset: GPTDataset | BlendedDataset, fields: Fields, samples: list[int]) -> Read:
+def read_batch(dataset: Samples, fields: Fields, samples: list[int]) -> Read:
     """Read the samples of one batch."""
     ids = numpy.stack([read_sample(dataset, sample) for sample in samples]).astype(numpy.int32)
     if not fields.restarts:
@@ -182,11 +195,13 @@ def read_batch(dataset: GPTDataset | BlendedDataset, fields: Fields, samples: li
     return [ids, starts]
 
 
-def read_sample(dataset: GPTDataset | BlendedDataset, sample: int) -> NDArray[numpy.int64]:
+def read_sample(dataset: Samples, sample: int) -> NDArray[numpy.int64]:
     """Token ids `[s + 1]` of a sample, padded by Megatron.
 
     `dataset[sample]` would derive the rest as well, in Python.
     """
+    if isinstance(dataset, EvaluationSamples):
+        dataset, sample = dataset.dataset, sample % dataset.size
     while isinstance(dataset, BlendedDataset):
         if dataset.dataset_index is None:
             dataset[0]  # --dataloader-defer-npy-index-mmap: mapped at the first access

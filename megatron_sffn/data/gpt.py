@@ -14,9 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.utils import Split
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from megatron_sffn.data.cache import Request, Sizes, complete_everywhere
 from megatron_sffn.data.dali import DaliLoader
+from megatron_sffn.data.evaluation_samples import evaluation_samples, evaluation_sizes
 
 
 def datasets_provider(*, on_every_stage: bool) -> Callable[..., Any]:
@@ -41,7 +44,7 @@ def datasets_provider(*, on_every_stage: bool) -> Callable[..., Any]:
     """
     args = get_args()
     reads_data = _reads_anywhere if on_every_stage else _reads_at_the_ends
-    provider: Any = partial(_build_datasets, reads_data)
+    provider: Any = partial(_build_datasets, reads_data, args.dataloader_type)
     if args.sffn_dataloader == "dali":
         provider = partial(_build_loaders, reads_data, args.dataloader_type)
         args.dataloader_type = "external"  # Megatron takes loaders as they are
@@ -51,14 +54,44 @@ def datasets_provider(*, on_every_stage: bool) -> Callable[..., Any]:
 
 
 def _build_datasets(
-    reads_data: Callable[[], bool], num_samples: Sizes, vp_stage: int | None = None
-) -> Any:
+    reads_data: Callable[[], bool], order: str, num_samples: Sizes, vp_stage: int | None = None
+) -> tuple[Any, Any, Any]:
+    """Megatron's data sets; of validation and test, what every evaluation reads.
+
+    Args:
+        reads_data: whether this rank draws batches.
+        order: `single` or `cyclic`, of `--dataloader-type`.
+        num_samples: for training, validation and test.
+        vp_stage: Megatron's; all stages of a rank read the same.
+    """
     args = get_args()
     request = dataset_request(args, get_tokenizer(), num_samples)
     if not args.dataloader_fast_cache_load:  # which says that every file is there
         complete_everywhere(request)
     builder = BlendedMegatronDatasetBuilder(request.kind, request.sizes, reads_data, request.config)
-    return builder.build()
+    train, valid, test = builder.build()
+    cyclic = order == "cyclic"
+    valid = evaluation_samples(args, valid, Split.valid, cyclic=cyclic)
+    test = evaluation_samples(args, test, Split.test, cyclic=cyclic)
+    if args.sffn_validation_data == "first":
+        # Every evaluation starts at the first sample, also in a run that goes on.
+        args.consumed_valid_samples = 0
+    if args.full_validation:
+        args.sffn_validation_batches = _batches_of(args, valid)
+    return train, valid, test
+
+
+def _batches_of(args: Namespace, datasets: Any) -> list[int]:
+    """Steps that an evaluation of each validation set takes, on ranks that do not read it, too."""
+    known = datasets if isinstance(datasets, list) else [datasets]
+    sizes = [0 if dataset is None else dataset.size for dataset in known]
+    # Ranks that do not read a split do not know into how many data sets it is cut.
+    longest = torch.tensor(len(sizes), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
+    table = torch.zeros(int(longest), dtype=torch.long, device=torch.cuda.current_device())
+    table[: len(sizes)] = torch.tensor(sizes)
+    torch.distributed.all_reduce(table, op=torch.distributed.ReduceOp.MAX)
+    return [size // int(args.eval_global_batch_size) for size in table.tolist()]
 
 
 def _build_loaders(
@@ -86,7 +119,7 @@ def _build_loaders(
             return None
         return DaliLoader(own, workers=args.num_workers, cyclic=order == "cyclic")
 
-    train, valid, test = _build_datasets(reads_data, num_samples)
+    train, valid, test = _build_datasets(reads_data, order, num_samples)
     from_the_start = args.skip_train or args.full_validation
     return (
         None if args.skip_train else loader(train, args.consumed_train_samples),
@@ -133,7 +166,7 @@ def dataset_request(args: Namespace, tokenizer: Any, num_samples: Sizes) -> Requ
         create_attention_mask=args.create_attention_mask_in_dataloader,
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    return Request(kind=kind, sizes=num_samples, config=config)
+    return Request(kind=kind, sizes=evaluation_sizes(args, num_samples), config=config)
 
 
 def samples_of_run(args: Namespace) -> Sizes:

@@ -45,11 +45,25 @@ def test_a_flag_reaches_them(flags: str, field: str, value: Any) -> None:
     request = dataset_request(args, load_tokenizer(args), (1, 2, 3))
     assert getattr(request.config, field) == value
     assert request.kind is (MockGPTDataset if "mock" in flags else GPTDataset)
-    assert request.sizes == (1, 2, 3)
+    assert request.sizes == (1, 100, 100)  # --eval-iters batches of one
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ("--eval-iters 3 --global-batch-size 4", (9, 12, 12)),
+        ("--eval-iters 3 --eval-global-batch-size 2", (9, 6, 6)),
+        ("--sffn-validation-data next", (9, 8, 7)),
+        ("--eval-iters 3 --full-validation", (9, None, 3)),
+    ],
+)
+def test_an_evaluation_decides_how_much_is_built_for_it(flags: str, sizes: Any) -> None:
+    args = namespace(f"{RUN} {OWN} {flags}")
+    assert dataset_request(args, load_tokenizer(args), (9, 8, 7)).sizes == sizes
 
 
 def test_so_do_the_sizes_of_data_sets_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "sizes.json").write_text(json.dumps({"a": [3, 4]}))
     args = namespace(f"{RUN} {OWN} --per-dataset-sequences-path {tmp_path / 'sizes.json'}")
-    request = dataset_request(args, load_tokenizer(args), ())
+    request = dataset_request(args, load_tokenizer(args), (0, 0, 0))
     assert request.config.sequences_per_dataset == {"a": [3, 4]}

@@ -98,7 +98,8 @@ def pretrain(text: str, tmp_path: Path) -> Callable[..., Log]:
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            sys.argv = ["pretrain", *shlex.split(f"{MODEL} --data-path {data} {flags}")]
+            given = f"--data-path {data}" if data else ""  # else among the flags
+            sys.argv = ["pretrain", *shlex.split(f"{MODEL} {given} {flags}")]
             try:
                 main()
             except SystemExit as stop:

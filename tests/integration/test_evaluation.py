@@ -1,0 +1,106 @@
+"""One checkpoint has one validation loss: in the run, afterwards, and on any layout."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.conftest import Log, write_bytes
+from tests.slow import slow
+
+SWITCH = "--sffn-router switch --train-iters 8 --save run --save-interval 4"
+EP2 = "--expert-model-parallel-size 2"
+LAYOUTS = (
+    (2, EP2),
+    (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+)
+
+
+def losses(log: Log) -> dict[str, float]:
+    """`4 on validation set` or `4` -> the loss that Megatron prints."""
+    found = re.findall(r"loss at iteration (\S+(?: on \w+ set)?) \| lm loss value: (\S+)", log.text)
+    return {where: float(loss) for where, loss in found}
+
+
+def near(loss: float) -> Any:
+    """The same loss, summed in another order."""
+    return pytest.approx(loss, rel=1e-6)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    "loader", ["single", slow("cyclic"), slow("single --sffn-dataloader dali")]
+)
+def test_every_evaluation_of_a_checkpoint_gives_the_same_loss(
+    pretrain, tmp_path: Path, loader: str
+) -> None:
+    flags = f"{SWITCH} --split 60,30,10 --dataloader-type {loader}"
+    run = losses(pretrain(1, f"{flags} --eval-interval 2"))
+    assert run["8"] == near(run["8 on validation set"])
+    assert len({run[str(step)] for step in (2, 4, 6, 8)}) == 4
+    curve = summary(tmp_path)["validation_curve"]
+    assert [step for step, _ in curve] == [2, 4, 6, 8]
+    assert [loss for _, loss in curve] == pytest.approx([run[str(s)] for s in (2, 4, 6, 8)], 1e-6)
+    # Alone, with another number of steps, and in a run that goes on from step 4.
+    for step in (4, 8):
+        alone = pretrain(1, f"{flags} --load run --ckpt-step {step} --skip-train --train-iters 3")
+        assert losses(alone)[f"{step} on validation set"] == near(run[str(step)])
+    on = losses(pretrain(1, f"{flags} --load run --ckpt-step 4 --eval-interval 3"))
+    assert on["8 on validation set"] == near(run["8"])
+    assert [step for step, _ in summary(tmp_path)["validation_curve"]] == [2, 4, 6, 8]
+    for ranks, layout in LAYOUTS:
+        other = pretrain(ranks, f"{flags} --load run --skip-train {layout}")
+        assert losses(other)["8 on validation set"] == pytest.approx(run["8"], rel=1e-5), layout
+
+
+def test_megatrons_way_reads_on(pretrain) -> None:
+    flags = "--train-iters 4 --lr 1e-30 --split 60,30,10 --eval-interval 2"
+    first, following = (
+        losses(pretrain(1, f"{flags} --sffn-validation-data {data}")) for data in ("first", "next")
+    )
+    assert first["2"] == first["4"] == following["2"]
+    assert following["4"] != following["2"]
+
+
+def test_the_whole_validation_set_is_read_once_on_every_layout(pretrain, tmp_path: Path) -> None:
+    flags = f"{SWITCH} --split 96,2,2 --full-validation"
+    run = pretrain(1, f"{flags} --eval-interval 4")
+    expected = summary(tmp_path)["validation_loss"]
+    in_log = float(
+        re.findall(r"validation-0 loss at iteration 8 on validation .*?value: (\S+)", run.text)[-1]
+    )
+    assert in_log == pytest.approx(expected, rel=1e-6)
+    load = f"{SWITCH} --split 96,2,2 --load run --skip-train"
+    for ranks, layout in LAYOUTS:
+        for batch in (4, 12):
+            pretrain(ranks, f"{load} --full-validation --eval-global-batch-size {batch} {layout}")
+            assert summary(tmp_path)["validation_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_validation_sets_have_a_loss_each(pretrain, text: str, tmp_path: Path) -> None:
+    def run(ranks: int, flags: str) -> dict[str, Any]:
+        train = f"{SWITCH} --eval-interval 4 --full-validation --train-data-path {text}"
+        pretrain(ranks, f"{train} {flags}", data="")
+        return summary(tmp_path)
+
+    folder = Path(__file__).parent
+    first, second = (
+        write_bytes(tmp_path / name, [folder / name]) for name in ("conftest.py", "test_routing.py")
+    )
+    both = f"--valid-data-path {first} {second} --multiple-validation-sets"
+    one = run(1, f"--valid-data-path {first}")["validation_loss"]
+    unnamed = run(1, both)
+    losses_of_both = list(unnamed["validation_losses"].values())
+    assert losses_of_both[0] == one != losses_of_both[1]
+    assert unnamed["validation_loss"] == pytest.approx(sum(losses_of_both) / 2)
+    named = run(2, f"{both} --validation-set-names web code {EP2}")["validation_losses"]
+    assert named.keys() == {"web", "code"}
+    assert list(named.values()) == pytest.approx(losses_of_both, rel=1e-4)
