@@ -106,3 +106,37 @@ def test_another_learning_rate(pretrain, saved, flags: str) -> None:
     same = pretrain(2, f"{load} --use-checkpoint-opt-param-scheduler")
     assert same.values("learning rate") == [3e-3] * 3
     assert same.values("grad norm") == log.values("grad norm")[3:]
+
+
+def test_a_checkpoint_of_skipped_steps_goes_on(pretrain) -> None:
+    # At first the loss scale overflows, and Adam has taken no step when the run is saved.
+    flags = f"{FLAGS} {SWITCH} --fp16 --save run"
+    whole = pretrain(1, f"{flags} --save-interval 100")
+    pretrain(1, f"{flags}s --exit-interval 3")
+    rest = pretrain(1, f"{FLAGS} {SWITCH} --fp16 --load runs")
+    assert rest.values("loss scale") == whole.values("loss scale")[3:]
+
+
+def test_moments_that_were_never_used_are_saved_as_zeros(pretrain) -> None:
+    # The loss scale fits from step 5 on: the steps after a checkpoint of step 3 are real ones.
+    flags = f"{FLAGS} {SWITCH} --fp16 --initial-loss-scale 1048576"
+    whole = pretrain(1, f"{flags} --train-iters 12")
+    pretrain(1, f"{flags} --train-iters 12 --save run --exit-interval 3")
+    rest = pretrain(1, f"{flags} --train-iters 12 --load run")
+    assert 0 < sum(whole.values("number of skipped iterations")) < 12
+    assert rest.values("grad norm")[-3:] == whole.values("grad norm")[-3:]
+    assert rest.values("lm loss")[-1] == whole.values("lm loss")[-1]
+
+
+def test_checkpoints_in_torchs_own_format_go_on(pretrain) -> None:
+    flags = f"{FLAGS} {SWITCH} --ckpt-format torch"
+    whole = pretrain(1, f"{flags} --save run")
+    rest = pretrain(1, f"{flags} --load run --ckpt-step 3")
+    assert rest.values("grad norm") == whole.values("grad norm")[3:]
+
+
+def test_another_learning_rate_beside_a_decoupled_one(pretrain) -> None:
+    flags = f"{FLAGS} {SWITCH} --decoupled-lr 1e-2"
+    pretrain(1, f"{flags} --save run")
+    load = f"{flags} --load run --ckpt-step 3 --lr 1e-3 --override-opt-param-scheduler"
+    assert pretrain(1, load).values("learning rate") == [1e-3] * 3

@@ -40,6 +40,11 @@ def plain(step: int | None) -> dict[str, Any]:
     return {"param_groups": [{}], "state": {} if step is None else {"common_step": step}}
 
 
+def each(step: int) -> dict[str, Any]:
+    """The same with a step for each parameter."""
+    return {"param_groups": [{}], "state": {0: {"step": step}}}
+
+
 @pytest.mark.parametrize(
     ("found", "loaded"),
     [
@@ -47,8 +52,11 @@ def plain(step: int | None) -> dict[str, Any]:
         ({0: state(7), 1: state(None)}, {0: state(7), 1: state(7)}),
         ({0: plain(7), 1: plain(None)}, {0: plain(7), 1: plain(7)}),
         (plain(7), plain(7)),
-        # Nothing is known before the first step.
-        ({0: plain(None), 1: plain(None)}, {0: plain(None), 1: plain(None)}),
+        # Before the first step there is none.
+        ({0: plain(None), 1: plain(None)}, {0: plain(0), 1: plain(0)}),
+        # As --ckpt-format torch has them.
+        ([plain(7), plain(None)], [plain(7), plain(7)]),
+        ([each(7)], [each(7) | {"state": {0: {"step": 7}, "common_step": 7}}]),
     ],
 )
 def test_optimizers_without_a_step_get_that_of_the_others(found: Any, loaded: Any) -> None:
