@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -25,6 +26,9 @@ from megatron_sffn.memory import Memory, drawn_dtype
 from megatron_sffn.routers import Router
 
 Draw = Callable[[Tensor], Any]
+
+SINK = "softmax_offset"
+"""End of the name of `--softmax-type learnable`'s weights, the one vector that is not a constant."""
 
 
 def draw_again(seed: int, chunks: list[Any]) -> list[Any]:
@@ -46,6 +50,11 @@ def draw_again(seed: int, chunks: list[Any]) -> list[Any]:
 @torch.no_grad()
 def _draw_chunk(seed: int, chunk: Any) -> None:
     parts = chunk.sharded_state_dict()
+    for name, parameter in chunk.named_parameters():
+        if name.endswith(SINK):
+            # Of this rank's heads. Megatron does not mark it, so that the norm of all gradients
+            # would count those of the first tensor-parallel rank alone.
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
     # Tables are drawn block by block; here they would have to fit a rank as a whole.
     drawn = {
         f"{name}.{weight}"
@@ -78,7 +87,11 @@ def _part_of_whole(seed: int, part: ShardedTensor, draw: Draw) -> Tensor:
 
 def _method(part: ShardedTensor, config: TransformerConfig) -> Draw | None:
     """How Megatron draws a weight, by its name; None for what it sets to a constant."""
-    if not part.dtype.is_floating_point or len(part.local_shape) < 2:
+    if not part.dtype.is_floating_point:
+        return None
+    if part.key.endswith(SINK):
+        return config.init_method
+    if len(part.local_shape) < 2:
         return None
     if "embedding" in part.key:
         return config.embedding_init_method

@@ -109,8 +109,13 @@ def test_input_ids_reach_the_sparse_layers_of_every_stage(
         ("--sffn-router dense --untie-embeddings-and-output-weights", 2, TP2),
         ("--sffn-router switch --sffn-backend megatron --swiglu", 2, EP2),
         ("--sffn-router avg-k --sffn-backend megatron", 4, f"{TP2} {EP2}"),
+        (
+            "--num-attention-heads 4 --softmax-type learnable --init-method-std 0.5",
+            4,
+            f"{TP2} --pipeline-model-parallel-size 2",
+        ),
     ],
-    ids=["dense", "untied", "Megatron's experts", "Avg-K before Megatron's experts"],
+    ids=["dense", "untied", "Megatron's experts", "Avg-K before Megatron's experts", "sinks"],
 )
 def test_the_baselines_too_are_the_same_on_every_layout(
     pretrain, model: str, ranks: int, layout: str

@@ -1,0 +1,209 @@
+"""Every flag of `--help`, tried once: what it does to a run of two steps on one rank.
+
+    python -m tests.flag_sweep                    # all flags, about an hour of one core
+    python -m tests.flag_sweep --only 'moe|lr'    # some
+
+Inputs: the parser of a run. Outputs: `tests/golden/flags.json`, flag -> class and what was seen:
+
+- `works`: something else is computed, printed or written than without the flag;
+- `refused`: one sentence and exit code 2, before anything starts;
+- `no effect`: nothing differs; the reason is in `NO_EFFECT`;
+- `failed`: anything else, such as a traceback.
+
+`tests/test_flag_sweep.py` asks that the file has every flag, no `failed`, and a reason for each
+`no effect`; and it tries some flags again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from argparse import Action
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sffn.platforms import prepare
+
+DEFAULTS = prepare()[0]
+
+from megatron.training.arguments import add_megatron_arguments  # noqa: E402
+
+import megatron_sffn.training  # noqa: E402, F401  (2 s that no child has to spend)
+from megatron_sffn.arguments import add_sffn_flags  # noqa: E402
+from megatron_sffn.errors import run_command  # noqa: E402
+from megatron_sffn.pretrain import main as pretrain  # noqa: E402
+from tests.flag_values import NEEDS, NO_EFFECT, VALUES  # noqa: E402
+from tests.integration.conftest import MODEL, write_bytes  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden" / "flags.json"
+SECONDS = 120.0
+RUN = (
+    "--train-iters 2 --split 80,10,10 --eval-iters 1 --eval-interval 1 --save run "
+    "--save-interval 1 --sffn-router switch"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run left.
+
+    Args:
+        code: of its exit; None if it did not end.
+        text: what it printed, without times, paths and the list of arguments.
+        files: that it wrote, and their sizes.
+        sentence: of a refusal, or the last line of a traceback.
+    """
+
+    code: int | None
+    text: str
+    files: list[str]
+    sentence: str
+
+
+def run(flags: str, data: str) -> Outcome:
+    """Start a run in a process of its own and in an empty folder."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pid = os.fork()
+        if pid == 0:
+            _train(folder, f"{MODEL} --data-path {data} {RUN} {flags}")
+        deadline, status = time.monotonic() + SECONDS, None
+        while status is None and time.monotonic() < deadline:
+            done, ended = os.waitpid(pid, os.WNOHANG)
+            if done:
+                status = os.waitstatus_to_exitcode(ended)
+            time.sleep(0.01)
+        if status is None:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        log = (folder / "log").read_text(errors="replace")
+        names = sorted(
+            str(path.relative_to(folder))
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != "log"
+        )
+    said = [line for line in log.splitlines() if line.strip()]
+    sentences = [line for line in said if line.startswith("error: ") or "Error" in line]
+    return Outcome(
+        code=status, text=_comparable(log), files=names, sentence=(sentences or said or [""])[-1]
+    )
+
+
+def _train(folder: Path, flags: str) -> None:
+    """The whole command, in a child."""
+    os.setsid()
+    os.chdir(folder)
+    output = os.open("log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    warnings.simplefilter("ignore")
+    sys.argv = ["pretrain", *shlex.split(flags)]
+    code: Any = 1
+    try:
+        run_command(pretrain)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def _comparable(log: str) -> str:
+    """What two equal runs print alike."""
+    log = re.sub(r"-+ arguments -+.*?-+ end of arguments -+", "", log, flags=re.S)
+    lines = []
+    for line in log.splitlines():
+        line = re.sub(r"\[?\d{4}-\d\d-\d\d[ T][\d:.]+\]?|/\S+|0x[0-9a-f]+", "", line)
+        line = re.sub(r"elapsed time per iteration \(ms\): [\d.]+", "", line)
+        if not re.search(r"time|seconds|memory|\bGB\b|[\d.]+ ?m?s\b|port", line):
+            lines.append(line.strip())
+    return "\n".join(lines)
+
+
+def actions() -> Iterator[Action]:
+    """Every flag."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_megatron_arguments(parser)
+    add_sffn_flags(parser)
+    yield from (action for action in parser._actions if action.dest != "help")
+
+
+def flag_of(action: Action) -> str:
+    """The name that is tried: the longest."""
+    return max(action.option_strings, key=len)
+
+
+def given(action: Action) -> str:
+    """The flag with a value that is not its default, and what it needs beside it."""
+    flag = flag_of(action)
+    needs = NEEDS.get(flag, "")
+    if flag in VALUES:
+        return f"{flag} {VALUES[flag]} {needs}"
+    if action.nargs == 0:
+        return f"{flag} {needs}"
+    if action.choices:
+        others = [one for one in action.choices if one != action.default]
+        return f"{flag} {getattr(others[0], 'name', others[0])} {needs}"
+    if action.type is int:
+        return f"{flag} {(action.default or 0) + 1} {needs}"
+    if action.type is float:
+        return f"{flag} {(action.default or 0.0) * 1.5 + 0.25} {needs}"
+    return f"{flag} x {needs}"
+
+
+def classified(plain: Outcome, found: Outcome) -> str:
+    """Which class a run with one more flag is of, beside one without."""
+    if found.code == 2 and found.sentence.startswith("error: ") and not found.files:
+        return "refused"
+    if found.code != 0:
+        return "failed"
+    return "works" if (found.text, found.files) != (plain.text, plain.files) else "no effect"
+
+
+def main() -> None:
+    """Try the flags, and write what was seen after each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="regular expression of flags")
+    parser.add_argument("--out", type=Path, default=GOLDEN)
+    options = parser.parse_args()
+    table = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
+    base: dict[str, Outcome] = {}
+    with tempfile.TemporaryDirectory() as name:
+        data = write_bytes(Path(name) / "text", [Path(__file__)] * 20)
+        for action in actions():
+            flag = flag_of(action)
+            if not re.search(options.only, flag):
+                continue
+            needs = NEEDS.get(flag, "")
+            if needs not in base:
+                base[needs] = run(needs, data)
+            command = given(action)
+            found = run(command, data)
+            kind = classified(base[needs], found)
+            entry = {"tried": command.strip(), "class": kind}
+            if kind in ("refused", "failed"):
+                entry["sentence"] = found.sentence.removeprefix("error: ")[:400]
+            if kind == "no effect":
+                entry["reason"] = NO_EFFECT.get(flag, "")
+            table[flag] = entry
+            print(f"{kind:10} {command}  {entry.get('sentence', '')[:150]}", flush=True)
+            options.out.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
