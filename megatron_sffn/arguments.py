@@ -14,7 +14,6 @@ import dataclasses
 import os
 import re
 import sys
-import traceback
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
@@ -36,10 +35,10 @@ from megatron_sffn.megatron_flags import (
     check_megatron_flags,
     derive_megatron_flags,
     dest_of,
-    flag_of,
     typed,
     unset_flags,
 )
+from megatron_sffn.megatron_rules import as_sentence, check_megatron_rules
 from megatron_sffn.routers import ROUTERS
 
 USAGE = """torchrun --nproc-per-node N -m megatron_sffn.pretrain [--sffn-* flags] [Megatron flags]
@@ -83,6 +82,7 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
     args.sffn_command = sys.argv[1:]  # goes into checkpoints, for tools that replay the run
     check_router_flags(args)
     check_megatron_flags(args, [name for name in megatron_defaults if vars(args)[name] is not None])
+    check_megatron_rules(args)
     sffn = sffn_config(args)
     check_layout(args, sffn)
     derive_megatron_flags(args, sffn)
@@ -379,14 +379,6 @@ def check_router_flags(args: Namespace) -> None:
 
 def _validate(args: Namespace, sffn: SparseFFNConfig | None) -> None:
     """Megatron's rules for namespace and config, with its complaint as ours."""
-    try:
+    with as_sentence("accept these flags"):
         validate_args(args)
         transformer_config(args, sffn)
-    except ConfigError:
-        raise
-    except (AssertionError, ValueError, RuntimeError) as error:
-        # Many of Megatron's assertions have no message: then the line says what it asks for.
-        asks = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or repr(error)
-        asks = " ".join(asks.split()).removeprefix("assert ").rstrip(".")
-        asks = re.sub(r"\bargs\.(\w+)", lambda name: flag_of(name[1]), asks)
-        raise ConfigError(f"Megatron does not accept these flags ({asks}); change them") from error

@@ -28,7 +28,7 @@ from megatron_sffn.routers import Router
 Draw = Callable[[Tensor], Any]
 
 SINK = "softmax_offset"
-"""End of the name of `--softmax-type learnable`'s weights, the one vector that is not a constant."""
+"""End of the name of `--softmax-type learnable`'s weights, the one vector that is drawn."""
 
 
 def draw_again(seed: int, chunks: list[Any]) -> list[Any]:

@@ -46,6 +46,7 @@ class Recorder:
     evaluations: Evaluations = field(init=False)
     samples_per_second: list[float] = field(default_factory=list)
     sent_bytes_per_token: float | None = None
+    has_started: bool = False
     routing: RoutingLog = field(init=False)
     _step: tuple[int, int, float] | None = None
     _iteration: int | None = None
@@ -56,6 +57,7 @@ class Recorder:
 
     def before_forward(self, training: bool) -> None:
         """Time the training steps; called before each microbatch's forward pass."""
+        self.has_started = True
         if not training:
             self._step = None
             return

@@ -38,6 +38,7 @@ from megatron_sffn.faults import Watch, exit_on_signals
 from megatron_sffn.initialize import draw_again
 from megatron_sffn.layer import end_step, set_weights_version
 from megatron_sffn.layout import exchange_of
+from megatron_sffn.megatron_rules import as_sentence
 from megatron_sffn.model import block_spec
 from megatron_sffn.nan_check import NanCheck
 from megatron_sffn.ops.compiled import kernels
@@ -75,13 +76,14 @@ def train(args: Namespace) -> None:
     if args.rank == 0:
         print(table(shape, exchange_of(args), args.moe_token_dispatcher_type), flush=True)
     hashed = sffn is not None and sffn.router.needs_token_ids
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config(args, sffn, recorder, nan_check)),
-        datasets_provider(on_every_stage=hashed),
-        ModelType.encoder_or_decoder,
-        partial(forward_step, recorder, Watch(args), nan_check, hashed),
-        non_loss_data_func=partial(finish_evaluation, recorder, nan_check),
-    )
+    with as_sentence("start with these flags", is_over=lambda: recorder.has_started):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config(args, sffn, recorder, nan_check)),
+            datasets_provider(on_every_stage=hashed),
+            ModelType.encoder_or_decoder,
+            partial(forward_step, recorder, Watch(args), nan_check, hashed),
+            non_loss_data_func=partial(finish_evaluation, recorder, nan_check),
+        )
     path = recorder.write_summary(shape)
     if path is not None:
         print(f"summary: {path}", flush=True)
@@ -197,6 +199,8 @@ def forward_step(
         batch["position_ids"],
         batch["attention_mask"],
         labels=batch["labels"],
+        # Acts in the layers of --mtp-num-layers; of ours, `loss_of` masks the loss.
+        loss_mask=batch["loss_mask"],
         padding_mask=batch["tokens"] if hashed else None,
     )
     return output, partial(loss_of, recorder, nan_check, batch["loss_mask"], model.training)

@@ -162,7 +162,7 @@ def _with_moments(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _step_of(optimizer: torch.optim.Adam, parameter: torch.Tensor, steps: list[Any]) -> Any:
-    """A counter for a parameter of torch's Adam: as many steps as the others have taken, or none."""
+    """The step counter of a parameter of torch's Adam: that of the others, or 0."""
     if steps:
         return steps[0].clone()
     fused = optimizer.defaults.get("fused")  # its kernel reads the step on the GPU

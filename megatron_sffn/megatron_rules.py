@@ -1,0 +1,212 @@
+"""Rules that Megatron states as an assertion, notices late, or not at all: one sentence each.
+
+Inputs: Megatron's namespace before its validation. Outputs: the first rule that is broken.
+
+Design notes: flags of sparse layers are in `megatron_flags.py`, layouts of ranks in `layout.py`.
+An error that Megatron raises while it starts, and that is not foreseen here, becomes a sentence as
+well (`as_sentence`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron.core.transformer.enums import AttnBackend
+
+from megatron_sffn.errors import ConfigError
+from megatron_sffn.megatron_flags import flag_of
+
+ELEMENTWISE_OPTIMIZERS = ("adam", "sgd", "lion")
+"""Optimizers that treat the numbers of a table `[B, G, D]` one by one, whatever its shape."""
+
+
+def check_megatron_rules(args: Namespace) -> None:
+    """Look at flags that do not go together.
+
+    Args:
+        args: not validated yet.
+
+    Raises:
+        ConfigError: for the first.
+    """
+    for part in (_length, _watching, _files, _optimizer, _model):
+        for sentence in part(args):
+            raise ConfigError(sentence)
+
+
+def _length(args: Namespace) -> Iterator[str]:
+    """How long the run is, and how its batch and rate change."""
+    if args.train_iters is not None and args.train_iters < 1:
+        yield f"--train-iters {args.train_iters} must be at least 1; to evaluate, use --skip-train"
+    if args.log_interval < 1:
+        yield (
+            f"--log-interval {args.log_interval} must be at least 1; a large number logs the first "
+            "step alone"
+        )
+    if args.step_batch_size_schedule and args.train_iters:
+        yield (
+            "--step-batch-size-schedule counts samples, and with --train-iters Megatron would "
+            "schedule the learning rate and the data for a fixed batch; give --train-samples (and "
+            "--lr-decay-samples, --lr-warmup-samples) instead of --train-iters"
+        )
+    unit = "samples" if args.train_samples else "iters"
+    total = vars(args)[f"train_{unit}"]
+    decay = vars(args)[f"lr_decay_{unit}"] or total
+    warmup = vars(args)[f"lr_warmup_{unit}"]
+    if decay and warmup >= decay:
+        given = f"lr-decay-{unit}" if vars(args)[f"lr_decay_{unit}"] else f"train-{unit}"
+        yield (
+            f"--lr-warmup-{unit} {warmup} must be less than --{given} {decay}, in which the "
+            "learning rate also decays; lower it"
+        )
+
+    fraction = args.lr_warmup_fraction
+    if fraction is not None and not 0 <= fraction < 1:
+        yield (
+            f"--lr-warmup-fraction {fraction} must be at least 0 and less than 1, since the "
+            "learning rate also decays; lower it"
+        )
+
+
+def _watching(args: Namespace) -> Iterator[str]:
+    """What looks at the run."""
+    if args.rerun_mode == "report_stats":
+        yield (
+            "--rerun-mode report_stats is a name that Megatron 0.19 no longer knows; use "
+            "validate_results or disabled"
+        )
+    if args.log_straggler and importlib.util.find_spec("pynvml") is None:
+        yield (
+            "--log-straggler needs a GPU and the package nvidia-ml-py, which is not installed; "
+            "install it or leave the flag out"
+        )
+
+
+def _files(args: Namespace) -> Iterator[str]:
+    """What is read and written."""
+    if args.save and args.save_interval is None:
+        yield (
+            f"--save {args.save} needs --save-interval N, the steps from one checkpoint to the "
+            "next; add it, for example --save-interval 1000 (the last step is saved in any case)"
+        )
+    if args.use_checkpoint_args:
+        yield (
+            "--use-checkpoint-args is not available, since the model follows from this command "
+            "line; leave it out, and give the flags that the sentences about --load name"
+        )
+    if not args.perform_initialization and not (args.load or args.pretrained_checkpoint):
+        yield (
+            "--no-initialization leaves the weights undefined without --load; add --load DIR or "
+            "leave it out"
+        )
+
+
+def _optimizer(args: Namespace) -> Iterator[str]:
+    """The optimizer can train every weight."""
+    name, is_sparse = args.optimizer, args.sffn_router != "dense"
+    if is_sparse and name not in ELEMENTWISE_OPTIMIZERS:
+        yield (
+            f"--optimizer {name} is not available with sparse layers: Megatron would use it for "
+            "two-dimensional weights, and Adam for the tables of blocks, which are most of the "
+            "model; use --optimizer adam"
+        )
+    if name not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
+        yield (
+            f"--optimizer {name} needs the package emerging-optimizers, which is not installed; "
+            "pip install emerging-optimizers, or use --optimizer adam"
+        )
+    if name == "sgd" and args.use_distributed_optimizer:
+        yield (
+            "--optimizer sgd is not available with --use-distributed-optimizer, which shards the "
+            "state of Adam; leave one out"
+        )
+    shards = args.use_distributed_optimizer or name == "dist_muon"
+    if name not in ("adam", "sgd") and shards and args.distributed_backend == "gloo":
+        yield (
+            f"--optimizer {name} shards whole matrices over ranks, and gathers parts of unequal "
+            "size, which gloo cannot; use --optimizer muon without --use-distributed-optimizer"
+        )
+
+
+def _model(args: Namespace) -> Iterator[str]:
+    """The model can be built of Megatron's modules."""
+    has_engine = importlib.util.find_spec("transformer_engine") is not None
+    for dest in ("layernorm_zero_centered_gamma", "multi_latent_attention"):
+        flag = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"}.get(dest, flag_of(dest))
+        if getattr(args, dest) and not has_engine:
+            yield (
+                f"{flag} needs Transformer Engine, which is not installed; install "
+                "megatron-core[te] or leave it out"
+            )
+    if args.init_method_xavier_uniform:
+        yield (
+            "--init-method-xavier-uniform is not available: Megatron 0.19 sets with it what its "
+            "config does not have; leave it out, or set --init-method-std"
+        )
+    if "layernorm" in (args.recompute_modules or []) and not has_engine:
+        yield (
+            "--recompute-modules layernorm needs Transformer Engine, which is not installed; "
+            "install megatron-core[te] or leave it out"
+        )
+    if args.attention_backend is AttnBackend.local:
+        yield (
+            "--attention-backend local is not available: it goes with a --spec of Megatron's; use "
+            "--transformer-impl local"
+        )
+    if args.kv_channels and args.kv_channels % 2 and args.position_embedding_type == "rope":
+        yield (
+            f"--kv-channels {args.kv_channels} is odd, but --position-embedding-type rope turns "
+            "pairs of channels; use an even number"
+        )
+    if args.mtp_num_layers and args.pipeline_model_parallel_size > 1:
+        yield (
+            f"--mtp-num-layers {args.mtp_num_layers} is not available with "
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}, whose last stage "
+            "does not get the tokens that the extra layers read; use "
+            "--pipeline-model-parallel-size 1"
+        )
+
+
+MEGATRONS = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    KeyError,
+    NameError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What Megatron raises on flags that it does not accept."""
+
+
+@contextmanager
+def as_sentence(doing: str, is_over: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn an error of Megatron's own code into one sentence.
+
+    Args:
+        doing: what Megatron does not do, such as `accept these flags`.
+        is_over: whether an error is no longer about flags, and stays as it is.
+
+    Raises:
+        ConfigError: with what the error says, or the line of an assertion without words.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except MEGATRONS as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        if is_over() or "/megatron/" not in Path(frame.filename).as_posix():
+            raise
+        reason = " ".join((str(error) or frame.line or repr(error)).split())
+        reason = reason.removeprefix("assert ").rstrip(".")
+        reason = re.sub(r"\bargs\.(\w+)", lambda name: flag_of(name[1]), reason)
+        raise ConfigError(f"Megatron does not {doing} ({reason}); change them") from error
