@@ -30,6 +30,7 @@ from megatron_sffn.config import (
     SparseFFNTransformerConfig,
 )
 from megatron_sffn.errors import ConfigError, reject
+from megatron_sffn.idle_flags import check_idle_flags, idle_flags
 from megatron_sffn.layout import check_layout
 from megatron_sffn.megatron_flags import (
     check_megatron_flags,
@@ -59,9 +60,11 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
         ConfigError: if a value cannot work.
     """
     megatron_defaults: dict[str, Any] = {}
+    idle: dict[str, tuple[str, object, str]] = {}
 
     def add_flags(parser: ArgumentParser) -> ArgumentParser:
         megatron_defaults.update(unset_flags(parser))
+        idle.update(idle_flags(parser))
         parser.set_defaults(**host_defaults)
         # So that every layout can load the optimizer's state, too.
         parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
@@ -82,6 +85,7 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
     args.sffn_command = sys.argv[1:]  # goes into checkpoints, for tools that replay the run
     check_router_flags(args)
     check_megatron_flags(args, [name for name in megatron_defaults if vars(args)[name] is not None])
+    check_idle_flags(args, idle)
     check_megatron_rules(args)
     sffn = sffn_config(args)
     check_layout(args, sffn)

@@ -197,9 +197,21 @@ def _derive_balance(args: Namespace, sffn: SparseFFNConfig) -> None:
     args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = kinds, coefficients
 
 
+OTHER_NAMES = {
+    "add_bias_linear": "--disable-bias-linear",
+    "add_position_embedding": "--no-position-embedding",
+    "fp4": "--fp4-format",
+    "fp8": "--fp8-format",
+    "layernorm_epsilon": "--norm-epsilon",
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "perform_initialization": "--no-initialization",
+}
+"""Flags (dest) that are typed otherwise than they are stored."""
+
+
 def flag_of(dest: str) -> str:
     """An argparse dest as typed."""
-    return "--" + dest.replace("_", "-")
+    return OTHER_NAMES.get(dest, "--" + dest.replace("_", "-"))
 
 
 def dest_of(flag: str) -> str:
@@ -211,4 +223,6 @@ def typed(flag: str, value: Any) -> str:
     """A flag and its value as typed."""
     if value is True:
         return flag
+    if isinstance(value, tuple):
+        return f"{flag} {','.join(map(str, value))}"
     return f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"

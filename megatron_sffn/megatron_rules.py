@@ -138,10 +138,9 @@ def _model(args: Namespace) -> Iterator[str]:
     """The model can be built of Megatron's modules."""
     has_engine = importlib.util.find_spec("transformer_engine") is not None
     for dest in ("layernorm_zero_centered_gamma", "multi_latent_attention"):
-        flag = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"}.get(dest, flag_of(dest))
         if getattr(args, dest) and not has_engine:
             yield (
-                f"{flag} needs Transformer Engine, which is not installed; install "
+                f"{flag_of(dest)} needs Transformer Engine, which is not installed; install "
                 "megatron-core[te] or leave it out"
             )
     if args.init_method_xavier_uniform:

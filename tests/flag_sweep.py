@@ -130,7 +130,7 @@ def _comparable(log: str) -> str:
     for line in log.splitlines():
         line = re.sub(r"\[?\d{4}-\d\d-\d\d[ T][\d:.]+\]?|/\S+|0x[0-9a-f]+", "", line)
         line = re.sub(r"elapsed time per iteration \(ms\): [\d.]+", "", line)
-        if not re.search(r"time|seconds|memory|\bGB\b|[\d.]+ ?m?s\b|port", line):
+        if not re.search(r"index files|time|seconds|memory|\bGB\b|[\d.]+ ?m?s\b|port", line):
             lines.append(line.strip())
     return "\n".join(lines)
 

@@ -624,6 +624,8 @@ REFUSED = [
     ("--seq-length 64", 1, "max_position_embeddings (32)", "seq_length (64)", "change them"),
     ("--bf16 --fp16", 1, "--bf16", "change them"),
     ("--save x", 1, "--save x needs --save-interval N", "--save-interval 1000"),
+    ("--rl-profile", 1, "--rl-profile is for reinforcement learning", "leave it out"),
+    ("--img-h 32", 1, "--img-h 32 is for vision models", "leave it out"),
     ("--train-iters 0", 1, "--train-iters 0 must be at least 1", "--skip-train"),
     ("--log-interval 0", 1, "--log-interval 0 must be at least 1"),
     ("--step-batch-size-schedule 0:8 --train-iters 9", 1, "--train-samples", "instead of"),

@@ -274,6 +274,11 @@ def test_other_formats_are_left_to_megatron(check, load) -> None:
         ("--sffn-layers 1", "--sffn-layers 1", "--sffn-layers every:1"),
         ("--sffn-gate softmax", "--sffn-gate softmax", "--sffn-gate none"),
         ("--sffn-backend megatron", "--sffn-backend megatron", "--sffn-backend auto"),
+        ("--norm-epsilon 0.1", "--norm-epsilon 0.1", "--norm-epsilon 1e-05"),
+        ("--softmax-type off-by-one", "--softmax-type off-by-one", "--softmax-type vanilla"),
+        ("--qk-l2-norm", "--qk-l2-norm", "no --qk-l2-norm"),
+        ("--attention-output-gate", "--attention-output-gate", "no --attention-output-gate"),
+        ("--no-position-embedding", "--no-position-embedding", "no --no-position-embedding"),
     ],
 )
 def test_another_model_is_refused(check, load, flags: str, here: str, there: str) -> None:
@@ -319,6 +324,21 @@ def test_another_model_is_refused_whatever_was_saved(
 ) -> None:
     with refused(sentence):
         check(load(**changes), model=model)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ours", "theirs"),
+    [
+        ("--rotary-base 500", "--rotary-base 500", "--rotary-base 10000"),
+        ("--rotary-percent 0.5", "--rotary-percent 0.5", "--rotary-percent 1.0"),
+        ("--window-size 8,0", "--window-size 8,0", "no --window-size"),
+    ],
+)
+def test_another_reach_of_attention_needs_a_word(check, load, flags, ours, theirs) -> None:
+    folder = load()
+    with refused(f"this run has {ours}, but the checkpoint was saved with {theirs}"):
+        check(folder, flags, 1)
+    check(folder, f"{flags} --finetune", 1)
 
 
 def test_layers_may_be_written_another_way(check, load, capsys) -> None:
@@ -458,7 +478,7 @@ def test_a_state_that_fits_passes(check, load, changes: dict[str, Any], flags: s
         ("--lr 1e-3", "--lr makes another schedule"),
         ("--lr-decay-iters 2", "--lr-decay-iters makes another schedule"),
         ("--lr-warmup-iters 1", "--lr-warmup-iters makes another schedule"),
-        ("--global-batch-size 4", "--train-iters makes another schedule"),
+        ("--global-batch-size 4", "--global-batch-size 4 differs from the checkpoint's 8, and"),
         ("--weight-decay 0.1", "--weight-decay makes another schedule"),
     ],
 )
@@ -488,3 +508,24 @@ def test_a_checkpoint_knows_its_command(load, text: str) -> None:
     assert args.sffn_command[:2] == ["--num-layers", "2"]
     assert text in args.sffn_command
     json.dumps(args.sffn_command)
+
+
+def test_a_jump_of_the_learning_rate_is_said(check, load, capsys) -> None:
+    folder = load()
+    with refused("for more steps at its last rate add --override-opt-param-scheduler --lr 0.003"):
+        check(folder, "--train-iters 8")
+    check(folder, "--lr 1e-3 --override-opt-param-scheduler")
+    assert "learning rate 0.003 of the checkpoint -> 0.001 where" in capsys.readouterr().out
+    check(folder, "--train-iters 8 --override-opt-param-scheduler")
+    assert "learning rate" not in capsys.readouterr().out
+
+
+def test_random_numbers_of_each_rank_need_as_many_ranks(check, load) -> None:
+    own = "--data-parallel-random-init"
+    folder = load(data_parallel_random_init=True, data_parallel_size=1)
+    with refused("of which there are 2 here and 1 in the checkpoint; add --no-load-rng"):
+        check(folder, own, 2)
+    with refused("this run has no --data-parallel-random-init, but"):
+        check(folder, "", 1)
+    check(folder, own, 1)
+    check(folder, f"{own} --no-load-rng", 2)

@@ -27,7 +27,7 @@ from megatron_sffn.checkpoints.files import (
     is_torch_dist,
     read_whole,
 )
-from megatron_sffn.checkpoints.optimizer_state import misfits
+from megatron_sffn.checkpoints.optimizer_state import jump_of_the_rate, misfits
 from megatron_sffn.config import Backend, SparseFFNConfig
 from megatron_sffn.data.tokenizer import load_tokenizer
 from megatron_sffn.errors import ConfigError
@@ -42,7 +42,24 @@ NUMBERS = (
     "num_query_groups",
     "kv_channels",
     "normalization",
+    "layernorm_epsilon",
     "position_embedding_type",
+    "no_rope_freq",
+    "softmax_type",
+    "experimental_attention_variant",
+    "mtp_num_layers",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "activation_func_clamp_value",
+    "glu_linear_offset",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "mup_embedding_mult",
+    "mup_output_mult",
+    "mup_attn_scale_power",
 )
 """Flags (dest) with a value that make the model another one."""
 
@@ -51,9 +68,29 @@ SWITCHES = (
     "add_bias_linear",
     "add_qkv_bias",
     "qk_layernorm",
+    "qk_l2_norm",
+    "attention_output_gate",
+    "multi_latent_attention",
+    "layernorm_zero_centered_gamma",
+    "apply_residual_connection_post_layernorm",
+    "add_position_embedding",
+    "rotary_interleaved",
+    "mtp_use_repeated_layer",
+    "use_mup",
     "moe_router_enable_expert_bias",
 )
 """The same, of flags without a value."""
+
+REACH = (
+    "rotary_base",
+    "rotary_percent",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "window_size",
+    "window_attn_skip_freq",
+)
+"""Flags (dest) that say how far attention looks; `--finetune` may change them."""
 
 
 def check_checkpoint(args: Namespace, sffn: SparseFFNConfig | None) -> None:
@@ -81,13 +118,16 @@ def check_checkpoint(args: Namespace, sffn: SparseFFNConfig | None) -> None:
             f"this run has {ours}, but the checkpoint {folder} was saved with {theirs}; use that, "
             "or load another checkpoint"
         )
-    problems = [_blocks(args, saved, sffn), _vocabulary(args, saved, folder)]
+    problems = [_reach(args, saved), _blocks(args, saved, sffn), _vocabulary(args, saved, folder)]
     if _loads_state(args, folder):
         problems.append(misfits(args, {**common, "args": saved}))
     for sentence in (sentence for each in problems for sentence in each):
         raise ConfigError(f"{sentence} (checkpoint {folder})")
     if args.rank == 0:
-        for remark in _remarks(args, saved, sffn):
+        remarks = list(_remarks(args, saved, sffn))
+        if _loads_state(args, folder):
+            remarks += jump_of_the_rate(args, {**common, "args": saved})
+        for remark in remarks:
             print(remark, flush=True)
 
 
@@ -216,13 +256,13 @@ def _pairs(texts: list[Text], args: Namespace, saved: Namespace) -> Iterator[tup
 
 
 def _with_value(dest: str) -> Text:
-    """A flag and its value."""
+    """A flag and its value, or its absence."""
 
     def text(args: Namespace) -> str | None:
         value = vars(args).get(dest)
         if dest == "num_query_groups" and not vars(args).get("group_query_attention"):
             value = vars(args).get("num_attention_heads")
-        return None if value is None else f"{flag_of(dest)} {value}"
+        return _typed(flag_of(dest), value) if dest in vars(args) else None
 
     return text
 
@@ -233,9 +273,8 @@ def _without_value(dest: str) -> Text:
     def text(args: Namespace) -> str | None:
         if dest not in vars(args):
             return None
-        if dest == "add_bias_linear":
-            return _typed("--disable-bias-linear", not args.add_bias_linear)
-        return _typed(flag_of(dest), bool(vars(args)[dest]))
+        is_inverted = dest in ("add_bias_linear", "add_position_embedding")
+        return _typed(flag_of(dest), bool(vars(args)[dest]) is not is_inverted)
 
     return text
 
@@ -252,6 +291,17 @@ def _activation(args: Namespace) -> str:
 
 
 # What may change, within limits
+
+
+def _reach(args: Namespace, saved: Namespace) -> Iterator[str]:
+    """How far attention looks, which a longer context changes."""
+    if args.finetune:
+        return
+    for ours, theirs in _pairs(list(map(_with_value, REACH)), args, saved):
+        yield (
+            f"this run has {ours}, but the checkpoint was saved with {theirs}; use that, or add "
+            "--finetune to train its weights on with another reach of attention"
+        )
 
 
 def _blocks(args: Namespace, saved: Namespace, sffn: SparseFFNConfig | None) -> Iterator[str]:

@@ -8,9 +8,13 @@ of ranks) passes.
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
+
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sffn.megatron_flags import flag_of
 
@@ -40,7 +44,8 @@ def misfits(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
     saved = common["args"]
     yield from _kind(args, saved)
     yield from _form(args, saved)
-    yield from _schedule(args, common.get("opt_param_scheduler") or {})
+    yield from _schedule(args, common)
+    yield from _random_states(args, saved)
 
 
 def _kind(args: Namespace, saved: Namespace) -> Iterator[str]:
@@ -85,23 +90,117 @@ def _form(args: Namespace, saved: Namespace) -> Iterator[str]:
             )
 
 
+def _random_states(args: Namespace, saved: Namespace) -> Iterator[str]:
+    """With a generator for each data-parallel rank there must be as many ranks."""
+    if args.no_load_rng:
+        return
+    ours, theirs = (bool(vars(a).get("data_parallel_random_init")) for a in (args, saved))
+    if ours != theirs:
+        flags = [
+            "--data-parallel-random-init" if on else "no --data-parallel-random-init"
+            for on in (ours, theirs)
+        ]
+        yield (
+            f"this run has {flags[0]}, but the checkpoint's states of random numbers were saved "
+            f"with {flags[1]}; use that, or add --no-load-rng to start them anew"
+        )
+    size, old = args.data_parallel_size, vars(saved).get("data_parallel_size")
+    if ours and size != old:
+        yield (
+            f"--data-parallel-random-init has random numbers of their own for each data-parallel "
+            f"rank, of which there are {size} here and {old} in the checkpoint; add --no-load-rng "
+            "to start them anew, or use as many ranks"
+        )
+
+
 def _precision(args: Namespace) -> str:
     """The flag of the precision."""
     return next((flag_of(dest) for dest in ("bf16", "fp16") if vars(args).get(dest)), "fp32")
 
 
-def _schedule(args: Namespace, saved: dict[str, Any]) -> Iterator[str]:
+def _schedule(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
     """Megatron wants it to be the same, unless it is told whose counts."""
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
+    saved = common.get("opt_param_scheduler") or {}
+    batch, old_batch = args.global_batch_size, vars(common["args"]).get("global_batch_size")
     for name, flag, value in _schedule_of(args):
-        if name in saved and saved[name] != value:
+        if name not in saved or saved[name] == value:
+            continue
+        whose = (
+            "say whose counts: --override-opt-param-scheduler for this run's, "
+            "--use-checkpoint-opt-param-scheduler for the checkpoint's"
+        )
+        if (
+            name.endswith("_steps")
+            and flag.endswith("-iters")
+            and saved[name] * batch == (value * old_batch)
+        ):
             yield (
-                f"{flag} makes another schedule than the checkpoint's, {name} {value} instead of "
-                f"{saved[name]}; give the same, or say whose counts: "
-                "--override-opt-param-scheduler for this run's, "
-                "--use-checkpoint-opt-param-scheduler for the checkpoint's"
+                f"--global-batch-size {batch} differs from the checkpoint's {old_batch}, and its "
+                f"schedule counts the samples of {flag}; give the same, or {whose}"
             )
+        last = _rate(saved, common["args"], saved["num_steps"])
+        more = (
+            f"for more steps at its last rate add --override-opt-param-scheduler --lr {last:g} "
+            "--lr-decay-style constant --lr-warmup-iters 0, or "
+        )
+        yield (
+            f"{flag} makes another schedule than the checkpoint's, {name} {value} instead of "
+            f"{saved[name]}; give the same, or {more if name == 'lr_decay_steps' else ''}{whose}"
+        )
+
+
+def jump_of_the_rate(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
+    """What an overridden schedule does to the learning rate where the run goes on.
+
+    Args:
+        args: of the run, validated.
+        common: the checkpoint's, with its `args`.
+    """
+    saved = common.get("opt_param_scheduler")
+    if not (args.override_opt_param_scheduler and saved):
+        return
+    steps = saved["num_steps"]
+    ours = {name: value for name, _, value in _schedule_of(args)}
+    before, after = _rate(saved, common["args"], steps), _rate(ours, args, steps)
+    if math.isclose(before, after, rel_tol=1e-3):
+        return
+    yield (
+        f"learning rate {before:g} of the checkpoint -> {after:g} where this run's schedule is now "
+        "(--override-opt-param-scheduler); to go on at the last rate: "
+        f"--lr {before:g} --lr-decay-style constant --lr-warmup-iters 0"
+    )
+
+
+def _rate(schedule: dict[str, Any], args: Namespace, steps: int) -> float:
+    """Megatron's learning rate after a number of samples.
+
+    Args:
+        schedule: the state of Megatron's scheduler, or what will be it.
+        args: of the run that it belongs to.
+        steps: samples.
+    """
+    batch = args.global_batch_size
+    annealed = vars(args).get("lr_wsd_decay_iters")
+    annealed = vars(args).get("lr_wsd_decay_samples") if annealed is None else annealed * batch
+    scheduler = OptimizerParamScheduler(
+        SimpleNamespace(param_groups=[]),
+        init_lr=vars(args).get("lr_warmup_init", 0.0),
+        max_lr=schedule["max_lr"],
+        min_lr=schedule["min_lr"],
+        lr_warmup_steps=schedule["lr_warmup_steps"],
+        lr_decay_steps=schedule["lr_decay_steps"],
+        lr_decay_style=schedule["lr_decay_style"],
+        start_wd=0.0,
+        end_wd=0.0,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+        wsd_decay_steps=annealed,
+        lr_wsd_decay_style=vars(args).get("lr_wsd_decay_style", "exponential"),
+    )
+    scheduler.num_steps = steps
+    return float(scheduler.get_lr({}))
 
 
 def _schedule_of(args: Namespace) -> Iterator[tuple[str, str, Any]]:
