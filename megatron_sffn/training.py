@@ -73,6 +73,9 @@ def train(args: Namespace) -> None:
     Saves(args, recorder.before_save).install()
     if args.rank == 0:
         print(table(shape, exchange_of(args), args.moe_token_dispatcher_type), flush=True)
+        remark = None if sffn is None else sffn.router.remark(sffn)
+        if remark is not None:
+            print(f"note: {remark}", flush=True)
     hashed = sffn is not None and sffn.router.needs_token_ids
     pretrain(
         pretrain_cfg_container_from_args(args, model_config(args, sffn, recorder, nan_check)),

@@ -184,11 +184,14 @@ def test_a_token_without_any_block_gets_exactly_zero(one_rank: None) -> None:
 def test_capacity_that_all_fit_changes_nothing(build, gate: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(T, D).double()
-    plain = build(SwitchConfig(gate=gate))(x, torch.zeros(12, 2, D))
-    # All T tokens may choose one block: C·T·K/B >= T.
-    roomy = {"moe_expert_capacity_factor": 3.0, "moe_token_drop_policy": "probs"}
-    routing = build(SwitchConfig(gate=gate), **roomy)(x, torch.zeros(12, 2, D))
-    assert torch.equal(routing.block_ids, plain.block_ids)
+    loss = {"moe_z_loss_coeff": 1e-3}  # without a gate nothing else trains the router
+    plain = build(SwitchConfig(gate=gate), **loss)(x, torch.zeros(12, 2, D))
+    # All T tokens may choose one block: C·T·K/B >= T. A negative capacity is Megatron's "no limit".
+    for factor in (3.0, -1.0):
+        roomy = {"moe_expert_capacity_factor": factor, "moe_token_drop_policy": "probs", **loss}
+        routing = build(SwitchConfig(gate=gate), **roomy)(x, torch.zeros(12, 2, D))
+        assert torch.equal(routing.block_ids, plain.block_ids)
+        assert routing.may_be_empty == (factor > 0)
 
 
 def rationed(policy: str) -> torch.Tensor:
