@@ -384,5 +384,9 @@ def check_router_flags(args: Namespace) -> None:
 def _validate(args: Namespace, sffn: SparseFFNConfig | None) -> None:
     """Megatron's rules for namespace and config, with its complaint as ours."""
     with as_sentence("accept these flags"):
+        balance = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
         validate_args(args)
+        # Megatron makes a string of a list of one, and looks for "aux_loss" in it: seq_aux_loss
+        # alone would log a load_balancing_loss of 0.
+        args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = balance
         transformer_config(args, sffn)

@@ -213,6 +213,22 @@ def balance_weights(config: TransformerConfig, entropy_coefficient: float) -> di
     return {kind: weight for kind, weight in weights.items() if kind in known and weight}
 
 
+def losses_reach_scores(config: TransformerConfig, entropy_coefficient: float) -> bool:
+    """True if a balance loss has a gradient in the scores: not if there is nothing to balance.
+
+    Args:
+        config: as for `balance_weights`, with the B blocks and K active ones of a layer.
+        entropy_coefficient: of the entropy loss.
+    """
+    weights, num_blocks = balance_weights(config, entropy_coefficient), config.num_moe_experts
+    if "z_loss" in weights:
+        return True
+    if num_blocks == 1:
+        return False  # its probability is always 1
+    # Where every token has all B blocks, F is even, and Σ P_e F_e = 1 / B whatever P is.
+    return "entropy_loss" in weights or (bool(weights) and config.moe_router_topk < num_blocks)
+
+
 def _sum_over(group: Any, tensor: Tensor) -> None:
     """Replace a tensor by its sum over the ranks of a group."""
     if group.size() > 1:

@@ -185,6 +185,19 @@ class RouterConfig:
             ConfigError: if it is not.
         """
 
+    def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
+        """Why no gradient would ever reach the router's own weights in a model of this config.
+
+        Returns:
+            The reason and its remedy, as the end of a sentence; None if gradients reach all weights
+            that act, or the router has none.
+        """
+        return None
+
+    def remark(self, sffn: SparseFFNConfig) -> str | None:
+        """What a user should know of a layer of these numbers before it trains, if anything."""
+        return None
+
     @property
     def gated_output(self) -> bool:
         """Whether a factor per (token, block) multiplies the output, and travels with it."""
@@ -379,6 +392,10 @@ class SparseFFNTransformerConfig(TransformerConfig):
             self.moe_router_enable_expert_bias = False
         # Ours, too: Megatron allows a capacity to few dispatchers, and asserts about groups.
         ours = {name: vars(self)[name] for name in ACTS_IN_OUR_ROUTERS}
+        capacity = ours["moe_expert_capacity_factor"]
+        if capacity is not None and capacity < 0:
+            # Megatron's rule, which does not see the value: a negative capacity is no limit.
+            ours["moe_expert_capacity_factor"] = None
         for name in ours:
             setattr(self, name, None)
         super().__post_init__()
@@ -386,7 +403,13 @@ class SparseFFNTransformerConfig(TransformerConfig):
         for name, value in ours.items():
             setattr(self, name, value)
         if self.sffn is not None:
-            self.sffn.router.check_model(self)
+            router = self.sffn.router
+            router.check_model(self)
+            reason = router.untrained(self)
+            if reason is not None:
+                raise ConfigError(
+                    f"no gradient reaches the weights of --sffn-router {router.name}: {reason}"
+                )
             self._check_backend(self.sffn)
 
     def _check_backend(self, sffn: SparseFFNConfig) -> None:
@@ -424,9 +447,10 @@ def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
     if choices and value not in choices:
         raise ConfigError(f"{name} {value} is unknown; choose from {', '.join(choices)}")
     low, high = least is not None and value < least, most is not None and value > most
-    if low or high or value != value:
+    if low or high or (isinstance(value, float) and not math.isfinite(value)):
         allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ConfigError(f"{name} {value} is out of range; give a number {allowed}")
+        kind = "a finite number" if isinstance(value, float) else "a number"
+        raise ConfigError(f"{name} {value} is out of range; give {kind} {allowed}")
 
 
 def _nearest_divisors(number: int, near: int) -> str:

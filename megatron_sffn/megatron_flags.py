@@ -10,6 +10,7 @@ None the default of them all while the command line is read.
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
@@ -120,6 +121,10 @@ def check_megatron_flags(args: Namespace, given: list[str]) -> None:
     activations = [flag_of(dest) for dest in ACTIVATIONS if getattr(args, dest)]
     if len(activations) > 1:
         raise ConfigError(f"{' and '.join(activations)} contradict each other; leave one")
+    for dest, value in vars(args).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ConfigError(f"{typed(flag_of(dest), value)} is not a finite number; give one")
     for dest in given:
         _check_moe_flag(args.sffn_router, dest, getattr(args, dest))
 
@@ -173,6 +178,8 @@ def _derive_balance(args: Namespace, sffn: SparseFFNConfig) -> None:
     """Megatron's balance flags, by router."""
     router, kinds = sffn.router, args.moe_router_load_balancing_type
     coefficients = args.moe_aux_loss_coeff
+    # A loss of weight 0 is none: Megatron would log a column of zeros for it.
+    args.moe_z_loss_coeff = args.moe_z_loss_coeff or None
     if kinds is None:
         on = router.balance_coefficient if coefficients is None else any(coefficients)
         kinds = ["aux_loss"] if on else ["none"]
@@ -193,8 +200,12 @@ def _derive_balance(args: Namespace, sffn: SparseFFNConfig) -> None:
             f"{typed('--moe-aux-loss-coeff', coefficients)} is not a number of at least 0 for each "
             f"of {', '.join(kinds)}; leave it out for {default}"
         )
-    # Megatron makes one value of a list of one.
-    args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = kinds, coefficients
+    weights = {kind: weight for kind, weight in zip(kinds, coefficients, strict=True) if weight}
+    if not weights:
+        args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0
+        return
+    args.moe_router_load_balancing_type = list(weights)
+    args.moe_aux_loss_coeff = list(weights.values())
 
 
 OTHER_NAMES = {

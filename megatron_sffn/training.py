@@ -75,6 +75,9 @@ def train(args: Namespace) -> None:
     recorder.evaluations.install()
     if args.rank == 0:
         print(table(shape, exchange_of(args), args.moe_token_dispatcher_type), flush=True)
+        remark = None if sffn is None else sffn.router.remark(sffn)
+        if remark is not None:
+            print(f"note: {remark}", flush=True)
     hashed = sffn is not None and sffn.router.needs_token_ids
     with as_sentence("start with these flags", is_over=lambda: recorder.has_started):
         pretrain(

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # The models of "Approximating Two-Layer Feedforward Networks for Efficient Transformers"
-# (sigma-MoE; Csordas, Irie, Schmidhuber 2023, arXiv 2310.10837), each with its dense baseline of as
-# many parameters.
+# (sigma-MoE; Csordas, Irie, Schmidhuber 2023, arXiv 2310.10837), each with its baselines of as many
+# parameters: Switch, S-BASE, dense.
 #
-#   sigma_moe.sh MODEL sigma-moe [flags]
-#   sigma_moe.sh MODEL dense [flags]
+#   sigma_moe.sh MODEL sigma-moe|switch|s-base|dense [flags]
 #
 # MODEL         wt-s, wt-s-star, wt-m: WikiText-103; enwik8: its bytes
 # flags         of megatron_sffn.pretrain; they win over those below. The paper's other methods are
-#               flags, too: --sffn-router switch, s-base, softmax-after, ... (docs/routers.md)
+#               flags, too: --sffn-router softmax-after, noisy-top-k, ... (docs/routers.md)
 #
 # DATA          folder that `python -m examples.data wikitext-103` or `enwik8` made
 # SAVE          folder of checkpoints and results; the same command continues from it
@@ -21,9 +20,10 @@
 # the micro batch, evaluations and checkpoints; their dense wt-s-star clips at 0.1. Ours: rotary
 # positions inside a sequence, where Transformer-XL has relative ones, with a projection and two
 # biases per layer, and the sequence before as memory; logits without a bias; a dense FFN without
-# biases or a dropout of its own; bf16 for fp16; 8,000 tokens of a byte-level BPE for
-# SentencePiece's, and 256 bytes for the 204 that occur; Megatron's initial weights outside of the
-# sparse layers.
+# biases or a dropout of its own, and a Switch without its dropout of cells; gates of Switch and
+# S-BASE that start as Megatron's; an S-BASE that balances (docs/routers.md); bf16 for fp16; 8,000
+# tokens of a byte-level BPE for SentencePiece's, and 256 bytes for the 204 that occur; Megatron's
+# initial weights outside of the sparse layers.
 set -euo pipefail
 
 NAME=${1:-} ROUTER=${2:-}
@@ -33,6 +33,7 @@ case $NAME in
         MODEL+=(--kv-channels 41 --rotary-percent 0.98) # 40 of the 41: RoPE turns pairs
         MODEL+=(--vocab-size 8000 --make-vocab-size-divisible-by 32 --hidden-dropout 0.1)
         MEMORY=(--sffn-expansion 4 --sffn-entropy-coeff 1e-3)
+        SWITCH_LOSS=6.25e-4 S_BASE_ENTROPY=1e-4
         DENSE=2053 BATCH=64 WARMUP=0 CORPUS=data/wikitext
         ;;
     wt-s-star)
@@ -40,18 +41,21 @@ case $NAME in
         MODEL+=(--kv-channels 41 --rotary-percent 0.98)
         MODEL+=(--vocab-size 8000 --make-vocab-size-divisible-by 32 --hidden-dropout 0.1)
         MEMORY=(--sffn-expansion 32 --sffn-entropy-coeff 1e-3 --sffn-block-dropout 0.05)
+        SWITCH_LOSS=9.765625e-6 S_BASE_ENTROPY=1e-3
         DENSE=16480 BATCH=64 WARMUP=0 CORPUS=data/wikitext
         ;;
     wt-m)
         MODEL=(--num-layers 18 --hidden-size 1024 --num-attention-heads 16 --seq-length 512)
         MODEL+=(--vocab-size 8000 --make-vocab-size-divisible-by 32 --hidden-dropout 0.2)
         MEMORY=(--sffn-expansion 8 --sffn-entropy-coeff 1e-3 --sffn-block-dropout 0.1)
+        SWITCH_LOSS=1.5625e-4 S_BASE_ENTROPY=1e-3
         DENSE=4110 BATCH=64 WARMUP=4000 CORPUS=data/wikitext
         ;;
     enwik8)
         MODEL=(--num-layers 12 --hidden-size 512 --num-attention-heads 8 --seq-length 512)
         MODEL+=(--vocab-size 256 --hidden-dropout 0.1)
         MEMORY=(--sffn-expansion 4 --sffn-entropy-coeff 1e-4 --sffn-block-dropout 0.05)
+        SWITCH_LOSS=6.25e-4 S_BASE_ENTROPY=1e-4
         DENSE=2053 BATCH=32 WARMUP=0 CORPUS=data/enwik8
         ;;
     *) ROUTER= ;;
@@ -59,10 +63,22 @@ esac
 case $ROUTER in
     # N_E experts of G = 128 cells, K = 4 of them for a token: E = N_E / 4.
     sigma-moe) MEMORY+=(--sffn-router sigma-moe --sffn-block-size 128 --ffn-hidden-size 512) ;;
+    # One of B = E experts of 512 cells. The authors' loss is 0.01 times a mean over the tokens of a
+    # step and the experts, which is 0.01 / B² times the usual B · Σ P F.
+    switch)
+        MEMORY+=(--sffn-router switch --sffn-block-size 512 --ffn-hidden-size 512)
+        MEMORY+=(--sffn-init sigma-moe-block --sffn-entropy-coeff 0 --sffn-block-dropout 0)
+        MEMORY+=(--moe-router-load-balancing-type global_aux_loss)
+        MEMORY+=(--moe-aux-loss-coeff "$SWITCH_LOSS")
+        ;;
+    s-base)
+        MEMORY+=(--sffn-router s-base --sffn-block-size 128 --ffn-hidden-size 512)
+        MEMORY+=(--sffn-init sigma-moe --sffn-entropy-coeff "$S_BASE_ENTROPY")
+        ;;
     dense) MEMORY=(--sffn-router dense --ffn-hidden-size "$DENSE") ;;
     *)
         echo "error: '$*' does not begin with MODEL ROUTER; give wt-s, wt-s-star, wt-m or enwik8," \
-            "and sigma-moe or dense" >&2
+            "and sigma-moe, switch, s-base or dense" >&2
         exit 2
         ;;
 esac
@@ -95,7 +111,10 @@ if [[ ${TOY:-} ]]; then
     NNODES=1 GPUS_PER_NODE=2
     MODEL+=(--num-layers 2 --hidden-size 64 --num-attention-heads 2 --seq-length 64)
     MEMORY+=(--ffn-hidden-size 64)
-    if [[ $ROUTER != dense ]]; then MEMORY+=(--sffn-block-size 16); fi
+    case $ROUTER in
+        switch) MEMORY+=(--sffn-block-size 64) ;;
+        sigma-moe | s-base) MEMORY+=(--sffn-block-size 16) ;;
+    esac
     TRAINING+=(
         --global-batch-size 8 --micro-batch-size 4 --train-iters 5 --lr 3e-3 --lr-warmup-iters 1
     )

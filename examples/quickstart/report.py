@@ -263,8 +263,8 @@ th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(-
 th { font-weight: 600; font-size: .85rem; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 svg { display: block; width: 100%; height: auto; margin: .6rem 0; }
-pre { background: var(--soft); padding: .9rem 1rem; border-radius: .4rem; overflow-x: auto;
-  font-size: .8rem; line-height: 1.45; }
+pre { background: var(--soft); padding: .9rem 1rem; border-radius: .4rem; font-size: .8rem;
+  line-height: 1.45; white-space: pre-wrap; overflow-wrap: anywhere; }
 code { font-size: .88em; }
 """
 

@@ -5,7 +5,8 @@ Enters: a `Row` for each router and block size. Leaves: text, or a PNG file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -131,8 +132,27 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def same_lines(lines: Mapping[str, Mapping[int, float]]) -> list[list[str]]:
+    """Names whose points are at the same places, to a hundredth, together; in their order."""
+    groups: list[list[str]] = []
+    for name, points in lines.items():
+        for group in groups:
+            other = lines[group[0]]
+            if points.keys() == other.keys() and all(
+                math.isclose(points[at], other[at], rel_tol=0.01, abs_tol=1e-9) for at in points
+            ):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """FLOPs over dense and memory of a rank, against the block size, a line for each router.
+    """FLOPs over dense and memory of a rank, against the block size.
+
+    A line is of one router, or of several whose points are at the same places: a line under another
+    could not be seen.
 
     Args:
         rows: those without costs are left out.
@@ -146,20 +166,27 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
     known = [(row, row.costs) for row in rows if row.costs is not None]
-    markers = cycle("osD^vPX*")
-    for router in dict.fromkeys(row.router for row, _ in known):
-        own = [(row.block_size or 0, costs) for row, costs in known if row.router == router]
-        own.sort(key=lambda pair: pair[0])
-        sizes = [size for size, _ in own]
-        memory = [costs.memory / 1e9 for _, costs in own]
-        if not sizes[0]:
-            right.axhline(memory[0], color="gray", linestyle="--", label=router)
-            continue
-        style = {"marker": next(markers), "alpha": 0.8, "fillstyle": "none"}
-        left.plot(sizes, [100 * costs.over_dense for _, costs in own], **style)
-        right.plot(sizes, memory, label=router, **style)
+    routers = list(dict.fromkeys(row.router for row, _ in known))
+    styles = {
+        router: {"marker": marker, "color": f"C{at % 10}", "alpha": 0.8, "fillstyle": "none"}
+        for at, (router, marker) in enumerate(zip(routers, cycle("osD^vPX*"), strict=False))
+    }
+    numbers: tuple[Callable[[Costs], float], ...] = (
+        lambda costs: 100 * costs.over_dense,
+        lambda costs: costs.memory / 1e9,
+    )
+    for axes, number in zip((left, right), numbers, strict=True):
+        lines: dict[str, dict[int, float]] = {router: {} for router in routers}
+        for row, costs in known:
+            lines[row.router][row.block_size or 0] = number(costs)
+        for together in same_lines(lines):
+            points, label = sorted(lines[together[0]].items()), ", ".join(together)
+            if points[0][0]:
+                axes.plot(*zip(*points, strict=True), label=label, **styles[together[0]])
+            elif axes is right:
+                axes.axhline(points[0][1], color="gray", linestyle="--", label=label)
     left.set_yscale("symlog", linthresh=0.01)
     left.set_ylabel("forward FLOPs over dense, %")
     right.set_ylabel("memory of the fullest rank, GB")
@@ -170,7 +197,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.set_xticks(ticks, [str(size) for size in ticks])
         axes.set_xlabel("block size g")
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

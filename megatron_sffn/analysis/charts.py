@@ -7,6 +7,7 @@ Choices
 - More blocks than `ROWS` are drawn as the means of as many groups of neighbours, so that 65,536
   blocks make a picture, too.
 - Colours of ratios are logarithmic and white at 1, which is an even load, or chance.
+- A number that is 0 in every layer at every step has no panel, but is named in the title.
 """
 
 from __future__ import annotations
@@ -63,9 +64,14 @@ def numbers(curves: Mapping[str, Mapping[int, Curve]], path: Path) -> None:
     """Every number of training against the steps, a line for each layer."""
     layers = sorted({layer for each in curves.values() for layer in each})
     colours = dict(zip(layers, _colours(len(layers)), strict=True))
-    with _figure(path, "Routing during training", len(curves), 3.0) as (figure, panels):
-        for axes, (name, each) in zip(panels, curves.items(), strict=True):
-            title, unit = TITLES.get(name, (name.replace("_", " "), "loss, unweighted"))
+    drawn, zeros = without_zeros(curves)
+    heading = "Routing during training"
+    if zeros:
+        absent = ", ".join(_title(name)[0] for name in zeros)
+        heading += f"\n0 in every layer at every step: {absent}"
+    with _figure(path, heading, len(drawn), 3.0) as (figure, panels):
+        for axes, (name, each) in zip(panels, drawn.items(), strict=True):
+            title, unit = _title(name)
             for layer, curve in each.items():
                 mark = "." if len(curve.steps) == 1 else ""
                 axes.plot(curve.steps, curve.values, mark + "-", color=colours[layer], lw=1)
@@ -73,12 +79,23 @@ def numbers(curves: Mapping[str, Mapping[int, Curve]], path: Path) -> None:
             axes.set_xlabel("step")
             axes.set_ylabel(unit)
             if unit.startswith("share"):
-                axes.set_ylim(0, max(1.05 * axes.get_ylim()[1], 0.1))
+                most = max(1.05 * axes.get_ylim()[1], 0.1)
+                axes.set_ylim(-0.03 * most, most)  # a line at 0 is not covered by the axis
         handles = [matplotlib.lines.Line2D([], [], color=colours[layer]) for layer in layers]
         if len(layers) > LEGEND:
             handles, layers = [handles[0], handles[-1]], [layers[0], layers[-1]]
         names = [f"layer {layer}" for layer in layers]
         figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+
+
+def without_zeros(
+    curves: Mapping[str, Mapping[int, Curve]],
+) -> tuple[dict[str, Mapping[int, Curve]], list[str]]:
+    """The numbers that are not always 0, and the names of those that are; all if all are 0."""
+    zeros = [name for name, each in curves.items() if not any(any(c.values) for c in each.values())]
+    if len(zeros) == len(curves):
+        return dict(curves), []
+    return {name: each for name, each in curves.items() if name not in zeros}, zeros
 
 
 def load_over_time(loads: Mapping[int, Loads], path: Path) -> None:
@@ -138,8 +155,14 @@ def drift(
     chance: Mapping[int, float],
     path: Path,
 ) -> None:
-    """What share of a token's blocks stays from checkpoint to checkpoint, and up to the last."""
+    """What share of a token's blocks stays from checkpoint to checkpoint, and up to the last.
+
+    Of two checkpoints, for which both are one number of each layer: a bar for each layer.
+    """
     layers = sorted(to_next)
+    if len(to_next[layers[0]].steps) == 1:
+        _drift_of_two(to_last, to_next, chance, path)
+        return
     colours = dict(zip(layers, _colours(len(layers)), strict=True))
     with _figure(path, "Drift between checkpoints", 2, 3.2) as (figure, panels):
         titles = ("kept since the checkpoint before", "shared with the last checkpoint")
@@ -158,6 +181,37 @@ def drift(
         figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
 
 
+def _drift_of_two(
+    to_last: Mapping[int, Curve],
+    to_next: Mapping[int, Curve],
+    chance: Mapping[int, float],
+    path: Path,
+) -> None:
+    """A bar for each layer: what the second checkpoint kept of the first."""
+    layers = sorted(to_next)
+    places = range(len(layers))
+    (first,), (second,) = to_last[layers[0]].steps, to_next[layers[0]].steps
+    title = f"Drift from step {first} to step {second}"
+    width = max(5.0, 1.5 + 0.4 * len(layers))
+    with _figure(path, title, 1, 3.2, width=width) as (figure, (axes,)):
+        kept = axes.bar(places, [to_next[layer].values[0] for layer in layers], width=0.6)
+        ends = [(at - 0.4, at + 0.4) for at in places]
+        by_chance = axes.hlines(
+            [chance[layer] for layer in layers], *zip(*ends, strict=True), color="black", lw=1.2
+        )
+        for at, layer in zip(places, layers, strict=True):
+            share = to_next[layer].values[0]
+            top = max(share, chance[layer]) + 0.01
+            axes.text(at, top, f"{share:.0%}", ha="center", va="bottom", fontsize=8)
+        few = places[:: max(1, -(-len(layers) // 16))]
+        axes.set_xticks(few, labels=[str(layers[at]) for at in few])
+        axes.set_xlabel("layer")
+        axes.set_ylabel("share of a token's blocks")
+        axes.set_ylim(0, 1.05)
+        handles, names = [kept, by_chance], ["kept", "by chance"]
+        figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
+
+
 def token_table(rows: Sequence[Served], title: str, path: Path) -> None:
     """The token ids that mark each block: a line for a block."""
     blocks: dict[int, list[Served]] = {}
@@ -171,7 +225,7 @@ def token_table(rows: Sequence[Served], title: str, path: Path) -> None:
         for block, each in blocks.items()
     ]
     with matplotlib.rc_context(STYLE):
-        size = (1.6 + 1.15 * width, 0.9 + 0.42 * (len(cells) + 1))
+        size = (1.6 + 1.15 * width, 0.9 + 0.5 * (len(cells) + 1))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         axes.set_axis_off()
@@ -185,6 +239,7 @@ def token_table(rows: Sequence[Served], title: str, path: Path) -> None:
         for cell in table.get_celld().values():
             cell.set_linewidth(0.3)
             cell.get_text().set_parse_math(False)
+            cell.get_text().set_linespacing(1.6)  # an underscore stays clear of the line below it
         figure.savefig(path)
 
 
@@ -193,13 +248,21 @@ def token_table(rows: Sequence[Served], title: str, path: Path) -> None:
 
 @contextmanager
 def _figure(
-    path: Path, title: str, count: int, height: float
+    path: Path, title: str, count: int, height: float, *, width: float = 5.0
 ) -> Iterator[tuple[Figure, list[Any]]]:
-    """A figure with a panel for each of `count` things, written to `path` at the end."""
+    """A figure with a panel for each of `count` things, written to `path` at the end.
+
+    Args:
+        path: of the file.
+        title: of the figure.
+        count: panels.
+        height: of a panel, in inches.
+        width: of the figure at least, in inches.
+    """
     with matplotlib.rc_context(STYLE):
         columns = min(count, COLUMNS)
         lines = -(-count // columns)
-        size = (max(3.4 * columns, 5.0), height * lines + 0.7)
+        size = (max(3.4 * columns, width), height * lines + 0.7)
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title)
         panels = list(figure.subplots(lines, columns, squeeze=False).flatten())
@@ -207,6 +270,11 @@ def _figure(
             axes.set_axis_off()
         yield figure, panels[:count]
         figure.savefig(path)
+
+
+def _title(name: str) -> tuple[str, str]:
+    """Title and unit of a number of training."""
+    return TITLES.get(name, (name.replace("_", " "), "loss, unweighted"))
 
 
 def _ratios(axes: Any, matrix: Floats, *, least: float, most: float) -> Any:

@@ -230,8 +230,8 @@ def _drift(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) 
     charts.drift(to_last, to_next, chance, folder / "drift.png")
     text = (
         "The same tokens through consecutive checkpoints: what share of a token's blocks it still "
-        "has. Towards the end of training the lines should rise; a line that stays near chance is "
-        "a router that has not found a division of work."
+        "has. Towards the end of training that should rise; a layer that stays near chance has a "
+        "router that has not found a division of work."
     )
     return [Section(title="Drift", text=text, pictures=("drift.png",))]
 

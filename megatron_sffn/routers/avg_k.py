@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sffn.balance import balance_weights
-from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig, flag
+from megatron_sffn.config import SparseFFNConfig, flag
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.scores import scores
 from megatron_sffn.routers.base import Routing
@@ -69,15 +68,16 @@ class AvgKConfig(ScoredConfig):
                 f"{sffn.block_size} cells of --sffn-block-size; change one of them"
             )
 
-    def check_model(self, config: SparseFFNTransformerConfig) -> None:
-        """See `RouterConfig.check_model`."""
-        super().check_model(config)
-        learns = self.gated_output or balance_weights(config, self.entropy_coefficient)
-        if self.descriptor == "learned" and not learns:
+        if self.descriptor == "learned" and sffn.block_size == 1:
             raise ConfigError(
-                "--sffn-descriptor learned has nothing to learn from: no gradient passes through "
-                "the choice; add --sffn-gate sigmoid or softmax, or a balance loss"
+                "--sffn-descriptor learned has nothing to learn with --sffn-block-size 1: the "
+                "weight of a block's only cell is always 1; use --sffn-descriptor mean"
             )
+
+    @property
+    def scores_have_weights(self) -> bool:
+        """See `ScoredConfig.scores_have_weights`: those of the cells."""
+        return self.descriptor == "learned"
 
     def build(self) -> type[AvgKRouter]:
         """See `RouterConfig.build`."""

@@ -70,6 +70,11 @@ class LearnedConfig(ScoredConfig):
         help="of the mlp's hidden layer",
     )
 
+    @property
+    def scores_have_weights(self) -> bool:
+        """See `ScoredConfig.scores_have_weights`: the gate network's."""
+        return True
+
     def width(self, hidden_size: int) -> int:
         """Numbers that a block's row of the gate has."""
         return hidden_size if self.network == "linear" else self.network_width or hidden_size

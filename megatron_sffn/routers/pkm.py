@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_sffn.config import flag
+from megatron_sffn.config import SparseFFNTransformerConfig, flag
 from megatron_sffn.routers.product_keys import ProductKeysConfig, ProductKeysRouter
 
 
@@ -36,6 +36,17 @@ class PKMConfig(ProductKeysConfig):
     def num_heads(self) -> int:
         """See `ProductKeysConfig.num_heads`."""
         return self.heads
+
+    def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
+        """See `RouterConfig.untrained`."""
+        assert config.sffn is not None, "a router is checked in a model that has it"
+        if config.sffn.chosen_cells > self.heads:
+            return None
+        return (
+            f"each of --sffn-pkm-heads {self.heads} heads chooses one cell, and the softmax over "
+            "one score is always 1; use fewer heads, a larger --sffn-active-cells, or "
+            "--sffn-router pkm-relu"
+        )
 
     @property
     def query_bias(self) -> bool:

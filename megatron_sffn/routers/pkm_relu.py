@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_sffn.config import SparseFFNTransformerConfig
 from megatron_sffn.routers.pkm import PKMConfig, PKMRouter
 
 
@@ -23,6 +24,10 @@ class PKMReLUConfig(PKMConfig):
     name = "pkm-relu"
     summary = "pkm with the ReLU of the scores instead of a softmax"
     initialization = "sigma-moe"
+
+    def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
+        """None: the ReLU of a head's only score depends on it."""
+        return None
 
     def build(self) -> type[PKMReLURouter]:
         """See `RouterConfig.build`."""

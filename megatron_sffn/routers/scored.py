@@ -18,6 +18,7 @@ Choices
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,8 +26,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_sffn.balance import Balance
-from megatron_sffn.config import RouterConfig, SparseFFNTransformerConfig, flag
+from megatron_sffn.balance import Balance, losses_reach_scores
+from megatron_sffn.config import (
+    RouterConfig,
+    SparseFFNConfig,
+    SparseFFNTransformerConfig,
+    flag,
+)
+from megatron_sffn.errors import ConfigError
 from megatron_sffn.routers.base import NO_BLOCK, Router, Routing
 from megatron_sffn.routers.groups import check_groups, in_best_groups
 
@@ -37,6 +44,14 @@ GATES: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
     "softmax-chosen": lambda scores, ids: scores.gather(1, ids).softmax(dim=-1),
 }
 """From scores `[T, B]` and ids `[T, K]` to gates `[T, K]`."""
+
+FACTORS = (
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
+    "moe_input_jitter_eps",
+)
+"""Fields of Megatron's config that multiply something in our routers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +104,66 @@ class ScoredConfig(RouterConfig):
 
     def check_model(self, config: SparseFFNTransformerConfig) -> None:
         """See `RouterConfig.check_model`."""
+        sffn = config.sffn
+        assert sffn is not None, "a router is checked in a model that has it"
+        check_groups(config, sffn.num_blocks, sffn.num_active_blocks)
+        for name in FACTORS:
+            value = getattr(config, name)
+            for number in value if isinstance(value, list) else [value]:
+                if number is not None and not 0 <= number < math.inf:
+                    raise ConfigError(
+                        f"--{name.replace('_', '-')} {number} is not a finite number of at least "
+                        "0; give one, or leave it out"
+                    )
+        constant = self._constant_gate(sffn)
+        if constant is not None and not self.scores_have_weights:
+            raise ConfigError(f"{constant}, which has no effect; leave it out")
+
+    def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
+        """See `RouterConfig.untrained`: scores learn by a gate of them, or by a balance loss."""
         assert config.sffn is not None, "a router is checked in a model that has it"
-        check_groups(config, config.sffn.num_blocks, config.sffn.num_active_blocks)
+        constant = self._constant_gate(config.sffn)
+        gated = self.gated_output and constant is None
+        if not self.scores_have_weights or gated:
+            return None
+        if losses_reach_scores(config, self.entropy_coefficient):
+            return None
+        if constant is None:
+            return (
+                "with --sffn-gate none no gradient passes through the choice; use --sffn-gate "
+                "sigmoid or softmax, or a balance loss (--moe-aux-loss-coeff 0.01)"
+            )
+        return (
+            f"{constant}; use --sffn-gate sigmoid or softmax, a smaller --sffn-block-size, or a "
+            "balance loss (--moe-aux-loss-coeff 0.01)"
+            if config.sffn.num_blocks > 1
+            else f"{constant}; use --sffn-gate sigmoid, or a larger --sffn-expansion"
+        )
+
+    def remark(self, sffn: SparseFFNConfig) -> str | None:
+        """A softmax over all blocks leaves several chosen ones little at first."""
+        active, blocks = sffn.num_active_blocks, sffn.num_blocks
+        if self.gate != "softmax" or not 1 < active < blocks:
+            return None
+        return (
+            f"--sffn-router {self.name}: the gates of the {active} blocks of a token are their "
+            f"probabilities among all {blocks}, and add up to about {active / blocks:.2g} at "
+            "first: the sparse layers add that much less than dense ones would, and perplexity can "
+            "look broken; with --sffn-gate softmax-chosen they add up to 1"
+        )
+
+    def _constant_gate(self, sffn: SparseFFNConfig) -> str | None:
+        """That the gate is 1 whatever the scores are, if it is: the start of a sentence."""
+        if self.gate == "softmax-chosen" and sffn.num_active_blocks == 1:
+            return "--sffn-gate softmax-chosen is always 1 for one chosen block"
+        if self.parts_share_gate and sffn.num_blocks == 1:
+            return f"--sffn-gate {self.gate} is always 1 for one block in all"
+        return None
+
+    @property
+    def scores_have_weights(self) -> bool:
+        """Whether scores depend on weights of the router's own that act on nothing else."""
+        return False
 
     @property
     def gated_output(self) -> bool:

@@ -20,6 +20,8 @@ import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_sffn.config import SparseFFNTransformerConfig
+from megatron_sffn.errors import ConfigError
 from megatron_sffn.routers.base import NO_BLOCK, Routing
 from megatron_sffn.routers.learned import LearnedConfig, LearnedRouter
 
@@ -37,6 +39,16 @@ class SwitchConfig(LearnedConfig):
         "moe_token_drop_policy",
     )
     default_gate = "softmax"
+
+    def check_model(self, config: SparseFFNTransformerConfig) -> None:
+        """See `RouterConfig.check_model`."""
+        super().check_model(config)
+        factor = config.moe_expert_capacity_factor
+        if factor is not None and not 0 < factor < math.inf:
+            raise ConfigError(
+                f"--moe-expert-capacity-factor {factor} is no capacity of a block; give a finite "
+                "number above 0, or leave it out for no limit"
+            )
 
     def build(self) -> type[SwitchRouter]:
         """See `RouterConfig.build`."""

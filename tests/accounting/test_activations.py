@@ -121,7 +121,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
         for aggregator in ("mean", "mean-abs", "max", "min")
     ),
     ("top-k-act", {"gate": "softmax"}),
-    ("sigma-moe", {"gate": "none"}),
+    ("sigma-moe", {"gate": "none", "entropy_coefficient": 0.1}),
     ("switch", {"network": "mlp", "network_width": 11}),
     ("switch", {"network": "mlp", "network_width": 11, "network_activation": "gelu"}),
     ("noisy-top-k", {"network": "attention", "network_width": 11}),

@@ -210,6 +210,29 @@ def test_sigma_moes_models_are_the_papers_but_for_what_is_named(model: str, rout
     assert abs(ours / 1e6 - millions) > 1
 
 
+@pytest.mark.parametrize("model", ["wt-s", "wt-s-star", "wt-m", "enwik8"])
+def test_sigma_moes_baselines_have_its_losses(model: str) -> None:
+    switch = arguments_of(SIGMA, model, "switch")
+    # Its authors' loss is a mean over tokens and experts, ours B · Σ P F: B² times as large.
+    assert (switch.moe_router_topk, switch.moe_ffn_hidden_size) == (1, 512)
+    (coefficient,) = switch.moe_aux_loss_coeff
+    assert switch.moe_router_load_balancing_type == ["global_aux_loss"]
+    assert coefficient * switch.num_experts**2 == pytest.approx(0.01)
+    assert switch.sffn_entropy_coeff == switch.sffn_block_dropout == 0
+    sigma, base = (arguments_of(SIGMA, model, router) for router in ("sigma-moe", "s-base"))
+    assert (base.num_experts, base.moe_router_topk) == (sigma.num_experts, 4)
+    assert base.sffn_block_dropout == sigma.sffn_block_dropout
+    assert base.sffn_entropy_coeff == {"wt-s": 1e-4}.get(model, sigma.sffn_entropy_coeff)
+    # Equal parameters, but for the gate's rows.
+    totals = [
+        count_parameters(ModelShape.of_args(args, sffn_config(args))).total
+        for args in (sigma, base, switch)
+    ]
+    assert totals[0] == totals[1] == pytest.approx(totals[2], rel=0.003)
+    toy = command(SIGMA, model, "switch", TOY="1").stdout.splitlines()
+    assert parsed(toy, Namespace(ranks=2, device="cpu"))[0].moe_router_topk == 1
+
+
 def test_the_grid_is_trained_on_60_billion_tokens() -> None:
     args = arguments_of(UNIFIED, "avg-k", "64", "16")
     tokens = args.global_batch_size * args.seq_length

@@ -95,6 +95,9 @@ def test_report(plan):
     ids = re.findall(r'id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert report.finding(results) in page
+    # The commands are longer than the page is wide.
+    assert max(map(len, page.partition("<pre>")[2].splitlines())) > 100
+    assert "white-space: pre-wrap; overflow-wrap: anywhere" in page
     for text in (
         "120.0",
         "90.0",

@@ -136,7 +136,8 @@ def test_descriptors_kept_for_a_step_are_those_of_its_weights(pretrain, monkeypa
 
 def test_bias_and_losses_of_balance_are_the_same_on_every_layout(pretrain) -> None:
     balanced = (
-        f"{SHORT} --sffn-router switch --moe-aux-loss-coeff 0.1 --moe-z-loss-coeff 0.01 "
+        f"{SHORT} --sffn-router switch --moe-router-load-balancing-type seq_aux_loss "
+        "--moe-aux-loss-coeff 0.1 --moe-z-loss-coeff 0.01 "
         "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.01"
     )
     log, one = (
@@ -148,9 +149,12 @@ def test_bias_and_losses_of_balance_are_the_same_on_every_layout(pretrain) -> No
         pretrain(1, balanced),
     )
     assert_same_run(log, one)
-    for name in ("load_balancing_loss", "z_loss"):
+    for name in ("seq_load_balancing_loss", "z_loss"):
         assert len(one.values(name)) == 5
         assert log.values(name) == pytest.approx(one.values(name), rel=2e-3), name
+    # No column for a loss that is not there, and a line on what Switch's gates add up to.
+    assert "| load_balancing_loss" not in one.text
+    assert one.text.count("note: --sffn-router switch: the gates of the") == 1
 
 
 @pytest.mark.parametrize("precision", ["--bf16", "--fp16 --initial-loss-scale 1024"])

@@ -298,8 +298,10 @@ def test_what_is_not_defined_is_refused() -> None:
         transformer(AvgKConfig(descriptor="subset", subset_cells=3))
     with pytest.raises(ConfigError, match="needs --sffn-descriptor subset"):
         transformer(AvgKConfig(subset_cells=1))
-    with pytest.raises(ConfigError, match="learned has nothing to learn from"):
+    with pytest.raises(ConfigError, match="no gradient reaches the weights of --sffn-router avg-k"):
         transformer(AvgKConfig(descriptor="learned"))
+    with pytest.raises(ConfigError, match="nothing to learn with --sffn-block-size 1"):
+        transformer(AvgKConfig(descriptor="learned", gate="sigmoid"), block_size=1)
 
 
 def test_learned_weights_may_learn_from_a_balance_loss_alone(one_rank: None) -> None:

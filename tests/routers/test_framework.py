@@ -124,7 +124,13 @@ def oracle(name: str, layer: Any, x: Tensor, ids: Tensor) -> Tensor:
     return (F.gelu(queries @ keys.flatten(0, 1).T) * factors) @ values
 
 
-@pytest.mark.parametrize(("router", "g"), sizes(SPARSE, 1, 4, 16))
+CONSTANT_GATE = [("softmax-after", 16), ("noisy-top-k", 16)]
+"""Routers and block sizes at which one block is chosen, whose share of its own softmax is 1."""
+
+
+@pytest.mark.parametrize(
+    ("router", "g"), [size for size in sizes(SPARSE, 1, 4, 16) if size not in CONSTANT_GATE]
+)
 def test_f7_output_and_every_gradient_are_those_of_the_masked_dense_ffn(
     router: str, g: int
 ) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from megatron_sffn.layer import SparseFFN
 from megatron_sffn.ops import block_ffn, route_topk
+from megatron_sffn.routers import ROUTERS
 from megatron_sffn.routers.switch import SwitchConfig, within_capacity
 from tests import layers
 from tests.ranks import run_ranks
@@ -44,6 +45,19 @@ def test_s1_probabilities_are_not_renormalised_over_the_chosen(build) -> None:
     torch.testing.assert_close(routing.gates, expected, rtol=1e-10, atol=1e-12)
     assert torch.equal(routing.block_ids, route_topk(p, 4))
     assert (routing.gates.sum(1) < 0.99).all()
+
+
+def test_gates_that_add_up_to_little_are_remarked_on_with_the_remedy() -> None:
+    several = transformer(SwitchConfig()).sffn  # 4 of 12 blocks
+    text = SwitchConfig().remark(several)
+    assert text is not None and "add up to about 0.33 at first" in text
+    assert text.endswith("with --sffn-gate softmax-chosen they add up to 1")
+    one = transformer(SwitchConfig(), **WHOLE).sffn  # as its paper has it
+    assert SwitchConfig().remark(one) is None
+    for other in (SwitchConfig(gate="softmax-chosen"), SwitchConfig(gate="sigmoid")):
+        assert other.remark(several) is None
+    assert ROUTERS["softmax-before"]().remark(several) is not None
+    assert all(ROUTERS[name]().remark(several) is None for name in ("pkm", "rand-hash", "avg-k"))
 
 
 @pytest.mark.parametrize("sequences", [1, 4])
@@ -184,11 +198,14 @@ def test_a_token_without_any_block_gets_exactly_zero(one_rank: None) -> None:
 def test_capacity_that_all_fit_changes_nothing(build, gate: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(T, D).double()
-    plain = build(SwitchConfig(gate=gate))(x, torch.zeros(12, 2, D))
-    # All T tokens may choose one block: C·T·K/B >= T.
-    roomy = {"moe_expert_capacity_factor": 3.0, "moe_token_drop_policy": "probs"}
-    routing = build(SwitchConfig(gate=gate), **roomy)(x, torch.zeros(12, 2, D))
-    assert torch.equal(routing.block_ids, plain.block_ids)
+    loss = {"moe_z_loss_coeff": 1e-3}  # without a gate nothing else trains the router
+    plain = build(SwitchConfig(gate=gate), **loss)(x, torch.zeros(12, 2, D))
+    # All T tokens may choose one block: C·T·K/B >= T. A negative capacity is Megatron's "no limit".
+    for factor in (3.0, -1.0):
+        roomy = {"moe_expert_capacity_factor": factor, "moe_token_drop_policy": "probs", **loss}
+        routing = build(SwitchConfig(gate=gate), **roomy)(x, torch.zeros(12, 2, D))
+        assert torch.equal(routing.block_ids, plain.block_ids)
+        assert routing.may_be_empty == (factor > 0)
 
 
 def rationed(policy: str) -> torch.Tensor:

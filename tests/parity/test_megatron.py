@@ -1,0 +1,196 @@
+"""Megatron's MoE layer, its own class with its own router, dispatcher and experts, against ours.
+
+Where ours differs, by design:
+- `--sffn-gate sigmoid` is sigma-MoE's, whose scores do not compete: Megatron divides the sigmoids
+  of the K chosen experts by their sum, and takes the same shares of all sigmoids for its balance
+  losses, where ours takes the softmax.
+- Of a limited capacity, ours compares 8 bits of a probability and takes the first token of equal
+  ones (`--moe-token-drop-policy probs`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from tests.layers import FLOAT64, Case, D, build, copy_tables, draw, inputs
+from tests.parity.compare import assert_same, ours, outcome
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+FP32 = 5e-6
+"""Relative tolerance: Megatron's probabilities are in fp32, whatever the dtype is."""
+
+SOFTMAX_FIRST = {"moe_router_pre_softmax": True}
+
+
+def megatron_layer(layer: Any, **fields: Any) -> MoELayer:
+    """Megatron's unmodified layer with the weights of ours.
+
+    Args:
+        layer: ours, with SwiGLU blocks.
+        fields: of Megatron's config.
+    """
+    sffn = layer.router.sffn
+    linear = LocalSpecProvider()
+    mlp = MLPSubmodules(
+        linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
+    )
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=D,
+        num_attention_heads=2,
+        add_bias_linear=False,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        num_moe_experts=sffn.num_blocks,
+        moe_router_topk=sffn.num_active_blocks,
+        moe_ffn_hidden_size=sffn.block_size,
+        moe_shared_expert_intermediate_size=sffn.shared_cells or None,
+        **FLOAT64,
+        **{"moe_router_load_balancing_type": "none", **fields},
+    )
+    theirs = MoELayer(
+        config,
+        MoESubmodules(
+            experts=partial(SequentialMLP, submodules=mlp),
+            shared_experts=partial(SharedExpertMLP, submodules=mlp),
+        ),
+    )
+    theirs.set_layer_number(1)
+    copy_tables(layer, theirs)
+    with torch.no_grad():
+        theirs.router.weight.copy_(layer.router.weight)
+        if sffn.shared_blocks:
+            theirs.shared_experts.load_state_dict(layer.shared_experts.state_dict())
+    return theirs
+
+
+def theirs(layer: MoELayer) -> dict[str, Tensor]:
+    """`outcome` of Megatron's layer, in our layout of weights."""
+    mlps = layer.experts.local_experts
+
+    def gradients() -> dict[str, Tensor | None]:
+        return {
+            "keys": torch.stack([mlp.linear_fc1.weight.grad for mlp in mlps]),
+            "values": torch.stack([mlp.linear_fc2.weight.grad.T for mlp in mlps]),
+            "weight": layer.router.weight.grad,
+        }
+
+    return outcome(lambda x: layer(x)[0], gradients)
+
+
+def our_layer(
+    gate: str, balance: dict[str, Any] | None = None, *, g: int = 4, shared: int = 0
+) -> Any:
+    """Ours with a gate network of Switch's, and Megatron's own flags of balance."""
+    router = "sigma-moe" if gate == "sigmoid" else "switch"
+    flags = {"moe_router_load_balancing_type": "none", **(balance or {})}
+    return build(
+        Case(
+            router=router,
+            block_size=g,
+            swiglu=True,
+            options=(("gate", gate),),
+            megatron=tuple(flags.items()),
+            sffn=(("shared_blocks", shared),),
+        )
+    )
+
+
+BALANCE: dict[str, dict[str, Any]] = {
+    "one loss": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.5},
+    "three losses and z": {
+        "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss", "global_aux_loss"],
+        "moe_aux_loss_coeff": [0.5, 0.25, 0.125],
+        "moe_z_loss_coeff": 0.1,
+    },
+}
+
+
+@pytest.mark.parametrize("balance", BALANCE)
+@pytest.mark.parametrize(
+    ("gate", "fields"), [("softmax", SOFTMAX_FIRST), ("softmax-chosen", {})], ids=["first", "after"]
+)
+def test_softmax_before_or_after_the_choice_with_balance_losses(
+    gate: str, fields: dict[str, Any], balance: str
+) -> None:
+    layer = our_layer(gate, BALANCE[balance])
+    reference = megatron_layer(layer, **fields, **BALANCE[balance])
+    # Two microbatches: the global loss counts both, and gradients add up.
+    for _ in range(2):
+        assert_same(ours(layer), theirs(reference), tolerance=FP32)
+
+
+# Megatron's own, of a call within Megatron.
+@pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning")
+def test_shared_experts_and_groups_of_experts() -> None:
+    # 12 groups of one block would be no limit; of 3 groups of 4 the best two hold all 2 blocks.
+    groups = {"moe_router_num_groups": 3, "moe_router_group_topk": 2}
+    layer = our_layer("softmax-chosen", groups, shared=2)
+    reference = megatron_layer(layer, **groups)
+    assert_same(ours(layer), theirs(reference), tolerance=FP32)
+    for name, weight in layer.shared_experts.named_parameters():
+        grad = dict(reference.shared_experts.named_parameters())[name].grad
+        torch.testing.assert_close(weight.grad, grad, rtol=FP32, atol=FP32)
+
+
+def test_the_bias_of_experts_acts_on_the_choice_alone() -> None:
+    flags = {"moe_router_enable_expert_bias": True}
+    layer = our_layer("sigmoid", flags, g=16)
+    reference = megatron_layer(layer, **flags, moe_router_score_function="sigmoid")
+    plain = ours(layer)["output"]
+    layer.zero_grad()
+    for router in (layer.router.balance, reference.router):
+        router.local_tokens_per_expert.zero_()
+        router.expert_bias.copy_(torch.tensor([-0.4, 0.3, 0.1]))
+    mine = ours(layer)
+    assert_same(mine, theirs(reference), tolerance=FP32)
+    assert (mine["output"] - plain).abs().max() > 0.01
+    counts = layer.router.balance.local_tokens_per_expert
+    assert torch.equal(counts, reference.router.local_tokens_per_expert)
+
+
+def test_sigmoid_scores_do_not_compete_where_megatrons_are_divided_by_their_sum() -> None:
+    layer = our_layer("sigmoid")
+    reference = megatron_layer(layer, moe_router_score_function="sigmoid")
+    hidden, _, _ = inputs()
+    scores = (hidden.flatten(0, 1) @ layer.router.weight.T).sigmoid()
+    total = scores.topk(4, dim=1).values.sum(dim=1).view(*hidden.shape[:2], 1)
+    y, _ = layer(hidden)
+    torch.testing.assert_close(y / total, reference(hidden)[0], rtol=FP32, atol=FP32)
+    assert total.min() < 0.95 * total.max()
+
+
+@pytest.mark.parametrize("factor", [0.5, -1.0])
+def test_a_capacity_drops_the_least_probable_tokens_of_a_full_expert(factor: float) -> None:
+    flags = {"moe_expert_capacity_factor": factor, "moe_token_drop_policy": "probs"}
+    layer = our_layer("softmax", flags)
+    with torch.no_grad():
+        # Wide scores: no two probabilities of a block that decide agree in 8 bits.
+        layer.router.weight.copy_(3 * draw(7, 12, D))
+    reference = megatron_layer(
+        layer,
+        **SOFTMAX_FIRST,
+        **flags,
+        moe_router_load_balancing_type="aux_loss",
+        moe_token_dispatcher_type="alltoall",
+    )
+    mine = ours(layer)
+    assert_same(mine, theirs(reference), tolerance=FP32)
+    # With a negative capacity, Megatron's "no limit", none is dropped.
+    plain = our_layer("softmax")
+    plain.load_state_dict(layer.state_dict())
+    dropped = (mine["output"] - ours(plain)["output"]).abs().max()
+    assert (dropped > 0.01) == (factor > 0)
