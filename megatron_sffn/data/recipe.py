@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sffn.data.encode import Encoder
-from megatron_sffn.data.engines import PROBES, MegatronEngine, choose_engine
+from megatron_sffn.data.engine_base import MegatronEngine
+from megatron_sffn.data.engines import PROBES, choose_engine
 from megatron_sffn.data.sentences import Splitter, load_splitter
 from megatron_sffn.data.tokenizer import Tokenizer, changed_text, load_tokenizer
 
