@@ -54,7 +54,8 @@ class TokenizersEngine:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._backend = backend_of(tokenizer)
-        refuse_dropout(self._backend)
+        if dropout := dropout_of(tokenizer):
+            raise UnusableError(f"cannot follow BPE dropout ({dropout:g})")
         self._special = tokenizer._tokenizer.include_special_tokens
 
     def __call__(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
@@ -90,14 +91,11 @@ def backend_of(tokenizer: Tokenizer) -> Any:
     return backend
 
 
-def refuse_dropout(backend: Any) -> None:
-    """Refuse a tokenizer whose ids are another random draw each time.
-
-    Raises:
-        UnusableError: merges are left out at random.
-    """
-    if dropout := getattr(backend.model, "dropout", None):
-        raise UnusableError(f"cannot follow BPE dropout ({dropout:g})")
+def dropout_of(tokenizer: Tokenizer) -> float:
+    """Share of the merges that a tokenizer leaves out, at random and others each time."""
+    inner = getattr(tokenizer._tokenizer, "tokenizer", None)
+    backend = getattr(inner, "backend_tokenizer", None)
+    return getattr(getattr(backend, "model", None), "dropout", None) or 0.0
 
 
 def joined(lists: Sequence[Sequence[int]]) -> tuple[Ids, Lengths]:
