@@ -108,6 +108,8 @@ def _check_keys(source: Source, keys: Sequence[str]) -> None:
 def _expand(given: str, say: Callable[[str], None]) -> dict[str, str]:
     """Paths that a name leads to, and their kinds; no kind where the name says it."""
     if given == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise ConfigError("--input - is standard input, which is closed; pipe text into it")
         return {given: ""}
     if os.path.isdir(given):
         return _files_below(given, say)
