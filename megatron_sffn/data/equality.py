@@ -10,8 +10,8 @@ Design notes:
   before anything else (added, control, unknown, user-defined and byte tokens).
 - Characters are compared when a text first has them: a corpus has some thousands, Unicode a
   million. So no version of the Unicode tables has to be known.
-- Looking costs one pass over a text: `str.find` or a regular expression for the strings, a table
-  for characters, which ASCII texts need not have.
+- Looking costs one pass over a text: `bytes.find` or a regular expression for the strings, a table
+  for the characters that are not ASCII.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from megatron_sffn.data.engine_base import Ids, Lengths, UnusableError, guarded
 Encode = Callable[[Sequence[str]], tuple[Ids, Lengths]]
 
 ALIKE, UNTESTED, DIFFERENT = 0, 1, 2
+ASCII = bytes(range(128))
 SLICE = 1 << 20
 """Characters that are looked up in the table at a time."""
 
@@ -95,27 +96,33 @@ class Equality:
             raise UnusableError(f"treats the character {readable[0]!a} in another way")
         ascii_states[:] = ALIKE
         self.strings = sorted({*self.strings, *control})
-        self._pattern: re.Pattern[str] | None = None
+        self._strings = [string.encode() for string in self.strings]
+        self._pattern: re.Pattern[bytes] | None = None
         if len(self.strings) > FEW_STRINGS:
             # The longest first is not needed: any match is enough.
-            self._pattern = re.compile("|".join(map(re.escape, self.strings)))
+            self._pattern = re.compile(b"|".join(map(re.escape, self._strings)))
 
-    def doubtful(self, texts: Sequence[str]) -> list[int]:
-        """Numbers of the texts that hold something on which the two differ, or may."""
-        # White space is known to be the same, so texts can be looked at together.
-        if not self._is_doubtful("\n".join(texts)):
-            return []
-        return [number for number, text in enumerate(texts) if self._is_doubtful(text)]
+    def doubtful(self, contents: Sequence[bytes]) -> list[int]:
+        """Numbers of the texts that hold something on which the two differ, or may.
 
-    def _is_doubtful(self, text: str) -> bool:
+        Args:
+            contents: texts in UTF-8.
+        """
+        numbers = {number for number, one in enumerate(contents) if self._holds_string(one)}
+        others = [number for number, one in enumerate(contents) if not one.isascii()]
+        if others and not self._are_alike([contents[number] for number in others]):
+            numbers.update(number for number in others if not self._are_alike([contents[number]]))
+        return sorted(numbers)
+
+    def _holds_string(self, content: bytes) -> bool:
         if self._pattern is not None:
-            if self._pattern.search(text):
-                return True
-        elif any(string in text for string in self.strings):
-            return True
-        return not text.isascii() and not self._are_alike(text)
+            return self._pattern.search(content) is not None
+        return any(string in content for string in self._strings)
 
-    def _are_alike(self, text: str) -> bool:
+    def _are_alike(self, contents: Sequence[bytes]) -> bool:
+        # Most characters of most texts are ASCII, which are the same: they are taken out first.
+        rest = b"".join(content.translate(None, ASCII) for content in contents)
+        text = rest.decode("utf-8", "surrogatepass")
         for start in range(0, len(text), SLICE):
             piece = text[start : start + SLICE].encode("utf-32-le", "surrogatepass")
             codes = numpy.frombuffer(piece, numpy.uint32)
@@ -212,22 +219,22 @@ def _bases() -> defaultdict[str, str]:
     return bases
 
 
-def interleaved(
-    parts: tuple[Ids, Lengths], others: tuple[Ids, Lengths], places: Sequence[int]
+def replaced(
+    texts: tuple[Ids, Lengths], others: tuple[Ids, Lengths], places: Sequence[int]
 ) -> tuple[Ids, Lengths]:
-    """The ids of all texts in their order.
+    """The ids of texts, some of which are put in the place of what is there.
 
     Args:
-        parts: ids and lengths of the texts that are not at `places`.
-        others: ids and lengths of those that are.
-        places: numbers of texts.
+        texts: ids and lengths of all.
+        others: ids and lengths of those that are put in.
+        places: their numbers.
     """
-    total = len(parts[1]) + len(others[1])
-    chosen: NDArray[numpy.bool_] = numpy.zeros(total, numpy.bool_)
+    ids, lengths = texts
+    chosen: NDArray[numpy.bool_] = numpy.zeros(len(lengths), numpy.bool_)
     chosen[list(places)] = True
-    lengths = numpy.empty(total, numpy.int64)
-    lengths[chosen], lengths[~chosen] = others[1], parts[1]
-    of_others = numpy.repeat(chosen, lengths)
-    ids = numpy.empty(len(of_others), numpy.int64)
-    ids[of_others], ids[~of_others] = others[0], parts[0]
-    return ids, lengths
+    new_lengths = lengths.copy()
+    new_lengths[chosen] = others[1]
+    of_others = numpy.repeat(chosen, new_lengths)
+    new_ids = numpy.empty(len(of_others), numpy.int64)
+    new_ids[of_others], new_ids[~of_others] = others[0], ids[~numpy.repeat(chosen, lengths)]
+    return new_ids, new_lengths

@@ -34,7 +34,7 @@ from megatron_sffn.data.engine_base import (
     guarded,
     joined,
 )
-from megatron_sffn.data.equality import Equality, Pair, differing_strings, interleaved
+from megatron_sffn.data.equality import Equality, Pair, differing_strings, replaced
 from megatron_sffn.data.tokenizer import Tokenizer
 
 GROWTH_BYTES = 512 << 20
@@ -71,12 +71,13 @@ class GigatokenEngine:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
         """See `Engine`."""
-        if not (doubtful := self._equality.doubtful(texts)):
-            return self._encode(texts)
+        ids, lengths = self._encode(texts)
+        # Only now: a text that gigatoken was given keeps its UTF-8, which is then copied.
+        contents = [text.encode("utf-8", "surrogatepass") for text in texts]
+        if not (doubtful := self._equality.doubtful(contents)):
+            return ids, lengths
         others = self._reference([texts[number] for number in doubtful])
-        numbers = set(doubtful)
-        rest = [text for number, text in enumerate(texts) if number not in numbers]
-        return interleaved(self._encode(rest), others, doubtful)
+        return replaced((ids, lengths), others, doubtful)
 
     def _encode(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
         if self._resident() > self._limit:
