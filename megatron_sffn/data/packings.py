@@ -101,12 +101,12 @@ class _Streams(io.RawIOBase):
     def _begin_stream(self) -> bool:
         """Begin with the next stream; False at the end of the file."""
         rest, zeros = self._stream.unused_data, 0
-        while not (found := rest.lstrip(b"\0")):
+        while not (next_stream := rest.lstrip(b"\0")):
             zeros += len(rest)
             if not (rest := self._raw.read(READ_BYTES)):
                 break
-        zeros += len(rest) - len(found)
+        zeros += len(rest) - len(next_stream)
         if zeros % self._multiple:
             raise OSError(f"{zeros} zeros follow a stream")
-        self._stream, self._input = self._make(), found
-        return bool(found)
+        self._stream, self._input = self._make(), next_stream
+        return bool(next_stream)
