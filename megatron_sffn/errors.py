@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+BROKEN_PIPE = 141
+"""Exit code of a command whose output nobody reads, as a shell has it."""
 OTHER_RANKS_WAIT = 30.0
 """Seconds: ranks reach the same error within a few of each other."""
 
@@ -84,6 +86,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """
     try:
         code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of the output has ended, as `| head` does; Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = BROKEN_PIPE
     except ConfigError as error:
         if os.environ.get("RANK", "0") != "0":
             # Leaving first would stop the first rank before it speaks; a rank that is still there

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 
 from megatron_sffn.data.dedup import dedup
-from megatron_sffn.data.meter import Meter, size
+from megatron_sffn.data.meter import Meter, say, size
 from megatron_sffn.data.near import UNITS, Near
 from megatron_sffn.data.sources import find_sources, total_size
 from megatron_sffn.errors import CommandParser, ConfigError, run_command
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers {args.workers} is less than 1; give a positive number")
     near = Near(threshold=args.threshold, size=args.ngram, unit=args.unit) if args.near else None
-    sources = find_sources(args.input, [args.json_key])
+    sources = find_sources(args.input, [args.json_key], say)
     meter = Meter("compared", total_size(sources))
     result = dedup(
         sources,

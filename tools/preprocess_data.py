@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_sffn.data.cluster import connected
 from megatron_sffn.data.engines import MAKERS
-from megatron_sffn.data.preprocess import Job, Work, count_reasons, preprocess
+from megatron_sffn.data.preprocess import Job, Work, list_reasons, preprocess
 from megatron_sffn.data.recipe import Loaded, Recipe, tokenizer_files
 from megatron_sffn.data.sources import find_sources
 from megatron_sffn.data.workers import encode_in_order
@@ -46,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="files, folders, globs, or - for standard input, in order; .jsonl, .json and .ndjson "
         "have a JSON object on every line, .txt is one document, .parquet one in every row; all "
-        "but the last also as .gz, .bz2, .xz and .zst",
+        "but the last also as .gz, .bz2, .xz and .zst; in a folder without such names those "
+        "without an ending are read",
     )
     data.add_argument(
         "--json-keys",
@@ -83,8 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--engine",
         choices=("auto", *MAKERS),
         default="auto",
-        help="what computes the ids; auto takes the fastest that gives those of Megatron's "
-        "tokenizer on a sample of the input",
+        help="what computes the ids; auto takes the fastest that is known to give those of "
+        "Megatron's tokenizer",
     )
     output = parser.add_argument_group("output data")
     output.add_argument(
@@ -159,7 +160,7 @@ def describe(args: argparse.Namespace) -> Job:
         ConfigError: an input cannot be read, or the output exists.
     """
     job = Job(
-        sources=find_sources(args.input, args.json_keys),
+        sources=find_sources(args.input, args.json_keys, say),
         keys=tuple(args.json_keys),
         prefix=args.output_prefix,
         level="sentence" if args.split_sentences else "document",
@@ -230,8 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with workers(args, recipe, loaded) as work:
             done = preprocess(job, lambda sample: recipe.encoder(loaded, sample, say), work, say)
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from the last note of how far it was")
+    except KeyboardInterrupt:  # which was said
         return 130
     seconds = time.monotonic() - start
     for prefix, tokens in zip(job.prefixes, done.tokens, strict=True):
@@ -240,10 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"of {done.num_bytes / 1e6:.1f} MB in {seconds:.1f} s"
         )
     if done.skipped:
-        reasons = ", ".join(
-            f"{n} {reason}" for reason, n in count_reasons(job.report).most_common()
-        )
-        print(f"{job.report}: {done.skipped} documents left out ({reasons})")
+        print(f"{job.report}: {done.skipped} documents left out ({list_reasons(job.report)})")
     return 0
 
 

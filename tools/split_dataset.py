@@ -10,9 +10,17 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_sffn.data.datasets import check_same_type, open_datasets
-from megatron_sffn.data.meter import Meter, size
+from megatron_sffn.data.meter import Meter, say, size
 from megatron_sffn.data.sources import find_sources, total_size
-from megatron_sffn.data.split import Count, Parts, parse_parts, split_datasets, split_text
+from megatron_sffn.data.split import (
+    Count,
+    Parts,
+    dataset_contents,
+    parse_parts,
+    split_datasets,
+    split_text,
+    text_contents,
+)
 from megatron_sffn.errors import CommandParser, ConfigError, run_command
 
 DESCRIPTION = """\
@@ -57,6 +65,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=SHARE,...",
         help="names and shares, relative to their sum (default: %(default)s)",
     )
+    add(
+        "--by",
+        choices=("documents", "bytes"),
+        default="documents",
+        help="what the shares are of: with documents (the default) a document's part depends on "
+        "its content alone; with bytes the input is read twice, and parts have the sizes that are "
+        "asked for also where documents differ much in length",
+    )
     add("--seed", type=int, default=0, help="another one gives other parts (default: 0)")
     add("--tokenized", action="store_true", help="split Megatron data sets instead of text")
     add("--json-key", default="text", help="key of the text that decides (default: text)")
@@ -69,12 +85,21 @@ def split(args: argparse.Namespace, parts: Parts) -> tuple[list[Count], Meter]:
     if args.tokenized:
         indices = [index for group in open_datasets(args.input) for index in group]
         check_same_type(indices)
+        if args.by == "bytes":
+            parts = parts.by_bytes(dataset_contents(indices))
         meter = Meter("split", sum(index.num_bytes for index in indices))
         counts = split_datasets(
             indices, parts, args.output_prefix, overwrite=args.overwrite, progress=meter.add
         )
     else:
-        sources = find_sources(args.input, [args.json_key])
+        sources = find_sources(args.input, [args.json_key], say)
+        if args.by == "bytes":
+            if total_size(sources) is None:
+                raise ConfigError(
+                    f"--by bytes reads --input {' '.join(args.input)} twice, and a pipe can be "
+                    "read once; give files, or --by documents"
+                )
+            parts = parts.by_bytes(text_contents(sources, args.json_key))
         meter = Meter("split", total_size(sources))
         counts = split_text(
             sources,
@@ -90,8 +115,6 @@ def split(args: argparse.Namespace, parts: Parts) -> tuple[list[Count], Meter]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
     args = build_parser().parse_args(argv)
-    if args.seed < 0:
-        raise ConfigError(f"--seed {args.seed} is less than 0; give 0 or more")
     counts, meter = split(args, parse_parts(args.parts, args.seed))
     total = sum(count.documents for count in counts)
     for count in counts:

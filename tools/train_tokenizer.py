@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.output}: {tokenizer.get_vocab_size()} ids, one per byte and two more")
         return 0
     start = time.monotonic()
-    sample = Sample(read_texts(find_sources(args.input, [args.json_key]), args.json_key))
+    sample = Sample(read_texts(find_sources(args.input, [args.json_key], log), args.json_key))
     log(f"reading {' '.join(args.input)}")
     tokenizer = train(sample, vocab_size=args.vocab_size, min_frequency=args.min_frequency)
     if not sample.num_bytes:

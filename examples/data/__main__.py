@@ -4,8 +4,8 @@ Enters: Debian's documentation, a folder of files, Parquet shards, or the files 
 enwik8. Leaves: a folder with a tokenizer and the data sets `train_text_document`,
 `valid_text_document` and `test_text_document`, and the flags of a training on them.
 Choices: the work is done by `tools/`, one command each, which are printed. Text without a published
-split loses its exact duplicates, and a hash of each document chooses its part. The folder appears
-when it is complete.
+split loses its exact duplicates, and is split by bytes, in the order of a hash of each document.
+The folder appears when it is complete.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def split_text(inputs: Sequence[str], key: str, parts: str, folder: Path) -> Non
     """Make `train.jsonl`, `valid.jsonl` and `test.jsonl` of text without a split of its own."""
     unique = str(folder / "unique")
     run("dedup_dataset", "--input", *inputs, "--json-key", key, "--output-prefix", unique)
-    of_all = ("--input", f"{unique}.jsonl", "--json-key", key, "--parts", parts)
+    of_all = ("--input", f"{unique}.jsonl", "--json-key", key, "--parts", parts, "--by", "bytes")
     run("split_dataset", *of_all, "--output-prefix", str(folder / "part"))
     Path(f"{unique}.jsonl").unlink()
     for name in published.PARTS:

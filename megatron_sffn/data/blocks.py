@@ -15,13 +15,33 @@ from typing import Any, BinaryIO
 
 from backports import zstd
 
-from megatron_sffn.data.sources import Source, open_raw, unpack
+from megatron_sffn.data.packings import unpack
+from megatron_sffn.data.sources import Source, open_raw
 
 BLOCK_BYTES = 1 << 20
 LONGEST_DOCUMENT = 1 << 30
 """Bytes: a longer line or text file is a fault, and never in memory."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAGICS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+    b"PAR1": "Parquet",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+"""First bytes of what is no text -> its name."""
+
+ENDINGS = {
+    "gzip": ".jsonl.gz or .txt.gz",
+    "zstd": ".jsonl.zst or .txt.zst",
+    "xz": ".jsonl.xz or .txt.xz",
+    "bzip2": ".jsonl.bz2 or .txt.bz2",
+    "Parquet": ".parquet",
+}
+
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 
@@ -126,23 +146,37 @@ def _read_source(source: Source, start: Position, columns: Sequence[str] | None)
         for block in _read_documents(source, start, columns):
             last = block.end
             yield block
+        return
+    except _NoTextError as error:
+        reason, remedy = error.args
     except READ_ERRORS as error:
         after = f" after {source.unit} {last.number}" if source.unit else ""
-        fault = Fault(
-            path=source.name,
-            unit=source.unit,
-            number=None,
-            reason=f"is truncated or damaged{after} ({str(error) or type(error).__name__})",
-            remedy="make or copy the file again",
-        )
-        yield Block(
-            source=source,
-            number=last.number + 1,
-            content=b"",
-            end=Position(file=start.file + 1),
-            consumed=source.size or 0,
-            fault=fault,
-        )
+        reason = f"is truncated or damaged{after} ({str(error) or type(error).__name__})"
+        remedy = "make or copy the file again"
+    yield Block(
+        source=source,
+        number=last.number + 1,
+        content=b"",
+        end=Position(file=start.file + 1),
+        consumed=source.size or 0,
+        fault=Fault(path=source.name, unit=source.unit, number=None, reason=reason, remedy=remedy),
+    )
+
+
+class _NoTextError(Exception):
+    """A file of another format: what it is, and what to do."""
+
+
+def _refuse_other_formats(source: Source, stream: BinaryIO) -> None:
+    """Refuse a file whose first bytes are those of another format than its name says."""
+    head = stream.peek(8)  # type: ignore[attr-defined]
+    for magic, name in MAGICS.items():
+        if not head.startswith(magic) or (name == "bzip2" and not head[4:].startswith(b"1AY")):
+            continue
+        reason = f"is {name} by its first bytes"
+        if name == "UTF-16":
+            raise _NoTextError(reason, "convert it: iconv -f UTF-16 -t UTF-8")
+        raise _NoTextError(reason, f"give it a name that ends in {ENDINGS[name]}")
 
 
 def _read_documents(
@@ -157,6 +191,8 @@ def _read_lines(source: Source, start: Position) -> Iterator[Block]:
     with open_raw(source) as raw, unpack(raw, source.packing) as stream:
         if start.offset:
             stream.seek(start.offset)
+        else:
+            _refuse_other_formats(source, stream)
         position = start
         for content, size in _whole_lines(stream):
             num_lines = content.count(b"\n") + (not content.endswith(b"\n"))
@@ -226,6 +262,7 @@ def _read_text(source: Source, start: Position) -> Iterator[Block]:
     if start.number:
         return
     with open_raw(source) as raw, unpack(raw, source.packing) as stream:
+        _refuse_other_formats(source, stream)
         content = stream.read(LONGEST_DOCUMENT + 1)
     fault = _too_long(source, None) if len(content) > LONGEST_DOCUMENT else None
     yield Block(

@@ -9,8 +9,8 @@ Choices
 - In Megatron global rank 0 writes, and the others read from a disk that all nodes share. Here the
   first rank of each node then looks whether its node has the files, and writes what is missing:
   nothing has to be said about the disks.
-- A file of another length than the data set demands counts as missing: the data set was made anew
-  under the same name.
+- Files of another length than the data set demands count as missing, and so do those by which a
+  sample starts elsewhere than the documents say: the data set was made anew under the same name.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ import numpy
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from numpy.typing import NDArray
 
+from megatron_sffn.data.stale_index import belongs, is_newer
 from megatron_sffn.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class IndexSet:
         return [self._folder / name for name in (*names, names[0].removesuffix(end) + DESCRIPTION)]
 
     def is_whole(self) -> bool:
-        """Whether all files are there, as long as they should be."""
+        """Whether all files are there, as long as they should be, and of the data set as it is."""
         *paths, description = self.paths
         if not description.is_file():
             return False
@@ -108,7 +109,18 @@ class IndexSet:
                 return False
             if length not in (None, found):
                 return False
-        return True
+        return not isinstance(self._dataset, GPTDataset) or self._is_of_the_data(description)
+
+    def _is_of_the_data(self, description: Path) -> bool:
+        """Whether the files are those of the data set as it is now."""
+        dataset = self._dataset
+        if isinstance(dataset, MockGPTDataset):
+            return True
+        if not is_newer(Path(f"{dataset.dataset.path_prefix}.idx"), description):
+            return True
+        documents, samples = (numpy.load(path, mmap_mode="r") for path in self.paths[:2])
+        lengths = dataset.dataset.sequence_lengths
+        return belongs(documents, samples, lengths, dataset.config.sequence_length)
 
     def write(self) -> None:
         """Compute and write the files.

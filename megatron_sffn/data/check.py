@@ -7,9 +7,13 @@ a split without tokens until it is killed.
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy
@@ -18,12 +22,13 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 from megatron.core.datasets.utils import Split
-from megatron.training.utils import get_blend_and_blend_per_split
+from numpy.typing import NDArray
 
+from megatron_sffn.data.blends import read_blends
 from megatron_sffn.data.dali import check_dali
 from megatron_sffn.data.gpt import dataset_request
 from megatron_sffn.data.indexed import Index, open_index
-from megatron_sffn.data.tokenizer import load_tokenizer
+from megatron_sffn.data.tokenizer import Tokenizer, load_tokenizer, rebuilt
 from megatron_sffn.errors import ConfigError
 
 SAMPLED_TOKENS = 1 << 20
@@ -40,7 +45,12 @@ REFUSED = {
 }
 """Megatron's flags (dest) that would have no effect -> why."""
 
+SHARES = re.compile(r"\s*[\d.]+(\s*[,/ ]\s*[\d.]+){0,2}\s*", re.ASCII)
 PURPOSES = {Split.train: "training", Split.valid: "validation", Split.test: "testing"}
+
+
+USES_OF_ENDS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+"""Flags (dest) that act at the end of a document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +86,8 @@ def check_data(args: Namespace) -> None:
     _check_flags(args)
     check_dali(args)
     tokenizer = load_tokenizer(args)
+    if difference := rebuilt(tokenizer, args.tokenizer_model):
+        _warn(difference)
     if args.mock_data:
         return
     parts = list(_parts(args))
@@ -85,6 +97,9 @@ def check_data(args: Namespace) -> None:
     for part in parts:
         for prefix in part.prefixes:
             _check_size(args, part, prefix, part.tokens(indices[prefix]))
+    if args.split is None:
+        _warn_of_overlaps(parts)
+    _warn_without_ends(args, tokenizer, list(indices.values()))
     try:
         dataset_request(args, tokenizer, (0, 0, 0))
     except (AssertionError, OSError, ValueError) as error:
@@ -113,25 +128,13 @@ def _check_flags(args: Namespace) -> None:
 
 def _parts(args: Namespace) -> Iterator[Part]:
     """Every split that reads anything."""
-    try:
-        blend, blend_per_split = get_blend_and_blend_per_split(args)
-    except (AssertionError, KeyError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"the data paths cannot be read ({type(error).__name__}: {error}); give --data-path "
-            "PREFIX, or WEIGHT PREFIX for each of several, or files with such lists"
-        ) from error
+    blend, blend_per_split = read_blends(args)
     blends = [blend] if blend else [one for one in blend_per_split or [] if one]
     if not blends:
         raise ConfigError(
             "no data set was given; pass --data-path PREFIX (of PREFIX.bin and PREFIX.idx, made by "
             "tools/preprocess_data.py) or --mock-data"
         )
-    for _, weights in blends:
-        if weights and not all(weight > 0 for weight in weights):
-            raise ConfigError(
-                f"the weights {weights} of --data-path hold one that is not positive; "
-                "leave out the data sets that are not to be read"
-            )
     shares = _shares(args.split, shared=bool(blend))
     for split, share, own in zip(Split, shares, blend_per_split or [blend] * 3, strict=True):
         if share is not None and own:
@@ -156,6 +159,9 @@ def _shares(split: str | None, *, shared: bool) -> list[tuple[float, float] | No
             )
         return [(0.0, 1.0)] * len(Split)
     try:
+        # Megatron reads the digits, whatever is between them: nan,1,1 is 1,1 and 1e2 is 1 and 2.
+        if split is None or not SHARES.fullmatch(split):
+            raise ValueError(split)
         with numpy.errstate(invalid="raise"):
             vector = parse_and_normalize_split(split)
     except (AssertionError, FloatingPointError, TypeError, ValueError) as error:
@@ -227,7 +233,7 @@ def check_dataset(prefix: str, vocab_size: int) -> Index:
     if not index.num_tokens:
         raise ConfigError(f"data set {index.bin} is empty; give it documents")
     ids = numpy.memmap(index.bin, dtype=index.dtype, mode="r")
-    ends = (ids[:SAMPLED_TOKENS], ids[-SAMPLED_TOKENS:])
+    ends = _ends(ids)
     smallest, largest = min(int(end.min()) for end in ends), max(int(end.max()) for end in ends)
     if smallest < 0 or largest >= vocab_size:
         raise ConfigError(
@@ -236,3 +242,41 @@ def check_dataset(prefix: str, vocab_size: int) -> Index:
             "--tokenizer-model)"
         )
     return index
+
+
+def _warn_of_overlaps(parts: list[Part]) -> None:
+    """Say that a data set is both trained on and held out."""
+    for one, other in combinations(parts, 2):
+        prefixes = {os.path.realpath(prefix): prefix for prefix in one.prefixes}
+        for prefix in other.prefixes:
+            if os.path.realpath(prefix) in prefixes:
+                _warn(
+                    f"data set {prefix} is in --{one.split.name}-data-path and in "
+                    f"--{other.split.name}-data-path, so {PURPOSES[other.split]} reads what "
+                    f"{PURPOSES[one.split]} reads; hold parts out with tools/split_dataset.py"
+                )
+
+
+def _warn_without_ends(args: Namespace, tokenizer: Tokenizer, indices: list[Index]) -> None:
+    """Say that flags do nothing, because no document has an end."""
+    flags = [dest for dest in USES_OF_ENDS if getattr(args, dest)]
+    if not flags:
+        return
+    given = ", ".join("--" + dest.replace("_", "-") for dest in flags)
+    for index in indices:
+        ids = numpy.memmap(index.bin, dtype=index.dtype, mode="r")
+        if not any((end == tokenizer.eod).any() for end in _ends(ids)):
+            _warn(
+                f"data set {index.prefix} does not hold the end-of-document id {tokenizer.eod} in "
+                f"its first and last tokens, and {given} act at it alone; make it with --append-eod"
+            )
+
+
+def _ends(ids: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    return ids[:SAMPLED_TOKENS], ids[-SAMPLED_TOKENS:]
+
+
+def _warn(message: str) -> None:
+    """One line on stderr, of one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ Megatron-LM. A line with nothing on it is no document. Lines are parsed by orjso
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,13 +41,14 @@ class Document:
         path: of the file.
         unit: `line`, `row`, or none if the file is one document.
         number: of the line or row, from 1; None for a file.
-        content: a JSON object or a text, as bytes, or a row by column.
+        content: a JSON object or a text, as bytes, or a row by column; of a row that cannot be
+            read what is wrong with it.
     """
 
     path: str
     unit: str
     number: int | None
-    content: bytes | dict[str, Any]
+    content: bytes | dict[str, Any] | UnicodeDecodeError
 
     def __str__(self) -> str:
         """How messages name the document."""
@@ -61,6 +62,8 @@ class Document:
         """
         if isinstance(self.content, dict):
             return self.content
+        if isinstance(self.content, UnicodeDecodeError):
+            raise self._not_unicode(self.content)
         if not self.unit:
             return {"text": self._decode(self.content)}
         return self._parse(self.content)
@@ -125,14 +128,17 @@ class Document:
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.fault(
-                f"is not UTF-8 ({error.reason} at byte {error.start})", "convert it to UTF-8"
-            ) from error
+            raise self._not_unicode(error) from error
         if "\0" in text:
             raise self.fault(
                 f"holds a NUL at byte {content.index(0)}, which no text has", "correct or remove it"
             )
         return text
+
+    def _not_unicode(self, error: UnicodeDecodeError) -> DocumentError:
+        return self.fault(
+            f"is not UTF-8 ({error.reason} at byte {error.start})", "convert it to UTF-8"
+        )
 
     def _parse(self, content: bytes) -> dict[str, Any]:
         try:
@@ -156,9 +162,19 @@ class Document:
             reason = f"{error.msg} at character {error.pos}"
         except RecursionError:
             reason = "it is nested too deeply"
-        if 0 in content:
+        if zeros := content.count(0):
             reason = f"it holds a NUL at byte {content.index(0)}"
-        raise self.fault(f"is not JSON ({reason})", "correct or remove it")
+            if zeros > len(content) // 4:
+                reason += ", as UTF-16 text does"
+        if content.strip() in (b"{", b"[", b"[{"):
+            raise self.fault(
+                "is the beginning of JSON over several lines",
+                "write one object on a line: jq -c . of an object, jq -c '.[]' of a list",
+            )
+        remedy = "correct or remove it"
+        if self.number == 1 and content.lstrip()[:1] not in (b"{", b"["):
+            remedy += "; a file that is one text has a name that ends in .txt"
+        raise self.fault(f"is not JSON ({reason})", remedy)
 
 
 def documents_of(block: Block) -> Iterator[Document]:
@@ -174,8 +190,25 @@ def documents_of(block: Block) -> Iterator[Document]:
             if line and not line.isspace():
                 yield Document(path=source.name, unit=source.unit, number=number, content=line)
     else:
-        for number, row in enumerate(block.content.to_pylist(), block.number):
+        for number, row in enumerate(_rows(block.content), block.number):
             yield Document(path=source.name, unit=source.unit, number=number, content=row)
+
+
+def _rows(batch: Any) -> Iterable[dict[str, Any] | UnicodeDecodeError]:
+    """The rows of a `pyarrow.RecordBatch`; what is wrong with those that are not UTF-8."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError:
+        return [_row(batch.slice(number, 1)) for number in range(batch.num_rows)]
+
+
+def _row(batch: Any) -> dict[str, Any] | UnicodeDecodeError:
+    try:
+        row: dict[str, Any] = batch.to_pylist()[0]
+        return row
+    except UnicodeDecodeError as error:
+        return error
 
 
 def read_documents(

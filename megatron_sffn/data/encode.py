@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_sffn.data.blocks import Block, Fault, Position
 from megatron_sffn.data.documents import Document, DocumentError, documents_of
-from megatron_sffn.data.engines import Engine, Ids, Lengths, guarded
+from megatron_sffn.data.engine_base import Engine, Ids, Lengths, guarded
 from megatron_sffn.data.sentences import Splitter
 
 Texts = list[list[str]]

@@ -1,32 +1,38 @@
-"""Ways to the ids of a Megatron tokenizer: the fastest that gives the same ones.
+"""The fastest way to the ids of a Megatron tokenizer.
 
-Enters: a tokenizer that Megatron built, and texts of the input. Leaves: an engine, proved equal to
-it on these texts and on `PROBES`.
+Inputs: a tokenizer that Megatron built, and texts of the input. Outputs: an engine that gives the
+same ids.
 
-Choices
-- `gigatoken` (extra `fast`) looks up pieces of text that it has met before. `tokenizers` is called
-  for many texts at once, without what transformers does for each. `megatron` is the tokenizer.
-- gigatoken never forgets a piece. When its process has grown by `GROWTH_BYTES` it is loaded anew,
-  which takes 40 ms.
-- No engine has threads of its own: the workers are the parallelism.
+Design notes:
+- `gigatoken` (extra `fast`) looks up pieces of text that it has met before, and leaves texts that
+  may come out otherwise to the tokenizer itself. `tokenizers` is called for many texts at once,
+  without what transformers does for each. `megatron` is the tokenizer.
+- That engines give the ids of the tokenizer on a sample is asked for as well, and proves little:
+  what can differ is compared in `equality.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain, islice
-from typing import Any, Protocol
+from itertools import batched
 
 import numpy
-import psutil
-from numpy.typing import NDArray
 
+from megatron_sffn.data.engine_base import (
+    Engine,
+    MegatronEngine,
+    TokenizersEngine,
+    UnusableError,
+    backend_of,
+    guarded,
+)
+from megatron_sffn.data.gigatoken_engine import GigatokenEngine
 from megatron_sffn.data.tokenizer import Tokenizer
 from megatron_sffn.errors import ConfigError
 
-GROWTH_BYTES = 512 << 20
-SPECIAL_TOKENS = 300
-"""Of a tokenizer that engines are compared on; more have no other way to go wrong."""
+SHOWN = 4
+"""Strings that are named."""
+
 PROBES = [
     "",
     " ",
@@ -42,107 +48,6 @@ PROBES = [
     "x" * 300 + " " * 300 + "." * 300 + "\n" * 30,
 ]
 """Texts in which tokenizers differ: spaces, numbers, contractions, scripts, control characters."""
-
-Ids = NDArray[Any]
-Lengths = NDArray[numpy.int64]
-
-
-class Engine(Protocol):
-    """Turns texts into ids."""
-
-    name: str
-
-    def __call__(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
-        """All ids, one text after the other, and their number for each text."""
-
-
-class UnusableError(Exception):
-    """An engine that cannot stand for a tokenizer; the message says why."""
-
-
-class MegatronEngine:
-    """Megatron's tokenizer, text by text."""
-
-    name = "megatron"
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def __call__(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
-        """See `Engine`."""
-        return _join([self._tokenizer.tokenize(text) for text in texts])
-
-
-class TokenizersEngine:
-    """The `tokenizers.Tokenizer` below that of transformers, which is below Megatron's."""
-
-    name = "tokenizers"
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._backend = _fast(tokenizer)
-        self._special = tokenizer._tokenizer.include_special_tokens
-
-    def __call__(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
-        """See `Engine`."""
-        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=self._special)
-        return _join([item.ids for item in encoded])
-
-
-class GigatokenEngine:
-    """gigatoken's byte-level BPE, or its SentencePiece BPE."""
-
-    name = "gigatoken"
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        try:
-            from gigatoken import Tokenizer as Gigatoken
-        except ImportError as error:
-            raise UnusableError("is not installed (pip install gigatoken)") from error
-        self._load: Callable[[], Any]
-        if tokenizer.library == "sentencepiece":
-            self._load = lambda: Gigatoken.from_sentencepiece(tokenizer.path).backend
-        else:
-            content = _fast(tokenizer).to_str()
-            self._load = lambda: Gigatoken.from_json(content).backend
-        self._process = psutil.Process()
-        self._renew()
-        self._before, self._after = self._surroundings(tokenizer)
-
-    def __call__(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
-        """See `Engine`."""
-        if self._resident() > self._limit:
-            self._renew()
-        layout = self._backend.encode_batch(texts, parallel=False).layout
-        return self._surround(
-            numpy.asarray(layout.content.data), numpy.asarray(layout.offsets.data)
-        )
-
-    def _renew(self) -> None:
-        self._backend: Any = None  # frees the former one's memory before there is another
-        self._backend = self._load()
-        self._limit = self._resident() + GROWTH_BYTES
-
-    def _resident(self) -> int:
-        return int(self._process.memory_info().rss)
-
-    def _surroundings(self, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and behind the ids of every text."""
-        whole, inner = list(tokenizer.tokenize("a")), self._backend.encode("a").tolist()
-        for start in range(len(whole) - len(inner) + 1):
-            if whole[start : start + len(inner)] == inner:
-                return whole[:start], whole[start + len(inner) :]
-        raise UnusableError(f"gives {inner} for 'a', not {whole}")
-
-    def _surround(self, ids: Ids, offsets: Lengths) -> tuple[Ids, Lengths]:
-        lengths = numpy.diff(offsets)
-        added = self._before + self._after
-        if not added:
-            return ids, lengths
-        starts, ends = [offsets[:-1]] * len(self._before), [offsets[1:]] * len(self._after)
-        places = numpy.column_stack([*starts, *ends]).ravel()
-        values = numpy.tile(numpy.array(added, ids.dtype), len(lengths))
-        return numpy.insert(ids, places, values), lengths + len(added)
-
 
 MAKERS: dict[str, Callable[[Tokenizer], Engine]] = {
     "gigatoken": GigatokenEngine,
@@ -167,7 +72,7 @@ def choose_engine(
         ConfigError: the engine that is named gives other ids, or is not there.
     """
     reference = MegatronEngine(tokenizer)
-    texts = [*PROBES, *_special_tokens(tokenizer), *sample]
+    texts = [*PROBES, *_added_tokens(tokenizer), *sample]
     reasons = []
     for candidate, make in MAKERS.items():
         if candidate == "megatron":
@@ -181,7 +86,7 @@ def choose_engine(
             reasons.append(f"{candidate} {error}")
             continue
         line = f"ids by {candidate}, which gave those of Megatron's tokenizer on {len(texts)} texts"
-        say("; ".join([line, *reasons]))
+        say("; ".join([line, *_exceptions(engine), *reasons]))
         return engine
     if name not in ("auto", "megatron"):
         raise ConfigError(
@@ -190,16 +95,6 @@ def choose_engine(
         )
     say("; ".join(["ids by Megatron's tokenizer", *reasons]))
     return reference
-
-
-def guarded[Given, Made](call: Callable[[Given], Made], given: Given) -> Made:
-    """The value of a call of a library in Rust, whose panics are no `Exception`."""
-    try:
-        return call(given)
-    except (Exception, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise RuntimeError(f"fails ({error})") from error
 
 
 def _prove(engine: Engine, reference: Engine, texts: Sequence[str]) -> None:
@@ -214,22 +109,19 @@ def _prove(engine: Engine, reference: Engine, texts: Sequence[str]) -> None:
     raise UnusableError("gives other ids for many texts at once")
 
 
-def _fast(tokenizer: Tokenizer) -> Any:
-    """The `tokenizers.Tokenizer` below a tokenizer of Megatron's."""
-    inner = getattr(tokenizer._tokenizer, "tokenizer", None)
-    if (backend := getattr(inner, "backend_tokenizer", None)) is None:
-        raise UnusableError("needs a fast tokenizer of transformers")
-    return backend
+def _exceptions(engine: Engine) -> list[str]:
+    """Texts that an engine leaves to the tokenizer."""
+    if not isinstance(engine, GigatokenEngine) or not (strings := engine.doubtful_strings):
+        return []
+    shown = ", ".join(ascii(string[:20]) for string in strings[:SHOWN])
+    more = f" or {len(strings) - SHOWN} more" if len(strings) > SHOWN else ""
+    return [f"texts with {shown}{more} go to Megatron's tokenizer"]
 
 
-def _special_tokens(tokenizer: Tokenizer) -> list[str]:
+def _added_tokens(tokenizer: Tokenizer) -> list[str]:
+    """Texts with all added tokens, some in each."""
     try:
-        added = islice(_fast(tokenizer).get_added_tokens_decoder().values(), SPECIAL_TOKENS)
-        return [f"a {token.content} b{token.content}" for token in added]
+        added = backend_of(tokenizer).get_added_tokens_decoder().values()
     except UnusableError:
         return []
-
-
-def _join(lists: Sequence[Sequence[int]]) -> tuple[Ids, Lengths]:
-    lengths = numpy.fromiter(map(len, lists), numpy.int64, len(lists))
-    return numpy.fromiter(chain.from_iterable(lists), numpy.int64, int(lengths.sum())), lengths
+    return [" b".join(token.content for token in tokens) for tokens in batched(added, 20)]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from io import FileIO
 
+from megatron_sffn.data.blends import check_weights
 from megatron_sffn.data.datasets import check_same_type, open_datasets
 from megatron_sffn.data.indexed import Index, IndexWriter, open_index, pieces
 from megatron_sffn.data.publish import bin_and_idx, published
@@ -53,13 +54,9 @@ def _weights_and_names(inputs: Sequence[str]) -> tuple[list[float | None], list[
             f"--input {' '.join(inputs)} has weights for some data sets only; give one before "
             "each, or none"
         )
-    for number in numbers[::2]:
-        if not (number or 0) > 0:
-            raise ConfigError(
-                f"--input {' '.join(inputs)} has a weight that is not positive; leave out the data "
-                "sets that are not to be read"
-            )
-    return numbers[::2], list(inputs[1::2])
+    weights = [number or 0.0 for number in numbers[::2]]
+    check_weights("--input", weights)
+    return list(weights), list(inputs[1::2])
 
 
 def _number(value: str) -> float | None:

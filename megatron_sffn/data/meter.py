@@ -11,6 +11,11 @@ import time
 SECONDS = 5.0
 
 
+def say(message: str) -> None:
+    """A line on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
 class Meter:
     """Lines of progress.
 

@@ -122,6 +122,10 @@ def preprocess(
             say(f"going on in {journal.folder}, after {state.documents} documents")
         start = state or State(tokens=(0,) * len(job.keys))
         return _run(job, journal, start, make_encoder, work, say)
+    except KeyboardInterrupt:
+        then = "goes on from the last note of how far it was" if journal.saved else "starts anew"
+        say(f"interrupted; the same command {then}")
+        raise
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -160,7 +164,7 @@ def _run(
             if job.repeatable and time.monotonic() - saved >= SAVE_SECONDS:
                 journal.save(output.sync())
                 saved = time.monotonic()
-        _refuse_no_text(job, journal, output.state)
+        _refuse_no_text(job, journal, output)
         if job.repeatable:
             journal.save(output.sync())
         output.finish()
@@ -255,14 +259,26 @@ def _keep_for_another_try(journal: Journal, output: _Output, say: Say) -> None:
         )
 
 
-def _refuse_no_text(job: Job, journal: Journal, state: State) -> None:
+def _refuse_no_text(job: Job, journal: Journal, output: _Output) -> None:
+    """Refuse a data set without a token; the reasons are in the sentence, as no report stays."""
+    state = output.state
     for key, tokens in zip(job.keys, state.tokens, strict=True):
-        if not tokens:
-            journal.discard()
-            raise ConfigError(
-                f"the input holds {state.documents} documents and no text under {key!r}; "
-                "give files with text"
-            )
+        if tokens:
+            continue
+        message = f"the input holds {state.documents} documents and no text under {key!r}"
+        if state.skipped:
+            output.sync()
+            reasons = list_reasons(journal.folder / job.report.name)
+            left = "all" if not state.documents else "the other"
+            message = f"{message}, and {left} {state.skipped} were left out ({reasons})"
+        journal.discard()
+        raise ConfigError(f"{message}; give files with text")
+
+
+def list_reasons(report: Path) -> str:
+    """Why documents were left out, and how many for each reason."""
+    reasons = count_reasons(report).most_common()
+    return ", ".join(f"{count} {reason}" for reason, count in reasons)
 
 
 def count_reasons(report: Path) -> Counter[str]:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sffn.data.encode import Encoder
-from megatron_sffn.data.engines import PROBES, MegatronEngine, choose_engine
+from megatron_sffn.data.engine_base import MegatronEngine, dropout_of
+from megatron_sffn.data.engines import PROBES, choose_engine
 from megatron_sffn.data.sentences import Splitter, load_splitter
-from megatron_sffn.data.tokenizer import Tokenizer, changed_text, load_tokenizer
+from megatron_sffn.data.tokenizer import Tokenizer, changed_text, load_tokenizer, rebuilt
+from megatron_sffn.errors import ConfigError
 
 ROUND_TRIPS, ROUND_TRIP_LENGTH = 25, 2000
 
@@ -51,7 +53,10 @@ class Recipe:
         split = None
         if self.language is not None:
             split = load_splitter(self.language, keep_newlines=self.keep_newlines)
-        return load_tokenizer(self.tokenizer, need_eod=self.append_eod), split
+        tokenizer = load_tokenizer(self.tokenizer, need_eod=self.append_eod)
+        if difference := rebuilt(tokenizer, self.tokenizer.tokenizer_model):
+            raise ConfigError(difference)
+        return tokenizer, split
 
     def encoder(self, loaded: Loaded, sample: Sequence[str], say: Callable[[str], None]) -> Encoder:
         """An encoder.
@@ -67,6 +72,11 @@ class Recipe:
         from megatron.core.datasets.indexed_dataset import DType
 
         tokenizer, split = loaded
+        if dropout_of(tokenizer):
+            say(
+                "warning: the tokenizer leaves out merges at random (dropout in tokenizer.json), "
+                "so the same text has other ids each time; set it to null there"
+            )
         engine = choose_engine(tokenizer, sample, self.engine, say)
         _warn_of_changes(tokenizer, sample, say)
         return Encoder(

@@ -8,16 +8,19 @@ Choices
   order and version of the corpus, on any machine, and its exact copies land there too.
 - Shares are relative, as in Megatron's `--split`; of N documents a part gets its share up to
   chance, about 1/sqrt(N p) of it.
+- Shares of bytes need a first pass, which moves the bounds of the hashes to where the bytes before
+  them have the asked size. Documents then change their part only where a bound moves.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy
 
 from megatron_sffn.data.blocks import read_blocks
-from megatron_sffn.data.documents import DocumentError, documents_of
+from megatron_sffn.data.documents import DocumentError, documents_of, read_documents
 from megatron_sffn.data.indexed import Index, IndexWriter, Lengths, pieces
 from megatron_sffn.data.lines import as_line
 from megatron_sffn.data.publish import bin_and_idx, published
@@ -33,6 +36,8 @@ from megatron_sffn.data.sources import Source
 from megatron_sffn.errors import ConfigError
 
 HASH_BYTES = 8
+SEEDS = 1 << (8 * hashlib.blake2b.SALT_SIZE)
+"""Number of seeds that the salt of the hash can tell apart."""
 BUFFER_BYTES = 1 << 20
 
 
@@ -52,17 +57,49 @@ class Parts:
 
     def of(self, content: bytes) -> int:
         """The part of a document."""
+        return bisect_right(self.bounds, self.hash(content))
+
+    def hash(self, content: bytes) -> int:
+        """What decides on the part of a document."""
         salt = self.seed.to_bytes(hashlib.blake2b.SALT_SIZE, "little")
         digest = hashlib.blake2b(content, digest_size=HASH_BYTES, salt=salt).digest()
-        return bisect_right(self.bounds, int.from_bytes(digest, "big"))
+        return int.from_bytes(digest, "big")
+
+    def by_bytes(self, contents: Iterable[bytes]) -> Parts:
+        """The same shares, of bytes: with bounds for these documents.
+
+        Args:
+            contents: of all documents; 16 bytes are kept of each.
+        """
+        hashes, sizes = array("Q"), array("Q")
+        for content in contents:
+            hashes.append(self.hash(content))
+            sizes.append(len(content))
+        values = numpy.frombuffer(hashes, numpy.uint64)
+        distinct, groups = numpy.unique(values, return_inverse=True)
+        weights = numpy.frombuffer(sizes, numpy.uint64).astype(numpy.float64)
+        before = numpy.concatenate([[0.0], numpy.bincount(groups, weights).cumsum()])
+        bounds: list[int] = []
+        first = 0  # document of the part, in the order of the hashes
+        for number, bound in enumerate(self.bounds):
+            # Each part has a document, if there are as many.
+            first, last = first + 1, len(distinct) - (len(self.bounds) - number)
+            wanted = before[-1] * (bound / 2 ** (8 * HASH_BYTES))
+            if first <= last:
+                first += int(numpy.abs(before[first : last + 1] - wanted).argmin())
+            bounds.append(int(distinct[min(first, len(distinct) - 1)]) if len(distinct) else bound)
+        return replace(self, bounds=tuple(bounds))
 
 
 def parse_parts(given: str, seed: int) -> Parts:
     """Parts from `train=0.98,valid=0.01,test=0.01`.
 
     Raises:
-        ConfigError: it is not of that form, a name occurs twice, or a share is not positive.
+        ConfigError: it is not of that form, a name occurs twice, a share is not positive, or the
+            seed is too large or negative.
     """
+    if not 0 <= seed < SEEDS:
+        raise ConfigError(f"--seed {seed} is not within 0 and {SEEDS - 1}; give another number")
     pairs = [item.partition("=") for item in given.split(",")]
     names = tuple(name for name, _, _ in pairs)
     if not all(re.fullmatch(r"[\w-]+", name, re.ASCII) for name in names):
@@ -187,6 +224,23 @@ def split_datasets(
         for output in outputs:
             output.finish()
     return counts
+
+
+def text_contents(sources: Sequence[Source], key: str) -> Iterator[bytes]:
+    """What decides on the part of each document of text.
+
+    Raises:
+        ConfigError: a document is wrong.
+    """
+    for document in read_documents(sources, columns=[key]):
+        (text,) = document.texts([key])
+        yield text.encode()
+
+
+def dataset_contents(indices: Sequence[Index]) -> Iterator[bytes]:
+    """What decides on the part of each document of data sets."""
+    for index in indices:
+        yield from (content for content, _ in _documents(index))
 
 
 class _Pair:

@@ -19,6 +19,15 @@ from typing import Any, Protocol
 
 from megatron_sffn.errors import ConfigError
 
+PARTS_OF_IDS = ("normalizer", "pre_tokenizer", "post_processor")
+REBUILT_PROBES = (
+    "In 2023 and 650841823, it's 1,000.50 DON'T we'll",
+    "  leading, double   and trailing  \n\n\ttabs\r\n",
+    "Grüße, e\u0301 ÉCOLE, ﬁ ½ 日本語 한국어 हिन्दी 🦙 \u00a0\u3000",
+    "snake_case camelCase HTTPServer $%&*()[]{}<>|~^`@#!?;:",
+)
+"""Texts on which pre-tokenizers and normalizers differ."""
+
 
 class Tokenizer(Protocol):
     """What is needed of a tokenizer that Megatron built."""
@@ -73,12 +82,64 @@ def load_tokenizer(args: argparse.Namespace, *, need_eod: bool = False) -> Token
         raise ConfigError(
             f"{chosen} cannot be loaded ({reason}); check the tokenizer flags"
         ) from error
-    if eod is None:
+    if eod is None or eod < 0:  # SentencePiece says -1
         raise ConfigError(
             f"{chosen} has no end-of-document token; leave out --append-eod, or name one as "
             "eos_token in tokenizer_config.json"
         )
     return tokenizer
+
+
+def rebuilt(tokenizer: Tokenizer, model: str | None) -> str | None:
+    """How a tokenizer differs from its `tokenizer.json`, if transformers did not take it from that.
+
+    transformers 5 has classes that build a tokenizer from vocabulary and merges, with a normalizer,
+    a pre-tokenizer and a post-processor of their own. A file may name such a class and mean others.
+
+    Args:
+        tokenizer: what Megatron built.
+        model: `--tokenizer-model`.
+
+    Returns:
+        A sentence without an end; None if no difference was seen.
+    """
+    wrapped = getattr(tokenizer._tokenizer, "tokenizer", None)
+    backend = getattr(wrapped, "backend_tokenizer", None)
+    file = Path(model or "")
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if backend is None or file.name != "tokenizer.json" or not file.is_file():
+        return None
+    written, built = json.loads(file.read_bytes()), json.loads(backend.to_str())
+    if all(written.get(part) == built[part] for part in PARTS_OF_IDS):
+        return None
+    if built["model"].get("dropout"):  # each call has other ids
+        return None
+    from tokenizers import Tokenizer as Backend
+
+    given = Backend.from_file(str(file))
+    given.no_truncation()
+    given.no_padding()
+    given.encode_special_tokens = backend.encode_special_tokens
+    # A user who sets one of these means another post-processor than the file has.
+    config = _json_of(file.with_name("tokenizer_config.json"))
+    special = not any(name in config for name in ("add_bos_token", "add_eos_token"))
+    for text in [*REBUILT_PROBES, *(token["content"] for token in written.get("added_tokens", []))]:
+        right, wrong = (
+            one.encode(text, add_special_tokens=special).ids for one in (given, backend)
+        )
+        if right != wrong:
+            return (
+                f"--tokenizer-model {model} has the class {type(wrapped).__name__}, for which "
+                f"transformers gives {wrong[:8]} for {text[:20]!a}, but its tokenizer.json gives "
+                f'{right[:8]}; write "tokenizer_class": "PreTrainedTokenizerFast" in '
+                "tokenizer_config.json"
+            )
+    return None
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
+    return content
 
 
 def localize_tokenizer(args: argparse.Namespace) -> None:

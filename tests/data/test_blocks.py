@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import tracemalloc
 from pathlib import Path
@@ -10,13 +13,15 @@ from typing import Any
 
 import pyarrow
 import pytest
+from backports import zstd
 from pyarrow import parquet
 
 from megatron_sffn.data import blocks
 from megatron_sffn.data import parquet as rows
 from megatron_sffn.data.blocks import Block, Position, read_blocks
 from megatron_sffn.data.documents import documents_of
-from megatron_sffn.data.sources import PACKINGS, find_sources
+from megatron_sffn.data.packings import PACKINGS
+from megatron_sffn.data.sources import find_sources
 
 TEXTS = [f"document {number} " + "abc " * (number % 50) for number in range(2000)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -143,6 +148,57 @@ def test_an_archive_that_is_none(tmp_path: Path, packing: str) -> None:
     path.write_bytes(LINES)
     (block,) = read(str(path))
     assert f"{path} is truncated or damaged after line 0 (" in str(block.fault)
+
+
+@pytest.mark.parametrize("packing", [".xz", ".bz2"])
+def test_what_follows_a_stream(tmp_path: Path, packing: str) -> None:
+    library: Any = PACKINGS[packing]
+    path = tmp_path / f"a.jsonl{packing}"
+    first, second = (library.compress(lines) for lines in (LINES[:1000], LINES[1000:]))
+    path.write_bytes(first + bytes(70_000 * 4) + second + bytes(8))
+    found = read(str(path))
+    assert texts_of(found) == TEXTS
+    for block in found[::3]:
+        assert texts_of(read(str(path), start=block.end)) == TEXTS[block.end.number :]
+    path.write_bytes(first + second + b"what is no stream")
+    *found, last = read(str(path))
+    assert texts_of(found) == TEXTS
+    assert f"{path} is truncated or damaged after line 2000 (" in str(last.fault)
+    if packing == ".xz":
+        path.write_bytes(first + bytes(3) + second)
+        assert "after line" in str(read(str(path))[-1].fault)
+
+
+def test_a_window_of_two_gigabytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    options = {zstd.CompressionParameter.window_log: 31}
+    path.write_bytes(b"")
+    compressor = zstd.ZstdCompressor(options=options)  # of a pipe: it does not know the length
+    path.write_bytes(compressor.compress(LINES) + compressor.flush())
+    assert texts_of(read(str(path))) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (
+            "a.jsonl",
+            gzip.compress(LINES),
+            "is gzip by its first bytes; give it a name that ends",
+        ),
+        ("a.jsonl.zstd", zstd.compress(LINES), "is zstd by its first bytes; give it a name that"),
+        ("A.JSONL.XZ", lzma.compress(LINES), "is xz by its first bytes; give it a name that ends"),
+        ("a.txt", bz2.compress(LINES), "is bzip2 by its first bytes; give it a name that ends in"),
+        ("a.jsonl", "text".encode("utf-16"), "is UTF-16 by its first bytes; convert it: iconv -f"),
+        ("a.txt.gz", gzip.compress("text".encode("utf-16")), "is UTF-16 by its first bytes; conv"),
+    ],
+)
+def test_a_file_of_another_format(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    other = write(tmp_path / "b.jsonl")
+    first, *rest = read(str(tmp_path / name), other)
+    assert f"{name} {sentence}" in str(first.fault)
+    assert texts_of(rest) == TEXTS
 
 
 def test_a_damaged_row_group(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import signal
 import time
 from argparse import Namespace
@@ -17,7 +18,7 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import MockGPTDataset
 
-from megatron_sffn.data import cache
+from megatron_sffn.data import cache, stale_index
 from megatron_sffn.data.cache import Request, complete, complete_everywhere, index_sets
 from megatron_sffn.data.gpt import dataset_request
 from megatron_sffn.data.tokenizer import load_tokenizer
@@ -157,6 +158,45 @@ def test_files_of_a_data_set_that_was_made_anew(folder: Path, ask: Ask) -> None:
     train, _, _ = by_megatron(request)
     assert train.document_index.max() == 55  # of 56 documents, 80 %
     assert len(train) == len(train.shuffle_index) >= SIZES[0]
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_files_of_the_same_documents_in_another_order(
+    folder: Path, ask: Ask, renamed: bool
+) -> None:
+    request = ask(str(folder / "a"), data_cache_path=str(folder / "cache"))
+    documents = random_documents(150, ord("a"))
+    random.Random(0).shuffle(documents)
+    if renamed:  # made before the index, and older
+        write_dataset(folder / "new", documents)
+        os.utime(folder / "new.idx", (1, 1))
+    complete(request)
+    if renamed:
+        for ending in (".bin", ".idx"):
+            (folder / f"new{ending}").replace(folder / f"a{ending}")
+    else:
+        write_dataset(folder / "a", documents)
+    assert complete(request) == (3, 3)
+    train, valid, test = by_megatron(request)
+    assert all(
+        len(part[number]["tokens"]) == 16 for part in (train, valid, test) for number in (0, 5)
+    )
+    kept = files(folder / "cache")
+    for path in (folder / "cache").iterdir():
+        path.unlink()
+    complete(request)
+    assert files(folder / "cache") == kept
+
+
+def test_files_of_a_data_set_that_was_copied_stay(
+    folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = ask(str(folder / "a"), data_cache_path=str(folder / "cache"))
+    complete(request)
+    for path in folder.glob("a.*"):
+        path.write_bytes(path.read_bytes())
+    monkeypatch.setattr(stale_index, "PIECE", 7)
+    assert complete(request) == (3, 0)
 
 
 def test_what_a_kill_leaves_is_no_cache(

@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_sffn.data import check
 from megatron_sffn.data.check import REFUSED, check_data, check_dataset
 from megatron_sffn.errors import ConfigError
-from tests.data.runs import VOCAB, namespace, write_dataset
+from tests.data.runs import END, VOCAB, namespace, write_dataset
 
 Write = Callable[..., str]
 Arguments = Callable[..., Namespace]
@@ -199,21 +199,84 @@ def test_a_weight_that_is_not_positive(arguments: Arguments, write: Write, weigh
         check_data(arguments(data_path=["1", write("a"), weight, write("b")]))
 
 
+@pytest.mark.parametrize("weights", [("inf", "1"), ("1e400", "1"), ("1e308", "1e308")])
+def test_weights_without_a_sum(
+    arguments: Arguments, write: Write, weights: tuple[str, str]
+) -> None:
+    blend = [weights[0], write("a"), weights[1], write("b")]
+    for flag in ("data_path", "train_data_path"):
+        with pytest.raises(ConfigError, match=r"has weights without a finite sum; give smaller"):
+            check_data(arguments(**{flag: blend}))
+
+
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("flag", "content", "sentence"),
     [
-        ({"data_path": ["a", "b", "1", "c"]}, "AssertionError"),
-        ({"data_args_path": "no-such-file"}, "no-such-file"),
-        ({"per_split_data_args_path": "no-such-file"}, "no-such-file"),
-        ({"per_split_data_args_path": "/dev/null"}, "JSONDecodeError"),
+        ("data_args_path", None, r"FILE cannot be read \(No such file"),
+        ("data_args_path", "", r"FILE is empty; give PREFIX, or"),
+        ("data_args_path", "# a list\nset", "FILE holds #, and every word .*; remove them"),
+        ("data_args_path", "1 'set'", "FILE holds 'set', and every word .*; remove them"),
+        ("data_args_path", "0.5 set other", r"some data sets only \(0.5 is one\); give one before"),
+        ("data_args_path", "set 0.5 other last", r"some data sets only \(0.5 is one\); give"),
+        ("per_split_data_args_path", None, r"FILE cannot be read \(No such file"),
+        ("per_split_data_args_path", "", r"FILE is not JSON .*; write"),
+        ("per_split_data_args_path", "[]", r"FILE has no 'train', 'valid', 'test'; write"),
+        (
+            "per_split_data_args_path",
+            '{"train": ["set"], "valid": null}',
+            "FILE has no 'test'; write .*, with null where a split has no data",
+        ),
+        (
+            "per_split_data_args_path",
+            '{"train": [0.5, "set"], "valid": null, "test": null}',
+            "FILE has under 'train' no list of strings; write weights as strings",
+        ),
     ],
 )
-def test_lists_that_cannot_be_read(arguments: Arguments, given: dict[str, Any], named: str) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"cannot be read .*{named}.*; give --data-path PREFIX"
-    ) as error:
-        check_data(arguments(**given))
+def test_lists_that_cannot_be_read(
+    arguments: Arguments, tmp_path: Path, flag: str, content: str | None, sentence: str
+) -> None:
+    file = tmp_path / "list"
+    if content is not None:
+        file.write_text(content)
+    named = f"--{flag.replace('_', '-')} {file}"
+    with pytest.raises(ConfigError, match=sentence.replace("FILE", named)) as error:
+        check_data(arguments(**{flag: str(file)}))
     assert "\n" not in str(error.value)
+
+
+def test_weights_for_some_sets_of_a_flag(arguments: Arguments) -> None:
+    with pytest.raises(ConfigError, match=r"--data-path has weights for some .* \(1 is one\)"):
+        check_data(arguments(data_path=["a", "b", "1", "c"]))
+
+
+def test_a_data_set_that_is_trained_on_and_held_out(
+    arguments: Arguments, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = write("one"), write("other")
+    check_data(arguments(train_data_path=[one], valid_data_path=[other]))
+    assert capsys.readouterr().err == ""
+    roundabout = f"{tmp_path}/../{tmp_path.name}/one"
+    check_data(arguments(train_data_path=["1", one, "1", other], valid_data_path=[roundabout]))
+    assert (
+        f"warning: data set {roundabout} is in --train-data-path and in --valid-data-path, so"
+        in (capsys.readouterr().err)
+    )
+
+
+def test_flags_of_ends_that_no_document_has(
+    arguments: Arguments, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_ends, without = write("with", [1, 2, END], [3]), write("without", [1, 2, 3])
+    check_data(arguments(data_path=[with_ends], eod_mask_loss=True))
+    check_data(arguments(data_path=[without]))
+    assert capsys.readouterr().err == ""
+    check_data(arguments(data_path=[without], eod_mask_loss=True, reset_attention_mask=True))
+    assert (
+        f"warning: data set {without} does not hold the end-of-document id {END} in its first and "
+        "last tokens, and --reset-attention-mask, --eod-mask-loss act at it alone; make it with "
+        "--append-eod\n" == capsys.readouterr().err
+    )
 
 
 def test_nothing_is_written(arguments: Arguments, write: Write, tmp_path: Path) -> None:
@@ -323,7 +386,9 @@ def test_training_needs_a_share(arguments: Arguments, write: Write) -> None:
     check_data(arguments(valid_data_path=[prefix], skip_train=True, eval_iters=5))
 
 
-@pytest.mark.parametrize("split", ["0,0,0", "none", "1,1,1,1", "1.2.3,1,1"])
+@pytest.mark.parametrize(
+    "split", ["0,0,0", "none", "1,1,1,1", "1.2.3,1,1", "nan,1,1", "inf,1,1", "1e2,1,1"]
+)
 def test_shares_that_are_none(arguments: Arguments, write: Write, split: str) -> None:
     with pytest.raises(ConfigError, match=f"--split {split} cannot be used; give the shares"):
         check_data(arguments(data_path=[write()], split=split))

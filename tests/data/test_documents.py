@@ -51,7 +51,9 @@ def test_several_keys_and_lists() -> None:
         (b"plain text", r"is not JSON \(Expecting value at character 0\)"),
         (b'{"text": "\xff"}', r"is not JSON \(it is not UTF-8 at byte 10\)"),
         (b'{"text": "a\x00b"}', r"is not JSON \(it holds a NUL at byte 11\)"),
-        (b"\x00\x00\x00", r"is not JSON \(it holds a NUL at byte 0\)"),
+        (b"\x00\x00\x00", r"is not JSON \(it holds a NUL at byte 0, as UTF-16 text does\)"),
+        (b"{", r"is the beginning of JSON over several lines; write one object on a line: jq -c"),
+        (b" [ \r", r"is the beginning of JSON over several lines"),
         (b"[" * 100_000, r"is not JSON \(it is nested too deeply\)"),
         (b'["x"]', r'is a JSON list, not an object; write \{"text": "..."\} on every line'),
         (b'"x"', "is a JSON str, not an object"),
@@ -78,16 +80,16 @@ def test_lines_that_cannot_be_used(content: bytes, reason: str) -> None:
     ("content", "reason"),
     [
         (b"a\xff", r"is not UTF-8 \(invalid start byte at byte 1\); convert it to UTF-8"),
-        ("a".encode("utf-16"), "is not UTF-8"),
+        ("a".encode("utf-16"), "is UTF-16 by its first bytes; convert it"),
         ("a".encode("utf-16-le"), "holds a NUL at byte 1, which no text has"),
     ],
 )
 def test_texts_that_cannot_be_used(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    (document,) = read_documents(find_sources([str(path)], ["text"]))
     with pytest.raises(DocumentError, match=f"^{path} {reason}"):
-        document.texts(["text"])
+        for document in read_documents(find_sources([str(path)], ["text"])):
+            document.texts(["text"])
 
 
 def test_a_text_is_found_under_any_key(tmp_path: Path) -> None:
@@ -117,6 +119,26 @@ def test_rows(tmp_path: Path, kind: pyarrow.DataType) -> None:
             document.texts(["text"])
     (first, *_) = read_documents(find_sources([str(path)], ["text"]))
     assert first.record().keys() == {"text", "n"}
+
+
+def test_a_row_that_is_not_unicode(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    offsets = pyarrow.array([b"ok", b"caf\xe9", b"e\0nd"]).buffers()
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 3, offsets)
+    parquet.write_table(pyarrow.table({"text": column}), path)
+    first, second, third = read_documents(find_sources([str(path)], ["text"]))
+    assert first.texts(["text"]) + third.texts(["text"]) == ["ok", "e\0nd"]
+    for ask in (lambda: second.texts(["text"]), second.record):
+        with pytest.raises(
+            DocumentError, match=rf"row 2 of {path} is not UTF-8 \(.* at byte 3\); convert it"
+        ):
+            ask()
+
+
+def test_a_first_line_of_plain_text() -> None:
+    document = Document(path="a", unit="line", number=1, content=b"plain")
+    with pytest.raises(DocumentError, match=r"; a file that is one text has a name .* in \.txt"):
+        document.record()
 
 
 def test_rows_of_lists_and_numbers(tmp_path: Path) -> None:

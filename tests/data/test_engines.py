@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from megatron_sffn.data import engines
-from megatron_sffn.data.engines import GigatokenEngine, MegatronEngine, choose_engine
+from megatron_sffn.data import engines, gigatoken_engine
+from megatron_sffn.data.engine_base import MegatronEngine
+from megatron_sffn.data.engines import choose_engine
+from megatron_sffn.data.gigatoken_engine import GigatokenEngine
 from megatron_sffn.data.tokenizer import load_tokenizer
 from megatron_sffn.errors import ConfigError
 from tests.data import made_tokenizers
@@ -146,7 +148,7 @@ def test_an_engine_that_cannot_be(tmp_path: Path) -> None:
 
 def loads_of_new_words(folder: Path) -> int:
     """How often gigatoken is loaded anew over 200,000 words that it has not met."""
-    engines.GROWTH_BYTES = 5 << 20
+    gigatoken_engine.GROWTH_BYTES = 5 << 20
     tokenizer = load(folder, "byte_level")
     engine = GigatokenEngine(tokenizer)
     load_anew, loads = engine._load, []

@@ -389,6 +389,21 @@ def test_interrupted(
     assert files_of(tmp_path) == expected
 
 
+def test_interrupted_before_the_first_note(
+    tmp_path: Path,
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preprocess, "sample_texts", interrupt)
+    assert preprocess_data.main(command) == 130
+    assert "interrupted; the same command starts anew" in capfd.readouterr().err
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> None:
     import tracemalloc
 

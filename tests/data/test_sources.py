@@ -9,7 +9,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_sffn.data.sources import KINDS, PACKINGS, find_sources, total_size
+from megatron_sffn.data.packings import PACKINGS
+from megatron_sffn.data.sources import KINDS, find_sources, total_size
 from megatron_sffn.errors import ConfigError
 
 
@@ -54,6 +55,49 @@ def test_a_folder_gives_what_is_text_sorted(tmp_path: Path) -> None:
     touch(tmp_path, "notes.md", "f.bin", ".hidden.jsonl", ".git/g.txt", "h.jsonl.part")
     (tmp_path / "empty.txt").mkdir()
     assert paths([str(tmp_path)]) == sorted([*named, str(tmp_path / "p.parquet")])
+
+
+def test_a_folder_behind_a_link_is_read_once(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    named = touch(data, "a.jsonl", "own/b.jsonl")
+    touch(tmp_path / "elsewhere", "c.jsonl", "deep/d.jsonl")
+    (data / "sub").symlink_to(tmp_path / "elsewhere")
+    (data / "again").symlink_to(data / "own")
+    (data / "loop").symlink_to(data)
+    (tmp_path / "elsewhere" / "back").symlink_to(data)
+    linked = [str(data / "sub" / name) for name in ("c.jsonl", "deep/d.jsonl")]
+    assert paths([str(data)]) == sorted([*named, *linked])
+
+
+def test_files_that_are_left_alone_are_counted(tmp_path: Path) -> None:
+    named = touch(tmp_path, "a.jsonl")
+    touch(tmp_path, "x.JSONL", "x.jsonl.lz4", "b/y.csv", "b/z.csv", "LICENSE", ".hidden")
+    (tmp_path / "gone.jsonl").symlink_to("nowhere")
+    said: list[str] = []
+    assert [one.path for one in find_sources([str(tmp_path)], ["text"], said.append)] == named
+    (line,) = said
+    assert line.startswith(f"--input {tmp_path}: 6 files are left alone (2 .csv, ")
+    assert {"1 .JSONL", "1 .lz4", "1 no ending", "1 broken link"} < set(
+        line.partition("(")[2].partition(")")[0].split(", ")
+    )
+    said.clear()
+    find_sources([str(tmp_path / "a.jsonl")], ["text"], said.append)
+    assert said == []
+
+
+def test_names_without_an_ending_are_text_if_no_name_has_one(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("ä note")
+    (tmp_path / "part-0001").write_text('\n {"text": "a line"}\n')
+    (tmp_path / "image").write_bytes(b"\x89PNG\0")
+    (tmp_path / "latin").write_bytes(b"caf\xe9" + b" " * 10)
+    (tmp_path / "_SUCCESS").touch()
+    found = find_sources([str(tmp_path)], ["text"])
+    assert [(Path(one.path).name, one.kind) for one in found] == [
+        ("notes", "text"),
+        ("part-0001", "lines"),
+    ]
+    touch(tmp_path, "a.jsonl")
+    assert paths([str(tmp_path)]) == [str(tmp_path / "a.jsonl")]
 
 
 def test_globs(tmp_path: Path) -> None:

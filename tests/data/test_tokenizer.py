@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import subprocess
@@ -10,8 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 
-from megatron_sffn.data.tokenizer import changed_text, load_tokenizer, localize_tokenizer
+from megatron_sffn.data.recipe import Recipe
+from megatron_sffn.data.tokenizer import (
+    changed_text,
+    load_tokenizer,
+    localize_tokenizer,
+    rebuilt,
+)
 from megatron_sffn.errors import ConfigError
 from tests.data import made_tokenizers
 from tests.data.made_tokenizers import KINDS, TEXTS, arguments
@@ -73,6 +81,68 @@ def test_a_change_of_text_is_found(tmp_path: Path) -> None:
     lossy = load_tokenizer(arguments(made_tokenizers.lossy(tmp_path)))
     assert changed_text(lossy, ["fine words", "some  spaces"]) == (" spaces", "spaces")
     assert changed_text(lossy, ["words word"]) is None
+
+
+def recipe(args: argparse.Namespace) -> Recipe:
+    """Of plain documents."""
+    return Recipe(
+        tokenizer=args,
+        keys=("text",),
+        language=None,
+        keep_newlines=False,
+        append_eod=True,
+        engine="auto",
+    )
+
+
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_a_class_that_is_not_that_of_the_file(tmp_path: Path, lowercase: bool) -> None:
+    folder = Path(made_tokenizers.byte_level(tmp_path, vocab_size=600)[-1])
+    file = folder / "tokenizer.json"
+    made = Tokenizer.from_file(str(file))
+    if lowercase:
+        made.normalizer = normalizers.Lowercase()
+    else:
+        digits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")
+        bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_of])
+    trained = [str(number) for number in range(2000, 2030)] + ["in 2023"] * 9
+    made.train_from_iterator(trained, trainers.BpeTrainer(vocab_size=600, show_progress=False))
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(file))
+    config = folder / "tokenizer_config.json"
+
+    def load(name: str) -> Recipe:
+        config.write_text(json.dumps({"tokenizer_class": name, "eos_token": "<|endoftext|>"}))
+        return recipe(arguments(made_tokenizers.hugging_face(folder)))
+
+    right = load("PreTrainedTokenizerFast").load()[0]
+    assert rebuilt(right, str(folder)) is None
+    assert right.tokenize("In 2023") == Tokenizer.from_file(str(file)).encode("In 2023").ids
+    other = load("GPT2Tokenizer")
+    with pytest.raises(ConfigError, match=r"has the class GPT2Tokenizer, .* tokenizer.json gives"):
+        other.load()
+    # A run decodes with it, and has been doing so.
+    assert "PreTrainedTokenizerFast" in (rebuilt(load_tokenizer(other.tokenizer), str(file)) or "")
+
+
+def test_a_model_without_an_end_of_document(tmp_path: Path) -> None:
+    flags = made_tokenizers._sentence_piece(tmp_path, model_type="bpe", eos_id=-1)
+    assert load_tokenizer(arguments(flags)).eod == -1
+    with pytest.raises(ConfigError, match="has no end-of-document token; leave out --append-eod"):
+        load_tokenizer(arguments(flags), need_eod=True)
+
+
+def test_a_tokenizer_that_leaves_out_merges(tmp_path: Path) -> None:
+    flags = made_tokenizers.byte_level(tmp_path)
+    file = Path(flags[-1]) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(content))
+    made, said = recipe(arguments(flags)), []
+    made.encoder(made.load(), ["text"], said.append)
+    assert said[0].startswith("warning: the tokenizer leaves out merges at random (dropout")
+    assert "ids by Megatron's tokenizer; gigatoken cannot follow BPE dropout (0.5)" in said[1]
 
 
 def bad(tmp_path: Path, *flags: str) -> argparse.Namespace:

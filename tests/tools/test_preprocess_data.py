@@ -368,11 +368,18 @@ def test_no_text(tmp_path, records, tokenizer_folder, write_lines):
 
 def test_all_documents_are_bad(tmp_path, tokenizer_folder, write_lines):
     source = write_lines(tmp_path / "a.jsonl", [{"body": "a"}] * 3)
-    with pytest.raises(ConfigError, match="holds 0 documents and no text under 'text'"):
+    sentence = r"no text under 'text', and all 3 were left out \(3 has no key 'text'\); give files"
+    with pytest.raises(ConfigError, match=sentence):
         preprocess_data.main(
             flags(source, tmp_path / "out", tokenizer_folder, "--on-error", "skip")
         )
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_closed_standard_input(tmp_path, tokenizer_folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigError, match="--input - is standard input, which is closed; pipe"):
+        preprocess_data.main(flags("-", tmp_path / "out", tokenizer_folder))
 
 
 def test_no_tokenizer(tmp_path, write_lines):

@@ -54,6 +54,59 @@ NAMES = ("train", "valid", "test")
 PARTS = ("--parts", "train=0.8,valid=0.1,test=0.1")
 
 
+@pytest.mark.parametrize("tokenized", [False, True])
+def test_shares_of_bytes(tmp_path: Path, tokenized: bool) -> None:
+    rng = random.Random(0)
+    lengths = [int(10 ** rng.uniform(1, 4)) for _ in range(400)]
+    if tokenized:
+        documents = [[[*rng.choices(range(100), k=length)]] for length in lengths]
+        source = write_pair(tmp_path / "a", documents)
+        flags = ("--tokenized",)
+    else:
+        records = [{"text": f"{number} " + "x" * length} for number, length in enumerate(lengths)]
+        source, flags = write(tmp_path / "a.jsonl", [*records, *records[:50]]), ()
+    command = ["--input", source, *flags, *PARTS, "--by", "bytes"]
+    assert run(*command, "--output-prefix", tmp_path / "out") == 0
+    ending = "bin" if tokenized else "jsonl"
+    sizes = [(tmp_path / f"out_{name}.{ending}").stat().st_size for name in NAMES]
+    shares = [size / sum(sizes) for size in sizes]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
+    if not tokenized:
+        # Copies stay together, and nothing is lost.
+        parts = texts_of(tmp_path, "out", NAMES)
+        assert sum(map(len, parts.values())) == 450
+        assert len({text for part in parts.values() for text in set(part)}) == 400
+        assert sum(len(set(part)) for part in parts.values()) == 400
+
+
+def test_a_part_of_few_large_documents_is_not_empty(tmp_path: Path) -> None:
+    records = [{"text": "x" * 10**number} for number in range(1, 6)]
+    source = write(tmp_path / "a.jsonl", records)
+    for seed in range(5):
+        given = (
+            "--by",
+            "bytes",
+            "--seed",
+            seed,
+            "--overwrite",
+            "--output-prefix",
+            tmp_path / "out",
+        )
+        assert run("--input", source, *PARTS, *given) == 0
+
+
+def test_a_reader_of_the_output_that_ends(tmp_path: Path, start_tool: Any) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    process = start_tool(
+        "split_dataset.py", "--input", source, "--output-prefix", tmp_path / "out", *PARTS
+    )
+    process.stdout.close()
+    with process.stderr as errors:
+        assert errors.read() == ""
+    assert process.wait() == 141
+    assert (tmp_path / "out_test.jsonl").exists()
+
+
 def test_the_command(tmp_path: Path, start_tool: Any) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": text, "n": [1]} for text in TEXTS])
     process = start_tool(
@@ -157,7 +210,11 @@ def test_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: An
         ("--parts a=1,b=1/0", "has a share that is no positive number"),
         ("--parts a=1,b=inf", "has a share that is no positive number"),
         ("--parts a=1,b=1e-9", "the part b would be empty: of 4 documents none .* larger one"),
-        ("--seed -1", "--seed -1 is less than 0"),
+        (
+            "--seed -1",
+            r"--seed -1 is not within 0 and \d{39}; give another",
+        ),
+        (f"--seed {2**128}", "is not within 0 and"),
         ("--json-key body", r"line 1 of good\.jsonl has no key 'body' \(it has text\)"),
         ("--input bad.jsonl", r"line 2 of bad\.jsonl is not JSON"),
         ("--input cut.jsonl.gz", r"cut\.jsonl\.gz is truncated or damaged"),

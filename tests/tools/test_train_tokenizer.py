@@ -97,7 +97,7 @@ def test_bytes(tmp_path, build_tokenizer, texts, capsys):
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', [], r"line 2 of .*a\.jsonl is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n', ["--json-key", "t"], r"line 1 .* no key 't' \(it has text"),
         ("a.jsonl", b"", [], "holds no text"),
-        ("a.txt", b"\xff\xfe", [], r"a\.txt is not UTF-8"),
+        ("a.txt", b"\xff", [], r"a\.txt is not UTF-8"),
         ("a.txt", b"a\x00b", [], r"a\.txt holds a NUL"),
         ("a.jsonl.gz", b"no archive", [], r"a\.jsonl\.gz is truncated or damaged after line 0"),
         ("a.txt.gz", b"no archive", [], r"a\.txt\.gz is truncated or damaged"),
