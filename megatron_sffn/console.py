@@ -1,7 +1,7 @@
 """`megatron-sffn COMMAND ...`: the commands of the package by name.
 
-Inputs: a command's name and its flags. Outputs: what that command prints, and its exit code; without
-a command the list of commands, and with `--version` the version.
+Inputs: a command's name and its flags. Outputs: what that command prints, and its exit code; the
+list of commands without a command, and the version with `--version`.
 
 Design notes: this process becomes `python -m` of the command's module, so that workers, signals and
 exit codes are as in the clone. It imports the standard library alone, so that the list, the version

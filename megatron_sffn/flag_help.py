@@ -23,7 +23,7 @@ def help_in_two_steps(parser: argparse.ArgumentParser, ours: Any) -> None:
         parser: with all of its flags.
         ours: the group of flags that `--help` prints.
     """
-    parser.add_argument("--help-all", action="help", help="print Megatron's flags as well, and exit")
+    parser.add_argument("--help-all", action="help", help="print all flags, also Megatron's")
     short = copy.copy(parser)
     short._action_groups = [ours]
     short.epilog = (
