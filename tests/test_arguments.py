@@ -23,6 +23,7 @@ from megatron_sffn.accounting import ModelShape, count_parameters
 from megatron_sffn.arguments import parse, sffn_config, transformer_config
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.platforms import cpu
+from tests.processes import HANGS
 
 # Python 3.13 says it of Megatron's own flags.
 pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
@@ -33,8 +34,6 @@ MODEL = (
 )
 COMMAND = f"{MODEL} --sffn-block-size 32"
 HOST_DEFAULTS = dict(cpu.HOST_FLAGS.values())
-HANGS = 900.0
-"""Seconds after which a command hangs, on a machine however busy."""
 
 Read = Callable[..., Namespace]
 
@@ -788,7 +787,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Star
     yield running
     for one in running.values():
         one.process.terminate()  # torchrun passes it on to its ranks
-        one.process.communicate()
+        one.process.communicate(timeout=HANGS)
 
 
 @pytest.mark.parametrize("name", [name for name in PROCESSES if name != "two ranks"])

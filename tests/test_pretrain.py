@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sffn import pretrain
+from tests.processes import HANGS
 
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -28,7 +29,7 @@ def test_processes_of_another_launcher_are_refused(tmp_path: Path, variable: str
         for number in range(2)
     ]
     for process in processes:
-        _, stderr = process.communicate()
+        _, stderr = process.communicate(timeout=HANGS)
         assert process.returncode == 2
         assert stderr.startswith(f"error: {variable}=2 says that "), stderr
         assert "torchrun, which makes them one job, is missing" in stderr

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_sffn.checkpoints.files import folder_to_load, iteration_of, problem_of
 from tests.faults.jobs import EP2, Agent, Job, SmallDisk, column, job, validation_loss
-from tests.processes import wait_until
+from tests.processes import HANGS, wait_until
 
 INTERVAL = 5
 """Steps between saves."""
@@ -107,7 +107,7 @@ def _reaches(run: Job, moments: random.Random) -> bool:
     if moments.random() < 0.5:
         saves = moments.randint(1, 3)
         wait_until(
-            lambda: not run.runs() or run.log(0).count("saving checkpoint") >= saves, 60, run.log
+            lambda: not run.runs() or run.log(0).count("saving checkpoint") >= saves, HANGS, run.log
         )
         time.sleep(10 ** moments.uniform(-3, 0))
     else:

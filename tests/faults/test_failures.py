@@ -13,9 +13,8 @@ import pytest
 
 from tests.faults.jobs import FLAGS, ROOT
 from tests.faults.raising import SENTENCE
+from tests.processes import HANGS
 
-HANGS = 900.0
-"""Seconds after which a command hangs, on a machine however busy; it ends within a few."""
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2"
 
