@@ -57,6 +57,7 @@ def reject_flag(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     meant = ""
     unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
     if unknown:
-        similar = difflib.get_close_matches(unknown[1], parser._option_string_actions, n=1)
+        known = parser._option_string_actions
+        similar = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.8)
         meant = f"did you mean {similar[0]}? " if similar else ""
     raise ConfigError(f"{message}; {meant}--help lists our flags, --help-all all")

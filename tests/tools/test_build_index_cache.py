@@ -67,7 +67,7 @@ def in_a_fork(flags: str) -> str:
             "--data-path {a} --split 80,10,10 --phase-transition-iterations 5",
             "--phase-transition-iterations has index files for each phase",
         ),
-        ("--data-path {a} --split 80,10,10 --no-such-flag", "--no-such-flag; --help lists our flags"),
+        ("--data-path {a} --split 80,10,10 --no-such-flag", "--no-such-flag; --help lists our"),
         (
             "--data-path {a} --split 80,10,10 --tensor-model-parallel-size 3",
             "does not divide the number of ranks, 1",
