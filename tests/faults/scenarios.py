@@ -71,9 +71,10 @@ def assert_the_same(save: Path, log: str, whole: Job) -> None:
 
 
 def _results(save: Path) -> dict[str, object]:
-    """What a summary says, but for the speed."""
-    found = json.loads((save / "summary.json").read_text())
-    return {name: value for name, value in found.items() if name != "tokens_per_second"}
+    """What a summary says, but for the speed and the folder."""
+    summary = json.loads((save / "summary.json").read_text())
+    of_this_run = ("tokens_per_second", "command", "started_from")
+    return {name: value for name, value in summary.items() if name not in of_this_run}
 
 
 def killed_job(folder: Path, whole: Job, *, kills: int, seed: int) -> Outcome:
