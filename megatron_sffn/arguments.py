@@ -29,7 +29,8 @@ from megatron_sffn.config import (
     SparseFFNConfig,
     SparseFFNTransformerConfig,
 )
-from megatron_sffn.errors import ConfigError, reject
+from megatron_sffn.errors import ConfigError
+from megatron_sffn.flag_help import help_in_two_steps
 from megatron_sffn.idle_flags import check_idle_flags, idle_flags
 from megatron_sffn.layout import check_layout
 from megatron_sffn.megatron_flags import (
@@ -105,7 +106,7 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         "Of M = E·k memory cells in B = M/g blocks of g cells, each token uses the k cells of the "
         "K = k/g blocks that the router chooses. Balance (--moe-router-load-balancing-type, "
         "--moe-aux-loss-coeff, --moe-z-loss-coeff, --moe-router-enable-expert-bias), placement "
-        "over ranks and everything else are Megatron's flags, below.",
+        "over ranks and everything else are Megatron's flags (--help-all).",
     )
     methods = "; ".join(f"{name}: {config.summary}" for name, config in ROUTERS.items())
     add = group.add_argument
@@ -231,7 +232,7 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
     parser._action_groups.insert(0, group)
     parser.usage = USAGE
     parser.description = "Pretrain a GPT with sparse feed-forward layers on Megatron."
-    parser.error = reject  # type: ignore[method-assign]
+    help_in_two_steps(parser, group)
 
 
 def router_flags() -> dict[str, dataclasses.Field[Any]]:

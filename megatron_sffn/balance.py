@@ -32,6 +32,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_sffn.ops import device
 from megatron_sffn.ops.counting import count_ids
 
 BALANCE_LOSSES = {
@@ -67,9 +68,7 @@ class Balance(torch.nn.Module):
         self.weights = balance_weights(config, entropy_coefficient)
         self.layer_number: int | None = None
         self.values: dict[str, Tensor] = {}
-        zeros = torch.zeros(
-            self.num_blocks, dtype=torch.float32, device=torch.cuda.current_device()
-        )
+        zeros = torch.zeros(self.num_blocks, dtype=torch.float32, device=device.current())
         # Names that Megatron's `finalize_model_grads` looks for.
         if config.moe_router_enable_expert_bias:
             self.register_buffer("expert_bias", zeros.clone())

@@ -1,22 +1,24 @@
-"""`megatron-sffn COMMAND ...`: the commands of the package by name, where there is no clone.
+"""`megatron-sffn COMMAND ...`: the commands of the package by name.
 
-Enters: a command's name and its flags. Leaves: what that command prints, and its exit code.
+Inputs: a command's name and its flags. Outputs: what that command prints, and its exit code; the
+list of commands without a command, and the version with `--version`.
 
-Choice: this process becomes `python -m` of the command's module, so that workers, signals and exit
-codes are as in the clone. The scripts of tools/ are in the package as `megatron_sffn.tools`, a link
-in the clone.
+Design notes: this process becomes `python -m` of the command's module, so that workers, signals and
+exit codes are as in the clone. It imports the standard library alone, so that the list, the version
+and a typo are answered in milliseconds. The scripts of tools/ are in the package as
+`megatron_sffn.tools`, a link in the clone.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
+import difflib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sffn.errors import CommandParser, run_command
+from megatron_sffn.errors import CommandParser, ConfigError, run_command
 
 PACKAGE = Path(__file__).parent
 
@@ -41,7 +43,21 @@ def module_of(path: Path) -> str:
 
 def summary(path: Path) -> str:
     """The first line of a file's docstring."""
-    return (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
+    with path.open() as file:
+        return file.readline().strip().strip('"')
+
+
+def version() -> str:
+    """Of this package; of the clone's pyproject.toml where the package is not installed."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("megatron-sffn")
+    except importlib.metadata.PackageNotFoundError:
+        import tomllib
+
+        project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+        return str(project["version"])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,16 +71,35 @@ def build_parser() -> argparse.ArgumentParser:
         description=f"Pretraining with sparse feed-forward layers on Megatron.\n\n{listed}",
         epilog=EXAMPLE,
     )
-    parser.add_argument("command", choices=list(known), metavar="COMMAND", help="one of the above")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Become the command that is named."""
-    args = build_parser().parse_args(argv)
-    module = module_of(commands()[args.command])
-    os.execv(sys.executable, [sys.executable, "-m", module, *args.flags])
+    """Become the command that is named.
+
+    Raises:
+        ConfigError: if there is no such command.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        print(f"megatron-sffn {version()}")
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 0
+    known = commands()
+    if args.command not in known:
+        similar = difflib.get_close_matches(args.command.replace("_", "-"), known, n=1)
+        meant = f"did you mean {similar[0]}? " if similar else ""
+        raise ConfigError(
+            f"{args.command!r} is no command of megatron-sffn; {meant}megatron-sffn --help lists "
+            "all commands"
+        )
+    os.execv(sys.executable, [sys.executable, "-m", module_of(known[args.command]), *args.flags])
 
 
 def run() -> None:

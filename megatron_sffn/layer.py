@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
@@ -26,12 +26,19 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
-from megatron_sffn.config import Backend, Exchange, SparseFFNTransformerConfig
+from megatron_sffn.config import (
+    Backend,
+    Exchange,
+    SparseFFNConfig,
+    SparseFFNTransformerConfig,
+)
 from megatron_sffn.dispatch import Arrived, dispatch
+from megatron_sffn.errors import ConfigError
 from megatron_sffn.memory import Memory
 from megatron_sffn.ops import Activation
 from megatron_sffn.ops.block_ffn import block_ffn_pairs, main_grad
 from megatron_sffn.ops.streams import start_beside
+from megatron_sffn.placement import one_rank_groups
 from megatron_sffn.routers.base import Routing
 from megatron_sffn.statistics import RoutingCounter, TrafficCounter
 from megatron_sffn.traffic import regathers
@@ -42,8 +49,10 @@ class _SparseLayer(MoELayer):
 
     Args:
         config: of the model, with `config.sffn` set.
-        layer_number: counted from 1 over all pipeline stages; Megatron also tells it later.
-        pg_collection: Megatron's process groups; None for the global ones.
+        layer_number: counted from 1 over all pipeline stages; Megatron also tells it later. It
+            seeds the initial weights; a layer that is given no groups takes 1 for None.
+        pg_collection: Megatron's process groups; None for the global ones, or for none at all
+            where torch.distributed is not initialised: then this process computes alone.
         is_mtp_layer: whether it belongs to a multi-token-prediction head.
         name: Megatron's name of the module instance.
     """
@@ -61,6 +70,10 @@ class _SparseLayer(MoELayer):
         # No method here has biases: neither Megatron's gate nor its experts shall get them.
         config = copy.copy(config)
         config.add_bias_linear = False
+        if pg_collection is None:
+            # Used as a library: no model will tell the number, which seeds the weights.
+            layer_number = layer_number or 1
+            pg_collection = _groups_of_this_process(sffn)
         super().__init__(
             config,
             MoESubmodules(
@@ -231,6 +244,28 @@ class MegatronBackedFFN(_SparseLayer):
         output, _ = self.routed_experts_compute(rows, probs)
         shared = self.shared_experts_compute(hidden_states)
         return self.postprocess(self.combine(output), shared)
+
+
+def _groups_of_this_process(sffn: SparseFFNConfig) -> ProcessGroupCollection | None:
+    """Megatron's groups for a layer that is given none: None for the global ones.
+
+    Raises:
+        ConfigError: if the layer needs Megatron's groups and they are not initialised.
+    """
+    if parallel_state.is_initialized():
+        return None
+    if torch.distributed.is_initialized():
+        reason = "torch.distributed is initialised, but Megatron's process groups are not"
+    elif sffn.shared_blocks:
+        reason = f"shared_blocks={sffn.shared_blocks} needs Megatron's process groups"
+    elif sffn.backend is Backend.MEGATRON:
+        reason = f"backend={sffn.backend.value!r} needs Megatron's process groups"
+    else:
+        return one_rank_groups()
+    raise ConfigError(
+        f"{reason}; call torch.distributed.init_process_group() and "
+        "megatron.core.parallel_state.initialize_model_parallel() before the layer is made"
+    )
 
 
 def _linears() -> MLPSubmodules:

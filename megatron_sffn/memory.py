@@ -38,7 +38,7 @@ from torch.nn.parameter import Parameter
 
 from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
 from megatron_sffn.hashing import seed_of
-from megatron_sffn.ops import Activation
+from megatron_sffn.ops import Activation, device
 from megatron_sffn.ops.block_ffn import main_grad
 from megatron_sffn.placement import Placement
 
@@ -85,7 +85,7 @@ class Memory(MegatronModule):
                 per_cell * placement.num_local_cells,
                 width,
                 dtype=config.params_dtype,
-                device=torch.cuda.current_device(),
+                device=device.current(),
             )
         )
         # Gradients are summed over the ranks that hold the same cells, not over all of DP; also

@@ -122,7 +122,7 @@ class Placement:
 
         Differentiable: a rank gets back what all ranks' uses of its part give.
         """
-        everywhere = gather_from_sequence_parallel_region(local, group=self.group)
+        everywhere = gather_rows(local, self.group)
         grid = (self.block_parts, self.cell_parts, self.num_local_blocks)
         return everywhere.view(*grid, *local.shape[1:]).transpose(1, 2).flatten(0, 1)
 
@@ -135,6 +135,32 @@ class Placement:
 
 
 @cache
+class OneRankGroup:
+    """What the layer and Megatron ask of a process group, of a process that is in none."""
+
+    def size(self) -> int:
+        """Ranks."""
+        return 1
+
+    def rank(self) -> int:
+        """This one."""
+        return 0
+
+
+def gather_rows(rows: Tensor, group: Any) -> Tensor:
+    """The rows of all ranks of a group, in their order; its backward sums over the ranks."""
+    if group.size() == 1:
+        return rows  # also where torch.distributed is not initialised
+    gathered: Tensor = gather_from_sequence_parallel_region(rows, group=group)
+    return gathered
+
+
+def one_rank_groups() -> ProcessGroupCollection:
+    """Megatron's process groups of a layer, for a process without torch.distributed."""
+    names = ("tp", "cp", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_cp", "tp_dp_cp")
+    return ProcessGroupCollection(**{name: OneRankGroup() for name in names})
+
+
 def _node_groups(group: Any, node_size: int) -> tuple[Any, Any] | None:
     """The groups of `Placement.node_groups`, made once for all layers; None on one node.
 

@@ -13,8 +13,16 @@ import os
 import socket
 import sys
 
-from megatron_sffn.errors import run_command
+from megatron_sffn.errors import ConfigError, run_command
 from megatron_sffn.remarks import silence
+
+WORLD_SIZES = {
+    "SLURM_NTASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
+"""Variable in which a launcher that is not torchrun says how many processes it starts -> its name.
+"""
 
 
 def main() -> int:
@@ -44,9 +52,23 @@ def main() -> int:
 
 
 def one_rank_without_torchrun() -> None:
-    """Outside torchrun this process is a world of its own."""
+    """Outside torchrun this process is a world of its own.
+
+    Raises:
+        ConfigError: if another launcher has started several processes, each of which would train
+            alone and write the same files.
+    """
     if "RANK" in os.environ:
         return
+    for variable, launcher in WORLD_SIZES.items():
+        processes = os.environ.get(variable, "")
+        if processes.isdecimal() and int(processes) > 1:
+            raise ConfigError(
+                f"{variable}={processes} says that {launcher} starts {processes} processes, but "
+                "torchrun, which makes them one job, is missing (RANK is not set); start one "
+                "torchrun per node, as examples/launch/slurm.sh does, or for one rank alone: "
+                f"env -u {variable} python -m megatron_sffn.pretrain ..."
+            )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

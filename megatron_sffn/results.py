@@ -27,6 +27,7 @@ from megatron_sffn.evaluations import Evaluations
 from megatron_sffn.layer import sparse_layers
 from megatron_sffn.recording import RoutingRecorder
 from megatron_sffn.routing_log import RoutingLog
+from megatron_sffn.run_description import describe_run
 from megatron_sffn.run_files import write_whole
 
 
@@ -164,6 +165,7 @@ class Recorder:
                 },
             },
             "seed": args.seed,
+            **describe_run(args, shape),
         }
 
 

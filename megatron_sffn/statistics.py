@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_sffn.ops import device
 from megatron_sffn.ops.counting import count_ids
 from megatron_sffn.routers.base import Routing
 
@@ -45,13 +46,12 @@ class RoutingCounter(torch.nn.Module):
 
     def __init__(self, num_blocks: int) -> None:
         super().__init__()
-        device = torch.cuda.current_device()
         # Not persistent: a count between two readings has no place in a checkpoint.
-        load = torch.zeros(num_blocks, dtype=torch.long, device=device)
+        load = torch.zeros(num_blocks, dtype=torch.long, device=device.current())
         self.register_buffer("load", load, persistent=False)
         self.load: Tensor
         # Not a buffer: Megatron narrows those of half-precision models.
-        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device.current())
 
     @torch.no_grad()
     def forward(self, routing: Routing) -> None:

@@ -9,6 +9,10 @@ from collections.abc import Callable
 
 import psutil
 
+HANGS = 900.0
+"""Seconds after which what a test waits for will not come: it ends a hang, and is no deadline. The
+slowest thing waited for takes a minute on two free cores, and ten times as long on shared ones."""
+
 
 def wait_until(done: Callable[[], bool], seconds: float, log: Callable[[], str]) -> None:
     """Wait for something.

@@ -21,8 +21,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-TIMEOUT = 180.0
-"""Seconds: eight ranks on a busy machine of two cores need more than a minute."""
+from tests.processes import HANGS
 
 FORKS_ARE_SAFE = True
 """Until this process starts a process group of its own (see tests/conftest.py)."""
@@ -53,7 +52,7 @@ def run_ranks(
             store=store,
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=TIMEOUT),
+            timeout=timedelta(seconds=HANGS),
         )
         parallel_state.initialize_model_parallel(**layout)
         model_parallel_cuda_manual_seed(1)
@@ -99,7 +98,7 @@ def _child(rank: int, folder: Path, body: Callable[[int, Path], Any]) -> None:
 
 
 def _wait(children: dict[int, int], folder: Path) -> None:
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + HANGS
     failed = None
     while children and failed is None:
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -109,7 +108,7 @@ def _wait(children: dict[int, int], folder: Path) -> None:
                 failed = rank
         elif time.monotonic() > deadline:
             failed = next(iter(children.values()))
-            (folder / f"error{failed}").write_text(f"hung for {TIMEOUT} s")
+            (folder / f"error{failed}").write_text(f"hung for {HANGS} s")
         else:
             time.sleep(0.005)
     for pid in children:

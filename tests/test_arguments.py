@@ -23,6 +23,7 @@ from megatron_sffn.accounting import ModelShape, count_parameters
 from megatron_sffn.arguments import parse, sffn_config, transformer_config
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.platforms import cpu
+from tests.processes import HANGS
 
 # Python 3.13 says it of Megatron's own flags.
 pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
@@ -55,16 +56,32 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Read:
 # --help
 
 
-@pytest.fixture(scope="module")
-def help_text() -> str:
+def printed_help(flag: str) -> str:
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setenv("COLUMNS", "100")
-        patch.setattr(sys, "argv", ["pretrain", "--help"])
+        patch.setattr(sys, "argv", ["pretrain", flag])
         with pytest.raises(SystemExit) as stop:
             parse(HOST_DEFAULTS)
     assert stop.value.code == 0
     return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    return printed_help("--help-all")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_our_flags_alone_and_names_the_flag_that_shows_all(
+    flag: str, help_text: str
+) -> None:
+    text = printed_help(flag)
+    flags = re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)
+    assert flags == re.findall(r"^  (--sffn-[\w-]+)", help_text, re.MULTILINE)
+    assert re.findall(r"^(\w.*):$", text, re.MULTILINE) == ["sparse feed-forward layers"]
+    assert "torchrun --nproc-per-node N -m megatron_sffn.pretrain" in text
+    assert text.rstrip().endswith("--help-all.")
 
 
 def test_help_shows_our_flags_first_and_megatrons_after_them(help_text: str) -> None:
@@ -393,7 +410,8 @@ REFUSED = [
         "with --sffn-backend megatron",
         "another --sffn-backend",
     ),
-    ("--sffn-rooter avg-k", 1, "--sffn-rooter avg-k", "--help"),
+    ("--sffn-rooter avg-k", 1, "--sffn-rooter avg-k", "did you mean --sffn-router?", "--help-all"),
+    ("--hiden-size 32", 1, "--hiden-size 32", "did you mean --hidden-size?", "--help-all"),
     ("--sffn-layers 1,4", 1, "--sffn-layers 1,4", "layer 4", "indices from 0 to 3"),
     ("--sffn-layers=-1", 1, "--sffn-layers -1", "indices from 0 to 3"),
     ("--sffn-layers all", 1, "--sffn-layers all", "write for example every:6"),
@@ -850,7 +868,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Star
     yield running
     for one in running.values():
         one.process.terminate()  # torchrun passes it on to its ranks
-        one.process.communicate(timeout=60)
+        one.process.communicate(timeout=HANGS)
 
 
 @pytest.mark.parametrize("name", [name for name in PROCESSES if name != "two ranks"])
@@ -858,7 +876,7 @@ def test_the_process_says_one_line_and_leaves_nothing(
     started: dict[str, Started], name: str
 ) -> None:
     one, (rule, remedy, _) = started[name], PROCESSES[name]
-    _, stderr = one.process.communicate(timeout=100)
+    _, stderr = one.process.communicate(timeout=HANGS)
     assert one.process.returncode == 2
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1, stderr
@@ -867,13 +885,19 @@ def test_the_process_says_one_line_and_leaves_nothing(
     assert list(one.folder.iterdir()) == []
 
 
-def test_torchrun_says_the_sentence_once(started: dict[str, Started]) -> None:
+def test_torchrun_ends_its_report_with_the_sentence(started: dict[str, Started]) -> None:
     one, (rule, remedy, _) = started["two ranks"], PROCESSES["two ranks"]
-    _, stderr = one.process.communicate(timeout=100)
+    _, stderr = one.process.communicate(timeout=HANGS)
     assert one.process.returncode != 0
-    assert stderr.count(rule) == 1, stderr
-    assert stderr.count(remedy) == 1
-    assert stderr.count("error: --") == 1
+    last, border = stderr.splitlines()[-2:]
+    assert last.startswith("  traceback : error: --"), stderr
+    assert rule in last
+    assert remedy in last
+    assert set(border) == {"="}
+    assert re.search(r"exitcode  : 2 .*\n.*\n  traceback : error: --", stderr), stderr
+    # At the head of the report, where the rank itself says it, and at its end.
+    assert stderr.count(rule) == 2
+    assert "To enable traceback" not in stderr
     assert list(one.folder.iterdir()) == []
 
 
@@ -882,7 +906,7 @@ def complain() -> None:
 
 
 @pytest.mark.parametrize(("rank", "waits"), [(None, []), ("0", []), ("1", [30.0]), ("7", [30.0])])
-def test_other_ranks_leave_the_word_to_the_first(
+def test_other_ranks_leave_the_word_to_the_first_of_their_node(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     rank: str | None,
@@ -891,9 +915,12 @@ def test_other_ranks_leave_the_word_to_the_first(
     # torchrun stops them while they wait; a rank that only itself saw the error speaks after it.
     waited: list[float] = []
     monkeypatch.setattr(errors.time, "sleep", waited.append)
-    monkeypatch.delenv("RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("RANK", "8")  # on the second node; each node has a torchrun of its own
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is None:
+        monkeypatch.delenv("RANK")
+    else:
+        monkeypatch.setenv("LOCAL_RANK", rank)
     with pytest.raises(SystemExit) as stop:
         errors.run_command(complain)
     assert stop.value.code == 2

@@ -16,6 +16,7 @@ from megatron_sffn.accounting import ModelShape, count_parameters, flops_per_tok
 from megatron_sffn.config import SparseFFNConfig
 from megatron_sffn.results import Recorder
 from megatron_sffn.routers import ROUTERS
+from megatron_sffn.run_description import SECTIONS, describe_run
 from tests.ranks import run_ranks
 
 SFFN = SparseFFNConfig(router=ROUTERS["avg-k"](), active_cells=8, block_size=2, expansion=2)
@@ -24,6 +25,8 @@ SFFN = SparseFFNConfig(router=ROUTERS["avg-k"](), active_cells=8, block_size=2, 
 def arguments(**given: Any) -> Namespace:
     """Megatron's namespace in the middle of a run."""
     values = {
+        **{name: None for names in SECTIONS.values() for name in names},
+        "sffn_command": ["--seed", "11"],
         "curr_iteration": 0,
         "iteration": 0,
         "skip_train": False,
@@ -221,6 +224,8 @@ def test_summary(one_rank: None, clock: Clock, tmp_path: Path, do_test: bool) ->
     assert path == tmp_path / "run" / "summary.json"
     summary = json.loads(path.read_text())
     assert summary.pop("versions").keys() == {"python", "megatron-sffn", "megatron-core", "torch"}
+    described = describe_run(recorder.args, shape())
+    assert {name: summary.pop(name) for name in described} == described
     counts = count_parameters(shape())
     assert summary == {
         "router": "avg-k",

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import HANGS
+
 SCRIPT = Path(__file__).parents[1] / "tools" / "setup_env.sh"
 # All that the script may use: a PATH of links to these hides the machine's own pythons.
 COMMANDS = "awk bash cat cksum cp dirname flock grep mkdir rm sed sh sleep sort tee".split()  # noqa: SIM905
@@ -59,7 +61,7 @@ class Checkout:
 
     def setup(self, **env: str) -> subprocess.CompletedProcess[str]:
         with self.start(**env) as process:
-            stdout, stderr = process.communicate(timeout=20)
+            stdout, stderr = process.communicate(timeout=HANGS)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     @property
@@ -247,7 +249,7 @@ def test_interrupted_update_is_repaired(checkout: Checkout, sent: signal.Signals
     checkout.setup()
     # Like pip, it takes an interrupt as a failure: trap and exit.
     slow = FAKE_PYTHON.format(version="3.12.1").replace(
-        'echo "Down', "trap 'exit 1' INT; sleep 9 #"
+        'echo "Down', "trap 'exit 1' INT; sleep 9999 #"
     )
     write_command(checkout.root / ".venv" / "bin" / "python", slow)
     (checkout.root / "constraints.txt").write_text("changed\n")
@@ -256,7 +258,7 @@ def test_interrupted_update_is_repaired(checkout: Checkout, sent: signal.Signals
             time.sleep(0.01)
         time.sleep(0.05)  # let it reach its trap
         os.killpg(process.pid, sent)
-        _, stderr = process.communicate(timeout=5)
+        _, stderr = process.communicate(timeout=HANGS)
     assert process.returncode != 0
     assert "interrupted" in stderr or sent == signal.SIGKILL
     assert "replacing" in checkout.setup().stdout
@@ -277,7 +279,7 @@ def test_two_calls_at_once_install_once(checkout: Checkout) -> None:
     slow = FAKE_PYTHON.format(version="3.12.1").replace('echo "Down', "sleep 0.2 #")
     write_command(checkout.bin / "python3.12", slow)
     with checkout.start() as first, checkout.start() as second:
-        assert (first.wait(timeout=20), second.wait(timeout=20)) == (0, 0)
+        assert (first.wait(timeout=HANGS), second.wait(timeout=HANGS)) == (0, 0)
     assert len(checkout.installs()) == 1
 
 

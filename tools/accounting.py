@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Count what a model costs, without building it: parameters, FLOPs per token, memory of the fullest
 rank, and bytes that a token sends. Beside the options below it takes every flag of
-`python -m megatron_sffn.pretrain` (whose --help lists them), and needs of these the model's sizes
-and --vocab-size (or --padded-vocab-size), since it reads no tokenizer. --micro-batch-size is 1 if
-not given.
+`python -m megatron_sffn.pretrain` (whose --help-all lists them), and needs of these the model's
+sizes and --vocab-size (or --padded-vocab-size), since it reads no tokenizer. --micro-batch-size is
+1 if not given.
 """
 
 EPILOG = """\

@@ -288,7 +288,7 @@ TEMPLATE = """<!doctype html>
 <p>These commands trained the two models. For a run of your own change <code>--save</code>,
 <code>--load</code> and <code>--tensorboard-dir</code>, and then what you like:
 <code>--sffn-router</code> has more methods, <code>.venv/bin/python -m megatron_sffn.pretrain
---help</code> has every flag.</p>
+--help-all</code> has every flag.</p>
 <pre>{commands}</pre>
 <p>All curves: <code>.venv/bin/tensorboard --logdir {folder}</code>. More and other text:
 <code>make quickstart CORPUS=debian-docs ARGS='--folder runs/docs --train-iters 1500'</code>.</p>

@@ -30,6 +30,20 @@ def name(tensor: Tensor) -> str:
     return torch.cuda.get_device_properties(tensor.device).name if is_gpu(tensor) else "cpu"
 
 
+def current() -> torch.device | int:
+    """Where new weights and buffers are made: this process's CUDA device, or the CPU.
+
+    Raises:
+        RuntimeError: torch's, if there is a CUDA device and it cannot be used.
+    """
+    try:
+        return torch.cuda.current_device()
+    except (AssertionError, RuntimeError):  # torch without CUDA, or without a driver
+        if torch.cuda.is_available():
+            raise
+        return torch.device("cpu")
+
+
 def has_streams(tensor: Tensor) -> bool:
     """Whether work on a tensor is queued in CUDA streams; False for a CPU that plays a GPU."""
     return tensor.is_cuda

@@ -1,6 +1,7 @@
 """What Megatron 0.19 needs on every machine, with a GPU or without.
 
-Inputs: Megatron's modules, as the wheel has them. Outputs: the names of `REPLACEMENTS` replaced.
+Inputs: Megatron's modules, as the wheel has them. Outputs: the names of `REPLACEMENTS` replaced,
+and those of `training_log.py`, which mend numbers in the log.
 
 - Start-up compiles the helper of Megatron's data sets with `make`, and exits where that fails. The
   wheel has the compiled helper but no Makefile, so without the first row no training starts.
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from megatron_sffn.platforms import training_log
 from megatron_sffn.platforms.adaptation import Adaptation, apply_once
 
 
@@ -31,6 +33,7 @@ def install() -> None:
         ConfigError: if a name that has to be replaced no longer exists.
     """
     apply_once(REPLACEMENTS)
+    apply_once(training_log.REPLACEMENTS)
     if not _has_fused_optimizers():
         apply_once(FASTER_OPTIMIZER)
 

@@ -17,6 +17,7 @@ from torch.nn.parameter import Parameter
 
 from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
 from megatron_sffn.hashing import seed_of
+from megatron_sffn.ops import device
 from megatron_sffn.ops.route_topk import route_topk
 from megatron_sffn.placement import Placement
 
@@ -76,7 +77,7 @@ class Router(torch.nn.Module):
         self.sffn: SparseFFNConfig = config.sffn
         self.placement = Placement.of(pg_collection, config.sffn)
         self.layer_number: int | None = None
-        self.score_flag = torch.zeros((), device=torch.cuda.current_device())
+        self.score_flag = torch.zeros((), device=device.current())
 
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron tells each layer its number, counted from 1, after it is built.
@@ -111,9 +112,9 @@ class Router(torch.nn.Module):
         Args:
             name: of those in `RouterConfig.weights`, which has its shape.
         """
-        config, device = self.config, torch.cuda.current_device()
+        config = self.config
         shape = self.sffn.router.weights(self.sffn, config.hidden_size)[name]
-        weight = Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+        weight = Parameter(torch.empty(shape, dtype=config.params_dtype, device=device.current()))
         # Its gradient is summed over TP ranks, which have different tokens.
         weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return weight

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sffn.hashing import hashed_subsets, seed_of
+from megatron_sffn.ops import device
 from megatron_sffn.routers.base import score_dtype
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class MovingAverage(Mean):
     def __init__(self, router: AvgKRouter, settings: AvgKConfig, group: Any) -> None:
         super().__init__(router, settings, group)
         blocks, width = router.sffn.num_blocks, router.config.hidden_size
-        zeros = torch.zeros(blocks, width, dtype=torch.float32, device=torch.cuda.current_device())
+        zeros = torch.zeros(blocks, width, dtype=torch.float32, device=device.current())
         self.register_buffer("average", zeros.clone())
         self.register_buffer("started", zeros.new_zeros(blocks, 1))
         self.register_buffer("sums", zeros.clone(), persistent=False)
@@ -183,7 +184,8 @@ class MovingAverage(Mean):
     def end_step(self) -> None:
         """See `Mean.end_step`."""
         everything = torch.cat((self.sums, self.counts[:, None]), dim=1)
-        torch.distributed.all_reduce(everything, group=self.group)
+        if self.group.size() > 1:
+            torch.distributed.all_reduce(everything, group=self.group)
         counts = everything[:, -1:]
         mean = everything[:, :-1] / counts.clamp(min=1)
         # A block's first average is that of its first tokens.

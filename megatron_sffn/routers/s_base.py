@@ -17,9 +17,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_sffn.placement import gather_rows
 from megatron_sffn.routers.learned import LearnedConfig, LearnedRouter
 
 TOLERANCE = 1e-3
@@ -50,7 +50,7 @@ class SBaseRouter(LearnedRouter):
         """See `ScoredRouter.preference`."""
         if not self.training:
             return super().preference(scores)
-        everyone = gather_from_sequence_parallel_region(scores, group=self.balance.near)
+        everyone = gather_rows(scores, self.balance.near)
         return scores + balancing_prices(everyone)
 
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_sffn.config import SparseFFNTransformerConfig
 from megatron_sffn.errors import ConfigError
+from megatron_sffn.placement import gather_rows
 from megatron_sffn.routers.base import NO_BLOCK, Routing
 from megatron_sffn.routers.learned import LearnedConfig, LearnedRouter
 
@@ -77,13 +77,13 @@ class SwitchRouter(LearnedRouter):
     def _fit(self, block_ids: Tensor, priority: Tensor | None, factor: float) -> Tensor:
         """`[T, K]` which choices are within their block's capacity."""
         group = self.balance.near
-        ids = gather_from_sequence_parallel_region(block_ids, group=group)
+        ids = gather_rows(block_ids, group)
         capacity = math.ceil(factor * ids.numel() / self.sffn.num_blocks)
         if priority is not None:
             # Repeated words differ by rounding alone, and rounding by the layout: of probabilities
             # that agree in 8 bits the first token's counts.
             priority = priority.bfloat16()
-            priority = gather_from_sequence_parallel_region(priority, group=group)
+            priority = gather_rows(priority, group)
         fits = within_capacity(ids, priority, capacity)
         return fits.chunk(group.size())[group.rank()]
 

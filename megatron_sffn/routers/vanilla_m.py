@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 from megatron.core.tensor_parallel.mappings import (
     all_to_all,
-    gather_from_sequence_parallel_region,
 )
 from torch import Tensor
 
 from megatron_sffn.config import Exchange, SparseFFNConfig, flag
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.scores import scores, tensor_core_dtype
+from megatron_sffn.placement import gather_rows
 from megatron_sffn.routers.base import score_dtype
 from megatron_sffn.routers.scored import ScoredConfig, ScoredRouter
 from megatron_sffn.traffic import SCORE_BYTES
@@ -100,7 +100,7 @@ class VanillaMRouter(ScoredRouter):
     def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """See `ScoredRouter.score`."""
         grid, group = self.placement, self.placement.group
-        rows = gather_from_sequence_parallel_region(queries, group=group)
+        rows = gather_rows(queries, group)
         scores = self._local_scores(rows, keys)
         if grid.num_ranks == 1:
             return scores

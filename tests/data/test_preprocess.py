@@ -30,6 +30,8 @@ from tests.data import made_tokenizers
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import preprocess_data
 
+from tests.processes import HANGS
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 FORK = multiprocessing.get_context("fork")
@@ -295,14 +297,14 @@ def test_one_run_at_a_time(tmp_path: Path, command: list[str]) -> None:
     slow = ["--input", str(tmp_path / "pipe"), *command[3:]]
     first = start(lambda: preprocess_data.main(slow))
     with (tmp_path / "pipe").open("wb") as pipe:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + HANGS
         while not (tmp_path / "out.partial" / "command.json").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         with pytest.raises(ConfigError, match=r"out.partial is being written by another run; wait"):
             preprocess_data.main(command)
         pipe.write(b'{"text": "first"}\n')
-    first.join(60)
+    first.join(HANGS)
     assert first.exitcode == 0
     assert preprocess_data.main([*command, "--overwrite"]) == 0
 

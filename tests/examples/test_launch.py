@@ -23,7 +23,7 @@ from torch.distributed.run import config_from_args, get_args_parser
 from megatron_sffn.arguments import parse
 from megatron_sffn.platforms import cpu
 from tests.integration.conftest import MODEL
-from tests.processes import kill_all
+from tests.processes import HANGS, kill_all
 
 LAUNCH = Path(__file__).resolve().parents[2] / "examples" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -272,7 +272,7 @@ esac
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.05)
@@ -309,7 +309,7 @@ def test_the_job_saves_before_its_time_is_up_and_goes_on_in_the_next(tmp_path: P
         try:
             wait_for(lambda: b"elapsed time per iteration" in log.read_bytes(), process, log)
             process.send_signal(signal.SIGUSR1)
-            assert process.wait(60) == 0, log.read_text()[-3000:]
+            assert process.wait(HANGS) == 0, log.read_text()[-3000:]
         finally:
             kill_all(process)
         iterations.append(int((tmp_path / "run/latest_checkpointed_iteration.txt").read_text()))

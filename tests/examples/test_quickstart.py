@@ -21,6 +21,7 @@ from examples.quickstart.launch import Display, RunFailedError, Status, launch
 from examples.quickstart.report import Result
 from examples.quickstart.runs import RUNS, VOCAB_SIZE, Plan
 from megatron_sffn.errors import ConfigError
+from tests.processes import HANGS
 
 ROOT = Path(__file__).resolve().parents[2]
 DENSE, AVG_K = RUNS
@@ -318,7 +319,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=HANGS)
     finally:
         process.kill()
     return process.returncode, output
@@ -332,7 +333,7 @@ def test_interrupted_run_continues_exactly(tmp_path):
     log = plan.folder_of(AVG_K) / "train.log"
 
     process = start(plan.folder)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + HANGS
     while process.poll() is None and time.monotonic() < deadline:
         if log.exists() and "iteration        1/      12" in log.read_text():
             process.send_signal(signal.SIGINT)

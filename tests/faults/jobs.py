@@ -28,7 +28,7 @@ from megatron_sffn.errors import run_command
 from megatron_sffn.pretrain import main
 from tests import ranks
 from tests.integration.conftest import MODEL
-from tests.processes import kill_all, wait_until
+from tests.processes import HANGS, kill_all, wait_until
 
 ROOT = Path(__file__).parents[2]
 EP2 = "--expert-model-parallel-size 2"
@@ -56,7 +56,7 @@ class Job:
         path = self.folder / f"log{range(len(self.pids))[rank]}"
         return path.read_text() if path.exists() else ""
 
-    def wait_for(self, pattern: str, rank: int = -1, seconds: float = 60.0) -> None:
+    def wait_for(self, pattern: str, rank: int = -1, seconds: float = HANGS) -> None:
         """Wait until a rank has printed something."""
         wait_until(lambda: bool(re.search(pattern, self.log(rank))), seconds, self.log)
 
@@ -66,7 +66,7 @@ class Job:
             if one not in self.codes and rank in (None, one):
                 os.killpg(pid, number)
 
-    def wait(self, seconds: float = 60.0, rank: int | None = None) -> list[int]:
+    def wait(self, seconds: float = HANGS, rank: int | None = None) -> list[int]:
         """Exit codes of a rank, or of all; that of a signal is its number, negative."""
         chosen = list(range(len(self.pids))) if rank is None else [rank]
         wait_until(lambda: self._have_ended(chosen), seconds, self.log)
@@ -152,11 +152,11 @@ class Agent:
 
     def wait_for(self, pattern: str) -> None:
         """Wait until somebody has printed something."""
-        wait_until(lambda: bool(re.search(pattern, self.log())), 120, self.log)
+        wait_until(lambda: bool(re.search(pattern, self.log())), HANGS, self.log)
 
     def wait(self) -> int:
         """Exit code of torchrun."""
-        return int(self.process.wait(120))
+        return int(self.process.wait(HANGS))
 
     def ranks(self) -> list[psutil.Process]:
         """Processes of the ranks, in no order."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_sffn.checkpoints.files import folder_to_load, iteration_of, problem_of
 from tests.faults.jobs import EP2, Agent, Job, SmallDisk, column, job, validation_loss
-from tests.processes import wait_until
+from tests.processes import HANGS, wait_until
 
 INTERVAL = 5
 """Steps between saves."""
@@ -71,9 +71,10 @@ def assert_the_same(save: Path, log: str, whole: Job) -> None:
 
 
 def _results(save: Path) -> dict[str, object]:
-    """What a summary says, but for the speed."""
-    found = json.loads((save / "summary.json").read_text())
-    return {name: value for name, value in found.items() if name != "tokens_per_second"}
+    """What a summary says, but for the speed and the folder."""
+    summary = json.loads((save / "summary.json").read_text())
+    of_this_run = ("tokens_per_second", "command", "started_from")
+    return {name: value for name, value in summary.items() if name not in of_this_run}
 
 
 def killed_job(folder: Path, whole: Job, *, kills: int, seed: int) -> Outcome:
@@ -107,7 +108,7 @@ def _reaches(run: Job, moments: random.Random) -> bool:
     if moments.random() < 0.5:
         saves = moments.randint(1, 3)
         wait_until(
-            lambda: not run.runs() or run.log(0).count("saving checkpoint") >= saves, 60, run.log
+            lambda: not run.runs() or run.log(0).count("saving checkpoint") >= saves, HANGS, run.log
         )
         time.sleep(10 ** moments.uniform(-3, 0))
     else:

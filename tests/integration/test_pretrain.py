@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,8 +206,7 @@ def test_a_resumed_run_continues_bit_by_bit_with_dropout(pretrain, tmp_path: Pat
     second = pretrain(2, parts)
     assert len(first.values("grad norm")) == 3
     assert second.values("grad norm") == whole.values("grad norm")[3:]
-    # Megatron's line after a resume shows the mean of the first two losses; then each its own.
-    assert second.values("lm loss")[-1] == whole.values("lm loss")[-1]
+    assert second.values("lm loss") == whole.values("lm loss")[3:]
     assert second.validation_loss == whole.validation_loss
     summaries = [
         json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "parts")
@@ -222,8 +223,36 @@ def test_the_weights_of_two_ranks_are_evaluated_on_one(pretrain, tmp_path: Path)
     assert one.validation_loss == pytest.approx(two.validation_loss, rel=1e-5)
 
 
-def test_what_a_run_leaves(pretrain, tmp_path: Path) -> None:
-    log = pretrain(2, f"--train-iters 4 --split 80,10,10 {EP2} --seed 7")
+def assert_describes_the_run(summary: dict[str, Any], text: str) -> None:
+    """All that a comparison needs, as the flags of `MODEL` and of the test have it."""
+    command = shlex.split(summary["command"])
+    assert command[:3] == ["python", "-m", "megatron_sffn.pretrain"]
+    assert command[-2:] == ["--clip-grad", "0.5"]
+    wanted = {
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "seq_length": 64,
+            "sparse_layers": 2,
+            "params_dtype": "torch.float32",
+            "position_embedding_type": "rope",
+        },
+        "sffn": {"block_size": 8, "expansion": 4, "shared_blocks": 0},
+        "router_settings": {"descriptor": "mean"},
+        "optimizer": {"optimizer": "adam", "lr": 3e-3, "clip_grad": 0.5, "weight_decay": 0.01},
+        "batch": {"micro_batch_size": 2, "global_batch_size": 8, "train_iters": 4},
+        "data": {"data_path": [text], "split": "80,10,10", "mock_data": False, "eval_iters": 2},
+        "tokenizer": {"tokenizer_type": "NullTokenizer", "vocab_size": 256},
+        "started_from": {"load": None},
+    }
+    for section, values in wanted.items():
+        assert {name: summary[section][name] for name in values} == values
+    assert summary["seed"] == 7
+
+
+def test_what_a_run_leaves(pretrain, text: str, tmp_path: Path) -> None:
+    log = pretrain(2, f"--train-iters 4 --split 80,10,10 {EP2} --seed 7 --clip-grad 0.5")
     folder = tmp_path / "runs" / "avg-k-g8-E4-seed7"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["validation_loss"] == pytest.approx(log.validation_loss, abs=1e-5)
@@ -231,6 +260,7 @@ def test_what_a_run_leaves(pretrain, tmp_path: Path) -> None:
     assert summary["iterations"] == 4
     assert summary["layout"]["expert"] == 2
     assert summary["tokens_per_second"] > 0
+    assert_describes_the_run(summary, text)
     lines = [json.loads(line) for line in (folder / "routing.jsonl").read_text().splitlines()]
     assert [line["layer"] for line in lines[:2]] == [1, 2]
     # Two evaluations (validation, test) of 2 x 8 samples of 64 tokens, 16 blocks each.

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import MODEL, Log
-from tests.processes import kill_all, wait_until
+from tests.processes import HANGS, kill_all, wait_until
 from tests.slow import slow
 
 LAUNCH = Path(__file__).parents[2] / "examples" / "launch"
@@ -27,7 +27,6 @@ ADDRESSES = ("198.18.0.1", "198.18.0.2")  # of the range for tests of networks, 
 FLAGS = "--train-iters 5 --split 90,10,0"
 # Both kinds of exchange inside a sparse layer cross the cable: blocks lie on all four ranks.
 LAYOUT = "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4"
-TIMEOUT = 120
 # What follows ends with pytest, even when pytest is killed.
 WITH_PYTEST = ("setpriv", "--pdeathsig", "KILL")
 
@@ -114,7 +113,7 @@ def started(
 def train(nodes: list[int], script: str, own: list[dict[str, str]], flags: str, at: Path) -> Log:
     """Run a script to its end on all nodes."""
     with started(nodes, script, own, flags, at) as processes:
-        codes = [process.wait(TIMEOUT) for process in processes]
+        codes = [process.wait(HANGS) for process in processes]
     logs = [(at / f"node{rank}.log").read_text() for rank in range(len(nodes))]
     assert codes == [0, 0], "\n".join(log[-3000:] for log in logs)
     return Log(text=logs[-1])
@@ -159,9 +158,9 @@ def test_a_node_that_is_lost(nodes, pretrain, text: str, tmp_path: Path) -> None
     ]
     with started(nodes, "elastic.sh", own, saved, tmp_path) as processes:
         log = (tmp_path / "node1.log").read_text
-        wait_until(lambda: bool(re.search(r"iteration +10/", log())), TIMEOUT, log)
+        wait_until(lambda: bool(re.search(r"iteration +10/", log())), HANGS, log)
         kill_all(processes[1])
-        assert processes[0].wait(TIMEOUT) == 0, (tmp_path / "node0.log").read_text()[-3000:]
+        assert processes[0].wait(HANGS) == 0, (tmp_path / "node0.log").read_text()[-3000:]
     alone = Log(text=(tmp_path / "node0.log").read_text())
     whole = pretrain(1, flags.replace("--expert-model-parallel-size 2", ""))
     norms = alone.values("grad norm")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import HANGS
+
 SAME_AS_TORCH = """
 import torch
 from megatron_sffn.ops import block_ffn, route_topk
@@ -38,7 +40,7 @@ def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_two_processes_at_once_on_a_processor_of_no_special_instructions(tmp_path: Path) -> None:
     runs = [start(tmp_path, ATEN_CPU_CAPABILITY="default") for _ in range(2)]
-    outputs = [run.communicate(timeout=300) for run in runs]
+    outputs = [run.communicate(timeout=HANGS) for run in runs]
     assert [output for output, _ in outputs] == ["with kernels\n"] * 2, outputs
     compiled = sum("compiling" in errors for _, errors in outputs)
     assert compiled == 1, "one compiles, the other one waits"
@@ -47,7 +49,7 @@ def test_two_processes_at_once_on_a_processor_of_no_special_instructions(tmp_pat
 
 
 def test_without_a_compiler_torch_computes_and_one_line_says_so(tmp_path: Path) -> None:
-    output, errors = start(tmp_path, CXX="no-such-compiler").communicate(timeout=300)
+    output, errors = start(tmp_path, CXX="no-such-compiler").communicate(timeout=HANGS)
     assert output == "without kernels\n", errors
     lines = [line for line in errors.splitlines() if line.startswith("kernels: plain torch")]
     assert len(lines) == 1 and "no-such-compiler" in lines[0]
@@ -57,6 +59,6 @@ def test_what_the_compiler_says_is_told(tmp_path: Path) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: no C++20' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    output, errors = start(tmp_path / "cache", CXX=str(compiler)).communicate(timeout=300)
+    output, errors = start(tmp_path / "cache", CXX=str(compiler)).communicate(timeout=HANGS)
     assert output == "without kernels\n", errors
     assert "error: no C++20" in errors

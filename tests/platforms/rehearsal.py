@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.cuda_operators import CUDA_OPERATORS
+from tests.processes import HANGS
 
 H100 = "NVIDIA H100 80GB HBM3"
-TIMEOUT = 120.0
 
 
 def play_cuda_machine() -> None:
@@ -80,7 +80,7 @@ def run(ranks: int, flags: list[str], folder: str, without: str | None) -> dict[
 
 def wait(children: dict[int, int]) -> tuple[int, int | None]:
     """Wait for all ranks; if one fails, end the others and return its exit code and number."""
-    deadline, failed = time.monotonic() + TIMEOUT, (0, None)
+    deadline, failed = time.monotonic() + HANGS, (0, None)
     while children and failed[1] is None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in children:

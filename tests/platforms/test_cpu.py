@@ -24,6 +24,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.platforms import cpu
 from megatron_sffn.platforms.adaptation import Adaptation, resolve
+from tests.processes import HANGS
 
 pytestmark = pytest.mark.skipif(not cpu.is_host(), reason="this machine has CUDA: not adapted")
 
@@ -59,7 +60,7 @@ print(json.dumps({"replaced": replaced, "again": values() == after, "host": cpu.
 
 def test_every_name_exists_in_a_fresh_process_and_is_replaced_once() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=HANGS, check=False
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {

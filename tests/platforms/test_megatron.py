@@ -14,10 +14,11 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sffn.platforms import megatron
+from megatron_sffn.platforms import megatron, training_log
 from megatron_sffn.platforms.adaptation import Adaptation, resolve
 
-ROWS = [*megatron.REPLACEMENTS, *megatron.FASTER_OPTIMIZER]
+EVERYWHERE = [*megatron.REPLACEMENTS, *training_log.REPLACEMENTS]
+ROWS = [*EVERYWHERE, *megatron.FASTER_OPTIMIZER]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.target for row in ROWS])
@@ -48,7 +49,7 @@ def test_the_optimizer_is_left_alone_where_a_fused_one_is_installed(
         megatron, "apply_once", lambda rows: applied.extend(row.target for row in rows)
     )
     megatron.install()
-    expected = megatron.REPLACEMENTS if fused else ROWS
+    expected = EVERYWHERE if fused else ROWS
     assert applied == [row.target for row in expected]
 
 

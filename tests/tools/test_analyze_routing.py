@@ -13,6 +13,7 @@ import pytest
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.recording import Recording
 from tests.integration import conftest as real_runs
+from tests.processes import HANGS
 
 pretrain, text = real_runs.pretrain, real_runs.text
 
@@ -126,7 +127,7 @@ def test_a_dense_run(pretrain, tmp_path: Path, start_tool) -> None:
     flags = "--train-iters 1 --save-interval 1 --split 90,10,0 --sffn-router dense"
     pretrain(1, f"{flags} --save {tmp_path / 'dense'}")
     process = start_tool("analyze_routing.py", tmp_path / "dense")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 2
     assert len(errors.splitlines()) == 1
     assert "error:" in errors and "the run is dense" in errors

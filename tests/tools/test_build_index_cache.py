@@ -12,6 +12,7 @@ import pytest
 
 from megatron_sffn.errors import ConfigError
 from tests.data.runs import MODEL, random_documents, write_dataset
+from tests.processes import HANGS
 from tests.ranks import fork
 from tests.tools.conftest import StartTool
 from tools import build_index_cache
@@ -24,7 +25,7 @@ def test_what_it_prints(start_tool: StartTool, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     flags = f"--ranks 8 {RUN} --data-path 1 {a} 3 {b} --split 80,10,10 --data-cache-path {cache}"
     process = start_tool("build_index_cache.py", *flags.split())
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     assert re.fullmatch(rf"9 sets of index files in {cache}, 9 of them new \(\d+\.\d s\)\n", out), (
         out
@@ -66,7 +67,7 @@ def in_a_fork(flags: str) -> str:
             "--data-path {a} --split 80,10,10 --phase-transition-iterations 5",
             "--phase-transition-iterations has index files for each phase",
         ),
-        ("--data-path {a} --split 80,10,10 --no-such-flag", "--no-such-flag; --help lists every"),
+        ("--data-path {a} --split 80,10,10 --no-such-flag", "--no-such-flag; --help lists our"),
         (
             "--data-path {a} --split 80,10,10 --tensor-model-parallel-size 3",
             "does not divide the number of ranks, 1",

@@ -13,6 +13,7 @@ import dedup_dataset
 import pytest
 
 from megatron_sffn.errors import ConfigError
+from tests.processes import HANGS
 
 # Other tests may have left threads in this process; the workers of these use none of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -58,7 +59,7 @@ def test_the_command(tmp_path: Path, start_tool: Any) -> None:
     process = start_tool(
         "dedup_dataset.py", "--input", first, second, "--output-prefix", tmp_path / "out"
     )
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     assert "out.jsonl: 3 documents of 5" in out
     assert "out_duplicates.jsonl: 2 exact and 0 near-duplicates" in out

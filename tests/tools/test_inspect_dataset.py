@@ -19,6 +19,7 @@ from megatron_sffn.data.indexed import open_index
 from megatron_sffn.data.inspection import document_lengths, id_counts, samples
 from megatron_sffn.errors import ConfigError
 from tests.data.pairs import random_documents, write_pair
+from tests.processes import HANGS
 
 DOCUMENTS = random_documents(300, vocab=90)
 LENGTHS = [sum(map(len, document)) for document in DOCUMENTS]
@@ -46,7 +47,7 @@ def test_the_command(tmp_path: Path, start_tool: Any, tokenizer_folder: Path) ->
         "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png",
         "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder,
     )  # fmt: skip
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     assert "Transformer Engine" not in err
     assert "2 documents, 2 sequences" in out and "tokens per document: min" in out

@@ -23,6 +23,7 @@ from megatron_sffn.data.indexed import IndexWriter, check_index, open_index
 from megatron_sffn.data.merge import merge
 from megatron_sffn.errors import ConfigError
 from tests.data.pairs import content, merged_by_megatron, random_documents, write_pair
+from tests.processes import HANGS
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ def test_the_bytes_are_megatrons(tmp_path: Path, start_tool: Any, dtype: Any) ->
     process = start_tool(
         "merge_datasets.py", "--input", *prefixes, "--output-prefix", tmp_path / "ours"
     )
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     assert content(tmp_path / "ours") == expected
     index = open_index(f"{tmp_path}/ours")

@@ -24,6 +24,7 @@ from megatron_sffn.data.tokenizer import load_tokenizer
 from megatron_sffn.errors import ConfigError
 from tests.data import made_tokenizers
 from tests.data.made_tokenizers import arguments, write_as_megatron
+from tests.processes import HANGS
 
 # Other tests may have left threads in this process; the workers of these use none of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -112,7 +113,7 @@ def test_command(tmp_path, documents, tokenizer_folder, write_lines, start_tool)
     given = flags(source, tmp_path / "two", tokenizer_folder, *more)
     del given[given.index("--workers") : given.index("--workers") + 2]
     process = start_tool("preprocess_data.py", *given)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     assert f"two_text_document: {len(documents)} documents" in out
     assert "MB/s" in err and "M tokens, " in err and "%, ETA 0:00:0" in err

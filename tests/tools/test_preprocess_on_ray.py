@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from megatron_sffn.errors import ConfigError
+from tests.processes import HANGS
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -75,7 +76,7 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -162,7 +163,7 @@ def test_same_files_with_a_machine_and_a_worker_lost(
     for worker in machines[0].workers():
         worker.kill()
     machines.add()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     assert "ray_text_document: 6000 documents" in out and "6 documents left out" in out
     assert files_of(tmp_path, "ray") == expected
@@ -194,7 +195,7 @@ def test_a_command_that_failed_goes_on_anywhere(
     for machine in machines:
         for worker in machine.workers():
             worker.kill()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 2, out
     assert "error: Ray gave up the text from line " in err.splitlines()[-1]
     assert files_of(tmp_path, "ray") == {}
@@ -217,7 +218,7 @@ def test_another_tokenizer_on_a_machine(
     with pipe.open("wb") as file:  # which waits until the command reads
         (folder / "added.txt").write_text("more")
         file.write(b'{"text": "first"}\n')
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 2, out
     assert err.splitlines()[-1].startswith("error: on ")
     assert "): the tokenizer is another than where the command was given; copy its files" in err

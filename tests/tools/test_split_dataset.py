@@ -20,6 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_sffn.data.split import parse_parts
 from megatron_sffn.errors import ConfigError
 from tests.data.pairs import content, random_documents, write_pair
+from tests.processes import HANGS
 
 TEXTS = [f"document {number} é 日本\n" * (1 + number % 7) for number in range(400)]
 
@@ -112,7 +113,7 @@ def test_the_command(tmp_path: Path, start_tool: Any) -> None:
     process = start_tool(
         "split_dataset.py", "--input", source, "--output-prefix", tmp_path / "out", *PARTS
     )
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     parts = {name: (tmp_path / f"out_{name}.jsonl").read_bytes() for name in NAMES}
     # Lines are the same bytes, in the same order, each in one part.

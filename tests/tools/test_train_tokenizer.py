@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from megatron_sffn.data.sources import find_sources
 from megatron_sffn.errors import ConfigError
+from tests.processes import HANGS
 
 
 def test_command_and_rerun(tmp_path, texts, write_lines, start_tool):
@@ -17,7 +18,7 @@ def test_command_and_rerun(tmp_path, texts, write_lines, start_tool):
     arguments = ["--input", source, "--json-key", "body", "--vocab-size", 300]
     arguments += ["--output", tmp_path / "new" / "tok"]
     process = start_tool("train_tokenizer.py", *arguments)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     assert "300 ids" in out and "bytes per token" in out
     assert "trained on" in err

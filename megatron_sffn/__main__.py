@@ -1,0 +1,8 @@
+"""`python -m megatron_sffn COMMAND ...`: the same as `megatron-sffn COMMAND ...`."""
+
+from __future__ import annotations
+
+from megatron_sffn.console import run
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,141 @@
+"""What a run was, for `summary.json`: everything that a comparison of two runs needs.
+
+Inputs: Megatron's validated namespace and the model's shape. Outputs: a dictionary that can be
+written as JSON: the command, the commit, and by section the flags that decide the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_sffn.accounting import ModelShape
+
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "model": (
+        "position_embedding_type",
+        "rotary_base",
+        "rotary_percent",
+        "window_size",
+        "softmax_type",
+        "normalization",
+        "layernorm_epsilon",
+        "attention_dropout",
+        "hidden_dropout",
+        "init_method_std",
+        "params_dtype",
+        "sffn_layers",
+        "sffn_relu",
+    ),
+    "balance": (
+        "moe_router_load_balancing_type",
+        "moe_aux_loss_coeff",
+        "moe_z_loss_coeff",
+        "moe_router_enable_expert_bias",
+        "moe_router_bias_update_rate",
+        "moe_expert_capacity_factor",
+    ),
+    "optimizer": (
+        "optimizer",
+        "lr",
+        "min_lr",
+        "lr_decay_style",
+        "lr_decay_iters",
+        "lr_decay_samples",
+        "lr_warmup_iters",
+        "lr_warmup_samples",
+        "lr_warmup_fraction",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_eps",
+        "sgd_momentum",
+        "clip_grad",
+        "use_distributed_optimizer",
+    ),
+    "batch": (
+        "micro_batch_size",
+        "global_batch_size",
+        "seq_length",
+        "train_iters",
+        "train_samples",
+        "rampup_batch_size",
+        "step_batch_size_schedule",
+    ),
+    "data": (
+        "mock_data",
+        "data_path",
+        "train_data_path",
+        "valid_data_path",
+        "test_data_path",
+        "data_args_path",
+        "per_split_data_args_path",
+        "split",
+        "reset_position_ids",
+        "reset_attention_mask",
+        "eod_mask_loss",
+        "eval_iters",
+        "eval_interval",
+    ),
+    "tokenizer": ("tokenizer_type", "tokenizer_model", "vocab_file", "vocab_size"),
+    "started_from": ("load", "ckpt_step", "finetune"),
+}
+"""Section of `summary.json` -> names of Megatron's and our flags in it."""
+
+
+def describe_run(args: Namespace, shape: ModelShape) -> dict[str, Any]:
+    """The run by section; values are those in force, also where a flag was not given.
+
+    Args:
+        args: Megatron's namespace, validated.
+        shape: of the model.
+    """
+    sections = {
+        # A name that a later Megatron drops must not cost a run its summary when it ends.
+        section: {name: _as_json(vars(args).get(name)) for name in names}
+        for section, names in SECTIONS.items()
+    }
+    sizes = dataclasses.asdict(dataclasses.replace(shape, sffn=None, sparse_layers=0))
+    del sizes["sffn"]
+    sections["model"] = {**sizes, "sparse_layers": shape.sparse_layers, **sections["model"]}
+    if shape.sffn is not None:
+        settings = {
+            item.name: getattr(shape.sffn, item.name)
+            for item in dataclasses.fields(shape.sffn)
+            if item.name not in ("router", "seed")
+        }
+        sections["sffn"] = {name: _as_json(value) for name, value in settings.items()}
+        router = dataclasses.asdict(shape.sffn.router)
+        sections["router_settings"] = {name: _as_json(value) for name, value in router.items()}
+    return {
+        "command": shlex.join(["python", "-m", "megatron_sffn.pretrain", *args.sffn_command]),
+        "commit": commit(Path(__file__).parents[1]),
+        **sections,
+    }
+
+
+def commit(clone: Path) -> str | None:
+    """The commit of a clone, with `-dirty` if its files differ from it; None for no clone."""
+    if not (clone / ".git").exists():
+        return None  # installed, perhaps in an environment that lies in another project's clone
+    command = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _as_json(value: Any) -> Any:
+    """Numbers, strings, None and lists of them as they are; the rest (a dtype) by its name."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return str(value) if isinstance(value, str) else value
+    if isinstance(value, (list, tuple)):
+        return [_as_json(one) for one in value]
+    return str(value)

@@ -1,0 +1,38 @@
+"""The pretraining command, in which ranks meet a RuntimeError at their third batch.
+
+Inputs: the flags of `megatron_sffn.pretrain`, and RAISING_RANKS, such as `0,1`, in the environment.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any
+
+from megatron_sffn import pretrain
+from megatron_sffn.errors import run_command
+
+SENTENCE = "CUDA error: an illegal memory access was encountered"
+
+
+def main() -> int:
+    from megatron_sffn.platforms import prepare
+
+    prepare()  # before Megatron is imported
+
+    from megatron_sffn import training
+
+    next_batch, batches = training.next_batch, itertools.count(1)
+
+    def raising(*args: Any, **kwargs: Any) -> Any:
+        rank = os.environ.get("RANK", "0")
+        if next(batches) == 3 and rank in os.environ["RAISING_RANKS"].split(","):
+            raise RuntimeError(SENTENCE)
+        return next_batch(*args, **kwargs)
+
+    training.next_batch = raising
+    return pretrain.main()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,66 @@
+"""`megatron-sffn`: the list of commands, the version, a mistyped name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from megatron_sffn import console
+from megatron_sffn.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_alone_it_lists_the_commands_with_a_line_each(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_sffn", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    for name, path in console.commands().items():
+        [line] = [line for line in lines if line.split()[:1] == [name]]
+        assert line.endswith(console.summary(path))
+        assert len(console.summary(path)) > 10
+    assert "--version" in done.stdout
+
+
+def test_the_version_is_that_of_the_project(capsys: pytest.CaptureFixture[str]) -> None:
+    assert console.main(["--version"]) == 0
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert capsys.readouterr().out == f"megatron-sffn {project['version']}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("pretrian", "did you mean pretrain? "),
+        ("preprocess_data", "did you mean preprocess-data? "),
+        ("zzz", ""),
+    ],
+)
+def test_a_mistyped_command_is_one_sentence_with_the_nearest_one(typed: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        console.main([typed, "--save", "x"])
+    assert str(refused.value) == (
+        f"{typed!r} is no command of megatron-sffn; {meant}megatron-sffn --help lists all commands"
+    )
+
+
+def test_it_answers_without_importing_what_is_slow() -> None:
+    code = (
+        "import sys; from megatron_sffn import console; console.main(['--version']); "
+        "print(*sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'numpy', "
+        "'megatron', 'multiprocessing'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[1:] == [""]

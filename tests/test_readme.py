@@ -1,0 +1,49 @@
+"""The README's lines, as they are, in a process that has nothing else."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CHECKS = """
+assert not torch.distributed.is_initialized()
+twice = SparseFFN(config), layer
+assert all(torch.equal(*pair) for pair in zip(*(one.parameters() for one in twice)))
+x = torch.randn(32, 2, 128, requires_grad=True)
+out, _ = layer(x)
+assert out.isfinite().all() and out.abs().sum() > 0
+out.sum().backward()
+assert x.grad.abs().sum() > 0 and all(p.grad is not None for p in layer.parameters())
+"""
+REFUSED = """
+from megatron_sffn import ConfigError
+import dataclasses
+for change in ({"shared_blocks": 1}, {"backend": "megatron"}):
+    changed = dataclasses.replace(sffn, **change)
+    config = SparseFFNTransformerConfig(
+        num_layers=1, hidden_size=128, num_attention_heads=4, add_bias_linear=False, sffn=changed
+    )
+    try:
+        SparseFFN(config)
+    except ConfigError as error:
+        assert "needs Megatron's process groups; call torch.distributed" in str(error), error
+    else:
+        raise AssertionError(change)
+"""
+
+
+def test_the_library_runs_as_the_readme_shows() -> None:
+    section = (ROOT / "README.md").read_text().split("### As a library")[1].split("\n## ")[0]
+    lines = "".join(re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL))
+    assert "layer = SparseFFN(config)" in lines
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", lines + CHECKS + REFUSED],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
