@@ -36,7 +36,7 @@ class Flops:
 def flops_per_token(shape: ModelShape) -> Flops:
     """Forward FLOPs of the whole model for one token."""
     width, sparse, sffn = shape.hidden_size, shape.sparse_layers, shape.sffn
-    projections = 2 * width * (2 * shape.query_width + shape.key_value_width)
+    projections = 2 * width * (shape.projected_width + shape.query_width)
     scores_and_sum = 4 * shape.seq_length * shape.query_width
     used = (shape.num_layers - sparse) * shape.ffn_hidden_size * shape.dense_cell
     router = 0
@@ -44,11 +44,15 @@ def flops_per_token(shape: ModelShape) -> Flops:
         used += sparse * sffn.chosen_cells * shape.memory_cell
         used += sparse * sffn.shared_cells * shape.dense_cell
         router = sparse * sffn.router.flops(sffn, width, gated=shape.gated)
+    # A layer of multi-token prediction: a projection, a dense layer, and logits of its own.
+    depth = shape.predicted_tokens
+    joined = depth * 4 * width * width
+    used += depth * shape.ffn_hidden_size * shape.dense_cell
     return Flops(
-        attention=shape.num_layers * (projections + scores_and_sum),
-        feed_forward=2 * used,
+        attention=(shape.num_layers + depth) * (projections + scores_and_sum),
+        feed_forward=2 * used + joined,
         router=router,
-        logits=2 * width * shape.padded_vocab_size,
+        logits=(1 + depth) * 2 * width * shape.padded_vocab_size,
     )
 
 

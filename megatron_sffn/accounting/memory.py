@@ -144,11 +144,12 @@ def router_tables(shape: ModelShape, stage: Stage) -> int:
 
 def _attention_held(shape: ModelShape, layout: RankLayout) -> int:
     """The attention and both norms of a layer; what is not cut over ranks is on all."""
-    projected, width = shape.query_width + shape.key_value_width, shape.hidden_size
+    projected, width = shape.projected_width, shape.hidden_size
     cut = (projected + shape.query_width) * width
     cut += projected if shape.bias or shape.qkv_bias else 0
     whole = 2 * norm_parameters(shape, width) + (width if shape.bias else 0)
     whole += 2 * norm_parameters(shape, shape.kv_channels) if shape.qk_layernorm else 0
+    cut += shape.num_attention_heads if shape.sinks else 0
     return cut // layout.tensor + whole
 
 

@@ -29,6 +29,7 @@ def count_parameters(shape: ModelShape) -> Parameters:
         rest += output_parameters(shape)
     rest += shape.num_layers * (attention_parameters(shape) + 2 * norm_parameters(shape, width))
     rest += (shape.num_layers - shape.sparse_layers) * mlp_parameters(shape)
+    rest += shape.predicted_tokens * prediction_parameters(shape)
     if sffn is None:
         return Parameters(total=rest, active=rest)
     rest += shape.sparse_layers * (sffn.router.parameters(sffn, width) + shared_parameters(shape))
@@ -55,12 +56,23 @@ def norm_parameters(shape: ModelShape, width: int) -> int:
 
 def attention_parameters(shape: ModelShape) -> int:
     """Of one layer: both projections, their biases, the norms of queries and keys."""
-    projected = shape.query_width + shape.key_value_width
+    projected = shape.projected_width
     count = (projected + shape.query_width) * shape.hidden_size
     count += projected if shape.bias or shape.qkv_bias else 0
     count += shape.hidden_size if shape.bias else 0
     count += 2 * norm_parameters(shape, shape.kv_channels) if shape.qk_layernorm else 0
+    count += shape.num_attention_heads if shape.sinks else 0
     return count
+
+
+def prediction_parameters(shape: ModelShape) -> int:
+    """Of one layer of multi-token prediction: a dense layer, three norms, and a projection.
+
+    The projection joins the hidden state with the embedding of the token that is next.
+    """
+    width = shape.hidden_size
+    layer = attention_parameters(shape) + mlp_parameters(shape) + 2 * norm_parameters(shape, width)
+    return layer + 3 * norm_parameters(shape, width) + 2 * width * width
 
 
 def mlp_parameters(shape: ModelShape) -> int:

@@ -80,6 +80,12 @@ class RankLayout:
                     f"--{dest.replace('_', '-')} is not counted by the memory formulas; leave it "
                     "out, or set --decoder-first-pipeline-num-layers"
                 )
+        for dest in ("mtp_num_layers", "attention_output_gate"):
+            if getattr(args, dest):
+                raise ConfigError(
+                    f"--{dest.replace('_', '-')} is not counted by the memory formulas; leave it "
+                    "out to see the memory of the model without it"
+                )
         if args.context_parallel_size > 1:
             raise ConfigError(
                 f"--context-parallel-size {args.context_parallel_size} is not counted by the "

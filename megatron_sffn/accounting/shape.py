@@ -34,6 +34,9 @@ class ModelShape:
         qkv_bias: of the query, key and value projection, also without `bias`.
         layernorm: LayerNorm, with a bias; False for RMSNorm, without.
         qk_layernorm: whether queries and keys are normalised per head.
+        output_gate: whether the answers of attention are gated, by a projection as wide as queries.
+        sinks: whether each head has a learned number beside its scores (`--softmax-type`).
+        predicted_tokens: layers of multi-token prediction, each with weights of its own.
         tied_embeddings: whether the logits use the embedding's weights.
         learned_positions: rows of a learned position embedding; 0 for RoPE or none.
         sparse_layers: how many of the layers are sparse.
@@ -53,6 +56,9 @@ class ModelShape:
     qkv_bias: bool = False
     layernorm: bool = True
     qk_layernorm: bool = False
+    output_gate: bool = False
+    sinks: bool = False
+    predicted_tokens: int = 0
     tied_embeddings: bool = True
     learned_positions: int = 0
     sparse_layers: int = 0
@@ -87,6 +93,9 @@ class ModelShape:
             qkv_bias=args.add_qkv_bias,
             layernorm=args.normalization == "LayerNorm",
             qk_layernorm=args.qk_layernorm,
+            output_gate=args.attention_output_gate,
+            sinks=args.softmax_type == "learnable",
+            predicted_tokens=args.mtp_num_layers or 0,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             learned_positions=args.max_position_embeddings if learned else 0,
             sparse_layers=sum(args.moe_layer_freq) if sffn is not None else 0,
@@ -97,6 +106,11 @@ class ModelShape:
     def query_width(self) -> int:
         """Width of all queries, and of their answers."""
         return self.num_attention_heads * self.kv_channels
+
+    @property
+    def projected_width(self) -> int:
+        """Width of what a token is projected to: queries, keys, values, and the output's gate."""
+        return self.query_width * (2 if self.output_gate else 1) + self.key_value_width
 
     @property
     def key_value_width(self) -> int:

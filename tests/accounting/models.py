@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.training.models.gpt import GPTModelConfig
 
@@ -35,6 +38,8 @@ DENSE: dict[str, dict[str, Any]] = {
         "num_query_groups": 2,
     },
     "dense-qwen": {"bias": False, "qkv_bias": True, "qk_layernorm": True, "layernorm": False},
+    "dense-gated-attention": {"output_gate": True, "sinks": True, "bias": False},
+    "dense-gated-attention-bias": {"output_gate": True, "num_query_groups": 2},
     "dense-qk-layernorm": {"qk_layernorm": True, "num_query_groups": 1, "learned_positions": 20},
 }
 """Models without sparse layers, as changes of `SMALL`."""
@@ -113,6 +118,9 @@ def config_of(
             "activation_func": F.silu if shape.gated else F.gelu,
             "normalization": "LayerNorm" if shape.layernorm else "RMSNorm",
             "qk_layernorm": shape.qk_layernorm,
+            "attention_output_gate": shape.output_gate,
+            "softmax_type": "learnable" if shape.sinks else "vanilla",
+            "mtp_num_layers": shape.predicted_tokens or None,
             "moe_layer_freq": pattern_of(shape),
             "sffn": shape.sffn,
             "moe_router_dtype": "fp32",
@@ -142,6 +150,9 @@ def build(shape: ModelShape, dtype: torch.dtype = torch.float32, **megatron: Any
         transformer_layer_spec=spec,
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.learned_positions or shape.seq_length,
+        mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
+        if shape.predicted_tokens
+        else None,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="learned_absolute" if shape.learned_positions else "rope",
     )

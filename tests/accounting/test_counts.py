@@ -126,6 +126,7 @@ def test_without_recomputation_training_is_three_forwards() -> None:
 
 BUILT: dict[str, dict[str, Any]] = {
     **DENSE,
+    "dense-predicts-2": {"predicted_tokens": 2, "tied_embeddings": False, "bias": False},
     "avg-k-every-2": {"sparse_layers": 2, "sffn": sparse(), "learned_positions": 20},
     "avg-k-single-cells": {
         "sparse_layers": 2,
@@ -219,7 +220,7 @@ def test_flops_of_the_built_model(name: str, one_rank: None) -> None:
     twice = again(shape)
     assert of(".self_attention") == expected.attention
     assert of(".router") == expected.router + twice
-    assert of(".mlp") - of(".router") == expected.feed_forward
+    assert of(".mlp") + of(".eh_proj") - of(".router") == expected.feed_forward
     assert of(".output_layer") == expected.logits
     assert counts["Global"] == expected.total + twice
 

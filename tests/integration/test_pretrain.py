@@ -265,3 +265,13 @@ def test_what_a_run_leaves(pretrain, text: str, tmp_path: Path) -> None:
     assert [line["layer"] for line in lines[:2]] == [1, 2]
     # Two evaluations (validation, test) of 2 x 8 samples of 64 tokens, 16 blocks each.
     assert sum(lines[-1]["tokens_per_block"]) == 2 * 8 * 64 * 16
+
+
+def test_masked_tokens_do_not_train_the_layers_of_multi_token_prediction(pretrain) -> None:
+    # Spaces are ends of documents, which --eod-mask-loss leaves out of every loss.
+    flags = f"{SHORT} --sffn-router dense --mtp-num-layers 1 --null-tokenizer-eod-id 32"
+    plain, masked = (pretrain(1, f"{flags} {mask}") for mask in ("", "--eod-mask-loss"))
+    assert masked.values("lm loss")[0] != plain.values("lm loss")[0]
+    # The first step has the same weights: only the tokens that count differ.
+    assert masked.values("mtp_1 loss")[0] != plain.values("mtp_1 loss")[0]
+    assert masked.values("mtp_1 loss")[0] == pytest.approx(masked.values("lm loss")[0], rel=0.02)
