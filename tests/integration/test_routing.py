@@ -170,3 +170,35 @@ def test_a_resumed_run_writes_the_lines_of_an_undisturbed_one(pretrain, tmp_path
     for line in found:
         if line["phase"] == "training":
             assert -math.log(64) <= line["entropy_loss"] < -3
+
+
+def steps_of(folder: Path, phase: str) -> list[int]:
+    """Iterations of the first layer's lines."""
+    here = [line for line in lines(folder) if line["phase"] == phase]
+    return [line["iteration"] for line in here if line["layer"] == here[0]["layer"]]
+
+
+def test_a_run_that_goes_on_with_a_larger_batch_keeps_its_lines(pretrain, tmp_path: Path) -> None:
+    flags = f"--sffn-router switch --split 60,40,0 --eval-interval 2 --save {tmp_path}"
+    pretrain(1, f"{flags} --train-iters 8 --save-interval 8")
+    grown = f"{flags} --load {tmp_path} --global-batch-size 32 --override-opt-param-scheduler"
+    pretrain(1, f"{grown} --train-iters 12 --save-interval 100")
+    assert steps_of(tmp_path, "training") == list(range(1, 13))
+    assert steps_of(tmp_path, "evaluation") == [2, 4, 6, 8, 10, 12]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["iterations"] == 12
+    assert [step for step, _ in summary["validation_curve"]] == [2, 4, 6, 8, 10, 12]
+
+
+def test_steps_of_a_batch_that_grows_are_megatrons(pretrain, tmp_path: Path, monkeypatch) -> None:
+    # The first 16 samples (1,024 tokens) in steps of 4, the other 48 in steps of 8.
+    fixed = pretrain.__globals__["MODEL"].replace("--global-batch-size 8", "")
+    monkeypatch.setitem(pretrain.__globals__, "MODEL", fixed)
+    growing = "--train-samples 64 --step-batch-size-schedule '0:4 1K:8' --eval-interval 2"
+    pretrain(
+        1, f"--sffn-router switch --split 60,40,0 {growing} --save {tmp_path} --save-interval 100"
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["iterations"] == 10
+    assert [step for step, _ in summary["validation_curve"]] == [2, 4, 6, 8, 10]
+    assert steps_of(tmp_path, "evaluation") == [2, 4, 6, 8, 10]
