@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from benchmarks import triton_starts
 from megatron_sffn.errors import ConfigError, run_command
 from megatron_sffn.ops import device, triton_launch
 from megatron_sffn.ops.activation import Activation
@@ -233,21 +234,19 @@ def _noted(op: str, cells: int | None, call: Callable[..., Any], *arguments: Any
     """What a call starts; nothing is started."""
     found: list[Launch] = []
 
-    def note(
-        kernel: Any, _: int, *, warps: int, stages: int, writes: Any = None, **arguments: Any
-    ) -> None:
+    def note(start: triton_starts.Start) -> None:
         found.append(
             Launch(
                 op=op,
                 cells=cells,
-                kernel=kernel,
-                warps=warps,
-                stages=stages,
-                arguments=arguments,
+                kernel=start.kernel,
+                warps=start.warps,
+                stages=start.stages,
+                arguments=start.arguments,
             )
         )
 
-    with mock.patch.object(triton_launch, "launch", note):
+    with triton_starts.handed_to(note):
         call(*arguments)
     return found
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -29,9 +30,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_sffn.layer import layer_class
-from megatron_sffn.ops import device
 from megatron_sffn.routers import s_base
 from tests.layers import BATCH, SPARSE, VOCAB, Case, S, config_of
+from tests.played_gpu import play_gpu
 
 D = 16
 """Width of the layers: backends have sizes of which it must be a multiple."""
@@ -96,9 +97,7 @@ def rehearse(case: Case, backend: str, dtype: torch.dtype, on: str) -> None:
 @contextlib.contextmanager
 def played_gpu() -> Iterator[None]:
     """One rank, and the answers of an H100 where torch would ask the driver."""
-    device.is_gpu = lambda tensor: tensor.device.type != "cpu"
-    device.capability = lambda tensor: (9, 0)
-    device.name = lambda tensor: "NVIDIA H100 80GB HBM3"
+    play_gpu(pytest.MonkeyPatch(), is_gpu=lambda tensor: tensor.device.type != "cpu")
     # It looks at its plan every few turns; these turns are before the first look.
     s_base.MOST_TURNS = s_base.TURNS_PER_LOOK - 1
     with tempfile.TemporaryDirectory() as folder:

@@ -282,7 +282,7 @@ def test_a_token_crosses_to_each_node_once() -> None:
     assert counted == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
     flat = dataclasses.replace(layer, node_size=0)
     assert traffic.cheapest_dispatcher(layer, D, over) == "alltoall"
-    assert traffic.exchanged_bytes_per_token(flat, D, over, "alltoall") < expected
+    assert traffic.exchanged_bytes_per_token(flat, D, wide, "alltoall") < expected
 
 
 def sent_in_groups(by_score: bool) -> float:

@@ -1,6 +1,6 @@
 """Where the host waits for a GPU in a step of one layer: a table which only shrinks.
 
-The default path never waits. What does stands in `ALLOWED`, and is in docs/routing.md. Between
+The default path never waits. What does stands in `ALLOWED`, and is in docs/backends.md. Between
 ranks the host waits for counts: `BETWEEN_RANKS`, and docs/parallelism.md.
 """
 

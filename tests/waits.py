@@ -1,8 +1,9 @@
 """What would make the host wait for a GPU, noted on a machine without one.
 
-`recorded()` plays a GPU: real tensors on the CPU stand for those on a device, and the package takes
-its CUDA branches. Every operation whose result the host reads, or whose shape it has to learn from
-the device, is noted with the function of our package that asked for it.
+`recorded()` plays a GPU (`tests/played_gpu.py`): real tensors on the CPU stand for those on a
+device, and the package takes its CUDA branches. Every operation whose result the host reads, or
+whose shape it has to learn from the device, is noted with the function of our package that asked
+for it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,10 +21,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_sffn
-from megatron_sffn.ops import device
+from tests.played_gpu import play_gpu
 
 PACKAGE = Path(megatron_sffn.__file__).parent
-H100 = "NVIDIA H100 80GB HBM3"
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal}
@@ -30,7 +31,7 @@ READS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal}
 SHAPES = {aten.nonzero, aten.masked_select, aten.bincount, aten._unique2, aten.unique_dim}
 SHAPES |= {aten.unique_consecutive, aten.unique_dim_consecutive, aten.repeat_interleave}
 """Operations whose result has a shape that the device has to tell."""
-COPIES = [(torch.Tensor, "tolist"), (torch.Tensor, "numpy"), (torch.Tensor, "cpu")]
+COPIES: list[tuple[Any, str]] = [(torch.Tensor, name) for name in ("tolist", "numpy", "cpu")]
 COPIES += [(torch, "tensor"), (torch, "as_tensor")]
 """Functions that copy between host and device, which no operation shows where both are the CPU."""
 
@@ -43,7 +44,7 @@ class Waits:
 
     def note(self) -> None:
         """Count a wait for the innermost function of the package that is running."""
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             path = Path(frame.f_code.co_filename)
             if path.is_relative_to(PACKAGE):
@@ -60,12 +61,12 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _waits(func, args, kwargs):
+        if would_wait(func, args, kwargs):
             self.waits.note()
         return func(*args, **kwargs)
 
 
-def _waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+def would_wait(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether an operation on tensors of a GPU would make the host wait."""
     packet = func.overloadpacket
     if packet is aten.repeat_interleave:
@@ -80,9 +81,7 @@ def _waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 def played_gpu() -> Iterator[None]:
     """For as long as the block, all tensors are those of an H100 to the package."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "is_gpu", lambda tensor: True)
-        patch.setattr(device, "capability", lambda tensor: (9, 0))
-        patch.setattr(device, "name", lambda tensor: H100)
+        play_gpu(patch)
         yield
 
 

@@ -29,7 +29,7 @@ class Measured:
 
     Args:
         ms: of every repetition.
-        peak: bytes allocated at most while it ran; 0 in a dry run.
+        peak: bytes allocated at most while it ran, without the buffer of the clock; 0 in a dry run.
     """
 
     ms: tuple[float, ...]
@@ -74,8 +74,7 @@ def measure(
     repeats = max(1, min(most, int(seconds / max(first, 1e-6))))
     if context.dry:
         return Measured(ms=tuple(_on_host(call) for _ in range(min(repeats, 2))), peak=0)
-    torch.cuda.reset_peak_memory_stats()
-    return Measured(ms=_on_gpu(call, repeats), peak=torch.cuda.max_memory_allocated())
+    return _on_gpu(call, repeats)
 
 
 def _on_host(call: Callable[[], Any]) -> float:
@@ -84,10 +83,11 @@ def _on_host(call: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def _on_gpu(call: Callable[[], Any], repeats: int) -> tuple[float, ...]:
+def _on_gpu(call: Callable[[], Any], repeats: int) -> Measured:
     properties = torch.cuda.get_device_properties()
     cache = int(getattr(properties, "L2_cache_size", 0) or 64 << 20)
     buffer = torch.empty(L2_TIMES * cache, dtype=torch.int8, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
     events = []
     for _ in range(repeats):
         buffer.zero_()
@@ -97,4 +97,7 @@ def _on_gpu(call: Callable[[], Any], repeats: int) -> tuple[float, ...]:
         pair[1].record()
         events.append(pair)
     torch.cuda.synchronize()
-    return tuple(start.elapsed_time(end) for start, end in events)
+    return Measured(
+        ms=tuple(start.elapsed_time(end) for start, end in events),
+        peak=torch.cuda.max_memory_allocated() - buffer.nbytes,
+    )

@@ -23,6 +23,9 @@ ORACLE = "naive"
 
 PRODUCTS = ("to_pairs", "to_rows", "to_table")
 
+FUSED, FUSED_PRODUCTS = "triton_fused", ("up_activated", "down_backward_activated")
+"""The module of the products that include the activation; cut by the table of `triton_grouped`."""
+
 IN_TIME: dict[str, tuple[int, int]] = {
     "torch": (64, 1 << 30),
     "loop": (64, 1 << 30),

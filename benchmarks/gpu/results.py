@@ -6,6 +6,7 @@ each section; lines of text with a tick, a cross, or a dash for what could not r
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -46,16 +47,31 @@ class Store:
         os.replace(part, self.path)
 
 
+def read_lines(records: Path) -> list[dict[str, Any]]:
+    """What the processes of a section have noted; a line that was cut short is left out."""
+    lines = []
+    for line in records.read_text(encoding="utf-8").splitlines() if records.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def begun(lines: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of the cases that a process of the section has begun."""
+    return {line["begun"] for line in lines if "begun" in line}
+
+
 def entry(lines: Sequence[Mapping[str, Any]], reason: str, seconds: float) -> dict[str, Any]:
     """A section's entry.
 
     Args:
         lines: what its processes have noted.
-        reason: why its last process did not end by itself; empty if it did.
+        reason: why its last process did not end by itself, or was not started again; else empty.
         seconds: that it took.
     """
     cases = [dict(line) for line in lines if "case" in line]
-    not_run = [name for line in lines for name in line.get("not_run", ())]
+    planned = dict.fromkeys(name for line in lines for name in line.get("planned", ()))
+    not_run = [name for name in planned if name not in begun(lines)]
     states = [case["state"] for case in cases]
     if "failed" in states or (reason and not cases):
         state = "failed"
@@ -87,7 +103,7 @@ def line(name: str, section: Mapping[str, Any]) -> str:
     )
     words = [counts or "no case ran"]
     if section["not_run"]:
-        words.append(f"{len(section['not_run'])} not run, its time was up")
+        words.append(f"{len(section['not_run'])} not run")
     if section["reason"] and "failed" not in states:
         words.append(section["reason"])
     first = next((case for case in section["cases"] if case["state"] == "failed"), None)

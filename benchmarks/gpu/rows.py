@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.gpu import results
 from benchmarks.gpu.case import Context
 from benchmarks.gpu.problem import Size
 from benchmarks.machine import Platform, facts, version_of
@@ -95,6 +98,14 @@ def row_of(size: Size, measured: Any, *, contender: str, what: str, unit: float)
 
 
 def write(rows: Sequence[Row], name: str, context: Context) -> None:
-    """Append rows to a CSV file of the results."""
+    """Append rows to a CSV file of the results, and note them for `written`."""
     if rows:
         append(rows, context.out / name)
+        with (context.scratch / name).with_suffix(".jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
+
+
+def written(name: str, context: Context) -> list[Row]:
+    """Rows that this run of the section has written, also those of a process that has ended."""
+    path = (context.scratch / name).with_suffix(".jsonl")
+    return [Row(**fields) for fields in results.read_lines(path)]

@@ -15,7 +15,6 @@ Design notes
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -29,7 +28,7 @@ from typing import Any
 
 from benchmarks.gpu import results
 from benchmarks.gpu.plan import PLANS, Section, share
-from benchmarks.gpu.worker import NEXT, POISONED
+from benchmarks.gpu.worker import NEXT, POISONED, note
 from benchmarks.machine import ROOT
 from megatron_sffn.errors import reason_in
 
@@ -39,8 +38,8 @@ GRACE = 8.0
 RESERVE = 3.0
 """Seconds at the end in which no section runs: results are written and printed."""
 
-MOST_RESTARTS = 12
-"""Of a section whose cases end their process."""
+MOST_STARTS = 12
+"""Of the process of a section whose cases end it."""
 
 LEAST = 2.0
 """Seconds below which a section is not started."""
@@ -89,23 +88,24 @@ def _run_section(
     """One section with its restarts; returns its entry of results.json."""
     start = time.monotonic()
     records, reason = scratch / "records.jsonl", ""
-    for _ in range(MOST_RESTARTS):
+    for _ in range(MOST_STARTS):
         left = limit - (time.monotonic() - start)
         if left < LEAST:
             reason = "its time was up before all cases had begun"
             break
-        before = len(_lines(records))
+        before = len(results.begun(results.read_lines(records)))
         code, said = _process(section, command, left, scratch, log)
         if code == 0:
             reason = ""
             break
+        reason = f"its process was started {MOST_STARTS} times, and not again"
         if code in (NEXT, POISONED):
             continue
         reason = f"its process ended with {_name(code)}: {said}"
         _close(records, reason)
-        if code is None or len(_lines(records)) <= before:
+        if code is None or len(results.begun(results.read_lines(records))) <= before:
             break
-    return results.entry(_lines(records), reason, time.monotonic() - start)
+    return results.entry(results.read_lines(records), reason, time.monotonic() - start)
 
 
 def _process(
@@ -160,6 +160,8 @@ def environment(dry: bool) -> dict[str, str]:
     """Of a section's process and of all that it starts."""
     found = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
     found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [found.get("PYTHONPATH")])])
+    # Of the shell's: kernels on a GPU are compiled.
+    found.pop("TRITON_INTERPRET", None)
     if dry:
         # No compiler for the C++ kernels of a CPU: a GPU does not run them either.
         found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "CXX": "no-compiler"}
@@ -167,24 +169,12 @@ def environment(dry: bool) -> dict[str, str]:
     return found
 
 
-def _lines(records: Path) -> list[dict[str, Any]]:
-    """What the processes of a section have noted; a line that was cut short is left out."""
-    lines = []
-    for line in records.read_text(encoding="utf-8").splitlines() if records.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
-
-
 def _close(records: Path, reason: str) -> None:
     """Note that the case that had begun last failed, if its process did not live to say so."""
-    lines = _lines(records)
+    lines = results.read_lines(records)
     ended = {line["case"] for line in lines if "case" in line}
-    with records.open("a", encoding="utf-8") as file:
-        for line in lines:
-            if "begun" in line and line["begun"] not in ended:
-                failed = {"case": line["begun"], "state": "failed", "reason": reason, "seconds": 0}
-                file.write(json.dumps(failed) + "\n")
+    for name in sorted(results.begun(lines) - ended):
+        note(records, {"case": name, "state": "failed", "reason": reason, "seconds": 0})
 
 
 def _name(code: int | None) -> str:

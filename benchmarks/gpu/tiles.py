@@ -18,6 +18,8 @@ from benchmarks.gpu import forms
 from benchmarks.gpu.case import Context, NotHere
 from benchmarks.gpu.problem import Size, draw, sorted_pairs
 from megatron_sffn.ops import device
+from megatron_sffn.ops.block_ffn import triton_fused as fused
+from megatron_sffn.ops.block_ffn import triton_grouped
 
 MOST = 12
 """Candidates of a line, the present tiles among them."""
@@ -55,7 +57,7 @@ class Job:
     """A line of a table to tune: the one that a product looks up for blocks of some cells.
 
     Args:
-        module: name of the module that has the table.
+        module: name of the module that has the product.
         product: name.
         cells: g.
     """
@@ -71,15 +73,21 @@ class Job:
 
 
 def jobs(context: Context) -> list[Job]:
-    """Of all modules that have a table."""
-    found = [
-        Job(module=name, product=product, cells=g)
-        for g in context.choose((256, 16, 1), (16,))
+    """Of all modules that have a table, and of the fused products; in a dry run one of each."""
+    products = [
+        (name, product)
         for name, module in forms.modules().items()
         if forms.tuned(module)
         for product in forms.PRODUCTS
     ]
-    return found[: context.choose(len(found), 2)]
+    products += [(forms.FUSED, product) for product in forms.FUSED_PRODUCTS]
+    if context.dry:
+        products = [products[0], products[-1]]
+    return [
+        Job(module=name, product=product, cells=g)
+        for g in context.choose((256, 16, 1), (16,))
+        for name, product in products
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,14 +98,12 @@ class Tuned:
         table: of its module, for as long as it is replaced.
         call: runs the product.
         kind: the line that it looks up.
-        present: the tiles there.
         tried: the candidates, of which the present tiles are the first.
     """
 
     table: Remembering
     call: Callable[[], Any]
     kind: str
-    present: Any
     tried: list[Any]
 
 
@@ -108,7 +114,7 @@ def opened(job: Job, context: Context) -> Iterator[Tuned]:
     Raises:
         NotHere: if the product looks up no line, or more than one.
     """
-    module: Any = forms.modules()[job.module]
+    module: Any = triton_grouped if job.module == forms.FUSED else forms.modules()[job.module]
     former, table = module.TILES, Remembering(module.TILES)
     module.TILES = table
     try:
@@ -121,7 +127,7 @@ def opened(job: Job, context: Context) -> Iterator[Tuned]:
         dtype = forms.dtype_for(job.module, context)
         present = former.get((card(), dtype, kind)) or former["any", dtype, kind]
         tried = candidates(present)[: context.choose(MOST, 2)]
-        yield Tuned(table=table, call=call, kind=kind, present=present, tried=tried)
+        yield Tuned(table=table, call=call, kind=kind, tried=tried)
     finally:
         module.TILES = former
 
@@ -149,7 +155,7 @@ def candidates(present: Any) -> list[Any]:
 
 def call_of(job: Job, context: Context) -> Callable[[], Any]:
     """The product of a job at a real size; it derives everything from the pairs anew."""
-    module, where = forms.modules()[job.module], context.device
+    where = context.device
     tokens, width, active = context.choose((8192, 4096, 4096), (7, 16, 16))
     size = Size(
         tokens=tokens,
@@ -163,14 +169,27 @@ def call_of(job: Job, context: Context) -> Callable[[], Any]:
     problem = draw(size, where)
     pairs = sorted_pairs(problem.block_ids, size.num_blocks)
     h = torch.empty(len(pairs.rows), job.cells, dtype=size.dtype, device=where).normal_()
-    calls: dict[str, Callable[[], Any]] = {
-        "to_pairs": lambda: module.to_pairs(problem.x, problem.keys, pairs),
-        "to_rows": lambda: module.to_rows(h, problem.values, pairs, tokens),
-        "to_table": lambda: module.to_table(h, problem.dy, pairs),
-    }
+    calls: dict[str, Callable[[], Any]]
+    if job.module == forms.FUSED:
+        gates = torch.rand(len(pairs.rows), device=where)
+        x, dy, f = problem.x, problem.dy, size.activation
+        # Of the results, one that takes the whole product.
+        calls = {
+            "up_activated": lambda: fused.up_activated(x, problem.keys, pairs, gates, f)[1],
+            "down_backward_activated": lambda: fused.down_backward_activated(
+                dy, problem.values, pairs, h, gates, f
+            )[1],
+        }
+    else:
+        module = forms.modules()[job.module]
+        calls = {
+            "to_pairs": lambda: module.to_pairs(problem.x, problem.keys, pairs),
+            "to_rows": lambda: module.to_rows(h, problem.values, pairs, tokens),
+            "to_table": lambda: module.to_table(h, problem.dy, pairs),
+        }
 
     def call() -> Any:
-        # What is derived may hang on the tiles.
+        # What is derived may depend on the tiles.
         pairs.derived.clear()
         return calls[job.product]()
 

@@ -1,8 +1,9 @@
 """The process of one section: `python -m benchmarks.gpu.worker SECTION ...`.
 
 Inputs: the name of a section, a file of JSON lines that a former process of the same section may
-have begun. Outputs: lines at the end of that file, two for each case: that it begins, and how it
-ended. Whatever happens to this process, what is in the file is true.
+have begun. Outputs: lines at the end of that file: the names of all cases; then two for each
+case, that it begins and how it ended. Whatever happens to this process, what is in the file is
+true.
 
 Design notes: a case that the file has begun is not run again, so that the supervisor can start a
 section anew after a case has ended its process. After an error of CUDA itself the process ends with
@@ -35,6 +36,12 @@ NEXT = 72
 LONGEST_CASE = 0.5
 """Share of the section's time after which a case is given up."""
 
+TRITON = "Triton Error [CUDA]"
+"""What Triton's own launcher calls an error of CUDA."""
+
+HARMLESS = ("out of resource", "invalid argument", "out of memory")
+"""Errors of a launch that was refused: the next one can succeed."""
+
 LONGEST_SENTENCE = 300
 """Characters of a reason that are kept; log.txt has all."""
 
@@ -52,6 +59,7 @@ def main() -> int:
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
 
+    from benchmarks.gpu import results
     from benchmarks.gpu.case import Case, Context
     from megatron_sffn.remarks import silence
 
@@ -60,11 +68,12 @@ def main() -> int:
     warnings.simplefilter("default")
     context = Context(dry=args.dry_run, out=args.out, scratch=args.scratch, deadline=deadline)
     section = importlib.import_module(f"benchmarks.gpu.sections.{args.section}")
-    begun = begun_cases(args.records)
-    cases: list[Case] = [case for case in section.cases(context) if case.name not in begun]
+    planned: list[Case] = section.cases(context)
+    begun = results.begun(results.read_lines(args.records))
+    note(args.records, {"planned": [case.name for case in planned]})
+    cases = [case for case in planned if case.name not in begun]
     for number, case in enumerate(cases):
         if number and context.left <= 0:
-            note(args.records, {"not_run": [case.name for case in cases[number:]]})
             return 0
         with given_up(case.name, max(LONGEST_CASE * args.seconds, 5.0), args.records):
             poisoned = run_case(case, context, args.records)
@@ -73,14 +82,6 @@ def main() -> int:
         if args.isolated and number + 1 < len(cases):
             return NEXT
     return 0
-
-
-def begun_cases(records: Path) -> set[str]:
-    """Names of the cases that a former process of this section has begun."""
-    if not records.exists():
-        return set()
-    lines = map(json.loads, records.read_text(encoding="utf-8").splitlines())
-    return {line["begun"] for line in lines if "begun" in line}
 
 
 @contextlib.contextmanager
@@ -140,14 +141,17 @@ def sentence(error: BaseException) -> str:
 
 def is_of_cuda(error: BaseException) -> bool:
     """Whether an error is one after which CUDA calls of this process fail; no memory is not."""
-    kind = type(error).__name__
-    return kind != "OutOfMemoryError" and (kind == "AcceleratorError" or "CUDA error" in str(error))
+    kind, words = type(error).__name__, str(error)
+    if TRITON in words:
+        return not any(harmless in words for harmless in HARMLESS)
+    return kind != "OutOfMemoryError" and (kind == "AcceleratorError" or "CUDA error" in words)
 
 
 def note(records: Path, line: dict[str, Any]) -> None:
     """Append a line, so that it is on the disk before anything else happens."""
     with records.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        # The line before may have been cut short by the end of its process.
+        file.write("\n" + json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

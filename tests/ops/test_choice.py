@@ -8,18 +8,12 @@ import pytest
 import torch
 
 from megatron_sffn.config import Backend, ConfigError, SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.ops import device
 from megatron_sffn.ops.block_ffn import Pairs, choice, op
 from megatron_sffn.ops.block_ffn.choice import Shape
 from megatron_sffn.routers import ROUTERS
+from tests.played_gpu import play_gpu
 
 HALF, SINGLE = torch.bfloat16, torch.float32
-
-
-def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
-    monkeypatch.setattr(device, "is_gpu", lambda tensor: True)
-    monkeypatch.setattr(device, "capability", lambda tensor: capability)
-    monkeypatch.setattr(device, "name", lambda tensor: "a GPU")
 
 
 def shape(g: int, spread: float, *, tokens: int = 16384, width: int = 4096) -> Shape:
@@ -67,7 +61,7 @@ def test_the_rule(
     backend: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gpu(monkeypatch, capability)
+    play_gpu(monkeypatch, capability=capability, name="a GPU")
     best, reason = choice.choose(shape(g, spread), torch.empty(0, dtype=dtype))
     assert best == backend, (reason, choice.estimates(shape(g, spread), dtype))
 
@@ -75,7 +69,7 @@ def test_the_rule(
 def test_the_rule_for_values_alone_for_no_pairs_and_for_the_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gpu(monkeypatch, (8, 6))
+    play_gpu(monkeypatch, capability=(8, 6), name="a GPU")
     tensor = torch.empty(0, dtype=HALF)
     alone = Shape(rows=8, pairs=32, blocks=512, cells=1, width=64, key_width=0)
     assert choice.choose(alone, tensor)[0] == "bags"
@@ -97,7 +91,7 @@ def test_auto_asks_the_rule_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> N
     ids = torch.arange(6, dtype=torch.int32)
     call = (x, *tables, Pairs(rows=ids, blocks=ids))
     assert op._resolved("auto", *call) == "auto"
-    gpu(monkeypatch)
+    play_gpu(monkeypatch)
     assert (
         op._resolved("auto", *call)
         == choice.choose(Shape(rows=5, pairs=6, blocks=6, cells=64, width=64, key_width=64), x)[0]

@@ -38,8 +38,20 @@ def test_a_table_gradient_of_many_pieces_is_rounded_about_once(
     assert (buffer[[0, 2]] == 1).all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_microbatches_added_to_main_grad_stay_closer_to_float64(backend: str) -> None:
+def test_microbatches_added_to_main_grad_stay_closer_to_float64() -> None:
+    """Backend cpu adds its sums to the fp32 buffer; measured: 0.55 to 0.75 of autograd's error."""
+    for added, summed in errors_of_microbatches("cpu"):
+        assert added < 0.85 * summed
+
+
+def test_backend_torch_rounds_microbatches_alike_with_and_without_main_grad() -> None:
+    """A block of few pairs is one product, which torch rounds to bf16 before it is added."""
+    for added, summed in errors_of_microbatches("torch"):
+        assert added == pytest.approx(summed, rel=1e-5)
+
+
+def errors_of_microbatches(backend: str) -> list[tuple[float, float]]:
+    """For keys and values: the error of gradients in `main_grad`, and of autograd's, added up."""
     torch.manual_seed(0)
     batches = [(torch.randn(64, 16), torch.rand(64, 8).topk(3).indices) for _ in range(16)]
     start = torch.randn(2, 8, 4, 16).bfloat16()
@@ -64,10 +76,12 @@ def test_microbatches_added_to_main_grad_stay_closer_to_float64(backend: str) ->
             assert all(table.grad_added_to_main_grad for table in tables)
             sums = [table.main_grad for table in tables]
         grads[way] = sums
-    for index in range(2):
-        exact = grads["float64"][index]
-        near = error(grads["main_grad"][index], exact)
-        assert near <= 1.02 * error(grads["autograd"][index], exact)
+    return [
+        (error(added, exact), error(summed, exact))
+        for added, summed, exact in zip(
+            grads["main_grad"], grads["autograd"], grads["float64"], strict=True
+        )
+    ]
 
 
 def test_main_grad_is_left_alone_where_megatron_would_lose_something() -> None:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.errors import ConfigError
-from megatron_sffn.ops import block_ffn, device
+from megatron_sffn.ops import block_ffn
 from megatron_sffn.ops.block_ffn import choice, grouped, op, quack
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from tests.ops.test_torch_backends import D, R, load
+from tests.played_gpu import play_gpu
 
 
 def gemm(
@@ -115,9 +116,7 @@ def test_what_it_cannot_take_is_refused_with_what_can(monkeypatch: pytest.Monkey
     x, table = torch.zeros(3, 16), torch.zeros(2, 8, 16)
     with pytest.raises(ConfigError, match="backend quack computes on a GPU"):
         block_ffn(x, table, table, torch.zeros(3, 1, dtype=torch.long), backend="quack")
-    monkeypatch.setattr(device, "is_gpu", lambda tensor: True)
-    monkeypatch.setattr(device, "name", lambda tensor: "an old GPU")
-    monkeypatch.setattr(device, "capability", lambda tensor: (7, 5))
+    play_gpu(monkeypatch, capability=(7, 5), name="an old GPU")
     shape = choice.Shape(rows=3, pairs=3, blocks=2, cells=8, width=16, key_width=16)
     for dtype, words in ((torch.float32, "or float16, but"), (torch.float16, "an old GPU has 7.5")):
         assert words in choice.refusal("quack", shape, x.to(dtype))

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_sffn.ops import device
 from megatron_sffn.ops.scores import naive, op, scores
 from tests.cuda_operators import CUDA_OPERATORS
+from tests.played_gpu import play_gpu
 
 T, B, D = 37, 19, 250
 HALF = [torch.bfloat16, torch.float16]
@@ -19,7 +19,7 @@ HALF = [torch.bfloat16, torch.float16]
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic of a GPU, on the CPU."""
     assert CUDA_OPERATORS
-    monkeypatch.setattr(device, "is_gpu", lambda tensor: True)
+    play_gpu(monkeypatch)
 
 
 def operands(x_dtype: torch.dtype, weight_dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:

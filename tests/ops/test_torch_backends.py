@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.errors import ConfigError
-from megatron_sffn.ops import Activation, block_ffn, device
+from megatron_sffn.ops import Activation, block_ffn
 from megatron_sffn.ops.block_ffn import Pairs, bags, block_ffn_pairs, grouped, masked
+from tests.played_gpu import play_gpu
 
 D, R = 24, 37
 BACKENDS = ("grouped", "masked", "bags", "torch")
@@ -152,8 +153,7 @@ def on_a_gpu(backend: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("backend", ["grouped", "masked", "bags"])
 def test_the_host_never_waits_for_a_gpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "is_gpu", lambda tensor: True)
-    monkeypatch.setattr(device, "capability", lambda tensor: (9, 0))
+    play_gpu(monkeypatch)
     assert all(tensor.grad.shape == tensor.shape for tensor in on_a_gpu(backend))
     with pytest.raises(RuntimeError, match="meta"):  # the loop has to read where blocks begin
         on_a_gpu("torch")
@@ -168,8 +168,7 @@ def test_the_branches_for_a_gpu_compute_the_same(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the CPU's products, in the way in which a GPU is asked for them."""
-    monkeypatch.setattr(device, "is_gpu", lambda tensor: True)
-    monkeypatch.setattr(device, "capability", lambda tensor: (9, 0))
+    play_gpu(monkeypatch)
     torch.manual_seed(0)
     pairs = load("skewed", 6)
     tensors = [torch.randn(R, D), torch.randn(6, 8, D) / 5, torch.randn(6, 8, D)]

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for four generations of GPUs, none of which has to be there."""
+"""The Triton kernels compiled for GPUs that need not be there: sm_90, 100, 120, and 80 in fp32."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.skipif(
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that a program can have, by compute capability (CUDA's tables)."""
 
-MATRIX_UNITS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
-"""The instruction of the matrix units, by compute capability."""
+MATRIX_UNITS = {90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+"""The instruction of the matrix units, by compute capability; sm_80 is compiled in fp32 alone."""
 
 REGISTERS = 240
 """Of a thread. 255 is where spills begin."""
@@ -36,7 +37,7 @@ REPORTS = (
     ("--dtypes bf16 --targets 90", 23),
     # Fused kernels are cut as for 90, and need fewer registers.
     ("--dtypes bf16 --targets 100 --ops grouped masked", 18),
-    # As for 80, with less shared memory.
+    # The instructions of 80, with less shared memory.
     ("--dtypes bf16 --targets 120 --ops grouped fused", 14),
     ("--dtypes fp32 --targets 80 --ops grouped masked route_topk --cells 16", 10),
 )
@@ -96,3 +97,46 @@ def test_nothing_is_compiled_anew_when_the_number_of_rows_changes() -> None:
     # cut into chunks, which leaves out a kernel.
     assert compiled(2048) == compiled(2049) > compiled(1)
     assert len(compiled(1)) > 10
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET is set: nothing is compiled"
+)
+def test_what_is_compiled_ahead_is_what_a_launch_looks_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's cache tells True from 1; the launcher hands on whole numbers."""
+    import triton
+
+    from benchmarks import triton_report, triton_starts
+    from benchmarks.gpu.sections import tune
+    from megatron_sffn.ops.block_ffn import triton_grouped
+
+    met: list[tuple[str, list[tuple[str, str]]]] = []
+
+    def run(kernel: Any, *_: Any, grid: Any, warmup: bool, **arguments: Any) -> None:
+        constants = [
+            (name, repr(argument))
+            for name, argument in arguments.items()
+            if not isinstance(argument, torch.Tensor)
+        ]
+        met.append((kernel.fn.__name__, constants))
+
+    monkeypatch.setattr(triton.JITFunction, "run", run)
+    x, table, h, pairs = triton_report._operands(torch.bfloat16, 16, 2048)
+
+    def starts() -> list[tuple[str, list[tuple[str, str]]]]:
+        met.clear()
+        triton_grouped.to_pairs(x, table, pairs)
+        triton_grouped.to_rows(h, table, pairs, 2048)
+        triton_grouped.to_table(h, x, pairs, into=table.float())
+        return sorted((name, sorted(constants)) for name, constants in met)
+
+    launched = starts()
+    with triton_starts.handed_to(tune.warm_up):
+        ahead = starts()
+    noted: list[triton_starts.Start] = []
+    with triton_starts.handed_to(noted.append):
+        starts()
+    assert ahead == launched
+    assert {("GATHER", "1"), ("ADD", "1")} <= {fixed for _, start in launched for fixed in start}
+    assert len(noted) == len(launched)
+    assert not any(isinstance(a, bool) for start in noted for a in start.arguments.values())

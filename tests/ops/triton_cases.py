@@ -83,22 +83,28 @@ def errors(case: str, size: str, dtype: str, device: str) -> dict[str, float]:
     """Relative errors of the products, and of `block_ffn` with its gradients, by name."""
     torch.manual_seed(len(case))
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         # Makes `torch.empty` NaN, so that what is not written shows.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        warnings.simplefilter("ignore")
-        # Small pieces, so that small sizes have several of them.
-        with (
-            mock.patch.object(triton_table, "CHUNK", 16),
-            mock.patch.object(triton_grouped, "PARTS_BYTES", 0),
-        ):
-            found = _products(case, size, DTYPES[dtype], device)
-        for activation, with_gates in FUSED[size]:
-            found |= _fused(case, size, DTYPES[dtype], device, activation, with_gates)
-        # The interpreter takes a while, and the products have been compared.
-        if device != "cpu" or case == "some":
-            for activation in LAYERS.get(size, ()):
-                found |= _layer(case, size, DTYPES[dtype], device, activation)
-        torch.use_deterministic_algorithms(False)
+        try:
+            return _errors(case, size, DTYPES[dtype], device)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def _errors(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str, float]:
+    # Small pieces, so that small sizes have several of them.
+    with (
+        mock.patch.object(triton_table, "CHUNK", 16),
+        mock.patch.object(triton_grouped, "PARTS_BYTES", 0),
+    ):
+        found = _products(case, size, dtype, device)
+    for activation, with_gates in FUSED[size]:
+        found |= _fused(case, size, dtype, device, activation, with_gates)
+    # The interpreter takes a while, and the products have been compared.
+    if device != "cpu" or case == "some":
+        for activation in LAYERS.get(size, ()):
+            found |= _layer(case, size, dtype, device, activation)
     return found
 
 

@@ -6,7 +6,8 @@ every machine. Collectives go over gloo, which the command line has to say.
 
 Inputs: a line of JSON per run on stdin, `{"ranks": 2, "flags": [...], "folder": ..., "without":
 target or null}`; `without` names a replacement that is left out. Outputs: a line of JSON per run on
-stdout, `{"code": exit code of the first rank that failed or 0, "log": of the last or failed rank}`.
+stdout, `{"code": exit code of the first rank that failed or 0, null if the ranks hung; "log": of
+the last or failed rank}`.
 
 It is a program of its own because the replacements are made once per process: every run is forked
 from a process that has imported Megatron and replaced nothing but the device.
@@ -24,10 +25,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.cuda_operators import CUDA_OPERATORS
 from tests.processes import HANGS
-
-H100 = "NVIDIA H100 80GB HBM3"
 
 
 def play_cuda_machine() -> None:
@@ -37,12 +38,10 @@ def play_cuda_machine() -> None:
     cpu.install()
     cpu.is_host = lambda: False  # before any module takes the name over
 
-    from megatron_sffn.ops import device
+    from tests.played_gpu import play_gpu
 
     assert CUDA_OPERATORS
-    device.is_gpu = lambda tensor: True
-    device.capability = lambda tensor: (9, 0)
-    device.name = lambda tensor: H100
+    play_gpu(pytest.MonkeyPatch())
 
     import megatron.core.tokenizers.text
     import megatron.training  # noqa: F401  (seconds that no forked rank has to spend)
@@ -78,16 +77,20 @@ def run(ranks: int, flags: list[str], folder: str, without: str | None) -> dict[
     return {"code": code, "log": logs[ranks - 1 if spokesman is None else spokesman].read_text()}
 
 
-def wait(children: dict[int, int]) -> tuple[int, int | None]:
-    """Wait for all ranks; if one fails, end the others and return its exit code and number."""
-    deadline, failed = time.monotonic() + HANGS, (0, None)
+def wait(children: dict[int, int]) -> tuple[int | None, int | None]:
+    """Wait for all ranks; if one fails, end the others and return its exit code and number.
+
+    After `HANGS` seconds the exit code is None.
+    """
+    deadline = time.monotonic() + HANGS
+    failed: tuple[int | None, int | None] = (0, None)
     while children and failed[1] is None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in children:
             rank = children.pop(pid)
             failed = (os.waitstatus_to_exitcode(status), rank) if status else failed
         elif time.monotonic() > deadline:
-            failed = (-1, next(iter(children.values())))
+            failed = (None, next(iter(children.values())))
         else:
             time.sleep(0.01)
     for pid in children:

@@ -55,6 +55,7 @@ def rehearse(
         order = {"ranks": ranks, "flags": words, "folder": str(tmp_path), "without": without}
         print(json.dumps(order), file=cuda_machine.stdin, flush=True)
         answer = json.loads(cuda_machine.stdout.readline())
+        assert answer["code"] is not None, f"the ranks hang\n{answer['log'][-3000:]}"
         assert (answer["code"] != 0) == fails, answer["log"][-3000:]
         return Log(text=answer["log"])
 
@@ -110,33 +111,59 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
     rehearse(ranks, f"{saving} --exit-interval 3")
     resumed = rehearse(ranks, saving)
     for name in ("lm loss", "grad norm"):
+        assert len(whole.values(name)) == 6
         assert resumed.values(name) == whole.values(name)[3:]
     assert resumed.validation_loss == whole.validation_loss
 
 
 LR = "--use-checkpoint-opt-param-scheduler"
-NEEDED_FOR: dict[str, tuple[int, str]] = {
-    "megatron.core.datasets.utils.compile_helpers": (1, ""),
-    "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__": (2, TP2),
-    "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict": (1, f"--lr 1e-3 {LR}"),
-    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict": (1, DISTRIBUTED),
+NEEDED_FOR: dict[str, tuple[int, str, str]] = {
+    "megatron.core.datasets.utils.compile_helpers": (
+        1,
+        "",
+        "Failed to compile the C++ dataset helper functions",
+    ),
+    "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__": (
+        2,
+        TP2,
+        "sequence parallel not supported by torch LayerNorm",
+    ),
+    "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict": (
+        1,
+        f"--lr 1e-3 {LR}",
+        "ValueError: Could not find parameter group",
+    ),
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict": (
+        1,
+        DISTRIBUTED,
+        "assert len(steps) == 1",
+    ),
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer."
-    "_set_main_param_and_optimizer_states": (1, DISTRIBUTED),
+    "_set_main_param_and_optimizer_states": (1, DISTRIBUTED, "KeyError: 'step'"),
 }
-"""Replaced name -> ranks and flags of a run that resumes, and cannot without the replacement."""
+"""Replaced name -> ranks and flags of a run that resumes, and without the replacement ends with
+this error."""
+
+
+NEEDED_TO_SAVE = {
+    f"megatron.core.optimizer.optimizer.{name}.sharded_state_dict"
+    for name in ("Float16OptimizerWithFloat16Params", "FP32Optimizer")
+}
+"""Names without which a checkpoint lacks moments (tests/integration/test_checkpoints.py)."""
 
 
 def test_every_replacement_for_every_machine_is_in_the_table() -> None:
     rows = [*megatron.REPLACEMENTS, *optimizer.adaptations()]
-    assert [row.target for row in rows] == list(NEEDED_FOR)
+    assert {row.target for row in rows} == NEEDED_TO_SAVE | set(NEEDED_FOR)
 
 
 @pytest.mark.parametrize("target", NEEDED_FOR)
 def test_without_a_replacement_training_fails(rehearse, target: str, tmp_path: Path) -> None:
-    ranks, flags = NEEDED_FOR[target]
+    ranks, flags, error = NEEDED_FOR[target]
     saving = f"{SHORT} --save {tmp_path / 'run'} --load {tmp_path / 'run'} --save-interval 2"
     if target.startswith("megatron.core.optimizer"):
         same = flags.replace(f"--lr 1e-3 {LR}", "")
         rehearse(ranks, f"{saving} {same} --exit-interval 2")
-    rehearse(ranks, f"{saving} {flags}", without=target, fails=True)
+    log = rehearse(ranks, f"{saving} {flags}", without=target, fails=True)
+    assert error in log.text, log.text[-3000:]
     rehearse(ranks, f"{saving} {flags}")

@@ -6,7 +6,6 @@ Outputs: layers.csv, and a table: a line for each g and E, a column for each bac
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,27 +17,26 @@ from benchmarks.gpu import forms
 from benchmarks.gpu.case import Case, Context
 from benchmarks.gpu.clock import measure
 from benchmarks.gpu.problem import Size, draw
-from benchmarks.gpu.rows import Row, row_of, write
+from benchmarks.gpu.rows import row_of, write, written
 
 FILE = "layers.csv"
 WHAT = "forward + backward"
 SHAPES = ((1024, 4), (256, 4), (64, 4), (16, 4), (1, 4), (1024, 16), (256, 16), (64, 16), (16, 16))
-"""g and E of the table of the issue, the cheaper E first; g = 1 at E = 16 is E times dense."""
+"""g and E that are timed, the cheaper E first; g = 1 at E = 16 is E times dense."""
 
 
 def cases(context: Context) -> list[Case]:
     """D = 4,096 of every backend, then D = 1,024; a table at the end of each."""
     found = []
     for width in context.choose((4096, 1024), (16,)):
-        timed: list[Row] = []
         for g, expansion in context.choose(SHAPES, ((8, 2),)):
             for backend in forms.backends():
                 if forms.too_slow(backend, g, context):
                     continue
                 size = size_of(width, g, expansion, forms.dtype_for(backend, context), context)
-                run = functools.partial(compare, backend, size, context, timed)
+                run = functools.partial(compare, backend, size, context)
                 found.append(Case(name=f"{backend}: {size.name}", run=run))
-        found.append(Case(name=f"table D={width}", run=functools.partial(table, timed, width)))
+        found.append(Case(name=f"table D={width}", run=functools.partial(table, width, context)))
     return found
 
 
@@ -63,22 +61,14 @@ def drawn(size: Size, device: torch.device) -> Problem:
     return draw(size, device)
 
 
-def compare(backend: str, size: Size, context: Context, timed: list[Row]) -> dict[str, Any]:
+def compare(backend: str, size: Size, context: Context) -> dict[str, Any]:
     """One backend at one size."""
     problem = drawn(size, context.device)
-    return time_module(
-        layers.Ours(problem, backend), problem, size, context, contender=backend, timed=timed
-    )
+    return time_module(layers.Ours(problem, backend), problem, size, context, contender=backend)
 
 
 def time_module(
-    module: Any,
-    problem: Problem,
-    size: Size,
-    context: Context,
-    *,
-    contender: str,
-    timed: list[Row],
+    module: Any, problem: Problem, size: Size, context: Context, *, contender: str
 ) -> dict[str, Any]:
     """Time forward + backward of a module, note its row, and free its gradients."""
 
@@ -89,7 +79,6 @@ def time_module(
     unit = dense_ms(size.tokens, size.width, size.active, size.dtype, context)
     row = row_of(size, measure(run, context), contender=contender, what=WHAT, unit=unit)
     write([row], FILE, context)
-    timed.append(row)
     return {"ms": row.ms, "ratio": row.ratio, "spread": row.spread, "peak_bytes": row.peak_bytes}
 
 
@@ -107,8 +96,9 @@ def dense_ms(tokens: int, width: int, active: int, dtype: torch.dtype, context: 
     return measure(run, context, seconds=0.5).median
 
 
-def table(rows: Sequence[Row], width: int) -> dict[str, Any]:
-    """The ratios as text."""
+def table(width: int, context: Context) -> dict[str, Any]:
+    """The ratios of all rows of this section at one D, as text."""
+    rows = [row for row in written(FILE, context) if row.hidden_size == width]
     names = list(dict.fromkeys(row.contender for row in rows))
     ratios = {(row.block_size, row.expansion, row.contender): row.ratio for row in rows}
     sizes = list(dict.fromkeys((row.block_size, row.expansion) for row in rows))

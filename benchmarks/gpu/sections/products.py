@@ -18,8 +18,10 @@ from benchmarks.gpu import forms
 from benchmarks.gpu.case import Case, Context, NotHere
 from benchmarks.gpu.clock import measure
 from benchmarks.gpu.problem import Size, draw, sorted_pairs
-from benchmarks.gpu.rows import Row, row_of, write
+from benchmarks.gpu.rows import Row, row_of, write, written
 from megatron_sffn.ops.block_ffn.pairs import Sorted
+
+FILE = "products.csv"
 
 GROUPED, MASKED = "triton_grouped", "triton_masked"
 """The two forms between which `MOVES` decides."""
@@ -29,7 +31,6 @@ def cases(context: Context) -> list[Case]:
     """Every size, of each all modules; then the constants."""
     modules = [name for name in forms.modules() if name != "triton"]  # which is one of its forms
     found = []
-    timed: list[Row] = []
     for g, expansion in context.choose(
         ((64, 4), (256, 4), (1024, 4), (16, 4), (1, 4), (64, 16), (256, 16), (16, 16), (1, 16)),
         ((8, 2),),
@@ -38,9 +39,9 @@ def cases(context: Context) -> list[Case]:
             if forms.too_slow(name, g, context):
                 continue
             size = size_of(g, expansion, forms.dtype_for(name, context), context)
-            run = functools.partial(compare, name, size, context, timed)
+            run = functools.partial(compare, name, size, context)
             found.append(Case(name=f"{name}: {size.name}", run=run))
-    return [*found, Case(name="constants", run=lambda: constants(timed))]
+    return [*found, Case(name="constants", run=lambda: constants(written(FILE, context)))]
 
 
 def size_of(g: int, expansion: int, dtype: torch.dtype, context: Context) -> Size:
@@ -74,8 +75,8 @@ def dense_ms(size: Size, context: Context) -> float:
     return measure(lambda: x @ table.T, context).median
 
 
-def compare(name: str, size: Size, context: Context, timed: list[Row]) -> dict[str, Any]:
-    """The three products of one module at one size; each that fails is a reason, not the end."""
+def compare(name: str, size: Size, context: Context) -> dict[str, Any]:
+    """The three products of one module at one size; where one fails, the case has failed."""
     problem, pairs, coefficients = drawn(size, context.device)
     module, unit = forms.modules()[name], dense_ms(size, context)
     calls: dict[str, Callable[[], Any]] = {
@@ -87,8 +88,7 @@ def compare(name: str, size: Size, context: Context, timed: list[Row]) -> dict[s
         row_of(size, measure(call, context), contender=name, what=product, unit=unit)
         for product, call in calls.items()
     ]
-    write(rows, "products.csv", context)
-    timed += rows
+    write(rows, FILE, context)
     return {row.what: {"ms": row.ms, "ratio": row.ratio, "spread": row.spread} for row in rows}
 
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.case import Case, Context
 from benchmarks.gpu.clock import measure
-from benchmarks.gpu.rows import Row, row_of, write
+from benchmarks.gpu.rows import row_of, write
 from benchmarks.gpu.sections.layers import FILE, WHAT, dense_ms, size_of, table
 from benchmarks.gpu.sparse_layer import sparse_layer
 from benchmarks.machine import Platform, adapt, one_rank
@@ -22,18 +22,15 @@ def cases(context: Context) -> list[Case]:
     adapt()
     found = []
     for width in context.choose((4096, 1024), (16,)):
-        timed: list[Row] = []
         for g, expansion in context.choose(((64, 4), (256, 16), (1024, 4), (16, 4)), ((8, 2),)):
             for router in ROUTERS[: context.choose(3, 1)]:
-                run = functools.partial(compare, router, width, g, expansion, context, timed)
+                run = functools.partial(compare, router, width, g, expansion, context)
                 found.append(Case(name=f"{router}: g={g} E={expansion} D={width}", run=run))
-        found.append(Case(name=f"table D={width}", run=functools.partial(table, timed, width)))
+        found.append(Case(name=f"table D={width}", run=functools.partial(table, width, context)))
     return found
 
 
-def compare(
-    router: str, width: int, g: int, expansion: int, context: Context, timed: list[Row]
-) -> dict[str, Any]:
+def compare(router: str, width: int, g: int, expansion: int, context: Context) -> dict[str, Any]:
     """One router at one size."""
     size = size_of(width, g, expansion, torch.bfloat16, context)
     with one_rank(Platform.here()):
@@ -52,5 +49,4 @@ def compare(
         contender = f"{router}, routed"
         row = row_of(size, measure(run, context), contender=contender, what=WHAT, unit=unit)
     write([row], FILE, context)
-    timed.append(row)
     return {"ms": row.ms, "ratio": row.ratio, "peak_bytes": row.peak_bytes}

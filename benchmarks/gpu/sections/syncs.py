@@ -27,9 +27,7 @@ from benchmarks.gpu.case import Case, Context
 from benchmarks.gpu.sparse_layer import sparse_layer
 from benchmarks.machine import ROOT, Platform, adapt, one_rank
 from benchmarks.rows import append
-
-WAITING = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "equal")
-"""Operators for which a host waits for a GPU."""
+from tests.waits import would_wait
 
 PACKAGE = str(ROOT / "megatron_sffn")
 
@@ -126,13 +124,10 @@ class _Waiting(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name = function.__name__.split(".")[0]
-        masked = name in ("index", "index_put_") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        if name in WAITING or masked:
+        kwargs = kwargs or {}
+        if would_wait(function, args, kwargs):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def calling_line() -> str:

@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.blocks.timing import COPIES
 from benchmarks.gpu.case import Case, Context, NotHere
-from benchmarks.gpu.rows import Row
 from benchmarks.gpu.sections.layers import size_of, time_module
 from benchmarks.gpu.sections.peers import PEERS, peer_module
-
-COPIES = 6
-"""Of all rows that meet a block that a peer's step holds at its peak."""
 
 
 def cases(context: Context) -> list[Case]:
@@ -28,7 +25,7 @@ def cases(context: Context) -> list[Case]:
 def compare(name: str, width: int, context: Context) -> dict[str, Any]:
     """One peer at every size that its copies of tokens leave memory for."""
     found: dict[str, Any] = {}
-    timed: list[Row] = []
+    ratios: list[str] = []
     for g, expansion in context.choose(((1024, 4), (256, 4), (64, 4), (256, 16)), ((8, 2),)):
         size = size_of(width, g, expansion, torch.bfloat16, context, gated=False)
         copies = COPIES * size.tokens * size.num_active * width * size.dtype.itemsize
@@ -40,12 +37,10 @@ def compare(name: str, width: int, context: Context) -> dict[str, Any]:
             continue
         try:
             with peer_module(name, size, context) as (module, problem):
-                found[size.name] = time_module(
-                    module, problem, size, context, contender=name, timed=timed
-                )
+                found[size.name] = time_module(module, problem, size, context, contender=name)
+            ratios.append(f"g={g} E={expansion} {found[size.name]['ratio']:.2f}")
         except torch.OutOfMemoryError as error:
             found[size.name] = str(error)[:200]
-    if not timed:
+    if not ratios:
         raise NotHere(f"no size could be timed: {found}")
-    ratios = ", ".join(f"g={r.block_size} E={r.expansion} {r.ratio:.2f}" for r in timed)
-    return {**found, "print": [f"{name}, D = {width}: {ratios}"]}
+    return {**found, "print": [f"{name}, D = {width}: {', '.join(ratios)}"]}

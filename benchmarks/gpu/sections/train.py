@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu import forms
 from benchmarks.gpu.case import Case, Context, Failure, NotHere
-from megatron_sffn.errors import reason_in
+from megatron_sffn.errors import ConfigError, reason_in, run_command
 
 CURVE = Path(__file__).parents[1] / "cpu_losses.json"
 """Router -> losses of the steps on a CPU, in the sizes of a GPU."""
@@ -138,9 +140,15 @@ def repeat(context: Context) -> dict[str, Any]:
 
     with ThreadPoolExecutor(2) as pool:
         whole, first = pool.map(run, ("whole", "parts"), (steps, steps // 2))
+    check_steps("the whole run", whole, 1, steps)
+    check_steps("the first part", first, 1, steps // 2)
+    if whole.validation is None:
+        raise Failure("the whole run left no validation loss in its summary.json")
     if first.steps != {step: whole.steps[step] for step in first.steps}:
         raise Failure(f"the same run twice has other losses: {first.steps} and {whole.steps}")
     second = run("parts", steps)
+    # A run that resumed from no checkpoint would have printed the first steps again.
+    check_steps("the resumed part", second, steps // 2 + 1, steps)
     together = {**first.steps, **second.steps}
     # Megatron's line of the second step after a start has the mean of the first two losses.
     mean = steps // 2 + 2
@@ -151,6 +159,12 @@ def repeat(context: Context) -> dict[str, Any]:
             f"{whole.validation}"
         )
     return {"losses": list(whole.steps.values()), "validation": whole.validation}
+
+
+def check_steps(name: str, losses: Losses, first: int, last: int) -> None:
+    """Raise `Failure` unless a run printed the losses of these steps."""
+    if list(losses.steps) != list(range(first, last + 1)):
+        raise Failure(f"{name} printed losses of steps {[*losses.steps]}, not of {first} to {last}")
 
 
 def compare(router: str, context: Context) -> dict[str, Any]:
@@ -184,10 +198,12 @@ def compare(router: str, context: Context) -> dict[str, Any]:
     losses = {
         name: [float(loss) for loss in run.steps.values()] for name, run in ended.items() if run
     }
-    if not losses:
-        raise Failure(f"no backend trains: {reasons}")
     if CURVE.exists() and not context.dry:
         losses["stored CPU"] = json.loads(CURVE.read_text(encoding="utf-8"))[router]
+    if len(losses) < 2:
+        raise Failure(
+            f"{', '.join(losses) or 'no backend'} alone trains, others are refused: {reasons}"
+        )
     check_equal(losses, steps)
     return {"losses": losses, "refused": reasons}
 
@@ -228,7 +244,13 @@ def train(run: Run, context: Context) -> Losses:
 
 
 def store_curve() -> None:
-    """Train on this machine in the sizes of a GPU, and store the losses."""
+    """Train on a CPU in the sizes of a GPU, and store the losses.
+
+    Raises:
+        ConfigError: on a machine with CUDA, whose losses would be compared with themselves.
+    """
+    if torch.cuda.is_available():
+        raise ConfigError("cpu_losses.json is of a CPU, and this machine has CUDA; use another one")
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -248,4 +270,4 @@ def store_curve() -> None:
 
 
 if __name__ == "__main__":
-    store_curve()
+    run_command(store_curve)

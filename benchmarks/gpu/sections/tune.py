@@ -19,14 +19,15 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 from benchmarks.gpu import forms
-from benchmarks.gpu.case import Case, Context, NotHere
+from benchmarks.gpu.case import Case, Context, Failure, NotHere
 from benchmarks.gpu.clock import measure
 from benchmarks.gpu.tiles import Job, Tuned, card, jobs, opened
+from benchmarks.gpu.worker import is_of_cuda
+from benchmarks.triton_starts import Start, handed_to
 
 LEAST_GAIN = 0.02
 """Share of the time by which a candidate must be faster to be proposed."""
@@ -81,14 +82,18 @@ def times(tuned: Tuned, context: Context) -> tuple[dict[int, float], list[str]]:
                 continue
             took[number] = measure(tuned.call, context, seconds=0.05).median
         except Exception as error:  # of the compiler: too many registers, too much shared memory
-            if "CUDA error" in str(error):
+            if is_of_cuda(error):
                 raise
             reasons.append(" ".join(f"{candidate}: {type(error).__name__}: {error}".split())[:200])
     return took, reasons
 
 
 def compile_ahead(context: Context) -> dict[str, Any]:
-    """Compile all candidates in several processes; what fails there fails again when timed."""
+    """Compile all candidates in several processes; what fails there fails again when timed.
+
+    Raises:
+        Failure: if a process ended by itself with another exit code than 0.
+    """
     processes = context.choose(max((os.cpu_count() or 2) - 2, 1), 1)
     words = [sys.executable, "-m", "benchmarks.gpu.sections.tune"]
     end = time.monotonic() + context.left * COMPILING
@@ -96,34 +101,26 @@ def compile_ahead(context: Context) -> dict[str, Any]:
         subprocess.Popen([*words, str(n), str(processes), *["--dry-run"] * context.dry])
         for n in range(processes)
     ]
-    codes = []
+    crashed, stopped = [], 0
     for process in started:
         try:
-            codes.append(process.wait(timeout=max(end - time.monotonic(), 0.1)))
+            code = process.wait(timeout=max(end - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
             process.terminate()
-            codes.append(process.wait())
-    return {"processes": processes, "exit_codes": codes}
+            process.wait()
+            stopped += 1
+        else:
+            crashed += [code] * bool(code)
+    if crashed:
+        raise Failure(f"{len(crashed)} of {processes} processes crashed, with exit codes {crashed}")
+    return {"processes": processes, "stopped_by_time": stopped}
 
 
 def compile_share(number: int, processes: int, *, dry: bool) -> None:
     """One of those processes: of all candidates every so many-th; every launch is a compilation."""
-    from megatron_sffn.ops import triton_launch
-
-    def compile_kernel(
-        kernel: Any,
-        programs: int,
-        *,
-        warps: int,
-        stages: int,
-        writes: Any = None,
-        **arguments: Any,
-    ) -> None:
-        kernel.warmup(grid=(programs,), num_warps=warps, num_stages=stages, **arguments)
-
     context = Context(dry=dry, out=Path(), scratch=Path(), deadline=float("inf"))
     count = 0
-    with mock.patch.object(triton_launch, "launch", compile_kernel):
+    with handed_to(warm_up):
         for job in jobs(context):
             try:
                 with opened(job, context) as tuned:
@@ -136,6 +133,13 @@ def compile_share(number: int, processes: int, *, dry: bool) -> None:
                 print(f"{job.name}: {reason}", flush=True)
     if not dry:
         torch.cuda.synchronize()
+
+
+def warm_up(start: Start) -> None:
+    """Compile a start's kernel into Triton's cache, where its launch looks."""
+    start.kernel.warmup(
+        grid=(start.programs,), num_warps=start.warps, num_stages=start.stages, **start.arguments
+    )
 
 
 def _compile(tuned: Tuned) -> None:

@@ -1,0 +1,74 @@
+"""A program alone, and then under a tool that watches it: an error of both is not the tool's.
+
+Inputs: the program's arguments, the tool's words. Outputs: what came of the run under the tool.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+from benchmarks.gpu.case import Context, Failure, NotHere
+from benchmarks.gpu.worker import LONGEST_CASE
+
+SHARE = 0.9 * LONGEST_CASE
+"""Of the time that is left, which both runs may take: after `LONGEST_CASE` the case is given up."""
+
+_ended_alone: set[tuple[str, ...]] = set()
+"""Programs that have run without a tool in this process, and ended well."""
+
+
+def watched(
+    tool: str, watcher: list[str], small: tuple[str, ...], context: Context
+) -> subprocess.CompletedProcess[str]:
+    """Run `benchmarks.gpu.small` alone, then under a tool.
+
+    Args:
+        tool: name.
+        watcher: words before those of the program; empty where the tool is not installed.
+        small: arguments of the program.
+        context: of the section.
+
+    Raises:
+        Failure: if the program fails without the tool.
+        NotHere: if the tool is not installed, or takes too long.
+    """
+    end = time.monotonic() + SHARE * context.left
+    words = (sys.executable, "-m", "benchmarks.gpu.small", *small)
+    if watcher or context.dry:
+        run_alone(words, end - time.monotonic())
+    if not watcher:
+        program = "; the program it would watch runs" if context.dry else ""
+        raise NotHere(f"{tool} is not installed (it is part of the CUDA toolkit){program}")
+    try:
+        return run((*watcher, *words), max(end - time.monotonic(), 1.0))
+    except subprocess.TimeoutExpired as error:
+        raise NotHere(f"under {tool} the program takes more than {error.timeout:.0f} s") from None
+
+
+def run_alone(words: tuple[str, ...], seconds: float) -> None:
+    """Run the program without a tool, once for all tools."""
+    if words in _ended_alone:
+        return
+    try:
+        done = run(words, seconds)
+    except subprocess.TimeoutExpired:
+        raise Failure(f"the program takes more than {seconds:.0f} s without a tool") from None
+    if done.returncode:
+        last = (done.stdout.strip() or "no output").splitlines()[-1]
+        raise Failure(f"the program ends with exit code {done.returncode} without a tool: {last}")
+    _ended_alone.add(words)
+
+
+def run(words: tuple[str, ...], seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a program; its output has its errors, too."""
+    return subprocess.run(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=seconds,
+        check=False,
+    )

@@ -1,0 +1,32 @@
+"""A GPU played on a machine without one: the package's questions about a device get its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from torch import Tensor
+
+from megatron_sffn.ops import device
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def play_gpu(
+    patch: pytest.MonkeyPatch,
+    *,
+    capability: tuple[int, int] = (9, 0),
+    name: str = H100,
+    is_gpu: Callable[[Tensor], bool] = lambda tensor: True,
+) -> None:
+    """Until the patch is undone, the package believes that tensors are on a GPU.
+
+    Args:
+        patch: replaces the answers.
+        capability: compute capability of the GPU.
+        name: of the GPU.
+        is_gpu: which tensors are there.
+    """
+    patch.setattr(device, "is_gpu", is_gpu)
+    patch.setattr(device, "capability", lambda tensor: capability)
+    patch.setattr(device, "name", lambda tensor: name)
