@@ -31,7 +31,7 @@ from megatron_sffn.config import (
 )
 from megatron_sffn.errors import ConfigError
 from megatron_sffn.flag_help import help_in_two_steps
-from megatron_sffn.idle_flags import check_idle_flags, idle_flags
+from megatron_sffn.idle_flags import Idle, check_idle_flags, idle_flags
 from megatron_sffn.layout import check_layout
 from megatron_sffn.megatron_flags import (
     check_megatron_flags,
@@ -61,7 +61,7 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
         ConfigError: if a value cannot work.
     """
     megatron_defaults: dict[str, Any] = {}
-    idle: dict[str, tuple[str, object, str]] = {}
+    idle: dict[str, Idle] = {}
 
     def add_flags(parser: ArgumentParser) -> ArgumentParser:
         megatron_defaults.update(unset_flags(parser))
@@ -79,6 +79,11 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
         add_sffn_flags(parser)
         return parser
 
+    if any(flag.partition("=")[0] == "--yaml-cfg" for flag in sys.argv):
+        raise ConfigError(
+            "--yaml-cfg is not available, since Megatron reads its file in place of this command "
+            "line; give the flags"
+        )
     args: Namespace = parse_args(add_flags)
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         # Megatron insists on it; CUDA reads it when it starts, which it has not yet.

@@ -67,6 +67,7 @@ DENSE_ONLY = (
     "external_cuda_graph",
     "fine_grained_activation_offloading",
     "glu_linear_offset",
+    "heterogeneous_layers_config_encoded_json",
     "heterogeneous_layers_config_path",
     "hybrid_layer_pattern",
     "mtp_num_layers",
@@ -215,6 +216,7 @@ OTHER_NAMES = {
     "fp8": "--fp8-format",
     "layernorm_epsilon": "--norm-epsilon",
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "nccl_ub": "--use-nccl-ub",
     "perform_initialization": "--no-initialization",
 }
 """Flags (dest) that are typed otherwise than they are stored."""

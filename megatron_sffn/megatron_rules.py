@@ -20,10 +20,41 @@ from pathlib import Path
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_sffn.errors import ConfigError
-from megatron_sffn.megatron_flags import flag_of
+from megatron_sffn.megatron_flags import flag_of, typed
 
 ELEMENTWISE_OPTIMIZERS = ("adam", "sgd", "lion")
 """Optimizers that treat the numbers of a table `[B, G, D]` one by one, whatever its shape."""
+
+
+UNAVAILABLE = {
+    "adlr_autoresume": "it asks a service of NVIDIA's clusters; use examples/launch/slurm.sh",
+    "checkpoint_activations": "Megatron has renamed it; use --recompute-activations",
+    "config_logger_dir": "Megatron 0.19 cannot write a config that holds process groups; "
+    "summary.json has the flags",
+    "fake_process_group": "no rank learns from another with it; leave it out",
+    "init_model_with_meta_device": "weights are drawn where they are; leave it out",
+    "lazy_mpu_init": "a caller would have to start the ranks; leave it out",
+}
+"""Flags (dest) that Megatron stops at -> why, and what to do."""
+
+GPU_ONLY = (
+    "gpu_sniff_test_interval",
+    "nccl_ub",
+    "optimizer_cuda_graph",
+    "record_memory_history",
+)
+"""Flags (dest) that ask something of a GPU."""
+
+PACKAGES = {
+    "enable_msc": ("multistorageclient", "multi-storage-client"),
+    "log_device_memory_used": ("pynvml", "nvidia-ml-py"),
+    "log_straggler": ("pynvml", "nvidia-ml-py"),
+    "wandb_project": ("wandb", "wandb"),
+}
+"""Flags (dest) -> the module that Megatron imports for them, and the package that has it."""
+
+FILES = ("nccl_communicator_config_path", "te_precision_config_file")
+"""Flags (dest) that name a file to be read."""
 
 
 def check_megatron_rules(args: Namespace) -> None:
@@ -35,9 +66,37 @@ def check_megatron_rules(args: Namespace) -> None:
     Raises:
         ConfigError: for the first.
     """
-    for part in (_length, _watching, _files, _optimizer, _model):
+    for part in (_parts, _length, _watching, _files, _optimizer, _model):
         for sentence in part(args):
             raise ConfigError(sentence)
+
+
+def _parts(args: Namespace) -> Iterator[str]:
+    """What Megatron lacks here."""
+    for dest, why in UNAVAILABLE.items():
+        if getattr(args, dest):
+            yield f"{typed(flag_of(dest), getattr(args, dest))} is not available: {why}"
+    for dest in GPU_ONLY:
+        if getattr(args, dest) and args.distributed_backend == "gloo":
+            yield (
+                f"{typed(flag_of(dest), getattr(args, dest))} needs a GPU, and this run is on "
+                "CPUs; leave it out"
+            )
+    for dest in FILES:
+        path = getattr(args, dest)
+        if path and not Path(path).is_file():
+            yield f"{flag_of(dest)} {path} is no file that can be read; give one"
+    if not args.pad_vocab_size:
+        yield (
+            "--disable-pad-vocab-size is not available, since the embedding is padded to a "
+            "multiple; use --make-vocab-size-divisible-by 1"
+        )
+    backend = args.pipeline_model_parallel_comm_backend
+    if backend == "nccl" and args.distributed_backend == "gloo":
+        yield (
+            "--pipeline-model-parallel-comm-backend nccl needs GPUs, and this run uses gloo; "
+            "leave it out"
+        )
 
 
 def _length(args: Namespace) -> Iterator[str]:
@@ -81,11 +140,12 @@ def _watching(args: Namespace) -> Iterator[str]:
             "--rerun-mode report_stats is a name that Megatron 0.19 no longer knows; use "
             "validate_results or disabled"
         )
-    if args.log_straggler and importlib.util.find_spec("pynvml") is None:
-        yield (
-            "--log-straggler needs a GPU and the package nvidia-ml-py, which is not installed; "
-            "install it or leave the flag out"
-        )
+    for dest, (module, package) in PACKAGES.items():
+        if getattr(args, dest) and importlib.util.find_spec(module) is None:
+            yield (
+                f"{typed(flag_of(dest), getattr(args, dest))} needs the package {package}, which "
+                f"is not installed; pip install {package}, or leave the flag out"
+            )
 
 
 def _files(args: Namespace) -> Iterator[str]:
@@ -94,6 +154,11 @@ def _files(args: Namespace) -> Iterator[str]:
         yield (
             f"--save {args.save} needs --save-interval N, the steps from one checkpoint to the "
             "next; add it, for example --save-interval 1000 (the last step is saved in any case)"
+        )
+    if args.pretrained_checkpoint and not Path(args.pretrained_checkpoint).exists():
+        yield (
+            f"--pretrained-checkpoint {args.pretrained_checkpoint} is not there; give the folder "
+            "of a checkpoint"
         )
     if args.use_checkpoint_args:
         yield (
@@ -109,6 +174,10 @@ def _files(args: Namespace) -> Iterator[str]:
 
 def _optimizer(args: Namespace) -> Iterator[str]:
     """The optimizer can train every weight."""
+    for dest in ("adam_beta1", "adam_beta2", "lion_beta1", "lion_beta2"):
+        beta = getattr(args, dest)
+        if not 0 <= beta < 1:
+            yield f"{flag_of(dest)} {beta} must be at least 0 and less than 1; give a usual one"
     name, is_sparse = args.optimizer, args.sffn_router != "dense"
     if is_sparse and name not in ELEMENTWISE_OPTIMIZERS:
         yield (
@@ -158,11 +227,18 @@ def _model(args: Namespace) -> Iterator[str]:
             "--attention-backend local is not available: it goes with a --spec of Megatron's; use "
             "--transformer-impl local"
         )
-    if args.kv_channels and args.kv_channels % 2 and args.position_embedding_type == "rope":
+    if not 0 < args.rotary_percent <= 1:
         yield (
-            f"--kv-channels {args.kv_channels} is odd, but --position-embedding-type rope turns "
-            "pairs of channels; use an even number"
+            f"--rotary-percent {args.rotary_percent} is not a share of a head's channels; give a "
+            "number above 0, and at most 1"
         )
+    if args.kv_channels and args.position_embedding_type == "rope":
+        turned = int(args.kv_channels * args.rotary_percent)
+        if turned < 2:
+            yield (
+                f"--kv-channels {args.kv_channels} leaves {turned} channels of a head to "
+                "--position-embedding-type rope, which turns pairs; use more"
+            )
     if args.mtp_num_layers and args.pipeline_model_parallel_size > 1:
         yield (
             f"--mtp-num-layers {args.mtp_num_layers} is not available with "

@@ -86,6 +86,11 @@ def check_data(args: Namespace) -> None:
     _check_flags(args)
     check_dali(args)
     tokenizer = load_tokenizer(args)
+    if args.padded_vocab_size is not None and args.padded_vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"--padded-vocab-size {args.padded_vocab_size} is less than the {tokenizer.vocab_size} "
+            "ids of the tokenizer; leave it out, and Megatron pads"
+        )
     if difference := rebuilt(tokenizer, args.tokenizer_model):
         _warn(difference)
     if args.mock_data:
