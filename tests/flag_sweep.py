@@ -199,7 +199,8 @@ def main() -> None:
             if kind in ("refused", "failed"):
                 entry["sentence"] = found.sentence.removeprefix("error: ")[:400]
             if kind == "no effect":
-                entry["reason"] = NO_EFFECT.get(flag, "")
+                reasons = (why for text, why in NO_EFFECT.items() if re.search(text, flag))
+                entry["reason"] = next(reasons, "")
             table[flag] = entry
             print(f"{kind:10} {command}  {entry.get('sentence', '')[:150]}", flush=True)
             options.out.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")

@@ -67,7 +67,11 @@ class AvgKConfig(ScoredConfig):
                 f"--sffn-descriptor-cells {cells} needs --sffn-descriptor subset and at most the "
                 f"{sffn.block_size} cells of --sffn-block-size; change one of them"
             )
-
+        if self.decay != AvgKConfig.decay and self.descriptor != "ema":
+            raise ConfigError(
+                f"--sffn-descriptor-decay {self.decay} has nothing to act on with "
+                f"--sffn-descriptor {self.descriptor}; leave it out, or use ema"
+            )
         if self.descriptor == "learned" and sffn.block_size == 1:
             raise ConfigError(
                 "--sffn-descriptor learned has nothing to learn with --sffn-block-size 1: the "

@@ -26,6 +26,7 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from torch import Tensor
 
 from megatron_sffn.config import SparseFFNConfig, flag
+from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.scores import scores, tensor_core_dtype
 from megatron_sffn.routers.base import score_dtype
 from megatron_sffn.routers.scored import ScoredConfig, ScoredRouter
@@ -69,6 +70,19 @@ class LearnedConfig(ScoredConfig):
         choices=tuple(ACTIVATIONS),
         help="of the mlp's hidden layer",
     )
+
+    def check(self, sffn: SparseFFNConfig) -> None:
+        """See `RouterConfig.check`: every setting of the network acts."""
+        super().check(sffn)
+        for option, value, default, networks in (
+            ("--sffn-gate-hidden-size", self.network_width, None, ("mlp", "attention")),
+            ("--sffn-gate-activation", self.network_activation, "relu", ("mlp",)),
+        ):
+            if value != default and self.network not in networks:
+                raise ConfigError(
+                    f"{option} {value} has nothing to act on with --sffn-gate-network "
+                    f"{self.network}; leave it out, or use --sffn-gate-network {networks[0]}"
+                )
 
     @property
     def scores_have_weights(self) -> bool:

@@ -72,7 +72,8 @@ def test_parameters_and_gradients_of_every_network(build, name: str, network: st
 @pytest.mark.parametrize("network", ["linear", "mlp", "attention"])
 def test_gradients_of_the_scores_are_those_of_the_formula(build, network: str) -> None:
     x, keys, _ = tables()
-    router = filled(build(SigmaMoEConfig(network=network, network_activation="gelu")))
+    activation = {"network_activation": "gelu"} if network == "mlp" else {}
+    router = filled(build(SigmaMoEConfig(network=network, **activation)))
     leaves = (x.requires_grad_(), *router.parameters())
     routing = router(x, keys)
     scores = x @ router.weight.T
