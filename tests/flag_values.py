@@ -1,4 +1,4 @@
-"""What the sweep of flags gives to flags that do not take just any value, and what it cannot see."""
+"""What the sweep gives to flags that do not take just any value, and what it cannot see."""
 
 VALUES = {
     "--activation-func-clamp-value": "0.01",
