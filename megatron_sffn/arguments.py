@@ -342,11 +342,6 @@ def derive_evaluation(args: Namespace) -> None:
             "--multiple-validation-sets needs --full-validation, since Megatron counts no batches "
             "of a single set; add it"
         )
-    if args.validation_set_names and not args.multiple_validation_sets:
-        raise ConfigError(
-            f"--validation-set-names {' '.join(args.validation_set_names)} has nothing to act on "
-            "without --multiple-validation-sets; add that or leave it out"
-        )
     if args.full_validation and args.sffn_validation_data == "next":
         raise ConfigError(
             "--sffn-validation-data next has nothing to act on with --full-validation, which reads "

@@ -61,6 +61,7 @@ class Evaluations:
     def __init__(self, args: Namespace, folder: Path) -> None:
         self.args = args
         self.path = folder / "validation.jsonl"
+        self.current: Evaluation
         self.finished: list[Evaluation] = []
         self._loss = torch.zeros(2, dtype=torch.float64)
 
@@ -86,17 +87,15 @@ class Evaluations:
             *args: Any,
             **kwargs: Any,
         ) -> None:
-            is_test, run = "test set" in prefix, self.args
+            is_test, run, names = "test set" in prefix, self.args, self.args.validation_set_names
             if run.full_validation:
-                # Megatron zips a list of data sets with a list of numbers of batches.
+                # Megatron zips a list of data sets with one of numbers of batches, and with names.
                 iterators = [iterators] if is_test else iterators
-                batches = [run.sffn_eval_iters] if is_test else run.sffn_validation_batches
-                run.eval_iters, names = batches, run.validation_set_names
+                run.eval_iters = [run.sffn_eval_iters] if is_test else run.sffn_validation_batches
                 run.validation_set_names = None if is_test else names
             self.begin(iteration, is_test=is_test)
             original(prefix, forward_step, iterators, model, iteration, *args, **kwargs)
-            if run.full_validation:
-                run.validation_set_names = names
+            run.validation_set_names = names
 
         return evaluate
 

@@ -137,6 +137,11 @@ PAIRS = (
     ),
     Needs(r"replication_\w+", "--replication", lambda args: args.replication),
     Needs(r"wandb_\w+", "--wandb-project", lambda args: args.wandb_project),
+    Needs(
+        "validation_set_names",
+        "--multiple-validation-sets",
+        lambda args: args.multiple_validation_sets,
+    ),
     Needs(r"fim_\w+", "--fim-data", lambda args: args.fim_data),
     Needs(r"inprocess_\w+", "--inprocess-restart", lambda args: args.inprocess_restart),
     Needs("save_retain_interval|save_tokens_per_expert_interval", "--save", lambda args: args.save),

@@ -55,15 +55,22 @@ def _engine(args: Namespace) -> Iterator[str]:
     for text, remedy, needed in (
         (
             "--transformer-impl transformer_engine",
-            "--transformer-impl local",
+            "use --transformer-impl local",
             args.transformer_impl == "transformer_engine",
         ),
-        (f"--context-parallel-size {context}", "--context-parallel-size 1", context > 1),
+        (f"--context-parallel-size {context}", "use --context-parallel-size 1", context > 1),
+        ("--apply-layernorm-1p", "leave it out", args.layernorm_zero_centered_gamma),
+        ("--multi-latent-attention", "leave it out", args.multi_latent_attention),
+        (
+            "--recompute-modules layernorm",
+            "leave it out",
+            "layernorm" in (args.recompute_modules or []),
+        ),
     ):
         if needed and importlib.util.find_spec("transformer_engine") is None:
             yield (
                 f"{text} needs Transformer Engine, which is not installed; install "
-                f"megatron-core[te] or use {remedy}"
+                f"megatron-core[te] or {remedy}"
             )
     fused = any(map(importlib.util.find_spec, ("transformer_engine", "amp_C")))
     if not args.dist_ckpt_optim_fully_reshardable and not fused:

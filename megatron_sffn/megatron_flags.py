@@ -239,3 +239,8 @@ def typed(flag: str, value: Any) -> str:
     if isinstance(value, tuple):
         return f"{flag} {','.join(map(str, value))}"
     return f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def stated(flag: str, value: Any) -> str:
+    """A flag as typed, also one that is off or not given."""
+    return f"no {flag}" if value is False or value is None else typed(flag, value)

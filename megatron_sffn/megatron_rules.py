@@ -205,22 +205,10 @@ def _optimizer(args: Namespace) -> Iterator[str]:
 
 def _model(args: Namespace) -> Iterator[str]:
     """The model can be built of Megatron's modules."""
-    has_engine = importlib.util.find_spec("transformer_engine") is not None
-    for dest in ("layernorm_zero_centered_gamma", "multi_latent_attention"):
-        if getattr(args, dest) and not has_engine:
-            yield (
-                f"{flag_of(dest)} needs Transformer Engine, which is not installed; install "
-                "megatron-core[te] or leave it out"
-            )
     if args.init_method_xavier_uniform:
         yield (
             "--init-method-xavier-uniform is not available: Megatron 0.19 sets with it what its "
             "config does not have; leave it out, or set --init-method-std"
-        )
-    if "layernorm" in (args.recompute_modules or []) and not has_engine:
-        yield (
-            "--recompute-modules layernorm needs Transformer Engine, which is not installed; "
-            "install megatron-core[te] or leave it out"
         )
     if args.attention_backend is AttnBackend.local:
         yield (

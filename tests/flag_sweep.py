@@ -7,11 +7,8 @@ Inputs: the parser of a run. Outputs: `tests/golden/flags.json`, flag -> class a
 
 - `works`: something else is computed, printed or written than without the flag;
 - `refused`: one sentence and exit code 2, before anything starts;
-- `no effect`: nothing differs; the reason is in `NO_EFFECT`;
+- `no effect`: nothing differs; the reason is in `NO_EFFECT`, or it is a fault;
 - `failed`: anything else, such as a traceback.
-
-`tests/test_flag_sweep.py` asks that the file has every flag, no `failed`, and a reason for each
-`no effect`; and it tries some flags again.
 """
 
 from __future__ import annotations

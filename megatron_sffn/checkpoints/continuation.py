@@ -14,7 +14,6 @@ import dataclasses
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
@@ -31,7 +30,7 @@ from megatron_sffn.checkpoints.optimizer_state import jump_of_the_rate, misfits
 from megatron_sffn.config import Backend, SparseFFNConfig
 from megatron_sffn.data.tokenizer import load_tokenizer
 from megatron_sffn.errors import ConfigError
-from megatron_sffn.megatron_flags import ACTIVATIONS, dest_of, flag_of, typed
+from megatron_sffn.megatron_flags import ACTIVATIONS, dest_of, flag_of, stated
 from megatron_sffn.model import layer_pattern
 from megatron_sffn.platforms.unpickling import trust
 
@@ -223,7 +222,7 @@ def _router_differences(
         here, there = getattr(sffn.router, item.name), getattr(old.router, item.name)
         if here != there and item.metadata["training_only"] is training_only:
             flag = item.metadata["flag"]
-            yield _typed(flag, here), _typed(flag, there)
+            yield stated(flag, here), stated(flag, there)
 
 
 def saved_config(saved: Namespace) -> SparseFFNConfig | None:
@@ -262,7 +261,7 @@ def _with_value(dest: str) -> Text:
         value = vars(args).get(dest)
         if dest == "num_query_groups" and not vars(args).get("group_query_attention"):
             value = vars(args).get("num_attention_heads")
-        return _typed(flag_of(dest), value) if dest in vars(args) else None
+        return stated(flag_of(dest), value) if dest in vars(args) else None
 
     return text
 
@@ -274,14 +273,9 @@ def _without_value(dest: str) -> Text:
         if dest not in vars(args):
             return None
         is_inverted = dest in ("add_bias_linear", "add_position_embedding")
-        return _typed(flag_of(dest), bool(vars(args)[dest]) is not is_inverted)
+        return stated(flag_of(dest), bool(vars(args)[dest]) is not is_inverted)
 
     return text
-
-
-def _typed(flag: str, value: Any) -> str:
-    """A flag as typed, also one that is off or not given."""
-    return f"no {flag}" if value is False or value is None else typed(flag, value)
 
 
 def _activation(args: Namespace) -> str:

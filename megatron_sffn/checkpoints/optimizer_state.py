@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_sffn.megatron_flags import flag_of
+from megatron_sffn.megatron_flags import flag_of, stated
 
 RANKS = (
     "tensor_model_parallel_size",
@@ -64,13 +64,10 @@ def _form(args: Namespace, saved: Namespace) -> Iterator[str]:
     """The tensors in which it lies there."""
     here, there = (bool(vars(a).get("use_distributed_optimizer")) for a in (args, saved))
     if here != there:
-        ours, theirs = (
-            "--use-distributed-optimizer" if on else "no --use-distributed-optimizer"
-            for on in (here, there)
-        )
+        flag = "--use-distributed-optimizer"
         yield (
-            f"this run has {ours}, but the optimizer's state was saved with {theirs}, in another "
-            f"form; use that, or {ANEW}"
+            f"this run has {stated(flag, here)}, but the optimizer's state was saved with "
+            f"{stated(flag, there)}, in another form; use that, or {ANEW}"
         )
     ours, theirs = (_precision(a) for a in (args, saved))
     if not there and (ours == "fp32") != (theirs == "fp32"):
@@ -96,13 +93,11 @@ def _random_states(args: Namespace, saved: Namespace) -> Iterator[str]:
         return
     ours, theirs = (bool(vars(a).get("data_parallel_random_init")) for a in (args, saved))
     if ours != theirs:
-        flags = [
-            "--data-parallel-random-init" if on else "no --data-parallel-random-init"
-            for on in (ours, theirs)
-        ]
+        flag = "--data-parallel-random-init"
         yield (
-            f"this run has {flags[0]}, but the checkpoint's states of random numbers were saved "
-            f"with {flags[1]}; use that, or add --no-load-rng to start them anew"
+            f"this run has {stated(flag, ours)}, but the checkpoint's states of random numbers "
+            f"were saved with {stated(flag, theirs)}; use that, or add --no-load-rng to start them "
+            "anew"
         )
     size, old = args.data_parallel_size, vars(saved).get("data_parallel_size")
     if ours and size != old:
@@ -140,14 +135,16 @@ def _schedule(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
                 f"--global-batch-size {batch} differs from the checkpoint's {old_batch}, and its "
                 f"schedule counts the samples of {flag}; give the same, or {whose}"
             )
-        last = _rate(saved, common["args"], saved["num_steps"])
-        more = (
-            f"for more steps at its last rate add --override-opt-param-scheduler --lr {last:g} "
-            "--lr-decay-style constant --lr-warmup-iters 0, or "
-        )
+        more = ""
+        if name == "lr_decay_steps":
+            last = _rate(saved, common["args"], saved["num_steps"])
+            more = (
+                f"for more steps at its last rate add --override-opt-param-scheduler --lr {last:g} "
+                "--lr-decay-style constant --lr-warmup-iters 0, or "
+            )
         yield (
             f"{flag} makes another schedule than the checkpoint's, {name} {value} instead of "
-            f"{saved[name]}; give the same, or {more if name == 'lr_decay_steps' else ''}{whose}"
+            f"{saved[name]}; give the same, or {more}{whose}"
         )
 
 

@@ -110,10 +110,10 @@ def test_another_learning_rate(pretrain, saved, flags: str) -> None:
 
 def test_a_checkpoint_of_skipped_steps_goes_on(pretrain) -> None:
     # At first the loss scale overflows, and Adam has taken no step when the run is saved.
-    flags = f"{FLAGS} {SWITCH} --fp16 --save run"
-    whole = pretrain(1, f"{flags} --save-interval 100")
-    pretrain(1, f"{flags}s --exit-interval 3")
-    rest = pretrain(1, f"{FLAGS} {SWITCH} --fp16 --load runs")
+    flags = f"{FLAGS} {SWITCH} --fp16"
+    whole = pretrain(1, flags)
+    pretrain(1, f"{flags} --save cut --exit-interval 3")
+    rest = pretrain(1, f"{flags} --load cut")
     assert rest.values("loss scale") == whole.values("loss scale")[3:]
 
 
