@@ -254,6 +254,9 @@ MEGATRONS = (
 def as_sentence(doing: str, is_over: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Turn an error of Megatron's own code into one sentence.
 
+    An error without words becomes one only if its line names a setting: any other is not about
+    flags, and stays as it is.
+
     Args:
         doing: what Megatron does not do, such as `accept these flags`.
         is_over: whether an error is no longer about flags, and stays as it is.
@@ -267,9 +270,10 @@ def as_sentence(doing: str, is_over: Callable[[], bool] = lambda: False) -> Iter
         raise
     except MEGATRONS as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        if is_over() or "/megatron/" not in Path(frame.filename).as_posix():
+        message, line = " ".join(str(error).split()), frame.line or ""
+        is_about_flags = " " in message or re.search(r"\b(args|config)\.", line)
+        if is_over() or not is_about_flags or "/megatron/" not in Path(frame.filename).as_posix():
             raise
-        reason = " ".join((str(error) or frame.line or repr(error)).split())
-        reason = reason.removeprefix("assert ").rstrip(".")
+        reason = (message or line).removeprefix("assert ").rstrip(".")
         reason = re.sub(r"\bargs\.(\w+)", lambda name: flag_of(name[1]), reason)
         raise ConfigError(f"Megatron does not {doing} ({reason}); change them") from error

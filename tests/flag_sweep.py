@@ -58,7 +58,7 @@ class Outcome:
     Args:
         code: of its exit; None if it did not end.
         text: what it printed, without times, paths and the list of arguments.
-        files: that it wrote, and their sizes.
+        files: names of what it wrote.
         sentence: of a refusal, or the last line of a traceback.
     """
 

@@ -72,7 +72,8 @@ class Activations:
         groups = (shape.num_query_groups or shape.num_attention_heads) // tensor
         head = shape.kv_channels
         queries = self.tokens * heads * head * self.numbers
-        mixed = self.tokens * (heads + 2 * groups) * head * self.numbers
+        gates = heads if shape.output_gate else 0
+        mixed = self.tokens * (heads + gates + 2 * groups) * head * self.numbers
         count = self.norm(self.own_tokens, shape.hidden_size) + self.stream()
         moved, repeated = self.setup.rope_width > 0 or shape.qk_layernorm, groups < heads
         # Queries, keys and values are views of one product, unless they are moved or repeated.
@@ -84,6 +85,8 @@ class Activations:
             count += self.norm(self.tokens * heads, head, kept=not repeated or groups == 1)
             count += self.norm(self.tokens * groups, head, kept=True)
         count += 4 * shape.seq_length * self.setup.rope_width * self.numbers
+        # A gate keeps what it multiplies: the answers, and its sigmoid, which is always in fp32.
+        count += self.tokens * gates * head * (self.numbers + FP32)
         return count + queries + self._hidden_mask()
 
     def scores(self) -> int:
@@ -96,7 +99,9 @@ class Activations:
             each += self.numbers
         if setup.attention_dropout:
             each += self.mask
-        return squares * each
+        # The softmax returns a column more than is used.
+        sinks = squares // self.shape.seq_length if self.shape.softmax_type != "vanilla" else 0
+        return squares * each + sinks * (FP32 if raised else self.numbers)
 
     def before_mlp(self) -> int:
         """The norm and the dropout around a layer's MLP, dense or sparse."""

@@ -35,7 +35,8 @@ class ModelShape:
         layernorm: LayerNorm, with a bias; False for RMSNorm, without.
         qk_layernorm: whether queries and keys are normalised per head.
         output_gate: whether the answers of attention are gated, by a projection as wide as queries.
-        sinks: whether each head has a learned number beside its scores (`--softmax-type`).
+        softmax_type: of attention, in Megatron's words: all but `vanilla` have a number beside a
+            head's scores, which `learnable` trains.
         predicted_tokens: layers of multi-token prediction, each with weights of its own.
         tied_embeddings: whether the logits use the embedding's weights.
         learned_positions: rows of a learned position embedding; 0 for RoPE or none.
@@ -57,7 +58,7 @@ class ModelShape:
     layernorm: bool = True
     qk_layernorm: bool = False
     output_gate: bool = False
-    sinks: bool = False
+    softmax_type: str = "vanilla"
     predicted_tokens: int = 0
     tied_embeddings: bool = True
     learned_positions: int = 0
@@ -94,7 +95,7 @@ class ModelShape:
             layernorm=args.normalization == "LayerNorm",
             qk_layernorm=args.qk_layernorm,
             output_gate=args.attention_output_gate,
-            sinks=args.softmax_type == "learnable",
+            softmax_type=args.softmax_type,
             predicted_tokens=args.mtp_num_layers or 0,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             learned_positions=args.max_position_embeddings if learned else 0,

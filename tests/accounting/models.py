@@ -38,8 +38,12 @@ DENSE: dict[str, dict[str, Any]] = {
         "num_query_groups": 2,
     },
     "dense-qwen": {"bias": False, "qkv_bias": True, "qk_layernorm": True, "layernorm": False},
-    "dense-gated-attention": {"output_gate": True, "sinks": True, "bias": False},
-    "dense-gated-attention-bias": {"output_gate": True, "num_query_groups": 2},
+    "dense-gated-attention": {"output_gate": True, "softmax_type": "learnable", "bias": False},
+    "dense-gated-attention-bias": {
+        "output_gate": True,
+        "num_query_groups": 2,
+        "softmax_type": "off-by-one",
+    },
     "dense-qk-layernorm": {"qk_layernorm": True, "num_query_groups": 1, "learned_positions": 20},
 }
 """Models without sparse layers, as changes of `SMALL`."""
@@ -119,7 +123,7 @@ def config_of(
             "normalization": "LayerNorm" if shape.layernorm else "RMSNorm",
             "qk_layernorm": shape.qk_layernorm,
             "attention_output_gate": shape.output_gate,
-            "softmax_type": "learnable" if shape.sinks else "vanilla",
+            "softmax_type": shape.softmax_type,
             "mtp_num_layers": shape.predicted_tokens or None,
             "moe_layer_freq": pattern_of(shape),
             "sffn": shape.sffn,

@@ -242,7 +242,12 @@ def assert_describes_the_run(summary: dict[str, Any], text: str) -> None:
         "router_settings": {"descriptor": "mean"},
         "optimizer": {"optimizer": "adam", "lr": 3e-3, "clip_grad": 0.5, "weight_decay": 0.01},
         "batch": {"micro_batch_size": 2, "global_batch_size": 8, "train_iters": 4},
-        "data": {"data_path": [text], "split": "80,10,10", "mock_data": False, "eval_iters": 2},
+        "data": {
+            "data_path": [text],
+            "split": "80,10,10",
+            "mock_data": False,
+            "sffn_eval_iters": 2,
+        },
         "tokenizer": {"tokenizer_type": "NullTokenizer", "vocab_size": 256},
         "started_from": {"load": None},
     }

@@ -131,7 +131,7 @@ NEEDED_FOR: dict[str, tuple[int, str, str]] = {
     "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict": (
         1,
         f"--lr 1e-3 {LR}",
-        "ValueError: Could not find parameter group",
+        "error: Megatron does not start with these flags (Could not find parameter group",
     ),
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict": (
         1,
