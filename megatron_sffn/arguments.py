@@ -355,6 +355,7 @@ def derive_evaluation(args: Namespace) -> None:
         raise ConfigError(
             f"--eval-iters {args.eval_iters} must be at least 0; 0 leaves evaluations out"
         )
+    args.sffn_separate_validation_sets = args.multiple_validation_sets
     args.multiple_validation_sets = args.full_validation
     args.sffn_eval_iters = args.eval_iters
     if args.eval_interval is None:

@@ -143,6 +143,12 @@ def _parts(args: Namespace) -> Iterator[Part]:
     shares = _shares(args.split, shared=bool(blend))
     for split, share, own in zip(Split, shares, blend_per_split or [blend] * 3, strict=True):
         if share is not None and own:
+            if args.full_validation and split is Split.valid and own[1] is not None:
+                raise ConfigError(
+                    "--full-validation reads each validation set once, so weights "
+                    f"({' '.join(f'{weight:g}' for weight in own[1])}) have nothing to act on; "
+                    "give the sets by --valid-data-path and without weights"
+                )
             yield Part(split=split, prefixes=own[0], share=share)
 
 

@@ -149,7 +149,7 @@ def dataset_request(args: Namespace, tokenizer: Any, num_samples: Sizes) -> Requ
         blend=blend,
         blend_per_split=blend_per_split,
         split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
+        multiple_validation_sets=args.sffn_separate_validation_sets,
         full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,

@@ -92,7 +92,7 @@ def blends(folder: Path) -> dict[str, dict[str, Any]]:
             **own,
             "train_data_path": [a],
             "valid_data_path": [b, c],
-            "multiple_validation_sets": True,
+            "sffn_separate_validation_sets": True,
         },
         "threads": {"data_path": ["1", a, "1", b, "1", c], "num_dataset_builder_threads": 3},
     }

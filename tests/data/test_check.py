@@ -355,6 +355,15 @@ def test_a_set_of_its_own_with_less_than_a_sequence(arguments: Arguments, write:
         check_data(arguments(train_data_path=[write()], valid_data_path=[small]))
 
 
+def test_a_whole_validation_set_has_no_weight(arguments: Arguments, write: Write) -> None:
+    sets = [write("a", *TEN), write("b", *TEN)]
+    check_data(arguments(data_path=sets, split="5,5,0", full_validation=True))
+    weighted = ["9", sets[0], "1", sets[1]]
+    with pytest.raises(ConfigError, match=r"weights \(9 1\) have nothing to act on; give"):
+        check_data(arguments(data_path=weighted, split="5,5,0", full_validation=True))
+    check_data(arguments(train_data_path=weighted, valid_data_path=sets, full_validation=True))
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [

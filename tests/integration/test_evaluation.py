@@ -104,3 +104,6 @@ def test_validation_sets_have_a_loss_each(pretrain, text: str, tmp_path: Path) -
     named = run(2, f"{both} --validation-set-names web code {EP2}")["validation_losses"]
     assert named.keys() == {"web", "code"}
     assert list(named.values()) == pytest.approx(losses_of_both, rel=1e-4)
+    together = run(1, f"--valid-data-path {first} {second}")
+    assert together["validation_losses"] is None
+    assert min(losses_of_both) < together["validation_loss"] < max(losses_of_both)
