@@ -15,9 +15,11 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
+from megatron.core.transformer.enums import CudaGraphModule
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
@@ -84,7 +86,7 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
             "--yaml-cfg is not available, since Megatron reads its file in place of this command "
             "line; give the flags"
         )
-    args: Namespace = parse_args(add_flags)
+    args = _read(add_flags)
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         # Megatron insists on it; CUDA reads it when it starts, which it has not yet.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -101,6 +103,19 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
         if vars(args)[name] is None:
             setattr(args, name, default)
     _validate(args, sffn)
+    return args
+
+
+def _read(add_flags: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
+    """The command line by Megatron's parser, with its complaints as ours."""
+    try:
+        with as_sentence("accept these flags"):
+            args: Namespace = parse_args(add_flags)
+    except KeyError as error:
+        known = ", ".join(CudaGraphModule.__members__)
+        raise ConfigError(
+            f"--cuda-graph-modules {error.args[0]} is no part of a layer; choose of {known}"
+        ) from error
     return args
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from megatron_sffn.errors import ConfigError
@@ -34,6 +35,8 @@ OF_OTHER_MODELS = (
     r"|encoder_\w+|decoder_num_layers|decoder_seq_length|onnx_safe|openai_gelu"
     r"|apply_residual_connection_post_layernorm|flash_decode|mlp_chunks_for_prefill"
     r"|nccl_all_reduce_for_prefill|inference_\w+|mtp_standalone|mtp_hybrid_override_pattern"
+    r"|logits_\w+|freeze_all_layers|use_mamba_mem_eff_path|dist_ckpt_save_pre_mcore_014"
+    r"|metadata_path|check_for_spiky_loss|test_mode"
 )
 """Flags (dest) that Megatron reads for models or programs other than a GPT in training."""
 
@@ -52,6 +55,12 @@ class Needs(NamedTuple):
     is_there: Callable[[Namespace], bool]
 
 
+def _reads_an_object_store(args: Namespace) -> bool:
+    """Whether Megatron fetches any data set before it reads it."""
+    paths = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
+    return any("://" in prefix for path in paths for prefix in path or [])
+
+
 PAIRS = (
     Needs(r"muon_\w+", "--optimizer muon", lambda args: "muon" in args.optimizer),
     Needs(r"lion_\w+", "--optimizer lion", lambda args: args.optimizer == "lion"),
@@ -59,6 +68,19 @@ PAIRS = (
     Needs(r"adam_\w+", "--optimizer adam", lambda args: args.optimizer != "sgd"),
     Needs(r"mup_\w+", "--use-mup", lambda args: args.use_mup),
     Needs(r"qk_clip_\w+", "--qk-clip", lambda args: args.qk_clip),
+    Needs(
+        r"initial_loss_scale|min_loss_scale|loss_scale\w*|hysteresis|fp16_lm_cross_entropy"
+        "|apply_query_key_layer_scaling",
+        "--fp16",
+        lambda args: args.fp16,
+    ),
+    Needs(
+        "accumulate_allreduce_grads_in_fp32|attention_softmax_in_fp32|grad_reduce_in_bf16"
+        "|fp32_residual_connection|disable_bf16_reduced_precision_matmul"
+        "|ddp_param_name_patterns_for_fp32_local_accumulation",
+        "--bf16 or --fp16",
+        lambda args: args.bf16 or args.fp16,
+    ),
     Needs(
         r"fp8_\w+|first_last_layers_bf16|num_layers_at_\w+", "--fp8-format", lambda args: args.fp8
     ),
@@ -70,7 +92,7 @@ PAIRS = (
     ),
     Needs(
         r"q_lora_rank|kv_lora_rank|qk_head_dim|qk_pos_emb_head_dim|v_head_dim|mscale\w*"
-        r"|rotary_scaling_factor|cache_mla_latents|mla_\w+",
+        r"|rotary_scaling_factor|rope_type|cache_mla_latents|mla_\w+",
         "--multi-latent-attention",
         lambda args: args.multi_latent_attention,
     ),
@@ -121,9 +143,9 @@ PAIRS = (
     ),
     Needs(r"async_\w+|use_persistent_ckpt_worker", "--async-save", lambda args: args.async_save),
     Needs(
-        r"non_persistent_\w+",
-        "--non-persistent-ckpt-type",
-        lambda args: args.non_persistent_ckpt_type,
+        r"non_persistent_(?!save_interval)\w+",
+        "--non-persistent-save-interval",
+        lambda args: args.non_persistent_save_interval,
     ),
     Needs(
         r"ckpt_convert_\w+",
@@ -131,11 +153,111 @@ PAIRS = (
         lambda args: args.ckpt_convert_format,
     ),
     Needs(
-        "cuda_graph_modules|cuda_graph_scope_deprecated",
+        "cuda_graph_modules|cuda_graph_scope_deprecated|cuda_graph_warmup_steps",
         "--cuda-graph-impl",
         lambda args: args.cuda_graph_impl not in (None, "none"),
     ),
     Needs(r"replication_\w+", "--replication", lambda args: args.replication),
+    Needs(
+        r"\w+_to_tensorboard|tensorboard_\w+|moe_per_layer_logging",
+        "--tensorboard-dir",
+        lambda args: args.tensorboard_dir,
+    ),
+    Needs(
+        r"straggler_\w+|disable_straggler_on_startup",
+        "--log-straggler",
+        lambda args: args.log_straggler,
+    ),
+    Needs(
+        r"calc_ft_timeouts|ft_\w+", "--enable-ft-package", lambda args: args.enable_ft_package
+    ),
+    Needs(r"adlr_autoresume_\w+", "--adlr-autoresume", lambda args: args.adlr_autoresume),
+    Needs(
+        r"fault_injector_(?!ranks|num_ranks)\w+",
+        "--fault-injector-ranks",
+        lambda args: args.fault_injector_ranks or args.fault_injector_num_ranks,
+    ),
+    Needs(
+        r"one_logger_\w+|app_tag_run_\w+",
+        "the package one_logger",
+        lambda args: find_spec("one_logger"),
+    ),
+    Needs(
+        "use_(mp_args|tokenizer_model)_from_checkpoint_args",
+        "--use-checkpoint-args",
+        lambda args: args.use_checkpoint_args,
+    ),
+    Needs(
+        r"flight_recorder_(?!dump_path)\w+",
+        "--flight-recorder-dump-path",
+        lambda args: args.flight_recorder_dump_path,
+    ),
+    Needs(
+        "memory_snapshot_path",
+        "--record-memory-history",
+        lambda args: args.record_memory_history,
+    ),
+    Needs("exit_signal", "--exit-signal-handler", lambda args: args.exit_signal_handler),
+    Needs("error_injection_type", "--error-injection-rate", lambda args: args.error_injection_rate),
+    Needs(
+        "max_seqlen_per_dp_cp_rank",
+        "--hybrid-context-parallel",
+        lambda args: args.hybrid_context_parallel,
+    ),
+    Needs(
+        "cp_comm_type",
+        "--context-parallel-size",
+        lambda args: args.context_parallel_size > 1,
+    ),
+    Needs(
+        "kitchen_attention_backend",
+        "--use-kitchen-attention",
+        lambda args: args.use_kitchen_attention,
+    ),
+    Needs("manual_gc_interval|manual_gc_eval", "--manual-gc", lambda args: args.manual_gc),
+    Needs(
+        r"optimizer_offload_fraction|overlap_cpu_optimizer_\w+|pin_cpu_\w+"
+        "|use_torch_optimizer_for_cpu_offload",
+        "--optimizer-cpu-offload",
+        lambda args: args.optimizer_cpu_offload,
+    ),
+    Needs(
+        r"offload_modules|min_offloaded_\w+|delay_offload_\w+|delta_offload_\w+"
+        r"|activation_offload_\w+|fine_grained_offloading_\w+",
+        "--fine-grained-activation-offloading",
+        lambda args: args.fine_grained_activation_offloading,
+    ),
+    Needs(
+        r"cpu_offloading_(?!num_layers)\w+",
+        "--cpu-offloading-num-layers",
+        lambda args: args.cpu_offloading_num_layers,
+    ),
+    Needs(
+        r"megatron_fsdp_\w+|fsdp_\w+|\w+_fsdp_dtensor_load|enable_full_sharding_in_hsdp"
+        r"|(data_parallel|outer_dp)_sharding_strategy|keep_fp8_transpose_cache"
+        "|create_all_gather_group",
+        "--use-megatron-fsdp",
+        lambda args: args.use_megatron_fsdp,
+    ),
+    Needs(r"torch_fsdp2_\w+", "--use-torch-fsdp2", lambda args: args.use_torch_fsdp2),
+    Needs(r"tp_comm_(?!overlap$)\w+", "--tp-comm-overlap", lambda args: args.tp_comm_overlap),
+    Needs(
+        "wgrad_deferral_limit",
+        "--defer-embedding-wgrad-compute",
+        lambda args: args.defer_embedding_wgrad_compute,
+    ),
+    Needs(
+        "decrease_batch_size_if_needed",
+        "--rampup-batch-size",
+        lambda args: args.rampup_batch_size,
+    ),
+    Needs("object_storage_cache_path", "data in an object store", _reads_an_object_store),
+    Needs(
+        r"tokenizer_model|tokenizer_(hf|sentencepiece)_\w+|special_tokens|merge_file"
+        r"|vocab_file|vocab_extra_ids|tiktoken_\w+|chat_template|trust_remote_code",
+        "a --tokenizer-type that reads text",
+        lambda args: args.tokenizer_type not in (None, "NullTokenizer"),
+    ),
     Needs(r"wandb_\w+", "--wandb-project", lambda args: args.wandb_project),
     Needs(
         "validation_set_names",
@@ -148,7 +270,7 @@ PAIRS = (
     Needs(
         r"finetune|no_load_\w+|exit_on_missing_checkpoint|auto_detect_ckpt_format"
         r"|ckpt_fully_parallel_load\w*|override_opt_param_scheduler"
-        "|use_checkpoint_opt_param_scheduler",
+        "|use_checkpoint_opt_param_scheduler|override_ckpt_iteration",
         "--load",
         lambda args: args.load or args.pretrained_checkpoint,
     ),

@@ -75,6 +75,7 @@ DENSE_ONLY = (
     "overlap_dispatch_backward_with_experts_wgrad",
     "overlap_moe_expert_parallel_comm",
     "quick_geglu",
+    "save_tokens_per_expert_interval",
     "spec",
     "use_megatron_fsdp",
     "use_torch_fsdp2",
@@ -133,6 +134,8 @@ def check_megatron_flags(args: Namespace, given: list[str]) -> None:
 def _check_moe_flag(router: str, dest: str, value: Any) -> None:
     """One flag that was given has an effect."""
     text, dense = typed(flag_of(dest), value), router == "dense"
+    if dest == "moe_router_dtype" and value == "fp64" and not dense:
+        raise ConfigError(f"{text} is not available: sparse layers score in fp32; leave it out")
     if dest in LAYER or value == "none" or (dense and dest in DENSE_ONLY):
         return
     if dest in DERIVED and dense:

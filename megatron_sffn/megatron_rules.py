@@ -47,8 +47,15 @@ GPU_ONLY = (
 
 PACKAGES = {
     "enable_msc": ("multistorageclient", "multi-storage-client"),
+    "enable_ft_package": ("nvidia_resiliency_ext", "nvidia-resiliency-ext"),
+    "fault_injector_num_ranks": ("nvidia_resiliency_ext", "nvidia-resiliency-ext"),
+    "fault_injector_ranks": ("nvidia_resiliency_ext", "nvidia-resiliency-ext"),
+    "inprocess_restart": ("nvidia_resiliency_ext", "nvidia-resiliency-ext"),
     "log_device_memory_used": ("pynvml", "nvidia-ml-py"),
     "log_straggler": ("pynvml", "nvidia-ml-py"),
+    "save_activations_interval": ("transformer_engine", "megatron-core[te]"),
+    "save_dgrads_interval": ("transformer_engine", "megatron-core[te]"),
+    "save_tokens_per_expert_interval": ("transformer_engine", "megatron-core[te]"),
     "wandb_project": ("wandb", "wandb"),
 }
 """Flags (dest) -> the module that Megatron imports for them, and the package that has it."""
@@ -124,7 +131,11 @@ def _length(args: Namespace) -> Iterator[str]:
             f"--lr-warmup-{unit} {warmup} must be less than --{given} {decay}, in which the "
             "learning rate also decays; lower it"
         )
-
+    if args.lr is not None and args.lr_warmup_init > args.lr:
+        yield (
+            f"--lr-warmup-init {args.lr_warmup_init} must be at most --lr {args.lr}, to which the "
+            "warmup raises it; lower it"
+        )
     fraction = args.lr_warmup_fraction
     if fraction is not None and not 0 <= fraction < 1:
         yield (
@@ -135,6 +146,11 @@ def _length(args: Namespace) -> Iterator[str]:
 
 def _watching(args: Namespace) -> Iterator[str]:
     """What looks at the run."""
+    if args.profile and not args.use_pytorch_profiler and args.distributed_backend == "gloo":
+        yield (
+            "--profile asks for NVIDIA's profiler, and this run is on CPUs; add "
+            "--use-pytorch-profiler"
+        )
     if args.rerun_mode == "report_stats":
         yield (
             "--rerun-mode report_stats is a name that Megatron 0.19 no longer knows; use "

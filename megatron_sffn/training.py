@@ -101,6 +101,7 @@ def model_config(
     # Megatron keeps a hook that is there; it is called once per step, on all ranks.
     config.finalize_model_grads_func = partial(finish_step, recorder, nan_check)
     model: GPTModelConfig = gpt_config_from_args(args, config=config)
+    model.rope_scaling_factor = args.rope_scaling_factor  # which Megatron 0.19 leaves at 8
     model.pre_wrap_hooks.append(partial(draw_again, args.seed))
     if sffn is not None:
         model.transformer_layer_spec = block_spec

@@ -141,8 +141,12 @@ def actions() -> Iterator[Action]:
 
 
 def flag_of(action: Action) -> str:
-    """The name that is tried: the longest."""
-    return max(action.option_strings, key=len)
+    """The name that is tried: the longest of those that change the default."""
+    names = action.option_strings
+    if isinstance(action, argparse.BooleanOptionalAction):
+        off = ("--no-", "--disable-")
+        names = [name for name in names if name.startswith(off) == bool(action.default)]
+    return max(names, key=len)
 
 
 def given(action: Action) -> str:
@@ -196,7 +200,7 @@ def main() -> None:
             if kind in ("refused", "failed"):
                 entry["sentence"] = found.sentence.removeprefix("error: ")[:400]
             if kind == "no effect":
-                reasons = (why for text, why in NO_EFFECT.items() if re.search(text, flag))
+                reasons = (why for why, flags in NO_EFFECT.items() if flag in flags.split())
                 entry["reason"] = next(reasons, "")
             table[flag] = entry
             print(f"{kind:10} {command}  {entry.get('sentence', '')[:150]}", flush=True)

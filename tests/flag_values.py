@@ -7,16 +7,25 @@ VALUES = {
     "--attention-backend": "unfused",
     "--init-method-std": "0.5",
     "--lr-decay-style": "cosine",
+    "--lr-warmup-init": "0.001",
     "--position-embedding-type": "learned_absolute",
     "--rotary-base": "20",
     "--rotary-percent": "0.5",
+    "--rotary-seq-len-interpolation-factor": "4",
+    "--rope-scaling-factor": "1.5",
     "--sffn-gate-activation": "gelu",
+    "--sffn-init": "sigma-moe",
     "--window-size": "2,0",
 }
 """Flag -> the value that is tried, where a rule from its type does not fit."""
 
+TENSORBOARD = "--tensorboard-dir events"
 NEEDS = {
     "--decoupled-min-lr": "--decoupled-lr 0.1 --lr-decay-style linear",
+    "--log-timers-to-tensorboard": TENSORBOARD,
+    "--log-validation-ppl-to-tensorboard": TENSORBOARD,
+    "--lr-decay-iters": "--lr-decay-style linear",
+    "--lr-warmup-init": "--lr-warmup-iters 1",
     "--lr-wsd-decay-iters": "--lr-decay-style WSD",
     "--lr-wsd-decay-style": "--lr-decay-style WSD --lr-wsd-decay-iters 2",
     "--moe-router-bias-update-rate": "--moe-router-enable-expert-bias",
@@ -27,32 +36,74 @@ NEEDS = {
     "--recompute-method": "--recompute-granularity full --recompute-num-layers 1",
     "--recompute-modules": "--recompute-granularity selective",
     "--recompute-num-layers": "--recompute-granularity full --recompute-method uniform",
-    "--rope-scaling-factor": "--use-rope-scaling",
+    "--rope-scaling-factor": "--use-rope-scaling --init-method-std 0.5",
     "--sffn-gate-activation": "--sffn-gate-network mlp",
     "--sffn-gate-hidden-size": "--sffn-gate-network mlp",
     "--sgd-momentum": "--optimizer sgd",
+    "--sffn-validation-data": "--eval-interval 1",
+    "--start-eval-at-iter": "--eval-interval 1",
+    "--use-rope-scaling": "--init-method-std 0.5",
 }
 """Flag -> flags that it acts with; the run is compared with one that has these alone."""
 
 NO_EFFECT = {
-    r"tp-comm|nccl|p2p|ring-exchange|sharp|ucc|symmetric|high-priority|communication|comm-": (
-        "it is about messages between ranks"
-    ),
-    r"fusion|fused|flash|kitchen|te-|grouped-gemm|cuda|graph|fp8|fp4|transformer-engine|offload"
-    r"|persist|pin-cpu|deterministic|rng-tracker|bf16|jit|fsdp|hsdp": "it is about GPU kernels",
-    r"ckpt|checkpoint|async|persistent|save-|load|strict|replication": (
-        "it is about how a checkpoint is written or read"
-    ),
-    r"profile|log|timing|timer|nvtx|straggler|flight|wandb|tensorboard|barrier|energy|trace": (
-        "it is about what is measured, and where that goes"
-    ),
-    r"parallel|rank|expert-tensor|sequence-parallel|bucket|pad-buckets|gather|reduce|overlap": (
-        "it acts on several ranks"
-    ),
-    r"tokenizer|vocab|merge-file|tiktoken|trust-remote": "a run on NullTokenizer reads no text",
-    r"data|mmap|dataloader|index|cache|worker|sampl|seq": "another way to the same batches",
-    r"gc|signal|exit|rerun|check|sync|memory|interval|restart|ft-|error-": (
-        "it acts at an event that two steps do not have"
-    ),
+    "it is how a run on one rank of a host is anyway": """
+        --attention-backend --dataloader-type --disable-bias-linear
+        --dist-ckpt-optim-fully-reshardable --distributed-backend --expert-tensor-parallel-size
+        --moe-router-dtype --moe-token-dispatcher-type --no-position-embedding
+        --suggested-communication-unit-size --tensor-parallel-num-weight-shards
+        --expert-tensor-parallel-num-weight-shards --transformer-impl --use-cpu-initialization
+        --use-mcore-models --use-rotary-position-embeddings --num-virtual-stages-per-pipeline-rank
+    """,
+    "it acts on several ranks": """
+        --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split
+        --ckpt-fully-parallel-save-process-group --data-parallel-random-init
+        --ddp-average-in-collective --ddp-bucket-size --ddp-num-buckets
+        --ddp-pad-buckets-for-high-nccl-busbw --ddp-reduce-scatter-with-fp32-accumulation
+        --disable-align-grad-reduce --disable-gloo-process-groups --disable-symmetric-registration
+        --distributed-timeout-minutes --distributed-timeout-seconds-after-init
+        --high-priority-a2a-comm-stream --high-priority-stream-groups --local-rank
+        --microbatch-group-size-per-virtual-pipeline-stage --no-align-param-gather
+        --no-ckpt-fully-parallel-save --no-data-sharding --no-overlap-p2p-communication
+        --no-use-layer-wise-param-layout --overlap-grad-reduce --sequence-parallel
+        --sffn-node-size --use-ring-exchange-p2p --use-tp-pp-dp-mapping
+    """,
+    "it changes time or memory, and no number": """
+        --allow-ambiguous-pad-tokens --async-save --ckpt-assume-constant-structure
+        --disable-clone-scatter-output-in-embedding
+        --disable-stream-ckpt-dequant --dist-ckpt-workers
+        --distrib-optim-fully-reshardable-mem-efficient --manual-gc --mid-level-dataset-surplus
+        --moe-layer-recompute --no-barrier-with-level-1-timing --no-mmap-bin-files
+        --num-dataset-builder-threads --num-workers --recompute-activations --sffn-backend
+        --sffn-dataloader --sffn-regather --train-sync-interval
+        --no-create-attention-mask-in-dataloader
+    """,
+    "it is about kernels of a GPU": """
+        --cross-entropy-fusion-impl --deterministic-mode --disable-jit-fuser
+        --empty-unused-memory-level --flash-attention-version --no-bias-dropout-fusion
+        --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-gradient-accumulation-fusion
+        --no-gradient-reduce-div-fusion --no-masked-softmax-fusion --no-persist-layer-norm
+        --no-rope-fusion --te-rng-tracker --use-flash-attn --use-fused-weighted-squared-relu
+        --use-grouped-gemm-for-dense-mlp --use-grouped-gemm-for-shared-expert
+        --use-kitchen-attention --use-te-activation-func --use-transformer-engine-op-fuser
+    """,
+    "it acts at an event that two steps do not have": """
+        --check-for-large-grads --disable-ckpt-load-validate-sharding-integrity
+        --dist-ckpt-strictness --exit-signal-handler --exit-signal-handler-for-dataloader
+        --exit-signal-handler-for-training --sffn-trust-checkpoint
+    """,
+    "it is about the contents of files, of which the sweep compares the names": """
+        --no-save-optim --no-save-rng
+    """,
+    "it is about lines that the sweep leaves out of the comparison, such as times and memory": """
+        --disable-msc --log-memory-interval --logging-level --timing-log-level --timing-log-option
+    """,
+    "the model of the sweep has nothing that it acts on": """
+        --apply-wd-to-qk-layernorm --enable-experimental --null-tokenizer-eod-id
+        --null-tokenizer-pad-id
+    """,
+    "every token of the sweep counts, so that means over tokens and batches are equal": """
+        --calculate-per-token-loss
+    """,
 }
-"""Pattern of flags -> why a run of two steps on one rank of a host shows no difference."""
+"""Why a run of two steps on one rank of a host shows no difference -> the flags."""

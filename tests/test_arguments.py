@@ -163,6 +163,7 @@ def test_defaults_are_those_of_the_design(read: Read) -> None:
         "sffn_dataloader": "torch",
         "sffn_validation_data": "first",
         "sffn_eval_iters": 100,
+        "sffn_separate_validation_sets": False,
         "sffn_hash_seed": 42,
         "sffn_hash_shared": False,
         "sffn_backend": "auto",
@@ -261,9 +262,8 @@ def test_every_layout_can_load_the_optimizer_unless_told_otherwise(
 
 
 @pytest.mark.parametrize("router", ["switch", "avg-k"])
-def test_blocks_are_chosen_in_fp32_unless_told_otherwise(read: Read, router: str) -> None:
+def test_blocks_are_chosen_in_fp32(read: Read, router: str) -> None:
     assert read(f"--sffn-router {router} --bf16").moe_router_dtype == "fp32"
-    assert read(f"--sffn-router {router} --moe-router-dtype fp64").moe_router_dtype == "fp64"
 
 
 @pytest.mark.parametrize(
@@ -748,6 +748,11 @@ REFUSED = [
         "--sffn-gate-hidden-size 8",
         "use --sffn-gate-network mlp",
     ),
+    ("--cuda-graph-modules all", 1, "--cuda-graph-modules all", "attn, mlp, moe"),
+    ("--lr 1e-3 --lr-warmup-init 0.25", 1, "--lr-warmup-init 0.25 must be at most --lr 0.001"),
+    ("--profile", 1, "--profile asks for NVIDIA's profiler", "--use-pytorch-profiler"),
+    ("--moe-router-dtype fp64", 1, "sparse layers score in fp32"),
+    ("--loss-scale 8", 1, "--loss-scale 8.0 has nothing to act on without --fp16"),
     ("--lazy-mpu-init", 1, "--lazy-mpu-init is not available"),
     ("--gpu-sniff-test-interval 1", 1, "--gpu-sniff-test-interval 1 needs a GPU"),
     ("--yaml-cfg nowhere", 1, "--yaml-cfg is not available", "give the flags"),
