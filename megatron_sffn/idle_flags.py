@@ -168,9 +168,7 @@ PAIRS = (
         "--log-straggler",
         lambda args: args.log_straggler,
     ),
-    Needs(
-        r"calc_ft_timeouts|ft_\w+", "--enable-ft-package", lambda args: args.enable_ft_package
-    ),
+    Needs(r"calc_ft_timeouts|ft_\w+", "--enable-ft-package", lambda args: args.enable_ft_package),
     Needs(r"adlr_autoresume_\w+", "--adlr-autoresume", lambda args: args.adlr_autoresume),
     Needs(
         r"fault_injector_(?!ranks|num_ranks)\w+",

@@ -6,6 +6,7 @@ VALUES = {
     "--adam-beta2": "0.5",
     "--attention-backend": "unfused",
     "--init-method-std": "0.5",
+    "--error-injection-rate": "1000000",
     "--lr-decay-style": "cosine",
     "--lr-warmup-init": "0.001",
     "--position-embedding-type": "learned_absolute",
@@ -90,7 +91,7 @@ NO_EFFECT = {
     "it acts at an event that two steps do not have": """
         --check-for-large-grads --disable-ckpt-load-validate-sharding-integrity
         --dist-ckpt-strictness --exit-signal-handler --exit-signal-handler-for-dataloader
-        --exit-signal-handler-for-training --sffn-trust-checkpoint
+        --error-injection-rate --exit-signal-handler-for-training --sffn-trust-checkpoint
     """,
     "it is about the contents of files, of which the sweep compares the names": """
         --no-save-optim --no-save-rng
