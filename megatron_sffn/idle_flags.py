@@ -143,6 +143,11 @@ PAIRS = (
     ),
     Needs(r"async_\w+|use_persistent_ckpt_worker", "--async-save", lambda args: args.async_save),
     Needs(
+        "non_persistent_save_interval",
+        "--non-persistent-ckpt-type",
+        lambda args: args.non_persistent_ckpt_type,
+    ),
+    Needs(
         r"non_persistent_(?!save_interval)\w+",
         "--non-persistent-save-interval",
         lambda args: args.non_persistent_save_interval,
@@ -178,7 +183,7 @@ PAIRS = (
     Needs(
         r"one_logger_\w+|app_tag_run_\w+",
         "the package one_logger",
-        lambda args: find_spec("one_logger"),
+        lambda args: find_spec("one_logger") is not None,
     ),
     Needs(
         "use_(mp_args|tokenizer_model)_from_checkpoint_args",

@@ -31,6 +31,8 @@ NEEDS = {
     "--lr-wsd-decay-style": "--lr-decay-style WSD --lr-wsd-decay-iters 2",
     "--moe-router-bias-update-rate": "--moe-router-enable-expert-bias",
     "--moe-token-drop-policy": "--moe-expert-capacity-factor 0.5",
+    "--non-persistent-ckpt-type": "--non-persistent-save-interval 1",
+    "--non-persistent-save-interval": "--non-persistent-ckpt-type global",
     "--num-query-groups": "--group-query-attention",
     "--qk-clip-alpha": "--qk-clip",
     "--qk-clip-threshold": "--qk-clip",
@@ -76,7 +78,7 @@ NO_EFFECT = {
         --distrib-optim-fully-reshardable-mem-efficient --manual-gc --mid-level-dataset-surplus
         --moe-layer-recompute --no-barrier-with-level-1-timing --no-mmap-bin-files
         --num-dataset-builder-threads --num-workers --recompute-activations --sffn-backend
-        --sffn-dataloader --sffn-regather --train-sync-interval
+        --sffn-regather --train-sync-interval
         --no-create-attention-mask-in-dataloader
     """,
     "it is about kernels of a GPU": """
