@@ -78,7 +78,7 @@ NO_EFFECT = {
         --distrib-optim-fully-reshardable-mem-efficient --manual-gc --mid-level-dataset-surplus
         --moe-layer-recompute --no-barrier-with-level-1-timing --no-mmap-bin-files
         --num-dataset-builder-threads --num-workers --recompute-activations --sffn-backend
-        --sffn-regather --train-sync-interval
+        --sffn-dataloader --sffn-regather --train-sync-interval
         --no-create-attention-mask-in-dataloader
     """,
     "it is about kernels of a GPU": """
