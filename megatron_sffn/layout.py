@@ -60,7 +60,6 @@ def _engine(args: Namespace) -> Iterator[str]:
         ),
         (f"--context-parallel-size {context}", "use --context-parallel-size 1", context > 1),
         ("--apply-layernorm-1p", "leave it out", args.layernorm_zero_centered_gamma),
-        ("--multi-latent-attention", "leave it out", args.multi_latent_attention),
         (
             "--recompute-modules layernorm",
             "leave it out",

@@ -31,9 +31,11 @@ UNAVAILABLE = {
     "checkpoint_activations": "Megatron has renamed it; use --recompute-activations",
     "config_logger_dir": "Megatron 0.19 cannot write a config that holds process groups; "
     "summary.json has the flags",
+    "experimental_attention_variant": "its parameters and FLOPs would not be counted; leave it out",
     "fake_process_group": "no rank learns from another with it; leave it out",
     "init_model_with_meta_device": "weights are drawn where they are; leave it out",
     "lazy_mpu_init": "a caller would have to start the ranks; leave it out",
+    "multi_latent_attention": "its parameters and FLOPs would not be counted; leave it out",
 }
 """Flags (dest) that Megatron stops at -> why, and what to do."""
 
