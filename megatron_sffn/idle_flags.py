@@ -200,7 +200,6 @@ PAIRS = (
         "--record-memory-history",
         lambda args: args.record_memory_history,
     ),
-    Needs("exit_signal", "--exit-signal-handler", lambda args: args.exit_signal_handler),
     Needs("error_injection_type", "--error-injection-rate", lambda args: args.error_injection_rate),
     Needs(
         "max_seqlen_per_dp_cp_rank",
