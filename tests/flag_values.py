@@ -93,7 +93,8 @@ NO_EFFECT = {
     "it acts at an event that two steps do not have": """
         --check-for-large-grads --disable-ckpt-load-validate-sharding-integrity
         --dist-ckpt-strictness --error-injection-rate --exit-signal --exit-signal-handler
-        --exit-signal-handler-for-dataloader --exit-signal-handler-for-training --sffn-trust-checkpoint
+        --exit-signal-handler-for-dataloader --exit-signal-handler-for-training
+        --sffn-trust-checkpoint
     """,
     "it is about the contents of files, of which the sweep compares the names": """
         --no-save-optim --no-save-rng
