@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.agreement import DisagreementError, refusing
 from benchmarks.machine import Platform, adapt, facts, one_rank, version_of
 from benchmarks.rows import append, check_output
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.utils.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -196,9 +196,9 @@ def run_of(options: argparse.Namespace, folder: Path) -> Namespace:
     """The namespace of a run that reads the data, which Megatron then knows."""
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_sffn.arguments import parse
-    from megatron_sffn.data.check import check_data
-    from megatron_sffn.platforms import prepare
+    from megatron_sffn.checks.data import check_data
+    from megatron_sffn.patches import prepare
+    from megatron_sffn.train.arguments import parse
 
     batches = WARM_UP + 2 * options.batches
     paths = options.data_path or [written(folder / "library")]
@@ -245,7 +245,7 @@ def batches_of(args: Namespace, loader: Loader) -> Iterator[dict[str, Tensor]]:
     """Training batches, through Megatron, on the device of a step."""
     from megatron.training.training import build_train_valid_test_data_iterators
 
-    from megatron_sffn.data.gpt import datasets_provider
+    from megatron_sffn.data.loading.gpt_dataset import datasets_provider
 
     args.sffn_dataloader, args.num_workers = loader.loader, loader.workers
     args.dataloader_type = "single"

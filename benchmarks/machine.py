@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sffn.remarks import silence
+from megatron_sffn.utils.warning_filters import silence
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +46,7 @@ class Platform:
         """This machine."""
         import torch
 
-        from megatron_sffn.platforms import cpu
+        from megatron_sffn.patches import cpu
 
         if cpu.is_host():
             cores = len(os.sched_getaffinity(0))
@@ -59,9 +59,9 @@ class Platform:
 def adapt() -> None:
     """Adapt this process, before Megatron is imported in it; the parent and ranks alike."""
     silence()
-    from megatron_sffn import platforms
+    from megatron_sffn import patches
 
-    platforms.prepare()
+    patches.prepare()
     for name in ("megatron", "megatron_sffn"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

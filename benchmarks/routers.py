@@ -33,9 +33,9 @@ from typing import Any
 import torch
 
 from examples.quickstart.runs import COMMON
-from megatron_sffn.errors import ConfigError, run_command
-from megatron_sffn.remarks import silence
-from megatron_sffn.run_files import append_records, read_records
+from megatron_sffn.utils.atomic_files import append_records, read_records
+from megatron_sffn.utils.errors import ConfigError, run_command
+from megatron_sffn.utils.warning_filters import silence
 
 SINGLE_CELLS = ("top-k-act", "pkm", "pkm-relu", "pkm-ffn")
 """Routers that are defined for blocks of one cell only."""
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     silence()
-    from megatron_sffn.routers import ROUTERS
+    from megatron_sffn.nn.routers import ROUTERS
 
     parser = argparse.ArgumentParser(
         prog="benchmarks.routers", description=__doc__.partition("\n")[0] if __doc__ else None

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import Platform, adapt, one_rank
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.utils.errors import ConfigError, run_command
 
 LINES_EVERY = 100
 """Steps between lines: Megatron's default of --log-interval."""
@@ -74,10 +74,10 @@ def row(args: Namespace, block_size: int, router: str, folder: Path) -> str:
     """A line of the table."""
     import torch
 
-    from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
-    from megatron_sffn.layer import SparseFFN
-    from megatron_sffn.routers import ROUTERS
-    from megatron_sffn.routing_log import RoutingLog
+    from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+    from megatron_sffn.nn.layer import SparseFFN
+    from megatron_sffn.nn.routers import ROUTERS
+    from megatron_sffn.train.routing_metrics import RoutingLog
 
     sffn = SparseFFNConfig(
         router=ROUTERS[router](),

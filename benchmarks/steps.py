@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.machine import Platform, adapt, facts
 from benchmarks.rows import append, check_output, check_plot
-from megatron_sffn.errors import ConfigError, run_command
+from megatron_sffn.utils.errors import ConfigError, run_command
 
 SEQUENCE = 256
 """Tokens of one."""

@@ -31,13 +31,13 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks import triton_starts
-from megatron_sffn.errors import ConfigError, run_command
 from megatron_sffn.ops import device, triton_launch
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn import triton_fused, triton_grouped, triton_masked
 from megatron_sffn.ops.block_ffn.function import Products
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.route_topk import triton as topk
+from megatron_sffn.utils.errors import ConfigError, run_command
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -30,18 +30,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
-    from megatron_sffn.layer import SparseFFN
+    from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+    from megatron_sffn.nn.layer import SparseFFN
 
 __all__ = ["ConfigError", "SparseFFN", "SparseFFNConfig", "SparseFFNTransformerConfig"]
 
 _HOMES = {
-    "SparseFFN": "megatron_sffn.layer",
-    "SparseFFNConfig": "megatron_sffn.config",
-    "SparseFFNTransformerConfig": "megatron_sffn.config",
+    "SparseFFN": "megatron_sffn.nn.layer",
+    "SparseFFNConfig": "megatron_sffn.nn.config",
+    "SparseFFNTransformerConfig": "megatron_sffn.nn.config",
 }
 
 

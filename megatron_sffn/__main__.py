@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sffn.console import run
+from megatron_sffn.cli import run
 
 if __name__ == "__main__":
     run()

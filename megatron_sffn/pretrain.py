@@ -13,8 +13,8 @@ import os
 import socket
 import sys
 
-from megatron_sffn.errors import ConfigError, run_command
-from megatron_sffn.remarks import silence
+from megatron_sffn.utils.errors import ConfigError, run_command
+from megatron_sffn.utils.warning_filters import silence
 
 WORLD_SIZES = {
     "SLURM_NTASKS": "srun",
@@ -32,12 +32,12 @@ def main() -> int:
     one_rank_without_torchrun()
     silence()
 
-    from megatron_sffn.platforms import prepare
+    from megatron_sffn.patches import prepare
 
     defaults, line = prepare()
 
-    from megatron_sffn.arguments import parse
-    from megatron_sffn.training import train
+    from megatron_sffn.train.arguments import parse
+    from megatron_sffn.train.run import train
 
     args = parse(defaults)
     ours = logging.getLogger("megatron_sffn")

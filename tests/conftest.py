@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sffn.platforms import prepare
+from megatron_sffn.patches import prepare
 
 if importlib.util.find_spec("megatron") is None:
     pytest.exit(

@@ -29,8 +29,8 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_sffn.layer import layer_class
-from megatron_sffn.routers import s_base
+from megatron_sffn.nn.layer import layer_class
+from megatron_sffn.nn.routers import s_base
 from tests.layers import BATCH, SPARSE, VOCAB, Case, S, config_of
 from tests.played_gpu import play_gpu
 

@@ -30,16 +30,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sffn.platforms import prepare
+from megatron_sffn.patches import prepare
 
 DEFAULTS = prepare()[0]
 
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
-import megatron_sffn.training  # noqa: E402, F401  (2 s that no child has to spend)
-from megatron_sffn.arguments import add_sffn_flags  # noqa: E402
-from megatron_sffn.errors import run_command  # noqa: E402
+import megatron_sffn.train.run  # noqa: E402, F401  (2 s that no child has to spend)
+from megatron_sffn.flags.sffn_flags import add_sffn_flags  # noqa: E402
 from megatron_sffn.pretrain import main as pretrain  # noqa: E402
+from megatron_sffn.utils.errors import run_command  # noqa: E402
 from tests.flag_values import NEEDS, NO_EFFECT, VALUES  # noqa: E402
 from tests.integration.conftest import MODEL, write_bytes  # noqa: E402
 

@@ -18,11 +18,12 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sffn import errors
 from megatron_sffn.accounting import ModelShape, count_parameters
-from megatron_sffn.arguments import parse, sffn_config, transformer_config
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.platforms import cpu
+from megatron_sffn.flags.sffn_flags import sffn_config, transformer_config
+from megatron_sffn.patches import cpu
+from megatron_sffn.train.arguments import parse
+from megatron_sffn.utils import errors
+from megatron_sffn.utils.errors import ConfigError
 from tests.processes import HANGS
 
 # Python 3.13 says it of Megatron's own flags.

@@ -20,15 +20,15 @@ from megatron.core.transformer.moe.moe_logging import (
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from megatron_sffn.balance import balance_weights
-from megatron_sffn.config import RouterConfig
-from megatron_sffn.layer import SparseFFN
+from megatron_sffn.nn.config import RouterConfig
+from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.load_balancing import balance_weights
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.routers.avg_k import AvgKConfig
+from megatron_sffn.nn.routers.s_base import SBaseConfig
+from megatron_sffn.nn.routers.sigma_moe import SigmaMoEConfig
+from megatron_sffn.nn.routers.switch import SwitchConfig
 from megatron_sffn.ops import route_topk
-from megatron_sffn.routers import ROUTERS
-from megatron_sffn.routers.avg_k import AvgKConfig
-from megatron_sffn.routers.s_base import SBaseConfig
-from megatron_sffn.routers.sigma_moe import SigmaMoEConfig
-from megatron_sffn.routers.switch import SwitchConfig
 from tests.routers.conftest import transformer
 
 pytestmark = pytest.mark.usefixtures("one_rank")

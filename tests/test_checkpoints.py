@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sffn.arguments import parse, sffn_config
-from megatron_sffn.checkpoints.continuation import check_checkpoint
 from megatron_sffn.checkpoints.files import (
     COMMON_STATE,
     args_in,
@@ -28,8 +26,11 @@ from megatron_sffn.checkpoints.files import (
     read_metadata,
     read_whole,
 )
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.platforms import cpu
+from megatron_sffn.checks.resume import check_checkpoint
+from megatron_sffn.flags.sffn_flags import sffn_config
+from megatron_sffn.patches import cpu
+from megatron_sffn.train.arguments import parse
+from megatron_sffn.utils.errors import ConfigError
 from tests.integration import conftest as real_runs
 
 # Python 3.13 says it of Megatron's own flags.

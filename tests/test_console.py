@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sffn import console
-from megatron_sffn.errors import ConfigError
+from megatron_sffn import cli
+from megatron_sffn.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,15 +25,15 @@ def test_alone_it_lists_the_commands_with_a_line_each(arguments: list[str]) -> N
         check=True,
     )
     lines = done.stdout.splitlines()
-    for name, path in console.commands().items():
+    for name, path in cli.commands().items():
         [line] = [line for line in lines if line.split()[:1] == [name]]
-        assert line.endswith(console.summary(path))
-        assert len(console.summary(path)) > 10
+        assert line.endswith(cli.summary(path))
+        assert len(cli.summary(path)) > 10
     assert "--version" in done.stdout
 
 
 def test_the_version_is_that_of_the_project(capsys: pytest.CaptureFixture[str]) -> None:
-    assert console.main(["--version"]) == 0
+    assert cli.main(["--version"]) == 0
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert capsys.readouterr().out == f"megatron-sffn {project['version']}\n"
 
@@ -48,7 +48,7 @@ def test_the_version_is_that_of_the_project(capsys: pytest.CaptureFixture[str]) 
 )
 def test_a_mistyped_command_is_one_sentence_with_the_nearest_one(typed: str, meant: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        console.main([typed, "--save", "x"])
+        cli.main([typed, "--save", "x"])
     assert str(refused.value) == (
         f"{typed!r} is no command of megatron-sffn; {meant}megatron-sffn --help lists all commands"
     )
@@ -56,7 +56,7 @@ def test_a_mistyped_command_is_one_sentence_with_the_nearest_one(typed: str, mea
 
 def test_it_answers_without_importing_what_is_slow() -> None:
     code = (
-        "import sys; from megatron_sffn import console; console.main(['--version']); "
+        "import sys; from megatron_sffn import console; cli.main(['--version']); "
         "print(*sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'numpy', "
         "'megatron', 'multiprocessing'}))"
     )

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_sffn.hashing import hashed_subsets, seed_of
+from megatron_sffn.utils.hashing import hashed_subsets, seed_of
 
 
 def test_seeds_are_fixed_for_ever() -> None:

@@ -13,11 +13,11 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
-from megatron_sffn.config import Backend, SparseFFNConfig
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.layer import SparseFFN
+from megatron_sffn.nn.config import Backend, SparseFFNConfig
+from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.routers.avg_k import AvgKConfig
 from megatron_sffn.ops import block_ffn
-from megatron_sffn.routers.avg_k import AvgKConfig
+from megatron_sffn.utils.errors import ConfigError
 from tests.layers import SPARSE, WHOLE_KEYS, Case, build, config_of, copy_tables, inputs, run
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -10,11 +10,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from megatron_sffn.config import INITIALIZATIONS, SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.hashing import seed_of
-from megatron_sffn.layer import SparseFFN
-from megatron_sffn.memory import init_methods
-from megatron_sffn.routers import ROUTERS
+from megatron_sffn.nn.block_weights import init_methods
+from megatron_sffn.nn.config import INITIALIZATIONS, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.utils.hashing import seed_of
 from tests.distributed.engine import whole
 from tests.layers import Case, D, build, draw
 from tests.ranks import run_ranks

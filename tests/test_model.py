@@ -11,11 +11,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.mlp import MLP
 from megatron.training.models.gpt import GPTModelConfig
 
-from megatron_sffn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.layer import MegatronBackedFFN, SparseFFN, sparse_layers
-from megatron_sffn.model import block_spec, layer_pattern
-from megatron_sffn.routers import ROUTERS
+from megatron_sffn.nn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.layer import MegatronBackedFFN, SparseFFN, sparse_layers
+from megatron_sffn.nn.layer_spec import block_spec, layer_pattern
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.utils.errors import ConfigError
 from tests.ranks import run_ranks
 
 # Of Megatron's own dense MLP.

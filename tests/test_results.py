@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sffn import results
 from megatron_sffn.accounting import ModelShape, count_parameters, flops_per_token
-from megatron_sffn.config import SparseFFNConfig
-from megatron_sffn.results import Recorder
-from megatron_sffn.routers import ROUTERS
-from megatron_sffn.run_description import SECTIONS, describe_run
+from megatron_sffn.nn.config import SparseFFNConfig
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.train import summary
+from megatron_sffn.train.run_description import SECTIONS, describe_run
+from megatron_sffn.train.summary import Recorder
 from tests.ranks import run_ranks
 
 SFFN = SparseFFNConfig(router=ROUTERS["avg-k"](), active_cells=8, block_size=2, expansion=2)
@@ -81,7 +81,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(results.time, "perf_counter", made)
+    monkeypatch.setattr(summary.time, "perf_counter", made)
     return made
 
 

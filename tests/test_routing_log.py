@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sffn import routing_log
-from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.layer import SparseFFN
-from megatron_sffn.results import Recorder
-from megatron_sffn.routers import ROUTERS
-from megatron_sffn.routers.base import Routing
-from megatron_sffn.routing_log import (
+from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.routers.base import Routing
+from megatron_sffn.nn.routing_counters import SUMS
+from megatron_sffn.train import routing_metrics
+from megatron_sffn.train.routing_metrics import (
     LOSSES,
     NUMBERS,
     RoutingLog,
@@ -27,7 +27,7 @@ from megatron_sffn.routing_log import (
     layer_sums,
     scalars,
 )
-from megatron_sffn.statistics import SUMS
+from megatron_sffn.train.summary import Recorder
 from tests.ranks import run_ranks
 
 SFFN = SparseFFNConfig(router=ROUTERS["avg-k"](), active_cells=8, block_size=2, expansion=2)
@@ -372,7 +372,7 @@ def test_writers_get_what_was_asked_for(
     one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
     writer = Writer()
-    monkeypatch.setattr(routing_log, f"get_{asked}_writer", lambda: writer)
+    monkeypatch.setattr(routing_metrics, f"get_{asked}_writer", lambda: writer)
     log, sparse = RoutingLog(arguments(), tmp_path), layer(2)
     steps(log, sparse, 1, 4, block=2)
     assert list(writer.drawn) == [2, 4]

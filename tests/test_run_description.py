@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sffn.arguments import parse
-from megatron_sffn.platforms import cpu
-from megatron_sffn.run_description import SECTIONS, commit
+from megatron_sffn.patches import cpu
+from megatron_sffn.train.arguments import parse
+from megatron_sffn.train.run_description import SECTIONS, commit
 
 RUN = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 "

@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
-from megatron_sffn.run_files import append_records, read_records, replace_records, write_whole
+from megatron_sffn.utils.atomic_files import (
+    append_records,
+    read_records,
+    replace_records,
+    write_whole,
+)
 
 
 def test_write_whole_makes_folders_and_leaves_no_part(tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sffn.checkpoints.code import NOT_FROM_A_CHECKPOINT, check_data_only, without
 from megatron_sffn.checkpoints.files import COMMON_STATE, read_common, read_metadata
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.platforms import unpickling
-from megatron_sffn.platforms.adaptation import resolve
+from megatron_sffn.checkpoints.pickle_scan import NOT_FROM_A_CHECKPOINT, check_data_only, without
+from megatron_sffn.patches import unpickling
+from megatron_sffn.patches.registry import resolve
 from megatron_sffn.tools import convert_checkpoint
+from megatron_sffn.utils.errors import ConfigError
 from tests.integration import conftest as real_runs
 
 pretrain, text = real_runs.pretrain, real_runs.text

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from megatron_sffn.routers.base import Routing
-from megatron_sffn.statistics import SUMS, RoutingCounter, TrafficCounter, load_entropy
+from megatron_sffn.nn.routers.base import Routing
+from megatron_sffn.nn.routing_counters import SUMS, RoutingCounter, TrafficCounter, load_entropy
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from benchmarks.parallel import wire
-from megatron_sffn import traffic
-from megatron_sffn.config import Exchange, SparseFFNConfig
-from megatron_sffn.dispatch import dispatch
-from megatron_sffn.placement import Placement
-from megatron_sffn.routers import ROUTERS
-from megatron_sffn.routers.base import Routing
-from megatron_sffn.routers.groups import in_best_groups
+from megatron_sffn.nn import comm_volume
+from megatron_sffn.nn.config import Exchange, SparseFFNConfig
+from megatron_sffn.nn.dispatch import dispatch
+from megatron_sffn.nn.expert_grid import Placement
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.routers.base import Routing
+from megatron_sffn.nn.routers.groups import in_best_groups
 from tests.layers import BATCH, NUMBERS, SPARSE, Case, D, build, config_of, draw
 from tests.ranks import run_ranks
 
@@ -44,14 +44,14 @@ def test_exchange_by_enumeration(ranks: int, active: int, slices: int) -> None:
         expert_parallel_size=ranks, expert_tensor_parallel_size=slices, bytes_per_number=2
     )
     if ranks * slices == 1:
-        assert traffic.exchanged_bytes_per_token(layer, width, over, "alltoall") == 0
+        assert comm_volume.exchanged_bytes_per_token(layer, width, over, "alltoall") == 0
         return
-    ours = traffic.exchanged_bytes_per_token(layer, width, over, "alltoall")
+    ours = comm_volume.exchanged_bytes_per_token(layer, width, over, "alltoall")
     assert ours == pytest.approx(2 * rows * width * 2 + pairs * 2)
-    with_gates = traffic.exchanged_bytes_per_token(gated, width, over, "alltoall")
+    with_gates = comm_volume.exchanged_bytes_per_token(gated, width, over, "alltoall")
     assert with_gates == pytest.approx(2 * rows * width * 2 + pairs * (2 + 4))
     others = ranks * slices - 1
-    everywhere = traffic.exchanged_bytes_per_token(gated, width, over, "allgather")
+    everywhere = comm_volume.exchanged_bytes_per_token(gated, width, over, "allgather")
     assert everywhere == others * (2 * width * 2 + active * (2 + 4))
 
 
@@ -79,14 +79,14 @@ def test_exchange_in_groups_by_enumeration(groups: int, chosen: int, ranks: int)
         router_groups=groups,
         router_group_topk=chosen,
     )
-    assert traffic.rows_per_token(layer, over, "alltoall") == pytest.approx(visits)
+    assert comm_volume.rows_per_token(layer, over, "alltoall") == pytest.approx(visits)
     remote = 1 - 1 / ranks  # of rows and of pairs, over tokens of all ranks
-    sent = traffic.exchanged_bytes_per_token(layer, width, over, "alltoall")
+    sent = comm_volume.exchanged_bytes_per_token(layer, width, over, "alltoall")
     assert sent == pytest.approx(remote * (2 * visits * width * 2 + active * 2))
     # As two nodes.
     on_nodes = dataclasses.replace(layer, node_size=ranks // 2)
     nodes = sum(len({i * 2 // blocks for i in choice}) for choice in choices) / len(choices)
-    between = traffic.bytes_between_nodes_per_token(on_nodes, width, over)
+    between = comm_volume.bytes_between_nodes_per_token(on_nodes, width, over)
     if ranks > 2:
         assert between == pytest.approx((2 * nodes * width * 2 + active * 2) / 2)
 
@@ -95,10 +95,10 @@ def test_groups_as_many_as_ranks_bound_the_ranks_that_a_token_reaches() -> None:
     layer = sparse(active_cells=4096, block_size=64, expansion=16)
     free = Exchange(expert_parallel_size=16, bytes_per_number=2)
     limited = dataclasses.replace(free, router_groups=16, router_group_topk=4)
-    assert traffic.rows_per_token(layer, free, "alltoall") > 15
-    assert traffic.rows_per_token(layer, limited, "alltoall") == pytest.approx(4, rel=1e-6)
-    assert traffic.cheapest_dispatcher(layer, 1024, free) == "allgather"
-    assert traffic.cheapest_dispatcher(layer, 1024, limited) == "alltoall"
+    assert comm_volume.rows_per_token(layer, free, "alltoall") > 15
+    assert comm_volume.rows_per_token(layer, limited, "alltoall") == pytest.approx(4, rel=1e-6)
+    assert comm_volume.cheapest_dispatcher(layer, 1024, free) == "allgather"
+    assert comm_volume.cheapest_dispatcher(layer, 1024, limited) == "alltoall"
 
 
 @pytest.mark.parametrize(
@@ -114,13 +114,13 @@ def test_a_row_is_as_wide_as_what_meets_the_keys(
     layer, width = sparse(router, **numbers), 192
     over = Exchange(expert_parallel_size=4, bytes_per_number=2)
     pair = 2 + (4 if layer.router.gated_output else 0)
-    everywhere = traffic.all_gather_bytes_per_token(layer, width, over)
+    everywhere = comm_volume.all_gather_bytes_per_token(layer, width, over)
     assert everywhere == 3 * ((there + width) * 2 + layer.num_active_blocks * pair)
     missed = math.comb(layer.num_blocks * 3 // 4, layer.num_active_blocks) / math.comb(
         layer.num_blocks, layer.num_active_blocks
     )
     pairs = layer.num_active_blocks * 3 / 4 * pair
-    exact = traffic.all_to_all_bytes_per_token(layer, width, over)
+    exact = comm_volume.all_to_all_bytes_per_token(layer, width, over)
     assert exact == pytest.approx(3 * (1 - missed) * (there + width) * 2 + pairs)
 
 
@@ -128,14 +128,14 @@ def test_shared_blocks_do_not_travel() -> None:
     layer = sparse(active_cells=64, block_size=4, expansion=2)
     shared = dataclasses.replace(layer, shared_blocks=4)
     over = Exchange(expert_parallel_size=2)
-    for exchanged in traffic.DISPATCHERS.values():
+    for exchanged in comm_volume.DISPATCHERS.values():
         assert exchanged(shared, 24, over) < exchanged(layer, 24, over)
 
 
 def test_megatron_sends_a_copy_per_block() -> None:
     layer = sparse(active_cells=64, block_size=4, expansion=2)
     remote = Exchange(expert_parallel_size=4, bytes_per_number=2)
-    sent = traffic.megatron_bytes_per_token
+    sent = comm_volume.megatron_bytes_per_token
     assert sent(layer, 24, remote, "alltoall") == 2 * 16 * 3 / 4 * 24 * 2
     # Each ETP rank of the block gets the copies too.
     cut = Exchange(expert_tensor_parallel_size=2, bytes_per_number=2)
@@ -147,7 +147,7 @@ def test_megatron_sends_a_copy_per_block() -> None:
 def test_exchange_at_the_papers_smallest_block() -> None:
     layer = sparse(active_cells=4096, block_size=1, expansion=16)
     over = Exchange(expert_parallel_size=4096, bytes_per_number=2)
-    ours = traffic.exchanged_bytes_per_token(layer, 1024, over, "alltoall")
+    ours = comm_volume.exchanged_bytes_per_token(layer, 1024, over, "alltoall")
     # 16 of the 65,536 cells on each rank, 4096 of them chosen: (15/16)^16 of the ranks stay out.
     rows = 4095 * (1 - (15 / 16) ** 16)
     assert ours == pytest.approx(2 * rows * 1024 * 2 + 4095 * 2, rel=1e-3)
@@ -169,10 +169,10 @@ def test_the_all_gather_is_chosen_where_almost_every_rank_is_hit(
 ) -> None:
     layer = sparse(active_cells=4096, block_size=block_size, expansion=16)
     over = Exchange(expert_parallel_size=ranks, bytes_per_number=2)
-    assert traffic.cheapest_dispatcher(layer, 1024, over) == chosen
+    assert comm_volume.cheapest_dispatcher(layer, 1024, over) == chosen
     # Gloo's reduce-scatter sends twice.
     gloo = dataclasses.replace(over, backend="gloo")
-    assert traffic.cheapest_dispatcher(layer, 1024, gloo) == "alltoall"
+    assert comm_volume.cheapest_dispatcher(layer, 1024, gloo) == "alltoall"
 
 
 def sent(case: Case) -> dict[str, float]:
@@ -237,9 +237,9 @@ def test_what_the_collectives_send_is_the_closed_form(
         bytes_per_number=8,  # float64, gates and scores too
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(traffic, "SCORE_BYTES", 8)
-        patch.setattr("megatron_sffn.routers.vanilla_m.SCORE_BYTES", 8)
-        expected = traffic.exchanged_bytes_per_token(config.sffn, D, over, dispatcher)
+        patch.setattr(comm_volume, "SCORE_BYTES", 8)
+        patch.setattr("megatron_sffn.nn.routers.vanilla_m.SCORE_BYTES", 8)
+        expected = comm_volume.exchanged_bytes_per_token(config.sffn, D, over, dispatcher)
         selection = config.sffn.router.exchanged_bytes(config.sffn, D, over)
     for result in results:
         assert result["tokens"] == 4096
@@ -272,17 +272,19 @@ def test_a_token_crosses_to_each_node_once() -> None:
     expected = between + 2 * rank * row + 4 / 2 * pair
     layer = sparse(active_cells=16, block_size=4, expansion=3, node_size=2)
     over = Exchange(expert_parallel_size=4, bytes_per_number=2)
-    assert traffic.bytes_between_nodes_per_token(layer, D, over) == pytest.approx(between)
-    assert traffic.exchanged_bytes_per_token(layer, D, over, "alltoall") == pytest.approx(expected)
+    assert comm_volume.bytes_between_nodes_per_token(layer, D, over) == pytest.approx(between)
+    assert comm_volume.exchanged_bytes_per_token(layer, D, over, "alltoall") == pytest.approx(
+        expected
+    )
     # The run is in float64.
     layer = dataclasses.replace(layer, router=ROUTERS["rand-hash"]())
     wide = dataclasses.replace(over, bytes_per_number=8)
-    expected = traffic.exchanged_bytes_per_token(layer, D, wide, "alltoall")
+    expected = comm_volume.exchanged_bytes_per_token(layer, D, wide, "alltoall")
     counted = sum(result["counted"] for result in results) / 4
     assert counted == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
     flat = dataclasses.replace(layer, node_size=0)
-    assert traffic.cheapest_dispatcher(layer, D, over) == "alltoall"
-    assert traffic.exchanged_bytes_per_token(flat, D, wide, "alltoall") < expected
+    assert comm_volume.cheapest_dispatcher(layer, D, over) == "alltoall"
+    assert comm_volume.exchanged_bytes_per_token(flat, D, wide, "alltoall") < expected
 
 
 def sent_in_groups(by_score: bool) -> float:
@@ -309,10 +311,10 @@ def test_what_group_limited_routing_sends_is_the_closed_form() -> None:
     layer = sparse(active_cells=4, block_size=1, expansion=16)
     free = Exchange(expert_parallel_size=4)
     over = dataclasses.replace(free, router_groups=8, router_group_topk=2)
-    expected = traffic.exchanged_bytes_per_token(layer, D, over, "alltoall")
+    expected = comm_volume.exchanged_bytes_per_token(layer, D, over, "alltoall")
     uniform = sum(run_ranks(4, sent_in_groups, False)) / 4
     assert uniform == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
     # Scores choose groups that are good for several blocks each, so that rather both are used.
     scored = sum(run_ranks(4, sent_in_groups, True)) / 4
     assert expected < scored < 1.1 * expected
-    assert scored < 0.8 * traffic.exchanged_bytes_per_token(layer, D, free, "alltoall")
+    assert scored < 0.8 * comm_volume.exchanged_bytes_per_token(layer, D, free, "alltoall")

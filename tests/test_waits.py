@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sffn.config import Backend
-from megatron_sffn.layer import set_weights_version
-from megatron_sffn.nan_check import NanCheck
+from megatron_sffn.nn.config import Backend
+from megatron_sffn.nn.layer import set_weights_version
+from megatron_sffn.nn.routers.descriptors import DESCRIPTORS
 from megatron_sffn.ops.block_ffn import pairs_of_ids
 from megatron_sffn.ops.block_ffn.check import pairs as check_pairs
-from megatron_sffn.routers.descriptors import DESCRIPTORS
+from megatron_sffn.train.nan_check import NanCheck
 from tests import layers, waits
 from tests.layers import SPARSE, VOCAB, Case
 from tests.ranks import run_ranks

@@ -22,13 +22,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sffn.errors import CommandParser, ConfigError, require, run_command
-from megatron_sffn.remarks import silence
+from megatron_sffn.utils.errors import CommandParser, ConfigError, require, run_command
+from megatron_sffn.utils.warning_filters import silence
 
 if TYPE_CHECKING:
     from megatron_sffn.accounting import ModelShape
     from megatron_sffn.accounting.comparison import Costs, Row
-    from megatron_sffn.config import SparseFFNConfig
+    from megatron_sffn.nn.config import SparseFFNConfig
 
 DESCRIPTION = """\
 Count what a model costs, without building it: parameters, FLOPs per token, memory of the fullest
@@ -106,7 +106,7 @@ def rows_of(options: Namespace, flags: list[str]) -> tuple[list[Row], str]:
         ConfigError: if no row can be trained.
     """
     from megatron_sffn.accounting.comparison import Row
-    from megatron_sffn.routers import ROUTERS
+    from megatron_sffn.nn.routers import ROUTERS
 
     routers = _listed("--compare-routers", options.compare_routers, str)
     sizes = _listed("--compare-block-sizes", options.compare_block_sizes, int)
@@ -149,7 +149,7 @@ def row_of(flags: list[str], options: Namespace) -> tuple[Row, str]:
     """
     from megatron_sffn.accounting import ModelShape
     from megatron_sffn.accounting.comparison import Row
-    from megatron_sffn.arguments import sffn_config
+    from megatron_sffn.flags.sffn_flags import sffn_config
 
     args, cuda = parsed(flags, options)
     sffn = sffn_config(args)
@@ -168,7 +168,7 @@ def costs_of(
     """The closed forms, put together."""
     from megatron_sffn import accounting
     from megatron_sffn.accounting.comparison import Costs
-    from megatron_sffn.arguments import transformer_config
+    from megatron_sffn.flags.sffn_flags import transformer_config
     from megatron_sffn.ops import Activation
 
     activation = Activation.of(transformer_config(args, sffn))
@@ -201,8 +201,8 @@ def costs_of(
 
 def sent(args: Namespace, sffn: SparseFFNConfig) -> float | None:
     """Bytes that a token sends in the forward of a sparse layer; None if no formula is known."""
-    from megatron_sffn.layout import exchange_of
-    from megatron_sffn.traffic import (
+    from megatron_sffn.flags.megatron_flags import exchange_of
+    from megatron_sffn.nn.comm_volume import (
         DISPATCHERS,
         exchanged_bytes_per_token,
         megatron_bytes_per_token,
@@ -222,9 +222,9 @@ def parsed(flags: list[str], options: Namespace) -> tuple[Namespace, bool]:
     """The run's namespace with a padded vocabulary, and whether it is counted for CUDA."""
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
-    from megatron_sffn.arguments import parse
-    from megatron_sffn.platforms import prepare
-    from megatron_sffn.platforms.cpu import is_host
+    from megatron_sffn.patches import prepare
+    from megatron_sffn.patches.cpu import is_host
+    from megatron_sffn.train.arguments import parse
 
     defaults, _ = prepare()
     cuda = options.device == "cuda" or (options.device is None and not is_host())
@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.plot is not None:
         require("matplotlib", "--plot", "plot")
 
-    from megatron_sffn.platforms import prepare
+    from megatron_sffn.patches import prepare
 
     prepare()  # before Megatron is imported
     from megatron_sffn.accounting.comparison import comparison, plot

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_sffn.errors import CommandParser, ConfigError, require, run_command
-from megatron_sffn.remarks import silence
+from megatron_sffn.utils.errors import CommandParser, ConfigError, require, run_command
+from megatron_sffn.utils.warning_filters import silence
 
 DESCRIPTION = """\
 Show how a run routes: load per block and layer over time, which blocks are chosen together and for
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(words[:cut])
     require("matplotlib", "analyze_routing", "plot")
 
-    from megatron_sffn.platforms import prepare
+    from megatron_sffn.patches import prepare
 
     prepare()
     print(f"page: {analyze(args, words[cut + 1 :])}")

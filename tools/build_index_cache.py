@@ -1,7 +1,7 @@
 """Write the index files of a run before it starts.
 
 Enters: the flags of `megatron_sffn.pretrain`. Leaves: Megatron's index files, so that no rank of
-the run computes or waits for them. The work is in `megatron_sffn/data/cache.py`.
+the run computes or waits for them. The work is in `megatron_sffn/data/loading/index_cache.py`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_sffn.errors import CommandParser, ConfigError, run_command
-from megatron_sffn.remarks import silence
+from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.warning_filters import silence
 
 if TYPE_CHECKING:
-    from megatron_sffn.data.cache import IndexSet
+    from megatron_sffn.data.loading.index_cache import IndexSet
 
 DESCRIPTION = """\
 Write the index files that say in what order a run reads its data: for every data set and blend, for
@@ -58,11 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def namespace_of(flags: list[str], ranks: int) -> Namespace:
     """The run's namespace, as its first rank has it."""
-    from megatron_sffn.platforms import prepare
+    from megatron_sffn.patches import prepare
 
     defaults, _ = prepare()  # before Megatron is imported
 
-    from megatron_sffn.arguments import parse
+    from megatron_sffn.train.arguments import parse
 
     logging.getLogger("megatron").setLevel(logging.WARNING)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks))
@@ -86,10 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     args = namespace_of(flags, options.ranks)
 
-    from megatron_sffn.data.cache import complete
-    from megatron_sffn.data.check import check_data
-    from megatron_sffn.data.gpt import dataset_request, samples_of_run
-    from megatron_sffn.data.tokenizer import load_tokenizer
+    from megatron_sffn.checks.data import check_data
+    from megatron_sffn.data.loading.gpt_dataset import dataset_request, samples_of_run
+    from megatron_sffn.data.loading.index_cache import complete
+    from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 
     check_data(args)
     if args.phase_transition_iterations:

@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sffn.errors import CommandParser, ConfigError, reason_in, run_command
-from megatron_sffn.remarks import silence
+from megatron_sffn.utils.errors import CommandParser, ConfigError, reason_in, run_command
+from megatron_sffn.utils.warning_filters import silence
 
 if TYPE_CHECKING:
-    from megatron_sffn.checkpoints.regranulation import Regranulation
+    from megatron_sffn.checkpoints.reblock import Regranulation
 
 REGRANULATE = """\
 Cut the memory of a checkpoint into blocks of another size. The memory is stored as cells, so the
@@ -109,13 +109,13 @@ def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
     """
     from tqdm import tqdm
 
-    from megatron_sffn.checkpoints import code, files, regranulation, rewriting
-    from megatron_sffn.platforms.unpickling import trust
+    from megatron_sffn.checkpoints import files, pickle_scan, reblock, rewrite
+    from megatron_sffn.patches.unpickling import trust
 
     if args.sffn_trust_checkpoint:
         trust()
     source = _source(args.load, args.ckpt_step)
-    code.check_data_only(source)
+    pickle_scan.check_data_only(source)
     common, metadata = files.read_whole(source), files.read_metadata(source)
     saved = files.args_in(common)
     if "sffn_router" not in vars(saved):
@@ -124,8 +124,8 @@ def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
             "that megatron_sffn.pretrain saved"
         )
     iteration = files.iteration_of(source)
-    target = rewriting.free_folder(args.save, iteration)
-    plan = regranulation.regranulate(metadata, saved, args.block_size)
+    target = rewrite.free_folder(args.save, iteration)
+    plan = reblock.regranulate(metadata, saved, args.block_size)
     before = None
     if args.evaluate:
         evaluation = Evaluation(args, saved, training_flags)
@@ -133,7 +133,7 @@ def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
     start = time.monotonic()
     size = sum(item.length for item in metadata.storage_data.values())
     with tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="writing") as bar:
-        rewriting.rewrite(
+        rewrite.rewrite(
             source,
             args.save,
             iteration,
@@ -196,7 +196,7 @@ class Evaluation:
     """
 
     def __init__(self, args: Namespace, saved: Namespace, training_flags: Sequence[str]) -> None:
-        from megatron_sffn.checkpoints.code import NOT_FROM_A_CHECKPOINT, without
+        from megatron_sffn.checkpoints.pickle_scan import NOT_FROM_A_CHECKPOINT, without
 
         if "sffn_command" not in vars(saved):
             raise ConfigError(
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--nproc-per-node {args.nproc_per_node} must be at least 1; give a positive number"
         )
 
-    from megatron_sffn.platforms import prepare
+    from megatron_sffn.patches import prepare
 
     prepare()
     regranulate(args, words[cut + 1 :])

@@ -1,7 +1,7 @@
 """Leave out documents that say what an earlier one says.
 
 Enters: text. Leaves: JSON lines without the duplicates, and a report of those.
-The work is in `megatron_sffn/data/dedup.py`.
+The work is in `megatron_sffn/data/corpus/dedup.py`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from megatron_sffn.data.dedup import dedup
-from megatron_sffn.data.meter import Meter, say, size
-from megatron_sffn.data.near import UNITS, Near
-from megatron_sffn.data.sources import find_sources, total_size
-from megatron_sffn.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.data.corpus.dedup import dedup
+from megatron_sffn.data.corpus.minhash import UNITS, Near
+from megatron_sffn.data.output.meter import Meter, say, size
+from megatron_sffn.data.text.sources import find_sources, total_size
+from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
 
 DESCRIPTION = """\
 Leave out documents that are copies of an earlier one: exact ones, but for white space and the form

@@ -2,7 +2,7 @@
 
 Enters: `.bin/.idx` pairs. Leaves: what they hold, on the terminal, as JSON and as a picture; or
 what is wrong with them, as one sentence and exit code 2.
-The work is in `megatron_sffn/data/inspection.py`.
+The work is in `megatron_sffn/data/indexed/stats.py`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sffn.errors import CommandParser, ConfigError, run_command
-from megatron_sffn.remarks import silence
+from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.warning_filters import silence
 
 if TYPE_CHECKING:
-    from megatron_sffn.data.tokenizer import Tokenizer
+    from megatron_sffn.data.tokenize.tokenizer import Tokenizer
 
 DESCRIPTION = """\
 Show what is in Megatron data sets (.bin and .idx): documents, tokens, a histogram of their lengths,
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything is read."""
-    from megatron_sffn.data.report import check_picture
+    from megatron_sffn.data.indexed.stats_report import check_picture
 
     for flag, value in (("--samples", args.samples), ("--top", args.top)):
         if value < 0:
@@ -95,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_arguments(args)
 
-    from megatron_sffn.data import report
-    from megatron_sffn.data.datasets import open_datasets
-    from megatron_sffn.data.inspection import document_lengths, id_counts, samples
-    from megatron_sffn.data.meter import Meter
-    from megatron_sffn.data.tokenizer import load_tokenizer
-    from megatron_sffn.run_files import write_whole
+    from megatron_sffn.data.indexed import stats_report
+    from megatron_sffn.data.indexed.find import open_datasets
+    from megatron_sffn.data.indexed.stats import document_lengths, id_counts, samples
+    from megatron_sffn.data.output.meter import Meter
+    from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
+    from megatron_sffn.utils.atomic_files import write_whole
 
     tokenizer = load_tokenizer(args) if args.tokenizer_type else None
     indices = [index for group in open_datasets(args.input) for index in group]
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ids = id_counts(indices, Meter("read", sum(index.num_bytes for index in indices)).add)
     if tokenizer and ids is not None:
         check_vocabulary(len(ids) - 1, tokenizer)
-    found = report.Findings(
+    found = stats_report.Findings(
         indices=indices,
         lengths=lengths,
         ids=ids,
@@ -120,10 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.index_only
         else samples(indices, args.samples, args.seed, args.sample_tokens),
     )
-    record = report.as_record(found, tokenizer.detokenize if tokenizer else None)
-    print("\n".join(report.as_lines(record)))
+    record = stats_report.as_record(found, tokenizer.detokenize if tokenizer else None)
+    print("\n".join(stats_report.as_lines(record)))
     if args.plot:
-        report.draw(lengths, " ".join(args.input), args.plot)
+        stats_report.draw(lengths, " ".join(args.input), args.plot)
     if args.json:
         write_whole(args.json, json.dumps(record, indent=2) + "\n")
     return 0

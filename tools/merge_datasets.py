@@ -1,7 +1,7 @@
 """Join Megatron data sets to one.
 
 Enters: `.bin/.idx` pairs. Leaves: one pair, with their documents in order.
-The work is in `megatron_sffn/data/merge.py`.
+The work is in `megatron_sffn/data/indexed/merge.py`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from megatron_sffn.data.merge import merge, merged_weight, open_blend
-from megatron_sffn.data.meter import Meter
-from megatron_sffn.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.data.indexed.merge import merge, merged_weight, open_blend
+from megatron_sffn.data.output.meter import Meter
+from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
 
 DESCRIPTION = """\
 Join Megatron data sets (.bin and .idx) to one. Documents keep their order; the result has the bytes

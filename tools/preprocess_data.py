@@ -20,14 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_sffn.data.cluster import connected
-from megatron_sffn.data.engines import MAKERS
-from megatron_sffn.data.preprocess import Job, Work, list_reasons, preprocess
-from megatron_sffn.data.recipe import Loaded, Recipe, tokenizer_files
-from megatron_sffn.data.sources import find_sources
-from megatron_sffn.data.workers import encode_in_order
-from megatron_sffn.errors import CommandParser, ConfigError, run_command
-from megatron_sffn.remarks import silence
+from megatron_sffn.data.text.sources import find_sources
+from megatron_sffn.data.tokenize.encoder_spec import Loaded, Recipe, tokenizer_files
+from megatron_sffn.data.tokenize.fast_tokenizers import MAKERS
+from megatron_sffn.data.tokenize.preprocess import Job, Work, list_reasons, preprocess
+from megatron_sffn.data.tokenize.ray_workers import connected
+from megatron_sffn.data.tokenize.workers import encode_in_order
+from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.warning_filters import silence
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """Hold out parts of a corpus, by what is in its documents.
 
 Enters: text, or `.bin/.idx` pairs. Leaves: the same in parts: train, validation and test, say.
-The work is in `megatron_sffn/data/split.py`.
+The work is in `megatron_sffn/data/corpus/split.py`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from megatron_sffn.data.datasets import check_same_type, open_datasets
-from megatron_sffn.data.meter import Meter, say, size
-from megatron_sffn.data.sources import find_sources, total_size
-from megatron_sffn.data.split import (
+from megatron_sffn.data.corpus.split import (
     Count,
     Parts,
     dataset_contents,
@@ -21,7 +18,10 @@ from megatron_sffn.data.split import (
     split_text,
     text_contents,
 )
-from megatron_sffn.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.data.indexed.find import check_same_type, open_datasets
+from megatron_sffn.data.output.meter import Meter, say, size
+from megatron_sffn.data.text.sources import find_sources, total_size
+from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
 
 DESCRIPTION = """\
 Split a corpus into parts. A hash of a document's content decides where it goes: it lands in the

@@ -25,10 +25,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_sffn.data.blocks import read_blocks
-from megatron_sffn.data.documents import Document, DocumentError, read_documents
-from megatron_sffn.data.sources import Source, find_sources
-from megatron_sffn.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.data.text.chunks import read_blocks
+from megatron_sffn.data.text.documents import Document, DocumentError, read_documents
+from megatron_sffn.data.text.sources import Source, find_sources
+from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"

@@ -33,9 +33,9 @@ from benchmarks.blocks.table import Missing, Row, plot, rows_of, table
 from benchmarks.blocks.timing import Budget, alternate, step
 from benchmarks.machine import ROOT, Platform, adapt, facts, one_rank, version_of
 from benchmarks.rows import append, check_output, check_plot
-from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.backends import BACKENDS
+from megatron_sffn.utils.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS, TOKENS_OF_CELLS = 2048, 1024

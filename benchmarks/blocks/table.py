@@ -13,7 +13,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.blocks.timing import PASSES
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

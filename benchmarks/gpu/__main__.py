@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.gpu import results, supervisor
 from benchmarks.gpu.plan import PLANS
-from megatron_sffn.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
 
 EPILOG = """\
 example: on a machine with a GPU, one after the other, without a pause

@@ -29,9 +29,9 @@ def sparse_layer(
         expansion: E.
         backend: who computes.
     """
-    from megatron_sffn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
-    from megatron_sffn.layer import layer_class
-    from megatron_sffn.routers import ROUTERS
+    from megatron_sffn.nn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
+    from megatron_sffn.nn.layer import layer_class
+    from megatron_sffn.nn.routers import ROUTERS
 
     tests = importlib.import_module("tests.layers")
     numbers = {"block_size": g, "expansion": expansion, **tests.NUMBERS.get(router, {})}

@@ -30,7 +30,7 @@ from benchmarks.gpu import results
 from benchmarks.gpu.plan import PLANS, Section, share
 from benchmarks.gpu.worker import NEXT, POISONED, note
 from benchmarks.machine import ROOT
-from megatron_sffn.errors import reason_in
+from megatron_sffn.utils.errors import reason_in
 
 GRACE = 8.0
 """Seconds between the last moment at which a case may start and the end of its process."""

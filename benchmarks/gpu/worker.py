@@ -61,7 +61,7 @@ def main() -> int:
 
     from benchmarks.gpu import results
     from benchmarks.gpu.case import Case, Context
-    from megatron_sffn.remarks import silence
+    from megatron_sffn.utils.warning_filters import silence
 
     silence()
     # A benchmark measures; a warning is for log.txt, and ends nothing.
@@ -106,7 +106,7 @@ def given_up(name: str, seconds: float, records: Path) -> Iterator[None]:
 def run_case(case: Any, context: Any, records: Path) -> bool:
     """Run a case and note how it ended; True if CUDA cannot be used any more."""
     from benchmarks.gpu.case import NotHere
-    from megatron_sffn.errors import ConfigError
+    from megatron_sffn.utils.errors import ConfigError
 
     note(records, {"begun": case.name})
     print(f"-- {case.name}", flush=True)
@@ -131,7 +131,7 @@ def run_case(case: Any, context: Any, records: Path) -> bool:
 def sentence(error: BaseException) -> str:
     """An error in one line; the name of its class where that is not ours."""
     from benchmarks.gpu.case import Failure, NotHere
-    from megatron_sffn.errors import ConfigError
+    from megatron_sffn.utils.errors import ConfigError
 
     words = " ".join(str(error).split())
     if not isinstance(error, Failure | NotHere | ConfigError):

@@ -1,7 +1,7 @@
 """See `run.py`."""
 
 from benchmarks.parallel.run import command
-from megatron_sffn.errors import run_command
+from megatron_sffn.utils.errors import run_command
 
 if __name__ == "__main__":
     run_command(command)

@@ -31,9 +31,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from torch import Tensor, nn
 
 from benchmarks.parallel import wire
-from megatron_sffn import traffic
-from megatron_sffn.config import Exchange, SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.layer import SparseFFN
+from megatron_sffn.nn import comm_volume
+from megatron_sffn.nn.config import Exchange, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.layer import SparseFFN
 
 DISPATCHERS = ("alltoall", "allgather")
 TOLERANCE = 1e-4
@@ -49,7 +49,7 @@ class Measured:
 
     Args:
         sffn: the layer's numbers.
-        chosen: the dispatcher that `traffic.cheapest_dispatcher` takes.
+        chosen: the dispatcher that `comm_volume.cheapest_dispatcher` takes.
         disagreement: largest difference to our first layer, relative; no times above `TOLERANCE`.
         seconds: contender -> time of a step, one per repeat.
         sent: contender -> bytes that this rank's forward sent, as the collectives count them.
@@ -178,7 +178,7 @@ def measure(sffn: SparseFFNConfig, *, hidden_size: int, tokens: int, repeats: in
     )
     measured = Measured(
         sffn=sffn,
-        chosen=traffic.cheapest_dispatcher(sffn, hidden_size, exchange),
+        chosen=comm_volume.cheapest_dispatcher(sffn, hidden_size, exchange),
         disagreement=disagreement,
         seconds=seconds,
         sent=sent,
@@ -249,8 +249,8 @@ def bytes_of(layer: Any, x: Tensor) -> tuple[int, int | None]:
 def closed_form(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> dict[str, float]:
     """Bytes per token of each sparse contender's forward."""
     forms = {
-        "ours": traffic.exchanged_bytes_per_token,
-        "Megatron": traffic.megatron_bytes_per_token,
+        "ours": comm_volume.exchanged_bytes_per_token,
+        "Megatron": comm_volume.megatron_bytes_per_token,
     }
     return {
         name_of(whose, dispatcher): form(sffn, hidden_size, exchange, dispatcher)

@@ -25,7 +25,7 @@ from benchmarks.agreement import DisagreementError, refusing
 from benchmarks.machine import Platform, adapt
 from benchmarks.parallel.table import Row, table
 from benchmarks.rows import append, check_output
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from benchmarks.parallel.contenders import Measured
@@ -164,8 +164,8 @@ def run_rank(rank: int, ranks: int, args: argparse.Namespace, folder: Path, back
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from benchmarks.parallel import contenders
-    from megatron_sffn.config import SparseFFNConfig
-    from megatron_sffn.routers.switch import SwitchConfig
+    from megatron_sffn.nn.config import SparseFFNConfig
+    from megatron_sffn.nn.routers.switch import SwitchConfig
 
     torch.cuda.set_device(rank)
     store = torch.distributed.FileStore(str(folder / "store"), ranks)

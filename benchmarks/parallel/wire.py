@@ -5,7 +5,7 @@ Enters: a block of code between ranks. Leaves: the bytes that this rank handed o
 Choice: the functions of `torch.distributed` are replaced by ones that count and then do the real
 thing, so that a layer that reports nothing, Megatron's, is counted like ours; a collective that
 nobody counts stops the run instead of travelling for free. Counted is what an operation needs, as
-in `megatron_sffn.traffic`; gloo's reduce-scatter is an all-reduce inside and sends twice that.
+in `nn/comm_volume.py`; gloo's reduce-scatter is an all-reduce inside and sends twice that.
 """
 
 from __future__ import annotations

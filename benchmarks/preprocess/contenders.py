@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import adapt
-from megatron_sffn.data.indexed import open_index
-from megatron_sffn.errors import run_command
+from megatron_sffn.data.indexed.format import open_index
+from megatron_sffn.utils.errors import run_command
 
 CHUNK = 1000
 """Texts that `encode_batch` gets at once."""
@@ -69,7 +69,7 @@ _tokenizer: Any = None
 def _load_tokenizer(args: Namespace) -> None:
     """What a process of Megatron-LM's pool begins with."""
     global _tokenizer
-    from megatron_sffn.data.tokenizer import load_tokenizer
+    from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 
     _tokenizer = load_tokenizer(tokenizer_flags(args))
 

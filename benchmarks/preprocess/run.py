@@ -34,7 +34,7 @@ from benchmarks.machine import ROOT, Platform, adapt, facts, version_of
 from benchmarks.preprocess.contenders import CONTENDERS, UNIT
 from benchmarks.preprocess.text import texts_of, train_tokenizer, write_text
 from benchmarks.rows import append, check_output
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 SAMPLE_SECONDS = 0.5
 

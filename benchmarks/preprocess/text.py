@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.machine import ROOT
-from megatron_sffn.data.documents import read_documents
-from megatron_sffn.data.sources import find_sources
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.text.documents import read_documents
+from megatron_sffn.data.text.sources import find_sources
+from megatron_sffn.utils.errors import ConfigError
 
 SOURCE_ENDINGS = (".py", ".pyi", ".h", ".hpp", ".cuh", ".md", ".rst", ".txt", ".js", ".html")
 TRAINING_BYTES = 50 * 10**6

@@ -31,9 +31,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.triton_report import Launch, instruction, resources, specialised
-from megatron_sffn.errors import run_command
 from megatron_sffn.ops import triton_launch
 from megatron_sffn.ops.block_ffn.pairs import Sorted
+from megatron_sffn.utils.errors import run_command
 
 
 @dataclass(frozen=True, kw_only=True)

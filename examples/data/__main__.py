@@ -24,8 +24,8 @@ from examples.data import published
 from examples.data.files import folder_documents, write_documents
 from examples.quickstart import data
 from examples.quickstart.corpus import DEBIAN_PACKAGES, debian_documents
-from megatron_sffn.data.split import parse_parts
-from megatron_sffn.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.data.corpus.split import parse_parts
+from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
 
 EXAMPLE = """\
 examples:

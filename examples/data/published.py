@@ -23,8 +23,8 @@ from typing import IO
 
 import numpy
 
-from megatron_sffn.data.indexed import IndexWriter
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.indexed.format import IndexWriter
+from megatron_sffn.utils.errors import ConfigError
 
 PIECE = 1 << 20
 PARTS = ("train", "valid", "test")

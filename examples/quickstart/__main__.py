@@ -26,7 +26,7 @@ from pathlib import Path
 from examples.quickstart import corpus, data
 from examples.quickstart.launch import RunFailedError, clock, launch
 from examples.quickstart.runs import RUNS, TRAIN_ITERS, VOCAB_SIZE, Plan, Run
-from megatron_sffn.errors import CommandParser, ConfigError, require, run_command
+from megatron_sffn.utils.errors import CommandParser, ConfigError, require, run_command
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C has ended."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-from megatron_sffn.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
 
 KINDS = ("stdlib", "debian-docs")
 DEBIAN_PACKAGES = ("python3.11-doc", "linux-doc-6.1", "postgresql-doc-15")

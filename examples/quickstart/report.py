@@ -15,7 +15,7 @@ from typing import Any
 from examples.quickstart import charts
 from examples.quickstart.charts import Curve, Load
 from examples.quickstart.runs import RUNS, Plan, Run
-from megatron_sffn.run_files import read_records
+from megatron_sffn.utils.atomic_files import read_records
 
 SAME = 0.005
 """Perplexities closer than this share are called the same: one seed cannot tell them apart."""

@@ -12,7 +12,7 @@ from itertools import cycle
 from pathlib import Path
 
 from megatron_sffn.accounting.table import human
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 COLUMNS = (
     ("", "router"),

@@ -10,7 +10,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from megatron_sffn.accounting.shape import ModelShape
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,14 +14,14 @@ import math
 from dataclasses import dataclass
 from functools import singledispatch
 
-from megatron_sffn.config import RouterConfig, SparseFFNConfig
-from megatron_sffn.routers.avg_k import AvgKConfig
-from megatron_sffn.routers.learned import LearnedConfig
-from megatron_sffn.routers.lorkm import LoRKMConfig
-from megatron_sffn.routers.noisy_top_k import NoisyTopKConfig
-from megatron_sffn.routers.product_keys import ProductKeysConfig
-from megatron_sffn.routers.scored import ScoredConfig
-from megatron_sffn.routers.vanilla_m import KeyTableConfig
+from megatron_sffn.nn.config import RouterConfig, SparseFFNConfig
+from megatron_sffn.nn.routers.avg_k import AvgKConfig
+from megatron_sffn.nn.routers.learned import LearnedConfig
+from megatron_sffn.nn.routers.lorkm import LoRKMConfig
+from megatron_sffn.nn.routers.noisy_top_k import NoisyTopKConfig
+from megatron_sffn.nn.routers.product_keys import ProductKeysConfig
+from megatron_sffn.nn.routers.scored import ScoredConfig
+from megatron_sffn.nn.routers.vanilla_m import KeyTableConfig
 
 FP32 = 4
 """Scores are in fp32 whatever the model is."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from megatron_sffn.config import SparseFFNConfig
+    from megatron_sffn.nn.config import SparseFFNConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ import torch
 
 from megatron_sffn.accounting.ranks import RankLayout
 from megatron_sffn.accounting.selection import FP32, INT32, INT64, Call, kept_by_router
-from megatron_sffn.config import Exchange
+from megatron_sffn.nn.comm_volume import num_nodes, regathers, rows_per_token
+from megatron_sffn.nn.config import Exchange
 from megatron_sffn.ops.block_ffn import choice
-from megatron_sffn.traffic import num_nodes, regathers, rows_per_token
 
 
 def kept_by_blocks(call: Call, layout: RankLayout) -> float:

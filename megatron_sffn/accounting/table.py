@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from megatron_sffn.accounting.flops import flops_per_token, overhead_over_dense
 from megatron_sffn.accounting.parameters import count_parameters
 from megatron_sffn.accounting.shape import ModelShape
-from megatron_sffn.traffic import (
+from megatron_sffn.nn.comm_volume import (
     DISPATCHERS,
     exchanged_bytes_per_token,
     megatron_bytes_per_token,
 )
 
 if TYPE_CHECKING:
-    from megatron_sffn.config import Exchange
+    from megatron_sffn.nn.config import Exchange
 
 
 def table(shape: ModelShape, exchange: Exchange | None = None, dispatcher: str = "alltoall") -> str:

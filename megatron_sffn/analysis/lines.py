@@ -14,9 +14,9 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.routing_log import EVALUATION, LOSSES, NUMBERS, TRAINING
-from megatron_sffn.run_files import read_records
+from megatron_sffn.train.routing_metrics import EVALUATION, LOSSES, NUMBERS, TRAINING
+from megatron_sffn.utils.atomic_files import read_records
+from megatron_sffn.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

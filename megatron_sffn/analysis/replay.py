@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy
 
-from megatron_sffn.checkpoints.code import NOT_FROM_A_CHECKPOINT, without
 from megatron_sffn.checkpoints.files import (
     args_in,
     is_torch_dist,
@@ -33,8 +32,9 @@ from megatron_sffn.checkpoints.files import (
     problem_of,
     read_common,
 )
-from megatron_sffn.errors import ConfigError, reason_in
-from megatron_sffn.recording import Recording
+from megatron_sffn.checkpoints.pickle_scan import NOT_FROM_A_CHECKPOINT, without
+from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.utils.errors import ConfigError, reason_in
 
 LAYOUT = """
     tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size

@@ -20,8 +20,8 @@ import numpy
 
 from megatron_sffn.analysis import charts, measures, tokens
 from megatron_sffn.analysis.lines import Curve, Loads, curves, loads
-from megatron_sffn.recording import Recording
-from megatron_sffn.run_files import write_whole
+from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.utils.atomic_files import write_whole
 
 BLOCKS_SHOWN, IDS_SHOWN = 12, 8
 """Lines and columns of the table of token ids."""

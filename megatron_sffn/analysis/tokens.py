@@ -18,8 +18,8 @@ from dataclasses import astuple, dataclass, fields
 import numpy
 
 from megatron_sffn.analysis.measures import Ints, load_of, most_used, token_counts
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.recording import Recording
+from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.utils.errors import ConfigError
 
 Decode = Callable[[int], str]
 
@@ -110,7 +110,7 @@ def decoder(args: Namespace, say: Callable[[str], None]) -> Decode:
         args: the checkpoint's.
         say: told when the tokenizer is not there any more.
     """
-    from megatron_sffn.data.tokenizer import load_tokenizer
+    from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 
     if vars(args).get("tokenizer_type") in (None, "NullTokenizer"):
         return str

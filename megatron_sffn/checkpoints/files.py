@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron's file that names the iteration to load."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_sffn.megatron_flags import flag_of, stated
+from megatron_sffn.flags.names import flag_of, stated
 
 RANKS = (
     "tensor_model_parallel_size",

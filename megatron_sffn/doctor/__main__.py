@@ -16,7 +16,7 @@ from functools import partial
 from megatron_sffn.doctor import machine, packages
 from megatron_sffn.doctor.findings import WRONG, Finding, absent, guarded
 from megatron_sffn.doctor.smoke import smoke
-from megatron_sffn.errors import CommandParser, run_command
+from megatron_sffn.utils.errors import CommandParser, run_command
 
 DESCRIPTION = """\
 Look at this machine and this Python environment: can training start here? A line for each check

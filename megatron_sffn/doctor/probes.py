@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from megatron_sffn.remarks import silence
+from megatron_sffn.utils.warning_filters import silence
 
 
 def torch() -> dict[str, Any]:
@@ -42,15 +42,15 @@ def _nccl(torch: Any) -> str | None:
 
 def megatron() -> dict[str, Any]:
     """Megatron with its training loop, as the entry point imports it."""
-    from megatron_sffn.errors import ConfigError
-    from megatron_sffn.platforms import prepare
+    from megatron_sffn.patches import prepare
+    from megatron_sffn.utils.errors import ConfigError
 
     try:
         prepare()
     except ConfigError as error:
         # Its sentence sends the reader here; the import's own error is what helps now.
         raise error.__cause__ or error from None
-    for name in ("megatron.core", "megatron.training", "megatron_sffn.training"):
+    for name in ("megatron.core", "megatron.training", "megatron_sffn.train.run"):
         importlib.import_module(name)
     return {}
 

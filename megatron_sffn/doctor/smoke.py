@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from megatron_sffn.doctor.findings import Finding, ok, wrong
-from megatron_sffn.errors import reason_in, run_command
+from megatron_sffn.utils.errors import reason_in, run_command
 
 SECONDS = 600
 """After which two ranks hang."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig

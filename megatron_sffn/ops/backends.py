@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import device
+from megatron_sffn.utils.errors import ConfigError
 
 BACKENDS = ("auto", "naive", "torch", "grouped", "masked", "bags", "quack", "cpu", "triton")
 """The fastest for a device, the oracle, plain torch four times, quack-kernels, C++, Triton."""

@@ -14,9 +14,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_sffn.accounting import ModelShape
-from megatron_sffn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.model import block_spec, layer_pattern
-from megatron_sffn.routers import ROUTERS
+from megatron_sffn.nn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.layer_spec import block_spec, layer_pattern
+from megatron_sffn.nn.routers import ROUTERS
 
 # Odd sizes, so that no two of them can be mistaken for each other.
 SMALL = ModelShape(

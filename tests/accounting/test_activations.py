@@ -16,8 +16,8 @@ from megatron_sffn.accounting.activations import Activations
 from megatron_sffn.accounting.ranks import RankLayout, TrainingSetup
 from megatron_sffn.accounting.selection import Call
 from megatron_sffn.accounting.sparse import backend_of, kept_by_blocks, rows_and_pairs
-from megatron_sffn.config import Backend, SparseFFNConfig
-from megatron_sffn.routers import ROUTERS
+from megatron_sffn.nn.config import Backend, SparseFFNConfig
+from megatron_sffn.nn.routers import ROUTERS
 from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, sparse
 from tests.accounting.saved import kept_bytes
 from tests.cuda_operators import CUDA_OPERATORS

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sffn import accounting
 from megatron_sffn.accounting import ModelShape
-from megatron_sffn.config import Backend
+from megatron_sffn.nn.config import Backend
+from megatron_sffn.nn.routers.vanilla_m import KeyTableConfig
 from megatron_sffn.ops.block_ffn import cpu
-from megatron_sffn.routers.vanilla_m import KeyTableConfig
 from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, paper, sparse
 
 # Megatron's own, of calls within Megatron.

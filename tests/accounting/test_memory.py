@@ -18,9 +18,9 @@ from megatron_sffn.accounting import ModelShape, memory_per_rank, sparse_pattern
 from megatron_sffn.accounting.activations import Activations
 from megatron_sffn.accounting.memory import RankMemory, memory_of_stage, router_tables
 from megatron_sffn.accounting.ranks import RankLayout, TrainingSetup
-from megatron_sffn.layer import sparse_layers
-from megatron_sffn.model import block_spec
-from megatron_sffn.routers.rand_hash import LARGEST_TABLE
+from megatron_sffn.nn.layer import sparse_layers
+from megatron_sffn.nn.layer_spec import block_spec
+from megatron_sffn.nn.routers.rand_hash import LARGEST_TABLE
 from tests.accounting.models import SMALL, batch, build, config_of, paper, sparse
 from tests.ranks import run_ranks
 

@@ -9,8 +9,8 @@ import pytest
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_sffn.accounting import ModelShape
-from megatron_sffn.config import SparseFFNConfig
-from megatron_sffn.model import layer_pattern
+from megatron_sffn.nn.config import SparseFFNConfig
+from megatron_sffn.nn.layer_spec import layer_pattern
 from tests.accounting.models import DENSE, SMALL, sparse
 
 pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_sffn import accounting
-from megatron_sffn.config import Backend, Exchange
+from megatron_sffn.nn.config import Backend, Exchange
 from tests.accounting.models import paper
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sffn.analysis import lines
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 
 def training(iteration: int, layer: int, **numbers: Any) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import numpy
 import pytest
 
 from megatron_sffn.analysis import replay
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.recording import Recording
+from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.utils.errors import ConfigError
 
 
 def recording(seed: int = 0, *, layer: int = 2, tokens: int = 24) -> Recording:
@@ -47,7 +47,7 @@ def test_flags_of_layouts_and_results_are_taken_out(command: str, left: str) -> 
 def test_every_flag_that_is_taken_out_is_one_of_megatrons(monkeypatch) -> None:
     from megatron.training.arguments import parse_args
 
-    from megatron_sffn.arguments import add_sffn_flags
+    from megatron_sffn.flags.sffn_flags import add_sffn_flags
 
     known: set[str] = set()
 

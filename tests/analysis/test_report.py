@@ -11,7 +11,7 @@ import numpy
 import pytest
 
 from megatron_sffn.analysis.report import Analysis, write
-from megatron_sffn.recording import Recording
+from megatron_sffn.train.routing_trace import Recording
 
 
 def lines(layers: list[int], num_blocks: int, *, evaluated: bool = True) -> list[dict[str, Any]]:

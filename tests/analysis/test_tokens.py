@@ -10,7 +10,7 @@ import numpy
 import pytest
 
 from megatron_sffn.analysis import tokens
-from megatron_sffn.recording import Recording
+from megatron_sffn.train.routing_trace import Recording
 
 # Id 5 is everywhere; id 7 is block 2's own; id 9 was seen once.
 IDS = numpy.array([5] * 60 + [7] * 20 + [9])

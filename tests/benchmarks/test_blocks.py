@@ -17,8 +17,8 @@ from benchmarks.blocks.problem import Problem, disagreement, reference
 from benchmarks.blocks.table import Row
 from benchmarks.machine import Platform
 from benchmarks.rows import columns
-from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.activation import Activation
+from megatron_sffn.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = (

@@ -21,7 +21,7 @@ from benchmarks.gpu.clock import Measured
 from benchmarks.gpu.plan import PLANS, Section, share
 from benchmarks.gpu.sections import layers, train
 from benchmarks.gpu.supervisor import Command, environment
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 from tests.played_gpu import play_gpu
 
 ROOT = Path(__file__).resolve().parents[2]

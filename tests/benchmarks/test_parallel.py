@@ -13,7 +13,7 @@ from benchmarks.machine import Platform
 from benchmarks.parallel import contenders
 from benchmarks.parallel import run as parallel
 from benchmarks.parallel.table import COLUMNS
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = (

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.agreement import DisagreementError
 from benchmarks.preprocess import run, text
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 
 def test_text_of_any_size(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import steps
 from benchmarks.steps import Row, Step
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 TOY = "--tokens 256 --num-layers 1 --hidden-size 32 --train-iters 2 --block-sizes 64 16"
 

@@ -16,8 +16,8 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_sffn.arguments import parse
-from megatron_sffn.platforms import cpu
+from megatron_sffn.patches import cpu
+from megatron_sffn.train.arguments import parse
 
 VOCAB = 100
 END = VOCAB - 1

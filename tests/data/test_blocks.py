@@ -16,12 +16,12 @@ import pytest
 from backports import zstd
 from pyarrow import parquet
 
-from megatron_sffn.data import blocks
-from megatron_sffn.data import parquet as rows
-from megatron_sffn.data.blocks import Block, Position, read_blocks
-from megatron_sffn.data.documents import documents_of
-from megatron_sffn.data.packings import PACKINGS
-from megatron_sffn.data.sources import find_sources
+from megatron_sffn.data.text import chunks
+from megatron_sffn.data.text import parquet as rows
+from megatron_sffn.data.text.chunks import Block, Position, read_blocks
+from megatron_sffn.data.text.compression import PACKINGS
+from megatron_sffn.data.text.documents import documents_of
+from megatron_sffn.data.text.sources import find_sources
 
 TEXTS = [f"document {number} " + "abc " * (number % 50) for number in range(2000)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -29,7 +29,7 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(chunks, "BLOCK_BYTES", 10_000)
     monkeypatch.setattr(rows, "BATCH_BYTES", 10_000)
 
 
@@ -63,7 +63,7 @@ def test_lines_are_read_from_any_block_on(tmp_path: Path, packing: str) -> None:
     found = read(path)
     assert len(found) > 10
     assert texts_of(found) == TEXTS
-    assert all(len(block.content) < 3 * blocks.BLOCK_BYTES or packing for block in found)
+    assert all(len(block.content) < 3 * chunks.BLOCK_BYTES or packing for block in found)
     assert [block.number for block in found] == [1, *(block.end.number + 1 for block in found[:-1])]
     consumed = [block.consumed for block in found]
     assert consumed == sorted(consumed) and consumed[-1] == os.path.getsize(path)
@@ -225,7 +225,7 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
 def test_a_line_that_is_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
 ) -> None:
-    monkeypatch.setattr(blocks, "LONGEST_DOCUMENT", 100_000)
+    monkeypatch.setattr(chunks, "LONGEST_DOCUMENT", 100_000)
     long = b'{"text": "' + b"x" * 400_000 + b'"}\n'
     content = LINES[:5000].rpartition(b"\n")[0] + b"\n"
     path = write(tmp_path / f"a.jsonl{packing}", content + long + LINES + long[:-1])
@@ -242,7 +242,7 @@ def test_a_line_that_is_too_long(
 
 
 def test_a_text_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "LONGEST_DOCUMENT", 10)
+    monkeypatch.setattr(chunks, "LONGEST_DOCUMENT", 10)
     fits, long = tmp_path / "a.txt", tmp_path / "b.txt"
     fits.write_bytes(b"x" * 10)
     long.write_bytes(b"x" * 11)

@@ -18,11 +18,16 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import MockGPTDataset
 
-from megatron_sffn.data import cache, stale_index
-from megatron_sffn.data.cache import Request, complete, complete_everywhere, index_sets
-from megatron_sffn.data.gpt import dataset_request
-from megatron_sffn.data.tokenizer import load_tokenizer
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.loading import index_cache, stale_index
+from megatron_sffn.data.loading.gpt_dataset import dataset_request
+from megatron_sffn.data.loading.index_cache import (
+    Request,
+    complete,
+    complete_everywhere,
+    index_sets,
+)
+from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
+from megatron_sffn.utils.errors import ConfigError
 from tests.data.runs import namespace, random_documents, write_dataset
 from tests.ranks import run_ranks
 
@@ -212,7 +217,7 @@ def test_what_a_kill_leaves_is_no_cache(
 
     pid = os.fork()
     if pid == 0:
-        monkeypatch.setattr(cache.numpy, "save", die)
+        monkeypatch.setattr(index_cache.numpy, "save", die)
         complete(request)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     (part,) = (folder / "cache").iterdir()
@@ -221,7 +226,7 @@ def test_what_a_kill_leaves_is_no_cache(
     assert part.exists(), "another process may still write it"
     index = part.with_name(part.name.split(".")[0] + ".npy")
     index.unlink()
-    old = time.time() - 2 * cache.STALE_SECONDS
+    old = time.time() - 2 * index_cache.STALE_SECONDS
     os.utime(part, (old, old))
     assert complete(request) == (3, 1)
     assert index.exists()
@@ -240,7 +245,7 @@ def test_a_full_disk(folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) ->
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.numpy, "save", full)
+    monkeypatch.setattr(index_cache.numpy, "save", full)
     request = ask(str(folder / "a"), data_cache_path=str(folder / "cache"))
     with pytest.raises(ConfigError, match="No space left on device"):
         complete(request)
@@ -297,8 +302,8 @@ def test_a_shared_disk_is_written_once(folder: Path, ask: Ask) -> None:
     def body() -> list[str]:
         os.environ["LOCAL_RANK"] = "0"
         written: list[str] = []
-        original = cache.IndexSet.write
-        cache.IndexSet.write = lambda self: (written.append(self.title), original(self))[1]
+        original = index_cache.IndexSet.write
+        index_cache.IndexSet.write = lambda self: (written.append(self.title), original(self))[1]
         complete_everywhere(ask(str(folder / "a"), data_cache_path=str(folder / "cache")))
         return written
 

@@ -12,9 +12,9 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_sffn.data import check
-from megatron_sffn.data.check import REFUSED, check_data, check_dataset
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.checks import data
+from megatron_sffn.checks.data import REFUSED, check_data, check_dataset
+from megatron_sffn.utils.errors import ConfigError
 from tests.data.runs import END, VOCAB, namespace, write_dataset
 
 Write = Callable[..., str]
@@ -117,7 +117,7 @@ def test_ids_outside_the_vocabulary(
 def test_both_ends_of_a_large_set_are_looked_at(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "SAMPLED_TOKENS", 2)
+    monkeypatch.setattr(data, "SAMPLED_TOKENS", 2)
     check_dataset(write("middle", [1, 2, 500, 3, 4]), VOCAB)
     for ids in ([1, 500, 2, 3, 4], [1, 2, 3, 500, 4]):
         with pytest.raises(ConfigError, match="500"):

@@ -20,9 +20,9 @@ from megatron.training.training import (
     update_train_iters,
 )
 
-from megatron_sffn.data.dali import check_dali
-from megatron_sffn.data.gpt import datasets_provider
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.loading.dali import check_dali
+from megatron_sffn.data.loading.gpt_dataset import datasets_provider
+from megatron_sffn.utils.errors import ConfigError
 from tests.data.runs import namespace, random_documents, write_dataset
 from tests.ranks import run_ranks
 

@@ -8,9 +8,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_sffn.data.blocks import read_blocks
-from megatron_sffn.data.documents import Document, DocumentError, documents_of, read_documents
-from megatron_sffn.data.sources import find_sources
+from megatron_sffn.data.text.chunks import read_blocks
+from megatron_sffn.data.text.documents import Document, DocumentError, documents_of, read_documents
+from megatron_sffn.data.text.sources import find_sources
 
 
 def line(content: bytes) -> Document:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from megatron_sffn.data import engines, gigatoken_engine
-from megatron_sffn.data.engine_base import MegatronEngine
-from megatron_sffn.data.engines import choose_engine
-from megatron_sffn.data.gigatoken_engine import GigatokenEngine
-from megatron_sffn.data.tokenizer import load_tokenizer
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.tokenize import fast_tokenizers, gigatoken_engine
+from megatron_sffn.data.tokenize.engine import MegatronEngine
+from megatron_sffn.data.tokenize.fast_tokenizers import choose_engine
+from megatron_sffn.data.tokenize.gigatoken_engine import GigatokenEngine
+from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
+from megatron_sffn.utils.errors import ConfigError
 from tests.data import made_tokenizers
 from tests.data.made_tokenizers import KINDS, TEXTS, arguments
 
@@ -120,7 +120,7 @@ class _Wrong(MegatronEngine):
 
 
 def test_a_difference_on_the_input_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(engines.MAKERS, "gigatoken", _Wrong)
+    monkeypatch.setitem(fast_tokenizers.MAKERS, "gigatoken", _Wrong)
     tokenizer, said = load(tmp_path, "byte_level"), []
     assert choose_engine(tokenizer, ["text"], "auto", said.append).name == "gigatoken"
     sample = ["text", "the odd text"]

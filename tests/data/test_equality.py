@@ -12,11 +12,11 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from megatron_sffn.data.engine_base import UnusableError
-from megatron_sffn.data.engines import choose_engine
-from megatron_sffn.data.equality import replaced
-from megatron_sffn.data.gigatoken_engine import GigatokenEngine
-from megatron_sffn.data.tokenizer import load_tokenizer
+from megatron_sffn.data.tokenize.engine import UnusableError
+from megatron_sffn.data.tokenize.equality import replaced
+from megatron_sffn.data.tokenize.fast_tokenizers import choose_engine
+from megatron_sffn.data.tokenize.gigatoken_engine import GigatokenEngine
+from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 from tests.data.made_tokenizers import EXACT, KINDS, TEXTS, Flags, arguments, hugging_face
 from tests.data.test_engines import ids_of
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 
-from megatron_sffn.data.gpt import dataset_request
-from megatron_sffn.data.tokenizer import load_tokenizer
+from megatron_sffn.data.loading.gpt_dataset import dataset_request
+from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 from tests.data.runs import namespace
 
 RUN = "--seq-length 16 --micro-batch-size 1 --train-iters 1"

@@ -11,9 +11,8 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_sffn.data import indexed
-from megatron_sffn.data.indexed import DTYPES, IndexWriter, check_index, open_index
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.indexed.format import DTYPES, IndexWriter, check_index, format, open_index
+from megatron_sffn.utils.errors import ConfigError
 from tests.data.pairs import random_documents, write_pair
 
 DOCUMENTS = [[[1, 2], [3]], [], [[4, 5, 6]], [[7]]]
@@ -28,7 +27,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[1, 3, 1 << 20])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries in memory at once: results must not depend on them."""
-    monkeypatch.setattr(indexed, "PIECE", request.param)
+    monkeypatch.setattr(format, "PIECE", request.param)
 
 
 def test_types_are_megatrons() -> None:

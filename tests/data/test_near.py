@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from megatron_sffn.data.near import Near, index_of
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.corpus.minhash import Near, index_of
+from megatron_sffn.utils.errors import ConfigError
 
 pytest.importorskip("rensa", reason="rensa is not installed")
 
@@ -87,7 +87,7 @@ def test_sketches_are_the_same_everywhere() -> None:
 def test_pieces_of_a_long_text_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(WORDS)
     whole = near().sketch(text)
-    monkeypatch.setattr("megatron_sffn.data.near.AT_ONCE", 7)
+    monkeypatch.setattr("megatron_sffn.data.corpus.minhash.AT_ONCE", 7)
     assert near().sketch(text).digest() == whole.digest()
 
 

@@ -20,11 +20,12 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_sffn.data import blocks, preprocess, workers
-from megatron_sffn.data.encode import Column
-from megatron_sffn.data.growing import GrowingDataset
-from megatron_sffn.data.journal import Journal, State
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.output.run_state import Journal, State
+from megatron_sffn.data.text import chunks
+from megatron_sffn.data.tokenize import preprocess, workers
+from megatron_sffn.data.tokenize.dataset_writer import GrowingDataset
+from megatron_sffn.data.tokenize.encoder import Column
+from megatron_sffn.utils.errors import ConfigError
 from tests.data import made_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
@@ -42,7 +43,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     # Every block is on the disk before the next is read.
     monkeypatch.setattr(preprocess, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(chunks, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(workers, "TASK_BYTES", 2000)
     monkeypatch.setattr(workers, "AHEAD_BYTES", 4 * 2000)
 
@@ -351,7 +352,7 @@ def test_a_full_disk(
 def test_a_killed_worker(
     tmp_path: Path, command: list[str], expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_sffn.data.encode import Encoder
+    from megatron_sffn.data.tokenize.encoder import Encoder
 
     encode, main_process = Encoder.__call__, os.getpid()
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sffn.data.publish import bin_and_idx, published
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.output.atomic_output import bin_and_idx, published
+from megatron_sffn.utils.errors import ConfigError
 
 
 def write(prefix: Path, content: str, *, overwrite: bool = False) -> None:

@@ -15,9 +15,9 @@ from nltk.tokenize.punkt import (
     save_punkt_params,
 )
 
-from megatron_sffn.data import sentences
-from megatron_sffn.data.sentences import load_splitter
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.text import sentences
+from megatron_sffn.data.text.sentences import load_splitter
+from megatron_sffn.utils.errors import ConfigError
 
 TRAINING = "Dr. Jones met Mr. Smith. They spoke, e.g. of Mr. Brown. Mr. Brown was late! " * 20
 TEXT = 'Mr. Smith came. "Late!"  He left,\n\nbut why?  Dr. Jones (3.5 m away...) knew. End'

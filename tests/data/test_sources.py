@@ -9,9 +9,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_sffn.data.packings import PACKINGS
-from megatron_sffn.data.sources import KINDS, find_sources, total_size
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.text.compression import PACKINGS
+from megatron_sffn.data.text.sources import KINDS, find_sources, total_size
+from megatron_sffn.utils.errors import ConfigError
 
 
 def touch(folder: Path, *names: str) -> list[str]:

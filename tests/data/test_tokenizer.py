@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 
-from megatron_sffn.data.recipe import Recipe
-from megatron_sffn.data.tokenizer import (
+from megatron_sffn.data.tokenize.encoder_spec import Recipe
+from megatron_sffn.data.tokenize.tokenizer import (
     changed_text,
     load_tokenizer,
     localize_tokenizer,
     rebuilt,
 )
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 from tests.data import made_tokenizers
 from tests.data.made_tokenizers import KINDS, TEXTS, arguments
 
@@ -200,7 +200,7 @@ def test_an_end_of_document_is_needed(tmp_path: Path) -> None:
 def test_the_hub_is_asked_only_on_request(given: str | None, offline: str) -> None:
     code = (
         "from argparse import Namespace\n"
-        "from megatron_sffn.data.tokenizer import localize_tokenizer\n"
+        "from megatron_sffn.data.tokenize.tokenizer import localize_tokenizer\n"
         "names = ('tokenizer_model', 'vocab_file', 'merge_file')\n"
         "args = Namespace(tokenizer_type='NullTokenizer', **dict.fromkeys(names))\n"
         "localize_tokenizer(args)\n"

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from megatron_sffn.data import workers
-from megatron_sffn.data.blocks import Block, Position
-from megatron_sffn.data.sources import Source
-from megatron_sffn.data.workers import bundled, encode_in_order
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.text.chunks import Block, Position
+from megatron_sffn.data.text.sources import Source
+from megatron_sffn.data.tokenize import workers
+from megatron_sffn.data.tokenize.workers import bundled, encode_in_order
+from megatron_sffn.utils.errors import ConfigError
 
 # Other tests may have left threads in this process; the workers of these use none of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

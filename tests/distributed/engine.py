@@ -27,12 +27,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
-from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.initialize import draw_again
-from megatron_sffn.layer import set_weights_version, sparse_layers
-from megatron_sffn.model import block_spec
-from megatron_sffn.routers import ROUTERS
-from megatron_sffn.training import finish_gradients
+from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.init import draw_again
+from megatron_sffn.nn.layer import set_weights_version, sparse_layers
+from megatron_sffn.nn.layer_spec import block_spec
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.train.run import finish_gradients
 from tests.layers import NUMBERS, OPTIONS
 
 LAYERS, WIDTH, SEQUENCE, VOCAB = 4, 16, 8, 32

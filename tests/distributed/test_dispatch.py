@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sffn.config import Exchange
-from megatron_sffn.dispatch import Arrived, dispatch, messages
-from megatron_sffn.dispatch.legs import Leg
+from megatron_sffn.nn.comm_volume import regathers
+from megatron_sffn.nn.config import Exchange
+from megatron_sffn.nn.dispatch import Arrived, dispatch, messages
+from megatron_sffn.nn.dispatch.legs import Leg
+from megatron_sffn.nn.expert_grid import Placement
+from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.ops.block_ffn import Pairs
-from megatron_sffn.placement import Placement
-from megatron_sffn.routers.base import Routing
-from megatron_sffn.traffic import regathers
 from tests.layers import Case, build, inputs
 from tests.ranks import run_ranks
 from tests.waits import recorded

@@ -11,11 +11,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_sffn import layer as layer_module
-from megatron_sffn.config import Backend
-from megatron_sffn.dispatch import Arrived, dispatch
-from megatron_sffn.placement import Placement
-from megatron_sffn.routers.base import Routing
+from megatron_sffn.nn import layer as layer_module
+from megatron_sffn.nn.config import Backend
+from megatron_sffn.nn.dispatch import Arrived, dispatch
+from megatron_sffn.nn.expert_grid import Placement
+from megatron_sffn.nn.routers.base import Routing
 from tests.layers import (
     BATCH,
     NUMBERS,

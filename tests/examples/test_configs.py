@@ -27,10 +27,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_sffn.accounting import ModelShape, count_parameters
-from megatron_sffn.arguments import sffn_config
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.flags.sffn_flags import sffn_config
 from megatron_sffn.pretrain import main
-from megatron_sffn.training import model_config
+from megatron_sffn.train.run import model_config
+from megatron_sffn.utils.errors import ConfigError
 from tests.integration.conftest import Log
 from tests.ranks import fork
 from tests.slow import slow

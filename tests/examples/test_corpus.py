@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "corpus.py"
 spec = importlib.util.spec_from_file_location("quickstart_corpus", SCRIPT)

@@ -22,9 +22,9 @@ from examples.data import published
 from examples.data.__main__ import main
 from examples.data.files import folder_documents
 from examples.quickstart import data
-from megatron_sffn.data.check import check_dataset
-from megatron_sffn.data.indexed import open_index
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.checks.data import check_dataset
+from megatron_sffn.data.indexed.format import open_index
+from megatron_sffn.utils.errors import ConfigError
 
 # Other tests may have left threads in this process; the workers of these use none of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -20,8 +20,8 @@ import pytest
 import yaml
 from torch.distributed.run import config_from_args, get_args_parser
 
-from megatron_sffn.arguments import parse
-from megatron_sffn.platforms import cpu
+from megatron_sffn.patches import cpu
+from megatron_sffn.train.arguments import parse
 from tests.integration.conftest import MODEL
 from tests.processes import HANGS, kill_all
 

@@ -20,7 +20,7 @@ from examples.quickstart.charts import Curve, Load
 from examples.quickstart.launch import Display, RunFailedError, Status, launch
 from examples.quickstart.report import Result
 from examples.quickstart.runs import RUNS, VOCAB_SIZE, Plan
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 from tests.processes import HANGS
 
 ROOT = Path(__file__).resolve().parents[2]

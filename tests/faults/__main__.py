@@ -23,7 +23,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
 
-    from megatron_sffn.platforms import prepare
+    from megatron_sffn.patches import prepare
 
     prepare()
 

@@ -24,8 +24,8 @@ from typing import NoReturn
 
 import psutil
 
-from megatron_sffn.errors import run_command
 from megatron_sffn.pretrain import main
+from megatron_sffn.utils.errors import run_command
 from tests import ranks
 from tests.integration.conftest import MODEL
 from tests.processes import HANGS, kill_all, wait_until

@@ -10,19 +10,19 @@ import os
 from typing import Any
 
 from megatron_sffn import pretrain
-from megatron_sffn.errors import run_command
+from megatron_sffn.utils.errors import run_command
 
 SENTENCE = "CUDA error: an illegal memory access was encountered"
 
 
 def main() -> int:
-    from megatron_sffn.platforms import prepare
+    from megatron_sffn.patches import prepare
 
     prepare()  # before Megatron is imported
 
-    from megatron_sffn import training
+    from megatron_sffn.train import run
 
-    next_batch, batches = training.next_batch, itertools.count(1)
+    next_batch, batches = run.next_batch, itertools.count(1)
 
     def raising(*args: Any, **kwargs: Any) -> Any:
         rank = os.environ.get("RANK", "0")
@@ -30,7 +30,7 @@ def main() -> int:
             raise RuntimeError(SENTENCE)
         return next_batch(*args, **kwargs)
 
-    training.next_batch = raising
+    run.next_batch = raising
     return pretrain.main()
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sffn.checkpoints.disk_space import bytes_per_parameter
 from megatron_sffn.checkpoints.files import args_in, read_common
-from megatron_sffn.checkpoints.room import bytes_per_parameter
 from tests.faults.jobs import EP2, Job, SmallDisk, job
 from tests.faults.scenarios import failing_write, full_disk, in_folder, size_of
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sffn import nan_check
 from megatron_sffn.checkpoints.files import iteration_folder, read_common, read_metadata
-from megatron_sffn.checkpoints.rewriting import Change, rewrite
+from megatron_sffn.checkpoints.rewrite import Change, rewrite
+from megatron_sffn.train import nan_check
 from tests.faults.jobs import EP2, Job, column, job
 
 DENSE = "--sffn-router dense"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sffn.checkpoints.files import TRACKER, folder_to_load, last_whole
-from megatron_sffn.checkpoints.saving import make_way
-from megatron_sffn.run_files import replaced
+from megatron_sffn.checkpoints.save import make_way
+from megatron_sffn.utils.atomic_files import replaced
 from tests.faults.jobs import EP2, job
 
 FLAGS = f"{EP2} --train-iters 4 --save-interval 2"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sffn.routers import ROUTERS
-from megatron_sffn.routers.avg_k import AvgKRouter
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.routers.avg_k import AvgKRouter
 from tests.integration.conftest import Log
 
 EP2 = "--expert-model-parallel-size 2"
@@ -129,7 +129,7 @@ def test_the_baselines_too_are_the_same_on_every_layout(
 def test_descriptors_kept_for_a_step_are_those_of_its_weights(pretrain, monkeypatch) -> None:
     flags = f"{SHORT} --eval-interval 2"
     kept = pretrain(1, flags)
-    monkeypatch.setattr("megatron_sffn.training.set_weights_version", lambda *args: None)
+    monkeypatch.setattr("megatron_sffn.train.run.set_weights_version", lambda *args: None)
     fresh = pretrain(1, flags)
     assert kept.values("lm loss") == fresh.values("lm loss")
     assert kept.values("lm loss value") == fresh.values("lm loss value")

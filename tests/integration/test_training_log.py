@@ -1,4 +1,4 @@
-"""Numbers of Megatron's progress lines that would be wrong without `platforms/training_log.py`."""
+"""Numbers of Megatron's progress lines that would be wrong without `patches/training_log.py`."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import Activation, block_ffn
 from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs, cpu, loop
+from megatron_sffn.utils.errors import ConfigError
 
 BACKENDS = ["naive", "torch", "cpu"]
 ACTIVATIONS = list(Activation)

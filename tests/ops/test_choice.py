@@ -7,10 +7,15 @@ import logging
 import pytest
 import torch
 
-from megatron_sffn.config import Backend, ConfigError, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import (
+    Backend,
+    ConfigError,
+    SparseFFNConfig,
+    SparseFFNTransformerConfig,
+)
+from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.ops.block_ffn import Pairs, choice, op
 from megatron_sffn.ops.block_ffn.choice import Shape
-from megatron_sffn.routers import ROUTERS
 from tests.played_gpu import play_gpu
 
 HALF, SINGLE = torch.bfloat16, torch.float32

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import block_ffn
 from megatron_sffn.ops.block_ffn import choice, grouped, op, quack
 from megatron_sffn.ops.block_ffn.pairs import Sorted
+from megatron_sffn.utils.errors import ConfigError
 from tests.ops.test_torch_backends import D, R, load
 from tests.played_gpu import play_gpu
 

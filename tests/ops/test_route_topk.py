@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import route_topk
 from megatron_sffn.ops.route_topk import threshold
+from megatron_sffn.utils.errors import ConfigError
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

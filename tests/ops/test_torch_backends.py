@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import Activation, block_ffn
 from megatron_sffn.ops.block_ffn import Pairs, bags, block_ffn_pairs, grouped, masked
+from megatron_sffn.utils.errors import ConfigError
 from tests.played_gpu import play_gpu
 
 D, R = 24, 37

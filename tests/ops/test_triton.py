@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sffn.config import Backend
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.nn.config import Backend
 from megatron_sffn.ops import block_ffn, route_topk
 from megatron_sffn.ops.backends import BACKENDS
 from megatron_sffn.ops.block_ffn import cpu, op
 from megatron_sffn.ops.block_ffn.pairs import Sorted
-from megatron_sffn.platforms.cpu import is_host
+from megatron_sffn.patches.cpu import is_host
+from megatron_sffn.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import block_ffn
+from megatron_sffn.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 

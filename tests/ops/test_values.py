@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import block_ffn
 from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs
+from megatron_sffn.utils.errors import ConfigError
 
 R, B, D = 11, 17, 5
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sffn.routers.s_base import balancing_prices
+from megatron_sffn.nn.routers.s_base import balancing_prices
 from tests.layers import Case, build, draw
 from tests.parity.compare import assert_same, copies_of, formula, ours
 

@@ -48,7 +48,7 @@ class Finder(MetaPathFinder, Loader):
 
 def layers() -> list[dict[str, str]]:
     """Names of what stands in the two layers."""
-    from megatron_sffn.platforms import prepare
+    from megatron_sffn.patches import prepare
 
     prepare()
     from megatron.core import parallel_state
@@ -56,9 +56,9 @@ def layers() -> list[dict[str, str]]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_sffn import SparseFFNConfig
-    from megatron_sffn.config import SparseFFNTransformerConfig
-    from megatron_sffn.model import block_spec
-    from megatron_sffn.routers import ROUTERS
+    from megatron_sffn.nn.config import SparseFFNTransformerConfig
+    from megatron_sffn.nn.layer_spec import block_spec
+    from megatron_sffn.nn.routers import ROUTERS
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)

@@ -1,6 +1,6 @@
 """A CUDA machine played on the CPU, to rehearse what the product does there.
 
-The names of `torch.cuda` answer for the CPU (`platforms/cpu.py`), and the product is told that this
+The names of `torch.cuda` answer for the CPU (`patches/cpu.py`), and the product is told that this
 is a CUDA machine with an H100: it takes its CUDA branches, and replaces only what it replaces on
 every machine. Collectives go over gloo, which the command line has to say.
 
@@ -33,7 +33,7 @@ from tests.processes import HANGS
 
 def play_cuda_machine() -> None:
     """Let this process believe that it has a GPU."""
-    from megatron_sffn.platforms import cpu
+    from megatron_sffn.patches import cpu
 
     cpu.install()
     cpu.is_host = lambda: False  # before any module takes the name over
@@ -49,7 +49,7 @@ def play_cuda_machine() -> None:
 
 def leave_out(target: str) -> None:
     """Take a replacement out of the tables for every machine."""
-    from megatron_sffn.platforms import megatron, optimizer
+    from megatron_sffn.patches import megatron, optimizer
 
     known = [*megatron.REPLACEMENTS, *optimizer.adaptations()]
     assert target in [row.target for row in known], target
@@ -110,8 +110,8 @@ def rank_main(flags: list[str], folder: str, log: Path, without: str | None) -> 
     sys.argv = ["pretrain", *flags]
     code = 1
     try:
-        from megatron_sffn.errors import run_command
         from megatron_sffn.pretrain import main
+        from megatron_sffn.utils.errors import run_command
 
         if without is not None:
             leave_out(without)

@@ -21,9 +21,9 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.platforms import cpu
-from megatron_sffn.platforms.adaptation import Adaptation, resolve
+from megatron_sffn.patches import cpu
+from megatron_sffn.patches.registry import Adaptation, resolve
+from megatron_sffn.utils.errors import ConfigError
 from tests.processes import HANGS
 
 pytestmark = pytest.mark.skipif(not cpu.is_host(), reason="this machine has CUDA: not adapted")
@@ -35,8 +35,8 @@ TARGETS = [row.target for row in ROWS]
 FRESH = """
 import importlib, json, sys, warnings
 warnings.simplefilter("ignore")
-from megatron_sffn.platforms import cpu
-from megatron_sffn.platforms.adaptation import resolve
+from megatron_sffn.patches import cpu
+from megatron_sffn.patches.registry import resolve
 
 def exists(name):
     try:

@@ -14,8 +14,8 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sffn.platforms import megatron, training_log
-from megatron_sffn.platforms.adaptation import Adaptation, resolve
+from megatron_sffn.patches import megatron, training_log
+from megatron_sffn.patches.registry import Adaptation, resolve
 
 EVERYWHERE = [*megatron.REPLACEMENTS, *training_log.REPLACEMENTS]
 ROWS = [*EVERYWHERE, *megatron.FASTER_OPTIMIZER]

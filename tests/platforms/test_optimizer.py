@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sffn.platforms import optimizer
-from megatron_sffn.platforms.adaptation import resolve
+from megatron_sffn.patches import optimizer
+from megatron_sffn.patches.registry import resolve
 
 ROWS = optimizer.adaptations()
 

@@ -4,10 +4,10 @@ import importlib.util
 
 import pytest
 
-from megatron_sffn import platforms
-from megatron_sffn.platforms import cpu
+from megatron_sffn import patches
+from megatron_sffn.patches import cpu
 
-APEX = set(platforms.FUSED_BY_APEX.values())
+APEX = set(patches.FUSED_BY_APEX.values())
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("modules", [set(), {"transformer_engine"} | APEX])
 def test_without_cuda_the_cpu_trains_over_gloo(machine, modules: set[str]) -> None:
     machine(modules, cuda=False)
-    defaults, line = platforms.prepare()
+    defaults, line = patches.prepare()
     assert defaults["distributed_backend"] == "gloo"
     assert defaults["transformer_impl"] == "local"
     assert line.startswith("no CUDA device: training on the CPU, with --transformer-impl local")
@@ -35,7 +35,7 @@ def test_without_cuda_the_cpu_trains_over_gloo(machine, modules: set[str]) -> No
 
 def test_cuda_without_transformer_engine_keeps_nccl(machine) -> None:
     machine(set())
-    defaults, line = platforms.prepare()
+    defaults, line = patches.prepare()
     assert defaults["transformer_impl"] == "local"
     assert "distributed_backend" not in defaults
     assert "gloo" not in line
@@ -43,20 +43,20 @@ def test_cuda_without_transformer_engine_keeps_nccl(machine) -> None:
 
 def test_what_apex_has_fused_is_used(machine) -> None:
     machine(APEX)
-    defaults, line = platforms.prepare()
+    defaults, line = patches.prepare()
     assert defaults["transformer_impl"] == "local"
     kept = {"gradient_accumulation_fusion", "masked_softmax_fusion", "no_persist_layer_norm"}
     assert not kept & defaults.keys()
-    assert not any(text in line for text in platforms.FUSED_BY_APEX)
+    assert not any(text in line for text in patches.FUSED_BY_APEX)
 
 
 def test_transformer_engine_alone_lacks_the_gradients_of_the_logits(machine) -> None:
     machine({"transformer_engine"})
-    defaults, line = platforms.prepare()
+    defaults, line = patches.prepare()
     assert defaults == {"gradient_accumulation_fusion": False}
     assert line == "no apex of NVIDIA's, with --no-gradient-accumulation-fusion"
 
 
 def test_a_complete_machine_needs_nothing(machine) -> None:
     machine({"transformer_engine"} | APEX)
-    assert platforms.prepare() == ({}, "")
+    assert patches.prepare() == ({}, "")

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sffn.platforms import megatron, optimizer
-from megatron_sffn.platforms.cpu import is_host
+from megatron_sffn.patches import megatron, optimizer
+from megatron_sffn.patches.cpu import is_host
 from tests.integration.conftest import MODEL, Log, pretrain, text  # noqa: F401  (fixtures)
 
 pytestmark = pytest.mark.skipif(not is_host(), reason="this machine has CUDA: nothing to play")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sffn.platforms.cpu import is_host
+from megatron_sffn.patches.cpu import is_host
 from tests.integration.conftest import MODEL
 
 ROOT = Path(__file__).parents[2]

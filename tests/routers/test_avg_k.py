@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_sffn.layer import SparseFFN
+from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.routers.avg_k import AvgKConfig
+from megatron_sffn.nn.routers.vanilla_m import VanillaMConfig
 from megatron_sffn.ops import block_ffn, route_topk
-from megatron_sffn.routers.avg_k import AvgKConfig
-from megatron_sffn.routers.vanilla_m import VanillaMConfig
 from tests import layers
 from tests.ranks import run_ranks
 from tests.routers.conftest import B, T, tables, transformer

@@ -13,12 +13,12 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_sffn.config import SparseFFNConfig
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.hashing import hashed_subsets, seed_of
+from megatron_sffn.nn.config import SparseFFNConfig
+from megatron_sffn.nn.routers.avg_k import AvgKConfig, AvgKRouter
+from megatron_sffn.nn.routers.descriptors import DESCRIPTORS
 from megatron_sffn.ops import route_topk
-from megatron_sffn.routers.avg_k import AvgKConfig, AvgKRouter
-from megatron_sffn.routers.descriptors import DESCRIPTORS
+from megatron_sffn.utils.errors import ConfigError
+from megatron_sffn.utils.hashing import hashed_subsets, seed_of
 from tests import layers
 from tests.layers import BATCH, Case, D, S
 from tests.ranks import run_ranks

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sffn.routers import ROUTERS, rand_hash
-from megatron_sffn.routers.learned import LearnedRouter
-from megatron_sffn.routers.product_keys import ProductKeysRouter
+from megatron_sffn.nn.routers import ROUTERS, rand_hash
+from megatron_sffn.nn.routers.learned import LearnedRouter
+from megatron_sffn.nn.routers.product_keys import ProductKeysRouter
 from tests import layers
 from tests.layers import BATCH, NUMBERS, SPARSE, Case, D, S
 

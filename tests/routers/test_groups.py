@@ -7,9 +7,9 @@ import torch
 from megatron.core.transformer.moe.moe_utils import group_limited_topk
 from torch import Tensor
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.nn.routers.groups import in_best_groups
 from megatron_sffn.ops.route_topk import route_topk
-from megatron_sffn.routers.groups import in_best_groups
+from megatron_sffn.utils.errors import ConfigError
 from tests import layers
 from tests.layers import Case
 from tests.ranks import run_ranks

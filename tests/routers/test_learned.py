@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.routers import ROUTERS
-from megatron_sffn.routers.learned import ACTIVATIONS, LearnedConfig
-from megatron_sffn.routers.sigma_moe import SigmaMoEConfig
-from megatron_sffn.routers.switch import SwitchConfig
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.routers.learned import ACTIVATIONS, LearnedConfig
+from megatron_sffn.nn.routers.sigma_moe import SigmaMoEConfig
+from megatron_sffn.nn.routers.switch import SwitchConfig
+from megatron_sffn.utils.errors import ConfigError
 from tests.routers.conftest import B, D, tables
 
 LEARNED = [name for name, config in ROUTERS.items() if issubclass(config, LearnedConfig)]

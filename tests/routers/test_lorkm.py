@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.layer import SparseFFN
-from megatron_sffn.routers.lorkm import LoRKMConfig
-from megatron_sffn.routers.top_k_act import TopKActConfig
-from megatron_sffn.routers.vanilla_m import AGGREGATORS, VanillaMConfig
+from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.routers.lorkm import LoRKMConfig
+from megatron_sffn.nn.routers.top_k_act import TopKActConfig
+from megatron_sffn.nn.routers.vanilla_m import AGGREGATORS, VanillaMConfig
+from megatron_sffn.utils.errors import ConfigError
 from tests.routers.conftest import D, T, transformer
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

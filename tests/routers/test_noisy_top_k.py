@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_sffn.nn.routers.noisy_top_k import NoisyTopKConfig
 from megatron_sffn.ops import route_topk
-from megatron_sffn.routers.noisy_top_k import NoisyTopKConfig
 from tests.routers.conftest import B, T, tables
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.layer import SparseFFN
-from megatron_sffn.routers.pkm import PKMConfig
-from megatron_sffn.routers.pkm_ffn import PKMFFNConfig
-from megatron_sffn.routers.pkm_relu import PKMReLUConfig
+from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.routers.pkm import PKMConfig
+from megatron_sffn.nn.routers.pkm_ffn import PKMFFNConfig
+from megatron_sffn.nn.routers.pkm_relu import PKMReLUConfig
+from megatron_sffn.utils.errors import ConfigError
 from tests.routers.conftest import D, transformer
 
 T, HEADS, SIDE, HALF = 30, 2, 6, 3

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_sffn.hashing import hashed_subsets
-from megatron_sffn.layer import SparseFFN
-from megatron_sffn.routers import rand_hash
-from megatron_sffn.routers.rand_hash import RandHashConfig
+from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.routers import rand_hash
+from megatron_sffn.nn.routers.rand_hash import RandHashConfig
+from megatron_sffn.utils.hashing import hashed_subsets
 from tests.routers.conftest import D, transformer
 
 VOCAB = 5000

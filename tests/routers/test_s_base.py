@@ -6,9 +6,9 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import sinkhorn
 
+from megatron_sffn.nn.routers import s_base
+from megatron_sffn.nn.routers.s_base import SBaseConfig, balancing_prices
 from megatron_sffn.ops import route_topk
-from megatron_sffn.routers import s_base
-from megatron_sffn.routers.s_base import SBaseConfig, balancing_prices
 from tests import layers
 from tests.layers import Case
 from tests.ranks import run_ranks

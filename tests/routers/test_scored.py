@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.layer import SparseFFN
+from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.routers.avg_k import AvgKConfig
+from megatron_sffn.nn.routers.scored import ScoredConfig
 from megatron_sffn.ops import route_topk
-from megatron_sffn.routers import ROUTERS
-from megatron_sffn.routers.avg_k import AvgKConfig
-from megatron_sffn.routers.scored import ScoredConfig
+from megatron_sffn.utils.errors import ConfigError
 from tests import layers
 from tests.routers.conftest import tables, transformer
 

@@ -12,13 +12,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor
 
-from megatron_sffn.config import SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.layer import SparseFFN
-from megatron_sffn.model import block_spec, layer_pattern
+from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.layer_spec import block_spec, layer_pattern
+from megatron_sffn.nn.routers.sigma_moe import SigmaMoEConfig
+from megatron_sffn.nn.routers.softmax_after import SoftmaxAfterConfig
+from megatron_sffn.nn.routers.softmax_before import SoftmaxBeforeConfig
 from megatron_sffn.ops import route_topk
-from megatron_sffn.routers.sigma_moe import SigmaMoEConfig
-from megatron_sffn.routers.softmax_after import SoftmaxAfterConfig
-from megatron_sffn.routers.softmax_before import SoftmaxBeforeConfig
 from tests.routers.conftest import D, T, tables, transformer
 
 RELU = {"activation_func": F.relu}

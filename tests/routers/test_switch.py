@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_sffn.layer import SparseFFN
+from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.routers.switch import SwitchConfig, within_capacity
 from megatron_sffn.ops import block_ffn, route_topk
-from megatron_sffn.routers import ROUTERS
-from megatron_sffn.routers.switch import SwitchConfig, within_capacity
 from tests import layers
 from tests.ranks import run_ranks
 from tests.routers.conftest import D, transformer

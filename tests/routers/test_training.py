@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sffn.config import RouterConfig, SparseFFNConfig
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.routers import ROUTERS
-from megatron_sffn.routers.scored import GATES, ScoredConfig
+from megatron_sffn.nn.config import RouterConfig, SparseFFNConfig
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.routers.scored import GATES, ScoredConfig
+from megatron_sffn.utils.errors import ConfigError
 from tests.layers import NUMBERS, OPTIONS, SPARSE
 from tests.routers.conftest import D, T
 

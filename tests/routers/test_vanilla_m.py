@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_sffn.nn.routers import vanilla_m
+from megatron_sffn.nn.routers.avg_k import AvgKConfig
+from megatron_sffn.nn.routers.vanilla_m import AGGREGATORS, VanillaMConfig
 from megatron_sffn.ops import block_ffn, route_topk
-from megatron_sffn.routers import vanilla_m
-from megatron_sffn.routers.avg_k import AvgKConfig
-from megatron_sffn.routers.vanilla_m import AGGREGATORS, VanillaMConfig
 from tests.routers.conftest import G, T, tables
 
 

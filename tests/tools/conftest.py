@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sffn.data.tokenizer import load_tokenizer
+from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 from tests.data import made_tokenizers
 
 ROOT = Path(__file__).resolve().parents[2]

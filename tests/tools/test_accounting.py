@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.routers import ROUTERS
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.utils.errors import ConfigError
 from tools import accounting
 
 # Megatron's own, of its namespace.

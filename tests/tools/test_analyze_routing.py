@@ -10,8 +10,8 @@ import analyze_routing
 import numpy
 import pytest
 
-from megatron_sffn.errors import ConfigError
-from megatron_sffn.recording import Recording
+from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.utils.errors import ConfigError
 from tests.integration import conftest as real_runs
 from tests.processes import HANGS
 

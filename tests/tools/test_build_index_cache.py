@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 from tests.data.runs import MODEL, random_documents, write_dataset
 from tests.processes import HANGS
 from tests.ranks import fork

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 TOOLS = sorted(path.stem for path in (Path(__file__).parents[2] / "tools").glob("*.py"))
 

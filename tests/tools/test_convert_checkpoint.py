@@ -28,12 +28,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_sffn.checkpoints import regranulation, rewriting
+from megatron_sffn.checkpoints import reblock, rewrite
 from megatron_sffn.checkpoints.files import COMMON_STATE, args_in, read_common, read_metadata
-from megatron_sffn.config import SparseFFNConfig
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.nn.config import SparseFFNConfig
+from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.ops.block_ffn import block_ffn
-from megatron_sffn.routers import ROUTERS
+from megatron_sffn.utils.errors import ConfigError
 from tests.integration import conftest as real_runs
 from tests.integration.conftest import Log
 
@@ -298,7 +298,7 @@ GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def plan(
     block_size: int, *, g: int = 8, k: int = 24, router: str = "switch", **extra: Any
-) -> tuple[regranulation.Regranulation, dict[str, TensorStorageMetadata]]:
+) -> tuple[reblock.Regranulation, dict[str, TensorStorageMetadata]]:
     """Another block size for a made-up checkpoint of a layer; `extra`: tensor -> shape or None."""
     cells, width = 2 * k, 4
     shapes: dict[str, Any] = {f"experts.{name}": [cells, width] for name in ("keys", "values")}
@@ -315,7 +315,7 @@ def plan(
         **{"sffn_active_cells": k, "sffn_layers": "0", "sffn_backend": "auto", "seed": 1},
         **{"num_layers": 2, "hidden_size": width, "ffn_hidden_size": k, "swiglu": False},
     )
-    return regranulation.regranulate(Metadata(known), saved, block_size), known
+    return reblock.regranulate(Metadata(known), saved, block_size), known
 
 
 def entry(shape: list[int]) -> TensorStorageMetadata:
@@ -364,10 +364,10 @@ def test_shared_blocks_keep_their_cells() -> None:
     before = SparseFFNConfig(
         router=ROUTERS["switch"](), active_cells=24, block_size=8, expansion=2, shared_blocks=1
     )
-    after = regranulation._other_blocks(before, 2)
+    after = reblock._other_blocks(before, 2)
     assert (after.shared_blocks, after.shared_cells) == (4, 8)
     with pytest.raises(ConfigError, match=r"does not divide the 8 cells of .* 1 shared blocks"):
-        regranulation._other_blocks(before, 12)
+        reblock._other_blocks(before, 12)
 
 
 def test_every_tensor_is_accounted_for() -> None:
@@ -455,7 +455,7 @@ def test_nothing_is_left_of_what_failed(
         raise error
 
     source, save = run("switch").folder, tmp_path / "deep" / "new"
-    monkeypatch.setattr(rewriting, place, fail)
+    monkeypatch.setattr(rewrite, place, fail)
     with pytest.raises((ConfigError, KeyboardInterrupt)) as caught:
         convert(source, save, 4)
     if isinstance(error, OSError):
@@ -471,7 +471,7 @@ def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_cleans_up(
     source, save = run("switch").folder, tmp_path / "new"
     pid = os.fork()
     if pid == 0:
-        monkeypatch.setattr(rewriting, "_copy_others", lambda *_: os._exit(9))
+        monkeypatch.setattr(rewrite, "_copy_others", lambda *_: os._exit(9))
         convert(source, save, 4)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     (partial,) = save.iterdir()

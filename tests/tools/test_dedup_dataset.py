@@ -12,7 +12,7 @@ from typing import Any
 import dedup_dataset
 import pytest
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 from tests.processes import HANGS
 
 # Other tests may have left threads in this process; the workers of these use none of them.

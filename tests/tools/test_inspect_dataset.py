@@ -14,10 +14,9 @@ import inspect_dataset
 import numpy
 import pytest
 
-from megatron_sffn.data import indexed, inspection
-from megatron_sffn.data.indexed import open_index
-from megatron_sffn.data.inspection import document_lengths, id_counts, samples
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.indexed.format import format, open_index, stats
+from megatron_sffn.data.indexed.stats import document_lengths, id_counts, samples
+from megatron_sffn.utils.errors import ConfigError
 from tests.data.pairs import random_documents, write_pair
 from tests.processes import HANGS
 
@@ -65,7 +64,7 @@ def test_the_command(tmp_path: Path, start_tool: Any, tokenizer_folder: Path) ->
 def test_the_numbers_are_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], piece: int
 ) -> None:
-    for module in (indexed, inspection):
+    for module in (format, stats):
         monkeypatch.setattr(module, "PIECE", piece)
     prefixes = [
         write_pair(tmp_path / "a", DOCUMENTS[:123]),
@@ -130,7 +129,7 @@ def test_samples(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (indexed, inspection):
+    for module in (format, stats):
         monkeypatch.setattr(module, "PIECE", 1 << 12)
     lengths = [1 + number % 5 for number in range(100_000)]
     index = open_index(write_pair(tmp_path / "a", [[[1] * length] for length in lengths]))

@@ -18,10 +18,9 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_sffn.data import indexed
-from megatron_sffn.data.indexed import IndexWriter, check_index, open_index
-from megatron_sffn.data.merge import merge
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.indexed.format import IndexWriter, check_index, format, open_index
+from megatron_sffn.data.indexed.merge import merge
+from megatron_sffn.utils.errors import ConfigError
 from tests.data.pairs import content, merged_by_megatron, random_documents, write_pair
 from tests.processes import HANGS
 
@@ -85,7 +84,7 @@ def test_pieces_are_joined(
     monkeypatch: pytest.MonkeyPatch,
     piece: int,
 ) -> None:
-    monkeypatch.setattr(indexed, "PIECE", piece)
+    monkeypatch.setattr(format, "PIECE", piece)
     assert run("--input", *shards, "--output-prefix", tmp_path / "out") == 0
     assert content(tmp_path / "out") == merged
 
@@ -128,7 +127,7 @@ def test_beyond_four_gigabytes(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexed, "PIECE", 1 << 12)
+    monkeypatch.setattr(format, "PIECE", 1 << 12)
     number = 300_000
     writer = IndexWriter(numpy.dtype("u2"), tmp_path)
     writer.add_sequences(numpy.ones(number, numpy.int32))
@@ -248,7 +247,7 @@ def test_overwrite(tmp_path: Path, shards: list[str], merged: dict[str, bytes]) 
 LIMITED = """
 import json, resource, signal, sys
 import merge_datasets
-from megatron_sffn.errors import run_command
+from megatron_sffn.utils.errors import run_command
 kill, limit, arguments = json.loads(sys.argv[1])
 if kill:
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

@@ -18,10 +18,11 @@ from backports import zstd
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
 
-from megatron_sffn.data import blocks, preprocess, workers
-from megatron_sffn.data.check import check_dataset
-from megatron_sffn.data.tokenizer import load_tokenizer
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.checks.data import check_dataset
+from megatron_sffn.data.text import chunks
+from megatron_sffn.data.tokenize import preprocess, workers
+from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
+from megatron_sffn.utils.errors import ConfigError
 from tests.data import made_tokenizers
 from tests.data.made_tokenizers import arguments, write_as_megatron
 from tests.processes import HANGS
@@ -67,7 +68,7 @@ def documents(texts):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(chunks, "BLOCK_BYTES", 20_000)
     monkeypatch.setattr(workers, "TASK_BYTES", 20_000)
     monkeypatch.setattr(workers, "AHEAD_BYTES", 4 * 20_000)
 
@@ -205,7 +206,7 @@ def test_sentences(
     import nltk.data
     from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
 
-    from megatron_sffn.data.sentences import load_splitter
+    from megatron_sffn.data.text.sentences import load_splitter
 
     folder = tmp_path / "nltk" / "tokenizers" / "punkt_tab"
     folder.mkdir(parents=True)
@@ -306,7 +307,7 @@ def test_a_long_line(tmp_path, tokenizer_folder, write_lines, monkeypatch):
     assert preprocess_data.main(given) == 0
     dataset = IndexedDataset(str(tmp_path / "out_text_document"))
     assert len(dataset) == 3 and dataset.sequence_lengths[1] > 10_000_000
-    monkeypatch.setattr(blocks, "LONGEST_DOCUMENT", 1_000_000)
+    monkeypatch.setattr(chunks, "LONGEST_DOCUMENT", 1_000_000)
     with pytest.raises(ConfigError, match=f"line 2 of {source} is longer than 1000000 bytes; cut"):
         preprocess_data.main([*given, "--overwrite"])
     assert preprocess_data.main([*given, "--overwrite", "--on-error", "skip"]) == 0

@@ -20,7 +20,7 @@ import preprocess_data
 import psutil
 import pytest
 
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 from tests.processes import HANGS
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -182,7 +182,7 @@ def test_a_command_that_failed_goes_on_anywhere(
     script.write_text(
         f"import sys\nsys.path.append({os.path.dirname(preprocess_data.__file__)!r})\n"
         "import preprocess_data\nfrom megatron_sffn.data import cluster, preprocess\n"
-        "from megatron_sffn.errors import run_command\n"
+        "from megatron_sffn.utils.errors import run_command\n"
         "cluster.TRIES = 0\n"
         # A note every ten seconds would come too late for so little text.
         "preprocess.SAVE_SECONDS = 0\n"

@@ -17,8 +17,8 @@ import pytest
 import split_dataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_sffn.data.split import parse_parts
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.corpus.split import parse_parts
+from megatron_sffn.utils.errors import ConfigError
 from tests.data.pairs import content, random_documents, write_pair
 from tests.processes import HANGS
 

@@ -8,8 +8,8 @@ import train_tokenizer
 from pyarrow import parquet
 from tokenizers import Tokenizer, pre_tokenizers
 
-from megatron_sffn.data.sources import find_sources
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.data.text.sources import find_sources
+from megatron_sffn.utils.errors import ConfigError
 from tests.processes import HANGS
 
 

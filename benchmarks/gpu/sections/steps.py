@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import steps
 from benchmarks.gpu.case import Case, Context, Failure
-from megatron_sffn.errors import ConfigError
+from megatron_sffn.utils.errors import ConfigError
 
 
 def cases(context: Context) -> list[Case]:

@@ -52,7 +52,7 @@ class Row:
 def cases(context: Context) -> list[Case]:
     """A layer of every router."""
     adapt()
-    from megatron_sffn.routers import ROUTERS
+    from megatron_sffn.nn.routers import ROUTERS
 
     routers = [name for name in ROUTERS if name != "dense"]
     return [
@@ -75,7 +75,7 @@ def count(router: str, backend: str, context: Context) -> dict[str, Any]:
         ids = torch.randint(50, (2, tokens), device=context.device, generator=generator)
 
         def step(number: int) -> None:
-            from megatron_sffn.layer import end_step, set_weights_version
+            from megatron_sffn.nn.layer import end_step, set_weights_version
 
             set_weights_version(layer, number)
             y, _ = layer(x.detach().requires_grad_(), padding_mask=ids)

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.gpu import forms
 from benchmarks.gpu.case import Case, Context, Failure, NotHere
-from megatron_sffn.errors import ConfigError, reason_in, run_command
+from megatron_sffn.utils.errors import ConfigError, reason_in, run_command
 
 CURVE = Path(__file__).parents[1] / "cpu_losses.json"
 """Router -> losses of the steps on a CPU, in the sizes of a GPU."""

@@ -158,5 +158,5 @@ def add(entry: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    importlib.import_module("megatron_sffn.remarks").silence()
+    importlib.import_module("megatron_sffn.utils.warning_filters").silence()
     compile_share(int(sys.argv[1]), int(sys.argv[2]), dry="--dry-run" in sys.argv)

@@ -11,9 +11,9 @@ import os
 import torch
 from torch import Tensor
 
-from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn.pairs import Pairs
+from megatron_sffn.utils.errors import ConfigError
 
 
 def activation(name: str) -> Activation:

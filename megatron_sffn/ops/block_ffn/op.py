@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import backends, device
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn import (
@@ -25,6 +24,7 @@ from megatron_sffn.ops.block_ffn import (
 )
 from megatron_sffn.ops.block_ffn.function import Products
 from megatron_sffn.ops.block_ffn.pairs import Pairs, pairs_of_ids
+from megatron_sffn.utils.errors import ConfigError
 
 
 def block_ffn(

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import device
 from megatron_sffn.ops.block_ffn import grouped
 from megatron_sffn.ops.block_ffn.pairs import Sorted, sort_by_block
+from megatron_sffn.utils.errors import ConfigError
 
 CAPABILITY = (8, 0)
 

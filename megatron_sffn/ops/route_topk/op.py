@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sffn.errors import ConfigError
 from megatron_sffn.ops import backends, device
 from megatron_sffn.ops.compiled import kernels
 from megatron_sffn.ops.route_topk import naive, threshold
+from megatron_sffn.utils.errors import ConfigError
 
 
 @torch.no_grad()

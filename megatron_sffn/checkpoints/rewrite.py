@@ -1,0 +1,272 @@
+"""A copy of a checkpoint in which some tensors are changed: complete under its name, or absent.
+
+Enters: the folder of an iteration, and what becomes of the tensors that change. Leaves: a folder
+of the same format, with the same keys, that any layout of ranks can load.
+
+Choices
+- One process, no process group, one piece at a time: a tensor is read and written in the pieces in
+  which a rank saved it, everything else is copied byte by byte. The largest piece must fit memory.
+- Shard files keep their names and hold the same pieces in the same order; only the offsets in
+  `.metadata` are new. So nothing that is no longer used is left in them.
+- Files are written in a sibling folder, synced and looked at again; then the folder is renamed.
+  Megatron's tracker file comes last. A kill leaves a `.partial` folder, which the next run removes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pickle
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME, save_integrity_manifest
+from torch import Tensor
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from megatron_sffn.checkpoints.files import (
+    COMMON_STATE,
+    METADATA,
+    TRACKER,
+    iteration_folder,
+    problem_of,
+    read_metadata,
+)
+from megatron_sffn.utils.atomic_files import replaced, sync
+from megatron_sffn.utils.errors import ConfigError
+
+COPIED = 1 << 24
+"""Bytes that are copied at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What becomes of a tensor, piece by piece.
+
+    Args:
+        piece: consecutive rows before -> the same rows after, of the same dtype.
+        rows: of the tensor before and after; their quotient holds for every piece.
+    """
+
+    piece: Callable[[Tensor], Tensor]
+    rows: tuple[int, int]
+
+    def row(self, before: int) -> int:
+        """Where a row that starts a piece is afterwards."""
+        old, new = self.rows
+        assert before * new % old == 0, (before, self.rows)
+        return before * new // old
+
+
+def rewrite(
+    source: Path,
+    save: Path,
+    iteration: int,
+    *,
+    changes: Mapping[str, Change],
+    common: dict[str, Any],
+    progress: Callable[[int], object] = lambda size: None,
+) -> Path:
+    """Write an iteration anew.
+
+    Args:
+        source: its folder.
+        save: where the new one goes, under Megatron's name for it, with its tracker file.
+        iteration: its number.
+        changes: key of a tensor -> what becomes of it.
+        common: the new common state.
+        progress: told the bytes of the source as they are done.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        ConfigError: if it exists or cannot be written; nothing is then left of it.
+    """
+    target = free_folder(save, iteration)
+    metadata = read_metadata(source)
+    if (source / COMMON_STATE_FNAME).exists() or COMMON_STATE not in metadata.state_dict_metadata:
+        raise ConfigError(
+            f"checkpoint {source} has its common state in {COMMON_STATE_FNAME} beside the shards, "
+            "as before Megatron 0.19; load it and save it again first"
+        )
+    with _new_folder(target, sum(item.length for item in metadata.storage_data.values())) as part:
+        new = _write_shards(source, part, metadata, changes, common, progress)
+        with _created(part / METADATA) as file:
+            pickle.dump(new, file)
+        _copy_others(source, part, metadata)
+        assert new.state_dict_metadata.keys() == metadata.state_dict_metadata.keys(), target
+        problem = problem_of(part)
+        assert problem is None, (target, problem)
+    point_to(save, iteration)
+    return target
+
+
+def free_folder(save: Path, iteration: int) -> Path:
+    """Megatron's folder of an iteration that is not there yet.
+
+    Raises:
+        ConfigError: if it is.
+    """
+    target = iteration_folder(save, iteration)
+    if target.exists():
+        raise ConfigError(f"{target} exists; give another --save, or remove it")
+    return target
+
+
+@contextmanager
+def _new_folder(target: Path, size: int) -> Iterator[Path]:
+    """A folder that gets its name when it is complete, and is removed when it is not."""
+    save = target.parent
+    made = [path for path in (save, *save.parents) if not path.exists()]
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+        for stale in save.glob(f".{target.name}.*.partial"):
+            shutil.rmtree(stale)
+        free = shutil.disk_usage(save).free
+        if free < size:
+            raise ConfigError(
+                f"--save {save} has {free / 1e9:.1f} GB free, but the checkpoint has "
+                f"{size / 1e9:.1f} GB; give a folder with more room"
+            )
+        part.mkdir()
+        yield part
+        sync(part)
+        part.rename(target)
+        sync(save)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written ({error}); give another --save") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[IO[bytes]]:
+    """A new file, on the disk when the block ends."""
+    with path.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_shards(
+    source: Path,
+    part: Path,
+    metadata: Metadata,
+    changes: Mapping[str, Change],
+    common: dict[str, Any],
+    progress: Callable[[int], object],
+) -> Metadata:
+    """All shard files, and the metadata that says where things are in them."""
+    files: dict[str, list[tuple[MetadataIndex, Any]]] = {}
+    for index, item in metadata.storage_data.items():
+        files.setdefault(item.relative_path, []).append((index, item))
+    storage = {}
+    for name, pieces in sorted(files.items()):
+        with (source / name).open("rb") as old, _created(part / name) as new:
+            for index, item in sorted(pieces, key=lambda piece: piece[1].offset):
+                start, change = new.tell(), changes.get(index.fqn)
+                old.seek(item.offset)
+                if index.fqn == COMMON_STATE:
+                    # As Megatron packs an object: in a list.
+                    new.write(_bytes_of([common]))
+                elif change is None:
+                    _copy(old, new, item.length)
+                else:
+                    new.write(_changed(old.read(item.length), change))
+                    index = _moved(index, change)
+                storage[index] = dataclasses.replace(item, offset=start, length=new.tell() - start)
+                progress(item.length)
+    known = {
+        key: _resized(entry, changes[key])
+        if key in changes and isinstance(entry, TensorStorageMetadata)
+        else entry
+        for key, entry in metadata.state_dict_metadata.items()
+    }
+    # A new object: Megatron hangs the plans of all ranks on the former.
+    return dataclasses.replace(metadata, state_dict_metadata=known, storage_data=storage)
+
+
+def _bytes_of(value: Any) -> bytes:
+    """As torch's checkpoints hold a value."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _changed(data: bytes, change: Change) -> bytes:
+    """A piece of a tensor, read, changed and packed again."""
+    before = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    after = change.piece(before)
+    assert after.dtype == before.dtype, (before.dtype, after.dtype)
+    # A clone, because a view would be saved with all that it is a view of.
+    return _bytes_of(after.clone())
+
+
+def _copy(old: IO[bytes], new: IO[bytes], length: int) -> None:
+    """The next bytes as they are."""
+    while length:
+        data = old.read(min(length, COPIED))
+        assert data, (old.name, length)  # `read_whole` has looked at the sizes
+        new.write(data)
+        length -= len(data)
+
+
+def _moved(index: MetadataIndex, change: Change) -> MetadataIndex:
+    """The key of a piece whose tensor has other rows."""
+    assert index.offset is not None, index
+    first, *rest = index.offset
+    return MetadataIndex(index.fqn, (change.row(first), *rest), index.index)
+
+
+def _resized(entry: TensorStorageMetadata, change: Change) -> TensorStorageMetadata:
+    """What the metadata says about a tensor that has other rows."""
+    chunks = [
+        ChunkStorageMetadata(
+            offsets=torch.Size((change.row(chunk.offsets[0]), *chunk.offsets[1:])),
+            sizes=torch.Size((change.row(chunk.sizes[0]), *chunk.sizes[1:])),
+        )
+        for chunk in entry.chunks
+    ]
+    size = torch.Size((change.rows[1], *entry.size[1:]))
+    return dataclasses.replace(entry, size=size, chunks=chunks)
+
+
+def _copy_others(source: Path, part: Path, metadata: Metadata) -> None:
+    """What lies beside the shards, Megatron's own file last, and its manifest made anew."""
+    done = {item.relative_path for item in metadata.storage_data.values()}
+    done |= {METADATA, CONFIG_FNAME, INTEGRITY_FNAME}
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            shutil.copytree(path, part / path.name)
+        elif path.name not in done:
+            with path.open("rb") as old, _created(part / path.name) as file:
+                shutil.copyfileobj(old, file, COPIED)
+    with _created(part / CONFIG_FNAME) as file:
+        file.write((source / CONFIG_FNAME).read_bytes())
+    if (source / INTEGRITY_FNAME).is_file():
+        save_integrity_manifest(str(part))
+
+
+def point_to(save: Path, iteration: int) -> None:
+    """Make an iteration the one that Megatron loads."""
+    with replaced(save / TRACKER) as file:
+        file.write(str(iteration))

@@ -1,0 +1,1 @@
+"""A corpus before it is tokenized: duplicates removed, parts held out."""

@@ -1,0 +1,288 @@
+"""Parts of a corpus, held out from each other by what is in a document.
+
+Enters: text, or tokenized `.bin/.idx` pairs; names and shares of parts. Leaves: a file of JSON
+lines, or a pair, for each part, in the order of the input.
+
+Choices
+- A hash of the document's content decides, and nothing else: it lands in the same part in any file,
+  order and version of the corpus, on any machine, and its exact copies land there too.
+- Shares are relative, as in Megatron's `--split`; of N documents a part gets its share up to
+  chance, about 1/sqrt(N p) of it.
+- Shares of bytes need a first pass, which moves the bounds of the hashes to where the bytes before
+  them have the asked size. Documents then change their part only where a bound moves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy
+
+from megatron_sffn.data.indexed.format import Index, IndexWriter, Lengths, pieces
+from megatron_sffn.data.output.atomic_output import bin_and_idx, published
+from megatron_sffn.data.text.chunks import read_blocks
+from megatron_sffn.data.text.documents import DocumentError, documents_of, read_documents
+from megatron_sffn.data.text.jsonl import as_line
+from megatron_sffn.data.text.sources import Source
+from megatron_sffn.utils.errors import ConfigError
+
+HASH_BYTES = 8
+SEEDS = 1 << (8 * hashlib.blake2b.SALT_SIZE)
+"""Number of seeds that the salt of the hash can tell apart."""
+BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Where documents go.
+
+    Args:
+        names: of the parts.
+        bounds: ends of their ranges of hashes, but the last.
+        seed: another one gives other parts.
+    """
+
+    names: tuple[str, ...]
+    bounds: tuple[int, ...]
+    seed: int
+
+    def of(self, content: bytes) -> int:
+        """The part of a document."""
+        return bisect_right(self.bounds, self.hash(content))
+
+    def hash(self, content: bytes) -> int:
+        """What decides on the part of a document."""
+        salt = self.seed.to_bytes(hashlib.blake2b.SALT_SIZE, "little")
+        digest = hashlib.blake2b(content, digest_size=HASH_BYTES, salt=salt).digest()
+        return int.from_bytes(digest, "big")
+
+    def by_bytes(self, contents: Iterable[bytes]) -> Parts:
+        """The same shares, of bytes: with bounds for these documents.
+
+        Args:
+            contents: of all documents; 16 bytes are kept of each.
+        """
+        hashes, sizes = array("Q"), array("Q")
+        for content in contents:
+            hashes.append(self.hash(content))
+            sizes.append(len(content))
+        values = numpy.frombuffer(hashes, numpy.uint64)
+        distinct, groups = numpy.unique(values, return_inverse=True)
+        weights = numpy.frombuffer(sizes, numpy.uint64).astype(numpy.float64)
+        before = numpy.concatenate([[0.0], numpy.bincount(groups, weights).cumsum()])
+        bounds: list[int] = []
+        first = 0  # document of the part, in the order of the hashes
+        for number, bound in enumerate(self.bounds):
+            # Each part has a document, if there are as many.
+            first, last = first + 1, len(distinct) - (len(self.bounds) - number)
+            wanted = before[-1] * (bound / 2 ** (8 * HASH_BYTES))
+            if first <= last:
+                first += int(numpy.abs(before[first : last + 1] - wanted).argmin())
+            bounds.append(int(distinct[min(first, len(distinct) - 1)]) if len(distinct) else bound)
+        return replace(self, bounds=tuple(bounds))
+
+
+def parse_parts(given: str, seed: int) -> Parts:
+    """Parts from `train=0.98,valid=0.01,test=0.01`.
+
+    Raises:
+        ConfigError: it is not of that form, a name occurs twice, a share is not positive, or the
+            seed is too large or negative.
+    """
+    if not 0 <= seed < SEEDS:
+        raise ConfigError(f"--seed {seed} is not within 0 and {SEEDS - 1}; give another number")
+    pairs = [item.partition("=") for item in given.split(",")]
+    names = tuple(name for name, _, _ in pairs)
+    if not all(re.fullmatch(r"[\w-]+", name, re.ASCII) for name in names):
+        raise ConfigError(
+            f"--parts {given} has a name that is not made of letters, digits, - and _; write "
+            "NAME=SHARE,NAME=SHARE"
+        )
+    if len(set(names)) < max(len(names), 2):
+        raise ConfigError(f"--parts {given} has no two different names; name each part once")
+    try:
+        shares = [Fraction(share) for _, _, share in pairs]
+    except (ValueError, ZeroDivisionError):
+        shares = [Fraction(0)]
+    if min(shares) <= 0:
+        raise ConfigError(
+            f"--parts {given} has a share that is no positive number; write NAME=SHARE,NAME=SHARE"
+        )
+    ends = [sum(shares[: at + 1]) / sum(shares) for at in range(len(shares) - 1)]
+    return Parts(
+        names=names, bounds=tuple(int(end * 2 ** (8 * HASH_BYTES)) for end in ends), seed=seed
+    )
+
+
+@dataclass(kw_only=True)
+class Count:
+    """What a part got: documents, bytes on disk, and tokens if it is tokenized."""
+
+    name: str
+    path: str
+    documents: int = 0
+    num_bytes: int = 0
+    tokens: int | None = None
+
+
+def split_text(
+    sources: Sequence[Source],
+    key: str,
+    parts: Parts,
+    prefix: str,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda consumed: None,
+) -> list[Count]:
+    """Write `PREFIX_NAME.jsonl` for each part.
+
+    Args:
+        sources: of the documents.
+        key: of the text that decides.
+        parts: where they go.
+        prefix: path and first part of the name of every file.
+        overwrite: replace files that are there.
+        progress: told the bytes on disk that are read.
+
+    Raises:
+        ConfigError: a document is wrong, a part would be empty, or files cannot be written.
+    """
+    files = [Path(f"{prefix}_{name}.jsonl") for name in parts.names]
+    counts = [
+        Count(name=name, path=str(path)) for name, path in zip(parts.names, files, strict=True)
+    ]
+    with published(prefix, files, overwrite=overwrite) as folder:
+        with ExitStack() as stack:
+            outputs = [
+                stack.enter_context((folder / path.name).open("wb", BUFFER_BYTES)) for path in files
+            ]
+            for block in read_blocks(sources):
+                for document in documents_of(block):
+                    (text,) = document.texts([key])
+                    part, line = parts.of(text.encode()), as_line(document, key, text)
+                    outputs[part].write(line)
+                    counts[part].documents += 1
+                    counts[part].num_bytes += len(line)
+                if block.fault:
+                    raise DocumentError(block.fault)
+                progress(block.consumed)
+        _check_not_empty(counts)
+    return counts
+
+
+def split_datasets(
+    indices: Sequence[Index],
+    parts: Parts,
+    prefix: str,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> list[Count]:
+    """Write `PREFIX_NAME.bin` and `.idx` for each part.
+
+    Args:
+        indices: of the data sets, checked and of one type.
+        parts: where documents go, by the bytes of their ids.
+        prefix: path and first part of the name of every file.
+        overwrite: replace files that are there.
+        progress: told the number of bytes of each document.
+
+    Raises:
+        ConfigError: a part would be empty, or files cannot be written.
+    """
+    prefixes = [f"{prefix}_{name}" for name in parts.names]
+    files = [path for one in prefixes for path in bin_and_idx(one)]
+    dtype = indices[0].dtype
+    with published(prefix, files, overwrite=overwrite) as folder, ExitStack() as stack:
+        outputs = [
+            stack.enter_context(closing(_Pair(folder / Path(one).name, dtype))) for one in prefixes
+        ]
+        for index in indices:
+            for content, lengths in _documents(index):
+                outputs[parts.of(content)].add(content, lengths)
+                progress(len(content))
+        counts = [
+            Count(
+                name=name,
+                path=one,
+                documents=output.index.num_documents,
+                num_bytes=output.num_bytes,
+                tokens=output.num_bytes // dtype.itemsize,
+            )
+            for name, one, output in zip(parts.names, prefixes, outputs, strict=True)
+        ]
+        _check_not_empty(counts)
+        for output in outputs:
+            output.finish()
+    return counts
+
+
+def text_contents(sources: Sequence[Source], key: str) -> Iterator[bytes]:
+    """What decides on the part of each document of text.
+
+    Raises:
+        ConfigError: a document is wrong.
+    """
+    for document in read_documents(sources, columns=[key]):
+        (text,) = document.texts([key])
+        yield text.encode()
+
+
+def dataset_contents(indices: Sequence[Index]) -> Iterator[bytes]:
+    """What decides on the part of each document of data sets."""
+    for index in indices:
+        yield from (content for content, _ in _documents(index))
+
+
+class _Pair:
+    """A data set as it is written."""
+
+    def __init__(self, prefix: Path, dtype: numpy.dtype[Any]) -> None:
+        self._path, self._idx = (prefix.with_name(prefix.name + end) for end in (".bin", ".idx"))
+        self._ids: BinaryIO = self._path.open("wb", BUFFER_BYTES)
+        self.index = IndexWriter(dtype, prefix.parent)
+        self.num_bytes = 0
+
+    def add(self, content: bytes, lengths: Lengths) -> None:
+        self._ids.write(content)
+        self.index.add_sequences(lengths)
+        self.index.end_documents(numpy.array([self.index.num_sequences]))
+        self.num_bytes += len(content)
+
+    def finish(self) -> None:
+        self._ids.close()
+        self.index.finish(self._idx)
+
+    def close(self) -> None:
+        self._ids.close()
+        self.index.close()
+
+
+def _documents(index: Index) -> Iterator[tuple[bytes, Lengths]]:
+    """Each document's ids, and the lengths of its sequences."""
+    lengths, bounds = index.lengths, index.documents
+    with open(index.bin, "rb", BUFFER_BYTES) as ids:
+        for piece in pieces(index.num_documents):
+            sizes = numpy.diff(index.offsets(piece.start, piece.stop)) * index.dtype.itemsize
+            ends = bounds[piece.start : piece.stop + 1].tolist()
+            for size, first, last in zip(sizes.tolist(), ends[:-1], ends[1:], strict=True):
+                yield ids.read(size), lengths[first:last]
+
+
+def _check_not_empty(counts: Sequence[Count]) -> None:
+    for count in counts:
+        if not (count.documents if count.tokens is None else count.tokens):
+            total = sum(one.documents for one in counts)
+            raise ConfigError(
+                f"the part {count.name} would be empty: of {total} documents none falls into its "
+                "share; give it a larger one in --parts, or more documents"
+            )

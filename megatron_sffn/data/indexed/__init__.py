@@ -1,0 +1,1 @@
+"""Megatron's `.bin/.idx` pairs: format, search, merge and statistics."""

@@ -1,0 +1,73 @@
+"""The data sets that `--input` names.
+
+Enters: prefixes of `.bin/.idx` pairs, folders and globs of them. Leaves: indices, in order, every
+entry of which has been read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from glob import escape, glob, has_magic
+
+from megatron_sffn.data.indexed.format import Index, check_index, open_index
+from megatron_sffn.utils.errors import ConfigError
+
+
+def open_datasets(inputs: Sequence[str]) -> list[list[Index]]:
+    """What each value names.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or a data set is named twice.
+    """
+    groups = [[open_index(prefix) for prefix in find_datasets(given)] for given in inputs]
+    indices = [index for group in groups for index in group]
+    seen: set[str] = set()
+    for index in indices:
+        real = os.path.realpath(index.bin)
+        if real in seen:
+            raise ConfigError(
+                f"--input names {index.prefix} twice; name each data set once, and give what is "
+                "to be read more often a larger weight in --data-path"
+            )
+        seen.add(real)
+    for index in indices:
+        check_index(index)
+    return groups
+
+
+def find_datasets(given: str) -> list[str]:
+    """Prefixes that one value of `--input` names, sorted by name where it is a folder or a glob.
+
+    Raises:
+        ConfigError: there is none, or a file without its other half.
+    """
+    if os.path.isdir(given):
+        found = glob(os.path.join(escape(given), "*.bin")) + glob(
+            os.path.join(escape(given), "*.idx")
+        )
+    elif has_magic(given) and not os.path.exists(given + ".idx"):
+        found = glob(given + ".bin") + glob(given + ".idx")
+    else:
+        found = [given + ".idx"]
+    prefixes = sorted({path[: -len(".bin")] for path in found})
+    if not prefixes:
+        raise ConfigError(
+            f"--input {given} leads to no data set; give a folder with .bin and .idx files, or "
+            "their path without the ending, which may be a glob"
+        )
+    return prefixes
+
+
+def check_same_type(indices: Sequence[Index]) -> None:
+    """Refuse data sets that cannot be in one file.
+
+    Raises:
+        ConfigError: the types of their ids differ.
+    """
+    for index in indices:
+        if index.dtype != indices[0].dtype:
+            raise ConfigError(
+                f"{indices[0].bin} holds {indices[0].dtype} ids and {index.bin} {index.dtype}, so "
+                "different tokenizers made them; give sets of one tokenizer"
+            )

@@ -1,0 +1,1 @@
+"""Token ids to batches, as Megatron's loop draws them."""

@@ -1,0 +1,298 @@
+"""Blocks of text: whole lines, rows of Parquet, or a text file, in constant memory.
+
+Enters: the sources of `sources.py`. Leaves: blocks, in order, which `documents.py` takes apart.
+Choices: reading has an order and parsing has none, so blocks can be sent to other processes as they
+are. A block knows its end, where reading can go on in another run.
+"""
+
+from __future__ import annotations
+
+import lzma
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
+
+from backports import zstd
+
+from megatron_sffn.data.text.compression import unpack
+from megatron_sffn.data.text.sources import Source, open_raw
+
+BLOCK_BYTES = 1 << 20
+LONGEST_DOCUMENT = 1 << 30
+"""Bytes: a longer line or text file is a fault, and never in memory."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAGICS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+    b"PAR1": "Parquet",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+"""First bytes of what is no text -> its name."""
+
+ENDINGS = {
+    "gzip": ".jsonl.gz or .txt.gz",
+    "zstd": ".jsonl.zst or .txt.zst",
+    "xz": ".jsonl.xz or .txt.xz",
+    "bzip2": ".jsonl.bz2 or .txt.bz2",
+    "Parquet": ".parquet",
+}
+
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where reading goes on.
+
+    Args:
+        file: number of the source, from 0.
+        offset: bytes of its uncompressed content that are read.
+        number: its lines or rows that are read.
+    """
+
+    file: int = 0
+    offset: int = 0
+    number: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What is wrong with a document, or with the rest of a file.
+
+    Args:
+        path: of the file.
+        unit: what the file consists of: `line`, `row`, or none if it is one document.
+        number: of the line or row, from 1; None for the file.
+        reason: what it is or has, as the second half of a sentence.
+        remedy: what to do about it.
+    """
+
+    path: str
+    unit: str
+    number: int | None
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """One sentence, as an error message has it."""
+        return f"{place(self.path, self.unit, self.number)} {self.reason}; {self.remedy}"
+
+
+def place(path: str, unit: str, number: int | None) -> str:
+    """How messages name a document."""
+    return path if number is None else f"{unit} {number} of {path}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Consecutive documents of one source.
+
+    Args:
+        source: where they are from.
+        number: of the first line or row, from 1.
+        content: bytes of whole lines or of a text file, or a `pyarrow.RecordBatch`; nothing
+            where there is a fault.
+        end: where reading goes on after it.
+        consumed: bytes on disk, of all sources, that are read.
+        fault: what is wrong with the document here, or with all from here on.
+    """
+
+    source: Source
+    number: int
+    content: Any
+    end: Position
+    consumed: int
+    fault: Fault | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the content."""
+        return len(self.content) if isinstance(self.content, bytes) else int(self.content.nbytes)
+
+
+def read_blocks(
+    sources: Sequence[Source],
+    *,
+    columns: Sequence[str] | None = None,
+    start: Position | None = None,
+) -> Iterator[Block]:
+    """All blocks of all sources, in order.
+
+    A source that ends in the middle, or cannot be decompressed, gives what can be read of it and a
+    block with a fault; the next source follows.
+
+    Args:
+        sources: what `find_sources` found.
+        columns: those of Parquet files to read; all, if none are given.
+        start: end of the last block that is not wanted.
+    """
+    start = start or Position()
+    before = sum(source.size or 0 for source in sources[: start.file])
+    for file, source in enumerate(sources[start.file :], start.file):
+        first = start if file == start.file else Position(file=file)
+        for block in _read_source(source, first, columns):
+            yield replace(block, consumed=before + block.consumed)
+        before += source.size or 0
+
+
+def _read_source(source: Source, start: Position, columns: Sequence[str] | None) -> Iterator[Block]:
+    last = start
+    try:
+        for block in _read_documents(source, start, columns):
+            last = block.end
+            yield block
+        return
+    except _NoTextError as error:
+        reason, remedy = error.args
+    except READ_ERRORS as error:
+        after = f" after {source.unit} {last.number}" if source.unit else ""
+        reason = f"is truncated or damaged{after} ({str(error) or type(error).__name__})"
+        remedy = "make or copy the file again"
+    yield Block(
+        source=source,
+        number=last.number + 1,
+        content=b"",
+        end=Position(file=start.file + 1),
+        consumed=source.size or 0,
+        fault=Fault(path=source.name, unit=source.unit, number=None, reason=reason, remedy=remedy),
+    )
+
+
+class _NoTextError(Exception):
+    """A file of another format: what it is, and what to do."""
+
+
+def _refuse_other_formats(source: Source, stream: BinaryIO) -> None:
+    """Refuse a file whose first bytes are those of another format than its name says."""
+    head = stream.peek(8)  # type: ignore[attr-defined]
+    for magic, name in MAGICS.items():
+        if not head.startswith(magic) or (name == "bzip2" and not head[4:].startswith(b"1AY")):
+            continue
+        reason = f"is {name} by its first bytes"
+        if name == "UTF-16":
+            raise _NoTextError(reason, "convert it: iconv -f UTF-16 -t UTF-8")
+        raise _NoTextError(reason, f"give it a name that ends in {ENDINGS[name]}")
+
+
+def _read_documents(
+    source: Source, start: Position, columns: Sequence[str] | None
+) -> Iterator[Block]:
+    if source.kind == "rows":
+        return _read_rows(source, start, columns)
+    return (_read_text if source.kind == "text" else _read_lines)(source, start)
+
+
+def _read_lines(source: Source, start: Position) -> Iterator[Block]:
+    with open_raw(source) as raw, unpack(raw, source.packing) as stream:
+        if start.offset:
+            stream.seek(start.offset)
+        else:
+            _refuse_other_formats(source, stream)
+        position = start
+        for content, size in _whole_lines(stream):
+            num_lines = content.count(b"\n") + (not content.endswith(b"\n"))
+            end = replace(
+                position, offset=position.offset + size, number=position.number + num_lines
+            )
+            fault = None if size == len(content) else _too_long(source, end.number)
+            if position.offset == 0:
+                content = content.removeprefix(BYTE_ORDER_MARK)
+            consumed = raw.tell() if source.size is not None else 0
+            yield Block(
+                source=source,
+                number=position.number + 1,
+                content=content,
+                end=end,
+                consumed=consumed,
+                fault=fault,
+            )
+            position = end
+
+
+def _whole_lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Whole lines, and their size; of one that is too long no more than a part, without its end.
+
+    What was read before an error is given first: the error comes with the next call.
+    """
+    pieces: list[bytes] = []
+    size = whole = 0  # of the pieces, and of the lines in them that have an end
+    failure: Exception | None = None
+    while failure is None:
+        try:
+            piece = stream.read1(BLOCK_BYTES)  # type: ignore[attr-defined]
+        except READ_ERRORS as error:
+            failure, piece = error, b""
+        if not piece:
+            break
+        if cut := piece.rfind(b"\n") + 1:
+            whole = size + cut
+        pieces.append(piece)
+        size += len(piece)
+        if whole and (size >= BLOCK_BYTES or size - whole > LONGEST_DOCUMENT):
+            content = b"".join(pieces)
+            yield content[:whole], whole
+            pieces, size, whole = [content[whole:]], size - whole, 0
+        if size - whole > LONGEST_DOCUMENT:
+            skipped, rest = _skip_line(stream)
+            yield b"", size + skipped
+            pieces, size, whole = [rest], len(rest), rest.rfind(b"\n") + 1
+    content = b"".join(pieces)
+    if content := content[:whole] if failure else content:
+        yield content, len(content)
+    if failure:
+        raise failure
+
+
+def _skip_line(stream: BinaryIO) -> tuple[int, bytes]:
+    """Read to the end of a line; returns the bytes passed over, and what was read behind them."""
+    skipped = 0
+    while piece := stream.read1(BLOCK_BYTES):  # type: ignore[attr-defined]
+        if cut := piece.find(b"\n") + 1:
+            return skipped + cut, piece[cut:]
+        skipped += len(piece)
+    return skipped, b""
+
+
+def _read_text(source: Source, start: Position) -> Iterator[Block]:
+    if start.number:
+        return
+    with open_raw(source) as raw, unpack(raw, source.packing) as stream:
+        _refuse_other_formats(source, stream)
+        content = stream.read(LONGEST_DOCUMENT + 1)
+    fault = _too_long(source, None) if len(content) > LONGEST_DOCUMENT else None
+    yield Block(
+        source=source,
+        number=1,
+        content=b"" if fault else content,
+        end=replace(start, number=1),
+        consumed=source.size or 0,
+        fault=fault,
+    )
+
+
+def _read_rows(source: Source, start: Position, columns: Sequence[str] | None) -> Iterator[Block]:
+    from megatron_sffn.data.text.parquet import read_rows
+
+    for batch, number, share in read_rows(source.path, columns, start.number):
+        yield Block(
+            source=source,
+            number=number + 1,
+            content=batch,
+            end=replace(start, number=number + batch.num_rows),
+            consumed=int(share * (source.size or 0)),
+        )
+
+
+def _too_long(source: Source, number: int | None) -> Fault:
+    return Fault(
+        path=source.name,
+        unit=source.unit,
+        number=number,
+        reason=f"is longer than {LONGEST_DOCUMENT} bytes",
+        remedy="cut it into several documents",
+    )

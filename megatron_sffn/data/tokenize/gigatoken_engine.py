@@ -1,0 +1,220 @@
+"""The engine that looks up pieces of text that it has met before: gigatoken (extra `fast`).
+
+Inputs: a tokenizer that Megatron built, and texts. Outputs: the ids of that tokenizer.
+
+Design notes:
+- It is given texts alone of which all is known to come out the same (`equality.py`); the others go
+  to Megatron's tokenizer, text by text.
+- How byte-level tokenizers cut and normalize text is compared in a vocabulary made for it, in which
+  every cut beside a character shows in the ids. In a real vocabulary most do not, until a word has
+  the one merge that crosses them.
+- gigatoken never forgets a piece. When its process has grown by `GROWTH_BYTES` it is loaded anew,
+  which takes 40 ms.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy
+import psutil
+
+from megatron_sffn.data.tokenize.engine import (
+    Ids,
+    Lengths,
+    MegatronEngine,
+    TokenizersEngine,
+    UnusableError,
+    backend_of,
+    guarded,
+    joined,
+)
+from megatron_sffn.data.tokenize.equality import Equality, Pair, differing_strings, replaced
+from megatron_sffn.data.tokenize.tokenizer import Tokenizer
+
+GROWTH_BYTES = 512 << 20
+NEIGHBOURS = b" \n\r\t'.aAsS1-"
+"""Bytes beside which every cut shows."""
+
+
+class GigatokenEngine:
+    """gigatoken's byte-level BPE, or its SentencePiece BPE."""
+
+    name = "gigatoken"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        try:
+            from gigatoken import Tokenizer as Gigatoken
+        except ImportError as error:
+            raise UnusableError("is not installed (pip install gigatoken)") from error
+        self._load: Callable[[], Any]
+        if tokenizer.library == "sentencepiece":
+            self._load = lambda: Gigatoken.from_sentencepiece(tokenizer.path).backend
+        else:
+            content = backend_of(tokenizer).to_str()
+            self._load = lambda: Gigatoken.from_json(content).backend
+        self._reference = MegatronEngine(tokenizer)
+        self._process = psutil.Process()
+        self._renew()
+        self._before, self._after = self._surroundings(tokenizer)
+        self._equality = self._compare(tokenizer)
+
+    @property
+    def doubtful_strings(self) -> list[str]:
+        """Texts that hold one of these are left to Megatron's tokenizer."""
+        return self._equality.strings
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
+        """See `Engine`."""
+        ids, lengths = self._encode(texts)
+        # Only now: a text that gigatoken was given keeps its UTF-8, which is then copied.
+        contents = [text.encode("utf-8", "surrogatepass") for text in texts]
+        if not (doubtful := self._equality.doubtful(contents)):
+            return ids, lengths
+        others = self._reference([texts[number] for number in doubtful])
+        return replaced((ids, lengths), others, doubtful)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
+        if self._resident() > self._limit:
+            self._renew()
+        return self._surround(*_encode(self._backend, texts))
+
+    def _renew(self) -> None:
+        self._backend: Any = None  # frees the former one's memory before there is another
+        self._backend = self._load()
+        self._limit = self._resident() + GROWTH_BYTES
+
+    def _resident(self) -> int:
+        return int(self._process.memory_info().rss)
+
+    def _compare(self, tokenizer: Tokenizer) -> Equality:
+        """Compare all that is known before there is a text."""
+        if tokenizer.library == "sentencepiece":
+            tokens = Pair(self._reference, self._encode)
+            strings = _sentence_piece_strings(tokenizer, tokens)
+            return Equality(tokens, normalizes=False, strings=strings)
+        # Megatron calls it for each text, which takes longer.
+        tokens = Pair(TokenizersEngine(tokenizer), self._encode)
+        content = json.loads(backend_of(tokenizer).to_str())
+        _refuse_ignored(content)
+        added = content["added_tokens"]
+        strings = {token["content"] for token in added if token["single_word"]}
+        matched = [token["content"] for token in added if token["content"] not in strings]
+        model = content["model"]
+        if model["byte_fallback"]:
+            matched += [f"<0x{byte:02X}>" for byte in range(256)]
+            strings.update(differing_strings(tokens, matched))
+            return Equality(tokens, normalizes=False, strings=strings)
+        strings.update(differing_strings(tokens, matched))
+        normalizes = content["normalizer"] is not None
+        # Without merges a cut changes nothing.
+        words = _words(content) if model["merges"] else tokens
+        return Equality(words, normalizes=normalizes, strings=strings)
+
+    def _surroundings(self, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and behind the ids of every text."""
+        expected, inner = list(tokenizer.tokenize("a")), self._backend.encode("a").tolist()
+        for start in range(len(expected) - len(inner) + 1):
+            if expected[start : start + len(inner)] == inner:
+                return expected[:start], expected[start + len(inner) :]
+        raise UnusableError(f"gives {inner} for 'a', not {expected}")
+
+    def _surround(self, ids: Ids, lengths: Lengths) -> tuple[Ids, Lengths]:
+        added = self._before + self._after
+        if not added:
+            return ids, lengths
+        ends = lengths.cumsum()
+        starts = ends - lengths
+        columns = [starts] * len(self._before) + [ends] * len(self._after)
+        places = numpy.column_stack(columns).ravel()
+        values = numpy.tile(numpy.array(added, ids.dtype), len(lengths))
+        return numpy.insert(ids, places, values), lengths + len(added)
+
+
+def _encode(backend: Any, texts: Sequence[str]) -> tuple[Ids, Lengths]:
+    layout = backend.encode_batch(texts, parallel=False).layout
+    return numpy.asarray(layout.content.data), numpy.diff(numpy.asarray(layout.offsets.data))
+
+
+def _refuse_ignored(content: dict[str, Any]) -> None:
+    """Refuse what gigatoken does not read in a `tokenizer.json`."""
+    model = content["model"]
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise UnusableError(f"ignores the {name} {model[name]!r} of the model")
+    if "Precompiled" in json.dumps(content["normalizer"]):
+        raise UnusableError("normalizes graphemes in its own way (normalizer Precompiled)")
+
+
+def _words(content: dict[str, Any]) -> Pair:
+    """The normalizer and the pre-tokenizer alone, in a vocabulary in which every cut shows."""
+    from gigatoken import Tokenizer as Gigatoken
+    from tokenizers import Tokenizer as Backend
+
+    none = dict.fromkeys(("post_processor", "truncation", "padding"))
+    text = json.dumps({**content, **none, "added_tokens": [], "model": _showing_cuts()})
+    backend = Backend.from_str(text)
+
+    def trusted(texts: Sequence[str]) -> tuple[Ids, Lengths]:
+        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return joined([item.ids for item in encoded])
+
+    return Pair(trusted, partial(_encode, guarded(Gigatoken.from_json, text).backend))
+
+
+def _showing_cuts() -> dict[str, Any]:
+    """A byte-level BPE that joins what lies on both sides of a cut, if nothing is cut there."""
+    letters = _letters_of_bytes()
+    first, last = range(0xC2, 0xF5), range(0x80, 0xC0)
+    sides = ((NEIGHBOURS, first), (last, NEIGHBOURS), (last, first), (NEIGHBOURS, NEIGHBOURS))
+    pairs = [(letters[left], letters[right]) for side in sides for left, right in product(*side)]
+    vocabulary = dict.fromkeys([*letters, *("".join(pair) for pair in pairs)])
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {piece: number for number, piece in enumerate(vocabulary)},
+        "merges": [list(pair) for pair in pairs],
+    }
+
+
+def _letters_of_bytes() -> list[str]:
+    """GPT-2's letter for each byte: the byte itself where it is printable."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _sentence_piece_strings(tokenizer: Tokenizer, tokens: Pair) -> set[str]:
+    """Pieces that are no text: SentencePiece does not look for all of them in one.
+
+    Raises:
+        UnusableError: the model normalizes text.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+    model = proto.FromString(Path(tokenizer.path).read_bytes())
+    if model.normalizer_spec.precompiled_charsmap:
+        name = model.normalizer_spec.name or "user_defined"
+        raise UnusableError(f"normalizes text in its own way (the model's rule is {name})")
+    if not tokenizer._tokenizer.ignore_extra_whitespaces:
+        raise UnusableError("ignores extra white space")
+    kind = proto.SentencePiece
+    hidden = {kind.CONTROL, kind.UNKNOWN, kind.UNUSED}
+    strings = {piece.piece for piece in model.pieces if piece.type in hidden}
+    strings.update(tokenizer._tokenizer.special_token_to_id)
+    matched = {kind.USER_DEFINED, kind.BYTE}
+    pieces = [piece.piece.replace("▁", " ") for piece in model.pieces if piece.type in matched]
+    strings.update(differing_strings(tokens, [one for one in pieces if one not in strings]))
+    return strings

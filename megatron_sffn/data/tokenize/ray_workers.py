@@ -1,0 +1,170 @@
+"""Blocks encoded on the machines of a Ray cluster.
+
+Enters: blocks as they are read here. Leaves: what became of them, in their order.
+
+Choices
+- This machine reads and writes, the cluster encodes: no disk has to be shared, the files are those
+  of a run on one machine, and a kill is survived in the same way.
+- A task keeps nothing: Ray repeats one whose worker or machine is lost.
+- Each worker makes its encoder from the recipe, once: a process of Ray serves one job only. It
+  refuses to work with another tokenizer than the one here.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+from megatron_sffn.data.text.chunks import Block, place
+from megatron_sffn.data.tokenize.encoder import Encoded, Encoder
+from megatron_sffn.data.tokenize.encoder_spec import Loaded, Recipe
+from megatron_sffn.data.tokenize.workers import AHEAD_BYTES, in_order
+from megatron_sffn.utils.errors import ConfigError, require
+
+TRIES = 10
+"""A block that takes its worker with it so often is at fault itself."""
+SILENCE_SECONDS = 60.0
+REACH_SECONDS = 10.0
+
+_encoder: Encoder | None = None  # of a worker process
+
+
+class Cluster:
+    """A Ray cluster that this process is connected to.
+
+    Args:
+        say: told what a user should know, a sentence each time.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        import ray
+
+        self._ray, self._say = ray, say
+        self._bytes: Counter[str] = Counter()  # by machine
+
+    @property
+    def workers(self) -> int:
+        """Its CPUs."""
+        return int(self._ray.cluster_resources().get("CPU", 0))
+
+    def work(
+        self, recipe: Recipe, loaded: Loaded
+    ) -> Callable[[Encoder, Iterable[Block]], Generator[Encoded, None, None]]:
+        """A function that encodes blocks on all CPUs, and gives what becomes of them in order.
+
+        Args:
+            recipe: of the encoder that it will be given, which is made of it elsewhere, too.
+            loaded: by the recipe, here.
+        """
+        return partial(self._encode_in_order, recipe, recipe.digest(loaded))
+
+    def _encode_in_order(
+        self, recipe: Recipe, digest: str, encoder: Encoder, blocks: Iterable[Block]
+    ) -> Generator[Encoded, None, None]:
+        recipe = replace(recipe, engine=encoder.engine.name)
+        task = self._ray.remote(num_cpus=1, max_retries=TRIES)(_encode)
+        start = partial(self._start, task, self._ray.put((recipe, digest)))
+        yield from in_order(start, blocks, AHEAD_BYTES * max(self.workers, 1))
+        shares = ", ".join(f"{size / 1e6:.1f} MB on {node}" for node, size in self._bytes.items())
+        self._say(f"Ray encoded {shares}")
+
+    def _start(self, task: Any, shared: Any, blocks: list[Block]) -> Callable[[], Encoded]:
+        return partial(self._result, task.remote(shared, blocks), blocks)
+
+    def _result(self, reference: Any, blocks: Sequence[Block]) -> Encoded:
+        exceptions = self._ray.exceptions
+        name = place(blocks[0].source.name, blocks[0].source.unit, blocks[0].number)
+        while True:
+            try:
+                node, encoded = self._ray.get(reference, timeout=SILENCE_SECONDS)
+            except exceptions.GetTimeoutError:
+                self._say(f"waiting for the text from {name} on; Ray has {self.workers} CPUs")
+            except exceptions.RayTaskError as error:
+                if isinstance(error.cause, ImportError):
+                    raise ConfigError(
+                        f"a machine of the Ray cluster cannot work for this command "
+                        f"({error.cause}); install the same megatron-sffn there"
+                    ) from error
+                raise error.cause from error
+            except exceptions.RayError as error:
+                raise ConfigError(
+                    f"Ray gave up the text from {name} on ({type(error).__name__}), most often for "
+                    "lack of memory; give it fewer CPUs on each machine, and the same command to "
+                    "go on"
+                ) from error
+            else:
+                self._bytes[node] += encoded.num_bytes
+                return encoded
+
+
+@contextmanager
+def connected(address: str, say: Callable[[str], None]) -> Iterator[Cluster]:
+    """A cluster, until the block ends.
+
+    Args:
+        address: `auto` for the one that this machine belongs to, or `HOST:PORT` of its head.
+        say: told how large it is, and later what becomes of it.
+
+    Raises:
+        ConfigError: Ray is not installed, or there is no cluster.
+    """
+    require("ray", "--ray", "ray")
+    import ray
+
+    try:
+        _reach(address)
+        ray.init(address, log_to_driver=False, logging_level="ERROR")
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"--ray {address} leads to no cluster ({reason}); start one with ray start --head here "
+            "and ray start --address HOST:6379 on the other machines"
+        ) from error
+    try:
+        cluster = Cluster(say)
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        say(f"{cluster.workers} CPUs on {nodes} machines of the Ray cluster {address}")
+        yield cluster
+    finally:
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Fail at once if nothing answers, where Ray would try for a quarter of an hour."""
+    if address != "auto":
+        head = urlsplit(address if "//" in address else f"//{address}")
+        socket.create_connection((head.hostname, head.port), timeout=REACH_SECONDS).close()
+
+
+def _encode(shared: tuple[Recipe, str], blocks: list[Block]) -> tuple[str, Encoded]:
+    """What a worker does; returns the machine as well."""
+    import ray
+
+    node = f"{platform.node()} ({ray.get_runtime_context().get_node_id()[:6]})"
+    global _encoder
+    if _encoder is None:
+        _encoder = _make_encoder(*shared, node)
+    return node, _encoder(blocks)
+
+
+def _make_encoder(recipe: Recipe, digest: str, node: str) -> Encoder:
+    # A worker has one CPU.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        loaded = recipe.load()
+        if recipe.digest(loaded) != digest:
+            raise ConfigError(
+                "the tokenizer is another than where the command was given; copy its files, and "
+                "install the same versions"
+            )
+        return recipe.encoder(loaded, [], lambda message: None)
+    except ConfigError as error:
+        raise ConfigError(f"on {node}: {error}") from error

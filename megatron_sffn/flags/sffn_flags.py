@@ -1,0 +1,276 @@
+"""The command line: `--sffn-*` flags beside all of Megatron's, and the configs they describe.
+
+Enters: `sys.argv`. Leaves: Megatron's validated namespace, in which the MoE flags are derived from
+the S-FFN numbers (`megatron_flags.py`), and the layer's config. Bad input stops here, before any
+process group, writer or file exists.
+
+Choice: a router's flags are the fields of its config (`routers/*.py`), read here; nothing in this
+file names a method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.training.argument_utils import core_transformer_config_from_args
+
+from megatron_sffn.flags.flag_help import help_in_two_steps
+from megatron_sffn.flags.names import dest_of
+from megatron_sffn.nn.config import (
+    INITIALIZATIONS,
+    REGATHER,
+    Backend,
+    RouterConfig,
+    SparseFFNConfig,
+    SparseFFNTransformerConfig,
+)
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.utils.errors import ConfigError
+
+USAGE = """torchrun --nproc-per-node N -m megatron_sffn.pretrain [--sffn-* flags] [Megatron flags]
+       python -m megatron_sffn.pretrain ...            (one rank)"""
+
+
+def add_sffn_flags(parser: ArgumentParser) -> None:
+    """Add our flags as the first group of Megatron's parser."""
+    group = parser.add_argument_group(
+        "sparse feed-forward layers",
+        "Of M = E·k memory cells in B = M/g blocks of g cells, each token uses the k cells of the "
+        "K = k/g blocks that the router chooses. Balance (--moe-router-load-balancing-type, "
+        "--moe-aux-loss-coeff, --moe-z-loss-coeff, --moe-router-enable-expert-bias), placement "
+        "over ranks and everything else are Megatron's flags (--help-all).",
+    )
+    methods = "; ".join(f"{name}: {config.summary}" for name, config in ROUTERS.items())
+    add = group.add_argument
+    add("--sffn-router", default="avg-k", choices=list(ROUTERS), help=f"selection: {methods}")
+    blocks = "g, cells of a block; 1 is a single cell"
+    add("--sffn-block-size", type=int, metavar="g", default=256, help=blocks)
+    memory = "E, memory cells over active cells"
+    add("--sffn-expansion", type=int, metavar="E", default=16, help=memory)
+    add(
+        "--sffn-active-cells",
+        type=int,
+        metavar="k",
+        help="k, active cells of a token, a multiple of g (default: --ffn-hidden-size)",
+    )
+    add(
+        "--sffn-layers",
+        metavar="LAYERS",
+        default="every:1",
+        help="sparse layers, counted from 0: every:N for i with (i+1) %% N == 0, every:N:I for "
+        "I, I+N, I+2N, ...; first:N or last:N; or 5,11,17,23",
+    )
+    add(
+        "--sffn-shared-blocks",
+        type=int,
+        metavar="S",
+        default=0,
+        help="S, how many of the k/g active blocks are the same for every token: cells of their "
+        "own, computed where the token is, beside K = k/g - S chosen ones (ours: the papers have "
+        "none)",
+    )
+    tables = "; ".join(f"{name}: {how}" for name, how in INITIALIZATIONS.items())
+    add(
+        "--sffn-init",
+        choices=list(INITIALIZATIONS),
+        help=f"how keys and values are drawn: {tables} (default: as the router's paper)",
+    )
+    for option, item in router_flags().items():
+        kwargs: dict[str, Any] = {"default": item.default, "help": item.metadata["help"]}
+        if item.metadata["kind"] is bool:
+            kwargs["action"] = "store_true"
+        else:
+            kwargs |= {"type": item.metadata["kind"], "choices": item.metadata["choices"]}
+        add(option, **kwargs)
+    add(
+        "--sffn-backend",
+        default=Backend.AUTO.value,
+        choices=[backend.value for backend in Backend],
+        help="who computes the blocks: auto: the fastest for these sizes on this machine; naive: "
+        "the oracle, dense with a mask; torch: a loop over blocks; grouped: torch's grouped "
+        "product, for blocks of a multiple of 8 cells in bf16; masked: dense products, of which "
+        "the chosen cells are taken; bags: sums of single cells; quack: a grouped product of the "
+        "package quack-kernels; cpu: C++, compiled on this machine; triton: kernels for a GPU; "
+        "megatron: Megatron's own dispatcher and experts",
+    )
+    when = "; ".join(f"{name}: {rule}" for name, rule in REGATHER.items())
+    add(
+        "--sffn-regather",
+        choices=list(REGATHER),
+        default="auto",
+        help="send the tokens between expert ranks again in the backward pass, rather than keep "
+        "all rows that a rank got from others: less memory for one more exchange of rows a layer, "
+        f"the same results; {when}",
+    )
+    add(
+        "--sffn-node-size",
+        type=int,
+        metavar="N",
+        help="with --moe-token-dispatcher-type alltoall: a token crosses once to each node of N "
+        "ranks that has a block of it, and is handed on within the node, so that the slow network "
+        "between nodes carries it once; 0: straight to each rank (default: ranks of a node, where "
+        "the expert ranks fill several whole nodes, else 0)",
+    )
+    add(
+        "--sffn-exchange-chunks",
+        type=int,
+        metavar="N",
+        default=1,
+        help="with --moe-token-dispatcher-type alltoall: cut a rank's tokens of a microbatch in N "
+        "chunks, which travel between expert ranks one after the other while the blocks compute "
+        "the chunk before; each chunk is a smaller product, so 2 to 4 at most",
+    )
+    add(
+        "--sffn-relu",
+        action="store_true",
+        help="ReLU in every FFN, sparse or dense (Megatron has it, but no flag for it)",
+    )
+    add(
+        "--sffn-trust-checkpoint",
+        action="store_true",
+        help="load a checkpoint that names code other than torch's and Megatron's classes, as old "
+        "ones do, and let it run",
+    )
+    add(
+        "--sffn-record-routing",
+        metavar="FILE",
+        help="with --skip-train on one rank: store every validation token's blocks in FILE (.npz), "
+        "for tools/analyze_routing.py",
+    )
+    add(
+        "--sffn-dataloader",
+        default="torch",
+        choices=("torch", "dali"),
+        help="who makes batches: torch: Megatron's loader; dali: the same batches in the same "
+        "order through NVIDIA DALI (the extra dali), on the GPU if there is one; "
+        "--num-workers are then threads that read ahead",
+    )
+    add(
+        "--sffn-validation-data",
+        default="first",
+        choices=("first", "next"),
+        help="what an evaluation reads: first: the first --eval-iters batches of the validation "
+        "set every time, so that losses of steps, runs and checkpoints can be compared; next: the "
+        "batches after those of the last evaluation, as Megatron does (--full-validation: all)",
+    )
+    for action in group._group_actions:
+        if action.default is not None and action.default is not False:
+            action.help = f"{action.help} (default: %(default)s)"
+    for action in parser._actions:
+        # Megatron 0.19 has a bare percent sign in a help text, on which --help would fail.
+        action.help = re.sub(r"%%|%(?!\()", "%%", action.help or "")
+    # argparse prints groups in their order: ours comes first, Megatron's forty after it.
+    parser._action_groups.remove(group)
+    parser._action_groups.insert(0, group)
+    parser.usage = USAGE
+    parser.description = "Pretrain a GPT with sparse feed-forward layers on Megatron."
+    help_in_two_steps(parser, group)
+
+
+def router_flags() -> dict[str, dataclasses.Field[Any]]:
+    """Every router's flags: option -> config field; routers may share one."""
+    return {
+        item.metadata["flag"]: item
+        for config in ROUTERS.values()
+        for item in dataclasses.fields(config)
+    }
+
+
+def sffn_config(args: Namespace) -> SparseFFNConfig | None:
+    """The sparse layer that the flags describe; None for the dense baseline."""
+    router_class: type[RouterConfig] = ROUTERS[args.sffn_router]
+    router = router_class(
+        **{
+            item.name: getattr(args, dest_of(item.metadata["flag"]))
+            for item in dataclasses.fields(router_class)
+        }
+    )
+    active_cells = args.sffn_active_cells
+    if active_cells is None:
+        active_cells = ffn_hidden_size(args)
+    if args.sffn_router == "dense":
+        if active_cells != ffn_hidden_size(args):
+            raise ConfigError(
+                f"--sffn-active-cells {active_cells} differs from --ffn-hidden-size "
+                f"{ffn_hidden_size(args)}, but --sffn-router dense has Megatron's MLP everywhere; "
+                f"set --ffn-hidden-size {active_cells}"
+            )
+        return None
+    return SparseFFNConfig(
+        active_cells=active_cells,
+        router=router,
+        block_size=args.sffn_block_size,
+        expansion=args.sffn_expansion,
+        shared_blocks=args.sffn_shared_blocks,
+        backend=args.sffn_backend,
+        initialization=args.sffn_init,
+        seed=args.seed,
+        regather=args.sffn_regather,
+        node_size=node_size(args),
+        exchange_chunks=args.sffn_exchange_chunks,
+    )
+
+
+def node_size(args: Namespace) -> int:
+    """Ranks of a node over which tokens travel in two steps; 0 for straight to each rank.
+
+    Without `--sffn-node-size` it is torchrun's LOCAL_WORLD_SIZE, where the ranks that hold the
+    blocks fill several whole nodes.
+    """
+    if args.sffn_node_size is not None:
+        return int(args.sffn_node_size)
+    size, slices = int(os.environ.get("LOCAL_WORLD_SIZE", 0)), args.expert_tensor_parallel_size or 1
+    grid = args.expert_model_parallel_size * slices
+    whole_nodes = size > 1 and grid % size == 0 and size % slices == 0
+    return size if whole_nodes and grid > size else 0
+
+
+def ffn_hidden_size(args: Namespace) -> int:
+    """Width of the dense FFN; Megatron's rule where the flag is absent."""
+    if args.ffn_hidden_size is not None:
+        return int(args.ffn_hidden_size)
+    if args.swiglu:
+        return int((4 * args.hidden_size * 2 / 3) / 64) * 64
+    return 4 * int(args.hidden_size)
+
+
+def transformer_config(args: Namespace, sffn: SparseFFNConfig | None) -> SparseFFNTransformerConfig:
+    """Megatron's config with the sparse layer in it.
+
+    Args:
+        args: validated.
+        sffn: the sparse layer; None for the dense baseline.
+
+    Raises:
+        AssertionError, ValueError: Megatron's, if it does not accept the numbers.
+    """
+    described = Namespace(**{**vars(args), "sffn": sffn})
+    if args.sffn_relu:
+        # Megatron fuses the bias with GELU only, and would refuse.
+        described.activation_func, described.bias_gelu_fusion = F.relu, False
+    config: SparseFFNTransformerConfig = core_transformer_config_from_args(
+        described, SparseFFNTransformerConfig
+    )
+    return config
+
+
+def saved_config(saved: Namespace) -> SparseFFNConfig | None:
+    """The sparse layer of a checkpoint.
+
+    Args:
+        saved: its arguments; a router's flag that they lack, because it is newer, has its default.
+    """
+    defaults = {dest_of(flag): item.default for flag, item in router_flags().items()}
+    defaults |= {
+        "sffn_shared_blocks": 0,
+        "sffn_init": None,
+        "sffn_regather": "auto",
+        "sffn_node_size": 0,
+        "sffn_exchange_chunks": 1,
+    }
+    return sffn_config(Namespace(**{**defaults, **vars(saved)}))

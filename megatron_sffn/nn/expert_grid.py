@@ -1,0 +1,177 @@
+"""Which rank holds which cells: blocks are cut over EP ranks, the cells of a block over ETP ranks.
+
+Enters: Megatron's process groups. Leaves: a `Placement`, with which tables are cut, scores and
+descriptors gathered, and tokens sent.
+
+Choice: expert parallelism (EP) and expert tensor parallelism (ETP) are one grid of ranks, and one
+group exchanges over it. A block lies on the ETP ranks of its EP rank, a slice of its cells on each;
+a token visits every rank that holds cells of it, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_sffn.nn.comm_volume import num_nodes
+from megatron_sffn.nn.config import SparseFFNConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """A grid of ranks with the blocks along one side and the cells of a block along the other.
+
+    Args:
+        group: of all ranks of the grid; rank r is at (r // cell_parts, r % cell_parts).
+        block_parts: expert-parallel size; it divides B.
+        cell_parts: expert-tensor-parallel size; it divides G.
+        num_blocks: B.
+        block_size: G.
+        node_groups: where ranks lie on several nodes and rows shall cross to each node once: the
+            group of the ranks at this rank's place in every node, and that of its own node.
+    """
+
+    group: Any
+    block_parts: int
+    cell_parts: int
+    num_blocks: int
+    block_size: int
+    node_groups: tuple[Any, Any] | None = None
+
+    @classmethod
+    def of(cls, pg_collection: ProcessGroupCollection, sffn: SparseFFNConfig) -> Placement:
+        """The grid of Megatron's groups: `tp_ep` is all of it, `ep` and `expt_tp` are its sides."""
+        blocks, cells = pg_collection.ep, pg_collection.expt_tp
+        placement = cls(
+            group=pg_collection.tp_ep,
+            block_parts=blocks.size(),
+            cell_parts=cells.size(),
+            num_blocks=sffn.num_blocks,
+            block_size=sffn.block_size,
+            node_groups=_node_groups(pg_collection.tp_ep, sffn.node_size),
+        )
+        here = (placement.block_part, placement.cell_part)
+        assert here == (blocks.rank(), cells.rank()), (here, blocks.rank(), cells.rank())
+        assert sffn.num_blocks % blocks.size() == 0, (sffn.num_blocks, blocks.size())
+        assert sffn.block_size % cells.size() == 0, (sffn.block_size, cells.size())
+        return placement
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the grid."""
+        return self.block_parts * self.cell_parts
+
+    @property
+    def block_part(self) -> int:
+        """Where this rank is along the blocks."""
+        return int(self.group.rank()) // self.cell_parts
+
+    @property
+    def cell_part(self) -> int:
+        """Where this rank is along the cells."""
+        return int(self.group.rank()) % self.cell_parts
+
+    @property
+    def num_local_blocks(self) -> int:
+        """Blocks of which this rank holds cells."""
+        return self.num_blocks // self.block_parts
+
+    @property
+    def num_local_cells(self) -> int:
+        """Cells of each of them that this rank holds."""
+        return self.block_size // self.cell_parts
+
+    @property
+    def first_block(self) -> int:
+        """The first of them."""
+        return self.block_part * self.num_local_blocks
+
+    def levels(self) -> tuple[Placement, Placement]:
+        """The two exchanges of a grid on several nodes: across nodes, then within the own one.
+
+        Across, a node is one rank that holds all blocks of its ranks. Within, the blocks of the
+        node, counted from its first, lie on its ranks.
+        """
+        assert self.node_groups is not None, "the grid is on one node"
+        across, within = self.node_groups
+        nodes = across.size()
+        return (
+            replace(self, group=across, block_parts=nodes, cell_parts=1, node_groups=None),
+            replace(
+                self,
+                group=within,
+                block_parts=self.block_parts // nodes,
+                num_blocks=self.num_blocks // nodes,
+                node_groups=None,
+            ),
+        )
+
+    def local_cells(self, cells: Tensor) -> Tensor:
+        """Of numbers of all cells `[B, G, ...]` those of this rank, `[B / ep, G / etp, ...]`."""
+        cells = cells.narrow(0, self.first_block, self.num_local_blocks)
+        return cells.narrow(1, self.cell_part * self.num_local_cells, self.num_local_cells)
+
+    def parts(self, local: Tensor) -> Tensor:
+        """`[B / block_parts, ...]` of this rank as `[B, cell_parts, ...]` of all, everywhere.
+
+        Differentiable: a rank gets back what all ranks' uses of its part give.
+        """
+        everywhere = gather_rows(local, self.group)
+        grid = (self.block_parts, self.cell_parts, self.num_local_blocks)
+        return everywhere.view(*grid, *local.shape[1:]).transpose(1, 2).flatten(0, 1)
+
+    def sum_over_cells(self, local: Tensor) -> Tensor:
+        """`[B / block_parts, ...]` sums over this rank's cells as `[B, ...]` over all, everywhere.
+
+        The parts are added in one order, so that every rank has the same bits.
+        """
+        return self.parts(local).sum(dim=1)
+
+
+@cache
+class OneRankGroup:
+    """What the layer and Megatron ask of a process group, of a process that is in none."""
+
+    def size(self) -> int:
+        """Ranks."""
+        return 1
+
+    def rank(self) -> int:
+        """This one."""
+        return 0
+
+
+def gather_rows(rows: Tensor, group: Any) -> Tensor:
+    """The rows of all ranks of a group, in their order; its backward sums over the ranks."""
+    if group.size() == 1:
+        return rows  # also where torch.distributed is not initialised
+    gathered: Tensor = gather_from_sequence_parallel_region(rows, group=group)
+    return gathered
+
+
+def one_rank_groups() -> ProcessGroupCollection:
+    """Megatron's process groups of a layer, for a process without torch.distributed."""
+    names = ("tp", "cp", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_cp", "tp_dp_cp")
+    return ProcessGroupCollection(**{name: OneRankGroup() for name in names})
+
+
+def _node_groups(group: Any, node_size: int) -> tuple[Any, Any] | None:
+    """The groups of `Placement.node_groups`, made once for all layers; None on one node.
+
+    All ranks of the grid call this together. Neighbours in Megatron's order lie on one node.
+    """
+    if num_nodes(group.size(), node_size) == 1:
+        return None
+    ranks = torch.distributed.get_process_group_ranks(group)
+    node, place = divmod(group.rank(), node_size)
+    members = ranks[node * node_size : (node + 1) * node_size], ranks[place::node_size]
+    within, across = (
+        torch.distributed.new_group(each, use_local_synchronization=True) for each in members
+    )
+    return across, within

@@ -1,0 +1,310 @@
+"""The sparse feed-forward layer: route, dispatch, compute, combine.
+
+Enters: hidden states `[s, b, D]` in a transformer layer's MLP slot. Leaves: their update, same
+shape. Both classes subclass Megatron's `MoELayer`, because recomputation, logging and checkpoints
+ask `isinstance(mlp, MoELayer)`; `SparseFFN` replaces its four steps by ours, which carry block ids
+rather than tokens × experts maps, and `MegatronBackedFFN` keeps them all but the first, as a second
+oracle.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Hashable, Iterator
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import Tensor
+
+from megatron_sffn.nn.block_weights import Memory
+from megatron_sffn.nn.comm_volume import regathers
+from megatron_sffn.nn.config import (
+    Backend,
+    Exchange,
+    SparseFFNConfig,
+    SparseFFNTransformerConfig,
+)
+from megatron_sffn.nn.dispatch import Arrived, dispatch
+from megatron_sffn.nn.expert_grid import one_rank_groups
+from megatron_sffn.nn.routers.base import Routing
+from megatron_sffn.nn.routing_counters import RoutingCounter, TrafficCounter
+from megatron_sffn.ops import Activation
+from megatron_sffn.ops.block_ffn import block_ffn_pairs, main_grad
+from megatron_sffn.ops.streams import start_beside
+from megatron_sffn.utils.errors import ConfigError
+
+
+class _SparseLayer(MoELayer):
+    """What both layers share: the router slot, the counters, the way of the input ids.
+
+    Args:
+        config: of the model, with `config.sffn` set.
+        layer_number: counted from 1 over all pipeline stages; Megatron also tells it later. It
+            seeds the initial weights; a layer that is given no groups takes 1 for None.
+        pg_collection: Megatron's process groups; None for the global ones, or for none at all
+            where torch.distributed is not initialised: then this process computes alone.
+        is_mtp_layer: whether it belongs to a multi-token-prediction head.
+        name: Megatron's name of the module instance.
+    """
+
+    def __init__(
+        self,
+        config: SparseFFNTransformerConfig,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        sffn = config.sffn
+        assert sffn is not None, "a sparse layer needs config.sffn"
+        # No method here has biases: neither Megatron's gate nor its experts shall get them.
+        config = copy.copy(config)
+        config.add_bias_linear = False
+        if pg_collection is None:
+            # Used as a library: no model will tell the number, which seeds the weights.
+            layer_number = layer_number or 1
+            pg_collection = _groups_of_this_process(sffn)
+        super().__init__(
+            config,
+            MoESubmodules(
+                experts=self._experts(),
+                router=sffn.router.build(),
+                shared_experts=partial(SharedExpertMLP, submodules=_linears()),
+            ),
+            layer_number=layer_number,
+            pg_collection=pg_collection,
+            is_mtp_layer=is_mtp_layer,
+            name=name,
+        )
+        self.activation = Activation.of(config)
+        self.backend = sffn.backend
+        self.trained = RoutingCounter(sffn.num_blocks)
+        self.evaluated = RoutingCounter(sffn.num_blocks)
+        self.traffic = TrafficCounter()
+        if layer_number is not None:
+            self.set_layer_number(layer_number)
+
+    @staticmethod
+    @abstractmethod
+    def _experts() -> Any:
+        """What fills Megatron's `experts` slot: an `ExpertsBuilder`."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: Any = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Update the hidden states.
+
+        Args:
+            hidden_states: `[s, b, D]`; under sequence parallelism this rank's part of s.
+            intermediate_tensors: Megatron's CUDA-graph slot; must be None.
+            padding_mask: the input ids `[b, s]`, for routers that hash them. Megatron carries what
+                is in this slot to the MLP of every pipeline stage and through recomputation, and
+                cuts it along s on the first stage only; pretraining has no padding to mask.
+
+        Returns:
+            `[s, b, D]` and no bias.
+        """
+        assert intermediate_tensors is None, "partial CUDA graphs do not reach into sparse layers"
+        token_ids = None
+        if padding_mask is not None:
+            token_ids = padding_mask.T.contiguous()
+            if len(token_ids) != len(hidden_states):
+                token_ids = scatter_to_sequence_parallel_region(token_ids, group=self.tp_group)
+        if self.moe_layer_recompute and self.training:
+            update = tensor_parallel.checkpoint(self._update, False, hidden_states, token_ids)
+            return update, None
+        return self._update(hidden_states, token_ids), None
+
+    @abstractmethod
+    def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
+        """`[s, b, D]` and `[s, b]` ids to the update of the former."""
+
+    def _choose(self, hidden_states: Tensor, keys: Tensor, token_ids: Tensor | None) -> Routing:
+        """`Routing` of the `[s · b, D]` tokens of `[s, b, D]`."""
+        ids = None if token_ids is None else token_ids.reshape(-1)
+        _, sequences, width = hidden_states.shape
+        routing: Routing = self.router(hidden_states.reshape(-1, width), keys, ids, sequences)
+        if not self.training:
+            self.evaluated(routing)
+        elif torch.is_grad_enabled():
+            self.trained(routing)
+        return routing
+
+
+class SparseFFN(_SparseLayer):
+    """A sparse feed-forward layer in blocks of any size, with any router.
+
+    Arguments: `config`, `layer_number`, `pg_collection`, `is_mtp_layer`, `name`, as Megatron gives
+    them to the module in a layer's MLP slot.
+    """
+
+    experts: Memory
+    _drawn_for: int | None = None
+
+    @staticmethod
+    def _experts() -> Any:
+        return Memory
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Take the number that seeds the tables and the hash, and draw the tables with it."""
+        super().set_layer_number(layer_number)
+        if self._drawn_for != layer_number:
+            self.experts.initialize(layer_number)
+            self._drawn_for = layer_number
+
+    @cached_property
+    def _regathers(self) -> bool:
+        """Whether the backward sends the rows again rather than keep them."""
+        config, grid = self.config, self.experts.placement
+        exchange = Exchange(
+            expert_parallel_size=grid.block_parts,
+            expert_tensor_parallel_size=grid.cell_parts,
+            router_groups=config.moe_router_num_groups or 1,
+            router_group_topk=config.moe_router_group_topk or 1,
+        )
+        return regathers(
+            config.sffn, config.hidden_size, exchange, config.moe_token_dispatcher_type
+        )
+
+    def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
+        keys, values = self.experts()
+        routing = self._choose(hidden_states, main_grad.shared(keys), token_ids)
+        # The shared blocks need no other rank: a GPU computes them while the tokens travel.
+        shared = None
+        if self.use_shared_expert:
+            shared = start_beside(self.shared_experts_compute, hidden_states)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        plan = dispatch(
+            x,
+            routing,
+            self.experts.placement,
+            self.config.moe_token_dispatcher_type,
+            regather=self._regathers,
+            num_chunks=self.config.sffn.exchange_chunks,
+        )
+        self.traffic(len(x), plan.bytes_sent)
+
+        def blocks(arrived: Arrived) -> Tensor:
+            tables = keys, values
+            if not arrived.first:
+                tables = main_grad.further_use(keys), main_grad.further_use(values)
+            return block_ffn_pairs(
+                arrived.rows,
+                *tables,
+                arrived.pairs,
+                arrived.gates,
+                activation=self.activation,
+                backend=self.backend,
+                rows_again=arrived.rows_again,
+            )
+
+        update = plan.run(blocks).view_as(hidden_states)
+        return update if shared is None else update + shared()
+
+
+class MegatronBackedFFN(_SparseLayer):
+    """Our router in front of Megatron's own dispatcher and experts (`--sffn-backend megatron`).
+
+    Megatron's contract is a dense map and a copy of a token per block, so this serves coarse
+    blocks, as oracle and baseline. Arguments as in `SparseFFN`.
+    """
+
+    @staticmethod
+    def _experts() -> Any:
+        return partial(SequentialMLP, submodules=_linears())
+
+    def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
+        """Megatron's four steps, with its dense `(probs, routing_map)`, both `[T, B]`."""
+        keys = torch.stack([mlp.linear_fc1.weight for mlp in self.experts.local_experts])
+        routing = self._choose(hidden_states, keys, token_ids)
+        if routing.queries is not None:
+            # The tokens, with the gradients of balance losses attached.
+            hidden_states = routing.queries.view_as(hidden_states)
+        gates, ids = routing.gates, routing.block_ids
+        if gates is None:
+            gates = hidden_states.new_ones(ids.shape)
+        # A first column for the places that stay empty, -1.
+        empty = gates.new_zeros(len(ids), 1 + self.config.num_moe_experts)
+        probs = empty.scatter(1, ids + 1, gates)[:, 1:]
+        routing_map = empty.bool().scatter(1, ids + 1, True)[:, 1:]
+        rows, probs = self.dispatch(*self.preprocess(hidden_states, probs, routing_map))
+        output, _ = self.routed_experts_compute(rows, probs)
+        shared = self.shared_experts_compute(hidden_states)
+        return self.postprocess(self.combine(output), shared)
+
+
+def _groups_of_this_process(sffn: SparseFFNConfig) -> ProcessGroupCollection | None:
+    """Megatron's groups for a layer that is given none: None for the global ones.
+
+    Raises:
+        ConfigError: if the layer needs Megatron's groups and they are not initialised.
+    """
+    if parallel_state.is_initialized():
+        return None
+    if torch.distributed.is_initialized():
+        reason = "torch.distributed is initialised, but Megatron's process groups are not"
+    elif sffn.shared_blocks:
+        reason = f"shared_blocks={sffn.shared_blocks} needs Megatron's process groups"
+    elif sffn.backend is Backend.MEGATRON:
+        reason = f"backend={sffn.backend.value!r} needs Megatron's process groups"
+    else:
+        return one_rank_groups()
+    raise ConfigError(
+        f"{reason}; call torch.distributed.init_process_group() and "
+        "megatron.core.parallel_state.initialize_model_parallel() before the layer is made"
+    )
+
+
+def _linears() -> MLPSubmodules:
+    """Megatron's linear layers, for experts and shared blocks."""
+    linear = LocalSpecProvider()
+    return MLPSubmodules(
+        linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
+    )
+
+
+def layer_class(backend: Backend) -> type[_SparseLayer]:
+    """The layer that computes with this backend."""
+    return MegatronBackedFFN if backend is Backend.MEGATRON else SparseFFN
+
+
+def sparse_layers(model: torch.nn.Module) -> Iterator[_SparseLayer]:
+    """The sparse layers of a model (chunk), in order."""
+    return (module for module in model.modules() if isinstance(module, _SparseLayer))
+
+
+def set_weights_version(model: torch.nn.Module, version: Hashable | None) -> None:
+    """Promise the routers that the weights are the same as long as the version is.
+
+    What a router derives from the weights alone (Avg-K's descriptors) is then computed once per
+    version; without a promise, in every forward.
+
+    Args:
+        model: the model (chunk) that is about to run forward.
+        version: another one after every optimizer step; None to promise nothing.
+    """
+    for layer in sparse_layers(model):
+        layer.router.weights_version = version
+
+
+def end_step(model: torch.nn.Module) -> None:
+    """Tell the routers that all microbatches of a step have run, on all ranks.
+
+    Args:
+        model: the model (chunk), before the optimizer changes it.
+    """
+    for layer in sparse_layers(model):
+        layer.router.end_step()

@@ -1,0 +1,143 @@
+"""Avg-K: a block is described by the mean of its keys (Liu et al. 2023, arXiv 2305.13999).
+
+`e_i = mean_j k_j` is not a parameter but a function of the current weights; the score `x·e_i` is
+the block's mean pre-activation. The best K blocks compute; the score does not multiply the output
+and no gradient passes through the selection: keys learn through `f(x Kᵀ)` alone. For a gated
+activation the mean is over the gate keys (ours; the paper has none).
+
+Ablations, all ours: another descriptor (`descriptors.py`), a gate from the score, balance losses
+and bias. With a gate or a loss the score is differentiated, through x and the keys of every rank.
+
+Descriptors are in fp32 at least and the same bits on every rank. Where the layer is told which
+weights it holds, they are computed and gathered once per optimizer step, not once per microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sffn.nn.config import SparseFFNConfig, flag
+from megatron_sffn.nn.routers.base import Routing
+from megatron_sffn.nn.routers.descriptors import DESCRIPTORS
+from megatron_sffn.nn.routers.scored import ScoredConfig, ScoredRouter
+from megatron_sffn.ops.scores import scores
+from megatron_sffn.utils.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AvgKConfig(ScoredConfig):
+    """Settings of Avg-K."""
+
+    name = "avg-k"
+    summary = "score a block by x · mean of its keys; no router parameter, no gate"
+
+    descriptor: str = flag(
+        "--sffn-descriptor",
+        default="mean",
+        choices=tuple(DESCRIPTORS),
+        help="what describes a block (avg-k; the paper has the mean, the others are ours): its "
+        "longest key, a mean weighted by length or by learned weights, the mean of a subset of its "
+        "cells, a moving average of the tokens that chose it",
+    )
+    subset_cells: int | None = flag(
+        "--sffn-descriptor-cells",
+        default=None,
+        kind=int,
+        least=1,
+        help="cells of a block that --sffn-descriptor subset averages (default: g/4)",
+    )
+    decay: float = flag(
+        "--sffn-descriptor-decay",
+        default=0.99,
+        least=0.0,
+        most=1.0,
+        help="share of the former average that --sffn-descriptor ema keeps in a step",
+    )
+
+    def check(self, sffn: SparseFFNConfig) -> None:
+        """See `RouterConfig.check`."""
+        cells = self.subset_cells
+        if cells is not None and (cells > sffn.block_size or self.descriptor != "subset"):
+            raise ConfigError(
+                f"--sffn-descriptor-cells {cells} needs --sffn-descriptor subset and at most the "
+                f"{sffn.block_size} cells of --sffn-block-size; change one of them"
+            )
+        if self.decay != AvgKConfig.decay and self.descriptor != "ema":
+            raise ConfigError(
+                f"--sffn-descriptor-decay {self.decay} has nothing to act on with "
+                f"--sffn-descriptor {self.descriptor}; leave it out, or use ema"
+            )
+        if self.descriptor == "learned" and sffn.block_size == 1:
+            raise ConfigError(
+                "--sffn-descriptor learned has nothing to learn with --sffn-block-size 1: the "
+                "weight of a block's only cell is always 1; use --sffn-descriptor mean"
+            )
+
+    @property
+    def scores_have_weights(self) -> bool:
+        """See `ScoredConfig.scores_have_weights`: those of the cells."""
+        return self.descriptor == "learned"
+
+    def build(self) -> type[AvgKRouter]:
+        """See `RouterConfig.build`."""
+        return AvgKRouter
+
+    def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """None, but for learned weights of the cells."""
+        if self.descriptor != "learned":
+            return {}
+        return {"descriptor.weight": (sffn.num_blocks, sffn.block_size)}
+
+    def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:
+        """The average and the sums of `--sffn-descriptor ema`, in fp32, with their counts."""
+        return 8 * sffn.num_blocks * (hidden_size + 1) if self.descriptor == "ema" else 0
+
+    def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
+        """One dot product per block."""
+        return 2 * hidden_size * sffn.num_blocks
+
+
+class AvgKRouter(ScoredRouter):
+    """Top-K blocks by the dot product with the block's descriptor. Arguments as `Router`."""
+
+    settings: AvgKConfig
+    _kept: tuple[Hashable, Tensor] | None = None
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        kind = DESCRIPTORS[self.settings.descriptor]
+        self.descriptor = kind(self, self.settings, arguments["pg_collection"].tp_dp_cp)
+
+    def draw(self, name: str, weight: Tensor) -> None:
+        """Equal weights of all cells at first."""
+        weight.zero_()
+
+    def settle(self, x: Tensor, routing: Routing) -> Routing:
+        """Show the descriptors which tokens chose which blocks, once per microbatch."""
+        if self.training and torch.is_grad_enabled():
+            self.descriptor.observe(x, routing.block_ids)
+        return routing
+
+    def end_step(self) -> None:
+        """See `Router.end_step`."""
+        self.descriptor.end_step()
+
+    def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """See `ScoredRouter.score`."""
+        gate_keys = keys[:, : self.placement.num_local_cells]
+        return scores(x, self._descriptors(gate_keys))
+
+    def _descriptors(self, keys: Tensor) -> Tensor:
+        """`[B, D]`, computed again only if they are differentiated or the weights have changed."""
+        version = self.weights_version
+        if torch.is_grad_enabled() or version is None or not self.descriptor.of_weights_alone:
+            described: Tensor = self.descriptor(keys, self.layer_number)
+            return described
+        if self._kept is None or self._kept[0] != version:
+            self._kept = (version, self.descriptor(keys, self.layer_number))
+        return self._kept[1]

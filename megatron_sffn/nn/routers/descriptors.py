@@ -1,0 +1,210 @@
+"""What a block is described by: one vector `[D]` per block, from its keys or from its tokens.
+
+Enters: this rank's keys `[B / ep, G / etp, D]` (gate keys, for a gated activation). Leaves:
+descriptors `[B, D]`, the same on every rank.
+
+The plain mean is Avg-K (Liu et al. 2023, arXiv 2305.13999). Better aggregators are left open there;
+all others here are ours:
+
+- `max-norm`: the block's longest key;
+- `norm-weighted`: the mean weighted by the keys' lengths;
+- `learned`: a weighted mean, the weights a softmax of a parameter per cell, equal at first;
+- `subset`: the mean of some cells of each block, drawn once;
+- `ema`: a moving average of the tokens that chose the block, the mean key until a step in which
+  one did.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_sffn.nn.routers.base import score_dtype
+from megatron_sffn.ops import device
+from megatron_sffn.utils.hashing import hashed_subsets, seed_of
+
+if TYPE_CHECKING:
+    from megatron_sffn.nn.routers.avg_k import AvgKConfig, AvgKRouter
+
+
+class Mean(torch.nn.Module):
+    """The mean key.
+
+    Args:
+        router: that it belongs to.
+        settings: of the router.
+        group: of all ranks that have tokens of the layer.
+    """
+
+    of_weights_alone: ClassVar[bool] = True
+    """Whether it stays the same until the next optimizer step."""
+
+    def __init__(self, router: AvgKRouter, settings: AvgKConfig, group: Any) -> None:
+        super().__init__()
+        self.placement, self.settings, self.group = router.placement, settings, group
+        self.seed = router.sffn.seed
+
+    def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
+        """`[B / ep, G / etp, D]` to `[B, D]`, fp32 at least."""
+        sums = keys.sum(dim=1, dtype=score_dtype(keys))
+        return self.placement.sum_over_cells(sums) / self.placement.block_size
+
+    def observe(self, x: Tensor, block_ids: Tensor) -> None:
+        """See which tokens `[T, D]` chose which blocks `[T, K]`, in training."""
+
+    def end_step(self) -> None:
+        """A step is over, on all ranks."""
+
+    def _weighted(self, keys: Tensor, weights: Tensor) -> Tensor:
+        """The mean of keys with weights `[B / ep, G / etp]` of at least 0."""
+        keys = keys.to(score_dtype(keys))
+        sums = torch.einsum("bg,bgd->bd", weights, keys)
+        both = torch.cat((sums, weights.sum(dim=1, keepdim=True)), dim=1)
+        both = self.placement.sum_over_cells(both)
+        return both[:, :-1] / both[:, -1:].clamp(min=torch.finfo(both.dtype).tiny)
+
+
+class NormWeighted(Mean):
+    """The mean weighted by length."""
+
+    def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
+        """See `Mean.forward`."""
+        return self._weighted(keys, keys.to(score_dtype(keys)).norm(dim=2))
+
+
+class MaxNorm(Mean):
+    """The longest key; of equal ones the first."""
+
+    def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
+        """See `Mean.forward`."""
+        longest = self._longest(keys.to(score_dtype(keys)))
+        return self._longest(self.placement.parts(longest))
+
+    @staticmethod
+    def _longest(keys: Tensor) -> Tensor:
+        """Of `[blocks, cells, D]` the longest of each block."""
+        best = keys.detach().norm(dim=2).argmax(dim=1)
+        return keys[torch.arange(len(keys), device=keys.device), best]
+
+
+class Subset(Mean):
+    """The mean of some cells."""
+
+    _weights: tuple[int | None, Tensor] | None = None
+
+    def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
+        """See `Mean.forward`."""
+        if self._weights is None or self._weights[0] != layer_number:
+            self._weights = (layer_number, self._draw_weights(keys, layer_number))
+        return self._weighted(keys, self._weights[1])
+
+    @torch.no_grad()
+    def _draw_weights(self, keys: Tensor, layer_number: int | None) -> Tensor:
+        """`[B / ep, G / etp]`: 1 for a cell of the subset, else 0."""
+        grid = self.placement
+        cells = hashed_subsets(
+            torch.arange(grid.num_blocks, device=keys.device),
+            size=grid.block_size,
+            count=min(self.settings.subset_cells or max(1, grid.block_size // 4), grid.block_size),
+            key=seed_of(self.seed, layer_number, "subset"),
+        )
+        chosen = keys.new_zeros(grid.num_blocks, grid.block_size, dtype=score_dtype(keys))
+        return grid.local_cells(chosen.scatter_(1, cells, 1.0))
+
+
+class Learned(Mean):
+    """A weighted mean with learned weights."""
+
+    def __init__(self, router: AvgKRouter, settings: AvgKConfig, group: Any) -> None:
+        super().__init__(router, settings, group)
+        self.weight = router.new_weight("descriptor.weight")
+
+    def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
+        """See `Mean.forward`."""
+        shares = self.weight.to(score_dtype(keys)).softmax(dim=1)
+        return self._weighted(keys, self.placement.local_cells(shares))
+
+
+class MovingAverage(Mean):
+    """An average of the tokens that chose a block, which moves once per step."""
+
+    of_weights_alone = False
+    all_started = False
+    """Whether all blocks have an average, as known on the host; looked at once a step."""
+    average: Tensor
+    started: Tensor
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, router: AvgKRouter, settings: AvgKConfig, group: Any) -> None:
+        super().__init__(router, settings, group)
+        blocks, width = router.sffn.num_blocks, router.config.hidden_size
+        zeros = torch.zeros(blocks, width, dtype=torch.float32, device=device.current())
+        self.register_buffer("average", zeros.clone())
+        self.register_buffer("started", zeros.new_zeros(blocks, 1))
+        self.register_buffer("sums", zeros.clone(), persistent=False)
+        self.register_buffer("counts", zeros.new_zeros(blocks), persistent=False)
+
+    def _maintain_float32_expert_bias(self) -> None:
+        """Megatron's hook: half-precision models have their buffers narrowed, these not."""
+        for name, buffer in self.named_buffers():
+            setattr(self, name, buffer.float())
+
+    def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
+        """See `Mean.forward`; not differentiable in the keys once it has moved."""
+        average = self.average.to(score_dtype(keys))
+        if self.all_started:
+            return average
+        return torch.where(self.started > 0, average, super().forward(keys, layer_number))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, block_ids: Tensor) -> None:
+        """See `Mean.observe`."""
+        num_blocks = len(self.counts)
+        ids, order = block_ids.flatten().sort(stable=True)
+        # Where the choices of each block begin; those of empty places, -1, come first.
+        names = torch.arange(-1, num_blocks + 1, device=ids.device)
+        offsets = torch.searchsorted(ids, names)
+        # Tokens of a block are added one after the other: the order is fixed, as it would not be
+        # with atomic additions of floating-point numbers.
+        sums = F.embedding_bag(
+            order // block_ids.shape[1],
+            x.float(),
+            offsets,
+            mode="sum",
+            include_last_offset=True,
+        )
+        self.sums += sums[1:]
+        self.counts += offsets.diff()[1:]
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """See `Mean.end_step`."""
+        everything = torch.cat((self.sums, self.counts[:, None]), dim=1)
+        if self.group.size() > 1:
+            torch.distributed.all_reduce(everything, group=self.group)
+        counts = everything[:, -1:]
+        mean = everything[:, :-1] / counts.clamp(min=1)
+        # A block's first average is that of its first tokens.
+        decay = self.settings.decay * self.started
+        moved = decay * self.average + (1 - decay) * mean
+        self.average.copy_(torch.where(counts > 0, moved, self.average))
+        self.started.copy_(torch.where(counts > 0, 1.0, self.started))
+        if not self.all_started:
+            self.all_started = bool(self.started.all())
+        self.sums.zero_()
+        self.counts.zero_()
+
+
+DESCRIPTORS: dict[str, type[Mean]] = {
+    "mean": Mean,
+    "max-norm": MaxNorm,
+    "norm-weighted": NormWeighted,
+    "learned": Learned,
+    "subset": Subset,
+    "ema": MovingAverage,
+}
+"""Value of `--sffn-descriptor`."""

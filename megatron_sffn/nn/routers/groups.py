@@ -1,0 +1,83 @@
+"""Group-limited routing: all blocks of a token lie in a few groups of blocks (DeepSeek-V2, §2.1.2).
+
+Inputs: what blocks are chosen by, `[T, B]`, and the numbers of `--moe-router-num-groups` and
+`--moe-router-group-topk`. Outputs: `[T, B]`, where a token may choose.
+
+The B blocks are cut into equal groups of consecutive blocks. A group is worth the sum of its
+K / group_topk largest scores; a token chooses among the blocks of its group_topk best groups. With
+as many groups as ranks, or nodes, of an expert-parallel group, a token then reaches no more than
+group_topk of them. The rule is Megatron's, but that ties go to the group of lowest index.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_sffn.utils.errors import ConfigError
+
+
+def check_groups(config: TransformerConfig | Namespace, num_blocks: int, num_active: int) -> None:
+    """Refuse numbers of groups that cannot be.
+
+    Args:
+        config: Megatron's or its arguments, with `moe_router_num_groups` and
+            `moe_router_group_topk`.
+        num_blocks: B.
+        num_active: K, blocks that a token chooses.
+
+    Raises:
+        ConfigError: if one of the two is missing, groups do not divide the blocks, or the chosen
+            groups do not divide the chosen blocks or cannot hold them.
+    """
+    groups, chosen = config.moe_router_num_groups, config.moe_router_group_topk
+    if groups is None and chosen is None:
+        return
+    if groups is None or chosen is None:
+        missing = "--moe-router-num-groups" if groups is None else "--moe-router-group-topk"
+        raise ConfigError(f"group-limited routing needs {missing}, too; add it, or drop the other")
+    if groups < 1 or num_blocks % groups:
+        raise ConfigError(
+            f"--moe-router-num-groups {groups} does not divide the {num_blocks} blocks; use a "
+            "divisor, such as the expert-parallel size"
+        )
+    if not 1 <= chosen <= groups or num_active % chosen:
+        raise ConfigError(
+            f"--moe-router-group-topk {chosen} is not a divisor of the {num_active} blocks that a "
+            f"token chooses, from 1 to --moe-router-num-groups {groups}; change it"
+        )
+    if num_active > chosen * (num_blocks // groups):
+        raise ConfigError(
+            f"--moe-router-group-topk {chosen} groups of {num_blocks // groups} blocks do not hold "
+            f"the {num_active} blocks that a token chooses; choose more groups, or make fewer"
+        )
+
+
+def in_best_groups(
+    choice: Tensor,
+    num_active: int,
+    num_groups: int,
+    group_topk: int,
+    largest: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Where each token may choose.
+
+    Args:
+        choice: `[T, B]` what blocks are chosen by.
+        num_active: K.
+        num_groups: equal parts of the blocks.
+        group_topk: groups of a token.
+        largest: `(scores [T, n], count)` to the ids `[T, count]` of the largest, exact in ties.
+
+    Returns:
+        `[T, B]` bool. The host does not wait for the device.
+    """
+    groups = choice.unflatten(1, (num_groups, -1))
+    worth = groups.topk(num_active // group_topk, dim=2).values.sum(dim=2)
+    allowed = torch.zeros_like(worth, dtype=torch.bool)
+    allowed.scatter_(1, largest(worth, group_topk), True)
+    return allowed[:, :, None].expand_as(groups).flatten(1)

@@ -1,0 +1,60 @@
+"""LoRKM: VanillaM with keys of low rank (Liu et al. 2023, arXiv 2305.13999).
+
+`t = x Dᵀ` with `D: [d_l, D]`, keys `[M, d_l]`, `s = f(t K~ᵀ)`: the same number selects a cell and
+weighs its value, which stays full. Scoring all cells costs d_l/D of VanillaM's price, and only t
+travels to the blocks. d_l = 128 is our reading of the paper; at g > 1 blocks are aggregated as
+VanillaM's are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_sffn.nn.config import SparseFFNConfig, flag
+from megatron_sffn.nn.routers.vanilla_m import VanillaMConfig, VanillaMRouter
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRKMConfig(VanillaMConfig):
+    """Settings of LoRKM."""
+
+    name = "lorkm"
+    summary = "vanilla-m with keys of low rank: x is projected to d_l numbers first"
+
+    rank: int = flag(
+        "--sffn-key-rank", default=128, least=1, help="d_l, numbers of a low-rank key (lorkm)"
+    )
+
+    def build(self) -> type[LoRKMRouter]:
+        """See `RouterConfig.build`."""
+        return LoRKMRouter
+
+    def key_width(self, hidden_size: int) -> int:
+        """See `RouterConfig.key_width`."""
+        return self.rank
+
+    def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """The projection."""
+        return {"down": (self.rank, hidden_size)}
+
+    def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
+        """The projection, and all keys."""
+        return 2 * self.rank * hidden_size + super().flops(sffn, hidden_size, gated=gated)
+
+
+class LoRKMRouter(VanillaMRouter):
+    """VanillaM on projected tokens. Arguments as `Router`."""
+
+    settings: LoRKMConfig
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.down = self.new_weight("down")
+
+    def query(self, x: Tensor) -> Tensor:
+        """See `ScoredRouter.query`."""
+        return F.linear(x, self.down)

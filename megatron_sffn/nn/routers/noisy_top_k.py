@@ -1,0 +1,75 @@
+"""Noisy top-K gating (Shazeer et al. 2017, arXiv 1701.06538).
+
+In training the scores are `x W_gᵀ + n · softplus(x W_nᵀ)` with n from a standard normal
+distribution, so that blocks that lose narrowly are tried as well; the gate is the softmax over the
+chosen. Both weights start at zero, as in the paper: at first the noise alone decides. Its two
+balance losses (importance and load) are not built; Switch's loss has the same aim and is on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_sffn.nn.config import SparseFFNConfig, flag
+from megatron_sffn.nn.routers.learned import LearnedConfig, LearnedRouter, linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyTopKConfig(LearnedConfig):
+    """Settings of noisy top-K."""
+
+    name = "noisy-top-k"
+    summary = "learned gate with learned noise in training, softmax over the chosen blocks"
+    balance_coefficient = 0.01
+    default_gate = "softmax-chosen"
+    block_rows: ClassVar[tuple[str, ...]] = ("weight", "noise_weight")
+
+    noise: float = flag(
+        "--sffn-noise",
+        default=1.0,
+        least=0.0,
+        training_only=True,
+        help="factor of the noise on the scores (noisy-top-k; 1 in its paper)",
+    )
+
+    def build(self) -> type[NoisyTopKRouter]:
+        """See `RouterConfig.build`."""
+        return NoisyTopKRouter
+
+    def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """See `RouterConfig.weights`."""
+        return super().weights(sffn, hidden_size) | {"noise_weight": (sffn.num_blocks, hidden_size)}
+
+    def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
+        """Without the noise, which an evaluation does not compute."""
+        return super().flops(sffn, hidden_size, gated=gated) - 2 * sffn.num_blocks * hidden_size
+
+
+class NoisyTopKRouter(LearnedRouter):
+    """A learned gate with noise. Arguments as `Router`."""
+
+    settings: NoisyTopKConfig
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.noise_weight = self.new_weight("noise_weight")
+
+    def draw(self, name: str, weight: Tensor) -> None:
+        """See `Router.draw`; the last layers start at zero."""
+        if name == "hidden":
+            super().draw(name, weight)
+        else:
+            weight.zero_()
+
+    def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """See `ScoredRouter.score`."""
+        scores = super().score(x, queries, keys)
+        if not self.training:
+            return scores
+        spread = F.softplus(linear(x, self.noise_weight)) * self.settings.noise
+        return scores + torch.randn_like(spread) * spread

@@ -1,0 +1,76 @@
+"""PKM: product-key memory (Lample et al. 2019, arXiv 1907.05242).
+
+Heads with queries of their own; the softmax over a head's knn scores weighs its values, and heads
+are added up. As in the authors' code: values drawn from N(0, 1/D), sub-keys from U(±1/sqrt(half)).
+Their optional batch norm of the queries is left out: it would make a token's result depend on
+the others of its batch, and so on the layout.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_sffn.nn.config import SparseFFNTransformerConfig, flag
+from megatron_sffn.nn.routers.product_keys import ProductKeysConfig, ProductKeysRouter
+
+
+@dataclass(frozen=True, kw_only=True)
+class PKMConfig(ProductKeysConfig):
+    """Settings of PKM."""
+
+    name = "pkm"
+    summary = "product keys choose cells of a memory of values; softmax over each head's scores"
+    initialization = "pkm"
+
+    heads: int = flag(
+        "--sffn-pkm-heads",
+        default=4,
+        least=1,
+        help="queries of a token, of which each chooses k / heads cells (pkm, pkm-relu)",
+    )
+
+    @property
+    def num_heads(self) -> int:
+        """See `ProductKeysConfig.num_heads`."""
+        return self.heads
+
+    def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
+        """See `RouterConfig.untrained`."""
+        assert config.sffn is not None, "a router is checked in a model that has it"
+        if config.sffn.chosen_cells > self.heads:
+            return None
+        return (
+            f"each of --sffn-pkm-heads {self.heads} heads chooses one cell, and the softmax over "
+            "one score is always 1; use fewer heads, a larger --sffn-active-cells, or "
+            "--sffn-router pkm-relu"
+        )
+
+    @property
+    def query_bias(self) -> bool:
+        """See `ProductKeysConfig.query_bias`."""
+        return True
+
+    def build(self) -> type[PKMRouter]:
+        """See `RouterConfig.build`."""
+        return PKMRouter
+
+
+class PKMRouter(ProductKeysRouter):
+    """Product keys with a softmax per head. Arguments as `Router`."""
+
+    def draw(self, name: str, weight: Tensor) -> None:
+        """As the authors' code; the query as any linear layer, its bias zero."""
+        if name == "subkeys":
+            bound = 1 / math.sqrt(weight.shape[-1])
+            weight.uniform_(-bound, bound)
+        elif name == "query_bias":
+            weight.zero_()
+        else:
+            super().draw(name, weight)
+
+    def coefficients(self, scores: Tensor) -> Tensor:
+        """See `ProductKeysRouter.coefficients`."""
+        return scores.softmax(dim=-1)

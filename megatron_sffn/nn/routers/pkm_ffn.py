@@ -1,0 +1,45 @@
+"""PKM-FFN: product keys as the key table of a feed-forward memory (arXiv 2305.13999, our reading).
+
+`s = f(t1·c_i + t2·c'_j)` with `t = x Dᵀ` cut in two: one head, no softmax, the model's activation.
+The cells of the largest sums are chosen; where f is not monotone (GELU below zero) and fewer than k
+sums are positive, those are not the largest coefficients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_sffn.nn.config import SparseFFNTransformerConfig
+from megatron_sffn.nn.routers.product_keys import ProductKeysConfig, ProductKeysRouter
+from megatron_sffn.ops.activation import Activation
+from megatron_sffn.utils.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PKMFFNConfig(ProductKeysConfig):
+    """Settings of PKM-FFN."""
+
+    name = "pkm-ffn"
+    summary = "an FFN whose key table is made of product keys: one head, the model's activation"
+
+    def check_model(self, config: SparseFFNTransformerConfig) -> None:
+        """See `RouterConfig.check_model`."""
+        if Activation.of(config).gated:
+            raise ConfigError(
+                "--swiglu needs two keys per cell, and a cell of --sffn-router pkm-ffn has one; "
+                "use GELU, --sffn-relu or --squared-relu"
+            )
+
+    def build(self) -> type[PKMFFNRouter]:
+        """See `RouterConfig.build`."""
+        return PKMFFNRouter
+
+
+class PKMFFNRouter(ProductKeysRouter):
+    """Product keys with the model's activation. Arguments as `Router`."""
+
+    def coefficients(self, scores: Tensor) -> Tensor:
+        """See `ProductKeysRouter.coefficients`."""
+        return Activation.of(self.config)(scores)

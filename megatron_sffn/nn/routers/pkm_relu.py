@@ -1,0 +1,50 @@
+"""PKM with ReLU instead of softmax (Csordás, Irie, Schmidhuber 2023, arXiv 2310.10837).
+
+The values are weighed by the ReLU of the scores, which do not compete; with all M cells chosen this
+is a dense FFN whose keys are `[c_i; c'_j]`. Tables and sub-keys are drawn as sigma-MoE draws its
+own: a coefficient then starts with the variance of a dense layer's (our reading: the sum of two
+halves has that of one whole key).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_sffn.nn.config import SparseFFNTransformerConfig
+from megatron_sffn.nn.routers.pkm import PKMConfig, PKMRouter
+
+
+@dataclass(frozen=True, kw_only=True)
+class PKMReLUConfig(PKMConfig):
+    """Settings of PKM with ReLU."""
+
+    name = "pkm-relu"
+    summary = "pkm with the ReLU of the scores instead of a softmax"
+    initialization = "sigma-moe"
+
+    def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
+        """None: the ReLU of a head's only score depends on it."""
+        return None
+
+    def build(self) -> type[PKMReLURouter]:
+        """See `RouterConfig.build`."""
+        return PKMReLURouter
+
+
+class PKMReLURouter(PKMRouter):
+    """Product keys with ReLU. Arguments as `Router`."""
+
+    def draw(self, name: str, weight: Tensor) -> None:
+        """Standard deviations by the fan-in: D for queries, the whole key for its halves."""
+        if name == "query_bias":
+            weight.zero_()
+            return
+        fan_in = self.settings.key_size if name == "subkeys" else self.config.hidden_size
+        weight.normal_(std=math.sqrt(2 / (self.config.num_layers * fan_in)))
+
+    def coefficients(self, scores: Tensor) -> Tensor:
+        """See `ProductKeysRouter.coefficients`."""
+        return scores.relu()

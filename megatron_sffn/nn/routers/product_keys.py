@@ -1,0 +1,161 @@
+"""Product keys: the best of M = n² keys for the price of 2n (Lample et al. 2019, arXiv 1907.05242).
+
+Enters: tokens `[T, D]`. Leaves: cells and their coefficients; the memory has values alone. A head
+cuts its query in two halves and scores each against n sub-keys; the score of cell `i·n + j` is the
+sum of its two. The best knn of all n² sums are among the knn·knn sums of each half's best knn, also
+with ties: a cell outside them has knn others at least as good before it.
+
+The score is the coefficient of a cell, so blocks have one cell, and k = heads · knn.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_sffn.nn.config import RouterConfig, SparseFFNConfig, flag
+from megatron_sffn.nn.routers.base import Router, Routing, score_dtype
+from megatron_sffn.utils.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductKeysConfig(RouterConfig):
+    """What the methods with product keys share."""
+
+    key_size: int = flag(
+        "--sffn-product-key-size",
+        default=256,
+        least=2,
+        help="numbers of a product key and its query, half of them for each table (pkm, pkm-relu, "
+        "pkm-ffn)",
+    )
+
+    @property
+    def num_heads(self) -> int:
+        """Queries of a token."""
+        return 1
+
+    @property
+    def query_bias(self) -> bool:
+        """Whether the query has a bias."""
+        return False
+
+    @property
+    def gated_output(self) -> bool:
+        """The coefficients travel."""
+        return True
+
+    def key_width(self, hidden_size: int) -> int:
+        """See `RouterConfig.key_width`."""
+        return 0
+
+    def check(self, sffn: SparseFFNConfig) -> None:
+        """See `RouterConfig.check`."""
+        if sffn.block_size != 1:
+            raise ConfigError(
+                f"--sffn-router {self.name} has a score for every cell, not for blocks of "
+                f"--sffn-block-size {sffn.block_size}; use --sffn-block-size 1"
+            )
+        if self.key_size % 2:
+            raise ConfigError(
+                f"--sffn-product-key-size {self.key_size} is cut in two halves; use "
+                f"{self.key_size - 1} or {self.key_size + 1}"
+            )
+        if sffn.chosen_cells % self.num_heads:
+            raise ConfigError(
+                f"--sffn-pkm-heads {self.num_heads} does not divide the {sffn.chosen_cells} active "
+                "cells, of which every head chooses as many; change one of them"
+            )
+        _check_square(self.name, sffn)
+
+    def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Queries and sub-keys."""
+        heads, queries = self.num_heads, self.num_heads * self.key_size
+        bias = {"query_bias": (queries,)} if self.query_bias else {}
+        return {
+            "query": (queries, hidden_size),
+            "subkeys": (heads, 2, math.isqrt(sffn.num_cells), self.key_size // 2),
+            **bias,
+        }
+
+    def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
+        """Queries, and both halves against their sub-keys; the sums are no products."""
+        return 2 * self.num_heads * self.key_size * (hidden_size + math.isqrt(sffn.num_cells))
+
+
+def _check_square(name: str, sffn: SparseFFNConfig) -> None:
+    """M is a square; else the sentence names the expansions nearby for which it is."""
+    cells, active = sffn.num_cells, sffn.active_cells
+    if math.isqrt(cells) ** 2 == cells:
+        return
+    # E·k is a square if and only if E is the square-free part of k times a square.
+    least = next(e for e in range(1, active + 1) if math.isqrt(e * active) ** 2 == e * active)
+    below = math.isqrt(sffn.expansion // least)
+    near = [str(least * root**2) for root in (below, below + 1) if root]
+    raise ConfigError(
+        f"--sffn-router {name} needs a square number of cells, not {cells} (--sffn-expansion "
+        f"{sffn.expansion} · --sffn-active-cells {active}); the nearest --sffn-expansion that "
+        f"gives one: {' or '.join(near)}"
+    )
+
+
+class ProductKeysRouter(Router):
+    """The best cells of each head. Arguments as `Router`."""
+
+    settings: ProductKeysConfig
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        assert isinstance(self.sffn.router, ProductKeysConfig)
+        self.settings = self.sffn.router
+        self.each = self.sffn.num_active_blocks // self.settings.num_heads
+        self.query = self.new_weight("query")
+        self.query_bias = self.new_weight("query_bias") if self.settings.query_bias else None
+        self.subkeys = self.new_weight("subkeys")
+        self.side = self.subkeys.shape[2]
+
+    def coefficients(self, scores: Tensor) -> Tensor:
+        """From the scores `[T, heads, knn]` of chosen cells to what multiplies their values."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor | None,
+        token_ids: Tensor | None = None,
+        num_sequences: int = 1,
+    ) -> Routing:
+        """See `Router.forward`."""
+        dtype, (heads, _, side, half) = score_dtype(x), self.subkeys.shape
+        queries = F.linear(x, self.query, self.query_bias).view(-1, heads, 2, half)
+        # [heads · 2, T, n]: two products per head.
+        scores = torch.einsum("thpc,hpnc->thpn", queries.to(dtype), self.subkeys.to(dtype))
+        self.flag_not_finite(scores)
+        ids = self.largest(scores.detach().reshape(-1, side), min(self.each, side))
+        ids = ids.view(*scores.shape[:3], -1)
+        first, second = self._best_sums(scores.detach().gather(3, ids))
+        # Rows and columns of the chosen, of n: only their scores stay for the backward.
+        rows, columns = ids[:, :, 0].gather(2, first), ids[:, :, 1].gather(2, second)
+        sums = scores[:, :, 0].gather(2, rows) + scores[:, :, 1].gather(2, columns)
+        return Routing(
+            block_ids=(rows * side + columns).flatten(1),
+            gates=self.coefficients(sums).flatten(1),
+            queries=x[:, :0],
+            scores=sums.detach().flatten(1),
+        )
+
+    def _best_sums(self, best: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the best scores of both halves `[T, heads, 2, knn]` the pairs of largest sum.
+
+        Returns:
+            `[T, heads, knn]` their places in the first half, and in the second.
+        """
+        sums = best[:, :, 0, :, None] + best[:, :, 1, None, :]
+        chosen = self.largest(sums.flatten(0, 1).flatten(1), self.each)
+        chosen = chosen.view(*sums.shape[:2], self.each)
+        return chosen // sums.shape[3], chosen % sums.shape[3]

@@ -1,0 +1,44 @@
+"""sigma-MoE: scores that do not compete (Csordás, Irie, Schmidhuber 2023, arXiv 2310.10837).
+
+`s = sigmoid(x W3ᵀ)`; the K blocks of largest s compute, and their own s multiplies their output.
+The paper has ReLU cells (`--sffn-relu`), block dropout and entropy regularisation
+(`--sffn-block-dropout`, `--sffn-entropy-coeff`), and an initialisation that treats the whole memory
+as one dense layer: of the tables (`--sffn-init sigma-moe`, the default here), and of W3, whose rows
+have equal length, so that no block is preferred at first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_sffn.nn.routers.learned import LearnedConfig, LearnedRouter
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmaMoEConfig(LearnedConfig):
+    """Settings of sigma-MoE."""
+
+    name = "sigma-moe"
+    summary = "learned sigmoid gate per block, with block dropout and entropy regularisation"
+    initialization = "sigma-moe"
+    default_gate = "sigmoid"
+
+    def build(self) -> type[SigmaMoERouter]:
+        """See `RouterConfig.build`."""
+        return SigmaMoERouter
+
+
+class SigmaMoERouter(LearnedRouter):
+    """A learned sigmoid gate. Arguments as `Router`."""
+
+    def draw(self, name: str, weight: Tensor) -> None:
+        """Like the keys; then rows of equal length, with the same standard deviation over all."""
+        std = math.sqrt(2 / (self.config.num_layers * weight.shape[1]))
+        weight.normal_(std=std)
+        if name == "weight":
+            drawn = weight.std(correction=0)
+            weight /= weight.norm(dim=1, keepdim=True)
+            weight *= drawn / weight.std(correction=0)

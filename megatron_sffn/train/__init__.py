@@ -1,0 +1,1 @@
+"""A training run: Megatron's loop with our model, data and callbacks."""

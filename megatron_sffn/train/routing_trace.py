@@ -1,0 +1,142 @@
+"""Which blocks every evaluated token was given, kept in a file for `tools/analyze_routing.py`.
+
+Enters: the validation batches of an evaluation on one rank, and what each router returns for them.
+Leaves: an `.npz` file: the id of each token, and for each sparse layer its blocks.
+
+Choices
+- Forward hooks on the routers, put there when a recording is asked for (`--sffn-record-routing`):
+  training knows nothing of them.
+- Blocks of a token are stored in ascending order, in the smallest integers that hold B: half the
+  size, and the measures know no order. -1 is a place that stayed empty.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from megatron_sffn.nn.layer import sparse_layers
+from megatron_sffn.nn.routers.base import Routing
+from megatron_sffn.utils.errors import ConfigError
+
+BLOCKS_OF = "blocks_of_layer_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """Tokens and their blocks.
+
+    Args:
+        token_ids: `[T]`.
+        blocks: layer, counted from 1 -> `[T, K]`.
+        num_blocks: B.
+    """
+
+    token_ids: numpy.ndarray
+    blocks: Mapping[int, numpy.ndarray]
+    num_blocks: int
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        named = {f"{BLOCKS_OF}{layer}": blocks for layer, blocks in self.blocks.items()}
+        try:
+            with part.open("wb") as file:
+                numpy.savez_compressed(
+                    file,
+                    token_ids=self.token_ids,
+                    num_blocks=numpy.array(self.num_blocks),
+                    **named,  # type: ignore[arg-type]  # numpy's stub takes it for a flag
+                )
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: Path) -> Recording:
+        """Read what `save` wrote."""
+        with numpy.load(path) as stored:
+            layers = [name for name in stored.files if name.startswith(BLOCKS_OF)]
+            return Recording(
+                token_ids=stored["token_ids"],
+                blocks={int(name.removeprefix(BLOCKS_OF)): stored[name] for name in layers},
+                num_blocks=int(stored["num_blocks"]),
+            )
+
+
+@dataclass
+class RoutingRecorder:
+    """Makes the recording of one evaluation.
+
+    Args:
+        path: of the file.
+        num_blocks: B.
+    """
+
+    path: Path
+    num_blocks: int
+    _tokens: list[Tensor] = field(default_factory=list)
+    _blocks: dict[int, list[numpy.ndarray]] = field(default_factory=dict)
+    _watched: bool = False
+
+    @staticmethod
+    def of_args(args: Namespace) -> RoutingRecorder | None:
+        """What `--sffn-record-routing` asks for.
+
+        Raises:
+            ConfigError: if the run is not the evaluation of a sparse model on one rank.
+        """
+        path = args.sffn_record_routing
+        if path is None:
+            return None
+        asked = f"--sffn-record-routing {path}"
+        if args.num_experts is None:
+            raise ConfigError(
+                f"{asked} has nothing to record: --sffn-router dense chooses no blocks; leave it "
+                "out"
+            )
+        if not args.skip_train:
+            raise ConfigError(f"{asked} records an evaluation; add --skip-train and --load")
+        if args.world_size > 1:
+            raise ConfigError(
+                f"{asked} records on one rank, not on {args.world_size}; start one, without "
+                "torchrun and without the flags of a layout"
+            )
+        return RoutingRecorder(path=Path(path), num_blocks=args.num_experts)
+
+    def before_forward(self, model: torch.nn.Module, tokens: Tensor) -> None:
+        """Called before each microbatch of the evaluation.
+
+        Args:
+            model: whose routers are watched from the first call on.
+            tokens: `[b, s]` ids.
+        """
+        if not self._watched:
+            self._watched = True
+            for layer in sparse_layers(model):
+                layer.router.register_forward_hook(partial(self._note, layer.layer_number))
+        # The layers' tokens are those of [s, b].
+        self._tokens.append(tokens.T.flatten().cpu())
+
+    def _note(self, layer: int, module: torch.nn.Module, given: Any, routing: Routing) -> None:
+        kind = numpy.int16 if self.num_blocks <= 1 << 15 else numpy.int32
+        ids = routing.block_ids.sort(dim=1).values.cpu().numpy().astype(kind)
+        self._blocks.setdefault(layer, []).append(ids)
+
+    def save(self) -> None:
+        """Write what was recorded."""
+        Recording(
+            token_ids=torch.cat(self._tokens).numpy().astype(numpy.int32),
+            blocks={layer: numpy.concatenate(ids) for layer, ids in sorted(self._blocks.items())},
+            num_blocks=self.num_blocks,
+        ).save(self.path)

@@ -1,0 +1,191 @@
+"""What a run leaves: `summary.json`, and through `routing_log.py` how its layers route.
+
+Enters: losses of each evaluation (`evaluations.py`), the time of each training step, the layers'
+counters. Leaves: files in the run's folder, beside Megatron's checkpoints and TensorBoard events.
+
+Choice: one `Recorder` object, made by the entry point and passed to Megatron as its hooks; nothing
+is kept in module state.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import statistics
+import time
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sffn.accounting import ModelShape, count_parameters, flops_per_token
+from megatron_sffn.nn.layer import sparse_layers
+from megatron_sffn.train.evaluations import Evaluations
+from megatron_sffn.train.routing_metrics import RoutingLog
+from megatron_sffn.train.routing_trace import RoutingRecorder
+from megatron_sffn.train.run_description import describe_run
+from megatron_sffn.utils.atomic_files import write_whole
+
+
+@dataclass
+class Recorder:
+    """Collects what Megatron does not return.
+
+    Args:
+        args: Megatron's namespace.
+        folder: of the run.
+        blocks: recorder of the blocks of every token of an evaluation, where that is asked for.
+    """
+
+    args: Namespace
+    folder: Path
+    blocks: RoutingRecorder | None = None
+    evaluations: Evaluations = field(init=False)
+    samples_per_second: list[float] = field(default_factory=list)
+    sent_bytes_per_token: float | None = None
+    has_started: bool = False
+    routing: RoutingLog = field(init=False)
+    _step: tuple[int, int, float] | None = None
+    _iteration: int | None = None
+
+    def __post_init__(self) -> None:
+        self.evaluations = Evaluations(self.args, self.folder)
+        self.routing = RoutingLog(self.args, self.folder)
+
+    def before_forward(self, training: bool) -> None:
+        """Time the training steps; called before each microbatch's forward pass."""
+        self.has_started = True
+        if not training:
+            self._step = None
+            return
+        now, iteration = time.perf_counter(), self.args.curr_iteration
+        if self._step is not None and self._step[0] == iteration:
+            return
+        samples = self.args.consumed_train_samples
+        if self._step is not None:
+            _, samples_before, started = self._step
+            # The batch may grow from step to step.
+            self.samples_per_second.append((samples - samples_before) / (now - started))
+        self._step = (iteration, samples, now)
+
+    def after_step(self, model: list[torch.nn.Module], num_microbatches: int) -> None:
+        """Called on every rank when all microbatches of a training step have run.
+
+        Args:
+            model: this rank's chunks.
+            num_microbatches: of the step on this rank.
+        """
+        self._iteration = self.args.curr_iteration + 1
+        if self.args.num_experts is not None:
+            self.routing.after_step(model, num_microbatches)
+
+    def before_save(self, model: list[torch.nn.Module], iteration: int) -> None:
+        """Called on every rank before a checkpoint is written.
+
+        Args:
+            model: this rank's chunks.
+            iteration: steps that the model was trained.
+        """
+        if self.args.num_experts is not None:
+            self.routing.before_save(model, iteration)
+
+    @property
+    def iteration(self) -> int:
+        """Steps that the model was trained; before the first, those of the loaded checkpoint."""
+        return int(self.args.iteration if self._iteration is None else self._iteration)
+
+    def after_evaluation(self, model: list[torch.nn.Module]) -> None:
+        """Called on every rank when a data set was evaluated."""
+        former = [one.iteration for one in self.evaluations.validations]
+        evaluation = self.evaluations.end_set()
+        if not evaluation.is_finished:
+            return
+        if self.args.num_experts is not None:
+            self.sent_bytes_per_token = sent_bytes_per_token(model)
+            # The file shows the first evaluation of the validation set at each step.
+            again = evaluation.is_test or evaluation.iteration in former
+            self.routing.after_evaluation(model, evaluation.iteration, again=again)
+        if self.blocks is not None:
+            self.blocks.save()
+            # Nothing else was asked for.
+            self.args.do_test = False
+
+    def write_summary(self, shape: ModelShape) -> Path | None:
+        """Write `summary.json` on rank 0 when the run has ended; returns its path there."""
+        if torch.distributed.get_rank() != 0:
+            return None
+        path = self.folder / "summary.json"
+        write_whole(path, json.dumps(self.summary(shape), indent=2) + "\n")
+        return path
+
+    def summary(self, shape: ModelShape) -> dict[str, Any]:
+        """The run in numbers."""
+        args = self.args
+        losses = self.evaluations.summary()
+        loss = losses["validation_loss"]
+        parameters = count_parameters(shape)
+        return {
+            "router": args.sffn_router,
+            "block_size": shape.sffn.block_size if shape.sffn else None,
+            "expansion": shape.sffn.expansion if shape.sffn else None,
+            "active_cells": shape.sffn.active_cells if shape.sffn else args.ffn_hidden_size,
+            "num_blocks": shape.sffn.num_blocks if shape.sffn else None,
+            "num_active_blocks": shape.sffn.num_active_blocks if shape.sffn else None,
+            "iterations": self.iteration,
+            "tokens": args.consumed_train_samples * args.seq_length,
+            **losses,
+            "validation_perplexity": None if loss is None else math.exp(min(loss, 700)),
+            "parameters_total": parameters.total,
+            "parameters_active": parameters.active,
+            "flops_per_token": flops_per_token(shape).total,
+            "sent_bytes_per_token": self.sent_bytes_per_token,
+            "tokens_per_second": (
+                args.seq_length * statistics.median(self.samples_per_second)
+                if self.samples_per_second
+                else None
+            ),
+            "layout": {
+                "world_size": args.world_size,
+                "tensor": args.tensor_model_parallel_size,
+                "pipeline": args.pipeline_model_parallel_size,
+                "expert": args.expert_model_parallel_size,
+                "expert_tensor": args.expert_tensor_parallel_size,
+                "context": args.context_parallel_size,
+                "data": args.data_parallel_size,
+            },
+            "versions": {
+                "python": platform.python_version(),
+                **{
+                    package: _version_of(package)
+                    for package in ("megatron-sffn", "megatron-core", "torch")
+                },
+            },
+            "seed": args.seed,
+            **describe_run(args, shape),
+        }
+
+
+def _version_of(package: str) -> str | None:
+    """Of an installed package; None for a clone that is imported where it lies."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def sent_bytes_per_token(model: list[torch.nn.Module]) -> float | None:
+    """Bytes that a token cost in the exchange of one sparse layer since the last call.
+
+    Returns:
+        The mean over all layers and ranks; None where nobody counts, with Megatron's dispatcher.
+    """
+    counts = [layer.traffic.take() for chunk in model for layer in sparse_layers(chunk)]
+    total = torch.tensor(counts, dtype=torch.float64).view(-1, 2).sum(dim=0)
+    total = total.to(torch.cuda.current_device())
+    torch.distributed.all_reduce(total)
+    tokens, sent = total.tolist()
+    return sent / tokens if tokens else None
