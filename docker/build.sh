@@ -15,7 +15,7 @@ kind=${1:-}
 image=${IMAGE:-megatron-sffn:$kind} # the name of what is built
 # Tests that run in it, arguments of the quick start (--train-iters 20), options of the engine's
 # `run` (--ulimit host).
-read -ra tests <<<"${TESTS:-tests/routers tests/integration}"
+read -ra tests <<<"${TESTS:-tests/nn/routers tests/integration}"
 read -ra quickstart <<<"${QUICKSTART:-}"
 read -ra run_options <<<"${RUN_OPTIONS:-}"
 # pip trusts the certificates of this host in the build, too; no layer keeps them.

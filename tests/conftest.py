@@ -29,7 +29,7 @@ from megatron.core import parallel_state  # noqa: E402  (imported on an adapted 
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # noqa: E402
 
-from tests import ranks  # noqa: E402
+from tests.support import ranks  # noqa: E402
 
 # A shell's background job ignores Ctrl-C, and so would all that is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,8 +16,8 @@ import pytest
 from megatron_sffn.doctor import __main__ as doctor
 from megatron_sffn.doctor import findings, machine, packages, smoke
 from megatron_sffn.doctor.findings import ABSENT, OK, WRONG, guarded
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 Lines = dict[str, dict[str, str]]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sffn import pretrain
-from tests.processes import HANGS
+from tests.support.processes import HANGS
 
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 CHECKS = """
 assert not torch.distributed.is_initialized()
 twice = SparseFFN(config), layer

@@ -28,10 +28,10 @@ from megatron_sffn.patches.registry import resolve
 from megatron_sffn.tools import convert_checkpoint
 from megatron_sffn.utils.errors import ConfigError
 from tests.integration import conftest as real_runs
+from tests.support.paths import ROOT
 
 pretrain, text = real_runs.pretrain, real_runs.text
 
-ROOT = Path(__file__).resolve().parents[1]
 FLAGS = "--train-iters 2 --save-interval 1 --split 90,10,0 --eval-iters 1"
 EP2 = "--expert-model-parallel-size 2"
 SECRETS = {

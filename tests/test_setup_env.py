@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import HANGS
+from tests.support.paths import ROOT
+from tests.support.processes import HANGS
 
-SCRIPT = Path(__file__).parents[1] / "tools" / "setup_env.sh"
+SCRIPT = ROOT / "tools" / "setup_env.sh"
 # All that the script may use: a PATH of links to these hides the machine's own pythons.
 COMMANDS = "awk bash cat cksum cp dirname flock grep mkdir rm sed sh sleep sort tee".split()  # noqa: SIM905
 

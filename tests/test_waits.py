@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,11 +22,10 @@ from megatron_sffn.nn.routers.descriptors import DESCRIPTORS
 from megatron_sffn.ops.block_ffn import pairs_of_ids
 from megatron_sffn.ops.block_ffn.check import pairs as check_pairs
 from megatron_sffn.train.nan_check import NanCheck
-from tests import layers, waits
-from tests.layers import SPARSE, VOCAB, Case
-from tests.ranks import run_ranks
-
-ROOT = Path(__file__).parents[1]
+from tests.support import router_cases, waits
+from tests.support.paths import ROOT
+from tests.support.ranks import run_ranks
+from tests.support.router_cases import SPARSE, VOCAB, Case
 
 
 def switch(**megatron: Any) -> Case:
@@ -75,8 +73,8 @@ ALLOWED: dict[str, dict[str, int]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_waits_where_the_table_says_and_nowhere_else(one_rank: None, name: str) -> None:
-    layer = layers.build(CASES[name]).train()
-    hidden, ids, weights = layers.inputs()
+    layer = router_cases.build(CASES[name]).train()
+    hidden, ids, weights = router_cases.inputs()
 
     def step() -> None:
         y, _ = layer(hidden.clone().requires_grad_(), padding_mask=ids)
@@ -117,8 +115,8 @@ def waits_between_ranks() -> dict[str, dict[str, int]]:
     """Where the host would wait in a step of each layer on this rank."""
     result = {}
     for name, (case, _) in BETWEEN_RANKS.items():
-        layer = layers.build(case).train()
-        hidden, ids, weights = layers.inputs()
+        layer = router_cases.build(case).train()
+        hidden, ids, weights = router_cases.inputs()
 
         def step(layer: Any = layer, x: Any = hidden, ids: Any = ids, w: Any = weights) -> None:
             y, _ = layer(x.clone().requires_grad_(), padding_mask=ids)
@@ -137,7 +135,7 @@ def test_an_exchange_waits_for_counts_once_a_level_whatever_the_chunks() -> None
 
 
 def test_the_look_at_the_end_of_a_step_is_one_wait(one_rank: None) -> None:
-    model = torch.nn.ModuleList([layers.build(Case(router="avg-k")) for _ in range(3)])
+    model = torch.nn.ModuleList([router_cases.build(Case(router="avg-k")) for _ in range(3)])
     args = Namespace(num_layers=2, curr_iteration=4, sffn_router="avg-k")
     args.check_for_nan_in_loss_and_grad = args.check_for_spiky_loss = False
     check = NanCheck(args)
@@ -193,7 +191,7 @@ def check_pairs_of(ids: torch.Tensor) -> None:
 
 def test_every_router_runs_on_fake_tensors_of_a_gpu() -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu"],
+        [sys.executable, "-W", "ignore", "-m", "tests.support.fake_gpu"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

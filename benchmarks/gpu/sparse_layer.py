@@ -33,7 +33,7 @@ def sparse_layer(
     from megatron_sffn.nn.layer import layer_class
     from megatron_sffn.nn.routers import ROUTERS
 
-    tests = importlib.import_module("tests.layers")
+    tests = importlib.import_module("tests.support.router_cases")
     numbers = {"block_size": g, "expansion": expansion, **tests.NUMBERS.get(router, {})}
     balance: dict[str, Any] = {"moe_router_load_balancing_type": "none"}
     if router == "switch":

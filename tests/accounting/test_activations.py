@@ -20,9 +20,9 @@ from megatron_sffn.nn.config import Backend, SparseFFNConfig
 from megatron_sffn.nn.routers import ROUTERS
 from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, sparse
 from tests.accounting.saved import kept_bytes
-from tests.cuda_operators import CUDA_OPERATORS
-from tests.ranks import run_ranks
-from tests.waits import played_gpu
+from tests.support.cuda_operators import CUDA_OPERATORS
+from tests.support.ranks import run_ranks
+from tests.support.waits import played_gpu
 
 # Megatron's own, of calls within Megatron.
 pytestmark = [

@@ -22,7 +22,7 @@ from megatron_sffn.nn.layer import sparse_layers
 from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.routers.rand_hash import LARGEST_TABLE
 from tests.accounting.models import SMALL, batch, build, config_of, paper, sparse
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 PATTERN = (True, False, True, True)
 """A dense layer among them: stages differ."""

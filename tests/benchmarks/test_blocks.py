@@ -19,8 +19,8 @@ from benchmarks.machine import Platform
 from benchmarks.rows import columns
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.utils.errors import ConfigError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TOY = (
     "--block-sizes 16 8 --expansions 2 --hidden-size 16 --active-cells 32 --tokens 24 --repeats 2 "
     "--no-output"

@@ -22,9 +22,9 @@ from benchmarks.gpu.plan import PLANS, Section, share
 from benchmarks.gpu.sections import layers, train
 from benchmarks.gpu.supervisor import Command, environment
 from megatron_sffn.utils.errors import ConfigError
-from tests.played_gpu import play_gpu
+from tests.support.paths import ROOT
+from tests.support.played_gpu import play_gpu
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = {
     "results.json",
     "log.txt",

@@ -14,8 +14,8 @@ from benchmarks.parallel import contenders
 from benchmarks.parallel import run as parallel
 from benchmarks.parallel.table import COLUMNS
 from megatron_sffn.utils.errors import ConfigError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TOY = (
     "--ranks 2 --hidden-size 16 --active-cells 32 --expansion 4 --tokens 64 --block-sizes 32 8 "
     "--repeats 2"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 FILES = ["docker/Dockerfile", "docker/Dockerfile.cpu"]
 BUILD = ROOT / "docker" / "build.sh"
 
@@ -103,7 +104,7 @@ def build(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
             (path / name).symlink_to(real)
     environment = {
         "PATH": str(path),
-        "TESTS": "tests/routers tests/ops",
+        "TESTS": "tests/nn/routers tests/ops",
         "QUICKSTART": "--train-iters 20",
     }
     return subprocess.run(
@@ -149,7 +150,7 @@ def test_docker_without_a_daemon_leaves_it_to_podman(tmp_path: Path) -> None:
     wanted = [
         "doctor --no-smoke",
         "quickstart --train-iters 20",
-        "/tests/routers /opt/megatron-sffn/tests/ops",
+        "/tests/nn/routers /opt/megatron-sffn/tests/ops",
     ]
     for line, end in zip(asked[2:], wanted, strict=True):
         assert "--network none" in line

@@ -32,11 +32,12 @@ from megatron_sffn.pretrain import main
 from megatron_sffn.train.run import model_config
 from megatron_sffn.utils.errors import ConfigError
 from tests.integration.conftest import Log
-from tests.ranks import fork
-from tests.slow import slow
+from tests.support.paths import ROOT
+from tests.support.ranks import fork
+from tests.support.slow import slow
 from tools.accounting import costs_of, parsed
 
-FOLDER = Path(__file__).parents[2] / "examples" / "configs"
+FOLDER = ROOT / "examples" / "configs"
 UNIFIED, SIGMA, SMALL, LARGE = (
     "unified_sffn.sh",
     "sigma_moe.sh",

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sffn.utils.errors import ConfigError
+from tests.support.paths import ROOT
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "corpus.py"
+SCRIPT = ROOT / "examples" / "quickstart" / "corpus.py"
 spec = importlib.util.spec_from_file_location("quickstart_corpus", SCRIPT)
 assert spec is not None and spec.loader is not None
 corpus = importlib.util.module_from_spec(spec)

@@ -25,11 +25,10 @@ from examples.quickstart import data
 from megatron_sffn.checks.data import check_dataset
 from megatron_sffn.data.indexed.format import open_index
 from megatron_sffn.utils.errors import ConfigError
+from tests.support.paths import ROOT
 
 # Other tests may have left threads in this process; the workers of these use none of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -23,9 +23,10 @@ from torch.distributed.run import config_from_args, get_args_parser
 from megatron_sffn.patches import cpu
 from megatron_sffn.train.arguments import parse
 from tests.integration.conftest import MODEL
-from tests.processes import HANGS, kill_all
+from tests.support.paths import ROOT
+from tests.support.processes import HANGS, kill_all
 
-LAUNCH = Path(__file__).resolve().parents[2] / "examples" / "launch"
+LAUNCH = ROOT / "examples" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 ENVIRONMENTS = sorted(LAUNCH.glob("*.env"))
 BIN = Path(sys.executable).parent

@@ -21,9 +21,9 @@ from examples.quickstart.launch import Display, RunFailedError, Status, launch
 from examples.quickstart.report import Result
 from examples.quickstart.runs import RUNS, VOCAB_SIZE, Plan
 from megatron_sffn.utils.errors import ConfigError
-from tests.processes import HANGS
+from tests.support.paths import ROOT
+from tests.support.processes import HANGS
 
-ROOT = Path(__file__).resolve().parents[2]
 DENSE, AVG_K = RUNS
 
 

@@ -26,11 +26,11 @@ import psutil
 
 from megatron_sffn.pretrain import main
 from megatron_sffn.utils.errors import run_command
-from tests import ranks
 from tests.integration.conftest import MODEL
-from tests.processes import HANGS, kill_all, wait_until
+from tests.support import ranks
+from tests.support.paths import ROOT
+from tests.support.processes import HANGS, kill_all, wait_until
 
-ROOT = Path(__file__).parents[2]
 EP2 = "--expert-model-parallel-size 2"
 RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """For torchrun, whose ranks otherwise find the addresses of killed ones after a restart."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_sffn.checkpoints.files import folder_to_load, iteration_of, problem_of
 from tests.faults.jobs import EP2, Agent, Job, SmallDisk, column, job, validation_loss
-from tests.processes import HANGS, wait_until
+from tests.support.processes import HANGS, wait_until
 
 INTERVAL = 5
 """Steps between saves."""

@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.jobs import FLAGS, ROOT
 from tests.faults.raising import SENTENCE
-from tests.processes import HANGS
+from tests.support.processes import HANGS
 
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2"

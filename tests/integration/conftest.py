@@ -18,7 +18,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_sffn.pretrain import main
-from tests.ranks import fork
+from tests.support.paths import ROOT
+from tests.support.ranks import fork
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 64
@@ -50,7 +51,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def fixed_text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A data set that is the same on every machine and Python: the license, several times over."""
-    license_text = Path(__file__).parents[2] / "LICENSE"
+    license_text = ROOT / "LICENSE"
     return write_bytes(tmp_path_factory.mktemp("text") / "license", [license_text] * 4)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import Log, write_bytes
-from tests.slow import slow
+from tests.support.slow import slow
 
 SWITCH = "--sffn-router switch --train-iters 8 --save run --save-interval 4"
 EP2 = "--expert-model-parallel-size 2"

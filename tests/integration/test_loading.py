@@ -13,7 +13,7 @@ import pytest
 
 from megatron_sffn.pretrain import main
 from tests.integration.conftest import MODEL, Log
-from tests.ranks import fork
+from tests.support.ranks import fork
 from tools import build_index_cache
 
 RUN = "--train-iters 6 --split 80,10,10"

@@ -19,10 +19,11 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import MODEL, Log
-from tests.processes import HANGS, kill_all, wait_until
-from tests.slow import slow
+from tests.support.paths import ROOT
+from tests.support.processes import HANGS, kill_all, wait_until
+from tests.support.slow import slow
 
-LAUNCH = Path(__file__).parents[2] / "examples" / "launch"
+LAUNCH = ROOT / "examples" / "launch"
 ADDRESSES = ("198.18.0.1", "198.18.0.2")  # of the range for tests of networks, RFC 2544
 FLAGS = "--train-iters 5 --split 90,10,0"
 # Both kinds of exchange inside a sparse layer cross the cable: blocks lie on all four ranks.

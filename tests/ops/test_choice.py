@@ -16,7 +16,7 @@ from megatron_sffn.nn.config import (
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.ops.block_ffn import Pairs, choice, op
 from megatron_sffn.ops.block_ffn.choice import Shape
-from tests.played_gpu import play_gpu
+from tests.support.played_gpu import play_gpu
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import HANGS
+from tests.support.processes import HANGS
 
 SAME_AS_TORCH = """
 import torch

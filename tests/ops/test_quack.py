@@ -20,7 +20,7 @@ from megatron_sffn.ops.block_ffn import choice, grouped, op, quack
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.utils.errors import ConfigError
 from tests.ops.test_torch_backends import D, R, load
-from tests.played_gpu import play_gpu
+from tests.support.played_gpu import play_gpu
 
 
 def gemm(

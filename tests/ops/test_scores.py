@@ -8,8 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_sffn.ops.scores import naive, op, scores
-from tests.cuda_operators import CUDA_OPERATORS
-from tests.played_gpu import play_gpu
+from tests.support.cuda_operators import CUDA_OPERATORS
+from tests.support.played_gpu import play_gpu
 
 T, B, D = 37, 19, 250
 HALF = [torch.bfloat16, torch.float16]

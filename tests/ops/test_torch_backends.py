@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_sffn.ops import Activation, block_ffn
 from megatron_sffn.ops.block_ffn import Pairs, bags, block_ffn_pairs, grouped, masked
 from megatron_sffn.utils.errors import ConfigError
-from tests.played_gpu import play_gpu
+from tests.support.played_gpu import play_gpu
 
 D, R = 24, 37
 BACKENDS = ("grouped", "masked", "bags", "torch")

@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +24,7 @@ from megatron_sffn.ops.block_ffn import cpu, op
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.utils.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.layers import inputs, tables
+from tests.support.router_cases import inputs, tables
 
 
 def weights_of(layer: Any) -> dict[str, Tensor]:

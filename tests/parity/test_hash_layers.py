@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.layers import VOCAB, Case, build, inputs
 from tests.parity.compare import assert_same, copies_of, formula, ours
+from tests.support.router_cases import VOCAB, Case, build, inputs
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -24,8 +24,8 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from tests.layers import FLOAT64, Case, D, build, copy_tables, draw, inputs
 from tests.parity.compare import assert_same, ours, outcome
+from tests.support.router_cases import FLOAT64, Case, D, build, copy_tables, draw, inputs
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -15,7 +15,6 @@ from transformers.models.mixtral.modeling_mixtral import (
     load_balancing_loss_func,
 )
 
-from tests.layers import draw
 from tests.parity.compare import assert_same, ours
 from tests.parity.transformers_blocks import (
     FP32,
@@ -25,6 +24,7 @@ from tests.parity.transformers_blocks import (
     theirs,
     with_weights_of,
 )
+from tests.support.router_cases import draw
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

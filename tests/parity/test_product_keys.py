@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.layers import Case, build
 from tests.parity.compare import assert_same, copies_of, formula, ours
+from tests.support.router_cases import Case, build
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

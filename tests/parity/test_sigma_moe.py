@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sffn.nn.routers.s_base import balancing_prices
-from tests.layers import Case, build, draw
 from tests.parity.compare import assert_same, copies_of, formula, ours
+from tests.support.router_cases import Case, build, draw
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

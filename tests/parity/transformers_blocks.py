@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.layers import Case, D, build
 from tests.parity.compare import outcome
+from tests.support.router_cases import Case, D, build
 
 FP32 = 2e-6
 """Relative tolerance of a float64 layer with probabilities in fp32."""

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
-from tests.data import made_tokenizers
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
+from tests.support import tokenizers
+from tests.support.paths import ROOT
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
 StartTool = Callable[..., "subprocess.Popen[str]"]
@@ -23,7 +21,7 @@ StartTool = Callable[..., "subprocess.Popen[str]"]
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Texts that a careless tokenizer changes."""
-    return made_tokenizers.TEXTS
+    return tokenizers.TEXTS
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +58,7 @@ def start_tool() -> StartTool:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small tokenizer, trained in this process."""
-    return Path(made_tokenizers.byte_level(tmp_path_factory.mktemp("tokenizer"))[-1])
+    return Path(tokenizers.byte_level(tmp_path_factory.mktemp("tokenizer"))[-1])
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +68,7 @@ def build_tokenizer() -> Callable[[Path], object]:
     def build(folder: Path) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Megatron's, of every accelerator library it misses
-            flags = made_tokenizers.hugging_face(folder)
-            return load_tokenizer(made_tokenizers.arguments(flags), need_eod=True)
+            flags = tokenizers.hugging_face(folder)
+            return load_tokenizer(tokenizers.arguments(flags), need_eod=True)
 
     return build

@@ -13,7 +13,7 @@ import pytest
 from megatron_sffn.train.routing_trace import Recording
 from megatron_sffn.utils.errors import ConfigError
 from tests.integration import conftest as real_runs
-from tests.processes import HANGS
+from tests.support.processes import HANGS
 
 pretrain, text = real_runs.pretrain, real_runs.text
 

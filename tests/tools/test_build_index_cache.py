@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sffn.utils.errors import ConfigError
-from tests.data.runs import MODEL, random_documents, write_dataset
-from tests.processes import HANGS
-from tests.ranks import fork
+from tests.support.preprocess_runs import MODEL, random_documents, write_dataset
+from tests.support.processes import HANGS
+from tests.support.ranks import fork
 from tests.tools.conftest import StartTool
 from tools import build_index_cache
 

@@ -13,7 +13,7 @@ import dedup_dataset
 import pytest
 
 from megatron_sffn.utils.errors import ConfigError
-from tests.processes import HANGS
+from tests.support.processes import HANGS
 
 # Other tests may have left threads in this process; the workers of these use none of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

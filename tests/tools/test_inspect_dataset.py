@@ -14,11 +14,12 @@ import inspect_dataset
 import numpy
 import pytest
 
-from megatron_sffn.data.indexed.format import format, open_index, stats
+from megatron_sffn.data.indexed import stats
+from megatron_sffn.data.indexed.format import open_index
 from megatron_sffn.data.indexed.stats import document_lengths, id_counts, samples
 from megatron_sffn.utils.errors import ConfigError
-from tests.data.pairs import random_documents, write_pair
-from tests.processes import HANGS
+from tests.support.dataset_pairs import random_documents, write_pair
+from tests.support.processes import HANGS
 
 DOCUMENTS = random_documents(300, vocab=90)
 LENGTHS = [sum(map(len, document)) for document in DOCUMENTS]

@@ -18,11 +18,12 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_sffn.data.indexed.format import IndexWriter, check_index, format, open_index
+from megatron_sffn.data.indexed import format as indexed
+from megatron_sffn.data.indexed.format import IndexWriter, check_index, open_index
 from megatron_sffn.data.indexed.merge import merge
 from megatron_sffn.utils.errors import ConfigError
-from tests.data.pairs import content, merged_by_megatron, random_documents, write_pair
-from tests.processes import HANGS
+from tests.support.dataset_pairs import content, merged_by_megatron, random_documents, write_pair
+from tests.support.processes import HANGS
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,7 @@ def test_pieces_are_joined(
     monkeypatch: pytest.MonkeyPatch,
     piece: int,
 ) -> None:
-    monkeypatch.setattr(format, "PIECE", piece)
+    monkeypatch.setattr(indexed, "PIECE", piece)
     assert run("--input", *shards, "--output-prefix", tmp_path / "out") == 0
     assert content(tmp_path / "out") == merged
 
@@ -127,7 +128,7 @@ def test_beyond_four_gigabytes(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(format, "PIECE", 1 << 12)
+    monkeypatch.setattr(indexed, "PIECE", 1 << 12)
     number = 300_000
     writer = IndexWriter(numpy.dtype("u2"), tmp_path)
     writer.add_sequences(numpy.ones(number, numpy.int32))

@@ -23,16 +23,16 @@ from megatron_sffn.data.text import chunks
 from megatron_sffn.data.tokenize import preprocess, workers
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 from megatron_sffn.utils.errors import ConfigError
-from tests.data import made_tokenizers
-from tests.data.made_tokenizers import arguments, write_as_megatron
-from tests.processes import HANGS
+from tests.support import tokenizers
+from tests.support.processes import HANGS
+from tests.support.tokenizers import arguments, write_as_megatron
 
 # Other tests may have left threads in this process; the workers of these use none of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 def flags(source: object, prefix: Path, tokenizer: object, *more: object) -> list[str]:
-    named = tokenizer if isinstance(tokenizer, list) else made_tokenizers.hugging_face(tokenizer)
+    named = tokenizer if isinstance(tokenizer, list) else tokenizers.hugging_face(tokenizer)
     values = ["--input", source, "--output-prefix", prefix, "--workers", 1, *named, *more]
     return [str(value) for value in values]
 
@@ -74,9 +74,9 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
-@pytest.mark.parametrize("kind", [*made_tokenizers.KINDS, "large"])
+@pytest.mark.parametrize("kind", [*tokenizers.KINDS, "large"])
 def test_bytes_are_those_of_megatrons_builder(tmp_path, kind, append_eod, texts, write_lines):
-    named = getattr(made_tokenizers, kind)(tmp_path)
+    named = getattr(tokenizers, kind)(tmp_path)
     written = ["1 2", "3", "999 0", "5"] if kind == "null" else ["", *texts, "", *texts, ""]
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in written])
     more = ["--append-eod"] if append_eod else []
@@ -315,11 +315,11 @@ def test_a_long_line(tmp_path, tokenizer_folder, write_lines, monkeypatch):
 
 
 def test_a_tokenizer_that_changes_text_is_said(tmp_path, write_lines, capsys):
-    named = made_tokenizers.sentence_piece(tmp_path)
+    named = tokenizers.sentence_piece(tmp_path)
     source = write_lines(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "two  spaces"}])
     assert preprocess_data.main(flags(source, tmp_path / "out", named)) == 0
     assert "warning" not in capsys.readouterr().err
-    named = made_tokenizers.lossy(tmp_path)
+    named = tokenizers.lossy(tmp_path)
     assert preprocess_data.main(flags(source, tmp_path / "lossy", named)) == 0
     err = capsys.readouterr().err
     warning = "warning: the tokenizer changes text, ' spaces' comes back as 'spaces'"

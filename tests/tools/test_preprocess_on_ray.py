@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from megatron_sffn.utils.errors import ConfigError
-from tests.processes import HANGS
+from tests.support.processes import HANGS
 
 RAY = str(Path(sys.executable).with_name("ray"))
 

@@ -19,8 +19,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_sffn.data.corpus.split import parse_parts
 from megatron_sffn.utils.errors import ConfigError
-from tests.data.pairs import content, random_documents, write_pair
-from tests.processes import HANGS
+from tests.support.dataset_pairs import content, random_documents, write_pair
+from tests.support.processes import HANGS
 
 TEXTS = [f"document {number} é 日本\n" * (1 + number % 7) for number in range(400)]
 

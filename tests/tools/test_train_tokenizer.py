@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from megatron_sffn.data.text.sources import find_sources
 from megatron_sffn.utils.errors import ConfigError
-from tests.processes import HANGS
+from tests.support.processes import HANGS
 
 
 def test_command_and_rerun(tmp_path, texts, write_lines, start_tool):

@@ -27,7 +27,7 @@ from benchmarks.gpu.case import Case, Context
 from benchmarks.gpu.sparse_layer import sparse_layer
 from benchmarks.machine import ROOT, Platform, adapt, one_rank
 from benchmarks.rows import append
-from tests.waits import would_wait
+from tests.support.waits import would_wait
 
 PACKAGE = str(ROOT / "megatron_sffn")
 

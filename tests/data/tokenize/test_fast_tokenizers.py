@@ -1,0 +1,167 @@
+"""Engines: used when they give the ids of Megatron's tokenizer, and only then."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from megatron_sffn.data.tokenize import fast_tokenizers, gigatoken_engine
+from megatron_sffn.data.tokenize.engine import MegatronEngine
+from megatron_sffn.data.tokenize.fast_tokenizers import choose_engine
+from megatron_sffn.data.tokenize.gigatoken_engine import GigatokenEngine
+from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
+from megatron_sffn.utils.errors import ConfigError
+from tests.support import tokenizers
+from tests.support.tokenizers import KINDS, TEXTS, arguments
+
+FASTEST = {
+    "byte_level": "gigatoken",
+    "json_file": "gigatoken",
+    "surrounded": "gigatoken",
+    "bytes_as_ids": "gigatoken",
+    "gpt2": "gigatoken",
+    "sentence_piece": "gigatoken",
+    "unigram": "megatron",
+    "tiktoken": "megatron",
+    "null": "megatron",
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
+def load(tmp_path: Path, kind: str) -> Any:
+    return load_tokenizer(arguments(KINDS[kind](tmp_path)))
+
+
+def ids_of(engine: Any, texts: list[str]) -> list[list[int]]:
+    ids, lengths = engine(texts)
+    ends = lengths.cumsum().tolist()
+    return [ids[end - length : end].tolist() for end, length in zip(ends, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fastest_gives_the_ids_of_megatron(tmp_path: Path, kind: str) -> None:
+    tokenizer, said = load(tmp_path, kind), []
+    engine = choose_engine(tokenizer, [], "auto", said.append)
+    assert engine.name == FASTEST[kind]
+    assert len(said) == 1 and "\n" not in said[0]
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("".join(TEXTS), k=rng.randrange(200))) for _ in range(50)]
+    if kind == "null":
+        texts = ["1 2 3", "4"]
+    assert ids_of(engine, texts) == [list(tokenizer.tokenize(text)) for text in texts]
+    assert ids_of(engine, texts[:1]) == [list(tokenizer.tokenize(texts[0]))]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "surrounded", "gpt2"])
+@pytest.mark.parametrize("name", ["gigatoken", "tokenizers"])
+def test_special_tokens_in_a_text_and_empty_texts(tmp_path: Path, kind: str, name: str) -> None:
+    tokenizer = load(tmp_path, kind)
+    texts = ["", "a <|endoftext|>b", "<|endoftext|><|padding|>", "", "x", ""]
+    engine = choose_engine(tokenizer, [], name, print)
+    assert ids_of(engine, texts) == [list(tokenizer.tokenize(text)) for text in texts]
+
+
+def test_without_special_tokens(tmp_path: Path) -> None:
+    flags = [*tokenizers.surrounded(tmp_path), "--tokenizer-hf-no-include-special-tokens"]
+    tokenizer = load_tokenizer(arguments(flags))
+    for name in ("gigatoken", "tokenizers"):
+        engine = choose_engine(tokenizer, TEXTS, name, print)
+        assert ids_of(engine, TEXTS) == [tokenizer.tokenize(text) for text in TEXTS]
+
+
+def fallback(tmp_path: Path, tokenizer: Tokenizer) -> tuple[str, str]:
+    """Which engine is used for a tokenizer, and what is said of it."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    said: list[str] = []
+    loaded = load_tokenizer(arguments(tokenizers.hugging_face(folder)))
+    return choose_engine(loaded, TEXTS, "auto", said.append).name, "; ".join(said)
+
+
+def test_a_vocabulary_without_all_bytes(tmp_path: Path) -> None:
+    letters = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "[U]": 2}, merges=[], unk_token="[U]"))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    name, said = fallback(tmp_path, letters)
+    assert name == "tokenizers" and "ids by tokenizers" in said
+
+
+def test_another_model(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"plain": 0, "[U]": 1}, unk_token="[U]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.normalizer = normalizers.Lowercase()
+    name, said = fallback(tmp_path, words)
+    assert name == "tokenizers" and "ids by tokenizers" in said
+
+
+class _Wrong(MegatronEngine):
+    """An engine that fails on one text of the input."""
+
+    name = "gigatoken"
+
+    def __call__(self, texts: Any) -> Any:
+        ids, lengths = super().__call__(texts)
+        if "the odd text" in texts:
+            ids[-1] += 1
+        return ids, lengths
+
+
+def test_a_difference_on_the_input_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fast_tokenizers.MAKERS, "gigatoken", _Wrong)
+    tokenizer, said = load(tmp_path, "byte_level"), []
+    assert choose_engine(tokenizer, ["text"], "auto", said.append).name == "gigatoken"
+    sample = ["text", "the odd text"]
+    assert choose_engine(tokenizer, sample, "auto", said.append).name == "tokenizers"
+    right = tokenizer.tokenize("the odd text")
+    wrong = [*right[:-1], right[-1] + 1]
+    assert said[1].endswith(f"gigatoken gives {wrong[:8]} for 'the odd text', not {right[:8]}")
+    with pytest.raises(ConfigError, match=r"--engine gigatoken .* gives .* 'the odd text', not"):
+        choose_engine(tokenizer, sample, "gigatoken", print)
+
+
+def test_an_engine_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    tokenizer, said = load(tmp_path, "byte_level"), []
+    assert choose_engine(tokenizer, TEXTS, "auto", said.append).name == "tokenizers"
+    assert "gigatoken is not installed (pip install gigatoken)" in said[0]
+    with pytest.raises(ConfigError, match=r"--engine gigatoken cannot stand .*is not installed"):
+        choose_engine(tokenizer, TEXTS, "gigatoken", print)
+
+
+def test_an_engine_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--engine tokenizers cannot stand .* needs a fast tok"):
+        choose_engine(load(tmp_path, "unigram"), TEXTS, "tokenizers", print)
+
+
+def loads_of_new_words(folder: Path) -> int:
+    """How often gigatoken is loaded anew over 200,000 words that it has not met."""
+    gigatoken_engine.GROWTH_BYTES = 5 << 20
+    tokenizer = load(folder, "byte_level")
+    engine = GigatokenEngine(tokenizer)
+    load_anew, loads = engine._load, []
+    engine._load = lambda: loads.append(1) or load_anew()
+    rng = random.Random(0)
+    for _ in range(20):
+        words = " ".join("".join(rng.choices("abcdefghijkl", k=10)) for _ in range(10_000))
+        ids = ids_of(engine, [words])
+    assert ids == [tokenizer.tokenize(words)]
+    return len(loads)
+
+
+def test_gigatoken_forgets(tmp_path: Path) -> None:
+    # In a process of its own: what this one has freed is taken again without growth.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert 1 <= pool.submit(loads_of_new_words, tmp_path).result() < 20

@@ -1,0 +1,86 @@
+"""Gradients of tables that are added to Megatron's `main_grad` by the backward of `block_ffn`."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sffn.ops.block_ffn import main_grad
+from tests.support.engine import Layout, Variant, build, forward, parts, samples
+from tests.support.ranks import run_ranks
+
+VARIANTS = {
+    "avg-k without a gate": Variant("avg-k"),
+    "avg-k with a gate": Variant("avg-k", options=(("gate", "sigmoid"),)),
+    "vanilla-m": Variant("vanilla-m"),
+    "pkm": Variant("pkm"),
+    "in chunks": Variant("switch", sffn=(("exchange_chunks", 3),)),
+    "pkm in chunks": Variant("pkm", sffn=(("exchange_chunks", 3),)),
+}
+"""Keys that the router does not differentiate, keys that it does, values alone, and tables that are
+used once for each chunk of a microbatch."""
+
+LAYOUTS = {
+    "one rank": Layout(dtype=torch.float32),
+    "one rank, full recomputation": Layout(dtype=torch.float32, recompute="full"),
+    "EP2": Layout(ranks=2, expert=2, dtype=torch.float32),
+    "DP2, overlapped": Layout(ranks=2, distributed_optimizer=True, dtype=torch.float32),
+}
+
+
+def gradients(layout: Layout, *, direct: bool) -> list[dict[str, Any]]:
+    """Of a step of several microbatches, for each variant; with the marks on the tables."""
+    warnings.simplefilter("ignore")  # Megatron's own, of its experimental models
+    if not direct:
+        main_grad.buffer_of = lambda table: None
+    return [_step(variant, layout) for variant in VARIANTS.values()]
+
+
+def _step(variant: Variant, layout: Layout) -> dict[str, Any]:
+    (chunk,) = build(variant, layout)
+    chunk.zero_grad_buffer()
+    batches = list(samples(0))
+    for number, batch in enumerate(batches):
+        run = partial(_microbatch, chunk, batch)
+        if number == len(batches) - 1:
+            run()
+        else:
+            with chunk.no_sync():
+                run()
+    chunk.finish_grad_sync()
+    tables = {n: p for n, p in chunk.named_parameters() if n.endswith(("experts.keys", "values"))}
+    marked = {name for name, table in tables.items() if table.grad_added_to_main_grad}
+    return {
+        "grads": parts([chunk], "main_grad"),
+        "tables": set(tables),
+        "marked": marked,
+        "left": [name for name, weight in chunk.named_parameters() if weight.grad is not None],
+    }
+
+
+def _microbatch(chunk: Any, batch: Any) -> None:
+    logits, loss_of = forward(0, iter([batch]), chunk)
+    loss_of(logits)[0].backward()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_adding_to_main_grad_gives_the_gradients_of_autograd(name: str) -> None:
+    layout = LAYOUTS[name]
+    direct, usual = (
+        run_ranks(layout.ranks, partial(gradients, layout, direct=on), **layout.groups())
+        for on in (True, False)
+    )
+    for rank_direct, rank_usual in zip(direct, usual, strict=True):
+        for variant, ours, theirs in zip(VARIANTS, rank_direct, rank_usual, strict=True):
+            assert ours["marked"] == ours["tables"] != set(), variant
+            assert not theirs["marked"]
+            assert not ours["left"], "a gradient outlived its microbatch"
+            for (weight, *_, grad), (*_, expected) in zip(
+                ours["grads"], theirs["grads"], strict=True
+            ):
+                error = (grad - expected).norm() / expected.norm()
+                assert error < 1e-6, f"{variant}, {weight}: {error:.1e}"

@@ -1,0 +1,300 @@
+"""The framework (methods F1-F7), for every router: layers on one rank, in float64.
+
+The oracle (F7) is written without blocks, dispatch or top-K of ours: all M coefficients, a mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_sffn.nn.routers import ROUTERS, rand_hash
+from megatron_sffn.nn.routers.learned import LearnedRouter
+from megatron_sffn.nn.routers.product_keys import ProductKeysRouter
+from tests.support import router_cases
+from tests.support.router_cases import BATCH, NUMBERS, SPARSE, Case, D, S
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+GATE_FREE = ["avg-k", "vanilla-m", "lorkm", "rand-hash", "top-k-act", "pkm-ffn"]
+"""Methods whose block outputs have no factor; pkm-ffn's coefficients are f of its scores."""
+IN_BLOCKS = [name for name in SPARSE if NUMBERS.get(name, {}).get("block_size") != 1]
+
+
+def sizes(routers: list[str], *block_sizes: int) -> list[tuple[str, int]]:
+    """Routers with the block sizes they have."""
+    return [(name, g) for name in routers for g in block_sizes if g == 1 or name in IN_BLOCKS]
+
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def without_losses(router: str, **fields: Any) -> Case:
+    """A layer in which a token knows nothing of the others: no loss; S-BASE's choice in eval."""
+    none = (("moe_router_load_balancing_type", "none"),)
+    return Case(router=router, megatron=none, training=router != "s-base", **fields)
+
+
+def tokens() -> tuple[Tensor, Tensor]:
+    """Hidden states `[S, BATCH, D]` and ids `[BATCH, S]`."""
+    hidden, ids, _ = router_cases.inputs()
+    return hidden, ids
+
+
+def run(layer: Any, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`[T, D]` outputs, `[T, K]` block ids and gates of a layer."""
+    seen: list[Any] = []
+    counter = layer.trained if layer.training else layer.evaluated
+    hook = counter.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    y, bias = layer(hidden, padding_mask=ids)
+    hook.remove()
+    assert bias is None
+    return y.flatten(0, 1), seen[0].block_ids, seen[0].gates
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """`[T, B]` 1 where a score is among the largest of its row; without ties."""
+    least = scores.sort(dim=1, descending=True).values[:, count - 1 : count]
+    return (scores >= least).to(scores.dtype)
+
+
+def product_coefficients(name: str, layer: Any, x: Tensor) -> Tensor:
+    """`[T, M]` what multiplies each value, all heads together; by enumeration of all sums."""
+    router = layer.router
+    heads, _, side, half = router.subkeys.shape
+    total = x.new_zeros(len(x), side * side)
+    for head in range(heads):
+        rows = slice(head * 2 * half, (head + 1) * 2 * half)
+        query = x @ router.query[rows].T
+        if router.query_bias is not None:
+            query = query + router.query_bias[rows]
+        keys = torch.stack(
+            [
+                torch.cat((router.subkeys[head, 0, i], router.subkeys[head, 1, j]))
+                for i in range(side)
+                for j in range(side)
+            ]
+        )
+        scores = query @ keys.T
+        mask = largest(scores.detach(), layer.router.sffn.chosen_cells // heads)
+        if name == "pkm":
+            weights = scores.exp() * mask
+            total = total + weights / weights.sum(dim=1, keepdim=True)
+        else:
+            total = total + mask * (F.relu(scores) if name == "pkm-relu" else F.gelu(scores))
+    return total
+
+
+def block_factors(name: str, layer: Any, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """`[T, B]` factor of each block, 0 where it is not chosen, and the `[T, width]` queries."""
+    router, (keys, _) = layer.router, layer.experts()
+    count, queries = router.sffn.num_active_blocks, x
+    if name == "rand-hash":  # which blocks is R1 to R4's matter
+        mask = x.new_zeros(len(x), router.sffn.num_blocks).scatter(1, ids, 1.0)
+        return mask, queries
+    if name == "avg-k":
+        scores = torch.einsum("td,bgd->tb", x, keys) / keys.shape[1]
+    elif name in ("vanilla-m", "lorkm", "top-k-act"):
+        queries = x @ router.down.T if name == "lorkm" else x
+        scores = F.gelu(torch.einsum("td,bgd->tbg", queries, keys)).sum(2) / keys.shape[1]
+    else:
+        scores = x @ router.weight.T
+    mask = largest(scores.detach(), count)
+    if not isinstance(router, LearnedRouter):
+        return mask, queries
+    if name in ("sigma-moe", "s-base"):
+        return mask / (1 + (-scores).exp()), queries
+    over = mask if name in ("softmax-after", "noisy-top-k") else torch.ones_like(mask)
+    weights = scores.exp()
+    return mask * weights / (weights * over).sum(dim=1, keepdim=True), queries
+
+
+def oracle(name: str, layer: Any, x: Tensor, ids: Tensor) -> Tensor:
+    """F7: `y = (f(x Kᵀ) · mask) V`, times the gate where there is one."""
+    keys, values = layer.experts()
+    values = values.flatten(0, 1)
+    if keys is None:
+        return product_coefficients(name, layer, x) @ values
+    factors, queries = block_factors(name, layer, x, ids)
+    factors = factors.repeat_interleave(layer.router.sffn.block_size, dim=1)
+    return (F.gelu(queries @ keys.flatten(0, 1).T) * factors) @ values
+
+
+CONSTANT_GATE = [("softmax-after", 16), ("noisy-top-k", 16)]
+"""Routers and block sizes at which one block is chosen, whose share of its own softmax is 1."""
+
+
+@pytest.mark.parametrize(
+    ("router", "g"), [size for size in sizes(SPARSE, 1, 4, 16) if size not in CONSTANT_GATE]
+)
+def test_f7_output_and_every_gradient_are_those_of_the_masked_dense_ffn(
+    router: str, g: int
+) -> None:
+    case = without_losses(router, block_size=g)
+    layer = router_cases.build(case).train(case.training)
+    hidden, ids = tokens()
+    weights = router_cases.draw(5, S * BATCH, D)
+    leaves = dict(layer.named_parameters())
+    x = hidden.clone().requires_grad_()
+    y, chosen, _ = run(layer, x, ids)
+    ours = torch.autograd.grad((y * weights).sum(), [x, *leaves.values()], allow_unused=True)
+    again = hidden.clone().requires_grad_()
+    expected = oracle(router, layer, again.flatten(0, 1), chosen)
+    formula = torch.autograd.grad(
+        (expected * weights).sum(), [again, *leaves.values()], allow_unused=True
+    )
+    torch.testing.assert_close(y, expected, **CLOSE)
+    for name, a, b in zip(["x", *leaves], ours, formula, strict=True):
+        if a is None or b is None:  # the noise, whose factor is 0 here
+            assert a is b or not (b if a is None else a).any(), name
+            continue
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize(("router", "g"), sizes(GATE_FREE, 1, 2, 4, 8, 16))
+def test_f1_f2_f3_all_blocks_without_a_gate_are_the_dense_ffn(
+    router: str, g: int, swiglu: bool
+) -> None:
+    if router == "pkm-ffn":
+        swiglu = False  # it has no second key for a cell, and says so
+    # E = 1: M = k = 16 cells, and b = B.
+    layer = router_cases.build(without_losses(router, block_size=g, expansion=1, swiglu=swiglu))
+    hidden, ids = tokens()
+    x = hidden.flatten(0, 1)
+    y, _, _ = run(layer, hidden, ids)
+    keys, values = layer.experts()
+    if router == "pkm-ffn":
+        c, c2 = layer.router.subkeys[0]
+        whole = torch.cat((c.repeat_interleave(4, dim=0), c2.repeat(4, 1)), dim=1)
+        dense = F.gelu(x @ layer.router.query.T @ whole.T) @ values.flatten(0, 1)
+    else:
+        queries = x @ layer.router.down.T if router == "lorkm" else x
+        parts = keys.chunk(2, dim=1) if swiglu else (keys,)
+        up = torch.cat([queries @ part.flatten(0, 1).T for part in parts], dim=1)
+        dense = layer.activation(up) @ values.flatten(0, 1)
+    torch.testing.assert_close(y, dense, **CLOSE)
+
+
+@torch.no_grad()
+def permute_blocks(layer: Any, patch: pytest.MonkeyPatch) -> Tensor:
+    """Permute blocks with all that belongs to them; returns which block stands where now."""
+    router, grid = layer.router, layer.experts.placement
+    order = torch.randperm(grid.num_blocks)
+    if isinstance(router, ProductKeysRouter):
+        rows, columns = torch.randperm(router.side), torch.randperm(router.side)
+        router.subkeys[:, 0] = router.subkeys[:, 0, rows]
+        router.subkeys[:, 1] = router.subkeys[:, 1, columns]
+        order = (rows[:, None] * router.side + columns).flatten()
+    elif isinstance(router, rand_hash.RandHashRouter):
+        subsets, inverse = rand_hash.hashed_subsets, order.argsort()
+        patch.setattr(rand_hash, "hashed_subsets", lambda *a, **k: inverse[subsets(*a, **k)])
+    for name in ("weight", "noise_weight"):
+        if hasattr(router, name):
+            getattr(router, name).copy_(getattr(router, name)[order])
+    for table in layer.experts.parameters():
+        table.copy_(table[order])
+    return order
+
+
+@pytest.mark.parametrize("router", SPARSE)
+def test_f4_the_order_of_blocks_does_not_matter(
+    router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = without_losses(router)
+    layer = router_cases.build(case).train(case.training)
+    before, chosen, _ = run(layer, *tokens())
+    torch.manual_seed(0)
+    order = permute_blocks(layer, monkeypatch)
+    after, moved, _ = run(layer, *tokens())
+    torch.testing.assert_close(after, before, **CLOSE)
+    assert not torch.equal(moved.sort(dim=1).values, chosen.sort(dim=1).values)
+    assert torch.equal(order[moved].sort(dim=1).values, chosen.sort(dim=1).values)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("router", IN_BLOCKS)
+def test_f4_the_order_of_cells_in_a_block_does_not_matter(router: str, swiglu: bool) -> None:
+    case = without_losses(router, swiglu=swiglu)
+    layer = router_cases.build(case).train(case.training)
+    before, chosen, _ = run(layer, *tokens())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for block in range(12):  # an order of its own for each
+            order = torch.randperm(4)
+            for table in layer.experts.parameters():
+                cells = table[block].view(-1, 4, table.shape[2])
+                table[block] = cells[:, order].flatten(0, 1)
+    after, again, _ = run(layer, *tokens())
+    torch.testing.assert_close(after, before, **CLOSE)
+    assert torch.equal(again, chosen)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("router", SPARSE)
+def test_f5_a_token_has_exactly_b_distinct_blocks(router: str, training: bool) -> None:
+    layer = router_cases.build(without_losses(router)).train(training)
+    _, ids, gates = run(layer, *tokens())
+    sffn = layer.router.sffn
+    heads = getattr(sffn.router, "num_heads", 1)
+    assert heads == {"pkm": 2, "pkm-relu": 2}.get(router, 1)
+    assert ids.shape == (S * BATCH, sffn.num_active_blocks)
+    assert ids.min() >= 0 and ids.max() < sffn.num_blocks
+    for row in ids.tolist():
+        each = len(row) // heads
+        for head in range(heads):
+            assert len(set(row[head * each : (head + 1) * each])) == each
+    assert (gates is not None) == sffn.router.gated_output
+    assert gates is None or gates.shape == ids.shape
+
+
+@pytest.mark.parametrize("router", SPARSE)
+def test_f5_a_token_does_not_depend_on_its_batch_or_order(router: str) -> None:
+    case = without_losses(router)
+    layer = router_cases.build(case).train(case.training)
+    hidden, ids = tokens()
+    y, chosen, _ = run(layer, hidden, ids)
+    y, chosen = y.view(S, BATCH, D), chosen.view(S, BATCH, -1)
+
+    def same(positions: Tensor, sequences: Tensor) -> None:
+        """Some tokens of some sequences, in any order, alone."""
+        part, where, _ = run(
+            layer, hidden[positions][:, sequences], ids[sequences][:, positions].contiguous()
+        )
+        torch.testing.assert_close(
+            part.view(len(positions), len(sequences), D), y[positions][:, sequences], **CLOSE
+        )
+        expected = chosen[positions][:, sequences].flatten(0, 1)
+        assert torch.equal(where.sort(dim=1).values, expected.sort(dim=1).values)
+
+    torch.manual_seed(0)
+    same(torch.randperm(S), torch.randperm(BATCH))
+    same(torch.tensor([3]), torch.tensor([2]))
+    same(torch.arange(S - 2), torch.arange(1, BATCH))
+
+
+@pytest.mark.parametrize("router", SPARSE)
+def test_f6_cells_that_no_token_chose_get_exactly_no_gradient(router: str) -> None:
+    case = without_losses(router)
+    layer = router_cases.build(case).train(case.training)
+    hidden, ids = tokens()
+    y, chosen, _ = run(layer, hidden[:1], ids[:, :1])  # few tokens, so that blocks stay over
+    y.square().sum().backward()
+    used = torch.zeros(layer.router.sffn.num_blocks, dtype=torch.bool)
+    used[chosen.flatten()] = True
+    assert used.any() and not used.all()
+    for table in layer.experts.parameters():
+        assert (table.grad[~used] == 0).all()
+        # ReLU alone gives zero to chosen ones, too.
+        alive = table.grad[used].flatten(1).any(dim=1)
+        assert alive.all() or (router == "pkm-relu" and alive.any())
+
+
+def test_every_router_is_in_these_tests() -> None:
+    assert {*SPARSE, "dense"} == set(ROUTERS)
+    assert all(not ROUTERS[name]().gated_output for name in GATE_FREE if name != "pkm-ffn")
+    assert {*GATE_FREE} >= {name for name in SPARSE if not ROUTERS[name]().gated_output}

@@ -1,0 +1,108 @@
+"""Group-limited routing: the blocks of a token lie in its best groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import group_limited_topk
+from torch import Tensor
+
+from megatron_sffn.nn.routers.groups import in_best_groups
+from megatron_sffn.ops.route_topk import route_topk
+from megatron_sffn.utils.errors import ConfigError
+from tests.support import router_cases
+from tests.support.ranks import run_ranks
+from tests.support.router_cases import Case
+
+GROUPS = (("moe_router_num_groups", 4), ("moe_router_group_topk", 2))
+"""Of the 12 blocks of `router_cases`, of which a token chooses 4: 4 groups of 3, 2 for a token."""
+
+
+def choose(scores: Tensor, active: int, groups: int, group_topk: int) -> Tensor:
+    """Ids `[T, K]` as a router chooses them."""
+    allowed = in_best_groups(scores, active, groups, group_topk, route_topk)
+    return route_topk(scores.masked_fill(~allowed, -torch.inf), active)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "active", "groups", "group_topk"),
+    [(12, 4, 4, 2), (64, 6, 8, 3), (16, 8, 4, 2), (8, 2, 2, 1), (6, 2, 1, 1)],
+)
+def test_it_chooses_the_blocks_that_megatron_chooses(
+    blocks: int, active: int, groups: int, group_topk: int
+) -> None:
+    scores = torch.randn(50, blocks, generator=torch.Generator().manual_seed(1))
+    _, expected = group_limited_topk(scores, active, 50, blocks, groups, group_topk)
+    chosen = choose(scores, active, groups, group_topk)
+    assert torch.equal(chosen, expected.sort(dim=1).values)
+
+
+def test_equal_groups_and_blocks_are_taken_in_order() -> None:
+    assert choose(torch.zeros(3, 12), 4, 4, 2).tolist() == [[0, 1, 2, 3]] * 3
+    scores = torch.tensor([[0.0, 0, 0, 5, 1, 1, 5, 1, 1, 0, 0, 0]])
+    assert choose(scores, 2, 4, 2).tolist() == [[3, 6]]
+
+
+def groups_of_tokens(case: Case) -> tuple[Tensor, Tensor]:
+    """Ids `[T, K]` of a layer's tokens, and how many groups of 3 blocks each of them reaches."""
+    layer = router_cases.build(case).train(case.training)
+    hidden, ids, _ = router_cases.inputs()
+    tokens = hidden.reshape(-1, router_cases.D)
+    block_ids = layer.router(
+        tokens, layer.experts()[0], ids.T.reshape(-1), router_cases.BATCH
+    ).block_ids
+    reached = torch.zeros(len(block_ids), 5, dtype=torch.bool)
+    reached.scatter_(1, block_ids.div(3, rounding_mode="floor") + 1, True)
+    return block_ids, reached[:, 1:].sum(dim=1)
+
+
+SCORED = ["avg-k", "vanilla-m", "switch", "sigma-moe", "softmax-after", "s-base"]
+
+
+@pytest.mark.parametrize("router", SCORED)
+def test_a_token_stays_in_its_groups(router: str) -> None:
+    ((ids, free),) = run_ranks(1, groups_of_tokens, Case(router=router))
+    ((limited_ids, limited),) = run_ranks(1, groups_of_tokens, Case(router=router, megatron=GROUPS))
+    assert ids.shape == limited_ids.shape
+    assert free.max() > 2
+    assert limited.max() == 2
+
+
+def test_bias_and_dropped_blocks_stay_in_the_groups_too() -> None:
+    case = Case(
+        router="sigma-moe",
+        options=(("block_dropout", 0.6),),
+        megatron=(*GROUPS, ("moe_router_enable_expert_bias", True)),
+    )
+    ((ids, reached),) = run_ranks(1, groups_of_tokens, case)
+    assert reached.max() <= 2
+    assert (ids == -1).any(), "of 6 blocks in two groups often fewer than 4 are left"
+
+
+@pytest.mark.parametrize("router", ["avg-k", "sigma-moe"])
+def test_two_expert_ranks_compute_the_layer_of_one(router: str) -> None:
+    case = Case(router=router, megatron=GROUPS)
+    (one,) = run_ranks(1, router_cases.run, case)
+    for part in run_ranks(2, router_cases.run, case, expert_model_parallel_size=2):
+        for name, value in one.items():
+            torch.testing.assert_close(part[name], value, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("groups", "group_topk", "sentence"),
+    [
+        (4, None, "needs --moe-router-group-topk, too"),
+        (None, 2, "needs --moe-router-num-groups, too"),
+        (5, 1, "--moe-router-num-groups 5 does not divide the 12 blocks"),
+        (4, 3, "--moe-router-group-topk 3 is not a divisor of the 4 blocks"),
+        (2, 4, "--moe-router-group-topk 4 is not a divisor .* to --moe-router-num-groups 2"),
+        (6, 1, "--moe-router-group-topk 1 groups of 2 blocks do not hold the 4 blocks"),
+    ],
+)
+@pytest.mark.usefixtures("one_rank")
+def test_numbers_that_cannot_be_are_refused(
+    groups: int | None, group_topk: int | None, sentence: str
+) -> None:
+    megatron = (("moe_router_num_groups", groups), ("moe_router_group_topk", group_topk))
+    with pytest.raises(ConfigError, match=sentence):
+        router_cases.config_of(Case(router="avg-k", megatron=megatron))

@@ -1,0 +1,204 @@
+"""What all routers with scores share: gates, block dropout (M3), refusal of what is no number."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.routers.avg_k import AvgKConfig
+from megatron_sffn.nn.routers.scored import ScoredConfig
+from megatron_sffn.ops import route_topk
+from megatron_sffn.utils.errors import ConfigError
+from tests.nn.routers.conftest import tables, transformer
+from tests.support import router_cases
+
+SCORED = [name for name, config in ROUTERS.items() if issubclass(config, ScoredConfig)]
+
+
+def score_by_hand(name: str, router, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`[T, B]` of the methods whose score is made of keys."""
+    if name == "avg-k":
+        return torch.stack([(x @ block.T).mean(1) for block in keys], dim=1)
+    query = x @ router.down.T if name == "lorkm" else x
+    return torch.stack([F.gelu(query @ block.T).mean(1) for block in keys], dim=1)
+
+
+@pytest.mark.parametrize("gate", ["none", "sigmoid", "softmax"])
+@pytest.mark.parametrize("name", ["avg-k", "vanilla-m", "lorkm"])
+def test_a_gate_is_the_score_squashed_and_is_differentiated(build, name: str, gate: str) -> None:
+    x, keys, _ = (t.requires_grad_() for t in tables())
+    options = {"rank": 6} if name == "lorkm" else {}
+    router = build(ROUTERS[name](gate=gate, **options))
+    routing = router(x, keys, None)
+    scores = score_by_hand(name, router, x, keys)
+    ids = route_topk(scores, 4)
+    assert torch.equal(routing.block_ids, ids)
+    torch.testing.assert_close(routing.scores, scores.detach().gather(1, ids), rtol=1e-10, atol=0)
+    if gate == "none":
+        assert routing.gates is None
+        return
+    factors = scores.sigmoid() if gate == "sigmoid" else scores.exp() / scores.exp().sum(1)[:, None]
+    expected = factors.gather(1, ids)
+    torch.testing.assert_close(routing.gates, expected, rtol=1e-10, atol=1e-12)
+    leaves = (x, keys, *router.parameters())
+    ours = torch.autograd.grad(routing.gates.square().sum(), leaves)
+    formula = torch.autograd.grad(expected.square().sum(), leaves)
+    for a, b in zip(ours, formula, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_an_unknown_gate_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--sffn-gate relu is unknown; choose from none"):
+        AvgKConfig(gate="relu")
+
+
+def built(name: str, **options):
+    """A layer of this router in training, 12 or more blocks."""
+    return router_cases.build(router_cases.Case(router=name, options=tuple(options.items())))
+
+
+def routed(layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids that a layer chooses for 24 tokens, and its output."""
+    seen = []
+    counter = layer.trained if layer.training else layer.evaluated
+    hook = counter.register_forward_pre_hook(lambda module, args: seen.append(args[0].block_ids))
+    hidden, ids, _ = router_cases.inputs()
+    y, _ = layer(hidden, padding_mask=ids)
+    hook.remove()
+    return seen[0], y
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_m3_blocks_are_dropped_in_training_only(one_rank: None, name: str) -> None:
+    plain, dropping = built(name), built(name, block_dropout=0.5)
+    for layer in (plain, dropping):
+        layer.eval()
+    assert torch.equal(routed(dropping)[0], routed(plain)[0])
+    dropping.train()
+    torch.manual_seed(1)
+    ids = routed(dropping)[0]
+    assert not torch.equal(ids, routed(dropping)[0]), "each microbatch draws anew"
+    kept = ids[(ids >= 0).all(dim=1)]
+    assert len(kept) and (kept.sort(dim=1).values.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
+def test_m3_a_block_is_dropped_at_its_rate(build, rate: float) -> None:
+    # Of 12 blocks the 4 best are always the same: a block above them is missing where dropped.
+    tokens = 20_000
+    router = build(AvgKConfig(block_dropout=rate))
+    keys = torch.arange(12.0).flip(0)[:, None, None].expand(12, 2, 6).contiguous()
+    torch.manual_seed(0)
+    ids = router(torch.ones(tokens, 6), keys, None).block_ids
+    for block in range(4):
+        dropped = tokens - int((ids == block).any(dim=1).sum())
+        sigma = math.sqrt(tokens * rate * (1 - rate))
+        assert abs(dropped - tokens * rate) < 5 * sigma, block
+    # Independently: two are dropped together as often as chance has it.
+    both = ((ids != 0).all(dim=1) & (ids != 1).all(dim=1)).sum()
+    sigma = math.sqrt(tokens * rate**2 * (1 - rate**2))
+    assert abs(int(both) - tokens * rate**2) < 5 * sigma
+    # The next best take the places, in order: what is chosen are the best of those not dropped.
+    filled = (ids >= 0).sum(dim=1)
+    left = torch.distributions.Binomial(12, torch.tensor(1 - rate))
+    short = left.log_prob(torch.arange(4.0)).exp().sum().item()
+    found = int((filled < 4).sum())
+    assert abs(found - tokens * short) <= 5 * math.sqrt(tokens * short * (1 - short)) + 1
+
+
+def test_m3_what_is_chosen_are_the_best_that_are_left(build, monkeypatch) -> None:
+    x, keys, _ = tables()
+    router = build(AvgKConfig(block_dropout=0.6))
+    drawn = torch.rand(len(x), 12, dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand_like", lambda like: drawn)
+    ids = router(x, keys, None).block_ids
+    scores = x @ keys.mean(1).T
+    for t in range(len(x)):
+        left = [b for b in range(12) if drawn[t, b] >= 0.6]
+        best = sorted(left, key=lambda b: -float(scores[t, b]))[:4]
+        assert sorted(ids[t].tolist()) == sorted(best + [-1] * (4 - len(best)))
+
+
+@pytest.mark.parametrize("rate", [0.97, 1 - 1e-9, 1.0])
+@pytest.mark.parametrize("name", SCORED)
+def test_m3_near_1_all_stays_finite_and_no_dropped_block_computes(
+    one_rank: None, name: str, rate: float
+) -> None:
+    torch.manual_seed(0)
+    layer = built(name, block_dropout=rate)
+    ids, y = routed(layer)
+    assert ids.min() == -1
+    y.square().sum().backward()
+    for weight in layer.parameters():
+        assert weight.grad is None or weight.grad.isfinite().all()
+    assert y.isfinite().all()
+    empty = (ids < 0).all(dim=1)
+    assert empty.any()
+    assert (y.flatten(0, 1)[empty] == 0).all()
+    if rate == 1.0:
+        assert (ids == -1).all()
+
+
+def test_m3_survivors_are_not_rescaled(build) -> None:
+    x, keys, _ = tables()
+    torch.manual_seed(0)
+    routing = build(AvgKConfig(block_dropout=0.5, gate="sigmoid"))(x, keys, None)
+    there = routing.block_ids >= 0
+    gates = (x @ keys.mean(1).T).sigmoid().gather(1, routing.block_ids.clamp(min=0))
+    torch.testing.assert_close(routing.gates[there], gates[there], rtol=1e-10, atol=1e-12)
+
+
+def poisoned(name: str, value: float, where: str):
+    """A layer and hidden states; one number of these or of the weights of a score is wrong."""
+    layer = built(name)
+    hidden, ids, _ = router_cases.inputs()
+    if where == "tokens":
+        hidden[2, 1, 3] = value
+    else:
+        weights = [w for w in (*layer.router.parameters(), layer.experts.keys) if w is not None]
+        with torch.no_grad():
+            weights[0].view(-1)[0] = value
+    return layer, hidden, ids
+
+
+@pytest.mark.parametrize("where", ["tokens", "weights"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [name for name in router_cases.SPARSE if name != "rand-hash"])
+def test_scores_that_are_nan_or_infinite_are_flagged(
+    one_rank: None, name: str, value: float, where: str
+) -> None:
+    layer, hidden, ids = poisoned(name, value, where)
+    for mode in (True, False):
+        layer.train(mode).router.score_flag.zero_()
+        layer(hidden, padding_mask=ids)[0].sum().backward()
+        assert layer.router.score_flag.isnan()
+    assert not any("score_flag" in name for name in layer.state_dict())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_wrong_score_is_enough(build, value: float) -> None:
+    router = build(AvgKConfig())
+    scores = torch.randn(20, 12)
+    router.flag_not_finite(scores * 1e35)
+    router.flag_not_finite(scores[:0])
+    assert router.score_flag == 0
+    scores[13, 7] = value
+    router.flag_not_finite(scores)
+    router.flag_not_finite(torch.zeros(3, 4))
+    assert router.score_flag.isnan()
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_half_precision_tokens_have_scores_in_fp32(one_rank: None, name: str) -> None:
+    fixed = router_cases.NUMBERS.get(name, {})
+    config = transformer(
+        ROUTERS[name](**router_cases.OPTIONS.get(name, {})), params_dtype=torch.bfloat16, **fixed
+    )
+    layer = SparseFFN(config, layer_number=1)
+    x = torch.randn(20, 6, dtype=torch.bfloat16)
+    routing = layer.router(x, layer.experts.keys)
+    assert routing.scores.dtype == torch.float32
+    assert routing.gates is None or routing.gates.dtype == torch.float32

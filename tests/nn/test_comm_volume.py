@@ -1,0 +1,320 @@
+"""Bytes between ranks: by enumeration, and as the collectives of a real layer count them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.parallel import wire
+from megatron_sffn.nn import comm_volume
+from megatron_sffn.nn.config import Exchange, SparseFFNConfig
+from megatron_sffn.nn.dispatch import dispatch
+from megatron_sffn.nn.expert_grid import Placement
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.routers.base import Routing
+from megatron_sffn.nn.routers.groups import in_best_groups
+from tests.support.ranks import run_ranks
+from tests.support.router_cases import BATCH, NUMBERS, SPARSE, Case, D, build, config_of, draw
+
+
+def sparse(router: str = "avg-k", **numbers: Any) -> SparseFFNConfig:
+    return SparseFFNConfig(router=ROUTERS[router](), **numbers)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("active", [1, 2, 4, 6])
+def test_exchange_by_enumeration(ranks: int, active: int, slices: int) -> None:
+    blocks, width = 12, 24
+    layer = sparse(active_cells=6 * active, block_size=6, expansion=blocks // active)
+    gated = sparse("switch", active_cells=6 * active, block_size=6, expansion=blocks // active)
+    # The token sits on the first rank of the grid; every choice of its blocks is equally likely.
+    choices = [
+        [(i * ranks // blocks, part) for i in choice for part in range(slices)]
+        for choice in combinations(range(blocks), active)
+    ]
+    rows = sum(len(set(owners) - {(0, 0)}) for owners in choices) / len(choices)
+    pairs = sum(sum(owner != (0, 0) for owner in owners) for owners in choices) / len(choices)
+    over = Exchange(
+        expert_parallel_size=ranks, expert_tensor_parallel_size=slices, bytes_per_number=2
+    )
+    if ranks * slices == 1:
+        assert comm_volume.exchanged_bytes_per_token(layer, width, over, "alltoall") == 0
+        return
+    ours = comm_volume.exchanged_bytes_per_token(layer, width, over, "alltoall")
+    assert ours == pytest.approx(2 * rows * width * 2 + pairs * 2)
+    with_gates = comm_volume.exchanged_bytes_per_token(gated, width, over, "alltoall")
+    assert with_gates == pytest.approx(2 * rows * width * 2 + pairs * (2 + 4))
+    others = ranks * slices - 1
+    everywhere = comm_volume.exchanged_bytes_per_token(gated, width, over, "allgather")
+    assert everywhere == others * (2 * width * 2 + active * (2 + 4))
+
+
+def choices_in_groups(blocks: int, active: int, groups: int, chosen: int) -> list[tuple[int, ...]]:
+    """All choices of K blocks within all choices of groups: each of the list is equally likely."""
+    size = blocks // groups
+    return [
+        choice
+        for some in combinations(range(groups), chosen)
+        for choice in combinations([g * size + i for g in some for i in range(size)], active)
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 6])
+@pytest.mark.parametrize(("groups", "chosen"), [(2, 1), (4, 2), (3, 2), (12, 6), (6, 6)])
+def test_exchange_in_groups_by_enumeration(groups: int, chosen: int, ranks: int) -> None:
+    # Groups and ranks have the same bounds, or many in one, or bounds that cross.
+    blocks, active, width = 12, 4, 24
+    layer = sparse(active_cells=6 * active, block_size=6, expansion=blocks // active)
+    choices = choices_in_groups(blocks, active, groups, chosen)
+    visits = sum(len({i * ranks // blocks for i in choice}) for choice in choices) / len(choices)
+    over = Exchange(
+        expert_parallel_size=ranks,
+        bytes_per_number=2,
+        router_groups=groups,
+        router_group_topk=chosen,
+    )
+    assert comm_volume.rows_per_token(layer, over, "alltoall") == pytest.approx(visits)
+    remote = 1 - 1 / ranks  # of rows and of pairs, over tokens of all ranks
+    sent = comm_volume.exchanged_bytes_per_token(layer, width, over, "alltoall")
+    assert sent == pytest.approx(remote * (2 * visits * width * 2 + active * 2))
+    # As two nodes.
+    on_nodes = dataclasses.replace(layer, node_size=ranks // 2)
+    nodes = sum(len({i * 2 // blocks for i in choice}) for choice in choices) / len(choices)
+    between = comm_volume.bytes_between_nodes_per_token(on_nodes, width, over)
+    if ranks > 2:
+        assert between == pytest.approx((2 * nodes * width * 2 + active * 2) / 2)
+
+
+def test_groups_as_many_as_ranks_bound_the_ranks_that_a_token_reaches() -> None:
+    layer = sparse(active_cells=4096, block_size=64, expansion=16)
+    free = Exchange(expert_parallel_size=16, bytes_per_number=2)
+    limited = dataclasses.replace(free, router_groups=16, router_group_topk=4)
+    assert comm_volume.rows_per_token(layer, free, "alltoall") > 15
+    assert comm_volume.rows_per_token(layer, limited, "alltoall") == pytest.approx(4, rel=1e-6)
+    assert comm_volume.cheapest_dispatcher(layer, 1024, free) == "allgather"
+    assert comm_volume.cheapest_dispatcher(layer, 1024, limited) == "alltoall"
+
+
+@pytest.mark.parametrize(
+    ("router", "numbers", "there"),
+    [
+        ("lorkm", {"active_cells": 64, "block_size": 4, "expansion": 2}, 128),
+        ("pkm", {"active_cells": 16, "block_size": 1, "expansion": 16}, 0),
+    ],
+)
+def test_a_row_is_as_wide_as_what_meets_the_keys(
+    router: str, numbers: dict[str, int], there: int
+) -> None:
+    layer, width = sparse(router, **numbers), 192
+    over = Exchange(expert_parallel_size=4, bytes_per_number=2)
+    pair = 2 + (4 if layer.router.gated_output else 0)
+    everywhere = comm_volume.all_gather_bytes_per_token(layer, width, over)
+    assert everywhere == 3 * ((there + width) * 2 + layer.num_active_blocks * pair)
+    missed = math.comb(layer.num_blocks * 3 // 4, layer.num_active_blocks) / math.comb(
+        layer.num_blocks, layer.num_active_blocks
+    )
+    pairs = layer.num_active_blocks * 3 / 4 * pair
+    exact = comm_volume.all_to_all_bytes_per_token(layer, width, over)
+    assert exact == pytest.approx(3 * (1 - missed) * (there + width) * 2 + pairs)
+
+
+def test_shared_blocks_do_not_travel() -> None:
+    layer = sparse(active_cells=64, block_size=4, expansion=2)
+    shared = dataclasses.replace(layer, shared_blocks=4)
+    over = Exchange(expert_parallel_size=2)
+    for exchanged in comm_volume.DISPATCHERS.values():
+        assert exchanged(shared, 24, over) < exchanged(layer, 24, over)
+
+
+def test_megatron_sends_a_copy_per_block() -> None:
+    layer = sparse(active_cells=64, block_size=4, expansion=2)
+    remote = Exchange(expert_parallel_size=4, bytes_per_number=2)
+    sent = comm_volume.megatron_bytes_per_token
+    assert sent(layer, 24, remote, "alltoall") == 2 * 16 * 3 / 4 * 24 * 2
+    # Each ETP rank of the block gets the copies too.
+    cut = Exchange(expert_tensor_parallel_size=2, bytes_per_number=2)
+    assert sent(layer, 24, cut, "alltoall") == 2 * 16 * 24 * 2
+    # Or the token once, with a bool and an fp32 for each of the 32 blocks.
+    assert sent(layer, 24, remote, "allgather") == 3 * (2 * 24 * 2 + 32 * 5)
+
+
+def test_exchange_at_the_papers_smallest_block() -> None:
+    layer = sparse(active_cells=4096, block_size=1, expansion=16)
+    over = Exchange(expert_parallel_size=4096, bytes_per_number=2)
+    ours = comm_volume.exchanged_bytes_per_token(layer, 1024, over, "alltoall")
+    # 16 of the 65,536 cells on each rank, 4096 of them chosen: (15/16)^16 of the ranks stay out.
+    rows = 4095 * (1 - (15 / 16) ** 16)
+    assert ours == pytest.approx(2 * rows * 1024 * 2 + 4095 * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "ranks", "chosen"),
+    [
+        (4096, 2, "alltoall"),  # half of the tokens stay
+        (1024, 2, "alltoall"),  # 15/16 of the ranks are hit
+        (256, 2, "allgather"),
+        (256, 8, "alltoall"),  # 88 %
+        (64, 8, "allgather"),
+        (64, 64, "alltoall"),  # 64 %
+    ],
+)
+def test_the_all_gather_is_chosen_where_almost_every_rank_is_hit(
+    block_size: int, ranks: int, chosen: str
+) -> None:
+    layer = sparse(active_cells=4096, block_size=block_size, expansion=16)
+    over = Exchange(expert_parallel_size=ranks, bytes_per_number=2)
+    assert comm_volume.cheapest_dispatcher(layer, 1024, over) == chosen
+    # Gloo's reduce-scatter sends twice.
+    gloo = dataclasses.replace(over, backend="gloo")
+    assert comm_volume.cheapest_dispatcher(layer, 1024, gloo) == "alltoall"
+
+
+def sent(case: Case) -> dict[str, float]:
+    """Bytes per token that the collectives of a layer's evaluation send to other ranks."""
+    layer = build(case).eval()
+    # Descriptors are gathered once per optimizer step, not per microbatch.
+    layer.router.weights_version = 0
+    steps, rank, grid = 1024, torch.distributed.get_rank(), layer.experts.placement
+    ids = torch.randint(1 << 20, (BATCH, steps), generator=torch.Generator().manual_seed(5))
+    ids += rank << 20
+    hidden = draw(rank, steps, BATCH, D)
+    with torch.no_grad():
+        layer(hidden, padding_mask=ids)  # the descriptors
+        layer.traffic.take()
+        with wire.counted() as collectives:
+            layer(hidden, padding_mask=ids)
+    tokens, own_count = layer.traffic.take()
+    # The all-to-all's counts, an int64 pair for each rank, are left out by the closed form.
+    groups = [grid.group] if grid.node_groups is None else grid.node_groups
+    counts = sum(16 * (group.size() - 1) for group in groups)
+    counts = counts if "alltoall" in dict(case.megatron).values() else 0
+    return {
+        "counted": (collectives.total - counts) / tokens,
+        "own count": own_count / tokens,
+        "tokens": tokens,
+    }
+
+
+LAYOUTS = {
+    "EP2": (2, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
+    "EP2 ETP2": (4, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+}
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize(
+    ("router", "layout"),
+    [
+        (router, layout)
+        for router in SPARSE
+        for layout in LAYOUTS
+        # A block of a single cell is not cut.
+        if layout == "EP2" or router not in NUMBERS
+    ],
+)
+def test_what_the_collectives_send_is_the_closed_form(
+    router: str, layout: str, dispatcher: str
+) -> None:
+    world_size, sizes = LAYOUTS[layout]
+    # g = 8: K = 2 of B = 6 blocks, so that one rank is missed by many tokens.
+    case = Case(
+        router=router,
+        block_size=None if router in NUMBERS else 8,
+        megatron=(("moe_token_dispatcher_type", dispatcher),),
+    )
+    results = run_ranks(world_size, sent, case, **sizes)
+    counted = sum(result["counted"] for result in results) / world_size
+    (config,) = run_ranks(1, config_of, case)
+    over = Exchange(
+        expert_parallel_size=2,
+        expert_tensor_parallel_size=sizes["expert_tensor_parallel_size"],
+        bytes_per_number=8,  # float64, gates and scores too
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm_volume, "SCORE_BYTES", 8)
+        patch.setattr("megatron_sffn.nn.routers.vanilla_m.SCORE_BYTES", 8)
+        expected = comm_volume.exchanged_bytes_per_token(config.sffn, D, over, dispatcher)
+        selection = config.sffn.router.exchanged_bytes(config.sffn, D, over)
+    for result in results:
+        assert result["tokens"] == 4096
+        # What the layer reports is what the collectives did, but for VanillaM's selection.
+        assert result["own count"] + selection == pytest.approx(result["counted"], rel=1e-12)
+    if dispatcher == "allgather":
+        assert counted == expected
+    elif router == "rand-hash":
+        # Uniform routing: 4 standard errors of a mean over 4096 tokens a rank.
+        assert counted == pytest.approx(expected, rel=4 / math.sqrt(4096 * world_size))
+    else:
+        # A learned or key-based choice is not uniform: bounded by none and all ranks hit.
+        assert 0 < counted < 1.25 * expected
+
+
+def test_a_token_crosses_to_each_node_once() -> None:
+    case = Case(
+        router="rand-hash",
+        block_size=4,
+        megatron=(("moe_token_dispatcher_type", "alltoall"),),
+        sffn=(("node_size", 2),),
+    )
+    results = run_ranks(4, sent, case, expert_model_parallel_size=4)
+    for result in results:
+        assert result["own count"] == pytest.approx(result["counted"], rel=1e-12)
+    # Each token has 4 of 12 blocks, of which a node has 6 and a rank 3.
+    node, rank = 1 - math.comb(6, 4) / math.comb(12, 4), 1 - math.comb(9, 4) / math.comb(12, 4)
+    row, pair = 2 * D * 2, 2
+    between = node * row + 4 / 2 * pair
+    expected = between + 2 * rank * row + 4 / 2 * pair
+    layer = sparse(active_cells=16, block_size=4, expansion=3, node_size=2)
+    over = Exchange(expert_parallel_size=4, bytes_per_number=2)
+    assert comm_volume.bytes_between_nodes_per_token(layer, D, over) == pytest.approx(between)
+    assert comm_volume.exchanged_bytes_per_token(layer, D, over, "alltoall") == pytest.approx(
+        expected
+    )
+    # The run is in float64.
+    layer = dataclasses.replace(layer, router=ROUTERS["rand-hash"]())
+    wide = dataclasses.replace(over, bytes_per_number=8)
+    expected = comm_volume.exchanged_bytes_per_token(layer, D, wide, "alltoall")
+    counted = sum(result["counted"] for result in results) / 4
+    assert counted == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
+    flat = dataclasses.replace(layer, node_size=0)
+    assert comm_volume.cheapest_dispatcher(layer, D, over) == "alltoall"
+    assert comm_volume.exchanged_bytes_per_token(flat, D, wide, "alltoall") < expected
+
+
+def sent_in_groups(by_score: bool) -> float:
+    """Bytes per token of an exchange whose tokens have 4 of 64 blocks in 2 of 8 groups."""
+    group, tokens = torch.distributed.group.WORLD, 4096
+    grid = Placement(group=group, block_parts=4, cell_parts=1, num_blocks=64, block_size=1)
+    random = torch.Generator().manual_seed(group.rank())
+    scores = torch.rand(tokens, 64, generator=random)
+    if by_score:
+        allowed = in_best_groups(scores, 4, 8, 2, lambda worth, count: worth.topk(count).indices)
+    else:
+        chosen = torch.rand(tokens, 8, generator=random).topk(2).indices
+        allowed = torch.zeros(tokens, 8, dtype=torch.bool).scatter_(1, chosen, True)
+        allowed = allowed.repeat_interleave(8, dim=1)
+    ids = scores.masked_fill(~allowed, -1).topk(4).indices
+    with wire.counted() as collectives:
+        plan = dispatch(torch.zeros(tokens, D), Routing(block_ids=ids), grid, "alltoall")
+        plan.run(lambda arrived: arrived.rows)
+    assert plan.bytes_sent == collectives.total - 16 * (group.size() - 1)
+    return plan.bytes_sent / tokens
+
+
+def test_what_group_limited_routing_sends_is_the_closed_form() -> None:
+    layer = sparse(active_cells=4, block_size=1, expansion=16)
+    free = Exchange(expert_parallel_size=4)
+    over = dataclasses.replace(free, router_groups=8, router_group_topk=2)
+    expected = comm_volume.exchanged_bytes_per_token(layer, D, over, "alltoall")
+    uniform = sum(run_ranks(4, sent_in_groups, False)) / 4
+    assert uniform == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
+    # Scores choose groups that are good for several blocks each, so that rather both are used.
+    scored = sum(run_ranks(4, sent_in_groups, True)) / 4
+    assert expected < scored < 1.1 * expected
+    assert scored < 0.8 * comm_volume.exchanged_bytes_per_token(layer, D, free, "alltoall")

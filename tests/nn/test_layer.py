@@ -1,0 +1,184 @@
+"""`SparseFFN` on one rank: against the oracle, Megatron's own layer, and under recomputation."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+
+from megatron_sffn.nn.config import Backend, SparseFFNConfig
+from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.routers.avg_k import AvgKConfig
+from megatron_sffn.ops import block_ffn
+from megatron_sffn.utils.errors import ConfigError
+from tests.support.router_cases import (
+    SPARSE,
+    WHOLE_KEYS,
+    Case,
+    build,
+    config_of,
+    copy_tables,
+    inputs,
+    run,
+)
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def megatron_layer(case: Case, ours: Any) -> MoELayer:
+    """Megatron's unmodified MoE layer with the weights of ours."""
+    linear = LocalSpecProvider()
+    submodules = MLPSubmodules(
+        linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
+    )
+    theirs = MoELayer(
+        config_of(case), MoESubmodules(experts=partial(SequentialMLP, submodules=submodules))
+    )
+    theirs.set_layer_number(1)
+    with torch.no_grad():
+        theirs.router.weight.copy_(ours.router.weight)
+    copy_tables(ours, theirs)
+    return theirs
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("g", [16, 4, 1])
+def test_switch_agrees_with_megatrons_own_layer(g: int, swiglu: bool) -> None:
+    case = Case(router="switch", block_size=g, swiglu=swiglu)
+    ours = build(case)
+    theirs = megatron_layer(case, ours)
+    hidden, _, weights = inputs()
+    results = []
+    for layer in (ours, theirs):
+        x = hidden.clone().requires_grad_()
+        y, _ = layer(x)
+        (y * weights).sum().backward()
+        results.append([y.detach(), x.grad, layer.router.weight.grad])
+    mlps = theirs.experts.local_experts
+    results[0] += [ours.experts.keys.grad, ours.experts.values.grad]
+    results[1] += [
+        torch.stack([mlp.linear_fc1.weight.grad for mlp in mlps]),
+        torch.stack([mlp.linear_fc2.weight.grad.T for mlp in mlps]),
+    ]
+    for mine, reference in zip(*results, strict=True):
+        # Megatron computes the softmax in fp32.
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("router", SPARSE)
+def test_our_backends_agree(router: str) -> None:
+    oracle = run(Case(router=router, backend=Backend.NAIVE))
+    ours = run(Case(router=router, backend=Backend.CPU))
+    assert oracle.keys() == ours.keys()
+    for name in oracle:
+        torch.testing.assert_close(ours[name], oracle[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+@pytest.mark.parametrize("router", WHOLE_KEYS)
+def test_megatrons_dispatcher_and_experts_agree_with_ours(router: str, dispatcher: str) -> None:
+    ours = build(Case(router=router))
+    theirs = build(
+        Case(
+            router=router,
+            backend=Backend.MEGATRON,
+            megatron=(("moe_token_dispatcher_type", dispatcher),),
+        )
+    )
+    copy_tables(ours, theirs)
+    hidden, ids, weights = inputs()
+    results = []
+    for layer in (ours, theirs):
+        x = hidden.clone().requires_grad_()
+        y, _ = layer(x, padding_mask=ids)
+        (y * weights).sum().backward()
+        results.append([y.detach(), x.grad])
+    mlps = theirs.experts.local_experts
+    results[0].append(ours.experts.values.grad)
+    results[1].append(torch.stack([mlp.linear_fc2.weight.grad.T for mlp in mlps]))
+    for mine, reference in zip(*results, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("router", SPARSE)
+def test_recomputation_changes_nothing(router: str) -> None:
+    plain = run(Case(router=router))
+    recomputed = run(
+        Case(
+            router=router,
+            megatron=(("recompute_granularity", "selective"), ("recompute_modules", ["moe"])),
+        )
+    )
+    for name in plain:
+        torch.testing.assert_close(recomputed[name], plain[name], rtol=0, atol=0, msg=name)
+
+
+def test_f3_without_expansion_the_layer_is_the_dense_ffn() -> None:
+    case = Case(router="avg-k")
+    config = config_of(case)
+    config.sffn = SparseFFNConfig(active_cells=16, block_size=4, expansion=1, router=AvgKConfig())
+    config.num_moe_experts = config.sffn.num_blocks
+    layer = SparseFFN(config, layer_number=1)
+    hidden, _, _ = inputs()
+    keys, values = layer.experts.keys.flatten(0, 1), layer.experts.values.flatten(0, 1)
+    dense = torch.nn.functional.gelu(hidden @ keys.T) @ values
+    torch.testing.assert_close(layer(hidden)[0], dense, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("router", SPARSE)
+def test_the_layer_is_router_then_functional_form(router: str) -> None:
+    layer = build(Case(router=router))
+    hidden, ids, _ = inputs()
+    x = hidden.reshape(-1, hidden.shape[-1])
+    routing = layer.router(x, layer.experts.keys, ids.T.reshape(-1))
+    rows = x if routing.queries is None else routing.queries
+    y = block_ffn(rows, *layer.experts(), routing.block_ids, routing.gates)
+    updated, _ = layer(hidden, padding_mask=ids)
+    torch.testing.assert_close(updated.flatten(0, 1), y, rtol=1e-12, atol=1e-14)
+
+
+def test_training_and_evaluation_are_counted_apart() -> None:
+    layer = build(Case(router="avg-k"))
+    hidden, _, _ = inputs()
+    chosen = hidden.shape[0] * hidden.shape[1] * 4
+    layer(hidden)
+    with torch.no_grad():
+        layer(hidden)  # the first pass of a recomputed layer
+    assert layer.trained.take().load.sum() == chosen
+    layer.eval()
+    layer(hidden)
+    assert layer.trained.take().load.sum() == 0
+    assert layer.evaluated.take().load.sum() == chosen
+    assert layer.evaluated.take().load.sum() == 0
+
+
+def test_g_must_divide_k() -> None:
+    with pytest.raises(ConfigError, match=r"--sffn-block-size 5 does not divide .* 16; .* 4 or 8"):
+        SparseFFNConfig(active_cells=16, block_size=5, router=AvgKConfig())
+
+
+def test_initial_tables_have_megatrons_spread() -> None:
+    layer = SparseFFN(config_of(Case(router="avg-k")), layer_number=1)
+    assert parallel_state.get_expert_model_parallel_world_size() == 1
+    assert layer.experts.keys.std().item() == pytest.approx(0.5, rel=0.1)
+    # Megatron scales the output projection by 1 / sqrt(2 · layers).
+    assert layer.experts.values.std().item() == pytest.approx(0.5 / 2, rel=0.1)
+    other = SparseFFN(config_of(Case(router="avg-k")), layer_number=2)
+    assert not torch.equal(layer.experts.keys, other.experts.keys)
+    assert not torch.equal(layer.experts.keys[0], layer.experts.keys[1])
+
+
+def test_tokens_reach_the_router_in_the_order_of_the_hidden_states() -> None:
+    layer = build(Case(router="rand-hash"))
+    hidden, ids, _ = inputs()
+    seen = []
+    layer.router.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    layer(hidden, padding_mask=ids)
+    assert torch.equal(seen[0].view(hidden.shape[:2]), ids.T)

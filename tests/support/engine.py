@@ -1,0 +1,382 @@
+"""Megatron's real training step on any layout: model, schedule, gradient reduction, optimizer.
+
+What one rank computes is the oracle. Weights, gradients and results come back whole, put together
+from the parts of all ranks by what Megatron's checkpoints know of them; parts that several ranks
+hold must agree.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from torch import Tensor
+
+from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.init import draw_again
+from megatron_sffn.nn.layer import set_weights_version, sparse_layers
+from megatron_sffn.nn.layer_spec import block_spec
+from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.train.run import finish_gradients
+from tests.support.router_cases import NUMBERS, OPTIONS
+
+LAYERS, WIDTH, SEQUENCE, VOCAB = 4, 16, 8, 32
+SAMPLES = 8
+"""Of a global batch; a microbatch is one sample."""
+STEPS = 3
+"""In the second Adam's moments, biases and moving averages act; in the third what they changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How ranks are cut, and what else must not change the model.
+
+    Args:
+        ranks: of the world.
+        tensor: tensor-parallel size, with sequence parallelism above 1.
+        pipeline: pipeline-parallel size.
+        chunks: model chunks of a stage; above 1, the interleaved schedule.
+        expert: expert-parallel size.
+        cells: expert-tensor-parallel size.
+        dispatcher: `alltoall` or `allgather`.
+        recompute: None, `full`, or a module of selective recomputation.
+        distributed_optimizer: with overlapped gradient reduction and parameter gather.
+        dtype: of everything.
+    """
+
+    ranks: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    chunks: int = 1
+    expert: int = 1
+    cells: int = 1
+    dispatcher: str = "alltoall"
+    recompute: str | None = None
+    distributed_optimizer: bool = False
+    dtype: torch.dtype = torch.float64
+
+    def groups(self) -> dict[str, int | None]:
+        """Arguments of `initialize_model_parallel`."""
+        return {
+            "tensor_model_parallel_size": self.tensor,
+            "pipeline_model_parallel_size": self.pipeline,
+            "virtual_pipeline_model_parallel_size": self.chunks if self.chunks > 1 else None,
+            "expert_model_parallel_size": self.expert,
+            "expert_tensor_parallel_size": self.cells,
+        }
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A sparse layer to train.
+
+    Args:
+        router: name.
+        options: fields of its config.
+        sffn: fields of the layer's config.
+        megatron: fields of Megatron's config.
+    """
+
+    router: str
+    options: tuple[tuple[str, Any], ...] = ()
+    sffn: tuple[tuple[str, Any], ...] = ()
+    megatron: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run computed, whole.
+
+    Args:
+        losses: of each step.
+        grad_norms: of each step.
+        grads: by name, of the first step; empty under the distributed optimizer, which has no
+            rank with a whole gradient.
+        weights: by name, after the last step.
+        balance: the routers' expert biases after the last step, by layer.
+    """
+
+    losses: list[float]
+    grad_norms: list[float]
+    grads: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    balance: dict[int, Tensor]
+
+
+def train(variant: Variant, layout: Layout) -> dict[str, Any]:
+    """Train `STEPS` steps on this rank; its parts of the results, for `join`."""
+    chunks = build(variant, layout)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=1e-2,
+            params_dtype=layout.dtype,
+            # Megatron's clipping is written for fp32 only.
+            clip_grad=0.0,
+            # A gradient that is zero but for rounding must not become a step of size lr.
+            adam_eps=1e-5,
+            use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_param_gather=layout.distributed_optimizer,
+        ),
+        chunks,
+    )
+    config = chunks[0].config
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finish_gradients
+    if layout.distributed_optimizer:
+        sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = sync[0] if len(sync) == 1 else sync
+        config.grad_sync_func = None
+    step = get_forward_backward_func()
+    losses, norms, grads = [], [], []
+    for number in range(STEPS):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        batches = [samples(number) for _ in chunks]
+        sums = step(
+            forward_step_func=partial(forward, number),
+            data_iterator=batches if layout.chunks > 1 else batches[0],
+            model=chunks if layout.chunks > 1 else chunks[0],
+            num_microbatches=SAMPLES // parallel_state.get_data_parallel_world_size(),
+            seq_length=SEQUENCE,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        losses.append(whole_loss(sums))
+        if number == 0 and not layout.distributed_optimizer:
+            grads = parts(chunks, "main_grad")
+        optimizer.prepare_grads()
+        norms.append(float(optimizer.get_grad_norm()))
+        optimizer.step_with_ready_grads()
+    if layout.distributed_optimizer:
+        for chunk in chunks:
+            chunk.disable_forward_pre_hook()
+    biases = {
+        layer.layer_number: layer.router.balance.expert_bias.clone()
+        for chunk in chunks
+        for layer in sparse_layers(chunk)
+        if hasattr(layer.router, "balance") and layer.router.balance.biased
+    }
+    return {
+        "losses": losses,
+        "grad_norms": norms,
+        "grads": grads,
+        "weights": parts(chunks, None),
+        "balance": biases,
+    }
+
+
+def build(variant: Variant, layout: Layout) -> list[Any]:
+    """This rank's model chunks, as Megatron builds and wraps them."""
+    recompute: dict[str, Any] = {}
+    if layout.recompute == "full":
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    elif layout.recompute is not None:
+        recompute = {
+            "recompute_granularity": "selective",
+            "recompute_modules": [layout.recompute],
+        }
+    router, balance = variant.router, {"moe_router_load_balancing_type": "none"}
+    numbers = {"active_cells": 16, "block_size": 4, "expansion": 4} | NUMBERS.get(router, {})
+    if router == "switch":
+        balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.05}
+    config = SparseFFNTransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=WIDTH,
+        num_attention_heads=4,
+        ffn_hidden_size=32,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=layout.dtype,
+        pipeline_dtype=layout.dtype,
+        moe_router_dtype="fp64" if layout.dtype == torch.float64 else "fp32",
+        # Large, so that a wrong term shows.
+        init_method_std=0.3,
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.tensor > 1,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.cells,
+        moe_token_dispatcher_type=layout.dispatcher,
+        # A dense layer among them: stages differ.
+        moe_layer_freq=[1, 0, 1, 1],
+        transformer_impl="local",
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=False,
+        sffn=SparseFFNConfig(
+            router=ROUTERS[router](**OPTIONS.get(router, {}) | dict(variant.options)),
+            **numbers | dict(variant.sffn),
+        ),
+        # A variant is hashable, and has tuples where Megatron has lists.
+        **{
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in (balance | recompute | dict(variant.megatron)).items()
+        },
+    )
+    model = GPTModelConfig(
+        transformer=config,
+        transformer_layer_spec=block_spec,
+        vocab_size=VOCAB,
+        seq_length=SEQUENCE,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=True,
+    )
+    model.pre_wrap_hooks.append(partial(draw_again, 7))
+    overlap = layout.distributed_optimizer
+    chunks: list[Any] = GPTModelBuilder(model).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        ddp_config=DistributedDataParallelConfig(
+            use_distributed_optimizer=overlap,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+            bucket_size=2000 if overlap else None,
+        ),
+        data_parallel_random_init=False,
+        mixed_precision_wrapper=None,
+    )
+    return chunks
+
+
+def samples(step: int) -> Any:
+    """This rank's samples of a step, in order: `(ids [1, s], targets [1, s, V])`."""
+    rank, replicas = (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    draw = torch.Generator().manual_seed(step)
+    ids = torch.randint(VOCAB, (SAMPLES, SEQUENCE), generator=draw)
+    targets = torch.randn(SAMPLES, SEQUENCE, VOCAB, dtype=torch.float64, generator=draw)
+    return iter([(ids[i : i + 1], targets[i : i + 1]) for i in range(rank, SAMPLES, replicas)])
+
+
+def forward(step: int, batches: Any, model: Any) -> tuple[Tensor, Any]:
+    """Megatron's forward step. The loss is a squared distance of the logits to random targets.
+
+    Megatron's cross-entropy is computed in fp32 whatever the model's dtype: it would hide what
+    float64 shows. The runs of the whole command have it.
+    """
+    ids, targets = next(batches)
+    # The oracle promises nothing: it computes descriptors anew for every microbatch.
+    alone = torch.distributed.get_world_size() == 1
+    set_weights_version(model, None if alone else step)
+    positions = torch.arange(SEQUENCE)[None]
+    logits = model(ids, positions, None, padding_mask=ids)
+    return logits, partial(loss_of, targets)
+
+
+def loss_of(targets: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Megatron's loss function, of this TP rank's slice of the vocabulary."""
+    each = VOCAB // parallel_state.get_tensor_model_parallel_world_size()
+    first = parallel_state.get_tensor_model_parallel_rank() * each
+    wanted = targets[:, :, first : first + each].to(logits.dtype)
+    loss = (logits - wanted).square().sum() / (SEQUENCE * VOCAB)
+    return loss, {"loss": loss.detach().clone()}
+
+
+def whole_loss(sums: list[dict[str, Tensor]]) -> float:
+    """The mean over all samples: stages without a loss, and replicas, add up."""
+    mine = sum((one["loss"].double() for one in sums), torch.zeros(()).double())
+    # Every TP rank has a part of each sample's loss; CP is 1.
+    total = mine.clone()
+    torch.distributed.all_reduce(total)
+    return float(total) / SAMPLES
+
+
+Part = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
+
+
+def parts(chunks: list[Any], attribute: str | None) -> list[Part]:
+    """This rank's parts of every weight, or of what is kept in an attribute of each.
+
+    Returns:
+        Name, shape of the whole, offset in it, and the part.
+    """
+    found = []
+    for chunk in chunks:
+        weights = {id(parameter): parameter for parameter in chunk.parameters()}
+        for part in nested_values(chunk.module.sharded_state_dict()):
+            if not isinstance(part, ShardedTensor | ShardedTensorFactory):
+                continue
+            parameter = weights.get(id(part.data))
+            if parameter is None:
+                continue  # a buffer
+            value = parameter if attribute is None else getattr(parameter, attribute)
+            value = value.detach().view(parameter.shape).clone()
+            part = replace(part, data=value)
+            pieces = part.build() if isinstance(part, ShardedTensorFactory) else part
+            for piece in nested_values({"": pieces}):
+                axes = piece.prepend_axis_num
+                data = piece.data.reshape((1,) * axes + piece.local_shape)
+                found.append((piece.key, piece.global_shape, piece.global_offset, data))
+    return found
+
+
+def join(results: list[dict[str, Any]]) -> Trained:
+    """Put the parts of all ranks together."""
+    for result in results[1:]:
+        for name in ("losses", "grad_norms"):
+            torch.testing.assert_close(result[name], results[0][name], rtol=1e-12, atol=0)
+    balance: dict[int, Tensor] = {}
+    for result in results:
+        for layer, bias in result["balance"].items():
+            assert torch.equal(balance.setdefault(layer, bias), bias), layer
+    return Trained(
+        losses=results[0]["losses"],
+        grad_norms=results[0]["grad_norms"],
+        grads=whole([part for result in results for part in result["grads"]]),
+        weights=whole([part for result in results for part in result["weights"]]),
+        balance=balance,
+    )
+
+
+def whole(found: list[Part]) -> dict[str, Tensor]:
+    """Whole tensors by name; every number is there, and where several ranks have it, it agrees."""
+    tensors: dict[str, Tensor] = {}
+    for name, shape, offset, data in found:
+        tensor = tensors.setdefault(name, torch.full(shape, torch.nan, dtype=data.dtype))
+        place = tensor[tuple(slice(i, i + n) for i, n in zip(offset, data.shape, strict=True))]
+        known = ~place.isnan()
+        torch.testing.assert_close(place[known], data[known], rtol=1e-10, atol=1e-12, msg=name)
+        place.copy_(data)
+    for name, tensor in tensors.items():
+        assert not tensor.isnan().any(), f"a part of {name} is on no rank"
+    return tensors
+
+
+def run(layout: Layout, variants: list[Variant]) -> list[dict[str, Any]]:
+    """`train` of each layer in one world."""
+    # Megatron's own, of its experimental models and its dense MLP.
+    warnings.simplefilter("ignore")
+    torch.set_default_dtype(layout.dtype)  # torch's norms take it
+    replicas = parallel_state.get_data_parallel_world_size()
+    init_num_microbatches_calculator(0, None, SAMPLES, 1, replicas)
+    try:
+        return [train(variant, layout) for variant in variants]
+    finally:
+        destroy_num_microbatches_calculator()

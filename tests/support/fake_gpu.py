@@ -1,0 +1,141 @@
+"""Every router in a layer on fake tensors of a GPU: `python -m tests.support.fake_gpu`, anew.
+
+A fake tensor has a shape, a dtype and a device, and no numbers. Where tensors of two devices or of
+wrong dtypes meet, or the host asks for a number or a shape that only the device knows, torch
+raises. The process prints what went wrong, as JSON: `case` -> error.
+
+The forward pass runs on `cuda`. Torch's backward pass asks the driver for the devices that there
+are, so that both passes run once more with `meta` in place of the GPU.
+
+It takes a process of its own: the tests' host platform makes CPU tensors of those for a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_sffn.nn.layer import layer_class
+from megatron_sffn.nn.routers import s_base
+from tests.support.played_gpu import play_gpu
+from tests.support.router_cases import BATCH, SPARSE, VOCAB, Case, S, config_of
+
+D = 16
+"""Width of the layers: backends have sizes of which it must be a multiple."""
+DEVICES = {"cuda": 0, "meta": torch.device("meta")}
+"""What stands for the GPU -> what `torch.cuda.current_device` answers."""
+BACKENDS = {
+    "naive": ("fp32", "bf16", "fp16"),
+    "masked": ("fp32", "bf16", "fp16"),
+    "bags": ("fp32", "bf16", "fp16"),
+    "grouped": ("bf16",),
+    "triton": ("fp32", "bf16", "fp16"),
+}
+"""Who computes blocks without a wait -> dtypes."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SWITCH = {
+    "switch, loss per sequence": {"moe_router_load_balancing_type": "seq_aux_loss"},
+    "switch, global loss": {"moe_router_load_balancing_type": "global_aux_loss"},
+    "switch, bias and z loss": {"moe_router_enable_expert_bias": True, "moe_z_loss_coeff": 0.1},
+}
+CASES = {
+    **{name: Case(router=name) for name in SPARSE},
+    **{
+        name: Case(router="switch", megatron=tuple({"moe_aux_loss_coeff": 0.1, **flags}.items()))
+        for name, flags in SWITCH.items()
+    },
+    "sigma-moe, entropy": Case(router="sigma-moe", options=(("entropy_coefficient", 0.1),)),
+    **{
+        f"avg-k, {kind}": Case(router="avg-k", options=(("descriptor", kind), ("gate", "sigmoid")))
+        for kind in ("max-norm", "norm-weighted", "learned", "ema")
+    },
+}
+
+
+def rehearse(case: Case, backend: str, dtype: torch.dtype, on: str) -> None:
+    """Forward and backward of a new layer, whose results are on the device in the right dtype."""
+    fields = {"params_dtype": dtype, "moe_router_dtype": "fp32", "perform_initialization": False}
+    fields |= dict(case.megatron)
+    case = Case(**{**vars(case), "megatron": tuple(fields.items())})
+    layer = layer_class(case.backend)(
+        replace(config_of(case), hidden_size=D), layer_number=1
+    ).train()
+    layer.backend = backend
+    if case.router == "rand-hash":
+        # Made once, with numbers.
+        layer.router._table = torch.empty(
+            VOCAB, layer.router.sffn.num_active_blocks, dtype=torch.int16, device=on
+        )
+    # As Megatron's schedules set it for each microbatch.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones((), device=on)
+    x = torch.empty(S, BATCH, D, dtype=dtype, device=on, requires_grad=True)
+    y, _ = layer(x, padding_mask=torch.zeros(BATCH, S, dtype=torch.long, device=on))
+    assert (y.dtype, y.device.type) == (dtype, on), y
+    if on == "cuda":
+        return
+    y.sum().backward()
+    weights = {name: weight for name, weight in layer.named_parameters() if weight.grad is not None}
+    assert any(name.startswith("experts") for name in weights), weights.keys()
+    for name, weight in {"x": x, **weights}.items():
+        assert (weight.grad.dtype, weight.grad.device.type) == (dtype, on), name
+
+
+@contextlib.contextmanager
+def played_gpu() -> Iterator[None]:
+    """One rank, and the answers of an H100 where torch would ask the driver."""
+    play_gpu(pytest.MonkeyPatch(), is_gpu=lambda tensor: tensor.device.type != "cpu")
+    # It looks at its plan every few turns; these turns are before the first look.
+    s_base.MOST_TURNS = s_base.TURNS_PER_LOOK - 1
+    with tempfile.TemporaryDirectory() as folder:
+        store = torch.distributed.FileStore(f"{folder}/store", 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        yield
+        torch.distributed.destroy_process_group()
+
+
+def main() -> dict[str, str]:
+    """Every case in every dtype, and one of them with every backend."""
+    plans = list(itertools.product(CASES.items(), ["auto"], DTYPES, DEVICES))
+    swiglu = Case(router="sigma-moe", swiglu=True, block_size=8)
+    others = itertools.product([("swiglu", swiglu)], BACKENDS.items(), DEVICES)
+    plans += [(case, backend, dtype, on) for case, (backend, of), on in others for dtype in of]
+    # Triton's products have two forms, and no form has all three products in the case before.
+    coarse = Case(router="sigma-moe", swiglu=True, block_size=16, expansion=64)
+    fine = Case(router="pkm", block_size=1)
+    plans += itertools.product((("coarse", coarse), ("fine", fine)), ["triton"], ["bf16"], DEVICES)
+    # The device `cuda` adds little to `meta`: one dtype is enough there.
+    plans = [plan for plan in plans if plan[2:] not in (("fp32", "cuda"), ("fp16", "cuda"))]
+    errors = {}
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    for (name, case), backend, dtype, on in plans:
+        torch.cuda.current_device = partial(DEVICES.get, on)
+        get_moe_metrics_tracker().clear()
+        try:
+            with mode:
+                rehearse(case, backend, DTYPES[dtype], on)
+        except Exception as error:
+            if "-v" in sys.argv:
+                traceback.print_exc()
+            errors[f"{name}, {backend}, {dtype}, {on}"] = f"{type(error).__name__}: {error}"
+    return errors
+
+
+if __name__ == "__main__":
+    with played_gpu():
+        failed = main()
+    print(json.dumps(failed, indent=1))

@@ -1,0 +1,107 @@
+"""What would make the host wait for a GPU, noted on a machine without one.
+
+`recorded()` plays a GPU (`played_gpu.py`): real tensors on the CPU stand for those on a
+device, and the package takes its CUDA branches. Every operation whose result the host reads, or
+whose shape it has to learn from the device, is noted with the function of our package that asked
+for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import megatron_sffn
+from tests.support.played_gpu import play_gpu
+
+PACKAGE = Path(megatron_sffn.__file__).parent
+
+aten = torch.ops.aten
+READS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal}
+"""Operations whose result is a number on the host."""
+SHAPES = {aten.nonzero, aten.masked_select, aten.bincount, aten._unique2, aten.unique_dim}
+SHAPES |= {aten.unique_consecutive, aten.unique_dim_consecutive, aten.repeat_interleave}
+"""Operations whose result has a shape that the device has to tell."""
+COPIES: list[tuple[Any, str]] = [(torch.Tensor, name) for name in ("tolist", "numpy", "cpu")]
+COPIES += [(torch, "tensor"), (torch, "as_tensor")]
+"""Functions that copy between host and device, which no operation shows where both are the CPU."""
+
+
+class Waits:
+    """Where the host waited: `file:function` of the package -> how often."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def note(self) -> None:
+        """Count a wait for the innermost function of the package that is running."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            path = Path(frame.f_code.co_filename)
+            if path.is_relative_to(PACKAGE):
+                self.counts[f"{path.relative_to(PACKAGE)}:{frame.f_code.co_name}"] += 1
+                return
+            frame = frame.f_back
+        self.counts["outside"] += 1
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if would_wait(func, args, kwargs):
+            self.waits.note()
+        return func(*args, **kwargs)
+
+
+def would_wait(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operation on tensors of a GPU would make the host wait."""
+    packet = func.overloadpacket
+    if packet is aten.repeat_interleave:
+        return kwargs.get("output_size") is None
+    if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+        masks = (torch.bool, torch.uint8)
+        return any(index is not None and index.dtype in masks for index in args[1])
+    return packet in READS or packet in SHAPES
+
+
+@contextlib.contextmanager
+def played_gpu() -> Iterator[None]:
+    """For as long as the block, all tensors are those of an H100 to the package."""
+    with pytest.MonkeyPatch.context() as patch:
+        play_gpu(patch)
+        yield
+
+
+def recorded(step: Callable[[], object]) -> dict[str, int]:
+    """Where the host would wait in a step: `file:function` of the package -> how often."""
+    waits = Waits()
+    with played_gpu(), pytest.MonkeyPatch.context() as patch, _Operations(waits):
+        for owner, name in COPIES:
+            patch.setattr(owner, name, _noting(waits, getattr(owner, name)))
+        step()
+    return dict(waits.counts)
+
+
+def _noting(waits: Waits, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which notes that it waits."""
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        # A new tensor without a device stays on the host.
+        if isinstance(args[0], torch.Tensor) or kwargs.get("device") is not None:
+            waits.note()
+        return function(*args, **kwargs)
+
+    return noting
