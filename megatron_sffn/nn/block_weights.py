@@ -128,8 +128,8 @@ class Memory(MegatronModule):
                 # In half precision torch 2.11 and 2.13 draw other numbers from one seed.
                 whole_block = table.new_empty(shape, dtype=drawn_dtype(table))
                 draw(whole_block, generator=generator)
-                cells = whole_block.view(keys_per_cell, grid.cell_parts, grid.num_local_cells, -1)
-                table[block] = cells[:, grid.cell_part].flatten(0, 1)
+                cells = whole_block.view(keys_per_cell, grid.etp_size, grid.num_local_cells, -1)
+                table[block] = cells[:, grid.etp_rank].flatten(0, 1)
 
         # Threads draw at the same time: torch lets Python go on while it fills a tensor.
         with ThreadPoolExecutor(drawing_threads()) as threads:
@@ -175,11 +175,11 @@ class Memory(MegatronModule):
 
         def pieces(part: Tensor) -> list[tuple[Tensor, int, int]]:
             """Consecutive cells, which of how many pieces of the whole memory they are."""
-            if grid.cell_parts == 1:
-                return [(part.flatten(0, 1), grid.block_part, grid.block_parts)]
-            count = grid.num_blocks * grid.cell_parts
-            first = grid.first_block * grid.cell_parts + grid.cell_part
-            return [(part[i], first + i * grid.cell_parts, count) for i in range(len(part))]
+            if grid.etp_size == 1:
+                return [(part.flatten(0, 1), grid.ep_rank, grid.ep_size)]
+            count = grid.num_blocks * grid.etp_size
+            first = grid.first_block * grid.etp_size + grid.etp_rank
+            return [(part[i], first + i * grid.etp_size, count) for i in range(len(part))]
 
         def build(key: str, data: Tensor, replica_id: ReplicaId, _: slice | None) -> Any:
             parts = data.detach().view(*shape, data.shape[-1]).unbind(1)

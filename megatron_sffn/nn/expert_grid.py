@@ -28,9 +28,9 @@ class Placement:
     """A grid of ranks with the blocks along one side and the cells of a block along the other.
 
     Args:
-        group: of all ranks of the grid; rank r is at (r // cell_parts, r % cell_parts).
-        block_parts: expert-parallel size; it divides B.
-        cell_parts: expert-tensor-parallel size; it divides G.
+        group: of all ranks of the grid; rank r is at (r // etp_size, r % etp_size).
+        ep_size: expert-parallel size; it divides B.
+        etp_size: expert-tensor-parallel size; it divides G.
         num_blocks: B.
         block_size: G.
         node_groups: where ranks lie on several nodes and rows shall cross to each node once: the
@@ -38,8 +38,8 @@ class Placement:
     """
 
     group: Any
-    block_parts: int
-    cell_parts: int
+    ep_size: int
+    etp_size: int
     num_blocks: int
     block_size: int
     node_groups: tuple[Any, Any] | None = None
@@ -50,13 +50,13 @@ class Placement:
         blocks, cells = pg_collection.ep, pg_collection.expt_tp
         placement = cls(
             group=pg_collection.tp_ep,
-            block_parts=blocks.size(),
-            cell_parts=cells.size(),
+            ep_size=blocks.size(),
+            etp_size=cells.size(),
             num_blocks=sffn.num_blocks,
             block_size=sffn.block_size,
             node_groups=_node_groups(pg_collection.tp_ep, sffn.node_size),
         )
-        here = (placement.block_part, placement.cell_part)
+        here = (placement.ep_rank, placement.etp_rank)
         assert here == (blocks.rank(), cells.rank()), (here, blocks.rank(), cells.rank())
         assert sffn.num_blocks % blocks.size() == 0, (sffn.num_blocks, blocks.size())
         assert sffn.block_size % cells.size() == 0, (sffn.block_size, cells.size())
@@ -65,32 +65,32 @@ class Placement:
     @property
     def num_ranks(self) -> int:
         """Ranks of the grid."""
-        return self.block_parts * self.cell_parts
+        return self.ep_size * self.etp_size
 
     @property
-    def block_part(self) -> int:
+    def ep_rank(self) -> int:
         """Where this rank is along the blocks."""
-        return int(self.group.rank()) // self.cell_parts
+        return int(self.group.rank()) // self.etp_size
 
     @property
-    def cell_part(self) -> int:
+    def etp_rank(self) -> int:
         """Where this rank is along the cells."""
-        return int(self.group.rank()) % self.cell_parts
+        return int(self.group.rank()) % self.etp_size
 
     @property
     def num_local_blocks(self) -> int:
         """Blocks of which this rank holds cells."""
-        return self.num_blocks // self.block_parts
+        return self.num_blocks // self.ep_size
 
     @property
     def num_local_cells(self) -> int:
         """Cells of each of them that this rank holds."""
-        return self.block_size // self.cell_parts
+        return self.block_size // self.etp_size
 
     @property
     def first_block(self) -> int:
         """The first of them."""
-        return self.block_part * self.num_local_blocks
+        return self.ep_rank * self.num_local_blocks
 
     def levels(self) -> tuple[Placement, Placement]:
         """The two exchanges of a grid on several nodes: across nodes, then within the own one.
@@ -102,11 +102,11 @@ class Placement:
         across, within = self.node_groups
         nodes = across.size()
         return (
-            replace(self, group=across, block_parts=nodes, cell_parts=1, node_groups=None),
+            replace(self, group=across, ep_size=nodes, etp_size=1, node_groups=None),
             replace(
                 self,
                 group=within,
-                block_parts=self.block_parts // nodes,
+                ep_size=self.ep_size // nodes,
                 num_blocks=self.num_blocks // nodes,
                 node_groups=None,
             ),
@@ -115,19 +115,19 @@ class Placement:
     def local_cells(self, cells: Tensor) -> Tensor:
         """Of numbers of all cells `[B, G, ...]` those of this rank, `[B / ep, G / etp, ...]`."""
         cells = cells.narrow(0, self.first_block, self.num_local_blocks)
-        return cells.narrow(1, self.cell_part * self.num_local_cells, self.num_local_cells)
+        return cells.narrow(1, self.etp_rank * self.num_local_cells, self.num_local_cells)
 
     def parts(self, local: Tensor) -> Tensor:
-        """`[B / block_parts, ...]` of this rank as `[B, cell_parts, ...]` of all, everywhere.
+        """`[B / ep_size, ...]` of this rank as `[B, etp_size, ...]` of all, everywhere.
 
         Differentiable: a rank gets back what all ranks' uses of its part give.
         """
         everywhere = gather_rows(local, self.group)
-        grid = (self.block_parts, self.cell_parts, self.num_local_blocks)
+        grid = (self.ep_size, self.etp_size, self.num_local_blocks)
         return everywhere.view(*grid, *local.shape[1:]).transpose(1, 2).flatten(0, 1)
 
     def sum_over_cells(self, local: Tensor) -> Tensor:
-        """`[B / block_parts, ...]` sums over this rank's cells as `[B, ...]` over all, everywhere.
+        """`[B / ep_size, ...]` sums over this rank's cells as `[B, ...]` over all, everywhere.
 
         The parts are added in one order, so that every rank has the same bits.
         """

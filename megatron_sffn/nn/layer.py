@@ -170,8 +170,8 @@ class SparseFFN(_SparseLayer):
         """Whether the backward sends the rows again rather than keep them."""
         config, grid = self.config, self.experts.placement
         exchange = Exchange(
-            expert_parallel_size=grid.block_parts,
-            expert_tensor_parallel_size=grid.cell_parts,
+            expert_parallel_size=grid.ep_size,
+            expert_tensor_parallel_size=grid.etp_size,
             router_groups=config.moe_router_num_groups or 1,
             router_group_topk=config.moe_router_group_topk or 1,
         )

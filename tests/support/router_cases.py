@@ -143,7 +143,7 @@ def run(case: Case, ids: Tensor | None = None) -> dict[str, Tensor]:
         torch.distributed.all_gather(parts, grad, group=grid.group)
         # From [ep, etp, B / ep, keys of a cell, G / etp, D] to [B, keys of a cell, G, D].
         width = grad.shape[2]
-        shape = (grid.block_parts, grid.cell_parts, len(grad), -1, grid.num_local_cells, width)
+        shape = (grid.ep_size, grid.etp_size, len(grad), -1, grid.num_local_cells, width)
         table = torch.stack(parts).view(shape).permute(0, 2, 3, 1, 4, 5)
         result[f"d{name}"] = table.reshape(grid.num_blocks, -1, width)
     for name, weight in layer.router.named_parameters():

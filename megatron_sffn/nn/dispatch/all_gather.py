@@ -32,7 +32,7 @@ def all_gather(tokens: Tokens, placement: Placement) -> Plan:
     blocks, gates = _gather_pairs(ids, requests.gates, group)
     blocks = blocks.int()
     # An empty place, -1, is in no part.
-    own = blocks // placement.num_local_blocks == placement.block_part
+    own = blocks // placement.num_local_blocks == placement.ep_rank
     number = own.cumsum(0, dtype=torch.int32)
     meetings = partial(
         _own_pairs,

@@ -129,7 +129,7 @@ def find_routes(requests: Requests, placement: Placement) -> Routes:
     pair_wire = PairWire(
         group=group,
         order=departures.order[: sum(sent)],
-        slices=placement.cell_parts,
+        slices=placement.etp_size,
         sent=sent,
         received=pairs_received,
     )
@@ -163,7 +163,7 @@ class _Departures:
 
 def _departures(requests: Requests, placement: Placement) -> _Departures:
     """Sort the pairs by the ranks that hold their blocks; nobody waits for the device."""
-    ranks, slices, pairs = placement.num_ranks, placement.cell_parts, requests.pairs
+    ranks, slices, pairs = placement.num_ranks, placement.etp_size, requests.pairs
     chunks = len(requests.row_counts)
     # A block lies on `slices` ranks: `[P, slices]` owners of each pair. Empty places go to one
     # more rank, which does not exist, behind the others.

@@ -106,7 +106,7 @@ class VanillaMRouter(ScoredRouter):
             return scores
         back = all_to_all(group, scores)
         # From [ep, etp, T, B / ep] to [T, ep, B / ep, etp].
-        shape = (grid.block_parts, grid.cell_parts, len(x), grid.num_local_blocks)
+        shape = (grid.ep_size, grid.etp_size, len(x), grid.num_local_blocks)
         parts = back.view(shape).permute(2, 0, 3, 1)
         _, join = AGGREGATORS[self.settings.aggregation]
         return join(parts).flatten(1)

@@ -28,9 +28,7 @@ LOSS_OF_ONE_ROUNDING = 2.0**-8
 def placement_of(cells: int = 1) -> Placement:
     group = torch.distributed.group.WORLD
     blocks = group.size() // cells
-    return Placement(
-        group=group, block_parts=blocks, cell_parts=cells, num_blocks=BLOCKS, block_size=2
-    )
+    return Placement(group=group, ep_size=blocks, etp_size=cells, num_blocks=BLOCKS, block_size=2)
 
 
 def tokens_of(rank: int, dtype: torch.dtype) -> tuple[Tensor, Routing, Tensor]:

@@ -248,7 +248,7 @@ def exchange(block_ids: list[list[list[int]]], chunks: int = 1) -> dict[str, obj
     ids = torch.tensor(block_ids[rank], dtype=torch.long).view(-1, 2)
     x = (torch.arange(len(ids)).double()[:, None] + 100 * rank).expand(-1, 3).contiguous()
     gates = torch.ones(ids.shape, dtype=torch.double)
-    grid = Placement(group=group, block_parts=ranks, cell_parts=1, num_blocks=8, block_size=1)
+    grid = Placement(group=group, ep_size=ranks, etp_size=1, num_blocks=8, block_size=1)
     rows, pairs = [], []
 
     def compute(arrived: Arrived) -> torch.Tensor:
