@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.nn.expert_grid import Placement
+from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.ops import Activation, device
 from megatron_sffn.ops.block_ffn import main_grad
 from megatron_sffn.utils.hashing import seed_of
@@ -65,7 +65,7 @@ class Memory(MegatronModule):
         super().__init__(config=config)
         assert config.sffn is not None, "a memory needs config.sffn"
         self.sffn = config.sffn
-        self.placement = Placement.of(pg_collection, config.sffn)
+        self.placement = ExpertGrid.of(pg_collection, config.sffn)
         assert self.placement.num_local_blocks == num_local_blocks, (
             self.placement,
             num_local_blocks,

@@ -1,6 +1,6 @@
 """Which rank holds which cells: blocks are cut over EP ranks, the cells of a block over ETP ranks.
 
-Enters: Megatron's process groups. Leaves: a `Placement`, with which tables are cut, scores and
+Enters: Megatron's process groups. Leaves: a `ExpertGrid`, with which tables are cut, scores and
 descriptors gathered, and tokens sent.
 
 Choice: expert parallelism (EP) and expert tensor parallelism (ETP) are one grid of ranks, and one
@@ -24,7 +24,7 @@ from megatron_sffn.nn.config import SparseFFNConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
+class ExpertGrid:
     """A grid of ranks with the blocks along one side and the cells of a block along the other.
 
     Args:
@@ -45,7 +45,7 @@ class Placement:
     node_groups: tuple[Any, Any] | None = None
 
     @classmethod
-    def of(cls, pg_collection: ProcessGroupCollection, sffn: SparseFFNConfig) -> Placement:
+    def of(cls, pg_collection: ProcessGroupCollection, sffn: SparseFFNConfig) -> ExpertGrid:
         """The grid of Megatron's groups: `tp_ep` is all of it, `ep` and `expt_tp` are its sides."""
         blocks, cells = pg_collection.ep, pg_collection.expt_tp
         placement = cls(
@@ -92,7 +92,7 @@ class Placement:
         """The first of them."""
         return self.ep_rank * self.num_local_blocks
 
-    def levels(self) -> tuple[Placement, Placement]:
+    def levels(self) -> tuple[ExpertGrid, ExpertGrid]:
         """The two exchanges of a grid on several nodes: across nodes, then within the own one.
 
         Across, a node is one rank that holds all blocks of its ranks. Within, the blocks of the
@@ -162,7 +162,7 @@ def one_rank_groups() -> ProcessGroupCollection:
 
 
 def _node_groups(group: Any, node_size: int) -> tuple[Any, Any] | None:
-    """The groups of `Placement.node_groups`, made once for all layers; None on one node.
+    """The groups of `ExpertGrid.node_groups`, made once for all layers; None on one node.
 
     All ranks of the grid call this together. Neighbours in Megatron's order lie on one node.
     """

@@ -14,7 +14,7 @@ from benchmarks.parallel import wire
 from megatron_sffn.nn import comm_volume
 from megatron_sffn.nn.config import Exchange, SparseFFNConfig
 from megatron_sffn.nn.dispatch import dispatch
-from megatron_sffn.nn.expert_grid import Placement
+from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.routers.groups import in_best_groups
@@ -290,7 +290,7 @@ def test_a_token_crosses_to_each_node_once() -> None:
 def sent_in_groups(by_score: bool) -> float:
     """Bytes per token of an exchange whose tokens have 4 of 64 blocks in 2 of 8 groups."""
     group, tokens = torch.distributed.group.WORLD, 4096
-    grid = Placement(group=group, ep_size=4, etp_size=1, num_blocks=64, block_size=1)
+    grid = ExpertGrid(group=group, ep_size=4, etp_size=1, num_blocks=64, block_size=1)
     random = torch.Generator().manual_seed(group.rank())
     scores = torch.rand(tokens, 64, generator=random)
     if by_score:

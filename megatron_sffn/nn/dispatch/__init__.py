@@ -23,7 +23,7 @@ from megatron_sffn.nn.dispatch.all_gather import all_gather
 from megatron_sffn.nn.dispatch.all_to_all import all_to_all
 from megatron_sffn.nn.dispatch.plan import Chunk, Plan
 from megatron_sffn.nn.dispatch.records import Arrived, Tokens
-from megatron_sffn.nn.expert_grid import Placement
+from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.ops.block_ffn import pairs_of_ids
 
@@ -33,7 +33,7 @@ __all__ = ["DISPATCHERS", "Arrived", "Plan", "dispatch"]
 def dispatch(
     x: Tensor,
     routing: Routing,
-    placement: Placement,
+    placement: ExpertGrid,
     dispatcher: str,
     *,
     regather: bool = False,
@@ -70,7 +70,7 @@ def _stay(rows: Tensor, routing: Routing) -> Plan:
     return Plan(chunks=[Chunk(rows=rows, wires=(), meetings=meetings, keep=False)], bytes_sent=0)
 
 
-DISPATCHERS: dict[str, Callable[[Tokens, Placement], Plan]] = {
+DISPATCHERS: dict[str, Callable[[Tokens, ExpertGrid], Plan]] = {
     "alltoall": all_to_all,
     "allgather": all_gather,
 }

@@ -19,12 +19,12 @@ from megatron_sffn.nn.dispatch import messages
 from megatron_sffn.nn.dispatch.plan import Chunk, Plan
 from megatron_sffn.nn.dispatch.records import Tokens
 from megatron_sffn.nn.dispatch.wires import WholeWire, exchange_equally, gather, sum_of_parts
-from megatron_sffn.nn.expert_grid import Placement
+from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.ops.block_ffn import Pairs
 from megatron_sffn.ops.streams import HostCopy
 
 
-def all_gather(tokens: Tokens, placement: Placement) -> Plan:
+def all_gather(tokens: Tokens, placement: ExpertGrid) -> Plan:
     """Send every row to every rank, with all of its block ids and gates."""
     group, requests = placement.group, tokens.requests
     num_rows = len(tokens.rows)

@@ -24,7 +24,7 @@ from megatron_sffn.nn.dispatch.pair_wire import PairWire
 from megatron_sffn.nn.dispatch.plan import Chunk, Plan
 from megatron_sffn.nn.dispatch.records import Requests, Tokens
 from megatron_sffn.nn.dispatch.wires import ExactWire
-from megatron_sffn.nn.expert_grid import Placement
+from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.ops.block_ffn import Pairs, sort_stably
 from megatron_sffn.ops.streams import HostCopy
 
@@ -67,7 +67,7 @@ class Routes:
         return sent
 
 
-def all_to_all(tokens: Tokens, placement: Placement) -> Plan:
+def all_to_all(tokens: Tokens, placement: ExpertGrid) -> Plan:
     """Send each row once to each rank that holds cells of its blocks.
 
     On several nodes, once to each node that has a block of it, then to the node's ranks.
@@ -99,7 +99,7 @@ def _meetings(codes: Tensor, gates: Tensor | None) -> tuple[Pairs, Tensor | None
     return messages.decode(codes), gates
 
 
-def find_routes(requests: Requests, placement: Placement) -> Routes:
+def find_routes(requests: Requests, placement: ExpertGrid) -> Routes:
     """Tell the ranks how many rows and which pairs they will get; one wait for all chunks."""
     group, chunks = placement.group, len(requests.row_counts)
     departures = _departures(requests, placement)
@@ -161,7 +161,7 @@ class _Departures:
     codes: Tensor
 
 
-def _departures(requests: Requests, placement: Placement) -> _Departures:
+def _departures(requests: Requests, placement: ExpertGrid) -> _Departures:
     """Sort the pairs by the ranks that hold their blocks; nobody waits for the device."""
     ranks, slices, pairs = placement.num_ranks, placement.etp_size, requests.pairs
     chunks = len(requests.row_counts)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.nn.expert_grid import Placement
+from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.ops import device
 from megatron_sffn.ops.route_topk import route_topk
 from megatron_sffn.utils.hashing import seed_of
@@ -75,7 +75,7 @@ class Router(torch.nn.Module):
         assert config.sffn is not None, "a router needs config.sffn"
         self.config = config
         self.sffn: SparseFFNConfig = config.sffn
-        self.placement = Placement.of(pg_collection, config.sffn)
+        self.placement = ExpertGrid.of(pg_collection, config.sffn)
         self.layer_number: int | None = None
         self.score_flag = torch.zeros((), device=device.current())
 

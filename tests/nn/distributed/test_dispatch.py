@@ -13,7 +13,7 @@ from megatron_sffn.nn.comm_volume import regathers
 from megatron_sffn.nn.config import Exchange
 from megatron_sffn.nn.dispatch import Arrived, dispatch, messages
 from megatron_sffn.nn.dispatch.legs import Leg
-from megatron_sffn.nn.expert_grid import Placement
+from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.ops.block_ffn import Pairs
 from tests.support.ranks import run_ranks
@@ -25,10 +25,10 @@ LOSS_OF_ONE_ROUNDING = 2.0**-8
 """Largest relative error of a number that is rounded to bf16 once."""
 
 
-def placement_of(cells: int = 1) -> Placement:
+def placement_of(cells: int = 1) -> ExpertGrid:
     group = torch.distributed.group.WORLD
     blocks = group.size() // cells
-    return Placement(group=group, ep_size=blocks, etp_size=cells, num_blocks=BLOCKS, block_size=2)
+    return ExpertGrid(group=group, ep_size=blocks, etp_size=cells, num_blocks=BLOCKS, block_size=2)
 
 
 def tokens_of(rank: int, dtype: torch.dtype) -> tuple[Tensor, Routing, Tensor]:

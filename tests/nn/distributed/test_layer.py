@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_sffn.nn import layer as layer_module
 from megatron_sffn.nn.config import Backend
 from megatron_sffn.nn.dispatch import Arrived, dispatch
-from megatron_sffn.nn.expert_grid import Placement
+from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.nn.routers.base import Routing
 from tests.support.ranks import run_ranks
 from tests.support.router_cases import (
@@ -248,7 +248,7 @@ def exchange(block_ids: list[list[list[int]]], chunks: int = 1) -> dict[str, obj
     ids = torch.tensor(block_ids[rank], dtype=torch.long).view(-1, 2)
     x = (torch.arange(len(ids)).double()[:, None] + 100 * rank).expand(-1, 3).contiguous()
     gates = torch.ones(ids.shape, dtype=torch.double)
-    grid = Placement(group=group, ep_size=ranks, etp_size=1, num_blocks=8, block_size=1)
+    grid = ExpertGrid(group=group, ep_size=ranks, etp_size=1, num_blocks=8, block_size=1)
     rows, pairs = [], []
 
     def compute(arrived: Arrived) -> torch.Tensor:
