@@ -31,7 +31,7 @@ SINK = "softmax_offset"
 """End of the name of `--softmax-type learnable`'s weights, the one vector that is drawn."""
 
 
-def draw_again(seed: int, chunks: list[Any]) -> list[Any]:
+def reinit_dense_weights(seed: int, chunks: list[Any]) -> list[Any]:
     """Megatron's pre-wrap hook.
 
     Args:

@@ -36,7 +36,7 @@ from megatron_sffn.data.tokenize.tokenizer import localize_tokenizer
 from megatron_sffn.flags.megatron_flags import exchange_of
 from megatron_sffn.flags.sffn_flags import sffn_config, transformer_config
 from megatron_sffn.nn.config import SparseFFNConfig
-from megatron_sffn.nn.init import draw_again
+from megatron_sffn.nn.init import reinit_dense_weights
 from megatron_sffn.nn.layer import end_step, set_weights_version
 from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.ops.compiled import kernels
@@ -102,7 +102,7 @@ def model_config(
     config.finalize_model_grads_func = partial(finish_step, recorder, nan_check)
     model: GPTModelConfig = gpt_config_from_args(args, config=config)
     model.rope_scaling_factor = args.rope_scaling_factor  # which Megatron 0.19 leaves at 8
-    model.pre_wrap_hooks.append(partial(draw_again, args.seed))
+    model.pre_wrap_hooks.append(partial(reinit_dense_weights, args.seed))
     if sffn is not None:
         model.transformer_layer_spec = block_spec
     return model

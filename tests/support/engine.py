@@ -28,7 +28,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
 from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.nn.init import draw_again
+from megatron_sffn.nn.init import reinit_dense_weights
 from megatron_sffn.nn.layer import set_weights_version, sparse_layers
 from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.routers import ROUTERS
@@ -247,7 +247,7 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
         position_embedding_type="rope",
         share_embeddings_and_output_weights=True,
     )
-    model.pre_wrap_hooks.append(partial(draw_again, 7))
+    model.pre_wrap_hooks.append(partial(reinit_dense_weights, 7))
     overlap = layout.distributed_optimizer
     chunks: list[Any] = GPTModelBuilder(model).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
