@@ -44,7 +44,7 @@ from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.train.nan_check import NanCheck
 from megatron_sffn.train.routing_trace import RoutingRecorder
 from megatron_sffn.train.summary import Recorder
-from megatron_sffn.train.watchdog import Watch, exit_on_signals
+from megatron_sffn.train.watchdog import Watchdog, exit_on_signals
 
 
 def train(args: Namespace) -> None:
@@ -84,7 +84,7 @@ def train(args: Namespace) -> None:
             pretrain_cfg_container_from_args(args, model_config(args, sffn, recorder, nan_check)),
             datasets_provider(on_every_stage=hashed),
             ModelType.encoder_or_decoder,
-            partial(forward_step, recorder, Watch(args), nan_check, hashed),
+            partial(forward_step, recorder, Watchdog(args), nan_check, hashed),
             non_loss_data_func=partial(finish_evaluation, recorder, nan_check),
         )
     path = recorder.write_summary(shape)
@@ -169,7 +169,7 @@ def run_folder(args: Namespace) -> Path:
 
 def forward_step(
     recorder: Recorder,
-    watch: Watch,
+    watchdog: Watchdog,
     nan_check: NanCheck,
     hashed: bool,
     batches: Iterator[dict[str, Tensor]] | None,
@@ -179,7 +179,7 @@ def forward_step(
 
     Args:
         recorder: of the run.
-        watch: of the run.
+        watchdog: of the run.
         nan_check: of the run.
         hashed: whether the sparse layers read the input ids, which then go where Megatron has a
             `padding_mask`: the only slot for a number per token that reaches the MLP of every stage
@@ -192,7 +192,7 @@ def forward_step(
     """
     recorder.before_forward(model.training)
     iteration = vars(recorder.args).get("curr_iteration")
-    watch.note(iteration or 0)
+    watchdog.note(iteration or 0)
     # Between two values the optimizer takes one step, or none.
     set_weights_version(model, (iteration, model.training))
     batch = next_batch(batches, on_every_stage=hashed)

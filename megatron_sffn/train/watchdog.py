@@ -45,7 +45,7 @@ def exit_on_signals(args: Namespace) -> None:
         signal.signal(one, handler)
 
 
-class Watch:
+class Watchdog:
     """Names the rank that the others wait for.
 
     Args:
