@@ -64,7 +64,7 @@ class Balance(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.num_blocks = config, config.num_moe_experts
-        self.near, self.far = pg_collection.tp_cp, pg_collection.tp_dp_cp
+        self.tp_cp_group, self.tp_dp_cp_group = pg_collection.tp_cp, pg_collection.tp_dp_cp
         self.weights = balance_weights(config, entropy_coefficient)
         self.layer_number: int | None = None
         self.values: dict[str, Tensor] = {}
@@ -130,14 +130,14 @@ class Balance(torch.nn.Module):
         total = torch.stack([self.weights[kind] * loss for kind, loss in losses.items()]).sum()
         if self.config.calculate_per_token_loss:
             # Gradients are then divided by the tokens of all ranks.
-            total = total * len(x) * self.near.size()
+            total = total * len(x) * self.tp_cp_group.size()
         self._record(losses)
         attached: Tensor = MoEAuxLossAutoScaler.apply(x, total)
         return attached
 
     def _losses(self, scores: Tensor, block_ids: Tensor, num_sequences: int) -> dict[str, Tensor]:
         """This rank's part of each unweighted loss: they sum over `tp_cp`."""
-        losses, share = {}, 1 / self.near.size()
+        losses, share = {}, 1 / self.tp_cp_group.size()
         if "z_loss" in self.weights:
             losses["z_loss"] = z_loss_func(scores, share)
         if self.weights.keys() == losses.keys():
@@ -147,7 +147,7 @@ class Balance(torch.nn.Module):
         for kind in (kind for kind in BALANCE_LOSSES if kind in self.weights):
             sequences = num_sequences if kind == "seq_aux_loss" else 1
             chosen = self._counts(block_ids, sequences)
-            _sum_over(self.near, chosen)
+            _sum_over(self.tp_cp_group, chosen)
             if kind == "global_aux_loss":
                 chosen = self._since_the_step_began(chosen)
             frequencies = chosen / chosen.sum(dim=1, keepdim=True).clamp(min=1)
@@ -156,9 +156,9 @@ class Balance(torch.nn.Module):
         if "entropy_loss" in self.weights:
             mean = probabilities.mean(dim=0)
             everywhere = mean.detach().clone()
-            _sum_over(self.far, everywhere)
+            _sum_over(self.tp_dp_cp_group, everywhere)
             # The value of all ranks' mean, with the gradient of this rank's.
-            mean = everywhere / self.far.size() + (mean - mean.detach())
+            mean = everywhere / self.tp_dp_cp_group.size() + (mean - mean.detach())
             # Not zero in the logarithm, whose derivative would be infinite there.
             least = torch.finfo(mean.dtype).tiny
             losses["entropy_loss"] = (mean * mean.clamp(min=least).log()).sum() * share
@@ -175,7 +175,7 @@ class Balance(torch.nn.Module):
         """`[1, B]` choices of this microbatch on all ranks, and of those before it."""
         # Ranks of `tp_cp` have the same sum already; only ratios matter.
         everywhere = chosen.clone()
-        _sum_over(self.far, everywhere)
+        _sum_over(self.tp_dp_cp_group, everywhere)
         self.tokens_of_step += everywhere[0]
         return self.tokens_of_step[None].clone()
 
@@ -190,7 +190,7 @@ class Balance(torch.nn.Module):
                     value,
                     self.layer_number,
                     self.config.num_layers,
-                    reduce_group=self.near,
+                    reduce_group=self.tp_cp_group,
                 )
 
 
