@@ -337,7 +337,7 @@ def test_the_bias_is_added_for_the_choice_alone(
 def test_the_bias_of_s_base_is_added_to_the_balanced_scores() -> None:
     router, scores = with_losses(SBaseConfig(), **BIASED), logits()
     with torch.no_grad():
-        plan = router.preference(scores)
+        plan = router.selection_scores(scores)
         router.balance.expert_bias[4] = 100.0
     ids = route(router, scores).block_ids
     assert (ids == 4).any(dim=1).all()

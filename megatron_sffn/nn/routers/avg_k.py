@@ -117,7 +117,7 @@ class AvgKRouter(ScoredRouter):
         """Equal weights of all cells at first."""
         weight.zero_()
 
-    def settle(self, x: Tensor, routing: Routing) -> Routing:
+    def post_route(self, x: Tensor, routing: Routing) -> Routing:
         """Show the descriptors which tokens chose which blocks, once per microbatch."""
         if self.training and torch.is_grad_enabled():
             self.descriptor.observe(x, routing.block_ids)

@@ -136,7 +136,7 @@ class ProductKeysRouter(Router):
         # [heads · 2, T, n]: two products per head.
         scores = torch.einsum("thpc,hpnc->thpn", queries.to(dtype), self.subkeys.to(dtype))
         self.flag_not_finite(scores)
-        ids = self.largest(scores.detach().reshape(-1, side), min(self.each, side))
+        ids = self.topk(scores.detach().reshape(-1, side), min(self.each, side))
         ids = ids.view(*scores.shape[:3], -1)
         first, second = self._best_sums(scores.detach().gather(3, ids))
         # Rows and columns of the chosen, of n: only their scores stay for the backward.
@@ -156,6 +156,6 @@ class ProductKeysRouter(Router):
             `[T, heads, knn]` their places in the first half, and in the second.
         """
         sums = best[:, :, 0, :, None] + best[:, :, 1, None, :]
-        chosen = self.largest(sums.flatten(0, 1).flatten(1), self.each)
+        chosen = self.topk(sums.flatten(0, 1).flatten(1), self.each)
         chosen = chosen.view(*sums.shape[:2], self.each)
         return chosen // sums.shape[3], chosen % sums.shape[3]

@@ -46,11 +46,11 @@ class SBaseConfig(LearnedConfig):
 class SBaseRouter(LearnedRouter):
     """A learned sigmoid gate with a balanced choice. Arguments as `Router`."""
 
-    def preference(self, scores: Tensor) -> Tensor:
-        """See `ScoredRouter.preference`."""
+    def selection_scores(self, scores: Tensor) -> Tensor:
+        """See `ScoredRouter.selection_scores`."""
         if not self.training:
-            return super().preference(scores)
-        everyone = gather_rows(scores, self.balance.near)
+            return super().selection_scores(scores)
+        everyone = gather_rows(scores, self.balance.tp_cp_group)
         return scores + balancing_prices(everyone)
 
 

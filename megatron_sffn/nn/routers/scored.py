@@ -228,9 +228,9 @@ class ScoredRouter(Router):
             scores=chosen,
             may_be_empty=dropped is not None,
         )
-        return self.settle(x, routing)
+        return self.post_route(x, routing)
 
-    def settle(self, x: Tensor, routing: Routing) -> Routing:
+    def post_route(self, x: Tensor, routing: Routing) -> Routing:
         """What a method still does with the blocks of its tokens; nothing, unless it says else."""
         return routing
 
@@ -242,7 +242,7 @@ class ScoredRouter(Router):
     @torch.no_grad()
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
         """`[T, K]` ids, and which of them are dropped, if any can be."""
-        choice, dropout = self.preference(scores), self.settings.block_dropout
+        choice, dropout = self.selection_scores(scores), self.settings.block_dropout
         if self.balance.biased:
             choice = choice + self.balance.expert_bias
         active, drops = self.sffn.num_active_blocks, self.training and bool(dropout)
@@ -251,14 +251,14 @@ class ScoredRouter(Router):
             choice = choice.masked_fill(unavailable, -torch.inf)
         if num_groups := self.config.moe_router_num_groups:
             group_topk = self.config.moe_router_group_topk
-            allowed = in_best_groups(choice, active, num_groups, group_topk, self.largest)
+            allowed = in_best_groups(choice, active, num_groups, group_topk, self.topk)
             choice = choice.masked_fill(~allowed, -torch.inf)
             # Of blocks that cannot be chosen the lowest come first, from any group.
             unavailable = None if unavailable is None else unavailable | ~allowed
-        ids = self.largest(choice, active)
+        ids = self.topk(choice, active)
         return ids, None if unavailable is None else unavailable.gather(1, ids)
 
-    def preference(self, scores: Tensor) -> Tensor:
+    def selection_scores(self, scores: Tensor) -> Tensor:
         """`[T, B]` what blocks are chosen by: in units of the gate, if a bias is added to it."""
         if not self.balance.biased or not self.settings.gated_output:
             return scores

@@ -58,7 +58,7 @@ class SwitchConfig(LearnedConfig):
 class SwitchRouter(LearnedRouter):
     """A learned softmax gate. Arguments as `Router`."""
 
-    def settle(self, x: Tensor, routing: Routing) -> Routing:
+    def post_route(self, x: Tensor, routing: Routing) -> Routing:
         """Leave places empty whose block is full."""
         factor = self.config.moe_expert_capacity_factor
         if factor is None:
@@ -76,7 +76,7 @@ class SwitchRouter(LearnedRouter):
 
     def _fit(self, block_ids: Tensor, priority: Tensor | None, factor: float) -> Tensor:
         """`[T, K]` which choices are within their block's capacity."""
-        group = self.balance.near
+        group = self.balance.tp_cp_group
         ids = gather_rows(block_ids, group)
         capacity = math.ceil(factor * ids.numel() / self.sffn.num_blocks)
         if priority is not None:

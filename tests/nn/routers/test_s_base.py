@@ -95,7 +95,7 @@ def test_a_shift_of_all_scores_of_a_token_changes_nothing(build) -> None:
     router, x = skewed(build)
     scores = x @ router.weight.detach().T
     shifted = scores + torch.linspace(-500, 500, TOKENS).double()[:, None]
-    first, second = (route_topk(router.preference(s), 4) for s in (scores, shifted))
+    first, second = (route_topk(router.selection_scores(s), 4) for s in (scores, shifted))
     assert torch.equal(first, second)
 
 
