@@ -97,7 +97,7 @@ class Router(torch.nn.Module):
                 self.draw(name, drawn)
                 parameter.copy_(drawn)
 
-    def largest(self, scores: Tensor, count: int) -> Tensor:
+    def topk(self, scores: Tensor, count: int) -> Tensor:
         """`[T, count]` ids of the largest of `[T, n]` scores, by the layer's backend."""
         backend = self.sffn.backend
         return route_topk(scores, count, backend="auto" if backend == "megatron" else backend)
