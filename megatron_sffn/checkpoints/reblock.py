@@ -69,14 +69,14 @@ class Regranulation:
     def consequence(self) -> str:
         """What the model's loss does, in one sentence."""
         router = self.before.router
-        if router.block_rows and self.after.block_size < self.before.block_size:
+        if router.per_block_weights and self.after.block_size < self.before.block_size:
             shared = "share its probability and the values grow by as much"
             return (
                 f"{router.name}: the parts of a block "
-                f"{shared if router.parts_share_gate else 'have its gate'}; the layer computes the "
+                f"{shared if router.softmax_over_blocks else 'have its gate'}; the layer computes the "
                 "same function, up to rounding"
             )
-        if router.block_rows:
+        if router.per_block_weights:
             return (
                 f"{router.name}: the gate's rows of blocks that join are averaged; the loss "
                 "changes, the less the more alike these blocks were"
@@ -151,7 +151,7 @@ def _check(before: SparseFFNConfig, after: SparseFFNConfig) -> None:
             "the checkpoint was saved with --sffn-backend megatron, whose experts are stored one "
             "by one, not as a memory of cells; train with another --sffn-backend to cut it anew"
         )
-    if before.router.block_rows and max(old, new) % min(old, new):
+    if before.router.per_block_weights and max(old, new) % min(old, new):
         raise ConfigError(
             f"--block-size {new} neither divides the checkpoint's {old} nor is a multiple of it, "
             f"so the gate's rows of --sffn-router {before.router.name} cannot be shared out; give "
@@ -188,8 +188,8 @@ class _Cut:
         self.width: int = saved.hidden_size
         self.parts = Fraction(before.block_size, after.block_size)
         router = before.router
-        self.rows = [f"router.{name}" for name in router.block_rows]
-        self.gated = bool(self.rows) or router.parts_share_gate
+        self.rows = [f"router.{name}" for name in router.per_block_weights]
+        self.gated = bool(self.rows) or router.softmax_over_blocks
         self.shapes = self._shapes(saved)
         pattern = layer_pattern(saved.sffn_layers, saved.num_layers)
         self.sparse = [layer for layer, sparse in enumerate(pattern) if sparse]
@@ -264,7 +264,7 @@ class _Cut:
 
     def _change(self, table: str, order: int) -> tuple[str, Change | None]:
         """What happens to a table, and how; `order` as in `ORDER`."""
-        cells, shared = self.before.num_cells, self.before.router.parts_share_gate
+        cells, shared = self.before.num_cells, self.before.router.softmax_over_blocks
         if table == "experts.values" and shared:
             factor = self.parts if order == 0 else self.parts**-order
             change = Change(piece=partial(_scaled, float(factor)), rows=(cells, cells))

@@ -291,7 +291,7 @@ def _blocks(args: Namespace, saved: Namespace, sffn: SparseFFNConfig | None) -> 
     )
     if sffn.backend is Backend.MEGATRON:
         yield f"{change}, whose experts Megatron stores one by one; use that"
-    elif sffn.router.block_rows or sffn.router.parts_share_gate:
+    elif sffn.router.per_block_weights or sffn.router.softmax_over_blocks:
         yield (
             f"{change}, and --sffn-router {args.sffn_router} has a gate of every block; use "
             "that, or cut them anew with tools/convert_checkpoint.py regranulate --load "

@@ -157,7 +157,7 @@ class RouterConfig:
     """Whether the router reads the input ids."""
     megatron_flags: ClassVar[tuple[str, ...]] = ()
     """Megatron's MoE flags (dest) that act on this router, beside those of every layer."""
-    block_rows: ClassVar[tuple[str, ...]] = ()
+    per_block_weights: ClassVar[tuple[str, ...]] = ()
     """Its weights that have a row for every block."""
     balance_coefficient: ClassVar[float] = 0.0
     """Default of `--moe-aux-loss-coeff`."""
@@ -204,7 +204,7 @@ class RouterConfig:
         return False
 
     @property
-    def parts_share_gate(self) -> bool:
+    def softmax_over_blocks(self) -> bool:
         """Whether the gates of equal blocks add up to that of one: a softmax, not a sigmoid."""
         return False
 

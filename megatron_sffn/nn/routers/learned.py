@@ -48,7 +48,7 @@ class LearnedConfig(ScoredConfig):
         "moe_input_jitter_eps",
     )
 
-    block_rows: ClassVar[tuple[str, ...]] = ("weight",)
+    per_block_weights: ClassVar[tuple[str, ...]] = ("weight",)
 
     network: str = flag(
         "--sffn-gate-network",

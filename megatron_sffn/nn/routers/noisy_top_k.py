@@ -27,7 +27,7 @@ class NoisyTopKConfig(LearnedConfig):
     summary = "learned gate with learned noise in training, softmax over the chosen blocks"
     balance_coefficient = 0.01
     default_gate = "softmax-chosen"
-    block_rows: ClassVar[tuple[str, ...]] = ("weight", "noise_weight")
+    per_block_weights: ClassVar[tuple[str, ...]] = ("weight", "noise_weight")
 
     noise: float = flag(
         "--sffn-noise",

@@ -156,7 +156,7 @@ class ScoredConfig(RouterConfig):
         """That the gate is 1 whatever the scores are, if it is: the start of a sentence."""
         if self.gate == "softmax-chosen" and sffn.num_active_blocks == 1:
             return "--sffn-gate softmax-chosen is always 1 for one chosen block"
-        if self.parts_share_gate and sffn.num_blocks == 1:
+        if self.softmax_over_blocks and sffn.num_blocks == 1:
             return f"--sffn-gate {self.gate} is always 1 for one block in all"
         return None
 
@@ -171,8 +171,8 @@ class ScoredConfig(RouterConfig):
         return self.gate != "none"
 
     @property
-    def parts_share_gate(self) -> bool:
-        """See `RouterConfig.parts_share_gate`."""
+    def softmax_over_blocks(self) -> bool:
+        """See `RouterConfig.softmax_over_blocks`."""
         return self.gate in ("softmax", "softmax-chosen")
 
 
