@@ -25,7 +25,7 @@ from megatron_sffn.utils.errors import CommandParser, ConfigError, reason_in, ru
 from megatron_sffn.utils.warning_filters import silence
 
 if TYPE_CHECKING:
-    from megatron_sffn.checkpoints.reblock import Regranulation
+    from megatron_sffn.checkpoints.reblock import Reblocking
 
 REGRANULATE = """\
 Cut the memory of a checkpoint into blocks of another size. The memory is stored as cells, so the
@@ -166,7 +166,7 @@ def _source(load: Path, step: int | None) -> Path:
     return source
 
 
-def described(plan: Regranulation) -> str:
+def described(plan: Reblocking) -> str:
     """What was done: the numbers, a table of all entries of the checkpoint, the consequence."""
     before, after = plan.before, plan.after
     rows = [("what", "number", "what happened")]

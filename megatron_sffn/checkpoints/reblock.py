@@ -48,7 +48,7 @@ BIAS = "router.balance.expert_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regranulation:
+class Reblocking:
     """What to do.
 
     Args:
@@ -92,7 +92,7 @@ class Regranulation:
         )
 
 
-def regranulate(metadata: Metadata, saved: Namespace, block_size: int) -> Regranulation:
+def regranulate(metadata: Metadata, saved: Namespace, block_size: int) -> Reblocking:
     """Plan another block size.
 
     Args:
@@ -119,7 +119,7 @@ def regranulate(metadata: Metadata, saved: Namespace, block_size: int) -> Regran
         if change is not None:
             changes[key] = change
     cut.check_complete()
-    return Regranulation(
+    return Reblocking(
         before=before,
         after=after,
         args=_new_args(saved, after),

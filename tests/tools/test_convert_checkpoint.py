@@ -298,7 +298,7 @@ GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def plan(
     block_size: int, *, g: int = 8, k: int = 24, router: str = "switch", **extra: Any
-) -> tuple[reblock.Regranulation, dict[str, TensorStorageMetadata]]:
+) -> tuple[reblock.Reblocking, dict[str, TensorStorageMetadata]]:
     """Another block size for a made-up checkpoint of a layer; `extra`: tensor -> shape or None."""
     cells, width = 2 * k, 4
     shapes: dict[str, Any] = {f"experts.{name}": [cells, width] for name in ("keys", "values")}
