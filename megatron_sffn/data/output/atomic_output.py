@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_sffn.data.output.run_state import Journal, State
+from megatron_sffn.data.output.run_state import RunState, State
 from megatron_sffn.utils.errors import ConfigError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -39,7 +39,7 @@ def published(prefix: str, files: Sequence[Path], *, overwrite: bool) -> Iterato
         )
     # A name and a time of its own: the work of another tool or run is neither removed nor taken up.
     command = {"started": time.time_ns()}
-    journal = Journal(str(files[0]), list(files), command, lambda message: None)
+    journal = RunState(str(files[0]), list(files), command, lambda message: None)
     try:
         # First, because it ends the renames among which a run was killed.
         journal.take_up(repeatable=False)

@@ -53,7 +53,7 @@ class State:
     complete: bool = False
 
 
-class Journal:
+class RunState:
     """The folder of a run, locked until it is left.
 
     Args:

@@ -25,7 +25,7 @@ from typing import Any
 
 from megatron_sffn.data.output.atomic_output import FULL, refuse_existing
 from megatron_sffn.data.output.progress import Progress
-from megatron_sffn.data.output.run_state import Journal, State
+from megatron_sffn.data.output.run_state import RunState, State
 from megatron_sffn.data.text.chunks import Block, read_blocks
 from megatron_sffn.data.text.documents import DocumentError, documents_of
 from megatron_sffn.data.text.sources import Source, total_size
@@ -111,7 +111,7 @@ def preprocess(
         ConfigError: a document is wrong, there is no text, the disk is full, or files exist.
     """
     inputs = [(source.path, source.size, source.modified) for source in job.sources]
-    journal = Journal(job.prefix, job.files, {**job.command, "inputs": inputs}, say)
+    journal = RunState(job.prefix, job.files, {**job.command, "inputs": inputs}, say)
     try:
         state = journal.take_up(repeatable=job.repeatable)
         if state is not None and state.complete:
@@ -140,7 +140,7 @@ def preprocess(
 
 def _run(
     job: Job,
-    journal: Journal,
+    journal: RunState,
     start: State,
     make_encoder: Callable[[list[str]], Encoder],
     work: Work,
@@ -248,7 +248,7 @@ class _Output:
             self._report.close()
 
 
-def _keep_for_another_try(journal: Journal, output: _Output, say: Say) -> None:
+def _keep_for_another_try(journal: RunState, output: _Output, say: Say) -> None:
     """Hours of work should not be lost to one bad document."""
     if journal.saved:
         documents = output.sync().documents
@@ -259,7 +259,7 @@ def _keep_for_another_try(journal: Journal, output: _Output, say: Say) -> None:
         )
 
 
-def _refuse_no_text(job: Job, journal: Journal, output: _Output) -> None:
+def _refuse_no_text(job: Job, journal: RunState, output: _Output) -> None:
     """Refuse a data set without a token; the reasons are in the sentence, as no report stays."""
     state = output.state
     for key, tokens in zip(job.keys, state.tokens, strict=True):

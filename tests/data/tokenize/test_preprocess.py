@@ -21,7 +21,7 @@ import preprocess_data
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_sffn.data.output.run_state import Journal, State
+from megatron_sffn.data.output.run_state import RunState, State
 from megatron_sffn.data.text import chunks
 from megatron_sffn.data.tokenize import preprocess, workers
 from megatron_sffn.data.tokenize.dataset_writer import GrowingDataset
@@ -95,14 +95,14 @@ def start(run: Callable[[], Any]) -> Any:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
     """Make the run die, without a word, after it was saved so many times."""
-    save, count = Journal.save, iter(range(saves))
+    save, count = RunState.save, iter(range(saves))
 
-    def counted(journal: Journal, state: State) -> None:
+    def counted(journal: RunState, state: State) -> None:
         save(journal, state)
         if next(count, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(Journal, "save", counted)
+    monkeypatch.setattr(RunState, "save", counted)
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
@@ -317,7 +317,7 @@ def test_a_lock_whose_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(fcntl, "lockf", late)
     with pytest.raises(ConfigError, match="is being written by another run"):
-        Journal(str(tmp_path / "out"), [], {}, print)
+        RunState(str(tmp_path / "out"), [], {}, print)
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
@@ -374,15 +374,15 @@ def test_interrupted(
     expected: dict[str, bytes],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    save, count = Journal.save, iter(range(9))
+    save, count = RunState.save, iter(range(9))
 
-    def counted(journal: Journal, state: State) -> None:
+    def counted(journal: RunState, state: State) -> None:
         save(journal, state)
         if next(count, None) is None:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "save", counted)
+        patch.setattr(RunState, "save", counted)
         assert preprocess_data.main(command) == 130
     assert "interrupted; the same command goes on" in capfd.readouterr().err
     assert preprocess_data.main(command) == 0
