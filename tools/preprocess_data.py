@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sffn.data.text.sources import find_sources
-from megatron_sffn.data.tokenize.encoder_spec import Loaded, Recipe, tokenizer_files
+from megatron_sffn.data.tokenize.encoder_spec import EncoderSpec, Loaded, tokenizer_files
 from megatron_sffn.data.tokenize.fast_tokenizers import MAKERS
 from megatron_sffn.data.tokenize.preprocess import Job, Work, list_reasons, preprocess
 from megatron_sffn.data.tokenize.ray_workers import connected
@@ -188,9 +188,9 @@ def command_of(args: argparse.Namespace) -> dict[str, Any]:
     return flags
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
+def recipe_of(args: argparse.Namespace) -> EncoderSpec:
     """How the flags want texts to become ids."""
-    return Recipe(
+    return EncoderSpec(
         tokenizer=args,
         keys=tuple(args.json_keys),
         language=args.lang if args.split_sentences else None,
@@ -201,7 +201,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 @contextmanager
-def workers(args: argparse.Namespace, recipe: Recipe, loaded: Loaded) -> Iterator[Work]:
+def workers(args: argparse.Namespace, recipe: EncoderSpec, loaded: Loaded) -> Iterator[Work]:
     """Those that encode: processes of this machine, or of a Ray cluster."""
     if args.ray:
         with connected(args.ray, say) as cluster:

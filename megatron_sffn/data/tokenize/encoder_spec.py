@@ -25,7 +25,7 @@ Loaded = tuple[Tokenizer, Splitter | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class EncoderSpec:
     """How texts become ids.
 
     Args:

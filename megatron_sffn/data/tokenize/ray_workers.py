@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from megatron_sffn.data.text.chunks import Block, place
 from megatron_sffn.data.tokenize.encoder import Encoded, Encoder
-from megatron_sffn.data.tokenize.encoder_spec import Loaded, Recipe
+from megatron_sffn.data.tokenize.encoder_spec import EncoderSpec, Loaded
 from megatron_sffn.data.tokenize.workers import AHEAD_BYTES, in_order
 from megatron_sffn.utils.errors import ConfigError, require
 
@@ -56,7 +56,7 @@ class Cluster:
         return int(self._ray.cluster_resources().get("CPU", 0))
 
     def work(
-        self, recipe: Recipe, loaded: Loaded
+        self, recipe: EncoderSpec, loaded: Loaded
     ) -> Callable[[Encoder, Iterable[Block]], Generator[Encoded, None, None]]:
         """A function that encodes blocks on all CPUs, and gives what becomes of them in order.
 
@@ -67,7 +67,7 @@ class Cluster:
         return partial(self._encode_in_order, recipe, recipe.digest(loaded))
 
     def _encode_in_order(
-        self, recipe: Recipe, digest: str, encoder: Encoder, blocks: Iterable[Block]
+        self, recipe: EncoderSpec, digest: str, encoder: Encoder, blocks: Iterable[Block]
     ) -> Generator[Encoded, None, None]:
         recipe = replace(recipe, engine=encoder.engine.name)
         task = self._ray.remote(num_cpus=1, max_retries=TRIES)(_encode)
@@ -144,7 +144,7 @@ def _reach(address: str) -> None:
         socket.create_connection((head.hostname, head.port), timeout=REACH_SECONDS).close()
 
 
-def _encode(shared: tuple[Recipe, str], blocks: list[Block]) -> tuple[str, Encoded]:
+def _encode(shared: tuple[EncoderSpec, str], blocks: list[Block]) -> tuple[str, Encoded]:
     """What a worker does; returns the machine as well."""
     import ray
 
@@ -155,7 +155,7 @@ def _encode(shared: tuple[Recipe, str], blocks: list[Block]) -> tuple[str, Encod
     return node, _encoder(blocks)
 
 
-def _make_encoder(recipe: Recipe, digest: str, node: str) -> Encoder:
+def _make_encoder(recipe: EncoderSpec, digest: str, node: str) -> Encoder:
     # A worker has one CPU.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 
-from megatron_sffn.data.tokenize.encoder_spec import Recipe
+from megatron_sffn.data.tokenize.encoder_spec import EncoderSpec
 from megatron_sffn.data.tokenize.tokenizer import (
     changed_text,
     load_tokenizer,
@@ -83,9 +83,9 @@ def test_a_change_of_text_is_found(tmp_path: Path) -> None:
     assert changed_text(lossy, ["words word"]) is None
 
 
-def recipe(args: argparse.Namespace) -> Recipe:
+def recipe(args: argparse.Namespace) -> EncoderSpec:
     """Of plain documents."""
-    return Recipe(
+    return EncoderSpec(
         tokenizer=args,
         keys=("text",),
         language=None,
@@ -112,7 +112,7 @@ def test_a_class_that_is_not_that_of_the_file(tmp_path: Path, lowercase: bool) -
     made.save(str(file))
     config = folder / "tokenizer_config.json"
 
-    def load(name: str) -> Recipe:
+    def load(name: str) -> EncoderSpec:
         config.write_text(json.dumps({"tokenizer_class": name, "eos_token": "<|endoftext|>"}))
         return recipe(arguments(tokenizers.hugging_face(folder)))
 
