@@ -13,7 +13,7 @@ The path of one token, file by file:
     initialize.py     their first weights, the same on every layout
     layer.py          in a sparse one: route, dispatch, compute, combine
     routers/          route: which K blocks?          -> Routing
-    placement.py      which rank holds which cells of them
+    expert_grid.py      which rank holds which cells of them
     dispatch/         dispatch: to the ranks that hold them, once each, and back   -> Plan
     memory.py         the tables of keys and values that the blocks are made of
     ops/              compute: f(x Kᵀ) V of the chosen blocks

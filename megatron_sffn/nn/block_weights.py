@@ -1,6 +1,6 @@
 """The memory of one layer: the tables of keys and values, cut over ranks.
 
-Enters: the layer's numbers and its placement. Leaves: two parameters, keys `[B / ep, G / etp, C]`
+Enters: the layer's numbers and its expert_grid. Leaves: two parameters, keys `[B / ep, G / etp, C]`
 (`[B / ep, 2G / etp, C]`, gate keys first, for SwiGLU) and values `[B / ep, G / etp, D]`, their
 initial values and their place in a checkpoint. The width of keys, C, is D but where the router says
 else; where it is 0 there are values alone.
@@ -65,9 +65,9 @@ class Memory(MegatronModule):
         super().__init__(config=config)
         assert config.sffn is not None, "a memory needs config.sffn"
         self.sffn = config.sffn
-        self.placement = ExpertGrid.of(pg_collection, config.sffn)
-        assert self.placement.num_local_blocks == num_local_blocks, (
-            self.placement,
+        self.expert_grid = ExpertGrid.of(pg_collection, config.sffn)
+        assert self.expert_grid.num_local_blocks == num_local_blocks, (
+            self.expert_grid,
             num_local_blocks,
         )
         self.replicas = pg_collection.expt_dp
@@ -78,11 +78,11 @@ class Memory(MegatronModule):
 
     def _table(self, per_cell: int, width: int) -> Parameter:
         """An uninitialised `[B / ep, per_cell · G / etp, width]` with the marks Megatron reads."""
-        config, placement = self.config, self.placement
+        config, expert_grid = self.config, self.expert_grid
         table = Parameter(
             torch.empty(
-                placement.num_local_blocks,
-                per_cell * placement.num_local_cells,
+                expert_grid.num_local_blocks,
+                per_cell * expert_grid.num_local_cells,
                 width,
                 dtype=config.params_dtype,
                 device=device.current(),
@@ -117,7 +117,7 @@ class Memory(MegatronModule):
         # Drawn on the CPU also for a GPU, whose generator gives other numbers: then a run on a GPU
         # can be compared with one on a CPU, loss by loss.
         drawn = [(_on_cpu(table), keys_per_cell, draw) for table, keys_per_cell, draw in tables]
-        grid, first_seed = self.placement, seed_of(self.sffn.seed, layer_number)
+        grid, first_seed = self.expert_grid, seed_of(self.sffn.seed, layer_number)
 
         def draw_block(block: int) -> None:
             generator = torch.Generator()
@@ -170,7 +170,7 @@ class Memory(MegatronModule):
             names: of the parts of a cell in this table, each an `[M, width]` table there.
             sharded_offsets: of the layer, as Megatron gives them.
         """
-        grid, axes = self.placement, len(sharded_offsets)
+        grid, axes = self.expert_grid, len(sharded_offsets)
         shape = (grid.num_local_blocks, len(names), grid.num_local_cells)
 
         def pieces(part: Tensor) -> list[tuple[Tensor, int, int]]:

@@ -48,7 +48,7 @@ class ExpertGrid:
     def of(cls, pg_collection: ProcessGroupCollection, sffn: SparseFFNConfig) -> ExpertGrid:
         """The grid of Megatron's groups: `tp_ep` is all of it, `ep` and `expt_tp` are its sides."""
         blocks, cells = pg_collection.ep, pg_collection.expt_tp
-        placement = cls(
+        expert_grid = cls(
             group=pg_collection.tp_ep,
             ep_size=blocks.size(),
             etp_size=cells.size(),
@@ -56,11 +56,11 @@ class ExpertGrid:
             block_size=sffn.block_size,
             node_groups=_node_groups(pg_collection.tp_ep, sffn.node_size),
         )
-        here = (placement.ep_rank, placement.etp_rank)
+        here = (expert_grid.ep_rank, expert_grid.etp_rank)
         assert here == (blocks.rank(), cells.rank()), (here, blocks.rank(), cells.rank())
         assert sffn.num_blocks % blocks.size() == 0, (sffn.num_blocks, blocks.size())
         assert sffn.block_size % cells.size() == 0, (sffn.block_size, cells.size())
-        return placement
+        return expert_grid
 
     @property
     def num_ranks(self) -> int:

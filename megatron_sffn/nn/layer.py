@@ -168,7 +168,7 @@ class SparseFFN(_SparseLayer):
     @cached_property
     def _regathers(self) -> bool:
         """Whether the backward sends the rows again rather than keep them."""
-        config, grid = self.config, self.experts.placement
+        config, grid = self.config, self.experts.expert_grid
         exchange = Exchange(
             expert_parallel_size=grid.ep_size,
             expert_tensor_parallel_size=grid.etp_size,
@@ -190,7 +190,7 @@ class SparseFFN(_SparseLayer):
         plan = dispatch(
             x,
             routing,
-            self.experts.placement,
+            self.experts.expert_grid,
             self.config.moe_token_dispatcher_type,
             regather=self._regathers,
             num_chunks=self.config.sffn.exchange_chunks,

@@ -180,7 +180,7 @@ def sent(case: Case) -> dict[str, float]:
     layer = build(case).eval()
     # Descriptors are gathered once per optimizer step, not per microbatch.
     layer.router.weights_version = 0
-    steps, rank, grid = 1024, torch.distributed.get_rank(), layer.experts.placement
+    steps, rank, grid = 1024, torch.distributed.get_rank(), layer.experts.expert_grid
     ids = torch.randint(1 << 20, (BATCH, steps), generator=torch.Generator().manual_seed(5))
     ids += rank << 20
     hidden = draw(rank, steps, BATCH, D)

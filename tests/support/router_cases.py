@@ -138,7 +138,7 @@ def run(case: Case, ids: Tensor | None = None) -> dict[str, Tensor]:
     for name, table in tables(layer).items():
         grad = table.grad.clone()
         torch.distributed.all_reduce(grad, group=replicas)
-        grid = layer.experts.placement
+        grid = layer.experts.expert_grid
         parts = [torch.empty_like(grad) for _ in range(grid.num_ranks)]
         torch.distributed.all_gather(parts, grad, group=grid.group)
         # From [ep, etp, B / ep, keys of a cell, G / etp, D] to [B, keys of a cell, G, D].

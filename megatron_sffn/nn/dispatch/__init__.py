@@ -33,7 +33,7 @@ __all__ = ["DISPATCHERS", "Arrived", "Plan", "dispatch"]
 def dispatch(
     x: Tensor,
     routing: Routing,
-    placement: ExpertGrid,
+    expert_grid: ExpertGrid,
     dispatcher: str,
     *,
     regather: bool = False,
@@ -44,7 +44,7 @@ def dispatch(
     Args:
         x: `[T, D]`; outputs that come back have its width and dtype.
         routing: of these tokens, with ids of all B blocks.
-        placement: of the blocks.
+        expert_grid: of the blocks.
         dispatcher: `alltoall` or `allgather`; nothing travels when the grid is one rank.
         regather: whether to keep `x` for `Arrived.rows_again`, so that nobody has to keep the
             rows for the backward.
@@ -52,14 +52,14 @@ def dispatch(
             ranks.
     """
     rows = x if routing.queries is None else routing.queries
-    if placement.num_ranks == 1:
+    if expert_grid.num_ranks == 1:
         return _stay(rows, routing)
     assert num_chunks == 1 or dispatcher == "alltoall", (num_chunks, dispatcher)
     output_bytes = x.shape[1] * x.itemsize
     tokens = Tokens.of(
         rows, routing, output_bytes=output_bytes, keep=regather, num_chunks=num_chunks
     )
-    return DISPATCHERS[dispatcher](tokens, placement)
+    return DISPATCHERS[dispatcher](tokens, expert_grid)
 
 
 def _stay(rows: Tensor, routing: Routing) -> Plan:

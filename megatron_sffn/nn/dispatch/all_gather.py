@@ -24,15 +24,15 @@ from megatron_sffn.ops.block_ffn import Pairs
 from megatron_sffn.ops.streams import HostCopy
 
 
-def all_gather(tokens: Tokens, placement: ExpertGrid) -> Plan:
+def all_gather(tokens: Tokens, expert_grid: ExpertGrid) -> Plan:
     """Send every row to every rank, with all of its block ids and gates."""
-    group, requests = placement.group, tokens.requests
+    group, requests = expert_grid.group, tokens.requests
     num_rows = len(tokens.rows)
-    ids = requests.pairs.blocks.to(messages.id_dtype(placement.num_blocks))
+    ids = requests.pairs.blocks.to(messages.id_dtype(expert_grid.num_blocks))
     blocks, gates = _gather_pairs(ids, requests.gates, group)
     blocks = blocks.int()
     # An empty place, -1, is in no part.
-    own = blocks // placement.num_local_blocks == placement.ep_rank
+    own = blocks // expert_grid.num_local_blocks == expert_grid.ep_rank
     number = own.cumsum(0, dtype=torch.int32)
     meetings = partial(
         _own_pairs,
@@ -42,7 +42,7 @@ def all_gather(tokens: Tokens, placement: ExpertGrid) -> Plan:
         number=number,
         count=HostCopy(number[-1:]),
         active=len(ids) // num_rows if num_rows else 1,
-        first_block=placement.first_block,
+        first_block=expert_grid.first_block,
     )
     message_bytes = ids.nbytes + (0 if requests.gates is None else requests.gates.nbytes)
     return Plan(
@@ -54,7 +54,7 @@ def all_gather(tokens: Tokens, placement: ExpertGrid) -> Plan:
                 keep=tokens.keep,
             )
         ],
-        bytes_sent=(placement.num_ranks - 1)
+        bytes_sent=(expert_grid.num_ranks - 1)
         * (tokens.rows.nbytes + num_rows * tokens.output_bytes + message_bytes),
     )
 

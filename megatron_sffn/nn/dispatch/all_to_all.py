@@ -67,12 +67,12 @@ class Routes:
         return sent
 
 
-def all_to_all(tokens: Tokens, placement: ExpertGrid) -> Plan:
+def all_to_all(tokens: Tokens, expert_grid: ExpertGrid) -> Plan:
     """Send each row once to each rank that holds cells of its blocks.
 
     On several nodes, once to each node that has a block of it, then to the node's ranks.
     """
-    levels = (placement,) if placement.node_groups is None else placement.levels()
+    levels = (expert_grid,) if expert_grid.node_groups is None else expert_grid.levels()
     requests, steps = tokens.requests, list[Routes]()
     for level in levels:
         if steps:
@@ -99,10 +99,10 @@ def _meetings(codes: Tensor, gates: Tensor | None) -> tuple[Pairs, Tensor | None
     return messages.decode(codes), gates
 
 
-def find_routes(requests: Requests, placement: ExpertGrid) -> Routes:
+def find_routes(requests: Requests, expert_grid: ExpertGrid) -> Routes:
     """Tell the ranks how many rows and which pairs they will get; one wait for all chunks."""
-    group, chunks = placement.group, len(requests.row_counts)
-    departures = _departures(requests, placement)
+    group, chunks = expert_grid.group, len(requests.row_counts)
+    departures = _departures(requests, expert_grid)
     arrivals = torch.empty_like(departures.counts)
     torch.distributed.all_to_all_single(arrivals, departures.counts, group=group)
     # [sent or received, rows or pairs, rank, chunk].
@@ -129,7 +129,7 @@ def find_routes(requests: Requests, placement: ExpertGrid) -> Routes:
     pair_wire = PairWire(
         group=group,
         order=departures.order[: sum(sent)],
-        slices=placement.etp_size,
+        slices=expert_grid.etp_size,
         sent=sent,
         received=pairs_received,
     )
@@ -161,13 +161,13 @@ class _Departures:
     codes: Tensor
 
 
-def _departures(requests: Requests, placement: ExpertGrid) -> _Departures:
+def _departures(requests: Requests, expert_grid: ExpertGrid) -> _Departures:
     """Sort the pairs by the ranks that hold their blocks; nobody waits for the device."""
-    ranks, slices, pairs = placement.num_ranks, placement.etp_size, requests.pairs
+    ranks, slices, pairs = expert_grid.num_ranks, expert_grid.etp_size, requests.pairs
     chunks = len(requests.row_counts)
     # A block lies on `slices` ranks: `[P, slices]` owners of each pair. Empty places go to one
     # more rank, which does not exist, behind the others.
-    owners = (pairs.blocks // placement.num_local_blocks * slices)[:, None]
+    owners = (pairs.blocks // expert_grid.num_local_blocks * slices)[:, None]
     owners = owners + torch.arange(slices, dtype=torch.int32, device=owners.device)
     if requests.may_be_empty:
         owners = owners.masked_fill((pairs.blocks < 0)[:, None], ranks)
@@ -182,7 +182,7 @@ def _departures(requests: Requests, placement: ExpertGrid) -> _Departures:
     owners = owners.flatten().index_select(0, order)
     behind = order // slices
     rows = pairs.rows.index_select(0, behind)
-    blocks = pairs.blocks.index_select(0, behind) % placement.num_local_blocks
+    blocks = pairs.blocks.index_select(0, behind) % expert_grid.num_local_blocks
 
     # Pairs of a rank are in the order of their rows: a row begins where row or rank change.
     begins_row = torch.ones_like(rows, dtype=torch.bool)
@@ -197,5 +197,5 @@ def _departures(requests: Requests, placement: ExpertGrid) -> _Departures:
         counts=counts.view(destinations, chunks, 2)[:ranks].contiguous(),
         tokens=tokens,
         order=order,
-        codes=messages.encode(blocks, begins_row, placement.num_local_blocks),
+        codes=messages.encode(blocks, begins_row, expert_grid.num_local_blocks),
     )

@@ -129,7 +129,7 @@ class AvgKRouter(ScoredRouter):
 
     def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """See `ScoredRouter.score`."""
-        gate_keys = keys[:, : self.placement.num_local_cells]
+        gate_keys = keys[:, : self.expert_grid.num_local_cells]
         return scores(x, self._descriptors(gate_keys))
 
     def _descriptors(self, keys: Tensor) -> Tensor:

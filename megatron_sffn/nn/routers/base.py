@@ -75,7 +75,7 @@ class Router(torch.nn.Module):
         assert config.sffn is not None, "a router needs config.sffn"
         self.config = config
         self.sffn: SparseFFNConfig = config.sffn
-        self.placement = ExpertGrid.of(pg_collection, config.sffn)
+        self.expert_grid = ExpertGrid.of(pg_collection, config.sffn)
         self.layer_number: int | None = None
         self.score_flag = torch.zeros((), device=device.current())
 

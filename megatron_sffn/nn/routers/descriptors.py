@@ -44,13 +44,13 @@ class Mean(torch.nn.Module):
 
     def __init__(self, router: AvgKRouter, settings: AvgKConfig, group: Any) -> None:
         super().__init__()
-        self.placement, self.settings, self.group = router.placement, settings, group
+        self.expert_grid, self.settings, self.group = router.expert_grid, settings, group
         self.seed = router.sffn.seed
 
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
         """`[B / ep, G / etp, D]` to `[B, D]`, fp32 at least."""
         sums = keys.sum(dim=1, dtype=score_dtype(keys))
-        return self.placement.sum_over_cells(sums) / self.placement.block_size
+        return self.expert_grid.sum_over_cells(sums) / self.expert_grid.block_size
 
     def observe(self, x: Tensor, block_ids: Tensor) -> None:
         """See which tokens `[T, D]` chose which blocks `[T, K]`, in training."""
@@ -63,7 +63,7 @@ class Mean(torch.nn.Module):
         keys = keys.to(score_dtype(keys))
         sums = torch.einsum("bg,bgd->bd", weights, keys)
         both = torch.cat((sums, weights.sum(dim=1, keepdim=True)), dim=1)
-        both = self.placement.sum_over_cells(both)
+        both = self.expert_grid.sum_over_cells(both)
         return both[:, :-1] / both[:, -1:].clamp(min=torch.finfo(both.dtype).tiny)
 
 
@@ -81,7 +81,7 @@ class MaxNorm(Mean):
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
         """See `Mean.forward`."""
         longest = self._longest(keys.to(score_dtype(keys)))
-        return self._longest(self.placement.parts(longest))
+        return self._longest(self.expert_grid.parts(longest))
 
     @staticmethod
     def _longest(keys: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Subset(Mean):
     @torch.no_grad()
     def _draw_weights(self, keys: Tensor, layer_number: int | None) -> Tensor:
         """`[B / ep, G / etp]`: 1 for a cell of the subset, else 0."""
-        grid = self.placement
+        grid = self.expert_grid
         cells = hashed_subsets(
             torch.arange(grid.num_blocks, device=keys.device),
             size=grid.block_size,
@@ -125,7 +125,7 @@ class Learned(Mean):
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
         """See `Mean.forward`."""
         shares = self.weight.to(score_dtype(keys)).softmax(dim=1)
-        return self._weighted(keys, self.placement.local_cells(shares))
+        return self._weighted(keys, self.expert_grid.local_cells(shares))
 
 
 class MovingAverage(Mean):

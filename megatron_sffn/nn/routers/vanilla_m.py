@@ -99,7 +99,7 @@ class VanillaMRouter(ScoredRouter):
 
     def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """See `ScoredRouter.score`."""
-        grid, group = self.placement, self.placement.group
+        grid, group = self.expert_grid, self.expert_grid.group
         rows = gather_rows(queries, group)
         scores = self._local_scores(rows, keys)
         if grid.num_ranks == 1:

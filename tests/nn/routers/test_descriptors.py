@@ -64,7 +64,7 @@ def described(kind: str, swiglu: bool, options: dict[str, Any]) -> tuple[Tensor,
     with torch.no_grad():
         for weight in layer.router.parameters():
             weight.zero_()  # as `draw` has it
-    grid = layer.experts.placement
+    grid = layer.experts.expert_grid
     keys = layer.experts.keys[:, : grid.num_local_cells]
     vectors = layer.router.descriptor(keys, 1)
     x = router_cases.draw(8, 30, D)

@@ -183,7 +183,7 @@ def test_f1_f2_f3_all_blocks_without_a_gate_are_the_dense_ffn(
 @torch.no_grad()
 def permute_blocks(layer: Any, patch: pytest.MonkeyPatch) -> Tensor:
     """Permute blocks with all that belongs to them; returns which block stands where now."""
-    router, grid = layer.router, layer.experts.placement
+    router, grid = layer.router, layer.experts.expert_grid
     order = torch.randperm(grid.num_blocks)
     if isinstance(router, ProductKeysRouter):
         rows, columns = torch.randperm(router.side), torch.randperm(router.side)
