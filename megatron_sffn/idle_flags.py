@@ -36,7 +36,7 @@ OF_OTHER_MODELS = (
     r"|apply_residual_connection_post_layernorm|flash_decode|mlp_chunks_for_prefill"
     r"|nccl_all_reduce_for_prefill|inference_\w+|mtp_standalone|mtp_hybrid_override_pattern"
     r"|logits_\w+|freeze_all_layers|use_mamba_mem_eff_path|dist_ckpt_save_pre_mcore_014"
-    r"|metadata_path|check_for_spiky_loss|test_mode"
+    r"|metadata_path|test_mode"
 )
 """Flags (dest) that Megatron reads for models or programs other than a GPT in training."""
 

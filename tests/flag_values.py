@@ -91,8 +91,9 @@ NO_EFFECT = {
         --use-kitchen-attention --use-te-activation-func --use-transformer-engine-op-fuser
     """,
     "it acts at an event that two steps do not have": """
-        --check-for-large-grads --disable-ckpt-load-validate-sharding-integrity
-        --dist-ckpt-strictness --error-injection-rate --exit-signal --exit-signal-handler
+        --check-for-large-grads --check-for-spiky-loss
+        --disable-ckpt-load-validate-sharding-integrity --dist-ckpt-strictness
+        --error-injection-rate --exit-signal --exit-signal-handler
         --exit-signal-handler-for-dataloader --exit-signal-handler-for-training
         --sffn-trust-checkpoint
     """,
