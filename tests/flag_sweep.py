@@ -198,9 +198,8 @@ def main() -> None:
             kind = classified(base[needs], found)
             entry = {"tried": command.strip(), "class": kind}
             if kind in ("refused", "failed"):
-                entry["sentence"] = found.sentence.removeprefix("error: ").replace(data, "DATA")[
-                    :400
-                ]
+                sentence = found.sentence.removeprefix("error: ").replace(data, "DATA")
+                entry["sentence"] = sentence[:400]
             if kind == "no effect":
                 reasons = (why for why, flags in NO_EFFECT.items() if flag in flags.split())
                 entry["reason"] = next(reasons, "")

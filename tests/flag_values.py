@@ -5,15 +5,15 @@ VALUES = {
     "--adam-beta1": "0.5",
     "--adam-beta2": "0.5",
     "--attention-backend": "unfused",
-    "--init-method-std": "0.5",
     "--error-injection-rate": "1000000",
+    "--init-method-std": "0.5",
     "--lr-decay-style": "cosine",
     "--lr-warmup-init": "0.001",
     "--position-embedding-type": "learned_absolute",
+    "--rope-scaling-factor": "1.5",
     "--rotary-base": "20",
     "--rotary-percent": "0.5",
     "--rotary-seq-len-interpolation-factor": "4",
-    "--rope-scaling-factor": "1.5",
     "--sffn-gate-activation": "gelu",
     "--sffn-init": "sigma-moe",
     "--window-size": "2,0",
@@ -42,8 +42,8 @@ NEEDS = {
     "--rope-scaling-factor": "--use-rope-scaling --init-method-std 0.5",
     "--sffn-gate-activation": "--sffn-gate-network mlp",
     "--sffn-gate-hidden-size": "--sffn-gate-network mlp",
-    "--sgd-momentum": "--optimizer sgd",
     "--sffn-validation-data": "--eval-interval 1",
+    "--sgd-momentum": "--optimizer sgd",
     "--start-eval-at-iter": "--eval-interval 1",
     "--use-rope-scaling": "--init-method-std 0.5",
 }
@@ -91,8 +91,9 @@ NO_EFFECT = {
         --use-kitchen-attention --use-te-activation-func --use-transformer-engine-op-fuser
     """,
     "it acts at an event that two steps do not have": """
-        --check-for-large-grads --disable-ckpt-load-validate-sharding-integrity
-        --dist-ckpt-strictness --error-injection-rate --exit-signal --exit-signal-handler
+        --check-for-large-grads --check-for-spiky-loss
+        --disable-ckpt-load-validate-sharding-integrity --dist-ckpt-strictness
+        --error-injection-rate --exit-signal --exit-signal-handler
         --exit-signal-handler-for-dataloader --exit-signal-handler-for-training
         --sffn-trust-checkpoint
     """,

@@ -149,7 +149,7 @@ def _attention_held(shape: ModelShape, layout: RankLayout) -> int:
     cut += projected if shape.bias or shape.qkv_bias else 0
     whole = 2 * norm_parameters(shape, width) + (width if shape.bias else 0)
     whole += 2 * norm_parameters(shape, shape.kv_channels) if shape.qk_layernorm else 0
-    cut += shape.num_attention_heads if shape.softmax_type == "learnable" else 0
+    cut += shape.sinks
     return cut // layout.tensor + whole
 
 

@@ -61,7 +61,7 @@ def attention_parameters(shape: ModelShape) -> int:
     count += projected if shape.bias or shape.qkv_bias else 0
     count += shape.hidden_size if shape.bias else 0
     count += 2 * norm_parameters(shape, shape.kv_channels) if shape.qk_layernorm else 0
-    count += shape.num_attention_heads if shape.softmax_type == "learnable" else 0
+    count += shape.sinks
     return count
 
 

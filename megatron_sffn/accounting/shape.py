@@ -104,6 +104,11 @@ class ModelShape:
         )
 
     @property
+    def sinks(self) -> int:
+        """Numbers beside the scores that are trained: one for each head, or none."""
+        return self.num_attention_heads if self.softmax_type == "learnable" else 0
+
+    @property
     def query_width(self) -> int:
         """Width of all queries, and of their answers."""
         return self.num_attention_heads * self.kv_channels

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from megatron_sffn.flags.names import typed
+from megatron_sffn.flags.names import dest_of, typed
 from megatron_sffn.utils.errors import ConfigError
 
 PROGRAMS = {
@@ -36,7 +36,7 @@ OF_OTHER_MODELS = (
     r"|apply_residual_connection_post_layernorm|flash_decode|mlp_chunks_for_prefill"
     r"|nccl_all_reduce_for_prefill|inference_\w+|mtp_standalone|mtp_hybrid_override_pattern"
     r"|logits_\w+|freeze_all_layers|use_mamba_mem_eff_path|dist_ckpt_save_pre_mcore_014"
-    r"|metadata_path|check_for_spiky_loss|test_mode"
+    r"|metadata_path|test_mode"
 )
 """Flags (dest) that Megatron reads for models or programs other than a GPT in training."""
 
@@ -47,12 +47,18 @@ class Needs(NamedTuple):
     Args:
         flags: pattern of their dests.
         other: what must be there, as typed.
-        is_there: whether it is.
+        condition: whether it is; None for whether the flag `other` is set.
     """
 
     flags: str
     other: str
-    is_there: Callable[[Namespace], bool]
+    condition: Callable[[Namespace], object] | None = None
+
+    def is_there(self, args: Namespace) -> object:
+        """Whether the other flag is there."""
+        if self.condition is None:
+            return getattr(args, dest_of(self.other))
+        return self.condition(args)
 
 
 def _reads_an_object_store(args: Namespace) -> bool:
@@ -66,13 +72,12 @@ PAIRS = (
     Needs(r"lion_\w+", "--optimizer lion", lambda args: args.optimizer == "lion"),
     Needs("sgd_momentum", "--optimizer sgd", lambda args: args.optimizer == "sgd"),
     Needs(r"adam_\w+", "--optimizer adam", lambda args: args.optimizer != "sgd"),
-    Needs(r"mup_\w+", "--use-mup", lambda args: args.use_mup),
-    Needs(r"qk_clip_\w+", "--qk-clip", lambda args: args.qk_clip),
+    Needs(r"mup_\w+", "--use-mup"),
+    Needs(r"qk_clip_\w+", "--qk-clip"),
     Needs(
         r"initial_loss_scale|min_loss_scale|loss_scale\w*|hysteresis|fp16_lm_cross_entropy"
         "|apply_query_key_layer_scaling",
         "--fp16",
-        lambda args: args.fp16,
     ),
     Needs(
         "accumulate_allreduce_grads_in_fp32|attention_softmax_in_fp32|grad_reduce_in_bf16"
@@ -88,15 +93,13 @@ PAIRS = (
     Needs(
         r"dsa_\w+|linear_\w+",
         "--experimental-attention-variant",
-        lambda args: args.experimental_attention_variant,
     ),
     Needs(
         r"q_lora_rank|kv_lora_rank|qk_head_dim|qk_pos_emb_head_dim|v_head_dim|mscale\w*"
         r"|rotary_scaling_factor|rope_type|cache_mla_latents|mla_\w+",
         "--multi-latent-attention",
-        lambda args: args.multi_latent_attention,
     ),
-    Needs(r"mtp_\w+", "--mtp-num-layers", lambda args: args.mtp_num_layers),
+    Needs(r"mtp_\w+", "--mtp-num-layers"),
     Needs(
         r"yarn_\w+",
         "--position-embedding-type yarn",
@@ -107,8 +110,8 @@ PAIRS = (
         "--position-embedding-type relative",
         lambda args: args.position_embedding_type == "relative",
     ),
-    Needs("rope_scaling_factor", "--use-rope-scaling", lambda args: args.use_rope_scaling),
-    Needs("num_query_groups", "--group-query-attention", lambda args: args.group_query_attention),
+    Needs("rope_scaling_factor", "--use-rope-scaling"),
+    Needs("num_query_groups", "--group-query-attention"),
     Needs(r"lr_wsd_\w+", "--lr-decay-style WSD", lambda args: args.lr_decay_style == "WSD"),
     Needs("decoupled_min_lr", "--decoupled-lr", lambda args: args.decoupled_lr is not None),
     Needs(
@@ -129,52 +132,44 @@ PAIRS = (
     Needs(
         "moe_router_bias_update_rate",
         "--moe-router-enable-expert-bias",
-        lambda args: args.moe_router_enable_expert_bias,
     ),
     Needs(
         r"profile_\w+|use_pytorch_profiler|record_shapes|nvtx_ranges",
         "--profile",
-        lambda args: args.profile,
     ),
     Needs(
         r"pytorch_profiler_\w+",
         "--use-pytorch-profiler",
-        lambda args: args.use_pytorch_profiler,
     ),
-    Needs(r"async_\w+|use_persistent_ckpt_worker", "--async-save", lambda args: args.async_save),
+    Needs(r"async_\w+|use_persistent_ckpt_worker", "--async-save"),
     Needs(
         "non_persistent_save_interval",
         "--non-persistent-ckpt-type",
-        lambda args: args.non_persistent_ckpt_type,
     ),
     Needs(
         r"non_persistent_(?!save_interval)\w+",
         "--non-persistent-save-interval",
-        lambda args: args.non_persistent_save_interval,
     ),
     Needs(
         r"ckpt_convert_\w+",
         "--ckpt-convert-format",
-        lambda args: args.ckpt_convert_format,
     ),
     Needs(
         "cuda_graph_modules|cuda_graph_scope_deprecated|cuda_graph_warmup_steps",
         "--cuda-graph-impl",
         lambda args: args.cuda_graph_impl not in (None, "none"),
     ),
-    Needs(r"replication_\w+", "--replication", lambda args: args.replication),
+    Needs(r"replication_\w+", "--replication"),
     Needs(
         r"\w+_to_tensorboard|tensorboard_\w+|moe_per_layer_logging",
         "--tensorboard-dir",
-        lambda args: args.tensorboard_dir,
     ),
     Needs(
         r"straggler_\w+|disable_straggler_on_startup",
         "--log-straggler",
-        lambda args: args.log_straggler,
     ),
-    Needs(r"calc_ft_timeouts|ft_\w+", "--enable-ft-package", lambda args: args.enable_ft_package),
-    Needs(r"adlr_autoresume_\w+", "--adlr-autoresume", lambda args: args.adlr_autoresume),
+    Needs(r"calc_ft_timeouts|ft_\w+", "--enable-ft-package"),
+    Needs(r"adlr_autoresume_\w+", "--adlr-autoresume"),
     Needs(
         r"fault_injector_(?!ranks|num_ranks)\w+",
         "--fault-injector-ranks",
@@ -188,23 +183,19 @@ PAIRS = (
     Needs(
         "use_(mp_args|tokenizer_model)_from_checkpoint_args",
         "--use-checkpoint-args",
-        lambda args: args.use_checkpoint_args,
     ),
     Needs(
         r"flight_recorder_(?!dump_path)\w+",
         "--flight-recorder-dump-path",
-        lambda args: args.flight_recorder_dump_path,
     ),
     Needs(
         "memory_snapshot_path",
         "--record-memory-history",
-        lambda args: args.record_memory_history,
     ),
-    Needs("error_injection_type", "--error-injection-rate", lambda args: args.error_injection_rate),
+    Needs("error_injection_type", "--error-injection-rate"),
     Needs(
         "max_seqlen_per_dp_cp_rank",
         "--hybrid-context-parallel",
-        lambda args: args.hybrid_context_parallel,
     ),
     Needs(
         "cp_comm_type",
@@ -214,44 +205,37 @@ PAIRS = (
     Needs(
         "kitchen_attention_backend",
         "--use-kitchen-attention",
-        lambda args: args.use_kitchen_attention,
     ),
-    Needs("manual_gc_interval|manual_gc_eval", "--manual-gc", lambda args: args.manual_gc),
+    Needs("manual_gc_interval|manual_gc_eval", "--manual-gc"),
     Needs(
         r"optimizer_offload_fraction|overlap_cpu_optimizer_\w+|pin_cpu_\w+"
         "|use_torch_optimizer_for_cpu_offload",
         "--optimizer-cpu-offload",
-        lambda args: args.optimizer_cpu_offload,
     ),
     Needs(
         r"offload_modules|min_offloaded_\w+|delay_offload_\w+|delta_offload_\w+"
         r"|activation_offload_\w+|fine_grained_offloading_\w+",
         "--fine-grained-activation-offloading",
-        lambda args: args.fine_grained_activation_offloading,
     ),
     Needs(
         r"cpu_offloading_(?!num_layers)\w+",
         "--cpu-offloading-num-layers",
-        lambda args: args.cpu_offloading_num_layers,
     ),
     Needs(
         r"megatron_fsdp_\w+|fsdp_\w+|\w+_fsdp_dtensor_load|enable_full_sharding_in_hsdp"
         r"|(data_parallel|outer_dp)_sharding_strategy|keep_fp8_transpose_cache"
         "|create_all_gather_group",
         "--use-megatron-fsdp",
-        lambda args: args.use_megatron_fsdp,
     ),
-    Needs(r"torch_fsdp2_\w+", "--use-torch-fsdp2", lambda args: args.use_torch_fsdp2),
-    Needs(r"tp_comm_(?!overlap$)\w+", "--tp-comm-overlap", lambda args: args.tp_comm_overlap),
+    Needs(r"torch_fsdp2_\w+", "--use-torch-fsdp2"),
+    Needs(r"tp_comm_(?!overlap$)\w+", "--tp-comm-overlap"),
     Needs(
         "wgrad_deferral_limit",
         "--defer-embedding-wgrad-compute",
-        lambda args: args.defer_embedding_wgrad_compute,
     ),
     Needs(
         "decrease_batch_size_if_needed",
         "--rampup-batch-size",
-        lambda args: args.rampup_batch_size,
     ),
     Needs("object_storage_cache_path", "data in an object store", _reads_an_object_store),
     Needs(
@@ -260,15 +244,14 @@ PAIRS = (
         "a --tokenizer-type that reads text",
         lambda args: args.tokenizer_type not in (None, "NullTokenizer"),
     ),
-    Needs(r"wandb_\w+", "--wandb-project", lambda args: args.wandb_project),
+    Needs(r"wandb_\w+", "--wandb-project"),
     Needs(
         "validation_set_names",
         "--multiple-validation-sets",
-        lambda args: args.multiple_validation_sets,
     ),
-    Needs(r"fim_\w+", "--fim-data", lambda args: args.fim_data),
-    Needs(r"inprocess_\w+", "--inprocess-restart", lambda args: args.inprocess_restart),
-    Needs("save_retain_interval|save_tokens_per_expert_interval", "--save", lambda args: args.save),
+    Needs(r"fim_\w+", "--fim-data"),
+    Needs(r"inprocess_\w+", "--inprocess-restart"),
+    Needs("save_retain_interval|save_tokens_per_expert_interval", "--save"),
     Needs(
         r"finetune|no_load_\w+|exit_on_missing_checkpoint|auto_detect_ckpt_format"
         r"|ckpt_fully_parallel_load\w*|override_opt_param_scheduler"

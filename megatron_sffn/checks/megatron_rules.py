@@ -37,7 +37,7 @@ UNAVAILABLE = {
     "lazy_mpu_init": "a caller would have to start the ranks; leave it out",
     "multi_latent_attention": "its parameters and FLOPs would not be counted; leave it out",
 }
-"""Flags (dest) that Megatron stops at -> why, and what to do."""
+"""Flags (dest) that cannot be used -> why, and what to do."""
 
 GPU_ONLY = (
     "gpu_sniff_test_interval",
@@ -47,17 +47,19 @@ GPU_ONLY = (
 )
 """Flags (dest) that ask something of a GPU."""
 
+RESILIENCY = ("nvidia_resiliency_ext", "nvidia-resiliency-ext")
+TRANSFORMER_ENGINE = ("transformer_engine", "megatron-core[te]")
 PACKAGES = {
+    "enable_ft_package": RESILIENCY,
     "enable_msc": ("multistorageclient", "multi-storage-client"),
-    "enable_ft_package": ("nvidia_resiliency_ext", "nvidia-resiliency-ext"),
-    "fault_injector_num_ranks": ("nvidia_resiliency_ext", "nvidia-resiliency-ext"),
-    "fault_injector_ranks": ("nvidia_resiliency_ext", "nvidia-resiliency-ext"),
-    "inprocess_restart": ("nvidia_resiliency_ext", "nvidia-resiliency-ext"),
+    "fault_injector_num_ranks": RESILIENCY,
+    "fault_injector_ranks": RESILIENCY,
+    "inprocess_restart": RESILIENCY,
     "log_device_memory_used": ("pynvml", "nvidia-ml-py"),
     "log_straggler": ("pynvml", "nvidia-ml-py"),
-    "save_activations_interval": ("transformer_engine", "megatron-core[te]"),
-    "save_dgrads_interval": ("transformer_engine", "megatron-core[te]"),
-    "save_tokens_per_expert_interval": ("transformer_engine", "megatron-core[te]"),
+    "save_activations_interval": TRANSFORMER_ENGINE,
+    "save_dgrads_interval": TRANSFORMER_ENGINE,
+    "save_tokens_per_expert_interval": TRANSFORMER_ENGINE,
     "wandb_project": ("wandb", "wandb"),
 }
 """Flags (dest) -> the module that Megatron imports for them, and the package that has it."""
