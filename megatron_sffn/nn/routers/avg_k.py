@@ -110,8 +110,12 @@ class AvgKRouter(ScoredRouter):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        kind = DESCRIPTORS[self.settings.descriptor]
-        self.descriptor = kind(self, self.settings, arguments["pg_collection"].tp_dp_cp)
+        self.descriptor = DESCRIPTORS[self.settings.descriptor](
+            self,
+            group=arguments["pg_collection"].tp_dp_cp,
+            subset_cells=self.settings.subset_cells,
+            decay=self.settings.decay,
+        )
 
     def draw(self, name: str, weight: Tensor) -> None:
         """Equal weights of all cells at first."""

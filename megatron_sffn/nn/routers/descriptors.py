@@ -16,35 +16,36 @@ all others here are ours:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sffn.nn.routers.base import score_dtype
+from megatron_sffn.nn.routers.base import Router, score_dtype
 from megatron_sffn.ops import device
 from megatron_sffn.utils.hashing import hashed_subsets, seed_of
-
-if TYPE_CHECKING:
-    from megatron_sffn.nn.routers.avg_k import AvgKConfig, AvgKRouter
 
 
 class Mean(torch.nn.Module):
     """The mean key.
 
     Args:
-        router: that it belongs to.
-        settings: of the router.
-        group: of all ranks that have tokens of the layer.
+        router: the router whose blocks are described.
+        group: process group of all ranks that hold tokens of the layer.
+        subset_cells: cells of a block that `subset` averages; None for a quarter of them.
+        decay: share of the former average that `ema` keeps in a step.
     """
 
     of_weights_alone: ClassVar[bool] = True
     """Whether it stays the same until the next optimizer step."""
 
-    def __init__(self, router: AvgKRouter, settings: AvgKConfig, group: Any) -> None:
+    def __init__(
+        self, router: Router, *, group: Any, subset_cells: int | None = None, decay: float = 0.0
+    ) -> None:
         super().__init__()
-        self.expert_grid, self.settings, self.group = router.expert_grid, settings, group
+        self.expert_grid, self.group = router.expert_grid, group
+        self.subset_cells, self.decay = subset_cells, decay
         self.seed = router.sffn.seed
 
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
@@ -108,7 +109,7 @@ class Subset(Mean):
         cells = hashed_subsets(
             torch.arange(grid.num_blocks, device=keys.device),
             size=grid.block_size,
-            count=min(self.settings.subset_cells or max(1, grid.block_size // 4), grid.block_size),
+            count=min(self.subset_cells or max(1, grid.block_size // 4), grid.block_size),
             key=seed_of(self.seed, layer_number, "subset"),
         )
         chosen = keys.new_zeros(grid.num_blocks, grid.block_size, dtype=score_dtype(keys))
@@ -118,8 +119,8 @@ class Subset(Mean):
 class Learned(Mean):
     """A weighted mean with learned weights."""
 
-    def __init__(self, router: AvgKRouter, settings: AvgKConfig, group: Any) -> None:
-        super().__init__(router, settings, group)
+    def __init__(self, router: Router, **arguments: Any) -> None:
+        super().__init__(router, **arguments)
         self.weight = router.new_weight("descriptor.weight")
 
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
@@ -139,8 +140,8 @@ class MovingAverage(Mean):
     sums: Tensor
     counts: Tensor
 
-    def __init__(self, router: AvgKRouter, settings: AvgKConfig, group: Any) -> None:
-        super().__init__(router, settings, group)
+    def __init__(self, router: Router, **arguments: Any) -> None:
+        super().__init__(router, **arguments)
         blocks, width = router.sffn.num_blocks, router.config.hidden_size
         zeros = torch.zeros(blocks, width, dtype=torch.float32, device=device.current())
         self.register_buffer("average", zeros.clone())
@@ -189,7 +190,7 @@ class MovingAverage(Mean):
         counts = everything[:, -1:]
         mean = everything[:, :-1] / counts.clamp(min=1)
         # A block's first average is that of its first tokens.
-        decay = self.settings.decay * self.started
+        decay = self.decay * self.started
         moved = decay * self.average + (1 - decay) * mean
         self.average.copy_(torch.where(counts > 0, moved, self.average))
         self.started.copy_(torch.where(counts > 0, 1.0, self.started))
