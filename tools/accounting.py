@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from megatron_sffn.accounting import ModelShape
     from megatron_sffn.accounting.comparison import Costs, Row
     from megatron_sffn.nn.config import SparseFFNConfig
+    from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 DESCRIPTION = """\
 Count what a model costs, without building it: parameters, FLOPs per token, memory of the fullest
@@ -168,17 +169,18 @@ def costs_of(
     """The closed forms, put together."""
     from megatron_sffn import accounting
     from megatron_sffn.accounting.comparison import Costs
+    from megatron_sffn.flags.megatron_flags import layout_of
     from megatron_sffn.flags.sffn_flags import transformer_config
     from megatron_sffn.ops import Activation
 
-    activation = Activation.of(transformer_config(args, sffn))
+    activation, layout = Activation.of(transformer_config(args, sffn)), layout_of(args)
     parameters = accounting.count_parameters(shape)
     recompute = args.recompute_granularity == "full"
     memory = accounting.memory_per_rank(
         shape,
         accounting.sparse_pattern(shape, args.moe_layer_freq if sffn else None),
-        accounting.RankLayout.of_args(args),
-        accounting.TrainingSetup.of_args(args, activation=activation.value, cuda=cuda),
+        layout,
+        accounting.TrainingSetup.of_args(args, layout, activation=activation.value, cuda=cuda),
     )
     return Costs(
         parameters_total=parameters.total,
@@ -195,27 +197,25 @@ def costs_of(
         pipeline_stage=memory.stage,
         microbatches_in_flight=memory.in_flight,
         dispatcher=None if sffn is None else args.moe_token_dispatcher_type,
-        sent_per_token_and_layer=None if sffn is None else sent(args, sffn),
+        sent_per_token_and_layer=None if sffn is None else sent(sffn, args.hidden_size, layout),
     )
 
 
-def sent(args: Namespace, sffn: SparseFFNConfig) -> float | None:
-    """Bytes that a token sends in the forward of a sparse layer; None if no formula is known."""
-    from megatron_sffn.flags.megatron_flags import exchange_of
+def sent(sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout) -> float | None:
+    """Bytes sent per token by a sparse layer's forward pass; None if no formula is known."""
     from megatron_sffn.nn.comm_volume import (
         DISPATCHERS,
         exchanged_bytes_per_token,
         megatron_bytes_per_token,
     )
 
-    exchange, dispatcher = exchange_of(args), args.moe_token_dispatcher_type
-    if exchange.num_ranks == 1:
+    if layout.expert_ranks == 1:
         return 0.0
-    if dispatcher not in DISPATCHERS:
+    if layout.dispatcher not in DISPATCHERS:
         return None
     of_megatron = sffn.backend == "megatron"
     count = megatron_bytes_per_token if of_megatron else exchanged_bytes_per_token
-    return count(sffn, args.hidden_size, exchange, dispatcher)
+    return count(sffn, hidden_size, layout)
 
 
 def parsed(flags: list[str], options: Namespace) -> tuple[Namespace, bool]:
@@ -263,12 +263,15 @@ def as_command(flags: list[str], ranks: int) -> Iterator[None]:
 
 def described(args: Namespace, shape: ModelShape, *, cuda: bool) -> str:
     """What all rows have in common: the model, the ranks, the training."""
+    from megatron_sffn.flags.megatron_flags import layout_of
+
+    layout = layout_of(args)
     sizes = [
-        f"TP {args.tensor_model_parallel_size}",
-        f"PP {args.pipeline_model_parallel_size}",
-        f"EP {args.expert_model_parallel_size}",
-        f"ETP {args.expert_tensor_parallel_size or 1}",
-        f"DP {args.data_parallel_size}",
+        f"TP {layout.tp}",
+        f"PP {layout.pp}",
+        f"EP {layout.ep}",
+        f"ETP {layout.etp}",
+        f"DP {layout.dp}",
     ]
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     cut = "distributed optimizer" if args.use_distributed_optimizer else "whole optimizer"
@@ -278,7 +281,7 @@ def described(args: Namespace, shape: ModelShape, *, cuda: bool) -> str:
             f"model: {shape.num_layers} layers of width {shape.hidden_size}, "
             f"{shape.sparse_layers} of them sparse, sequences of {shape.seq_length}, "
             f"vocabulary {shape.padded_vocab_size:,}",
-            f"ranks: {args.world_size:,} = {' · '.join(sizes)}; microbatch of "
+            f"ranks: {layout.world_size:,} = {' · '.join(sizes)}; microbatch of "
             f"{args.micro_batch_size}, {dtype}, {cut}, {redone} recomputation, torch's "
             f"{'CUDA' if cuda else 'CPU'} kernels",
         ]

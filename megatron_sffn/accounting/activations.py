@@ -13,10 +13,11 @@ Choices
 
 from __future__ import annotations
 
-from megatron_sffn.accounting.ranks import RankLayout, TrainingSetup
-from megatron_sffn.accounting.selection import FP32, Call
 from megatron_sffn.accounting.shape import ModelShape
-from megatron_sffn.accounting.sparse import kept_by_blocks
+from megatron_sffn.accounting.sparse import saved_by_sparse_layer
+from megatron_sffn.accounting.training_setup import TrainingSetup
+from megatron_sffn.nn.parallel_layout import ParallelLayout
+from megatron_sffn.nn.saved_bytes import FP32, LayerCall
 
 IDS = 8
 """Token ids, targets and indices are int64."""
@@ -31,15 +32,15 @@ class Activations:
         setup: of the training.
     """
 
-    def __init__(self, shape: ModelShape, layout: RankLayout, setup: TrainingSetup) -> None:
+    def __init__(self, shape: ModelShape, layout: ParallelLayout, setup: TrainingSetup) -> None:
         self.shape, self.layout, self.setup = shape, layout, setup
         self.tokens = setup.micro_batch_size * shape.seq_length
-        self.own_tokens = self.tokens // (layout.tensor if layout.sequence_parallel else 1)
+        self.own_tokens = self.tokens // (layout.tp if layout.sequence_parallel else 1)
         """Tokens outside of the matrices."""
-        self.numbers = setup.number_bytes
-        self.raising_norm = not (shape.layernorm or setup.cuda) and setup.number_bytes < FP32
+        self.numbers = layout.bytes_per_number
+        self.raising_norm = not (shape.layernorm or setup.cuda) and layout.half_precision
         """Whether a norm keeps an fp32 copy of its input."""
-        self.mask = 1 if setup.cuda else setup.number_bytes
+        self.mask = 1 if setup.cuda else layout.bytes_per_number
         """A number of a dropout mask: the CPU has no narrower one."""
 
     def stream(self) -> int:
@@ -67,7 +68,7 @@ class Activations:
 
     def attention(self) -> int:
         """The attention of one layer with its norm, without its scores."""
-        shape, tensor = self.shape, self.layout.tensor
+        shape, tensor = self.shape, self.layout.tp
         heads = shape.num_attention_heads // tensor
         groups = (shape.num_query_groups or shape.num_attention_heads) // tensor
         head = shape.kv_channels
@@ -91,7 +92,7 @@ class Activations:
 
     def scores(self) -> int:
         """The attention's `s²` scores of one layer."""
-        setup, heads = self.setup, self.shape.num_attention_heads // self.layout.tensor
+        setup, heads = self.setup, self.shape.num_attention_heads // self.layout.tp
         squares = setup.micro_batch_size * heads * self.shape.seq_length**2
         raised = setup.softmax_in_fp32 and self.numbers < FP32
         each = FP32 if raised else self.numbers
@@ -114,7 +115,7 @@ class Activations:
             cells: of all tensor-parallel ranks.
         """
         numbers = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 5}[self.setup.activation]
-        return numbers * self.tokens * cells // self.layout.tensor * self.numbers
+        return numbers * self.tokens * cells // self.layout.tp * self.numbers
 
     def layer(self, sparse: bool) -> float:
         """Everything that one layer keeps."""
@@ -123,19 +124,16 @@ class Activations:
         if not sparse:
             return count + self.stream() + self.mlp(shape.ffn_hidden_size)
         assert shape.sffn is not None, "a dense model has no sparse layer"
-        call = Call(
+        call = LayerCall(
             sffn=shape.sffn,
             hidden_size=shape.hidden_size,
             tokens=self.own_tokens,
-            ranks=self.layout.exchanging,
-            number_bytes=setup.number_bytes,
+            layout=self.layout,
             activation=setup.activation,
             losses=setup.losses,
-            router_groups=setup.router_groups,
-            router_group_topk=setup.router_group_topk,
             cuda=setup.cuda,
         )
-        return count + kept_by_blocks(call, self.layout) + self.mlp(shape.sffn.shared_cells)
+        return count + saved_by_sparse_layer(call) + self.mlp(shape.sffn.shared_cells)
 
     def embedding(self) -> int:
         """Of the first stage: the ids (and positions, once for all sequences) and the dropout."""
@@ -144,7 +142,7 @@ class Activations:
 
     def head(self) -> int:
         """Of the last stage: the final norm, the logits as probabilities in fp32, the targets."""
-        vocabulary = self.shape.padded_vocab_size // self.layout.tensor
+        vocabulary = self.shape.padded_vocab_size // self.layout.tp
         loss = self.tokens * (vocabulary * FP32 + IDS + 1)
         return self.norm(self.own_tokens, self.shape.hidden_size) + self.stream() + loss
 

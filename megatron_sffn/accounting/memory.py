@@ -21,8 +21,14 @@ from megatron_sffn.accounting.parameters import (
     norm_parameters,
     output_parameters,
 )
-from megatron_sffn.accounting.ranks import RankLayout, Stage, TrainingSetup
+from megatron_sffn.accounting.pipeline_stages import (
+    Stage,
+    microbatches_in_flight,
+    pipeline_stages,
+)
 from megatron_sffn.accounting.shape import ModelShape
+from megatron_sffn.accounting.training_setup import TrainingSetup
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,7 @@ class RankMemory:
 
 
 def memory_per_rank(
-    shape: ModelShape, pattern: tuple[bool, ...], layout: RankLayout, setup: TrainingSetup
+    shape: ModelShape, pattern: tuple[bool, ...], layout: ParallelLayout, setup: TrainingSetup
 ) -> RankMemory:
     """Memory of the fullest rank.
 
@@ -81,27 +87,28 @@ def memory_per_rank(
         layout: of the ranks.
         setup: of the training.
     """
-    stages = layout.stages(pattern)
+    stages = pipeline_stages(layout, pattern)
     ranks = [memory_of_stage(shape, stage, layout, setup) for stage in stages]
     return max(ranks, key=lambda rank: rank.total)
 
 
 def memory_of_stage(
-    shape: ModelShape, stage: Stage, layout: RankLayout, setup: TrainingSetup
+    shape: ModelShape, stage: Stage, layout: ParallelLayout, setup: TrainingSetup
 ) -> RankMemory:
     """Memory of a rank of one pipeline stage."""
     held = held_parameters(shape, stage, layout)
     parameters = held.cells + held.rest
-    state = setup.state_bytes * parameters
+    state_bytes = setup.state_bytes(layout)
+    state = state_bytes * parameters
     if setup.distributed_optimizer:
-        shares = held.cells / layout.expert_data + held.rest / layout.data
-        state = round(setup.state_bytes * shares)
-    in_flight = layout.in_flight(stage, setup.num_microbatches)
+        shares = held.cells / layout.expert_dp + held.rest / layout.dp
+        state = round(state_bytes * shares)
+    in_flight = microbatches_in_flight(layout, stage, setup.num_microbatches)
     activations, scores = _activations(Activations(shape, layout, setup), stage, in_flight)
     return RankMemory(
         stage=stage.index,
         parameters=parameters,
-        weights=setup.number_bytes * parameters,
+        weights=layout.bytes_per_number * parameters,
         gradients=setup.gradient_bytes * parameters,
         optimizer=state,
         router_tables=router_tables(shape, stage),
@@ -111,7 +118,7 @@ def memory_of_stage(
     )
 
 
-def held_parameters(shape: ModelShape, stage: Stage, layout: RankLayout) -> HeldParameters:
+def held_parameters(shape: ModelShape, stage: Stage, layout: ParallelLayout) -> HeldParameters:
     """Parameters on a rank of one stage."""
     sparse = sum(stage.layers)
     rest = len(stage.layers) * _attention_held(shape, layout)
@@ -119,11 +126,11 @@ def held_parameters(shape: ModelShape, stage: Stage, layout: RankLayout) -> Held
     cells = 0
     if shape.sffn is not None:
         sffn, width = shape.sffn, shape.hidden_size
-        shared = shape.dense_cell * sffn.shared_cells // layout.tensor
+        shared = shape.dense_cell * sffn.shared_cells // layout.tp
         rest += sparse * (sffn.router.parameters(sffn, width) + shared)
-        cells = sparse * shape.memory_cell * sffn.num_cells // layout.exchanging
+        cells = sparse * shape.memory_cell * sffn.num_cells // layout.expert_ranks
     learned = shape.learned_positions * shape.hidden_size
-    vocabulary = output_parameters(shape) // layout.tensor
+    vocabulary = output_parameters(shape) // layout.tp
     if stage.first:
         assert embedding_parameters(shape) == output_parameters(shape) + learned
         rest += vocabulary + learned
@@ -142,7 +149,7 @@ def router_tables(shape: ModelShape, stage: Stage) -> int:
     return sum(stage.layers) * each
 
 
-def _attention_held(shape: ModelShape, layout: RankLayout) -> int:
+def _attention_held(shape: ModelShape, layout: ParallelLayout) -> int:
     """The attention and both norms of a layer; what is not cut over ranks is on all."""
     projected, width = shape.projected_width, shape.hidden_size
     cut = (projected + shape.query_width) * width
@@ -150,16 +157,16 @@ def _attention_held(shape: ModelShape, layout: RankLayout) -> int:
     whole = 2 * norm_parameters(shape, width) + (width if shape.bias else 0)
     whole += 2 * norm_parameters(shape, shape.kv_channels) if shape.qk_layernorm else 0
     cut += shape.num_attention_heads if shape.softmax_type == "learnable" else 0
-    return cut // layout.tensor + whole
+    return cut // layout.tp + whole
 
 
-def _mlp_held(shape: ModelShape, layout: RankLayout) -> int:
+def _mlp_held(shape: ModelShape, layout: ParallelLayout) -> int:
     """A dense MLP."""
     cut, whole = shape.dense_cell * shape.ffn_hidden_size, 0
     if shape.bias:
         cut += shape.keys_per_cell * shape.ffn_hidden_size
         whole = shape.hidden_size
-    return cut // layout.tensor + whole
+    return cut // layout.tp + whole
 
 
 def _activations(kept: Activations, stage: Stage, in_flight: float) -> tuple[float, float]:

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_sffn.nn.config import Exchange, SparseFFNConfig
+    from megatron_sffn.nn.config import SparseFFNConfig
+    from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 SCORE_BYTES = 4
 """A score or a gate: fp32 whatever the model's dtype."""
@@ -41,7 +42,7 @@ def id_bytes(num_blocks: int) -> int:
 
 
 def all_to_all_bytes_per_token(
-    sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange
+    sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout
 ) -> float:
     """Bytes that a token costs in the forward of one layer, there and back, by `alltoall`.
 
@@ -49,29 +50,27 @@ def all_to_all_bytes_per_token(
     of any of the token's K blocks, and a (row, block) pair with its gate for each; a row of D
     numbers comes back.
     """
-    nodes = num_nodes(exchange.num_ranks, sffn.node_size)
-    ranks, slices = exchange.num_ranks // nodes, exchange.expert_tensor_parallel_size
+    nodes = num_nodes(layout.expert_ranks, sffn.node_size)
+    ranks, slices = layout.expert_ranks // nodes, layout.etp
     # From each node that the token has reached, to the node's other ranks; without nodes, there is
     # one, of all ranks.
-    rows = nodes * (ranks - 1) * chance_of_visit(sffn, exchange)
-    parts = exchange.expert_parallel_size // nodes
-    sent = rows * _row_bytes(sffn, hidden_size, exchange)
-    sent += (slices - 1 / parts) * _pairs_bytes(sffn, exchange.expert_parallel_size)
+    rows = nodes * (ranks - 1) * chance_of_visit(sffn, layout)
+    parts = layout.ep // nodes
+    sent = rows * _row_bytes(sffn, hidden_size, layout)
+    sent += (slices - 1 / parts) * _pairs_bytes(sffn, layout.ep)
     if nodes > 1:
-        sent += bytes_between_nodes_per_token(sffn, hidden_size, exchange)
+        sent += bytes_between_nodes_per_token(sffn, hidden_size, layout)
     return sent
 
 
 def bytes_between_nodes_per_token(
-    sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange
+    sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout
 ) -> float:
     """Those of them that cross nodes: a row for each other node that has a block of the token."""
-    nodes = num_nodes(exchange.num_ranks, sffn.node_size)
-    across = dataclasses.replace(
-        exchange, expert_parallel_size=nodes, expert_tensor_parallel_size=1
-    )
+    nodes = num_nodes(layout.expert_ranks, sffn.node_size)
+    across = dataclasses.replace(layout, ep=nodes, etp=1)
     rows = (nodes - 1) * chance_of_visit(sffn, across)
-    sent = rows * _row_bytes(sffn, hidden_size, exchange)
+    sent = rows * _row_bytes(sffn, hidden_size, layout)
     return sent + (1 - 1 / nodes) * _pairs_bytes(sffn, nodes)
 
 
@@ -88,15 +87,15 @@ def num_nodes(num_ranks: int, node_size: int) -> int:
     return num_ranks // node_size
 
 
-def chance_of_visit(sffn: SparseFFNConfig, exchange: Exchange) -> float:
+def chance_of_visit(sffn: SparseFFNConfig, layout: ParallelLayout) -> float:
     """The probability that a rank has a block of a token, under uniform routing.
 
     With group-limited routing: every choice of groups is equally likely, and so is every choice of
     K blocks within them; the mean over ranks, where these do not have the groups' bounds.
     """
-    blocks, active, parts = sffn.num_blocks, sffn.num_active_blocks, exchange.expert_parallel_size
-    assert blocks % parts == 0, (blocks, exchange)
-    groups, chosen = exchange.router_groups, exchange.router_group_topk
+    blocks, active, parts = sffn.num_blocks, sffn.num_active_blocks, layout.ep
+    assert blocks % parts == 0, (blocks, layout)
+    groups, chosen = layout.router_groups, layout.router_group_topk
     allowed = chosen * (blocks // groups)
     # In integers: C(65536, 4096) has 6,600 digits, and Python still rounds the quotient correctly.
     missed = sum(
@@ -143,47 +142,47 @@ def _chosen_of(held: tuple[int, ...], groups: int, chosen: int) -> Counter[int]:
     return result
 
 
-def rows_per_token(sffn: SparseFFNConfig, exchange: Exchange, dispatcher: str) -> float:
+def rows_per_token(sffn: SparseFFNConfig, layout: ParallelLayout) -> float:
     """R / T: rows that a rank gets, its own among them, over its tokens, under uniform routing."""
-    visits = 1.0 if dispatcher == "allgather" else chance_of_visit(sffn, exchange)
-    return exchange.num_ranks * visits
+    visits = 1.0 if layout.dispatcher == "allgather" else chance_of_visit(sffn, layout)
+    return layout.expert_ranks * visits
 
 
-def regathers(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange, dispatcher: str) -> bool:
+def regathers(sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout) -> bool:
     """Whether the backward sends the rows again (`--sffn-regather`) rather than keep R of them.
 
     What is kept instead are the T rows of the rank's own tokens. `auto` asks that this halves the
     bytes at least, since it costs one more exchange of rows beside the four of a step.
     """
-    if exchange.num_ranks == 1 or not sffn.router.key_width(hidden_size):
+    if layout.expert_ranks == 1 or not sffn.router.key_width(hidden_size):
         return False
     if sffn.regather == "auto":
-        return rows_per_token(sffn, exchange, dispatcher) >= 2
+        return rows_per_token(sffn, layout) >= 2
     return sffn.regather == "on"
 
 
 def all_gather_bytes_per_token(
-    sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange
+    sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout
 ) -> float:
     """The same by `allgather`, whatever the routing is: the row, its ids and gates, everywhere."""
     block_bytes = id_bytes(sffn.num_blocks) + (SCORE_BYTES if sffn.router.gated_output else 0)
-    row_bytes = _row_bytes(sffn, hidden_size, exchange)
-    return (exchange.num_ranks - 1) * (row_bytes + sffn.num_active_blocks * block_bytes)
+    row_bytes = _row_bytes(sffn, hidden_size, layout)
+    return (layout.expert_ranks - 1) * (row_bytes + sffn.num_active_blocks * block_bytes)
 
 
-def _row_bytes(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> int:
+def _row_bytes(sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout) -> int:
     """What meets the keys of a block, and the sum of values that comes back."""
-    return (sffn.router.key_width(hidden_size) + hidden_size) * exchange.bytes_per_number
+    return (sffn.router.key_width(hidden_size) + hidden_size) * layout.bytes_per_number
 
 
-DISPATCHERS: dict[str, Callable[[SparseFFNConfig, int, Exchange], float]] = {
+DISPATCHERS: dict[str, Callable[[SparseFFNConfig, int, ParallelLayout], float]] = {
     "alltoall": all_to_all_bytes_per_token,
     "allgather": all_gather_bytes_per_token,
 }
 """Value of `--moe-token-dispatcher-type` -> bytes per token of a layer's exchange."""
 
 
-def cheapest_dispatcher(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> str:
+def cheapest_dispatcher(sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout) -> str:
     """The way to exchange tokens: `allgather` where almost every rank is hit, else `alltoall`.
 
     Not over gloo: there the all-to-all was as fast or faster on 2 and 4 ranks, when sums came back
@@ -191,29 +190,29 @@ def cheapest_dispatcher(sffn: SparseFFNConfig, hidden_size: int, exchange: Excha
     back by an all-to-all of equal parts, and this is yet to be timed again.
     """
     # Only the all-to-all crosses to each of several nodes once, and only it sends chunks.
-    on_nodes = num_nodes(exchange.num_ranks, sffn.node_size) > 1
-    if exchange.backend == "gloo" or on_nodes or sffn.exchange_chunks > 1:
+    on_nodes = num_nodes(layout.expert_ranks, sffn.node_size) > 1
+    if layout.comm_backend == "gloo" or on_nodes or sffn.exchange_chunks > 1:
         return "alltoall"
-    exact = all_to_all_bytes_per_token(sffn, hidden_size, exchange)
-    everything = all_gather_bytes_per_token(sffn, hidden_size, exchange)
+    exact = all_to_all_bytes_per_token(sffn, hidden_size, layout)
+    everything = all_gather_bytes_per_token(sffn, hidden_size, layout)
     return "allgather" if everything <= ALL_GATHER_MARGIN * exact else "alltoall"
 
 
 def exchanged_bytes_per_token(
-    sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange, dispatcher: str
+    sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout
 ) -> float:
     """Bytes that a token costs in the forward of one sparse layer: its blocks, and its selection.
 
     The backward sends the rows once more, and the gates' gradients.
     """
-    if exchange.num_ranks == 1:
+    if layout.expert_ranks == 1:
         return 0.0
-    selection = sffn.router.exchanged_bytes(sffn, hidden_size, exchange)
-    return DISPATCHERS[dispatcher](sffn, hidden_size, exchange) + selection
+    selection = sffn.router.exchanged_bytes(sffn, hidden_size, layout)
+    return DISPATCHERS[layout.dispatcher](sffn, hidden_size, layout) + selection
 
 
 def megatron_bytes_per_token(
-    sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange, dispatcher: str
+    sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout
 ) -> float:
     """The same with Megatron's dispatchers, which gather what they send over ETP ranks once more.
 
@@ -221,9 +220,9 @@ def megatron_bytes_per_token(
     4 bytes, is left out); `allgather` the token once to each rank, with a mask and a probability
     for every block, chosen or not.
     """
-    width, slices = hidden_size * exchange.bytes_per_number, exchange.expert_tensor_parallel_size
-    if dispatcher == "allgather":
+    width, slices = hidden_size * layout.bytes_per_number, layout.etp
+    if layout.dispatcher == "allgather":
         per_block = MASK_BYTES + SCORE_BYTES
-        return (exchange.num_ranks - 1) * (2 * width + sffn.num_blocks * per_block)
-    remote = 1 - 1 / exchange.expert_parallel_size
+        return (layout.expert_ranks - 1) * (2 * width + sffn.num_blocks * per_block)
+    remote = 1 - 1 / layout.ep
     return 2 * sffn.num_active_blocks * (remote + slices - 1) * width

@@ -1,36 +1,27 @@
-"""What a sparse feed-forward layer is: numbers and rules, no tensors.
+"""The sparse layer's numbers and rules, and Megatron's config with them in it; no tensors.
 
-Enters: block size g, expansion E, active cells k, a router's own settings. Leaves: frozen configs
+Inputs: block size g, expansion E, active cells k, and a router's config. Outputs: frozen configs
 whose derived numbers (B blocks, K active blocks, M cells) everything else reads.
 
-Letters, here and in every file: T tokens on this rank, D model width, M memory cells, B blocks,
+Letters in the whole package: T tokens on this rank, D hidden size, M memory cells, B blocks,
 G cells of a block (g on the command line), K active blocks per token, R rows after the exchange.
-
-Choice: the layer's config owns what all methods share; a router's config owns the rest, beside the
-router, so that a new method changes no existing config (axlearn's rule for config trees).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sffn.nn.router_config import RouterConfig, flag
 from megatron_sffn.ops.block_ffn import grouped
 from megatron_sffn.utils.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "Backend",
     "ConfigError",
-    "Exchange",
     "RouterConfig",
     "SparseFFNConfig",
     "SparseFFNTransformerConfig",
@@ -79,174 +70,6 @@ class Backend(StrEnum):
     """Triton kernels for a GPU, in fp32, bf16 and fp16."""
     MEGATRON = "megatron"
     """Megatron's own dispatcher and experts with our router: the second oracle."""
-
-
-def flag(
-    name: str,
-    *,
-    help: str,
-    default: Any,
-    kind: type | None = None,
-    choices: tuple[str, ...] | None = None,
-    least: float | None = None,
-    most: float | None = None,
-    training_only: bool = False,
-) -> Any:
-    """A config field that is also a command-line flag.
-
-    Args:
-        name: as typed, `--sffn-...`.
-        help: one line for `--help`.
-        default: of the field and the flag; a bool makes an on-switch.
-        kind: of a value, where the default is None.
-        choices: the values it can take.
-        least: the smallest value.
-        most: the largest value.
-        training_only: whether a trained model is the same whatever the value is.
-    """
-    return field(
-        default=default,
-        metadata={
-            "flag": name,
-            "help": help,
-            "kind": kind or type(default),
-            "choices": choices,
-            "least": least,
-            "most": most,
-            "training_only": training_only,
-        },
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """What the tokens of a sparse layer travel over.
-
-    Args:
-        expert_parallel_size: ranks over which the blocks are cut; it divides B.
-        expert_tensor_parallel_size: ranks over which the cells of a block are cut.
-        bytes_per_number: of an activation.
-        backend: of the process group.
-        router_groups: equal groups of consecutive blocks (`--moe-router-num-groups`).
-        router_group_topk: in how many of them all blocks of a token are; 1 of 1 where routing is
-            not limited to groups.
-    """
-
-    expert_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
-    bytes_per_number: int = 4
-    backend: str = "nccl"
-    router_groups: int = 1
-    router_group_topk: int = 1
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks that a token may have to visit, its own among them."""
-        return self.expert_parallel_size * self.expert_tensor_parallel_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """What one selection method needs beyond the layer's numbers; a base for `routers/*.py`."""
-
-    name: ClassVar[str]
-    """Value of `--sffn-router`."""
-    summary: ClassVar[str]
-    """One line for `--help`."""
-    needs_token_ids: ClassVar[bool] = False
-    """Whether the router reads the input ids."""
-    megatron_flags: ClassVar[tuple[str, ...]] = ()
-    """Megatron's MoE flags (dest) that act on this router, beside those of every layer."""
-    per_block_weights: ClassVar[tuple[str, ...]] = ()
-    """Its weights that have a row for every block."""
-    balance_coefficient: ClassVar[float] = 0.0
-    """Default of `--moe-aux-loss-coeff`."""
-    initialization: ClassVar[str] = "megatron"
-    """Default of `--sffn-init`."""
-
-    def __post_init__(self) -> None:
-        """Check every field that has a closed set or range of values."""
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if value is not None:
-                _check_value(item, value)
-
-    def check(self, sffn: SparseFFNConfig) -> None:
-        """The method is defined for a layer of these numbers.
-
-        Raises:
-            ConfigError: if it is not, with the nearest numbers for which it is.
-        """
-
-    def check_model(self, config: SparseFFNTransformerConfig) -> None:
-        """The method is defined in a model of this config.
-
-        Raises:
-            ConfigError: if it is not.
-        """
-
-    def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
-        """Why no gradient would ever reach the router's own weights in a model of this config.
-
-        Returns:
-            The reason and its remedy, as the end of a sentence; None if gradients reach all weights
-            that act, or the router has none.
-        """
-        return None
-
-    def remark(self, sffn: SparseFFNConfig) -> str | None:
-        """What a user should know of a layer of these numbers before it trains, if anything."""
-        return None
-
-    @property
-    def gated_output(self) -> bool:
-        """Whether a factor per (token, block) multiplies the output, and travels with it."""
-        return False
-
-    @property
-    def softmax_over_blocks(self) -> bool:
-        """Whether the gates of equal blocks add up to that of one: a softmax, not a sigmoid."""
-        return False
-
-    def key_width(self, hidden_size: int) -> int:
-        """Numbers of a cell's key: D, or fewer; 0 where the router gives coefficients."""
-        return hidden_size
-
-    def build(self) -> Callable[..., torch.nn.Module]:
-        """The router's class, to be called with Megatron's `RouterBuilder` arguments."""
-        raise NotImplementedError(f"{type(self).__name__} has no router")
-
-    def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """The router's own weights in one layer: name -> shape."""
-        return {}
-
-    def parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
-        """Parameters of the router of one layer."""
-        return sum(map(math.prod, self.weights(sffn, hidden_size).values()))
-
-    def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
-        """Forward FLOPs of the selection per token and layer (one multiply-add is 2).
-
-        Args:
-            sffn: the layer.
-            hidden_size: D.
-            gated: whether a cell has a gate key and an up key (SwiGLU).
-        """
-        return 0
-
-    def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:
-        """Bytes that the router of one layer holds on each rank beside its weights.
-
-        Args:
-            sffn: the layer.
-            hidden_size: D.
-            vocab_size: rows of the embedding; None where they are not known.
-        """
-        return 0
-
-    def exchanged_bytes(self, sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> float:
-        """Bytes between ranks that the selection costs per token and layer, beside the exchange."""
-        return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,19 +261,6 @@ def moe_fields(sffn: SparseFFNConfig) -> dict[str, Any]:
         # The probability over all blocks, as Switch defines it: not renormalised over the chosen.
         "moe_router_pre_softmax": True,
     }
-
-
-def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
-    """A flag's value is one that it can take."""
-    name, choices = item.metadata["flag"], item.metadata["choices"]
-    least, most = item.metadata["least"], item.metadata["most"]
-    if choices and value not in choices:
-        raise ConfigError(f"{name} {value} is unknown; choose from {', '.join(choices)}")
-    low, high = least is not None and value < least, most is not None and value > most
-    if low or high or (isinstance(value, float) and not math.isfinite(value)):
-        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-        kind = "a finite number" if isinstance(value, float) else "a number"
-        raise ConfigError(f"{name} {value} is out of range; give {kind} {allowed}")
 
 
 def _nearest_divisors(number: int, near: int) -> str:

@@ -17,9 +17,11 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron_sffn.accounting import ModelShape, memory_per_rank, sparse_pattern
 from megatron_sffn.accounting.activations import Activations
 from megatron_sffn.accounting.memory import RankMemory, memory_of_stage, router_tables
-from megatron_sffn.accounting.ranks import RankLayout, TrainingSetup
+from megatron_sffn.accounting.pipeline_stages import microbatches_in_flight, pipeline_stages
+from megatron_sffn.accounting.training_setup import TrainingSetup
 from megatron_sffn.nn.layer import sparse_layers
 from megatron_sffn.nn.layer_spec import block_spec
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.rand_hash import LARGEST_TABLE
 from tests.accounting.models import SMALL, batch, build, config_of, paper, sparse
 from tests.support.ranks import run_ranks
@@ -28,19 +30,19 @@ PATTERN = (True, False, True, True)
 """A dense layer among them: stages differ."""
 
 
-def layout(**sizes: Any) -> RankLayout:
+def layout(**sizes: Any) -> ParallelLayout:
     """A layout with sequence parallelism under TP."""
-    return RankLayout(**sizes, sequence_parallel=sizes.get("tensor", 1) > 1)
+    return ParallelLayout(**sizes, sequence_parallel=sizes.get("tp", 1) > 1)
 
 
 LAYOUTS = {
     "one": layout(),
-    "EP2": layout(num_ranks=2, expert=2),
-    "DP4 EP2": layout(num_ranks=4, expert=2),
-    "TP2 folded EP2": layout(num_ranks=2, tensor=2, expert=2),
-    "PP2": layout(num_ranks=2, pipeline=2),
-    "PP2 VP2 EP2": layout(num_ranks=4, pipeline=2, chunks=2, expert=2),
-    "TP2 PP2 ETP2": layout(num_ranks=4, tensor=2, pipeline=2, expert_tensor=2),
+    "EP2": layout(world_size=2, ep=2),
+    "DP4 EP2": layout(world_size=4, ep=2),
+    "TP2 folded EP2": layout(world_size=2, tp=2, ep=2),
+    "PP2": layout(world_size=2, pp=2),
+    "PP2 VP2 EP2": layout(world_size=4, pp=2, virtual_stages=2, ep=2),
+    "TP2 PP2 ETP2": layout(world_size=4, tp=2, pp=2, etp=2),
 }
 SPARSE_SMALL = dataclasses.replace(SMALL, bias=False, sparse_layers=3, sffn=sparse())
 SHAPES: dict[str, ModelShape] = {
@@ -54,20 +56,15 @@ SHAPES: dict[str, ModelShape] = {
 }
 
 
-def held(shape: ModelShape, cut: RankLayout, half: bool, distributed: bool) -> dict[str, Any]:
+def held(shape: ModelShape, cut: ParallelLayout, distributed: bool) -> dict[str, Any]:
     """What this rank holds after a step: numbers of weights, bytes of all."""
     warnings.simplefilter("ignore")
-    dtype = torch.bfloat16 if half else torch.float32
     config = config_of(
         shape,
-        dtype,
+        cut.dtype,
         moe_layer_freq=[int(layer) for layer in PATTERN],
-        tensor_model_parallel_size=cut.tensor,
+        **cut.megatron_sizes(),
         sequence_parallel=cut.sequence_parallel,
-        pipeline_model_parallel_size=cut.pipeline,
-        virtual_pipeline_model_parallel_size=cut.chunks if cut.chunks > 1 else None,
-        expert_model_parallel_size=cut.expert,
-        expert_tensor_parallel_size=cut.expert_tensor,
         batch_p2p_comm=False,
     )
     model = GPTModelConfig(
@@ -89,8 +86,8 @@ def held(shape: ModelShape, cut: RankLayout, half: bool, distributed: bool) -> d
         OptimizerConfig(
             optimizer="adam",
             lr=1e-3,
-            params_dtype=dtype,
-            bf16=half,
+            params_dtype=cut.dtype,
+            bf16=cut.half_precision,
             use_distributed_optimizer=distributed,
         ),
         chunks,
@@ -104,7 +101,9 @@ def held(shape: ModelShape, cut: RankLayout, half: bool, distributed: bool) -> d
         "parameters": sum(parameter.numel() for parameter in weights),
         "weights": sum(parameter.nbytes for parameter in weights),
         "gradients": sum(parameter.main_grad.nbytes for parameter in weights),
-        "optimizer": sum(state_bytes(one, half) for one in optimizer.chained_optimizers),
+        "optimizer": sum(
+            state_bytes(one, cut.half_precision) for one in optimizer.chained_optimizers
+        ),
     }
 
 
@@ -123,39 +122,33 @@ def state_bytes(optimizer: Any, half: bool) -> int:
 
 
 def all_held(
-    shapes: list[ModelShape], cut: RankLayout, half: bool, distributed: bool
+    shapes: list[ModelShape], cut: ParallelLayout, distributed: bool
 ) -> list[dict[str, Any]]:
     """`held` of several models in one world."""
-    return [held(shape, cut, half, distributed) for shape in shapes]
+    return [held(shape, cut, distributed) for shape in shapes]
 
 
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_what_a_rank_holds(name: str, half: bool, distributed: bool) -> None:
-    cut = LAYOUTS[name]
-    setup = TrainingSetup(
-        number_bytes=2 if half else 4, gradient_bytes=4, distributed_optimizer=distributed
-    )
+    dtype = torch.bfloat16 if half else torch.float32
+    cut = dataclasses.replace(LAYOUTS[name], dtype=dtype)
+    setup = TrainingSetup(gradient_bytes=4, distributed_optimizer=distributed)
     ranks = run_ranks(
-        cut.num_ranks,
+        cut.world_size,
         all_held,
         list(SHAPES.values()),
         cut,
-        half,
         distributed,
-        tensor_model_parallel_size=cut.tensor,
-        pipeline_model_parallel_size=cut.pipeline,
-        virtual_pipeline_model_parallel_size=cut.chunks if cut.chunks > 1 else None,
-        expert_model_parallel_size=cut.expert,
-        expert_tensor_parallel_size=cut.expert_tensor,
+        **cut.megatron_sizes(),
     )
     for index, shape in enumerate(SHAPES.values()):
-        stages = cut.stages(PATTERN)
+        stages = pipeline_stages(cut, PATTERN)
         expected = [memory_of_stage(shape, stage, cut, setup) for stage in stages]
         for stage, memory in zip(stages, expected, strict=True):
             found = [rank[index] for rank in ranks if rank[index]["stage"] == stage.index]
-            assert len(found) == cut.num_ranks // cut.pipeline
+            assert len(found) == cut.world_size // cut.pp
             for rank in found:
                 assert rank["parameters"] == memory.parameters
                 assert rank["weights"] == memory.weights
@@ -168,20 +161,20 @@ def test_what_a_rank_holds(name: str, half: bool, distributed: bool) -> None:
                 assert {rank["optimizer"] for rank in found} == {memory.optimizer}
 
 
-def at(shape: ModelShape, cut: RankLayout, **setup: Any) -> list[RankMemory]:
+def at(shape: ModelShape, cut: ParallelLayout, **setup: Any) -> list[RankMemory]:
     """Memory of each stage."""
     training = TrainingSetup(**setup)
-    return [memory_of_stage(shape, stage, cut, training) for stage in cut.stages(PATTERN)]
+    return [memory_of_stage(shape, stage, cut, training) for stage in pipeline_stages(cut, PATTERN)]
 
 
 def test_stages_as_megatron_deals_them() -> None:
     layers = tuple(i % 3 == 0 for i in range(8))
-    cut = RankLayout(num_ranks=2, pipeline=2, chunks=2)
-    first, last = cut.stages(layers)
+    cut = ParallelLayout(world_size=2, pp=2, virtual_stages=2)
+    first, last = pipeline_stages(cut, layers)
     assert first.chunks == (layers[0:2], layers[4:6]) and (first.first, first.last) == (True, False)
     assert last.chunks == (layers[2:4], layers[6:8]) and (last.first, last.last) == (False, True)
-    uneven = RankLayout(num_ranks=3, pipeline=3, first_layers=1, last_layers=3)
-    assert [stage.layers for stage in uneven.stages(layers)] == [
+    uneven = ParallelLayout(world_size=3, pp=3, first_stage_layers=1, last_stage_layers=3)
+    assert [stage.layers for stage in pipeline_stages(uneven, layers)] == [
         layers[:1],
         layers[1:5],
         layers[5:],
@@ -189,18 +182,23 @@ def test_stages_as_megatron_deals_them() -> None:
 
 
 def test_microbatches_in_flight() -> None:
-    cut = RankLayout(num_ranks=4, pipeline=4)
-    stages = cut.stages((False,) * 8)
-    assert [cut.in_flight(stage, 16) for stage in stages] == [4, 3, 2, 1]
-    assert [cut.in_flight(stage, 2) for stage in stages] == [2, 2, 2, 1]
+    cut = ParallelLayout(world_size=4, pp=4)
+    stages = pipeline_stages(cut, (False,) * 8)
+    assert [microbatches_in_flight(cut, stage, 16) for stage in stages] == [4, 3, 2, 1]
+    assert [microbatches_in_flight(cut, stage, 2) for stage in stages] == [2, 2, 2, 1]
     # Interleaved: 2 · 3 and 4 for the second chunk wait, one more runs; of chunks half as large.
-    cut = RankLayout(num_ranks=4, pipeline=4, chunks=2)
-    stages = cut.stages((False,) * 8)
-    assert [cut.in_flight(stage, 16) for stage in stages] == [11 / 2, 9 / 2, 7 / 2, 5 / 2]
+    cut = ParallelLayout(world_size=4, pp=4, virtual_stages=2)
+    stages = pipeline_stages(cut, (False,) * 8)
+    assert [microbatches_in_flight(cut, stage, 16) for stage in stages] == [
+        11 / 2,
+        9 / 2,
+        7 / 2,
+        5 / 2,
+    ]
 
 
 def test_recomputation_keeps_inputs_and_one_layer() -> None:
-    shape, cut = SHAPES["avg-k"], RankLayout()
+    shape, cut = SHAPES["avg-k"], ParallelLayout()
     kept = Activations(shape, cut, TrainingSetup())
     (whole,) = at(shape, cut)
     layers = 3 * kept.layer(True) + kept.layer(False)
@@ -224,7 +222,7 @@ def test_recomputation_keeps_inputs_and_one_layer() -> None:
 
 
 def test_the_fullest_rank_is_found() -> None:
-    shape, cut = SHAPES["lorkm"], RankLayout(num_ranks=2, pipeline=2)
+    shape, cut = SHAPES["lorkm"], ParallelLayout(world_size=2, pp=2)
     first, last = at(shape, cut, num_microbatches=8)
     assert first.in_flight == 2 and last.in_flight == 1
     fullest = memory_per_rank(shape, PATTERN, cut, TrainingSetup(num_microbatches=8))
@@ -234,9 +232,9 @@ def test_the_fullest_rank_is_found() -> None:
 def test_thousands_of_ranks() -> None:
     shape = paper(block_size=64)
     pattern = sparse_pattern(shape, [int((i + 1) % 6 == 0) for i in range(24)])
-    setup = TrainingSetup(number_bytes=2, distributed_optimizer=True, rope_width=64)
-    one = memory_per_rank(shape, pattern, RankLayout(), setup)
-    cut = RankLayout(num_ranks=4096, expert=1024)
+    setup = TrainingSetup(distributed_optimizer=True, rope_width=64)
+    cut = ParallelLayout(world_size=4096, ep=1024, dtype=torch.bfloat16)
+    one = memory_per_rank(shape, pattern, ParallelLayout(dtype=torch.bfloat16), setup)
     many = memory_per_rank(shape, pattern, cut, setup)
     # One block of 64 cells a layer instead of 1,024 of them.
     assert one.parameters - many.parameters == 4 * 1023 * 64 * 2 * 1024
@@ -261,11 +259,11 @@ def test_what_routers_hold_beside_weights(
     buffers = [buffer for layer in layers for buffer in layer.router.buffers()]
     # Every router has a flag for NaN.
     size = sum(table.nbytes for table in (*tables, *buffers) if table.numel() > 1)
-    (stage,) = RankLayout().stages((True,) * 4)
+    (stage,) = pipeline_stages(ParallelLayout(), (True,) * 4)
     assert router_tables(shape, stage) == size
     assert (size > 0) == (router == "rand-hash" or bool(options))
     without, with_tables = (
-        memory_of_stage(each, stage, RankLayout(), TrainingSetup())
+        memory_of_stage(each, stage, ParallelLayout(), TrainingSetup())
         for each in (dataclasses.replace(shape, sffn=sparse("avg-k")), shape)
     )
     assert with_tables.state - without.state == size

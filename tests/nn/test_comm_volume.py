@@ -12,14 +12,15 @@ import torch
 
 from benchmarks.parallel import wire
 from megatron_sffn.nn import comm_volume
-from megatron_sffn.nn.config import Exchange, SparseFFNConfig
+from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.dispatch import dispatch
 from megatron_sffn.nn.expert_grid import ExpertGrid
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.routers.groups import in_best_groups
 from tests.support.ranks import run_ranks
-from tests.support.router_cases import BATCH, NUMBERS, SPARSE, Case, D, build, config_of, draw
+from tests.support.router_cases import BATCH, SINGLE_CELLS, SPARSE, Case, D, build, config_of, draw
 
 
 def sparse(router: str = "avg-k", **numbers: Any) -> SparseFFNConfig:
@@ -40,18 +41,17 @@ def test_exchange_by_enumeration(ranks: int, active: int, slices: int) -> None:
     ]
     rows = sum(len(set(owners) - {(0, 0)}) for owners in choices) / len(choices)
     pairs = sum(sum(owner != (0, 0) for owner in owners) for owners in choices) / len(choices)
-    over = Exchange(
-        expert_parallel_size=ranks, expert_tensor_parallel_size=slices, bytes_per_number=2
-    )
+    over = ParallelLayout(ep=ranks, etp=slices, dtype=torch.bfloat16)
     if ranks * slices == 1:
-        assert comm_volume.exchanged_bytes_per_token(layer, width, over, "alltoall") == 0
+        assert comm_volume.exchanged_bytes_per_token(layer, width, over) == 0
         return
-    ours = comm_volume.exchanged_bytes_per_token(layer, width, over, "alltoall")
+    ours = comm_volume.exchanged_bytes_per_token(layer, width, over)
     assert ours == pytest.approx(2 * rows * width * 2 + pairs * 2)
-    with_gates = comm_volume.exchanged_bytes_per_token(gated, width, over, "alltoall")
+    with_gates = comm_volume.exchanged_bytes_per_token(gated, width, over)
     assert with_gates == pytest.approx(2 * rows * width * 2 + pairs * (2 + 4))
     others = ranks * slices - 1
-    everywhere = comm_volume.exchanged_bytes_per_token(gated, width, over, "allgather")
+    by_all_gather = dataclasses.replace(over, dispatcher="allgather")
+    everywhere = comm_volume.exchanged_bytes_per_token(gated, width, by_all_gather)
     assert everywhere == others * (2 * width * 2 + active * (2 + 4))
 
 
@@ -73,15 +73,15 @@ def test_exchange_in_groups_by_enumeration(groups: int, chosen: int, ranks: int)
     layer = sparse(active_cells=6 * active, block_size=6, expansion=blocks // active)
     choices = choices_in_groups(blocks, active, groups, chosen)
     visits = sum(len({i * ranks // blocks for i in choice}) for choice in choices) / len(choices)
-    over = Exchange(
-        expert_parallel_size=ranks,
-        bytes_per_number=2,
+    over = ParallelLayout(
+        ep=ranks,
+        dtype=torch.bfloat16,
         router_groups=groups,
         router_group_topk=chosen,
     )
-    assert comm_volume.rows_per_token(layer, over, "alltoall") == pytest.approx(visits)
+    assert comm_volume.rows_per_token(layer, over) == pytest.approx(visits)
     remote = 1 - 1 / ranks  # of rows and of pairs, over tokens of all ranks
-    sent = comm_volume.exchanged_bytes_per_token(layer, width, over, "alltoall")
+    sent = comm_volume.exchanged_bytes_per_token(layer, width, over)
     assert sent == pytest.approx(remote * (2 * visits * width * 2 + active * 2))
     # As two nodes.
     on_nodes = dataclasses.replace(layer, node_size=ranks // 2)
@@ -93,10 +93,10 @@ def test_exchange_in_groups_by_enumeration(groups: int, chosen: int, ranks: int)
 
 def test_groups_as_many_as_ranks_bound_the_ranks_that_a_token_reaches() -> None:
     layer = sparse(active_cells=4096, block_size=64, expansion=16)
-    free = Exchange(expert_parallel_size=16, bytes_per_number=2)
+    free = ParallelLayout(ep=16, dtype=torch.bfloat16)
     limited = dataclasses.replace(free, router_groups=16, router_group_topk=4)
-    assert comm_volume.rows_per_token(layer, free, "alltoall") > 15
-    assert comm_volume.rows_per_token(layer, limited, "alltoall") == pytest.approx(4, rel=1e-6)
+    assert comm_volume.rows_per_token(layer, free) > 15
+    assert comm_volume.rows_per_token(layer, limited) == pytest.approx(4, rel=1e-6)
     assert comm_volume.cheapest_dispatcher(layer, 1024, free) == "allgather"
     assert comm_volume.cheapest_dispatcher(layer, 1024, limited) == "alltoall"
 
@@ -112,7 +112,7 @@ def test_a_row_is_as_wide_as_what_meets_the_keys(
     router: str, numbers: dict[str, int], there: int
 ) -> None:
     layer, width = sparse(router, **numbers), 192
-    over = Exchange(expert_parallel_size=4, bytes_per_number=2)
+    over = ParallelLayout(ep=4, dtype=torch.bfloat16)
     pair = 2 + (4 if layer.router.gated_output else 0)
     everywhere = comm_volume.all_gather_bytes_per_token(layer, width, over)
     assert everywhere == 3 * ((there + width) * 2 + layer.num_active_blocks * pair)
@@ -127,27 +127,28 @@ def test_a_row_is_as_wide_as_what_meets_the_keys(
 def test_shared_blocks_do_not_travel() -> None:
     layer = sparse(active_cells=64, block_size=4, expansion=2)
     shared = dataclasses.replace(layer, shared_blocks=4)
-    over = Exchange(expert_parallel_size=2)
+    over = ParallelLayout(ep=2)
     for exchanged in comm_volume.DISPATCHERS.values():
         assert exchanged(shared, 24, over) < exchanged(layer, 24, over)
 
 
 def test_megatron_sends_a_copy_per_block() -> None:
     layer = sparse(active_cells=64, block_size=4, expansion=2)
-    remote = Exchange(expert_parallel_size=4, bytes_per_number=2)
+    remote = ParallelLayout(ep=4, dtype=torch.bfloat16)
     sent = comm_volume.megatron_bytes_per_token
-    assert sent(layer, 24, remote, "alltoall") == 2 * 16 * 3 / 4 * 24 * 2
+    assert sent(layer, 24, remote) == 2 * 16 * 3 / 4 * 24 * 2
     # Each ETP rank of the block gets the copies too.
-    cut = Exchange(expert_tensor_parallel_size=2, bytes_per_number=2)
-    assert sent(layer, 24, cut, "alltoall") == 2 * 16 * 24 * 2
+    cut = ParallelLayout(etp=2, dtype=torch.bfloat16)
+    assert sent(layer, 24, cut) == 2 * 16 * 24 * 2
     # Or the token once, with a bool and an fp32 for each of the 32 blocks.
-    assert sent(layer, 24, remote, "allgather") == 3 * (2 * 24 * 2 + 32 * 5)
+    by_all_gather = dataclasses.replace(remote, dispatcher="allgather")
+    assert sent(layer, 24, by_all_gather) == 3 * (2 * 24 * 2 + 32 * 5)
 
 
 def test_exchange_at_the_papers_smallest_block() -> None:
     layer = sparse(active_cells=4096, block_size=1, expansion=16)
-    over = Exchange(expert_parallel_size=4096, bytes_per_number=2)
-    ours = comm_volume.exchanged_bytes_per_token(layer, 1024, over, "alltoall")
+    over = ParallelLayout(ep=4096, dtype=torch.bfloat16)
+    ours = comm_volume.exchanged_bytes_per_token(layer, 1024, over)
     # 16 of the 65,536 cells on each rank, 4096 of them chosen: (15/16)^16 of the ranks stay out.
     rows = 4095 * (1 - (15 / 16) ** 16)
     assert ours == pytest.approx(2 * rows * 1024 * 2 + 4095 * 2, rel=1e-3)
@@ -168,10 +169,10 @@ def test_the_all_gather_is_chosen_where_almost_every_rank_is_hit(
     block_size: int, ranks: int, chosen: str
 ) -> None:
     layer = sparse(active_cells=4096, block_size=block_size, expansion=16)
-    over = Exchange(expert_parallel_size=ranks, bytes_per_number=2)
+    over = ParallelLayout(ep=ranks, dtype=torch.bfloat16)
     assert comm_volume.cheapest_dispatcher(layer, 1024, over) == chosen
     # Gloo's reduce-scatter sends twice.
-    gloo = dataclasses.replace(over, backend="gloo")
+    gloo = dataclasses.replace(over, comm_backend="gloo")
     assert comm_volume.cheapest_dispatcher(layer, 1024, gloo) == "alltoall"
 
 
@@ -215,7 +216,7 @@ LAYOUTS = {
         for router in SPARSE
         for layout in LAYOUTS
         # A block of a single cell is not cut.
-        if layout == "EP2" or router not in NUMBERS
+        if layout == "EP2" or router not in SINGLE_CELLS
     ],
 )
 def test_what_the_collectives_send_is_the_closed_form(
@@ -225,21 +226,22 @@ def test_what_the_collectives_send_is_the_closed_form(
     # g = 8: K = 2 of B = 6 blocks, so that one rank is missed by many tokens.
     case = Case(
         router=router,
-        block_size=None if router in NUMBERS else 8,
+        block_size=None if router in SINGLE_CELLS else 8,
         megatron=(("moe_token_dispatcher_type", dispatcher),),
     )
     results = run_ranks(world_size, sent, case, **sizes)
     counted = sum(result["counted"] for result in results) / world_size
     (config,) = run_ranks(1, config_of, case)
-    over = Exchange(
-        expert_parallel_size=2,
-        expert_tensor_parallel_size=sizes["expert_tensor_parallel_size"],
-        bytes_per_number=8,  # float64, gates and scores too
+    over = ParallelLayout(
+        ep=2,
+        etp=sizes["expert_tensor_parallel_size"],
+        dispatcher=dispatcher,
+        dtype=torch.float64,  # gates and scores too
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comm_volume, "SCORE_BYTES", 8)
         patch.setattr("megatron_sffn.nn.routers.vanilla_m.SCORE_BYTES", 8)
-        expected = comm_volume.exchanged_bytes_per_token(config.sffn, D, over, dispatcher)
+        expected = comm_volume.exchanged_bytes_per_token(config.sffn, D, over)
         selection = config.sffn.router.exchanged_bytes(config.sffn, D, over)
     for result in results:
         assert result["tokens"] == 4096
@@ -271,20 +273,18 @@ def test_a_token_crosses_to_each_node_once() -> None:
     between = node * row + 4 / 2 * pair
     expected = between + 2 * rank * row + 4 / 2 * pair
     layer = sparse(active_cells=16, block_size=4, expansion=3, node_size=2)
-    over = Exchange(expert_parallel_size=4, bytes_per_number=2)
+    over = ParallelLayout(ep=4, dtype=torch.bfloat16)
     assert comm_volume.bytes_between_nodes_per_token(layer, D, over) == pytest.approx(between)
-    assert comm_volume.exchanged_bytes_per_token(layer, D, over, "alltoall") == pytest.approx(
-        expected
-    )
+    assert comm_volume.exchanged_bytes_per_token(layer, D, over) == pytest.approx(expected)
     # The run is in float64.
     layer = dataclasses.replace(layer, router=ROUTERS["rand-hash"]())
-    wide = dataclasses.replace(over, bytes_per_number=8)
-    expected = comm_volume.exchanged_bytes_per_token(layer, D, wide, "alltoall")
+    wide = dataclasses.replace(over, dtype=torch.float64)
+    expected = comm_volume.exchanged_bytes_per_token(layer, D, wide)
     counted = sum(result["counted"] for result in results) / 4
     assert counted == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
     flat = dataclasses.replace(layer, node_size=0)
     assert comm_volume.cheapest_dispatcher(layer, D, over) == "alltoall"
-    assert comm_volume.exchanged_bytes_per_token(flat, D, wide, "alltoall") < expected
+    assert comm_volume.exchanged_bytes_per_token(flat, D, wide) < expected
 
 
 def sent_in_groups(by_score: bool) -> float:
@@ -309,12 +309,12 @@ def sent_in_groups(by_score: bool) -> float:
 
 def test_what_group_limited_routing_sends_is_the_closed_form() -> None:
     layer = sparse(active_cells=4, block_size=1, expansion=16)
-    free = Exchange(expert_parallel_size=4)
+    free = ParallelLayout(ep=4)
     over = dataclasses.replace(free, router_groups=8, router_group_topk=2)
-    expected = comm_volume.exchanged_bytes_per_token(layer, D, over, "alltoall")
+    expected = comm_volume.exchanged_bytes_per_token(layer, D, over)
     uniform = sum(run_ranks(4, sent_in_groups, False)) / 4
     assert uniform == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
     # Scores choose groups that are good for several blocks each, so that rather both are used.
     scored = sum(run_ranks(4, sent_in_groups, True)) / 4
     assert expected < scored < 1.1 * expected
-    assert scored < 0.8 * comm_volume.exchanged_bytes_per_token(layer, D, free, "alltoall")
+    assert scored < 0.8 * comm_volume.exchanged_bytes_per_token(layer, D, free)

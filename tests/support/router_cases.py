@@ -18,20 +18,9 @@ S, BATCH, D, VOCAB = 6, 4, 8, 50
 SPARSE = [name for name in ROUTERS if name != "dense"]
 WHOLE_KEYS = [name for name in SPARSE if ROUTERS[name]().key_width(D) == D]
 """Those whose memory Megatron's experts can hold."""
-NUMBERS = {
-    "top-k-act": {"block_size": 1},
-    **{name: {"block_size": 1, "expansion": 16} for name in ("pkm", "pkm-relu", "pkm-ffn")},
-}
-"""Router -> numbers of a layer for which it is defined, where the usual ones are not."""
+SINGLE_CELLS = [name for name in SPARSE if ROUTERS[name].test_numbers.single_cells]
+"""Routers whose blocks are single cells, which cannot be split over ranks."""
 FLOAT64 = {"params_dtype": torch.float64, "moe_router_dtype": "fp64"}
-OPTIONS = {
-    "lorkm": {"rank": 6},
-    "noisy-top-k": {"noise": 0.0},  # no random number depends on the layout
-    "pkm": {"heads": 2, "key_size": 6},
-    "pkm-relu": {"heads": 2, "key_size": 6},
-    "pkm-ffn": {"key_size": 6},
-}
-"""Router -> fields of its config, small and without chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +56,9 @@ def config_of(case: Case) -> SparseFFNTransformerConfig:
     balance = {"moe_router_load_balancing_type": "none"}
     if case.router == "switch":
         balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
-    fixed = NUMBERS.get(case.router, {})
+    test_numbers = ROUTERS[case.router].test_numbers
+    numbers = test_numbers.layer(active_cells=16, block_size=4, expansion=3)
+    given = {"block_size": case.block_size, "expansion": case.expansion}
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
     return SparseFFNTransformerConfig(
         num_layers=2,
@@ -81,11 +72,9 @@ def config_of(case: Case) -> SparseFFNTransformerConfig:
         # Large enough that a wrong term shows.
         init_method_std=0.5,
         sffn=SparseFFNConfig(
-            active_cells=16,
-            block_size=case.block_size or fixed.get("block_size", 4),
-            expansion=case.expansion or fixed.get("expansion", 3),
-            router=ROUTERS[case.router](**OPTIONS.get(case.router, {}) | dict(case.options)),
+            router=ROUTERS[case.router](**{**test_numbers.options, **dict(case.options)}),
             backend=case.backend,
+            **numbers | {name: number for name, number in given.items() if number},
             **dict(case.sffn),
         ),
         **{**FLOAT64, **activation, **balance, **dict(case.megatron)},

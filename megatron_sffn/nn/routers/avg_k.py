@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, override
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from megatron_sffn.nn.config import SparseFFNConfig, flag
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.routers.descriptors import DESCRIPTORS
 from megatron_sffn.nn.routers.scored import ScoredConfig, ScoredRouter
+from megatron_sffn.nn.saved_bytes import FP32, LayerCall, SavedBytes
 from megatron_sffn.ops.scores import scores
 from megatron_sffn.utils.errors import ConfigError
 
@@ -100,6 +101,14 @@ class AvgKConfig(ScoredConfig):
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """One dot product per block."""
         return 2 * hidden_size * sffn.num_blocks
+
+    @override
+    def saved_by_scores(self, call: LayerCall) -> SavedBytes:
+        blocks, width = call.sffn.num_blocks, call.hidden_size
+        bytes_ = FP32 * blocks * width + DESCRIPTORS[self.descriptor].saved_bytes(call)
+        if call.upcasts_operands:
+            bytes_ += call.tokens * width * FP32
+        return SavedBytes(bytes=bytes_, tokens=not call.upcasts_operands)
 
 
 class AvgKRouter(ScoredRouter):

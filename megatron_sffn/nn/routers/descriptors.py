@@ -16,13 +16,14 @@ all others here are ours:
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sffn.nn.routers.base import Router, score_dtype
+from megatron_sffn.nn.saved_bytes import FP32, INT64, LayerCall
 from megatron_sffn.ops import device
 from megatron_sffn.utils.hashing import hashed_subsets, seed_of
 
@@ -53,11 +54,35 @@ class Mean(torch.nn.Module):
         sums = keys.sum(dim=1, dtype=score_dtype(keys))
         return self.expert_grid.sum_over_cells(sums) / self.expert_grid.block_size
 
+    @classmethod
+    def saved_bytes(cls, call: LayerCall) -> int:
+        """Bytes kept for the backward pass beside the descriptors `[B, D]` themselves."""
+        return 0
+
     def observe(self, x: Tensor, block_ids: Tensor) -> None:
         """See which tokens `[T, D]` chose which blocks `[T, K]`, in training."""
 
     def end_step(self) -> None:
         """A step is over, on all ranks."""
+
+
+class Weighted(Mean):
+    """Base of the weighted means."""
+
+    fp32_key_copies: ClassVar[int] = 0
+    """Copies in fp32 that the backward pass keeps of half-precision keys."""
+
+    @override
+    @classmethod
+    def saved_bytes(cls, call: LayerCall) -> int:
+        copies = cls.fp32_key_copies if call.layout.half_precision else 0
+        local_cells = call.sffn.num_cells // call.layout.expert_ranks
+        # A weight and the copies for each cell; for each block the weighted sum of keys and the
+        # sum of weights, before and after the clamp.
+        per_block = call.hidden_size + 2
+        return FP32 * (
+            local_cells * (1 + copies * call.hidden_size) + call.sffn.num_blocks * per_block
+        )
 
     def _weighted(self, keys: Tensor, weights: Tensor) -> Tensor:
         """The mean of keys with weights `[B / ep, G / etp]` of at least 0."""
@@ -68,8 +93,10 @@ class Mean(torch.nn.Module):
         return both[:, :-1] / both[:, -1:].clamp(min=torch.finfo(both.dtype).tiny)
 
 
-class NormWeighted(Mean):
+class NormWeighted(Weighted):
     """The mean weighted by length."""
+
+    fp32_key_copies = 2
 
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
         """See `Mean.forward`."""
@@ -78,6 +105,12 @@ class NormWeighted(Mean):
 
 class MaxNorm(Mean):
     """The longest key; of equal ones the first."""
+
+    @override
+    @classmethod
+    def saved_bytes(cls, call: LayerCall) -> int:
+        # Block and cell of the longest key, twice: on a rank, then over ranks.
+        return 4 * INT64 * call.sffn.num_blocks
 
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
         """See `Mean.forward`."""
@@ -91,7 +124,7 @@ class MaxNorm(Mean):
         return keys[torch.arange(len(keys), device=keys.device), best]
 
 
-class Subset(Mean):
+class Subset(Weighted):
     """The mean of some cells."""
 
     _weights: tuple[int | None, Tensor] | None = None
@@ -116,8 +149,10 @@ class Subset(Mean):
         return grid.local_cells(chosen.scatter_(1, cells, 1.0))
 
 
-class Learned(Mean):
+class Learned(Weighted):
     """A weighted mean with learned weights."""
+
+    fp32_key_copies = 1
 
     def __init__(self, router: Router, **arguments: Any) -> None:
         super().__init__(router, **arguments)

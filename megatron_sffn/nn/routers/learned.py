@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_sffn.nn.config import SparseFFNConfig, flag
 from megatron_sffn.nn.routers.base import score_dtype
 from megatron_sffn.nn.routers.scored import ScoredConfig, ScoredRouter
+from megatron_sffn.nn.saved_bytes import FP32, LayerCall, SavedBytes
 from megatron_sffn.ops.scores import scores, tensor_core_dtype
 from megatron_sffn.utils.errors import ConfigError
 
@@ -104,6 +105,15 @@ class LearnedConfig(ScoredConfig):
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """Every weight meets every token."""
         return 2 * self.parameters(sffn, hidden_size)
+
+    @override
+    def saved_by_scores(self, call: LayerCall) -> SavedBytes:
+        numbers = 0
+        if self.network != "linear":
+            # GELU keeps its input beside its output.
+            keeps_input = self.network == "mlp" and self.network_activation == "gelu"
+            numbers = self.width(call.hidden_size) * (2 if keeps_input else 1)
+        return SavedBytes(bytes=call.tokens * numbers * FP32, tokens=True)
 
 
 class LearnedRouter(ScoredRouter):

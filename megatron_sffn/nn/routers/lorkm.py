@@ -8,14 +8,16 @@ VanillaM's are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, override
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sffn.nn.config import SparseFFNConfig, flag
+from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.vanilla_m import VanillaMConfig, VanillaMRouter
+from megatron_sffn.nn.saved_bytes import LayerCall, SavedBytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,7 @@ class LoRKMConfig(VanillaMConfig):
 
     name = "lorkm"
     summary = "vanilla-m with keys of low rank: x is projected to d_l numbers first"
+    test_numbers = RouterTestNumbers(options={"rank": 7}, flags="--sffn-key-rank 16")
 
     rank: int = flag(
         "--sffn-key-rank", default=128, least=1, help="d_l, numbers of a low-rank key (lorkm)"
@@ -44,6 +47,11 @@ class LoRKMConfig(VanillaMConfig):
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """The projection, and all keys."""
         return 2 * self.rank * hidden_size + super().flops(sffn, hidden_size, gated=gated)
+
+    @override
+    def saved_bytes(self, call: LayerCall) -> SavedBytes:
+        # The projection has a gradient from the cells too, not only from the scores.
+        return replace(super().saved_bytes(call), tokens=True)
 
 
 class LoRKMRouter(VanillaMRouter):

@@ -9,14 +9,16 @@ balance losses (importance and load) are not built; Switch's loss has the same a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sffn.nn.config import SparseFFNConfig, flag
+from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.learned import LearnedConfig, LearnedRouter, linear
+from megatron_sffn.nn.saved_bytes import FP32, LayerCall, SavedBytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class NoisyTopKConfig(LearnedConfig):
     summary = "learned gate with learned noise in training, softmax over the chosen blocks"
     balance_coefficient = 0.01
     default_gate = "softmax-chosen"
+    test_numbers = RouterTestNumbers(options={"noise": 0.0})
     per_block_weights: ClassVar[tuple[str, ...]] = ("weight", "noise_weight")
 
     noise: float = flag(
@@ -48,6 +51,12 @@ class NoisyTopKConfig(LearnedConfig):
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """Without the noise, which an evaluation does not compute."""
         return super().flops(sffn, hidden_size, gated=gated) - 2 * sffn.num_blocks * hidden_size
+
+    @override
+    def saved_by_scores(self, call: LayerCall) -> SavedBytes:
+        # The spread before its softplus, and the noise.
+        noise = call.tokens * 2 * call.sffn.num_blocks * FP32
+        return SavedBytes(bytes=super().saved_by_scores(call).bytes + noise, tokens=True)
 
 
 class NoisyTopKRouter(LearnedRouter):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_sffn.nn.config import SparseFFNTransformerConfig, flag
+from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.product_keys import ProductKeysConfig, ProductKeysRouter
 
 
@@ -24,6 +25,12 @@ class PKMConfig(ProductKeysConfig):
     name = "pkm"
     summary = "product keys choose cells of a memory of values; softmax over each head's scores"
     initialization = "pkm"
+    test_numbers = RouterTestNumbers(
+        options={"heads": 2, "key_size": 10},
+        single_cells=True,
+        square_memory=True,
+        flags="--sffn-product-key-size 16",
+    )
 
     heads: int = flag(
         "--sffn-pkm-heads",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_sffn.nn.config import SparseFFNTransformerConfig
+from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.product_keys import ProductKeysConfig, ProductKeysRouter
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.utils.errors import ConfigError
@@ -23,6 +24,13 @@ class PKMFFNConfig(ProductKeysConfig):
 
     name = "pkm-ffn"
     summary = "an FFN whose key table is made of product keys: one head, the model's activation"
+    test_numbers = RouterTestNumbers(
+        options={"key_size": 14},
+        single_cells=True,
+        square_memory=True,
+        gated_activation=False,
+        flags="--sffn-product-key-size 16",
+    )
 
     def check_model(self, config: SparseFFNTransformerConfig) -> None:
         """See `RouterConfig.check_model`."""

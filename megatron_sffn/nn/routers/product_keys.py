@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, override
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_sffn.nn.config import RouterConfig, SparseFFNConfig, flag
 from megatron_sffn.nn.routers.base import Router, Routing, score_dtype
+from megatron_sffn.nn.saved_bytes import FP32, INT64, LayerCall, SavedBytes
 from megatron_sffn.utils.errors import ConfigError
 
 
@@ -86,6 +87,17 @@ class ProductKeysConfig(RouterConfig):
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """Queries, and both halves against their sub-keys; the sums are no products."""
         return 2 * self.num_heads * self.key_size * (hidden_size + math.isqrt(sffn.num_cells))
+
+    @override
+    def saved_bytes(self, call: LayerCall) -> SavedBytes:
+        heads, side = self.num_heads, math.isqrt(call.sffn.num_cells)
+        cells_per_head = call.sffn.num_active_blocks // heads
+        query_and_scores = FP32 * (self.key_size + 2 * side)
+        # Row, column, and the input or output of the coefficient's function.
+        per_cell = 2 * INT64 + FP32
+        fp32_subkeys = heads * self.key_size * side * FP32 if call.layout.half_precision else 0
+        per_token = heads * (query_and_scores + cells_per_head * per_cell)
+        return SavedBytes(bytes=fp32_subkeys + call.tokens * per_token, tokens=True)
 
 
 def _check_square(name: str, sffn: SparseFFNConfig) -> None:

@@ -12,12 +12,14 @@ Without it, or where the table would be too large, every pass hashes its own ids
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import override
 
 import torch
 from torch import Tensor
 
 from megatron_sffn.nn.config import RouterConfig, SparseFFNConfig, flag
 from megatron_sffn.nn.routers.base import Router, Routing
+from megatron_sffn.nn.saved_bytes import LayerCall, SavedBytes
 from megatron_sffn.utils.hashing import hashed_subsets
 
 LARGEST_TABLE = 1 << 28
@@ -50,6 +52,10 @@ class RandHashConfig(RouterConfig):
         each = table_dtype(sffn.num_blocks).itemsize * sffn.num_active_blocks
         size = (vocab_size or 0) * each
         return size if size <= LARGEST_TABLE else 0
+
+    @override
+    def saved_bytes(self, call: LayerCall) -> SavedBytes:
+        return SavedBytes()  # no gradient passes through the map
 
 
 def table_dtype(num_blocks: int) -> torch.dtype:

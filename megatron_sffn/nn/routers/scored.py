@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import torch
 from torch import Tensor
@@ -32,9 +32,10 @@ from megatron_sffn.nn.config import (
     SparseFFNTransformerConfig,
     flag,
 )
-from megatron_sffn.nn.load_balancing import Balance, losses_reach_scores
+from megatron_sffn.nn.load_balancing import BALANCE_LOSSES, Balance, losses_reach_scores
 from megatron_sffn.nn.routers.base import NO_BLOCK, Router, Routing
 from megatron_sffn.nn.routers.groups import check_groups, in_best_groups
+from megatron_sffn.nn.saved_bytes import FP32, INT64, LayerCall, SavedBytes
 from megatron_sffn.utils.errors import ConfigError
 
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
@@ -151,6 +152,48 @@ class ScoredConfig(RouterConfig):
             "first: the sparse layers add that much less than dense ones would, and perplexity can "
             "look broken; with --sffn-gate softmax-chosen they add up to 1"
         )
+
+    @override
+    def saved_bytes(self, call: LayerCall) -> SavedBytes:
+        if not (self.gated_output or self._losses(call)):
+            return SavedBytes()  # no gradient passes through the scores
+        scores, losses = self.saved_by_scores(call), self._losses(call)
+        bytes_ = scores.bytes + call.tokens * self._saved_per_token(call)
+        # Each balance loss keeps the blocks' frequencies, the entropy its three factors [B], and
+        # their sum is a scalar.
+        per_block = len(losses & BALANCE_LOSSES.keys()) + (3 if "entropy_loss" in losses else 0)
+        bytes_ += FP32 * (per_block * call.sffn.num_blocks + bool(losses))
+        return SavedBytes(bytes=bytes_, tokens=scores.tokens)
+
+    def saved_by_scores(self, call: LayerCall) -> SavedBytes:
+        """What the method keeps of its own score where scores are differentiated.
+
+        Raises:
+            NotImplementedError: if the method does not say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no formula for saved_by_scores")
+
+    def _losses(self, call: LayerCall) -> frozenset[str]:
+        """The losses of the scores that are on: Megatron's, and the router's entropy loss."""
+        return call.losses | ({"entropy_loss"} if self.entropy_coefficient else set())
+
+    def _saved_per_token(self, call: LayerCall) -> int:
+        """Bytes per token of the gates and losses that are computed from the scores."""
+        blocks, active = call.sffn.num_blocks, call.sffn.num_active_blocks
+        losses = self._losses(call)
+        gathers_scores = self.gate in ("sigmoid", "softmax-chosen")
+        count = active * INT64 if self.gate != "none" else 0
+        if self.gate == "softmax":
+            count += FP32 * blocks
+        if gathers_scores:
+            count += FP32 * active
+        if gathers_scores or "z_loss" in losses:
+            count += FP32 * blocks
+        if "z_loss" in losses:
+            count += FP32
+        if losses - {"z_loss"}:
+            count += FP32 * blocks
+        return count
 
     def _constant_gate(self, sffn: SparseFFNConfig) -> str | None:
         """That the gate is 1 whatever the scores are, if it is: the start of a sentence."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.learned import LearnedConfig, LearnedRouter
 
 
@@ -25,6 +26,10 @@ class SigmaMoEConfig(LearnedConfig):
     summary = "learned sigmoid gate per block, with block dropout and entropy regularisation"
     initialization = "sigma-moe"
     default_gate = "sigmoid"
+    test_numbers = RouterTestNumbers(
+        flags="--sffn-relu --sffn-entropy-coeff 1e-3 --sffn-block-dropout 0.05",
+        paper_flags="--sffn-entropy-coeff 1e-3",
+    )
 
     def build(self) -> type[SigmaMoERouter]:
         """See `RouterConfig.build`."""

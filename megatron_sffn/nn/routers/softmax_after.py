@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.sigma_moe import SigmaMoEConfig
 
 
@@ -17,3 +18,4 @@ class SoftmaxAfterConfig(SigmaMoEConfig):
     name = "softmax-after"
     summary = "sigma-moe with a softmax over the chosen blocks as gate"
     default_gate = "softmax-chosen"
+    test_numbers = RouterTestNumbers(paper_flags="--sffn-entropy-coeff 1e-3")

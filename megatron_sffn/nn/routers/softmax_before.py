@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.sigma_moe import SigmaMoEConfig
 
 
@@ -18,3 +19,4 @@ class SoftmaxBeforeConfig(SigmaMoEConfig):
     name = "softmax-before"
     summary = "sigma-moe with a softmax over all blocks as gate"
     default_gate = "softmax"
+    test_numbers = RouterTestNumbers(paper_flags="--sffn-entropy-coeff 1e-3")

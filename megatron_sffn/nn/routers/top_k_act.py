@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sffn.nn.config import SparseFFNConfig
+from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.vanilla_m import KeyTableConfig
 from megatron_sffn.utils.errors import ConfigError
 
@@ -19,6 +20,7 @@ class TopKActConfig(KeyTableConfig):
 
     name = "top-k-act"
     summary = "all cells computed, the k largest activations kept; blocks of one cell"
+    test_numbers = RouterTestNumbers(single_cells=True)
 
     def check(self, sffn: SparseFFNConfig) -> None:
         """See `RouterConfig.check`."""

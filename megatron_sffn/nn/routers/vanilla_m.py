@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import override
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -24,10 +25,12 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_sffn.nn.comm_volume import SCORE_BYTES
-from megatron_sffn.nn.config import Exchange, SparseFFNConfig, flag
+from megatron_sffn.nn.config import SparseFFNConfig, flag
 from megatron_sffn.nn.expert_grid import gather_rows
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.base import score_dtype
 from megatron_sffn.nn.routers.scored import ScoredConfig, ScoredRouter
+from megatron_sffn.nn.saved_bytes import FP32, LayerCall, SavedBytes
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.scores import scores, tensor_core_dtype
 
@@ -65,11 +68,32 @@ class KeyTableConfig(ScoredConfig):
         per_cell = 2 * self.key_width(hidden_size) * (2 if gated else 1)
         return per_cell * (sffn.num_cells - sffn.chosen_cells)
 
-    def exchanged_bytes(self, sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> float:
+    def exchanged_bytes(
+        self, sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout
+    ) -> float:
         """The token goes to every rank to be scored, and the scores come back."""
-        scores = sffn.num_blocks / exchange.expert_parallel_size * SCORE_BYTES
-        query = self.key_width(hidden_size) * exchange.bytes_per_number
-        return (exchange.num_ranks - 1) * (query + scores)
+        scores = sffn.num_blocks / layout.ep * SCORE_BYTES
+        query = self.key_width(hidden_size) * layout.bytes_per_number
+        return (layout.expert_ranks - 1) * (query + scores)
+
+    @override
+    def saved_by_scores(self, call: LayerCall) -> SavedBytes:
+        sffn, ranks, width = call.sffn, call.layout.expert_ranks, self.key_width(call.hidden_size)
+        # Each rank scores its part of the cells for the tokens of all ranks: T · M coefficients.
+        per_cell = {"gelu": 1, "relu": 1, "squared_relu": 1, "swiglu": 3}[call.activation]
+        if self.aggregation != "mean" and call.activation != "relu":
+            per_cell += 1
+        per_token = per_cell * sffn.num_cells
+        if self.aggregation in ("max", "min"):
+            per_token += sffn.num_blocks
+        bytes_ = call.tokens * per_token * FP32
+        copies_rows = call.upcasts_operands or ranks > 1
+        if copies_rows:
+            row_bytes = FP32 if call.upcasts_operands else call.layout.bytes_per_number
+            bytes_ += call.tokens * ranks * width * row_bytes
+        if call.upcasts_operands:
+            bytes_ += call.keys_per_cell * sffn.num_cells * width * FP32 // ranks
+        return SavedBytes(bytes=bytes_, tokens=not copies_rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ def score_by_hand(name: str, router, x: torch.Tensor, keys: torch.Tensor) -> tor
 @pytest.mark.parametrize("name", ["avg-k", "vanilla-m", "lorkm"])
 def test_a_gate_is_the_score_squashed_and_is_differentiated(build, name: str, gate: str) -> None:
     x, keys, _ = (t.requires_grad_() for t in tables())
-    options = {"rank": 6} if name == "lorkm" else {}
+    options = {"rank": x.shape[1]} if name == "lorkm" else {}
     router = build(ROUTERS[name](gate=gate, **options))
     routing = router(x, keys, None)
     scores = score_by_hand(name, router, x, keys)
@@ -193,9 +193,10 @@ def test_one_wrong_score_is_enough(build, value: float) -> None:
 
 @pytest.mark.parametrize("name", SCORED)
 def test_half_precision_tokens_have_scores_in_fp32(one_rank: None, name: str) -> None:
-    fixed = router_cases.NUMBERS.get(name, {})
+    test_numbers = ROUTERS[name].test_numbers
+    numbers = test_numbers.layer(active_cells=8, block_size=2, expansion=3)
     config = transformer(
-        ROUTERS[name](**router_cases.OPTIONS.get(name, {})), params_dtype=torch.bfloat16, **fixed
+        ROUTERS[name](**test_numbers.options), params_dtype=torch.bfloat16, **numbers
     )
     layer = SparseFFN(config, layer_number=1)
     x = torch.randn(20, 6, dtype=torch.bfloat16)
