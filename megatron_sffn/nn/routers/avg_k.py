@@ -60,8 +60,8 @@ class AvgKConfig(ScoredConfig):
         help="share of the former average that --sffn-descriptor ema keeps in a step",
     )
 
+    @override
     def check(self, sffn: SparseFFNConfig) -> None:
-        """See `RouterConfig.check`."""
         cells = self.subset_cells
         if cells is not None and (cells > sffn.block_size or self.descriptor != "subset"):
             raise ConfigError(
@@ -84,8 +84,8 @@ class AvgKConfig(ScoredConfig):
         """See `ScoredConfig.scores_have_weights`: those of the cells."""
         return self.descriptor == "learned"
 
+    @override
     def build(self) -> type[AvgKRouter]:
-        """See `RouterConfig.build`."""
         return AvgKRouter
 
     def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -136,12 +136,12 @@ class AvgKRouter(ScoredRouter):
             self.descriptor.observe(x, routing.block_ids)
         return routing
 
+    @override
     def end_step(self) -> None:
-        """See `Router.end_step`."""
         self.descriptor.end_step()
 
+    @override
     def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        """See `ScoredRouter.score`."""
         gate_keys = keys[:, : self.expert_grid.num_local_cells]
         return scores(x, self._descriptors(gate_keys))
 

@@ -98,8 +98,8 @@ class NormWeighted(Weighted):
 
     fp32_key_copies = 2
 
+    @override
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
-        """See `Mean.forward`."""
         return self._weighted(keys, keys.to(score_dtype(keys)).norm(dim=2))
 
 
@@ -112,10 +112,10 @@ class MaxNorm(Mean):
         # Block and cell of the longest key, twice: on a rank, then over ranks.
         return 4 * INT64 * call.sffn.num_blocks
 
+    @override
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
-        """See `Mean.forward`."""
         longest = self._longest(keys.to(score_dtype(keys)))
-        return self._longest(self.expert_grid.parts(longest))
+        return self._longest(self.expert_grid.gather_blocks(longest))
 
     @staticmethod
     def _longest(keys: Tensor) -> Tensor:
@@ -129,8 +129,8 @@ class Subset(Weighted):
 
     _weights: tuple[int | None, Tensor] | None = None
 
+    @override
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
-        """See `Mean.forward`."""
         if self._weights is None or self._weights[0] != layer_number:
             self._weights = (layer_number, self._draw_weights(keys, layer_number))
         return self._weighted(keys, self._weights[1])
@@ -158,8 +158,8 @@ class Learned(Weighted):
         super().__init__(router, **arguments)
         self.weight = router.new_weight("descriptor.weight")
 
+    @override
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
-        """See `Mean.forward`."""
         shares = self.weight.to(score_dtype(keys)).softmax(dim=1)
         return self._weighted(keys, self.expert_grid.local_cells(shares))
 
@@ -196,9 +196,9 @@ class MovingAverage(Mean):
             return average
         return torch.where(self.started > 0, average, super().forward(keys, layer_number))
 
+    @override
     @torch.no_grad()
     def observe(self, x: Tensor, block_ids: Tensor) -> None:
-        """See `Mean.observe`."""
         num_blocks = len(self.counts)
         ids, order = block_ids.flatten().sort(stable=True)
         # Where the choices of each block begin; those of empty places, -1, come first.
@@ -216,9 +216,9 @@ class MovingAverage(Mean):
         self.sums += sums[1:]
         self.counts += offsets.diff()[1:]
 
+    @override
     @torch.no_grad()
     def end_step(self) -> None:
-        """See `Mean.end_step`."""
         everything = torch.cat((self.sums, self.counts[:, None]), dim=1)
         if self.group.size() > 1:
             torch.distributed.all_reduce(everything, group=self.group)

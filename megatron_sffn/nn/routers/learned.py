@@ -94,8 +94,8 @@ class LearnedConfig(ScoredConfig):
         """Numbers that a block's row of the gate has."""
         return hidden_size if self.network == "linear" else self.network_width or hidden_size
 
+    @override
     def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """See `RouterConfig.weights`."""
         width = self.width(hidden_size)
         weights: dict[str, tuple[int, ...]] = {"weight": (sffn.num_blocks, width)}
         if self.network != "linear":
@@ -126,8 +126,8 @@ class LearnedRouter(ScoredRouter):
         self.weight = self.new_weight("weight")
         self.hidden = None if self.settings.network == "linear" else self.new_weight("hidden")
 
+    @override
     def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        """See `ScoredRouter.score`."""
         x = self._jittered(x)
         if self.hidden is None:
             return linear(x, self.weight)

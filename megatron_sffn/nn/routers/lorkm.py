@@ -32,12 +32,12 @@ class LoRKMConfig(VanillaMConfig):
         "--sffn-key-rank", default=128, least=1, help="d_l, numbers of a low-rank key (lorkm)"
     )
 
+    @override
     def build(self) -> type[LoRKMRouter]:
-        """See `RouterConfig.build`."""
         return LoRKMRouter
 
+    @override
     def key_width(self, hidden_size: int) -> int:
-        """See `RouterConfig.key_width`."""
         return self.rank
 
     def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -63,6 +63,6 @@ class LoRKMRouter(VanillaMRouter):
         super().__init__(**arguments)
         self.down = self.new_weight("down")
 
+    @override
     def query(self, x: Tensor) -> Tensor:
-        """See `ScoredRouter.query`."""
         return F.linear(x, self.down)

@@ -40,12 +40,12 @@ class NoisyTopKConfig(LearnedConfig):
         help="factor of the noise on the scores (noisy-top-k; 1 in its paper)",
     )
 
+    @override
     def build(self) -> type[NoisyTopKRouter]:
-        """See `RouterConfig.build`."""
         return NoisyTopKRouter
 
+    @override
     def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """See `RouterConfig.weights`."""
         return super().weights(sffn, hidden_size) | {"noise_weight": (sffn.num_blocks, hidden_size)}
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
@@ -75,8 +75,8 @@ class NoisyTopKRouter(LearnedRouter):
         else:
             weight.zero_()
 
+    @override
     def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        """See `ScoredRouter.score`."""
         scores = super().score(x, queries, keys)
         if not self.training:
             return scores

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import override
 
 from torch import Tensor
 
@@ -39,13 +40,13 @@ class PKMConfig(ProductKeysConfig):
         help="queries of a token, of which each chooses k / heads cells (pkm, pkm-relu)",
     )
 
+    @override
     @property
     def num_heads(self) -> int:
-        """See `ProductKeysConfig.num_heads`."""
         return self.heads
 
+    @override
     def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
-        """See `RouterConfig.untrained`."""
         assert config.sffn is not None, "a router is checked in a model that has it"
         if config.sffn.chosen_cells > self.heads:
             return None
@@ -55,13 +56,13 @@ class PKMConfig(ProductKeysConfig):
             "--sffn-router pkm-relu"
         )
 
+    @override
     @property
     def query_bias(self) -> bool:
-        """See `ProductKeysConfig.query_bias`."""
         return True
 
+    @override
     def build(self) -> type[PKMRouter]:
-        """See `RouterConfig.build`."""
         return PKMRouter
 
 
@@ -78,6 +79,6 @@ class PKMRouter(ProductKeysRouter):
         else:
             super().draw(name, weight)
 
+    @override
     def coefficients(self, scores: Tensor) -> Tensor:
-        """See `ProductKeysRouter.coefficients`."""
         return scores.softmax(dim=-1)

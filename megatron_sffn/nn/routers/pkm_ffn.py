@@ -8,6 +8,7 @@ sums are positive, those are not the largest coefficients.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import override
 
 from torch import Tensor
 
@@ -32,22 +33,22 @@ class PKMFFNConfig(ProductKeysConfig):
         flags="--sffn-product-key-size 16",
     )
 
+    @override
     def check_model(self, config: SparseFFNTransformerConfig) -> None:
-        """See `RouterConfig.check_model`."""
         if Activation.of(config).gated:
             raise ConfigError(
                 "--swiglu needs two keys per cell, and a cell of --sffn-router pkm-ffn has one; "
                 "use GELU, --sffn-relu or --squared-relu"
             )
 
+    @override
     def build(self) -> type[PKMFFNRouter]:
-        """See `RouterConfig.build`."""
         return PKMFFNRouter
 
 
 class PKMFFNRouter(ProductKeysRouter):
     """Product keys with the model's activation. Arguments as `Router`."""
 
+    @override
     def coefficients(self, scores: Tensor) -> Tensor:
-        """See `ProductKeysRouter.coefficients`."""
         return Activation.of(self.config)(scores)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import override
 
 from torch import Tensor
 
@@ -29,8 +30,8 @@ class PKMReLUConfig(PKMConfig):
         """None: the ReLU of a head's only score depends on it."""
         return None
 
+    @override
     def build(self) -> type[PKMReLURouter]:
-        """See `RouterConfig.build`."""
         return PKMReLURouter
 
 
@@ -45,6 +46,6 @@ class PKMReLURouter(PKMRouter):
         fan_in = self.settings.key_size if name == "subkeys" else self.config.hidden_size
         weight.normal_(std=math.sqrt(2 / (self.config.num_layers * fan_in)))
 
+    @override
     def coefficients(self, scores: Tensor) -> Tensor:
-        """See `ProductKeysRouter.coefficients`."""
         return scores.relu()

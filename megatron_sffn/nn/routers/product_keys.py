@@ -51,12 +51,12 @@ class ProductKeysConfig(RouterConfig):
         """The coefficients travel."""
         return True
 
+    @override
     def key_width(self, hidden_size: int) -> int:
-        """See `RouterConfig.key_width`."""
         return 0
 
+    @override
     def check(self, sffn: SparseFFNConfig) -> None:
-        """See `RouterConfig.check`."""
         if sffn.block_size != 1:
             raise ConfigError(
                 f"--sffn-router {self.name} has a score for every cell, not for blocks of "
@@ -135,6 +135,7 @@ class ProductKeysRouter(Router):
         """From the scores `[T, heads, knn]` of chosen cells to what multiplies their values."""
         raise NotImplementedError
 
+    @override
     def forward(
         self,
         x: Tensor,
@@ -142,7 +143,6 @@ class ProductKeysRouter(Router):
         token_ids: Tensor | None = None,
         num_sequences: int = 1,
     ) -> Routing:
-        """See `Router.forward`."""
         dtype, (heads, _, side, half) = score_dtype(x), self.subkeys.shape
         queries = F.linear(x, self.query, self.query_bias).view(-1, heads, 2, half)
         # [heads · 2, T, n]: two products per head.

@@ -43,8 +43,8 @@ class RandHashConfig(RouterConfig):
         "--sffn-hash-shared", default=False, help="the same map in all layers (rand-hash)"
     )
 
+    @override
     def build(self) -> type[RandHashRouter]:
-        """See `RouterConfig.build`."""
         return RandHashRouter
 
     def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:
@@ -74,6 +74,7 @@ class RandHashRouter(Router):
         super().set_layer_number(layer_number)
         self._table = None
 
+    @override
     def forward(
         self,
         x: Tensor,
@@ -81,7 +82,6 @@ class RandHashRouter(Router):
         token_ids: Tensor | None = None,
         num_sequences: int = 1,
     ) -> Routing:
-        """See `Router.forward`."""
         assert token_ids is not None, (
             "rand-hash needs the input ids: give them to the layer (or Megatron's GPTModel) as "
             "`padding_mask`, the slot for numbers of a token that reaches every pipeline stage"

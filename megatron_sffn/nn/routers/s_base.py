@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import override
 
 import torch
 from torch import Tensor
@@ -38,16 +39,16 @@ class SBaseConfig(LearnedConfig):
     summary = "learned sigmoid gate; in training Sinkhorn's algorithm balances the choice"
     default_gate = "sigmoid"
 
+    @override
     def build(self) -> type[SBaseRouter]:
-        """See `RouterConfig.build`."""
         return SBaseRouter
 
 
 class SBaseRouter(LearnedRouter):
     """A learned sigmoid gate with a balanced choice. Arguments as `Router`."""
 
+    @override
     def selection_scores(self, scores: Tensor) -> Tensor:
-        """See `ScoredRouter.selection_scores`."""
         if not self.training:
             return super().selection_scores(scores)
         everyone = gather_rows(scores, self.balance.tp_cp_group)

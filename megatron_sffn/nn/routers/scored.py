@@ -103,8 +103,8 @@ class ScoredConfig(RouterConfig):
         object.__setattr__(self, "gate", self.gate or self.default_gate)
         super().__post_init__()
 
+    @override
     def check_model(self, config: SparseFFNTransformerConfig) -> None:
-        """See `RouterConfig.check_model`."""
         sffn = config.sffn
         assert sffn is not None, "a router is checked in a model that has it"
         check_groups(config, sffn.num_blocks, sffn.num_active_blocks)
@@ -208,14 +208,14 @@ class ScoredConfig(RouterConfig):
         """Whether scores depend on weights of the router's own that act on nothing else."""
         return False
 
+    @override
     @property
     def gated_output(self) -> bool:
-        """See `RouterConfig.gated_output`."""
         return self.gate != "none"
 
+    @override
     @property
     def softmax_over_blocks(self) -> bool:
-        """See `RouterConfig.softmax_over_blocks`."""
         return self.gate in ("softmax", "softmax-chosen")
 
 
@@ -232,8 +232,8 @@ class ScoredRouter(Router):
             self.config, arguments["pg_collection"], self.settings.entropy_coefficient
         )
 
+    @override
     def set_layer_number(self, layer_number: int) -> None:
-        """See `Router.set_layer_number`."""
         super().set_layer_number(layer_number)
         self.balance.layer_number = layer_number
 
@@ -245,6 +245,7 @@ class ScoredRouter(Router):
         """`[T, B]` scores, fp32 at least; under `no_grad` where no gradient is needed."""
         raise NotImplementedError
 
+    @override
     def forward(
         self,
         x: Tensor,
@@ -252,7 +253,6 @@ class ScoredRouter(Router):
         token_ids: Tensor | None = None,
         num_sequences: int = 1,
     ) -> Routing:
-        """See `Router.forward`."""
         assert keys is not None, "blocks are scored by tokens and keys"
         queries = self.query(x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiates):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import override
 
 from torch import Tensor
 
@@ -31,8 +32,8 @@ class SigmaMoEConfig(LearnedConfig):
         paper_flags="--sffn-entropy-coeff 1e-3",
     )
 
+    @override
     def build(self) -> type[SigmaMoERouter]:
-        """See `RouterConfig.build`."""
         return SigmaMoERouter
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, override
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ class SwitchConfig(LearnedConfig):
     )
     default_gate = "softmax"
 
+    @override
     def check_model(self, config: SparseFFNTransformerConfig) -> None:
-        """See `RouterConfig.check_model`."""
         super().check_model(config)
         factor = config.moe_expert_capacity_factor
         if factor is not None and not 0 < factor < math.inf:
@@ -50,8 +50,8 @@ class SwitchConfig(LearnedConfig):
                 "number above 0, or leave it out for no limit"
             )
 
+    @override
     def build(self) -> type[SwitchRouter]:
-        """See `RouterConfig.build`."""
         return SwitchRouter
 
 

@@ -7,6 +7,7 @@ values. The paper has it with ReLU and M = d_ff (E = d_ff / k).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import override
 
 from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.router_config import RouterTestNumbers
@@ -22,8 +23,8 @@ class TopKActConfig(KeyTableConfig):
     summary = "all cells computed, the k largest activations kept; blocks of one cell"
     test_numbers = RouterTestNumbers(single_cells=True)
 
+    @override
     def check(self, sffn: SparseFFNConfig) -> None:
-        """See `RouterConfig.check`."""
         if sffn.block_size != 1:
             raise ConfigError(
                 f"--sffn-router top-k-act keeps single cells, not --sffn-block-size "

@@ -56,8 +56,8 @@ class KeyTableConfig(ScoredConfig):
         """How cells become a block, in `AGGREGATORS`."""
         return "mean"
 
+    @override
     def build(self) -> type[VanillaMRouter]:
-        """See `RouterConfig.build`."""
         return VanillaMRouter
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
@@ -110,9 +110,9 @@ class VanillaMConfig(KeyTableConfig):
         help="how a block's cell activations become its score (vanilla-m, lorkm)",
     )
 
+    @override
     @property
     def aggregation(self) -> str:
-        """See `KeyTableConfig.aggregation`."""
         return self.aggregator
 
 
@@ -121,8 +121,8 @@ class VanillaMRouter(ScoredRouter):
 
     settings: KeyTableConfig
 
+    @override
     def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        """See `ScoredRouter.score`."""
         grid, group = self.expert_grid, self.expert_grid.group
         rows = gather_rows(queries, group)
         scores = self._local_scores(rows, keys)
