@@ -36,7 +36,7 @@ INITIALIZATIONS = {
     "sigma-moe-block": "the same, but values sqrt(2/(layers·g)): the paper's ablation",
     "pkm": "values N(0, 1/D) (Lample et al. 2019), keys as megatron",
 }
-"""Value of `--sffn-init` -> how the tables of keys and values are drawn."""
+"""Value of `--sffn-init` -> how keys and values are initialised."""
 
 
 REGATHER = {
@@ -44,28 +44,28 @@ REGATHER = {
     "on": "always",
     "off": "never",
 }
-"""Value of `--sffn-regather` -> when the backward sends the rows between ranks again."""
+"""Value of `--sffn-regather` -> when the backward pass gathers the rows of other ranks again."""
 
 
 class Backend(StrEnum):
-    """Who computes the blocks."""
+    """The implementation that computes the blocks."""
 
     AUTO = "auto"
-    """The fastest of ours for the tensors' device."""
+    """The fastest of our backends for the tensors' device."""
     NAIVE = "naive"
     """The oracle: every block for every token, then a mask."""
     TORCH = "torch"
-    """Blocks in a loop of torch's products, on any device."""
+    """A loop over blocks of torch matrix products, on any device."""
     GROUPED = "grouped"
-    """A grouped product of a library, a group for each block: blocks of a multiple of 8 cells."""
+    """A library's grouped GEMM with a group per block: for blocks of a multiple of 8 cells."""
     MASKED = "masked"
-    """Dense products of all rows with all cells, of which the chosen are taken: small E."""
+    """Dense products of all rows with all cells, then a mask of the chosen cells: for small E."""
     BAGS = "bags"
-    """Sums of single cells by a library: memories of values alone."""
+    """A library's embedding bags: for single cells that have values alone."""
     QUACK = "quack"
-    """A grouped product of the package quack-kernels, which reads rows by index."""
+    """The grouped GEMM of the package quack-kernels, which gathers rows by index."""
     CPU = "cpu"
-    """C++ kernels, compiled on this machine; torch's loop where there is no compiler."""
+    """C++ kernels, compiled on this machine; the torch backend where there is no compiler."""
     TRITON = "triton"
     """Triton kernels for a GPU, in fp32, bf16 and fp16."""
     MEGATRON = "megatron"
@@ -82,16 +82,17 @@ class SparseFFNConfig:
         block_size: g, cells of a block, from 1 (a single memory cell) to k (a whole expert).
         expansion: E, memory cells over active cells.
         shared_blocks: S, how many of the k/g active blocks are the same for every token. They are
-            cells of their own, beside the M of the memory.
-        backend: who computes the blocks.
-        initialization: how the tables are drawn (`--sffn-init`); None for the router's own.
+            further cells, not among the M cells.
+        backend: implementation that computes the blocks.
+        initialization: how keys and values are initialised (`--sffn-init`); None for the router's
+            default.
         seed: of the initial values, which do not depend on the layout.
-        regather: whether the backward sends the rows between ranks again rather than keep them
-            (`REGATHER`).
-        node_size: ranks of a node, where tokens shall cross to each node once (`alltoall` only);
-            0 to send them straight to each rank.
-        exchange_chunks: in how many chunks a rank's tokens travel, one after the other, while the
-            blocks compute the chunk before (`alltoall` only).
+        regather: whether the backward pass gathers the rows of other ranks again instead of keeping
+            them (a key of `REGATHER`).
+        node_size: ranks of a node, if tokens cross to each node once (`alltoall` only); 0 to send
+            tokens straight to each rank.
+        exchange_chunks: number of chunks in which a rank's tokens are sent, one after the other,
+            while the blocks compute the previous chunk (`alltoall` only).
 
     Raises:
         ConfigError: if g does not divide k, a number is out of its range, or the router is not
@@ -159,12 +160,12 @@ class SparseFFNConfig:
 
     @property
     def num_cells(self) -> int:
-        """M, cells of the whole memory, without the shared blocks."""
+        """M, all cells without those of shared blocks."""
         return self.expansion * self.active_cells
 
     @property
     def num_blocks(self) -> int:
-        """B, blocks of the whole memory."""
+        """B, all blocks without the shared ones."""
         return self.num_cells // self.block_size
 
     @property
@@ -196,7 +197,7 @@ class SparseFFNTransformerConfig(TransformerConfig):
     """Megatron's config with the sparse layers' numbers in it.
 
     Megatron's own MoE fields are derived from `sffn`, so that its validation, FLOPs and expert
-    parallelism see the truth: B experts, K active, g wide.
+    parallelism see the true sizes: B experts of width g, of which K are active.
     """
 
     sffn: SparseFFNConfig | None = None
@@ -210,20 +211,21 @@ class SparseFFNTransformerConfig(TransformerConfig):
         if self.sffn is not None:
             for name, value in moe_fields(self.sffn).items():
                 setattr(self, name, value)
-            # Megatron has the bias for its own sigmoid scores only, and refuses it for softmax.
-            # Our routers add it to their scores themselves; Megatron's part is to update it.
+            # Megatron allows the expert bias for its own sigmoid scores only. Our routers add the
+            # bias to their scores themselves, and Megatron updates it.
             self.moe_router_enable_expert_bias = False
-        # Ours, too: Megatron allows a capacity to few dispatchers, and asserts about groups.
-        ours = {name: vars(self)[name] for name in ACTS_IN_OUR_ROUTERS}
-        capacity = ours["moe_expert_capacity_factor"]
+        # Our routers check these fields: Megatron allows a capacity with few dispatchers only, and
+        # asserts about groups. It validates without them.
+        router_fields = {name: vars(self)[name] for name in ACTS_IN_OUR_ROUTERS}
+        capacity = router_fields["moe_expert_capacity_factor"]
         if capacity is not None and capacity < 0:
-            # Megatron's rule, which does not see the value: a negative capacity is no limit.
-            ours["moe_expert_capacity_factor"] = None
-        for name in ours:
+            # In Megatron a negative capacity is no limit.
+            router_fields["moe_expert_capacity_factor"] = None
+        for name in router_fields:
             setattr(self, name, None)
         super().__post_init__()
         self.moe_router_enable_expert_bias = biased
-        for name, value in ours.items():
+        for name, value in router_fields.items():
             setattr(self, name, value)
         if self.sffn is not None:
             router = self.sffn.router
@@ -263,9 +265,9 @@ def moe_fields(sffn: SparseFFNConfig) -> dict[str, Any]:
     }
 
 
-def _nearest_divisors(number: int, near: int) -> str:
-    """A remedy: the divisors of `number` on both sides of `near`."""
+def _nearest_divisors(number: int, target: int) -> str:
+    """A remedy: the divisors of `number` next to `target`, below and above."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = [d for d in divisors if d < near][-1:]
-    above = [d for d in divisors if d > near][:1]
+    below = [d for d in divisors if d < target][-1:]
+    above = [d for d in divisors if d > target][:1]
     return "the nearest that does: " + " or ".join(map(str, below + above))

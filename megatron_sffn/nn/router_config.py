@@ -1,4 +1,4 @@
-"""What a router declares about itself: settings that are flags, and closed forms of its costs.
+"""The base of router configs: settings that are flags, and closed forms of a router's costs.
 
 Inputs: the layer's numbers. Outputs: weights, FLOPs and bytes of a router. Each file of `routers/`
 has a subclass of `RouterConfig`, so that a new method changes no existing config (axlearn's rule
@@ -39,12 +39,13 @@ def flag(
     Args:
         name: as typed, `--sffn-...`.
         help: one line for `--help`.
-        default: of the field and the flag; a bool makes an on-switch.
-        kind: of a value, where the default is None.
-        choices: the values it can take.
-        least: the smallest value.
-        most: the largest value.
-        training_only: whether a trained model is the same whatever the value is.
+        default: value of the field where the flag is not given; a bool makes an on-switch.
+        kind: type of the value, where the default is None.
+        choices: the values that are allowed.
+        least: the smallest value that is allowed.
+        most: the largest value that is allowed.
+        training_only: whether the flag acts in training only, so that a trained model does not
+            depend on it.
     """
     return field(
         default=default,
@@ -92,7 +93,7 @@ class RouterTestNumbers:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """What one selection method needs beyond the layer's numbers; a base for `routers/*.py`."""
+    """Settings and costs of one selection method; the base class of the configs in `routers/`."""
 
     name: ClassVar[str]
     """Value of `--sffn-router`."""
@@ -103,7 +104,7 @@ class RouterConfig:
     megatron_flags: ClassVar[tuple[str, ...]] = ()
     """Megatron's MoE flags (dest) that act on this router, beside those of every layer."""
     per_block_weights: ClassVar[tuple[str, ...]] = ()
-    """Its weights that have a row for every block."""
+    """Names of the router's weights that have a row for every block."""
     balance_coefficient: ClassVar[float] = 0.0
     """Default of `--moe-aux-loss-coeff`."""
     initialization: ClassVar[str] = "megatron"
@@ -119,44 +120,44 @@ class RouterConfig:
                 _check_value(item, value)
 
     def check(self, sffn: SparseFFNConfig) -> None:
-        """The method is defined for a layer of these numbers.
+        """Check that the method is defined for a layer of these numbers.
 
         Raises:
             ConfigError: if it is not, with the nearest numbers for which it is.
         """
 
     def check_model(self, config: SparseFFNTransformerConfig) -> None:
-        """The method is defined in a model of this config.
+        """Check that the method is defined in a model of this config.
 
         Raises:
             ConfigError: if it is not.
         """
 
     def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
-        """Why no gradient would ever reach the router's own weights in a model of this config.
+        """The reason why no gradient would reach the router's weights in a model of this config.
 
         Returns:
             The reason and its remedy, as the end of a sentence; None if gradients reach all weights
-            that act, or the router has none.
+            that have an effect, or if the router has no weights.
         """
         return None
 
     def remark(self, sffn: SparseFFNConfig) -> str | None:
-        """What a user should know of a layer of these numbers before it trains, if anything."""
+        """A note for the user about a layer of these numbers, printed at the start, or None."""
         return None
 
     @property
     def gated_output(self) -> bool:
-        """Whether a factor per (token, block) multiplies the output, and travels with it."""
+        """True if a gate per (token, block) multiplies the output; gates are sent with tokens."""
         return False
 
     @property
     def softmax_over_blocks(self) -> bool:
-        """Whether the gates of equal blocks add up to that of one: a softmax, not a sigmoid."""
+        """True if splitting a block into r equal blocks divides its gate by r (softmax)."""
         return False
 
     def key_width(self, hidden_size: int) -> int:
-        """Numbers of a cell's key: D, or fewer; 0 where the router gives coefficients."""
+        """Width of a cell's key: D or less; 0 where the router computes the cells' coefficients."""
         return hidden_size
 
     def build(self) -> Callable[..., torch.nn.Module]:
@@ -164,7 +165,7 @@ class RouterConfig:
         raise NotImplementedError(f"{type(self).__name__} has no router")
 
     def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """The router's own weights in one layer: name -> shape."""
+        """The router's weights in one layer: name -> shape."""
         return {}
 
     def parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
@@ -182,34 +183,34 @@ class RouterConfig:
         return 0
 
     def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:
-        """Bytes that the router of one layer holds on each rank beside its weights.
+        """Bytes of the tables that the router of one layer holds on each rank beside its weights.
 
         Args:
             sffn: the layer.
             hidden_size: D.
-            vocab_size: rows of the embedding; None where they are not known.
+            vocab_size: rows of the embedding; None where the number is not known.
         """
         return 0
 
     def saved_bytes(self, call: LayerCall) -> SavedBytes:
         """What the router keeps for the backward pass of one microbatch on one rank.
 
-        The queries, which are the rows that meet the keys, are counted by the layer.
+        Without its queries, which the layer counts as the blocks' input rows.
 
         Raises:
-            NotImplementedError: if the router does not say; nothing is ever counted as zero then.
+            NotImplementedError: if the router has no formula, so that it never counts as zero.
         """
         raise NotImplementedError(f"{type(self).__name__} has no formula for saved_bytes")
 
     def exchanged_bytes(
         self, sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout
     ) -> float:
-        """Bytes between ranks that the selection costs per token and layer, beside the exchange."""
+        """Bytes that the selection sends per token and layer, beside dispatch and combine."""
         return 0.0
 
 
 def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
-    """A flag's value is one that it can take."""
+    """Refuse a value that the flag does not allow."""
     name, choices = item.metadata["flag"], item.metadata["choices"]
     least, most = item.metadata["least"], item.metadata["most"]
     if choices and value not in choices:

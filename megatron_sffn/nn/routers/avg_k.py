@@ -8,8 +8,9 @@ activation the mean is over the gate keys (ours; the paper has none).
 Ablations, all ours: another descriptor (`descriptors.py`), a gate from the score, balance losses
 and bias. With a gate or a loss the score is differentiated, through x and the keys of every rank.
 
-Descriptors are in fp32 at least and the same bits on every rank. Where the layer is told which
-weights it holds, they are computed and gathered once per optimizer step, not once per microbatch.
+Descriptors are in fp32 at least and the same bits on every rank. Where the layer is told the
+version of its weights, they are computed and gathered once per optimizer step, not once per
+microbatch.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class AvgKConfig(ScoredConfig):
             )
 
     @property
+    @override
     def scores_have_weights(self) -> bool:
-        """See `ScoredConfig.scores_have_weights`: those of the cells."""
         return self.descriptor == "learned"
 
     @override
@@ -115,7 +116,8 @@ class AvgKRouter(ScoredRouter):
     """Top-K blocks by the dot product with the block's descriptor. Arguments as `Router`."""
 
     settings: AvgKConfig
-    _kept: tuple[Hashable, Tensor] | None = None
+    _cached: tuple[Hashable, Tensor] | None = None
+    """Version of the weights, and the descriptors of that version."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -126,12 +128,14 @@ class AvgKRouter(ScoredRouter):
             decay=self.settings.decay,
         )
 
+    @override
     def draw(self, name: str, weight: Tensor) -> None:
-        """Equal weights of all cells at first."""
+        # The softmax of zeros weighs all cells of a block alike.
         weight.zero_()
 
+    @override
     def post_route(self, x: Tensor, routing: Routing) -> Routing:
-        """Show the descriptors which tokens chose which blocks, once per microbatch."""
+        # Not in a forward pass that will be recomputed: each microbatch is observed once.
         if self.training and torch.is_grad_enabled():
             self.descriptor.observe(x, routing.block_ids)
         return routing
@@ -146,11 +150,11 @@ class AvgKRouter(ScoredRouter):
         return scores(x, self._descriptors(gate_keys))
 
     def _descriptors(self, keys: Tensor) -> Tensor:
-        """`[B, D]`, computed again only if they are differentiated or the weights have changed."""
+        """Descriptors `[B, D]`; cached per version of the weights unless they need a gradient."""
         version = self.weights_version
         if torch.is_grad_enabled() or version is None or not self.descriptor.of_weights_alone:
             described: Tensor = self.descriptor(keys, self.layer_number)
             return described
-        if self._kept is None or self._kept[0] != version:
-            self._kept = (version, self.descriptor(keys, self.layer_number))
-        return self._kept[1]
+        if self._cached is None or self._cached[0] != version:
+            self._cached = (version, self.descriptor(keys, self.layer_number))
+        return self._cached[1]

@@ -1,17 +1,17 @@
-"""What a block is described by: one vector `[D]` per block, from its keys or from its tokens.
+"""Descriptors of blocks for Avg-K: one vector `[D]` per block, from its keys or from its tokens.
 
-Enters: this rank's keys `[B / ep, G / etp, D]` (gate keys, for a gated activation). Leaves:
+Inputs: this rank's keys `[B / ep, G / etp, D]` (gate keys, for a gated activation). Outputs:
 descriptors `[B, D]`, the same on every rank.
 
-The plain mean is Avg-K (Liu et al. 2023, arXiv 2305.13999). Better aggregators are left open there;
-all others here are ours:
+The plain mean is Avg-K (Liu et al. 2023, arXiv 2305.13999). The paper leaves better aggregators
+open; all other descriptors are ours:
 
 - `max-norm`: the block's longest key;
 - `norm-weighted`: the mean weighted by the keys' lengths;
 - `learned`: a weighted mean, the weights a softmax of a parameter per cell, equal at first;
 - `subset`: the mean of some cells of each block, drawn once;
-- `ema`: a moving average of the tokens that chose the block, the mean key until a step in which
-  one did.
+- `ema`: a moving average of the tokens that chose the block; the mean key until the first step in
+  which a token chose it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Mean(torch.nn.Module):
     """
 
     of_weights_alone: ClassVar[bool] = True
-    """Whether it stays the same until the next optimizer step."""
+    """Whether the descriptor depends on weights alone, so that it changes with them only."""
 
     def __init__(
         self, router: Router, *, group: Any, subset_cells: int | None = None, decay: float = 0.0
@@ -50,7 +50,7 @@ class Mean(torch.nn.Module):
         self.seed = router.sffn.seed
 
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
-        """`[B / ep, G / etp, D]` to `[B, D]`, fp32 at least."""
+        """From keys `[B / ep, G / etp, D]` to descriptors `[B, D]`, fp32 at least."""
         sums = keys.sum(dim=1, dtype=score_dtype(keys))
         return self.expert_grid.sum_over_cells(sums) / self.expert_grid.block_size
 
@@ -60,10 +60,10 @@ class Mean(torch.nn.Module):
         return 0
 
     def observe(self, x: Tensor, block_ids: Tensor) -> None:
-        """See which tokens `[T, D]` chose which blocks `[T, K]`, in training."""
+        """Take note of which tokens `[T, D]` chose which blocks `[T, K]` in training."""
 
     def end_step(self) -> None:
-        """A step is over, on all ranks."""
+        """Called on all ranks when a training step is over."""
 
 
 class Weighted(Mean):
@@ -85,16 +85,17 @@ class Weighted(Mean):
         )
 
     def _weighted(self, keys: Tensor, weights: Tensor) -> Tensor:
-        """The mean of keys with weights `[B / ep, G / etp]` of at least 0."""
+        """The mean of keys by weights `[B / ep, G / etp]`, which are at least 0."""
         keys = keys.to(score_dtype(keys))
         sums = torch.einsum("bg,bgd->bd", weights, keys)
-        both = torch.cat((sums, weights.sum(dim=1, keepdim=True)), dim=1)
-        both = self.expert_grid.sum_over_cells(both)
-        return both[:, :-1] / both[:, -1:].clamp(min=torch.finfo(both.dtype).tiny)
+        # One gather for both: sums of weighted keys, and sums of weights in the last column.
+        sums = torch.cat((sums, weights.sum(dim=1, keepdim=True)), dim=1)
+        sums = self.expert_grid.sum_over_cells(sums)
+        return sums[:, :-1] / sums[:, -1:].clamp(min=torch.finfo(sums.dtype).tiny)
 
 
 class NormWeighted(Weighted):
-    """The mean weighted by length."""
+    """The mean of keys weighted by their lengths."""
 
     fp32_key_copies = 2
 
@@ -104,7 +105,7 @@ class NormWeighted(Weighted):
 
 
 class MaxNorm(Mean):
-    """The longest key; of equal ones the first."""
+    """The longest key of a block; the first one of equally long keys."""
 
     @override
     @classmethod
@@ -119,13 +120,13 @@ class MaxNorm(Mean):
 
     @staticmethod
     def _longest(keys: Tensor) -> Tensor:
-        """Of `[blocks, cells, D]` the longest of each block."""
-        best = keys.detach().norm(dim=2).argmax(dim=1)
-        return keys[torch.arange(len(keys), device=keys.device), best]
+        """The longest key of each block, from `[blocks, cells, D]` to `[blocks, D]`."""
+        longest = keys.detach().norm(dim=2).argmax(dim=1)
+        return keys[torch.arange(len(keys), device=keys.device), longest]
 
 
 class Subset(Weighted):
-    """The mean of some cells."""
+    """The mean of a fixed random subset of a block's cells."""
 
     _weights: tuple[int | None, Tensor] | None = None
 
@@ -145,12 +146,12 @@ class Subset(Weighted):
             count=min(self.subset_cells or max(1, grid.block_size // 4), grid.block_size),
             key=seed_of(self.seed, layer_number, "subset"),
         )
-        chosen = keys.new_zeros(grid.num_blocks, grid.block_size, dtype=score_dtype(keys))
-        return grid.local_cells(chosen.scatter_(1, cells, 1.0))
+        weights = keys.new_zeros(grid.num_blocks, grid.block_size, dtype=score_dtype(keys))
+        return grid.local_cells(weights.scatter_(1, cells, 1.0))
 
 
 class Learned(Weighted):
-    """A weighted mean with learned weights."""
+    """A weighted mean; the weights are the softmax of a parameter per cell."""
 
     fp32_key_copies = 1
 
@@ -165,11 +166,11 @@ class Learned(Weighted):
 
 
 class MovingAverage(Mean):
-    """An average of the tokens that chose a block, which moves once per step."""
+    """A moving average of the tokens that chose a block, updated once per step."""
 
     of_weights_alone = False
     all_started = False
-    """Whether all blocks have an average, as known on the host; looked at once a step."""
+    """Whether all blocks have an average; the host asks the device once per step."""
     average: Tensor
     started: Tensor
     sums: Tensor
@@ -185,12 +186,13 @@ class MovingAverage(Mean):
         self.register_buffer("counts", zeros.new_zeros(blocks), persistent=False)
 
     def _maintain_float32_expert_bias(self) -> None:
-        """Megatron's hook: half-precision models have their buffers narrowed, these not."""
+        """Megatron's hook: keep these buffers in fp32 when a half-precision model casts buffers."""
         for name, buffer in self.named_buffers():
             setattr(self, name, buffer.float())
 
+    @override
     def forward(self, keys: Tensor, layer_number: int | None) -> Tensor:
-        """See `Mean.forward`; not differentiable in the keys once it has moved."""
+        # An average carries no gradient to the keys.
         average = self.average.to(score_dtype(keys))
         if self.all_started:
             return average
@@ -201,11 +203,10 @@ class MovingAverage(Mean):
     def observe(self, x: Tensor, block_ids: Tensor) -> None:
         num_blocks = len(self.counts)
         ids, order = block_ids.flatten().sort(stable=True)
-        # Where the choices of each block begin; those of empty places, -1, come first.
-        names = torch.arange(-1, num_blocks + 1, device=ids.device)
-        offsets = torch.searchsorted(ids, names)
-        # Tokens of a block are added one after the other: the order is fixed, as it would not be
-        # with atomic additions of floating-point numbers.
+        # Where the tokens of each block begin; the empty slots (id -1) come first.
+        bag_ids = torch.arange(-1, num_blocks + 1, device=ids.device)
+        offsets = torch.searchsorted(ids, bag_ids)
+        # Tokens of a block are added in a fixed order, unlike with atomic additions.
         sums = F.embedding_bag(
             order // block_ids.shape[1],
             x.float(),
@@ -219,11 +220,11 @@ class MovingAverage(Mean):
     @override
     @torch.no_grad()
     def end_step(self) -> None:
-        everything = torch.cat((self.sums, self.counts[:, None]), dim=1)
+        sums_and_counts = torch.cat((self.sums, self.counts[:, None]), dim=1)
         if self.group.size() > 1:
-            torch.distributed.all_reduce(everything, group=self.group)
-        counts = everything[:, -1:]
-        mean = everything[:, :-1] / counts.clamp(min=1)
+            torch.distributed.all_reduce(sums_and_counts, group=self.group)
+        counts = sums_and_counts[:, -1:]
+        mean = sums_and_counts[:, :-1] / counts.clamp(min=1)
         # A block's first average is that of its first tokens.
         decay = self.decay * self.started
         moved = decay * self.average + (1 - decay) * mean
@@ -243,4 +244,4 @@ DESCRIPTORS: dict[str, type[Mean]] = {
     "subset": Subset,
     "ema": MovingAverage,
 }
-"""Value of `--sffn-descriptor`."""
+"""Value of `--sffn-descriptor` -> class of the descriptor."""

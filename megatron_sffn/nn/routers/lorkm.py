@@ -1,9 +1,9 @@
 """LoRKM: VanillaM with keys of low rank (Liu et al. 2023, arXiv 2305.13999).
 
 `t = x Dᵀ` with `D: [d_l, D]`, keys `[M, d_l]`, `s = f(t K~ᵀ)`: the same number selects a cell and
-weighs its value, which stays full. Scoring all cells costs d_l/D of VanillaM's price, and only t
-travels to the blocks. d_l = 128 is our reading of the paper; at g > 1 blocks are aggregated as
-VanillaM's are.
+weighs its value, which stays full. Scoring all cells costs d_l/D of what it costs in VanillaM, and
+only t is dispatched to the blocks. d_l = 128 is our reading of the paper; at g > 1 cells are
+aggregated as in VanillaM.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class LoRKMConfig(VanillaMConfig):
         return self.rank
 
     def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """The projection."""
+        """The weights of the projection."""
         return {"down": (self.rank, hidden_size)}
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
-        """The projection, and all keys."""
+        """FLOPs of the projection, and of scoring all keys."""
         return 2 * self.rank * hidden_size + super().flops(sffn, hidden_size, gated=gated)
 
     @override

@@ -2,8 +2,9 @@
 
 In training the scores are `x W_gᵀ + n · softplus(x W_nᵀ)` with n from a standard normal
 distribution, so that blocks that lose narrowly are tried as well; the gate is the softmax over the
-chosen. Both weights start at zero, as in the paper: at first the noise alone decides. Its two
-balance losses (importance and load) are not built; Switch's loss has the same aim and is on.
+chosen blocks. Both weights start at zero, as in the paper: at first the noise alone decides. The
+paper's two balance losses (importance and load) are not implemented; Switch's auxiliary loss has
+the same aim and is on.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class NoisyTopKConfig(LearnedConfig):
         return super().weights(sffn, hidden_size) | {"noise_weight": (sffn.num_blocks, hidden_size)}
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
-        """Without the noise, which an evaluation does not compute."""
+        """FLOPs without the noise, which an evaluation does not compute."""
         return super().flops(sffn, hidden_size, gated=gated) - 2 * sffn.num_blocks * hidden_size
 
     @override
@@ -68,8 +69,9 @@ class NoisyTopKRouter(LearnedRouter):
         super().__init__(**arguments)
         self.noise_weight = self.new_weight("noise_weight")
 
+    @override
     def draw(self, name: str, weight: Tensor) -> None:
-        """See `Router.draw`; the last layers start at zero."""
+        # The paper starts the last layers, of scores and of noise, at zero.
         if name == "hidden":
             super().draw(name, weight)
         else:

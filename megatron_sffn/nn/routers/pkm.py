@@ -1,9 +1,9 @@
 """PKM: product-key memory (Lample et al. 2019, arXiv 1907.05242).
 
-Heads with queries of their own; the softmax over a head's knn scores weighs its values, and heads
-are added up. As in the authors' code: values drawn from N(0, 1/D), sub-keys from U(±1/sqrt(half)).
-Their optional batch norm of the queries is left out: it would make a token's result depend on
-the others of its batch, and so on the layout.
+Each head has a query of its own. The softmax over a head's knn scores gives the weights of its
+values, and the heads are summed. As in the authors' code, values are drawn from N(0, 1/D) and
+sub-keys from U(±1/sqrt(half)). Their optional batch norm of the queries is left out: a token's
+result would depend on the other tokens of its batch, and so on the layout.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ class PKMConfig(ProductKeysConfig):
 class PKMRouter(ProductKeysRouter):
     """Product keys with a softmax per head. Arguments as `Router`."""
 
+    @override
     def draw(self, name: str, weight: Tensor) -> None:
-        """As the authors' code; the query as any linear layer, its bias zero."""
+        # As in the authors' code; the query as any linear layer, and its bias zero.
         if name == "subkeys":
             bound = 1 / math.sqrt(weight.shape[-1])
             weight.uniform_(-bound, bound)

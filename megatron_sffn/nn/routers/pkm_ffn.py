@@ -1,8 +1,8 @@
 """PKM-FFN: product keys as the key table of a feed-forward memory (arXiv 2305.13999, our reading).
 
-`s = f(t1·c_i + t2·c'_j)` with `t = x Dᵀ` cut in two: one head, no softmax, the model's activation.
-The cells of the largest sums are chosen; where f is not monotone (GELU below zero) and fewer than k
-sums are positive, those are not the largest coefficients.
+`s = f(t1·c_i + t2·c'_j)` with `t = x Dᵀ` split in two: one head, no softmax, the model's
+activation. The cells of the largest sums are chosen. Where f is not monotone (GELU below zero) and
+fewer than k sums are positive, the chosen cells do not have the largest coefficients.
 """
 
 from __future__ import annotations

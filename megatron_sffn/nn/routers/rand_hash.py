@@ -48,9 +48,9 @@ class RandHashConfig(RouterConfig):
         return RandHashRouter
 
     def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:
-        """The table of all ids' blocks, if it is made."""
-        each = table_dtype(sffn.num_blocks).itemsize * sffn.num_active_blocks
-        size = (vocab_size or 0) * each
+        """Bytes of the table of all ids' blocks; 0 if the table would be too large."""
+        row_bytes = table_dtype(sffn.num_blocks).itemsize * sffn.num_active_blocks
+        size = (vocab_size or 0) * row_bytes
         return size if size <= LARGEST_TABLE else 0
 
     @override
@@ -69,8 +69,9 @@ class RandHashRouter(Router):
     _table: Tensor | None = None
     """`[V, K]` blocks of every id. Not a buffer: a checkpoint need not carry it."""
 
+    @override
     def set_layer_number(self, layer_number: int) -> None:
-        """See `Router.set_layer_number`; the map of another layer is another one."""
+        # The map depends on the layer number.
         super().set_layer_number(layer_number)
         self._table = None
 
@@ -107,7 +108,7 @@ class RandHashRouter(Router):
         )
 
     def _held_bytes(self) -> int:
-        """Of the table; 0 if V is not known, or the table is too large."""
+        """Bytes of the table; 0 if V is not known, or the table would be too large."""
         width, rows = self.config.hidden_size, self.config.padded_vocab_size
         return self.sffn.router.held_bytes(self.sffn, width, rows)
 

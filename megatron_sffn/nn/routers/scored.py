@@ -1,19 +1,19 @@
-"""Routers that score all B blocks: score, choose, gate. A method says where the scores come from.
+"""The base of routers that score all B blocks: score, choose, gate. A method implements `score`.
 
-Enters: tokens `[T, D]`, this rank's keys. Leaves: the `Routing` of the K best blocks.
+Inputs: tokens `[T, D]`, and this rank's keys. Outputs: the `Routing` of the K best blocks.
 
-    scores     [T, B]   of the method (`score`)
-    choice     [T, B]   what the blocks are chosen by: the scores, or what the gate makes of them
-                        plus the balance bias; dropped blocks last
-    block_ids  [T, K]   the largest
-    gates      [T, K]   none, sigmoid or softmax of the scores
+    scores            [T, B]   the method's scores (`score`)
+    selection_scores  [T, B]   scores by which blocks are chosen: the scores, or their gates plus
+                               the expert bias; dropped blocks have the lowest
+    block_ids         [T, K]   ids of the largest selection scores
+    gates             [T, K]   none, sigmoid or softmax of the scores
 
-Choices
+Design notes
 - No gradient passes through the choice. The scores are differentiated only if a gate or a balance
   loss asks for it, so that Avg-K and VanillaM cost no backward by default, as in their paper.
 - Block dropout (sigma-MoE's expert dropout, arXiv 2310.10837): a dropped block is chosen only when
-  fewer than K others are left, and then its place stays empty: a token may have less than K blocks,
-  never a score of a block that was dropped.
+  fewer than K others are left, and then its slot stays empty: a token may have fewer than K blocks,
+  but never a block that was dropped.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ FACTORS = (
     "moe_router_bias_update_rate",
     "moe_input_jitter_eps",
 )
-"""Fields of Megatron's config that multiply something in our routers."""
+"""Fields of Megatron's config that are factors in our routers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredConfig(RouterConfig):
-    """What all methods with scores share."""
+    """Settings of every method with scores."""
 
     megatron_flags: ClassVar[tuple[str, ...]] = (
         "moe_router_load_balancing_type",
@@ -69,7 +69,7 @@ class ScoredConfig(RouterConfig):
         "moe_router_group_topk",
     )
     default_gate: ClassVar[str] = "none"
-    """Of `GATES`, where `--sffn-gate` is not given."""
+    """Name in `GATES` of the gate where `--sffn-gate` is not given."""
 
     gate: str | None = flag(
         "--sffn-gate",
@@ -99,7 +99,7 @@ class ScoredConfig(RouterConfig):
     )
 
     def __post_init__(self) -> None:
-        """Fill in the gate, then check."""
+        """Fill in the default gate, then check all fields."""
         object.__setattr__(self, "gate", self.gate or self.default_gate)
         super().__post_init__()
 
@@ -120,8 +120,9 @@ class ScoredConfig(RouterConfig):
         if constant is not None and not self.scores_have_weights:
             raise ConfigError(f"{constant}, which has no effect; leave it out")
 
+    @override
     def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
-        """See `RouterConfig.untrained`: scores learn by a gate of them, or by a balance loss."""
+        # Scores learn through a gate that depends on them, or through a load-balancing loss.
         assert config.sffn is not None, "a router is checked in a model that has it"
         constant = self._constant_gate(config.sffn)
         gated = self.gated_output and constant is None
@@ -141,8 +142,9 @@ class ScoredConfig(RouterConfig):
             else f"{constant}; use --sffn-gate sigmoid, or a larger --sffn-expansion"
         )
 
+    @override
     def remark(self, sffn: SparseFFNConfig) -> str | None:
-        """A softmax over all blocks leaves several chosen ones little at first."""
+        # A softmax over all blocks gives several chosen blocks small gates at first.
         active, blocks = sffn.num_active_blocks, sffn.num_blocks
         if self.gate != "softmax" or not 1 < active < blocks:
             return None
@@ -196,7 +198,7 @@ class ScoredConfig(RouterConfig):
         return count
 
     def _constant_gate(self, sffn: SparseFFNConfig) -> str | None:
-        """That the gate is 1 whatever the scores are, if it is: the start of a sentence."""
+        """The start of a sentence that says why the gate is always 1; None if it is not."""
         if self.gate == "softmax-chosen" and sffn.num_active_blocks == 1:
             return "--sffn-gate softmax-chosen is always 1 for one chosen block"
         if self.softmax_over_blocks and sffn.num_blocks == 1:
@@ -205,7 +207,7 @@ class ScoredConfig(RouterConfig):
 
     @property
     def scores_have_weights(self) -> bool:
-        """Whether scores depend on weights of the router's own that act on nothing else."""
+        """Whether the router has weights that act on nothing but the scores."""
         return False
 
     @override
@@ -220,7 +222,7 @@ class ScoredConfig(RouterConfig):
 
 
 class ScoredRouter(Router):
-    """The K blocks of largest score. Arguments as `Router`."""
+    """Choose the K blocks of largest score. Arguments as `Router`."""
 
     settings: ScoredConfig
 
@@ -238,11 +240,11 @@ class ScoredRouter(Router):
         self.balance.layer_number = layer_number
 
     def query(self, x: Tensor) -> Tensor:
-        """`[T, key width]` what meets the keys; the tokens unless a method says else."""
+        """Queries `[T, key width]`; the tokens unless a method overrides this."""
         return x
 
     def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        """`[T, B]` scores, fp32 at least; under `no_grad` where no gradient is needed."""
+        """Scores `[T, B]`, fp32 at least. Runs under `no_grad` where no gradient is needed."""
         raise NotImplementedError
 
     @override
@@ -260,21 +262,22 @@ class ScoredRouter(Router):
         self.flag_not_finite(scores)
         ids, dropped = self._choose(scores)
         gates = GATES[str(self.settings.gate)](scores, ids)
-        chosen = scores.detach().gather(1, ids)
+        chosen_scores = scores.detach().gather(1, ids)
         if dropped is not None:
             ids = ids.masked_fill(dropped, NO_BLOCK)
+        # The load-balancing losses hang on the queries' graph; their values do not change.
         rows = self.balance(queries, scores, ids, num_sequences)
         routing = Routing(
             block_ids=ids,
             gates=gates,
             queries=None if rows is x else rows,
-            scores=chosen,
+            scores=chosen_scores,
             may_be_empty=dropped is not None,
         )
         return self.post_route(x, routing)
 
     def post_route(self, x: Tensor, routing: Routing) -> Routing:
-        """What a method still does with the blocks of its tokens; nothing, unless it says else."""
+        """A hook on the finished routing, for methods that drop tokens or observe them."""
         return routing
 
     @property
@@ -284,25 +287,25 @@ class ScoredRouter(Router):
 
     @torch.no_grad()
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`[T, K]` ids, and which of them are dropped, if any can be."""
-        choice, dropout = self.selection_scores(scores), self.settings.block_dropout
+        """Ids `[T, K]`, and a mask `[T, K]` of the dropped ones; None if none can be dropped."""
+        selection, dropout = self.selection_scores(scores), self.settings.block_dropout
         if self.balance.biased:
-            choice = choice + self.balance.expert_bias
+            selection = selection + self.balance.expert_bias
         active, drops = self.sffn.num_active_blocks, self.training and bool(dropout)
         unavailable = torch.rand_like(scores) < dropout if drops else None
         if unavailable is not None:
-            choice = choice.masked_fill(unavailable, -torch.inf)
+            selection = selection.masked_fill(unavailable, -torch.inf)
         if num_groups := self.config.moe_router_num_groups:
             group_topk = self.config.moe_router_group_topk
-            allowed = in_best_groups(choice, active, num_groups, group_topk, self.topk)
-            choice = choice.masked_fill(~allowed, -torch.inf)
-            # Of blocks that cannot be chosen the lowest come first, from any group.
+            allowed = in_best_groups(selection, active, num_groups, group_topk, self.topk)
+            selection = selection.masked_fill(~allowed, -torch.inf)
+            # Where too few blocks are left, top-K takes unavailable ones, from any group.
             unavailable = None if unavailable is None else unavailable | ~allowed
-        ids = self.topk(choice, active)
+        ids = self.topk(selection, active)
         return ids, None if unavailable is None else unavailable.gather(1, ids)
 
     def selection_scores(self, scores: Tensor) -> Tensor:
-        """`[T, B]` what blocks are chosen by: in units of the gate, if a bias is added to it."""
+        """Scores `[T, B]` by which blocks are chosen: gates, if the expert bias is added."""
         if not self.balance.biased or not self.settings.gated_output:
             return scores
         return scores.sigmoid() if self.settings.gate == "sigmoid" else scores.softmax(dim=-1)

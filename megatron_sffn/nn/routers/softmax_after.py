@@ -1,6 +1,6 @@
 """Softmax after top-K: sigma-MoE's variant with renormalised scores (arXiv 2310.10837).
 
-The gate is the softmax over the K chosen blocks, whose gates sum to 1.
+The gate is the softmax over the K chosen blocks, so that the gates of a token sum to 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Softmax before top-K: sigma-MoE's variant with competing scores (arXiv 2310.10837).
 
-The gate is the softmax over all B blocks, of which the K largest act, as in Switch; without its
-balance loss, and with the regularisation of sigma-MoE where asked for.
+The gate is the softmax over all B blocks, of which the K largest compute, as in Switch. Switch's
+auxiliary loss is off, and the regularisation of sigma-MoE is available.
 """
 
 from __future__ import annotations

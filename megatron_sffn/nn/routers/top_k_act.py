@@ -1,7 +1,7 @@
 """Top-K activation: a dense FFN that keeps only its K largest activations (arXiv 2310.10837).
 
-That is VanillaM with blocks of one cell: all M coefficients are computed, the k largest weigh their
-values. The paper has it with ReLU and M = d_ff (E = d_ff / k).
+Top-K activation is VanillaM with blocks of one cell: all M coefficients are computed, and the k
+largest are the weights of their values. The paper uses ReLU and M = d_ff (E = d_ff / k).
 """
 
 from __future__ import annotations

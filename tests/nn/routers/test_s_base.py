@@ -79,7 +79,7 @@ def test_prices_stop_changing_before_the_last_turn(build, monkeypatch) -> None:
     router, x = skewed(build)
     scores = x @ router.weight.detach().T / 2
     prices = balancing_prices(scores)
-    monkeypatch.setattr(s_base, "MOST_TURNS", s_base.MOST_TURNS // 2)
+    monkeypatch.setattr(s_base, "MAX_ITERATIONS", s_base.MAX_ITERATIONS // 2)
     assert torch.equal(balancing_prices(scores), prices)
 
 
