@@ -78,7 +78,7 @@ class _SparseLayer(MoELayer):
             config,
             MoESubmodules(
                 experts=self._experts(),
-                router=sffn.router.build(),
+                router=sffn.router.router_class(),
                 shared_experts=partial(SharedExpertMLP, submodules=_linears()),
             ),
             layer_number=layer_number,

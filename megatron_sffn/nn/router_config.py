@@ -160,7 +160,7 @@ class RouterConfig:
         """Width of a cell's key: D or less; 0 where the router computes the cells' coefficients."""
         return hidden_size
 
-    def build(self) -> Callable[..., torch.nn.Module]:
+    def router_class(self) -> Callable[..., torch.nn.Module]:
         """The router's class, to be called with Megatron's `RouterBuilder` arguments."""
         raise NotImplementedError(f"{type(self).__name__} has no router")
 

@@ -86,7 +86,7 @@ class AvgKConfig(ScoredConfig):
         return self.descriptor == "learned"
 
     @override
-    def build(self) -> type[AvgKRouter]:
+    def router_class(self) -> type[AvgKRouter]:
         return AvgKRouter
 
     def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:

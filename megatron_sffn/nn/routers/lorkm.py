@@ -33,7 +33,7 @@ class LoRKMConfig(VanillaMConfig):
     )
 
     @override
-    def build(self) -> type[LoRKMRouter]:
+    def router_class(self) -> type[LoRKMRouter]:
         return LoRKMRouter
 
     @override

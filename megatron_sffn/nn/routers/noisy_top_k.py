@@ -42,7 +42,7 @@ class NoisyTopKConfig(LearnedConfig):
     )
 
     @override
-    def build(self) -> type[NoisyTopKRouter]:
+    def router_class(self) -> type[NoisyTopKRouter]:
         return NoisyTopKRouter
 
     @override

@@ -62,7 +62,7 @@ class PKMConfig(ProductKeysConfig):
         return True
 
     @override
-    def build(self) -> type[PKMRouter]:
+    def router_class(self) -> type[PKMRouter]:
         return PKMRouter
 
 

@@ -42,7 +42,7 @@ class PKMFFNConfig(ProductKeysConfig):
             )
 
     @override
-    def build(self) -> type[PKMFFNRouter]:
+    def router_class(self) -> type[PKMFFNRouter]:
         return PKMFFNRouter
 
 

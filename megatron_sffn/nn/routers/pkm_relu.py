@@ -31,7 +31,7 @@ class PKMReLUConfig(PKMConfig):
         return None  # the ReLU of a head's only score depends on the score
 
     @override
-    def build(self) -> type[PKMReLURouter]:
+    def router_class(self) -> type[PKMReLURouter]:
         return PKMReLURouter
 
 

@@ -44,7 +44,7 @@ class RandHashConfig(RouterConfig):
     )
 
     @override
-    def build(self) -> type[RandHashRouter]:
+    def router_class(self) -> type[RandHashRouter]:
         return RandHashRouter
 
     def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:

@@ -41,7 +41,7 @@ class SBaseConfig(LearnedConfig):
     default_gate = "sigmoid"
 
     @override
-    def build(self) -> type[SBaseRouter]:
+    def router_class(self) -> type[SBaseRouter]:
         return SBaseRouter
 
 

@@ -33,7 +33,7 @@ class SigmaMoEConfig(LearnedConfig):
     )
 
     @override
-    def build(self) -> type[SigmaMoERouter]:
+    def router_class(self) -> type[SigmaMoERouter]:
         return SigmaMoERouter
 
 

@@ -52,7 +52,7 @@ class SwitchConfig(LearnedConfig):
             )
 
     @override
-    def build(self) -> type[SwitchRouter]:
+    def router_class(self) -> type[SwitchRouter]:
         return SwitchRouter
 
 

@@ -57,7 +57,7 @@ class KeyTableConfig(ScoredConfig):
         return "mean"
 
     @override
-    def build(self) -> type[VanillaMRouter]:
+    def router_class(self) -> type[VanillaMRouter]:
         return VanillaMRouter
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:

@@ -27,7 +27,7 @@ class ToyConfig(ScoredConfig):
     default_gate = "sigmoid"
 
     @override
-    def build(self) -> type[ToyRouter]:
+    def router_class(self) -> type[ToyRouter]:
         return ToyRouter
 
     @override
