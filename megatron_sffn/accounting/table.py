@@ -42,19 +42,19 @@ def table(shape: ModelShape, layout: ParallelLayout | None = None) -> str:
         )
     if sffn is not None and layout is not None and layout.expert_ranks > 1:
         if sffn.backend != "megatron":
-            ours = exchanged_bytes_per_token(sffn, shape.hidden_size, layout)
-            rows[f"sent per token and layer, {layout.dispatcher}"] = f"{human(ours)}B"
+            sent = exchanged_bytes_per_token(sffn, shape.hidden_size, layout)
+            rows[f"sent per token and layer, {layout.dispatcher}"] = f"{human(sent)}B"
         for dispatcher in DISPATCHERS:
-            number = megatron_bytes_per_token(
+            sent = megatron_bytes_per_token(
                 sffn, shape.hidden_size, dataclasses.replace(layout, dispatcher=dispatcher)
             )
-            rows[f"  with Megatron's {dispatcher}"] = f"{human(number)}B"
+            rows[f"  with Megatron's {dispatcher}"] = f"{human(sent)}B"
     width = max(map(len, rows))
     return "\n".join((title, *(f"  {name:<{width}}  {text:>9}" for name, text in rows.items())))
 
 
 def human(number: float) -> str:
-    """12345678 as `12.3 M`, ready for a unit; 512 as `512 `."""
+    """A number with a prefix, ready for a unit: 12345678 as `12.3 M`, 512 as `512 `."""
     for power, letter in ((4, "T"), (3, "G"), (2, "M"), (1, "k")):
         if number >= 1000**power:
             return f"{number / 1000**power:.1f} {letter}"

@@ -1,4 +1,4 @@
-"""How a run trains: what its memory depends on beside the model and the parallel layout.
+"""How a run trains: what memory depends on beside the model and the parallel layout.
 
 Inputs: Megatron's validated arguments; or the numbers themselves. Outputs: a `TrainingSetup`.
 """
@@ -14,26 +14,26 @@ from megatron_sffn.utils.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
-    """How a run trains, as far as memory depends on it.
+    """The part of a run's training setup that memory depends on.
 
     Args:
         micro_batch_size: sequences of a microbatch.
         num_microbatches: of a step, per replica.
         gradient_bytes: of a gradient in Megatron's buffer.
         moments: numbers of the optimizer's state per parameter: 2 for Adam.
-        distributed_optimizer: whether its state is cut over the ranks that hold the same weights.
-        recompute: None, `full` or `selective`.
-        recompute_modules: of selective recomputation; `core_attn`, `mlp`, `moe`.
-        recompute_method: of full recomputation, `uniform` or `block`.
+        distributed_optimizer: whether the optimizer's state is sharded over data-parallel ranks.
+        recompute: None, `full` or `selective` (`--recompute-granularity`).
+        recompute_modules: modules of selective recomputation: `core_attn`, `mlp`, `moe`.
+        recompute_method: `uniform` or `block`, of full recomputation.
         recompute_layers: layers between two saved inputs (uniform), or recomputed in each chunk
             (block).
-        attention_dropout: whether there is any.
-        hidden_dropout: whether there is any.
-        softmax_in_fp32: of the attention.
-        rope_width: numbers of a head that are rotated; 0 without RoPE.
-        activation: name of the nonlinearity.
-        losses: balance losses of the routers' scores that are on.
-        cuda: count what torch's CUDA kernels save rather than its CPU ones.
+        attention_dropout: whether attention has dropout.
+        hidden_dropout: whether hidden states have dropout.
+        softmax_in_fp32: whether attention's softmax is in fp32.
+        rope_width: numbers of a head that RoPE rotates; 0 without RoPE.
+        activation: name of the activation function.
+        losses: load-balancing losses of the routers' scores that are on.
+        cuda: whether to count what torch's CUDA kernels save, instead of its CPU kernels.
     """
 
     micro_batch_size: int = 1
@@ -107,7 +107,7 @@ class TrainingSetup:
         return 4 * (self.moments + copies)
 
     def recomputes(self, module: str) -> bool:
-        """Whether selective recomputation drops what this module saves."""
+        """Whether selective recomputation drops the activations of this module."""
         return self.recompute == "selective" and module in self.recompute_modules
 
 
@@ -137,9 +137,9 @@ def _refuse_uncounted(args: Namespace) -> None:
 
 
 def _losses(args: Namespace) -> frozenset[str]:
-    """Megatron's balance losses of a weight that is not 0."""
+    """Megatron's load-balancing losses whose coefficient is not 0."""
     kinds, weights = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
     kinds = kinds if isinstance(kinds, list) else [kinds]
     weights = weights if isinstance(weights, list) else [weights] * len(kinds)
-    known = {kind for kind, weight in zip(kinds, weights, strict=True) if weight}
-    return frozenset(known - {"none"} | ({"z_loss"} if args.moe_z_loss_coeff else set()))
+    active = {kind for kind, weight in zip(kinds, weights, strict=True) if weight}
+    return frozenset(active - {"none"} | ({"z_loss"} if args.moe_z_loss_coeff else set()))

@@ -335,28 +335,40 @@ def test_layouts(name: str, half: bool) -> None:
 
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
 RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
-    ({**FULL, "recompute_method": "uniform"}, lambda kept: 4 * kept.stream()),
+    ({**FULL, "recompute_method": "uniform"}, lambda kept: 4 * kept.hidden_states()),
     (
         {**FULL, "recompute_method": "block"},
-        lambda kept: kept.stream() + 2 * kept.layer(True) + kept.layer(False),
+        lambda kept: kept.hidden_states() + 2 * kept.layer(True) + kept.layer(False),
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
         lambda kept: (
             2 * kept.layer(False)
-            + 2 * (kept.attention() + kept.scores() + kept.before_mlp() + kept.stream())
+            + 2
+            * (
+                kept.attention()
+                + kept.attention_scores()
+                + kept.mlp_norm_and_dropout()
+                + kept.hidden_states()
+            )
         ),
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         lambda kept: (
             2 * kept.layer(True)
-            + 2 * (kept.attention() + kept.scores() + kept.before_mlp() + kept.stream())
+            + 2
+            * (
+                kept.attention()
+                + kept.attention_scores()
+                + kept.mlp_norm_and_dropout()
+                + kept.hidden_states()
+            )
         ),
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        lambda kept: 2 * kept.layer(False) + 2 * kept.layer(True) - 4 * kept.scores(),
+        lambda kept: 2 * kept.layer(False) + 2 * kept.layer(True) - 4 * kept.attention_scores(),
     ),
 ]
 

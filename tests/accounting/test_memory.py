@@ -206,18 +206,26 @@ def test_recomputation_keeps_inputs_and_one_layer() -> None:
     assert whole.activations == ends + layers
     largest = max(kept.layer(True), kept.layer(False))
     (full,) = at(shape, cut, recompute="full")
-    assert full.activations == kept.embedding() + 4 * kept.stream() + max(largest, kept.head())
-    (some,) = at(shape, cut, recompute="full", recompute_method="block", recompute_layers=2)
-    assert some.activations == kept.embedding() + 2 * kept.stream() + 2 * kept.layer(True) + max(
+    assert full.activations == kept.embedding() + 4 * kept.hidden_states() + max(
         largest, kept.head()
     )
+    (some,) = at(shape, cut, recompute="full", recompute_method="block", recompute_layers=2)
+    assert some.activations == kept.embedding() + 2 * kept.hidden_states() + 2 * kept.layer(
+        True
+    ) + max(largest, kept.head())
     (scores,) = at(shape, cut, recompute="selective", recompute_modules=("core_attn",))
-    assert scores.activations == layers - 4 * kept.scores() + ends
-    assert scores.scores == 0 and whole.scores == 4 * kept.scores()
+    assert scores.activations == layers - 4 * kept.attention_scores() + ends
+    assert scores.attention_scores == 0 and whole.attention_scores == 4 * kept.attention_scores()
     (blocks,) = at(shape, cut, recompute="selective", recompute_modules=("moe",))
     assert whole.activations - blocks.activations == pytest.approx(
-        3 * (kept.layer(True) - kept.attention() - kept.scores() - kept.before_mlp())
-        - 3 * kept.stream()
+        3
+        * (
+            kept.layer(True)
+            - kept.attention()
+            - kept.attention_scores()
+            - kept.mlp_norm_and_dropout()
+        )
+        - 3 * kept.hidden_states()
     )
 
 
