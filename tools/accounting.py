@@ -3,9 +3,9 @@
 Inputs: the flags of `megatron_sffn.pretrain`, a number of ranks, and the routers and block sizes to
 compare. Outputs: a table, JSON or CSV with a row for each router and block size; a plot.
 
-Design notes: the flags go through the run's own parser, so that the tool counts what would train and
-refuses what a run refuses. All numbers are closed forms of `megatron_sffn.accounting`, so that 4,096
-ranks take no longer than one. Neither the tokenizer nor the data is read.
+Design notes: the flags go through the run's own parser, so that the tool counts what would train
+and refuses what a run refuses. All numbers are closed forms of `megatron_sffn.accounting`, so that
+4,096 ranks take no longer than one. Neither the tokenizer nor the data is read.
 """
 
 from __future__ import annotations
