@@ -1,4 +1,4 @@
-"""Models to count: shapes, and Megatron's GPT built to each."""
+"""Shapes of models to count, and Megatron's GPT built to a shape."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ DENSE: dict[str, dict[str, Any]] = {
 
 SPARSE = [name for name in ROUTERS if name != "dense"]
 SINGLE_KEY = [name for name in SPARSE if not ROUTERS[name].test_numbers.gated_activation]
-"""Routers without a second key, for a gated activation."""
+"""Routers whose cells have no gate key, so that they cannot have a gated activation."""
 
 
 def sparse(router: str = "avg-k", options: dict[str, Any] | None = None, **numbers: Any) -> Any:
-    """A sparse layer of small numbers that the router is defined for, and what is given."""
+    """A small sparse layer with numbers for which the router is defined, and with given numbers."""
     test_numbers = ROUTERS[router].test_numbers
     usual = test_numbers.layer(active_cells=48, block_size=6, expansion=3)
     return SparseFFNConfig(

@@ -1,4 +1,4 @@
-"""Activations against what torch really keeps."""
+"""Bytes of activations in closed form against those that torch keeps."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def measured(shape: ModelShape, activation: str, half: bool, **megatron: Any) ->
     megatron = {"activation_func": ACTIVATIONS[activation][0]} | megatron
     model = build(shape, dtype, **megatron)
     arguments, named = batch(shape, SAMPLES)
-    masks = shape.seq_length**2  # the attention's mask, which the batch brings
+    masks = shape.seq_length**2  # the attention mask is an input
     size = kept_bytes(lambda: model(*arguments, **named, labels=arguments[0]), model.parameters())
     return size - masks
 
@@ -55,7 +55,7 @@ def measured(shape: ModelShape, activation: str, half: bool, **megatron: Any) ->
 def counted(
     shape: ModelShape, activation: str, half: bool, layout: ParallelLayout, **setup: Any
 ) -> float:
-    """The same in closed form."""
+    """The bytes of `measured` in closed form."""
     setup = {"softmax_in_fp32": True, "rope_width": shape.kv_channels} | setup
     kept = Activations(
         shape,
@@ -70,7 +70,9 @@ def counted(
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("name", [*DENSE, "learned-positions"])
-def test_dense_models_exactly(name: str, dropout: float, half: bool, one_rank: None) -> None:
+def test_dense_models_keep_the_bytes_of_the_closed_form(
+    name: str, dropout: float, half: bool, one_rank: None
+) -> None:
     changes = DENSE.get(name, {"learned_positions": 20})
     shape = dataclasses.replace(SMALL, **changes)
     activation = "swiglu" if shape.gated else "gelu"
@@ -97,7 +99,9 @@ def test_dense_models_exactly(name: str, dropout: float, half: bool, one_rank: N
         if not (gated and router in SINGLE_KEY)
     ],
 )
-def test_routers(router: str, half: bool, activation: str, one_rank: None) -> None:
+def test_routers_keep_the_bytes_of_the_closed_form(
+    router: str, half: bool, activation: str, one_rank: None
+) -> None:
     gated = ACTIVATIONS[activation][1]
     shape = dataclasses.replace(SMALL, gated=gated, sparse_layers=4, sffn=sparse(router))
     size = measured(shape, activation, half)
@@ -127,7 +131,9 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(("router", "options"), OPTIONS)
-def test_options(router: str, options: dict[str, Any], half: bool, one_rank: None) -> None:
+def test_ablations_of_routers_keep_the_bytes_of_the_closed_form(
+    router: str, options: dict[str, Any], half: bool, one_rank: None
+) -> None:
     shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=sparse(router, options))
     size = measured(shape, "gelu", half)
     # A moving average keeps a bool per block until each of them has started.
@@ -147,7 +153,7 @@ def test_options(router: str, options: dict[str, Any], half: bool, one_rank: Non
         ),
     ],
 )
-def test_block_sizes_shared_blocks_and_losses(
+def test_block_sizes_shared_blocks_and_losses_keep_the_bytes_of_the_closed_form(
     router: str, losses: tuple[str, ...], block_size: int, one_rank: None
 ) -> None:
     layer = sparse(router, block_size=block_size, shared_blocks=5 if block_size < 48 else 0)
@@ -170,7 +176,7 @@ def test_block_sizes_shared_blocks_and_losses(
         ("grouped", "switch"),
     ],
 )
-def test_what_backends_derive_from_pairs(
+def test_backends_keep_the_indices_that_they_derive_from_pairs(
     backend: str, router: str, half: bool, one_rank: None
 ) -> None:
     sizes = {} if router == "pkm" else {"block_size": 8}
@@ -222,7 +228,7 @@ def test_scores_of_a_gpu_keep_half_precision_operands(
     assert (host > gpu) == (router != "switch")
 
 
-def test_rows_that_arrive_under_group_limited_routing() -> None:
+def test_fewer_rows_arrive_under_group_limited_routing() -> None:
     call = LayerCall(
         sffn=sparse(active_cells=96, block_size=1, expansion=2, regather="off"),
         hidden_size=24,
@@ -237,7 +243,7 @@ def test_rows_that_arrive_under_group_limited_routing() -> None:
     free_rows, pairs = rows_and_pairs(call)
     rows, same_pairs = rows_and_pairs(limited)
     assert rows == pytest.approx(1200, rel=1e-3) and free_rows > 1590 and pairs == same_pairs
-    kept, kept_free = (saved_by_sparse_layer(each) for each in (limited, call))
+    kept, kept_free = (saved_by_sparse_layer(one_call) for one_call in (limited, call))
     # A row of 24 numbers, and the token behind it.
     assert kept_free - kept == pytest.approx((free_rows - rows) * (24 * 4 + 4))
 
@@ -290,7 +296,7 @@ EXCHANGED = [
 
 
 def on_ranks(shapes: list[ModelShape], layout: ParallelLayout, half: bool) -> list[int]:
-    """What each of the models keeps on this rank."""
+    """Bytes that each of the models keeps on this rank."""
     warnings.simplefilter("ignore")
     torch.manual_seed(torch.distributed.get_rank())
     return [
@@ -308,7 +314,7 @@ def on_ranks(shapes: list[ModelShape], layout: ParallelLayout, half: bool) -> li
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts(name: str, half: bool) -> None:
+def test_every_layout_keeps_the_bytes_of_the_closed_form(name: str, half: bool) -> None:
     layout = LAYOUTS[name]
     layers = [
         layer
@@ -329,7 +335,7 @@ def test_layouts(name: str, half: bool) -> None:
     )
     for index, shape in enumerate(shapes):
         size = sum(rank[index] for rank in ranks) / layout.world_size
-        # The mean of ranks is that of uniform routing but for tokens that miss a rank.
+        # Routing is not quite uniform: some tokens miss a rank.
         assert counted(shape, "gelu", half, layout) == pytest.approx(size, rel=2e-3), shape.sffn
 
 
@@ -376,7 +382,9 @@ RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
 # Megatron's, of fused attention, which is not here.
 @pytest.mark.filterwarnings("ignore:If you are using transformer_engine:UserWarning:megatron")
 @pytest.mark.parametrize(("flags", "layers"), RECOMPUTED)
-def test_recomputation(flags: dict[str, Any], layers: Any, one_rank: None) -> None:
+def test_recomputation_keeps_the_bytes_of_the_closed_form(
+    flags: dict[str, Any], layers: Any, one_rank: None
+) -> None:
     # Layers 1 and 3, from 0, are sparse.
     shape = dataclasses.replace(SMALL, sparse_layers=2, sffn=sparse("switch"))
     size = measured(shape, "gelu", False, **flags)

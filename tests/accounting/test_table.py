@@ -13,7 +13,7 @@ from megatron_sffn.nn.parallel_layout import ParallelLayout
 from tests.accounting.models import paper
 
 
-def test_table() -> None:
+def test_the_table_of_a_run() -> None:
     shape = paper(block_size=64)
     assert (
         accounting.table(shape, ParallelLayout(ep=4, dtype=torch.bfloat16))
