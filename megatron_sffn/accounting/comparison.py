@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from megatron_sffn.accounting.table import human
 from megatron_sffn.utils.errors import ConfigError
@@ -169,25 +170,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
     costed = [(row, row.costs) for row in rows if row.costs is not None]
-    routers = list(dict.fromkeys(row.router for row, _ in costed))
-    styles = {
-        router: {"marker": marker, "color": f"C{at % 10}", "alpha": 0.8, "fillstyle": "none"}
-        for at, (router, marker) in enumerate(zip(routers, cycle("osD^vPX*"), strict=False))
-    }
-    numbers: tuple[Callable[[Costs], float], ...] = (
-        lambda costs: 100 * costs.over_dense,
-        lambda costs: costs.memory / 1e9,
-    )
-    for axes, number in zip((left, right), numbers, strict=True):
-        lines: dict[str, dict[int, float]] = {router: {} for router in routers}
-        for row, costs in costed:
-            lines[row.router][row.block_size or 0] = number(costs)
-        for names in same_lines(lines):
-            points, label = sorted(lines[names[0]].items()), ", ".join(names)
-            if points[0][0]:
-                axes.plot(*zip(*points, strict=True), label=label, **styles[names[0]])
-            elif axes is right:
-                axes.axhline(points[0][1], color="gray", linestyle="--", label=label)
+    _plot_lines(left, costed, lambda costs: 100 * costs.over_dense, plots_dense=False)
+    _plot_lines(right, costed, lambda costs: costs.memory / 1e9, plots_dense=True)
     left.set_yscale("symlog", linthresh=0.01)
     left.set_ylabel("forward FLOPs over dense, %")
     right.set_ylabel("memory of the fullest rank, GB")
@@ -208,3 +192,33 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         ) from error
     finally:
         pyplot.close(figure)
+
+
+def _plot_lines(
+    axes: Any,
+    costed: Sequence[tuple[Row, Costs]],
+    number: Callable[[Costs], float],
+    *,
+    plots_dense: bool,
+) -> None:
+    """One line per router, or per group of routers whose points agree.
+
+    Args:
+        axes: of matplotlib.
+        costed: rows with their costs.
+        number: what is plotted of the costs.
+        plots_dense: whether the dense model, which has no block size, is a horizontal line.
+    """
+    lines: dict[str, dict[int, float]] = {row.router: {} for row, _ in costed}
+    for row, costs in costed:
+        lines[row.router][row.block_size or 0] = number(costs)
+    styles = {
+        router: {"marker": marker, "color": f"C{index % 10}", "alpha": 0.8, "fillstyle": "none"}
+        for index, (router, marker) in enumerate(zip(lines, cycle("osD^vPX*"), strict=False))
+    }
+    for names in same_lines(lines):
+        points, label = sorted(lines[names[0]].items()), ", ".join(names)
+        if points[0][0]:
+            axes.plot(*zip(*points, strict=True), label=label, **styles[names[0]])
+        elif plots_dense:
+            axes.axhline(points[0][1], color="gray", linestyle="--", label=label)

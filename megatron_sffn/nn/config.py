@@ -112,12 +112,18 @@ class SparseFFNConfig:
     exchange_chunks: int = 1
 
     def __post_init__(self) -> None:
-        """Check the numbers against each other."""
+        """Check every field, then whether the router is defined for the layer."""
         if self.backend not in list(Backend):
             raise ConfigError(
                 f"--sffn-backend {self.backend} is unknown; choose from {', '.join(Backend)}"
             )
         object.__setattr__(self, "backend", Backend(self.backend))
+        self._check_sizes()
+        self._check_settings()
+        self.router.check(self)
+
+    def _check_sizes(self) -> None:
+        """Refuse numbers of cells and blocks that do not fit each other."""
         for name, value in (
             ("--sffn-active-cells", self.active_cells),
             ("--sffn-block-size", self.block_size),
@@ -137,6 +143,9 @@ class SparseFFNConfig:
                 f"{blocks} active blocks of a token (--sffn-active-cells / --sffn-block-size) at "
                 "least one must be chosen"
             )
+
+    def _check_settings(self) -> None:
+        """Refuse values of the other fields that are unknown or out of range."""
         if self.initialization not in (None, *INITIALIZATIONS):
             raise ConfigError(
                 f"--sffn-init {self.initialization} is unknown; choose from "
@@ -156,7 +165,6 @@ class SparseFFNConfig:
                 f"--sffn-exchange-chunks {self.exchange_chunks} must be at least 1; give 1 to send "
                 "all tokens of a microbatch at once"
             )
-        self.router.check(self)
 
     @property
     def num_cells(self) -> int:
