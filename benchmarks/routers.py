@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,14 +37,9 @@ from megatron_sffn.utils.atomic_files import append_records, read_records
 from megatron_sffn.utils.errors import ConfigError, run_command
 from megatron_sffn.utils.warning_filters import silence
 
-SINGLE_CELLS = ("top-k-act", "pkm", "pkm-relu", "pkm-ffn")
-"""Routers that are defined for blocks of one cell only."""
-PAPERS = {
-    "sigma-moe": "--sffn-entropy-coeff 1e-3",
-    "softmax-before": "--sffn-entropy-coeff 1e-3",
-    "softmax-after": "--sffn-entropy-coeff 1e-3",
-}
-"""Router -> the regularisation that its paper trains it with."""
+if TYPE_CHECKING:
+    from megatron_sffn.nn.router_config import RouterTestNumbers
+
 EXPANSION, BLOCK_SIZES = 16, (64, 256)
 
 
@@ -74,7 +69,7 @@ class Job:
             return "--sffn-router dense"
         return (
             f"--sffn-router {self.router} --sffn-block-size {self.block_size} "
-            f"--sffn-expansion {EXPANSION} {PAPERS.get(self.router, '')}"
+            f"--sffn-expansion {EXPANSION} {_test_numbers(self.router).paper_flags}"
         )
 
 
@@ -132,8 +127,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _test_numbers(router: str) -> RouterTestNumbers:
+    from megatron_sffn.nn.routers import ROUTERS
+
+    return ROUTERS[router].test_numbers
+
+
 def _block_sizes(router: str) -> tuple[int, ...]:
-    if router in SINGLE_CELLS:
+    if _test_numbers(router).single_cells:
         return (1,)
     return BLOCK_SIZES[:1] if router == "dense" else BLOCK_SIZES
 

@@ -1,10 +1,11 @@
 """What a model costs, before anything is built: parameters, FLOPs, memory, bytes between ranks.
 
-Enters: the flags of `megatron_sffn.pretrain`, a number of ranks, and what to compare. Leaves: a
-table, JSON or CSV, with a row for each router and block size; a plot. Choices: the flags go through
-the run's own parser, so that what is counted is what would train, and what would be refused is
-refused; all numbers are the closed forms of `megatron_sffn.accounting`, so 4,096 ranks cost as
-little as one. Neither tokenizer nor data is read.
+Inputs: the flags of `megatron_sffn.pretrain`, a number of ranks, and the routers and block sizes to
+compare. Outputs: a table, JSON or CSV with a row for each router and block size; a plot.
+
+Design notes: the flags go through the run's own parser, so that the tool counts what would train
+and refuses what a run refuses. All numbers are closed forms of `megatron_sffn.accounting`, so that
+4,096 ranks take no longer than one. Neither the tokenizer nor the data is read.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from megatron_sffn.accounting import ModelShape
     from megatron_sffn.accounting.comparison import Costs, Row
     from megatron_sffn.nn.config import SparseFFNConfig
+    from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 DESCRIPTION = """\
 Count what a model costs, without building it: parameters, FLOPs per token, memory of the fullest
@@ -54,11 +56,11 @@ what each number counts.
 
 
 WITHOUT_EXPERTS = ["--expert-model-parallel-size", "1", "--expert-tensor-parallel-size", "1"]
-"""Of the dense model in a comparison: on as many ranks, but there are no blocks to cut."""
+"""Flags of the dense model in a comparison: it has no blocks to split over ranks."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The tool's own flags."""
+    """The parser of the tool's own flags."""
     parser = CommandParser(
         prog="tools/accounting.py",
         usage="tools/accounting.py [options] [flags of megatron_sffn.pretrain]",
@@ -96,11 +98,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def rows_of(options: Namespace, flags: list[str]) -> tuple[list[Row], str]:
-    """All rows, and the lines that say what they have in common.
+    """All rows, and the lines that say what the rows have in common.
 
     Args:
-        options: the tool's.
-        flags: of the run.
+        options: parsed options of the tool.
+        flags: command line of the run.
 
     Raises:
         ConfigError: if no row can be trained.
@@ -115,7 +117,7 @@ def rows_of(options: Namespace, flags: list[str]) -> tuple[list[Row], str]:
         raise ConfigError(
             f"--compare-routers {unknown[0]} is unknown; choose from {', '.join(ROUTERS)}"
         )
-    rows, common, first = [], "", None
+    rows, common, first_error = [], "", None
     for router in routers or [None]:
         # The dense model has no blocks.
         for size in (sizes or [None]) if router != "dense" else [None]:
@@ -126,11 +128,11 @@ def rows_of(options: Namespace, flags: list[str]) -> tuple[list[Row], str]:
                 row, lines = row_of([*flags, *words], options)
                 common = lines if row.router != "dense" or not common else common
             except ConfigError as error:
-                first = first or error
+                first_error = first_error or error
                 row = Row(router=router or "given", block_size=size, reason=str(error))
             rows.append(row)
-    if first is not None and all(row.costs is None for row in rows):
-        raise first
+    if first_error is not None and all(row.costs is None for row in rows):
+        raise first_error
     return rows, common
 
 
@@ -138,14 +140,14 @@ def row_of(flags: list[str], options: Namespace) -> tuple[Row, str]:
     """Count one configuration.
 
     Args:
-        flags: of the run.
-        options: the tool's.
+        flags: command line of the run.
+        options: parsed options of the tool.
 
     Returns:
-        The row, and the lines that say what is counted beside router and block size.
+        The row, and the lines that describe the model, the ranks and the training.
 
     Raises:
-        ConfigError: if it cannot be trained.
+        ConfigError: if the configuration cannot be trained.
     """
     from megatron_sffn.accounting import ModelShape
     from megatron_sffn.accounting.comparison import Row
@@ -165,20 +167,21 @@ def row_of(flags: list[str], options: Namespace) -> tuple[Row, str]:
 def costs_of(
     args: Namespace, sffn: SparseFFNConfig | None, shape: ModelShape, *, cuda: bool
 ) -> Costs:
-    """The closed forms, put together."""
+    """All closed forms of one configuration."""
     from megatron_sffn import accounting
     from megatron_sffn.accounting.comparison import Costs
+    from megatron_sffn.flags.megatron_flags import layout_of
     from megatron_sffn.flags.sffn_flags import transformer_config
     from megatron_sffn.ops import Activation
 
-    activation = Activation.of(transformer_config(args, sffn))
+    activation, layout = Activation.of(transformer_config(args, sffn)), layout_of(args)
     parameters = accounting.count_parameters(shape)
     recompute = args.recompute_granularity == "full"
     memory = accounting.memory_per_rank(
         shape,
         accounting.sparse_pattern(shape, args.moe_layer_freq if sffn else None),
-        accounting.RankLayout.of_args(args),
-        accounting.TrainingSetup.of_args(args, activation=activation.value, cuda=cuda),
+        layout,
+        accounting.TrainingSetup.of_args(args, layout, activation=activation.value, cuda=cuda),
     )
     return Costs(
         parameters_total=parameters.total,
@@ -191,35 +194,33 @@ def costs_of(
         optimizer=memory.optimizer,
         router_tables=memory.router_tables,
         activations=memory.activations,
-        attention_scores=memory.scores,
+        attention_scores=memory.attention_scores,
         pipeline_stage=memory.stage,
         microbatches_in_flight=memory.in_flight,
         dispatcher=None if sffn is None else args.moe_token_dispatcher_type,
-        sent_per_token_and_layer=None if sffn is None else sent(args, sffn),
+        sent_per_token_and_layer=None if sffn is None else sent(sffn, args.hidden_size, layout),
     )
 
 
-def sent(args: Namespace, sffn: SparseFFNConfig) -> float | None:
-    """Bytes that a token sends in the forward of a sparse layer; None if no formula is known."""
-    from megatron_sffn.flags.megatron_flags import exchange_of
+def sent(sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout) -> float | None:
+    """Bytes sent per token by a sparse layer's forward pass; None if no formula is known."""
     from megatron_sffn.nn.comm_volume import (
         DISPATCHERS,
         exchanged_bytes_per_token,
         megatron_bytes_per_token,
     )
 
-    exchange, dispatcher = exchange_of(args), args.moe_token_dispatcher_type
-    if exchange.num_ranks == 1:
+    if layout.expert_ranks == 1:
         return 0.0
-    if dispatcher not in DISPATCHERS:
+    if layout.dispatcher not in DISPATCHERS:
         return None
     of_megatron = sffn.backend == "megatron"
     count = megatron_bytes_per_token if of_megatron else exchanged_bytes_per_token
-    return count(sffn, args.hidden_size, exchange, dispatcher)
+    return count(sffn, hidden_size, layout)
 
 
 def parsed(flags: list[str], options: Namespace) -> tuple[Namespace, bool]:
-    """The run's namespace with a padded vocabulary, and whether it is counted for CUDA."""
+    """The run's arguments with a padded vocabulary size, and whether to count for CUDA."""
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
     from megatron_sffn.patches import prepare
@@ -244,9 +245,9 @@ def parsed(flags: list[str], options: Namespace) -> tuple[Namespace, bool]:
 
 @contextlib.contextmanager
 def as_command(flags: list[str], ranks: int) -> Iterator[None]:
-    """This process as the first rank of a run, silently."""
+    """Let this process look like the first rank of a run, without its output."""
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
-    argv, before = sys.argv, {name: os.environ.get(name) for name in world}
+    argv, saved_environ = sys.argv, {name: os.environ.get(name) for name in world}
     sys.argv = ["pretrain", *flags]
     os.environ.update(world)
     try:
@@ -254,7 +255,7 @@ def as_command(flags: list[str], ranks: int) -> Iterator[None]:
             yield
     finally:
         sys.argv = argv
-        for name, value in before.items():
+        for name, value in saved_environ.items():
             if value is None:
                 del os.environ[name]
             else:
@@ -262,24 +263,27 @@ def as_command(flags: list[str], ranks: int) -> Iterator[None]:
 
 
 def described(args: Namespace, shape: ModelShape, *, cuda: bool) -> str:
-    """What all rows have in common: the model, the ranks, the training."""
+    """The lines above the table: the model, the ranks and the training of all rows."""
+    from megatron_sffn.flags.megatron_flags import layout_of
+
+    layout = layout_of(args)
     sizes = [
-        f"TP {args.tensor_model_parallel_size}",
-        f"PP {args.pipeline_model_parallel_size}",
-        f"EP {args.expert_model_parallel_size}",
-        f"ETP {args.expert_tensor_parallel_size or 1}",
-        f"DP {args.data_parallel_size}",
+        f"TP {layout.tp}",
+        f"PP {layout.pp}",
+        f"EP {layout.ep}",
+        f"ETP {layout.etp}",
+        f"DP {layout.dp}",
     ]
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    cut = "distributed optimizer" if args.use_distributed_optimizer else "whole optimizer"
-    redone = args.recompute_granularity or "no"
+    optimizer = "distributed optimizer" if args.use_distributed_optimizer else "whole optimizer"
+    recomputed = args.recompute_granularity or "no"
     return "\n".join(
         [
             f"model: {shape.num_layers} layers of width {shape.hidden_size}, "
             f"{shape.sparse_layers} of them sparse, sequences of {shape.seq_length}, "
             f"vocabulary {shape.padded_vocab_size:,}",
-            f"ranks: {args.world_size:,} = {' · '.join(sizes)}; microbatch of "
-            f"{args.micro_batch_size}, {dtype}, {cut}, {redone} recomputation, torch's "
+            f"ranks: {layout.world_size:,} = {' · '.join(sizes)}; microbatch of "
+            f"{args.micro_batch_size}, {dtype}, {optimizer}, {recomputed} recomputation, torch's "
             f"{'CUDA' if cuda else 'CPU'} kernels",
         ]
     )
@@ -325,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(records, indent=2))
     elif options.csv:
-        names = list(dict.fromkeys(name for one in records for name in one))
+        names = list(dict.fromkeys(name for fields in records for name in fields))
         writer = csv.DictWriter(sys.stdout, fieldnames=names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)

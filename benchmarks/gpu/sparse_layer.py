@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -33,8 +32,7 @@ def sparse_layer(
     from megatron_sffn.nn.layer import layer_class
     from megatron_sffn.nn.routers import ROUTERS
 
-    tests = importlib.import_module("tests.support.router_cases")
-    numbers = {"block_size": g, "expansion": expansion, **tests.NUMBERS.get(router, {})}
+    test_numbers = ROUTERS[router].test_numbers
     balance: dict[str, Any] = {"moe_router_load_balancing_type": "none"}
     if router == "switch":
         balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
@@ -49,10 +47,10 @@ def sparse_layer(
         perform_initialization=False,
         sffn=SparseFFNConfig(
             active_cells=active,
-            router=ROUTERS[router](**tests.OPTIONS.get(router, {})),
+            router=ROUTERS[router](**test_numbers.options),
             backend=Backend(backend),
-            block_size=numbers["block_size"],
-            expansion=numbers["expansion"],
+            block_size=1 if test_numbers.single_cells else g,
+            expansion=16 if test_numbers.square_memory else expansion,
         ),
         **balance,
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,8 +32,9 @@ from torch import Tensor, nn
 
 from benchmarks.parallel import wire
 from megatron_sffn.nn import comm_volume
-from megatron_sffn.nn.config import Exchange, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
 from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 DISPATCHERS = ("alltoall", "allgather")
 TOLERANCE = 1e-4
@@ -171,19 +172,19 @@ def measure(sffn: SparseFFNConfig, *, hidden_size: int, tokens: int, repeats: in
         sent[name], own = bytes_of(layer, x)
         if own is not None:
             reported[name] = own
-    exchange = Exchange(
-        expert_parallel_size=ranks,
-        bytes_per_number=x.itemsize,
-        backend=torch.distributed.get_backend(),
+    layout = ParallelLayout(
+        ep=ranks,
+        dtype=x.dtype,
+        comm_backend=torch.distributed.get_backend(),
     )
     measured = Measured(
         sffn=sffn,
-        chosen=comm_volume.cheapest_dispatcher(sffn, hidden_size, exchange),
+        chosen=comm_volume.cheapest_dispatcher(sffn, hidden_size, layout),
         disagreement=disagreement,
         seconds=seconds,
         sent=sent,
         reported=reported,
-        closed_form=closed_form(sffn, hidden_size, exchange),
+        closed_form=closed_form(sffn, hidden_size, layout),
     )
     if rank == 0:
         _report(measured, ranks)
@@ -246,14 +247,16 @@ def bytes_of(layer: Any, x: Tensor) -> tuple[int, int | None]:
     return sent.total, layer.traffic.take()[1] if isinstance(layer, SparseFFN) else None
 
 
-def closed_form(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> dict[str, float]:
+def closed_form(
+    sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout
+) -> dict[str, float]:
     """Bytes per token of each sparse contender's forward."""
     forms = {
         "ours": comm_volume.exchanged_bytes_per_token,
         "Megatron": comm_volume.megatron_bytes_per_token,
     }
     return {
-        name_of(whose, dispatcher): form(sffn, hidden_size, exchange, dispatcher)
+        name_of(whose, dispatcher): form(sffn, hidden_size, replace(layout, dispatcher=dispatcher))
         for whose, form in forms.items()
         for dispatcher in DISPATCHERS
     }

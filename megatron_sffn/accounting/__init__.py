@@ -1,9 +1,9 @@
-"""What a model costs before it is built, in closed form: numbers only.
+"""What a model costs, in closed form, before it is built.
 
-Enters: the model's sizes (`ModelShape`), the sparse layer's config in it and, for memory, how ranks
-are cut and train (`RankLayout`, `TrainingSetup`). Leaves: parameters, FLOPs, bytes of memory, and
-the table that a run prints when it starts. No tensor is made. docs/accounting.md says what each
-number counts.
+Inputs: the model's sizes (`ModelShape`), which contain the sparse layer's config, and for memory
+the `ParallelLayout` and the `TrainingSetup`. Outputs: parameters, FLOPs, bytes of memory, and the
+table that a run prints when it starts. No tensor is made. docs/accounting.md says what each number
+counts.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from megatron_sffn.accounting.flops import (
 )
 from megatron_sffn.accounting.memory import RankMemory, memory_per_rank
 from megatron_sffn.accounting.parameters import Parameters, count_parameters
-from megatron_sffn.accounting.ranks import RankLayout, TrainingSetup, sparse_pattern
+from megatron_sffn.accounting.pipeline_stages import sparse_pattern
 from megatron_sffn.accounting.shape import ModelShape, dense_equivalent
 from megatron_sffn.accounting.table import human, table
+from megatron_sffn.accounting.training_setup import TrainingSetup
 
 __all__ = [
     "Flops",
     "ModelShape",
     "Parameters",
-    "RankLayout",
     "RankMemory",
     "TrainingSetup",
     "count_parameters",

@@ -1,29 +1,30 @@
-"""Bytes that the layers keep for the backward of one microbatch on one rank.
+"""Bytes that the layers keep for the backward pass of one microbatch on one rank.
 
-Enters: the model's shape, the layout and the setup. Leaves: bytes, by part of the model. After
-Korthikanti et al. 2022 (arXiv 2205.05198), but for the modules that run here: Megatron's local
-ones, unfused, whose attention keeps its `s²` scores.
+Inputs: the model's shape, the parallel layout and the training setup. Outputs: bytes, by part of
+the model. The formulas follow Korthikanti et al. 2022 (arXiv 2205.05198), but for Megatron's local,
+unfused modules, whose attention keeps its `s²` scores.
 
-Choices
-- Counted is what torch's autograd saves, each storage once; what exists only while a kernel runs,
-  buffers of collectives and the allocator's waste are not.
-- A tensor belongs to who saves it first: a residual stream to the norm that reads it, a norm's
-  output to the matrices behind it.
+Design notes
+- Counted is what torch's autograd saves, each storage once. Not counted are tensors that exist only
+  while a kernel runs, buffers of collectives, and the allocator's fragmentation.
+- A tensor is counted where it is saved first: the residual stream in the norm that reads it, a
+  norm's output in the linear layers behind it.
 """
 
 from __future__ import annotations
 
-from megatron_sffn.accounting.ranks import RankLayout, TrainingSetup
-from megatron_sffn.accounting.selection import FP32, Call
 from megatron_sffn.accounting.shape import ModelShape
-from megatron_sffn.accounting.sparse import kept_by_blocks
+from megatron_sffn.accounting.sparse import saved_by_sparse_layer
+from megatron_sffn.accounting.training_setup import TrainingSetup
+from megatron_sffn.nn.parallel_layout import ParallelLayout
+from megatron_sffn.nn.saved_bytes import FP32, LayerCall
 
 IDS = 8
-"""Token ids, targets and indices are int64."""
+"""Bytes of a token id, a target or an index: int64."""
 
 
 class Activations:
-    """Activations of the parts of a model, in bytes of a microbatch and rank.
+    """Activations of the parts of a model, in bytes per microbatch and rank.
 
     Args:
         shape: of the model.
@@ -31,123 +32,130 @@ class Activations:
         setup: of the training.
     """
 
-    def __init__(self, shape: ModelShape, layout: RankLayout, setup: TrainingSetup) -> None:
+    def __init__(self, shape: ModelShape, layout: ParallelLayout, setup: TrainingSetup) -> None:
         self.shape, self.layout, self.setup = shape, layout, setup
         self.tokens = setup.micro_batch_size * shape.seq_length
-        self.own_tokens = self.tokens // (layout.tensor if layout.sequence_parallel else 1)
-        """Tokens outside of the matrices."""
-        self.numbers = setup.number_bytes
-        self.raising_norm = not (shape.layernorm or setup.cuda) and setup.number_bytes < FP32
+        """Tokens of a microbatch, inside linear layers and attention."""
+        self.own_tokens = self.tokens // (layout.tp if layout.sequence_parallel else 1)
+        """Tokens of this rank in norms, dropouts and residuals: split by sequence parallelism."""
+        self.number_bytes = layout.bytes_per_number
+        self.norm_upcasts = not (shape.layernorm or setup.cuda) and layout.half_precision
         """Whether a norm keeps an fp32 copy of its input."""
-        self.mask = 1 if setup.cuda else setup.number_bytes
-        """A number of a dropout mask: the CPU has no narrower one."""
+        self.mask_bytes = 1 if setup.cuda else layout.bytes_per_number
+        """Bytes of a number of a dropout mask: on the CPU the mask has the model's dtype."""
 
-    def stream(self) -> int:
-        """One tensor `[s, b, D]` outside of the matrices."""
-        return self.own_tokens * self.shape.hidden_size * self.numbers
+    def hidden_states(self) -> int:
+        """One tensor `[s, b, D]`, split by sequence parallelism."""
+        return self.own_tokens * self.shape.hidden_size * self.number_bytes
 
-    def norm(self, rows: int, width: int, *, kept: bool = False) -> int:
+    def norm(self, rows: int, width: int, *, input_is_kept: bool = False) -> int:
         """A normalisation, without its output.
 
         Args:
-            rows: vectors.
-            width: of one.
-            kept: whether the input is kept anyway.
+            rows: number of vectors that are normalised.
+            width: of a vector.
+            input_is_kept: whether another operator keeps the input anyway.
         """
-        vector = width * self.numbers
+        vector = width * self.number_bytes
         if self.shape.layernorm:
-            return rows * (
-                (0 if kept else vector) + 2 * (FP32 if self.setup.cuda else self.numbers)
-            )
+            # The input, and the mean and the reciprocal std of each vector.
+            statistics = 2 * (FP32 if self.setup.cuda else self.number_bytes)
+            return rows * ((0 if input_is_kept else vector) + statistics)
         if self.setup.cuda:
-            return rows * ((0 if kept else vector) + FP32)
-        # On the CPU torch's RMSNorm is a product of simpler functions, in fp32.
-        kept = kept and not self.raising_norm
-        return rows * ((0 if kept else width * FP32) + width * FP32 + FP32)
+            return rows * ((0 if input_is_kept else vector) + FP32)
+        # On the CPU, torch's RMSNorm is composed of simpler functions in fp32: they keep the input,
+        # the normalised vector and the reciprocal norm.
+        input_is_kept = input_is_kept and not self.norm_upcasts
+        return rows * ((0 if input_is_kept else width * FP32) + width * FP32 + FP32)
 
     def attention(self) -> int:
         """The attention of one layer with its norm, without its scores."""
-        shape, tensor = self.shape, self.layout.tensor
-        heads = shape.num_attention_heads // tensor
-        groups = (shape.num_query_groups or shape.num_attention_heads) // tensor
+        shape, tp = self.shape, self.layout.tp
+        heads = shape.num_attention_heads // tp
+        groups = (shape.num_query_groups or shape.num_attention_heads) // tp
         head = shape.kv_channels
-        queries = self.tokens * heads * head * self.numbers
+        query_bytes = self.tokens * heads * head * self.number_bytes
         gates = heads if shape.output_gate else 0
-        mixed = self.tokens * (heads + gates + 2 * groups) * head * self.numbers
-        count = self.norm(self.own_tokens, shape.hidden_size) + self.stream()
-        moved, repeated = self.setup.rope_width > 0 or shape.qk_layernorm, groups < heads
-        # Queries, keys and values are views of one product, unless they are moved or repeated.
-        own = (moved or repeated, moved or repeated, repeated)
-        count += sum(own) * queries
-        if not repeated or (shape.qk_layernorm and not self.raising_norm):
-            count += mixed
+        qkv_bytes = self.tokens * (heads + gates + 2 * groups) * head * self.number_bytes
+        count = self.norm(self.own_tokens, shape.hidden_size) + self.hidden_states()
+        # Queries, keys and values are views of one product, unless RoPE or a norm writes new
+        # queries and keys, or grouped keys and values are repeated for each query head.
+        rewritten = self.setup.rope_width > 0 or shape.qk_layernorm
+        repeated = groups < heads
+        queries_keys_values = (rewritten or repeated, rewritten or repeated, repeated)
+        count += sum(queries_keys_values) * query_bytes
+        if not repeated or (shape.qk_layernorm and not self.norm_upcasts):
+            count += qkv_bytes
         if shape.qk_layernorm:
-            count += self.norm(self.tokens * heads, head, kept=not repeated or groups == 1)
-            count += self.norm(self.tokens * groups, head, kept=True)
-        count += 4 * shape.seq_length * self.setup.rope_width * self.numbers
-        # A gate keeps what it multiplies: the answers, and its sigmoid, which is always in fp32.
-        count += self.tokens * gates * head * (self.numbers + FP32)
-        return count + queries + self._hidden_mask()
+            queries_are_kept = not repeated or groups == 1
+            count += self.norm(self.tokens * heads, head, input_is_kept=queries_are_kept)
+            count += self.norm(self.tokens * groups, head, input_is_kept=True)
+        # The cosines and sines of RoPE, for queries and for keys.
+        count += 4 * shape.seq_length * self.setup.rope_width * self.number_bytes
+        # An output gate keeps its two factors: attention's output, and the sigmoid in fp32.
+        count += self.tokens * gates * head * (self.number_bytes + FP32)
+        # The input of the output projection.
+        return count + query_bytes + self._hidden_mask()
 
-    def scores(self) -> int:
+    def attention_scores(self) -> int:
         """The attention's `s²` scores of one layer."""
-        setup, heads = self.setup, self.shape.num_attention_heads // self.layout.tensor
+        setup, heads = self.setup, self.shape.num_attention_heads // self.layout.tp
         squares = setup.micro_batch_size * heads * self.shape.seq_length**2
-        raised = setup.softmax_in_fp32 and self.numbers < FP32
-        each = FP32 if raised else self.numbers
-        if raised or setup.attention_dropout:
-            each += self.numbers
+        upcasts = setup.softmax_in_fp32 and self.number_bytes < FP32
+        softmax_bytes = FP32 if upcasts else self.number_bytes
+        per_score = softmax_bytes
+        if upcasts or setup.attention_dropout:
+            per_score += self.number_bytes  # what is multiplied with the values is another tensor
         if setup.attention_dropout:
-            each += self.mask
-        # The softmax returns a column more than is used.
+            per_score += self.mask_bytes
+        # With a sink, the softmax returns one column more than is used.
         sinks = squares // self.shape.seq_length if self.shape.softmax_type != "vanilla" else 0
-        return squares * each + sinks * (FP32 if raised else self.numbers)
+        return squares * per_score + sinks * softmax_bytes
 
-    def before_mlp(self) -> int:
-        """The norm and the dropout around a layer's MLP, dense or sparse."""
+    def mlp_norm_and_dropout(self) -> int:
+        """The norm before and the dropout after a layer's MLP, dense or sparse."""
         return self.norm(self.own_tokens, self.shape.hidden_size) + self._hidden_mask()
 
     def mlp(self, cells: int) -> int:
-        """An MLP without its norm and its input.
+        """A dense MLP without its norm and its input.
 
         Args:
-            cells: of all tensor-parallel ranks.
+            cells: width of the MLP on all tensor-parallel ranks together.
         """
-        numbers = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 5}[self.setup.activation]
-        return numbers * self.tokens * cells // self.layout.tensor * self.numbers
+        # Tensors `[tokens, cells]` that the activation function and the second matrix keep.
+        tensors = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 5}[self.setup.activation]
+        return tensors * self.tokens * cells // self.layout.tp * self.number_bytes
 
     def layer(self, sparse: bool) -> float:
         """Everything that one layer keeps."""
         shape, setup = self.shape, self.setup
-        count = self.attention() + self.scores() + self.before_mlp()
+        count = self.attention() + self.attention_scores() + self.mlp_norm_and_dropout()
         if not sparse:
-            return count + self.stream() + self.mlp(shape.ffn_hidden_size)
+            return count + self.hidden_states() + self.mlp(shape.ffn_hidden_size)
         assert shape.sffn is not None, "a dense model has no sparse layer"
-        call = Call(
+        call = LayerCall(
             sffn=shape.sffn,
             hidden_size=shape.hidden_size,
             tokens=self.own_tokens,
-            ranks=self.layout.exchanging,
-            number_bytes=setup.number_bytes,
+            layout=self.layout,
             activation=setup.activation,
             losses=setup.losses,
-            router_groups=setup.router_groups,
-            router_group_topk=setup.router_group_topk,
             cuda=setup.cuda,
         )
-        return count + kept_by_blocks(call, self.layout) + self.mlp(shape.sffn.shared_cells)
+        return count + saved_by_sparse_layer(call) + self.mlp(shape.sffn.shared_cells)
 
     def embedding(self) -> int:
-        """Of the first stage: the ids (and positions, once for all sequences) and the dropout."""
+        """The first stage's ids, positions (once for all sequences) and dropout mask."""
         positions = self.shape.seq_length * IDS if self.shape.learned_positions else 0
         return self.tokens * IDS + positions + self._hidden_mask()
 
     def head(self) -> int:
-        """Of the last stage: the final norm, the logits as probabilities in fp32, the targets."""
-        vocabulary = self.shape.padded_vocab_size // self.layout.tensor
+        """The last stage's final norm, logits (as probabilities in fp32) and targets."""
+        vocabulary = self.shape.padded_vocab_size // self.layout.tp
         loss = self.tokens * (vocabulary * FP32 + IDS + 1)
-        return self.norm(self.own_tokens, self.shape.hidden_size) + self.stream() + loss
+        return self.norm(self.own_tokens, self.shape.hidden_size) + self.hidden_states() + loss
 
     def _hidden_mask(self) -> int:
+        """The mask of a dropout of hidden states, if there is one."""
         numbers = self.own_tokens * self.shape.hidden_size
-        return numbers * self.mask if self.setup.hidden_dropout else 0
+        return numbers * self.mask_bytes if self.setup.hidden_dropout else 0

@@ -1,6 +1,6 @@
 """Costs of several configurations side by side: a table for people, and a plot.
 
-Enters: a `Row` for each router and block size. Leaves: text, or a PNG file.
+Inputs: a `Row` for each router and block size. Outputs: text, or a PNG file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from megatron_sffn.accounting.table import human
 from megatron_sffn.utils.errors import ConfigError
@@ -26,7 +27,7 @@ COLUMNS = (
     ("activations", "a rank"),
     ("sent a token", "and layer"),
 )
-"""Two lines of header, column by column."""
+"""The two header lines of each column."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +41,16 @@ class Costs:
         flops_training: per token.
         over_dense: forward FLOPs over those of the dense model, minus 1.
         weights: bytes on the fullest rank.
-        gradients: bytes there.
-        optimizer: bytes there.
-        router_tables: bytes there that routers hold beside weights.
-        activations: bytes there.
-        attention_scores: of the activations, bytes of the attention's `s²` scores.
+        gradients: bytes on the fullest rank.
+        optimizer: bytes on the fullest rank.
+        router_tables: bytes on the fullest rank that routers hold beside their weights.
+        activations: bytes on the fullest rank.
+        attention_scores: the part of the activations that are the attention's `s²` scores.
         pipeline_stage: of the fullest rank, from 0.
-        microbatches_in_flight: there.
-        dispatcher: how tokens travel; None for a dense model.
-        sent_per_token_and_layer: bytes of a sparse layer's forward; None for a dense model.
+        microbatches_in_flight: on the fullest rank.
+        dispatcher: value of `--moe-token-dispatcher-type`; None for a dense model.
+        sent_per_token_and_layer: bytes sent by a sparse layer's forward pass; None for a dense
+            model.
     """
 
     parameters_total: int
@@ -69,7 +71,7 @@ class Costs:
 
     @property
     def state(self) -> int:
-        """Bytes of all but activations."""
+        """Bytes of everything but activations."""
         return self.weights + self.gradients + self.optimizer + self.router_tables
 
     @property
@@ -96,12 +98,12 @@ class Row:
 
     @property
     def name(self) -> tuple[str, str]:
-        """The first two cells."""
+        """The first two cells of the row."""
         return self.router, "" if self.block_size is None else str(self.block_size)
 
 
 def comparison(rows: Sequence[Row]) -> str:
-    """The table, and below it the reasons."""
+    """The table, then the reasons of rows without costs."""
     lines = [*zip(*COLUMNS, strict=True), *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
@@ -116,7 +118,7 @@ def comparison(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    """A line of the table."""
+    """The cells of a row of the table."""
     if row.costs is None:
         return (*row.name, *"--------")
     costs, sent = row.costs, row.costs.sent_per_token_and_layer
@@ -133,13 +135,14 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def same_lines(lines: Mapping[str, Mapping[int, float]]) -> list[list[str]]:
-    """Names whose points are at the same places, to a hundredth, together; in their order."""
+    """Group the names of lines whose points agree within 1 %, in the order of the lines."""
     groups: list[list[str]] = []
     for name, points in lines.items():
         for group in groups:
             other = lines[group[0]]
             if points.keys() == other.keys() and all(
-                math.isclose(points[at], other[at], rel_tol=0.01, abs_tol=1e-9) for at in points
+                math.isclose(points[size], other[size], rel_tol=0.01, abs_tol=1e-9)
+                for size in points
             ):
                 group.append(name)
                 break
@@ -151,15 +154,14 @@ def same_lines(lines: Mapping[str, Mapping[int, float]]) -> list[list[str]]:
 def plot(rows: Sequence[Row], path: Path) -> None:
     """FLOPs over dense and memory of a rank, against the block size.
 
-    A line is of one router, or of several whose points are at the same places: a line under another
-    could not be seen.
+    Routers whose points agree share a line, since one line would hide the other.
 
     Args:
-        rows: those without costs are left out.
+        rows: to plot; rows without costs are left out.
         path: of the PNG file.
 
     Raises:
-        ConfigError: if it cannot be written.
+        ConfigError: if the file cannot be written.
     """
     import matplotlib
 
@@ -167,31 +169,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
-    known = [(row, row.costs) for row in rows if row.costs is not None]
-    routers = list(dict.fromkeys(row.router for row, _ in known))
-    styles = {
-        router: {"marker": marker, "color": f"C{at % 10}", "alpha": 0.8, "fillstyle": "none"}
-        for at, (router, marker) in enumerate(zip(routers, cycle("osD^vPX*"), strict=False))
-    }
-    numbers: tuple[Callable[[Costs], float], ...] = (
-        lambda costs: 100 * costs.over_dense,
-        lambda costs: costs.memory / 1e9,
-    )
-    for axes, number in zip((left, right), numbers, strict=True):
-        lines: dict[str, dict[int, float]] = {router: {} for router in routers}
-        for row, costs in known:
-            lines[row.router][row.block_size or 0] = number(costs)
-        for together in same_lines(lines):
-            points, label = sorted(lines[together[0]].items()), ", ".join(together)
-            if points[0][0]:
-                axes.plot(*zip(*points, strict=True), label=label, **styles[together[0]])
-            elif axes is right:
-                axes.axhline(points[0][1], color="gray", linestyle="--", label=label)
+    costed = [(row, row.costs) for row in rows if row.costs is not None]
+    _plot_lines(left, costed, lambda costs: 100 * costs.over_dense, plots_dense=False)
+    _plot_lines(right, costed, lambda costs: costs.memory / 1e9, plots_dense=True)
     left.set_yscale("symlog", linthresh=0.01)
     left.set_ylabel("forward FLOPs over dense, %")
     right.set_ylabel("memory of the fullest rank, GB")
-    right.set_ylim(0, 1.1 * max((costs.memory / 1e9 for _, costs in known), default=1))
-    ticks = sorted({row.block_size for row, _ in known if row.block_size})
+    right.set_ylim(0, 1.1 * max((costs.memory / 1e9 for _, costs in costed), default=1))
+    ticks = sorted({row.block_size for row, _ in costed if row.block_size})
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(size) for size in ticks])
@@ -207,3 +192,33 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         ) from error
     finally:
         pyplot.close(figure)
+
+
+def _plot_lines(
+    axes: Any,
+    costed: Sequence[tuple[Row, Costs]],
+    number: Callable[[Costs], float],
+    *,
+    plots_dense: bool,
+) -> None:
+    """One line per router, or per group of routers whose points agree.
+
+    Args:
+        axes: of matplotlib.
+        costed: rows with their costs.
+        number: what is plotted of the costs.
+        plots_dense: whether the dense model, which has no block size, is a horizontal line.
+    """
+    lines: dict[str, dict[int, float]] = {row.router: {} for row, _ in costed}
+    for row, costs in costed:
+        lines[row.router][row.block_size or 0] = number(costs)
+    styles = {
+        router: {"marker": marker, "color": f"C{index % 10}", "alpha": 0.8, "fillstyle": "none"}
+        for index, (router, marker) in enumerate(zip(lines, cycle("osD^vPX*"), strict=False))
+    }
+    for names in same_lines(lines):
+        points, label = sorted(lines[names[0]].items()), ", ".join(names)
+        if points[0][0]:
+            axes.plot(*zip(*points, strict=True), label=label, **styles[names[0]])
+        elif plots_dense:
+            axes.axhline(points[0][1], color="gray", linestyle="--", label=label)

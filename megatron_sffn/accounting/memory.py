@@ -1,14 +1,14 @@
 """Memory of a rank: weights, gradients, the optimizer's state, routers' tables, and activations.
 
-Enters: the model's shape, which of its layers are sparse, the layout and the setup. Leaves: bytes
-of the fullest rank. `torch.cuda.max_memory_allocated` would be these and what kernels use while
-they run.
+Inputs: the model's shape, which of its layers are sparse, the parallel layout and the training
+setup. Outputs: bytes of the fullest rank. `torch.cuda.max_memory_allocated` is this sum plus what
+kernels use while they run.
 
-Choices
-- The fullest rank is of the pipeline stage with the largest sum: the first has the embedding and
-  the most microbatches in flight, the last the logits.
-- Recomputation keeps the inputs of the recomputed layers for every microbatch in flight, and
-  everything else of one of them at a time.
+Design notes
+- The fullest rank belongs to the pipeline stage with the largest sum: the first stage has the
+  embedding and the most microbatches in flight, the last stage has the logits.
+- Recomputation keeps the inputs of the recomputed layers for every microbatch in flight, and all
+  activations of one recomputed layer at a time.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ from megatron_sffn.accounting.parameters import (
     norm_parameters,
     output_parameters,
 )
-from megatron_sffn.accounting.ranks import RankLayout, Stage, TrainingSetup
+from megatron_sffn.accounting.pipeline_stages import (
+    Stage,
+    microbatches_in_flight,
+    pipeline_stages,
+)
 from megatron_sffn.accounting.shape import ModelShape
+from megatron_sffn.accounting.training_setup import TrainingSetup
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldParameters:
-    """Parameters on one rank: `cells` of the blocks, whose replicas are fewer, and the `rest`."""
+    """Parameters on one rank: of its `cells`, which have fewer replicas, and of the `rest`."""
 
     cells: int
     rest: int
@@ -38,14 +44,15 @@ class RankMemory:
     """Bytes on one rank.
 
     Args:
-        stage: its pipeline stage, from 0.
-        parameters: that it holds.
-        weights: their bytes.
-        gradients: in Megatron's buffer.
-        optimizer: moments, and the master copy of half-precision weights.
-        router_tables: what routers hold beside weights: RandHash's map, averages of descriptors.
-        activations: kept for the backward at the fullest moment.
-        scores: the attention's `s²` scores among these; none with fused attention.
+        stage: the rank's pipeline stage, from 0.
+        parameters: number of parameters that the rank holds.
+        weights: bytes of the parameters.
+        gradients: bytes of Megatron's gradient buffer.
+        optimizer: bytes of moments, and of the master copy of half-precision weights.
+        router_tables: bytes of tables that routers hold beside their weights.
+        activations: bytes kept for the backward pass at the fullest moment.
+        attention_scores: the part of the activations that are the attention's `s²` scores, which
+            fused attention does not keep.
         in_flight: microbatches that have run forward and not yet backward.
     """
 
@@ -56,22 +63,22 @@ class RankMemory:
     optimizer: int
     router_tables: int
     activations: int
-    scores: int
+    attention_scores: int
     in_flight: float
 
     @property
     def state(self) -> int:
-        """All but activations."""
+        """Bytes of everything but activations."""
         return self.weights + self.gradients + self.optimizer + self.router_tables
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """Bytes of everything."""
         return self.state + self.activations
 
 
 def memory_per_rank(
-    shape: ModelShape, pattern: tuple[bool, ...], layout: RankLayout, setup: TrainingSetup
+    shape: ModelShape, pattern: tuple[bool, ...], layout: ParallelLayout, setup: TrainingSetup
 ) -> RankMemory:
     """Memory of the fullest rank.
 
@@ -81,37 +88,38 @@ def memory_per_rank(
         layout: of the ranks.
         setup: of the training.
     """
-    stages = layout.stages(pattern)
+    stages = pipeline_stages(layout, pattern)
     ranks = [memory_of_stage(shape, stage, layout, setup) for stage in stages]
     return max(ranks, key=lambda rank: rank.total)
 
 
 def memory_of_stage(
-    shape: ModelShape, stage: Stage, layout: RankLayout, setup: TrainingSetup
+    shape: ModelShape, stage: Stage, layout: ParallelLayout, setup: TrainingSetup
 ) -> RankMemory:
     """Memory of a rank of one pipeline stage."""
     held = held_parameters(shape, stage, layout)
     parameters = held.cells + held.rest
-    state = setup.state_bytes * parameters
+    state_bytes = setup.state_bytes(layout)
+    state = state_bytes * parameters
     if setup.distributed_optimizer:
-        shares = held.cells / layout.expert_data + held.rest / layout.data
-        state = round(setup.state_bytes * shares)
-    in_flight = layout.in_flight(stage, setup.num_microbatches)
+        shares = held.cells / layout.expert_dp + held.rest / layout.dp
+        state = round(state_bytes * shares)
+    in_flight = microbatches_in_flight(layout, stage, setup.num_microbatches)
     activations, scores = _activations(Activations(shape, layout, setup), stage, in_flight)
     return RankMemory(
         stage=stage.index,
         parameters=parameters,
-        weights=setup.number_bytes * parameters,
+        weights=layout.bytes_per_number * parameters,
         gradients=setup.gradient_bytes * parameters,
         optimizer=state,
         router_tables=router_tables(shape, stage),
         activations=round(activations),
-        scores=round(scores),
+        attention_scores=round(scores),
         in_flight=in_flight,
     )
 
 
-def held_parameters(shape: ModelShape, stage: Stage, layout: RankLayout) -> HeldParameters:
+def held_parameters(shape: ModelShape, stage: Stage, layout: ParallelLayout) -> HeldParameters:
     """Parameters on a rank of one stage."""
     sparse = sum(stage.layers)
     rest = len(stage.layers) * _attention_held(shape, layout)
@@ -119,84 +127,89 @@ def held_parameters(shape: ModelShape, stage: Stage, layout: RankLayout) -> Held
     cells = 0
     if shape.sffn is not None:
         sffn, width = shape.sffn, shape.hidden_size
-        shared = shape.dense_cell * sffn.shared_cells // layout.tensor
+        shared = shape.dense_cell * sffn.shared_cells // layout.tp
         rest += sparse * (sffn.router.parameters(sffn, width) + shared)
-        cells = sparse * shape.memory_cell * sffn.num_cells // layout.exchanging
+        cells = sparse * shape.sparse_cell * sffn.num_cells // layout.expert_ranks
     learned = shape.learned_positions * shape.hidden_size
-    vocabulary = output_parameters(shape) // layout.tensor
+    vocabulary = output_parameters(shape) // layout.tp
     if stage.first:
         assert embedding_parameters(shape) == output_parameters(shape) + learned
         rest += vocabulary + learned
     if stage.last:
         rest += norm_parameters(shape, shape.hidden_size)
-        # Tied weights are held twice where embedding and logits are on different stages.
+        # Tied weights are on two ranks where embedding and logits are on different stages.
         rest += 0 if stage.first and shape.tied_embeddings else vocabulary
     return HeldParameters(cells=cells, rest=rest)
 
 
 def router_tables(shape: ModelShape, stage: Stage) -> int:
-    """Bytes that the routers of one stage hold beside their weights, the same on all its ranks."""
+    """Bytes that the routers of one stage hold on each rank beside their weights."""
     if shape.sffn is None:
         return 0
-    each = shape.sffn.router.held_bytes(shape.sffn, shape.hidden_size, shape.padded_vocab_size)
-    return sum(stage.layers) * each
+    sffn = shape.sffn
+    per_layer = sffn.router.held_bytes(sffn, shape.hidden_size, shape.padded_vocab_size)
+    return sum(stage.layers) * per_layer
 
 
-def _attention_held(shape: ModelShape, layout: RankLayout) -> int:
-    """The attention and both norms of a layer; what is not cut over ranks is on all."""
+def _attention_held(shape: ModelShape, layout: ParallelLayout) -> int:
+    """The attention and both norms of a layer: a share of what TP splits, and all of the rest."""
     projected, width = shape.projected_width, shape.hidden_size
-    cut = (projected + shape.query_width) * width
-    cut += projected if shape.bias or shape.qkv_bias else 0
-    whole = 2 * norm_parameters(shape, width) + (width if shape.bias else 0)
-    whole += 2 * norm_parameters(shape, shape.kv_channels) if shape.qk_layernorm else 0
-    cut += shape.sinks
-    return cut // layout.tensor + whole
+    split = (projected + shape.query_width) * width
+    split += projected if shape.bias or shape.qkv_bias else 0
+    split += shape.sinks
+    replicated = 2 * norm_parameters(shape, width) + (width if shape.bias else 0)
+    replicated += 2 * norm_parameters(shape, shape.kv_channels) if shape.qk_layernorm else 0
+    return split // layout.tp + replicated
 
 
-def _mlp_held(shape: ModelShape, layout: RankLayout) -> int:
+def _mlp_held(shape: ModelShape, layout: ParallelLayout) -> int:
     """A dense MLP."""
-    cut, whole = shape.dense_cell * shape.ffn_hidden_size, 0
+    split, replicated = shape.dense_cell * shape.ffn_hidden_size, 0
     if shape.bias:
-        cut += shape.keys_per_cell * shape.ffn_hidden_size
-        whole = shape.hidden_size
-    return cut // layout.tensor + whole
+        split += shape.keys_per_cell * shape.ffn_hidden_size
+        replicated = shape.hidden_size
+    return split // layout.tp + replicated
 
 
 def _activations(kept: Activations, stage: Stage, in_flight: float) -> tuple[float, float]:
-    """Bytes kept, and how many of them are scores of the attention."""
+    """Bytes of the activations of a stage, and how many of them are attention scores."""
     setup = kept.setup
-    ends = kept.embedding() * in_flight if stage.first else 0.0
+    embedding = kept.embedding() * in_flight if stage.first else 0.0
     head = float(kept.head()) if stage.last else 0.0
     if setup.recompute == "full":
-        layers, working, scores = _recomputed(kept, stage, in_flight)
-        return ends + layers + max(head, working), scores
-    drops = setup.recomputes("core_attn")
-    scores = 0.0 if drops else len(stage.layers) * kept.scores() * in_flight
-    layers, working = 0.0, float(kept.scores() if drops else 0)
+        layers, working, scores = _full_recomputation(kept, stage, in_flight)
+        return embedding + layers + max(head, working), scores
+    drops_scores = setup.recomputes("core_attn")
+    scores = 0.0 if drops_scores else len(stage.layers) * kept.attention_scores() * in_flight
+    # What a recomputation brings back is there for one layer of one microbatch at a time.
+    layers, working = 0.0, float(kept.attention_scores() if drops_scores else 0)
     for sparse in stage.layers:
-        feed_forward = kept.layer(sparse) - kept.attention() - kept.scores()
+        feed_forward = kept.layer(sparse) - kept.attention() - kept.attention_scores()
         if setup.recomputes("moe" if sparse else "mlp"):
-            inputs = kept.before_mlp() + kept.stream()
+            inputs = kept.mlp_norm_and_dropout() + kept.hidden_states()
             working = max(working, feed_forward - inputs)
             feed_forward = inputs
         layers += (kept.attention() + feed_forward) * in_flight
-    # The last microbatch's head is gone before a layer is recomputed.
-    return ends + layers + scores + max(head, working), scores
+    # The last microbatch's head is freed before a layer is recomputed.
+    return embedding + layers + scores + max(head, working), scores
 
 
-def _recomputed(kept: Activations, stage: Stage, in_flight: float) -> tuple[float, float, float]:
-    """Under full recomputation: what is kept, what one recomputation needs, and the scores."""
+def _full_recomputation(
+    kept: Activations, stage: Stage, in_flight: float
+) -> tuple[float, float, float]:
+    """Bytes that stay, bytes that one recomputation brings back, and scores among both."""
     count = kept.setup.recompute_layers
-    groups: list[tuple[bool, ...]] = []
+    recomputed: list[tuple[bool, ...]] = []
     stored: tuple[bool, ...] = ()
     for chunk in stage.chunks:
         if kept.setup.recompute_method == "uniform":
-            groups += [chunk[start : start + count] for start in range(0, len(chunk), count)]
+            recomputed += [chunk[start : start + count] for start in range(0, len(chunk), count)]
         else:
-            # The first layers of a chunk are recomputed one by one, the others kept.
-            groups += [(layer,) for layer in chunk[:count]]
+            # The first layers of a chunk are recomputed one by one, the others are stored.
+            recomputed += [(layer,) for layer in chunk[:count]]
             stored += chunk[count:]
-    layers = len(groups) * kept.stream() + sum(map(kept.layer, stored))
-    largest = max(groups, key=lambda group: sum(map(kept.layer, group)), default=())
-    scores = (len(stored) * in_flight + len(largest)) * kept.scores()
+    inputs = len(recomputed) * kept.hidden_states()
+    layers = inputs + sum(map(kept.layer, stored))
+    largest = max(recomputed, key=lambda group: sum(map(kept.layer, group)), default=())
+    scores = (len(stored) * in_flight + len(largest)) * kept.attention_scores()
     return layers * in_flight, sum(map(kept.layer, largest)), scores

@@ -1,9 +1,9 @@
-"""Parameters of a model, total and active, and of its parts as they are cut over ranks.
+"""Parameters of a model, total and active, and of its parts.
 
-Enters: a `ModelShape`. Leaves: the counts that a built GPT of Megatron's has, exactly.
+Inputs: a `ModelShape`. Outputs: exactly the counts of Megatron's GPT built to this shape.
 
-Choice: the memory is E·k cells whatever the shared blocks are; those are cells of their own beside
-it, with keys of D numbers also where the memory's are narrower.
+Design notes: M is E·k cells whatever the shared blocks are. Shared blocks are further cells, with
+keys of D numbers also where the keys of the M cells are narrower.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ def count_parameters(shape: ModelShape) -> Parameters:
     if sffn is None:
         return Parameters(total=rest, active=rest)
     rest += shape.sparse_layers * (sffn.router.parameters(sffn, width) + shared_parameters(shape))
-    per_cell = shape.sparse_layers * shape.memory_cell
+    per_cell = shape.sparse_layers * shape.sparse_cell
     return Parameters(
         total=rest + per_cell * sffn.num_cells, active=rest + per_cell * sffn.chosen_cells
     )
 
 
 def embedding_parameters(shape: ModelShape) -> int:
-    """Of the tokens, and of the positions if they are learned."""
+    """Parameters of the token embedding, and of learned position embeddings."""
     return (shape.padded_vocab_size + shape.learned_positions) * shape.hidden_size
 
 
 def output_parameters(shape: ModelShape) -> int:
-    """Of the logits, if they have weights of their own."""
+    """Parameters of the output layer, if it does not share the embedding's weights."""
     return shape.padded_vocab_size * shape.hidden_size
 
 
 def norm_parameters(shape: ModelShape, width: int) -> int:
-    """Of one normalisation."""
+    """Parameters of one normalisation."""
     return (2 if shape.layernorm else 1) * width
 
 
 def attention_parameters(shape: ModelShape) -> int:
-    """Of one layer: both projections, their biases, the norms of queries and keys."""
+    """Parameters of one attention: both projections, biases, and norms of queries and keys."""
     projected = shape.projected_width
     count = (projected + shape.query_width) * shape.hidden_size
     count += projected if shape.bias or shape.qkv_bias else 0
@@ -66,9 +66,9 @@ def attention_parameters(shape: ModelShape) -> int:
 
 
 def prediction_parameters(shape: ModelShape) -> int:
-    """Of one layer of multi-token prediction: a dense layer, three norms, and a projection.
+    """Parameters of one layer of multi-token prediction: a dense layer, three norms, a projection.
 
-    The projection joins the hidden state with the embedding of the token that is next.
+    The input of the projection is the hidden state and the embedding of the next token, joined.
     """
     width = shape.hidden_size
     layer = attention_parameters(shape) + mlp_parameters(shape) + 2 * norm_parameters(shape, width)
@@ -76,12 +76,12 @@ def prediction_parameters(shape: ModelShape) -> int:
 
 
 def mlp_parameters(shape: ModelShape) -> int:
-    """Of one dense MLP."""
+    """Parameters of one dense MLP."""
     cells = shape.ffn_hidden_size
     biases = shape.keys_per_cell * cells + shape.hidden_size
     return shape.dense_cell * cells + (biases if shape.bias else 0)
 
 
 def shared_parameters(shape: ModelShape) -> int:
-    """Of the shared blocks of one sparse layer, which have no biases."""
+    """Parameters of the shared blocks of one sparse layer, which have no biases."""
     return shape.dense_cell * shape.sffn.shared_cells if shape.sffn is not None else 0

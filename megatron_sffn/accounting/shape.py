@@ -1,7 +1,7 @@
 """The sizes of a GPT that its costs depend on.
 
-Enters: Megatron's validated arguments, or the numbers themselves. Leaves: a `ModelShape`, from
-which everything else here follows.
+Inputs: Megatron's validated arguments, or the sizes themselves. Outputs: a `ModelShape`, from which
+parameters, FLOPs and memory follow.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class ModelShape:
         padded_vocab_size: rows of the embedding.
         num_query_groups: key-value heads; None for one per query head.
         gated: SwiGLU, which gives every cell a second key.
-        bias: of all linear layers but the sparse ones, which have none.
-        qkv_bias: of the query, key and value projection, also without `bias`.
-        layernorm: LayerNorm, with a bias; False for RMSNorm, without.
+        bias: whether linear layers have biases; sparse layers never have.
+        qkv_bias: whether the query, key and value projection has a bias, also without `bias`.
+        layernorm: True for LayerNorm, which has a bias; False for RMSNorm, which has none.
         qk_layernorm: whether queries and keys are normalised per head.
-        output_gate: whether the answers of attention are gated, by a projection as wide as queries.
-        softmax_type: of attention, in Megatron's words: all but `vanilla` have a number beside a
-            head's scores, which `learnable` trains.
-        predicted_tokens: layers of multi-token prediction, each with weights of its own.
+        output_gate: whether attention's output is gated, by a projection as wide as the queries.
+        softmax_type: of attention, in Megatron's words: all but `vanilla` have a sink, a number
+            beside a head's scores, which `learnable` trains.
+        predicted_tokens: layers of multi-token prediction.
         tied_embeddings: whether the logits use the embedding's weights.
         learned_positions: rows of a learned position embedding; 0 for RoPE or none.
         sparse_layers: how many of the layers are sparse.
@@ -105,17 +105,17 @@ class ModelShape:
 
     @property
     def sinks(self) -> int:
-        """Numbers beside the scores that are trained: one for each head, or none."""
+        """Number of trained attention sinks: one logit for each head, or none."""
         return self.num_attention_heads if self.softmax_type == "learnable" else 0
 
     @property
     def query_width(self) -> int:
-        """Width of all queries, and of their answers."""
+        """Width of all queries, and of attention's output."""
         return self.num_attention_heads * self.kv_channels
 
     @property
     def projected_width(self) -> int:
-        """Width of what a token is projected to: queries, keys, values, and the output's gate."""
+        """Width of the projection to queries, keys, values, and the output gate."""
         return self.query_width * (2 if self.output_gate else 1) + self.key_value_width
 
     @property
@@ -125,22 +125,22 @@ class ModelShape:
 
     @property
     def keys_per_cell(self) -> int:
-        """A key, and a gate key if gated."""
+        """Keys of a cell: one, and a gate key for a gated activation."""
         return 2 if self.gated else 1
 
     @property
     def dense_cell(self) -> int:
-        """Numbers of a cell of a dense MLP, or of the shared blocks: D for each key and value."""
+        """Parameters of a cell of a dense MLP or a shared block: D for each key and value."""
         return (self.keys_per_cell + 1) * self.hidden_size
 
     @property
-    def memory_cell(self) -> int:
-        """Numbers of a cell of the sparse layers' memory, whose keys may be narrower."""
-        assert self.sffn is not None, "a dense model has no memory"
+    def sparse_cell(self) -> int:
+        """Parameters of a cell of a sparse layer, whose keys may be narrower than D."""
+        assert self.sffn is not None, "a dense model has no sparse layer"
         key = self.sffn.router.key_width(self.hidden_size)
         return self.keys_per_cell * key + self.hidden_size
 
 
 def dense_equivalent(shape: ModelShape) -> ModelShape:
-    """The same model without sparse layers: of equal block compute if k is `ffn_hidden_size`."""
+    """The same model without sparse layers; of equal block FLOPs if k is `ffn_hidden_size`."""
     return dataclasses.replace(shape, sffn=None, sparse_layers=0)

@@ -1,7 +1,7 @@
-"""Bytes that a sparse layer keeps for the backward of one microbatch on one rank.
+"""Bytes that a sparse layer keeps for the backward pass of one microbatch on one rank.
 
-Enters: the numbers of the call (`Call`) and how the blocks lie on ranks. Leaves: bytes. Under
-uniform routing, as `traffic.py` has it: a rank whose blocks are wanted more keeps more.
+Inputs: the sizes of the call (`LayerCall`). Outputs: bytes, under uniform routing as in
+`nn/comm_volume.py`: a rank whose blocks are chosen more often keeps more.
 """
 
 from __future__ import annotations
@@ -10,82 +10,73 @@ from dataclasses import replace
 
 import torch
 
-from megatron_sffn.accounting.ranks import RankLayout
-from megatron_sffn.accounting.selection import FP32, INT32, INT64, Call, kept_by_router
 from megatron_sffn.nn.comm_volume import num_nodes, regathers, rows_per_token
-from megatron_sffn.nn.config import Exchange
+from megatron_sffn.nn.saved_bytes import FP32, INT32, INT64, LayerCall
 from megatron_sffn.ops.block_ffn import choice
 
 
-def kept_by_blocks(call: Call, layout: RankLayout) -> float:
-    """The router, the exchange and the blocks of one layer, without its shared blocks.
-
-    Args:
-        call: of the layer.
-        layout: of the ranks; blocks are cut over EP, cells over ETP.
-    """
-    sffn, width = call.sffn, call.sffn.router.key_width(call.hidden_size)
-    router = kept_by_router(call)
-    rows, pairs = rows_and_pairs(call, layout)
-    tokens_kept = router.tokens
-    count = router.bytes + pairs * _per_pair(call, layout)
-    # Where the pairs of each block begin, of each chunk.
-    blocks = sffn.num_blocks // layout.expert
-    chunks = sffn.exchange_chunks if layout.exchanging > 1 else 1
-    count += chunks * INT64 * (blocks + 1)
-    count += _derived(backend_of(call, layout), rows, pairs, blocks, chunks)
-    # What meets the keys is kept: this rank's own rows, or those that arrived.
-    exchange = _exchange_of(call, layout)
-    own = layout.exchanging == 1 or regathers(sffn, call.hidden_size, exchange, layout.dispatcher)
-    if own and width == call.hidden_size:
-        tokens_kept = True
-    else:
-        rows = call.tokens if own else rows
-        count += rows * width * call.number_bytes
-    if layout.exchanging > 1:
-        count += _exchange(call, layout)
-    if tokens_kept or sffn.shared_blocks:
-        count += call.tokens * call.hidden_size * call.number_bytes
+def saved_by_sparse_layer(call: LayerCall) -> float:
+    """Bytes of the router, the exchange and the blocks of one layer, without its shared blocks."""
+    sffn, layout = call.sffn, call.layout
+    key_width = sffn.router.key_width(call.hidden_size)
+    router = sffn.router.saved_bytes(call)
+    rows, pairs = rows_and_pairs(call)
+    local_blocks = sffn.num_blocks // layout.ep
+    chunks = sffn.exchange_chunks if layout.expert_ranks > 1 else 1
+    count = router.bytes + pairs * _per_pair(call)
+    # Where the pairs of each block begin, in each chunk.
+    count += chunks * INT64 * (local_blocks + 1)
+    count += _derived(backend_of(call), rows, pairs, local_blocks, chunks)
+    # The blocks' input rows stay: this rank's own rows, or the rows that arrived.
+    keeps_own_rows = layout.expert_ranks == 1 or regathers(sffn, call.hidden_size, layout)
+    rows_are_tokens = keeps_own_rows and key_width == call.hidden_size
+    if not rows_are_tokens:
+        input_rows = call.tokens if keeps_own_rows else rows
+        count += input_rows * key_width * layout.bytes_per_number
+    if layout.expert_ranks > 1:
+        count += _exchange(call)
+    if rows_are_tokens or router.tokens or sffn.shared_blocks:
+        count += call.tokens * call.hidden_size * layout.bytes_per_number
     return count
 
 
-def backend_of(call: Call, layout: RankLayout) -> str:
-    """Who computes the blocks: on a GPU what `auto` is there, in bf16 if it is half precision."""
-    sffn = call.sffn
+def backend_of(call: LayerCall) -> str:
+    """The backend that computes the blocks: on a GPU, what `auto` chooses, in bf16 if half."""
+    sffn, layout = call.sffn, call.layout
     key_width = sffn.router.key_width(call.hidden_size)
     if sffn.backend == "masked" and not key_width:
         return "bags"
     if sffn.backend != "auto" or not call.cuda:
         return sffn.backend
-    rows, pairs = rows_and_pairs(call, layout)
+    rows, pairs = rows_and_pairs(call)
     shape = choice.Shape(
         rows=round(rows),
         pairs=round(pairs),
-        blocks=sffn.num_blocks // layout.expert,
-        cells=sffn.block_size // layout.expert_tensor,
+        blocks=sffn.num_blocks // layout.ep,
+        cells=sffn.block_size // layout.etp,
         width=call.hidden_size,
         key_width=key_width,
     )
-    return choice.on_hopper(shape, torch.bfloat16 if call.half else torch.float32)
+    return choice.on_hopper(shape, torch.bfloat16 if layout.half_precision else torch.float32)
 
 
 def _derived(backend: str, rows: float, pairs: float, blocks: int, chunks: int) -> float:
-    """What a backend makes of the pairs in the forward and keeps for the backward.
+    """Index tensors that a backend derives from the pairs in the forward pass and keeps.
 
     Args:
-        backend: `Sorted.derived` of others has nothing, or nothing that is counted (`triton`).
+        backend: of the blocks; `Sorted.derived` of the others is empty or not counted (`triton`).
         rows: R.
         pairs: P.
         blocks: of this rank.
         chunks: in which they arrive.
     """
-    of_pairs = INT32 * pairs  # the block of each
-    by_row = INT32 * (pairs + rows + chunks)  # their order by row, and where rows begin
+    block_of_pair = INT32 * pairs
+    by_row = INT32 * (pairs + rows + chunks)  # the pairs' order by row, and where rows begin
     match backend:
         case "masked":
-            return of_pairs
+            return block_of_pair
         case "bags":
-            return of_pairs + by_row
+            return block_of_pair + by_row
         case "grouped":
             return by_row + INT32 * blocks * chunks  # where groups end
         case "quack":
@@ -94,49 +85,35 @@ def _derived(backend: str, rows: float, pairs: float, blocks: int, chunks: int) 
             return 0
 
 
-def rows_and_pairs(call: Call, layout: RankLayout) -> tuple[float, float]:
+def rows_and_pairs(call: LayerCall) -> tuple[float, float]:
     """R and P of a rank: rows that arrive, and (row, block) pairs among them."""
-    sffn = call.sffn
-    pairs = call.tokens * sffn.num_active_blocks * layout.expert_tensor
-    rows = rows_per_token(sffn, _exchange_of(call, layout), layout.dispatcher)
-    return call.tokens * rows, pairs
+    pairs = call.tokens * call.sffn.num_active_blocks * call.layout.etp
+    return call.tokens * rows_per_token(call.sffn, call.layout), pairs
 
 
-def _exchange_of(call: Call, layout: RankLayout) -> Exchange:
-    """What the tokens travel over, as far as rows are counted."""
-    return Exchange(
-        expert_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
-        router_groups=call.router_groups,
-        router_group_topk=call.router_group_topk,
-    )
-
-
-def _per_pair(call: Call, layout: RankLayout) -> float:
-    """Of a (row, block) pair: the row's index, its up projections, its gate and that's place."""
-    router, numbers = call.sffn.router, call.number_bytes
+def _per_pair(call: LayerCall) -> float:
+    """Bytes of a (row, block) pair: row index, up projections, and a gate with its index."""
+    router = call.sffn.router
     gate = INT32 + FP32
     if not router.key_width(call.hidden_size):
         return INT32 + gate
-    cells = call.sffn.block_size // layout.expert_tensor
-    ups = call.keys_per_cell * cells * numbers
-    return INT32 + ups + (gate if router.gated_output else 0)
+    cells = call.sffn.block_size // call.layout.etp
+    up_projections = call.keys_per_cell * cells * call.layout.bytes_per_number
+    return INT32 + up_projections + (gate if router.gated_output else 0)
 
 
-def _exchange(call: Call, layout: RankLayout) -> float:
-    """What sending rows, gates and sums keeps."""
-    rows, pairs = rows_and_pairs(call, layout)
-    gated = call.sffn.router.gated_output
+def _exchange(call: LayerCall) -> float:
+    """Index tensors that the exchange of rows, gates and sums keeps."""
+    sffn, layout = call.sffn, call.layout
+    rows, pairs = rows_and_pairs(call)
+    gated = sffn.router.gated_output
     if layout.dispatcher == "allgather":
-        # Where the gates of this rank's blocks are among all.
+        # The index of each gate of this rank's blocks among the gates of all ranks.
         return pairs * INT32 if gated else 0
-    nodes = num_nodes(layout.exchanging, call.sffn.node_size)
+    nodes = num_nodes(layout.expert_ranks, sffn.node_size)
     if nodes > 1:
-        # What crosses nodes is on its way twice.
-        across = replace(
-            _exchange_of(call, layout), expert_parallel_size=nodes, expert_tensor_parallel_size=1
-        )
-        rows += call.tokens * rows_per_token(call.sffn, across, "alltoall")
-        pairs += call.tokens * call.sffn.num_active_blocks
-    # The token behind each row, and the place of each gate.
+        # Rows that cross nodes travel twice: to the node, then within it.
+        rows += call.tokens * rows_per_token(sffn, replace(layout, ep=nodes, etp=1))
+        pairs += call.tokens * sffn.num_active_blocks
+    # The token of each row, and the index of each gate.
     return rows * INT32 + (pairs * INT32 if gated else 0)

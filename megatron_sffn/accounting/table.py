@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from megatron_sffn.accounting.flops import flops_per_token, overhead_over_dense
@@ -14,16 +15,15 @@ from megatron_sffn.nn.comm_volume import (
 )
 
 if TYPE_CHECKING:
-    from megatron_sffn.nn.config import Exchange
+    from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 
-def table(shape: ModelShape, exchange: Exchange | None = None, dispatcher: str = "alltoall") -> str:
+def table(shape: ModelShape, layout: ParallelLayout | None = None) -> str:
     """The costs of a model.
 
     Args:
         shape: of the model.
-        exchange: of its sparse layers; if there are several ranks, the bytes are shown.
-        dispatcher: how they exchange tokens.
+        layout: of the run; if blocks are split over several ranks, the bytes sent are shown.
     """
     parameters, sffn = count_parameters(shape), shape.sffn
     title = f"feed-forward: dense, {shape.ffn_hidden_size} cells in {shape.num_layers} layers"
@@ -40,19 +40,21 @@ def table(shape: ModelShape, exchange: Exchange | None = None, dispatcher: str =
             f"{sffn.num_blocks} blocks of {sffn.block_size} cells{shared} (E = {sffn.expansion}) "
             f"in {shape.sparse_layers} of {shape.num_layers} layers"
         )
-    if sffn is not None and exchange is not None and exchange.num_ranks > 1:
+    if sffn is not None and layout is not None and layout.expert_ranks > 1:
         if sffn.backend != "megatron":
-            ours = exchanged_bytes_per_token(sffn, shape.hidden_size, exchange, dispatcher)
-            rows[f"sent per token and layer, {dispatcher}"] = f"{human(ours)}B"
-        for theirs in DISPATCHERS:
-            number = megatron_bytes_per_token(sffn, shape.hidden_size, exchange, theirs)
-            rows[f"  with Megatron's {theirs}"] = f"{human(number)}B"
+            sent = exchanged_bytes_per_token(sffn, shape.hidden_size, layout)
+            rows[f"sent per token and layer, {layout.dispatcher}"] = f"{human(sent)}B"
+        for dispatcher in DISPATCHERS:
+            sent = megatron_bytes_per_token(
+                sffn, shape.hidden_size, dataclasses.replace(layout, dispatcher=dispatcher)
+            )
+            rows[f"  with Megatron's {dispatcher}"] = f"{human(sent)}B"
     width = max(map(len, rows))
     return "\n".join((title, *(f"  {name:<{width}}  {text:>9}" for name, text in rows.items())))
 
 
 def human(number: float) -> str:
-    """12345678 as `12.3 M`, ready for a unit; 512 as `512 `."""
+    """A number with a prefix, ready for a unit: 12345678 as `12.3 M`, 512 as `512 `."""
     for power, letter in ((4, "T"), (3, "G"), (2, "M"), (1, "k")):
         if number >= 1000**power:
             return f"{number / 1000**power:.1f} {letter}"

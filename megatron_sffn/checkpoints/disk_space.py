@@ -23,6 +23,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_sffn.accounting import ModelShape, count_parameters
 from megatron_sffn.accounting.table import human
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
+from megatron_sffn.flags.megatron_flags import dtype_of
 from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.utils.errors import ConfigError
@@ -68,8 +69,8 @@ def check_saves(args: Namespace, sffn: SparseFFNConfig | None) -> None:
 
 def bytes_per_parameter(args: Namespace) -> int:
     """Of a checkpoint: the weight, its fp32 copy, the optimizer's numbers."""
-    half = args.fp16 or args.bf16
-    weight = 2 if half else 4
+    weight = dtype_of(args).itemsize
+    half = weight < torch.float32.itemsize
     if args.no_save_optim:
         return weight
     copy = 4 if half or args.use_distributed_optimizer else 0

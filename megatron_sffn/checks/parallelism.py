@@ -11,7 +11,7 @@ import importlib.util
 from argparse import Namespace
 from collections.abc import Iterator
 
-from megatron_sffn.flags.megatron_flags import exchange_of
+from megatron_sffn.flags.megatron_flags import layout_of
 from megatron_sffn.nn.config import Backend, SparseFFNConfig
 from megatron_sffn.nn.routers.groups import check_groups
 from megatron_sffn.utils.errors import ConfigError
@@ -229,7 +229,7 @@ def _chunks(args: Namespace, sffn: SparseFFNConfig) -> Iterator[str]:
             "tokens at once; use --moe-token-dispatcher-type alltoall with another --sffn-backend, "
             "or leave it out"
         )
-    if exchange_of(args).num_ranks == 1:
+    if layout_of(args).expert_ranks == 1:
         yield (
             f"--sffn-exchange-chunks {chunks} has nothing to act on where all blocks are on one "
             "rank; add --expert-model-parallel-size, or leave it out"

@@ -13,11 +13,14 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+import torch
+
 from megatron_sffn.flags.names import typed
 from megatron_sffn.nn.comm_volume import cheapest_dispatcher
-from megatron_sffn.nn.config import Backend, Exchange, SparseFFNConfig, moe_fields
+from megatron_sffn.nn.config import Backend, SparseFFNConfig, moe_fields
 from megatron_sffn.nn.layer_spec import layer_pattern
 from megatron_sffn.nn.load_balancing import BALANCE_LOSSES
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.utils.errors import ConfigError
 
 ACTIVATIONS = ("swiglu", "squared_relu", "quick_geglu", "sffn_relu")
@@ -100,7 +103,7 @@ def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None
     args.expert_tensor_parallel_size = args.expert_tensor_parallel_size or 1
     if args.moe_token_dispatcher_type is None and sffn.backend is not Backend.MEGATRON:
         args.moe_token_dispatcher_type = cheapest_dispatcher(
-            sffn, args.hidden_size, exchange_of(args)
+            sffn, args.hidden_size, layout_of(args)
         )
     if args.moe_router_dtype is None:
         args.moe_router_dtype = "fp32"  # as all our routers score
@@ -141,17 +144,33 @@ def _derive_balance(args: Namespace, sffn: SparseFFNConfig) -> None:
     args.moe_aux_loss_coeff = list(weights.values())
 
 
-def exchange_of(args: Namespace) -> Exchange:
-    """What the tokens of a sparse layer travel over, under these flags."""
-    half = args.bf16 or args.fp16
-    return Exchange(
-        expert_parallel_size=args.expert_model_parallel_size,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size or 1,
-        bytes_per_number=2 if half else 4,
-        backend=args.distributed_backend,
+def layout_of(args: Namespace) -> ParallelLayout:
+    """The parallel layout that Megatron's arguments describe, before or after their validation."""
+    return ParallelLayout(
+        world_size=args.world_size,
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        # Megatron's validation adds this name.
+        virtual_stages=vars(args).get("virtual_pipeline_model_parallel_size") or 1,
+        cp=args.context_parallel_size,
+        ep=args.expert_model_parallel_size,
+        etp=args.expert_tensor_parallel_size or 1,
+        sequence_parallel=args.sequence_parallel,
+        dispatcher=args.moe_token_dispatcher_type or "alltoall",
+        dtype=dtype_of(args),
+        comm_backend=args.distributed_backend,
         router_groups=args.moe_router_num_groups or 1,
         router_group_topk=args.moe_router_group_topk or 1,
+        first_stage_layers=args.decoder_first_pipeline_num_layers,
+        last_stage_layers=args.decoder_last_pipeline_num_layers,
     )
+
+
+def dtype_of(args: Namespace) -> torch.dtype:
+    """The dtype of weights and activations by `--bf16` and `--fp16`."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else torch.float32
 
 
 def derive_evaluation(args: Namespace) -> None:

@@ -1,36 +1,27 @@
-"""What a sparse feed-forward layer is: numbers and rules, no tensors.
+"""The sparse layer's numbers and rules, and Megatron's config with them in it; no tensors.
 
-Enters: block size g, expansion E, active cells k, a router's own settings. Leaves: frozen configs
+Inputs: block size g, expansion E, active cells k, and a router's config. Outputs: frozen configs
 whose derived numbers (B blocks, K active blocks, M cells) everything else reads.
 
-Letters, here and in every file: T tokens on this rank, D model width, M memory cells, B blocks,
+Letters in the whole package: T tokens on this rank, D hidden size, M memory cells, B blocks,
 G cells of a block (g on the command line), K active blocks per token, R rows after the exchange.
-
-Choice: the layer's config owns what all methods share; a router's config owns the rest, beside the
-router, so that a new method changes no existing config (axlearn's rule for config trees).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sffn.nn.router_config import RouterConfig, flag
 from megatron_sffn.ops.block_ffn import grouped
 from megatron_sffn.utils.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "Backend",
     "ConfigError",
-    "Exchange",
     "RouterConfig",
     "SparseFFNConfig",
     "SparseFFNTransformerConfig",
@@ -45,7 +36,7 @@ INITIALIZATIONS = {
     "sigma-moe-block": "the same, but values sqrt(2/(layers·g)): the paper's ablation",
     "pkm": "values N(0, 1/D) (Lample et al. 2019), keys as megatron",
 }
-"""Value of `--sffn-init` -> how the tables of keys and values are drawn."""
+"""Value of `--sffn-init` -> how keys and values are initialised."""
 
 
 REGATHER = {
@@ -53,200 +44,32 @@ REGATHER = {
     "on": "always",
     "off": "never",
 }
-"""Value of `--sffn-regather` -> when the backward sends the rows between ranks again."""
+"""Value of `--sffn-regather` -> when the backward pass gathers the rows of other ranks again."""
 
 
 class Backend(StrEnum):
-    """Who computes the blocks."""
+    """The implementation that computes the blocks."""
 
     AUTO = "auto"
-    """The fastest of ours for the tensors' device."""
+    """The fastest of our backends for the tensors' device."""
     NAIVE = "naive"
     """The oracle: every block for every token, then a mask."""
     TORCH = "torch"
-    """Blocks in a loop of torch's products, on any device."""
+    """A loop over blocks of torch matrix products, on any device."""
     GROUPED = "grouped"
-    """A grouped product of a library, a group for each block: blocks of a multiple of 8 cells."""
+    """A library's grouped GEMM with a group per block: for blocks of a multiple of 8 cells."""
     MASKED = "masked"
-    """Dense products of all rows with all cells, of which the chosen are taken: small E."""
+    """Dense products of all rows with all cells, then a mask of the chosen cells: for small E."""
     BAGS = "bags"
-    """Sums of single cells by a library: memories of values alone."""
+    """A library's embedding bags: for single cells that have values alone."""
     QUACK = "quack"
-    """A grouped product of the package quack-kernels, which reads rows by index."""
+    """The grouped GEMM of the package quack-kernels, which gathers rows by index."""
     CPU = "cpu"
-    """C++ kernels, compiled on this machine; torch's loop where there is no compiler."""
+    """C++ kernels, compiled on this machine; the torch backend where there is no compiler."""
     TRITON = "triton"
     """Triton kernels for a GPU, in fp32, bf16 and fp16."""
     MEGATRON = "megatron"
     """Megatron's own dispatcher and experts with our router: the second oracle."""
-
-
-def flag(
-    name: str,
-    *,
-    help: str,
-    default: Any,
-    kind: type | None = None,
-    choices: tuple[str, ...] | None = None,
-    least: float | None = None,
-    most: float | None = None,
-    training_only: bool = False,
-) -> Any:
-    """A config field that is also a command-line flag.
-
-    Args:
-        name: as typed, `--sffn-...`.
-        help: one line for `--help`.
-        default: of the field and the flag; a bool makes an on-switch.
-        kind: of a value, where the default is None.
-        choices: the values it can take.
-        least: the smallest value.
-        most: the largest value.
-        training_only: whether a trained model is the same whatever the value is.
-    """
-    return field(
-        default=default,
-        metadata={
-            "flag": name,
-            "help": help,
-            "kind": kind or type(default),
-            "choices": choices,
-            "least": least,
-            "most": most,
-            "training_only": training_only,
-        },
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """What the tokens of a sparse layer travel over.
-
-    Args:
-        expert_parallel_size: ranks over which the blocks are cut; it divides B.
-        expert_tensor_parallel_size: ranks over which the cells of a block are cut.
-        bytes_per_number: of an activation.
-        backend: of the process group.
-        router_groups: equal groups of consecutive blocks (`--moe-router-num-groups`).
-        router_group_topk: in how many of them all blocks of a token are; 1 of 1 where routing is
-            not limited to groups.
-    """
-
-    expert_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
-    bytes_per_number: int = 4
-    backend: str = "nccl"
-    router_groups: int = 1
-    router_group_topk: int = 1
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks that a token may have to visit, its own among them."""
-        return self.expert_parallel_size * self.expert_tensor_parallel_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """What one selection method needs beyond the layer's numbers; a base for `routers/*.py`."""
-
-    name: ClassVar[str]
-    """Value of `--sffn-router`."""
-    summary: ClassVar[str]
-    """One line for `--help`."""
-    needs_token_ids: ClassVar[bool] = False
-    """Whether the router reads the input ids."""
-    megatron_flags: ClassVar[tuple[str, ...]] = ()
-    """Megatron's MoE flags (dest) that act on this router, beside those of every layer."""
-    per_block_weights: ClassVar[tuple[str, ...]] = ()
-    """Its weights that have a row for every block."""
-    balance_coefficient: ClassVar[float] = 0.0
-    """Default of `--moe-aux-loss-coeff`."""
-    initialization: ClassVar[str] = "megatron"
-    """Default of `--sffn-init`."""
-
-    def __post_init__(self) -> None:
-        """Check every field that has a closed set or range of values."""
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if value is not None:
-                _check_value(item, value)
-
-    def check(self, sffn: SparseFFNConfig) -> None:
-        """The method is defined for a layer of these numbers.
-
-        Raises:
-            ConfigError: if it is not, with the nearest numbers for which it is.
-        """
-
-    def check_model(self, config: SparseFFNTransformerConfig) -> None:
-        """The method is defined in a model of this config.
-
-        Raises:
-            ConfigError: if it is not.
-        """
-
-    def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
-        """Why no gradient would ever reach the router's own weights in a model of this config.
-
-        Returns:
-            The reason and its remedy, as the end of a sentence; None if gradients reach all weights
-            that act, or the router has none.
-        """
-        return None
-
-    def remark(self, sffn: SparseFFNConfig) -> str | None:
-        """What a user should know of a layer of these numbers before it trains, if anything."""
-        return None
-
-    @property
-    def gated_output(self) -> bool:
-        """Whether a factor per (token, block) multiplies the output, and travels with it."""
-        return False
-
-    @property
-    def softmax_over_blocks(self) -> bool:
-        """Whether the gates of equal blocks add up to that of one: a softmax, not a sigmoid."""
-        return False
-
-    def key_width(self, hidden_size: int) -> int:
-        """Numbers of a cell's key: D, or fewer; 0 where the router gives coefficients."""
-        return hidden_size
-
-    def build(self) -> Callable[..., torch.nn.Module]:
-        """The router's class, to be called with Megatron's `RouterBuilder` arguments."""
-        raise NotImplementedError(f"{type(self).__name__} has no router")
-
-    def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """The router's own weights in one layer: name -> shape."""
-        return {}
-
-    def parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
-        """Parameters of the router of one layer."""
-        return sum(map(math.prod, self.weights(sffn, hidden_size).values()))
-
-    def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
-        """Forward FLOPs of the selection per token and layer (one multiply-add is 2).
-
-        Args:
-            sffn: the layer.
-            hidden_size: D.
-            gated: whether a cell has a gate key and an up key (SwiGLU).
-        """
-        return 0
-
-    def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:
-        """Bytes that the router of one layer holds on each rank beside its weights.
-
-        Args:
-            sffn: the layer.
-            hidden_size: D.
-            vocab_size: rows of the embedding; None where they are not known.
-        """
-        return 0
-
-    def exchanged_bytes(self, sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> float:
-        """Bytes between ranks that the selection costs per token and layer, beside the exchange."""
-        return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,16 +82,17 @@ class SparseFFNConfig:
         block_size: g, cells of a block, from 1 (a single memory cell) to k (a whole expert).
         expansion: E, memory cells over active cells.
         shared_blocks: S, how many of the k/g active blocks are the same for every token. They are
-            cells of their own, beside the M of the memory.
-        backend: who computes the blocks.
-        initialization: how the tables are drawn (`--sffn-init`); None for the router's own.
+            further cells, not among the M cells.
+        backend: implementation that computes the blocks.
+        initialization: how keys and values are initialised (`--sffn-init`); None for the router's
+            default.
         seed: of the initial values, which do not depend on the layout.
-        regather: whether the backward sends the rows between ranks again rather than keep them
-            (`REGATHER`).
-        node_size: ranks of a node, where tokens shall cross to each node once (`alltoall` only);
-            0 to send them straight to each rank.
-        exchange_chunks: in how many chunks a rank's tokens travel, one after the other, while the
-            blocks compute the chunk before (`alltoall` only).
+        regather: whether the backward pass gathers the rows of other ranks again instead of keeping
+            them (a key of `REGATHER`).
+        node_size: ranks of a node, if tokens cross to each node once (`alltoall` only); 0 to send
+            tokens straight to each rank.
+        exchange_chunks: number of chunks in which a rank's tokens are sent, one after the other,
+            while the blocks compute the previous chunk (`alltoall` only).
 
     Raises:
         ConfigError: if g does not divide k, a number is out of its range, or the router is not
@@ -288,12 +112,18 @@ class SparseFFNConfig:
     exchange_chunks: int = 1
 
     def __post_init__(self) -> None:
-        """Check the numbers against each other."""
+        """Check every field, then whether the router is defined for the layer."""
         if self.backend not in list(Backend):
             raise ConfigError(
                 f"--sffn-backend {self.backend} is unknown; choose from {', '.join(Backend)}"
             )
         object.__setattr__(self, "backend", Backend(self.backend))
+        self._check_sizes()
+        self._check_settings()
+        self.router.check(self)
+
+    def _check_sizes(self) -> None:
+        """Refuse numbers of cells and blocks that do not fit each other."""
         for name, value in (
             ("--sffn-active-cells", self.active_cells),
             ("--sffn-block-size", self.block_size),
@@ -313,6 +143,9 @@ class SparseFFNConfig:
                 f"{blocks} active blocks of a token (--sffn-active-cells / --sffn-block-size) at "
                 "least one must be chosen"
             )
+
+    def _check_settings(self) -> None:
+        """Refuse values of the other fields that are unknown or out of range."""
         if self.initialization not in (None, *INITIALIZATIONS):
             raise ConfigError(
                 f"--sffn-init {self.initialization} is unknown; choose from "
@@ -332,16 +165,15 @@ class SparseFFNConfig:
                 f"--sffn-exchange-chunks {self.exchange_chunks} must be at least 1; give 1 to send "
                 "all tokens of a microbatch at once"
             )
-        self.router.check(self)
 
     @property
     def num_cells(self) -> int:
-        """M, cells of the whole memory, without the shared blocks."""
+        """M, all cells without those of shared blocks."""
         return self.expansion * self.active_cells
 
     @property
     def num_blocks(self) -> int:
-        """B, blocks of the whole memory."""
+        """B, all blocks without the shared ones."""
         return self.num_cells // self.block_size
 
     @property
@@ -373,7 +205,7 @@ class SparseFFNTransformerConfig(TransformerConfig):
     """Megatron's config with the sparse layers' numbers in it.
 
     Megatron's own MoE fields are derived from `sffn`, so that its validation, FLOPs and expert
-    parallelism see the truth: B experts, K active, g wide.
+    parallelism see the true sizes: B experts of width g, of which K are active.
     """
 
     sffn: SparseFFNConfig | None = None
@@ -387,20 +219,21 @@ class SparseFFNTransformerConfig(TransformerConfig):
         if self.sffn is not None:
             for name, value in moe_fields(self.sffn).items():
                 setattr(self, name, value)
-            # Megatron has the bias for its own sigmoid scores only, and refuses it for softmax.
-            # Our routers add it to their scores themselves; Megatron's part is to update it.
+            # Megatron allows the expert bias for its own sigmoid scores only. Our routers add the
+            # bias to their scores themselves, and Megatron updates it.
             self.moe_router_enable_expert_bias = False
-        # Ours, too: Megatron allows a capacity to few dispatchers, and asserts about groups.
-        ours = {name: vars(self)[name] for name in ACTS_IN_OUR_ROUTERS}
-        capacity = ours["moe_expert_capacity_factor"]
+        # Our routers check these fields: Megatron allows a capacity with few dispatchers only, and
+        # asserts about groups. It validates without them.
+        router_fields = {name: vars(self)[name] for name in ACTS_IN_OUR_ROUTERS}
+        capacity = router_fields["moe_expert_capacity_factor"]
         if capacity is not None and capacity < 0:
-            # Megatron's rule, which does not see the value: a negative capacity is no limit.
-            ours["moe_expert_capacity_factor"] = None
-        for name in ours:
+            # In Megatron a negative capacity is no limit.
+            router_fields["moe_expert_capacity_factor"] = None
+        for name in router_fields:
             setattr(self, name, None)
         super().__post_init__()
         self.moe_router_enable_expert_bias = biased
-        for name, value in ours.items():
+        for name, value in router_fields.items():
             setattr(self, name, value)
         if self.sffn is not None:
             router = self.sffn.router
@@ -440,22 +273,9 @@ def moe_fields(sffn: SparseFFNConfig) -> dict[str, Any]:
     }
 
 
-def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
-    """A flag's value is one that it can take."""
-    name, choices = item.metadata["flag"], item.metadata["choices"]
-    least, most = item.metadata["least"], item.metadata["most"]
-    if choices and value not in choices:
-        raise ConfigError(f"{name} {value} is unknown; choose from {', '.join(choices)}")
-    low, high = least is not None and value < least, most is not None and value > most
-    if low or high or (isinstance(value, float) and not math.isfinite(value)):
-        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-        kind = "a finite number" if isinstance(value, float) else "a number"
-        raise ConfigError(f"{name} {value} is out of range; give {kind} {allowed}")
-
-
-def _nearest_divisors(number: int, near: int) -> str:
-    """A remedy: the divisors of `number` on both sides of `near`."""
+def _nearest_divisors(number: int, target: int) -> str:
+    """A remedy: the divisors of `number` next to `target`, below and above."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = [d for d in divisors if d < near][-1:]
-    above = [d for d in divisors if d > near][:1]
+    below = [d for d in divisors if d < target][-1:]
+    above = [d for d in divisors if d > target][:1]
     return "the nearest that does: " + " or ".join(map(str, below + above))

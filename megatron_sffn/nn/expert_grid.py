@@ -1,11 +1,11 @@
-"""Which rank holds which cells: blocks are cut over EP ranks, the cells of a block over ETP ranks.
+"""Which rank holds which cells: blocks are split over EP ranks, cells of a block over ETP ranks.
 
-Enters: Megatron's process groups. Leaves: a `ExpertGrid`, with which tables are cut, scores and
-descriptors gathered, and tokens sent.
+Inputs: Megatron's process groups. Outputs: an `ExpertGrid`, by which block weights are sharded,
+scores and descriptors gathered, and tokens dispatched.
 
-Choice: expert parallelism (EP) and expert tensor parallelism (ETP) are one grid of ranks, and one
-group exchanges over it. A block lies on the ETP ranks of its EP rank, a slice of its cells on each;
-a token visits every rank that holds cells of it, once.
+Design notes: expert parallelism (EP) and expert tensor parallelism (ETP) are one grid of ranks, and
+one process group exchanges over it. A block lies on the ETP ranks of its EP rank, a slice of its
+cells on each rank. A token visits every rank that holds cells of its blocks, once.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from megatron_sffn.nn.config import SparseFFNConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertGrid:
-    """A grid of ranks with the blocks along one side and the cells of a block along the other.
+    """A grid of ranks: blocks are split along its EP axis, the cells of a block along its ETP axis.
 
     Args:
-        group: of all ranks of the grid; rank r is at (r // etp_size, r % etp_size).
+        group: process group of the grid's ranks; rank r is at (r // etp_size, r % etp_size).
         ep_size: expert-parallel size; it divides B.
         etp_size: expert-tensor-parallel size; it divides G.
         num_blocks: B.
         block_size: G.
-        node_groups: where ranks lie on several nodes and rows shall cross to each node once: the
-            group of the ranks at this rank's place in every node, and that of its own node.
+        node_groups: where rows cross to each node once, two groups: the ranks at this rank's
+            position in every node, and the ranks of this rank's node. None otherwise.
     """
 
     group: Any
@@ -46,20 +46,21 @@ class ExpertGrid:
 
     @classmethod
     def of(cls, pg_collection: ProcessGroupCollection, sffn: SparseFFNConfig) -> ExpertGrid:
-        """The grid of Megatron's groups: `tp_ep` is all of it, `ep` and `expt_tp` are its sides."""
-        blocks, cells = pg_collection.ep, pg_collection.expt_tp
+        """The grid of Megatron's groups: `tp_ep` is the grid, `ep` and `expt_tp` are its axes."""
+        ep_group, etp_group = pg_collection.ep, pg_collection.expt_tp
         expert_grid = cls(
             group=pg_collection.tp_ep,
-            ep_size=blocks.size(),
-            etp_size=cells.size(),
+            ep_size=ep_group.size(),
+            etp_size=etp_group.size(),
             num_blocks=sffn.num_blocks,
             block_size=sffn.block_size,
             node_groups=_node_groups(pg_collection.tp_ep, sffn.node_size),
         )
-        here = (expert_grid.ep_rank, expert_grid.etp_rank)
-        assert here == (blocks.rank(), cells.rank()), (here, blocks.rank(), cells.rank())
-        assert sffn.num_blocks % blocks.size() == 0, (sffn.num_blocks, blocks.size())
-        assert sffn.block_size % cells.size() == 0, (sffn.block_size, cells.size())
+        position = (expert_grid.ep_rank, expert_grid.etp_rank)
+        megatron_position = (ep_group.rank(), etp_group.rank())
+        assert position == megatron_position, (position, megatron_position)
+        assert sffn.num_blocks % ep_group.size() == 0, (sffn.num_blocks, ep_group.size())
+        assert sffn.block_size % etp_group.size() == 0, (sffn.block_size, etp_group.size())
         return expert_grid
 
     @property
@@ -69,12 +70,12 @@ class ExpertGrid:
 
     @property
     def ep_rank(self) -> int:
-        """Where this rank is along the blocks."""
+        """This rank's position on the EP axis."""
         return int(self.group.rank()) // self.etp_size
 
     @property
     def etp_rank(self) -> int:
-        """Where this rank is along the cells."""
+        """This rank's position on the ETP axis."""
         return int(self.group.rank()) % self.etp_size
 
     @property
@@ -84,28 +85,28 @@ class ExpertGrid:
 
     @property
     def num_local_cells(self) -> int:
-        """Cells of each of them that this rank holds."""
+        """Cells that this rank holds of each of its blocks."""
         return self.block_size // self.etp_size
 
     @property
     def first_block(self) -> int:
-        """The first of them."""
+        """The first block of which this rank holds cells."""
         return self.ep_rank * self.num_local_blocks
 
     def levels(self) -> tuple[ExpertGrid, ExpertGrid]:
-        """The two exchanges of a grid on several nodes: across nodes, then within the own one.
+        """The two exchanges of a grid on several nodes: across nodes, then within a node.
 
-        Across, a node is one rank that holds all blocks of its ranks. Within, the blocks of the
-        node, counted from its first, lie on its ranks.
+        In the grid across nodes, a node is one rank that holds all blocks of the node's ranks. In
+        the grid within a node, block ids count from the node's first block.
         """
         assert self.node_groups is not None, "the grid is on one node"
-        across, within = self.node_groups
-        nodes = across.size()
+        across_group, within_group = self.node_groups
+        nodes = across_group.size()
         return (
-            replace(self, group=across, ep_size=nodes, etp_size=1, node_groups=None),
+            replace(self, group=across_group, ep_size=nodes, etp_size=1, node_groups=None),
             replace(
                 self,
-                group=within,
+                group=within_group,
                 ep_size=self.ep_size // nodes,
                 num_blocks=self.num_blocks // nodes,
                 node_groups=None,
@@ -113,42 +114,42 @@ class ExpertGrid:
         )
 
     def local_cells(self, cells: Tensor) -> Tensor:
-        """Of numbers of all cells `[B, G, ...]` those of this rank, `[B / ep, G / etp, ...]`."""
+        """This rank's slice `[B / ep, G / etp, ...]` of numbers of all cells `[B, G, ...]`."""
         cells = cells.narrow(0, self.first_block, self.num_local_blocks)
         return cells.narrow(1, self.etp_rank * self.num_local_cells, self.num_local_cells)
 
-    def parts(self, local: Tensor) -> Tensor:
-        """`[B / ep_size, ...]` of this rank as `[B, etp_size, ...]` of all, everywhere.
+    def gather_blocks(self, local: Tensor) -> Tensor:
+        """Gather `[B / ep, ...]` of every rank into `[B, etp, ...]` on every rank.
 
-        Differentiable: a rank gets back what all ranks' uses of its part give.
+        Differentiable: the backward pass sums the gradients of all ranks.
         """
-        everywhere = gather_rows(local, self.group)
+        gathered = gather_rows(local, self.group)
         grid = (self.ep_size, self.etp_size, self.num_local_blocks)
-        return everywhere.view(*grid, *local.shape[1:]).transpose(1, 2).flatten(0, 1)
+        return gathered.view(*grid, *local.shape[1:]).transpose(1, 2).flatten(0, 1)
 
     def sum_over_cells(self, local: Tensor) -> Tensor:
-        """`[B / ep_size, ...]` sums over this rank's cells as `[B, ...]` over all, everywhere.
+        """From sums over this rank's cells `[B / ep, ...]` to sums over all cells `[B, ...]`.
 
-        The parts are added in one order, so that every rank has the same bits.
+        Every rank adds the ETP slices in the same order, so that all ranks have the same bits.
         """
-        return self.parts(local).sum(dim=1)
+        return self.gather_blocks(local).sum(dim=1)
 
 
 @cache
 class OneRankGroup:
-    """What the layer and Megatron ask of a process group, of a process that is in none."""
+    """A process group of one rank, for a process without torch.distributed."""
 
     def size(self) -> int:
-        """Ranks."""
+        """Number of ranks."""
         return 1
 
     def rank(self) -> int:
-        """This one."""
+        """This process's rank."""
         return 0
 
 
 def gather_rows(rows: Tensor, group: Any) -> Tensor:
-    """The rows of all ranks of a group, in their order; its backward sums over the ranks."""
+    """All-gather rows in the order of ranks; the backward pass sums gradients over the ranks."""
     if group.size() == 1:
         return rows  # also where torch.distributed is not initialised
     gathered: Tensor = gather_from_sequence_parallel_region(rows, group=group)
@@ -156,7 +157,7 @@ def gather_rows(rows: Tensor, group: Any) -> Tensor:
 
 
 def one_rank_groups() -> ProcessGroupCollection:
-    """Megatron's process groups of a layer, for a process without torch.distributed."""
+    """The process groups that a layer asks for, in a process without torch.distributed."""
     names = ("tp", "cp", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_cp", "tp_dp_cp")
     return ProcessGroupCollection(**{name: OneRankGroup() for name in names})
 
@@ -164,14 +165,15 @@ def one_rank_groups() -> ProcessGroupCollection:
 def _node_groups(group: Any, node_size: int) -> tuple[Any, Any] | None:
     """The groups of `ExpertGrid.node_groups`, made once for all layers; None on one node.
 
-    All ranks of the grid call this together. Neighbours in Megatron's order lie on one node.
+    All ranks of the grid call this together. Consecutive ranks of Megatron lie on one node.
     """
     if num_nodes(group.size(), node_size) == 1:
         return None
     ranks = torch.distributed.get_process_group_ranks(group)
-    node, place = divmod(group.rank(), node_size)
-    members = ranks[node * node_size : (node + 1) * node_size], ranks[place::node_size]
-    within, across = (
-        torch.distributed.new_group(each, use_local_synchronization=True) for each in members
+    node, position = divmod(group.rank(), node_size)
+    within, across = ranks[node * node_size : (node + 1) * node_size], ranks[position::node_size]
+    within_group, across_group = (
+        torch.distributed.new_group(members, use_local_synchronization=True)
+        for members in (within, across)
     )
-    return across, within
+    return across_group, within_group

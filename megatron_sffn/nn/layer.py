@@ -30,12 +30,12 @@ from megatron_sffn.nn.block_weights import Memory
 from megatron_sffn.nn.comm_volume import regathers
 from megatron_sffn.nn.config import (
     Backend,
-    Exchange,
     SparseFFNConfig,
     SparseFFNTransformerConfig,
 )
 from megatron_sffn.nn.dispatch import Arrived, dispatch
 from megatron_sffn.nn.expert_grid import one_rank_groups
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.routing_counters import RoutingCounter, TrafficCounter
 from megatron_sffn.ops import Activation
@@ -78,7 +78,7 @@ class _SparseLayer(MoELayer):
             config,
             MoESubmodules(
                 experts=self._experts(),
-                router=sffn.router.build(),
+                router=sffn.router.router_class(),
                 shared_experts=partial(SharedExpertMLP, submodules=_linears()),
             ),
             layer_number=layer_number,
@@ -169,15 +169,14 @@ class SparseFFN(_SparseLayer):
     def _regathers(self) -> bool:
         """Whether the backward sends the rows again rather than keep them."""
         config, grid = self.config, self.experts.expert_grid
-        exchange = Exchange(
-            expert_parallel_size=grid.ep_size,
-            expert_tensor_parallel_size=grid.etp_size,
+        layout = ParallelLayout(
+            ep=grid.ep_size,
+            etp=grid.etp_size,
+            dispatcher=config.moe_token_dispatcher_type,
             router_groups=config.moe_router_num_groups or 1,
             router_group_topk=config.moe_router_group_topk or 1,
         )
-        return regathers(
-            config.sffn, config.hidden_size, exchange, config.moe_token_dispatcher_type
-        )
+        return regathers(config.sffn, config.hidden_size, layout)
 
     def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
         keys, values = self.experts()

@@ -33,7 +33,7 @@ from megatron_sffn.checks.megatron_rules import as_sentence
 from megatron_sffn.checks.resume import check_checkpoint
 from megatron_sffn.data.loading.gpt_dataset import datasets_provider, next_batch
 from megatron_sffn.data.tokenize.tokenizer import localize_tokenizer
-from megatron_sffn.flags.megatron_flags import exchange_of
+from megatron_sffn.flags.megatron_flags import layout_of
 from megatron_sffn.flags.sffn_flags import sffn_config, transformer_config
 from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.init import reinit_dense_weights
@@ -74,7 +74,7 @@ def train(args: Namespace) -> None:
     Saves(args, recorder.before_save).install()
     recorder.evaluations.install()
     if args.rank == 0:
-        print(table(shape, exchange_of(args), args.moe_token_dispatcher_type), flush=True)
+        print(table(shape, layout_of(args)), flush=True)
         remark = None if sffn is None else sffn.router.remark(sffn)
         if remark is not None:
             print(f"note: {remark}", flush=True)

@@ -1,4 +1,4 @@
-"""Models to count: shapes, and Megatron's GPT built to each."""
+"""Shapes of models to count, and Megatron's GPT built to a shape."""
 
 from __future__ import annotations
 
@@ -49,32 +49,17 @@ DENSE: dict[str, dict[str, Any]] = {
 """Models without sparse layers, as changes of `SMALL`."""
 
 SPARSE = [name for name in ROUTERS if name != "dense"]
-
-PKM = {"active_cells": 48, "block_size": 1, "expansion": 48}
-NUMBERS: dict[str, dict[str, Any]] = {
-    "top-k-act": {"active_cells": 40, "block_size": 1, "expansion": 3},
-    "pkm": PKM,
-    "pkm-relu": PKM,
-    "pkm-ffn": PKM,
-}
-"""Router -> numbers of a layer for which it is defined, where the usual ones are not."""
-OPTIONS: dict[str, dict[str, Any]] = {
-    "lorkm": {"rank": 7},
-    "pkm": {"key_size": 10},
-    "pkm-relu": {"heads": 2, "key_size": 10},
-    "pkm-ffn": {"key_size": 14},
-}
-"""Router -> fields of its config that are small, and odd as well."""
-SINGLE_KEY = ["pkm-ffn"]
-"""Routers without a second key, for a gated activation."""
+SINGLE_KEY = [name for name in SPARSE if not ROUTERS[name].test_numbers.gated_activation]
+"""Routers whose cells have no gate key, so that they cannot have a gated activation."""
 
 
 def sparse(router: str = "avg-k", options: dict[str, Any] | None = None, **numbers: Any) -> Any:
-    """A sparse layer of small numbers that the router is defined for, and what is given."""
-    usual = {"active_cells": 48, "block_size": 6, "expansion": 3, "backend": Backend.CPU}
+    """A small sparse layer with numbers for which the router is defined, and with given numbers."""
+    test_numbers = ROUTERS[router].test_numbers
+    usual = test_numbers.layer(active_cells=48, block_size=6, expansion=3)
     return SparseFFNConfig(
-        router=ROUTERS[router](**OPTIONS.get(router, {}) | (options or {})),
-        **usual | NUMBERS.get(router, {}) | numbers,
+        router=ROUTERS[router](**{**test_numbers.options, **(options or {})}),
+        **{"backend": Backend.CPU, **usual, **numbers},
     )
 
 

@@ -1,4 +1,4 @@
-"""What torch really keeps for the backward."""
+"""Bytes that torch keeps for the backward pass, measured."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 def kept_bytes(function: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
     """Bytes of the storages that a call's autograd graph saves, each once.
 
-    Among them is what `block_ffn` derives from its pairs and keeps beside the saved tensors.
+    They include what `block_ffn` derives from its pairs and keeps beside the saved tensors.
 
     Args:
         function: makes the graph.
-        parameters: whose storages do not count.
+        parameters: weights, whose storages do not count.
     """
     weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    # Tensors, too: a storage that is freed could be given to another tensor.
-    found: dict[int, Tensor] = {}
+    # The tensors are held, so that no storage is freed and given to another tensor.
+    saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -32,14 +32,16 @@ def kept_bytes(function: Callable[[], Any], parameters: Iterable[Tensor]) -> int
     for tensor in _derived(output.grad_fn):
         pack(tensor)
     size = sum(
-        tensor.untyped_storage().nbytes() for at, tensor in found.items() if at not in weights
+        tensor.untyped_storage().nbytes()
+        for pointer, tensor in saved.items()
+        if pointer not in weights
     )
     del output
     return size
 
 
 def _derived(root: Any) -> Iterator[Tensor]:
-    """Tensors in `Sorted.derived` of all nodes of a graph."""
+    """The tensors in `Sorted.derived` of all nodes of a graph."""
     waiting, seen = [root], {root}
     while waiting:
         node = waiting.pop()
@@ -51,7 +53,7 @@ def _derived(root: Any) -> Iterator[Tensor]:
 
 
 def _tensors(record: Any) -> Iterator[Tensor]:
-    """Those in records of tensors, records and lists of records."""
+    """The tensors in a record, in its records, and in its lists."""
     if isinstance(record, Tensor):
         yield record
     elif dataclasses.is_dataclass(record):

@@ -1,4 +1,4 @@
-"""Activations against what torch really keeps."""
+"""Bytes of activations in closed form against those that torch keeps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from megatron.core.activations import squared_relu
 
 from megatron_sffn.accounting import ModelShape
 from megatron_sffn.accounting.activations import Activations
-from megatron_sffn.accounting.ranks import RankLayout, TrainingSetup
-from megatron_sffn.accounting.selection import Call
-from megatron_sffn.accounting.sparse import backend_of, kept_by_blocks, rows_and_pairs
+from megatron_sffn.accounting.sparse import backend_of, rows_and_pairs, saved_by_sparse_layer
+from megatron_sffn.accounting.training_setup import TrainingSetup
 from megatron_sffn.nn.config import Backend, SparseFFNConfig
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.saved_bytes import LayerCall
 from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, sparse
 from tests.accounting.saved import kept_bytes
 from tests.support.cuda_operators import CUDA_OPERATORS
@@ -46,25 +47,20 @@ def measured(shape: ModelShape, activation: str, half: bool, **megatron: Any) ->
     megatron = {"activation_func": ACTIVATIONS[activation][0]} | megatron
     model = build(shape, dtype, **megatron)
     arguments, named = batch(shape, SAMPLES)
-    masks = shape.seq_length**2  # the attention's mask, which the batch brings
+    masks = shape.seq_length**2  # the attention mask is an input
     size = kept_bytes(lambda: model(*arguments, **named, labels=arguments[0]), model.parameters())
     return size - masks
 
 
 def counted(
-    shape: ModelShape, activation: str, half: bool, layout: RankLayout, **setup: Any
+    shape: ModelShape, activation: str, half: bool, layout: ParallelLayout, **setup: Any
 ) -> float:
-    """The same in closed form."""
+    """The bytes of `measured` in closed form."""
     setup = {"softmax_in_fp32": True, "rope_width": shape.kv_channels} | setup
     kept = Activations(
         shape,
-        layout,
-        TrainingSetup(
-            micro_batch_size=SAMPLES,
-            number_bytes=2 if half else 4,
-            activation=activation,
-            **setup,
-        ),
+        dataclasses.replace(layout, dtype=torch.bfloat16 if half else torch.float32),
+        TrainingSetup(micro_batch_size=SAMPLES, activation=activation, **setup),
     )
     dense = (shape.num_layers - shape.sparse_layers) * kept.layer(False)
     blocks = shape.sparse_layers * kept.layer(True) if shape.sparse_layers else 0
@@ -74,7 +70,9 @@ def counted(
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("name", [*DENSE, "learned-positions"])
-def test_dense_models_exactly(name: str, dropout: float, half: bool, one_rank: None) -> None:
+def test_dense_models_keep_the_bytes_of_the_closed_form(
+    name: str, dropout: float, half: bool, one_rank: None
+) -> None:
     changes = DENSE.get(name, {"learned_positions": 20})
     shape = dataclasses.replace(SMALL, **changes)
     activation = "swiglu" if shape.gated else "gelu"
@@ -84,7 +82,7 @@ def test_dense_models_exactly(name: str, dropout: float, half: bool, one_rank: N
         shape,
         activation,
         half,
-        RankLayout(),
+        ParallelLayout(),
         hidden_dropout=dropout > 0,
         attention_dropout=dropout > 0,
         rope_width=rotated,
@@ -101,11 +99,13 @@ def test_dense_models_exactly(name: str, dropout: float, half: bool, one_rank: N
         if not (gated and router in SINGLE_KEY)
     ],
 )
-def test_routers(router: str, half: bool, activation: str, one_rank: None) -> None:
+def test_routers_keep_the_bytes_of_the_closed_form(
+    router: str, half: bool, activation: str, one_rank: None
+) -> None:
     gated = ACTIVATIONS[activation][1]
     shape = dataclasses.replace(SMALL, gated=gated, sparse_layers=4, sffn=sparse(router))
     size = measured(shape, activation, half)
-    assert size == counted(shape, activation, half, RankLayout())
+    assert size == counted(shape, activation, half, ParallelLayout())
 
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -131,12 +131,14 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(("router", "options"), OPTIONS)
-def test_options(router: str, options: dict[str, Any], half: bool, one_rank: None) -> None:
+def test_ablations_of_routers_keep_the_bytes_of_the_closed_form(
+    router: str, options: dict[str, Any], half: bool, one_rank: None
+) -> None:
     shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=sparse(router, options))
     size = measured(shape, "gelu", half)
     # A moving average keeps a bool per block until each of them has started.
     left_out = 4 * 24 if options.get("descriptor") == "ema" else 0
-    assert size - left_out == counted(shape, "gelu", half, RankLayout())
+    assert size - left_out == counted(shape, "gelu", half, ParallelLayout())
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 48])
@@ -151,7 +153,7 @@ def test_options(router: str, options: dict[str, Any], half: bool, one_rank: Non
         ),
     ],
 )
-def test_block_sizes_shared_blocks_and_losses(
+def test_block_sizes_shared_blocks_and_losses_keep_the_bytes_of_the_closed_form(
     router: str, losses: tuple[str, ...], block_size: int, one_rank: None
 ) -> None:
     layer = sparse(router, block_size=block_size, shared_blocks=5 if block_size < 48 else 0)
@@ -162,7 +164,7 @@ def test_block_sizes_shared_blocks_and_losses(
     if "z_loss" in losses:
         balance["moe_z_loss_coeff"] = 0.01
     size = measured(shape, "gelu", False, **balance)
-    assert size == counted(shape, "gelu", False, RankLayout(), losses=frozenset(losses))
+    assert size == counted(shape, "gelu", False, ParallelLayout(), losses=frozenset(losses))
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -174,18 +176,18 @@ def test_block_sizes_shared_blocks_and_losses(
         ("grouped", "switch"),
     ],
 )
-def test_what_backends_derive_from_pairs(
+def test_backends_keep_the_indices_that_they_derive_from_pairs(
     backend: str, router: str, half: bool, one_rank: None
 ) -> None:
     sizes = {} if router == "pkm" else {"block_size": 8}
     layer = sparse(router, backend=Backend(backend), **sizes)
     shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=layer)
     size = measured(shape, "gelu", half)
-    assert size == counted(shape, "gelu", half, RankLayout())
+    assert size == counted(shape, "gelu", half, ParallelLayout())
     # The C++ kernels derive nothing.
     without = dataclasses.replace(shape, sffn=dataclasses.replace(layer, backend=Backend.CPU))
     pairs = SAMPLES * shape.seq_length * layer.num_active_blocks
-    assert size - counted(without, "gelu", half, RankLayout()) >= 4 * 4 * pairs
+    assert size - counted(without, "gelu", half, ParallelLayout()) >= 4 * 4 * pairs
 
 
 GPU_SCORES: list[tuple[str, dict[str, Any]]] = [
@@ -208,18 +210,16 @@ def test_scores_of_a_gpu_keep_half_precision_operands(
     with played_gpu():
         on_gpu = measured(shape, "gelu", True)
     host, gpu = (
-        kept_by_blocks(
-            Call(
+        saved_by_sparse_layer(
+            LayerCall(
                 sffn=layer,
                 hidden_size=shape.hidden_size,
                 tokens=SAMPLES * shape.seq_length,
-                ranks=1,
-                number_bytes=2,
+                layout=ParallelLayout(dtype=torch.bfloat16),
                 activation="gelu",
                 losses=frozenset(),
                 cuda=cuda,
-            ),
-            RankLayout(),
+            )
         )
         for cuda in (False, True)
     )
@@ -228,22 +228,22 @@ def test_scores_of_a_gpu_keep_half_precision_operands(
     assert (host > gpu) == (router != "switch")
 
 
-def test_rows_that_arrive_under_group_limited_routing() -> None:
-    call = Call(
+def test_fewer_rows_arrive_under_group_limited_routing() -> None:
+    call = LayerCall(
         sffn=sparse(active_cells=96, block_size=1, expansion=2, regather="off"),
         hidden_size=24,
         tokens=100,
-        ranks=16,
-        number_bytes=4,
+        layout=ParallelLayout(ep=16),
         activation="gelu",
         losses=frozenset(),
     )
-    limited = dataclasses.replace(call, router_groups=16, router_group_topk=12)
-    cut = RankLayout(num_ranks=16, expert=16)
-    free_rows, pairs = rows_and_pairs(call, cut)
-    rows, same_pairs = rows_and_pairs(limited, cut)
+    limited = dataclasses.replace(
+        call, layout=dataclasses.replace(call.layout, router_groups=16, router_group_topk=12)
+    )
+    free_rows, pairs = rows_and_pairs(call)
+    rows, same_pairs = rows_and_pairs(limited)
     assert rows == pytest.approx(1200, rel=1e-3) and free_rows > 1590 and pairs == same_pairs
-    kept, kept_free = (kept_by_blocks(each, cut) for each in (limited, call))
+    kept, kept_free = (saved_by_sparse_layer(one_call) for one_call in (limited, call))
     # A row of 24 numbers, and the token behind it.
     assert kept_free - kept == pytest.approx((free_rows - rows) * (24 * 4 + 4))
 
@@ -258,26 +258,25 @@ def test_auto_on_a_gpu_is_what_the_estimate_says() -> None:
         layer = SparseFFNConfig(
             router=ROUTERS["avg-k"](), active_cells=4096, block_size=block_size, expansion=expansion
         )
-        call = Call(
+        call = LayerCall(
             sffn=layer,
             hidden_size=1024,
             tokens=4096,
-            ranks=1,
-            number_bytes=2 if half else 4,
+            layout=ParallelLayout(dtype=torch.bfloat16 if half else torch.float32),
             activation="gelu",
             losses=frozenset(),
             cuda=True,
         )
-        assert backend_of(call, RankLayout()) == expected
-        assert backend_of(dataclasses.replace(call, cuda=False), RankLayout()) == "auto"
+        assert backend_of(call) == expected
+        assert backend_of(dataclasses.replace(call, cuda=False)) == "auto"
 
 
 LAYOUTS = {
-    "EP2": RankLayout(num_ranks=2, expert=2),
-    "EP2 allgather": RankLayout(num_ranks=2, expert=2, dispatcher="allgather"),
-    "ETP2": RankLayout(num_ranks=2, expert_tensor=2),
-    "TP2 folded EP2": RankLayout(num_ranks=2, tensor=2, expert=2, sequence_parallel=True),
-    "EP2 ETP2": RankLayout(num_ranks=4, expert=2, expert_tensor=2),
+    "EP2": ParallelLayout(world_size=2, ep=2),
+    "EP2 allgather": ParallelLayout(world_size=2, ep=2, dispatcher="allgather"),
+    "ETP2": ParallelLayout(world_size=2, etp=2),
+    "TP2 folded EP2": ParallelLayout(world_size=2, tp=2, ep=2, sequence_parallel=True),
+    "EP2 ETP2": ParallelLayout(world_size=4, ep=2, etp=2),
 }
 EXCHANGED = [
     sparse("avg-k", shared_blocks=2),
@@ -296,8 +295,8 @@ EXCHANGED = [
 ]
 
 
-def on_ranks(shapes: list[ModelShape], layout: RankLayout, half: bool) -> list[int]:
-    """What each of the models keeps on this rank."""
+def on_ranks(shapes: list[ModelShape], layout: ParallelLayout, half: bool) -> list[int]:
+    """Bytes that each of the models keeps on this rank."""
     warnings.simplefilter("ignore")
     torch.manual_seed(torch.distributed.get_rank())
     return [
@@ -305,10 +304,8 @@ def on_ranks(shapes: list[ModelShape], layout: RankLayout, half: bool) -> list[i
             shape,
             "gelu",
             half,
-            tensor_model_parallel_size=layout.tensor,
+            **layout.megatron_sizes(),
             sequence_parallel=layout.sequence_parallel,
-            expert_model_parallel_size=layout.expert,
-            expert_tensor_parallel_size=layout.expert_tensor,
             moe_token_dispatcher_type=layout.dispatcher,
         )
         for shape in shapes
@@ -317,57 +314,67 @@ def on_ranks(shapes: list[ModelShape], layout: RankLayout, half: bool) -> list[i
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts(name: str, half: bool) -> None:
+def test_every_layout_keeps_the_bytes_of_the_closed_form(name: str, half: bool) -> None:
     layout = LAYOUTS[name]
     layers = [
         layer
         for layer in EXCHANGED
-        if layer.block_size % layout.expert_tensor == 0
+        if layer.block_size % layout.etp == 0
         and (layer.exchange_chunks == 1 or layout.dispatcher == "alltoall")
     ]
     # Megatron has no biases under ETP.
     small = dataclasses.replace(SMALL, bias=False)
     shapes = [dataclasses.replace(small, sparse_layers=4, sffn=layer) for layer in layers]
     ranks = run_ranks(
-        layout.num_ranks,
+        layout.world_size,
         on_ranks,
         shapes,
         layout,
         half,
-        tensor_model_parallel_size=layout.tensor,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
+        **layout.megatron_sizes(),
     )
     for index, shape in enumerate(shapes):
-        size = sum(rank[index] for rank in ranks) / layout.num_ranks
-        # The mean of ranks is that of uniform routing but for tokens that miss a rank.
+        size = sum(rank[index] for rank in ranks) / layout.world_size
+        # Routing is not quite uniform: some tokens miss a rank.
         assert counted(shape, "gelu", half, layout) == pytest.approx(size, rel=2e-3), shape.sffn
 
 
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
 RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
-    ({**FULL, "recompute_method": "uniform"}, lambda kept: 4 * kept.stream()),
+    ({**FULL, "recompute_method": "uniform"}, lambda kept: 4 * kept.hidden_states()),
     (
         {**FULL, "recompute_method": "block"},
-        lambda kept: kept.stream() + 2 * kept.layer(True) + kept.layer(False),
+        lambda kept: kept.hidden_states() + 2 * kept.layer(True) + kept.layer(False),
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
         lambda kept: (
             2 * kept.layer(False)
-            + 2 * (kept.attention() + kept.scores() + kept.before_mlp() + kept.stream())
+            + 2
+            * (
+                kept.attention()
+                + kept.attention_scores()
+                + kept.mlp_norm_and_dropout()
+                + kept.hidden_states()
+            )
         ),
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         lambda kept: (
             2 * kept.layer(True)
-            + 2 * (kept.attention() + kept.scores() + kept.before_mlp() + kept.stream())
+            + 2
+            * (
+                kept.attention()
+                + kept.attention_scores()
+                + kept.mlp_norm_and_dropout()
+                + kept.hidden_states()
+            )
         ),
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        lambda kept: 2 * kept.layer(False) + 2 * kept.layer(True) - 4 * kept.scores(),
+        lambda kept: 2 * kept.layer(False) + 2 * kept.layer(True) - 4 * kept.attention_scores(),
     ),
 ]
 
@@ -375,13 +382,15 @@ RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
 # Megatron's, of fused attention, which is not here.
 @pytest.mark.filterwarnings("ignore:If you are using transformer_engine:UserWarning:megatron")
 @pytest.mark.parametrize(("flags", "layers"), RECOMPUTED)
-def test_recomputation(flags: dict[str, Any], layers: Any, one_rank: None) -> None:
+def test_recomputation_keeps_the_bytes_of_the_closed_form(
+    flags: dict[str, Any], layers: Any, one_rank: None
+) -> None:
     # Layers 1 and 3, from 0, are sparse.
     shape = dataclasses.replace(SMALL, sparse_layers=2, sffn=sparse("switch"))
     size = measured(shape, "gelu", False, **flags)
     kept = Activations(
         shape,
-        RankLayout(),
+        ParallelLayout(),
         TrainingSetup(micro_batch_size=SAMPLES, rope_width=shape.kv_channels),
     )
     assert layers(kept) + kept.embedding() + kept.head() == pytest.approx(size, rel=0.02)

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs against the papers' table and against modules that are really built."""
+"""Parameters and FLOPs against the papers' tables and against built modules."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_sffn import accounting
 from megatron_sffn.accounting import ModelShape
 from megatron_sffn.nn.config import Backend
+from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.vanilla_m import KeyTableConfig
 from megatron_sffn.ops.block_ffn import cpu
 from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, paper, sparse
@@ -44,7 +45,9 @@ PAPER_TABLE = [
 
 @pytest.mark.parametrize(("block_size", "gate", "total", "percent"), PAPER_TABLE)
 @pytest.mark.parametrize("router", ["avg-k", "switch"])
-def test_papers_table(router: str, block_size: int, gate: int, total: str, percent: str) -> None:
+def test_the_papers_table_of_block_sizes(
+    router: str, block_size: int, gate: int, total: str, percent: str
+) -> None:
     shape = paper(router, block_size)
     over = 100 * (training(shape) / training(accounting.dense_equivalent(shape)) - 1)
     assert accounting.flops_per_token(shape).router == 4 * gate
@@ -54,11 +57,11 @@ def test_papers_table(router: str, block_size: int, gate: int, total: str, perce
 
 @pytest.mark.parametrize(("expansion", "total"), [(16, "0.3326"), (4, "0.2360")])
 @pytest.mark.parametrize("block_size", [1, 256])
-def test_papers_vanilla_m(block_size: int, expansion: int, total: str) -> None:
+def test_the_papers_flops_of_vanilla_m(block_size: int, expansion: int, total: str) -> None:
     assert f"{training(paper('vanilla-m', block_size, expansion)):.4f}" == total
 
 
-def test_papers_formulas_of_low_rank_and_product_keys() -> None:
+def test_the_papers_formulas_of_low_rank_and_product_keys() -> None:
     low_rank, width, cells = paper("lorkm", 1), 1024, 65_536
     formula = 2 * width * 128 + 2 * 128 * cells + 2 * width * 4096
     assert per_layer(low_rank) == formula
@@ -75,7 +78,7 @@ def per_layer(shape: ModelShape) -> int:
     return (flops.feed_forward - others + flops.router) // 4
 
 
-def test_dense_is_narayanans_formula() -> None:
+def test_the_dense_model_has_the_flops_of_narayanans_formula() -> None:
     dense, h, s, v = accounting.dense_equivalent(paper()), 1024, 2048, 50257
     formula = 96 * 24 * h**2 * (1 + s / (6 * h) + v / (16 * 24 * h))
     assert accounting.training_flops_per_token(dense, recompute=True) == pytest.approx(formula)
@@ -83,7 +86,7 @@ def test_dense_is_narayanans_formula() -> None:
     assert f"{training(dense):.4f}" == "0.2118"
 
 
-def test_hash_costs_nothing() -> None:
+def test_a_hash_router_has_no_flops() -> None:
     shape = paper("rand-hash", 64)
     dense = accounting.dense_equivalent(shape)
     assert accounting.flops_per_token(shape) == accounting.flops_per_token(dense)
@@ -160,9 +163,7 @@ for router in SPARSE:
     for shared in (0, 2):
         for gated in (False,) if router in SINGLE_KEY else (False, True):
             name = f"{router}{'-swiglu' if gated else ''}{'-shared' if shared else ''}"
-            # Heads of PKM divide the active cells.
-            blocks = 8 * shared if router.startswith("pkm") else shared
-            layer = sparse(router, shared_blocks=blocks)
+            layer = sparse(router, shared_blocks=shared)
             BUILT[name] = {"sparse_layers": 2, "sffn": layer, "gated": gated}
 
 # Weights that the descriptor's einsum multiplies, once for all tokens.
@@ -170,7 +171,7 @@ DESCRIBED = ["avg-k-learned-descriptor"]
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_parameters_of_the_built_model(name: str, one_rank: None) -> None:
+def test_parameters_are_those_of_the_built_model(name: str, one_rank: None) -> None:
     shape = dataclasses.replace(SMALL, **BUILT[name])
     count = accounting.count_parameters(shape)
     assert count.total == sum(parameter.numel() for parameter in build(shape).parameters())
@@ -188,18 +189,18 @@ def test_active_parameters_leave_out_the_other_blocks(name: str) -> None:
     assert count.total - count.active == shape.sparse_layers * others * (keys + shape.hidden_size)
 
 
-def again(shape: ModelShape) -> int:
-    """Per token, forward: what our layer computes and the papers do not count."""
+def recomputed_keys(shape: ModelShape) -> int:
+    """FLOPs per token of the forward pass that our layer computes and the papers do not count."""
     sffn = shape.sffn
     if sffn is None or not isinstance(sffn.router, KeyTableConfig):
         return 0
-    # The chosen blocks' keys, which were scored already.
+    # The products with the chosen blocks' keys, which the router has computed already.
     keys = (2 if shape.gated else 1) * sffn.router.key_width(shape.hidden_size)
     return 2 * keys * sffn.chosen_cells * shape.sparse_layers
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT if name not in DESCRIBED])
-def test_flops_of_the_built_model(name: str, one_rank: None) -> None:
+def test_flops_are_those_of_the_built_model(name: str, one_rank: None) -> None:
     shape = dataclasses.replace(SMALL, **BUILT[name])
     # Without gradients: the counter's hooks trip over tensors that are sliced under no_grad.
     model = build(shape).eval().requires_grad_(False)
@@ -217,7 +218,7 @@ def test_flops_of_the_built_model(name: str, one_rank: None) -> None:
         return sum(flops for module, flops in counts.items() if module.endswith(suffix))
 
     expected = accounting.flops_per_token(shape)
-    twice = again(shape)
+    twice = recomputed_keys(shape)
     assert of(".self_attention") == expected.attention
     assert of(".router") == expected.router + twice
     assert of(".mlp") + of(".eh_proj") - of(".router") == expected.feed_forward
@@ -231,7 +232,7 @@ def in_place(total: Any, left: Any, right: Any, out_shape: Any = None, **scales:
 
 
 class _NoModules:
-    """In place of the counter's tracker of modules, whose hooks trip as said above."""
+    """Replaces the counter's tracker of modules, whose hooks fail on slices under no_grad."""
 
     parents = frozenset({"Global"})
 
@@ -242,20 +243,22 @@ class _NoModules:
 
 @contextmanager
 def counted() -> Iterator[FlopCounterMode]:
-    """Counts forward and backward, in-place products too."""
+    """A counter of forward and backward pass, in-place products too."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
     counter.mod_tracker = _NoModules()
     with counter:
         yield counter
 
 
-WITHOUT_GRADIENT = ["avg-k", "vanilla-m", "lorkm", "top-k-act", "rand-hash"]
-"""Routers whose selection has no backward by default; the papers count it as if it had one."""
+WITHOUT_GRADIENT = [name for name in SPARSE if not ROUTERS[name]().gated_output]
+"""Routers whose selection has no backward pass by default; the papers count one."""
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("router", SPARSE)
-def test_training_flops_of_the_built_model(router: str, recompute: bool, one_rank: None) -> None:
+def test_training_flops_are_those_of_the_built_model(
+    router: str, recompute: bool, one_rank: None
+) -> None:
     shape = dataclasses.replace(SMALL, sparse_layers=2, sffn=sparse(router))
     full = {
         "recompute_granularity": "full",
@@ -267,7 +270,7 @@ def test_training_flops_of_the_built_model(router: str, recompute: bool, one_ran
     with counted() as counter:
         model(*arguments, **named, labels=arguments[0]).sum().backward()
     measured = counter.get_total_flops() / arguments[0].numel()
-    forward, twice, noise = accounting.flops_per_token(shape), again(shape), 0
+    forward, twice, noise = accounting.flops_per_token(shape), recomputed_keys(shape), 0
     if router == "noisy-top-k":
         noise = 2 * 2 * shape.hidden_size * shape.sffn.num_blocks
     convention = accounting.training_flops_per_token(shape, recompute=recompute)
@@ -276,7 +279,7 @@ def test_training_flops_of_the_built_model(router: str, recompute: bool, one_ran
     if router in WITHOUT_GRADIENT:
         scores = forward.router + twice
         if router == "lorkm":
-            # The projection learns through the cells that it meets.
-            scores -= 2 * 2 * shape.hidden_size * 7
+            # The projection has a gradient from the cells.
+            scores -= 2 * 2 * shape.hidden_size * shape.sffn.router.rank
         exact -= 2 * scores
     assert measured == exact

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state against really built ones, and the stages of a layout."""
+"""Weights, gradients and optimizer state against those of built models; pipeline stages."""
 
 from __future__ import annotations
 
@@ -17,30 +17,32 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron_sffn.accounting import ModelShape, memory_per_rank, sparse_pattern
 from megatron_sffn.accounting.activations import Activations
 from megatron_sffn.accounting.memory import RankMemory, memory_of_stage, router_tables
-from megatron_sffn.accounting.ranks import RankLayout, TrainingSetup
+from megatron_sffn.accounting.pipeline_stages import microbatches_in_flight, pipeline_stages
+from megatron_sffn.accounting.training_setup import TrainingSetup
 from megatron_sffn.nn.layer import sparse_layers
 from megatron_sffn.nn.layer_spec import block_spec
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.rand_hash import LARGEST_TABLE
 from tests.accounting.models import SMALL, batch, build, config_of, paper, sparse
 from tests.support.ranks import run_ranks
 
 PATTERN = (True, False, True, True)
-"""A dense layer among them: stages differ."""
+"""Which layers are sparse: with a dense layer among them, stages differ."""
 
 
-def layout(**sizes: Any) -> RankLayout:
+def layout_with_sp(**sizes: Any) -> ParallelLayout:
     """A layout with sequence parallelism under TP."""
-    return RankLayout(**sizes, sequence_parallel=sizes.get("tensor", 1) > 1)
+    return ParallelLayout(**sizes, sequence_parallel=sizes.get("tp", 1) > 1)
 
 
 LAYOUTS = {
-    "one": layout(),
-    "EP2": layout(num_ranks=2, expert=2),
-    "DP4 EP2": layout(num_ranks=4, expert=2),
-    "TP2 folded EP2": layout(num_ranks=2, tensor=2, expert=2),
-    "PP2": layout(num_ranks=2, pipeline=2),
-    "PP2 VP2 EP2": layout(num_ranks=4, pipeline=2, chunks=2, expert=2),
-    "TP2 PP2 ETP2": layout(num_ranks=4, tensor=2, pipeline=2, expert_tensor=2),
+    "one": layout_with_sp(),
+    "EP2": layout_with_sp(world_size=2, ep=2),
+    "DP4 EP2": layout_with_sp(world_size=4, ep=2),
+    "TP2 folded EP2": layout_with_sp(world_size=2, tp=2, ep=2),
+    "PP2": layout_with_sp(world_size=2, pp=2),
+    "PP2 VP2 EP2": layout_with_sp(world_size=4, pp=2, virtual_stages=2, ep=2),
+    "TP2 PP2 ETP2": layout_with_sp(world_size=4, tp=2, pp=2, etp=2),
 }
 SPARSE_SMALL = dataclasses.replace(SMALL, bias=False, sparse_layers=3, sffn=sparse())
 SHAPES: dict[str, ModelShape] = {
@@ -54,20 +56,15 @@ SHAPES: dict[str, ModelShape] = {
 }
 
 
-def held(shape: ModelShape, cut: RankLayout, half: bool, distributed: bool) -> dict[str, Any]:
-    """What this rank holds after a step: numbers of weights, bytes of all."""
+def held(shape: ModelShape, layout: ParallelLayout, distributed: bool) -> dict[str, Any]:
+    """This rank's parameters, and bytes of weights, gradients and optimizer, after a step."""
     warnings.simplefilter("ignore")
-    dtype = torch.bfloat16 if half else torch.float32
     config = config_of(
         shape,
-        dtype,
+        layout.dtype,
         moe_layer_freq=[int(layer) for layer in PATTERN],
-        tensor_model_parallel_size=cut.tensor,
-        sequence_parallel=cut.sequence_parallel,
-        pipeline_model_parallel_size=cut.pipeline,
-        virtual_pipeline_model_parallel_size=cut.chunks if cut.chunks > 1 else None,
-        expert_model_parallel_size=cut.expert,
-        expert_tensor_parallel_size=cut.expert_tensor,
+        **layout.megatron_sizes(),
+        sequence_parallel=layout.sequence_parallel,
         batch_p2p_comm=False,
     )
     model = GPTModelConfig(
@@ -89,8 +86,8 @@ def held(shape: ModelShape, cut: RankLayout, half: bool, distributed: bool) -> d
         OptimizerConfig(
             optimizer="adam",
             lr=1e-3,
-            params_dtype=dtype,
-            bf16=half,
+            params_dtype=layout.dtype,
+            bf16=layout.half_precision,
             use_distributed_optimizer=distributed,
         ),
         chunks,
@@ -104,12 +101,14 @@ def held(shape: ModelShape, cut: RankLayout, half: bool, distributed: bool) -> d
         "parameters": sum(parameter.numel() for parameter in weights),
         "weights": sum(parameter.nbytes for parameter in weights),
         "gradients": sum(parameter.main_grad.nbytes for parameter in weights),
-        "optimizer": sum(state_bytes(one, half) for one in optimizer.chained_optimizers),
+        "optimizer": sum(
+            state_bytes(one, layout.half_precision) for one in optimizer.chained_optimizers
+        ),
     }
 
 
 def state_bytes(optimizer: Any, half: bool) -> int:
-    """Bytes of one optimizer's state, and of its master weights where they are copies."""
+    """Bytes of an optimizer's moments, and of its master weights if the model is half precision."""
     inner = optimizer.optimizer
     tensors = [
         value
@@ -123,65 +122,64 @@ def state_bytes(optimizer: Any, half: bool) -> int:
 
 
 def all_held(
-    shapes: list[ModelShape], cut: RankLayout, half: bool, distributed: bool
+    shapes: list[ModelShape], layout: ParallelLayout, distributed: bool
 ) -> list[dict[str, Any]]:
-    """`held` of several models in one world."""
-    return [held(shape, cut, half, distributed) for shape in shapes]
+    """Call `held` for several models in one world."""
+    return [held(shape, layout, distributed) for shape in shapes]
 
 
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_what_a_rank_holds(name: str, half: bool, distributed: bool) -> None:
-    cut = LAYOUTS[name]
-    setup = TrainingSetup(
-        number_bytes=2 if half else 4, gradient_bytes=4, distributed_optimizer=distributed
-    )
+def test_a_rank_holds_the_bytes_of_the_closed_form(
+    name: str, half: bool, distributed: bool
+) -> None:
+    dtype = torch.bfloat16 if half else torch.float32
+    layout = dataclasses.replace(LAYOUTS[name], dtype=dtype)
+    setup = TrainingSetup(gradient_bytes=4, distributed_optimizer=distributed)
     ranks = run_ranks(
-        cut.num_ranks,
+        layout.world_size,
         all_held,
         list(SHAPES.values()),
-        cut,
-        half,
+        layout,
         distributed,
-        tensor_model_parallel_size=cut.tensor,
-        pipeline_model_parallel_size=cut.pipeline,
-        virtual_pipeline_model_parallel_size=cut.chunks if cut.chunks > 1 else None,
-        expert_model_parallel_size=cut.expert,
-        expert_tensor_parallel_size=cut.expert_tensor,
+        **layout.megatron_sizes(),
     )
     for index, shape in enumerate(SHAPES.values()):
-        stages = cut.stages(PATTERN)
-        expected = [memory_of_stage(shape, stage, cut, setup) for stage in stages]
+        stages = pipeline_stages(layout, PATTERN)
+        expected = [memory_of_stage(shape, stage, layout, setup) for stage in stages]
         for stage, memory in zip(stages, expected, strict=True):
-            found = [rank[index] for rank in ranks if rank[index]["stage"] == stage.index]
-            assert len(found) == cut.num_ranks // cut.pipeline
-            for rank in found:
+            stage_ranks = [rank[index] for rank in ranks if rank[index]["stage"] == stage.index]
+            assert len(stage_ranks) == layout.world_size // layout.pp
+            for rank in stage_ranks:
                 assert rank["parameters"] == memory.parameters
                 assert rank["weights"] == memory.weights
                 assert rank["gradients"] == memory.gradients
-            # Shards of the distributed optimizer are cut from buffers, not from each weight: even
-            # on the whole only.
-            mean = sum(rank["optimizer"] for rank in found) / len(found)
+            # The distributed optimizer shards buffers, not weights: only the mean over ranks is
+            # exact.
+            mean = sum(rank["optimizer"] for rank in stage_ranks) / len(stage_ranks)
             assert mean == pytest.approx(memory.optimizer, abs=1)
             if not distributed:
-                assert {rank["optimizer"] for rank in found} == {memory.optimizer}
+                assert {rank["optimizer"] for rank in stage_ranks} == {memory.optimizer}
 
 
-def at(shape: ModelShape, cut: RankLayout, **setup: Any) -> list[RankMemory]:
+def at(shape: ModelShape, layout: ParallelLayout, **setup: Any) -> list[RankMemory]:
     """Memory of each stage."""
     training = TrainingSetup(**setup)
-    return [memory_of_stage(shape, stage, cut, training) for stage in cut.stages(PATTERN)]
+    return [
+        memory_of_stage(shape, stage, layout, training)
+        for stage in pipeline_stages(layout, PATTERN)
+    ]
 
 
-def test_stages_as_megatron_deals_them() -> None:
+def test_stages_have_the_layers_that_megatron_gives_them() -> None:
     layers = tuple(i % 3 == 0 for i in range(8))
-    cut = RankLayout(num_ranks=2, pipeline=2, chunks=2)
-    first, last = cut.stages(layers)
+    layout = ParallelLayout(world_size=2, pp=2, virtual_stages=2)
+    first, last = pipeline_stages(layout, layers)
     assert first.chunks == (layers[0:2], layers[4:6]) and (first.first, first.last) == (True, False)
     assert last.chunks == (layers[2:4], layers[6:8]) and (last.first, last.last) == (False, True)
-    uneven = RankLayout(num_ranks=3, pipeline=3, first_layers=1, last_layers=3)
-    assert [stage.layers for stage in uneven.stages(layers)] == [
+    uneven = ParallelLayout(world_size=3, pp=3, first_stage_layers=1, last_stage_layers=3)
+    assert [stage.layers for stage in pipeline_stages(uneven, layers)] == [
         layers[:1],
         layers[1:5],
         layers[5:],
@@ -189,56 +187,70 @@ def test_stages_as_megatron_deals_them() -> None:
 
 
 def test_microbatches_in_flight() -> None:
-    cut = RankLayout(num_ranks=4, pipeline=4)
-    stages = cut.stages((False,) * 8)
-    assert [cut.in_flight(stage, 16) for stage in stages] == [4, 3, 2, 1]
-    assert [cut.in_flight(stage, 2) for stage in stages] == [2, 2, 2, 1]
-    # Interleaved: 2 · 3 and 4 for the second chunk wait, one more runs; of chunks half as large.
-    cut = RankLayout(num_ranks=4, pipeline=4, chunks=2)
-    stages = cut.stages((False,) * 8)
-    assert [cut.in_flight(stage, 16) for stage in stages] == [11 / 2, 9 / 2, 7 / 2, 5 / 2]
+    layout = ParallelLayout(world_size=4, pp=4)
+    stages = pipeline_stages(layout, (False,) * 8)
+    assert [microbatches_in_flight(layout, stage, 16) for stage in stages] == [4, 3, 2, 1]
+    assert [microbatches_in_flight(layout, stage, 2) for stage in stages] == [2, 2, 2, 1]
+    # Interleaved: 2 · 3 warm-up microbatches, 4 for the second chunk, and one that runs; a chunk is
+    # half a stage.
+    layout = ParallelLayout(world_size=4, pp=4, virtual_stages=2)
+    stages = pipeline_stages(layout, (False,) * 8)
+    assert [microbatches_in_flight(layout, stage, 16) for stage in stages] == [
+        11 / 2,
+        9 / 2,
+        7 / 2,
+        5 / 2,
+    ]
 
 
 def test_recomputation_keeps_inputs_and_one_layer() -> None:
-    shape, cut = SHAPES["avg-k"], RankLayout()
-    kept = Activations(shape, cut, TrainingSetup())
-    (whole,) = at(shape, cut)
+    shape, layout = SHAPES["avg-k"], ParallelLayout()
+    kept = Activations(shape, layout, TrainingSetup())
+    (whole,) = at(shape, layout)
     layers = 3 * kept.layer(True) + kept.layer(False)
     ends = kept.embedding() + kept.head()
     assert whole.activations == ends + layers
     largest = max(kept.layer(True), kept.layer(False))
-    (full,) = at(shape, cut, recompute="full")
-    assert full.activations == kept.embedding() + 4 * kept.stream() + max(largest, kept.head())
-    (some,) = at(shape, cut, recompute="full", recompute_method="block", recompute_layers=2)
-    assert some.activations == kept.embedding() + 2 * kept.stream() + 2 * kept.layer(True) + max(
+    (full,) = at(shape, layout, recompute="full")
+    assert full.activations == kept.embedding() + 4 * kept.hidden_states() + max(
         largest, kept.head()
     )
-    (scores,) = at(shape, cut, recompute="selective", recompute_modules=("core_attn",))
-    assert scores.activations == layers - 4 * kept.scores() + ends
-    assert scores.scores == 0 and whole.scores == 4 * kept.scores()
-    (blocks,) = at(shape, cut, recompute="selective", recompute_modules=("moe",))
+    (some,) = at(shape, layout, recompute="full", recompute_method="block", recompute_layers=2)
+    assert some.activations == kept.embedding() + 2 * kept.hidden_states() + 2 * kept.layer(
+        True
+    ) + max(largest, kept.head())
+    (scores,) = at(shape, layout, recompute="selective", recompute_modules=("core_attn",))
+    assert scores.activations == layers - 4 * kept.attention_scores() + ends
+    assert scores.attention_scores == 0 and whole.attention_scores == 4 * kept.attention_scores()
+    (blocks,) = at(shape, layout, recompute="selective", recompute_modules=("moe",))
     assert whole.activations - blocks.activations == pytest.approx(
-        3 * (kept.layer(True) - kept.attention() - kept.scores() - kept.before_mlp())
-        - 3 * kept.stream()
+        3
+        * (
+            kept.layer(True)
+            - kept.attention()
+            - kept.attention_scores()
+            - kept.mlp_norm_and_dropout()
+        )
+        - 3 * kept.hidden_states()
     )
 
 
-def test_the_fullest_rank_is_found() -> None:
-    shape, cut = SHAPES["lorkm"], RankLayout(num_ranks=2, pipeline=2)
-    first, last = at(shape, cut, num_microbatches=8)
+def test_the_fullest_rank_is_that_of_the_largest_stage() -> None:
+    shape, layout = SHAPES["lorkm"], ParallelLayout(world_size=2, pp=2)
+    first, last = at(shape, layout, num_microbatches=8)
     assert first.in_flight == 2 and last.in_flight == 1
-    fullest = memory_per_rank(shape, PATTERN, cut, TrainingSetup(num_microbatches=8))
+    fullest = memory_per_rank(shape, PATTERN, layout, TrainingSetup(num_microbatches=8))
     assert fullest == max(first, last, key=lambda rank: rank.total)
 
 
-def test_thousands_of_ranks() -> None:
+def test_blocks_and_optimizer_are_sharded_over_thousands_of_ranks() -> None:
     shape = paper(block_size=64)
     pattern = sparse_pattern(shape, [int((i + 1) % 6 == 0) for i in range(24)])
-    setup = TrainingSetup(number_bytes=2, distributed_optimizer=True, rope_width=64)
-    one = memory_per_rank(shape, pattern, RankLayout(), setup)
-    cut = RankLayout(num_ranks=4096, expert=1024)
-    many = memory_per_rank(shape, pattern, cut, setup)
-    # One block of 64 cells a layer instead of 1,024 of them.
+    setup = TrainingSetup(distributed_optimizer=True, rope_width=64)
+    layout = ParallelLayout(world_size=4096, ep=1024, dtype=torch.bfloat16)
+    one = memory_per_rank(shape, pattern, ParallelLayout(dtype=torch.bfloat16), setup)
+    many = memory_per_rank(shape, pattern, layout, setup)
+    # One block of 64 cells per layer instead of 1,024 blocks.
     assert one.parameters - many.parameters == 4 * 1023 * 64 * 2 * 1024
     cells, rest = 4 * 64 * 2 * 1024, many.parameters - 4 * 64 * 2 * 1024
     assert many.optimizer == round(12 * (cells / 4 + rest / 4096))
@@ -249,7 +261,7 @@ def test_thousands_of_ranks() -> None:
 @pytest.mark.parametrize(
     ("router", "options"), [("rand-hash", {}), ("avg-k", {"descriptor": "ema"}), ("avg-k", {})]
 )
-def test_what_routers_hold_beside_weights(
+def test_routers_hold_the_tables_of_the_closed_form(
     router: str, options: dict[str, Any], one_rank: None
 ) -> None:
     shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=sparse(router, options))
@@ -259,14 +271,14 @@ def test_what_routers_hold_beside_weights(
     layers = list(sparse_layers(model))
     tables = [layer.router._table for layer in layers if router == "rand-hash"]
     buffers = [buffer for layer in layers for buffer in layer.router.buffers()]
-    # Every router has a flag for NaN.
+    # Without the scalars: every router has a flag for NaN.
     size = sum(table.nbytes for table in (*tables, *buffers) if table.numel() > 1)
-    (stage,) = RankLayout().stages((True,) * 4)
+    (stage,) = pipeline_stages(ParallelLayout(), (True,) * 4)
     assert router_tables(shape, stage) == size
     assert (size > 0) == (router == "rand-hash" or bool(options))
     without, with_tables = (
-        memory_of_stage(each, stage, RankLayout(), TrainingSetup())
-        for each in (dataclasses.replace(shape, sffn=sparse("avg-k")), shape)
+        memory_of_stage(model, stage, ParallelLayout(), TrainingSetup())
+        for model in (dataclasses.replace(shape, sffn=sparse("avg-k")), shape)
     )
     assert with_tables.state - without.state == size
 

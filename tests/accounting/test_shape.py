@@ -52,7 +52,7 @@ COMMAND = (
     ],
 )
 @pytest.mark.parametrize("layer", [None, sparse()])
-def test_shape_of_megatrons_arguments(
+def test_the_shape_is_that_of_megatrons_arguments(
     flags: str,
     changes: dict[str, Any],
     layer: SparseFFNConfig | None,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from megatron_sffn import accounting
-from megatron_sffn.nn.config import Backend, Exchange
+from megatron_sffn.nn.config import Backend
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 from tests.accounting.models import paper
 
 
-def test_table() -> None:
+def test_the_table_of_a_run() -> None:
     shape = paper(block_size=64)
     assert (
-        accounting.table(shape, Exchange(expert_parallel_size=4, bytes_per_number=2))
+        accounting.table(shape, ParallelLayout(ep=4, dtype=torch.bfloat16))
         == """\
 sparse feed-forward: avg-k, 64 of 1024 blocks of 64 cells (E = 16) in 4 of 24 layers
   parameters                            857.1 M
@@ -26,9 +28,7 @@ sparse feed-forward: avg-k, 64 of 1024 blocks of 64 cells (E = 16) in 4 of 24 la
     with Megatron's allgather           27.6 kB"""
     )
     baseline = dataclasses.replace(shape.sffn, backend=Backend.MEGATRON)
-    theirs = accounting.table(
-        dataclasses.replace(shape, sffn=baseline), Exchange(expert_parallel_size=4)
-    )
+    theirs = accounting.table(dataclasses.replace(shape, sffn=baseline), ParallelLayout(ep=4))
     assert "sent" not in theirs and "Megatron's alltoall" in theirs
     shared = accounting.table(
         dataclasses.replace(shape, sffn=dataclasses.replace(shape.sffn, shared_blocks=2))
@@ -37,8 +37,8 @@ sparse feed-forward: avg-k, 64 of 1024 blocks of 64 cells (E = 16) in 4 of 24 la
         "sparse feed-forward: avg-k, 62 of 1024 blocks of 64 cells and 2 shared (E = 16) in 4 of 24"
     )
     assert "sent" not in accounting.table(shape)
-    assert "sent" not in accounting.table(shape, Exchange())
-    dense = accounting.table(accounting.dense_equivalent(shape), Exchange(expert_parallel_size=4))
+    assert "sent" not in accounting.table(shape, ParallelLayout())
+    dense = accounting.table(accounting.dense_equivalent(shape), ParallelLayout(ep=4))
     assert dense.splitlines() == [
         "feed-forward: dense, 4096 cells in 24 layers",
         "  parameters                  353.8 M",

@@ -25,20 +25,12 @@ def test_golden_loss_curve(pretrain, golden, fixed_text: str) -> None:
 
 
 ONE_CELL = "--sffn-block-size 1 --sffn-expansion 8"
-NUMBERS = {
-    "top-k-act": ONE_CELL,
-    "pkm": f"{ONE_CELL} --sffn-product-key-size 16",
-    "pkm-relu": f"{ONE_CELL} --sffn-product-key-size 16",
-    "pkm-ffn": f"{ONE_CELL} --sffn-product-key-size 16",
-    "lorkm": "--sffn-key-rank 16",
-    "sigma-moe": "--sffn-relu --sffn-entropy-coeff 1e-3 --sffn-block-dropout 0.05",
-}
-"""Router -> numbers for which it is defined, or those of its paper."""
 
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_learns_on_two_ranks(pretrain, router: str) -> None:
-    flags = f"--sffn-router {router} {NUMBERS.get(router, '')}"
+    numbers = ROUTERS[router].test_numbers
+    flags = f"--sffn-router {router} {ONE_CELL if numbers.single_cells else ''} {numbers.flags}"
     flags += "" if router == "dense" else f" {EP2}"
     log = pretrain(2, f"--train-iters 12 --split 90,10,0 {flags}")
     losses = log.values("lm loss")

@@ -1,4 +1,4 @@
-"""Bytes between ranks: by enumeration, and as the collectives of a real layer count them."""
+"""Communication volume against an enumeration of all choices and against a layer's collectives."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import torch
 
 from benchmarks.parallel import wire
 from megatron_sffn.nn import comm_volume
-from megatron_sffn.nn.config import Exchange, SparseFFNConfig
+from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.dispatch import dispatch
 from megatron_sffn.nn.expert_grid import ExpertGrid
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.routers.groups import in_best_groups
 from tests.support.ranks import run_ranks
-from tests.support.router_cases import BATCH, NUMBERS, SPARSE, Case, D, build, config_of, draw
+from tests.support.router_cases import BATCH, SINGLE_CELLS, SPARSE, Case, D, build, config_of, draw
 
 
 def sparse(router: str = "avg-k", **numbers: Any) -> SparseFFNConfig:
@@ -29,7 +30,9 @@ def sparse(router: str = "avg-k", **numbers: Any) -> SparseFFNConfig:
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("active", [1, 2, 4, 6])
-def test_exchange_by_enumeration(ranks: int, active: int, slices: int) -> None:
+def test_the_bytes_of_an_exchange_are_those_of_an_enumeration_of_all_choices(
+    ranks: int, active: int, slices: int
+) -> None:
     blocks, width = 12, 24
     layer = sparse(active_cells=6 * active, block_size=6, expansion=blocks // active)
     gated = sparse("switch", active_cells=6 * active, block_size=6, expansion=blocks // active)
@@ -40,19 +43,18 @@ def test_exchange_by_enumeration(ranks: int, active: int, slices: int) -> None:
     ]
     rows = sum(len(set(owners) - {(0, 0)}) for owners in choices) / len(choices)
     pairs = sum(sum(owner != (0, 0) for owner in owners) for owners in choices) / len(choices)
-    over = Exchange(
-        expert_parallel_size=ranks, expert_tensor_parallel_size=slices, bytes_per_number=2
-    )
+    layout = ParallelLayout(ep=ranks, etp=slices, dtype=torch.bfloat16)
     if ranks * slices == 1:
-        assert comm_volume.exchanged_bytes_per_token(layer, width, over, "alltoall") == 0
+        assert comm_volume.exchanged_bytes_per_token(layer, width, layout) == 0
         return
-    ours = comm_volume.exchanged_bytes_per_token(layer, width, over, "alltoall")
+    ours = comm_volume.exchanged_bytes_per_token(layer, width, layout)
     assert ours == pytest.approx(2 * rows * width * 2 + pairs * 2)
-    with_gates = comm_volume.exchanged_bytes_per_token(gated, width, over, "alltoall")
+    with_gates = comm_volume.exchanged_bytes_per_token(gated, width, layout)
     assert with_gates == pytest.approx(2 * rows * width * 2 + pairs * (2 + 4))
-    others = ranks * slices - 1
-    everywhere = comm_volume.exchanged_bytes_per_token(gated, width, over, "allgather")
-    assert everywhere == others * (2 * width * 2 + active * (2 + 4))
+    other_ranks = ranks * slices - 1
+    by_all_gather = dataclasses.replace(layout, dispatcher="allgather")
+    gathered = comm_volume.exchanged_bytes_per_token(gated, width, by_all_gather)
+    assert gathered == other_ranks * (2 * width * 2 + active * (2 + 4))
 
 
 def choices_in_groups(blocks: int, active: int, groups: int, chosen: int) -> list[tuple[int, ...]]:
@@ -60,94 +62,97 @@ def choices_in_groups(blocks: int, active: int, groups: int, chosen: int) -> lis
     size = blocks // groups
     return [
         choice
-        for some in combinations(range(groups), chosen)
-        for choice in combinations([g * size + i for g in some for i in range(size)], active)
+        for best in combinations(range(groups), chosen)
+        for choice in combinations([g * size + i for g in best for i in range(size)], active)
     ]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 6])
 @pytest.mark.parametrize(("groups", "chosen"), [(2, 1), (4, 2), (3, 2), (12, 6), (6, 6)])
-def test_exchange_in_groups_by_enumeration(groups: int, chosen: int, ranks: int) -> None:
+def test_bytes_of_group_limited_routing_are_those_of_an_enumeration(
+    groups: int, chosen: int, ranks: int
+) -> None:
     # Groups and ranks have the same bounds, or many in one, or bounds that cross.
     blocks, active, width = 12, 4, 24
     layer = sparse(active_cells=6 * active, block_size=6, expansion=blocks // active)
     choices = choices_in_groups(blocks, active, groups, chosen)
     visits = sum(len({i * ranks // blocks for i in choice}) for choice in choices) / len(choices)
-    over = Exchange(
-        expert_parallel_size=ranks,
-        bytes_per_number=2,
+    layout = ParallelLayout(
+        ep=ranks,
+        dtype=torch.bfloat16,
         router_groups=groups,
         router_group_topk=chosen,
     )
-    assert comm_volume.rows_per_token(layer, over, "alltoall") == pytest.approx(visits)
+    assert comm_volume.rows_per_token(layer, layout) == pytest.approx(visits)
     remote = 1 - 1 / ranks  # of rows and of pairs, over tokens of all ranks
-    sent = comm_volume.exchanged_bytes_per_token(layer, width, over, "alltoall")
+    sent = comm_volume.exchanged_bytes_per_token(layer, width, layout)
     assert sent == pytest.approx(remote * (2 * visits * width * 2 + active * 2))
     # As two nodes.
     on_nodes = dataclasses.replace(layer, node_size=ranks // 2)
     nodes = sum(len({i * 2 // blocks for i in choice}) for choice in choices) / len(choices)
-    between = comm_volume.bytes_between_nodes_per_token(on_nodes, width, over)
+    between = comm_volume.bytes_between_nodes_per_token(on_nodes, width, layout)
     if ranks > 2:
         assert between == pytest.approx((2 * nodes * width * 2 + active * 2) / 2)
 
 
 def test_groups_as_many_as_ranks_bound_the_ranks_that_a_token_reaches() -> None:
     layer = sparse(active_cells=4096, block_size=64, expansion=16)
-    free = Exchange(expert_parallel_size=16, bytes_per_number=2)
+    free = ParallelLayout(ep=16, dtype=torch.bfloat16)
     limited = dataclasses.replace(free, router_groups=16, router_group_topk=4)
-    assert comm_volume.rows_per_token(layer, free, "alltoall") > 15
-    assert comm_volume.rows_per_token(layer, limited, "alltoall") == pytest.approx(4, rel=1e-6)
+    assert comm_volume.rows_per_token(layer, free) > 15
+    assert comm_volume.rows_per_token(layer, limited) == pytest.approx(4, rel=1e-6)
     assert comm_volume.cheapest_dispatcher(layer, 1024, free) == "allgather"
     assert comm_volume.cheapest_dispatcher(layer, 1024, limited) == "alltoall"
 
 
 @pytest.mark.parametrize(
-    ("router", "numbers", "there"),
+    ("router", "numbers", "key_width"),
     [
         ("lorkm", {"active_cells": 64, "block_size": 4, "expansion": 2}, 128),
         ("pkm", {"active_cells": 16, "block_size": 1, "expansion": 16}, 0),
     ],
 )
-def test_a_row_is_as_wide_as_what_meets_the_keys(
-    router: str, numbers: dict[str, int], there: int
+def test_a_dispatched_row_is_as_wide_as_a_key(
+    router: str, numbers: dict[str, int], key_width: int
 ) -> None:
     layer, width = sparse(router, **numbers), 192
-    over = Exchange(expert_parallel_size=4, bytes_per_number=2)
+    layout = ParallelLayout(ep=4, dtype=torch.bfloat16)
     pair = 2 + (4 if layer.router.gated_output else 0)
-    everywhere = comm_volume.all_gather_bytes_per_token(layer, width, over)
-    assert everywhere == 3 * ((there + width) * 2 + layer.num_active_blocks * pair)
+    gathered = comm_volume.all_gather_bytes_per_token(layer, width, layout)
+    assert gathered == 3 * ((key_width + width) * 2 + layer.num_active_blocks * pair)
     missed = math.comb(layer.num_blocks * 3 // 4, layer.num_active_blocks) / math.comb(
         layer.num_blocks, layer.num_active_blocks
     )
     pairs = layer.num_active_blocks * 3 / 4 * pair
-    exact = comm_volume.all_to_all_bytes_per_token(layer, width, over)
-    assert exact == pytest.approx(3 * (1 - missed) * (there + width) * 2 + pairs)
+    exact = comm_volume.all_to_all_bytes_per_token(layer, width, layout)
+    assert exact == pytest.approx(3 * (1 - missed) * (key_width + width) * 2 + pairs)
 
 
 def test_shared_blocks_do_not_travel() -> None:
     layer = sparse(active_cells=64, block_size=4, expansion=2)
     shared = dataclasses.replace(layer, shared_blocks=4)
-    over = Exchange(expert_parallel_size=2)
+    layout = ParallelLayout(ep=2)
     for exchanged in comm_volume.DISPATCHERS.values():
-        assert exchanged(shared, 24, over) < exchanged(layer, 24, over)
+        assert exchanged(shared, 24, layout) < exchanged(layer, 24, layout)
 
 
 def test_megatron_sends_a_copy_per_block() -> None:
     layer = sparse(active_cells=64, block_size=4, expansion=2)
-    remote = Exchange(expert_parallel_size=4, bytes_per_number=2)
+    remote = ParallelLayout(ep=4, dtype=torch.bfloat16)
     sent = comm_volume.megatron_bytes_per_token
-    assert sent(layer, 24, remote, "alltoall") == 2 * 16 * 3 / 4 * 24 * 2
+    assert sent(layer, 24, remote) == 2 * 16 * 3 / 4 * 24 * 2
     # Each ETP rank of the block gets the copies too.
-    cut = Exchange(expert_tensor_parallel_size=2, bytes_per_number=2)
-    assert sent(layer, 24, cut, "alltoall") == 2 * 16 * 24 * 2
+    cut = ParallelLayout(etp=2, dtype=torch.bfloat16)
+    assert sent(layer, 24, cut) == 2 * 16 * 24 * 2
     # Or the token once, with a bool and an fp32 for each of the 32 blocks.
-    assert sent(layer, 24, remote, "allgather") == 3 * (2 * 24 * 2 + 32 * 5)
+    by_all_gather = dataclasses.replace(remote, dispatcher="allgather")
+    assert sent(layer, 24, by_all_gather) == 3 * (2 * 24 * 2 + 32 * 5)
 
 
-def test_exchange_at_the_papers_smallest_block() -> None:
+def test_the_bytes_of_the_papers_smallest_block_on_4096_ranks() -> None:
     layer = sparse(active_cells=4096, block_size=1, expansion=16)
-    over = Exchange(expert_parallel_size=4096, bytes_per_number=2)
-    ours = comm_volume.exchanged_bytes_per_token(layer, 1024, over, "alltoall")
+    layout = ParallelLayout(ep=4096, dtype=torch.bfloat16)
+    ours = comm_volume.exchanged_bytes_per_token(layer, 1024, layout)
     # 16 of the 65,536 cells on each rank, 4096 of them chosen: (15/16)^16 of the ranks stay out.
     rows = 4095 * (1 - (15 / 16) ** 16)
     assert ours == pytest.approx(2 * rows * 1024 * 2 + 4095 * 2, rel=1e-3)
@@ -164,14 +169,14 @@ def test_exchange_at_the_papers_smallest_block() -> None:
         (64, 64, "alltoall"),  # 64 %
     ],
 )
-def test_the_all_gather_is_chosen_where_almost_every_rank_is_hit(
+def test_the_all_gather_is_chosen_where_almost_every_rank_is_visited(
     block_size: int, ranks: int, chosen: str
 ) -> None:
     layer = sparse(active_cells=4096, block_size=block_size, expansion=16)
-    over = Exchange(expert_parallel_size=ranks, bytes_per_number=2)
-    assert comm_volume.cheapest_dispatcher(layer, 1024, over) == chosen
+    layout = ParallelLayout(ep=ranks, dtype=torch.bfloat16)
+    assert comm_volume.cheapest_dispatcher(layer, 1024, layout) == chosen
     # Gloo's reduce-scatter sends twice.
-    gloo = dataclasses.replace(over, backend="gloo")
+    gloo = dataclasses.replace(layout, comm_backend="gloo")
     assert comm_volume.cheapest_dispatcher(layer, 1024, gloo) == "alltoall"
 
 
@@ -202,56 +207,52 @@ def sent(case: Case) -> dict[str, float]:
 
 
 LAYOUTS = {
-    "EP2": (2, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
-    "EP2 ETP2": (4, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+    # Everything is in float64, gates and scores too.
+    "EP2": ParallelLayout(ep=2, dtype=torch.float64),
+    "EP2 ETP2": ParallelLayout(ep=2, etp=2, dtype=torch.float64),
 }
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize(
-    ("router", "layout"),
+    ("router", "name"),
     [
-        (router, layout)
+        (router, name)
         for router in SPARSE
-        for layout in LAYOUTS
-        # A block of a single cell is not cut.
-        if layout == "EP2" or router not in NUMBERS
+        for name in LAYOUTS
+        # A block of a single cell is not split.
+        if name == "EP2" or router not in SINGLE_CELLS
     ],
 )
-def test_what_the_collectives_send_is_the_closed_form(
-    router: str, layout: str, dispatcher: str
+def test_collectives_send_the_bytes_of_the_closed_form(
+    router: str, name: str, dispatcher: str
 ) -> None:
-    world_size, sizes = LAYOUTS[layout]
-    # g = 8: K = 2 of B = 6 blocks, so that one rank is missed by many tokens.
+    layout = dataclasses.replace(LAYOUTS[name], dispatcher=dispatcher)
+    # g = 8: K = 2 of B = 6 blocks, so that many tokens visit one rank only.
     case = Case(
         router=router,
-        block_size=None if router in NUMBERS else 8,
+        block_size=None if router in SINGLE_CELLS else 8,
         megatron=(("moe_token_dispatcher_type", dispatcher),),
     )
-    results = run_ranks(world_size, sent, case, **sizes)
-    counted = sum(result["counted"] for result in results) / world_size
+    results = run_ranks(layout.world_size, sent, case, **layout.megatron_sizes())
+    counted = sum(result["counted"] for result in results) / layout.world_size
     (config,) = run_ranks(1, config_of, case)
-    over = Exchange(
-        expert_parallel_size=2,
-        expert_tensor_parallel_size=sizes["expert_tensor_parallel_size"],
-        bytes_per_number=8,  # float64, gates and scores too
-    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comm_volume, "SCORE_BYTES", 8)
         patch.setattr("megatron_sffn.nn.routers.vanilla_m.SCORE_BYTES", 8)
-        expected = comm_volume.exchanged_bytes_per_token(config.sffn, D, over, dispatcher)
-        selection = config.sffn.router.exchanged_bytes(config.sffn, D, over)
+        expected = comm_volume.exchanged_bytes_per_token(config.sffn, D, layout)
+        selection = config.sffn.router.exchanged_bytes(config.sffn, D, layout)
     for result in results:
         assert result["tokens"] == 4096
-        # What the layer reports is what the collectives did, but for VanillaM's selection.
+        # The layer's own count is that of the collectives, without the selection's bytes.
         assert result["own count"] + selection == pytest.approx(result["counted"], rel=1e-12)
     if dispatcher == "allgather":
         assert counted == expected
     elif router == "rand-hash":
         # Uniform routing: 4 standard errors of a mean over 4096 tokens a rank.
-        assert counted == pytest.approx(expected, rel=4 / math.sqrt(4096 * world_size))
+        assert counted == pytest.approx(expected, rel=4 / math.sqrt(4096 * layout.world_size))
     else:
-        # A learned or key-based choice is not uniform: bounded by none and all ranks hit.
+        # A choice by scores is not uniform: its volume is between no and all ranks visited.
         assert 0 < counted < 1.25 * expected
 
 
@@ -271,20 +272,18 @@ def test_a_token_crosses_to_each_node_once() -> None:
     between = node * row + 4 / 2 * pair
     expected = between + 2 * rank * row + 4 / 2 * pair
     layer = sparse(active_cells=16, block_size=4, expansion=3, node_size=2)
-    over = Exchange(expert_parallel_size=4, bytes_per_number=2)
-    assert comm_volume.bytes_between_nodes_per_token(layer, D, over) == pytest.approx(between)
-    assert comm_volume.exchanged_bytes_per_token(layer, D, over, "alltoall") == pytest.approx(
-        expected
-    )
+    layout = ParallelLayout(ep=4, dtype=torch.bfloat16)
+    assert comm_volume.bytes_between_nodes_per_token(layer, D, layout) == pytest.approx(between)
+    assert comm_volume.exchanged_bytes_per_token(layer, D, layout) == pytest.approx(expected)
     # The run is in float64.
     layer = dataclasses.replace(layer, router=ROUTERS["rand-hash"]())
-    wide = dataclasses.replace(over, bytes_per_number=8)
-    expected = comm_volume.exchanged_bytes_per_token(layer, D, wide, "alltoall")
+    wide = dataclasses.replace(layout, dtype=torch.float64)
+    expected = comm_volume.exchanged_bytes_per_token(layer, D, wide)
     counted = sum(result["counted"] for result in results) / 4
     assert counted == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
     flat = dataclasses.replace(layer, node_size=0)
-    assert comm_volume.cheapest_dispatcher(layer, D, over) == "alltoall"
-    assert comm_volume.exchanged_bytes_per_token(flat, D, wide, "alltoall") < expected
+    assert comm_volume.cheapest_dispatcher(layer, D, layout) == "alltoall"
+    assert comm_volume.exchanged_bytes_per_token(flat, D, wide) < expected
 
 
 def sent_in_groups(by_score: bool) -> float:
@@ -307,14 +306,14 @@ def sent_in_groups(by_score: bool) -> float:
     return plan.bytes_sent / tokens
 
 
-def test_what_group_limited_routing_sends_is_the_closed_form() -> None:
+def test_group_limited_routing_sends_the_bytes_of_the_closed_form() -> None:
     layer = sparse(active_cells=4, block_size=1, expansion=16)
-    free = Exchange(expert_parallel_size=4)
-    over = dataclasses.replace(free, router_groups=8, router_group_topk=2)
-    expected = comm_volume.exchanged_bytes_per_token(layer, D, over, "alltoall")
+    free = ParallelLayout(ep=4)
+    layout = dataclasses.replace(free, router_groups=8, router_group_topk=2)
+    expected = comm_volume.exchanged_bytes_per_token(layer, D, layout)
     uniform = sum(run_ranks(4, sent_in_groups, False)) / 4
     assert uniform == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
-    # Scores choose groups that are good for several blocks each, so that rather both are used.
+    # Scores choose groups with several good blocks, so that tokens use both of their groups.
     scored = sum(run_ranks(4, sent_in_groups, True)) / 4
     assert expected < scored < 1.1 * expected
-    assert scored < 0.8 * comm_volume.exchanged_bytes_per_token(layer, D, free, "alltoall")
+    assert scored < 0.8 * comm_volume.exchanged_bytes_per_token(layer, D, free)

@@ -51,7 +51,7 @@ def unscaled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def with_losses(router: RouterConfig | None = None, **numbers: Any) -> Any:
     """A router of 12 blocks, 4 of them active, in training."""
     router = router or SwitchConfig()
-    built = router.build()(
+    built = router.router_class()(
         config=transformer(router, **numbers),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )

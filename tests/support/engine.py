@@ -31,9 +31,9 @@ from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
 from megatron_sffn.nn.init import reinit_dense_weights
 from megatron_sffn.nn.layer import set_weights_version, sparse_layers
 from megatron_sffn.nn.layer_spec import block_spec
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.train.run import finish_gradients
-from tests.support.router_cases import NUMBERS, OPTIONS
 
 LAYERS, WIDTH, SEQUENCE, VOCAB = 4, 16, 8, 32
 SAMPLES = 8
@@ -43,42 +43,17 @@ STEPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How ranks are cut, and what else must not change the model.
+class Layout(ParallelLayout):
+    """A parallel layout in float64, and what else must not change the model.
 
     Args:
-        ranks: of the world.
-        tensor: tensor-parallel size, with sequence parallelism above 1.
-        pipeline: pipeline-parallel size.
-        chunks: model chunks of a stage; above 1, the interleaved schedule.
-        expert: expert-parallel size.
-        cells: expert-tensor-parallel size.
-        dispatcher: `alltoall` or `allgather`.
         recompute: None, `full`, or a module of selective recomputation.
         distributed_optimizer: with overlapped gradient reduction and parameter gather.
-        dtype: of everything.
     """
 
-    ranks: int = 1
-    tensor: int = 1
-    pipeline: int = 1
-    chunks: int = 1
-    expert: int = 1
-    cells: int = 1
-    dispatcher: str = "alltoall"
     recompute: str | None = None
     distributed_optimizer: bool = False
     dtype: torch.dtype = torch.float64
-
-    def groups(self) -> dict[str, int | None]:
-        """Arguments of `initialize_model_parallel`."""
-        return {
-            "tensor_model_parallel_size": self.tensor,
-            "pipeline_model_parallel_size": self.pipeline,
-            "virtual_pipeline_model_parallel_size": self.chunks if self.chunks > 1 else None,
-            "expert_model_parallel_size": self.expert,
-            "expert_tensor_parallel_size": self.cells,
-        }
 
 
 @dataclass(frozen=True)
@@ -151,8 +126,8 @@ def train(variant: Variant, layout: Layout) -> dict[str, Any]:
         batches = [samples(number) for _ in chunks]
         sums = step(
             forward_step_func=partial(forward, number),
-            data_iterator=batches if layout.chunks > 1 else batches[0],
-            model=chunks if layout.chunks > 1 else chunks[0],
+            data_iterator=batches if layout.virtual_stages > 1 else batches[0],
+            model=chunks if layout.virtual_stages > 1 else chunks[0],
             num_microbatches=SAMPLES // parallel_state.get_data_parallel_world_size(),
             seq_length=SEQUENCE,
             micro_batch_size=1,
@@ -197,7 +172,8 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
             "recompute_modules": [layout.recompute],
         }
     router, balance = variant.router, {"moe_router_load_balancing_type": "none"}
-    numbers = {"active_cells": 16, "block_size": 4, "expansion": 4} | NUMBERS.get(router, {})
+    test_numbers = ROUTERS[router].test_numbers
+    numbers = test_numbers.layer(active_cells=16, block_size=4, expansion=4)
     if router == "switch":
         balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.05}
     config = SparseFFNTransformerConfig(
@@ -213,12 +189,8 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
         moe_router_dtype="fp64" if layout.dtype == torch.float64 else "fp32",
         # Large, so that a wrong term shows.
         init_method_std=0.3,
-        tensor_model_parallel_size=layout.tensor,
-        sequence_parallel=layout.tensor > 1,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.cells,
+        **layout.megatron_sizes(),
+        sequence_parallel=layout.tp > 1,
         moe_token_dispatcher_type=layout.dispatcher,
         # A dense layer among them: stages differ.
         moe_layer_freq=[1, 0, 1, 1],
@@ -230,7 +202,7 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
         apply_rope_fusion=False,
         batch_p2p_comm=False,
         sffn=SparseFFNConfig(
-            router=ROUTERS[router](**OPTIONS.get(router, {}) | dict(variant.options)),
+            router=ROUTERS[router](**{**test_numbers.options, **dict(variant.options)}),
             **numbers | dict(variant.sffn),
         ),
         # A variant is hashable, and has tuples where Megatron has lists.

@@ -99,7 +99,7 @@ def played_gpu() -> Iterator[None]:
     """One rank, and the answers of an H100 where torch would ask the driver."""
     play_gpu(pytest.MonkeyPatch(), is_gpu=lambda tensor: tensor.device.type != "cpu")
     # It looks at its plan every few turns; these turns are before the first look.
-    s_base.MOST_TURNS = s_base.TURNS_PER_LOOK - 1
+    s_base.MAX_ITERATIONS = s_base.ITERATIONS_PER_CHECK - 1
     with tempfile.TemporaryDirectory() as folder:
         store = torch.distributed.FileStore(f"{folder}/store", 1)
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

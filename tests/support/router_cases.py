@@ -17,21 +17,10 @@ from megatron_sffn.nn.routers import ROUTERS
 S, BATCH, D, VOCAB = 6, 4, 8, 50
 SPARSE = [name for name in ROUTERS if name != "dense"]
 WHOLE_KEYS = [name for name in SPARSE if ROUTERS[name]().key_width(D) == D]
-"""Those whose memory Megatron's experts can hold."""
-NUMBERS = {
-    "top-k-act": {"block_size": 1},
-    **{name: {"block_size": 1, "expansion": 16} for name in ("pkm", "pkm-relu", "pkm-ffn")},
-}
-"""Router -> numbers of a layer for which it is defined, where the usual ones are not."""
+"""Routers with keys of width D, which Megatron's experts can hold too."""
+SINGLE_CELLS = [name for name in SPARSE if ROUTERS[name].test_numbers.single_cells]
+"""Routers whose blocks are single cells, which cannot be split over ranks."""
 FLOAT64 = {"params_dtype": torch.float64, "moe_router_dtype": "fp64"}
-OPTIONS = {
-    "lorkm": {"rank": 6},
-    "noisy-top-k": {"noise": 0.0},  # no random number depends on the layout
-    "pkm": {"heads": 2, "key_size": 6},
-    "pkm-relu": {"heads": 2, "key_size": 6},
-    "pkm-ffn": {"key_size": 6},
-}
-"""Router -> fields of its config, small and without chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +29,15 @@ class Case:
 
     Args:
         router: name.
-        block_size: g; k = 16 and E = 3, so that B = 48 / g; one cell where the router has no other.
-        expansion: E; 16 where M must be a square.
-        backend: who computes.
-        swiglu: or GELU.
+        block_size: g; k = 16 and E = 3, so that B = 48 / g. None for 4, or for 1 where the router
+            has no other.
+        expansion: E; None for 3, or for 16 where M must be a square.
+        backend: of the blocks.
+        swiglu: True for SwiGLU, False for GELU.
         options: fields of the router's config.
         megatron: fields of Megatron's config.
         sffn: other fields of the layer's config.
-        training: or evaluation.
+        training: True for training, False for evaluation.
     """
 
     router: str
@@ -67,7 +57,9 @@ def config_of(case: Case) -> SparseFFNTransformerConfig:
     balance = {"moe_router_load_balancing_type": "none"}
     if case.router == "switch":
         balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
-    fixed = NUMBERS.get(case.router, {})
+    test_numbers = ROUTERS[case.router].test_numbers
+    numbers = test_numbers.layer(active_cells=16, block_size=4, expansion=3)
+    given = {"block_size": case.block_size, "expansion": case.expansion}
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
     return SparseFFNTransformerConfig(
         num_layers=2,
@@ -81,11 +73,9 @@ def config_of(case: Case) -> SparseFFNTransformerConfig:
         # Large enough that a wrong term shows.
         init_method_std=0.5,
         sffn=SparseFFNConfig(
-            active_cells=16,
-            block_size=case.block_size or fixed.get("block_size", 4),
-            expansion=case.expansion or fixed.get("expansion", 3),
-            router=ROUTERS[case.router](**OPTIONS.get(case.router, {}) | dict(case.options)),
+            router=ROUTERS[case.router](**{**test_numbers.options, **dict(case.options)}),
             backend=case.backend,
+            **numbers | {name: number for name, number in given.items() if number},
             **dict(case.sffn),
         ),
         **{**FLOAT64, **activation, **balance, **dict(case.megatron)},
@@ -102,7 +92,7 @@ def build(case: Case) -> Any:
 
 
 def draw(seed: int, *shape: int) -> Tensor:
-    """The same numbers on every rank."""
+    """Normal random numbers, the same on every rank."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
@@ -113,21 +103,21 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(case: Case, ids: Tensor | None = None) -> dict[str, Tensor]:
-    """Forward and backward of a layer on this rank's part of the inputs.
+    """Forward and backward pass of a layer on this rank's part of the inputs.
 
     Args:
         case: the layer.
-        ids: other input ids than those of `inputs`, `[BATCH, S]`.
+        ids: input ids `[BATCH, S]`; None for those of `inputs`.
 
     Returns:
-        On every rank the whole of: `y`, `dx` `[S, BATCH, D]`, and the gradients of the tables and
-        of the router's weights, summed over ranks.
+        Whole tensors on every rank: `y` and `dx` `[S, BATCH, D]`, and the gradients of the block
+        weights and of the router's weights, summed over ranks.
     """
     layer = build(case).train(case.training)
     hidden, drawn, weights = inputs()
     ids = drawn if ids is None else ids
     samples = _part(BATCH, parallel_state.get_data_parallel_group())
-    # Sequence parallelism cuts s over TP ranks; ids stay whole, the layer cuts them itself.
+    # Sequence parallelism splits s over TP ranks; ids stay whole, the layer splits them itself.
     steps = _part(S, parallel_state.get_tensor_model_parallel_group())
     x = hidden[steps, samples].clone().requires_grad_()
     y, bias = layer(x, padding_mask=ids[samples])
@@ -156,26 +146,26 @@ def run(case: Case, ids: Tensor | None = None) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def copy_tables(ours: Any, theirs: Any) -> None:
-    """Give the experts of a layer of Megatron's the blocks that ours holds on this rank."""
-    for block, mlp in enumerate(theirs.experts.local_experts):
+def copy_tables(ours: Any, megatron: Any) -> None:
+    """Copy this rank's blocks of our layer into the experts of a layer of Megatron's."""
+    for block, mlp in enumerate(megatron.experts.local_experts):
         mlp.linear_fc1.weight.copy_(ours.experts.keys[block])
         # Megatron's second linear maps G cells to D: its weight is [D, G].
         mlp.linear_fc2.weight.copy_(ours.experts.values[block].T)
 
 
 def tables(layer: Any) -> dict[str, Tensor]:
-    """Keys and values of the blocks on this rank, as leaves with gradients."""
+    """Keys and values of the blocks on this rank: leaves with gradients."""
     return dict(layer.experts.named_parameters())
 
 
 def _part(size: int, group: Any) -> slice:
-    each = size // group.size()
-    return slice(group.rank() * each, (group.rank() + 1) * each)
+    per_rank = size // group.size()
+    return slice(group.rank() * per_rank, (group.rank() + 1) * per_rank)
 
 
 def _whole(part: Tensor) -> Tensor:
-    """Put the parts of all ranks together: TP ranks along s, DP ranks along the batch."""
+    """Join the parts of all ranks: TP ranks along s, DP ranks along the batch."""
     for group, dim in (
         (parallel_state.get_tensor_model_parallel_group(), 0),
         (parallel_state.get_data_parallel_group(), 1),

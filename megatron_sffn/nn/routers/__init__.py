@@ -1,6 +1,6 @@
-"""The selection methods, one file each: a config and a module.
+"""The selection methods. Each file has one method: its config, its module, its costs, test numbers.
 
-To add one: write the file, then add its config to `ROUTERS`.
+To add a method, write its file, then add its config to `ROUTERS`.
 """
 
 from __future__ import annotations

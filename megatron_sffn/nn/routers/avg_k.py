@@ -8,15 +8,16 @@ activation the mean is over the gate keys (ours; the paper has none).
 Ablations, all ours: another descriptor (`descriptors.py`), a gate from the score, balance losses
 and bias. With a gate or a loss the score is differentiated, through x and the keys of every rank.
 
-Descriptors are in fp32 at least and the same bits on every rank. Where the layer is told which
-weights it holds, they are computed and gathered once per optimizer step, not once per microbatch.
+Descriptors are in fp32 at least and the same bits on every rank. Where the layer is told the
+version of its weights, they are computed and gathered once per optimizer step, not once per
+microbatch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, override
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from megatron_sffn.nn.config import SparseFFNConfig, flag
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.routers.descriptors import DESCRIPTORS
 from megatron_sffn.nn.routers.scored import ScoredConfig, ScoredRouter
+from megatron_sffn.nn.saved_bytes import FP32, LayerCall, SavedBytes
 from megatron_sffn.ops.scores import scores
 from megatron_sffn.utils.errors import ConfigError
 
@@ -59,8 +61,8 @@ class AvgKConfig(ScoredConfig):
         help="share of the former average that --sffn-descriptor ema keeps in a step",
     )
 
+    @override
     def check(self, sffn: SparseFFNConfig) -> None:
-        """See `RouterConfig.check`."""
         cells = self.subset_cells
         if cells is not None and (cells > sffn.block_size or self.descriptor != "subset"):
             raise ConfigError(
@@ -79,12 +81,12 @@ class AvgKConfig(ScoredConfig):
             )
 
     @property
+    @override
     def scores_have_weights(self) -> bool:
-        """See `ScoredConfig.scores_have_weights`: those of the cells."""
         return self.descriptor == "learned"
 
-    def build(self) -> type[AvgKRouter]:
-        """See `RouterConfig.build`."""
+    @override
+    def router_class(self) -> type[AvgKRouter]:
         return AvgKRouter
 
     def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -101,43 +103,58 @@ class AvgKConfig(ScoredConfig):
         """One dot product per block."""
         return 2 * hidden_size * sffn.num_blocks
 
+    @override
+    def saved_by_scores(self, call: LayerCall) -> SavedBytes:
+        blocks, width = call.sffn.num_blocks, call.hidden_size
+        bytes_ = FP32 * blocks * width + DESCRIPTORS[self.descriptor].saved_bytes(call)
+        if call.upcasts_operands:
+            bytes_ += call.tokens * width * FP32
+        return SavedBytes(bytes=bytes_, tokens=not call.upcasts_operands)
+
 
 class AvgKRouter(ScoredRouter):
     """Top-K blocks by the dot product with the block's descriptor. Arguments as `Router`."""
 
     settings: AvgKConfig
-    _kept: tuple[Hashable, Tensor] | None = None
+    _cached: tuple[Hashable, Tensor] | None = None
+    """Version of the weights, and the descriptors of that version."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        kind = DESCRIPTORS[self.settings.descriptor]
-        self.descriptor = kind(self, self.settings, arguments["pg_collection"].tp_dp_cp)
+        self.descriptor = DESCRIPTORS[self.settings.descriptor](
+            self,
+            group=arguments["pg_collection"].tp_dp_cp,
+            subset_cells=self.settings.subset_cells,
+            decay=self.settings.decay,
+        )
 
+    @override
     def draw(self, name: str, weight: Tensor) -> None:
-        """Equal weights of all cells at first."""
+        # The softmax of zeros weighs all cells of a block alike.
         weight.zero_()
 
+    @override
     def post_route(self, x: Tensor, routing: Routing) -> Routing:
-        """Show the descriptors which tokens chose which blocks, once per microbatch."""
+        # Not in a forward pass that will be recomputed: each microbatch is observed once.
         if self.training and torch.is_grad_enabled():
             self.descriptor.observe(x, routing.block_ids)
         return routing
 
+    @override
     def end_step(self) -> None:
-        """See `Router.end_step`."""
         self.descriptor.end_step()
 
+    @override
     def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        """See `ScoredRouter.score`."""
         gate_keys = keys[:, : self.expert_grid.num_local_cells]
         return scores(x, self._descriptors(gate_keys))
 
     def _descriptors(self, keys: Tensor) -> Tensor:
-        """`[B, D]`, computed again only if they are differentiated or the weights have changed."""
+        """Descriptors `[B, D]`; cached per version of the weights unless they need a gradient."""
         version = self.weights_version
         if torch.is_grad_enabled() or version is None or not self.descriptor.of_weights_alone:
             described: Tensor = self.descriptor(keys, self.layer_number)
             return described
-        if self._kept is None or self._kept[0] != version:
-            self._kept = (version, self.descriptor(keys, self.layer_number))
-        return self._kept[1]
+        if self._cached is None or self._cached[0] != version:
+            self._cached = (version, self.descriptor(keys, self.layer_number))
+        return self._cached[1]

@@ -1,8 +1,10 @@
-"""What a router promises: the record it returns, and how its own weights are drawn.
+"""The base class of routers, and the record `Routing` that they return.
 
-Enters: tokens `[T, D]` and this rank's keys. Leaves: a `Routing`, K block ids per token and, where
-the method has them, gates. Never a tokens × blocks map: at g = 1 that map has 65,536 columns
-(Megatron's own routers return one).
+Inputs: tokens `[T, D]` and this rank's keys. Outputs: a `Routing`: K block ids per token and, where
+the method has them, gates.
+
+Design notes: a router never returns a dense map of tokens × blocks, as Megatron's own routers do:
+at g = 1 the map has 65,536 columns.
 """
 
 from __future__ import annotations
@@ -22,21 +24,22 @@ from megatron_sffn.ops.route_topk import route_topk
 from megatron_sffn.utils.hashing import seed_of
 
 NO_BLOCK = -1
-"""The id in a place of `Routing.block_ids` that stays empty."""
+"""The id of an empty slot of `Routing.block_ids`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """The blocks of every token.
+    """The chosen blocks of every token.
 
     Args:
-        block_ids: `[T, K]` int64, of all B blocks, distinct within a row (of a head, where there
-            are heads); -1 for a block that was dropped.
+        block_ids: `[T, K]` int64 ids among all B blocks, distinct within a row (within a head's
+            part of a row, where there are heads); -1 for a block that was dropped.
         gates: `[T, K]` factor of each block's output, or None where the method has none.
-        queries: `[T, key width]` what meets the keys instead of the tokens; None for the tokens.
-        scores: `[T, K]` of the chosen blocks, detached, for statistics; None if there are none.
-        may_be_empty: False promises that no id is -1, so that nobody has to look for one, which
-            would make the host wait for the device. It follows from flags alone.
+        queries: `[T, key width]` rows that are multiplied with the keys; None for the tokens.
+        scores: `[T, K]` scores of the chosen blocks, detached, for statistics; None if there are
+            none.
+        may_be_empty: False guarantees that no id is -1, so that the host does not have to wait for
+            the device to find out. It follows from flags alone.
     """
 
     block_ids: Tensor
@@ -52,17 +55,17 @@ class Router(torch.nn.Module):
     Args:
         config: of the model; its `sffn` holds the layer's numbers.
         pg_collection: Megatron's process groups; `tp_ep`, `ep` and `expt_tp` say where blocks are.
-        is_mtp_layer: Megatron's; not used.
+        is_mtp_layer: part of Megatron's router interface; not used.
     """
 
     weights_version: Hashable | None = None
-    """Which weights the keys hold: the same value promises the same weights, so that what follows
-    from them alone is computed once; None promises nothing (see `layer.set_weights_version`)."""
+    """Version of the weights: values derived from weights alone are cached per version. None turns
+    caching off (see `layer.set_weights_version`)."""
 
     score_flag: Tensor
-    """Scalar on the device: 0, and NaN for good once a score was NaN or infinite. `nan_check` looks
-    at it once a step. Not a buffer: it has no place in a checkpoint, and half-precision models have
-    their buffers narrowed."""
+    """Scalar on the device: 0 until a score is NaN or infinite, NaN ever after. `nan_check` reads
+    it once per step. It is not a buffer: it does not belong in a checkpoint, and Megatron casts the
+    buffers of half-precision models."""
 
     def __init__(
         self,
@@ -80,9 +83,10 @@ class Router(torch.nn.Module):
         self.score_flag = torch.zeros((), device=device.current())
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Megatron tells each layer its number, counted from 1, after it is built.
+        """Take the layer's number, which Megatron sets after the layer is built, and init weights.
 
-        The number seeds the router's own weights, which are the same on every rank and layout.
+        The number, which counts from 1, seeds the router's own weights: they are the same on every
+        rank and layout.
         """
         if layer_number == self.layer_number:
             return
@@ -98,24 +102,24 @@ class Router(torch.nn.Module):
                 parameter.copy_(drawn)
 
     def topk(self, scores: Tensor, count: int) -> Tensor:
-        """`[T, count]` ids of the largest of `[T, n]` scores, by the layer's backend."""
+        """Ids `[T, count]` of the largest of the scores `[T, n]`, by the layer's backend."""
         backend = self.sffn.backend
         return route_topk(scores, count, backend="auto" if backend == "megatron" else backend)
 
     def draw(self, name: str, weight: Tensor) -> None:
-        """Fill a new fp32 weight of this name; Megatron's init method unless a router says else."""
+        """Init an fp32 weight in place; by Megatron's `init_method` unless overridden."""
         self.config.init_method(weight)
 
     def new_weight(self, name: str) -> Parameter:
-        """An uninitialised weight that all ranks hold alike.
+        """An uninitialised weight that is replicated on all ranks.
 
         Args:
-            name: of those in `RouterConfig.weights`, which has its shape.
+            name: a key of `RouterConfig.weights`, which has the shape.
         """
         config = self.config
         shape = self.sffn.router.weights(self.sffn, config.hidden_size)[name]
         weight = Parameter(torch.empty(shape, dtype=config.params_dtype, device=device.current()))
-        # Its gradient is summed over TP ranks, which have different tokens.
+        # Under sequence parallelism TP ranks have different tokens: Megatron sums their gradients.
         weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return weight
 
@@ -126,27 +130,27 @@ class Router(torch.nn.Module):
 
         Args:
             x: `[T, D]` tokens of this rank.
-            keys: `[B / ep, G / etp, key width]` the keys held here; `[B / ep, 2G / etp, ...]`, gate
-                keys first, for a gated activation; None for a memory of values alone.
-            token_ids: `[T]` input ids, for routers that ask for them.
-            num_sequences: whose tokens alternate in T, as in Megatron's `[s, b, D]`.
+            keys: `[B / ep, G / etp, key width]` keys of this rank; `[B / ep, 2G / etp, ...]`, gate
+                keys first, for a gated activation; None where the blocks have values alone.
+            token_ids: `[T]` input ids, for routers with `needs_token_ids`.
+            num_sequences: b of Megatron's `[s, b, D]`; the tokens of b sequences alternate in T.
 
         Returns:
-            K distinct blocks for each token, also where scores are NaN: `flag_not_finite` notes
-            that, and the run ends with the step.
+            K distinct blocks for each token, also where scores are NaN: then `flag_not_finite` sets
+            the flag, and the run ends with the step.
         """
         raise NotImplementedError
 
     @torch.no_grad()
     def flag_not_finite(self, scores: Tensor) -> None:
-        """Note on the device whether a score is NaN or infinite: one pass, and no wait."""
+        """Set `score_flag` if a score is NaN or infinite, without waiting for the device."""
         # 0 times a finite sum adds 0; 0 times NaN or infinity adds NaN, which stays.
         self.score_flag.add_(scores.detach().sum(), alpha=0.0)
 
     def end_step(self) -> None:
-        """All microbatches of a step have run, on all ranks; the weights are about to change."""
+        """Called on all ranks after the last microbatch of a step, before the optimizer step."""
 
 
 def score_dtype(x: Tensor) -> torch.dtype:
-    """Scores are at least fp32, so that a selection does not hang on a half-precision tie."""
+    """The dtype of scores: at least fp32, so that half-precision ties do not decide a selection."""
     return torch.promote_types(x.dtype, torch.float32)

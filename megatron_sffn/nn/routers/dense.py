@@ -1,7 +1,7 @@
-"""Dense: no selection. The chosen layers keep Megatron's own MLP of k cells.
+"""Dense: no selection. The layers of `--sffn-layers` keep Megatron's own MLP of k cells.
 
-It is the baseline of every comparison: equal active compute, no memory beyond it. Block size and
-expansion do not apply.
+Dense is the baseline of every comparison: equal active compute, and no further cells. Block size
+and expansion do not apply.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Group-limited routing: all blocks of a token lie in a few groups of blocks (DeepSeek-V2, §2.1.2).
 
-Inputs: what blocks are chosen by, `[T, B]`, and the numbers of `--moe-router-num-groups` and
-`--moe-router-group-topk`. Outputs: `[T, B]`, where a token may choose.
+Inputs: selection scores `[T, B]`, and the values of `--moe-router-num-groups` and
+`--moe-router-group-topk`. Outputs: a mask `[T, B]` of the blocks that a token may choose.
 
-The B blocks are cut into equal groups of consecutive blocks. A group is worth the sum of its
-K / group_topk largest scores; a token chooses among the blocks of its group_topk best groups. With
-as many groups as ranks, or nodes, of an expert-parallel group, a token then reaches no more than
-group_topk of them. The rule is Megatron's, but that ties go to the group of lowest index.
+The B blocks are split into equal groups of consecutive blocks. The score of a group is the sum of
+its K / group_topk largest scores; a token chooses among the blocks of its group_topk best groups.
+With as many groups as the expert-parallel group has ranks, or nodes, a token reaches at most
+group_topk of them. The rule is Megatron's, except that ties go to the group of lowest index.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_sffn.utils.errors import ConfigError
 
 
 def check_groups(config: TransformerConfig | Namespace, num_blocks: int, num_active: int) -> None:
-    """Refuse numbers of groups that cannot be.
+    """Refuse numbers of groups that are not possible.
 
     Args:
         config: Megatron's or its arguments, with `moe_router_num_groups` and
@@ -58,26 +58,26 @@ def check_groups(config: TransformerConfig | Namespace, num_blocks: int, num_act
 
 
 def in_best_groups(
-    choice: Tensor,
+    selection_scores: Tensor,
     num_active: int,
     num_groups: int,
     group_topk: int,
-    largest: Callable[[Tensor, int], Tensor],
+    topk: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    """Where each token may choose.
+    """The blocks that each token may choose.
 
     Args:
-        choice: `[T, B]` what blocks are chosen by.
+        selection_scores: `[T, B]` scores by which blocks are chosen.
         num_active: K.
-        num_groups: equal parts of the blocks.
+        num_groups: number of equal groups of blocks.
         group_topk: groups of a token.
-        largest: `(scores [T, n], count)` to the ids `[T, count]` of the largest, exact in ties.
+        topk: `(scores [T, n], count)` to ids `[T, count]` of the largest; ties go to the lowest id.
 
     Returns:
         `[T, B]` bool. The host does not wait for the device.
     """
-    groups = choice.unflatten(1, (num_groups, -1))
-    worth = groups.topk(num_active // group_topk, dim=2).values.sum(dim=2)
-    allowed = torch.zeros_like(worth, dtype=torch.bool)
-    allowed.scatter_(1, largest(worth, group_topk), True)
-    return allowed[:, :, None].expand_as(groups).flatten(1)
+    by_group = selection_scores.unflatten(1, (num_groups, -1))
+    group_scores = by_group.topk(num_active // group_topk, dim=2).values.sum(dim=2)
+    allowed = torch.zeros_like(group_scores, dtype=torch.bool)
+    allowed.scatter_(1, topk(group_scores, group_topk), True)
+    return allowed[:, :, None].expand_as(by_group).flatten(1)

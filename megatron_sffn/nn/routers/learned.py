@@ -1,15 +1,15 @@
-"""Routers with a gate network: scores from the token alone, by weights of the router's own.
+"""Routers with a gate network, which computes scores from the token alone.
 
-Enters: tokens `[T, D]`. Leaves: scores `[T, B]`.
+Inputs: tokens `[T, D]`. Outputs: scores `[T, B]`.
 
 Networks (`--sffn-gate-network`)
-- `linear`: `x Wᵀ`, `W: [B, D]`: what the papers have.
+- `linear`: `x Wᵀ`, `W: [B, D]`, as in the papers.
 - `mlp`: `f(x Hᵀ) Wᵀ`, `H: [h, D]`, `W: [B, h]`.
 - `attention`: blocks are keys `W: [B, h]` that the token attends to with the query `x Hᵀ`:
   `(x Hᵀ) Wᵀ / sqrt(h)`.
-The last two are ours; the paper on block sizes (arXiv 2305.13999) leaves other gates open.
+`mlp` and `attention` are ours; the paper on block sizes (arXiv 2305.13999) leaves other gates open.
 
-Choice: scores are fp32 at least: on a GPU products of half precision with sums in fp32
+Design notes: scores are fp32 at least: on a GPU products of half precision with sums in fp32
 (`ops/scores`), elsewhere Megatron's function, which keeps no fp32 copy for the backward pass.
 """
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_sffn.nn.config import SparseFFNConfig, flag
 from megatron_sffn.nn.routers.base import score_dtype
 from megatron_sffn.nn.routers.scored import ScoredConfig, ScoredRouter
+from megatron_sffn.nn.saved_bytes import FP32, LayerCall, SavedBytes
 from megatron_sffn.ops.scores import scores, tensor_core_dtype
 from megatron_sffn.utils.errors import ConfigError
 
@@ -41,7 +42,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedConfig(ScoredConfig):
-    """What all methods with a gate network share."""
+    """Settings of every method with a gate network."""
 
     megatron_flags: ClassVar[tuple[str, ...]] = (
         *ScoredConfig.megatron_flags,
@@ -71,8 +72,9 @@ class LearnedConfig(ScoredConfig):
         help="of the mlp's hidden layer",
     )
 
+    @override
     def check(self, sffn: SparseFFNConfig) -> None:
-        """See `RouterConfig.check`: every setting of the network acts."""
+        """Refuse a setting that has no effect on the chosen network."""
         super().check(sffn)
         for option, value, default, networks in (
             ("--sffn-gate-hidden-size", self.network_width, None, ("mlp", "attention")),
@@ -85,16 +87,16 @@ class LearnedConfig(ScoredConfig):
                 )
 
     @property
+    @override
     def scores_have_weights(self) -> bool:
-        """See `ScoredConfig.scores_have_weights`: the gate network's."""
         return True
 
     def width(self, hidden_size: int) -> int:
-        """Numbers that a block's row of the gate has."""
+        """Width of the gate's row of a block."""
         return hidden_size if self.network == "linear" else self.network_width or hidden_size
 
+    @override
     def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """See `RouterConfig.weights`."""
         width = self.width(hidden_size)
         weights: dict[str, tuple[int, ...]] = {"weight": (sffn.num_blocks, width)}
         if self.network != "linear":
@@ -102,8 +104,17 @@ class LearnedConfig(ScoredConfig):
         return weights
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
-        """Every weight meets every token."""
+        """One multiply-add for every weight of the gate network."""
         return 2 * self.parameters(sffn, hidden_size)
+
+    @override
+    def saved_by_scores(self, call: LayerCall) -> SavedBytes:
+        numbers = 0
+        if self.network != "linear":
+            # GELU keeps its input beside its output.
+            keeps_input = self.network == "mlp" and self.network_activation == "gelu"
+            numbers = self.width(call.hidden_size) * (2 if keeps_input else 1)
+        return SavedBytes(bytes=call.tokens * numbers * FP32, tokens=True)
 
 
 class LearnedRouter(ScoredRouter):
@@ -116,8 +127,8 @@ class LearnedRouter(ScoredRouter):
         self.weight = self.new_weight("weight")
         self.hidden = None if self.settings.network == "linear" else self.new_weight("hidden")
 
+    @override
     def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        """See `ScoredRouter.score`."""
         x = self._jittered(x)
         if self.hidden is None:
             return linear(x, self.weight)
@@ -135,7 +146,7 @@ class LearnedRouter(ScoredRouter):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x Wᵀ` in fp32 at least."""
+    """The product `x Wᵀ` in fp32 at least."""
     if tensor_core_dtype(x, weight) is not None:
         return scores(x, weight)
     product: Tensor = router_gating_linear(x, weight, None, score_dtype(x))

@@ -1,19 +1,21 @@
 """PKM: product-key memory (Lample et al. 2019, arXiv 1907.05242).
 
-Heads with queries of their own; the softmax over a head's knn scores weighs its values, and heads
-are added up. As in the authors' code: values drawn from N(0, 1/D), sub-keys from U(±1/sqrt(half)).
-Their optional batch norm of the queries is left out: it would make a token's result depend on
-the others of its batch, and so on the layout.
+Each head has a query of its own. The softmax over a head's knn scores gives the weights of its
+values, and the heads are summed. As in the authors' code, values are drawn from N(0, 1/D) and
+sub-keys from U(±1/sqrt(half)). Their optional batch norm of the queries is left out: a token's
+result would depend on the other tokens of its batch, and so on the layout.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import override
 
 from torch import Tensor
 
 from megatron_sffn.nn.config import SparseFFNTransformerConfig, flag
+from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.product_keys import ProductKeysConfig, ProductKeysRouter
 
 
@@ -24,6 +26,12 @@ class PKMConfig(ProductKeysConfig):
     name = "pkm"
     summary = "product keys choose cells of a memory of values; softmax over each head's scores"
     initialization = "pkm"
+    test_numbers = RouterTestNumbers(
+        options={"heads": 2, "key_size": 10},
+        single_cells=True,
+        square_memory=True,
+        flags="--sffn-product-key-size 16",
+    )
 
     heads: int = flag(
         "--sffn-pkm-heads",
@@ -32,13 +40,13 @@ class PKMConfig(ProductKeysConfig):
         help="queries of a token, of which each chooses k / heads cells (pkm, pkm-relu)",
     )
 
+    @override
     @property
     def num_heads(self) -> int:
-        """See `ProductKeysConfig.num_heads`."""
         return self.heads
 
+    @override
     def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
-        """See `RouterConfig.untrained`."""
         assert config.sffn is not None, "a router is checked in a model that has it"
         if config.sffn.chosen_cells > self.heads:
             return None
@@ -48,21 +56,22 @@ class PKMConfig(ProductKeysConfig):
             "--sffn-router pkm-relu"
         )
 
+    @override
     @property
     def query_bias(self) -> bool:
-        """See `ProductKeysConfig.query_bias`."""
         return True
 
-    def build(self) -> type[PKMRouter]:
-        """See `RouterConfig.build`."""
+    @override
+    def router_class(self) -> type[PKMRouter]:
         return PKMRouter
 
 
 class PKMRouter(ProductKeysRouter):
     """Product keys with a softmax per head. Arguments as `Router`."""
 
+    @override
     def draw(self, name: str, weight: Tensor) -> None:
-        """As the authors' code; the query as any linear layer, its bias zero."""
+        # As in the authors' code; the query as any linear layer, and its bias zero.
         if name == "subkeys":
             bound = 1 / math.sqrt(weight.shape[-1])
             weight.uniform_(-bound, bound)
@@ -71,6 +80,6 @@ class PKMRouter(ProductKeysRouter):
         else:
             super().draw(name, weight)
 
+    @override
     def coefficients(self, scores: Tensor) -> Tensor:
-        """See `ProductKeysRouter.coefficients`."""
         return scores.softmax(dim=-1)

@@ -1,15 +1,16 @@
 """PKM with ReLU instead of softmax (Csordás, Irie, Schmidhuber 2023, arXiv 2310.10837).
 
-The values are weighed by the ReLU of the scores, which do not compete; with all M cells chosen this
-is a dense FFN whose keys are `[c_i; c'_j]`. Tables and sub-keys are drawn as sigma-MoE draws its
-own: a coefficient then starts with the variance of a dense layer's (our reading: the sum of two
-halves has that of one whole key).
+The weights of the values are the ReLU of the scores, which do not compete. With all M cells chosen
+this is a dense FFN whose keys are `[c_i; c'_j]`. Values and sub-keys are initialised as in
+sigma-MoE: a coefficient then starts with the variance of a dense layer's coefficient (our reading:
+the sum of the two halves has the variance of one whole key).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import override
 
 from torch import Tensor
 
@@ -25,26 +26,27 @@ class PKMReLUConfig(PKMConfig):
     summary = "pkm with the ReLU of the scores instead of a softmax"
     initialization = "sigma-moe"
 
+    @override
     def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
-        """None: the ReLU of a head's only score depends on it."""
-        return None
+        return None  # the ReLU of a head's only score depends on the score
 
-    def build(self) -> type[PKMReLURouter]:
-        """See `RouterConfig.build`."""
+    @override
+    def router_class(self) -> type[PKMReLURouter]:
         return PKMReLURouter
 
 
 class PKMReLURouter(PKMRouter):
     """Product keys with ReLU. Arguments as `Router`."""
 
+    @override
     def draw(self, name: str, weight: Tensor) -> None:
-        """Standard deviations by the fan-in: D for queries, the whole key for its halves."""
+        # Std by the fan-in: D for queries, the size of a whole key for sub-keys.
         if name == "query_bias":
             weight.zero_()
             return
         fan_in = self.settings.key_size if name == "subkeys" else self.config.hidden_size
         weight.normal_(std=math.sqrt(2 / (self.config.num_layers * fan_in)))
 
+    @override
     def coefficients(self, scores: Tensor) -> Tensor:
-        """See `ProductKeysRouter.coefficients`."""
         return scores.relu()

@@ -1,18 +1,19 @@
 """Product keys: the best of M = n² keys for the price of 2n (Lample et al. 2019, arXiv 1907.05242).
 
-Enters: tokens `[T, D]`. Leaves: cells and their coefficients; the memory has values alone. A head
-cuts its query in two halves and scores each against n sub-keys; the score of cell `i·n + j` is the
-sum of its two. The best knn of all n² sums are among the knn·knn sums of each half's best knn, also
-with ties: a cell outside them has knn others at least as good before it.
+Inputs: tokens `[T, D]`. Outputs: cells and their coefficients; the cells have values and no keys. A
+head splits its query in two halves and scores each half against n sub-keys; the score of cell
+`i·n + j` is the sum of the two. The best knn of all n² sums are among the knn·knn sums of the best
+knn of each half, also with ties: a cell outside them has at least knn cells before it that are no
+worse.
 
-The score is the coefficient of a cell, so blocks have one cell, and k = heads · knn.
+The score is the coefficient of a cell, so that blocks have one cell, and k = heads · knn.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, override
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,13 @@ from torch import Tensor
 
 from megatron_sffn.nn.config import RouterConfig, SparseFFNConfig, flag
 from megatron_sffn.nn.routers.base import Router, Routing, score_dtype
+from megatron_sffn.nn.saved_bytes import FP32, INT64, LayerCall, SavedBytes
 from megatron_sffn.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProductKeysConfig(RouterConfig):
-    """What the methods with product keys share."""
+    """Settings of every method with product keys."""
 
     key_size: int = flag(
         "--sffn-product-key-size",
@@ -37,7 +39,7 @@ class ProductKeysConfig(RouterConfig):
 
     @property
     def num_heads(self) -> int:
-        """Queries of a token."""
+        """Heads: queries of a token."""
         return 1
 
     @property
@@ -46,16 +48,16 @@ class ProductKeysConfig(RouterConfig):
         return False
 
     @property
+    @override
     def gated_output(self) -> bool:
-        """The coefficients travel."""
-        return True
+        return True  # the gates are the cells' coefficients
 
+    @override
     def key_width(self, hidden_size: int) -> int:
-        """See `RouterConfig.key_width`."""
         return 0
 
+    @override
     def check(self, sffn: SparseFFNConfig) -> None:
-        """See `RouterConfig.check`."""
         if sffn.block_size != 1:
             raise ConfigError(
                 f"--sffn-router {self.name} has a score for every cell, not for blocks of "
@@ -74,7 +76,7 @@ class ProductKeysConfig(RouterConfig):
         _check_square(self.name, sffn)
 
     def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """Queries and sub-keys."""
+        """Weights of queries and sub-keys."""
         heads, queries = self.num_heads, self.num_heads * self.key_size
         bias = {"query_bias": (queries,)} if self.query_bias else {}
         return {
@@ -84,28 +86,39 @@ class ProductKeysConfig(RouterConfig):
         }
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
-        """Queries, and both halves against their sub-keys; the sums are no products."""
+        """FLOPs of the queries, and of both halves against their sub-keys."""
         return 2 * self.num_heads * self.key_size * (hidden_size + math.isqrt(sffn.num_cells))
+
+    @override
+    def saved_bytes(self, call: LayerCall) -> SavedBytes:
+        heads, side = self.num_heads, math.isqrt(call.sffn.num_cells)
+        cells_per_head = call.sffn.num_active_blocks // heads
+        query_and_scores = FP32 * (self.key_size + 2 * side)
+        # Row, column, and the input or output of the coefficient's function.
+        per_cell = 2 * INT64 + FP32
+        fp32_subkeys = heads * self.key_size * side * FP32 if call.layout.half_precision else 0
+        per_token = heads * (query_and_scores + cells_per_head * per_cell)
+        return SavedBytes(bytes=fp32_subkeys + call.tokens * per_token, tokens=True)
 
 
 def _check_square(name: str, sffn: SparseFFNConfig) -> None:
-    """M is a square; else the sentence names the expansions nearby for which it is."""
+    """Refuse an M that is not a square, with the nearest expansions for which it is."""
     cells, active = sffn.num_cells, sffn.active_cells
     if math.isqrt(cells) ** 2 == cells:
         return
     # E·k is a square if and only if E is the square-free part of k times a square.
     least = next(e for e in range(1, active + 1) if math.isqrt(e * active) ** 2 == e * active)
     below = math.isqrt(sffn.expansion // least)
-    near = [str(least * root**2) for root in (below, below + 1) if root]
+    nearest = [str(least * root**2) for root in (below, below + 1) if root]
     raise ConfigError(
         f"--sffn-router {name} needs a square number of cells, not {cells} (--sffn-expansion "
         f"{sffn.expansion} · --sffn-active-cells {active}); the nearest --sffn-expansion that "
-        f"gives one: {' or '.join(near)}"
+        f"gives one: {' or '.join(nearest)}"
     )
 
 
 class ProductKeysRouter(Router):
-    """The best cells of each head. Arguments as `Router`."""
+    """Choose the best cells of each head. Arguments as `Router`."""
 
     settings: ProductKeysConfig
 
@@ -113,16 +126,17 @@ class ProductKeysRouter(Router):
         super().__init__(**arguments)
         assert isinstance(self.sffn.router, ProductKeysConfig)
         self.settings = self.sffn.router
-        self.each = self.sffn.num_active_blocks // self.settings.num_heads
+        self.cells_per_head = self.sffn.num_active_blocks // self.settings.num_heads
         self.query = self.new_weight("query")
         self.query_bias = self.new_weight("query_bias") if self.settings.query_bias else None
         self.subkeys = self.new_weight("subkeys")
         self.side = self.subkeys.shape[2]
 
     def coefficients(self, scores: Tensor) -> Tensor:
-        """From the scores `[T, heads, knn]` of chosen cells to what multiplies their values."""
+        """From scores `[T, heads, knn]` of the chosen cells to their coefficients."""
         raise NotImplementedError
 
+    @override
     def forward(
         self,
         x: Tensor,
@@ -130,16 +144,15 @@ class ProductKeysRouter(Router):
         token_ids: Tensor | None = None,
         num_sequences: int = 1,
     ) -> Routing:
-        """See `Router.forward`."""
         dtype, (heads, _, side, half) = score_dtype(x), self.subkeys.shape
         queries = F.linear(x, self.query, self.query_bias).view(-1, heads, 2, half)
         # [heads · 2, T, n]: two products per head.
         scores = torch.einsum("thpc,hpnc->thpn", queries.to(dtype), self.subkeys.to(dtype))
         self.flag_not_finite(scores)
-        ids = self.topk(scores.detach().reshape(-1, side), min(self.each, side))
+        ids = self.topk(scores.detach().reshape(-1, side), min(self.cells_per_head, side))
         ids = ids.view(*scores.shape[:3], -1)
         first, second = self._best_sums(scores.detach().gather(3, ids))
-        # Rows and columns of the chosen, of n: only their scores stay for the backward.
+        # Rows and columns of the chosen cells: only their scores stay for the backward pass.
         rows, columns = ids[:, :, 0].gather(2, first), ids[:, :, 1].gather(2, second)
         sums = scores[:, :, 0].gather(2, rows) + scores[:, :, 1].gather(2, columns)
         return Routing(
@@ -150,12 +163,12 @@ class ProductKeysRouter(Router):
         )
 
     def _best_sums(self, best: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the best scores of both halves `[T, heads, 2, knn]` the pairs of largest sum.
+        """The pairs of largest sum among the best scores of both halves, `[T, heads, 2, knn]`.
 
         Returns:
-            `[T, heads, knn]` their places in the first half, and in the second.
+            `[T, heads, knn]` indices into the first half, and into the second half.
         """
         sums = best[:, :, 0, :, None] + best[:, :, 1, None, :]
-        chosen = self.topk(sums.flatten(0, 1).flatten(1), self.each)
-        chosen = chosen.view(*sums.shape[:2], self.each)
+        chosen = self.topk(sums.flatten(0, 1).flatten(1), self.cells_per_head)
+        chosen = chosen.view(*sums.shape[:2], self.cells_per_head)
         return chosen // sums.shape[3], chosen % sums.shape[3]

@@ -12,12 +12,14 @@ Without it, or where the table would be too large, every pass hashes its own ids
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import override
 
 import torch
 from torch import Tensor
 
 from megatron_sffn.nn.config import RouterConfig, SparseFFNConfig, flag
 from megatron_sffn.nn.routers.base import Router, Routing
+from megatron_sffn.nn.saved_bytes import LayerCall, SavedBytes
 from megatron_sffn.utils.hashing import hashed_subsets
 
 LARGEST_TABLE = 1 << 28
@@ -41,15 +43,19 @@ class RandHashConfig(RouterConfig):
         "--sffn-hash-shared", default=False, help="the same map in all layers (rand-hash)"
     )
 
-    def build(self) -> type[RandHashRouter]:
-        """See `RouterConfig.build`."""
+    @override
+    def router_class(self) -> type[RandHashRouter]:
         return RandHashRouter
 
     def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:
-        """The table of all ids' blocks, if it is made."""
-        each = table_dtype(sffn.num_blocks).itemsize * sffn.num_active_blocks
-        size = (vocab_size or 0) * each
+        """Bytes of the table of all ids' blocks; 0 if the table would be too large."""
+        row_bytes = table_dtype(sffn.num_blocks).itemsize * sffn.num_active_blocks
+        size = (vocab_size or 0) * row_bytes
         return size if size <= LARGEST_TABLE else 0
+
+    @override
+    def saved_bytes(self, call: LayerCall) -> SavedBytes:
+        return SavedBytes()  # no gradient passes through the map
 
 
 def table_dtype(num_blocks: int) -> torch.dtype:
@@ -63,11 +69,13 @@ class RandHashRouter(Router):
     _table: Tensor | None = None
     """`[V, K]` blocks of every id. Not a buffer: a checkpoint need not carry it."""
 
+    @override
     def set_layer_number(self, layer_number: int) -> None:
-        """See `Router.set_layer_number`; the map of another layer is another one."""
+        # The map depends on the layer number.
         super().set_layer_number(layer_number)
         self._table = None
 
+    @override
     def forward(
         self,
         x: Tensor,
@@ -75,7 +83,6 @@ class RandHashRouter(Router):
         token_ids: Tensor | None = None,
         num_sequences: int = 1,
     ) -> Routing:
-        """See `Router.forward`."""
         assert token_ids is not None, (
             "rand-hash needs the input ids: give them to the layer (or Megatron's GPTModel) as "
             "`padding_mask`, the slot for numbers of a token that reaches every pipeline stage"
@@ -101,7 +108,7 @@ class RandHashRouter(Router):
         )
 
     def _held_bytes(self) -> int:
-        """Of the table; 0 if V is not known, or the table is too large."""
+        """Bytes of the table; 0 if V is not known, or the table would be too large."""
         width, rows = self.config.hidden_size, self.config.padded_vocab_size
         return self.sffn.router.held_bytes(self.sffn, width, rows)
 

@@ -2,19 +2,21 @@
 2202.01169; as a baseline in arXiv 2310.10837).
 
 The scores of a microbatch become a transport plan between tokens and blocks, in which every block
-gets the same weight; in training each token takes the K blocks of largest weight in its row, in
-evaluation those of largest score. Sigmoids of the scores multiply the output either way.
+gets the same weight. In training each token takes the K blocks of largest weight in its row, in
+evaluation the blocks of largest score. In both the sigmoids of the scores multiply the output.
 
-The plan is of all tokens of a microbatch: tensor-parallel ranks make it together. Of a token's row
-only the order of its blocks matters, so that the plan is a price per block, added to all scores; it
-is found in logarithms, where scores of any size are harmless, in a bounded number of turns
-(Megatron's `sinkhorn` has neither and does not end for scores of standard deviation 10).
+The plan covers all tokens of a microbatch: tensor-parallel ranks make it together. Only the order
+of the blocks in a token's row matters, so that the plan is a price per block that is added to all
+scores. Prices are computed in logarithms, which are stable for scores of any size, in a bounded
+number of iterations (Megatron's `sinkhorn` has neither property and does not end for scores of
+standard deviation 10).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import override
 
 import torch
 from torch import Tensor
@@ -23,11 +25,11 @@ from megatron_sffn.nn.expert_grid import gather_rows
 from megatron_sffn.nn.routers.learned import LearnedConfig, LearnedRouter
 
 TOLERANCE = 1e-3
-"""Mean change of a price, in units of scores, at which the plan is good enough."""
-MOST_TURNS = 100
-TURNS_PER_LOOK = 10
-"""Turns between two looks at whether the plan is good enough: the host waits for each look. Turns
-after the one that was good enough change nothing, so that this number does not, either."""
+"""Mean change of a price, in units of scores, below which the prices have converged."""
+MAX_ITERATIONS = 100
+ITERATIONS_PER_CHECK = 10
+"""Iterations between two checks of whether the prices have converged; the host waits for each.
+Iterations after convergence change nothing, so that this number does not change the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +40,20 @@ class SBaseConfig(LearnedConfig):
     summary = "learned sigmoid gate; in training Sinkhorn's algorithm balances the choice"
     default_gate = "sigmoid"
 
-    def build(self) -> type[SBaseRouter]:
-        """See `RouterConfig.build`."""
+    @override
+    def router_class(self) -> type[SBaseRouter]:
         return SBaseRouter
 
 
 class SBaseRouter(LearnedRouter):
     """A learned sigmoid gate with a balanced choice. Arguments as `Router`."""
 
+    @override
     def selection_scores(self, scores: Tensor) -> Tensor:
-        """See `ScoredRouter.selection_scores`."""
         if not self.training:
             return super().selection_scores(scores)
-        everyone = gather_rows(scores, self.balance.tp_cp_group)
-        return scores + balancing_prices(everyone)
+        all_scores = gather_rows(scores, self.balance.tp_cp_group)
+        return scores + balancing_prices(all_scores)
 
 
 def balancing_prices(scores: Tensor) -> Tensor:
@@ -61,18 +63,17 @@ def balancing_prices(scores: Tensor) -> Tensor:
         scores: `[T, B]`.
 
     Returns:
-        `[B]` prices. The exponentials of `scores + prices`, with every row scaled to a sum of 1,
-        have columns that sum to T / B.
+        `[B]` prices: the softmax of `scores + prices` over each row has columns that sum to T / B.
     """
     tokens, blocks = scores.shape
     prices = scores.new_zeros(blocks)
-    done = torch.zeros((), dtype=torch.bool, device=scores.device)
-    for turn in range(1, MOST_TURNS + 1):
+    converged = torch.zeros((), dtype=torch.bool, device=scores.device)
+    for iteration in range(1, MAX_ITERATIONS + 1):
         rows = (scores + prices).logsumexp(dim=1, keepdim=True)
-        moved = math.log(tokens / blocks) - (scores - rows).logsumexp(dim=0)
-        change = (moved - prices).abs().mean()
-        prices = torch.where(done, prices, moved)
-        done = done | (change < TOLERANCE)
-        if turn % TURNS_PER_LOOK == 0 and done:
+        updated = math.log(tokens / blocks) - (scores - rows).logsumexp(dim=0)
+        change = (updated - prices).abs().mean()
+        prices = torch.where(converged, prices, updated)
+        converged = converged | (change < TOLERANCE)
+        if iteration % ITERATIONS_PER_CHECK == 0 and converged:
             break
     return prices

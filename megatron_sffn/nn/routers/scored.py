@@ -1,19 +1,19 @@
-"""Routers that score all B blocks: score, choose, gate. A method says where the scores come from.
+"""The base of routers that score all B blocks: score, choose, gate. A method implements `score`.
 
-Enters: tokens `[T, D]`, this rank's keys. Leaves: the `Routing` of the K best blocks.
+Inputs: tokens `[T, D]`, and this rank's keys. Outputs: the `Routing` of the K best blocks.
 
-    scores     [T, B]   of the method (`score`)
-    choice     [T, B]   what the blocks are chosen by: the scores, or what the gate makes of them
-                        plus the balance bias; dropped blocks last
-    block_ids  [T, K]   the largest
-    gates      [T, K]   none, sigmoid or softmax of the scores
+    scores            [T, B]   the method's scores (`score`)
+    selection_scores  [T, B]   scores by which blocks are chosen: the scores, or their gates plus
+                               the expert bias; dropped blocks have the lowest
+    block_ids         [T, K]   ids of the largest selection scores
+    gates             [T, K]   none, sigmoid or softmax of the scores
 
-Choices
+Design notes
 - No gradient passes through the choice. The scores are differentiated only if a gate or a balance
   loss asks for it, so that Avg-K and VanillaM cost no backward by default, as in their paper.
 - Block dropout (sigma-MoE's expert dropout, arXiv 2310.10837): a dropped block is chosen only when
-  fewer than K others are left, and then its place stays empty: a token may have less than K blocks,
-  never a score of a block that was dropped.
+  fewer than K others are left, and then its slot stays empty: a token may have fewer than K blocks,
+  but never a block that was dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import torch
 from torch import Tensor
@@ -32,9 +32,10 @@ from megatron_sffn.nn.config import (
     SparseFFNTransformerConfig,
     flag,
 )
-from megatron_sffn.nn.load_balancing import Balance, losses_reach_scores
+from megatron_sffn.nn.load_balancing import BALANCE_LOSSES, Balance, losses_reach_scores
 from megatron_sffn.nn.routers.base import NO_BLOCK, Router, Routing
 from megatron_sffn.nn.routers.groups import check_groups, in_best_groups
+from megatron_sffn.nn.saved_bytes import FP32, INT64, LayerCall, SavedBytes
 from megatron_sffn.utils.errors import ConfigError
 
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
@@ -51,12 +52,12 @@ FACTORS = (
     "moe_router_bias_update_rate",
     "moe_input_jitter_eps",
 )
-"""Fields of Megatron's config that multiply something in our routers."""
+"""Fields of Megatron's config that are factors in our routers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredConfig(RouterConfig):
-    """What all methods with scores share."""
+    """Settings of every method with scores."""
 
     megatron_flags: ClassVar[tuple[str, ...]] = (
         "moe_router_load_balancing_type",
@@ -68,7 +69,7 @@ class ScoredConfig(RouterConfig):
         "moe_router_group_topk",
     )
     default_gate: ClassVar[str] = "none"
-    """Of `GATES`, where `--sffn-gate` is not given."""
+    """Name in `GATES` of the gate where `--sffn-gate` is not given."""
 
     gate: str | None = flag(
         "--sffn-gate",
@@ -98,12 +99,12 @@ class ScoredConfig(RouterConfig):
     )
 
     def __post_init__(self) -> None:
-        """Fill in the gate, then check."""
+        """Fill in the default gate, then check all fields."""
         object.__setattr__(self, "gate", self.gate or self.default_gate)
         super().__post_init__()
 
+    @override
     def check_model(self, config: SparseFFNTransformerConfig) -> None:
-        """See `RouterConfig.check_model`."""
         sffn = config.sffn
         assert sffn is not None, "a router is checked in a model that has it"
         check_groups(config, sffn.num_blocks, sffn.num_active_blocks)
@@ -119,8 +120,9 @@ class ScoredConfig(RouterConfig):
         if constant is not None and not self.scores_have_weights:
             raise ConfigError(f"{constant}, which has no effect; leave it out")
 
+    @override
     def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
-        """See `RouterConfig.untrained`: scores learn by a gate of them, or by a balance loss."""
+        # Scores learn through a gate that depends on them, or through a load-balancing loss.
         assert config.sffn is not None, "a router is checked in a model that has it"
         constant = self._constant_gate(config.sffn)
         gated = self.gated_output and constant is None
@@ -140,8 +142,9 @@ class ScoredConfig(RouterConfig):
             else f"{constant}; use --sffn-gate sigmoid, or a larger --sffn-expansion"
         )
 
+    @override
     def remark(self, sffn: SparseFFNConfig) -> str | None:
-        """A softmax over all blocks leaves several chosen ones little at first."""
+        # A softmax over all blocks gives several chosen blocks small gates at first.
         active, blocks = sffn.num_active_blocks, sffn.num_blocks
         if self.gate != "softmax" or not 1 < active < blocks:
             return None
@@ -152,8 +155,50 @@ class ScoredConfig(RouterConfig):
             "look broken; with --sffn-gate softmax-chosen they add up to 1"
         )
 
+    @override
+    def saved_bytes(self, call: LayerCall) -> SavedBytes:
+        if not (self.gated_output or self._losses(call)):
+            return SavedBytes()  # no gradient passes through the scores
+        scores, losses = self.saved_by_scores(call), self._losses(call)
+        bytes_ = scores.bytes + call.tokens * self._saved_per_token(call)
+        # Each balance loss keeps the blocks' frequencies, the entropy its three factors [B], and
+        # their sum is a scalar.
+        per_block = len(losses & BALANCE_LOSSES.keys()) + (3 if "entropy_loss" in losses else 0)
+        bytes_ += FP32 * (per_block * call.sffn.num_blocks + bool(losses))
+        return SavedBytes(bytes=bytes_, tokens=scores.tokens)
+
+    def saved_by_scores(self, call: LayerCall) -> SavedBytes:
+        """What the method keeps of its own score where scores are differentiated.
+
+        Raises:
+            NotImplementedError: if the method does not say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no formula for saved_by_scores")
+
+    def _losses(self, call: LayerCall) -> frozenset[str]:
+        """The losses of the scores that are on: Megatron's, and the router's entropy loss."""
+        return call.losses | ({"entropy_loss"} if self.entropy_coefficient else set())
+
+    def _saved_per_token(self, call: LayerCall) -> int:
+        """Bytes per token of the gates and losses that are computed from the scores."""
+        blocks, active = call.sffn.num_blocks, call.sffn.num_active_blocks
+        losses = self._losses(call)
+        gathers_scores = self.gate in ("sigmoid", "softmax-chosen")
+        count = active * INT64 if self.gate != "none" else 0
+        if self.gate == "softmax":
+            count += FP32 * blocks
+        if gathers_scores:
+            count += FP32 * active
+        if gathers_scores or "z_loss" in losses:
+            count += FP32 * blocks
+        if "z_loss" in losses:
+            count += FP32
+        if losses - {"z_loss"}:
+            count += FP32 * blocks
+        return count
+
     def _constant_gate(self, sffn: SparseFFNConfig) -> str | None:
-        """That the gate is 1 whatever the scores are, if it is: the start of a sentence."""
+        """The start of a sentence that says why the gate is always 1; None if it is not."""
         if self.gate == "softmax-chosen" and sffn.num_active_blocks == 1:
             return "--sffn-gate softmax-chosen is always 1 for one chosen block"
         if self.softmax_over_blocks and sffn.num_blocks == 1:
@@ -162,22 +207,22 @@ class ScoredConfig(RouterConfig):
 
     @property
     def scores_have_weights(self) -> bool:
-        """Whether scores depend on weights of the router's own that act on nothing else."""
+        """Whether the router has weights that act on nothing but the scores."""
         return False
 
+    @override
     @property
     def gated_output(self) -> bool:
-        """See `RouterConfig.gated_output`."""
         return self.gate != "none"
 
+    @override
     @property
     def softmax_over_blocks(self) -> bool:
-        """See `RouterConfig.softmax_over_blocks`."""
         return self.gate in ("softmax", "softmax-chosen")
 
 
 class ScoredRouter(Router):
-    """The K blocks of largest score. Arguments as `Router`."""
+    """Choose the K blocks of largest score. Arguments as `Router`."""
 
     settings: ScoredConfig
 
@@ -189,19 +234,20 @@ class ScoredRouter(Router):
             self.config, arguments["pg_collection"], self.settings.entropy_coefficient
         )
 
+    @override
     def set_layer_number(self, layer_number: int) -> None:
-        """See `Router.set_layer_number`."""
         super().set_layer_number(layer_number)
         self.balance.layer_number = layer_number
 
     def query(self, x: Tensor) -> Tensor:
-        """`[T, key width]` what meets the keys; the tokens unless a method says else."""
+        """Queries `[T, key width]`; the tokens unless a method overrides this."""
         return x
 
     def score(self, x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        """`[T, B]` scores, fp32 at least; under `no_grad` where no gradient is needed."""
+        """Scores `[T, B]`, fp32 at least. Runs under `no_grad` where no gradient is needed."""
         raise NotImplementedError
 
+    @override
     def forward(
         self,
         x: Tensor,
@@ -209,7 +255,6 @@ class ScoredRouter(Router):
         token_ids: Tensor | None = None,
         num_sequences: int = 1,
     ) -> Routing:
-        """See `Router.forward`."""
         assert keys is not None, "blocks are scored by tokens and keys"
         queries = self.query(x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiates):
@@ -217,21 +262,22 @@ class ScoredRouter(Router):
         self.flag_not_finite(scores)
         ids, dropped = self._choose(scores)
         gates = GATES[str(self.settings.gate)](scores, ids)
-        chosen = scores.detach().gather(1, ids)
+        chosen_scores = scores.detach().gather(1, ids)
         if dropped is not None:
             ids = ids.masked_fill(dropped, NO_BLOCK)
+        # The load-balancing losses hang on the queries' graph; their values do not change.
         rows = self.balance(queries, scores, ids, num_sequences)
         routing = Routing(
             block_ids=ids,
             gates=gates,
             queries=None if rows is x else rows,
-            scores=chosen,
+            scores=chosen_scores,
             may_be_empty=dropped is not None,
         )
         return self.post_route(x, routing)
 
     def post_route(self, x: Tensor, routing: Routing) -> Routing:
-        """What a method still does with the blocks of its tokens; nothing, unless it says else."""
+        """A hook on the finished routing, for methods that drop tokens or observe them."""
         return routing
 
     @property
@@ -241,25 +287,25 @@ class ScoredRouter(Router):
 
     @torch.no_grad()
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`[T, K]` ids, and which of them are dropped, if any can be."""
-        choice, dropout = self.selection_scores(scores), self.settings.block_dropout
+        """Ids `[T, K]`, and a mask `[T, K]` of the dropped ones; None if none can be dropped."""
+        selection, dropout = self.selection_scores(scores), self.settings.block_dropout
         if self.balance.biased:
-            choice = choice + self.balance.expert_bias
+            selection = selection + self.balance.expert_bias
         active, drops = self.sffn.num_active_blocks, self.training and bool(dropout)
         unavailable = torch.rand_like(scores) < dropout if drops else None
         if unavailable is not None:
-            choice = choice.masked_fill(unavailable, -torch.inf)
+            selection = selection.masked_fill(unavailable, -torch.inf)
         if num_groups := self.config.moe_router_num_groups:
             group_topk = self.config.moe_router_group_topk
-            allowed = in_best_groups(choice, active, num_groups, group_topk, self.topk)
-            choice = choice.masked_fill(~allowed, -torch.inf)
-            # Of blocks that cannot be chosen the lowest come first, from any group.
+            allowed = in_best_groups(selection, active, num_groups, group_topk, self.topk)
+            selection = selection.masked_fill(~allowed, -torch.inf)
+            # Where too few blocks are left, top-K takes unavailable ones, from any group.
             unavailable = None if unavailable is None else unavailable | ~allowed
-        ids = self.topk(choice, active)
+        ids = self.topk(selection, active)
         return ids, None if unavailable is None else unavailable.gather(1, ids)
 
     def selection_scores(self, scores: Tensor) -> Tensor:
-        """`[T, B]` what blocks are chosen by: in units of the gate, if a bias is added to it."""
+        """Scores `[T, B]` by which blocks are chosen: gates, if the expert bias is added."""
         if not self.balance.biased or not self.settings.gated_output:
             return scores
         return scores.sigmoid() if self.settings.gate == "sigmoid" else scores.softmax(dim=-1)

@@ -4,9 +4,10 @@
 renormalised over the chosen) multiplies their output, which is how the gate learns.
 
 With a capacity (`--moe-expert-capacity-factor` C) a block takes at most `ceil(C·T·K/B)` of the
-T tokens of a microbatch; those of least probability, or the last ones
-(`--moe-token-drop-policy probs|position`), get nothing from it. Tensor-parallel ranks decide on all
-tokens of the microbatch together, so that the layout does not matter (Megatron's decide apart).
+T tokens of a microbatch. The tokens of least probability, or the last tokens
+(`--moe-token-drop-policy probs|position`), are dropped: the block adds nothing to them.
+Tensor-parallel ranks decide on all tokens of the microbatch together, so that the layout does not
+matter; in Megatron each rank decides alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, override
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ class SwitchConfig(LearnedConfig):
     )
     default_gate = "softmax"
 
+    @override
     def check_model(self, config: SparseFFNTransformerConfig) -> None:
-        """See `RouterConfig.check_model`."""
         super().check_model(config)
         factor = config.moe_expert_capacity_factor
         if factor is not None and not 0 < factor < math.inf:
@@ -50,16 +51,17 @@ class SwitchConfig(LearnedConfig):
                 "number above 0, or leave it out for no limit"
             )
 
-    def build(self) -> type[SwitchRouter]:
-        """See `RouterConfig.build`."""
+    @override
+    def router_class(self) -> type[SwitchRouter]:
         return SwitchRouter
 
 
 class SwitchRouter(LearnedRouter):
     """A learned softmax gate. Arguments as `Router`."""
 
+    @override
     def post_route(self, x: Tensor, routing: Routing) -> Routing:
-        """Leave places empty whose block is full."""
+        # Empty the slots whose block is full.
         factor = self.config.moe_expert_capacity_factor
         if factor is None:
             return routing
@@ -75,13 +77,13 @@ class SwitchRouter(LearnedRouter):
         )
 
     def _fit(self, block_ids: Tensor, priority: Tensor | None, factor: float) -> Tensor:
-        """`[T, K]` which choices are within their block's capacity."""
+        """A mask `[T, K]` of the choices that are within the capacity of their block."""
         group = self.balance.tp_cp_group
         ids = gather_rows(block_ids, group)
         capacity = math.ceil(factor * ids.numel() / self.sffn.num_blocks)
         if priority is not None:
-            # Repeated words differ by rounding alone, and rounding by the layout: of probabilities
-            # that agree in 8 bits the first token's counts.
+            # Probabilities of a repeated word differ by rounding alone, and rounding depends on the
+            # layout. In bf16 they tie, and the first token wins.
             priority = priority.bfloat16()
             priority = gather_rows(priority, group)
         fits = within_capacity(ids, priority, capacity)
@@ -89,15 +91,15 @@ class SwitchRouter(LearnedRouter):
 
 
 def within_capacity(block_ids: Tensor, priority: Tensor | None, capacity: int) -> Tensor:
-    """Which choices a block of limited capacity takes.
+    """The choices that blocks of limited capacity accept.
 
     Args:
-        block_ids: `[T, K]`; negative for none.
-        priority: `[T, K]`, the largest first; None for the order of the tokens.
+        block_ids: `[T, K]`; negative for an empty slot.
+        priority: `[T, K]`, the largest is accepted first; None for the order of the tokens.
         capacity: tokens of a block.
 
     Returns:
-        `[T, K]` bool; of equal priorities the first tokens'.
+        `[T, K]` bool; among equal priorities the first tokens are accepted.
     """
     blocks = block_ids.flatten()
     order = torch.arange(len(blocks), device=blocks.device)
@@ -105,9 +107,9 @@ def within_capacity(block_ids: Tensor, priority: Tensor | None, capacity: int) -
         order = priority.flatten().argsort(descending=True, stable=True)
     order = order[blocks[order].argsort(stable=True)]
     ordered = blocks[order]
-    # The place of each choice in its block's queue: its index minus that of the block's first.
-    place = torch.arange(len(blocks), device=blocks.device)
-    place = place - torch.searchsorted(ordered, ordered)
+    # Position of each choice in its block's queue: its index minus the index of the block's first.
+    position = torch.arange(len(blocks), device=blocks.device)
+    position = position - torch.searchsorted(ordered, ordered)
     fits = torch.empty_like(blocks, dtype=torch.bool)
-    fits[order] = (place < capacity) & (ordered >= 0)
+    fits[order] = (position < capacity) & (ordered >= 0)
     return fits.view_as(block_ids)

@@ -119,7 +119,7 @@ def whole_keys(layer: Any) -> Tensor:
     """`[B, G, width]` the gradient of the keys, put together from the ranks that hold them."""
     grid, grad = layer.experts.expert_grid, layer.experts.keys.grad.clone()
     torch.distributed.all_reduce(grad, group=parallel_state.get_expert_data_parallel_group())
-    return torch.cat(grid.parts(grad).unbind(1), dim=1)
+    return torch.cat(grid.gather_blocks(grad).unbind(1), dim=1)
 
 
 @cache

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.nn.comm_volume import regathers
-from megatron_sffn.nn.config import Exchange
 from megatron_sffn.nn.dispatch import Arrived, dispatch, messages
 from megatron_sffn.nn.dispatch.legs import Leg
 from megatron_sffn.nn.expert_grid import ExpertGrid
+from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.ops.block_ffn import Pairs
 from tests.support.ranks import run_ranks
@@ -181,8 +181,8 @@ def test_rows_are_sent_again_where_that_halves_what_is_kept(
     ranks: int, dispatcher: str, regather: str, expected: bool, one_rank: None
 ) -> None:
     sffn = dataclasses.replace(build(Case(router="avg-k")).config.sffn, regather=regather)
-    exchange = Exchange(expert_parallel_size=ranks)
-    assert regathers(sffn, 8, exchange, dispatcher) is expected
+    layout = ParallelLayout(ep=ranks, dispatcher=dispatcher)
+    assert regathers(sffn, 8, layout) is expected
 
 
 @pytest.mark.parametrize("count", [0, 1])

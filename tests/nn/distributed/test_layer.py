@@ -19,7 +19,7 @@ from megatron_sffn.nn.routers.base import Routing
 from tests.support.ranks import run_ranks
 from tests.support.router_cases import (
     BATCH,
-    NUMBERS,
+    SINGLE_CELLS,
     SPARSE,
     WHOLE_KEYS,
     Case,
@@ -83,8 +83,7 @@ def computed(name: str | None, dispatcher: str) -> dict[str, list[dict[str, torc
 
 def fits(router: str, name: str | None) -> bool:
     """Blocks of single cells have no parts."""
-    single = NUMBERS.get(router, {}).get("block_size") == 1
-    return not (single and name is not None and "ETP" in name)
+    return not (router in SINGLE_CELLS and name is not None and "ETP" in name)
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])

@@ -27,8 +27,8 @@ used once for each chunk of a microbatch."""
 LAYOUTS = {
     "one rank": Layout(dtype=torch.float32),
     "one rank, full recomputation": Layout(dtype=torch.float32, recompute="full"),
-    "EP2": Layout(ranks=2, expert=2, dtype=torch.float32),
-    "DP2, overlapped": Layout(ranks=2, distributed_optimizer=True, dtype=torch.float32),
+    "EP2": Layout(world_size=2, ep=2, dtype=torch.float32),
+    "DP2, overlapped": Layout(world_size=2, distributed_optimizer=True, dtype=torch.float32),
 }
 
 
@@ -71,7 +71,9 @@ def _microbatch(chunk: Any, batch: Any) -> None:
 def test_adding_to_main_grad_gives_the_gradients_of_autograd(name: str) -> None:
     layout = LAYOUTS[name]
     direct, usual = (
-        run_ranks(layout.ranks, partial(gradients, layout, direct=on), **layout.groups())
+        run_ranks(
+            layout.world_size, partial(gradients, layout, direct=on), **layout.megatron_sizes()
+        )
         for on in (True, False)
     )
     for rank_direct, rank_usual in zip(direct, usual, strict=True):

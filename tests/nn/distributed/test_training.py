@@ -11,45 +11,43 @@ import torch
 
 from tests.support.engine import Layout, Trained, Variant, join, run
 from tests.support.ranks import run_ranks
-from tests.support.router_cases import NUMBERS, SPARSE
+from tests.support.router_cases import SINGLE_CELLS, SPARSE
 from tests.support.slow import slow
 
 LAYOUTS = {
     # 2 ranks
-    "DP2": Layout(ranks=2),
-    "TP2": Layout(ranks=2, tensor=2),
-    "EP2": Layout(ranks=2, expert=2),
-    "PP2": Layout(ranks=2, pipeline=2),
-    "TP2 ETP2": Layout(ranks=2, tensor=2, cells=2),
-    "TP2 EP2 folded": Layout(ranks=2, tensor=2, expert=2, dispatcher="allgather"),
-    "PP2 VPP2": Layout(ranks=2, pipeline=2, chunks=2),
+    "DP2": Layout(world_size=2),
+    "TP2": Layout(world_size=2, tp=2),
+    "EP2": Layout(world_size=2, ep=2),
+    "PP2": Layout(world_size=2, pp=2),
+    "TP2 ETP2": Layout(world_size=2, tp=2, etp=2),
+    "TP2 EP2 folded": Layout(world_size=2, tp=2, ep=2, dispatcher="allgather"),
+    "PP2 VPP2": Layout(world_size=2, pp=2, virtual_stages=2),
     # 4 ranks
-    "TP2 PP2": Layout(ranks=4, tensor=2, pipeline=2),
-    "EP4": Layout(ranks=4, expert=4),
-    "TP2 EP4": Layout(ranks=4, tensor=2, expert=4),
-    "EP2 ETP2": Layout(ranks=4, expert=2, cells=2),
-    "PP2 EP2": Layout(ranks=4, pipeline=2, expert=2, dispatcher="allgather"),
-    "PP4": Layout(ranks=4, pipeline=4),
+    "TP2 PP2": Layout(world_size=4, tp=2, pp=2),
+    "EP4": Layout(world_size=4, ep=4),
+    "TP2 EP4": Layout(world_size=4, tp=2, ep=4),
+    "EP2 ETP2": Layout(world_size=4, ep=2, etp=2),
+    "PP2 EP2": Layout(world_size=4, pp=2, ep=2, dispatcher="allgather"),
+    "PP4": Layout(world_size=4, pp=4),
     # 8 ranks
-    "EP8": Layout(ranks=8, expert=8, dispatcher="allgather"),
-    "TP2 PP2 EP2": Layout(ranks=8, tensor=2, pipeline=2, expert=2),
-    "TP2 PP2 EP4": Layout(ranks=8, tensor=2, pipeline=2, expert=4),
-    "TP2 PP2 VPP2 EP2 ETP2": Layout(ranks=8, tensor=2, pipeline=2, chunks=2, expert=2, cells=2),
+    "EP8": Layout(world_size=8, ep=8, dispatcher="allgather"),
+    "TP2 PP2 EP2": Layout(world_size=8, tp=2, pp=2, ep=2),
+    "TP2 PP2 EP4": Layout(world_size=8, tp=2, pp=2, ep=4),
+    "TP2 PP2 VPP2 EP2 ETP2": Layout(world_size=8, tp=2, pp=2, virtual_stages=2, ep=2, etp=2),
 }
 
 RECOMPUTED = {
     f"{name} {recompute}": Layout(**sizes, recompute=recompute)
     for recompute in ("full", "moe", "mlp")
     for name, sizes in {
-        "one rank": {"ranks": 1},
-        "TP2 PP2": {"ranks": 4, "tensor": 2, "pipeline": 2},
-        "PP2 VPP2 EP2": {"ranks": 4, "pipeline": 2, "chunks": 2, "expert": 2},
+        "one rank": {"world_size": 1},
+        "TP2 PP2": {"world_size": 4, "tp": 2, "pp": 2},
+        "PP2 VPP2 EP2": {"world_size": 4, "pp": 2, "virtual_stages": 2, "ep": 2},
     }.items()
 }
 
 
-WITHOUT_SLICES = [name for name in SPARSE if NUMBERS.get(name, {}).get("block_size") == 1]
-"""Routers whose blocks are single cells, of which there are no parts."""
 THOROUGH = ["avg-k", "vanilla-m", "rand-hash", "switch"]
 """On all layouts; the other routers share their code."""
 SOME = ["TP2 EP2 folded", "TP2 ETP2", "PP2 VPP2 EP2 moe", "TP2 PP2 full"]
@@ -66,8 +64,7 @@ def on(layouts: dict[str, Layout]) -> list[tuple[str, str]]:
         (name, router)
         for name, layout in layouts.items()
         for router in SPARSE
-        if (router in THOROUGH or name in SOME)
-        and not (router in WITHOUT_SLICES and layout.cells > 1)
+        if (router in THOROUGH or name in SOME) and not (router in SINGLE_CELLS and layout.etp > 1)
     ]
 
 
@@ -82,7 +79,7 @@ def cases(layouts: dict[str, Layout]) -> list[Any]:
 @cache
 def trained(layout: Layout, variants: tuple[Variant, ...]) -> dict[Variant, Trained]:
     """Several layers on a layout, in one world."""
-    results = run_ranks(layout.ranks, run, layout, list(variants), **layout.groups())
+    results = run_ranks(layout.world_size, run, layout, list(variants), **layout.megatron_sizes())
     parts = zip(*results, strict=True)
     return {variant: join(list(ranks)) for variant, ranks in zip(variants, parts, strict=True)}
 
@@ -131,7 +128,7 @@ def test_recomputation_trains_the_same_model(name: str, router: str) -> None:
 
 def test_tokens_in_chunks_train_the_same_model() -> None:
     # 4 tokens of a microbatch on each rank; on two nodes, and computed again in the backward.
-    layout = Layout(ranks=4, tensor=2, expert=4, recompute="full")
+    layout = Layout(world_size=4, tp=2, ep=4, recompute="full")
     chunks = (("exchange_chunks", 3), ("node_size", 2))
     routers = ("switch", "avg-k", "pkm")
     results = trained(layout, tuple(Variant(router, sffn=chunks) for router in routers))
@@ -144,11 +141,11 @@ def test_tokens_in_chunks_train_the_same_model() -> None:
 DISTRIBUTED_OPTIMIZER = {
     name: replace(layout, distributed_optimizer=True, dtype=torch.float32)
     for name, layout in {
-        "DP2": Layout(ranks=2),
-        "EP2 x DP2": Layout(ranks=4, expert=2, dispatcher="allgather"),
-        "TP2 EP2 x DP2": Layout(ranks=4, tensor=2, expert=2),
-        "PP2 VPP2 x DP2": Layout(ranks=4, pipeline=2, chunks=2),
-        "TP2 PP2 EP2 ETP2": Layout(ranks=8, tensor=2, pipeline=2, expert=2, cells=2),
+        "DP2": Layout(world_size=2),
+        "EP2 x DP2": Layout(world_size=4, ep=2, dispatcher="allgather"),
+        "TP2 EP2 x DP2": Layout(world_size=4, tp=2, ep=2),
+        "PP2 VPP2 x DP2": Layout(world_size=4, pp=2, virtual_stages=2),
+        "TP2 PP2 EP2 ETP2": Layout(world_size=8, tp=2, pp=2, ep=2, etp=2),
     }.items()
 }
 

@@ -47,7 +47,7 @@ def build(one_rank: None) -> Callable[..., Any]:
     """`build(router_config, **numbers)`: the router of layer 1."""
 
     def make(router: RouterConfig, **numbers: Any) -> Any:
-        built = router.build()(
+        built = router.router_class()(
             config=transformer(router, **numbers),
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )

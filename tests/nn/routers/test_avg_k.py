@@ -90,7 +90,7 @@ def test_a5_descriptors_are_computed_once_for_a_version_of_the_weights(build, mo
     assert torch.equal(router(x, keys, None).block_ids, route_topk(x @ keys.mean(1).T, 4))
 
 
-def test_a5_a_differentiated_descriptor_is_never_kept(build) -> None:
+def test_a5_a_differentiated_descriptor_is_never_cached(build) -> None:
     x, keys, _ = tables()
     keys.requires_grad_()
     router = build(AvgKConfig(gate="sigmoid"))

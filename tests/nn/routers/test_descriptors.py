@@ -106,7 +106,7 @@ def test_a_descriptor_is_its_formula_on_every_rank(number: int, swiglu: bool) ->
             assert torch.equal(ids, chosen)
 
 
-def test_descriptors_differ() -> None:
+def test_different_descriptors_give_different_vectors() -> None:
     keys = router_cases.draw(1, BLOCKS, G, D)
     for kind in ("max-norm", "norm-weighted", "subset"):
         assert not torch.allclose(by_hand(kind, keys), by_hand("mean", keys))
@@ -198,7 +198,7 @@ def test_ema_moves_by_its_formula(build: Callable[..., Any], decay: float) -> No
     assert router.descriptor(keys, 1).dtype == torch.float64
 
 
-def test_ema_ignores_blocks_that_nobody_chose_and_tokens_of_evaluation(
+def test_ema_ignores_blocks_that_no_token_chose_and_tokens_of_evaluation(
     build: Callable[..., Any],
 ) -> None:
     x, keys, _ = tables()
@@ -262,7 +262,7 @@ def test_ema_is_the_same_on_any_layout(ranks: int, layout: dict[str, int]) -> No
         torch.testing.assert_close(result, one, rtol=1e-5, atol=1e-6)
 
 
-def test_ema_survives_the_narrowing_of_half_precision_models(build: Callable[..., Any]) -> None:
+def test_ema_stays_in_fp32_in_half_precision_models(build: Callable[..., Any]) -> None:
     x, keys, _ = tables()
     router = build(AvgKConfig(descriptor="ema"))
     router(x, keys)
@@ -282,7 +282,7 @@ def test_ema_survives_the_narrowing_of_half_precision_models(build: Callable[...
     assert {"descriptor.average", "descriptor.started"} <= set(router.state_dict())
 
 
-def test_a_moving_average_is_never_kept(build: Callable[..., Any]) -> None:
+def test_a_moving_average_is_never_cached(build: Callable[..., Any]) -> None:
     x, keys, _ = tables()
     router = build(AvgKConfig(descriptor="ema"))
     router.weights_version = 0
@@ -293,7 +293,7 @@ def test_a_moving_average_is_never_kept(build: Callable[..., Any]) -> None:
     assert not torch.equal(first, second)
 
 
-def test_what_is_not_defined_is_refused() -> None:
+def test_undefined_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="--sffn-descriptor median is unknown"):
         AvgKConfig(descriptor="median")
     with pytest.raises(ConfigError, match="needs --sffn-descriptor subset and at most the 2"):
@@ -306,7 +306,7 @@ def test_what_is_not_defined_is_refused() -> None:
         transformer(AvgKConfig(descriptor="learned", gate="sigmoid"), block_size=1)
 
 
-def test_learned_weights_may_learn_from_a_balance_loss_alone(one_rank: None) -> None:
+def test_learned_weights_learn_from_a_load_balancing_loss_alone(one_rank: None) -> None:
     balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
     config = transformer(AvgKConfig(descriptor="learned"), **balance)
     router = AvgKRouter(

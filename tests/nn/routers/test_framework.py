@@ -13,16 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sffn.nn.routers import ROUTERS, rand_hash
+from megatron_sffn.nn.routers.avg_k import AvgKRouter
 from megatron_sffn.nn.routers.learned import LearnedRouter
 from megatron_sffn.nn.routers.product_keys import ProductKeysRouter
+from megatron_sffn.nn.routers.scored import ScoredRouter
+from megatron_sffn.nn.routers.vanilla_m import VanillaMRouter
 from tests.support import router_cases
-from tests.support.router_cases import BATCH, NUMBERS, SPARSE, Case, D, S
+from tests.support.router_cases import BATCH, SINGLE_CELLS, SPARSE, Case, D, S
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-GATE_FREE = ["avg-k", "vanilla-m", "lorkm", "rand-hash", "top-k-act", "pkm-ffn"]
+GATE_FREE = [*(name for name in SPARSE if not ROUTERS[name]().gated_output), "pkm-ffn"]
 """Methods whose block outputs have no factor; pkm-ffn's coefficients are f of its scores."""
-IN_BLOCKS = [name for name in SPARSE if NUMBERS.get(name, {}).get("block_size") != 1]
+IN_BLOCKS = [name for name in SPARSE if name not in SINGLE_CELLS]
 
 
 def sizes(routers: list[str], *block_sizes: int) -> list[tuple[str, int]]:
@@ -93,24 +96,30 @@ def block_factors(name: str, layer: Any, x: Tensor, ids: Tensor) -> tuple[Tensor
     """`[T, B]` factor of each block, 0 where it is not chosen, and the `[T, width]` queries."""
     router, (keys, _) = layer.router, layer.experts()
     count, queries = router.sffn.num_active_blocks, x
-    if name == "rand-hash":  # which blocks is R1 to R4's matter
+    if not isinstance(router, ScoredRouter):  # the tests of rand-hash check its blocks
         mask = x.new_zeros(len(x), router.sffn.num_blocks).scatter(1, ids, 1.0)
         return mask, queries
-    if name == "avg-k":
+    if isinstance(router, AvgKRouter):
         scores = torch.einsum("td,bgd->tb", x, keys) / keys.shape[1]
-    elif name in ("vanilla-m", "lorkm", "top-k-act"):
+    elif isinstance(router, VanillaMRouter):
         queries = x @ router.down.T if name == "lorkm" else x
         scores = F.gelu(torch.einsum("td,bgd->tbg", queries, keys)).sum(2) / keys.shape[1]
-    else:
+    elif isinstance(router, LearnedRouter):
         scores = x @ router.weight.T
-    mask = largest(scores.detach(), count)
-    if not isinstance(router, LearnedRouter):
-        return mask, queries
-    if name in ("sigma-moe", "s-base"):
-        return mask / (1 + (-scores).exp()), queries
-    over = mask if name in ("softmax-after", "noisy-top-k") else torch.ones_like(mask)
-    weights = scores.exp()
-    return mask * weights / (weights * over).sum(dim=1, keepdim=True), queries
+    else:  # a score of the router's own, which its own tests check
+        queries = router.query(x)
+        scores = router.score(x, queries, keys)
+    mask, weights = largest(scores.detach(), count), scores.exp()
+    match router.settings.gate:
+        case "none":
+            return mask, queries
+        case "sigmoid":
+            return mask / (1 + (-scores).exp()), queries
+        case "softmax":
+            return mask * weights / weights.sum(dim=1, keepdim=True), queries
+        case gate:
+            assert gate == "softmax-chosen", gate
+            return mask * weights / (weights * mask).sum(dim=1, keepdim=True), queries
 
 
 def oracle(name: str, layer: Any, x: Tensor, ids: Tensor) -> Tensor:
@@ -124,7 +133,9 @@ def oracle(name: str, layer: Any, x: Tensor, ids: Tensor) -> Tensor:
     return (F.gelu(queries @ keys.flatten(0, 1).T) * factors) @ values
 
 
-CONSTANT_GATE = [("softmax-after", 16), ("noisy-top-k", 16)]
+CONSTANT_GATE = [
+    (name, 16) for name in SPARSE if getattr(ROUTERS[name](), "gate", None) == "softmax-chosen"
+]
 """Routers and block sizes at which one block is chosen, whose share of its own softmax is 1."""
 
 
@@ -241,7 +252,7 @@ def test_f5_a_token_has_exactly_b_distinct_blocks(router: str, training: bool) -
     _, ids, gates = run(layer, *tokens())
     sffn = layer.router.sffn
     heads = getattr(sffn.router, "num_heads", 1)
-    assert heads == {"pkm": 2, "pkm-relu": 2}.get(router, 1)
+    assert heads == sffn.router.test_numbers.options.get("heads", 1)
     assert ids.shape == (S * BATCH, sffn.num_active_blocks)
     assert ids.min() >= 0 and ids.max() < sffn.num_blocks
     for row in ids.tolist():
@@ -296,5 +307,4 @@ def test_f6_cells_that_no_token_chose_get_exactly_no_gradient(router: str) -> No
 
 def test_every_router_is_in_these_tests() -> None:
     assert {*SPARSE, "dense"} == set(ROUTERS)
-    assert all(not ROUTERS[name]().gated_output for name in GATE_FREE if name != "pkm-ffn")
-    assert {*GATE_FREE} >= {name for name in SPARSE if not ROUTERS[name]().gated_output}
+    assert {"avg-k", "vanilla-m", "lorkm", "rand-hash", "top-k-act", "pkm-ffn"} <= {*GATE_FREE}

@@ -28,7 +28,7 @@ def choose(scores: Tensor, active: int, groups: int, group_topk: int) -> Tensor:
     ("blocks", "active", "groups", "group_topk"),
     [(12, 4, 4, 2), (64, 6, 8, 3), (16, 8, 4, 2), (8, 2, 2, 1), (6, 2, 1, 1)],
 )
-def test_it_chooses_the_blocks_that_megatron_chooses(
+def test_group_limited_routing_chooses_the_blocks_of_megatron(
     blocks: int, active: int, groups: int, group_topk: int
 ) -> None:
     scores = torch.randn(50, blocks, generator=torch.Generator().manual_seed(1))
@@ -100,7 +100,7 @@ def test_two_expert_ranks_compute_the_layer_of_one(router: str) -> None:
     ],
 )
 @pytest.mark.usefixtures("one_rank")
-def test_numbers_that_cannot_be_are_refused(
+def test_impossible_numbers_of_groups_are_refused(
     groups: int | None, group_topk: int | None, sentence: str
 ) -> None:
     megatron = (("moe_router_num_groups", groups), ("moe_router_group_topk", group_topk))

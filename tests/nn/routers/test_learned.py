@@ -27,7 +27,7 @@ def filled(router):
     return router
 
 
-def test_linear(build) -> None:
+def test_the_linear_network_is_its_formula(build) -> None:
     x, keys, _ = tables()
     router = filled(build(SwitchConfig()))
     assert {name: tuple(w.shape) for name, w in router.named_parameters()} == {"weight": (B, D)}
@@ -36,7 +36,7 @@ def test_linear(build) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("width", [None, 9])
-def test_mlp(build, width: int | None, activation: str) -> None:
+def test_the_mlp_network_is_its_formula(build, width: int | None, activation: str) -> None:
     x, keys, _ = tables()
     options = {"network": "mlp", "network_width": width, "network_activation": activation}
     router = filled(build(SwitchConfig(**options)))
@@ -47,7 +47,7 @@ def test_mlp(build, width: int | None, activation: str) -> None:
 
 
 @pytest.mark.parametrize("width", [None, 9])
-def test_attention(build, width: int | None) -> None:
+def test_the_attention_network_is_its_formula(build, width: int | None) -> None:
     x, keys, _ = tables()
     router = filled(build(SwitchConfig(network="attention", network_width=width)))
     expected = (x @ router.hidden.T) @ router.weight.T / math.sqrt(width or D)
@@ -101,7 +101,7 @@ def test_jitter_multiplies_tokens_for_the_score_in_training_alone(build, monkeyp
     torch.testing.assert_close(router.score(x, x, keys), x @ router.weight.T, **CLOSE)
 
 
-def test_what_is_not_defined_is_refused() -> None:
+def test_undefined_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="--sffn-gate-network cnn is unknown; choose from linear"):
         SwitchConfig(network="cnn")
     with pytest.raises(ConfigError, match="--sffn-gate-hidden-size 0 is out of range"):

@@ -84,5 +84,5 @@ def test_both_weights_learn(build) -> None:
     assert (silent.noise_weight.grad == 0).all()
 
 
-def test_the_losses_of_balance_are_switchs() -> None:
+def test_the_load_balancing_loss_is_switchs() -> None:
     assert NoisyTopKConfig.balance_coefficient == 0.01

@@ -75,11 +75,11 @@ def test_p1_the_choice_is_that_among_all_sums(build, name: str, integers: bool) 
 
 
 @pytest.mark.parametrize("each", [1, 2, 6, 7, 20, 36])
-def test_p1_for_any_number_of_chosen_cells(build, each: int) -> None:
+def test_p1_the_choice_is_right_for_any_number_of_chosen_cells(build, each: int) -> None:
     # More than the 6 sub-keys of a half, too.
     numbers = {"block_size": 1, "active_cells": 36, "expansion": 1}
     router = build(PKMFFNConfig(key_size=2 * HALF), **numbers)
-    router.each = each
+    router.cells_per_head = each
     x = fill(router, integers=True)
     sums = all_sums(router, x).flatten(1)
     for row, chosen in zip(sums.tolist(), router(x, None).block_ids.tolist(), strict=True):
@@ -210,7 +210,7 @@ LARGE = {"active_cells": 64, "block_size": 1, "expansion": 64}  # M = 64² cells
 
 
 @pytest.mark.parametrize("name", ["pkm", "pkm-relu", "pkm-ffn"])
-def test_initial_weights(one_rank: None, name: str) -> None:
+def test_weights_start_with_their_documented_distributions(one_rank: None, name: str) -> None:
     kinds = {"pkm": PKMConfig, "pkm-relu": PKMReLUConfig, "pkm-ffn": PKMFFNConfig}
     config = transformer(kinds[name](key_size=64), **LARGE, params_dtype=torch.float32)
     layer = SparseFFN(config, layer_number=1)
@@ -250,7 +250,7 @@ def test_a_memory_of_product_keys_has_values_alone(one_rank: None) -> None:
         (PKMConfig(), {"expansion": 4}, "needs a square number of cells, not 48 .* one: 3 or 12"),
     ],
 )
-def test_what_is_not_defined_is_refused(config, numbers: dict[str, int], sentence: str) -> None:
+def test_undefined_settings_are_refused(config, numbers: dict[str, int], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         transformer(config, **NUMBERS | numbers)
 

@@ -56,7 +56,7 @@ def test_r2_the_map_is_even() -> None:
     assert together.max() < 66 + 6 * 8.2
 
 
-def test_r3_no_parameter_no_gate(one_rank: None) -> None:
+def test_r3_the_router_has_no_parameter_and_no_gate(one_rank: None) -> None:
     layer = SparseFFN(transformer(RandHashConfig()), layer_number=1)
     assert set(layer.state_dict()) == {"experts.keys", "experts.values"}
     ids = torch.tensor([1, 2])
@@ -80,7 +80,7 @@ def test_r4_only_the_current_id_matters(one_rank: None) -> None:
     assert differs.nonzero().flatten().tolist() == [3 * 2 + 1]
 
 
-def test_layers_differ_unless_shared(build) -> None:
+def test_layers_have_different_maps_unless_shared(build) -> None:
     ids, x, keys = torch.arange(100), torch.zeros(100, D).double(), torch.zeros(12, 2, D).double()
     for shared in (False, True):
         routers = [build(RandHashConfig(shared=shared)) for _ in range(2)]
@@ -89,7 +89,7 @@ def test_layers_differ_unless_shared(build) -> None:
         assert torch.equal(first, second) is shared
 
 
-def test_seeds_differ(build) -> None:
+def test_different_seeds_give_different_maps(build) -> None:
     ids, x, keys = torch.arange(100), torch.zeros(100, D).double(), torch.zeros(12, 2, D).double()
     first, second = (build(RandHashConfig(seed=s))(x, keys, ids).block_ids for s in (1, 2))
     assert not torch.equal(first, second)

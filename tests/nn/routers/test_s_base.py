@@ -75,11 +75,11 @@ def test_the_plan_is_that_of_sinkhorns_algorithm(build) -> None:
     assert torch.equal(route_topk(theirs, 1), route_topk(ours, 1))
 
 
-def test_prices_stop_changing_before_the_last_turn(build, monkeypatch) -> None:
+def test_prices_stop_changing_before_the_last_iteration(build, monkeypatch) -> None:
     router, x = skewed(build)
     scores = x @ router.weight.detach().T / 2
     prices = balancing_prices(scores)
-    monkeypatch.setattr(s_base, "MOST_TURNS", s_base.MOST_TURNS // 2)
+    monkeypatch.setattr(s_base, "MAX_ITERATIONS", s_base.MAX_ITERATIONS // 2)
     assert torch.equal(balancing_prices(scores), prices)
 
 

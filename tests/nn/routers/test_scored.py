@@ -30,7 +30,7 @@ def score_by_hand(name: str, router, x: torch.Tensor, keys: torch.Tensor) -> tor
 @pytest.mark.parametrize("name", ["avg-k", "vanilla-m", "lorkm"])
 def test_a_gate_is_the_score_squashed_and_is_differentiated(build, name: str, gate: str) -> None:
     x, keys, _ = (t.requires_grad_() for t in tables())
-    options = {"rank": 6} if name == "lorkm" else {}
+    options = {"rank": x.shape[1]} if name == "lorkm" else {}
     router = build(ROUTERS[name](gate=gate, **options))
     routing = router(x, keys, None)
     scores = score_by_hand(name, router, x, keys)
@@ -109,7 +109,7 @@ def test_m3_a_block_is_dropped_at_its_rate(build, rate: float) -> None:
     assert abs(found - tokens * short) <= 5 * math.sqrt(tokens * short * (1 - short)) + 1
 
 
-def test_m3_what_is_chosen_are_the_best_that_are_left(build, monkeypatch) -> None:
+def test_m3_the_best_of_the_remaining_blocks_are_chosen(build, monkeypatch) -> None:
     x, keys, _ = tables()
     router = build(AvgKConfig(block_dropout=0.6))
     drawn = torch.rand(len(x), 12, dtype=torch.float64)
@@ -124,7 +124,7 @@ def test_m3_what_is_chosen_are_the_best_that_are_left(build, monkeypatch) -> Non
 
 @pytest.mark.parametrize("rate", [0.97, 1 - 1e-9, 1.0])
 @pytest.mark.parametrize("name", SCORED)
-def test_m3_near_1_all_stays_finite_and_no_dropped_block_computes(
+def test_m3_with_dropout_near_1_outputs_are_finite_and_dropped_blocks_do_not_compute(
     one_rank: None, name: str, rate: float
 ) -> None:
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_scores_that_are_nan_or_infinite_are_flagged(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_wrong_score_is_enough(build, value: float) -> None:
+def test_one_score_that_is_not_finite_sets_the_flag(build, value: float) -> None:
     router = build(AvgKConfig())
     scores = torch.randn(20, 12)
     router.flag_not_finite(scores * 1e35)
@@ -193,9 +193,10 @@ def test_one_wrong_score_is_enough(build, value: float) -> None:
 
 @pytest.mark.parametrize("name", SCORED)
 def test_half_precision_tokens_have_scores_in_fp32(one_rank: None, name: str) -> None:
-    fixed = router_cases.NUMBERS.get(name, {})
+    test_numbers = ROUTERS[name].test_numbers
+    numbers = test_numbers.layer(active_cells=8, block_size=2, expansion=3)
     config = transformer(
-        ROUTERS[name](**router_cases.OPTIONS.get(name, {})), params_dtype=torch.bfloat16, **fixed
+        ROUTERS[name](**test_numbers.options), params_dtype=torch.bfloat16, **numbers
     )
     layer = SparseFFN(config, layer_number=1)
     x = torch.randn(20, 6, dtype=torch.bfloat16)

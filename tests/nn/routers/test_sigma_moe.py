@@ -62,7 +62,7 @@ def test_m1_with_a_zero_gate_it_is_half_of_the_dense_ffn(one_rank: None) -> None
     torch.testing.assert_close(sigma(x[:, None])[0][:, 0], F.relu(x @ keys.T) @ values / 2, **CLOSE)
 
 
-def test_m1_of_the_chosen_each_has_its_own_sigmoid(one_rank: None) -> None:
+def test_m1_every_chosen_block_has_its_own_sigmoid(one_rank: None) -> None:
     sigma = layer()
     x = torch.randn(T, D).double()
     scores = (x @ sigma.router.weight.T).sigmoid()
@@ -231,7 +231,7 @@ def assert_std(weight: Tensor, expected: float) -> None:
     assert abs(weight.mean().item()) < 5 * expected / math.sqrt(weight.numel())
 
 
-def test_m5_initial_standard_deviations(one_rank: None) -> None:
+def test_m5_weights_start_with_the_papers_standard_deviations(one_rank: None) -> None:
     paper = paper_layer()
     stds = (math.sqrt(2 / (16 * 412)), math.sqrt(2 / (16 * 16 * 128)))
     assert [round(std, 5) for std in stds] == [0.01742, 0.00781]
@@ -246,7 +246,7 @@ def test_m5_initial_standard_deviations(one_rank: None) -> None:
 
 
 @pytest.mark.parametrize("initialization", ["sigma-moe", "sigma-moe-block"])
-def test_m6_finer_cuts_of_the_same_cells(one_rank: None, initialization: str) -> None:
+def test_m6_the_same_cells_in_finer_blocks(one_rank: None, initialization: str) -> None:
     for experts, g in ((4, 512), (16, 128), (64, 32)):
         cut = paper_layer(experts, g, initialization=initialization)
         cells = 2048 if initialization == "sigma-moe" else g  # the ablation: of an expert

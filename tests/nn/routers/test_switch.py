@@ -47,7 +47,7 @@ def test_s1_probabilities_are_not_renormalised_over_the_chosen(build) -> None:
     assert (routing.gates.sum(1) < 0.99).all()
 
 
-def test_gates_that_add_up_to_little_are_remarked_on_with_the_remedy() -> None:
+def test_small_sums_of_gates_are_noted_with_the_remedy() -> None:
     several = transformer(SwitchConfig()).sffn  # 4 of 12 blocks
     text = SwitchConfig().remark(several)
     assert text is not None and "add up to about 0.33 at first" in text

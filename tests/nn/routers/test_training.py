@@ -20,7 +20,7 @@ from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.scored import GATES, ScoredConfig
 from megatron_sffn.utils.errors import ConfigError
 from tests.nn.routers.conftest import D, T
-from tests.support.router_cases import NUMBERS, OPTIONS, SPARSE
+from tests.support.router_cases import SPARSE
 
 LOSSES: tuple[dict[str, Any], ...] = (
     {},
@@ -36,8 +36,9 @@ LEAST = 1e-9
 def configurations(name: str) -> list[tuple[RouterConfig, dict[str, Any]]]:
     """Router configs and numbers of a layer with one, two, or all of its blocks active."""
     found: list[tuple[RouterConfig, dict[str, Any]]] = []
-    options = OPTIONS.get(name, {}) | ({"noise": 1.0} if name == "noisy-top-k" else {})
-    cells = NUMBERS.get(name, {}).get("block_size", 2)
+    test_numbers = ROUTERS[name].test_numbers
+    options = {**test_numbers.options, **({"noise": 1.0} if name == "noisy-top-k" else {})}
+    cells = 1 if test_numbers.single_cells else 2
     if not issubclass(ROUTERS[name], ScoredConfig):
         for active in (1, 2, 4):
             numbers = {"active_cells": active, "block_size": 1, "expansion": 16 // active * 4}

@@ -1,0 +1,94 @@
+"""Which layers each pipeline stage holds, and how many microbatches it has in flight.
+
+Inputs: a `ParallelLayout`, and which layers of the model are sparse. Outputs: the `Stage`s, as
+Megatron distributes layers over pipeline stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sffn.accounting.shape import ModelShape
+from megatron_sffn.nn.parallel_layout import ParallelLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The layers of one pipeline stage.
+
+    Args:
+        index: of the stage, from 0.
+        chunks: the stage's model chunks: for each layer of a chunk, whether it is sparse.
+        first: whether the stage has the embedding.
+        last: whether the stage has the final norm and the logits.
+    """
+
+    index: int
+    chunks: tuple[tuple[bool, ...], ...]
+    first: bool
+    last: bool
+
+    @property
+    def layers(self) -> tuple[bool, ...]:
+        """The layers of all chunks."""
+        return tuple(layer for chunk in self.chunks for layer in chunk)
+
+
+def pipeline_stages(layout: ParallelLayout, pattern: tuple[bool, ...]) -> list[Stage]:
+    """The stages of a model, chunk after chunk as Megatron distributes them.
+
+    Args:
+        layout: of the run.
+        pattern: whether each layer of the model is sparse.
+    """
+    counts = _layers_per_stage(layout, len(pattern))
+    held: list[list[tuple[bool, ...]]] = [[] for _ in counts]
+    start = 0
+    for _ in range(layout.virtual_stages):
+        for stage, count in enumerate(counts):
+            end = start + count // layout.virtual_stages
+            held[stage].append(pattern[start:end])
+            start = end
+    return [
+        Stage(index=index, chunks=tuple(chunks), first=index == 0, last=index == layout.pp - 1)
+        for index, chunks in enumerate(held)
+    ]
+
+
+def _layers_per_stage(layout: ParallelLayout, num_layers: int) -> list[int]:
+    """Layers of each stage: equal shares, but for a first or last stage of a given size."""
+    given = [layout.first_stage_layers, layout.last_stage_layers]
+    fixed = sum(count for count in given if count is not None)
+    free = layout.pp - sum(count is not None for count in given)
+    counts = [(num_layers - fixed) // max(1, free)] * layout.pp
+    for place, count in zip((0, -1), given, strict=True):
+        counts[place] = counts[place] if count is None else count
+    assert sum(counts) == num_layers, (counts, num_layers)
+    return counts
+
+
+def microbatches_in_flight(layout: ParallelLayout, stage: Stage, num_microbatches: int) -> float:
+    """The most microbatches whose activations of the whole stage a rank of the stage holds at once.
+
+    In the 1F1B schedule, one more than stages follow. In the interleaved schedule, a chunk's share
+    for each chunk that has run forward and not yet backward (Narayanan et al. 2021).
+    """
+    following = layout.pp - stage.index - 1
+    if layout.virtual_stages == 1:
+        return min(num_microbatches, following + 1)
+    warm_up = 2 * following + (layout.virtual_stages - 1) * layout.pp
+    return min(num_microbatches * layout.virtual_stages, warm_up + 1) / layout.virtual_stages
+
+
+def sparse_pattern(shape: ModelShape, layers: list[int] | None) -> tuple[bool, ...]:
+    """Whether each layer is sparse.
+
+    Args:
+        shape: of the model.
+        layers: Megatron's `moe_layer_freq`; None if all layers are dense.
+    """
+    if shape.sffn is None or layers is None:
+        return (False,) * shape.num_layers
+    pattern = tuple(map(bool, layers))
+    assert sum(pattern) == shape.sparse_layers, (pattern, shape.sparse_layers)
+    return pattern

@@ -1,0 +1,222 @@
+"""The base of router configs: settings that are flags, and closed forms of a router's costs.
+
+Inputs: the layer's numbers. Outputs: weights, FLOPs and bytes of a router. Each file of `routers/`
+has a subclass of `RouterConfig`, so that a new method changes no existing config (axlearn's rule
+for config trees) and no file of the accounting or the tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from megatron_sffn.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+    from megatron_sffn.nn.parallel_layout import ParallelLayout
+    from megatron_sffn.nn.saved_bytes import LayerCall, SavedBytes
+
+
+def flag(
+    name: str,
+    *,
+    help: str,
+    default: Any,
+    kind: type | None = None,
+    choices: tuple[str, ...] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    training_only: bool = False,
+) -> Any:
+    """A config field that is also a command-line flag.
+
+    Args:
+        name: as typed, `--sffn-...`.
+        help: one line for `--help`.
+        default: value of the field where the flag is not given; a bool makes an on-switch.
+        kind: type of the value, where the default is None.
+        choices: the values that are allowed.
+        least: the smallest value that is allowed.
+        most: the largest value that is allowed.
+        training_only: whether the flag acts in training only, so that a trained model does not
+            depend on it.
+    """
+    return field(
+        default=default,
+        metadata={
+            "flag": name,
+            "help": help,
+            "kind": kind or type(default),
+            "choices": choices,
+            "least": least,
+            "most": most,
+            "training_only": training_only,
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterTestNumbers:
+    """Small numbers for which a router is defined; tests and benchmarks read them.
+
+    Args:
+        options: fields of the router's config that make it small and deterministic.
+        single_cells: whether the router is defined for blocks of one cell only.
+        square_memory: whether the number of cells M must be a square.
+        gated_activation: whether the router is defined for gated activations such as SwiGLU.
+        flags: flags of a small training run.
+        paper_flags: flags of the regularisation with which the router's paper trains it.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    single_cells: bool = False
+    square_memory: bool = False
+    gated_activation: bool = True
+    flags: str = ""
+    paper_flags: str = ""
+
+    def layer(self, *, active_cells: int, block_size: int, expansion: int) -> dict[str, int]:
+        """Numbers of a layer (fields of `SparseFFNConfig`) close to the given ones."""
+        return {
+            "active_cells": active_cells,
+            "block_size": 1 if self.single_cells else block_size,
+            # E = k makes M = k².
+            "expansion": active_cells if self.square_memory else expansion,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Settings and costs of one selection method; the base class of the configs in `routers/`."""
+
+    name: ClassVar[str]
+    """Value of `--sffn-router`."""
+    summary: ClassVar[str]
+    """One line for `--help`."""
+    needs_token_ids: ClassVar[bool] = False
+    """Whether the router reads the input ids."""
+    megatron_flags: ClassVar[tuple[str, ...]] = ()
+    """Megatron's MoE flags (dest) that act on this router, beside those of every layer."""
+    per_block_weights: ClassVar[tuple[str, ...]] = ()
+    """Names of the router's weights that have a row for every block."""
+    balance_coefficient: ClassVar[float] = 0.0
+    """Default of `--moe-aux-loss-coeff`."""
+    initialization: ClassVar[str] = "megatron"
+    """Default of `--sffn-init`."""
+    test_numbers: ClassVar[RouterTestNumbers] = RouterTestNumbers()
+    """Small numbers for which tests and benchmarks build it."""
+
+    def __post_init__(self) -> None:
+        """Check every field that has a closed set or range of values."""
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if value is not None:
+                _check_value(item, value)
+
+    def check(self, sffn: SparseFFNConfig) -> None:
+        """Check that the method is defined for a layer of these numbers.
+
+        Raises:
+            ConfigError: if it is not, with the nearest numbers for which it is.
+        """
+
+    def check_model(self, config: SparseFFNTransformerConfig) -> None:
+        """Check that the method is defined in a model of this config.
+
+        Raises:
+            ConfigError: if it is not.
+        """
+
+    def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
+        """The reason why no gradient would reach the router's weights in a model of this config.
+
+        Returns:
+            The reason and its remedy, as the end of a sentence; None if gradients reach all weights
+            that have an effect, or if the router has no weights.
+        """
+        return None
+
+    def remark(self, sffn: SparseFFNConfig) -> str | None:
+        """A note for the user about a layer of these numbers, printed at the start, or None."""
+        return None
+
+    @property
+    def gated_output(self) -> bool:
+        """True if a gate per (token, block) multiplies the output; gates are sent with tokens."""
+        return False
+
+    @property
+    def softmax_over_blocks(self) -> bool:
+        """True if splitting a block into r equal blocks divides its gate by r (softmax)."""
+        return False
+
+    def key_width(self, hidden_size: int) -> int:
+        """Width of a cell's key: D or less; 0 where the router computes the cells' coefficients."""
+        return hidden_size
+
+    def router_class(self) -> Callable[..., torch.nn.Module]:
+        """The router's class, to be called with Megatron's `RouterBuilder` arguments."""
+        raise NotImplementedError(f"{type(self).__name__} has no router")
+
+    def weights(self, sffn: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """The router's weights in one layer: name -> shape."""
+        return {}
+
+    def parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
+        """Parameters of the router of one layer."""
+        return sum(map(math.prod, self.weights(sffn, hidden_size).values()))
+
+    def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
+        """Forward FLOPs of the selection per token and layer (one multiply-add is 2).
+
+        Args:
+            sffn: the layer.
+            hidden_size: D.
+            gated: whether a cell has a gate key and an up key (SwiGLU).
+        """
+        return 0
+
+    def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:
+        """Bytes of the tables that the router of one layer holds on each rank beside its weights.
+
+        Args:
+            sffn: the layer.
+            hidden_size: D.
+            vocab_size: rows of the embedding; None where the number is not known.
+        """
+        return 0
+
+    def saved_bytes(self, call: LayerCall) -> SavedBytes:
+        """What the router keeps for the backward pass of one microbatch on one rank.
+
+        Without its queries, which the layer counts as the blocks' input rows.
+
+        Raises:
+            NotImplementedError: if the router has no formula, so that it never counts as zero.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no formula for saved_bytes")
+
+    def exchanged_bytes(
+        self, sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout
+    ) -> float:
+        """Bytes that the selection sends per token and layer, beside dispatch and combine."""
+        return 0.0
+
+
+def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
+    """Refuse a value that the flag does not allow."""
+    name, choices = item.metadata["flag"], item.metadata["choices"]
+    least, most = item.metadata["least"], item.metadata["most"]
+    if choices and value not in choices:
+        raise ConfigError(f"{name} {value} is unknown; choose from {', '.join(choices)}")
+    low, high = least is not None and value < least, most is not None and value > most
+    if low or high or (isinstance(value, float) and not math.isfinite(value)):
+        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        kind = "a finite number" if isinstance(value, float) else "a number"
+        raise ConfigError(f"{name} {value} is out of range; give {kind} {allowed}")
