@@ -34,7 +34,7 @@ from megatron_sffn.nn.config import (
     SparseFFNConfig,
     SparseFFNTransformerConfig,
 )
-from megatron_sffn.nn.dispatch import Arrived, dispatch
+from megatron_sffn.nn.dispatch import DispatchedTokens, dispatch
 from megatron_sffn.nn.expert_grid import one_rank_groups
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.routing_counters import RoutingCounter, TrafficCounter
@@ -197,7 +197,7 @@ class SparseFFN(_SparseLayer):
         )
         self.traffic(len(x), plan.bytes_sent)
 
-        def blocks(arrived: Arrived) -> Tensor:
+        def blocks(arrived: DispatchedTokens) -> Tensor:
             tables = keys, values
             if not arrived.first:
                 tables = main_grad.further_use(keys), main_grad.further_use(values)

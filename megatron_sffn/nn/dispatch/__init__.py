@@ -7,9 +7,9 @@ sends the rows out, one summed row per token and rank back, and returns `[T, D]`
 Design notes: Megatron's dispatchers send a copy per chosen expert, K of them; ours sends a row per
 rank, so that rows do not multiply when blocks shrink, only the pairs of small integers do. Two
 ways, named as in Megatron (`--moe-token-dispatcher-type`; `traffic.cheapest_dispatcher` chooses):
-`all_to_all.py`, in two steps on several nodes, and `all_gather.py`. `wires.py` has the rows' ways
-out and back, `legs.py` their backward, `plan.py` the order of chunks; `pair_wire.py` and
-`messages.py` carry pairs and gates.
+`all_to_all.py`, in two steps on several nodes, and `all_gather.py`. `row_exchange.py` has the rows'
+ways out and back, `transfer.py` their backward, `plan.py` the order of chunks; `pair_exchange.py`
+and `messages.py` carry pairs and gates.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from megatron_sffn.nn.dispatch.all_gather import all_gather
 from megatron_sffn.nn.dispatch.all_to_all import all_to_all
-from megatron_sffn.nn.dispatch.plan import Chunk, Plan
-from megatron_sffn.nn.dispatch.records import Arrived, Tokens
+from megatron_sffn.nn.dispatch.plan import Plan, TokenChunk
+from megatron_sffn.nn.dispatch.records import DispatchedTokens, DispatchInput
 from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.ops.block_ffn import pairs_of_ids
 
-__all__ = ["DISPATCHERS", "Arrived", "Plan", "dispatch"]
+__all__ = ["DISPATCHERS", "DispatchedTokens", "Plan", "dispatch"]
 
 
 def dispatch(
@@ -46,8 +46,8 @@ def dispatch(
         routing: of these tokens, with ids of all B blocks.
         expert_grid: of the blocks.
         dispatcher: `alltoall` or `allgather`; nothing travels when the grid is one rank.
-        regather: whether to keep `x` for `Arrived.rows_again`, so that nobody has to keep the
-            rows for the backward.
+        regather: whether to keep `x` for `DispatchedTokens.rows_again`, so that nobody has to keep
+            the rows for the backward.
         num_chunks: how many chunks of tokens `alltoall` sends one after the other, the same on all
             ranks.
     """
@@ -56,7 +56,7 @@ def dispatch(
         return _stay(rows, routing)
     assert num_chunks == 1 or dispatcher == "alltoall", (num_chunks, dispatcher)
     output_bytes = x.shape[1] * x.itemsize
-    tokens = Tokens.of(
+    tokens = DispatchInput.of(
         rows, routing, output_bytes=output_bytes, keep=regather, num_chunks=num_chunks
     )
     return DISPATCHERS[dispatcher](tokens, expert_grid)
@@ -67,10 +67,12 @@ def _stay(rows: Tensor, routing: Routing) -> Plan:
     meetings = partial(
         pairs_of_ids, routing.block_ids, routing.gates, may_be_empty=routing.may_be_empty
     )
-    return Plan(chunks=[Chunk(rows=rows, wires=(), meetings=meetings, keep=False)], bytes_sent=0)
+    return Plan(
+        chunks=[TokenChunk(rows=rows, wires=(), meetings=meetings, keep=False)], bytes_sent=0
+    )
 
 
-DISPATCHERS: dict[str, Callable[[Tokens, ExpertGrid], Plan]] = {
+DISPATCHERS: dict[str, Callable[[DispatchInput, ExpertGrid], Plan]] = {
     "alltoall": all_to_all,
     "allgather": all_gather,
 }

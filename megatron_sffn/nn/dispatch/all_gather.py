@@ -16,15 +16,20 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.nn.dispatch import messages
-from megatron_sffn.nn.dispatch.plan import Chunk, Plan
-from megatron_sffn.nn.dispatch.records import Tokens
-from megatron_sffn.nn.dispatch.wires import WholeWire, exchange_equally, gather, sum_of_parts
+from megatron_sffn.nn.dispatch.plan import Plan, TokenChunk
+from megatron_sffn.nn.dispatch.records import DispatchInput
+from megatron_sffn.nn.dispatch.row_exchange import (
+    AllGatherRows,
+    exchange_equally,
+    gather,
+    sum_equal_splits,
+)
 from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.ops.block_ffn import Pairs
 from megatron_sffn.ops.streams import HostCopy
 
 
-def all_gather(tokens: Tokens, expert_grid: ExpertGrid) -> Plan:
+def all_gather(tokens: DispatchInput, expert_grid: ExpertGrid) -> Plan:
     """Send every row to every rank, with all of its block ids and gates."""
     group, requests = expert_grid.group, tokens.requests
     num_rows = len(tokens.rows)
@@ -47,9 +52,9 @@ def all_gather(tokens: Tokens, expert_grid: ExpertGrid) -> Plan:
     message_bytes = ids.nbytes + (0 if requests.gates is None else requests.gates.nbytes)
     return Plan(
         chunks=[
-            Chunk(
+            TokenChunk(
                 rows=tokens.rows,
-                wires=(WholeWire(group=group),),
+                wires=(AllGatherRows(group=group),),
                 meetings=meetings,
                 keep=tokens.keep,
             )
@@ -94,11 +99,11 @@ def _gather_pairs(ids: Tensor, gates: Tensor | None, group: Any) -> tuple[Tensor
     if gates is None:
         message = gather(messages.pack(ids, None), group).land()
         return messages.unpack(message, ids.dtype, None)
-    everywhere, arrived = _GatherGates.apply(gates, ids, group)
+    everywhere, arrived = _AllGatherPairs.apply(gates, ids, group)
     return everywhere, arrived
 
 
-class _GatherGates(torch.autograd.Function):
+class _AllGatherPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gates: Tensor, ids: Tensor, group: Any) -> tuple[Tensor, Tensor | None]:
         ctx.group = group
@@ -110,4 +115,4 @@ class _GatherGates(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         parts = exchange_equally(grads[1], ctx.group).land()
-        return sum_of_parts(parts, ctx.group.size()), None, None
+        return sum_equal_splits(parts, ctx.group.size()), None, None

@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.nn.dispatch import messages
-from megatron_sffn.nn.dispatch.pair_wire import PairWire
-from megatron_sffn.nn.dispatch.plan import Chunk, Plan
-from megatron_sffn.nn.dispatch.records import Requests, Tokens
-from megatron_sffn.nn.dispatch.wires import ExactWire
+from megatron_sffn.nn.dispatch.pair_exchange import PairExchange
+from megatron_sffn.nn.dispatch.plan import Plan, TokenChunk
+from megatron_sffn.nn.dispatch.records import DispatchInput, RoutedPairs
+from megatron_sffn.nn.dispatch.row_exchange import AllToAllRows
 from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.ops.block_ffn import Pairs, sort_stably
 from megatron_sffn.ops.streams import HostCopy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routes:
+class ExchangeLevel:
     """Where rows go in one exchange, and the pairs that arrived before them.
 
     Args:
@@ -41,15 +41,15 @@ class Routes:
         pair_bytes_sent: to other ranks, pairs and gates.
     """
 
-    wires: list[ExactWire]
+    wires: list[AllToAllRows]
     codes: Tensor
     gates: Tensor | None
     pair_counts: list[int]
     pair_bytes_sent: int
 
-    def requests(self) -> Requests:
+    def requests(self) -> RoutedPairs:
         """Those of the rows that arrive, for another exchange."""
-        return Requests(
+        return RoutedPairs(
             pairs=messages.decode(self.codes),
             gates=self.gates,
             may_be_empty=False,
@@ -67,17 +67,17 @@ class Routes:
         return sent
 
 
-def all_to_all(tokens: Tokens, expert_grid: ExpertGrid) -> Plan:
+def all_to_all(tokens: DispatchInput, expert_grid: ExpertGrid) -> Plan:
     """Send each row once to each rank that holds cells of its blocks.
 
     On several nodes, once to each node that has a block of it, then to the node's ranks.
     """
     levels = (expert_grid,) if expert_grid.node_groups is None else expert_grid.levels()
-    requests, steps = tokens.requests, list[Routes]()
+    requests, steps = tokens.requests, list[ExchangeLevel]()
     for level in levels:
         if steps:
             requests = steps[-1].requests()
-        steps.append(find_routes(requests, level))
+        steps.append(_exchange_level(requests, level))
     arrived = steps[-1]
     codes = arrived.codes.split(arrived.pair_counts)
     gates: tuple[Tensor | None, ...] = (None,) * len(codes)
@@ -88,7 +88,7 @@ def all_to_all(tokens: Tokens, expert_grid: ExpertGrid) -> Plan:
     row_bytes = tokens.rows.shape[1] * tokens.rows.itemsize
     return Plan(
         chunks=[
-            Chunk(rows=part, wires=way, meetings=partial(_meetings, *pairs), keep=tokens.keep)
+            TokenChunk(rows=part, wires=way, meetings=partial(_meetings, *pairs), keep=tokens.keep)
             for part, way, *pairs in zip(rows, wires, codes, gates, strict=True)
         ],
         bytes_sent=sum(step.bytes_sent(row_bytes, tokens.output_bytes) for step in steps),
@@ -99,10 +99,10 @@ def _meetings(codes: Tensor, gates: Tensor | None) -> tuple[Pairs, Tensor | None
     return messages.decode(codes), gates
 
 
-def find_routes(requests: Requests, expert_grid: ExpertGrid) -> Routes:
+def _exchange_level(requests: RoutedPairs, expert_grid: ExpertGrid) -> ExchangeLevel:
     """Tell the ranks how many rows and which pairs they will get; one wait for all chunks."""
     group, chunks = expert_grid.group, len(requests.row_counts)
-    departures = _departures(requests, expert_grid)
+    departures = _permute_pairs(requests, expert_grid)
     arrivals = torch.empty_like(departures.counts)
     torch.distributed.all_to_all_single(arrivals, departures.counts, group=group)
     # [sent or received, rows or pairs, rank, chunk].
@@ -115,7 +115,7 @@ def find_routes(requests: Requests, expert_grid: ExpertGrid) -> Routes:
     wires, start = [], 0
     for chunk, num_tokens in enumerate(requests.row_counts):
         wires.append(
-            ExactWire(
+            AllToAllRows(
                 group=group,
                 num_tokens=num_tokens,
                 # A copy, so that the places that are not used are not kept.
@@ -126,7 +126,7 @@ def find_routes(requests: Requests, expert_grid: ExpertGrid) -> Routes:
         )
         start += num_tokens
     sent, gates = [sum(counts) for counts in pairs_sent], requests.gates
-    pair_wire = PairWire(
+    pair_wire = PairExchange(
         group=group,
         order=departures.order[: sum(sent)],
         slices=expert_grid.etp_size,
@@ -135,7 +135,7 @@ def find_routes(requests: Requests, expert_grid: ExpertGrid) -> Routes:
     )
     codes, arrived_gates = pair_wire.send(departures.codes[: sum(sent)], gates)
     pair_bytes = codes.itemsize + (0 if gates is None else gates.itemsize)
-    return Routes(
+    return ExchangeLevel(
         wires=wires,
         codes=codes,
         gates=arrived_gates,
@@ -145,7 +145,7 @@ def find_routes(requests: Requests, expert_grid: ExpertGrid) -> Routes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Departures:
+class _PermutedPairs:
     """What this rank sends, rank after rank, before anybody knows how much that is.
 
     Args:
@@ -161,7 +161,7 @@ class _Departures:
     codes: Tensor
 
 
-def _departures(requests: Requests, expert_grid: ExpertGrid) -> _Departures:
+def _permute_pairs(requests: RoutedPairs, expert_grid: ExpertGrid) -> _PermutedPairs:
     """Sort the pairs by the ranks that hold their blocks; nobody waits for the device."""
     ranks, slices, pairs = expert_grid.num_ranks, expert_grid.etp_size, requests.pairs
     chunks = len(requests.row_counts)
@@ -193,7 +193,7 @@ def _departures(requests: Requests, expert_grid: ExpertGrid) -> _Departures:
     # All pairs of a row write the same number to the same place.
     tokens = rows.new_empty(places).scatter_(0, row_number.long() - 1, rows)
     counts = torch.stack((rows_before.diff(), offsets.diff()), dim=1)
-    return _Departures(
+    return _PermutedPairs(
         counts=counts.view(destinations, chunks, 2)[:ranks].contiguous(),
         tokens=tokens,
         order=order,

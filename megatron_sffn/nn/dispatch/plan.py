@@ -1,7 +1,7 @@
 """How one call's tokens travel: in chunks, so that some are on their way while others are computed.
 
-Each chunk is a generator, which yields where it has rows on their way; `staggered` runs chunk i one
-step behind chunk i + 1. With one step out and one back that is
+Each chunk is a generator, which yields where it has rows on their way; `run_interleaved` runs chunk
+i one step behind chunk i + 1. With one step out and one back that is
 
     start 0 | start 1, compute 0, send 0 back | start 2, compute 1, send 1 back, sum 0 | ...
 
@@ -19,17 +19,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_sffn.nn.dispatch.legs import Leg
-from megatron_sffn.nn.dispatch.records import Arrived
-from megatron_sffn.nn.dispatch.wires import Wire
+from megatron_sffn.nn.dispatch.records import DispatchedTokens
+from megatron_sffn.nn.dispatch.row_exchange import RowExchange
+from megatron_sffn.nn.dispatch.transfer import Transfer
 from megatron_sffn.ops.block_ffn import Pairs
 
-Compute = Callable[[Arrived], Tensor]
+Compute = Callable[[DispatchedTokens], Tensor]
 """From the rows that arrived to their outputs, `[R, D]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
+class TokenChunk:
     """Some of a rank's tokens.
 
     Args:
@@ -40,7 +40,7 @@ class Chunk:
     """
 
     rows: Tensor
-    wires: tuple[Wire, ...]
+    wires: tuple[RowExchange, ...]
     meetings: Callable[[], tuple[Pairs, Tensor | None]]
     keep: bool
 
@@ -48,7 +48,7 @@ class Chunk:
         """Send the rows, compute them where they arrive, and return the sums `[T, D]`."""
         rows, pairs, gates = self.rows, None, None
         for wire in self.wires:
-            leg = Leg(wire)
+            leg = Transfer(wire)
             token = leg.start(rows, keep=self.keep and wire is self.wires[0])
             yield
             if wire is self.wires[-1]:
@@ -58,10 +58,12 @@ class Chunk:
         if pairs is None:
             pairs, gates = self.meetings()
         again = partial(_send_again, self.rows.detach(), self.wires) if self.keep else None
-        y = compute(Arrived(rows=rows, pairs=pairs, gates=gates, rows_again=again, first=first))
+        y = compute(
+            DispatchedTokens(rows=rows, pairs=pairs, gates=gates, rows_again=again, first=first)
+        )
         del rows, pairs, gates
         for wire in reversed(self.wires):
-            leg = Leg(wire, back=True)
+            leg = Transfer(wire, back=True)
             token = leg.start(y)
             del y
             yield
@@ -69,7 +71,7 @@ class Chunk:
         return y
 
 
-def _send_again(rows: Tensor, wires: tuple[Wire, ...]) -> Tensor:
+def _send_again(rows: Tensor, wires: tuple[RowExchange, ...]) -> Tensor:
     """The rows that arrive, once more, not differentiably; all ranks call it together."""
     for wire in wires:
         rows = wire.start_out(rows).land()
@@ -86,7 +88,7 @@ class Plan:
             sums back. The fixed exchange of counts (16 bytes a rank and chunk) is left out.
     """
 
-    chunks: list[Chunk]
+    chunks: list[TokenChunk]
     bytes_sent: int
 
     def run(self, compute: Compute) -> Tensor:
@@ -98,13 +100,13 @@ class Plan:
         Returns:
             `[T, D]`.
         """
-        outputs = staggered(
+        outputs = run_interleaved(
             chunk.travel(compute, first=number == 0) for number, chunk in enumerate(self.chunks)
         )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def staggered[Result](journeys: Iterable[Generator[None, None, Result]]) -> list[Result]:
+def run_interleaved[Result](journeys: Iterable[Generator[None, None, Result]]) -> list[Result]:
     """Run generators of equally many steps, each one step behind the one after it.
 
     In every turn one more sets out first, then the others take a step, the newest first.

@@ -14,7 +14,7 @@ from megatron_sffn.ops.block_ffn import Pairs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Requests:
+class RoutedPairs:
     """Which row needs which blocks: what is known, and sent, before rows travel.
 
     Args:
@@ -33,7 +33,7 @@ class Requests:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
+class DispatchInput:
     """Rows of this rank with the blocks that they need.
 
     Args:
@@ -44,20 +44,20 @@ class Tokens:
     """
 
     rows: Tensor
-    requests: Requests
+    requests: RoutedPairs
     output_bytes: int
     keep: bool
 
     @classmethod
     def of(
         cls, rows: Tensor, routing: Routing, *, output_bytes: int, keep: bool, num_chunks: int = 1
-    ) -> Tokens:
+    ) -> DispatchInput:
         """The tokens of a routing in chunks of almost equal size; nobody waits for the device."""
         tokens, active = routing.block_ids.shape
         index = torch.arange(tokens, dtype=torch.int32, device=rows.device)
         bounds = [tokens * chunk // num_chunks for chunk in range(num_chunks + 1)]
         row_counts = [end - start for start, end in pairwise(bounds)]
-        requests = Requests(
+        requests = RoutedPairs(
             pairs=Pairs(
                 rows=index[:, None].expand(tokens, active).reshape(-1),
                 blocks=routing.block_ids.reshape(-1).int(),
@@ -71,7 +71,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arrived:
+class DispatchedTokens:
     """What arrived on this rank of a chunk of all ranks' tokens.
 
     Args:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_sffn.nn.comm_volume import regathers
 from megatron_sffn.nn.config import Exchange
-from megatron_sffn.nn.dispatch import Arrived, dispatch, messages
-from megatron_sffn.nn.dispatch.legs import Leg
+from megatron_sffn.nn.dispatch import DispatchedTokens, dispatch, messages
+from megatron_sffn.nn.dispatch.transfer import Transfer
 from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.ops.block_ffn import Pairs
@@ -54,7 +54,7 @@ def sums_on(dispatcher: str, cells: int, chunks: int) -> tuple[Tensor, Tensor, T
     x, routing, weights = tokens_of(rank, torch.bfloat16)
     of_gates = []
 
-    def compute(arrived: Arrived) -> Tensor:
+    def compute(arrived: DispatchedTokens) -> Tensor:
         rows, met = arrived.rows, arrived.pairs.rows.long()
         of_row = torch.zeros(len(rows)).index_fill_(0, met, factor(rank))
         of_gates.append((arrived.gates * (arrived.pairs.blocks + 1) * factor(rank)).sum())
@@ -197,24 +197,24 @@ def order_of_steps() -> tuple[list[str], list[str]]:
     """What a rank does with the rows of three chunks, in the forward and in the backward."""
     x, routing, weights = tokens_of(torch.distributed.get_rank(), torch.float32)
     steps: list[str] = []
-    numbers: dict[Leg, int] = {}
+    numbers: dict[Transfer, int] = {}
 
     def noting(name: str) -> Any:
-        original = getattr(Leg, name)
+        original = getattr(Transfer, name)
 
-        def noted(leg: Leg, *args: Any, **kwargs: Any) -> Any:
+        def noted(leg: Transfer, *args: Any, **kwargs: Any) -> Any:
             steps.append(f"{name} {numbers.setdefault(leg, len(numbers))}")
             return original(leg, *args, **kwargs)
 
         return noted
 
-    def compute(arrived: Arrived) -> Tensor:
+    def compute(arrived: DispatchedTokens) -> Tensor:
         steps.append("compute")
         y = arrived.rows * 2
         y.register_hook(lambda grad: steps.append("compute"))
         return y
 
-    Leg.launch, Leg.land = noting("launch"), noting("land")  # type: ignore[method-assign]
+    Transfer.launch, Transfer.land = noting("launch"), noting("land")  # type: ignore[method-assign]
     y = dispatch(x, routing, placement_of(), "alltoall", num_chunks=3).run(compute)
     forward = list(steps)
     steps.clear()

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_sffn.nn import layer as layer_module
 from megatron_sffn.nn.config import Backend
-from megatron_sffn.nn.dispatch import Arrived, dispatch
+from megatron_sffn.nn.dispatch import DispatchedTokens, dispatch
 from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.nn.routers.base import Routing
 from tests.support.ranks import run_ranks
@@ -251,7 +251,7 @@ def exchange(block_ids: list[list[list[int]]], chunks: int = 1) -> dict[str, obj
     grid = ExpertGrid(group=group, ep_size=ranks, etp_size=1, num_blocks=8, block_size=1)
     rows, pairs = [], []
 
-    def compute(arrived: Arrived) -> torch.Tensor:
+    def compute(arrived: DispatchedTokens) -> torch.Tensor:
         # Each block multiplies by its own number, so that a row in the wrong place shows.
         y, met = torch.zeros_like(arrived.rows), arrived.pairs.rows
         factors = (arrived.pairs.blocks + rank * (8 // ranks) + 1).double()[:, None]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.nn.dispatch import messages
-from megatron_sffn.nn.dispatch.wires import exchange
+from megatron_sffn.nn.dispatch.row_exchange import exchange
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairWire:
+class PairExchange:
     """A way for pairs and their gates.
 
     Args:
@@ -40,7 +40,7 @@ class PairWire:
         """
         if gates is None:
             return self.out(codes, None)
-        arrived, arrived_gates = _SendGates.apply(gates, codes, self)
+        arrived, arrived_gates = _AllToAllPairs.apply(gates, codes, self)
         return arrived, arrived_gates
 
     def out(self, codes: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -51,13 +51,13 @@ class PairWire:
         message = messages.pack(codes, gates)
         totals = [sum(counts) for counts in self.received]
         arrived = exchange(message, self.group, sent=self.sent, received=totals).land()
-        arrived = regrouped(arrived, self.received)
+        arrived = transpose_splits(arrived, self.received)
         return messages.unpack(arrived, codes.dtype, dtype)
 
     def back(self, dgates: Tensor, num_pairs: int) -> Tensor:
         """`[P]` gradients of the gates: each is the sum over the slices, in their order."""
         by_chunk = [list(counts) for counts in zip(*self.received, strict=True)]
-        dgates = regrouped(dgates, by_chunk)
+        dgates = transpose_splits(dgates, by_chunk)
         totals = [sum(counts) for counts in self.received]
         returned = exchange(dgates, self.group, sent=totals, received=self.sent).land()
         parts = returned.new_zeros(num_pairs * self.slices)
@@ -68,10 +68,10 @@ class PairWire:
         return parts.view(-1, self.slices).sum(dim=1, dtype=wide).to(dgates.dtype)
 
 
-class _SendGates(torch.autograd.Function):
+class _AllToAllPairs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gates: Tensor, codes: Tensor, wire: PairWire
+        ctx: Any, gates: Tensor, codes: Tensor, wire: PairExchange
     ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(wire.order)
         ctx.wire, ctx.num_pairs = wire, len(gates)
@@ -84,7 +84,7 @@ class _SendGates(torch.autograd.Function):
         return ctx.wire.back(grads[1], ctx.num_pairs), None, None
 
 
-def regrouped(rows: Tensor, counts: list[list[int]]) -> Tensor:
+def transpose_splits(rows: Tensor, counts: list[list[int]]) -> Tensor:
     """Rows that lie in the order (i, j), `counts[i][j]` of each, in the order (j, i)."""
     if len(counts[0]) == 1 or len(counts) == 1:
         return rows

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sffn.nn.dispatch.wires import Flight, Wire
+from megatron_sffn.nn.dispatch.row_exchange import AsyncCollective, RowExchange
 
 
-class Leg:
+class Transfer:
     """One way of one wire.
 
     Args:
@@ -26,9 +26,9 @@ class Leg:
         back: whether the forward goes back.
     """
 
-    def __init__(self, wire: Wire, *, back: bool = False) -> None:
+    def __init__(self, wire: RowExchange, *, back: bool = False) -> None:
         self.wire, self.back = wire, back
-        self._flight: Flight | None = None
+        self._flight: AsyncCollective | None = None
 
     def start(self, rows: Tensor, *, keep: bool = False) -> Tensor:
         """Send the rows.
@@ -40,12 +40,12 @@ class Leg:
         Returns:
             What `finish` has to get.
         """
-        token: Tensor = _Start.apply(rows, self, keep)
+        token: Tensor = _StartTransfer.apply(rows, self, keep)
         return token
 
     def finish(self, token: Tensor) -> Tensor:
         """What has arrived: `[R, C]`, or `[T, C]` on the way back; differentiable in the rows."""
-        rows: Tensor = _Finish.apply(token, self)
+        rows: Tensor = _WaitForTransfer.apply(token, self)
         return rows
 
     def launch(self, rows: Tensor, *, back: bool) -> None:
@@ -60,9 +60,9 @@ class Leg:
         return self.wire.sum_per_token(arrived) if back else arrived
 
 
-class _Start(torch.autograd.Function):
+class _StartTransfer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, leg: Leg, keep: bool) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, leg: Transfer, keep: bool) -> Tensor:
         # Saved for those who count or offload what autograd keeps.
         ctx.save_for_backward(*leg.wire.tensors, *([rows] if keep else []))
         ctx.leg = leg
@@ -74,9 +74,9 @@ class _Start(torch.autograd.Function):
         return ctx.leg.land(back=not ctx.leg.back), None, None
 
 
-class _Finish(torch.autograd.Function):
+class _WaitForTransfer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, leg: Leg) -> Tensor:
+    def forward(ctx: Any, token: Tensor, leg: Transfer) -> Tensor:
         ctx.leg = leg
         return leg.land(back=leg.back)
 

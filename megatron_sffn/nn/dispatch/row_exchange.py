@@ -1,13 +1,13 @@
 """Ways for rows between ranks, each with its adjoint.
 
-A `Wire` carries `[T, C]` rows of this rank `out` to the ranks that need them, and `[R, C]` rows
-`back`, where what comes from several ranks is summed per token. The two are each other's adjoint,
-so that the backward of the one is the other (`legs.py`): four exchanges of rows in a step, and two
-pieces of code. All sums are in fp32 at least, in the order of the ranks, and rounded once: the same
-bits in every run, and the error of one rounding on any number of ranks.
+A `RowExchange` carries `[T, C]` rows of this rank `out` to the ranks that need them, and `[R, C]`
+rows `back`, where what comes from several ranks is summed per token. The two are each other's
+adjoint, so that the backward of the one is the other (`transfer.py`): four exchanges of rows in a
+step, and two pieces of code. All sums are in fp32 at least, in the order of the ranks, and rounded
+once: the same bits in every run, and the error of one rounding on any number of ranks.
 
-Both ways begin with a collective that nobody waits for yet, a `Flight`, so that whoever has other
-work queues it before `land`.
+Both ways begin with a collective that nobody waits for yet, an `AsyncCollective`, so that whoever
+has other work queues it before `land`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flight:
+class AsyncCollective:
     """A message on its way.
 
     Args:
@@ -39,17 +39,17 @@ class Flight:
         return self.arriving
 
 
-class Wire(Protocol):
+class RowExchange(Protocol):
     """A way for rows."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What it needs of the device's memory until the backward."""
 
-    def start_out(self, rows: Tensor) -> Flight:
+    def start_out(self, rows: Tensor) -> AsyncCollective:
         """Send `[T, C]` rows; `[R, C]` arrive."""
 
-    def start_back(self, rows: Tensor) -> Flight:
+    def start_back(self, rows: Tensor) -> AsyncCollective:
         """Send `[R, C]` rows; what arrives is for `sum_per_token`."""
 
     def sum_per_token(self, returned: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Wire(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExactWire:
+class AllToAllRows:
     """Each row goes where it is needed (`alltoall`).
 
     Args:
@@ -79,12 +79,12 @@ class ExactWire:
         """Which token each row is of."""
         return (self.tokens,)
 
-    def start_out(self, rows: Tensor) -> Flight:
+    def start_out(self, rows: Tensor) -> AsyncCollective:
         """A token is copied for each rank that it visits."""
         copies = rows.index_select(0, self.tokens)
         return exchange(copies, self.group, sent=self.sent, received=self.received)
 
-    def start_back(self, rows: Tensor) -> Flight:
+    def start_back(self, rows: Tensor) -> AsyncCollective:
         """Each row to the rank that it came from."""
         return exchange(rows, self.group, sent=self.received, received=self.sent)
 
@@ -100,7 +100,7 @@ class ExactWire:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeWire:
+class AllGatherRows:
     """Every row goes to every rank (`allgather`), which have equally many.
 
     Args:
@@ -114,11 +114,11 @@ class WholeWire:
         """Nothing."""
         return ()
 
-    def start_out(self, rows: Tensor) -> Flight:
+    def start_out(self, rows: Tensor) -> AsyncCollective:
         """All ranks' rows, rank after rank."""
         return gather(rows, self.group)
 
-    def start_back(self, rows: Tensor) -> Flight:
+    def start_back(self, rows: Tensor) -> AsyncCollective:
         """Each rank gets its rows from all others.
 
         A reduce-scatter sends as many bytes, but adds in the rows' dtype, in an order of its own.
@@ -127,10 +127,10 @@ class WholeWire:
 
     def sum_per_token(self, returned: Tensor) -> Tensor:
         """The sum of all ranks' parts."""
-        return sum_of_parts(returned, self.group.size())
+        return sum_equal_splits(returned, self.group.size())
 
 
-def exchange(rows: Tensor, group: Any, *, sent: list[int], received: list[int]) -> Flight:
+def exchange(rows: Tensor, group: Any, *, sent: list[int], received: list[int]) -> AsyncCollective:
     """All-to-all of rows, rank after rank; not differentiable.
 
     Args:
@@ -148,26 +148,26 @@ def exchange(rows: Tensor, group: Any, *, sent: list[int], received: list[int]) 
         group=group,
         async_op=True,
     )
-    return Flight(message=message, arriving=arriving, work=work)
+    return AsyncCollective(message=message, arriving=arriving, work=work)
 
 
-def gather(rows: Tensor, group: Any) -> Flight:
+def gather(rows: Tensor, group: Any) -> AsyncCollective:
     """All-gather of rows, rank after rank; not differentiable."""
     message = rows.contiguous()
     arriving = rows.new_empty(group.size() * len(rows), *rows.shape[1:])
     work = torch.distributed.all_gather_into_tensor(arriving, message, group=group, async_op=True)
-    return Flight(message=message, arriving=arriving, work=work)
+    return AsyncCollective(message=message, arriving=arriving, work=work)
 
 
-def exchange_equally(rows: Tensor, group: Any) -> Flight:
+def exchange_equally(rows: Tensor, group: Any) -> AsyncCollective:
     """All-to-all of equally many rows for each rank, rank after rank; not differentiable."""
     message = rows.contiguous()
     arriving = torch.empty_like(message)
     work = torch.distributed.all_to_all_single(arriving, message, group=group, async_op=True)
-    return Flight(message=message, arriving=arriving, work=work)
+    return AsyncCollective(message=message, arriving=arriving, work=work)
 
 
-def sum_of_parts(rows: Tensor, num_parts: int) -> Tensor:
+def sum_equal_splits(rows: Tensor, num_parts: int) -> Tensor:
     """The sum of equal parts of rows, in their order, in fp32 at least."""
     first, *others = rows.chunk(num_parts)
     summed = first.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
