@@ -197,18 +197,18 @@ class SparseFFN(_SparseLayer):
         )
         self.traffic(len(x), plan.bytes_sent)
 
-        def blocks(arrived: DispatchedTokens) -> Tensor:
+        def blocks(dispatched: DispatchedTokens) -> Tensor:
             tables = keys, values
-            if not arrived.first:
+            if not dispatched.is_first_chunk:
                 tables = main_grad.further_use(keys), main_grad.further_use(values)
             return block_ffn_pairs(
-                arrived.rows,
+                dispatched.rows,
                 *tables,
-                arrived.pairs,
-                arrived.gates,
+                dispatched.pairs,
+                dispatched.gates,
                 activation=self.activation,
                 backend=self.backend,
-                rows_again=arrived.rows_again,
+                rows_again=dispatched.regather,
             )
 
         update = plan.run(blocks).view_as(hidden_states)

@@ -1,4 +1,4 @@
-"""The way of pairs and their gates under `alltoall`: one message for all chunks."""
+"""All-to-all of (row, block) pairs and their gates: one message for all token chunks."""
 
 from __future__ import annotations
 
@@ -9,85 +9,109 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.nn.dispatch import messages
-from megatron_sffn.nn.dispatch.row_exchange import exchange
+from megatron_sffn.nn.dispatch.row_exchange import start_all_to_all
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairExchange:
-    """A way for pairs and their gates.
+    """The all-to-all of the pairs of one call.
 
     Args:
         group: of the ranks.
-        order: `[S]` int32, the place among `[P, slices]` of each pair that is sent, rank after
-            rank, chunk after chunk for each.
-        slices: ranks that each pair goes to.
-        sent: pairs sent to each rank.
-        received: of each rank, pairs received of each chunk.
+        order: `[sum(send_splits)]` int32, the index in `[P, etp_size]` of each sent pair. Pairs lie
+            rank after rank and, for each rank, chunk after chunk.
+        etp_size: number of ranks that each pair goes to.
+        send_splits: number of pairs sent to each rank.
+        recv_counts: number of pairs received, `recv_counts[rank][chunk]`.
     """
 
     group: Any
     order: Tensor
-    slices: int
-    sent: list[int]
-    received: list[list[int]]
+    etp_size: int
+    send_splits: list[int]
+    recv_counts: list[list[int]]
 
-    def send(self, codes: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The pairs that arrive, chunk after chunk, and their gates, differentiably.
+    @property
+    def recv_splits(self) -> list[int]:
+        """Number of pairs received from each rank."""
+        return [sum(by_chunk) for by_chunk in self.recv_counts]
+
+    def dispatch(self, codes: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Send the pairs and their gates.
 
         Args:
-            codes: `[S]`, see `messages.encode`.
+            codes: `[sum(send_splits)]`, see `messages.encode`.
             gates: `[P]` of all pairs, or None.
+
+        Returns:
+            The received codes, chunk after chunk, and their gates, differentiable.
         """
         if gates is None:
-            return self.out(codes, None)
-        arrived, arrived_gates = _AllToAllPairs.apply(gates, codes, self)
-        return arrived, arrived_gates
+            return self.send_pairs(codes, None)
+        recv_codes, recv_gates = _AllToAllPairs.apply(gates, codes, self)
+        return recv_codes, recv_gates
 
-    def out(self, codes: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Not differentiable; arguments and result as `send`."""
+    def send_pairs(self, codes: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The forward pass of `dispatch`, not differentiable."""
         dtype = None if gates is None else gates.dtype
         if gates is not None:
-            gates = gates.index_select(0, self.order // self.slices)
+            gates = gates.index_select(0, self.order // self.etp_size)
         message = messages.pack(codes, gates)
-        totals = [sum(counts) for counts in self.received]
-        arrived = exchange(message, self.group, sent=self.sent, received=totals).land()
-        arrived = transpose_splits(arrived, self.received)
-        return messages.unpack(arrived, codes.dtype, dtype)
+        received = self._all_to_all(message, self.send_splits, self.recv_splits)
+        received = transpose_splits(received, self.recv_counts)
+        return messages.unpack(received, codes.dtype, dtype)
 
-    def back(self, dgates: Tensor, num_pairs: int) -> Tensor:
-        """`[P]` gradients of the gates: each is the sum over the slices, in their order."""
-        by_chunk = [list(counts) for counts in zip(*self.received, strict=True)]
-        dgates = transpose_splits(dgates, by_chunk)
-        totals = [sum(counts) for counts in self.received]
-        returned = exchange(dgates, self.group, sent=totals, received=self.sent).land()
-        parts = returned.new_zeros(num_pairs * self.slices)
-        parts.index_copy_(0, self.order.long(), returned)
-        if self.slices == 1:
-            return parts
+    def send_back_gradients(self, dgates: Tensor, num_pairs: int) -> Tensor:
+        """The backward pass: gradients `[P]` of the gates, summed over the ETP ranks of a pair.
+
+        Args:
+            dgates: gradients of the received gates, chunk after chunk.
+            num_pairs: P.
+        """
+        counts_by_chunk = [list(by_rank) for by_rank in zip(*self.recv_counts, strict=True)]
+        dgates = transpose_splits(dgates, counts_by_chunk)
+        returned = self._all_to_all(dgates, self.recv_splits, self.send_splits)
+        # Pairs that were not sent, those of empty places, have a gradient of zero.
+        unpermuted = returned.new_zeros(num_pairs * self.etp_size)
+        unpermuted.index_copy_(0, self.order.long(), returned)
+        if self.etp_size == 1:
+            return unpermuted
         wide = torch.promote_types(dgates.dtype, torch.float32)
-        return parts.view(-1, self.slices).sum(dim=1, dtype=wide).to(dgates.dtype)
+        return unpermuted.view(-1, self.etp_size).sum(dim=1, dtype=wide).to(dgates.dtype)
+
+    def _all_to_all(self, rows: Tensor, send_splits: list[int], recv_splits: list[int]) -> Tensor:
+        collective = start_all_to_all(
+            rows, self.group, send_splits=send_splits, recv_splits=recv_splits
+        )
+        return collective.wait()
 
 
 class _AllToAllPairs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gates: Tensor, codes: Tensor, wire: PairExchange
+        ctx: Any, gates: Tensor, codes: Tensor, exchange: PairExchange
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(wire.order)
-        ctx.wire, ctx.num_pairs = wire, len(gates)
-        arrived, arrived_gates = wire.out(codes, gates)
-        ctx.mark_non_differentiable(arrived)
-        return arrived, arrived_gates
+        # Saved through autograd so that activation offloading and accounting see this tensor.
+        ctx.save_for_backward(exchange.order)
+        ctx.exchange, ctx.num_pairs = exchange, len(gates)
+        recv_codes, recv_gates = exchange.send_pairs(codes, gates)
+        ctx.mark_non_differentiable(recv_codes)
+        return recv_codes, recv_gates
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.wire.back(grads[1], ctx.num_pairs), None, None
+        return ctx.exchange.send_back_gradients(grads[1], ctx.num_pairs), None, None
 
 
 def transpose_splits(rows: Tensor, counts: list[list[int]]) -> Tensor:
-    """Rows that lie in the order (i, j), `counts[i][j]` of each, in the order (j, i)."""
-    if len(counts[0]) == 1 or len(counts) == 1:
+    """Reorder splits of rows from (i, j) to (j, i), for example (rank, chunk) to (chunk, rank).
+
+    Args:
+        rows: splits of `counts[i][j]` rows in the order (0, 0), (0, 1), ...
+        counts: their lengths.
+    """
+    if len(counts) == 1 or len(counts[0]) == 1:
         return rows
-    parts = iter(rows.split([count for of_i in counts for count in of_i]))
-    grid = [[next(parts) for _ in of_i] for of_i in counts]
-    return torch.cat([part for of_j in zip(*grid, strict=True) for part in of_j])
+    splits = iter(rows.split([count for row in counts for count in row]))
+    grid = [[next(splits) for _ in row] for row in counts]
+    return torch.cat([split for column in zip(*grid, strict=True) for split in column])

@@ -1,11 +1,12 @@
-"""Rows on their way, for autograd: a start and a finish, with other work between them.
+"""Differentiable dispatch or combine whose start and wait are separate, for overlap with compute.
 
-In the forward a leg goes along its wire, out or back; in the backward its finish starts the other
-way and its start finishes it. Autograd runs backwards in the reverse of the forward's order, so
-that work which the forward queued between start and finish lies between them in the backward, too.
+In the forward pass `start` starts the collective and `wait` waits for it. In the backward pass the
+order is reversed: the backward of `wait` starts the adjoint collective, and the backward of `start`
+waits for it. Autograd runs the backward pass in reverse order of the forward pass, so work that was
+queued between start and wait in the forward pass also runs between them in the backward pass.
 
-An empty tensor connects the two in autograd's graph. The rows themselves are in the leg, since
-those that are sent and those that arrive differ in number.
+Design notes: an empty tensor, the handle, connects `start` and `wait` in autograd's graph. The rows
+cannot connect them: `wait` returns another number of rows than `start` takes.
 """
 
 from __future__ import annotations
@@ -19,68 +20,71 @@ from megatron_sffn.nn.dispatch.row_exchange import AsyncCollective, RowExchange
 
 
 class Transfer:
-    """One way of one wire.
+    """One direction of a row exchange; an object serves one forward and its backward pass.
 
     Args:
-        wire: the way.
-        back: whether the forward goes back.
+        exchange: the row exchange.
+        combine: True to combine in the forward pass, False to dispatch.
     """
 
-    def __init__(self, wire: RowExchange, *, back: bool = False) -> None:
-        self.wire, self.back = wire, back
-        self._flight: AsyncCollective | None = None
+    def __init__(self, exchange: RowExchange, *, combine: bool = False) -> None:
+        self.exchange, self.combine = exchange, combine
+        self._collective: AsyncCollective | None = None
 
-    def start(self, rows: Tensor, *, keep: bool = False) -> Tensor:
-        """Send the rows.
+    def start(self, rows: Tensor, *, save_rows: bool = False) -> Tensor:
+        """Start to send the rows.
 
         Args:
-            rows: `[T, C]`, or `[R, C]` on the way back.
-            keep: whether they stay for the backward, because somebody will send them again.
+            rows: `[T, C]` to dispatch, `[R, C]` to combine.
+            save_rows: True to keep the rows until the backward pass, which dispatches them again.
 
         Returns:
-            What `finish` has to get.
+            A handle, the argument of `wait`.
         """
-        token: Tensor = _StartTransfer.apply(rows, self, keep)
-        return token
+        handle: Tensor = _StartTransfer.apply(rows, self, save_rows)
+        return handle
 
-    def finish(self, token: Tensor) -> Tensor:
-        """What has arrived: `[R, C]`, or `[T, C]` on the way back; differentiable in the rows."""
-        rows: Tensor = _WaitForTransfer.apply(token, self)
+    def wait(self, handle: Tensor) -> Tensor:
+        """Wait for the dispatched rows `[R, C]` or the combined rows `[T, C]`; differentiable."""
+        rows: Tensor = _WaitForTransfer.apply(handle, self)
         return rows
 
-    def launch(self, rows: Tensor, *, back: bool) -> None:
-        """Send rows one way; see `land`."""
-        assert self._flight is None, "rows are on their way already"
-        self._flight = self.wire.start_back(rows) if back else self.wire.start_out(rows)
+    def start_collective(self, rows: Tensor, *, combine: bool) -> None:
+        """Start the collective of one direction; see `wait_for_collective`."""
+        assert self._collective is None, "a collective of this transfer is running already"
+        exchange = self.exchange
+        self._collective = (
+            exchange.start_combine(rows) if combine else exchange.start_dispatch(rows)
+        )
 
-    def land(self, *, back: bool) -> Tensor:
-        """What arrives of the rows launched last."""
-        assert self._flight is not None, "no rows are on their way"
-        arrived, self._flight = self._flight.land(), None
-        return self.wire.sum_per_token(arrived) if back else arrived
+    def wait_for_collective(self, *, combine: bool) -> Tensor:
+        """Wait for the collective that was started last, and return its rows."""
+        assert self._collective is not None, "no collective of this transfer is running"
+        received, self._collective = self._collective.wait(), None
+        return self.exchange.sum_per_token(received) if combine else received
 
 
 class _StartTransfer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, leg: Transfer, keep: bool) -> Tensor:
-        # Saved for those who count or offload what autograd keeps.
-        ctx.save_for_backward(*leg.wire.tensors, *([rows] if keep else []))
-        ctx.leg = leg
-        leg.launch(rows, back=leg.back)
+    def forward(ctx: Any, rows: Tensor, transfer: Transfer, save_rows: bool) -> Tensor:
+        # Saved through autograd so that activation offloading and accounting see these tensors.
+        ctx.save_for_backward(*transfer.exchange.saved_tensors, *([rows] if save_rows else []))
+        ctx.transfer = transfer
+        transfer.start_collective(rows, combine=transfer.combine)
         return rows.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.leg.land(back=not ctx.leg.back), None, None
+        return ctx.transfer.wait_for_collective(combine=not ctx.transfer.combine), None, None
 
 
 class _WaitForTransfer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, leg: Transfer) -> Tensor:
-        ctx.leg = leg
-        return leg.land(back=leg.back)
+    def forward(ctx: Any, handle: Tensor, transfer: Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.wait_for_collective(combine=transfer.combine)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.leg.launch(grads[0], back=not ctx.leg.back)
+        ctx.transfer.start_collective(grads[0], combine=not ctx.transfer.combine)
         return grads[0].new_empty(0), None

@@ -251,13 +251,13 @@ def exchange(block_ids: list[list[list[int]]], chunks: int = 1) -> dict[str, obj
     grid = ExpertGrid(group=group, ep_size=ranks, etp_size=1, num_blocks=8, block_size=1)
     rows, pairs = [], []
 
-    def compute(arrived: DispatchedTokens) -> torch.Tensor:
-        # Each block multiplies by its own number, so that a row in the wrong place shows.
-        y, met = torch.zeros_like(arrived.rows), arrived.pairs.rows
-        factors = (arrived.pairs.blocks + rank * (8 // ranks) + 1).double()[:, None]
+    def compute(dispatched: DispatchedTokens) -> torch.Tensor:
+        # Each block multiplies by its own number, so a row on the wrong rank changes the result.
+        y, pair_rows = torch.zeros_like(dispatched.rows), dispatched.pairs.rows
+        factors = (dispatched.pairs.blocks + rank * (8 // ranks) + 1).double()[:, None]
         rows.append(len(y))
-        pairs.append(len(met))
-        return y.index_add_(0, met, arrived.rows[met] * factors)
+        pairs.append(len(pair_rows))
+        return y.index_add_(0, pair_rows, dispatched.rows[pair_rows] * factors)
 
     routing = Routing(block_ids=ids, gates=gates)
     back = dispatch(x, routing, grid, "alltoall", num_chunks=chunks).run(compute)
