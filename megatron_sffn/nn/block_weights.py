@@ -43,7 +43,7 @@ from megatron_sffn.ops.block_ffn import main_grad
 from megatron_sffn.utils.hashing import seed_of
 
 
-class Memory(MegatronModule):
+class BlockWeights(MegatronModule):
     """Key and value tables of the cells held by this rank; fills Megatron's `experts` slot.
 
     Args:

@@ -26,7 +26,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
-from megatron_sffn.nn.block_weights import Memory
+from megatron_sffn.nn.block_weights import BlockWeights
 from megatron_sffn.nn.comm_volume import regathers
 from megatron_sffn.nn.config import (
     Backend,
@@ -151,12 +151,12 @@ class SparseFFN(_SparseLayer):
     them to the module in a layer's MLP slot.
     """
 
-    experts: Memory
+    experts: BlockWeights
     _drawn_for: int | None = None
 
     @staticmethod
     def _experts() -> Any:
-        return Memory
+        return BlockWeights
 
     def set_layer_number(self, layer_number: int) -> None:
         """Take the number that seeds the tables and the hash, and draw the tables with it."""

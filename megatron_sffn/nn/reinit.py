@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sffn.nn.block_weights import Memory, drawn_dtype
+from megatron_sffn.nn.block_weights import BlockWeights, drawn_dtype
 from megatron_sffn.nn.routers import Router
 from megatron_sffn.utils.hashing import seed_of
 
@@ -59,7 +59,7 @@ def _draw_chunk(seed: int, chunk: Any) -> None:
     drawn = {
         f"{name}.{weight}"
         for name, module in chunk.named_modules()
-        if isinstance(module, Memory | Router)
+        if isinstance(module, BlockWeights | Router)
         for weight, _ in module.named_parameters()
     }
     parts = {name: part for name, part in parts.items() if name not in drawn}
