@@ -43,7 +43,7 @@ BALANCE_LOSSES = {
 """Value of `--moe-router-load-balancing-type` -> Megatron's name of the loss in its logs."""
 
 
-class Balance(torch.nn.Module):
+class LoadBalancing(torch.nn.Module):
     """The losses and the bias of one router.
 
     Args:

@@ -32,7 +32,7 @@ from megatron_sffn.nn.config import (
     SparseFFNTransformerConfig,
     flag,
 )
-from megatron_sffn.nn.load_balancing import Balance, losses_reach_scores
+from megatron_sffn.nn.load_balancing import LoadBalancing, losses_reach_scores
 from megatron_sffn.nn.routers.base import NO_BLOCK, Router, Routing
 from megatron_sffn.nn.routers.groups import check_groups, in_best_groups
 from megatron_sffn.utils.errors import ConfigError
@@ -185,7 +185,7 @@ class ScoredRouter(Router):
         super().__init__(**arguments)
         assert isinstance(self.sffn.router, ScoredConfig)
         self.settings = self.sffn.router
-        self.balance = Balance(
+        self.balance = LoadBalancing(
             self.config, arguments["pg_collection"], self.settings.entropy_coefficient
         )
 
