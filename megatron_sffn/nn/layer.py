@@ -162,7 +162,7 @@ class SparseFFN(_SparseLayer):
         """Take the number that seeds the tables and the hash, and draw the tables with it."""
         super().set_layer_number(layer_number)
         if self._drawn_for != layer_number:
-            self.experts.initialize(layer_number)
+            self.experts.init_weights(layer_number)
             self._drawn_for = layer_number
 
     @cached_property

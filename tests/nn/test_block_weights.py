@@ -10,8 +10,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from megatron_sffn.nn.block_weights import init_methods
 from megatron_sffn.nn.config import INITIALIZATIONS, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.init import block_weight_init
 from megatron_sffn.nn.layer import SparseFFN
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.utils.hashing import seed_of
@@ -139,9 +139,7 @@ def test_initial_standard_deviations(initialization: str | None, router: str) ->
     assert set(STDS) == set(INITIALIZATIONS)
     default = {"avg-k": "megatron", "sigma-moe": "sigma-moe"}[router]
     torch.manual_seed(0)
-    for draws, std in zip(
-        init_methods(config, config.sffn), STDS[initialization or default], strict=True
-    ):
+    for draws, std in zip(block_weight_init(config), STDS[initialization or default], strict=True):
         table = torch.empty(200, 200)
         draws(table)
         assert table.std().item() == pytest.approx(std, abs=5 * std / math.sqrt(2 * 200**2))
@@ -161,7 +159,7 @@ def test_each_block_draws_from_a_seed_of_its_own(one_rank: None) -> None:
     state = torch.random.get_rng_state()
     for block in (0, 7, 47):
         torch.manual_seed((seed_of(config.sffn.seed, 2) + block) % 2**32)
-        for table, draws in zip((keys, values), init_methods(config, config.sffn), strict=True):
+        for table, draws in zip((keys, values), block_weight_init(config), strict=True):
             drawn = torch.empty(8, 20)
             draws(drawn)
             assert torch.equal(table[block].detach(), drawn)
