@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_sffn.nn.config import RouterConfig
 from megatron_sffn.nn.layer import SparseFFN
-from megatron_sffn.nn.load_balancing import balance_weights
+from megatron_sffn.nn.load_balancing import loss_weights
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.avg_k import AvgKConfig
 from megatron_sffn.nn.routers.s_base import SBaseConfig
@@ -416,7 +416,7 @@ def test_counts_are_exact_in_a_half_precision_model(tokens: int) -> None:
 
 def test_flags_of_balance_make_weights() -> None:
     def weights(**flags: Any) -> dict[str, float]:
-        return balance_weights(transformer(SwitchConfig(), **flags), 0.5)
+        return loss_weights(transformer(SwitchConfig(), **flags), 0.5)
 
     assert weights() == {"entropy_loss": 0.5}
     one = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
