@@ -3,7 +3,7 @@
 `INITIAL_VALUES` says how each weight is drawn, with what standard deviation, and which source says
 so. `reinit.py` draws the dense weights from it, `block_weights.py` the keys and values. A router
 draws its own weights in `Router.draw`; `tests/nn/test_init.py` compares them with the table. A
-weight of a router without a row here is drawn by Megatron's `init_method`.
+router weight that has no row is drawn by Megatron's `init_method`.
 
 Design notes: every weight is drawn on the CPU, in fp32 or wider, from a generator seeded by the
 weight's identity. A run therefore starts from the same model on every layout and every device.

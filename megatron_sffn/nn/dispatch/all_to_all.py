@@ -35,7 +35,7 @@ from megatron_sffn.ops.streams import HostCopy
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeLevel:
-    """One level of the exchange, after the pairs have arrived and before the rows are sent.
+    """One level of the exchange: its pairs have arrived, its rows have not been sent yet.
 
     Args:
         row_exchanges: the row exchange of each chunk.
@@ -167,8 +167,8 @@ def _row_exchanges(
 
     Args:
         row_to_token: `_PermutedPairs.row_to_token`.
-        counts: of rows and pairs.
-        tokens_per_chunk: number of this rank's tokens of each chunk.
+        counts: the exchanged counts.
+        tokens_per_chunk: number of this rank's tokens in each chunk.
         group: of the ranks.
     """
     # Rows lie rank after rank and, for each rank, chunk after chunk.
@@ -176,13 +176,13 @@ def _row_exchanges(
     tokens_by_split = row_to_token[: sum(splits)].split(splits)
     exchanges, first_token = [], 0
     for chunk, num_tokens in enumerate(tokens_per_chunk):
+        # The concatenation copies, so autograd does not keep the unused tail alive.
+        chunk_tokens = torch.cat(tokens_by_split[chunk :: len(tokens_per_chunk)])
         exchanges.append(
             AllToAllRows(
                 group=group,
                 num_tokens=num_tokens,
-                # Concatenated to a copy, so that autograd does not keep the unused tail alive.
-                row_to_token=torch.cat(tokens_by_split[chunk :: len(tokens_per_chunk)])
-                - first_token,
+                row_to_token=chunk_tokens - first_token,
                 send_splits=[by_chunk[chunk] for by_chunk in counts.rows_sent],
                 recv_splits=[by_chunk[chunk] for by_chunk in counts.rows_received],
             )
@@ -221,11 +221,10 @@ def _permute_pairs(routed: RoutedPairs, grid: ExpertGrid) -> _PermutedPairs:
     pair_index = order // grid.etp_size
     rows = routed.pairs.rows.index_select(0, pair_index)
     local_blocks = routed.pairs.blocks.index_select(0, pair_index) % grid.num_local_blocks
-    # The sort is stable, so pairs of a bucket are still in row order, and a row begins where row or
-    # bucket change.
-    begins_row = _differs_from_previous(rows) | _differs_from_previous(
-        buckets.index_select(0, order)
-    )
+    # The sort is stable, so the pairs of a bucket are still in row order. A row to send begins
+    # where the row or the bucket changes.
+    buckets = buckets.index_select(0, order)
+    begins_row = _differs_from_previous(rows) | _differs_from_previous(buckets)
     max_rows = min(len(rows), sum(routed.row_counts) * num_destinations)
     row_to_token, row_offsets = _rows_to_send(rows, begins_row, pair_offsets, max_rows)
     counts = torch.stack((row_offsets.diff(), pair_offsets.diff()), dim=1)

@@ -94,14 +94,14 @@ def fits(router: str, name: str | None) -> bool:
 def test_every_layout_computes_the_results_of_one_rank(
     name: str, router: str, dispatcher: str
 ) -> None:
-    (one,) = computed(None, dispatcher)[router]
-    assert_same(computed(name, dispatcher)[router], one)
+    (expected,) = computed(None, dispatcher)[router]
+    assert_same(computed(name, dispatcher)[router], expected)
 
 
-def assert_same(results: list[dict[str, torch.Tensor]], one: dict[str, torch.Tensor]) -> None:
-    for result in results:
-        for name, expected in one.items():
-            torch.testing.assert_close(result[name], expected, rtol=1e-9, atol=1e-11, msg=name)
+def assert_same(by_rank: list[dict[str, torch.Tensor]], expected: dict[str, torch.Tensor]) -> None:
+    for result in by_rank:
+        for name, tensor in expected.items():
+            torch.testing.assert_close(result[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
 
 
 NODES = {
@@ -114,18 +114,18 @@ NODES = {
 @pytest.mark.parametrize("name", NODES)
 def test_dispatch_over_nodes_computes_the_results_of_one_rank(name: str) -> None:
     block_size, sizes = NODES[name]
-    routers, step = ["switch", "lorkm", "rand-hash"], (("moe_token_dispatcher_type", "alltoall"),)
+    routers, flag = ["switch", "lorkm", "rand-hash"], ("moe_token_dispatcher_type", "alltoall")
     flat, on_nodes = (
-        [without_balance(router, *step, block_size=block_size, sffn=fields) for router in routers]
+        [without_balance(router, flag, block_size=block_size, sffn=fields) for router in routers]
         for fields in ((), (("node_size", 4), ("regather", "on")))
     )
     # One case keeps its rows in place of regathering them.
     on_nodes.append(replace(on_nodes[0], sffn=(("node_size", 4), ("regather", "off"))))
-    (one,) = run_ranks(1, run_all, [*flat, flat[0]])
-    eight = run_ranks(8, run_all, [*flat, *on_nodes], **sizes)
-    for results in eight:
-        for result, expected in zip(results, [*one[: len(flat)], *one], strict=True):
-            assert_same([result], expected)
+    (expected,) = run_ranks(1, run_all, [*flat, flat[0]])
+    expected = [*expected[: len(flat)], *expected]
+    for results in run_ranks(8, run_all, [*flat, *on_nodes], **sizes):
+        for result, of_one_rank in zip(results, expected, strict=True):
+            assert_same([result], of_one_rank)
 
 
 def chunked_and_unchunked(name: str) -> list[tuple[Case, Case]]:
