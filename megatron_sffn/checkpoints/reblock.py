@@ -73,8 +73,8 @@ class Reblocking:
             shared = "share its probability and the values grow by as much"
             return (
                 f"{router.name}: the parts of a block "
-                f"{shared if router.softmax_over_blocks else 'have its gate'}; the layer computes the "
-                "same function, up to rounding"
+                f"{shared if router.softmax_over_blocks else 'have its gate'}; the layer "
+                "computes the same function, up to rounding"
             )
         if router.per_block_weights:
             return (

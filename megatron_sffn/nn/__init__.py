@@ -1,5 +1,5 @@
 """The sparse feed-forward layer: route, dispatch, compute, combine.
 
-No flags, no files and no process-wide state: everything here is made from a config and runs in any
-process.
+Nothing in this package reads flags or files or keeps process-wide state: a layer is built from a
+config and runs in any process.
 """

@@ -1,27 +1,25 @@
-"""The memory of one layer: the tables of keys and values, cut over ranks.
+"""Key and value tables of one layer, sharded over the expert grid.
 
-Enters: the layer's numbers and its expert_grid. Leaves: two parameters, keys `[B / ep, G / etp, C]`
-(`[B / ep, 2G / etp, C]`, gate keys first, for SwiGLU) and values `[B / ep, G / etp, D]`, their
-initial values and their place in a checkpoint. The width of keys, C, is D but where the router says
-else; where it is 0 there are values alone.
+Inputs: the layer's config and Megatron's process groups. Outputs: two parameters, keys
+`[B / ep, G / etp, C]` (`[B / ep, 2G / etp, C]` for SwiGLU, gate keys first) and values
+`[B / ep, G / etp, D]`, with their initial values and their form in a checkpoint. C, the width of a
+key, is D unless the router says otherwise; if it is 0, there are only values.
 
-Choices
-- Tables without biases, as both papers define the layer, whatever `--disable-bias-linear` says.
-- Each block draws its initial values on the CPU, from a generator seeded by (seed, layer, block):
-  the model is the same on one rank and on a thousand, and on a CPU and a GPU.
-- A checkpoint holds cells, not blocks: tables `[M, D]` (gate keys apart), in which a block is G
-  consecutive rows. So any EP and ETP can load it, and any block size that divides the memory.
+Design notes:
+- The tables have no biases, as both papers define the layer, whatever `--disable-bias-linear` says.
+- Each block is drawn on the CPU from a generator seeded by (seed, layer, block), so the model is
+  the same on any number of ranks, on a CPU and on a GPU. `init.py` has the distributions.
+- A checkpoint holds cells, not blocks: tables `[M, C]` and `[M, D]`, in which a block is G
+  consecutive rows, and one more for gate keys. A checkpoint can therefore be loaded with any EP and
+  ETP, and with any block size that divides M.
 """
 
 from __future__ import annotations
 
 import collections
-import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any
+from typing import Any, override
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
@@ -36,15 +34,16 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import SparseFFNTransformerConfig
 from megatron_sffn.nn.expert_grid import ExpertGrid
+from megatron_sffn.nn.init import InitMethod, block_weight_init, init_dtype
 from megatron_sffn.ops import Activation, device
 from megatron_sffn.ops.block_ffn import main_grad
 from megatron_sffn.utils.hashing import seed_of
 
 
-class Memory(MegatronModule):
-    """Key and value tables of the cells held by this rank; fills Megatron's `experts` slot.
+class BlockWeights(MegatronModule):
+    """Keys and values of the cells that this rank holds; it fills Megatron's `experts` slot.
 
     Args:
         num_local_blocks: B / ep.
@@ -63,186 +62,199 @@ class Memory(MegatronModule):
         name: str | None = None,
     ) -> None:
         super().__init__(config=config)
-        assert config.sffn is not None, "a memory needs config.sffn"
+        assert config.sffn is not None, "block weights need config.sffn"
         self.sffn = config.sffn
         self.expert_grid = ExpertGrid.of(pg_collection, config.sffn)
         assert self.expert_grid.num_local_blocks == num_local_blocks, (
             self.expert_grid,
             num_local_blocks,
         )
-        self.replicas = pg_collection.expt_dp
+        self.expert_dp_group = pg_collection.expt_dp
         self.keys_per_cell = 2 if Activation.of(config).gated else 1
-        width = self.sffn.router.key_width(config.hidden_size)
-        self.keys = self._table(self.keys_per_cell, width) if width else None
-        self.values = self._table(1, config.hidden_size)
+        key_width = self.sffn.router.key_width(config.hidden_size)
+        self.keys = self._new_table(self.keys_per_cell, key_width) if key_width else None
+        self.values = self._new_table(1, config.hidden_size)
 
-    def _table(self, per_cell: int, width: int) -> Parameter:
-        """An uninitialised `[B / ep, per_cell · G / etp, width]` with the marks Megatron reads."""
-        config, expert_grid = self.config, self.expert_grid
+    def _new_table(self, vectors_per_cell: int, width: int) -> Parameter:
+        """An uninitialised `[B / ep, vectors_per_cell · G / etp, width]`, marked for Megatron."""
+        config, grid = self.config, self.expert_grid
         table = Parameter(
             torch.empty(
-                expert_grid.num_local_blocks,
-                per_cell * expert_grid.num_local_cells,
+                grid.num_local_blocks,
+                vectors_per_cell * grid.num_local_cells,
                 width,
                 dtype=config.params_dtype,
                 device=device.current(),
             )
         )
-        # Gradients are summed over the ranks that hold the same cells, not over all of DP; also
-        # where these are the same, so that the optimizer's state has one structure for every EP.
+        # Reduce gradients over the expert-data-parallel group. This is set even if that group is
+        # all of DP, so that the optimizer state has the same structure for every EP.
         table.allreduce = False  # type: ignore[attr-defined]
-        # Without the mark, gradient norms would count the table on the first TP rank only.
+        # Without this mark, the gradient norm would count the table on the first TP rank only.
         set_tensor_model_parallel_attributes(table, is_parallel=True, dim=1, stride=1)
-        # The layer computes with tables in `block_ffn` alone, but for its router, to which it
-        # gives them through `main_grad.shared`.
+        # Allowed because only `block_ffn` computes with a table, and the router gets the keys
+        # through `main_grad.shared`.
         main_grad.add_to_main_grad(table)
         return table
 
+    @override
     def forward(self) -> tuple[Tensor | None, Tensor]:
-        """Keys, if there are any, and values.
+        """Return the keys, or None, and the values.
 
-        A call rather than two attributes: Megatron's overlapped gather of parameters waits for
-        them when a module that owns some is called.
+        The layer calls the module instead of reading its attributes, because Megatron's overlapped
+        parameter gather waits for the parameters of a module in a hook of its call.
         """
         return self.keys, self.values
 
-    def initialize(self, layer_number: int) -> None:
-        """Draw the tables of this layer, block by block."""
+    def init_weights(self, layer_number: int) -> None:
+        """Draw the tables of this layer block by block, each from its own seed."""
         if not self.config.perform_initialization:
             return
-        draw_keys, draw_values = init_methods(self.config, self.sffn)
-        tables = [(self.values.detach(), 1, draw_values)]
+        key_init, value_init = block_weight_init(self.config)
+        tables = [_CPUTable(self.values, 1, value_init)]
         if self.keys is not None:
-            tables.insert(0, (self.keys.detach(), self.keys_per_cell, draw_keys))
-        # Drawn on the CPU also for a GPU, whose generator gives other numbers: then a run on a GPU
-        # can be compared with one on a CPU, loss by loss.
-        drawn = [(_on_cpu(table), keys_per_cell, draw) for table, keys_per_cell, draw in tables]
-        grid, first_seed = self.expert_grid, seed_of(self.sffn.seed, layer_number)
+            # Keys first: keys and values of a block are drawn from one generator.
+            tables.insert(0, _CPUTable(self.keys, self.keys_per_cell, key_init))
+        grid, layer_seed = self.expert_grid, seed_of(self.sffn.seed, layer_number)
 
-        def draw_block(block: int) -> None:
+        def init_block(local_block: int) -> None:
             generator = torch.Generator()
-            # Counting on from a hashed number, no two blocks of a layer share a seed.
-            generator.manual_seed((first_seed + grid.first_block + block) % 2**32)
-            for table, keys_per_cell, draw in drawn:
-                shape = keys_per_cell * grid.block_size, table.shape[-1]
-                # In half precision torch 2.11 and 2.13 draw other numbers from one seed.
-                whole_block = table.new_empty(shape, dtype=drawn_dtype(table))
-                draw(whole_block, generator=generator)
-                cells = whole_block.view(keys_per_cell, grid.etp_size, grid.num_local_cells, -1)
-                table[block] = cells[:, grid.etp_rank].flatten(0, 1)
+            # Consecutive seeds from a hashed start: no two blocks of a layer share a seed.
+            generator.manual_seed((layer_seed + grid.first_block + local_block) % 2**32)
+            for table in tables:
+                table.init_block(local_block, grid, generator)
 
-        # Threads draw at the same time: torch lets Python go on while it fills a tensor.
-        with ThreadPoolExecutor(drawing_threads()) as threads:
-            collections.deque(threads.map(draw_block, range(grid.num_local_blocks)), maxlen=0)
-        for (table, *_), (numbers, *_) in zip(tables, drawn, strict=True):
-            if numbers is not table:
-                table.copy_(numbers)
+        # Threads help because torch releases the GIL while it fills a tensor.
+        with ThreadPoolExecutor(num_init_threads()) as threads:
+            collections.deque(threads.map(init_block, range(grid.num_local_blocks)), maxlen=0)
+        for table in tables:
+            table.copy_to_parameter()
 
     def backward_dw(self) -> None:
-        """Megatron's hook for delayed weight gradients: ours are never delayed."""
+        """Megatron's hook for delayed weight gradients; these tables never delay them."""
 
+    @override
     def sharded_state_dict(
         self,
         prefix: str = "",
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """The tables as parts of global `[M, D]` tables of cells."""
+        """The tables as shards of global tables of cells, `[M, C]` and `[M, D]`."""
         names = ("keys",) if self.keys_per_cell == 1 else ("gate_keys", "keys")
-        values = self._in_cells(self.values, prefix, ("values",), sharded_offsets)
+        values = self._sharded_cells(self.values, prefix, ("values",), sharded_offsets)
         if self.keys is None:
             return {f"{prefix}values": values}
-        keys = self._in_cells(self.keys, prefix, names, sharded_offsets)
+        keys = self._sharded_cells(self.keys, prefix, names, sharded_offsets)
         return {f"{prefix}keys": keys, f"{prefix}values": values}
 
-    def _in_cells(
+    def _sharded_cells(
         self,
-        table: Parameter,
+        parameter: Parameter,
         prefix: str,
         names: tuple[str, ...],
         sharded_offsets: tuple[tuple[int, int, int], ...],
     ) -> ShardedTensorFactory:
-        """A table on its way to a checkpoint, and the optimizer's state of it.
+        """A factory that converts a table, and its optimizer state, to and from a checkpoint.
+
+        Megatron calls the factory for the parameter and for each tensor of its optimizer state,
+        so the state gets the form of the parameter.
 
         Args:
-            table: `[B / ep, len(names) · G / etp, width]`.
+            parameter: `[B / ep, len(names) · G / etp, width]`.
             prefix: of the names in the checkpoint.
-            names: of the parts of a cell in this table, each an `[M, width]` table there.
-            sharded_offsets: of the layer, as Megatron gives them.
+            names: of the checkpoint's tables `[M, width]`; a block of `parameter` has the rows of
+                the first one, then those of the second.
+            sharded_offsets: position of the layer among the layers, as Megatron gives it.
         """
-        grid, axes = self.expert_grid, len(sharded_offsets)
+        grid, num_layer_axes = self.expert_grid, len(sharded_offsets)
         shape = (grid.num_local_blocks, len(names), grid.num_local_cells)
 
-        def pieces(part: Tensor) -> list[tuple[Tensor, int, int]]:
-            """Consecutive cells, which of how many pieces of the whole memory they are."""
-            if grid.etp_size == 1:
-                return [(part.flatten(0, 1), grid.ep_rank, grid.ep_size)]
-            count = grid.num_blocks * grid.etp_size
-            first = grid.first_block * grid.etp_size + grid.etp_rank
-            return [(part[i], first + i * grid.etp_size, count) for i in range(len(part))]
-
         def build(key: str, data: Tensor, replica_id: ReplicaId, _: slice | None) -> Any:
-            parts = data.detach().view(*shape, data.shape[-1]).unbind(1)
+            tables = data.detach().view(*shape, data.shape[-1]).unbind(1)
             return {
                 name: [
                     ShardedTensor.from_rank_offsets(
                         f"{key}{name}",
-                        piece,
+                        cells,
                         *sharded_offsets,
-                        (axes, index, count),
+                        # Shard `index` of `count` equal shards along the axis of the cells.
+                        (num_layer_axes, index, count),
                         replica_id=replica_id,
-                        prepend_axis_num=axes,
+                        prepend_axis_num=num_layer_axes,
                     )
-                    for piece, index, count in pieces(part)
+                    for cells, index, count in _cell_shards(table, grid)
                 ]
-                for name, part in zip(names, parts, strict=True)
+                for name, table in zip(names, tables, strict=True)
             }
 
         def merge(loaded: Any) -> Tensor:
-            cells = [torch.cat(loaded[name]).view(shape[0], shape[2], -1) for name in names]
-            return torch.cat(cells, dim=1)
+            tables = [torch.cat(loaded[name]).view(shape[0], shape[2], -1) for name in names]
+            return torch.cat(tables, dim=1)
 
-        return ShardedTensorFactory(prefix, table, build, merge, (0, 0, self.replicas.rank()))
+        # The last number is the replica id: one rank of the expert-data-parallel group saves.
+        replica_id = (0, 0, self.expert_dp_group.rank())
+        return ShardedTensorFactory(prefix, parameter, build, merge, replica_id)
 
+    @override
     def extra_repr(self) -> str:
-        """Sizes, for `print(model)`."""
+        """Shapes of the tables, for `print(model)`."""
         keys = None if self.keys is None else list(self.keys.shape)
         return f"keys={keys}, values={list(self.values.shape)}"
 
 
-Draw = Callable[..., Any]
-"""`draw(tensor, generator=...)` of `torch.nn.init` fills a tensor."""
+def _cell_shards(table: Tensor, grid: ExpertGrid) -> list[tuple[Tensor, int, int]]:
+    """Split a rank's table `[B / ep, G / etp, width]` into runs of consecutive cells.
+
+    Without ETP the cells of a rank are consecutive in the global `[M, width]` table, so they are
+    one shard of `ep` shards. With ETP a rank holds only a part of each block, so each block is a
+    shard of its own, of B · etp shards.
+
+    Returns:
+        Cells of a shard, its index among all shards, and the number of all shards.
+    """
+    if grid.etp_size == 1:
+        return [(table.flatten(0, 1), grid.ep_rank, grid.ep_size)]
+    num_shards = grid.num_blocks * grid.etp_size
+    first = grid.first_block * grid.etp_size + grid.etp_rank
+    return [(cells, first + i * grid.etp_size, num_shards) for i, cells in enumerate(table)]
 
 
-def _on_cpu(table: Tensor) -> Tensor:
-    """The table itself if it is on the CPU, else an uninitialised one of its shape and dtype."""
-    return table if table.device.type == "cpu" else torch.empty_like(table, device="cpu")
+class _CPUTable:
+    """A table on the CPU while it is drawn, also for a parameter on a GPU.
+
+    A GPU's generator gives other numbers. Drawn on the CPU, a run on a GPU can be compared with a
+    run on a CPU, loss by loss.
+
+    Args:
+        parameter: `[B / ep, vectors_per_cell · G / etp, width]`; on a CPU it is drawn in place.
+        vectors_per_cell: 2 for the keys of SwiGLU, else 1.
+        init_method: how a block is drawn.
+    """
+
+    def __init__(
+        self, parameter: Parameter, vectors_per_cell: int, init_method: InitMethod
+    ) -> None:
+        self.parameter = parameter.detach()
+        self.vectors_per_cell, self.init_method = vectors_per_cell, init_method
+        is_on_cpu = parameter.device.type == "cpu"
+        self.table = self.parameter if is_on_cpu else torch.empty_like(parameter, device="cpu")
+
+    def init_block(self, local_block: int, grid: ExpertGrid, generator: torch.Generator) -> None:
+        """Draw all cells of a block, the same for every ETP, and keep those of this rank."""
+        shape = self.vectors_per_cell * grid.block_size, self.table.shape[-1]
+        block = self.table.new_empty(shape, dtype=init_dtype(self.table))
+        self.init_method(block, generator=generator)
+        cells = block.view(self.vectors_per_cell, grid.etp_size, grid.num_local_cells, -1)
+        self.table[local_block] = cells[:, grid.etp_rank].flatten(0, 1)
+
+    def copy_to_parameter(self) -> None:
+        """Copy the drawn table to the parameter's device."""
+        if self.table is not self.parameter:
+            self.parameter.copy_(self.table)
 
 
-def drawn_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which a weight is drawn, before it is rounded to its own."""
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
-def drawing_threads() -> int:
-    """Threads that draw tables: this rank's share of the processors, and at most 8."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(max(1, len(os.sched_getaffinity(0)) // ranks), 8)
-
-
-def init_methods(config: SparseFFNTransformerConfig, sffn: SparseFFNConfig) -> tuple[Draw, Draw]:
-    """How keys and values are drawn (`--sffn-init`; `config.INITIALIZATIONS` says from where)."""
-    layers, width = config.num_layers, config.hidden_size
-    # Of a layer before which the hidden states are normalised, and that many are added up.
-    like_dense = partial(torch.nn.init.normal_, std=math.sqrt(2 / (layers * width)))
-    match sffn.initialization or sffn.router.initialization:
-        case "sigma-moe":
-            std = math.sqrt(2 / (layers * sffn.num_cells))
-            return like_dense, partial(torch.nn.init.normal_, std=std)
-        case "sigma-moe-block":
-            std = math.sqrt(2 / (layers * sffn.block_size))
-            return like_dense, partial(torch.nn.init.normal_, std=std)
-        case "pkm":
-            return config.init_method, partial(torch.nn.init.normal_, std=width**-0.5)
-        case _:
-            return config.init_method, config.output_layer_init_method
+def num_init_threads() -> int:
+    """Number of threads that draw tables: this rank's share of the CPU cores, at most 8."""
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(max(1, len(os.sched_getaffinity(0)) // local_world_size), 8)

@@ -1,100 +1,163 @@
-"""Initial weights that do not depend on the layout.
+"""The initial values of all weights, in one table.
 
-Enters: Megatron's model chunks, just built. Leaves: the same ones, with the weights that Megatron
-drew from generators seeded by tensor- and pipeline-parallel rank drawn again, each as a whole from
-a generator seeded by its name, of which every rank keeps its part. So one rank and any layout start
-from the same model, the dense baseline too. The tables and routers of sparse layers are so already
-(`memory.py`, `routers/base.py`).
+`INITIAL_VALUES` says how each weight is drawn, with what standard deviation, and which source says
+so. `reinit.py` draws the dense weights from it, `block_weights.py` the keys and values. A router
+draws its own weights in `Router.draw`; `tests/nn/test_init.py` compares them with the table. A
+router weight that has no row is drawn by Megatron's `init_method`.
 
-Where a part lies in the whole is what Megatron's checkpoints know: `sharded_state_dict`.
+Design notes: every weight is drawn on the CPU, in fp32 or wider, from a generator seeded by the
+weight's identity. A run therefore starts from the same model on every layout and every device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sffn.nn.block_weights import Memory, drawn_dtype
-from megatron_sffn.nn.routers import Router
-from megatron_sffn.utils.hashing import seed_of
+from megatron_sffn.nn.config import SparseFFNTransformerConfig
 
-Draw = Callable[[Tensor], Any]
+InitMethod = Callable[..., Any]
+"""Fills a tensor in place: `init_method(tensor)` or `init_method(tensor, generator=...)`."""
 
-SINK = "softmax_offset"
-"""End of the name of `--softmax-type learnable`'s weights, the one vector that is drawn."""
+SOFTMAX_OFFSET = "softmax_offset"
+"""End of the name of the attention sinks (`--softmax-type learnable`), the one vector that is drawn
+at random."""
 
 
-def reinit_dense_weights(seed: int, chunks: list[Any]) -> list[Any]:
-    """Megatron's pre-wrap hook.
+@dataclass(frozen=True)
+class InitialValue:
+    """How one kind of weight is drawn.
 
     Args:
-        seed: of the run.
-        chunks: this rank's parts of the model.
-
-    Returns:
-        The chunks.
+        distribution: `normal` and `uniform` have mean zero; `zeros`; the others are methods of
+            Megatron's config, which draw from a normal distribution.
+        std: standard deviation, from the model's config and the size of the weight's last axis.
+        source: the paper, or Megatron.
     """
-    for chunk in chunks:
-        if chunk.config.perform_initialization:
-            _draw_chunk(seed, chunk)
-    return chunks
+
+    distribution: str
+    std: Callable[[Any, int], float]
+    source: str
 
 
-@torch.no_grad()
-def _draw_chunk(seed: int, chunk: Any) -> None:
-    parts = chunk.sharded_state_dict()
-    for name, parameter in chunk.named_parameters():
-        if name.endswith(SINK):
-            # Of this rank's heads. Megatron does not mark it, so that the norm of all gradients
-            # would count those of the first tensor-parallel rank alone.
-            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
-    # Tables are drawn block by block; here they would have to fit a rank as a whole.
-    drawn = {
-        f"{name}.{weight}"
-        for name, module in chunk.named_modules()
-        if isinstance(module, Memory | Router)
-        for weight, _ in module.named_parameters()
-    }
-    parts = {name: part for name, part in parts.items() if name not in drawn}
-    apply_factories(parts)
-    with torch.random.fork_rng(devices=[]):
-        for part in nested_values(parts):
-            draw = _method(part, chunk.config) if isinstance(part, ShardedTensor) else None
-            if draw is not None:
-                part.data.copy_(_part_of_whole(seed, part, draw))
+# c is the model's config, n the size of the weight's last axis.
+_MEGATRON = InitialValue("init_method", lambda c, n: c.init_method_std, "Megatron")
+_MEGATRON_OUTPUT = InitialValue(
+    "output_layer_init_method",
+    lambda c, n: c.init_method_std / math.sqrt(2 * c.num_layers),
+    "Megatron",
+)
+_ZERO = ("zeros", lambda c, n: 0.0)
+_LAMPLE = "Lample et al. 2019, arXiv 1907.05242"
+_CSORDAS = "Csordás et al. 2023, arXiv 2310.10837"
+# Std for a pre-norm layer whose output is one of `num_layers` residual terms.
+_PRE_NORM = InitialValue("normal", lambda c, n: math.sqrt(2 / (c.num_layers * n)), _CSORDAS)
+
+INITIAL_VALUES: dict[tuple[str, str], InitialValue] = {
+    # Dense weights, attention and embeddings
+    ("dense", "embedding"): InitialValue(
+        "embedding_init_method", lambda c, n: c.embedding_init_method_std, "Megatron"
+    ),
+    ("dense", "output projection"): _MEGATRON_OUTPUT,
+    ("dense", "other matrix"): _MEGATRON,
+    ("dense", SOFTMAX_OFFSET): _MEGATRON,
+    # Block weights, by `--sffn-init`
+    ("megatron", "keys"): _MEGATRON,
+    ("megatron", "values"): _MEGATRON_OUTPUT,
+    ("sigma-moe", "keys"): InitialValue(
+        "normal", lambda c, n: math.sqrt(2 / (c.num_layers * c.hidden_size)), _CSORDAS
+    ),
+    ("sigma-moe", "values"): InitialValue(
+        "normal", lambda c, n: math.sqrt(2 / (c.num_layers * c.sffn.num_cells)), _CSORDAS
+    ),
+    ("sigma-moe-block", "keys"): InitialValue(
+        "normal", lambda c, n: math.sqrt(2 / (c.num_layers * c.hidden_size)), _CSORDAS
+    ),
+    ("sigma-moe-block", "values"): InitialValue(
+        "normal",
+        lambda c, n: math.sqrt(2 / (c.num_layers * c.sffn.block_size)),
+        f"{_CSORDAS}, ablation",
+    ),
+    ("pkm", "keys"): _MEGATRON,
+    ("pkm", "values"): InitialValue("normal", lambda c, n: c.hidden_size**-0.5, _LAMPLE),
+    # Routers, by `--sffn-router`
+    ("router avg-k", "descriptor.weight"): InitialValue(
+        *_ZERO, "this project: all cells of a block have the same weight"
+    ),
+    ("router noisy-top-k", "weight"): InitialValue(*_ZERO, "Shazeer et al. 2017, arXiv 1701.06538"),
+    ("router noisy-top-k", "noise_weight"): InitialValue(
+        *_ZERO, "Shazeer et al. 2017, arXiv 1701.06538"
+    ),
+    # The rows of sigma-MoE's weight are then scaled to the same norm, at the same std over all.
+    ("router sigma-moe", "weight"): _PRE_NORM,
+    ("router sigma-moe", "hidden"): _PRE_NORM,
+    ("router softmax-before", "weight"): _PRE_NORM,
+    ("router softmax-before", "hidden"): _PRE_NORM,
+    ("router softmax-after", "weight"): _PRE_NORM,
+    ("router softmax-after", "hidden"): _PRE_NORM,
+    ("router pkm", "query"): _MEGATRON,
+    ("router pkm", "query_bias"): InitialValue(*_ZERO, _LAMPLE),
+    ("router pkm", "subkeys"): InitialValue(
+        "uniform", lambda c, n: 1 / math.sqrt(3 * n), f"{_LAMPLE}: between ±1/sqrt(n)"
+    ),
+    ("router pkm-relu", "query"): _PRE_NORM,
+    ("router pkm-relu", "query_bias"): InitialValue(*_ZERO, _LAMPLE),
+    # The fan-in of a sub-key is the whole key, of which it is one half.
+    ("router pkm-relu", "subkeys"): InitialValue(
+        "normal", lambda c, n: math.sqrt(2 / (c.num_layers * 2 * n)), _CSORDAS
+    ),
+}
+"""(kind or option, weight) -> how the weight is drawn."""
 
 
-def _part_of_whole(seed: int, part: ShardedTensor, draw: Draw) -> Tensor:
-    """Draw the whole tensor on the CPU and cut this rank's part out of it.
+def block_weight_init(config: SparseFFNTransformerConfig) -> tuple[InitMethod, InitMethod]:
+    """The init methods of keys and of values (`--sffn-init`)."""
+    assert config.sffn is not None, "block weights need config.sffn"
+    option = config.sffn.initialization or config.sffn.router.initialization
+    draw_keys, draw_values = (
+        _init_method(INITIAL_VALUES[option, weight], config) for weight in ("keys", "values")
+    )
+    return draw_keys, draw_values
 
-    Axes that Megatron prepends number the layers, which are tensors of their own.
+
+def dense_weight_init(name: str, num_axes: int, config: TransformerConfig) -> InitMethod | None:
+    """The init method of a dense weight; None if Megatron sets it to a constant.
+
+    Args:
+        name: of the weight in a checkpoint.
+        num_axes: of the weight.
+        config: of the model.
     """
-    axes = part.prepend_axis_num
-    # The CPU's generator alone, which the caller restores.
-    torch.default_generator.manual_seed(seed_of(seed, part.key, part.global_offset[:axes]))
-    whole = torch.empty(part.global_shape[axes:], dtype=drawn_dtype(part.data))
-    draw(whole)
-    starts = part.global_offset[axes:]
-    return whole[tuple(slice(i, i + n) for i, n in zip(starts, part.local_shape, strict=True))]
+    if name.endswith(SOFTMAX_OFFSET):
+        weight = SOFTMAX_OFFSET
+    elif num_axes < 2:
+        return None  # biases and the weights of norms
+    elif "embedding" in name:
+        weight = "embedding"
+    elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        weight = "output projection"
+    else:
+        weight = "other matrix"
+    return _init_method(INITIAL_VALUES["dense", weight], config)
 
 
-def _method(part: ShardedTensor, config: TransformerConfig) -> Draw | None:
-    """How Megatron draws a weight, by its name; None for what it sets to a constant."""
-    if not part.dtype.is_floating_point:
-        return None
-    if part.key.endswith(SINK):
-        return config.init_method
-    if len(part.local_shape) < 2:
-        return None
-    if "embedding" in part.key:
-        return config.embedding_init_method
-    if part.key.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        return config.output_layer_init_method
-    return config.init_method
+def init_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a weight is drawn before it is rounded to its own: fp32 or wider.
+
+    Releases of torch draw different half-precision numbers from the same seed.
+    """
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _init_method(row: InitialValue, config: TransformerConfig) -> InitMethod:
+    if row.distribution == "normal":
+        return partial(torch.nn.init.normal_, std=row.std(config, config.hidden_size))
+    method: InitMethod = getattr(config, row.distribution)
+    return method

@@ -1,10 +1,12 @@
 """The sparse feed-forward layer: route, dispatch, compute, combine.
 
-Enters: hidden states `[s, b, D]` in a transformer layer's MLP slot. Leaves: their update, same
-shape. Both classes subclass Megatron's `MoELayer`, because recomputation, logging and checkpoints
-ask `isinstance(mlp, MoELayer)`; `SparseFFN` replaces its four steps by ours, which carry block ids
-rather than tokens × experts maps, and `MegatronBackedFFN` keeps them all but the first, as a second
-oracle.
+Inputs: hidden states `[s, b, D]` in the MLP slot of a transformer layer. Outputs: their update, of
+the same shape.
+
+Design notes: both layers subclass Megatron's `MoELayer`, because recomputation, logging and
+checkpoints test `isinstance(mlp, MoELayer)`. `SparseFFN` replaces its four steps by steps that
+carry block ids in place of tokens × experts maps. `MegatronBackedFFN` replaces only the router, as
+a second oracle.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
-from megatron_sffn.nn.block_weights import Memory
+from megatron_sffn.nn.block_weights import BlockWeights
 from megatron_sffn.nn.comm_volume import regathers
 from megatron_sffn.nn.config import (
     Backend,
     SparseFFNConfig,
     SparseFFNTransformerConfig,
 )
-from megatron_sffn.nn.dispatch import Arrived, dispatch
+from megatron_sffn.nn.dispatch import DispatchedTokens, dispatch
 from megatron_sffn.nn.expert_grid import one_rank_groups
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.base import Routing
@@ -45,15 +47,15 @@ from megatron_sffn.utils.errors import ConfigError
 
 
 class _SparseLayer(MoELayer):
-    """What both layers share: the router slot, the counters, the way of the input ids.
+    """Base of both layers: the router slot, the counters, and how input ids reach the router.
 
     Args:
         config: of the model, with `config.sffn` set.
-        layer_number: counted from 1 over all pipeline stages; Megatron also tells it later. It
-            seeds the initial weights; a layer that is given no groups takes 1 for None.
-        pg_collection: Megatron's process groups; None for the global ones, or for none at all
-            where torch.distributed is not initialised: then this process computes alone.
-        is_mtp_layer: whether it belongs to a multi-token-prediction head.
+        layer_number: counted from 1 over all pipeline stages; it seeds the initial weights.
+            Megatron may set it later. A layer without process groups takes 1 for None.
+        pg_collection: Megatron's process groups; None for the global ones. If torch.distributed
+            is not initialised, this process computes alone.
+        is_mtp_layer: True in a multi-token-prediction head.
         name: Megatron's name of the module instance.
     """
 
@@ -67,17 +69,17 @@ class _SparseLayer(MoELayer):
     ) -> None:
         sffn = config.sffn
         assert sffn is not None, "a sparse layer needs config.sffn"
-        # No method here has biases: neither Megatron's gate nor its experts shall get them.
+        # No method of either paper has biases, so Megatron's router and experts get none either.
         config = copy.copy(config)
         config.add_bias_linear = False
         if pg_collection is None:
-            # Used as a library: no model will tell the number, which seeds the weights.
+            # Used as a library: no model will set the layer number, which seeds the weights.
             layer_number = layer_number or 1
             pg_collection = _groups_of_this_process(sffn)
         super().__init__(
             config,
             MoESubmodules(
-                experts=self._experts(),
+                experts=self._experts_builder(),
                 router=sffn.router.router_class(),
                 shared_experts=partial(SharedExpertMLP, submodules=_linears()),
             ),
@@ -96,8 +98,8 @@ class _SparseLayer(MoELayer):
 
     @staticmethod
     @abstractmethod
-    def _experts() -> Any:
-        """What fills Megatron's `experts` slot: an `ExpertsBuilder`."""
+    def _experts_builder() -> Any:
+        """Megatron's `ExpertsBuilder` for the layer's `experts` slot."""
 
     def forward(
         self,
@@ -108,14 +110,14 @@ class _SparseLayer(MoELayer):
         """Update the hidden states.
 
         Args:
-            hidden_states: `[s, b, D]`; under sequence parallelism this rank's part of s.
+            hidden_states: `[s, b, D]`; under sequence parallelism this rank's shard of s.
             intermediate_tensors: Megatron's CUDA-graph slot; must be None.
-            padding_mask: the input ids `[b, s]`, for routers that hash them. Megatron carries what
-                is in this slot to the MLP of every pipeline stage and through recomputation, and
-                cuts it along s on the first stage only; pretraining has no padding to mask.
+            padding_mask: the input ids `[b, s]`, for routers that hash them. Pretraining has no
+                padding, and Megatron passes this argument to the MLP of every pipeline stage and
+                through recomputation. It shards it along s on the first stage only.
 
         Returns:
-            `[s, b, D]` and no bias.
+            `[s, b, D]`, and None for the bias.
         """
         assert intermediate_tensors is None, "partial CUDA graphs do not reach into sparse layers"
         token_ids = None
@@ -130,13 +132,14 @@ class _SparseLayer(MoELayer):
 
     @abstractmethod
     def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
-        """`[s, b, D]` and `[s, b]` ids to the update of the former."""
+        """The update of hidden states `[s, b, D]`, with input ids `[s, b]` or None."""
 
-    def _choose(self, hidden_states: Tensor, keys: Tensor, token_ids: Tensor | None) -> Routing:
-        """`Routing` of the `[s · b, D]` tokens of `[s, b, D]`."""
-        ids = None if token_ids is None else token_ids.reshape(-1)
-        _, sequences, width = hidden_states.shape
-        routing: Routing = self.router(hidden_states.reshape(-1, width), keys, ids, sequences)
+    def _route(self, hidden_states: Tensor, keys: Tensor, token_ids: Tensor | None) -> Routing:
+        """Route the s · b tokens of `[s, b, D]`, and count the routing."""
+        ids_T = None if token_ids is None else token_ids.reshape(-1)
+        _, num_sequences, width = hidden_states.shape
+        x_TD = hidden_states.reshape(-1, width)
+        routing: Routing = self.router(x_TD, keys, ids_T, num_sequences)
         if not self.training:
             self.evaluated(routing)
         elif torch.is_grad_enabled():
@@ -145,25 +148,28 @@ class _SparseLayer(MoELayer):
 
 
 class SparseFFN(_SparseLayer):
-    """A sparse feed-forward layer in blocks of any size, with any router.
+    """A sparse feed-forward layer with blocks of any size and any router.
 
-    Arguments: `config`, `layer_number`, `pg_collection`, `is_mtp_layer`, `name`, as Megatron gives
+    Arguments: `config`, `layer_number`, `pg_collection`, `is_mtp_layer`, `name`, as Megatron passes
     them to the module in a layer's MLP slot.
     """
 
-    experts: Memory
-    _drawn_for: int | None = None
+    experts: BlockWeights
+    _initialised_as_layer: int | None = None
 
     @staticmethod
-    def _experts() -> Any:
-        return Memory
+    def _experts_builder() -> Any:
+        return BlockWeights
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Take the number that seeds the tables and the hash, and draw the tables with it."""
+        """Set the number that seeds the block weights and the router, and initialise the former.
+
+        Megatron calls it again after it has built the layer, usually with the same number.
+        """
         super().set_layer_number(layer_number)
-        if self._drawn_for != layer_number:
-            self.experts.initialize(layer_number)
-            self._drawn_for = layer_number
+        if self._initialised_as_layer != layer_number:
+            self.experts.init_weights(layer_number)
+            self._initialised_as_layer = layer_number
 
     @cached_property
     def _regathers(self) -> bool:
@@ -180,73 +186,74 @@ class SparseFFN(_SparseLayer):
 
     def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
         keys, values = self.experts()
-        routing = self._choose(hidden_states, main_grad.shared(keys), token_ids)
-        # The shared blocks need no other rank: a GPU computes them while the tokens travel.
+        routing = self._route(hidden_states, main_grad.shared(keys), token_ids)
+        # Shared blocks need no communication: a GPU computes them during the dispatch.
         shared = None
         if self.use_shared_expert:
             shared = start_beside(self.shared_experts_compute, hidden_states)
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         plan = dispatch(
-            x,
+            x_TD,
             routing,
             self.experts.expert_grid,
             self.config.moe_token_dispatcher_type,
             regather=self._regathers,
             num_chunks=self.config.sffn.exchange_chunks,
         )
-        self.traffic(len(x), plan.bytes_sent)
+        self.traffic(len(x_TD), plan.bytes_sent)
 
-        def blocks(arrived: Arrived) -> Tensor:
+        def compute(dispatched: DispatchedTokens) -> Tensor:
             tables = keys, values
-            if not arrived.first:
+            if not dispatched.is_first_chunk:
+                # Later chunks use the same tables, without one more gradient placeholder each.
                 tables = main_grad.further_use(keys), main_grad.further_use(values)
             return block_ffn_pairs(
-                arrived.rows,
+                dispatched.rows,
                 *tables,
-                arrived.pairs,
-                arrived.gates,
+                dispatched.pairs,
+                dispatched.gates,
                 activation=self.activation,
                 backend=self.backend,
-                rows_again=arrived.rows_again,
+                rows_again=dispatched.regather,
             )
 
-        update = plan.run(blocks).view_as(hidden_states)
+        update = plan.run(compute).view_as(hidden_states)
         return update if shared is None else update + shared()
 
 
 class MegatronBackedFFN(_SparseLayer):
-    """Our router in front of Megatron's own dispatcher and experts (`--sffn-backend megatron`).
+    """A router of this package with Megatron's dispatcher and experts (`--sffn-backend megatron`).
 
-    Megatron's contract is a dense map and a copy of a token per block, so this serves coarse
-    blocks, as oracle and baseline. Arguments as in `SparseFFN`.
+    Megatron's dispatcher needs a dense map and sends a copy of a token per block, so this layer is
+    for coarse blocks, as oracle and baseline. It has the arguments of `SparseFFN`.
     """
 
     @staticmethod
-    def _experts() -> Any:
+    def _experts_builder() -> Any:
         return partial(SequentialMLP, submodules=_linears())
 
     def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
-        """Megatron's four steps, with its dense `(probs, routing_map)`, both `[T, B]`."""
+        """Convert the routing to Megatron's dense `(probs, routing_map)`, and run its steps."""
         keys = torch.stack([mlp.linear_fc1.weight for mlp in self.experts.local_experts])
-        routing = self._choose(hidden_states, keys, token_ids)
+        routing = self._route(hidden_states, keys, token_ids)
         if routing.queries is not None:
-            # The tokens, with the gradients of balance losses attached.
+            # These are the tokens, with the auxiliary losses attached for the backward pass.
             hidden_states = routing.queries.view_as(hidden_states)
-        gates, ids = routing.gates, routing.block_ids
-        if gates is None:
-            gates = hidden_states.new_ones(ids.shape)
-        # A first column for the places that stay empty, -1.
-        empty = gates.new_zeros(len(ids), 1 + self.config.num_moe_experts)
-        probs = empty.scatter(1, ids + 1, gates)[:, 1:]
-        routing_map = empty.bool().scatter(1, ids + 1, True)[:, 1:]
-        rows, probs = self.dispatch(*self.preprocess(hidden_states, probs, routing_map))
+        gates_TK, ids_TK = routing.gates, routing.block_ids
+        if gates_TK is None:
+            gates_TK = hidden_states.new_ones(ids_TK.shape)
+        # Empty places, id -1, write to an additional first column, which is cut off.
+        zeros = gates_TK.new_zeros(len(ids_TK), 1 + self.config.num_moe_experts)
+        probs_TB = zeros.scatter(1, ids_TK + 1, gates_TK)[:, 1:]
+        map_TB = zeros.bool().scatter(1, ids_TK + 1, True)[:, 1:]
+        rows, probs = self.dispatch(*self.preprocess(hidden_states, probs_TB, map_TB))
         output, _ = self.routed_experts_compute(rows, probs)
         shared = self.shared_experts_compute(hidden_states)
         return self.postprocess(self.combine(output), shared)
 
 
 def _groups_of_this_process(sffn: SparseFFNConfig) -> ProcessGroupCollection | None:
-    """Megatron's groups for a layer that is given none: None for the global ones.
+    """Process groups of a layer that was given none: None for Megatron's global ones.
 
     Raises:
         ConfigError: if the layer needs Megatron's groups and they are not initialised.
@@ -268,7 +275,7 @@ def _groups_of_this_process(sffn: SparseFFNConfig) -> ProcessGroupCollection | N
 
 
 def _linears() -> MLPSubmodules:
-    """Megatron's linear layers, for experts and shared blocks."""
+    """Megatron's linear layers for experts and shared blocks."""
     linear = LocalSpecProvider()
     return MLPSubmodules(
         linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
@@ -276,24 +283,24 @@ def _linears() -> MLPSubmodules:
 
 
 def layer_class(backend: Backend) -> type[_SparseLayer]:
-    """The layer that computes with this backend."""
+    """The layer class of a backend."""
     return MegatronBackedFFN if backend is Backend.MEGATRON else SparseFFN
 
 
 def sparse_layers(model: torch.nn.Module) -> Iterator[_SparseLayer]:
-    """The sparse layers of a model (chunk), in order."""
+    """The sparse layers of a model or model chunk, in order."""
     return (module for module in model.modules() if isinstance(module, _SparseLayer))
 
 
 def set_weights_version(model: torch.nn.Module, version: Hashable | None) -> None:
-    """Promise the routers that the weights are the same as long as the version is.
+    """Tell the routers the version of the weights, so that they can cache per version.
 
-    What a router derives from the weights alone (Avg-K's descriptors) is then computed once per
-    version; without a promise, in every forward.
+    Values that a router derives from the weights alone, such as Avg-K's descriptors, are then
+    computed once per version; without a version, in every forward pass.
 
     Args:
-        model: the model (chunk) that is about to run forward.
-        version: another one after every optimizer step; None to promise nothing.
+        model: the model or model chunk that is about to run forward.
+        version: different after every optimizer step; None for no caching.
     """
     for layer in sparse_layers(model):
         layer.router.weights_version = version
@@ -303,7 +310,7 @@ def end_step(model: torch.nn.Module) -> None:
     """Tell the routers that all microbatches of a step have run, on all ranks.
 
     Args:
-        model: the model (chunk), before the optimizer changes it.
+        model: the model or model chunk, before the optimizer step.
     """
     for layer in sparse_layers(model):
         layer.router.end_step()

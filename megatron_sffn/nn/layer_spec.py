@@ -1,7 +1,7 @@
-"""Which layers are sparse, and how they get into Megatron's GPT: only this file knows its MLP slot.
+"""Layer spec of the GPT model: which layers are sparse, and how they replace Megatron's MLP.
 
-Enters: Megatron's config with `sffn` set. Leaves: a `GPTModelConfig` whose layer spec is Megatron's
-own, with the `mlp` of the chosen layers replaced.
+Inputs: Megatron's config with `sffn` set. Outputs: Megatron's own block spec, with the `mlp` of the
+sparse layers replaced. Only this file knows Megatron's MLP slot.
 """
 
 from __future__ import annotations
@@ -24,38 +24,42 @@ def layer_pattern(text: str, num_layers: int) -> list[int]:
 
     Args:
         text: `every:n` for the layers i with (i + 1) % n == 0; `every:n:i` for i, i + n, ...;
-            `first:n`; `last:n`; or indices from 0: `5,11,17,23`.
+            `first:n`; `last:n`; or a list of indices from 0, such as `5,11,17,23`.
         num_layers: of the model.
 
     Returns:
-        1 for each sparse layer, 0 for each other; Megatron's `moe_layer_freq`.
+        Megatron's `moe_layer_freq`: 1 for each sparse layer, 0 for each dense layer.
 
     Raises:
-        ConfigError: if the text is none of these, or names a layer twice or one that the model
-            does not have.
+        ConfigError: if the text has none of these forms, names a layer twice, or names a layer that
+            the model does not have.
     """
     try:
-        chosen = _chosen_layers(text, num_layers)
+        indices = _layer_indices(text, num_layers)
     except ValueError:
         raise ConfigError(
             f"--sffn-layers {text} is neither every:N, every:N:I, first:N, last:N nor a list of "
             "layer indices; write for example every:6, every:2:0, last:4 or 5,11,17,23"
         ) from None
-    outside = sorted(index for index in chosen if not 0 <= index < num_layers)
-    if outside or not chosen:
-        wrong = f"names layer {outside[0]}" if outside else "names no layer"
+    outside = sorted(index for index in indices if not 0 <= index < num_layers)
+    if outside or not indices:
+        problem = f"names layer {outside[0]}" if outside else "names no layer"
         raise ConfigError(
-            f"--sffn-layers {text} {wrong} of a model with --num-layers {num_layers}; "
+            f"--sffn-layers {text} {problem} of a model with --num-layers {num_layers}; "
             f"use indices from 0 to {num_layers - 1}, or every:N, first:N, last:N with N from 1 "
             f"to {num_layers}"
         )
-    if len(set(chosen)) < len(chosen):
+    if len(set(indices)) < len(indices):
         raise ConfigError(f"--sffn-layers {text} names a layer twice; name each layer once")
-    return [int(index in chosen) for index in range(num_layers)]
+    return [int(index in indices) for index in range(num_layers)]
 
 
-def _chosen_layers(text: str, num_layers: int) -> list[int]:
-    """The indices that the text names, of which some may be outside of the model."""
+def _layer_indices(text: str, num_layers: int) -> list[int]:
+    """The layer indices of the text, without a check that the model has these layers.
+
+    Raises:
+        ValueError: if the text has no valid form.
+    """
     kind, colon, rest = text.partition(":")
     if not colon:
         return [int(index) for index in text.split(",")]
@@ -73,7 +77,12 @@ def _chosen_layers(text: str, num_layers: int) -> list[int]:
 
 
 def block_spec(model: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Megatron's spec of this pipeline stage's layers, with our layer in the chosen MLP slots."""
+    """Megatron's spec of this pipeline stage's layers, with a sparse layer in the chosen MLP slots.
+
+    Args:
+        model: Megatron's model config.
+        vp_stage: the model chunk under interleaved pipeline parallelism.
+    """
     config = model.transformer
     assert isinstance(config, SparseFFNTransformerConfig) and config.sffn is not None
     spec = get_gpt_decoder_block_spec(
@@ -87,6 +96,7 @@ def block_spec(model: GPTModelConfig, vp_stage: int | None = None) -> Transforme
     assert isinstance(config.moe_layer_freq, list)
     for index, layer in enumerate(spec.layer_specs):
         if config.moe_layer_freq[offset + index]:
+            # A copy, because Megatron puts the same spec object into several layers.
             layer = copy.deepcopy(layer)
             layer.submodules.mlp = partial(
                 layer_class(config.sffn.backend), layer_number=offset + index + 1

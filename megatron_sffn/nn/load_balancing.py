@@ -1,29 +1,32 @@
-"""Keeping blocks evenly used: losses and a bias, for every router that has scores of blocks.
+"""Load balancing: auxiliary losses and an expert bias, for every router that scores blocks.
 
-Enters: scores `[T, B]` of a microbatch and the blocks chosen by them. Leaves: its tokens with the
-losses attached, so that their gradients join the backward, and the bias for the next choice.
+Inputs: the scores `[T, B]` of a microbatch and the blocks that they chose. Outputs: the tokens of
+the microbatch with the losses attached, so that the losses take part in the backward pass, and the
+expert bias of the next choice.
 
-With P_e the mean probability of block e and F_e its share of the choices:
+With P_e the mean probability of block e and F_e its share of all choices, the losses are:
 
-- `aux_loss`, `seq_aux_loss`, `global_aux_loss`: `B · Σ_e P_e F_e` (Fedus et al. 2021), F over the
-  microbatch, over each sequence, or over the microbatches of all data-parallel ranks since the step
-  began (arXiv 2501.11873). The gradient passes through P alone.
+- `aux_loss`, `seq_aux_loss`, `global_aux_loss`: `B · Σ_e P_e F_e` (Fedus et al. 2021), with F over
+  the microbatch, over each sequence, or over all microbatches of all data-parallel ranks since the
+  step began (arXiv 2501.11873). The gradient passes through P only.
 - `z_loss`: the mean squared log-sum-exp of the scores (ST-MoE, arXiv 2202.08906).
-- `entropy_loss`: `Σ_e P_e log P_e`, P over the tokens of all ranks (sigma-MoE, arXiv 2310.10837).
-- the bias, added to the scores for the choice alone, moves against the load by a fixed rate after
-  each step (arXiv 2408.15664); the update is Megatron's.
+- `entropy_loss`: `Σ_e P_e log P_e`, with P over the tokens of all ranks (sigma-MoE,
+  arXiv 2310.10837).
 
-Choices
-- P is the softmax of the scores whatever the gate is: a sigmoid's share of the sum could be had by
-  making all scores small.
-- Every loss is a mean over tokens, so that a coefficient means the same for each of them, for any
-  microbatch and any number of ranks. (Megatron's global loss shrinks with data parallelism.)
-- Megatron's tracker gets the losses that it prints; the names are its own.
+The expert bias is added to the scores for the choice only. After each step it moves against the
+load by a fixed rate (arXiv 2408.15664); Megatron updates it.
+
+Design notes:
+- P is the softmax of the scores, whatever the gate is. A block's share of the sum of sigmoids could
+  be balanced by making all scores small.
+- Every loss is a mean over tokens, so a coefficient has the same meaning for every loss, microbatch
+  size and number of ranks. (Megatron's global loss shrinks with data parallelism.)
+- Megatron's metrics tracker gets the losses that Megatron prints, under Megatron's names.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, override
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -40,16 +43,16 @@ BALANCE_LOSSES = {
     "seq_aux_loss": "seq_load_balancing_loss",
     "global_aux_loss": "global_load_balancing_loss",
 }
-"""Value of `--moe-router-load-balancing-type` -> Megatron's name of the loss in its logs."""
+"""Value of `--moe-router-load-balancing-type` -> name of the loss in Megatron's logs."""
 
 
-class Balance(torch.nn.Module):
-    """The losses and the bias of one router.
+class LoadBalancing(torch.nn.Module):
+    """The auxiliary losses and the expert bias of one router.
 
     Args:
-        config: of the model; Megatron's flags of balance are read from it.
+        config: of the model, with Megatron's flags of load balancing.
         pg_collection: Megatron's process groups; `tp_cp` and `tp_dp_cp` are used.
-        entropy_coefficient: weight of the entropy loss.
+        entropy_coefficient: coefficient of the entropy loss.
     """
 
     expert_bias: Tensor
@@ -65,11 +68,11 @@ class Balance(torch.nn.Module):
         super().__init__()
         self.config, self.num_blocks = config, config.num_moe_experts
         self.tp_cp_group, self.tp_dp_cp_group = pg_collection.tp_cp, pg_collection.tp_dp_cp
-        self.weights = balance_weights(config, entropy_coefficient)
+        self.weights = loss_weights(config, entropy_coefficient)
         self.layer_number: int | None = None
         self.values: dict[str, Tensor] = {}
         zeros = torch.zeros(self.num_blocks, dtype=torch.float32, device=device.current())
-        # Names that Megatron's `finalize_model_grads` looks for.
+        # Megatron's `finalize_model_grads` looks for buffers of these names.
         if config.moe_router_enable_expert_bias:
             self.register_buffer("expert_bias", zeros.clone())
             self.register_buffer("local_tokens_per_expert", zeros.clone(), persistent=False)
@@ -78,48 +81,50 @@ class Balance(torch.nn.Module):
 
     @property
     def differentiates(self) -> bool:
-        """Whether the scores need a gradient."""
+        """True if a loss needs the gradient of the scores."""
         return bool(self.weights)
 
     @property
     def biased(self) -> bool:
-        """Whether there is a bias."""
+        """True if there is an expert bias."""
         return "expert_bias" in self._buffers
 
     def _maintain_float32_expert_bias(self) -> None:
-        """Megatron's hook: half-precision models have their buffers narrowed, these not.
+        """Megatron's hook after it has cast a model to half precision: cast the buffers back.
 
-        Counts of tokens need more than 8 bits as well.
+        Token counts need more than the 8 bits of bfloat16, and so does the bias.
         """
         for name, buffer in self.named_buffers():
             setattr(self, name, buffer.float())
 
     def reset_global_aux_loss_tracker(self) -> None:
-        """Megatron's hook: a step ends."""
+        """Megatron's hook at the end of a step."""
         if "tokens_of_step" in self._buffers:
             self.tokens_of_step.zero_()
 
     def take_values(self) -> dict[str, Tensor]:
-        """This rank's summed losses of microbatches since the last call, unweighted.
+        """This rank's losses, unweighted, summed over the microbatches since the last call.
 
-        They sum over tensor- and context-parallel ranks, and are averaged over data-parallel ones.
+        A loss of the model is their sum over tensor- and context-parallel ranks and their mean over
+        data-parallel ranks.
         """
         taken, self.values = self.values, {}
         return taken
 
+    @override
     def forward(self, x: Tensor, scores: Tensor, block_ids: Tensor, num_sequences: int) -> Tensor:
         """Count the choices and attach the losses, once per microbatch.
 
         Args:
             x: `[T, D]` tokens.
             scores: `[T, B]`.
-            block_ids: `[T, K]`; negative for none.
-            num_sequences: whose tokens alternate in T.
+            block_ids: `[T, K]`; negative for an empty place.
+            num_sequences: number of sequences whose tokens alternate in T.
 
         Returns:
-            x, as it is.
+            x, with the losses attached for the backward pass.
         """
-        # The first pass of a recomputed layer has no gradient.
+        # The first forward pass of a recomputed layer has no gradient, and must not count.
         if not (self.training and torch.is_grad_enabled()):
             return x
         if self.biased:
@@ -129,58 +134,75 @@ class Balance(torch.nn.Module):
         losses = self._losses(scores, block_ids, num_sequences)
         total = torch.stack([self.weights[kind] * loss for kind, loss in losses.items()]).sum()
         if self.config.calculate_per_token_loss:
-            # Gradients are then divided by the tokens of all ranks.
+            # Megatron then divides the gradients by the number of tokens of all ranks.
             total = total * len(x) * self.tp_cp_group.size()
         self._record(losses)
         attached: Tensor = MoEAuxLossAutoScaler.apply(x, total)
         return attached
 
-    def _losses(self, scores: Tensor, block_ids: Tensor, num_sequences: int) -> dict[str, Tensor]:
-        """This rank's part of each unweighted loss: they sum over `tp_cp`."""
-        losses, share = {}, 1 / self.tp_cp_group.size()
+    def _losses(self, scores_TB: Tensor, ids_TK: Tensor, num_sequences: int) -> dict[str, Tensor]:
+        """This rank's share of each unweighted loss; the shares sum over `tp_cp`."""
+        losses = {}
         if "z_loss" in self.weights:
-            losses["z_loss"] = z_loss_func(scores, share)
+            losses["z_loss"] = z_loss_func(scores_TB, self._share)
         if self.weights.keys() == losses.keys():
             return losses
-        # [T, B], of which every loss takes a mean.
-        probabilities = scores.softmax(dim=-1)
-        for kind in (kind for kind in BALANCE_LOSSES if kind in self.weights):
-            sequences = num_sequences if kind == "seq_aux_loss" else 1
-            chosen = self._counts(block_ids, sequences)
-            _sum_over(self.tp_cp_group, chosen)
-            if kind == "global_aux_loss":
-                chosen = self._since_the_step_began(chosen)
-            frequencies = chosen / chosen.sum(dim=1, keepdim=True).clamp(min=1)
-            mean = probabilities.view(-1, sequences, self.num_blocks).mean(dim=0) * share
-            losses[kind] = self.num_blocks * (mean * frequencies).sum() / sequences
+        probs_TB = scores_TB.softmax(dim=-1)
+        for kind in BALANCE_LOSSES:
+            if kind in self.weights:
+                losses[kind] = self._balance_loss(kind, probs_TB, ids_TK, num_sequences)
         if "entropy_loss" in self.weights:
-            mean = probabilities.mean(dim=0)
-            everywhere = mean.detach().clone()
-            _sum_over(self.tp_dp_cp_group, everywhere)
-            # The value of all ranks' mean, with the gradient of this rank's.
-            mean = everywhere / self.tp_dp_cp_group.size() + (mean - mean.detach())
-            # Not zero in the logarithm, whose derivative would be infinite there.
-            least = torch.finfo(mean.dtype).tiny
-            losses["entropy_loss"] = (mean * mean.clamp(min=least).log()).sum() * share
+            losses["entropy_loss"] = self._entropy_loss(probs_TB)
         return losses
 
-    def _counts(self, block_ids: Tensor, num_sequences: int) -> Tensor:
-        """`[num_sequences, B]` how often each block is chosen for the tokens of each sequence."""
-        sequence = torch.arange(len(block_ids), device=block_ids.device) % num_sequences
-        places = (block_ids + self.num_blocks * sequence[:, None]).where(block_ids >= 0, -1)
-        counts = count_ids(places, num_sequences * self.num_blocks)[1:]
+    @property
+    def _share(self) -> float:
+        """This rank's share of a mean over the tokens of `tp_cp`, whose ranks have equally many."""
+        return 1 / self.tp_cp_group.size()
+
+    def _balance_loss(
+        self, kind: str, probs_TB: Tensor, ids_TK: Tensor, num_sequences: int
+    ) -> Tensor:
+        """This rank's share of `B · Σ_e P_e F_e`; for `seq_aux_loss` of its mean over sequences."""
+        num_sequences = num_sequences if kind == "seq_aux_loss" else 1
+        counts = self._counts(ids_TK, num_sequences)
+        _sum_over(self.tp_cp_group, counts)
+        if kind == "global_aux_loss":
+            counts = self._counts_of_step(counts)
+        frequencies = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+        mean_probs = probs_TB.view(-1, num_sequences, self.num_blocks).mean(dim=0) * self._share
+        return self.num_blocks * (mean_probs * frequencies).sum() / num_sequences
+
+    def _entropy_loss(self, probs_TB: Tensor) -> Tensor:
+        """This rank's share of `Σ_e P_e log P_e`."""
+        local_mean = probs_TB.mean(dim=0)
+        sums = local_mean.detach().clone()
+        _sum_over(self.tp_dp_cp_group, sums)
+        # The value is that of the mean over all ranks, the gradient that of this rank's mean.
+        mean = sums / self.tp_dp_cp_group.size() + (local_mean - local_mean.detach())
+        # Clamped, because the derivative of the logarithm is infinite at zero.
+        smallest = torch.finfo(mean.dtype).tiny
+        return (mean * mean.clamp(min=smallest).log()).sum() * self._share
+
+    def _counts(self, ids_TK: Tensor, num_sequences: int) -> Tensor:
+        """`[num_sequences, B]` fp32: how often the tokens of each sequence choose each block."""
+        sequence_T = torch.arange(len(ids_TK), device=ids_TK.device) % num_sequences
+        # One histogram for all sequences, in which each has a range of B ids.
+        shifted_ids = (ids_TK + self.num_blocks * sequence_T[:, None]).where(ids_TK >= 0, -1)
+        counts = count_ids(shifted_ids, num_sequences * self.num_blocks)[1:]
         return counts.view(num_sequences, self.num_blocks).float()
 
-    def _since_the_step_began(self, chosen: Tensor) -> Tensor:
-        """`[1, B]` choices of this microbatch on all ranks, and of those before it."""
-        # Ranks of `tp_cp` have the same sum already; only ratios matter.
-        everywhere = chosen.clone()
-        _sum_over(self.tp_dp_cp_group, everywhere)
-        self.tokens_of_step += everywhere[0]
+    def _counts_of_step(self, counts: Tensor) -> Tensor:
+        """`[1, B]`: choices of all ranks in this microbatch and in those before it in the step."""
+        # The ranks of `tp_cp` have equal counts already, so this sum counts a choice several times;
+        # only ratios of counts matter.
+        global_counts = counts.clone()
+        _sum_over(self.tp_dp_cp_group, global_counts)
+        self.tokens_of_step += global_counts[0]
         return self.tokens_of_step[None].clone()
 
     def _record(self, losses: dict[str, Tensor]) -> None:
-        """Note the losses, for Megatron's log and ours."""
+        """Record the losses for Megatron's log and for `take_values`."""
         for kind, loss in losses.items():
             value, name = loss.detach(), BALANCE_LOSSES.get(kind, kind)
             self.values[name] = self.values.get(name, torch.zeros_like(value)) + value
@@ -194,12 +216,12 @@ class Balance(torch.nn.Module):
                 )
 
 
-def balance_weights(config: TransformerConfig, entropy_coefficient: float) -> dict[str, float]:
-    """Loss -> weight, of those that are not 0.
+def loss_weights(config: TransformerConfig, entropy_coefficient: float) -> dict[str, float]:
+    """Coefficients of the losses, without those that are 0.
 
     Args:
-        config: with Megatron's flags of balance, which hold one or a list of types and weights.
-        entropy_coefficient: of the entropy loss.
+        config: with Megatron's flags of load balancing: one type and coefficient, or lists of them.
+        entropy_coefficient: coefficient of the entropy loss.
     """
     kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     if isinstance(kinds, str):
@@ -213,22 +235,22 @@ def balance_weights(config: TransformerConfig, entropy_coefficient: float) -> di
 
 
 def losses_reach_scores(config: TransformerConfig, entropy_coefficient: float) -> bool:
-    """True if a balance loss has a gradient in the scores: not if there is nothing to balance.
+    """True if an auxiliary loss has a gradient in the scores; False if nothing can be unbalanced.
 
     Args:
-        config: as for `balance_weights`, with the B blocks and K active ones of a layer.
-        entropy_coefficient: of the entropy loss.
+        config: as for `loss_weights`, with the B blocks and K active blocks of a layer.
+        entropy_coefficient: coefficient of the entropy loss.
     """
-    weights, num_blocks = balance_weights(config, entropy_coefficient), config.num_moe_experts
+    weights, num_blocks = loss_weights(config, entropy_coefficient), config.num_moe_experts
     if "z_loss" in weights:
         return True
     if num_blocks == 1:
-        return False  # its probability is always 1
-    # Where every token has all B blocks, F is even, and Σ P_e F_e = 1 / B whatever P is.
+        return False  # the probability of the only block is always 1
+    # If every token has all B blocks, then F_e = 1 / B and Σ P_e F_e = 1 / B for every P.
     return "entropy_loss" in weights or (bool(weights) and config.moe_router_topk < num_blocks)
 
 
 def _sum_over(group: Any, tensor: Tensor) -> None:
-    """Replace a tensor by its sum over the ranks of a group."""
+    """All-reduce a tensor in place."""
     if group.size() > 1:
         torch.distributed.all_reduce(tensor, group=group)

@@ -1,16 +1,17 @@
-"""What one layer's routing looks like, counted as it happens: a few sums per microbatch.
+"""Counters of one layer's routing: the load of each block, and a few sums per microbatch.
 
-Enters: the `Routing` of a microbatch, and the bytes of its exchange. Leaves: sums over this rank's
-tokens since the last reading, which add up over ranks.
+Inputs: the `Routing` of a microbatch, and the bytes of its dispatch. Outputs: sums over this rank's
+tokens since the last reading; the sums of all ranks add up.
 
-Choice: a layer counts training and evaluation apart; of a recomputed layer it counts the pass that
-has gradients, so that nothing counts twice.
+Design notes: a layer has separate counters for training and evaluation. A recomputed layer runs its
+forward pass twice and counts only the pass that has gradients.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import override
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from megatron_sffn.ops import device
 from megatron_sffn.ops.counting import count_ids
 
 SUMS = ("tokens", "gates", "squared_gates", "negative_scores", "scores", "empty_places")
-"""What is summed beside the load: tokens; the gates of chosen blocks and their squares; how many
-of their scores are below zero, of how many; places left empty by capacity or dropout."""
+"""The sums beside the load: number of tokens; gates of the chosen blocks, and their squares; number
+of negative scores, and of all scores, of the chosen blocks; places that capacity or dropout left
+empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class RoutingSums:
     """Sums over tokens.
 
     Args:
-        load: `[B]` tokens of each block.
+        load: `[B]` int64, number of tokens of each block.
         sums: `[6]` float64, in the order of `SUMS`.
     """
 
@@ -38,7 +40,7 @@ class RoutingSums:
 
 
 class RoutingCounter(torch.nn.Module):
-    """Sums of one layer since the last `take`.
+    """Load and sums of one layer since the last `take`.
 
     Args:
         num_blocks: B.
@@ -46,35 +48,37 @@ class RoutingCounter(torch.nn.Module):
 
     def __init__(self, num_blocks: int) -> None:
         super().__init__()
-        # Not persistent: a count between two readings has no place in a checkpoint.
+        # Not persistent: a count between two readings does not belong in a checkpoint.
         load = torch.zeros(num_blocks, dtype=torch.long, device=device.current())
         self.register_buffer("load", load, persistent=False)
         self.load: Tensor
-        # Not a buffer: Megatron narrows those of half-precision models.
+        # Not a buffer, because Megatron casts the buffers of half-precision models.
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device.current())
 
+    @override
     @torch.no_grad()
     def forward(self, routing: Routing) -> None:
-        """Count a microbatch. The host does not wait for the device."""
-        ids, gates, scores = routing.block_ids, routing.gates, routing.scores
-        counts = count_ids(ids, len(self.load))
+        """Count a microbatch, without a device sync."""
+        ids_TK, gates_TK, scores_TK = routing.block_ids, routing.gates, routing.scores
+        # The first element counts empty places, id -1.
+        counts = count_ids(ids_TK, len(self.load))
         self.load += counts[1:]
         if routing.may_be_empty:
-            # Neither a gate nor a score of an empty place counts.
-            empty = ids < 0
-            gates = None if gates is None else gates.masked_fill(empty, 0.0)
-            scores = None if scores is None else scores.masked_fill(empty, 0.0)
+            # Gates and scores of empty places do not count.
+            is_empty = ids_TK < 0
+            gates_TK = None if gates_TK is None else gates_TK.masked_fill(is_empty, 0.0)
+            scores_TK = None if scores_TK is None else scores_TK.masked_fill(is_empty, 0.0)
         sums = self.sums.new_zeros(len(SUMS))
-        sums[0], sums[5] = len(ids), counts[0]
-        if gates is not None:
-            sums[1] = gates.sum(dtype=torch.float64)
-            sums[2] = gates.double().square().sum()
-        if scores is not None:
-            sums[3], sums[4] = (scores < 0).sum(), ids.numel() - counts[0]
+        sums[0], sums[5] = len(ids_TK), counts[0]
+        if gates_TK is not None:
+            sums[1] = gates_TK.sum(dtype=torch.float64)
+            sums[2] = gates_TK.double().square().sum()
+        if scores_TK is not None:
+            sums[3], sums[4] = (scores_TK < 0).sum(), ids_TK.numel() - counts[0]
         self.sums += sums
 
     def take(self) -> RoutingSums:
-        """This rank's sums, which start again from zero."""
+        """Return this rank's sums and reset them."""
         taken = RoutingSums(load=self.load.clone(), sums=self.sums.clone())
         self.load.zero_()
         self.sums.zero_()
@@ -82,27 +86,28 @@ class RoutingCounter(torch.nn.Module):
 
 
 class TrafficCounter(torch.nn.Module):
-    """Bytes that one layer sent to other ranks since the last `take`."""
+    """Tokens of one layer, and bytes that it sent to other ranks, since the last `take`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tokens = self.bytes_sent = 0
 
+    @override
     def forward(self, tokens: int, bytes_sent: int) -> None:
-        """Count a forward's tokens and bytes, in evaluation only."""
+        """Count the tokens and bytes of a forward pass, in evaluation only."""
         if not self.training:
             self.tokens += tokens
             self.bytes_sent += bytes_sent
 
     def take(self) -> tuple[int, int]:
-        """This rank's tokens and bytes, which start again from zero."""
+        """Return this rank's tokens and bytes and reset them."""
         taken = (self.tokens, self.bytes_sent)
         self.tokens = self.bytes_sent = 0
         return taken
 
 
 def load_entropy(tokens_per_block: Tensor) -> float:
-    """Entropy of the load over its maximum: 1 when even, 0 when one block gets everything."""
+    """Entropy of the load over its maximum: 1 if even, 0 if one block has all tokens."""
     if len(tokens_per_block) == 1:
         return 1.0
     share = tokens_per_block.double() / tokens_per_block.sum().clamp(min=1)

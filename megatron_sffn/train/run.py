@@ -36,9 +36,9 @@ from megatron_sffn.data.tokenize.tokenizer import localize_tokenizer
 from megatron_sffn.flags.megatron_flags import layout_of
 from megatron_sffn.flags.sffn_flags import sffn_config, transformer_config
 from megatron_sffn.nn.config import SparseFFNConfig
-from megatron_sffn.nn.init import reinit_dense_weights
 from megatron_sffn.nn.layer import end_step, set_weights_version
 from megatron_sffn.nn.layer_spec import block_spec
+from megatron_sffn.nn.reinit import reinit_dense_weights
 from megatron_sffn.ops.compiled import kernels
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.train.nan_check import NanCheck

@@ -1,4 +1,4 @@
-"""`SparseFFN` on one rank: against the oracle, Megatron's own layer, and under recomputation."""
+"""`SparseFFN` on one rank, compared with the oracle, Megatron's own layer, and recomputation."""
 
 from __future__ import annotations
 
@@ -32,83 +32,85 @@ from tests.support.router_cases import (
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
-def megatron_layer(case: Case, ours: Any) -> MoELayer:
-    """Megatron's unmodified MoE layer with the weights of ours."""
+def megatron_layer(case: Case, sparse: Any) -> MoELayer:
+    """Megatron's unmodified MoE layer with the weights of a sparse layer."""
     linear = LocalSpecProvider()
     submodules = MLPSubmodules(
         linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
     )
-    theirs = MoELayer(
+    megatron = MoELayer(
         config_of(case), MoESubmodules(experts=partial(SequentialMLP, submodules=submodules))
     )
-    theirs.set_layer_number(1)
+    megatron.set_layer_number(1)
     with torch.no_grad():
-        theirs.router.weight.copy_(ours.router.weight)
-    copy_tables(ours, theirs)
-    return theirs
+        megatron.router.weight.copy_(sparse.router.weight)
+    copy_tables(sparse, megatron)
+    return megatron
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("g", [16, 4, 1])
 def test_switch_agrees_with_megatrons_own_layer(g: int, swiglu: bool) -> None:
     case = Case(router="switch", block_size=g, swiglu=swiglu)
-    ours = build(case)
-    theirs = megatron_layer(case, ours)
+    sparse = build(case)
+    megatron = megatron_layer(case, sparse)
     hidden, _, weights = inputs()
     results = []
-    for layer in (ours, theirs):
+    for layer in (sparse, megatron):
         x = hidden.clone().requires_grad_()
         y, _ = layer(x)
         (y * weights).sum().backward()
         results.append([y.detach(), x.grad, layer.router.weight.grad])
-    mlps = theirs.experts.local_experts
-    results[0] += [ours.experts.keys.grad, ours.experts.values.grad]
+    mlps = megatron.experts.local_experts
+    results[0] += [sparse.experts.keys.grad, sparse.experts.values.grad]
     results[1] += [
         torch.stack([mlp.linear_fc1.weight.grad for mlp in mlps]),
         torch.stack([mlp.linear_fc2.weight.grad.T for mlp in mlps]),
     ]
-    for mine, reference in zip(*results, strict=True):
+    for actual, expected in zip(*results, strict=True):
         # Megatron computes the softmax in fp32.
-        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("router", SPARSE)
-def test_our_backends_agree(router: str) -> None:
+def test_backends_agree_with_the_oracle(router: str) -> None:
     oracle = run(Case(router=router, backend=Backend.NAIVE))
-    ours = run(Case(router=router, backend=Backend.CPU))
-    assert oracle.keys() == ours.keys()
+    fast = run(Case(router=router, backend=Backend.CPU))
+    assert oracle.keys() == fast.keys()
     for name in oracle:
-        torch.testing.assert_close(ours[name], oracle[name], rtol=1e-10, atol=1e-12, msg=name)
+        torch.testing.assert_close(fast[name], oracle[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
 @pytest.mark.parametrize("router", WHOLE_KEYS)
-def test_megatrons_dispatcher_and_experts_agree_with_ours(router: str, dispatcher: str) -> None:
-    ours = build(Case(router=router))
-    theirs = build(
+def test_megatrons_dispatcher_and_experts_agree_with_sparse_ffn(
+    router: str, dispatcher: str
+) -> None:
+    sparse = build(Case(router=router))
+    megatron = build(
         Case(
             router=router,
             backend=Backend.MEGATRON,
             megatron=(("moe_token_dispatcher_type", dispatcher),),
         )
     )
-    copy_tables(ours, theirs)
+    copy_tables(sparse, megatron)
     hidden, ids, weights = inputs()
     results = []
-    for layer in (ours, theirs):
+    for layer in (sparse, megatron):
         x = hidden.clone().requires_grad_()
         y, _ = layer(x, padding_mask=ids)
         (y * weights).sum().backward()
         results.append([y.detach(), x.grad])
-    mlps = theirs.experts.local_experts
-    results[0].append(ours.experts.values.grad)
+    mlps = megatron.experts.local_experts
+    results[0].append(sparse.experts.values.grad)
     results[1].append(torch.stack([mlp.linear_fc2.weight.grad.T for mlp in mlps]))
-    for mine, reference in zip(*results, strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-7)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("router", SPARSE)
-def test_recomputation_changes_nothing(router: str) -> None:
+def test_recomputation_changes_no_result(router: str) -> None:
     plain = run(Case(router=router))
     recomputed = run(
         Case(
@@ -133,7 +135,7 @@ def test_f3_without_expansion_the_layer_is_the_dense_ffn() -> None:
 
 
 @pytest.mark.parametrize("router", SPARSE)
-def test_the_layer_is_router_then_functional_form(router: str) -> None:
+def test_the_layer_equals_its_router_followed_by_block_ffn(router: str) -> None:
     layer = build(Case(router=router))
     hidden, ids, _ = inputs()
     x = hidden.reshape(-1, hidden.shape[-1])
@@ -144,7 +146,7 @@ def test_the_layer_is_router_then_functional_form(router: str) -> None:
     torch.testing.assert_close(updated.flatten(0, 1), y, rtol=1e-12, atol=1e-14)
 
 
-def test_training_and_evaluation_are_counted_apart() -> None:
+def test_training_and_evaluation_have_separate_counters() -> None:
     layer = build(Case(router="avg-k"))
     hidden, _, _ = inputs()
     chosen = hidden.shape[0] * hidden.shape[1] * 4
@@ -159,12 +161,12 @@ def test_training_and_evaluation_are_counted_apart() -> None:
     assert layer.evaluated.take().load.sum() == 0
 
 
-def test_g_must_divide_k() -> None:
+def test_a_block_size_that_does_not_divide_the_active_cells_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--sffn-block-size 5 does not divide .* 16; .* 4 or 8"):
         SparseFFNConfig(active_cells=16, block_size=5, router=AvgKConfig())
 
 
-def test_initial_tables_have_megatrons_spread() -> None:
+def test_initial_block_weights_have_megatrons_std() -> None:
     layer = SparseFFN(config_of(Case(router="avg-k")), layer_number=1)
     assert parallel_state.get_expert_model_parallel_world_size() == 1
     assert layer.experts.keys.std().item() == pytest.approx(0.5, rel=0.1)

@@ -1,4 +1,4 @@
-"""Which layers are sparse, and that they, and no others, are ours in Megatron's GPT."""
+"""The pattern of sparse layers, and the layers that Megatron's GPT builds from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.ranks import run_ranks
 
-# Of Megatron's own dense MLP.
+# Megatron's own dense MLP warns.
 pytestmark = pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning")
 
 
@@ -41,7 +41,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:Dep
         (" 1, 2 ", 4, [1, 2]),
     ],
 )
-def test_pattern(text: str, layers: int, sparse: list[int]) -> None:
+def test_a_layer_pattern_selects_the_sparse_layers(
+    text: str, layers: int, sparse: list[int]
+) -> None:
     pattern = layer_pattern(text, layers)
     assert len(pattern) == layers
     assert [index for index, chosen in enumerate(pattern) if chosen == 1] == sparse
@@ -49,7 +51,7 @@ def test_pattern(text: str, layers: int, sparse: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "wrong", "remedy"),
+    ("text", "problem", "remedy"),
     [
         ("4", "names layer 4 of a model with --num-layers 4", "indices from 0 to 3"),
         ("0,7,9", "names layer 7", "indices from 0 to 3"),
@@ -74,10 +76,10 @@ def test_pattern(text: str, layers: int, sparse: list[int]) -> None:
         ("2,1,2", "names a layer twice", "name each layer once"),
     ],
 )
-def test_no_pattern(text: str, wrong: str, remedy: str) -> None:
+def test_an_invalid_layer_pattern_is_refused(text: str, problem: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         layer_pattern(text, 4)
-    assert f"--sffn-layers {text} {wrong}" in str(refusal.value)
+    assert f"--sffn-layers {text} {problem}" in str(refusal.value)
     assert remedy in str(refusal.value)
 
 
@@ -89,7 +91,7 @@ def build(
     vp_stage: int | None = None,
     **megatron: Any,
 ) -> GPTModel:
-    """This pipeline stage, or a chunk of it, of a GPT of four layers."""
+    """This pipeline stage, or one model chunk of it, of a GPT with four layers."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     config = SparseFFNTransformerConfig(
         num_layers=4,
@@ -120,12 +122,12 @@ def build(
 
 
 def mlps(model: GPTModel) -> list[tuple[int, str]]:
-    """Number and class name of every layer's MLP."""
+    """Layer number and class name of every layer's MLP."""
     return [(layer.layer_number, type(layer.mlp).__name__) for layer in model.decoder.layers]
 
 
 def numbers(model: GPTModel) -> list[tuple[int, int | None]]:
-    """The layer numbers that sparse layers and their routers have been told."""
+    """The layer numbers of the sparse layers and of their routers."""
     return [(layer.layer_number, layer.router.layer_number) for layer in sparse_layers(model)]
 
 
@@ -136,7 +138,7 @@ def numbers(model: GPTModel) -> list[tuple[int, int | None]]:
 @pytest.mark.parametrize(
     ("layers", "sparse"), [("every:1", [1, 2, 3, 4]), ("every:2", [2, 4]), ("0,3", [1, 4])]
 )
-def test_the_chosen_layers_are_ours_and_the_others_megatrons(
+def test_chosen_layers_are_sparse_and_all_others_are_megatrons(
     one_rank: None, layers: str, sparse: list[int], router: str, backend: Backend, name: type
 ) -> None:
     model = build(layers, backend=backend, router=router)
@@ -152,7 +154,7 @@ def test_a_dense_layer_is_as_wide_as_the_active_cells(one_rank: None) -> None:
     assert model.decoder.layers[1].mlp.experts.keys.shape == (8, 6, 16)
 
 
-def test_layers_have_tables_of_their_own(one_rank: None) -> None:
+def test_each_layer_has_block_weights_of_its_own(one_rank: None) -> None:
     first, second = (layer.experts for layer in sparse_layers(build("0,1")))
     assert first.keys is not second.keys
     assert not torch.equal(first.keys, second.keys)
@@ -170,14 +172,16 @@ def test_the_model_runs_forward_and_backward(one_rank: None) -> None:
         assert layer.experts.keys.grad.abs().sum() > 0
 
 
-def on_a_stage(layers: str) -> dict[str, Any]:
+def stage_of(layers: str) -> dict[str, Any]:
+    """The layers of this rank's pipeline stage."""
     model = build(layers)
     slots = [
         layer.submodules.mlp
         for layer in block_spec(GPTModelConfig(transformer=model.config)).layer_specs
     ]
     return {
-        # Megatron tells the built layers again; until then their tables must not be undrawn.
+        # Megatron sets the layer number again after it has built a layer. The spec must have it
+        # too, so that the block weights are drawn when the layer is built.
         "in the spec": [slot.keywords["layer_number"] for slot in slots if slot.func is SparseFFN],
         "mlps": mlps(model),
         "numbers": numbers(model),
@@ -189,27 +193,28 @@ def on_a_stage(layers: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("layers", ["every:2", "1,2"])
-def test_layers_are_counted_over_all_pipeline_stages(layers: str) -> None:
-    [whole] = run_ranks(1, on_a_stage, layers)
-    stages = run_ranks(2, on_a_stage, layers, pipeline_model_parallel_size=2)
+def test_layers_are_numbered_over_all_pipeline_stages(layers: str) -> None:
+    [expected] = run_ranks(1, stage_of, layers)
+    stages = run_ranks(2, stage_of, layers, pipeline_model_parallel_size=2)
     assert [number for number, _ in stages[1]["mlps"]] == [3, 4]
-    for what in ("mlps", "numbers", "in the spec"):
-        assert stages[0][what] + stages[1][what] == whole[what]
-    # The number seeds the tables: the model is the same.
-    assert stages[0]["keys"] | stages[1]["keys"] == whole["keys"]
+    for key in ("mlps", "numbers", "in the spec"):
+        assert stages[0][key] + stages[1][key] == expected[key]
+    # The layer number seeds the block weights, so the model is the same.
+    assert stages[0]["keys"] | stages[1]["keys"] == expected["keys"]
 
 
-def of_two_chunks(layers: str) -> list[Any]:
+def two_chunks_of(layers: str) -> list[Any]:
+    """The layers of both model chunks of this rank."""
     chunks = [
         build(layers, vp_stage=stage, virtual_pipeline_model_parallel_size=2) for stage in range(2)
     ]
     return [(mlps(chunk), numbers(chunk)) for chunk in chunks]
 
 
-def test_layers_are_counted_over_interleaved_stages() -> None:
+def test_layers_are_numbered_over_interleaved_stages() -> None:
     stages = run_ranks(
         2,
-        of_two_chunks,
+        two_chunks_of,
         "1,2",
         pipeline_model_parallel_size=2,
         virtual_pipeline_model_parallel_size=2,

@@ -1,4 +1,4 @@
-"""Balance: each loss against its formula, its gradient, and the bias of the choice; on one rank."""
+"""Load balancing on one rank: every loss and its gradient, and the expert bias."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_sffn.nn.config import RouterConfig
 from megatron_sffn.nn.layer import SparseFFN
-from megatron_sffn.nn.load_balancing import balance_weights
+from megatron_sffn.nn.load_balancing import loss_weights
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.avg_k import AvgKConfig
 from megatron_sffn.nn.routers.s_base import SBaseConfig
@@ -34,14 +34,14 @@ from tests.nn.routers.conftest import transformer
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 T, B, K, D = 16, 12, 4, 6
-"""T·K is a power of two: shares, which are counted in fp32, are exact."""
+"""T·K is a power of two, so that shares of it are exact in fp32."""
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 KEYS = torch.zeros(B, 2, D, dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)
 def unscaled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without the loss scale that Megatron keeps from another test's step."""
+    """Remove the loss scale that Megatron keeps from the step of another test."""
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
     get_moe_metrics_tracker().clear()
     yield
@@ -49,7 +49,7 @@ def unscaled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def with_losses(router: RouterConfig | None = None, **numbers: Any) -> Any:
-    """A router of 12 blocks, 4 of them active, in training."""
+    """A router of 12 blocks, 4 of them active, in training mode."""
     router = router or SwitchConfig()
     built = router.router_class()(
         config=transformer(router, **numbers),
@@ -59,8 +59,8 @@ def with_losses(router: RouterConfig | None = None, **numbers: Any) -> Any:
     return built
 
 
-def of_kind(kind: str, weight: float = 0.3) -> tuple[RouterConfig, dict[str, Any]]:
-    """A router's config and Megatron's flags with this loss alone."""
+def config_with(kind: str, weight: float = 0.3) -> tuple[RouterConfig, dict[str, Any]]:
+    """A router's config and Megatron's flags for one kind of loss."""
     if kind == "entropy_loss":
         return SwitchConfig(entropy_coefficient=weight), {}
     if kind == "z_loss":
@@ -76,40 +76,40 @@ def logits(seed: int = 0, tokens: int = T) -> Tensor:
 
 
 def route(router: Any, scores: Tensor, sequences: int = 1) -> Any:
-    """What the router makes of these scores; differentiable in them."""
+    """The routing of these scores, differentiable in them."""
     router.score = lambda x, queries, keys: scores
     return router(torch.zeros(len(scores), D, dtype=torch.float64), KEYS, None, sequences)
 
 
 def gradient(routing: Any, scores: Tensor) -> Tensor:
-    """Of the attached losses alone, in the scores."""
+    """Gradient of the attached losses, without any other loss, in the scores."""
     (grad,) = torch.autograd.grad(routing.queries.sum(), scores)
     return grad
 
 
 def counts(scores: Tensor) -> Tensor:
-    """`[B]` how often each block is chosen."""
+    """`[B]`: how often each block is chosen."""
     ids = scores.detach().sort(dim=1, descending=True).indices[:, :K]
     return torch.stack([(ids == block).sum() for block in range(B)]).double()
 
 
-def switch_loss(scores: Tensor, chosen: Tensor) -> Tensor:
-    """`B · Σ P_e F_e`, with F of the choices given."""
+def switch_loss(scores: Tensor, counts_B: Tensor) -> Tensor:
+    """`B · Σ P_e F_e`, with F from the given counts."""
     p = (scores.exp() / scores.exp().sum(dim=1, keepdim=True)).mean(dim=0)
-    return B * (p * chosen / chosen.sum()).sum()
+    return B * (p * counts_B / counts_B.sum()).sum()
 
 
 def formula(kind: str, scores: Tensor, sequences: int) -> Tensor:
-    """Each loss of one microbatch, the first of its step."""
+    """The loss of one microbatch, the first of its step, by its formula."""
     if kind == "z_loss":
         return scores.exp().sum(dim=1).log().square().mean()
     if kind == "entropy_loss":
         p = (scores.exp() / scores.exp().sum(dim=1, keepdim=True)).mean(dim=0)
         return (p * p.log()).sum()
     if kind == "seq_aux_loss":
-        # Of T tokens, those of sequence i are i, i + sequences, ...
-        parts = [scores[first::sequences] for first in range(sequences)]
-        return torch.stack([switch_loss(part, counts(part)) for part in parts]).mean()
+        # The tokens of sequence i are the tokens i, i + sequences, ... of T.
+        by_sequence = [scores[first::sequences] for first in range(sequences)]
+        return torch.stack([switch_loss(s, counts(s)) for s in by_sequence]).mean()
     return switch_loss(scores, counts(scores))
 
 
@@ -124,8 +124,8 @@ NAMES = {
 
 @pytest.mark.parametrize("sequences", [1, 4])
 @pytest.mark.parametrize("kind", NAMES)
-def test_a_loss_and_its_gradient_are_those_of_its_formula(kind: str, sequences: int) -> None:
-    config, flags = of_kind(kind, 0.3)
+def test_every_loss_and_its_gradient_equal_the_formula(kind: str, sequences: int) -> None:
+    config, flags = config_with(kind, 0.3)
     router, scores = with_losses(config, **flags), logits()
     routing = route(router, scores, sequences)
     expected = formula(kind, scores, sequences)
@@ -156,7 +156,7 @@ def test_losses_of_several_kinds_add_up() -> None:
 
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
 def test_s2_the_losses_range_from_1_to_b(kind: str) -> None:
-    config, flags = of_kind(kind)
+    config, flags = config_with(kind)
     even = with_losses(config, **flags)
     route(even, torch.zeros(T, B, dtype=torch.float64, requires_grad=True), 4)
     assert float(even.balance.take_values()[NAMES[kind]]) == pytest.approx(1.0)
@@ -167,12 +167,12 @@ def test_s2_the_losses_range_from_1_to_b(kind: str) -> None:
     assert float(collapsed.balance.take_values()[NAMES[kind]]) == pytest.approx(B)
 
 
-def test_the_global_loss_has_the_choices_since_the_step_began() -> None:
-    config, flags = of_kind("global_aux_loss", 0.3)
+def test_the_global_loss_counts_choices_since_the_step_began() -> None:
+    config, flags = config_with("global_aux_loss", 0.3)
     router = with_losses(config, **flags)
     for step in range(2):
         chosen = torch.zeros(B, dtype=torch.float64)
-        for microbatch, tokens in enumerate((16, 16, 32)):  # sums that are powers of two
+        for microbatch, tokens in enumerate((16, 16, 32)):  # their sums are powers of two
             scores = logits(10 * step + microbatch, tokens)
             routing = route(router, scores)
             chosen += counts(scores)
@@ -182,11 +182,11 @@ def test_the_global_loss_has_the_choices_since_the_step_began() -> None:
             )
             (value,) = router.balance.take_values().values()
             torch.testing.assert_close(value, expected.detach(), **CLOSE)
-        # As Megatron does at the end of a step.
+        # Megatron calls it at the end of a step.
         reset_model_temporary_tensors(router.config, [router])
 
 
-def test_m4_the_entropy_loss_lies_between_its_ends() -> None:
+def test_m4_the_entropy_loss_is_between_minus_log_b_and_zero() -> None:
     router = with_losses(SigmaMoEConfig(entropy_coefficient=1e-3))
 
     def value(scores: Tensor) -> float:
@@ -197,9 +197,9 @@ def test_m4_the_entropy_loss_lies_between_its_ends() -> None:
     collapsed = torch.zeros(T, B, dtype=torch.float64)
     collapsed[:, 3] = 1e3
     assert value(collapsed) == pytest.approx(0, abs=1e-9)
-    # Tokens that differ, evenly: it is of the mean, not of each token.
-    apart = 1e3 * torch.eye(B, dtype=torch.float64)
-    assert value(apart) == pytest.approx(-math.log(B))
+    # Each token is certain, but the mean over tokens is even, and the loss is of the mean.
+    one_hot = 1e3 * torch.eye(B, dtype=torch.float64)
+    assert value(one_hot) == pytest.approx(-math.log(B))
     for seed in range(10):
         assert -math.log(B) < value(3 * logits(seed)) < 0
 
@@ -207,8 +207,8 @@ def test_m4_the_entropy_loss_lies_between_its_ends() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", NAMES)
 def test_a_collapsed_choice_has_finite_gradients(kind: str, dtype: torch.dtype) -> None:
-    # Probabilities of all other blocks are zero in this dtype.
-    config, flags = of_kind(kind)
+    # The probabilities of all blocks that were not chosen are zero in this dtype.
+    config, flags = config_with(kind)
     scores = torch.zeros(T, B, dtype=dtype)
     scores[:, 3] = 1e4
     scores.requires_grad_()
@@ -216,8 +216,8 @@ def test_a_collapsed_choice_has_finite_gradients(kind: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_there_is_no_loss_in_evaluation_or_a_first_pass(kind: str) -> None:
-    config, flags = of_kind(kind)
+def test_no_loss_is_attached_in_evaluation_or_in_the_first_pass_of_recomputation(kind: str) -> None:
+    config, flags = config_with(kind)
     router, scores = with_losses(config, **flags), logits()
     router.eval()
     assert route(router, scores).queries is None
@@ -230,15 +230,15 @@ def test_there_is_no_loss_in_evaluation_or_a_first_pass(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_a_weight_of_zero_is_no_loss(kind: str) -> None:
-    config, flags = of_kind(kind, 0.0)
+def test_a_loss_with_coefficient_zero_is_not_computed(kind: str) -> None:
+    config, flags = config_with(kind, 0.0)
     router = with_losses(config, **flags)
     assert router.balance.weights == {}
     assert not router.balance.differentiates
     assert route(router, logits()).queries is None
 
 
-def test_avg_k_without_a_loss_differentiates_no_score() -> None:
+def test_avg_k_without_a_loss_does_not_differentiate_its_scores() -> None:
     layer = SparseFFN(transformer(AvgKConfig()), layer_number=1)
     x = torch.randn(5, 1, D, dtype=torch.float64, requires_grad=True)
     routing = layer.router(x.flatten(0, 1), layer.experts.keys)
@@ -250,9 +250,9 @@ def test_avg_k_without_a_loss_differentiates_no_score() -> None:
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_under_per_token_losses_the_gradient_is_of_a_sum_over_tokens(kind: str) -> None:
-    # Megatron divides it by the tokens of all ranks afterwards.
-    config, flags = of_kind(kind, 0.3)
+def test_per_token_losses_have_the_gradient_of_a_sum_over_tokens(kind: str) -> None:
+    # Megatron divides the gradient by the number of tokens of all ranks later.
+    config, flags = config_with(kind, 0.3)
     scores = logits()
     plain = gradient(route(with_losses(config, **flags), scores), scores)
     per_token = with_losses(config, **flags, calculate_per_token_loss=True)
@@ -263,29 +263,31 @@ def test_under_per_token_losses_the_gradient_is_of_a_sum_over_tokens(kind: str) 
     )
 
 
-def test_the_gradient_follows_megatrons_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, flags = of_kind("aux_loss", 0.3)
+def test_the_gradient_is_multiplied_by_megatrons_loss_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, flags = config_with("aux_loss", 0.3)
     router, scores = with_losses(config, **flags), logits()
     plain = gradient(route(router, scores), scores)
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.tensor(8.0))
     torch.testing.assert_close(gradient(route(router, scores), scores), 8 * plain, **CLOSE)
 
 
-def test_values_add_up_until_they_are_taken_and_megatrons_log_has_them() -> None:
-    destroy_moe_metrics_tracker()  # its tables have the sizes of the first model that it met
-    config, flags = of_kind("aux_loss")
+def test_loss_values_accumulate_until_they_are_taken_and_reach_megatrons_log() -> None:
+    destroy_moe_metrics_tracker()  # its tables have the sizes of the first model of the process
+    config, flags = config_with("aux_loss")
     router = with_losses(config, **flags)
-    several = [logits(seed) for seed in range(3)]
-    for scores in several:
+    microbatches = [logits(seed) for seed in range(3)]
+    for scores in microbatches:
         route(router, scores)
-    total = sum(formula("aux_loss", scores, 1).detach() for scores in several)
+    total = sum(formula("aux_loss", scores, 1).detach() for scores in microbatches)
     metric = get_moe_metrics_tracker().metrics["load_balancing_loss"].values
     torch.testing.assert_close(metric.double(), torch.stack((total, torch.zeros(()))).double())
     torch.testing.assert_close(router.balance.take_values()["load_balancing_loss"], total, **CLOSE)
     assert router.balance.take_values() == {}
 
 
-def test_blocks_that_were_dropped_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropped_blocks_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.3}
     router = with_losses(
         SwitchConfig(block_dropout=0.75), **flags, moe_router_enable_expert_bias=True
@@ -293,9 +295,9 @@ def test_blocks_that_were_dropped_do_not_count(monkeypatch: pytest.MonkeyPatch) 
     scores = logits()
     torch.manual_seed(0)
     routing = route(router, scores)
-    there = routing.block_ids[routing.block_ids >= 0]
-    assert len(there) < T * K
-    chosen = torch.bincount(there, minlength=B).double()
+    kept_ids = routing.block_ids[routing.block_ids >= 0]
+    assert len(kept_ids) < T * K
+    chosen = torch.bincount(kept_ids, minlength=B).double()
     assert torch.equal(router.balance.local_tokens_per_expert.double(), chosen)
     (value,) = router.balance.take_values().values()
     torch.testing.assert_close(value, switch_loss(scores, chosen).detach(), rtol=1e-6, atol=0)
@@ -312,10 +314,10 @@ BIASED = {"moe_router_enable_expert_bias": True}
         ("softmax", lambda scores: scores.softmax(dim=1)),
     ],
 )
-def test_the_bias_is_added_for_the_choice_alone(
+def test_the_expert_bias_is_added_for_the_choice_only(
     gate: str, squash: Callable[[Tensor], Tensor]
 ) -> None:
-    # The loss is what trains a router without a gate.
+    # A router without a gate is trained by its auxiliary loss only.
     losses = BIASED | {"moe_z_loss_coeff": 0.1}
     router, scores = with_losses(SwitchConfig(gate=gate), **losses), logits()
     torch.manual_seed(0)
@@ -334,7 +336,7 @@ def test_the_bias_is_added_for_the_choice_alone(
     assert torch.equal(route(router, scores).block_ids, ids)
 
 
-def test_the_bias_of_s_base_is_added_to_the_balanced_scores() -> None:
+def test_s_base_adds_the_expert_bias_to_its_balanced_scores() -> None:
     router, scores = with_losses(SBaseConfig(), **BIASED), logits()
     with torch.no_grad():
         plan = router.selection_scores(scores)
@@ -344,7 +346,7 @@ def test_the_bias_of_s_base_is_added_to_the_balanced_scores() -> None:
     assert torch.equal(ids, route_topk(plan + router.balance.expert_bias, K))
 
 
-def test_choices_are_counted_once_per_microbatch_of_training() -> None:
+def test_choices_are_counted_once_per_training_microbatch() -> None:
     router = with_losses(**BIASED)
     total = torch.zeros(B, dtype=torch.float64)
     for seed in range(2):
@@ -358,10 +360,10 @@ def test_choices_are_counted_once_per_microbatch_of_training() -> None:
     assert torch.equal(router.balance.local_tokens_per_expert.double(), total)
 
 
-def test_megatron_moves_the_bias_toward_unused_blocks_and_a_near_tie_flips() -> None:
+def test_megatron_raises_the_bias_of_unused_blocks_and_a_near_tie_flips() -> None:
     router = with_losses(**BIASED, moe_router_bias_update_rate=1e-3)
     world = torch.distributed.group.WORLD
-    # Blocks 0 to 3 win by a hair, always.
+    # Blocks 0 to 3 have slightly higher scores for every token.
     scores = torch.zeros(T, B, dtype=torch.float64)
     scores[:, :K] = 1e-2
     chosen = []
@@ -370,22 +372,24 @@ def test_megatron_moves_the_bias_toward_unused_blocks_and_a_near_tie_flips() -> 
         _update_router_expert_bias([router], router.config, world)
         reset_model_temporary_tensors(router.config, [router])
     assert (chosen[0] == torch.arange(K)).all()
-    assert (chosen[1] >= K).all(), "after one step of the bias the others are ahead"
+    assert (chosen[1] >= K).all(), "one update of the bias must reverse the order"
     assert router.balance.local_tokens_per_expert.abs().sum() == 0
     used = torch.zeros(B, dtype=torch.bool)
     used[:2] = True
-    lone = with_losses(active_cells=4, expansion=6, **BIASED, moe_router_bias_update_rate=1e-3)
-    scores = torch.zeros(T, B, dtype=torch.float64)
-    scores[:, :2] = 5.0  # no near tie: it stays
-    route(lone, scores.requires_grad_())
-    _update_router_expert_bias([lone], lone.config, world)
-    torch.testing.assert_close(
-        lone.balance.expert_bias, torch.where(used, -1e-3, 1e-3), rtol=1e-6, atol=0
+    two_blocks_router = with_losses(
+        active_cells=4, expansion=6, **BIASED, moe_router_bias_update_rate=1e-3
     )
-    assert torch.equal(route(lone, scores).block_ids, torch.arange(2).expand(T, 2))
+    scores = torch.zeros(T, B, dtype=torch.float64)
+    scores[:, :2] = 5.0  # far ahead, so one update does not change the choice
+    route(two_blocks_router, scores.requires_grad_())
+    _update_router_expert_bias([two_blocks_router], two_blocks_router.config, world)
+    torch.testing.assert_close(
+        two_blocks_router.balance.expert_bias, torch.where(used, -1e-3, 1e-3), rtol=1e-6, atol=0
+    )
+    assert torch.equal(route(two_blocks_router, scores).block_ids, torch.arange(2).expand(T, 2))
 
 
-def test_the_bias_is_saved_and_stays_in_fp32_and_its_counts_are_not_saved() -> None:
+def test_the_expert_bias_stays_in_fp32_and_is_saved_without_its_counts() -> None:
     router = with_losses(**BIASED)
     router.bfloat16()
     for module in router.modules():
@@ -398,7 +402,7 @@ def test_the_bias_is_saved_and_stays_in_fp32_and_its_counts_are_not_saved() -> N
 
 @pytest.mark.parametrize("tokens", [16, 300, 1000])
 def test_counts_are_exact_in_a_half_precision_model(tokens: int) -> None:
-    # bfloat16 holds no odd number above 256.
+    # bfloat16 cannot represent odd numbers above 256.
     flags = {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.01}
     router = with_losses(**BIASED, **flags)
     router.bfloat16()
@@ -414,22 +418,22 @@ def test_counts_are_exact_in_a_half_precision_model(tokens: int) -> None:
     assert torch.equal(router.balance.tokens_of_step.double(), total)
 
 
-def test_flags_of_balance_make_weights() -> None:
+def test_megatrons_flags_become_loss_coefficients() -> None:
     def weights(**flags: Any) -> dict[str, float]:
-        return balance_weights(transformer(SwitchConfig(), **flags), 0.5)
+        return loss_weights(transformer(SwitchConfig(), **flags), 0.5)
 
     assert weights() == {"entropy_loss": 0.5}
-    one = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
-    assert weights(**one) == {"aux_loss": 0.1, "entropy_loss": 0.5}
-    assert weights(**one, moe_z_loss_coeff=0.2)["z_loss"] == 0.2
-    many = {
+    one_loss = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
+    assert weights(**one_loss) == {"aux_loss": 0.1, "entropy_loss": 0.5}
+    assert weights(**one_loss, moe_z_loss_coeff=0.2)["z_loss"] == 0.2
+    two_losses = {
         "moe_router_load_balancing_type": ["seq_aux_loss", "global_aux_loss"],
         "moe_aux_loss_coeff": [0.1, 0.0],
     }
-    assert weights(**many) == {"seq_aux_loss": 0.1, "entropy_loss": 0.5}
+    assert weights(**two_losses) == {"seq_aux_loss": 0.1, "entropy_loss": 0.5}
 
 
-def test_default_coefficients_are_the_papers() -> None:
+def test_default_coefficients_are_those_of_the_papers() -> None:
     defaults = {name: config.balance_coefficient for name, config in ROUTERS.items()}
     assert {name for name, value in defaults.items() if value} == {"switch", "noisy-top-k"}
     assert defaults["switch"] == 0.01

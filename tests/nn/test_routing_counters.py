@@ -1,4 +1,4 @@
-"""What is counted of a layer's routing, and the entropy of a load."""
+"""Counters of a layer's routing, and the entropy of its load."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from megatron_sffn.nn.routing_counters import SUMS, RoutingCounter, TrafficCount
         ([0, 7, 0, 0], 0.0),
         ([3, 3, 0, 0], 0.5),
         ([2, 1, 1], 1.5 * math.log(2) / math.log(3)),
-        # One block has nothing to be uneven with.
+        # A single block is always even.
         ([9], 1.0),
         ([0], 1.0),
-        # No tokens, no load: the least even, not an error.
+        # Without tokens the entropy is zero, not an error.
         ([0, 0, 0], 0.0),
         ([2**40, 2**40], 1.0),
     ],
 )
 def test_load_entropy(tokens: list[int], entropy: float) -> None:
-    found = load_entropy(torch.tensor(tokens))
-    assert found == pytest.approx(entropy, abs=1e-12)
-    assert json.dumps(round(found, 6))[0] != "-", "minus zero in a file looks like an error"
+    result = load_entropy(torch.tensor(tokens))
+    assert result == pytest.approx(entropy, abs=1e-12)
+    assert json.dumps(round(result, 6))[0] != "-", "minus zero in a file looks like an error"
 
 
-def test_load_entropy_is_between_its_ends_and_knows_no_order() -> None:
+def test_load_entropy_is_between_0_and_1_and_depends_on_neither_order_nor_scale() -> None:
     torch.manual_seed(0)
     for _ in range(20):
         tokens = torch.randint(0, 50, (13,))
-        found = load_entropy(tokens)
-        assert 0 < found < 1
-        assert load_entropy(tokens.flip(0)) == pytest.approx(found)
-        assert load_entropy(tokens * 3) == pytest.approx(found)
+        entropy = load_entropy(tokens)
+        assert 0 < entropy < 1
+        assert load_entropy(tokens.flip(0)) == pytest.approx(entropy)
+        assert load_entropy(tokens * 3) == pytest.approx(entropy)
 
 
-def named(counter: RoutingCounter) -> tuple[list[int], dict[str, float]]:
+def load_and_sums(counter: RoutingCounter) -> tuple[list[int], dict[str, float]]:
     taken = counter.take()
     assert taken.load.dtype == torch.long and taken.sums.dtype == torch.float64
     return taken.load.tolist(), dict(zip(SUMS, taken.sums.tolist(), strict=True))
 
 
-def test_sums_of_a_routing() -> None:
+def test_a_routing_is_counted_without_its_empty_places() -> None:
     counter = RoutingCounter(4)
     routing = Routing(
         block_ids=torch.tensor([[0, 1], [1, -1], [3, 1]]),
@@ -59,11 +59,11 @@ def test_sums_of_a_routing() -> None:
         may_be_empty=True,
     )
     counter(routing)
-    load, sums = named(counter)
+    load, sums = load_and_sums(counter)
     assert load == [1, 3, 0, 1]
     assert sums == {
         "tokens": 3,
-        # Without those of the empty place.
+        # Without the gate of the empty place.
         "gates": 3.875,
         "squared_gates": 0.25 + 0.0625 + 0.015625 + 1 + 4,
         "negative_scores": 2,
@@ -72,38 +72,38 @@ def test_sums_of_a_routing() -> None:
     }
 
 
-def test_sums_add_up_until_they_are_taken() -> None:
+def test_sums_accumulate_until_they_are_taken() -> None:
     counter = RoutingCounter(3)
     counter(Routing(block_ids=torch.tensor([[0], [2]])))
     counter(Routing(block_ids=torch.tensor([[2]]), gates=torch.tensor([[0.5]])))
     taken = counter.take()
     assert taken.load.tolist() == [1, 0, 2]
     assert taken.sums.tolist() == [3, 0.5, 0.25, 0, 0, 0]
-    load, sums = named(counter)
+    load, sums = load_and_sums(counter)
     assert load == [0, 0, 0] and not any(sums.values())
     counter(Routing(block_ids=torch.tensor([[1]])))
-    assert taken.load.tolist() == [1, 0, 2], "what was taken is the reader's"
+    assert taken.load.tolist() == [1, 0, 2], "a later count has changed sums that were taken"
     assert counter.take().load.tolist() == [0, 1, 0]
 
 
-def test_half_precision_gates_are_summed_in_double() -> None:
+def test_half_precision_gates_are_summed_in_float64() -> None:
     counter = RoutingCounter(1)
     gates = torch.full((5000, 1), 1.0, dtype=torch.bfloat16)
     counter(Routing(block_ids=torch.zeros(5000, 1, dtype=torch.long), gates=gates))
-    counter.bfloat16()  # as Megatron narrows models
+    counter.bfloat16()  # as Megatron casts half-precision models
     counter(Routing(block_ids=torch.zeros(333, 1, dtype=torch.long), gates=gates[:333]))
-    load, sums = named(counter)
+    load, sums = load_and_sums(counter)
     assert load == [5333]
     assert sums["gates"] == sums["squared_gates"] == sums["tokens"] == 5333
 
 
 @pytest.mark.parametrize("gates", [False, True])
-def test_no_tokens_and_no_places_count_nothing(gates: bool) -> None:
+def test_routings_without_tokens_or_with_empty_places_only_are_counted(gates: bool) -> None:
     counter = RoutingCounter(3)
     for ids in (torch.zeros(0, 2, dtype=torch.long), torch.full((2, 2), -1)):
         ones = torch.ones(ids.shape) if gates else None
         counter(Routing(block_ids=ids, gates=ones, may_be_empty=True))
-    load, sums = named(counter)
+    load, sums = load_and_sums(counter)
     assert load == [0, 0, 0]
     assert sums["tokens"] == 2 and sums["empty_places"] == 4 and sums["gates"] == 0
 

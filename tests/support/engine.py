@@ -28,10 +28,10 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
 from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.nn.init import reinit_dense_weights
 from megatron_sffn.nn.layer import set_weights_version, sparse_layers
 from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.parallel_layout import ParallelLayout
+from megatron_sffn.nn.reinit import reinit_dense_weights
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.train.run import finish_gradients
 

@@ -1,11 +1,11 @@
-"""Small integers and gates as one message of bytes, so that a collective carries both.
+"""Encoding of (row, block) pairs and gates as bytes, so that one collective carries both.
 
-An integer takes 2 bytes where all possible ones fit, else 4. Which it is follows from the number of
-blocks alone, so that all ranks agree. A gate has the bytes of its dtype.
-
-Pairs of the all-to-all are a block id and one bit, "this pair begins the next row", as the id's
-sign. No row index travels: every row that is sent has a pair, and pairs come row by row, so that a
-running count of the bits numbers the rows of all senders.
+Design notes:
+- A block id has 2 bytes if all ids fit, else 4. This follows from the number of blocks alone, so
+  all ranks agree without communication. A gate has the bytes of its dtype.
+- The all-to-all sends no row indices. Every sent row has at least one pair, and pairs are sorted by
+  row, so one bit per pair, "this pair begins the next row", is enough: the receiver numbers the
+  rows of all senders by a cumulative sum of the bits. The bit is the sign of the block id.
 """
 
 from __future__ import annotations
@@ -20,44 +20,52 @@ _DTYPES = {2: torch.int16, 4: torch.int32}
 
 
 def id_dtype(num_blocks: int) -> torch.dtype:
-    """The narrowest integer for block ids below `num_blocks`, and as many negative ones."""
+    """The narrowest dtype that holds block ids below `num_blocks` and their complements."""
     return _DTYPES[id_bytes(num_blocks)]
 
 
 def encode(blocks: Tensor, begins_row: Tensor, num_blocks: int) -> Tensor:
-    """`[P]` blocks and bools to `[P]` narrow integers: b, or -b - 1 where a row begins."""
+    """Encode pairs as narrow integers: b, or the complement -b - 1 if the pair begins a row.
+
+    Args:
+        blocks: `[P]` block ids below `num_blocks`.
+        begins_row: `[P]` bool.
+        num_blocks: number of blocks on the receiving rank.
+    """
     return torch.where(begins_row, ~blocks, blocks).to(id_dtype(num_blocks))
 
 
 def decode(codes: Tensor) -> Pairs:
-    """The pairs of encoded integers of all senders, one after the other."""
+    """Decode the pairs of all senders, one sender after the other."""
     begins_row = codes < 0
     blocks = torch.where(begins_row, ~codes, codes).int()
     return Pairs(rows=begins_row.cumsum(0, dtype=torch.int32) - 1, blocks=blocks)
 
 
 def pack(integers: Tensor, gates: Tensor | None) -> Tensor:
-    """`[P]` integers, and `[P]` gates or None, to bytes `[P, bytes of both]`."""
-    parts = [integers.view(-1, 1).contiguous().view(torch.uint8)]
+    """Pack integers `[P]`, and gates `[P]` if there are any, into bytes `[P, bytes per pair]`."""
+    columns = [integers.view(-1, 1).contiguous().view(torch.uint8)]
     if gates is not None:
-        parts.append(gates.view(-1, 1).contiguous().view(torch.uint8))
-    return torch.cat(parts, dim=1)
+        columns.append(gates.view(-1, 1).contiguous().view(torch.uint8))
+    return torch.cat(columns, dim=1)
 
 
 def unpack(
-    message: Tensor, integers: torch.dtype, gates: torch.dtype | None
+    message: Tensor, int_dtype: torch.dtype, gate_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The integers and the gates of a packed message.
+    """Unpack the integers and the gates of a message.
 
     Args:
-        message: `[P, bytes of both]`.
-        integers: their dtype.
-        gates: their dtype; None where there are none.
+        message: uint8 `[P, bytes per pair]`.
+        int_dtype: dtype of the integers.
+        gate_dtype: dtype of the gates; None if there are none.
     """
-    # Clones, since a view of at most one pair is contiguous already, but begins at an odd address.
+    # Clones, because a slice of at most one row counts as contiguous but can begin at an address
+    # that is not aligned for the wider dtype.
     dense = torch.contiguous_format
-    first = message[:, : integers.itemsize].clone(memory_format=dense).view(integers).view(-1)
-    if gates is None:
-        return first, None
-    last = message[:, integers.itemsize :].clone(memory_format=dense)
-    return first, last.view(gates).view(-1)
+    int_bytes = message[:, : int_dtype.itemsize].clone(memory_format=dense)
+    integers = int_bytes.view(int_dtype).view(-1)
+    if gate_dtype is None:
+        return integers, None
+    gate_bytes = message[:, int_dtype.itemsize :].clone(memory_format=dense)
+    return integers, gate_bytes.view(gate_dtype).view(-1)

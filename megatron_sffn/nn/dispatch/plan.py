@@ -1,12 +1,13 @@
-"""How one call's tokens travel: in chunks, so that some are on their way while others are computed.
+"""Order of dispatch, compute and combine of one call, in chunks of tokens that overlap.
 
-Each chunk is a generator, which yields where it has rows on their way; `staggered` runs chunk i one
-step behind chunk i + 1. With one step out and one back that is
+Each chunk runs as a generator that yields after it has started a collective. `run_interleaved`
+keeps chunk i one step behind chunk i + 1, so the collective of one chunk overlaps with the compute
+of the chunk before. With one dispatch and one combine per chunk the order is
 
-    start 0 | start 1, compute 0, send 0 back | start 2, compute 1, send 1 back, sum 0 | ...
+    dispatch 0 | dispatch 1, compute 0, combine 0 | dispatch 2, compute 1, combine 1, sum 0 | ...
 
-and in the backward, which autograd runs in the reverse order, the same from the other end. Two
-steps out, across nodes and within, overlap with the chunks around them likewise.
+Autograd runs the backward pass in reverse order, so it overlaps in the same way. With two exchanges
+per chunk, across nodes and within a node, both overlap with the compute of other chunks.
 """
 
 from __future__ import annotations
@@ -19,104 +20,122 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_sffn.nn.dispatch.legs import Leg
-from megatron_sffn.nn.dispatch.records import Arrived
-from megatron_sffn.nn.dispatch.wires import Wire
+from megatron_sffn.nn.dispatch.records import DispatchedTokens
+from megatron_sffn.nn.dispatch.row_exchange import RowExchange
+from megatron_sffn.nn.dispatch.transfer import Transfer
 from megatron_sffn.ops.block_ffn import Pairs
 
-Compute = Callable[[Arrived], Tensor]
-"""From the rows that arrived to their outputs, `[R, D]`."""
+Compute = Callable[[DispatchedTokens], Tensor]
+"""Computes the outputs `[R, D]` of dispatched tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """Some of a rank's tokens.
+class TokenChunk:
+    """A part of a rank's tokens that is dispatched together.
 
     Args:
         rows: `[T, C]`.
-        wires: along which they travel, one after the other; none if all blocks are on this rank.
-        meetings: gives the pairs that arrive, and their gates. It may wait for the device.
-        keep: whether the rows stay for the backward, which sends them again.
+        exchanges: the row exchanges of the dispatch, in order; none if this rank has all blocks.
+        received_pairs: returns the pairs that this rank computes and their gates. It may wait for
+            the device.
+        regather: True to keep `rows` until the backward pass, which dispatches them again.
     """
 
     rows: Tensor
-    wires: tuple[Wire, ...]
-    meetings: Callable[[], tuple[Pairs, Tensor | None]]
-    keep: bool
+    exchanges: tuple[RowExchange, ...]
+    received_pairs: Callable[[], tuple[Pairs, Tensor | None]]
+    regather: bool
 
-    def travel(self, compute: Compute, *, first: bool) -> Generator[None, None, Tensor]:
-        """Send the rows, compute them where they arrive, and return the sums `[T, D]`."""
+    def run(self, compute: Compute, *, is_first: bool) -> Generator[None, None, Tensor]:
+        """Dispatch, compute and combine; yield after the start of each collective.
+
+        Returns:
+            Outputs `[T, D]` of the chunk's tokens.
+        """
         rows, pairs, gates = self.rows, None, None
-        for wire in self.wires:
-            leg = Leg(wire)
-            token = leg.start(rows, keep=self.keep and wire is self.wires[0])
+        for exchange in self.exchanges:
+            transfer = Transfer(exchange)
+            save_rows = self.regather and exchange is self.exchanges[0]
+            handle = transfer.start(rows, save_rows=save_rows)
             yield
-            if wire is self.wires[-1]:
-                # Before the rows are waited for.
-                pairs, gates = self.meetings()
-            rows = leg.finish(token)
+            if exchange is self.exchanges[-1]:
+                # The pairs are prepared while the rows are still in flight.
+                pairs, gates = self.received_pairs()
+            rows = transfer.wait(handle)
         if pairs is None:
-            pairs, gates = self.meetings()
-        again = partial(_send_again, self.rows.detach(), self.wires) if self.keep else None
-        y = compute(Arrived(rows=rows, pairs=pairs, gates=gates, rows_again=again, first=first))
+            pairs, gates = self.received_pairs()
+        regather = None
+        if self.regather:
+            regather = partial(_dispatch_again, self.rows.detach(), self.exchanges)
+        y = compute(
+            DispatchedTokens(
+                rows=rows,
+                pairs=pairs,
+                gates=gates,
+                regather=regather,
+                is_first_chunk=is_first,
+            )
+        )
+        # This frame outlives the combine, so it must not hold on to the rows and their outputs.
         del rows, pairs, gates
-        for wire in reversed(self.wires):
-            leg = Leg(wire, back=True)
-            token = leg.start(y)
+        for exchange in reversed(self.exchanges):
+            transfer = Transfer(exchange, combine=True)
+            handle = transfer.start(y)
             del y
             yield
-            y = leg.finish(token)
+            y = transfer.wait(handle)
         return y
 
 
-def _send_again(rows: Tensor, wires: tuple[Wire, ...]) -> Tensor:
-    """The rows that arrive, once more, not differentiably; all ranks call it together."""
-    for wire in wires:
-        rows = wire.start_out(rows).land()
+def _dispatch_again(rows: Tensor, exchanges: tuple[RowExchange, ...]) -> Tensor:
+    """Dispatch the rows once more, not differentiable; all ranks call it together."""
+    for exchange in exchanges:
+        rows = exchange.start_dispatch(rows).wait()
     return rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One call's tokens, chunk after chunk.
+    """The dispatch of one call's tokens, prepared up to the exchange of rows.
 
     Args:
-        chunks: of equally many steps.
-        bytes_sent: what this rank sends to others in the forward: tokens, pairs, gates, and the
-            sums back. The fixed exchange of counts (16 bytes a rank and chunk) is left out.
+        chunks: all with the same number of exchanges.
+        bytes_sent: bytes that this rank sends to other ranks in the forward pass: rows, pairs,
+            gates and output rows. The exchange of counts, 16 bytes per rank and chunk, is left out.
     """
 
-    chunks: list[Chunk]
+    chunks: list[TokenChunk]
     bytes_sent: int
 
     def run(self, compute: Compute) -> Tensor:
-        """Send the tokens out, compute each chunk where it arrives, and bring the sums back.
+        """Dispatch the tokens, compute each chunk on the ranks of its blocks, and combine.
 
         Args:
-            compute: called once for each chunk, in their order, on all ranks.
+            compute: called once per chunk, in the order of the chunks, on all ranks.
 
         Returns:
             `[T, D]`.
         """
-        outputs = staggered(
-            chunk.travel(compute, first=number == 0) for number, chunk in enumerate(self.chunks)
+        outputs = run_interleaved(
+            chunk.run(compute, is_first=index == 0) for index, chunk in enumerate(self.chunks)
         )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def staggered[Result](journeys: Iterable[Generator[None, None, Result]]) -> list[Result]:
-    """Run generators of equally many steps, each one step behind the one after it.
+def run_interleaved[Result](generators: Iterable[Generator[None, None, Result]]) -> list[Result]:
+    """Run generators of the same number of steps, each one step behind the next.
 
-    In every turn one more sets out first, then the others take a step, the newest first.
+    In every turn, one more generator starts; then each generator that has started takes one step,
+    the newest first.
     """
-    waiting, under_way, results = deque(journeys), deque[Generator[None, None, Result]](), []
-    while waiting or under_way:
-        if waiting:
-            under_way.appendleft(waiting.popleft())
-        for journey in list(under_way):
+    pending, started, results = deque(generators), deque[Generator[None, None, Result]](), []
+    while pending or started:
+        if pending:
+            started.appendleft(pending.popleft())
+        for generator in list(started):
             try:
-                next(journey)
+                next(generator)
             except StopIteration as end:
                 results.append(end.value)
-                under_way.remove(journey)
+                started.remove(generator)
     return results

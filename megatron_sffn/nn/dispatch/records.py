@@ -1,4 +1,4 @@
-"""What an exchange starts from, and what arrives of it."""
+"""The input of an exchange, and the tokens that it delivers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megatron_sffn.ops.block_ffn import Pairs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Requests:
-    """Which row needs which blocks: what is known, and sent, before rows travel.
+class RoutedPairs:
+    """The (row, block) pairs of a rank's rows, which are sent before the rows.
 
     Args:
-        pairs: `[P]`, which row needs which of all blocks, row by row, chunk after chunk.
+        pairs: `[P]` pairs with ids of all blocks of the grid, sorted by row and so by chunk.
         gates: `[P]` or None.
-        may_be_empty: whether a block of the pairs may be negative, which stands for none.
-        row_counts: rows of each chunk.
-        pair_counts: pairs of each chunk.
+        may_be_empty: True if a block id of `pairs` may be negative, for an empty place.
+        row_counts: number of rows of each chunk.
+        pair_counts: number of pairs of each chunk.
     """
 
     pairs: Pairs
@@ -33,58 +33,65 @@ class Requests:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """Rows of this rank with the blocks that they need.
+class DispatchInput:
+    """The rows of a rank and their pairs.
 
     Args:
-        rows: `[T, C]`, what meets the keys.
-        requests: of these rows.
-        output_bytes: of one row that comes back.
-        keep: whether the rows stay for the backward, which sends them again.
+        rows: `[T, C]`, tokens or their queries.
+        routed: the pairs of these rows.
+        output_bytes: bytes of one output row.
+        regather: True to keep `rows` until the backward pass, which dispatches them again.
     """
 
     rows: Tensor
-    requests: Requests
+    routed: RoutedPairs
     output_bytes: int
-    keep: bool
+    regather: bool
 
     @classmethod
     def of(
-        cls, rows: Tensor, routing: Routing, *, output_bytes: int, keep: bool, num_chunks: int = 1
-    ) -> Tokens:
-        """The tokens of a routing in chunks of almost equal size; nobody waits for the device."""
-        tokens, active = routing.block_ids.shape
-        index = torch.arange(tokens, dtype=torch.int32, device=rows.device)
-        bounds = [tokens * chunk // num_chunks for chunk in range(num_chunks + 1)]
+        cls,
+        rows: Tensor,
+        routing: Routing,
+        *,
+        output_bytes: int,
+        regather: bool,
+        num_chunks: int = 1,
+    ) -> DispatchInput:
+        """The input for a routing, in chunks of almost equal size; without a device sync."""
+        ids_TK = routing.block_ids
+        num_tokens, num_active = ids_TK.shape
+        row_T = torch.arange(num_tokens, dtype=torch.int32, device=rows.device)
+        bounds = [num_tokens * chunk // num_chunks for chunk in range(num_chunks + 1)]
         row_counts = [end - start for start, end in pairwise(bounds)]
-        requests = Requests(
+        routed = RoutedPairs(
             pairs=Pairs(
-                rows=index[:, None].expand(tokens, active).reshape(-1),
-                blocks=routing.block_ids.reshape(-1).int(),
+                rows=row_T[:, None].expand(num_tokens, num_active).reshape(-1),
+                blocks=ids_TK.reshape(-1).int(),
             ),
             gates=None if routing.gates is None else routing.gates.reshape(-1),
             may_be_empty=routing.may_be_empty,
             row_counts=row_counts,
-            pair_counts=[count * active for count in row_counts],
+            pair_counts=[count * num_active for count in row_counts],
         )
-        return cls(rows=rows, requests=requests, output_bytes=output_bytes, keep=keep)
+        return cls(rows=rows, routed=routed, output_bytes=output_bytes, regather=regather)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arrived:
-    """What arrived on this rank of a chunk of all ranks' tokens.
+class DispatchedTokens:
+    """The tokens of all ranks that this rank computes, for one chunk.
 
     Args:
-        rows: `[R, D]`.
-        pairs: which row meets which of this rank's blocks.
+        rows: `[R, C]`.
+        pairs: `[P]` pairs of these rows and the blocks of this rank.
         gates: `[P]` in the order of `pairs`, or None.
-        rows_again: sends the rows once more, not differentiably; all ranks must call it together.
-            None where nobody asked for it.
-        first: whether it is the first chunk.
+        regather: dispatches the rows again, not differentiable; all ranks must call it together.
+            None if the rows are kept until the backward pass.
+        is_first_chunk: True for the first chunk of the call.
     """
 
     rows: Tensor
     pairs: Pairs
     gates: Tensor | None
-    rows_again: Callable[[], Tensor] | None
-    first: bool
+    regather: Callable[[], Tensor] | None
+    is_first_chunk: bool

@@ -32,7 +32,7 @@ from megatron_sffn.nn.config import (
     SparseFFNTransformerConfig,
     flag,
 )
-from megatron_sffn.nn.load_balancing import BALANCE_LOSSES, Balance, losses_reach_scores
+from megatron_sffn.nn.load_balancing import BALANCE_LOSSES, LoadBalancing, losses_reach_scores
 from megatron_sffn.nn.routers.base import NO_BLOCK, Router, Routing
 from megatron_sffn.nn.routers.groups import check_groups, in_best_groups
 from megatron_sffn.nn.saved_bytes import FP32, INT64, LayerCall, SavedBytes
@@ -230,7 +230,7 @@ class ScoredRouter(Router):
         super().__init__(**arguments)
         assert isinstance(self.sffn.router, ScoredConfig)
         self.settings = self.sffn.router
-        self.balance = Balance(
+        self.balance = LoadBalancing(
             self.config, arguments["pg_collection"], self.settings.entropy_coefficient
         )
 

@@ -1,4 +1,4 @@
-"""Gradients of tables that are added to Megatron's `main_grad` by the backward of `block_ffn`."""
+"""Gradients that the backward pass of `block_ffn` adds to Megatron's `main_grad`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ VARIANTS = {
     "in chunks": Variant("switch", sffn=(("exchange_chunks", 3),)),
     "pkm in chunks": Variant("pkm", sffn=(("exchange_chunks", 3),)),
 }
-"""Keys that the router does not differentiate, keys that it does, values alone, and tables that are
-used once for each chunk of a microbatch."""
+"""Keys that the router does not differentiate, keys that it differentiates, values without keys,
+and tables that are used once per chunk of a microbatch."""
 
 LAYOUTS = {
     "one rank": Layout(dtype=torch.float32),
@@ -33,8 +33,8 @@ LAYOUTS = {
 
 
 def gradients(layout: Layout, *, direct: bool) -> list[dict[str, Any]]:
-    """Of a step of several microbatches, for each variant; with the marks on the tables."""
-    warnings.simplefilter("ignore")  # Megatron's own, of its experimental models
+    """Gradients of a step of several microbatches, and the marks on the tables, per variant."""
+    warnings.simplefilter("ignore")  # Megatron warns about its experimental models
     if not direct:
         main_grad.buffer_of = lambda table: None
     return [_step(variant, layout) for variant in VARIANTS.values()]
@@ -58,7 +58,7 @@ def _step(variant: Variant, layout: Layout) -> dict[str, Any]:
         "grads": parts([chunk], "main_grad"),
         "tables": set(tables),
         "marked": marked,
-        "left": [name for name, weight in chunk.named_parameters() if weight.grad is not None],
+        "remaining": [name for name, weight in chunk.named_parameters() if weight.grad is not None],
     }
 
 
@@ -70,19 +70,21 @@ def _microbatch(chunk: Any, batch: Any) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_adding_to_main_grad_gives_the_gradients_of_autograd(name: str) -> None:
     layout = LAYOUTS[name]
-    direct, usual = (
+    direct, autograd = (
         run_ranks(
-            layout.world_size, partial(gradients, layout, direct=on), **layout.megatron_sizes()
+            layout.world_size,
+            partial(gradients, layout, direct=is_direct),
+            **layout.megatron_sizes(),
         )
-        for on in (True, False)
+        for is_direct in (True, False)
     )
-    for rank_direct, rank_usual in zip(direct, usual, strict=True):
-        for variant, ours, theirs in zip(VARIANTS, rank_direct, rank_usual, strict=True):
-            assert ours["marked"] == ours["tables"] != set(), variant
-            assert not theirs["marked"]
-            assert not ours["left"], "a gradient outlived its microbatch"
+    for rank_direct, rank_autograd in zip(direct, autograd, strict=True):
+        for variant, actual, reference in zip(VARIANTS, rank_direct, rank_autograd, strict=True):
+            assert actual["marked"] == actual["tables"] != set(), variant
+            assert not reference["marked"]
+            assert not actual["remaining"], "a gradient outlived its microbatch"
             for (weight, *_, grad), (*_, expected) in zip(
-                ours["grads"], theirs["grads"], strict=True
+                actual["grads"], reference["grads"], strict=True
             ):
                 error = (grad - expected).norm() / expected.norm()
                 assert error < 1e-6, f"{variant}, {weight}: {error:.1e}"

@@ -1,4 +1,4 @@
-"""The proof: on every layout, training steps compute what one rank computes, in float64."""
+"""The layout proof: training steps on every layout equal those of one rank, in float64."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ RECOMPUTED = {
 
 
 THOROUGH = ["avg-k", "vanilla-m", "rand-hash", "switch"]
-"""On all layouts; the other routers share their code."""
+"""Routers that are tested on all layouts; the other routers share their code."""
 SOME = ["TP2 EP2 folded", "TP2 ETP2", "PP2 VPP2 EP2 moe", "TP2 PP2 full"]
-"""Layouts of all routers: each kind of parallelism, both dispatchers, and recomputation."""
+"""Layouts for all routers: each kind of parallelism, both dispatchers, and recomputation."""
 
 
 FAST = {*SOME, "TP2 PP2 EP4", "EP2 x DP2"}
 """Layouts of `make test`; the others are for `make test-slow`."""
 
 
-def on(layouts: dict[str, Layout]) -> list[tuple[str, str]]:
-    """(layout, router) for which there is a test."""
+def tested_pairs(layouts: dict[str, Layout]) -> list[tuple[str, str]]:
+    """The (layout, router) pairs that are tested."""
     return [
         (name, router)
         for name, layout in layouts.items()
@@ -69,65 +69,67 @@ def on(layouts: dict[str, Layout]) -> list[tuple[str, str]]:
 
 
 def cases(layouts: dict[str, Layout]) -> list[Any]:
-    """The same as parameters of a test, marked slow where the layout is not a fast one."""
+    """`tested_pairs` as parameters of a test, marked slow unless the layout is in `FAST`."""
     return [
         pytest.param(name, router) if name in FAST else slow(name, router)
-        for name, router in on(layouts)
+        for name, router in tested_pairs(layouts)
     ]
 
 
 @cache
 def trained(layout: Layout, variants: tuple[Variant, ...]) -> dict[Variant, Trained]:
-    """Several layers on a layout, in one world."""
+    """Train several variants on a layout, in one set of processes."""
     results = run_ranks(layout.world_size, run, layout, list(variants), **layout.megatron_sizes())
     parts = zip(*results, strict=True)
     return {variant: join(list(ranks)) for variant, ranks in zip(variants, parts, strict=True)}
 
 
-def of_router(name: str, router: str, layouts: dict[str, Layout]) -> Trained:
-    """What a layout, with all routers that are tested on it, gives for one."""
-    together = tuple(Variant(other) for where, other in on(layouts) if where == name)
-    return trained(layouts[name], together)[Variant(router)]
+def trained_router(name: str, router: str, layouts: dict[str, Layout]) -> Trained:
+    """The result of a router; all routers of a layout train in one set of processes."""
+    pairs = tested_pairs(layouts)
+    variants = tuple(Variant(name_of_router) for layout, name_of_router in pairs if layout == name)
+    return trained(layouts[name], variants)[Variant(router)]
 
 
 def one_rank(router: str, **changes: Any) -> Trained:
-    """The oracle."""
+    """The result of a router on one rank, the oracle."""
     return trained(Layout(**changes), tuple(map(Variant, SPARSE)))[Variant(router)]
 
 
 def assert_same(
-    found: Trained, expected: Trained, rtol: float, atol: float, *, sharded: bool = False
+    actual: Trained, expected: Trained, rtol: float, atol: float, *, sharded: bool = False
 ) -> None:
-    """Everything agrees; gradients too, unless they are sharded over replicas."""
-    assert found.losses == pytest.approx(expected.losses, rel=rtol)
-    assert found.grad_norms == pytest.approx(expected.grad_norms, rel=max(rtol, 1e-6))
+    """All results agree; gradients too, unless they are sharded over data-parallel ranks."""
+    assert actual.losses == pytest.approx(expected.losses, rel=rtol)
+    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=max(rtol, 1e-6))
     for kind in ("grads", "weights"):
-        theirs, ours = getattr(expected, kind), getattr(found, kind)
+        expected_tensors, tensors = getattr(expected, kind), getattr(actual, kind)
         if kind == "grads" and sharded:
-            assert not ours
+            assert not tensors
             continue
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
+        assert tensors.keys() == expected_tensors.keys()
+        for name, tensor in tensors.items():
+            expected_tensor = expected_tensors[name].to(tensor.dtype)
             torch.testing.assert_close(
-                ours[name], value.to(ours[name].dtype), rtol=rtol, atol=atol, msg=f"{kind} {name}"
+                tensor, expected_tensor, rtol=rtol, atol=atol, msg=f"{kind} {name}"
             )
-    assert found.balance.keys() == expected.balance.keys()
+    assert actual.balance.keys() == expected.balance.keys()
     for layer, bias in expected.balance.items():
-        assert torch.equal(found.balance[layer], bias)
+        assert torch.equal(actual.balance[layer], bias)
 
 
 @pytest.mark.parametrize(("name", "router"), cases(LAYOUTS))
-def test_a_layout_trains_the_model_of_one_rank(name: str, router: str) -> None:
-    assert_same(of_router(name, router, LAYOUTS), one_rank(router), 1e-8, 1e-10)
+def test_every_layout_trains_the_model_of_one_rank(name: str, router: str) -> None:
+    assert_same(trained_router(name, router, LAYOUTS), one_rank(router), 1e-8, 1e-10)
 
 
 @pytest.mark.parametrize(("name", "router"), cases(RECOMPUTED))
-def test_recomputation_trains_the_same_model(name: str, router: str) -> None:
-    assert_same(of_router(name, router, RECOMPUTED), one_rank(router), 1e-8, 1e-10)
+def test_recomputation_trains_the_model_of_one_rank(name: str, router: str) -> None:
+    assert_same(trained_router(name, router, RECOMPUTED), one_rank(router), 1e-8, 1e-10)
 
 
-def test_tokens_in_chunks_train_the_same_model() -> None:
-    # 4 tokens of a microbatch on each rank; on two nodes, and computed again in the backward.
+def test_tokens_in_chunks_train_the_model_of_one_rank() -> None:
+    # Each rank has 4 tokens of a microbatch; two nodes, and full recomputation.
     layout = Layout(world_size=4, tp=2, ep=4, recompute="full")
     chunks = (("exchange_chunks", 3), ("node_size", 2))
     routers = ("switch", "avg-k", "pkm")
@@ -136,8 +138,8 @@ def test_tokens_in_chunks_train_the_same_model() -> None:
         assert_same(results[Variant(router, sffn=chunks)], one_rank(router), 1e-8, 1e-10)
 
 
-# Megatron's distributed optimizer has fp32 and half precision only: sums of products of a hundred
-# numbers differ by their order in the 6th digit, and Adam divides by small ones.
+# Megatron's distributed optimizer has only fp32 and half precision. In fp32 the order of a sum of a
+# hundred products changes its 6th digit, and Adam divides by small numbers.
 DISTRIBUTED_OPTIMIZER = {
     name: replace(layout, distributed_optimizer=True, dtype=torch.float32)
     for name, layout in {
@@ -151,9 +153,9 @@ DISTRIBUTED_OPTIMIZER = {
 
 
 @pytest.mark.parametrize(("name", "router"), cases(DISTRIBUTED_OPTIMIZER))
-def test_the_distributed_optimizer_trains_the_same_model(name: str, router: str) -> None:
-    found = of_router(name, router, DISTRIBUTED_OPTIMIZER)
-    assert_same(found, one_rank(router, dtype=torch.float32), 1e-3, 2e-4, sharded=True)
+def test_the_distributed_optimizer_trains_the_model_of_one_rank(name: str, router: str) -> None:
+    actual = trained_router(name, router, DISTRIBUTED_OPTIMIZER)
+    assert_same(actual, one_rank(router, dtype=torch.float32), 1e-3, 2e-4, sharded=True)
 
 
 LOSSES = (
@@ -169,7 +171,7 @@ BALANCED = (
     Variant("vanilla-m", (("gate", "sigmoid"),), megatron=LOSSES),
     Variant("lorkm", megatron=LOSSES),
 )
-"""Layers with every loss that is of one microbatch, and the bias."""
+"""Variants with every loss of a single microbatch, and the expert bias."""
 
 
 @pytest.mark.parametrize("variant", BALANCED, ids=lambda variant: variant.router)
@@ -180,18 +182,19 @@ BALANCED = (
         *(slow(name) for name in ("DP2", "PP2 VPP2", "EP2 ETP2", "TP2 PP2 full")),
     ],
 )
-def test_balance_does_not_depend_on_the_layout(name: str, variant: Variant) -> None:
-    one, layout = trained(Layout(), BALANCED)[variant], (LAYOUTS | RECOMPUTED)[name]
-    assert_same(trained(layout, BALANCED)[variant], one, 1e-8, 1e-10)
-    # Sparse layers are 1, 3 and 4; biases have moved, and not all alike.
-    assert sorted(one.balance) == [1, 3, 4]
-    assert all(len(bias.unique()) > 1 for bias in one.balance.values())
-    # The losses act: without them the weights that make the scores are others.
-    scores = "mlp.router.weight" if variant.router == "switch" else "mlp.experts.keys"
-    plain = one_rank(variant.router)
-    changed = [name for name in one.grads if name.endswith(scores)]
-    assert changed
-    assert not any(torch.allclose(one.grads[n], plain.grads[n], rtol=1e-3) for n in changed)
+def test_load_balancing_does_not_depend_on_the_layout(name: str, variant: Variant) -> None:
+    expected, layout = trained(Layout(), BALANCED)[variant], (LAYOUTS | RECOMPUTED)[name]
+    assert_same(trained(layout, BALANCED)[variant], expected, 1e-8, 1e-10)
+    # Sparse layers are 1, 3 and 4; their biases have moved, by different amounts.
+    assert sorted(expected.balance) == [1, 3, 4]
+    assert all(len(bias.unique()) > 1 for bias in expected.balance.values())
+    # The losses have an effect: without them, the weights of the scores have other gradients.
+    weight = "mlp.router.weight" if variant.router == "switch" else "mlp.experts.keys"
+    without_losses = one_rank(variant.router)
+    keys = [key for key in expected.grads if key.endswith(weight)]
+    assert keys
+    for key in keys:
+        assert not torch.allclose(expected.grads[key], without_losses.grads[key], rtol=1e-3)
 
 
 VARIANTS = {
@@ -211,12 +214,12 @@ VARIANTS = {
         megatron=(("moe_expert_capacity_factor", 0.5), ("moe_token_drop_policy", "position")),
     ),
 }
-"""Ablations."""
+"""Ablations and options, each on a router that has it."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["EP2 ETP2", slow("TP2 PP2 full")])
-def test_an_ablation_does_not_depend_on_the_layout(name: str, variant: str) -> None:
-    layout, together = (LAYOUTS | RECOMPUTED)[name], tuple(VARIANTS.values())
-    found = trained(layout, together)[VARIANTS[variant]]
-    assert_same(found, trained(Layout(), together)[VARIANTS[variant]], 1e-8, 1e-10)
+def test_ablations_do_not_depend_on_the_layout(name: str, variant: str) -> None:
+    layout, variants = (LAYOUTS | RECOMPUTED)[name], tuple(VARIANTS.values())
+    actual, expected = (trained(on, variants)[VARIANTS[variant]] for on in (layout, Layout()))
+    assert_same(actual, expected, 1e-8, 1e-10)
