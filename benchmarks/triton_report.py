@@ -34,7 +34,7 @@ from benchmarks import triton_starts
 from megatron_sffn.ops import device, triton_launch
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn import triton_fused, triton_grouped, triton_masked
-from megatron_sffn.ops.block_ffn.function import Products
+from megatron_sffn.ops.block_ffn.autograd import Products
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.route_topk import triton as topk
 from megatron_sffn.utils.errors import ConfigError, run_command

@@ -66,7 +66,7 @@ ALLOWED: dict[str, dict[str, int]] = {
     "switch, capacity": EMPTY_PLACES,
     "sigma-moe, dropout": EMPTY_PLACES,
     # A loop over blocks has to know where they begin.
-    "backend torch": {"ops/block_ffn/loop.py:_host_offsets": 1},
+    "backend torch": {"ops/block_ffn/torch_backend.py:_host_offsets": 1},
 }
 """Case -> `file:function` -> waits of one forward and backward pass."""
 

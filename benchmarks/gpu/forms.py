@@ -28,7 +28,7 @@ FUSED, FUSED_PRODUCTS = "triton_fused", ("up_activated", "down_backward_activate
 
 IN_TIME: dict[str, tuple[int, int]] = {
     "torch": (64, 1 << 30),
-    "loop": (64, 1 << 30),
+    "torch_backend": (64, 1 << 30),
     "bags": (1, 1),
 }
 """Backend or module -> least and largest g at which it ends in time: the loop's launches grow with

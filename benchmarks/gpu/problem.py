@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.blocks.problem import Problem
 from megatron_sffn.ops.activation import Activation
-from megatron_sffn.ops.block_ffn import loop
+from megatron_sffn.ops.block_ffn import torch_backend
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 
 LOADS = ("uniform", "skewed", "empty")
@@ -117,5 +117,5 @@ def sorted_pairs(ids: Tensor, num_blocks: int) -> Sorted:
     rows = torch.arange(tokens, dtype=torch.int32, device=ids.device).repeat_interleave(active)
     blocks = ids.reshape(-1).int()
     rows, blocks = rows[blocks >= 0], blocks[blocks >= 0]
-    order, offsets = loop.sort(blocks, num_blocks)
+    order, offsets = torch_backend.sort(blocks, num_blocks)
     return Sorted(rows=rows.index_select(0, order), offsets=offsets)

@@ -1,6 +1,6 @@
 """`to_rows` with the result at rest: a program owns a tile of it and meets the blocks one by one.
 
-Inputs and outputs: as `function.Products.to_rows`, the same bits every time. As a command it prints
+Inputs and outputs: as `autograd.Products.to_rows`, the same bits every time. As a command it prints
 what the compiler makes of the kernel for sm_90: `python -m benchmarks.prototypes.token_stationary`.
 
 Design notes:
@@ -66,7 +66,7 @@ TILES = [
 def to_rows(
     coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int, tile: Tile
 ) -> Tensor:
-    """The sum of each row's weighted cells, as `function.Products.to_rows`."""
+    """The sum of each row's weighted cells, as `autograd.Products.to_rows`."""
     result = table.new_empty(num_rows, table.shape[2])
     programs, arguments = _start(coefficients, table, pairs, result, tile)
     triton_launch.launch(to_rows_kernel, programs, warps=tile.warps, stages=2, **arguments)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.ops import Activation, block_ffn
-from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs, cpu, loop
+from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs, cpu, torch_backend
 from megatron_sffn.utils.errors import ConfigError
 
 BACKENDS = ["naive", "torch", "cpu"]
@@ -148,8 +148,8 @@ def pairs_of(case: str) -> Pairs:
 )
 @pytest.mark.parametrize("scratch", [1, 1 << 20])
 def test_edges_against_the_oracle(case: str, scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "SCRATCH_BYTES", scratch)
-    monkeypatch.setattr(loop, "SMALLEST_PIECE", 3)
+    monkeypatch.setattr(torch_backend, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(torch_backend, "SMALLEST_PIECE", 3)
     results = []
     for backend in BACKENDS:
         x, keys, values = (t.requires_grad_() for t in make(4))

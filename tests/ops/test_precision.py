@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from megatron_sffn.ops import block_ffn
-from megatron_sffn.ops.block_ffn import loop, main_grad
+from megatron_sffn.ops.block_ffn import main_grad, torch_backend
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 
 ONE_ROUNDING = 1.7e-3
@@ -27,13 +27,13 @@ def test_a_table_gradient_of_many_pieces_is_rounded_about_once(
         rows=torch.arange(4096, dtype=torch.int32), offsets=torch.tensor([0, 0, 4096, 4096])
     )
     exact = coefficients.double().T @ rows.double()
-    monkeypatch.setattr(loop, "SMALLEST_PIECE", 32)
-    monkeypatch.setattr(loop, "SCRATCH_BYTES", 1)
-    result = loop.to_table(coefficients, rows, pairs)
+    monkeypatch.setattr(torch_backend, "SMALLEST_PIECE", 32)
+    monkeypatch.setattr(torch_backend, "SCRATCH_BYTES", 1)
+    result = torch_backend.to_table(coefficients, rows, pairs)
     assert result.dtype == torch.bfloat16 and not result[[0, 2]].any()
     assert error(result[1], exact) < 1.45 * ONE_ROUNDING
     buffer = torch.ones(3, 8, 32)
-    assert loop.to_table(coefficients, rows, pairs, into=buffer) is buffer
+    assert torch_backend.to_table(coefficients, rows, pairs, into=buffer) is buffer
     assert error(buffer[1] - 1, exact) < 1.05 * ONE_ROUNDING
     assert (buffer[[0, 2]] == 1).all()
 

@@ -126,7 +126,7 @@ def test_gradients_of_tables_are_added_to_a_buffer(backend: str) -> None:
     torch.manual_seed(0)
     products = {"grouped": grouped, "masked": masked, "bags": bags}.get(backend)
     if products is None:
-        from megatron_sffn.ops.block_ffn import loop as products
+        from megatron_sffn.ops.block_ffn import torch_backend as products
     from megatron_sffn.ops.block_ffn.pairs import Sorted
 
     pairs = load("skewed", 5)

@@ -21,7 +21,7 @@ from megatron_sffn.ops.block_ffn import (
     Pairs,
     block_ffn_pairs,
     epilogue,
-    loop,
+    torch_backend,
     triton,
     triton_fused,
     triton_grouped,
@@ -141,7 +141,7 @@ def _scores(blocks: int) -> Tensor:
 def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str, float]:
     pairs, rows, (cells, width) = _pairs(case, device), CASES[case], SIZES[size]
     order, offsets = triton.sort(pairs.blocks, B)
-    expected = loop.sort(pairs.blocks, B)
+    expected = torch_backend.sort(pairs.blocks, B)
     assert torch.equal(order, expected[0]) and torch.equal(offsets, expected[1])
     assert (order.dtype, offsets.dtype) == (torch.int32, torch.int64)
     by_block = Sorted(rows=pairs.rows[order.long()], offsets=offsets, order=order)
@@ -153,7 +153,7 @@ def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str
         ("to_rows", (h, table), (by_block, rows)),
         ("to_table", (h, x), (by_block,)),
     ):
-        exact = getattr(loop, name)(*(t.double() for t in arguments), *rest)
+        exact = getattr(torch_backend, name)(*(t.double() for t in arguments), *rest)
         for form, products in FORMS.items():
             ours = getattr(products, name)(*arguments, *rest)
             if device != "cpu":  # the interpreter has one order only
@@ -196,9 +196,9 @@ def _fused(
         *triton_fused.down_backward_activated(dy, values, by_block, ups, gates, activation),
     )
     exact_gates = None if gates is None else gates.double()
-    dh = loop.to_pairs(dy.double(), values.double(), by_block)
+    dh = torch_backend.to_pairs(dy.double(), values.double(), by_block)
     exact = (
-        loop.to_pairs(x.double(), keys.double(), by_block),
+        torch_backend.to_pairs(x.double(), keys.double(), by_block),
         epilogue.activated(ups.double(), exact_gates, activation),
         *epilogue.backward(ups.double(), dh, exact_gates, activation),
     )

@@ -1,6 +1,6 @@
 """The products of rows and single cells by `torch.nn.functional.embedding_bag`.
 
-Inputs: contiguous tensors on any device, in any dtype. Outputs: as `function.Products`, the same
+Inputs: contiguous tensors on any device, in any dtype. Outputs: as `autograd.Products`, the same
 bits every time.
 
 Design notes:
@@ -45,12 +45,12 @@ def blocks_of(pairs: Sorted) -> Tensor:
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """The stable order of blocks, and their offsets, as `function.Products.sort`."""
+    """The stable order of blocks, and their offsets, as `autograd.Products.sort`."""
     return sort_by_block(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """Each row times the cells of each of its blocks, as `function.Products.to_pairs`."""
+    """Each row times the cells of each of its blocks, as `autograd.Products.to_pairs`."""
     _, cells, width = table.shape
     result = rows.new_empty(len(pairs.rows), cells)
     wide, blocks = torch.promote_types(rows.dtype, torch.float32), blocks_of(pairs)
@@ -64,7 +64,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """The sum of each row's weighted cells, as `function.Products.to_rows`."""
+    """The sum of each row's weighted cells, as `autograd.Products.to_rows`."""
     cells, width = table.shape[1:]
     if not len(pairs.rows):
         return table.new_zeros(num_rows, width)
@@ -78,7 +78,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """The sum of each cell's weighted rows, as `function.Products.to_table`."""
+    """The sum of each cell's weighted rows, as `autograd.Products.to_table`."""
     blocks, cells = len(pairs.offsets) - 1, coefficients.shape[1]
     result = rows.new_zeros(blocks, cells, rows.shape[1]) if into is None else into
     if not len(pairs.rows):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from megatron_sffn.ops.block_ffn import loop
-from megatron_sffn.ops.block_ffn.function import Products
+from megatron_sffn.ops.block_ffn import torch_backend
+from megatron_sffn.ops.block_ffn.autograd import Products
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.compiled import kernels
 
@@ -26,10 +26,10 @@ def products(dtype: torch.dtype, cells: int) -> Products:
     """The fastest for a dtype and the cells of a block."""
     compiled = _compiled()
     if compiled is None:
-        return loop
+        return torch_backend
     if dtype in (torch.float32, torch.float64):
         return compiled
-    return _Widened(compiled) if cells < FEW_CELLS else loop
+    return _Widened(compiled) if cells < FEW_CELLS else torch_backend
 
 
 @functools.cache

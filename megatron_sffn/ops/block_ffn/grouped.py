@@ -1,7 +1,7 @@
 """The products of rows and blocks by `torch.nn.functional.grouped_mm`: a group for each block.
 
 Inputs: contiguous tensors, bf16 on a GPU of capability 9.0 or newer; what torch serves on a CPU
-(fp32, bf16, fp16), where this form exists for tests. Outputs: as `function.Products`, the same bits
+(fp32, bf16, fp16), where this form exists for tests. Outputs: as `autograd.Products`, the same bits
 every time.
 
 Design notes:
@@ -68,12 +68,12 @@ def refusal_of_widths(widths: dict[str, int], multiple: int = MULTIPLE) -> str |
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """The stable order of blocks, and their offsets, as `function.Products.sort`."""
+    """The stable order of blocks, and their offsets, as `autograd.Products.sort`."""
     return sort_by_block(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """Each row times the cells of each of its blocks, as `function.Products.to_pairs`."""
+    """Each row times the cells of each of its blocks, as `autograd.Products.to_pairs`."""
     table, longest = aligned(table), _count(rows.shape[1] * rows.itemsize)
     products = []
     for chunk in _chunks(pairs):
@@ -86,7 +86,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """The sum of each row's weighted cells, as `function.Products.to_rows`."""
+    """The sum of each row's weighted cells, as `autograd.Products.to_rows`."""
     width = table.shape[2]
     if not len(pairs.rows):
         return table.new_zeros(num_rows, width)
@@ -109,7 +109,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """The sum of each cell's weighted rows, as `function.Products.to_table`."""
+    """The sum of each cell's weighted rows, as `autograd.Products.to_table`."""
     blocks, (count, cells), width = len(pairs.offsets) - 1, coefficients.shape, rows.shape[1]
     if not count:
         return rows.new_zeros(blocks, cells, width) if into is None else into

@@ -1,6 +1,6 @@
 """The products of rows and blocks as dense products of all rows with all cells, by torch's matmul.
 
-Inputs: contiguous tensors on any device, in any dtype. Outputs: as `function.Products`.
+Inputs: contiguous tensors on any device, in any dtype. Outputs: as `autograd.Products`.
 
 Design notes:
 - It computes E = B·R/P times as much as is asked for, at the full speed of a dense product, and
@@ -34,12 +34,12 @@ at one address all the time."""
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """The stable order of blocks, and their offsets, as `function.Products.sort`."""
+    """The stable order of blocks, and their offsets, as `autograd.Products.sort`."""
     return sort_by_block(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """Each row times the cells of each of its blocks, as `function.Products.to_pairs`."""
+    """Each row times the cells of each of its blocks, as `autograd.Products.to_pairs`."""
     if not pairs.distinct:
         return bags.to_pairs(rows, table, pairs)
     blocks, cells, _ = table.shape
@@ -57,7 +57,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """The sum of each row's weighted cells, as `function.Products.to_rows`."""
+    """The sum of each row's weighted cells, as `autograd.Products.to_rows`."""
     if not pairs.distinct:
         return bags.to_rows(coefficients, table, pairs, num_rows)
     blocks, cells, width = table.shape
@@ -73,7 +73,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """The sum of each cell's weighted rows, as `function.Products.to_table`."""
+    """The sum of each cell's weighted rows, as `autograd.Products.to_table`."""
     if not pairs.distinct:
         return bags.to_table(coefficients, rows, pairs, into)
     blocks, cells, width = len(pairs.offsets) - 1, coefficients.shape[1], rows.shape[1]

@@ -30,6 +30,6 @@ def block_ffn(
 
 
 def weighted_values(num_rows: int, values: Tensor, pairs: Pairs, gates: Tensor) -> Tensor:
-    """The oracle of `function.weighted_values`: one vector per pair."""
+    """The oracle of `autograd.weighted_values`: one vector per pair."""
     weighted = gates.to(values.dtype)[:, None] * values[pairs.blocks, 0]
     return values.new_zeros(num_rows, values.shape[2]).index_add(0, pairs.rows, weighted)

@@ -11,18 +11,18 @@ from torch import Tensor
 from megatron_sffn.ops import backends, device
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn import (
+    autograd,
     bags,
     check,
     choice,
     cpu,
-    function,
     grouped,
-    loop,
     masked,
     naive,
     quack,
+    torch_backend,
 )
-from megatron_sffn.ops.block_ffn.function import Products
+from megatron_sffn.ops.block_ffn.autograd import Products
 from megatron_sffn.ops.block_ffn.pairs import Pairs, pairs_of_ids
 from megatron_sffn.utils.errors import ConfigError
 
@@ -104,10 +104,10 @@ def block_ffn_pairs(
         assert gates is not None  # as checked
         if products is None:
             return naive.weighted_values(len(x), values, pairs, gates)
-        return function.weighted_values(len(x), values, pairs, gates, products)
+        return autograd.weighted_values(len(x), values, pairs, gates, products)
     if products is None:
         return naive.block_ffn(x, keys, values, pairs, gates, activation)
-    return function.block_ffn(x, keys, values, pairs, gates, activation, products, rows_again)
+    return autograd.block_ffn(x, keys, values, pairs, gates, activation, products, rows_again)
 
 
 def sort_stably(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ def sort_stably(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
     Returns:
         Their stable order `[P]` int32, and `[N + 1]` int64: where in it each key begins.
     """
-    products = loop if device.is_gpu(keys) else cpu.products(torch.float32, cells=1)
+    products = torch_backend if device.is_gpu(keys) else cpu.products(torch.float32, cells=1)
     return products.sort(keys, num_keys)
 
 
@@ -157,7 +157,7 @@ def _products(backend: str, values: Tensor) -> Products | None:
             kernels: Products = backends.triton_for(_triton, values)
             return kernels
         case "torch":
-            return loop
+            return torch_backend
         case "grouped":
             return grouped
         case "quack":

@@ -111,7 +111,7 @@ class Sorted:
 
 
 def sort_by_block(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """`function.Products.sort` in plain torch; does not wait for the device.
+    """`autograd.Products.sort` in plain torch; does not wait for the device.
 
     Args:
         blocks: `[P]` int32 in [0, num_blocks).

@@ -1,7 +1,7 @@
 """The products of rows and blocks by the package quack-kernels: grouped, with rows read by index.
 
 Inputs: contiguous tensors on a GPU of capability 8.0 or newer, in bf16 or fp16. Outputs: as
-`function.Products`, the same bits every time.
+`autograd.Products`, the same bits every time.
 
 Design notes:
 - Two of the three products read rows where they lie (`A_idx`), so that no copy per pair exists, and
@@ -65,12 +65,12 @@ def kernels() -> Any:
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """The stable order of blocks, and their offsets, as `function.Products.sort`."""
+    """The stable order of blocks, and their offsets, as `autograd.Products.sort`."""
     return sort_by_block(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """Each row times the cells of each of its blocks, as `function.Products.to_pairs`."""
+    """Each row times the cells of each of its blocks, as `autograd.Products.to_pairs`."""
     result = rows.new_empty(len(pairs.rows), table.shape[1])
     if len(result):
         kernels().gemm(
@@ -85,7 +85,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """The sum of each row's weighted cells, as `function.Products.to_rows`."""
+    """The sum of each row's weighted cells, as `autograd.Products.to_rows`."""
     width = table.shape[2]
     if not len(pairs.rows):
         return table.new_zeros(num_rows, width)
@@ -103,7 +103,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """The sum of each cell's weighted rows, as `function.Products.to_table`."""
+    """The sum of each cell's weighted rows, as `autograd.Products.to_table`."""
     shape = len(pairs.offsets) - 1, coefficients.shape[1], rows.shape[1]
     if not len(pairs.rows):
         return rows.new_zeros(shape) if into is None else into

@@ -1,7 +1,7 @@
 """The products of rows and blocks on a GPU, in Triton, for fp32, bf16 and fp16.
 
 Enters: contiguous tensors on a GPU; on a CPU only where `TRITON_INTERPRET=1` was set before the
-import. Leaves: the results of `function.Products`, the same bits every time.
+import. Leaves: the results of `autograd.Products`, the same bits every time.
 
 Choices
 - Two forms of each product: grouped, which moves rows, and masked, which multiplies all rows with
@@ -52,18 +52,18 @@ MOVES = {"to_pairs": 1 / L2, "to_rows": 2 / MEMORY, "to_table": 1 / L2}
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """See `function.Products`."""
+    """See `autograd.Products`."""
     return triton_grouped.sort(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """See `function.Products`."""
+    """See `autograd.Products`."""
     form = choose("to_pairs", rows.dtype, pairs, len(rows), table.shape[1])
     return form.to_pairs(rows, table, pairs)
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """See `function.Products`."""
+    """See `autograd.Products`."""
     form = choose("to_rows", table.dtype, pairs, num_rows, table.shape[1])
     return form.to_rows(coefficients, table, pairs, num_rows)
 
@@ -71,7 +71,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """See `function.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
+    """See `autograd.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
     form = choose("to_table", rows.dtype, pairs, len(rows), coefficients.shape[1])
     return form.to_table(coefficients, rows, pairs, into)
 
@@ -79,7 +79,7 @@ def to_table(
 def up_activated(
     x: Tensor, keys: Tensor, pairs: Sorted, gates: Tensor | None, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    """See `function.Products`; the masked form has no fused kernel, and the epilogue follows it."""
+    """See `autograd.Products`; the masked form has no fused kernel, and the epilogue follows it."""
     form = choose("to_pairs", keys.dtype, pairs, len(x), keys.shape[1])
     if form is triton_grouped:
         return triton_fused.up_activated(x, keys, pairs, gates, activation)
@@ -95,7 +95,7 @@ def down_backward_activated(
     gates: Tensor | None,
     activation: Activation,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `function.Products` and `up_activated`."""
+    """See `autograd.Products` and `up_activated`."""
     form = choose("to_pairs", values.dtype, pairs, len(dy), values.shape[1])
     if form is triton_grouped:
         return triton_fused.down_backward_activated(dy, values, pairs, ups, gates, activation)

@@ -1,13 +1,13 @@
 """The products of rows and blocks on a GPU as grouped GEMMs: each block's pairs and its cells.
 
-Inputs: contiguous tensors. Outputs: the results of `function.Products`, the same bits every time.
+Inputs: contiguous tensors. Outputs: the results of `autograd.Products`, the same bits every time.
 
 Choices
 - Two of the three products are one grouped GEMM: a program owns a tile of one block's pairs and a
   tile of columns. It reads rows by index; gathered rows never lie in memory. Which tile belongs to
   which block is worked out on the device: no product waits for the host.
-- `to_rows` writes each pair's part in the input's dtype, as `loop` rounds it, then sums a row's
-  parts in fp32. Against fp32 atomics this moves less (367/g against 585/g of a dense product's
+- `to_rows` writes each pair's part in the input's dtype, as `torch_backend` rounds it, then sums a
+  row's parts in fp32. Against fp32 atomics this moves less (367/g against 585/g of a dense product's
   time, derived for an H200) and does not depend on the order of arrival. It goes by groups of
   columns, so that the parts never outgrow the largest of R·D numbers, `PARTS_BYTES` and P times one
   tile of columns. Each group reads the coefficients from memory again.
@@ -111,12 +111,12 @@ class Schedule:
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """See `function.Products`."""
+    """See `autograd.Products`."""
     return sort_by_block(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """See `function.Products`."""
+    """See `autograd.Products`."""
     cells = table.shape[1]
     result = rows.new_empty(len(pairs.rows), cells)
     _multiply(rows, table.mT, result, pairs, tiles_of(table, "to_pairs", cells), gather=True)
@@ -124,7 +124,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """See `function.Products`."""
+    """See `autograd.Products`."""
     num_pairs, (_, cells, width) = len(pairs.rows), table.shape
     if not num_pairs:
         return table.new_zeros(num_rows, width)
@@ -152,7 +152,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """See `function.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
+    """See `autograd.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
     tiles = tiles_of(rows, "to_table", coefficients.shape[1])
     return triton_table.to_table(coefficients, rows, pairs, into, tiles)
 

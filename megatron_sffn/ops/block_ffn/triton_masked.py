@@ -1,6 +1,6 @@
 """The products of rows and blocks on a GPU as dense GEMMs under a mask, for blocks of few cells.
 
-Enters: contiguous tensors; pairs that are distinct. Leaves: the results of `function.Products`,
+Enters: contiguous tensors; pairs that are distinct. Leaves: the results of `autograd.Products`,
 the same bits every time.
 
 Choices
@@ -63,7 +63,7 @@ GROUP = 8
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """See `function.Products`."""
+    """See `autograd.Products`."""
     num_rows, (num_blocks, cells, width) = len(rows), table.shape
     result = rows.new_empty(len(pairs.rows), cells)
     tiles = _tiles(rows, "pairs", cells)
@@ -88,7 +88,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """See `function.Products`."""
+    """See `autograd.Products`."""
     num_blocks, cells, width = table.shape
     result = table.new_empty(num_rows, width)
     tiles = _tiles(table, "sums", cells)
@@ -113,7 +113,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """See `function.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
+    """See `autograd.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
     (num_rows, width), cells = rows.shape, coefficients.shape[1]
     num_blocks = len(pairs.offsets) - 1
     result = rows.new_empty(num_blocks, cells, width) if into is None else into
@@ -184,7 +184,7 @@ def to_pairs_kernel(
     WORDS: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    """See `function.Products.to_pairs`."""
+    """See `autograd.Products.to_pairs`."""
     RUNS: tl.constexpr = BLOCK_C // RUN
     C = B * per_block * RUN
     num_r, num_c = tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C)
@@ -236,7 +236,7 @@ def to_rows_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """See `function.Products.to_rows`. Tiles of the same rows are neighbours."""
+    """See `autograd.Products.to_rows`. Tiles of the same rows are neighbours."""
     RUNS: tl.constexpr = BLOCK_C // RUN
     num_d = tl.cdiv(D, BLOCK_D)
     o_r = (tl.program_id(0) // num_d) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -279,7 +279,7 @@ def to_table_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """See `function.Products.to_table`. Tiles of the same cells are neighbours."""
+    """See `autograd.Products.to_table`. Tiles of the same cells are neighbours."""
     RUNS: tl.constexpr = BLOCK_C // RUN
     num_d = tl.cdiv(D, BLOCK_D)
     i_c = tl.program_id(0) // num_d

@@ -39,7 +39,7 @@ SUMMED = 4096
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None, tiles: Tiles
 ) -> Tensor:
-    """See `function.Products.to_table`.
+    """See `autograd.Products.to_table`.
 
     Args:
         coefficients: `[P, N]`.

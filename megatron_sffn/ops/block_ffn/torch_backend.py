@@ -29,12 +29,12 @@ SMALLEST_PIECE = 64
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """The stable order of blocks, and their offsets, as `function.Products.sort`."""
+    """The stable order of blocks, and their offsets, as `autograd.Products.sort`."""
     return sort_by_block(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """Each row times the cells of each of its blocks, as `function.Products.to_pairs`."""
+    """Each row times the cells of each of its blocks, as `autograd.Products.to_pairs`."""
     result = rows.new_empty(len(pairs.rows), table.shape[1])
     for block, piece, gathered in _gathered(pairs, rows):
         torch.mm(gathered, table[block].T, out=result[piece])
@@ -42,7 +42,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """The sum of each row's weighted cells, as `function.Products.to_rows`."""
+    """The sum of each row's weighted cells, as `autograd.Products.to_rows`."""
     wide = torch.promote_types(table.dtype, torch.float32)
     result = table.new_zeros(num_rows, table.shape[2], dtype=wide)
     for block, piece in _pieces(pairs, table.flatten(0, 1)):
@@ -54,7 +54,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """The sum of each cell's weighted rows, as `function.Products.to_table`."""
+    """The sum of each cell's weighted rows, as `autograd.Products.to_table`."""
     shape = len(pairs.offsets) - 1, coefficients.shape[1], rows.shape[1]
     result = rows.new_zeros(shape) if into is None else into
     # Of one block, so that pieces are never summed in 16 bits.
