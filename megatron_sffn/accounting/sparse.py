@@ -14,7 +14,7 @@ from megatron_sffn.accounting.ranks import RankLayout
 from megatron_sffn.accounting.selection import FP32, INT32, INT64, Call, kept_by_router
 from megatron_sffn.nn.comm_volume import num_nodes, regathers, rows_per_token
 from megatron_sffn.nn.config import Exchange
-from megatron_sffn.ops.block_ffn import choice
+from megatron_sffn.ops.block_ffn import choose_backend
 
 
 def kept_by_blocks(call: Call, layout: RankLayout) -> float:
@@ -58,7 +58,7 @@ def backend_of(call: Call, layout: RankLayout) -> str:
     if sffn.backend != "auto" or not call.cuda:
         return sffn.backend
     rows, pairs = rows_and_pairs(call, layout)
-    shape = choice.Shape(
+    shape = choose_backend.Shape(
         rows=round(rows),
         pairs=round(pairs),
         blocks=sffn.num_blocks // layout.expert,
@@ -66,7 +66,7 @@ def backend_of(call: Call, layout: RankLayout) -> str:
         width=call.hidden_size,
         key_width=key_width,
     )
-    return choice.on_hopper(shape, torch.bfloat16 if call.half else torch.float32)
+    return choose_backend.choose_on_hopper(shape, torch.bfloat16 if call.half else torch.float32)
 
 
 def _derived(backend: str, rows: float, pairs: float, blocks: int, chunks: int) -> float:

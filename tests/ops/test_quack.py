@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.ops import block_ffn
-from megatron_sffn.ops.block_ffn import choice, grouped, op, quack
+from megatron_sffn.ops.block_ffn import choose_backend, grouped, quack
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.utils.errors import ConfigError
 from tests.ops.test_torch_backends import D, R, load
@@ -117,10 +117,10 @@ def test_what_it_cannot_take_is_refused_with_what_can(monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match="backend quack computes on a GPU"):
         block_ffn(x, table, table, torch.zeros(3, 1, dtype=torch.long), backend="quack")
     play_gpu(monkeypatch, capability=(7, 5), name="an old GPU")
-    shape = choice.Shape(rows=3, pairs=3, blocks=2, cells=8, width=16, key_width=16)
+    shape = choose_backend.Shape(rows=3, pairs=3, blocks=2, cells=8, width=16, key_width=16)
     for dtype, words in ((torch.float32, "or float16, but"), (torch.float16, "an old GPU has 7.5")):
-        assert words in choice.refusal("quack", shape, x.to(dtype))
+        assert words in choose_backend.refusal("quack", shape, x.to(dtype))
     monkeypatch.setattr(quack, "MODULE", "quack_that_is_not_there.gemm_interface")
     quack.kernels.cache_clear()
     with pytest.raises(ConfigError, match="quack_that_is_not_there is not installed; install"):
-        op._products("quack", x)
+        choose_backend.products_for("quack", x)

@@ -20,7 +20,7 @@ import torch
 from megatron_sffn.nn.config import Backend
 from megatron_sffn.ops import block_ffn, route_topk
 from megatron_sffn.ops.backends import BACKENDS
-from megatron_sffn.ops.block_ffn import cpu, op
+from megatron_sffn.ops.block_ffn import choose_backend, cpu
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.utils.errors import ConfigError
@@ -54,8 +54,8 @@ def test_numbers_in_the_interpreter() -> None:
             # Not `error > tolerance`: NaN is a failure.
             assert error < TOLERANCES[case[-1]], f"{case}: {name} is {error:.2e} off"
     assert len(found) == len(CHOSEN)
-    for choice, shares in found.items():
-        assert shares == {"ids": 0, "NaN": 0}, choice
+    for route_case, shares in found.items():
+        assert shares == {"ids": 0, "NaN": 0}, route_case
 
 
 @needs_triton
@@ -73,11 +73,11 @@ def test_numbers_on_a_gpu(size: str, case: str, dtype: str) -> None:
 @needs_triton
 @pytest.mark.skipif(is_host(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("choice", ["1 of 1", "33 of 33", "1 of 300", "70 of 5000"])
-def test_choice_on_a_gpu(choice: str, dtype: str) -> None:
+@pytest.mark.parametrize("choose_backend", ["1 of 1", "33 of 33", "1 of 300", "70 of 5000"])
+def test_choice_on_a_gpu(choose_backend: str, dtype: str) -> None:
     from tests.ops.triton_cases import differing
 
-    assert differing(choice, dtype, "cuda") == {"ids": 0, "NaN": 0}
+    assert differing(choose_backend, dtype, "cuda") == {"ids": 0, "NaN": 0}
 
 
 @needs_triton
@@ -98,7 +98,7 @@ def test_tables_that_the_kernels_cannot_take(dtype: torch.dtype, words: tuple[st
 
 
 class OnGPU:
-    """What the choice of a backend looks at in a tensor."""
+    """What the choose_backend of a backend looks at in a tensor."""
 
     is_cuda = True
     shape = (3, 4)
@@ -112,8 +112,10 @@ def test_tables_on_a_gpu() -> None:
     from megatron_sffn.ops.block_ffn import triton
 
     for dtype in triton.DTYPES:
-        assert op._products("triton", OnGPU(dtype)) is triton
-    assert op._products("auto", torch.zeros(1, 2, 3)) is cpu.products(torch.float32, 2)
+        assert choose_backend.products_for("triton", OnGPU(dtype)) is triton
+    assert choose_backend.products_for("auto", torch.zeros(1, 2, 3)) is cpu.products(
+        torch.float32, 2
+    )
 
 
 @needs_triton
@@ -154,12 +156,14 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ConfigError, match="install it"):
-        op._products("triton", OnGPU(torch.bfloat16))
+        choose_backend.products_for("triton", OnGPU(torch.bfloat16))
     with pytest.raises(ConfigError, match="install it"):
         route_topk(torch.zeros(3, 4), 2, backend="triton")
 
 
-@pytest.mark.parametrize("choose", [op._products, lambda name, on: route_topk(on, 2, backend=name)])
+@pytest.mark.parametrize(
+    "choose", [choose_backend.products_for, lambda name, on: route_topk(on, 2, backend=name)]
+)
 def test_names_and_devices_that_do_not_fit(choose: Callable[[str, OnGPU], object]) -> None:
     with pytest.raises(ConfigError, match="'cuda' does not exist; use one of auto"):
         choose("cuda", OnGPU(torch.float32))
