@@ -66,7 +66,7 @@ TILES = [
 def to_rows(
     coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int, tile: Tile
 ) -> Tensor:
-    """The sum of each row's weighted cells, as `autograd.Products.to_rows`."""
+    """DSD: sum each row's cells, weighted by its coefficients (`Products.to_rows`)."""
     result = table.new_empty(num_rows, table.shape[2])
     programs, arguments = _start(coefficients, table, pairs, result, tile)
     triton_launch.launch(to_rows_kernel, programs, warps=tile.warps, stages=2, **arguments)

@@ -51,7 +51,7 @@ def test_two_processes_at_once_on_a_processor_of_no_special_instructions(tmp_pat
 def test_without_a_compiler_torch_computes_and_one_line_says_so(tmp_path: Path) -> None:
     output, errors = start(tmp_path, CXX="no-such-compiler").communicate(timeout=HANGS)
     assert output == "without kernels\n", errors
-    lines = [line for line in errors.splitlines() if line.startswith("kernels: plain torch")]
+    lines = [line for line in errors.splitlines() if line.startswith("C++ kernels cannot be built")]
     assert len(lines) == 1 and "no-such-compiler" in lines[0]
 
 

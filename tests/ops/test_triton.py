@@ -137,7 +137,7 @@ def test_form_of_a_product(cells: int, spread: int, dtype: torch.dtype, masked: 
         return triton.choose(product, dtype, pairs, 8, cells)
 
     rows, offsets = torch.zeros(8 * 32 // spread, dtype=torch.int32), torch.zeros(32 + 1)
-    for product in triton.MOVES:
+    for product in triton.SECONDS_PER_BYTE:
         expected = triton_masked if product in masked else triton_grouped
         assert form(product, Sorted(rows=rows, offsets=offsets)) is expected
         # A row may meet a block twice, or no row meet any.

@@ -1,7 +1,7 @@
-"""Times of the three products: every module that has them, over the dense product of as many cells.
+"""Time the three products of every module that has them, over a dense product of equal compute.
 
-Outputs: products.csv; and, from it, what `MOVES` and `MULTIPLIES` of ops/block_ffn/triton.py should
-be on this card.
+Outputs: products.csv, and from it the values that `SECONDS_PER_BYTE` and `FLOPS` of
+ops/block_ffn/triton.py should have on this card.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_sffn.ops.block_ffn.pairs import Sorted
 FILE = "products.csv"
 
 GROUPED, MASKED = "triton_grouped", "triton_masked"
-"""The two forms between which `MOVES` decides."""
+"""The two forms between which `SECONDS_PER_BYTE` decides."""
 
 
 def cases(context: Context) -> list[Case]:
@@ -93,10 +93,10 @@ def compare(name: str, size: Size, context: Context) -> dict[str, Any]:
 
 
 def constants(rows: list[Row]) -> dict[str, Any]:
-    """`MULTIPLIES` from the masked form at its best, `MOVES` from the grouped form's excess.
+    """`FLOPS` from the masked form at its best, `SECONDS_PER_BYTE` from the grouped form's excess.
 
     A masked product does 2·M·T·D operations; a grouped one 2·P·N·D, and moves P·D numbers besides:
-    what is left of its time, over those bytes, is its entry of `MOVES`.
+    what is left of its time, over those bytes, is its entry of `SECONDS_PER_BYTE`.
     """
     masked = [row for row in rows if row.contender == MASKED]
     grouped = [row for row in rows if row.contender == GROUPED and row.block_size > 1]
@@ -116,7 +116,7 @@ def constants(rows: list[Row]) -> dict[str, Any]:
         f'"{name}": 1 / {1 / rate:.2g}' if rate else f'"{name}": 0.0'
         for name, rate in moves.items()
     )
-    words = f"triton.py: MULTIPLIES[bf16] = {operations:.3g}; MOVES = {{{rates}}}"
+    words = f"triton.py: FLOPS[bf16] = {operations:.3g}; SECONDS_PER_BYTE = {{{rates}}}"
     return {"operations_per_second": operations, "seconds_per_byte": moves, "print": [words]}
 
 

@@ -111,12 +111,12 @@ class Schedule:
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """See `autograd.Products`."""
+    """Sort pairs by block (`Products.sort`)."""
     return sort_by_block(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """See `autograd.Products`."""
+    """SDD: multiply each pair's row with its block's cells (`Products.to_pairs`)."""
     cells = table.shape[1]
     result = rows.new_empty(len(pairs.rows), cells)
     _multiply(rows, table.mT, result, pairs, tiles_of(table, "to_pairs", cells), gather=True)
@@ -124,7 +124,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """See `autograd.Products`."""
+    """DSD: sum each row's cells, weighted by its coefficients (`Products.to_rows`)."""
     num_pairs, (_, cells, width) = len(pairs.rows), table.shape
     if not num_pairs:
         return table.new_zeros(num_rows, width)
@@ -152,7 +152,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """See `autograd.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
+    """DSᵀD: sum each cell's rows, weighted by its coefficients (`Products.to_table`)."""
     tiles = tiles_of(rows, "to_table", coefficients.shape[1])
     return triton_table.to_table(coefficients, rows, pairs, into, tiles)
 

@@ -63,7 +63,7 @@ GROUP = 8
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """See `autograd.Products`."""
+    """SDD: multiply each pair's row with its block's cells (`Products.to_pairs`)."""
     num_rows, (num_blocks, cells, width) = len(rows), table.shape
     result = rows.new_empty(len(pairs.rows), cells)
     tiles = _tiles(rows, "pairs", cells)
@@ -88,7 +88,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """See `autograd.Products`."""
+    """DSD: sum each row's cells, weighted by its coefficients (`Products.to_rows`)."""
     num_blocks, cells, width = table.shape
     result = table.new_empty(num_rows, width)
     tiles = _tiles(table, "sums", cells)
@@ -113,7 +113,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """See `autograd.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
+    """DSᵀD: sum each cell's rows, weighted by its coefficients (`Products.to_table`)."""
     (num_rows, width), cells = rows.shape, coefficients.shape[1]
     num_blocks = len(pairs.offsets) - 1
     result = rows.new_empty(num_blocks, cells, width) if into is None else into
