@@ -213,11 +213,11 @@ def to_pairs_kernel(
         acc = tl.dot(b_x, b_t, acc, input_precision="ieee")
         p_x += BLOCK_D
         p_t += BLOCK_D
-    met, first = find(mask, base, o_r, o_s, R, B, per_block, RUN)
+    is_pair, first = find(mask, base, o_r, o_s, R, B, per_block, RUN)
     # [BLOCK_R, RUNS * RUN] to [RUNS, BLOCK_R, RUN]
     b_y = tl.reshape(acc.to(result.dtype.element_ty), (BLOCK_R, RUNS, RUN))
     p_y = result + first[:, :, None] + tl.arange(0, RUN)[None, None, :]
-    tl.store(p_y, tl.permute(b_y, (1, 0, 2)), mask=met[:, :, None])
+    tl.store(p_y, tl.permute(b_y, (1, 0, 2)), mask=is_pair[:, :, None])
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -245,10 +245,10 @@ def to_rows_kernel(
     o_v = tl.arange(0, RUN)
     acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
     for s in range(0, B * per_block, RUNS):
-        met, first = find(mask, base, o_r, s + tl.arange(0, RUNS), R, B, per_block, RUN)
+        is_pair, first = find(mask, base, o_r, s + tl.arange(0, RUNS), R, B, per_block, RUN)
         # [RUNS, BLOCK_R, RUN] to [BLOCK_R, BLOCK_C], and [BLOCK_C, BLOCK_D]
         p_h = coefficients + first[:, :, None] + o_v[None, None, :]
-        b_h = tl.load(p_h, mask=met[:, :, None], other=0.0)
+        b_h = tl.load(p_h, mask=is_pair[:, :, None], other=0.0)
         if RUN < 8:
             # Through fp32, which is exact: Triton 3.7.1 moves a permute of 16-bit numbers past
             # the copy to shared memory, and for sm_100 finds no layout for runs that short.
@@ -290,10 +290,10 @@ def to_table_kernel(
     acc = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
     for r in range(0, R, BLOCK_R):
         o_r = r + tl.arange(0, BLOCK_R)
-        met, first = find(mask, base, o_r, o_s, R, B, per_block, RUN)
+        is_pair, first = find(mask, base, o_r, o_s, R, B, per_block, RUN)
         # [RUNS, BLOCK_R, RUN] to [BLOCK_C, BLOCK_R], and [BLOCK_R, BLOCK_D]
         p_h = coefficients + first[:, :, None] + o_v[None, None, :]
-        b_h = tl.load(p_h, mask=met[:, :, None], other=0.0)
+        b_h = tl.load(p_h, mask=is_pair[:, :, None], other=0.0)
         b_h = tl.reshape(tl.permute(b_h, (0, 2, 1)), (BLOCK_C, BLOCK_R))
         p_x = x + o_r.to(tl.int64)[:, None] * D + o_d[None, :]
         b_x = tl.load(p_x, mask=(o_r < R)[:, None] & m_d[None, :], other=0.0)
