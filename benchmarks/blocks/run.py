@@ -1,15 +1,14 @@
-"""Time of a sparse feed-forward layer with its routing given: `python -m benchmarks.blocks`.
+"""Time a sparse feed-forward layer with given routing: `python -m benchmarks.blocks`.
 
-Enters: sizes, a dtype, a device. Leaves: a table of times over the dense FFN of the same active
-cells, ours beside the peers' as installed packages; the same as rows at the end of a CSV file; and,
-with `--plot`, as a picture.
+Inputs: sizes, a dtype, a device. Outputs: a table of times over a dense FFN with the same number of
+active cells, for our backends and for installed packages; the same as rows of a CSV file; and, with
+`--plot`, as a plot.
 
-Choices
-- Who computes is in `layers.py`, what in `problem.py`, how it is timed in
-  `timing.py`.
-- Nothing is timed before it was right: the output and every gradient of each contender are compared
-  with the oracle in float64, at the size that is timed. If ours is wrong, the command stops; a peer
-  that is wrong, or cannot run, has no ratio, and a line below the table says why.
+Design notes:
+- `layers.py` has the contenders, `problem.py` their inputs, and `timing.py` the clock.
+- No contender is timed before it is checked: its output and every gradient are compared with the
+  oracle in float64, at the size that is timed. If ours is wrong, the command stops. A peer that is
+  wrong or cannot run has no ratio, and a line below the table gives the reason.
 """
 
 from __future__ import annotations
@@ -139,10 +138,10 @@ def _add_sizes(add: Any) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check the numbers against each other, before anything is built.
+    """Check the arguments against each other, before anything is built.
 
     Raises:
-        ConfigError: if one cannot work.
+        ConfigError: if a value cannot work.
     """
     names = ("block_sizes", "expansions", "hidden_size", "active_cells", "tokens", "threads")
     for name in (*names, "repeats"):
@@ -166,10 +165,10 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, platform: Platform) -> int:
-    """Measure all sizes, in a process that has Megatron's groups; print, append and draw.
+    """Measure all sizes in a process with Megatron's process groups; print, append and plot.
 
     Raises:
-        DisagreementError: if ours is wrong.
+        DisagreementError: if our result is wrong.
     """
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -192,7 +191,7 @@ def run(args: argparse.Namespace, platform: Platform) -> int:
 
 
 def ours(backend: str) -> str:
-    """Name of one of our backends in the table."""
+    """The name of one of our backends in the table."""
     return "ours" if backend == "auto" else f"ours {backend}"
 
 
@@ -203,7 +202,7 @@ def measure(
     budget: Budget,
     common: dict[str, Any],
 ) -> tuple[list[Row], list[Missing]]:
-    """All contenders at one size: compare, then time."""
+    """Check, then time, all contenders at one size."""
     problem = Problem.draw(
         tokens=args.tokens or (TOKENS if block_size > 1 else TOKENS_OF_CELLS),
         hidden_size=args.hidden_size,
@@ -249,7 +248,7 @@ def attempt(
     expected: dict[str, torch.Tensor],
     budget: Budget,
 ) -> nn.Module | str:
-    """Build a peer and run it once: the module, or why it cannot be timed."""
+    """Build a peer and run it once; return its module, or the reason why it cannot be timed."""
     if reason := budget.refusal(name, problem):
         return reason
     try:
@@ -268,7 +267,7 @@ def attempt(
 
 
 def difference(module: Any, problem: Problem, expected: dict[str, torch.Tensor]) -> float:
-    """How far a contender's output and gradients are from the oracle's, relative."""
+    """The relative difference of a contender's output and gradients from the oracle's."""
     y, dx = step(module, problem.x, problem.dy)
     error = disagreement({"y": y, "x": dx, **module.gradients()}, expected)
     module.zero_grad(set_to_none=True)
@@ -276,7 +275,7 @@ def difference(module: Any, problem: Problem, expected: dict[str, torch.Tensor])
 
 
 def common_of(args: argparse.Namespace, platform: Platform) -> dict[str, Any]:
-    """What all rows of a run have in common."""
+    """The columns that are the same in all rows of a run."""
     return {
         **facts(platform, args.output),
         "threads": torch.get_num_threads(),
@@ -292,5 +291,5 @@ def common_of(args: argparse.Namespace, platform: Platform) -> dict[str, Any]:
 
 
 def command() -> int:
-    """`main`, as a command."""
+    """Run `main` as a command."""
     return refusing(main)

@@ -1,7 +1,4 @@
-"""The results of `benchmarks.blocks` as rows, as a table to read, and as a picture.
-
-Enters: rows, each complete in itself, device and versions included. Leaves: text, or a PNG file.
-"""
+"""The results of `benchmarks.blocks`: rows of a CSV file, a table, and a plot."""
 
 from __future__ import annotations
 
@@ -73,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """Why a contender has no ratio at one size."""
+    """The reason why a contender has no ratio at one size."""
 
     contender: str
     block_size: int
@@ -84,7 +81,7 @@ class Missing:
 def rows_of(
     seconds: Mapping[tuple[str, str], Sequence[float]], common: Mapping[str, Any]
 ) -> list[Row]:
-    """A row for each contender and pass of one size, from the seconds of every turn."""
+    """One row per contender and pass, from the seconds of every turn at one size."""
     rows = []
     for timed in PASSES:
         for name in dict.fromkeys(name for name, _ in seconds):
@@ -106,7 +103,7 @@ def rows_of(
 
 
 def table(rows: Sequence[Row], missing: Sequence[Missing], contenders: Sequence[str]) -> str:
-    """All rows as text, a line for each pass and size, and what is missing and why."""
+    """All rows as a table with a line per pass and size, and notes on missing ratios."""
     first = rows[0]
     cells = {(row.pass_, row.expansion, row.block_size, row.contender): row for row in rows}
     ends = [name.rpartition(" ") for name in contenders]
@@ -149,13 +146,13 @@ def table(rows: Sequence[Row], missing: Sequence[Missing], contenders: Sequence[
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """The pass to the left, numbers to the right."""
+    """One line of the table: the pass on the left, numbers on the right."""
     first, *others = cells
     return " ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
 
 
 def notes(missing: Sequence[Missing]) -> list[str]:
-    """Each reason once, with the sizes it is about."""
+    """Each reason once, with the sizes that it applies to."""
     sizes: dict[tuple[str, str], list[Missing]] = {}
     for each in missing:
         sizes.setdefault((each.contender, each.reason), []).append(each)
@@ -168,7 +165,7 @@ def notes(missing: Sequence[Missing]) -> list[str]:
 
 
 def plot(rows: Sequence[Row], contenders: Sequence[str], path: Path) -> None:
-    """Ratios against the block size: a panel for each pass and expansion, a line per contender.
+    """Plot ratios over the block size: a panel per pass and expansion, a line per contender.
 
     Raises:
         ConfigError: if the file cannot be written.
@@ -219,7 +216,7 @@ def plot(rows: Sequence[Row], contenders: Sequence[str], path: Path) -> None:
 
 
 def _draw(axes: Any, rows: Sequence[Row], contenders: Sequence[str]) -> None:
-    """One line for each contender, which has the same colour and marker in every panel."""
+    """Plot one line per contender, with the same colour and marker in every panel."""
     axes.axhline(1, color="gray", linestyle="--", linewidth=1)
     for name, marker in zip(contenders, cycle("osD^vPX*"), strict=False):
         own = sorted((row.block_size, row.ratio) for row in rows if row.contender == name)

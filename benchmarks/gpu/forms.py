@@ -1,7 +1,7 @@
-"""Who can compute: the backends of the ops, and every module that has the three products.
+"""List what can compute: the backends of the ops, and every module with the three products.
 
-Design notes: both are looked up where they are declared, so that a new backend or kernel is
-accepted, timed and tuned without a line here.
+Design notes: both are found where they are declared, so that a new backend or kernel is checked,
+timed and tuned without a change here.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ the blocks, and the bags' reads with their cells."""
 
 
 def backends(*, oracle: bool = False) -> list[str]:
-    """Names of the backends for a GPU; `auto` first, then the newest declared last."""
+    """Names of the backends for a GPU, in the order of `BACKENDS`, which begins with `auto`."""
     return [name for name in BACKENDS if name not in NOT_OF_A_GPU and (oracle or name != ORACLE)]
 
 
 def too_slow(name: str, cells: int, context: Context) -> bool:
-    """Whether a backend or module is not made for blocks of so many cells, at real sizes."""
+    """True if a backend or module would take too long for blocks of this size, at real sizes."""
     if context.dry:
         return False
     least, most = IN_TIME.get(name, (1, 1 << 30))
@@ -64,7 +64,7 @@ def modules() -> dict[str, ModuleType]:
 
 
 def is_interpreted(module_or_backend: str) -> bool:
-    """Whether a dry run computes it in Triton's interpreter."""
+    """True if a dry run computes it in Triton's interpreter."""
     return module_or_backend.startswith("triton")
 
 
@@ -74,5 +74,5 @@ def dtype_for(name: str, context: Context) -> torch.dtype:
 
 
 def tuned(module: Any) -> bool:
-    """Whether a module's kernels are cut by a table of tiles."""
+    """True if a module's kernels take their tile sizes from a table `TILES`."""
     return isinstance(getattr(module, "TILES", None), dict)

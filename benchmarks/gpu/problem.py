@@ -1,11 +1,11 @@
-"""Tokens, tables and routing of a layer, drawn on the device that computes.
+"""Draw tokens, tables and routing of a layer on the device that computes.
 
-Inputs: the numbers of a layer, and a kind of load. Outputs: the `Problem` of `benchmarks.blocks`,
-so that its oracle and its peers serve here, too.
+Inputs: the sizes of a layer, and a kind of load. Outputs: the `Problem` of `benchmarks.blocks`,
+whose oracle and peers serve here too.
 
-Design notes: a row's K distinct blocks are an arithmetic sequence modulo B, with a random start
-and a random odd step: B is a power of two. That is as good as uniform, and costs no T × B random
-numbers (g = 1 at real sizes: 4 billion).
+Design notes: the K distinct blocks of a row are an arithmetic sequence modulo B with a random start
+and a random odd step, where B is a power of two. That is close enough to uniform, and needs no T ×
+B random numbers (at g = 1 and real sizes 4 billion).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Size:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """A description of the size."""
         kind = "" if self.load == "uniform" else f" {self.load}"
         dtype = str(self.dtype).removeprefix("torch.")
         return f"g={self.cells} E={self.expansion} T={self.tokens} D={self.width} {dtype}{kind}"
@@ -92,7 +92,7 @@ def draw(size: Size, device: torch.device) -> Problem:
 
 
 def draw_ids(size: Size, device: torch.device, generator: torch.Generator) -> Tensor:
-    """`[T, K]` int64 ids, distinct within a row; -1 for no block, in an empty load."""
+    """`[T, K]` int64 ids, distinct within a row; -1, for no block, occurs in an empty load."""
     blocks = size.num_blocks // 2 if size.load == "empty" else size.num_blocks
     assert blocks & (blocks - 1) == 0 and size.num_active <= blocks, (blocks, size.num_active)
 
@@ -112,7 +112,7 @@ def draw_ids(size: Size, device: torch.device, generator: torch.Generator) -> Te
 
 
 def sorted_pairs(ids: Tensor, num_blocks: int) -> Sorted:
-    """The pairs of `[T, K]` ids that are not negative, in the order of their blocks."""
+    """The pairs of those `[T, K]` ids that are not negative, sorted by block."""
     tokens, active = ids.shape
     rows = torch.arange(tokens, dtype=torch.int32, device=ids.device).repeat_interleave(active)
     blocks = ids.reshape(-1).int()

@@ -1,7 +1,7 @@
-"""compute-sanitizer over one small case of every kernel: memory errors and races.
+"""Run compute-sanitizer over one small case of every kernel, for memory errors and races.
 
-Outputs: sanitizer.txt, all that it said. Where it is not installed, does not run or takes too long
-the cases count as skipped; a dry run then starts the watched program alone, to know that it starts.
+Outputs: sanitizer.txt, its whole output. If it is not installed, does not run or takes too long,
+the cases count as skipped; a dry run then starts the program without it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ERROR = 86
 
 
 def cases(context: Context) -> list[Case]:
-    """Each target under each tool; in a dry run one."""
+    """Each target under each tool; one case in a dry run."""
     everything = [
         Case(name=f"{tool} {name}", run=functools.partial(watch, tool, name, context))
         for tool in TOOLS
