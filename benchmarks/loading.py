@@ -1,16 +1,16 @@
-"""Batches of Megatron's torch loader and of DALI's: `python -m benchmarks.loading`.
+"""Time batches of Megatron's torch loader and of DALI's: `python -m benchmarks.loading`.
 
-Enters: a data set, or none for the source of this Python's library, a byte a token. Leaves: a table
-of tokens per second and of the wait for a batch between steps, and, with `--output`, rows of a CSV
-file.
+Inputs: a data set, or none to make one from the source of Python's library, one token per byte.
+Outputs: a table of tokens per second and of the wait for a batch between steps, and, with
+`--output`, rows of a CSV file.
 
-Choices
-- The way is that of a run: Megatron's data sets, its sampler, its iterators, and the copy to the
-  device that a step makes.
-- A step is a sleep: what a loader does meanwhile costs nothing, as on a GPU. Where steps compute on
-  the same cores, count tokens per second instead.
+Design notes:
+- Batches take the path of a run: Megatron's data sets, its sampler, its iterators, and the copy to
+  the device that a step makes.
+- A step is a sleep: what a loader does meanwhile costs nothing, as on a GPU. If steps compute on
+  the same cores, compare tokens per second instead.
 - Nothing is timed before both loaders gave the same batches. Contenders take turns, `--rounds`
-  times, and the best round counts: other work on a machine only ever adds time.
+  times, and the best round counts, because other load on a machine only adds time.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Loader:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What one round measured.
+    """The measurements of one round.
 
     Args:
         tokens_per_second: of batches that are drawn one after the other.
-        first_ms: until the first batch.
-        wait_ms: for a batch between two steps.
+        first_ms: time to the first batch.
+        wait_ms: wait for a batch between two steps.
     """
 
     tokens_per_second: float
@@ -113,7 +113,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare, then time all, then print the table."""
+    """Compare, then time all contenders, then print the table."""
     options = parse_arguments(argv)
     adapt()
     # Without a GPU no memory is pinned, and outside a run nothing is run again.
@@ -149,7 +149,7 @@ SIZES = ("seq_length", "micro_batch_size", "step_ms")
 
 
 def by_throughput(timing: Timing) -> float:
-    """What makes one round better than another."""
+    """The measure by which the best round is chosen."""
     return timing.tokens_per_second
 
 
@@ -193,7 +193,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_of(options: argparse.Namespace, folder: Path) -> Namespace:
-    """The namespace of a run that reads the data, which Megatron then knows."""
+    """The arguments of a run that reads the data, after Megatron has been initialised with them."""
     from megatron.training.global_vars import set_global_variables
 
     from megatron_sffn.checks.data import check_data
@@ -229,7 +229,7 @@ MODEL = (
 
 
 def written(prefix: Path) -> str:
-    """A data set of the library's source, a document for each file; returns its prefix."""
+    """Write a data set from Python's library, a document per file; return its prefix."""
     import numpy
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -257,7 +257,7 @@ def batches_of(args: Namespace, loader: Loader) -> Iterator[dict[str, Tensor]]:
 
 
 def compare(args: Namespace) -> None:
-    """Both loaders give the same first batches.
+    """Check that both loaders give the same first batches.
 
     Raises:
         DisagreementError: if they do not.
@@ -272,7 +272,7 @@ def compare(args: Namespace) -> None:
 
 
 def timed(args: Namespace, loader: Loader, options: argparse.Namespace) -> Timing:
-    """One round of a contender."""
+    """Time one round of a contender."""
     import torch
 
     start = time.perf_counter()
@@ -301,7 +301,7 @@ def timed(args: Namespace, loader: Loader, options: argparse.Namespace) -> Timin
 
 
 def table(best: dict[Loader, Timing], platform: Platform, options: argparse.Namespace) -> str:
-    """A row for each contender."""
+    """A table with a row per contender."""
     lines = [
         f"batches of {options.micro_batch_size} sequences of {options.seq_length} tokens; "
         f"{platform.device}",

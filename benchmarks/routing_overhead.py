@@ -1,13 +1,13 @@
-"""What the statistics of routing cost of a step: `python -m benchmarks.routing_overhead`.
+"""Time what routing statistics cost in a step: `python -m benchmarks.routing_overhead`.
 
-Enters: the numbers of a layer. Leaves: for each block size and router the time of counting a
-microbatch, and of a line in `routing.jsonl`, as shares of the layer's forward and backward.
+Inputs: the sizes of a layer. Outputs: per block size and router, the time to count a microbatch and
+to write a line of `routing.jsonl`, as shares of the layer's forward and backward pass.
 
-Choices
-- The layer alone is the whole: a model has more around it, so the share in a step is smaller.
+Design notes:
+- The layer alone is 100 %. A model has more around it, so the share of a step is smaller.
 - Shares of 1 % drown in the noise of two whole steps. So counting is timed by itself, on the
   `Routing` of the step before it, in turns with steps with and without it.
-- Of each the fastest counts: what else runs on a machine only adds.
+- The fastest turn counts, because other load on a machine only adds time.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def row(args: Namespace, block_size: int, router: str, folder: Path) -> str:
 
 
 def log_arguments(num_blocks: int) -> Namespace:
-    """What a log reads of Megatron's namespace, with a line after each step."""
+    """What the log reads of Megatron's arguments, for a line after each step."""
     return Namespace(
         curr_iteration=0,
         num_experts=num_blocks,
@@ -150,7 +150,7 @@ def log_arguments(num_blocks: int) -> Namespace:
 
 
 def alternate(contenders: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Least seconds of each, taken in turns so that another load meets all of them."""
+    """The fewest seconds of each, timed in turns so that other load affects all of them."""
     import torch
 
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

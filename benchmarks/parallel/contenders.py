@@ -1,14 +1,14 @@
-"""One sparse layer, ours and Megatron's own, measured side by side in the processes of a run.
+"""Measure one sparse layer, ours and Megatron's own, side by side in the processes of a run.
 
-Enters: the numbers of a layer, in every rank of a process group. Leaves: for each contender its
-times, forward and backward, and the bytes that its forward sends.
+Inputs: the sizes of a layer, on every rank of a process group. Outputs: for each contender its
+times, forward and backward, and the bytes that its forward pass sends.
 
-Choices
+Design notes:
 - Megatron's layer is its unmodified `MoELayer`, with its own `TopKRouter`, dispatchers and
-  `SequentialMLP`; it gets our tables and our gate, and nothing is timed before outputs and input
+  `SequentialMLP`. It gets our tables and our gate, and nothing is timed before outputs and input
   gradients agree.
 - The unit is a dense FFN of the same k active cells in plain torch, on the same tokens.
-- Contenders take turns (A B C A B C ...), so that another load on the machine meets all of them.
+- Contenders take turns (A B C A B C ...), so that other load on the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ FEWEST_REPEATS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one rank measured at one block size.
+    """The measurements of one rank at one block size.
 
     Args:
-        sffn: the layer's numbers.
-        chosen: the dispatcher that `comm_volume.cheapest_dispatcher` takes.
-        disagreement: largest difference to our first layer, relative; no times above `TOLERANCE`.
-        seconds: contender -> time of a step, one per repeat.
-        sent: contender -> bytes that this rank's forward sent, as the collectives count them.
-        reported: contender of ours -> the same, as the layer counts it.
+        sffn: the config of the layer.
+        chosen: the dispatcher that `comm_volume.cheapest_dispatcher` chooses.
+        disagreement: largest difference from our first layer, relative; above `TOLERANCE` there are
+            no times.
+        seconds: contender -> seconds of a step, one per repeat.
+        sent: contender -> bytes that this rank's forward pass sent, as the collectives count them.
+        reported: our contender -> the same, as the layer counts it.
         closed_form: contender -> expected bytes per token.
     """
 
@@ -67,7 +68,7 @@ class Measured:
 
 
 def name_of(whose: str, dispatcher: str) -> str:
-    """Name of a contender: `whose` is "ours" or "Megatron"."""
+    """The name of a contender: `whose` is "ours" or "Megatron"."""
     return f"{whose} {dispatcher}"
 
 
@@ -87,7 +88,7 @@ class Dense(nn.Module):
 
 
 class Transport(nn.Module):
-    """Some rows, all to all and nothing else: what the bare exchange costs one way."""
+    """An all-to-all of some rows and nothing else: the cost of the bare exchange, one way."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -115,7 +116,7 @@ def config_of(
 
 
 def megatron_layer(config: SparseFFNTransformerConfig, ours: SparseFFN) -> MoELayer:
-    """Megatron's unmodified layer with the weights of ours."""
+    """Megatron's unmodified layer with our weights."""
     linear = LocalSpecProvider()
     submodules = MLPSubmodules(
         linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
@@ -135,7 +136,7 @@ def megatron_layer(config: SparseFFNTransformerConfig, ours: SparseFFN) -> MoELa
 
 
 def sparse_layers(sffn: SparseFFNConfig, hidden_size: int) -> dict[str, Any]:
-    """Ours and Megatron's with each dispatcher, all with the same weights."""
+    """Our and Megatron's layers with each dispatcher, all with the same weights."""
     layers: dict[str, Any] = {}
     for dispatcher in DISPATCHERS:
         config = config_of(sffn, hidden_size, dispatcher)
@@ -148,13 +149,13 @@ def sparse_layers(sffn: SparseFFNConfig, hidden_size: int) -> dict[str, Any]:
 
 
 def measure(sffn: SparseFFNConfig, *, hidden_size: int, tokens: int, repeats: int) -> Measured:
-    """Measure all contenders at one block size; collective.
+    """Measure all contenders at one block size; a collective call.
 
     Args:
         sffn: the layer.
         hidden_size: D.
         tokens: T, on each rank.
-        repeats: at most so many; fewer where a round takes long.
+        repeats: the most repeats; fewer if a round takes long.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     draw = torch.Generator().manual_seed(rank)
@@ -191,7 +192,7 @@ def measure(sffn: SparseFFNConfig, *, hidden_size: int, tokens: int, repeats: in
 
 
 def step(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward and backward; the output and the gradient of the input."""
+    """Run forward and backward; return the output and the gradient of the input."""
     x = x.detach().requires_grad_()
     y, _ = module(x)
     y.backward(dy[: len(y)])
@@ -200,7 +201,7 @@ def step(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def disagreement_of(layers: Mapping[str, nn.Module], x: Tensor, dy: Tensor) -> float:
-    """Largest difference of any layer's output or input gradient to the first layer's."""
+    """Largest difference of any layer's output or input gradient from the first layer's."""
     results = [step(layer, x, dy) for layer in layers.values()]
     first, largest = results[0], 0.0
     for result in results[1:]:
@@ -214,7 +215,7 @@ def disagreement_of(layers: Mapping[str, nn.Module], x: Tensor, dy: Tensor) -> f
 def alternate(
     modules: Mapping[str, nn.Module], x: Tensor, dy: Tensor, repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of each module's step, in turns; after one round to warm up and one to plan."""
+    """Time a step of each module in turns, after one round to warm up and one to plan."""
 
     def turn() -> dict[str, float]:
         return {name: timed(module, x, dy) for name, module in modules.items()}
@@ -238,7 +239,7 @@ def timed(module: nn.Module, x: Tensor, dy: Tensor) -> float:
 
 
 def bytes_of(layer: Any, x: Tensor) -> tuple[int, int | None]:
-    """Bytes that a forward sends from this rank: as the collectives count, and as ours reports."""
+    """Bytes that a forward pass sends from this rank, by the collectives and by our layer."""
     layer.eval()
     with torch.no_grad(), wire.counted() as sent:
         layer(x)
@@ -247,7 +248,7 @@ def bytes_of(layer: Any, x: Tensor) -> tuple[int, int | None]:
 
 
 def closed_form(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> dict[str, float]:
-    """Bytes per token of each sparse contender's forward."""
+    """Expected bytes per token of each sparse contender's forward pass."""
     forms = {
         "ours": comm_volume.exchanged_bytes_per_token,
         "Megatron": comm_volume.megatron_bytes_per_token,
@@ -260,14 +261,14 @@ def closed_form(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> 
 
 
 def _agreed_max(value: float) -> float:
-    """The largest of all ranks', so that all decide alike."""
+    """The largest value over all ranks, so that all ranks decide alike."""
     whole = torch.tensor([value], dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(whole, op=torch.distributed.ReduceOp.MAX)
     return float(whole)
 
 
 def _report(measured: Measured, ranks: int) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     repeats = len(measured.seconds.get("dense", ()))
     print(
         f"{ranks} ranks, g = {measured.sffn.block_size}: layers differ by "

@@ -1,11 +1,11 @@
-"""Cost of one sparse layer between ranks, ours and Megatron's: `python -m benchmarks.parallel`.
+"""Time one sparse layer on several ranks, ours and Megatron's: `python -m benchmarks.parallel`.
 
-Enters: the numbers of a layer, block sizes and numbers of ranks. Leaves: a table of ratios for each
+Inputs: the sizes of a layer, block sizes and numbers of ranks. Outputs: a table of ratios per
 number of ranks, and, with `--output`, the same rows appended to a CSV file.
 
-Choice: everything that is compared runs in one command, in turns, in the same processes; times are
-ratios to a dense FFN or to each other, since absolute ones say more of the machine than of a layer.
-Ranks are processes of this host: over NCCL where there are GPUs, else over gloo.
+Design notes: everything that is compared runs in one command, in turns, in the same processes.
+Times are ratios to a dense FFN or to each other, because absolute times say more about the machine
+than about a layer. Ranks are processes of this host: over NCCL with GPUs, else over gloo.
 """
 
 from __future__ import annotations
@@ -91,10 +91,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check the numbers against each other, before any process starts.
+    """Check the arguments against each other, before any process starts.
 
     Raises:
-        ConfigError: if one cannot work.
+        ConfigError: if a value cannot work.
     """
     for name in ("hidden_size", "active_cells", "expansion", "repeats", "block_sizes"):
         values = getattr(args, name)
@@ -140,7 +140,7 @@ def check_devices(ranks: int, platform: Platform) -> None:
 
 
 def measure(ranks: int, args: argparse.Namespace, platform: Platform) -> list[list[Measured]]:
-    """Start ranks and measure in them: for each block size, what every rank measured."""
+    """Start ranks and measure: for each block size, the measurements of every rank."""
     import torch.multiprocessing
 
     with tempfile.TemporaryDirectory() as name:
@@ -157,7 +157,7 @@ def measure(ranks: int, args: argparse.Namespace, platform: Platform) -> list[li
 
 
 def run_rank(rank: int, ranks: int, args: argparse.Namespace, folder: Path, backend: str) -> None:
-    """One rank: join the others, measure every block size, leave the result in the folder."""
+    """One rank: join the others, measure every block size, save the result in the folder."""
     adapt()
     import torch
     from megatron.core import parallel_state
@@ -196,10 +196,10 @@ def _result(folder: Path, rank: int) -> Path:
 
 
 def check_agreement(ranks: int, measured: Sequence[Sequence[Measured]]) -> None:
-    """Refuse to compare layers that do not compute the same.
+    """Refuse to compare layers that computed different results.
 
     Raises:
-        DisagreementError: at the first block size where they differ.
+        DisagreementError: at the first block size at which they differ.
     """
     from benchmarks.parallel.contenders import TOLERANCE
 
@@ -215,7 +215,7 @@ def check_agreement(ranks: int, measured: Sequence[Sequence[Measured]]) -> None:
 def row_of(
     of_ranks: Sequence[Measured], dispatcher: str, args: argparse.Namespace, platform: Platform
 ) -> Row:
-    """What all ranks measured at one block size, of one dispatcher."""
+    """The measurements of all ranks at one block size and dispatcher, as a row."""
     import torch
 
     from benchmarks.parallel.contenders import DISPATCHERS, name_of
@@ -257,10 +257,10 @@ def row_of(
 
 
 def _median_of_slowest(name: str, of_ranks: Sequence[Measured]) -> float:
-    """A step is over when the last rank is done with it."""
+    """The median over steps of the slowest rank, which ends the step."""
     return median(map(max, zip(*(of.seconds[name] for of in of_ranks), strict=True)))
 
 
 def command() -> int:
-    """`main`, as a command."""
+    """Run `main` as a command."""
     return refusing(main)

@@ -1,7 +1,4 @@
-"""The results of `benchmarks.parallel` as rows, and as a table to read.
-
-Enters: rows, each complete in itself, device and versions included. Leaves: text.
-"""
+"""The results of `benchmarks.parallel`: rows of a CSV file, and a table."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from benchmarks.rows import columns
 class Row:
     """One block size and dispatcher on one number of ranks; also the columns of the CSV file.
 
-    Times are of forward and backward, bytes of a forward, per token.
+    Times are of forward and backward; bytes are of a forward pass, per token.
     """
 
     device: str
@@ -70,7 +67,7 @@ HEADINGS = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows of one number of ranks as text."""
+    """The rows of one number of ranks as a table."""
     first = rows[0]
     lines = [*zip(*HEADINGS, strict=True), *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -114,7 +111,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def transport_notes(rows: Sequence[Row]) -> list[str]:
-    """What the bare exchange costs, and how far bytes decide that."""
+    """What the bare exchange costs, and how much of that depends on bytes."""
     whole = median(row.rows_over_dense for row in rows)
     latency = median(row.latency_over_dense for row in rows)
     notes = [

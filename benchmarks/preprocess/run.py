@@ -1,15 +1,15 @@
-"""The benchmark: `python -m benchmarks.preprocess --sizes 50 500`.
+"""Time the ways from text to tokens: `python -m benchmarks.preprocess --sizes 50 500`.
 
-Enters: sizes in MB, and text, or none for the sources that this environment has. Leaves: a table of
-MB/s and peak memory, and, with `--output`, rows of a CSV file.
+Inputs: sizes in MB, and text, or none to use the Python sources of this environment. Outputs: a
+table of MB/s and peak memory, and, with `--output`, rows of a CSV file.
 
-Choices
-- Four ways over the same file: `encode_batch` of the library `tokenizers` on all cores, with the
+Design notes:
+- Four ways read the same file: `encode_batch` of the library `tokenizers` on all cores, with the
   texts parsed before and nothing written; Megatron-LM's, a pool of processes that call Megatron's
-  tokenizer for every text, and one that calls its `IndexedDatasetBuilder`; and
+  tokenizer per text, and one process that calls its `IndexedDatasetBuilder`; and
   `tools/preprocess_data.py` with each engine.
-- Nothing is printed unless all made the same ids, and the files are the same bytes.
-- Memory is that of all processes of a contender, shared pages counted once (PSS).
+- Nothing is printed unless all made the same ids, and files of the same bytes.
+- Memory is that of all processes of a contender, with shared pages counted once (PSS).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def measure(args: Namespace, folder: Path, megabytes: int) -> list[Row]:
 
 
 def check(made: dict[str, dict[str, Any]]) -> None:
-    """Refuse times of contenders that made other ids or files."""
+    """Raise an error if contenders made different ids or files."""
     for what in ("ids", "index"):
         digests = {name: found[what] for name, found in made.items() if what in found}
         if len(set(digests.values())) > 1:
@@ -160,7 +160,7 @@ def check(made: dict[str, dict[str, Any]]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows of one size, as a person reads them."""
+    """The rows of one size as a table."""
     first = rows[0]
     seconds = {row.contender: row.seconds for row in rows}
     lines = [
@@ -183,7 +183,7 @@ def table(rows: Sequence[Row]) -> str:
 def run_contender(
     args: Namespace, name: str, text: Path, tokenizer: Path, prefix: Path
 ) -> tuple[dict[str, Any], float]:
-    """What a contender says of itself, and the peak of its memory in bytes."""
+    """Run a contender; return its report, and the peak of its memory in bytes."""
     command = [sys.executable, "-m", "benchmarks.preprocess.contenders", "--contender", name]
     command += ["--text", str(text), "--prefix", str(prefix), "--tokenizer", str(tokenizer)]
     command += ["--workers", str(args.workers)]
@@ -201,7 +201,7 @@ def run_contender(
 
 
 def memory_of(pid: int) -> float:
-    """Bytes of a process and those below it, shared pages in proportion."""
+    """Bytes of a process and its children, with shared pages in proportion."""
     total = 0
     try:
         root = psutil.Process(pid)
