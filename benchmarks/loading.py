@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WARM_UP = 20
-"""Batches of every contender that are not timed."""
+"""Batches of every contender to warm up, which are not timed."""
 
 
 COMPARED = 5
-"""Batches that both loaders give before anything is timed."""
+"""Batches that are compared between both loaders before anything is timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare, then time all contenders, then print the table."""
     options = parse_arguments(argv)
     adapt()
-    # Without a GPU no memory is pinned, and outside a run nothing is run again.
+    # Ignore warnings about pinned memory without a GPU, and about use outside of a run.
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.utils.data")
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     platform = Platform.here()
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 SIZES = ("seq_length", "micro_batch_size", "step_ms")
-"""Options that are columns."""
+"""Options that are columns of the CSV file."""
 
 
 def by_throughput(timing: Timing) -> float:
@@ -170,16 +170,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="X",
         help="as in a run: PREFIX, or WEIGHT PREFIX ... (default: the source of this Python's "
-        "library, a byte a token)",
+        "library, one token per byte)",
     )
     add("--seq-length", type=int, default=2048, help="tokens (default: 2048)")
     add("--micro-batch-size", type=int, default=8, help="sequences (default: 8)")
     add("--workers", type=int, nargs="+", default=[0, 1, 2], help="--num-workers (default: 0 1 2)")
-    add("--batches", type=int, default=200, help="timed in a row, and between steps (default: 200)")
-    add("--step-ms", type=float, default=10.0, help="of a pretended step (default: 10)")
-    add("--rounds", type=int, default=3, help="of each loader (default: 3)")
-    add("--mask", action="store_true", help="with the attention mask, s x s bytes a sequence")
-    add("--output", type=Path, help="CSV file that gets the rows, after those that it has")
+    add(
+        "--batches",
+        type=int,
+        default=200,
+        help="batches to time, in a row and between steps (default: 200)",
+    )
+    add("--step-ms", type=float, default=10.0, help="duration of a simulated step (default: 10)")
+    add("--rounds", type=int, default=3, help="rounds of each loader; the best counts (default: 3)")
+    add("--mask", action="store_true", help="with the attention mask, s x s bytes per sequence")
+    add("--output", type=Path, help="append the rows to this CSV file")
     options = parser.parse_args(argv)
     for name in ("seq_length", "micro_batch_size", "batches", "rounds"):
         if vars(options)[name] < 1:
@@ -212,9 +217,11 @@ def run_of(options: argparse.Namespace, folder: Path) -> Namespace:
         *("--data-path", *paths, "--data-cache-path", str(folder / "cache")),
         *([] if options.mask else ["--no-create-attention-mask-in-dataloader"]),
     ]
-    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's account of what it derives
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # hides what Megatron prints about its arguments
         args = parse(prepare()[0])
-        args.sffn_dataloader = "dali"  # is it there?
+        args.sffn_dataloader = "dali"  # raises an error if DALI is not installed
         check_data(args)
         set_global_variables(args)
     args.iteration = 0
@@ -225,7 +232,7 @@ MODEL = (
     "--num-layers 1 --hidden-size 64 --num-attention-heads 1 --sffn-router dense --lr 1e-3 "
     "--tokenizer-type NullTokenizer --vocab-size 1000000 --split 100,0,0 --eval-iters 0"
 )
-"""Of a model that is not built; no id is too large for its vocabulary."""
+"""Flags of a model that is not built, with a vocabulary that is large enough for any id."""
 
 
 def written(prefix: Path) -> str:
@@ -268,7 +275,7 @@ def compare(args: Namespace) -> None:
     for number in range(COMPARED):
         mine, their = next(ours), next(theirs)
         if not all(torch.equal(value, their[name]) for name, value in mine.items()):
-            raise DisagreementError(f"batch {number} of DALI is not that of torch's loader")
+            raise DisagreementError(f"batch {number} of DALI differs from that of torch's loader")
 
 
 def timed(args: Namespace, loader: Loader, options: argparse.Namespace) -> Timing:

@@ -44,7 +44,7 @@ PAPERS = {
     "softmax-before": "--sffn-entropy-coeff 1e-3",
     "softmax-after": "--sffn-entropy-coeff 1e-3",
 }
-"""Router -> the regularisation that its paper trains it with."""
+"""Router -> the flags of the regularisation in its paper."""
 EXPANSION, BLOCK_SIZES = 16, (64, 256)
 
 
@@ -118,12 +118,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="benchmarks.routers", description=__doc__.partition("\n")[0] if __doc__ else None
     )
     add = parser.add_argument
-    add("--quickstart", type=Path, default=Path("runs/quickstart"), help="folder with its data/")
+    add(
+        "--quickstart",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="folder of a quick start, with data/",
+    )
     add("--output", type=Path, default=Path("runs/routers"), help="folder of the runs")
     add("--routers", nargs="+", default=list(ROUTERS), choices=list(ROUTERS))
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
     add("--train-iters", type=int, default=150, help="steps of 2,048 tokens")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each")
+    add(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, with one thread each"
+    )
     args = parser.parse_args(argv)
     if not (args.quickstart / "data" / "complete.json").is_file():
         raise ConfigError(
@@ -147,7 +154,7 @@ def _run(job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
     flags += [
         f"--train-iters {args.train_iters} --eval-interval {args.train_iters} --seed {job.seed}",
         "--tokenizer-type HuggingFaceTokenizer",
-        # The last one counts: nothing is saved on the way.
+        # The last one counts, because the run saves nothing before it ends.
         "--save-interval 1000000",
     ]
     paths = {

@@ -25,7 +25,7 @@ from benchmarks.machine import Platform, adapt, one_rank
 from megatron_sffn.utils.errors import ConfigError, run_command
 
 LINES_EVERY = 100
-"""Steps between lines: Megatron's default of --log-interval."""
+"""Steps between log lines: Megatron's default of --log-interval."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.routing_overhead",
-        description="Cost of the statistics of routing, as a share of a sparse layer's step.",
+        description="Cost of routing statistics, as a share of a sparse layer's step.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -63,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     add("--expansion", type=int, default=8, help="E (default: 8)")
     add("--block-sizes", type=int, nargs="+", default=[64, 1], help="g (default: 64 1)")
     add("--routers", nargs="+", default=["avg-k", "switch"], help="(default: avg-k switch)")
-    add("--repeats", type=int, default=15, help="of which the fastest counts (default: 15)")
+    add("--repeats", type=int, default=15, help="turns; the fastest counts (default: 15)")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         raise ConfigError(f"--repeats {args.repeats} is less than 1; give at least 1")
@@ -160,13 +160,13 @@ def alternate(contenders: dict[str, Callable[[], None]], repeats: int) -> dict[s
             start = time.perf_counter()
             run()
             torch.cuda.synchronize()
-            # The first two warm up.
+            # The first two turns are a warm-up.
             if repeat > 1:
                 seconds[name].append(time.perf_counter() - start)
     return {name: min(each) for name, each in seconds.items()}
 
 
 if __name__ == "__main__":
-    # Before torch. Threads that wait for each other on a shared machine are all noise.
+    # Set before torch is imported: on a shared machine several threads only add noise.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     run_command(main)

@@ -30,7 +30,7 @@ from benchmarks.rows import append, check_output, check_plot
 from megatron_sffn.utils.errors import ConfigError, run_command
 
 SEQUENCE = 256
-"""Tokens of one."""
+"""Tokens per sequence."""
 
 COMMON = (
     f"--seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --sffn-router switch "
@@ -39,7 +39,7 @@ COMMON = (
     "--num-workers 0 --no-create-attention-mask-in-dataloader --eval-iters 0 "
     "--eval-interval 1000000 --save-interval 1000000 --log-interval 1000000"
 )
-"""Flags of every run, beside its sizes; `--sffn-router dense` comes later and then counts."""
+"""Flags of every run besides its sizes; a later `--sffn-router dense` overrides the router."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,21 +159,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[1024, 256, 64, 16],
         help="g (default: 1024 256 64 16)",
     )
-    add("--expansion", type=int, default=16, help="E beside Megatron (default: 16)")
+    add("--expansion", type=int, default=16, help="E in the comparison with Megatron (default: 16)")
     add(
         "--expansions",
         type=int,
         nargs="+",
         default=[4, 16, 64],
-        help="E of the growth (default: 4 16 64)",
+        help="E of the growth table (default: 4 16 64)",
     )
     add("--tokens", type=int, default=2048, help=f"in sequences of {SEQUENCE} (default: 2048)")
     add("--num-layers", type=int, default=4, help="all of them sparse (default: 4)")
     add("--hidden-size", type=int, default=256, help="D; k = 4 D active cells (default: 256)")
     add("--train-iters", type=int, default=8, help="steps of a run (default: 8)")
     add("--rounds", type=int, default=2, help="runs of each (default: 2)")
-    add("--output", type=Path, help="CSV file that gets the rows, after those that it has")
-    add("--plot", type=Path, metavar="FILE.png", help="the growth as a curve")
+    add("--output", type=Path, help="append the rows to this CSV file")
+    add("--plot", type=Path, metavar="FILE.png", help="plot the growth")
     args = parser.parse_args(argv)
     if args.tokens < SEQUENCE or args.tokens % SEQUENCE:
         raise ConfigError(

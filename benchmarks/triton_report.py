@@ -42,22 +42,22 @@ from megatron_sffn.utils.errors import ConfigError, run_command
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 FORMS = {"grouped": (triton_grouped, (256, 16)), "masked": (triton_masked, (16, 1))}
-"""The forms of the products, and the cells of a block for which each is made."""
+"""Form of the products -> cells per block for which it is made."""
 
 FUSED = (Activation.GELU, Activation.SWIGLU)
-"""Activations of the fused products: the one that computes most, the one with most operands."""
+"""Activations of the fused products: the most expensive one, and the one with most operands."""
 
 OPS = ("grouped", "masked", "fused", "route_topk")
-"""Groups of kernels."""
+"""Groups of kernels that the command line can select."""
 
 WIDTH = 512
-"""D: a multiple of 16, as a model's is, which Triton makes use of."""
+"""D, a multiple of 16 as in a model, because Triton specialises on that."""
 
 ROWS = 2048
-"""More than a tile, and more than a chunk of pairs."""
+"""R, more than a tile and more than a chunk of pairs."""
 
 BLOCKS = 8192
-"""Of which `route_topk` chooses: more than a piece."""
+"""B for `route_topk`, more than one tile of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    add("--cells", type=int, nargs="+", help="N of a block (default: 256 16; masked: 16 1)")
+    add("--cells", type=int, nargs="+", help="N, cells per block (default: 256 16; masked: 16 1)")
     add(
         "--targets",
         type=int,
@@ -176,7 +176,7 @@ def launches(
     dtype: torch.dtype, cells: Sequence[int] | None, target: int, rows: int = ROWS
 ) -> list[Launch]:
     """The launches of the ops on a GPU, at sizes for which the compiler may assume alignment."""
-    # Tiles hang on the compute capability.
+    # The tile sizes depend on the compute capability.
     with mock.patch.object(device, "capability", lambda _: divmod(target, 10)):
         return [*_all_launches(dtype, cells, rows)]
 

@@ -34,7 +34,7 @@ class Dense(nn.Module):
         super().__init__()
         active = problem.block_ids.shape[1]
         self.activation = problem.activation
-        # A gated dense FFN has its gate keys first, as each block has.
+        # The gate keys of all blocks come first, as in a gated dense FFN.
         halves = problem.keys[:active].chunk(2 if self.activation.gated else 1, dim=1)
         self.keys = _own(torch.cat([half.flatten(0, 1) for half in halves]))
         self.values = _own(problem.values[:active].flatten(0, 1))
@@ -104,7 +104,7 @@ TRANSFORMERS_ACTIVATIONS = {
     Activation.SQUARED_RELU: "relu2",
     Activation.SWIGLU: "silu",
 }
-"""Activation -> what transformers calls it; for the gated one, the gate's."""
+"""Activation -> its name in transformers; for SwiGLU the name of the gate's activation."""
 
 
 class Transformers(nn.Module):

@@ -24,11 +24,11 @@ from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn import op
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Of every output and gradient, relative to its norm."""
+"""Largest difference of an output or gradient, relative to its norm."""
 RELU_TOLERANCE = 2e-3
-"""At least so much for ReLU: a few derivatives of the millions are 0 rather than 1, or 1 than 0."""
+"""Least tolerance for ReLU, where a few of the millions of derivatives are 0 instead of 1."""
 REFERENCE_TOKENS = 256
-"""Tokens at a time: the oracle computes all M cells for each."""
+"""Tokens per step of the oracle, which computes all M cells for each token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Problem:
         return cls(
             x=normal(tokens, hidden_size),
             dy=normal(tokens, hidden_size),
-            # Up projections and outputs are then near 1, also in half precision.
+            # This scale keeps up projections and outputs near 1, also in half precision.
             keys=normal(blocks, cells, hidden_size, scale=hidden_size**-0.5),
             values=normal(blocks, block_size, hidden_size, scale=active_cells**-0.5),
             block_ids=torch.rand(tokens, blocks, generator=draw).topk(active).indices.to(device),
@@ -140,6 +140,6 @@ def disagreement(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     largest = 0.0
     for name, right in expected.items():
         error = (found[name].double() - right).norm() / right.norm()
-        # NaN compares as nothing: it has to count as wrong.
+        # Every comparison with NaN is false, but NaN has to count as wrong.
         largest = max(largest, float(error.nan_to_num(nan=float("inf"))))
     return largest

@@ -38,14 +38,14 @@ from megatron_sffn.utils.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS, TOKENS_OF_CELLS = 2048, 1024
-"""Default of --tokens, and at g = 1, where a peer would copy a token for each of its cells."""
+"""Default of --tokens; fewer at g = 1, where a peer would copy a token per active cell."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark with the arguments of the command line."""
     args = parse_arguments(argv)
     if args.device == "cpu":
-        # Before anything asks CUDA: on a machine with GPUs too, this run is one without.
+        # Hide GPUs before anything initialises CUDA, so that this run is the same on every machine.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     adapt()
     platform = Platform.here()
@@ -61,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.blocks",
-        description="Time of a sparse feed-forward layer whose routing is given, forward and "
+        description="Time of a sparse feed-forward layer with given routing, forward and "
         "forward + backward, in units of the dense FFN with the same number of active cells: ours, "
         "and the installed megatron-core, transformers and torch. A token uses k = --active-cells "
         "of E·k cells, in blocks of g. Every result is compared with a float64 oracle first; what "
@@ -78,21 +78,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=BACKENDS,
         default=["auto"],
-        help="of ours, a column each; auto is the fastest for the device (default: auto)",
+        help="our backends, a column each; auto is the fastest for the device (default: auto)",
     )
-    add("--threads", type=int, help="of torch (default: 1, with --device cuda torch's own)")
+    add("--threads", type=int, help="threads of torch (default: 1, with --device cuda torch's own)")
     add(
         "--repeats",
         type=int,
         default=15,
-        help="turns of each contender, of which the median counts; fewer, but at least 3, where "
-        "they take long (default: 15)",
+        help="turns of each contender; the median counts. Slow ones get fewer, but at "
+        "least 3 (default: 15)",
     )
     add(
         "--budget",
         type=float,
         default=20.0,
-        help="seconds; a peer whose step takes longer has a dash (default: 20)",
+        help="seconds per step; a slower peer gets a dash (default: 20)",
     )
     add = parser.add_argument_group("results").add_argument
     results = ROOT / "benchmarks" / "results.csv"
@@ -100,11 +100,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output",
         type=Path,
         default=results,
-        help="CSV file that gets the rows, after those that it has "
-        "(default: benchmarks/results.csv)",
+        help="append the rows to this CSV file (default: benchmarks/results.csv)",
     )
     add("--no-output", dest="output", action="store_const", const=None, help="print only")
-    add("--plot", type=Path, metavar="FILE.png", help="ratios over g, a panel per E and pass")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="plot the ratios over g, a panel per E and pass",
+    )
     args = parser.parse_args(argv)
     check(args)
     args.activation = Activation(args.activation)
@@ -121,8 +125,8 @@ def _add_sizes(add: Any) -> None:
         type=int,
         nargs="+",
         default=[1024, 256, 64, 16, 1],
-        help="g, cells of a block, a line of the table each; from large to small, slow peers are "
-        "foreseen (default: 1024 256 64 16 1)",
+        help="g, cells per block, a line of the table each; from large to small, so that slow "
+        "peers are predicted and skipped (default: 1024 256 64 16 1)",
     )
     add("--expansions", type=int, nargs="+", default=[4, 16], help="E (default: 4 16)")
     add("--hidden-size", type=int, default=512, help="D (default: 512)")
@@ -133,7 +137,7 @@ def _add_sizes(add: Any) -> None:
         "--gates",
         action="store_true",
         help="multiply each block's output by a factor, as most routers do, and compute its "
-        "gradient; without, the peers' factors are 1 and ours has none",
+        "gradient; without it the peers multiply by 1, and ours does not multiply",
     )
 
 
@@ -256,7 +260,7 @@ def attempt(
         start = time.perf_counter()
         error = difference(module, problem, expected)
         seconds = time.perf_counter() - start
-    except Exception as refused:  # whatever another package raises is its reason
+    except Exception as refused:  # any error of another package is its reason
         return " ".join(f"{type(refused).__name__}: {refused}".splitlines())[:200]
     if not error <= tolerance(problem):
         return (

@@ -209,7 +209,7 @@ def plot(rows: Sequence[Row], contenders: Sequence[str], path: Path) -> None:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise ConfigError(
-            f"--plot {path} cannot be written ({error}); give a path in a folder that is there"
+            f"--plot {path} cannot be written ({error}); give a path in a folder that exists"
         ) from error
     finally:
         pyplot.close(figure)

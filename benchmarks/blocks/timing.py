@@ -25,12 +25,12 @@ from benchmarks.blocks.problem import Problem
 FORWARD, BOTH = "forward", "forward + backward"
 PASSES = (FORWARD, BOTH)
 CONTENDER_SECONDS = 20.0
-"""A contender's turns at one size stop here, but for the fewest."""
+"""A contender stops after so many seconds at one size, but not before the fewest turns."""
 FEWEST_TURNS = 3
 STEPS_ON_GPU = 10
-"""In a row, as one turn: the host then launches kernels ahead of the device, as in training."""
+"""Passes in a row per turn: the host then launches kernels ahead of the device, as in training."""
 COPIES = 6
-"""Of all rows that meet a block, `[T·K, D]` each, that a peer's step holds at its peak."""
+"""Copies of all rows per block, `[T·K, D]` each, in a peer's step at its peak."""
 
 
 @dataclass

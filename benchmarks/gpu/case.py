@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 Values = Mapping[str, Any]
-"""What a case found, as JSON can hold it."""
+"""The results of a case, as values that JSON can hold."""
 
 
 class Failure(AssertionError):

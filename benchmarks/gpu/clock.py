@@ -20,7 +20,7 @@ import torch
 from benchmarks.gpu.case import Context
 
 L2_TIMES = 2
-"""How often the buffer that is written between repetitions holds the L2 cache."""
+"""Size of the buffer that is written between repetitions, in sizes of the L2 cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def measure(
     call()
     context.synchronize()
     first = time.perf_counter() - start
-    # The first call may have compiled a kernel: a second one tells what a repetition takes.
+    # The first call may have compiled a kernel, so a second call estimates a repetition.
     if first < seconds * 10:
         start = time.perf_counter()
         call()

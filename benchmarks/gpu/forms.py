@@ -24,15 +24,15 @@ ORACLE = "naive"
 PRODUCTS = ("to_pairs", "to_rows", "to_table")
 
 FUSED, FUSED_PRODUCTS = "triton_fused", ("up_activated", "down_backward_activated")
-"""The module of the products that include the activation; cut by the table of `triton_grouped`."""
+"""The module of the fused products, which take their tiles from the table of `triton_grouped`."""
 
 IN_TIME: dict[str, tuple[int, int]] = {
     "torch": (64, 1 << 30),
     "torch_backend": (64, 1 << 30),
     "bags": (1, 1),
 }
-"""Backend or module -> least and largest g at which it ends in time: the loop's launches grow with
-the blocks, and the bags' reads with their cells."""
+"""Backend or module -> least and largest g at which it ends in time. The launches of `torch` grow
+with the number of blocks, and the reads of `bags` with their cells."""
 
 
 def backends(*, oracle: bool = False) -> list[str]:
@@ -50,13 +50,13 @@ def too_slow(name: str, cells: int, context: Context) -> bool:
 
 def modules() -> dict[str, ModuleType]:
     """Name -> module of `ops.block_ffn` that has the three products as functions."""
-    # Not `from megatron_sffn.ops import block_ffn`, which is the function.
+    # `from megatron_sffn.ops import block_ffn` would import the function.
     package = importlib.import_module("megatron_sffn.ops.block_ffn")
     found = {}
     for info in pkgutil.iter_modules(package.__path__):
         try:
             module = importlib.import_module(f"{package.__name__}.{info.name}")
-        except ImportError:  # of an optional package
+        except ImportError:  # an optional package is missing
             continue
         if all(callable(getattr(module, name, None)) for name in PRODUCTS):
             found[info.name] = module

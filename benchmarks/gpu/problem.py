@@ -21,8 +21,7 @@ from megatron_sffn.ops.block_ffn import torch_backend
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 
 LOADS = ("uniform", "skewed", "empty")
-"""Every block alike; every row also with block 0; half of the blocks and a quarter of the rows
-without any."""
+"""Uniform; block 0 in every row; half of the blocks and a quarter of the rows without a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,7 @@ def draw_ids(size: Size, device: torch.device, generator: torch.Generator) -> Te
     places = torch.arange(size.num_active, device=device)
     ids = (integers() + (2 * integers() + 1) * places) % blocks
     if size.load == "skewed":
-        # The row's first place becomes block 0, unless another place has it already.
+        # The first id of a row becomes block 0, unless the row has it already.
         has_zero = (ids == 0).any(dim=1)
         ids[:, 0] = torch.where(has_zero, ids[:, 0], 0)
     if size.load == "empty":

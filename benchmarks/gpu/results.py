@@ -19,7 +19,7 @@ TICKS = {"passed": "✓", "failed": "✗", "cut": "✗", "skipped": "–"}
 """State of a section -> its mark."""
 
 MOST_LINES = 60
-"""That a command prints at its end."""
+"""Most lines that a command prints at its end."""
 
 
 class Store:

@@ -17,7 +17,7 @@ from megatron_sffn.ops.block_ffn import triton_fused, triton_table
 ROUTE = "route_topk"
 
 CHUNKED = ("--load", "skewed", "--chunk", "16")
-"""Flags with which a small case has a block whose pairs are cut into chunks."""
+"""Flags with which a small case splits a block into chunks of pairs."""
 
 
 def targets() -> list[str]:

@@ -33,16 +33,16 @@ from benchmarks.machine import ROOT
 from megatron_sffn.utils.errors import reason_in
 
 GRACE = 8.0
-"""Seconds between the last moment at which a case may start and the end of its process."""
+"""Seconds from the last moment at which a case may start until its process is killed."""
 
 RESERVE = 3.0
-"""Seconds at the end in which no section runs: results are written and printed."""
+"""Seconds reserved at the end, in which results are written and printed."""
 
 MOST_STARTS = 12
-"""Of the process of a section whose cases end it."""
+"""Most restarts of a section whose cases end its process."""
 
 LEAST = 2.0
-"""Seconds below which a section is not started."""
+"""A section with fewer seconds is not started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
     try:
         yield
     finally:
-        # The group, also after its leader has ended: a training may have outlived it.
+        # Kill the whole process group, because a training may have outlived its leader.
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
@@ -160,10 +160,10 @@ def environment(dry: bool) -> dict[str, str]:
     """The environment variables of a section's process and its children."""
     found = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
     found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [found.get("PYTHONPATH")])])
-    # Of the shell's: kernels on a GPU are compiled.
+    # Remove the shell's TRITON_INTERPRET: kernels on a GPU are compiled.
     found.pop("TRITON_INTERPRET", None)
     if dry:
-        # No compiler for the C++ kernels of a CPU: a GPU does not run them either.
+        # Without a compiler the C++ kernels are not built, which a GPU never runs.
         found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "CXX": "no-compiler"}
         found["TORCH_EXTENSIONS_DIR"] = str(Path(tempfile.gettempdir()) / "sffn-no-extensions")
     return found

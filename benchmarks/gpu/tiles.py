@@ -22,10 +22,10 @@ from megatron_sffn.ops.block_ffn import triton_fused as fused
 from megatron_sffn.ops.block_ffn import triton_grouped
 
 MOST = 12
-"""Candidates of a line, the present tiles among them."""
+"""Most candidates per entry, including the present tiles."""
 
 Key = tuple[str, torch.dtype, str]
-"""A line of `TILES`: device, dtype, kind."""
+"""A key of `TILES`: device, dtype, kind."""
 
 
 class Remembering(dict[Key, Any]):
@@ -173,7 +173,7 @@ def call_of(job: Job, context: Context) -> Callable[[], Any]:
     if job.module == forms.FUSED:
         gates = torch.rand(len(pairs.rows), device=where)
         x, dy, f = problem.x, problem.dy, size.activation
-        # Of the results, one that takes the whole product.
+        # A product may return several results: take one that depends on the whole product.
         calls = {
             "up_activated": lambda: fused.up_activated(x, problem.keys, pairs, gates, f)[1],
             "down_backward_activated": lambda: fused.down_backward_activated(
@@ -189,7 +189,7 @@ def call_of(job: Job, context: Context) -> Callable[[], Any]:
         }
 
     def call() -> Any:
-        # What is derived may depend on the tiles.
+        # The cached records of the pairs may depend on the tiles.
         pairs.derived.clear()
         return calls[job.product]()
 

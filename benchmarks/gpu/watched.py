@@ -13,10 +13,10 @@ from benchmarks.gpu.case import Context, Failure, NotHere
 from benchmarks.gpu.worker import LONGEST_CASE
 
 SHARE = 0.9 * LONGEST_CASE
-"""Of the time that is left, which both runs may take: after `LONGEST_CASE` the case is given up."""
+"""Share of the remaining time for both runs: after `LONGEST_CASE` the case is given up."""
 
 _ended_alone: set[tuple[str, ...]] = set()
-"""Programs that have run without a tool in this process, and ended well."""
+"""Programs that this process has run without a tool successfully."""
 
 
 def watched(

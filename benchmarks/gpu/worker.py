@@ -27,22 +27,22 @@ from pathlib import Path
 from typing import Any
 
 POISONED = 71
-"""Exit code: CUDA is of no more use in this process."""
+"""Exit code: CUDA cannot be used any more in this process."""
 
 NEXT = 72
-"""Exit code: the next case wants a fresh process."""
+"""Exit code: the next case needs a fresh process."""
 
 LONGEST_CASE = 0.5
 """Share of the section's time after which a case is given up."""
 
 TRITON = "Triton Error [CUDA]"
-"""What Triton's own launcher calls an error of CUDA."""
+"""The beginning of a CUDA error from Triton's launcher."""
 
 HARMLESS = ("out of resource", "invalid argument", "out of memory")
-"""Errors of a launch that was refused: the next one can succeed."""
+"""Errors of a launch that was refused; later launches can succeed."""
 
 LONGEST_SENTENCE = 300
-"""Characters of a reason that are kept; log.txt has all."""
+"""Most characters of a reason in the results; log.txt has all of it."""
 
 
 def main() -> int:
@@ -63,7 +63,7 @@ def main() -> int:
     from megatron_sffn.utils.warning_filters import silence
 
     silence()
-    # A benchmark measures; a warning is for log.txt, and ends nothing.
+    # Warnings go to log.txt; none may end a benchmark.
     warnings.simplefilter("default")
     context = Context(dry=args.dry_run, out=args.out, scratch=args.scratch, deadline=deadline)
     section = importlib.import_module(f"benchmarks.gpu.sections.{args.section}")
@@ -118,7 +118,7 @@ def run_case(case: Any, context: Any, records: Path) -> bool:
     except (NotHere, ConfigError) as reason:
         # A backend that cannot serve a size or a dtype refuses it in a sentence.
         ended |= {"state": "skipped", "reason": sentence(reason)}
-    except Exception as error:  # of any package: it is the result of the case
+    except Exception as error:  # an error of any package is the result of the case
         traceback.print_exc()
         ended |= {"state": "failed", "reason": sentence(error)}
         poisoned = is_of_cuda(error)
@@ -149,7 +149,7 @@ def is_of_cuda(error: BaseException) -> bool:
 def note(records: Path, line: dict[str, Any]) -> None:
     """Append a line, and make sure that it is on the disk."""
     with records.open("a", encoding="utf-8") as file:
-        # The line before may have been cut short by the end of its process.
+        # A process that died may have left an incomplete line.
         file.write("\n" + json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -37,9 +37,9 @@ from megatron_sffn.nn.layer import SparseFFN
 
 DISPATCHERS = ("alltoall", "allgather")
 TOLERANCE = 1e-4
-"""Of outputs and input gradients in fp32, relative to the largest."""
+"""Largest difference of outputs and input gradients in fp32, relative to the largest value."""
 CELL_SECONDS = 20.0
-"""Repeats of one block size stop here, but for the fewest."""
+"""Seconds after which a block size is not repeated, but not before the fewest repeats."""
 FEWEST_REPEATS = 3
 
 
@@ -207,7 +207,7 @@ def disagreement_of(layers: Mapping[str, nn.Module], x: Tensor, dy: Tensor) -> f
     for result in results[1:]:
         for mine, reference in zip(result, first, strict=True):
             error = (mine - reference).abs().max() / reference.abs().max()
-            # NaN compares as nothing: it has to count as wrong.
+            # Every comparison with NaN is false, but NaN has to count as wrong.
             largest = max(largest, float(error.nan_to_num(nan=float("inf"))))
     return largest
 

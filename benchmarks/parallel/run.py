@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark with the arguments of the command line."""
     args = parse_arguments(argv)
-    # Before torch, as torchrun does it: ranks share the cores, and forks have no thread pools.
+    # Set before torch is imported, as torchrun does: ranks share the cores.
     os.environ["OMP_NUM_THREADS"] = "1"
     adapt()
     platform = Platform.here()
@@ -67,24 +67,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--hidden-size", type=int, default=256, help="D (default: 256)")
     add("--active-cells", type=int, default=1024, help="k, also of the dense FFN (default: 1024)")
-    add("--expansion", type=int, default=4, help="E, memory cells over active ones (default: 4)")
+    add("--expansion", type=int, default=4, help="E, all cells over active cells (default: 4)")
     add("--tokens", type=int, default=1024, help="T of each rank and step (default: 1024)")
     add(
         "--block-sizes",
         type=int,
         nargs="+",
         default=[1024, 256, 64, 16],
-        help="g, one table row or more each (default: 1024 256 64 16)",
+        help="g, one or more table rows each (default: 1024 256 64 16)",
     )
     add("--ranks", type=int, nargs="+", default=[2, 4], help="a table each (default: 2 4)")
     add(
         "--repeats",
         type=int,
         default=15,
-        help="steps of each layer, of which the median counts; fewer where they are slow "
-        "(default: 15)",
+        help="steps of each layer; the median counts. Slow layers get fewer (default: 15)",
     )
-    add("--output", type=Path, help="CSV file that gets the rows, after those that it has")
+    add("--output", type=Path, help="append the rows to this CSV file")
     args = parser.parse_args(argv)
     check(args)
     return args
@@ -151,7 +150,7 @@ def measure(ranks: int, args: argparse.Namespace, platform: Platform) -> list[li
             nprocs=ranks,
             start_method=platform.start_method,
         )
-        # Written by our own ranks, a moment ago.
+        # Safe to unpickle: our own ranks have just written it.
         results = [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(ranks)]
     return [list(of_ranks) for of_ranks in zip(*results, strict=True)]
 

@@ -41,7 +41,7 @@ def _reduce_scatter(input: Tensor, group: Any, splits: Any) -> int:
     return int((group.size() - 1) * (input.nbytes // group.size()))
 
 
-# Megatron's mappings keep two of the functions under names of their own.
+# Megatron's mappings have imported two of the functions under other names.
 _COUNTED: tuple[tuple[Any, str, Callable[[Tensor, Any, Any], int]], ...] = (
     (torch.distributed, "all_to_all_single", _all_to_all),
     (torch.distributed, "all_gather_into_tensor", _all_gather),

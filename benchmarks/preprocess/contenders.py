@@ -26,7 +26,7 @@ from megatron_sffn.data.indexed.format import open_index
 from megatron_sffn.utils.errors import run_command
 
 CHUNK = 1000
-"""Texts that `encode_batch` gets at once."""
+"""Texts per call of `encode_batch`."""
 
 UNIT = "Megatron-LM"
 

@@ -103,10 +103,21 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     add = parser.add_argument
     add("--sizes", type=int, nargs="+", default=[50], help="MB of text (default: 50)")
     add("--input", nargs="+", help="text, as preprocess_data.py reads it; repeated if too short")
-    add("--vocab-size", type=int, default=16384, help="of the tokenizer (default: 16384)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: the cores)")
-    add("--rounds", type=int, default=1, help="of which the fastest counts (default: 1)")
-    add("--folder", type=Path, help="for the files, which take 3 times the text (default: /tmp)")
+    add(
+        "--vocab-size", type=int, default=16384, help="vocabulary of the tokenizer (default: 16384)"
+    )
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes or threads (default: one per core)",
+    )
+    add("--rounds", type=int, default=1, help="rounds; the fastest counts (default: 1)")
+    add(
+        "--folder",
+        type=Path,
+        help="folder for files of 3 times the size of the text (default: /tmp)",
+    )
     add("--output", type=Path, help="append rows to this CSV file")
     args = parser.parse_args(argv)
     for flag, values in (("sizes", args.sizes), ("rounds", [args.rounds])):
@@ -207,6 +218,6 @@ def memory_of(pid: int) -> float:
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
             total += process.memory_full_info().pss
-    except psutil.Error:  # one of them has ended
+    except psutil.Error:  # a process has ended meanwhile
         pass
     return float(total)

@@ -63,7 +63,7 @@ TILES = [
     for tokens, warps in ((128, 4), (128, 8), (256, 8), (512, 8), (512, 16))
     for pairs in (16, 32, 64)
 ]
-"""What the command compiles."""
+"""The tiles that the command compiles."""
 
 
 def to_rows(
@@ -183,7 +183,7 @@ def report(cells: int) -> Iterator[str]:
         size = f"{tile.tokens:6} x {tile.columns:3} {tile.pairs:6} {tile.warps:6}"
         try:
             compiled = triton.compile(special.source, target=target, options=special.options)
-        except Exception as error:  # of the compiler: what cannot be made is a result
+        except Exception as error:  # from the compiler: a failure is a result
             yield f"{size}   {type(error).__name__}: {str(error).splitlines()[-1]}"
             continue
         used = resources(compiled.asm["cubin"])

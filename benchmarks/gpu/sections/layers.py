@@ -22,7 +22,7 @@ from benchmarks.gpu.rows import row_of, write, written
 FILE = "layers.csv"
 WHAT = "forward + backward"
 SHAPES = ((1024, 4), (256, 4), (64, 4), (16, 4), (1, 4), (1024, 16), (256, 16), (64, 16), (16, 16))
-"""g and E that are timed, the cheaper E first; g = 1 at E = 16 is E times dense."""
+"""The g and E to time, the cheaper E first; g = 1 at E = 16 would take E times the dense time."""
 
 
 def cases(context: Context) -> list[Case]:

@@ -23,7 +23,7 @@ METRICS = (
     "dram__bytes.avg.pct_of_peak_sustained_elapsed",
     "smsp__issue_active.avg.pct_of_peak_sustained_active",
 )
-"""Time, and the shares of what can be had: tensor pipe, L2 with its hits, memory, instructions."""
+"""Time, and utilisation in percent: tensor pipe, L2 with its hit rate, memory, instructions."""
 
 
 def cases(context: Context) -> list[Case]:

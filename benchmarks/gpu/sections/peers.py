@@ -16,7 +16,7 @@ from benchmarks.gpu.problem import Size, draw
 from benchmarks.machine import Platform, adapt, one_rank
 
 PEERS = ("torch _grouped_mm", "transformers grouped_mm", "Megatron")
-"""What the names of `benchmarks.blocks.layers.peers` begin with."""
+"""The beginnings of the names of `benchmarks.blocks.layers.peers`."""
 
 
 def cases(context: Context) -> list[Case]:

@@ -24,12 +24,12 @@ from megatron_sffn.ops.block_ffn.pairs import Sorted
 FILE = "products.csv"
 
 GROUPED, MASKED = "triton_grouped", "triton_masked"
-"""The two forms between which `SECONDS_PER_BYTE` decides."""
+"""The two forms of the Triton products; `SECONDS_PER_BYTE` decides between them."""
 
 
 def cases(context: Context) -> list[Case]:
     """Every size with all modules; then the constants."""
-    modules = [name for name in forms.modules() if name != "triton"]  # which is one of its forms
+    modules = [name for name in forms.modules() if name != "triton"]  # it only chooses a form
     found = []
     for g, expansion in context.choose(
         ((64, 4), (256, 4), (1024, 4), (16, 4), (1, 4), (64, 16), (256, 16), (16, 16), (1, 16)),

@@ -18,7 +18,7 @@ from benchmarks.gpu.watched import watched
 TOOLS = ("memcheck", "racecheck")
 
 ERROR = 86
-"""Exit code that the tool is asked for where it finds an error and the program does not fail."""
+"""Exit code that the tool returns if it finds an error although the program succeeds."""
 
 
 def cases(context: Context) -> list[Case]:
@@ -39,12 +39,12 @@ def watch(tool: str, name: str, context: Context) -> dict[str, Any]:
     done = watched("compute-sanitizer", watcher, (name, *size), context)
     with (context.out / "sanitizer.txt").open("a", encoding="utf-8") as file:
         file.write(f"==== {tool} {name}: exit code {done.returncode}\n{done.stdout[-20000:]}\n")
-    # An illegal access makes the program fail, and then the exit code is the program's.
+    # An illegal access makes the program fail; then the tool returns the program's exit code.
     if done.returncode == ERROR or re.search(r"SUMMARY: [1-9]", done.stdout):
         errors = [line for line in done.stdout.splitlines() if line.startswith("=========")]
         raise Failure(f"{tool} found errors: {' '.join(errors[:2])}")
     if done.returncode:
-        # The program runs without the tool; a container may forbid what the tool needs.
+        # The program runs without the tool, so the container may forbid what the tool needs.
         last = (done.stdout.strip() or "no output").splitlines()[-1]
         raise NotHere(f"{tool} does not run here: {last}")
     return {}

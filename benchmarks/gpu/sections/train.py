@@ -29,7 +29,7 @@ from benchmarks.gpu.case import Case, Context, Failure, NotHere
 from megatron_sffn.utils.errors import ConfigError, reason_in, run_command
 
 CURVE = Path(__file__).parents[1] / "cpu_losses.json"
-"""Router -> losses of the steps on a CPU, in the sizes of a GPU."""
+"""File with the losses per router of a training on a CPU, at the sizes for a GPU."""
 
 FLAGS = (
     "--num-layers 2 --num-attention-heads 4 --position-embedding-type rope --disable-bias-linear "
@@ -49,10 +49,10 @@ DRY_SIZES = (
 )
 ROUTERS = ("switch", "avg-k")
 TOLERANCE = 1e-2
-"""Between the losses of two backends, and those of a CPU, at any step."""
+"""Largest difference between the losses of two backends, or of a GPU and a CPU, at any step."""
 
 AT_A_TIME = 4
-"""Runs that share a GPU."""
+"""Runs that share a GPU at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def repeat(context: Context) -> dict[str, Any]:
     if first.steps != {step: whole.steps[step] for step in first.steps}:
         raise Failure(f"the same run twice has other losses: {first.steps} and {whole.steps}")
     second = run("parts", steps)
-    # A run that resumed from no checkpoint would have printed the first steps again.
+    # A run that did not resume from the checkpoint would have printed the first steps again.
     check_steps("the resumed part", second, steps // 2 + 1, steps)
     together = {**first.steps, **second.steps}
     # Megatron's line of the second step after a start has the mean of the first two losses.
@@ -171,7 +171,7 @@ def compare(router: str, context: Context) -> dict[str, Any]:
     """Check that every backend trains to the same losses, and to those of a CPU if stored."""
     steps = context.choose(20, 2)
     names = [name for name in forms.backends(oracle=True) if name != "auto"]
-    if context.dry:  # two will do, one of them in Triton's interpreter
+    if context.dry:  # two are enough, one of them in Triton's interpreter
         others = [name for name in names if name not in (forms.ORACLE, "torch")]
         names = [*others[:1], *filter(forms.is_interpreted, others)]
     reasons: dict[str, str] = {}
@@ -250,7 +250,9 @@ def store_curve() -> None:
         ConfigError: on a machine with CUDA, whose losses would be compared with themselves.
     """
     if torch.cuda.is_available():
-        raise ConfigError("cpu_losses.json is of a CPU, and this machine has CUDA; use another one")
+        raise ConfigError(
+            "cpu_losses.json is for a CPU, and this machine has CUDA; use one without"
+        )
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

@@ -30,13 +30,13 @@ from benchmarks.gpu.worker import is_of_cuda
 from benchmarks.triton_starts import Start, handed_to
 
 LEAST_GAIN = 0.02
-"""Share of the time by which a candidate must be faster to be proposed."""
+"""A candidate is proposed if it saves at least this share of the time."""
 
 SAME = 1e-2
-"""Relative difference up to which two candidates have computed the same."""
+"""Largest relative difference of the results of two candidates."""
 
 COMPILING = 0.4
-"""Share of the section's time that compiling ahead may take."""
+"""Share of the section's time for compiling ahead."""
 
 
 def cases(context: Context) -> list[Case]:
@@ -81,7 +81,7 @@ def times(tuned: Tuned, context: Context) -> tuple[dict[int, float], list[str]]:
                 reasons.append(f"{candidate}: differs from the first by {error:.1e}")
                 continue
             took[number] = measure(tuned.call, context, seconds=0.05).median
-        except Exception as error:  # of the compiler: too many registers, too much shared memory
+        except Exception as error:  # from the compiler: too many registers, too much shared memory
             if is_of_cuda(error):
                 raise
             reasons.append(" ".join(f"{candidate}: {type(error).__name__}: {error}".split())[:200])
@@ -145,7 +145,7 @@ def warm_up(start: Start) -> None:
 def _compile(tuned: Tuned) -> None:
     try:
         tuned.call()
-    except Exception as error:  # of the compiler
+    except Exception as error:  # from the compiler
         print(f"{tuned.table.candidate}: {type(error).__name__}: {error}"[:300], flush=True)
 
 
