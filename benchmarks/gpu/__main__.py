@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = CommandParser(
         prog="python -m benchmarks.gpu",
-        description="Accept a GPU: check results (check), time them (time), find tile sizes (tune).",
+        description="Accept a GPU: correct results (check), speed (time), tile sizes (tune).",
         epilog=EPILOG,
     )
     parser.add_argument("command", choices=PLANS)

@@ -1,4 +1,4 @@
-"""`block_ffn`: the framework's identities (F1-F7), then every backend against the oracle."""
+"""`block_ffn`: the identities F1 to F7 of docs/methods.md, and every backend against the oracle."""
 
 import pytest
 import torch
@@ -123,7 +123,7 @@ def test_the_hand_written_backward_is_the_derivative(activation: Activation, bac
     ]
     gates = torch.rand(4, 2, dtype=x.dtype, requires_grad=True)
     ids = choose(8, 2, tokens=4)
-    # Away from the kink of ReLU, where no finite difference can be right.
+    # These inputs are away from the kink of ReLU, where finite differences are wrong.
     assert torch.autograd.gradcheck(
         lambda x, k, v, g: block_ffn(x, k, v, ids, g, activation=activation, backend=backend),
         (*inputs, gates),
@@ -131,7 +131,7 @@ def test_the_hand_written_backward_is_the_derivative(activation: Activation, bac
 
 
 def pairs_of(case: str) -> Pairs:
-    """Edges of the (row, block) relation, for T rows and 6 blocks."""
+    """Edge cases of the (row, block) pairs, for T rows and 6 blocks."""
     if case == "all to one block":
         rows, blocks = torch.arange(T), torch.full((T,), 4)
     elif case == "no pair at all":
@@ -167,7 +167,7 @@ def test_edges_against_the_oracle(case: str, scratch: int, monkeypatch: pytest.M
 def test_sizes_that_fill_no_tile_and_cross_every_bound(
     rows: int, width: int, g: int, dtype: torch.dtype
 ) -> None:
-    """A block that has all rows, one that has none, and others in between."""
+    """One block has all rows, one has none, the others have some."""
     torch.manual_seed(g)
     blocks = max(5, 1500 // g if width == 40 else 0)
     x = torch.randn(rows, width, dtype=torch.float64)
@@ -209,7 +209,7 @@ def test_narrow_dtypes_stay_near_the_float64_oracle(
     ids = choose(12, 5)
     results = []
     for backend, width in (("naive", torch.float64), ("cpu", dtype)):
-        # The oracle starts from the rounded numbers: their rounding is not the op's.
+        # The oracle starts from the rounded inputs, whose rounding is not an error of the op.
         inputs = [t.to(dtype).to(width).requires_grad_() for t in make(2, activation)]
         y = block_ffn(*inputs, ids, activation=activation, backend=backend)
         assert y.dtype == width
@@ -245,7 +245,7 @@ def test_results_are_the_same_bits_every_time() -> None:
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_does_not_fit_is_refused(
+def test_arguments_that_do_not_fit_are_refused(
     backend: str, change: dict[str, object], words: tuple[str, ...]
 ) -> None:
     x, keys, values = make(4)

@@ -1,4 +1,4 @@
-"""What `auto` chooses on a GPU, for which `ops/device.py` is replaced: nothing computes."""
+"""What `auto` chooses on a GPU, which these tests simulate by replacing `ops/device.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 
 
 def shape(g: int, spread: float, *, tokens: int = 16384, width: int = 4096) -> Shape:
-    """T tokens that use as many cells as four times the width, of E times that."""
+    """T tokens with 4·D active cells each, of E times as many."""
     active = max(1, 4 * width // g)
     return Shape(
         rows=tokens,
@@ -48,7 +48,7 @@ def shape(g: int, spread: float, *, tokens: int = 16384, width: int = 4096) -> S
         (1, 4, HALF, (9, 0), "masked"),
         (1, 16, HALF, (9, 0), "masked"),
         (1, 1024, HALF, (9, 0), "bags"),
-        # Where a grouped product is a loop of torch's own, or does not exist.
+        # `grouped` does not exist, or is a loop inside torch.
         (1024, 16, HALF, (8, 0), "torch"),
         (1024, 16, torch.float16, (9, 0), "torch"),
         (1024, 4, SINGLE, (9, 0), "torch"),
@@ -58,7 +58,7 @@ def shape(g: int, spread: float, *, tokens: int = 16384, width: int = 4096) -> S
         (252, 16, HALF, (9, 0), "torch"),
     ],
 )
-def test_the_rule(
+def test_auto_chooses_the_backend_with_the_least_estimate(
     g: int,
     spread: float,
     dtype: torch.dtype,
@@ -71,7 +71,7 @@ def test_the_rule(
     assert best == backend, (reason, choose_backend.estimates(shape(g, spread), dtype))
 
 
-def test_the_rule_for_values_alone_for_no_pairs_and_for_the_reason(
+def test_auto_for_values_without_keys_and_without_pairs_and_its_log_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     play_gpu(monkeypatch, capability=(8, 6), name="a GPU")
@@ -89,7 +89,7 @@ def test_the_rule_for_values_alone_for_no_pairs_and_for_the_reason(
     assert "grouped needs a GPU of capability 9.0 or newer, and a GPU has 8.6" in record.message
 
 
-def test_auto_asks_the_rule_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_estimated_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     x, tables = torch.zeros(5, 64), torch.zeros(2, 6, 64, 64)
     ids = torch.arange(6, dtype=torch.int32)
     call = (x, *tables, Pairs(rows=ids, blocks=ids))

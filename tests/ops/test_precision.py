@@ -1,4 +1,4 @@
-"""How far gradients in bf16 are from float64: sums of many pieces, microbatches and gates."""
+"""Errors of bf16 gradients against float64: sums over slices, microbatches and gates."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from megatron_sffn.ops.block_ffn import main_grad, torch_backend
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 
 ONE_ROUNDING = 1.7e-3
-"""Relative error, in the norm, of numbers that were rounded to bf16 once (measured: 1.66e-3)."""
+"""Relative error in the norm after one rounding to bf16 (measured: 1.66e-3)."""
 
 
 def error(ours: Tensor, exact: Tensor) -> float:
@@ -20,7 +20,7 @@ def error(ours: Tensor, exact: Tensor) -> float:
 def test_a_table_gradient_of_many_pieces_is_rounded_about_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A piece's own product is rounded, its sum is not: with the result's rounding, sqrt(2)."""
+    """Each slice's product is rounded, their sum is not: with the result's rounding, sqrt(2)."""
     torch.manual_seed(0)
     coefficients, rows = torch.randn(4096, 8).bfloat16(), torch.randn(4096, 32).bfloat16()
     pairs = Sorted(
@@ -51,7 +51,7 @@ def test_backend_torch_rounds_microbatches_alike_with_and_without_main_grad() ->
 
 
 def errors_of_microbatches(backend: str) -> list[tuple[float, float]]:
-    """For keys and values: the error of gradients in `main_grad`, and of autograd's, added up."""
+    """For keys and values, the errors of gradients in `main_grad` and of autograd's sums."""
     torch.manual_seed(0)
     batches = [(torch.randn(64, 16), torch.rand(64, 8).topk(3).indices) for _ in range(16)]
     start = torch.randn(2, 8, 4, 16).bfloat16()
@@ -84,8 +84,8 @@ def errors_of_microbatches(backend: str) -> list[tuple[float, float]]:
     ]
 
 
-def test_main_grad_is_left_alone_where_megatron_would_lose_something() -> None:
-    """A bf16 buffer, no DDP, or an owner that has promised nothing."""
+def test_main_grad_is_not_used_where_a_gradient_would_be_lost() -> None:
+    """A bf16 buffer, no DDP, or an owner that has not promised anything."""
     table = Parameter(torch.zeros(2, 3, 4).bfloat16())
     assert main_grad.buffer_of(table) is None
     table.main_grad, table.grad_added_to_main_grad = torch.zeros(2, 3, 4), False
@@ -102,7 +102,7 @@ def test_main_grad_is_left_alone_where_megatron_would_lose_something() -> None:
 def test_gates_and_their_gradients_are_not_rounded_to_bf16(backend: str) -> None:
     torch.manual_seed(0)
     x, (keys, values) = torch.randn(64, 64).bfloat16(), torch.randn(2, 4, 64, 64).bfloat16() / 8
-    # Ones that bf16 cannot tell apart.
+    # Gates that are equal in bf16.
     gates = 1 + torch.rand(64, 1) / 1024
     ids = torch.randint(4, (64, 1))
     exact_gates, ours = gates.double().requires_grad_(), gates.clone().requires_grad_()

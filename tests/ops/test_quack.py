@@ -1,6 +1,6 @@
-"""Calls of quack-kernels, whose kernels need a GPU: by the meaning that the package documents.
+"""The calls of quack-kernels, checked by the documented meaning, because its kernels need a GPU.
 
-`gemm` and `gemm_add_inplace` below are that meaning in plain torch. Where the package is installed,
+`gemm` and `gemm_add_inplace` below are this meaning in plain torch. If the package is installed,
 its own reference and its signatures confirm it.
 """
 
@@ -32,7 +32,7 @@ def gemm(
     A_idx: Tensor | None = None,
     tuned: bool = True,
 ) -> Tensor:
-    """Groups of rows of A meet matrices of B, or groups of columns of A groups of rows of B."""
+    """Multiply groups of rows of A with matrices of B, or groups of columns of A with rows of B."""
     ends = cu_seqlens_m if cu_seqlens_k is None else cu_seqlens_k
     assert ends.dtype == torch.int32 and (A_idx is None or A_idx.dtype == torch.int32)
     for group, (first, last) in enumerate(itertools.pairwise(ends)):
@@ -79,7 +79,7 @@ def test_the_products_are_those_of_grouped(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(buffer - 1, grouped.to_table(coefficients, rows, pairs))
 
 
-def test_no_pairs_need_no_kernel() -> None:
+def test_without_pairs_no_kernel_is_called() -> None:
     pairs = Sorted(
         rows=torch.zeros(0, dtype=torch.int32), offsets=torch.zeros(6, dtype=torch.int64)
     )
@@ -89,7 +89,7 @@ def test_no_pairs_need_no_kernel() -> None:
     assert not quack.to_table(coefficients, rows, pairs).any()
 
 
-def test_the_installed_package_means_the_same() -> None:
+def test_the_installed_package_computes_the_same() -> None:
     package = pytest.importorskip(
         quack.MODULE, reason="quack-kernels, an extra for GPU machines, is not installed"
     )
@@ -112,7 +112,9 @@ def test_the_installed_package_means_the_same() -> None:
         )
 
 
-def test_what_it_cannot_take_is_refused_with_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_inputs_are_refused_and_alternatives_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, table = torch.zeros(3, 16), torch.zeros(2, 8, 16)
     with pytest.raises(ConfigError, match="backend quack computes on a GPU"):
         block_ffn(x, table, table, torch.zeros(3, 1, dtype=torch.long), backend="quack")

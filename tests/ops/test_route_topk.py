@@ -1,4 +1,4 @@
-"""`route_topk`: exact, ordered, and the same choice among equals everywhere."""
+"""`route_topk`: exact, ordered, and the same ids for equal scores in every backend."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_nan_is_refused_where_the_environment_asks_for_checks(
         route_topk(torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 2.0]]), 1)
 
 
-def test_rows_in_chunks_are_the_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_of_rows_give_the_same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.randint(3, (20, 9)).float()
     at_once = route_topk(scores, 4, backend="torch")
     monkeypatch.setattr(threshold, "SCRATCH_NUMBERS", 3 * 9 + 1)
@@ -71,6 +71,6 @@ def test_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("active", [0, 5])
-def test_numbers_of_blocks_that_cannot_be_chosen(active: int) -> None:
+def test_an_invalid_number_of_active_blocks_is_refused(active: int) -> None:
     with pytest.raises(ConfigError, match=f"{active} of 4 blocks"):
         route_topk(torch.zeros(3, 4), active)

@@ -1,4 +1,4 @@
-"""Scores on tensor cores: as precise as fp32 products, from half-precision operands."""
+"""Scores on tensor cores: half-precision operands, as precise as fp32 products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic of a GPU, on the CPU."""
+    """Simulate the arithmetic of a GPU on the CPU."""
     assert CUDA_OPERATORS
     play_gpu(monkeypatch)
 
@@ -34,26 +34,26 @@ def operands(x_dtype: torch.dtype, weight_dtype: torch.dtype, scale: float = 1.0
 
 
 def results(compute, x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Scores and gradients."""
+    """The scores and both gradients."""
     result = compute(x, weight)
     dx, dweight = torch.autograd.grad(result, (x, weight), grad)
     return {"scores": result.detach(), "dx": dx, "dweight": dweight}
 
 
 def exact(x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """The same in fp64."""
+    """The scores and both gradients in fp64."""
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
     return results(naive.scores, *wide, grad.double())
 
 
 def error(value: Tensor, expected: Tensor) -> float:
-    """Largest error over the largest number."""
+    """The largest error over the largest number."""
     return float((value.double() - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_operands_lose_nothing(dtype: torch.dtype) -> None:
+def test_half_precision_operands_are_as_precise_as_fp32(dtype: torch.dtype) -> None:
     inputs = operands(dtype, dtype)
     assert op.tensor_core_dtype(*inputs[:2]) is dtype
     found, expected = results(scores, *inputs), exact(*inputs)
@@ -68,7 +68,7 @@ def test_half_precision_operands_lose_nothing(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
 @pytest.mark.parametrize("dtype", HALF)
-def test_fp32_weights_are_two_terms(dtype: torch.dtype, scale: float) -> None:
+def test_fp32_weights_are_split_in_two_terms(dtype: torch.dtype, scale: float) -> None:
     inputs = operands(dtype, torch.float32, scale)
     found, expected = results(scores, *inputs), exact(*inputs)
     rounded = naive.scores(inputs[0], inputs[1].to(dtype)).detach()
@@ -82,7 +82,7 @@ def test_fp32_weights_are_two_terms(dtype: torch.dtype, scale: float) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_fp32_tokens_meet_half_precision_weights() -> None:
+def test_fp32_tokens_with_half_precision_weights() -> None:
     inputs = operands(torch.float32, torch.bfloat16)
     found, expected = results(scores, *inputs), exact(*inputs)
     assert error(found["scores"], expected["scores"]) < 2.0**-17

@@ -1,4 +1,4 @@
-"""The backends made of torch's own products, against the oracle: grouped, masked, bags, torch."""
+"""The backends made of torch operators, against the oracle: grouped, masked, bags, torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, t
 
 
 def load(kind: str, blocks: int) -> Pairs:
-    """Pairs of R rows and some blocks, of which one is empty where there are several."""
+    """Pairs of R rows and some blocks; if there are several blocks, one is empty."""
     if kind == "none":
         met = torch.zeros(R, blocks, dtype=torch.bool)
     elif kind == "skewed":
@@ -36,7 +36,7 @@ def load(kind: str, blocks: int) -> Pairs:
 def compute(
     backend: str, dtype: torch.dtype, tensors: list[Tensor], pairs: Pairs, activation: Activation
 ) -> list[Tensor]:
-    """Output and every gradient; gates, if there are any, are the last tensor, in fp32 at least."""
+    """Output and every gradient; the last tensor is the gates, if any, in fp32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
     inputs = [
         tensor.to(wide if index == 3 else dtype, copy=True).requires_grad_()
@@ -52,7 +52,7 @@ def compute(
 
 
 def agree(backend: str, dtype: torch.dtype, tensors: list[Tensor], pairs: Pairs, name: str) -> None:
-    # The oracle starts from the rounded numbers: their rounding is not the op's.
+    # The oracle starts from the rounded inputs, whose rounding is not an error of the op.
     rounded = [tensor.to(dtype) for tensor in tensors[:3]] + tensors[3:]
     for activation in [Activation(name)]:
         ours = compute(backend, dtype, rounded, pairs, activation)
@@ -104,7 +104,7 @@ def test_pieces_of_scratch_do_not_change_the_result(
 
 
 @pytest.mark.parametrize("backend", ["masked", "bags", "torch"])
-def test_a_memory_of_values_alone_whose_rows_meet_a_cell_twice(backend: str) -> None:
+def test_values_without_keys_when_a_row_has_a_cell_twice(backend: str) -> None:
     torch.manual_seed(0)
     rows = torch.arange(R, dtype=torch.int32).repeat_interleave(4)
     pairs = Pairs(rows=rows, blocks=torch.randint(7, (len(rows),), dtype=torch.int32))
@@ -140,7 +140,7 @@ def test_gradients_of_tables_are_added_to_a_buffer(backend: str) -> None:
 
 
 def on_a_gpu(backend: str) -> list[Tensor]:
-    """Forward and backward with tensors that have no numbers: what the host would read raises."""
+    """Forward and backward with meta tensors: an error if the host reads a number."""
     cells = 1 if backend == "bags" else 8
     like = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
     x, keys, values = (torch.empty(*s, D, **like) for s in ([R], [6, cells], [6, cells]))
@@ -167,7 +167,7 @@ def test_the_host_never_waits_for_a_gpu(backend: str, monkeypatch: pytest.Monkey
 def test_the_branches_for_a_gpu_compute_the_same(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the CPU's products, in the way in which a GPU is asked for them."""
+    """The branches for a GPU, with the CPU's operators."""
     play_gpu(monkeypatch)
     torch.manual_seed(0)
     pairs = load("skewed", 6)
@@ -176,7 +176,7 @@ def test_the_branches_for_a_gpu_compute_the_same(
     agree(backend, torch.bfloat16, tensors, pairs, Activation.GELU)
 
 
-def test_other_rows_outlive_a_row_that_is_not_finite() -> None:
+def test_a_row_that_is_not_finite_leaves_other_rows_unchanged() -> None:
     torch.manual_seed(0)
     x, keys, values = torch.randn(R, D), torch.randn(6, 3, D), torch.randn(6, 3, D)
     ids = torch.rand(R, 6).topk(2).indices
@@ -194,7 +194,7 @@ def test_other_rows_outlive_a_row_that_is_not_finite() -> None:
             assert torch.equal(ours[others], finite[others])
 
 
-def test_what_a_grouped_product_cannot_take_is_refused_with_what_can() -> None:
+def test_grouped_refuses_unsupported_inputs_and_names_alternatives() -> None:
     x, table = torch.zeros(3, 16), torch.zeros(2, 8, 16)
     ids = torch.zeros(3, 1, dtype=torch.long)
     for tensors, words in (

@@ -1,6 +1,6 @@
-"""The Triton kernels: numbers in Triton's interpreter, and on a GPU if it is there.
+"""The Triton kernels: their numbers in Triton's interpreter, and on a GPU if there is one.
 
-The interpreter cannot multiply bf16; that is left to the compiler (`test_triton_compile.py`) and to
+The interpreter cannot multiply bf16, so bf16 is only compiled (`test_triton_compile.py`) or run on
 a GPU.
 """
 
@@ -74,7 +74,7 @@ def test_numbers_on_a_gpu(size: str, case: str, dtype: str) -> None:
 @pytest.mark.skipif(is_host(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("choose_backend", ["1 of 1", "33 of 33", "1 of 300", "70 of 5000"])
-def test_choice_on_a_gpu(choose_backend: str, dtype: str) -> None:
+def test_route_topk_on_a_gpu(route_case: str, dtype: str) -> None:
     from tests.ops.triton_cases import differing
 
     assert differing(choose_backend, dtype, "cuda") == {"ids": 0, "NaN": 0}
@@ -86,7 +86,7 @@ def test_choice_on_a_gpu(choose_backend: str, dtype: str) -> None:
     "dtype, words",
     [(torch.float32, ("GPU", "torch or cpu")), (torch.float64, ("float64", "torch"))],
 )
-def test_tables_that_the_kernels_cannot_take(dtype: torch.dtype, words: tuple[str, ...]) -> None:
+def test_unsupported_tables_are_refused(dtype: torch.dtype, words: tuple[str, ...]) -> None:
     x, table = torch.zeros(3, 16, dtype=dtype), torch.zeros(2, 5, 16, dtype=dtype)
     with pytest.raises(ConfigError) as caught:
         block_ffn(x, table, table, torch.zeros(3, 1, dtype=torch.long), backend="triton")
@@ -98,7 +98,7 @@ def test_tables_that_the_kernels_cannot_take(dtype: torch.dtype, words: tuple[st
 
 
 class OnGPU:
-    """What the choose_backend of a backend looks at in a tensor."""
+    """A stand-in for a GPU tensor, with the attributes that the choice of a backend reads."""
 
     is_cuda = True
     shape = (3, 4)
@@ -130,7 +130,9 @@ def test_tables_on_a_gpu() -> None:
         (16, 4, torch.float32, ["to_rows"]),
     ],
 )
-def test_form_of_a_product(cells: int, spread: int, dtype: torch.dtype, masked: list[str]) -> None:
+def test_the_faster_form_of_a_product_is_chosen(
+    cells: int, spread: int, dtype: torch.dtype, masked: list[str]
+) -> None:
     from megatron_sffn.ops.block_ffn import triton, triton_grouped, triton_masked
 
     def form(product: str, pairs: Sorted) -> object:
@@ -148,7 +150,7 @@ def test_form_of_a_product(cells: int, spread: int, dtype: torch.dtype, masked: 
             assert form(product, grouped) is triton_grouped
 
 
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_triton_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(sys.modules):
         folder, _, stem = name.rpartition(".")
         if name.startswith("megatron_sffn.ops.") and stem.startswith("triton"):
@@ -164,7 +166,9 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "choose", [choose_backend.products_for, lambda name, on: route_topk(on, 2, backend=name)]
 )
-def test_names_and_devices_that_do_not_fit(choose: Callable[[str, OnGPU], object]) -> None:
+def test_unknown_names_and_wrong_devices_are_refused(
+    choose: Callable[[str, OnGPU], object],
+) -> None:
     with pytest.raises(ConfigError, match="'cuda' does not exist; use one of auto"):
         choose("cuda", OnGPU(torch.float32))
     with pytest.raises(ConfigError, match="cpu computes on a CPU"):

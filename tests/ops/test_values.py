@@ -1,4 +1,4 @@
-"""A memory of values alone: every backend against the formula, on ragged rows and in bf16."""
+"""Values without keys: every backend against the formula, on ragged rows and in bf16."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ R, B, D = 11, 17, 5
 
 
 def pairs_of(case: str) -> Pairs:
-    """Rows ascend; a row may have any number of values, also one of them twice."""
+    """Pairs with ascending rows; a row may have any number of values, and a value twice."""
     rows = {
         "as many each": torch.arange(R).repeat_interleave(3),
         "ragged": torch.tensor([1, 1, 1, 4, 4, 9]),
@@ -132,7 +132,7 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch", "cpu", "auto"])
-def test_the_op_takes_values_alone(backend: str) -> None:
+def test_block_ffn_accepts_values_without_keys(backend: str) -> None:
     torch.manual_seed(2)
     x = torch.zeros(R, 0, dtype=torch.float64)
     values = torch.randn(B, 1, D, dtype=torch.float64)
@@ -147,7 +147,7 @@ def test_the_op_takes_values_alone(backend: str) -> None:
     assert (grad[ids < 0] == 0).all()
 
 
-def test_coefficients_must_be_given() -> None:
+def test_values_without_keys_need_gates() -> None:
     pairs = pairs_of("ragged")
     values, _ = made(pairs)
     with pytest.raises(ConfigError, match="coefficients"):

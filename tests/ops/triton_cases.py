@@ -1,8 +1,8 @@
-"""The Triton kernels against the oracles, on any device: a script, for Triton's interpreter.
+"""Compare the Triton kernels with the oracles, on any device; a script for Triton's interpreter.
 
-The interpreter is chosen when triton is imported, for the whole process; so the tests run this in
-a process of its own, with `TRITON_INTERPRET=1`. It prints the errors as JSON: of the products their
-size, relative to float64; of the choice of blocks the share of rows that differ.
+The interpreter is chosen for the whole process when triton is imported. So the tests run this
+script in its own process, with `TRITON_INTERPRET=1`. It prints the errors as JSON: for the products
+their size, relative to float64; for `route_topk` the share of rows that differ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMS = {"grouped": triton_grouped, "masked": triton_masked}
 SIZES = {"1x48": (1, 48), "7x16": (7, 16), "16x48": (16, 48), "136x80": (136, 80)}
 """N and D. Runs of 1, 1, 16 and 8 cells under a mask; narrow blocks and wide ones."""
 CASES = {"some": 17, "all to one block": 67, "no pairs": 13, "one row": 1, "many rows": 150}
-"""Which pairs, and R: where all go to one block, more than one fp32 tile of its pairs."""
+"""Kind of pairs -> R; if all have one block, its pairs fill more than one fp32 tile."""
 FUSED = {
     "1x48": ((Activation.RELU, True),),
     "7x16": ((Activation.SQUARED_RELU, False),),
@@ -46,17 +46,17 @@ FUSED = {
 """Activations of the fused products at each size, and whether there are gates."""
 LAYERS = {"1x48": ("gelu", None), "16x48": ("swiglu",)}
 """Activations of whole layers, of which the first is computed by the masked form and the last by
-both; None is a memory of values alone."""
+both; None stands for values without keys."""
 CHOICES = {"1 of 1": (1, 1), "33 of 33": (33, 33), "1 of 300": (300, 1), "70 of 5000": (5000, 70)}
-"""B and K of a choice of blocks; 5000 scores are two pieces."""
+"""B and K for `route_topk`; 5000 scores are two tiles."""
 CHOSEN = [*((choice, "fp32") for choice in CHOICES), ("1 of 300", "fp16"), ("1 of 300", "bf16")]
-"""Choices and dtypes in the interpreter."""
+"""Cases of `route_topk` and dtypes for the interpreter."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}
 
 
 def main() -> None:
-    """Print `{case: {what: error}}` of everything that the interpreter can do."""
+    """Print `{case: {what: error}}` for everything that the interpreter can run."""
     assert triton.INTERPRETED, "set TRITON_INTERPRET=1"
     # With the tiles of an H100, which are the largest.
     with mock.patch.object(device, "capability", lambda _: (9, 0)):
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def interpreted() -> list[tuple[str, str, str]]:
-    """The case, size and dtype of what is multiplied there: no bf16, and not all: it is slow."""
+    """The cases, sizes and dtypes for the slow interpreter, which cannot multiply bf16."""
     return [
         *(("some", size, "fp32") for size in SIZES),
         *(("some", size, "fp16") for size in ("7x16", "136x80")),  # other tiles
@@ -84,7 +84,7 @@ def errors(case: str, size: str, dtype: str, device: str) -> dict[str, float]:
     torch.manual_seed(len(case))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Makes `torch.empty` NaN, so that what is not written shows.
+        # Fill `torch.empty` with NaN, which reveals numbers that are never written.
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             return _errors(case, size, DTYPES[dtype], device)
@@ -93,7 +93,7 @@ def errors(case: str, size: str, dtype: str, device: str) -> dict[str, float]:
 
 
 def _errors(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str, float]:
-    # Small pieces, so that small sizes have several of them.
+    # Small limits, so that small sizes have several chunks and groups of columns.
     with (
         mock.patch.object(triton_table, "CHUNK", 16),
         mock.patch.object(triton_grouped, "PARTS_BYTES", 0),
@@ -109,11 +109,11 @@ def _errors(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str, 
 
 
 def differing(choice: str, dtype: str, device: str) -> dict[str, float]:
-    """The share of the ids of `route_topk` that are not the oracle's, and of bad ones with NaN."""
+    """The share of ids that differ from the oracle's, and of invalid ids in rows with NaN."""
     blocks, active = CHOICES[choice]
     torch.manual_seed(blocks)
     scores = _scores(blocks).to(DTYPES[dtype]).to(device)
-    # The oracle is asked on a CPU, in fp32, which holds all scores.
+    # The oracle runs on a CPU in fp32, which represents all scores exactly.
     expected = route_topk(scores.cpu().float(), active, backend="naive").to(device)
     ids = route_topk(scores, active, backend="triton")
     assert ids.dtype == torch.int64
@@ -131,7 +131,7 @@ def differing(choice: str, dtype: str, device: str) -> dict[str, float]:
 
 
 def _scores(blocks: int) -> Tensor:
-    """Row by row: any, few values, one value, infinite ones, zeros of both signs."""
+    """One row of each kind: any, few values, one value, infinite ones, zeros of both signs."""
     any_ = torch.randn(blocks)
     infinite = any_.where(any_ > -0.5, -torch.inf).where(any_ < 1.5, torch.inf)
     zeros = torch.zeros(blocks).copysign(any_)
@@ -177,10 +177,10 @@ def _fused(
     activation: Activation,
     with_gates: bool,
 ) -> dict[str, float]:
-    """Of the products with an epilogue, against the epilogue in float64.
+    """Errors of the fused products, against the epilogue in float64.
 
-    It gets the up projections as the product rounded them, and the gradient of the coefficients
-    without rounding.
+    The epilogue gets the up projections as the product rounded them, and the gradient of the
+    coefficients without rounding.
     """
     pairs, rows, (cells, width) = _pairs(case, device), CASES[case], SIZES[size]
     order, offsets = triton.sort(pairs.blocks, B)
@@ -216,7 +216,7 @@ def _fused(
 def _layer(
     case: str, size: str, dtype: torch.dtype, device: str, activation: str | None
 ) -> dict[str, float]:
-    """Of y and every gradient; without an activation, of a memory of values alone, met twice."""
+    """Errors of y and every gradient; without an activation, of values without keys."""
     pairs, rows, (cells, width) = _pairs(case, device), CASES[case], SIZES[size]
     if activation is None:
         pairs = Pairs(
@@ -253,7 +253,7 @@ def _layer(
 
 
 def _pairs(case: str, device: str) -> Pairs:
-    """Row by row; in `some` and `many rows`, block 2 is empty, and so are some rows."""
+    """Pairs, row by row; in `some` and `many rows`, block 2 and some rows are empty."""
     met = torch.rand(CASES[case], B) < 0.6
     if case in ("some", "many rows"):
         met[:, 2] = False
@@ -272,7 +272,7 @@ def _random(dtype: torch.dtype, device: str, *shape: int) -> Tensor:
 
 
 def _error(ours: Tensor, exact: Tensor) -> float:
-    """Relative; absolute where all is zero. NaN where something was not written."""
+    """The relative error; absolute if all is zero; NaN if something was not written."""
     norm = exact.norm().item()
     return (ours.double() - exact).norm().item() / (norm or 1.0)
 
