@@ -59,8 +59,9 @@ constexpr int kHeight = V == kWidest ? 6 : 8;
 constexpr int64_t kDepth = 256;
 // Pairs of a block that are one work item in to_pairs.
 constexpr int64_t kPairs = 512;
-// Rows and columns of y that are one work item in to_rows: 2 MiB in fp32, which stay in the
-// cache while all blocks add to them.
+// Rows and columns of y that are one work item in to_rows. In fp32 these 2 MiB exceed an L2 cache
+// of 1 MiB, but larger items make fewer passes over the table, which counts for more
+// (benchmarks/NOTES.md).
 constexpr int64_t kRows = 2048;
 constexpr int64_t kColumns = 256;
 // Cells whose gradient is one work item in to_table.
@@ -137,8 +138,9 @@ C10_ALWAYS_INLINE void tile(int64_t depth, const A& a, const B& b, const C& c, b
     }
 }
 
-// `height` rows as a column of tiles. Their heights are nearly equal, because a last tile of one or
-// two rows would not hide the latency of the multiply-adds.
+// `height` rows as a column of tiles of nearly equal height. A short last tile has too few
+// independent sums to hide the latency of the multiply-adds: equal heights took 1.14 instead
+// of 1.30 of a dense product (benchmarks/NOTES.md).
 template <typename T, int V, bool kPart, typename A, typename B, typename C>
 void tiles(int64_t height, int64_t depth, const A& a, const B& b, const C& c, bool add, int width) {
   constexpr int M = kHeight<V>;
