@@ -81,7 +81,7 @@ def table(rows: Sequence[Row]) -> str:
             f"E = {first.expansion}, fp32, router switch\n",
             title + "bytes per token, forward".rjust(sum(widths[9:]) + 4),
             *(" ".join(map(str.rjust, line, widths)) for line in lines),
-            "* chosen by traffic.cheapest_dispatcher; best M: the faster of Megatron's two",
+            "* chosen by comm_volume.cheapest_dispatcher; best M: the faster of Megatron's two",
             *transport_notes(rows),
         ]
     )
@@ -112,16 +112,14 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def transport_notes(rows: Sequence[Row]) -> list[str]:
     """What the bare exchange costs, and how much of that depends on bytes."""
-    whole = median(row.rows_over_dense for row in rows)
+    all_rows = median(row.rows_over_dense for row in rows)
     latency = median(row.latency_over_dense for row in rows)
     notes = [
-        f"transport: T rows all to all, forward + backward, take {whole:.2f} dense; one row for "
-        f"each rank, {latency:.2f}"
+        f"all-to-all of T rows, forward + backward: {all_rows:.2f} of dense; of one row per rank: "
+        f"{latency:.2f}"
     ]
-    if latency > whole / 2:
-        notes.append("T and D are so small that most of it is latency: bytes decide little here")
+    if latency > all_rows / 2:
+        notes.append("T and D are so small that latency dominates, and bytes matter little")
     if rows[0].transport == "gloo":
-        notes.append(
-            "gloo's reduce-scatter, with which allgather ends, really sends twice the bytes counted"
-        )
+        notes.append("the reduce-scatter of allgather sends twice the counted bytes over gloo")
     return notes
