@@ -271,9 +271,11 @@ def compare(args: Namespace) -> None:
     """
     import torch
 
-    ours, theirs = (batches_of(args, Loader(loader=kind, workers=0)) for kind in ("dali", "torch"))
+    dali_batches, torch_batches = (
+        batches_of(args, Loader(loader=kind, workers=0)) for kind in ("dali", "torch")
+    )
     for number in range(COMPARED):
-        mine, their = next(ours), next(theirs)
+        mine, their = next(dali_batches), next(torch_batches)
         if not all(torch.equal(value, their[name]) for name, value in mine.items()):
             raise DisagreementError(f"batch {number} of DALI differs from that of torch's loader")
 

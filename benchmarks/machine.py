@@ -121,5 +121,7 @@ def _commit(output: Path | None) -> str:
         name = git("rev-parse", "--short", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return ""
-    others = [path for path in changed if output is None or ROOT / path != output.resolve()]
-    return f"{name}-dirty" if others else name
+    changed_sources = [
+        path for path in changed if output is None or ROOT / path != output.resolve()
+    ]
+    return f"{name}-dirty" if changed_sources else name

@@ -258,14 +258,14 @@ def comparison(took: Mapping[Step, float], args: argparse.Namespace) -> str:
         f"{'Megatron /ours':>15}",
     ]
     for g in args.block_sizes:
-        ours, theirs = (
+        our_ms, megatron_ms = (
             took[Step(backend=name, block_size=g, expansion=args.expansion, tokens=args.tokens)]
             for name in ("ours", "megatron")
         )
         active = 4 * args.hidden_size // g
         lines.append(
-            f"{g:>5} {active:>4} {active * args.expansion:>5} {ours / dense:>12.2f} "
-            f"{theirs / dense:>16.2f} {theirs / ours:>15.2f}"
+            f"{g:>5} {active:>4} {active * args.expansion:>5} {our_ms / dense:>12.2f} "
+            f"{megatron_ms / dense:>16.2f} {megatron_ms / our_ms:>15.2f}"
         )
     return "\n".join(lines)
 
@@ -283,8 +283,8 @@ def growth(took: Mapping[Step, float], args: argparse.Namespace) -> str:
 
 def over_dense(took: Mapping[Step, float], block_size: int, expansion: int, tokens: int) -> float:
     """The time of one of our steps over a dense one with as many tokens."""
-    ours = Step(backend="ours", block_size=block_size, expansion=expansion, tokens=tokens)
-    return took[ours] / took[Step(backend="dense", tokens=tokens)]
+    step = Step(backend="ours", block_size=block_size, expansion=expansion, tokens=tokens)
+    return took[step] / took[Step(backend="dense", tokens=tokens)]
 
 
 def plot(took: Mapping[Step, float], args: argparse.Namespace) -> None:

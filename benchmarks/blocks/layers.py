@@ -56,10 +56,10 @@ class Sparse(nn.Module):
 
     def gradients(self) -> dict[str, Tensor]:
         """Those of the tables and gates after a backward, in the shapes of the problem's."""
-        found = {"keys": self.keys.grad, "values": self.values.grad}
+        grads = {"keys": self.keys.grad, "values": self.values.grad}
         if self.gates is not None:
-            found["gates"] = self.gates.grad
-        return {name: grad for name, grad in found.items() if grad is not None}
+            grads["gates"] = self.gates.grad
+        return {name: grad for name, grad in grads.items() if grad is not None}
 
 
 class Ours(Sparse):
@@ -149,8 +149,8 @@ class Transformers(nn.Module):
         down = named.pop("down_proj").grad
         (up,) = named.values()
         assert up.grad is not None and down is not None
-        found = {"keys": up.grad, "values": down.transpose(1, 2)}
-        return found if self.gates.grad is None else {**found, "gates": self.gates.grad}
+        grads = {"keys": up.grad, "values": down.transpose(1, 2)}
+        return grads if self.gates.grad is None else {**grads, "gates": self.gates.grad}
 
 
 class Megatron(nn.Module):
@@ -202,11 +202,11 @@ class Megatron(nn.Module):
             return torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
 
         first, second = zip(*self.linears(), strict=True)
-        found = {"keys": stacked(first), "values": stacked(second).transpose(1, 2)}
+        grads = {"keys": stacked(first), "values": stacked(second).transpose(1, 2)}
         router = self.layer.router
         if router.probabilities.grad is not None:
-            found["gates"] = router.probabilities.grad.gather(1, router.block_ids)
-        return found
+            grads["gates"] = router.probabilities.grad.gather(1, router.block_ids)
+        return grads
 
 
 class GivenRouter(nn.Module):

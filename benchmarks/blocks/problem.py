@@ -130,16 +130,16 @@ def reference(problem: Problem) -> dict[str, Tensor]:
         )
         y.backward(problem.dy[at].double())
         outputs.append(y.detach())
-    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    return {"y": torch.cat(outputs), **found}
+    grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"y": torch.cat(outputs), **grads}
 
 
-def disagreement(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+def disagreement(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """Largest difference of any output or gradient, relative to the norm of the reference."""
-    assert found.keys() == expected.keys(), (found.keys(), expected.keys())
+    assert actual.keys() == expected.keys(), (actual.keys(), expected.keys())
     largest = 0.0
     for name, right in expected.items():
-        error = (found[name].double() - right).norm() / right.norm()
+        error = (actual[name].double() - right).norm() / right.norm()
         # Every comparison with NaN is false, but NaN has to count as wrong.
         largest = max(largest, float(error.nan_to_num(nan=float("inf"))))
     return largest

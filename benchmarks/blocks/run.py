@@ -183,10 +183,10 @@ def run(args: argparse.Namespace, platform: Platform) -> int:
     for expansion in args.expansions:
         budget = Budget(seconds=args.budget)
         for block_size in args.block_sizes:
-            found, without = measure(args, expansion, block_size, budget, common)
+            new_rows, without = measure(args, expansion, block_size, budget, common)
             if args.output:
-                append(found, args.output)
-            rows += found
+                append(new_rows, args.output)
+            rows += new_rows
             missing += without
     print(table(rows, missing, contenders), flush=True)
     if args.plot:

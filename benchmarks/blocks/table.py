@@ -115,13 +115,13 @@ def table(rows: Sequence[Row], missing: Sequence[Missing], contenders: Sequence[
     for timed in PASSES:
         for unit in (row for row in units if row.pass_ == timed):
             size = (timed, unit.expansion, unit.block_size)
-            found = (cells.get((*size, name)) for name in contenders)
+            cells_in_order = (cells.get((*size, name)) for name in contenders)
             lines.append(
                 (
                     timed,
                     *map(str, (unit.block_size, unit.expansion, unit.tokens)),
                     f"{unit.ms:.3g}",
-                    *("-" if row is None else f"{row.ratio:.2f}" for row in found),
+                    *("-" if row is None else f"{row.ratio:.2f}" for row in cells_in_order),
                 )
             )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -147,8 +147,8 @@ def table(rows: Sequence[Row], missing: Sequence[Missing], contenders: Sequence[
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     """One line of the table: the pass on the left, numbers on the right."""
-    first, *others = cells
-    return " ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
+    first, *numbers = cells
+    return " ".join([first.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])])
 
 
 def notes(missing: Sequence[Missing]) -> list[str]:
@@ -188,8 +188,8 @@ def plot(rows: Sequence[Row], contenders: Sequence[str], path: Path) -> None:
     )
     for timed, line in zip(PASSES, panels, strict=True):
         for expansion, axes in zip(expansions, line, strict=True):
-            here = [row for row in rows if (row.pass_, row.expansion) == (timed, expansion)]
-            _draw(axes, here, contenders)
+            panel_rows = [row for row in rows if (row.pass_, row.expansion) == (timed, expansion)]
+            _draw(axes, panel_rows, contenders)
             axes.set_title(f"{timed}, E = {expansion}")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")

@@ -52,15 +52,15 @@ def modules() -> dict[str, ModuleType]:
     """Name -> module of `ops.block_ffn` that has the three products as functions."""
     # `from megatron_sffn.ops import block_ffn` would import the function.
     package = importlib.import_module("megatron_sffn.ops.block_ffn")
-    found = {}
+    with_products = {}
     for info in pkgutil.iter_modules(package.__path__):
         try:
             module = importlib.import_module(f"{package.__name__}.{info.name}")
         except ImportError:  # an optional package is missing
             continue
         if all(callable(getattr(module, name, None)) for name in PRODUCTS):
-            found[info.name] = module
-    return found
+            with_products[info.name] = module
+    return with_products
 
 
 def is_interpreted(module_or_backend: str) -> bool:

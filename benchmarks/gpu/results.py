@@ -43,9 +43,9 @@ class Store:
     def add(self, section: str, entry: dict[str, Any]) -> None:
         """Add or replace a section, and write the file."""
         self.sections[section] = entry
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.everything, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self.path)
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(json.dumps(self.everything, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
 
 
 def read_lines(records: Path) -> list[dict[str, Any]]:
@@ -130,7 +130,7 @@ def closing(sections: Mapping[str, Any], names: Sequence[str]) -> list[str]:
             for case in cases
             if case["state"] == "failed"
         ][:4]
-        lines += [said for case in cases for said in case.get("values", {}).get("print", ())]
+        lines += [note for case in cases for note in case.get("values", {}).get("print", ())]
     if len(lines) > MOST_LINES - 2:
         lines = [*lines[: MOST_LINES - 3], f"... and more: {len(lines)} lines in results.json"]
     bad = [name for name in names if sections[name]["state"] in ("failed", "cut")]

@@ -94,14 +94,14 @@ def _run_section(
             reason = "its time was up before all cases had begun"
             break
         before = len(results.begun(results.read_lines(records)))
-        code, said = _process(section, command, left, scratch, log)
+        code, last_output = _process(section, command, left, scratch, log)
         if code == 0:
             reason = ""
             break
         reason = f"its process was started {MOST_STARTS} times, and not again"
         if code in (NEXT, POISONED):
             continue
-        reason = f"its process ended with {_name(code)}: {said}"
+        reason = f"its process ended with {_name(code)}: {last_output}"
         _close(records, reason)
         if code is None or len(results.begun(results.read_lines(records))) <= before:
             break
@@ -158,15 +158,17 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def environment(dry: bool) -> dict[str, str]:
     """The environment variables of a section's process and its children."""
-    found = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
-    found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [found.get("PYTHONPATH")])])
+    variables = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+    variables["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
+    )
     # Remove the shell's TRITON_INTERPRET: kernels on a GPU are compiled.
-    found.pop("TRITON_INTERPRET", None)
+    variables.pop("TRITON_INTERPRET", None)
     if dry:
         # Without a compiler the C++ kernels are not built, which a GPU never runs.
-        found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "CXX": "no-compiler"}
-        found["TORCH_EXTENSIONS_DIR"] = str(Path(tempfile.gettempdir()) / "sffn-no-extensions")
-    return found
+        variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "CXX": "no-compiler"}
+        variables["TORCH_EXTENSIONS_DIR"] = str(Path(tempfile.gettempdir()) / "sffn-no-extensions")
+    return variables
 
 
 def _close(records: Path, reason: str) -> None:

@@ -134,7 +134,7 @@ def opened(job: Job, context: Context) -> Iterator[Tuned]:
 
 def candidates(present: Any) -> list[Any]:
     """Tiles and their neighbours: each whole number doubled and halved, stages changed by one."""
-    found = [present]
+    result = [present]
     for field in dataclasses.fields(present):
         value = getattr(present, field.name)
         if isinstance(value, bool):
@@ -145,12 +145,12 @@ def candidates(present: Any) -> list[Any]:
             steps = (value + 1, value - 1)
         else:
             steps = (value * 2, value // 2)
-        found += [
+        result += [
             dataclasses.replace(present, **{field.name: step})
             for step in steps
             if isinstance(step, bool) or step >= 1
         ]
-    return found[:MOST]
+    return result[:MOST]
 
 
 def call_of(job: Job, context: Context) -> Callable[[], Any]:

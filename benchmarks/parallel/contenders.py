@@ -115,24 +115,24 @@ def config_of(
     )
 
 
-def megatron_layer(config: SparseFFNTransformerConfig, ours: SparseFFN) -> MoELayer:
+def megatron_layer(config: SparseFFNTransformerConfig, our_layer: SparseFFN) -> MoELayer:
     """Megatron's unmodified layer with our weights."""
     linear = LocalSpecProvider()
     submodules = MLPSubmodules(
         linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
     )
     experts = partial(SequentialMLP, submodules=submodules)
-    theirs = MoELayer(config, MoESubmodules(experts=experts), layer_number=1)
-    theirs.set_layer_number(1)
+    layer = MoELayer(config, MoESubmodules(experts=experts), layer_number=1)
+    layer.set_layer_number(1)
     with torch.no_grad():
-        theirs.router.weight.copy_(ours.router.weight)
-        keys, _ = ours.experts()
+        layer.router.weight.copy_(our_layer.router.weight)
+        keys, _ = our_layer.experts()
         assert keys is not None
-        for block, mlp in enumerate(theirs.experts.local_experts):
+        for block, mlp in enumerate(layer.experts.local_experts):
             mlp.linear_fc1.weight.copy_(keys[block])
             # Megatron's second linear maps G cells to D: its weight is [D, G].
-            mlp.linear_fc2.weight.copy_(ours.experts.values[block].T)
-    return theirs
+            mlp.linear_fc2.weight.copy_(our_layer.experts.values[block].T)
+    return layer
 
 
 def sparse_layers(sffn: SparseFFNConfig, hidden_size: int) -> dict[str, Any]:
@@ -140,11 +140,11 @@ def sparse_layers(sffn: SparseFFNConfig, hidden_size: int) -> dict[str, Any]:
     layers: dict[str, Any] = {}
     for dispatcher in DISPATCHERS:
         config = config_of(sffn, hidden_size, dispatcher)
-        ours = SparseFFN(config, layer_number=1)
-        first = layers.setdefault(name_of("ours", DISPATCHERS[0]), ours)
-        ours.load_state_dict(first.state_dict())
-        layers[name_of("ours", dispatcher)] = ours
-        layers[name_of("Megatron", dispatcher)] = megatron_layer(config, ours)
+        our_layer = SparseFFN(config, layer_number=1)
+        first = layers.setdefault(name_of("ours", DISPATCHERS[0]), our_layer)
+        our_layer.load_state_dict(first.state_dict())
+        layers[name_of("ours", dispatcher)] = our_layer
+        layers[name_of("Megatron", dispatcher)] = megatron_layer(config, our_layer)
     return layers
 
 
@@ -262,9 +262,9 @@ def closed_form(sffn: SparseFFNConfig, hidden_size: int, exchange: Exchange) -> 
 
 def _agreed_max(value: float) -> float:
     """The largest value over all ranks, so that all ranks decide alike."""
-    whole = torch.tensor([value], dtype=torch.float64, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(whole, op=torch.distributed.ReduceOp.MAX)
-    return float(whole)
+    maximum = torch.tensor([value], dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX)
+    return float(maximum)
 
 
 def _report(measured: Measured, ranks: int) -> None:

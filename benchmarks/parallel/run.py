@@ -222,7 +222,7 @@ def row_of(
     first = of_ranks[0]
     time = {name: _median_of_slowest(name, of_ranks) for name in first.seconds}
     sent = {name: mean(of.sent[name] for of in of_ranks) / args.tokens for name in first.sent}
-    ours, theirs = name_of("ours", dispatcher), name_of("Megatron", dispatcher)
+    our_name, megatron_name = name_of("ours", dispatcher), name_of("Megatron", dispatcher)
     fastest = min(time[name_of("Megatron", each)] for each in DISPATCHERS)
     return Row(
         device=platform.device,
@@ -241,15 +241,15 @@ def row_of(
         chosen=dispatcher == first.chosen,
         repeats=len(first.seconds["dense"]),
         dense_ms=1000 * time["dense"],
-        ours_over_dense=time[ours] / time["dense"],
-        megatron_over_dense=time[theirs] / time["dense"],
-        megatron_over_ours=time[theirs] / time[ours],
-        best_megatron_over_ours=fastest / time[ours],
-        ours_bytes=sent[ours],
-        ours_closed_form=first.closed_form[ours],
-        megatron_bytes=sent[theirs],
-        megatron_closed_form=first.closed_form[theirs],
-        bytes_megatron_over_ours=sent[theirs] / sent[ours],
+        ours_over_dense=time[our_name] / time["dense"],
+        megatron_over_dense=time[megatron_name] / time["dense"],
+        megatron_over_ours=time[megatron_name] / time[our_name],
+        best_megatron_over_ours=fastest / time[our_name],
+        ours_bytes=sent[our_name],
+        ours_closed_form=first.closed_form[our_name],
+        megatron_bytes=sent[megatron_name],
+        megatron_closed_form=first.closed_form[megatron_name],
+        bytes_megatron_over_ours=sent[megatron_name] / sent[our_name],
         rows_over_dense=time["rows"] / time["dense"],
         latency_over_dense=time["row"] / time["dense"],
     )

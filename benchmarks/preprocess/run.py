@@ -137,10 +137,10 @@ def measure(args: Namespace, folder: Path, megabytes: int) -> list[Row]:
     made: dict[str, dict[str, Any]] = {}
     for _ in range(args.rounds):
         for name in CONTENDERS:
-            found, peak = run_contender(args, name, text, tokenizer, folder / "out")
-            made[name] = found
+            report, peak = run_contender(args, name, text, tokenizer, folder / "out")
+            made[name] = report
             seconds, before = best.get(name, (float("inf"), 0.0))
-            best[name] = min(seconds, found["seconds"]), max(before, peak)
+            best[name] = min(seconds, report["seconds"]), max(before, peak)
     check(made)
     common = facts(Platform.here(), args.output)
     versions = {name: version_of(name) for name in ("tokenizers", "gigatoken")}

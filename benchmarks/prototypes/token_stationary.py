@@ -137,7 +137,7 @@ def to_rows_kernel(
         for p in range(first, last, PAIRS):
             o_p = (p + tl.arange(0, PAIRS)).to(tl.int64)
             m_p = o_p < last
-            part = tl.zeros((PAIRS, COLUMNS), dtype=tl.float32)
+            b_part = tl.zeros((PAIRS, COLUMNS), dtype=tl.float32)
             for n in range(0, N, CELLS):
                 o_n = n + tl.arange(0, CELLS)
                 m_n = o_n < N
@@ -146,11 +146,11 @@ def to_rows_kernel(
                 b_h = tl.load(p_h, mask=m_p[:, None] & m_n[None, :], other=0.0)
                 p_v = table + (b * N + o_n).to(tl.int64)[:, None] * D + o_d[None, :]
                 b_v = tl.load(p_v, mask=m_n[:, None] & m_d[None, :], other=0.0)
-                part = tl.dot(b_h, b_v, part, input_precision="ieee")
+                b_part = tl.dot(b_h, b_v, b_part, input_precision="ieee")
             b_r = tl.load(rows + o_p, mask=m_p, other=-1)
             dtype = result.dtype.element_ty
             b_one = (o_t[:, None] == b_r[None, :]).to(dtype)
-            acc = tl.dot(b_one, part.to(dtype), acc, input_precision="ieee")
+            acc = tl.dot(b_one, b_part.to(dtype), acc, input_precision="ieee")
     p_y = result + o_t.to(tl.int64)[:, None] * D + o_d[None, :]
     tl.store(p_y, acc.to(result.dtype.element_ty), mask=(o_t < R)[:, None] & m_d[None, :])
 
