@@ -110,8 +110,8 @@ def test_f7_output_and_gradients_are_those_of_the_masked_dense_ffn(
         (y * torch.arange(D, dtype=y.dtype)).sum().backward()
         grads = [t.grad for t in (x, keys, values)] + ([] if factors is None else [factors.grad])
         results.append([y.detach(), *grads])
-    for ours, formula in zip(*results, strict=True):
-        torch.testing.assert_close(ours, formula, rtol=1e-10, atol=1e-12)
+    for actual, formula in zip(*results, strict=True):
+        torch.testing.assert_close(actual, formula, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -157,8 +157,8 @@ def test_edges_against_the_oracle(case: str, scratch: int, monkeypatch: pytest.M
         y.square().sum().backward()
         results.append([y.detach(), x.grad, keys.grad, values.grad])
     for naive, *fast in zip(*results, strict=True):
-        for ours in fast:
-            torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
+        for actual in fast:
+            torch.testing.assert_close(actual, naive, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -172,10 +172,10 @@ def test_sizes_that_fill_no_tile_and_cross_every_bound(
     blocks = max(5, 1500 // g if width == 40 else 0)
     x = torch.randn(rows, width, dtype=torch.float64)
     keys, values = torch.randn(2, blocks, g, width, dtype=torch.float64) * width**-0.5
-    met = torch.rand(rows, blocks) < torch.linspace(0.0, 0.1, blocks)
-    met[:, 3] = True
-    met[rows // 2] = False
-    places = met.nonzero().int()
+    is_pair = torch.rand(rows, blocks) < torch.linspace(0.0, 0.1, blocks)
+    is_pair[:, 3] = True
+    is_pair[rows // 2] = False
+    places = is_pair.nonzero().int()
     pairs = Pairs(rows=places[:, 0].contiguous(), blocks=places[:, 1].contiguous())
     gates = torch.rand(len(places), dtype=torch.float64)
     results = []
@@ -185,8 +185,8 @@ def test_sizes_that_fill_no_tile_and_cross_every_bound(
         (y * x.to(dtype).to(width_of)).sum().backward()
         results.append([y.detach(), *(t.grad for t in inputs)])
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    for exact, ours in zip(*results, strict=True):
-        error = (ours.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)
+    for exact, actual in zip(*results, strict=True):
+        error = (actual.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)
         assert error < tolerance, f"relative error {error:.2e}"
 
 
@@ -215,8 +215,8 @@ def test_narrow_dtypes_stay_near_the_float64_oracle(
         assert y.dtype == width
         y.backward(torch.ones_like(y))
         results.append([y.detach().double(), *(t.grad.double() for t in inputs)])
-    for exact, ours in zip(*results, strict=True):
-        error = (ours - exact).norm() / exact.norm()
+    for exact, actual in zip(*results, strict=True):
+        error = (actual - exact).norm() / exact.norm()
         assert error < tolerance, f"relative error {error:.2e}"
 
 

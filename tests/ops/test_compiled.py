@@ -21,8 +21,8 @@ x, keys, values = torch.randn(50, 37), torch.randn(9, 21, 37), torch.randn(9, 21
 scores = torch.randn(50, 9)
 ids = route_topk(scores, 4)
 assert torch.equal(ids, route_topk(scores, 4, backend="naive"))
-ours, oracle = (block_ffn(x, keys, values, ids, backend=name) for name in ("auto", "naive"))
-torch.testing.assert_close(ours, oracle, rtol=1e-4, atol=1e-4)
+actual, oracle = (block_ffn(x, keys, values, ids, backend=name) for name in ("auto", "naive"))
+torch.testing.assert_close(actual, oracle, rtol=1e-4, atol=1e-4)
 print("without" if kernels() is None else "with", "kernels")
 """
 

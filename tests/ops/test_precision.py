@@ -13,8 +13,8 @@ ONE_ROUNDING = 1.7e-3
 """Relative error in the norm after one rounding to bf16 (measured: 1.66e-3)."""
 
 
-def error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact.double()).norm() / exact.double().norm())
+def error(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact.double()).norm() / exact.double().norm())
 
 
 def test_a_table_gradient_of_many_pieces_is_rounded_about_once(
@@ -105,13 +105,13 @@ def test_gates_and_their_gradients_are_not_rounded_to_bf16(backend: str) -> None
     # Gates that are equal in bf16.
     gates = 1 + torch.rand(64, 1) / 1024
     ids = torch.randint(4, (64, 1))
-    exact_gates, ours = gates.double().requires_grad_(), gates.clone().requires_grad_()
+    exact_gates, actual_gates = gates.double().requires_grad_(), gates.clone().requires_grad_()
     exact = block_ffn(x.double(), keys.double(), values.double(), ids, exact_gates, backend="naive")
-    y = block_ffn(x, keys, values, ids, ours, backend=backend)
+    y = block_ffn(x, keys, values, ids, actual_gates, backend=backend)
     exact.backward(x.double())
     y.backward(x)
-    assert ours.grad is not None and ours.grad.dtype == torch.float32
+    assert actual_gates.grad is not None and actual_gates.grad.dtype == torch.float32
     # What the roundings of h and of the up projections leave; the sum itself is not rounded.
-    assert error(ours.grad, exact_gates.grad) < 4e-3
+    assert error(actual_gates.grad, exact_gates.grad) < 4e-3
     one = block_ffn(x, keys, values, ids, torch.ones(64, 1), backend=backend)
     assert (y != one).any(), "a gate of 1.0005 was rounded to 1"

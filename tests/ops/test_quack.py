@@ -65,7 +65,7 @@ def test_the_products_are_those_of_grouped(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(quack, "kernels", lambda: package)
     monkeypatch.setattr(grouped, "SCRATCH_BYTES", 1)
     pairs, rows, table, coefficients = call()
-    for ours, theirs in (
+    for actual, expected in (
         (quack.to_pairs(rows, table, pairs), grouped.to_pairs(rows, table, pairs)),
         (
             quack.to_rows(coefficients, table, pairs, R),
@@ -73,7 +73,7 @@ def test_the_products_are_those_of_grouped(monkeypatch: pytest.MonkeyPatch) -> N
         ),
         (quack.to_table(coefficients, rows, pairs), grouped.to_table(coefficients, rows, pairs)),
     ):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(actual, expected)
     buffer = torch.ones(5, 8, D)
     assert quack.to_table(coefficients, rows, pairs, into=buffer) is buffer
     torch.testing.assert_close(buffer - 1, grouped.to_table(coefficients, rows, pairs))

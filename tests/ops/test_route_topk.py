@@ -45,8 +45,8 @@ def test_rows_with_nan_get_distinct_ids_and_the_others_the_right_ones(
     scores[7, torch.randperm(9)[:nans]] = torch.nan
     scores[12, torch.randperm(9)[:nans]] = -torch.nan
     ids = route_topk(scores, 4, backend=backend)
-    others = [row for row in range(20) if row not in (7, 12)]
-    assert torch.equal(ids[others], expected[others])
+    other_rows = [row for row in range(20) if row not in (7, 12)]
+    assert torch.equal(ids[other_rows], expected[other_rows])
     assert (ids.diff(dim=1) > 0).all() and ids.min() >= 0 and ids.max() < 9
 
 

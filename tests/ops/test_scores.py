@@ -56,13 +56,13 @@ def error(value: Tensor, expected: Tensor) -> float:
 def test_half_precision_operands_are_as_precise_as_fp32(dtype: torch.dtype) -> None:
     inputs = operands(dtype, dtype)
     assert op.tensor_core_dtype(*inputs[:2]) is dtype
-    found, expected = results(scores, *inputs), exact(*inputs)
-    assert found["scores"].dtype is torch.float32
-    assert error(found["scores"], expected["scores"]) < 1e-6
+    actual, expected = results(scores, *inputs), exact(*inputs)
+    assert actual["scores"].dtype is torch.float32
+    assert error(actual["scores"], expected["scores"]) < 1e-6
     for name in ("dx", "dweight"):
         # One rounding to the gradient's dtype.
-        assert found[name].dtype is dtype
-        assert error(found[name], expected[name]) < torch.finfo(dtype).eps
+        assert actual[name].dtype is dtype
+        assert error(actual[name], expected[name]) < torch.finfo(dtype).eps
 
 
 @pytest.mark.usefixtures("gpu")
@@ -70,22 +70,22 @@ def test_half_precision_operands_are_as_precise_as_fp32(dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", HALF)
 def test_fp32_weights_are_split_in_two_terms(dtype: torch.dtype, scale: float) -> None:
     inputs = operands(dtype, torch.float32, scale)
-    found, expected = results(scores, *inputs), exact(*inputs)
+    actual, expected = results(scores, *inputs), exact(*inputs)
     rounded = naive.scores(inputs[0], inputs[1].to(dtype)).detach()
     # In fp16 the terms leave 2^-23, and the fp32 sums themselves more.
     two_terms = {torch.bfloat16: 2.0**-17, torch.float16: 2.0**-20}[dtype]
-    assert error(found["scores"], expected["scores"]) < two_terms
-    assert error(found["scores"], expected["scores"]) < error(rounded, expected["scores"]) / 50
-    assert found["dweight"].dtype is torch.float32
-    assert error(found["dweight"], expected["dweight"]) < two_terms
-    assert error(found["dx"], expected["dx"]) < torch.finfo(dtype).eps
+    assert error(actual["scores"], expected["scores"]) < two_terms
+    assert error(actual["scores"], expected["scores"]) < error(rounded, expected["scores"]) / 50
+    assert actual["dweight"].dtype is torch.float32
+    assert error(actual["dweight"], expected["dweight"]) < two_terms
+    assert error(actual["dx"], expected["dx"]) < torch.finfo(dtype).eps
 
 
 @pytest.mark.usefixtures("gpu")
 def test_fp32_tokens_with_half_precision_weights() -> None:
     inputs = operands(torch.float32, torch.bfloat16)
-    found, expected = results(scores, *inputs), exact(*inputs)
-    assert error(found["scores"], expected["scores"]) < 2.0**-17
+    actual, expected = results(scores, *inputs), exact(*inputs)
+    assert error(actual["scores"], expected["scores"]) < 2.0**-17
 
 
 @pytest.mark.usefixtures("gpu")
@@ -99,8 +99,8 @@ def test_terms_of_zeros_are_zeros() -> None:
 def test_wide_operands_are_multiplied_as_they_are(dtype: torch.dtype) -> None:
     inputs = operands(dtype, dtype)
     assert op.tensor_core_dtype(*inputs[:2]) is None
-    found, expected = results(scores, *inputs), results(naive.scores, *inputs)
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    actual, expected = results(scores, *inputs), results(naive.scores, *inputs)
+    assert all(torch.equal(actual[name], expected[name]) for name in actual)
 
 
 @pytest.mark.parametrize("dtype", HALF)

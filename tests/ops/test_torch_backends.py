@@ -21,15 +21,15 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, t
 def load(kind: str, blocks: int) -> Pairs:
     """Pairs of R rows and some blocks; if there are several blocks, one is empty."""
     if kind == "none":
-        met = torch.zeros(R, blocks, dtype=torch.bool)
+        is_pair = torch.zeros(R, blocks, dtype=torch.bool)
     elif kind == "skewed":
-        met = torch.rand(R, blocks) < torch.linspace(0.0, 0.6, blocks)
-        met[:, -1] = True
-        met[R // 2] = False
+        is_pair = torch.rand(R, blocks) < torch.linspace(0.0, 0.6, blocks)
+        is_pair[:, -1] = True
+        is_pair[R // 2] = False
     else:
-        met = torch.rand(R, blocks) < 0.4
-        met[:, blocks // 2] = blocks == 1
-    rows, ids = met.nonzero().int().unbind(1)
+        is_pair = torch.rand(R, blocks) < 0.4
+        is_pair[:, blocks // 2] = blocks == 1
+    rows, ids = is_pair.nonzero().int().unbind(1)
     return Pairs(rows=rows.contiguous(), blocks=ids.contiguous())
 
 
@@ -55,10 +55,10 @@ def agree(backend: str, dtype: torch.dtype, tensors: list[Tensor], pairs: Pairs,
     # The oracle starts from the rounded inputs, whose rounding is not an error of the op.
     rounded = [tensor.to(dtype) for tensor in tensors[:3]] + tensors[3:]
     for activation in [Activation(name)]:
-        ours = compute(backend, dtype, rounded, pairs, activation)
+        actual = compute(backend, dtype, rounded, pairs, activation)
         exact = compute("naive", torch.float64, rounded, pairs, activation)
         for which, got, expected in zip(
-            ("y", "x", "keys", "values", "gates"), ours, exact, strict=False
+            ("y", "x", "keys", "values", "gates"), actual, exact, strict=False
         ):
             error = (got.double() - expected).norm() / expected.norm().clamp(min=1e-30)
             assert error < TOLERANCES[dtype], (backend, dtype, name, which, f"{error:.1e}")
@@ -117,8 +117,8 @@ def test_values_without_keys_when_a_row_has_a_cell_twice(backend: str) -> None:
         y = block_ffn_pairs(x, None, values, pairs, gates, backend=which)
         y.square().sum().backward()
         results.append([y.detach(), values.grad, gates.grad])
-    for ours, exact in zip(*results, strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
+    for actual, exact in zip(*results, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["grouped", "masked", "bags", "torch"])
@@ -188,10 +188,10 @@ def test_a_row_that_is_not_finite_leaves_other_rows_unchanged() -> None:
         y = block_ffn(changed, keys, values, ids, backend="masked")
         y.backward(changed.detach())
         results.append((y.detach(), changed.grad))
-    others = torch.arange(R) != 5
+    other_rows = torch.arange(R) != 5
     for result in results[1:]:
-        for ours, finite in zip(result, results[0], strict=True):
-            assert torch.equal(ours[others], finite[others])
+        for actual, finite in zip(result, results[0], strict=True):
+            assert torch.equal(actual[other_rows], finite[other_rows])
 
 
 def test_grouped_refuses_unsupported_inputs_and_names_alternatives() -> None:

@@ -44,17 +44,17 @@ def test_numbers_in_the_interpreter() -> None:
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    found = json.loads(process.stdout)
+    results = json.loads(process.stdout)
     for case in interpreted():
-        errors = found.pop(", ".join(case))
+        errors = results.pop(", ".join(case))
         for form, product in itertools.product(FORMS, ("to_pairs", "to_rows", "to_table")):
             assert f"{form} {product}" in errors
         assert any(name.startswith("fused") for name in errors)
         for name, error in errors.items():
             # Not `error > tolerance`: NaN is a failure.
             assert error < TOLERANCES[case[-1]], f"{case}: {name} is {error:.2e} off"
-    assert len(found) == len(CHOSEN)
-    for route_case, shares in found.items():
+    assert len(results) == len(CHOSEN)
+    for route_case, shares in results.items():
         assert shares == {"ids": 0, "NaN": 0}, route_case
 
 

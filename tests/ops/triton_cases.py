@@ -60,9 +60,9 @@ def main() -> None:
     assert triton.INTERPRETED, "set TRITON_INTERPRET=1"
     # With the tiles of an H100, which are the largest.
     with mock.patch.object(device, "capability", lambda _: (9, 0)):
-        found = {", ".join(case): errors(*case, "cpu") for case in interpreted()}
-    found |= {", ".join(case): differing(*case, "cpu") for case in CHOSEN}
-    json.dump(found, sys.stdout)
+        result = {", ".join(case): errors(*case, "cpu") for case in interpreted()}
+    result |= {", ".join(case): differing(*case, "cpu") for case in CHOSEN}
+    json.dump(result, sys.stdout)
 
 
 def interpreted() -> list[tuple[str, str, str]]:
@@ -98,14 +98,14 @@ def _errors(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str, 
         mock.patch.object(triton_table, "CHUNK", 16),
         mock.patch.object(triton_grouped, "PARTS_BYTES", 0),
     ):
-        found = _products(case, size, dtype, device)
+        result = _products(case, size, dtype, device)
     for activation, with_gates in FUSED[size]:
-        found |= _fused(case, size, dtype, device, activation, with_gates)
+        result |= _fused(case, size, dtype, device, activation, with_gates)
     # The interpreter takes a while, and the products have been compared.
     if device != "cpu" or case == "some":
         for activation in LAYERS.get(size, ()):
-            found |= _layer(case, size, dtype, device, activation)
-    return found
+            result |= _layer(case, size, dtype, device, activation)
+    return result
 
 
 def differing(choice: str, dtype: str, device: str) -> dict[str, float]:
@@ -147,7 +147,7 @@ def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str
     by_block = Sorted(rows=pairs.rows[order.long()], offsets=offsets, order=order)
     x, table = _random(dtype, device, rows, width), _random(dtype, device, B, cells, width)
     h = _random(dtype, device, len(order), cells)
-    found = {}
+    result = {}
     for name, arguments, rest in (
         ("to_pairs", (x, table), (by_block,)),
         ("to_rows", (h, table), (by_block, rows)),
@@ -155,18 +155,20 @@ def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str
     ):
         exact = getattr(torch_backend, name)(*(t.double() for t in arguments), *rest)
         for form, products in FORMS.items():
-            ours = getattr(products, name)(*arguments, *rest)
+            actual = getattr(products, name)(*arguments, *rest)
             if device != "cpu":  # the interpreter has one order only
                 again = getattr(products, name)(*arguments, *rest)
-                assert torch.equal(ours, again), f"{form} {name} depends on the order of execution"
-            assert ours.dtype == dtype
-            found[f"{form} {name}"] = _error(ours, exact)
+                assert torch.equal(actual, again), (
+                    f"{form} {name} depends on the order of execution"
+                )
+            assert actual.dtype == dtype
+            result[f"{form} {name}"] = _error(actual, exact)
             if name == "to_table":
                 start = _random(torch.float32, device, B, cells, width)
                 into = start.clone()
                 assert products.to_table(*arguments, *rest, into=into) is into
-                found[f"{form} {name}, added"] = _error(into, start.double() + exact)
-    return found
+                result[f"{form} {name}, added"] = _error(into, start.double() + exact)
+    return result
 
 
 def _fused(
@@ -190,7 +192,7 @@ def _fused(
     values = _random(dtype, device, B, cells, width)
     gates = _random(torch.float32, device, len(order)) if with_gates else None
     ups, h = triton_fused.up_activated(x, keys, by_block, gates, activation)
-    ours = (
+    actual = (
         ups,
         h,
         *triton_fused.down_backward_activated(dy, values, by_block, ups, gates, activation),
@@ -202,15 +204,15 @@ def _fused(
         epilogue.activated(ups.double(), exact_gates, activation),
         *epilogue.backward(ups.double(), dh, exact_gates, activation),
     )
-    found = {}
+    result = {}
     for name, result, expected in zip(
-        ("ups", "h", "h again", "dups", "dgates"), ours, exact, strict=True
+        ("ups", "h", "h again", "dups", "dgates"), actual, exact, strict=True
     ):
         assert (result is None) == (expected is None), name
         if result is not None and expected is not None:
             assert result.dtype == (torch.float32 if name == "dgates" else dtype), name
-            found[f"fused {activation}: {name}"] = _error(result, expected)
-    return found
+            result[f"fused {activation}: {name}"] = _error(result, expected)
+    return result
 
 
 def _layer(
@@ -247,23 +249,23 @@ def _layer(
         y.backward(dy.to(wide))
         gradients = {f"d{name}": t.grad for name, t in leaves.items() if t.grad is not None}
         results.append({"y": y.detach(), **gradients})
-    exact, ours = results
-    assert ours.keys() == exact.keys()
-    return {f"{activation} {name}": _error(ours[name], exact[name]) for name in exact}
+    exact, actual = results
+    assert actual.keys() == exact.keys()
+    return {f"{activation} {name}": _error(actual[name], exact[name]) for name in exact}
 
 
 def _pairs(case: str, device: str) -> Pairs:
     """Pairs, row by row; in `some` and `many rows`, block 2 and some rows are empty."""
-    met = torch.rand(CASES[case], B) < 0.6
+    is_pair = torch.rand(CASES[case], B) < 0.6
     if case in ("some", "many rows"):
-        met[:, 2] = False
-        met[1::4] = False
+        is_pair[:, 2] = False
+        is_pair[1::4] = False
     elif case == "one row":
-        met[:] = True
+        is_pair[:] = True
     else:
-        met[:] = False
-        met[:, 3] = case == "all to one block"
-    places = met.nonzero().int().to(device)
+        is_pair[:] = False
+        is_pair[:, 3] = case == "all to one block"
+    places = is_pair.nonzero().int().to(device)
     return Pairs(rows=places[:, 0].contiguous(), blocks=places[:, 1].contiguous())
 
 
@@ -271,10 +273,10 @@ def _random(dtype: torch.dtype, device: str, *shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
 
 
-def _error(ours: Tensor, exact: Tensor) -> float:
+def _error(actual: Tensor, exact: Tensor) -> float:
     """The relative error; absolute if all is zero; NaN if something was not written."""
     norm = exact.norm().item()
-    return (ours.double() - exact).norm().item() / (norm or 1.0)
+    return (actual.double() - exact).norm().item() / (norm or 1.0)
 
 
 if __name__ == "__main__":

@@ -112,8 +112,10 @@ def main() -> dict[str, str]:
     """Run every case in every dtype, and one case with every backend; return the errors."""
     plans = list(itertools.product(CASES.items(), ["auto"], DTYPES, DEVICES))
     swiglu = Case(router="sigma-moe", swiglu=True, block_size=8)
-    others = itertools.product([("swiglu", swiglu)], BACKENDS.items(), DEVICES)
-    plans += [(case, backend, dtype, on) for case, (backend, of), on in others for dtype in of]
+    backend_plans = itertools.product([("swiglu", swiglu)], BACKENDS.items(), DEVICES)
+    plans += [
+        (case, backend, dtype, on) for case, (backend, of), on in backend_plans for dtype in of
+    ]
     # Triton's products have two forms, and no form has all three products in the case before.
     coarse = Case(router="sigma-moe", swiglu=True, block_size=16, expansion=64)
     fine = Case(router="pkm", block_size=1)
