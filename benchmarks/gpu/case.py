@@ -1,4 +1,4 @@
-"""What a section is made of: cases, each with a name, and the context that they run in.
+"""The parts of a section: named cases, and the context that they run in.
 
 Inputs: the environment that the supervisor gives to a section's process.
 Outputs: values of a case; or `Failure` with a sentence, or `NotHere` with the reason why a case
@@ -77,7 +77,7 @@ class Context:
         return dry if self.dry else gpu
 
     def synchronize(self) -> None:
-        """Wait for the device, so that the errors of kernels are raised in the case that launched them."""
+        """Wait for the device, so that a kernel raises its error in the case that launched it."""
         if not self.dry:
             import torch
 

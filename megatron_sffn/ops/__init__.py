@@ -8,8 +8,8 @@ share, `device.py` asks what hardware a tensor is on, `compiled.py` builds the C
 
 Letters in shapes: T tokens, D hidden size, M cells, B blocks, G cells per block, K active blocks
 per token, R rows on this rank after the dispatch, P (row, block) pairs. N is G, or 2G for the keys
-of a gated activation. In Triton kernels the prefix of a name says what it is: `i_` an index, `o_` offsets,
-`m_` a mask, `p_` pointers, `b_` a tile of numbers that has been loaded; constants are in capitals.
+of a gated activation. In Triton kernels the prefix of a name says what it is: `i_` an index, `o_`
+offsets, `m_` a mask, `p_` pointers, `b_` a tile that has been loaded; constants are in capitals.
 """
 
 from megatron_sffn.ops.activation import Activation

@@ -60,9 +60,9 @@ def main() -> None:
     assert triton.INTERPRETED, "set TRITON_INTERPRET=1"
     # With the tiles of an H100, which are the largest.
     with mock.patch.object(device, "capability", lambda _: (9, 0)):
-        result = {", ".join(case): errors(*case, "cpu") for case in interpreted()}
-    result |= {", ".join(case): differing(*case, "cpu") for case in CHOSEN}
-    json.dump(result, sys.stdout)
+        by_case = {", ".join(case): errors(*case, "cpu") for case in interpreted()}
+    by_case |= {", ".join(case): differing(*case, "cpu") for case in CHOSEN}
+    json.dump(by_case, sys.stdout)
 
 
 def interpreted() -> list[tuple[str, str, str]]:
@@ -98,14 +98,14 @@ def _errors(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str, 
         mock.patch.object(triton_table, "CHUNK", 16),
         mock.patch.object(triton_grouped, "PARTS_BYTES", 0),
     ):
-        result = _products(case, size, dtype, device)
+        by_name = _products(case, size, dtype, device)
     for activation, with_gates in FUSED[size]:
-        result |= _fused(case, size, dtype, device, activation, with_gates)
+        by_name |= _fused(case, size, dtype, device, activation, with_gates)
     # The interpreter takes a while, and the products have been compared.
     if device != "cpu" or case == "some":
         for activation in LAYERS.get(size, ()):
-            result |= _layer(case, size, dtype, device, activation)
-    return result
+            by_name |= _layer(case, size, dtype, device, activation)
+    return by_name
 
 
 def differing(choice: str, dtype: str, device: str) -> dict[str, float]:
@@ -147,7 +147,7 @@ def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str
     by_block = Sorted(rows=pairs.rows[order.long()], offsets=offsets, order=order)
     x, table = _random(dtype, device, rows, width), _random(dtype, device, B, cells, width)
     h = _random(dtype, device, len(order), cells)
-    result = {}
+    by_name = {}
     for name, arguments, rest in (
         ("to_pairs", (x, table), (by_block,)),
         ("to_rows", (h, table), (by_block, rows)),
@@ -162,13 +162,13 @@ def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str
                     f"{form} {name} depends on the order of execution"
                 )
             assert actual.dtype == dtype
-            result[f"{form} {name}"] = _error(actual, exact)
+            by_name[f"{form} {name}"] = _error(actual, exact)
             if name == "to_table":
                 start = _random(torch.float32, device, B, cells, width)
                 into = start.clone()
                 assert products.to_table(*arguments, *rest, into=into) is into
-                result[f"{form} {name}, added"] = _error(into, start.double() + exact)
-    return result
+                by_name[f"{form} {name}, added"] = _error(into, start.double() + exact)
+    return by_name
 
 
 def _fused(
@@ -204,15 +204,15 @@ def _fused(
         epilogue.activated(ups.double(), exact_gates, activation),
         *epilogue.backward(ups.double(), dh, exact_gates, activation),
     )
-    result = {}
+    by_name = {}
     for name, result, expected in zip(
         ("ups", "h", "h again", "dups", "dgates"), actual, exact, strict=True
     ):
         assert (result is None) == (expected is None), name
         if result is not None and expected is not None:
             assert result.dtype == (torch.float32 if name == "dgates" else dtype), name
-            result[f"fused {activation}: {name}"] = _error(result, expected)
-    return result
+            by_name[f"fused {activation}: {name}"] = _error(result, expected)
+    return by_name
 
 
 def _layer(
