@@ -142,7 +142,7 @@ def test_the_faster_form_of_a_product_is_chosen(
     for product in triton.SECONDS_PER_BYTE:
         expected = triton_masked if product in masked else triton_grouped
         assert form(product, Sorted(rows=rows, offsets=offsets)) is expected
-        # A row may meet a block twice, or no row meet any.
+        # A row may have a block twice, or there may be no pair at all.
         for grouped in (
             Sorted(rows=rows, offsets=offsets, distinct=False),
             Sorted(rows=rows[:0], offsets=offsets),

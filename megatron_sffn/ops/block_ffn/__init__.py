@@ -1,6 +1,6 @@
 """`y_t = Σ_{i in I(t)} gate_ti · f(x_t K_iᵀ) V_i`: the feed-forward layer of the active blocks.
 
-`op.py` is the public function, `choose_backend.py` decides who computes, and `autograd.py` composes
+`op.py` is the public function, `choose_backend.py` decides the backend, and `autograd.py` composes
 a backend's three products into forward and backward passes. The backends are `torch_backend`,
 `grouped`, `masked`, `bags`, `quack`, `cpu` (with `products.cpp`) and `triton`; `naive` is the
 oracle.

@@ -81,7 +81,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         left: `[N, I]` of `dtype` or fp32.
-        right: `[I, O]`, likewise.
+        right: `[I, O]` of `dtype` or fp32.
         dtype: bf16 or fp16, in which numbers are multiplied.
 
     Returns:
