@@ -151,7 +151,7 @@ def refusal(backend: str, shape: Shape, tensor: Tensor) -> str | None:
         widths = {"the width of keys": shape.key_width, "the width of values": shape.width}
         return grouped.refusal_of_widths(widths, TRITON_MULTIPLE)
     if not shape.key_width:
-        return "needs keys, and there is a memory of values alone"
+        return "needs keys, but these are values without keys"
     return (quack if backend == "quack" else grouped).refusal(tensor, _widths(shape))
 
 
