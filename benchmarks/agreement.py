@@ -1,4 +1,4 @@
-"""Results that disagree: nothing is compared, one sentence, exit code 1."""
+"""Stop a benchmark whose contenders disagree: one sentence, exit code 1."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 
 class DisagreementError(RuntimeError):
-    """Contenders computed different things: their times compare nothing."""
+    """Contenders computed different results, so their times cannot be compared."""
 
 
 def refusing(main: Callable[[], int]) -> int:
-    """`main`, where results that disagree are one sentence and exit code 1."""
+    """Run `main`; turn a `DisagreementError` into one sentence and exit code 1."""
     try:
         return main()
     except DisagreementError as error:

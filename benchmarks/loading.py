@@ -1,16 +1,16 @@
-"""Batches of Megatron's torch loader and of DALI's: `python -m benchmarks.loading`.
+"""Time batches of Megatron's torch loader and of DALI's: `python -m benchmarks.loading`.
 
-Enters: a data set, or none for the source of this Python's library, a byte a token. Leaves: a table
-of tokens per second and of the wait for a batch between steps, and, with `--output`, rows of a CSV
-file.
+Inputs: a data set, or none to make one from the source of Python's library, one token per byte.
+Outputs: a table of tokens per second and of the wait for a batch between steps, and, with
+`--output`, rows of a CSV file.
 
-Choices
-- The way is that of a run: Megatron's data sets, its sampler, its iterators, and the copy to the
-  device that a step makes.
-- A step is a sleep: what a loader does meanwhile costs nothing, as on a GPU. Where steps compute on
-  the same cores, count tokens per second instead.
+Design notes:
+- Batches take the path of a run: Megatron's data sets, its sampler, its iterators, and the copy to
+  the device that a step makes.
+- A step is a sleep: what a loader does meanwhile costs nothing, as on a GPU. If steps compute on
+  the same cores, compare tokens per second instead.
 - Nothing is timed before both loaders gave the same batches. Contenders take turns, `--rounds`
-  times, and the best round counts: other work on a machine only ever adds time.
+  times, and the best round counts, because other load on a machine only adds time.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WARM_UP = 20
-"""Batches of every contender that are not timed."""
+"""Batches of every contender to warm up, which are not timed."""
 
 
 COMPARED = 5
-"""Batches that both loaders give before anything is timed."""
+"""Batches that are compared between both loaders before anything is timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +62,12 @@ class Loader:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What one round measured.
+    """The measurements of one round.
 
     Args:
         tokens_per_second: of batches that are drawn one after the other.
-        first_ms: until the first batch.
-        wait_ms: for a batch between two steps.
+        first_ms: time to the first batch.
+        wait_ms: wait for a batch between two steps.
     """
 
     tokens_per_second: float
@@ -113,10 +113,10 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare, then time all, then print the table."""
+    """Compare, then time all contenders, then print the table."""
     options = parse_arguments(argv)
     adapt()
-    # Without a GPU no memory is pinned, and outside a run nothing is run again.
+    # Ignore warnings about pinned memory without a GPU, and about use outside of a run.
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.utils.data")
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     platform = Platform.here()
@@ -145,11 +145,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 SIZES = ("seq_length", "micro_batch_size", "step_ms")
-"""Options that are columns."""
+"""Options that are columns of the CSV file."""
 
 
 def by_throughput(timing: Timing) -> float:
-    """What makes one round better than another."""
+    """The measure by which the best round is chosen."""
     return timing.tokens_per_second
 
 
@@ -170,16 +170,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="X",
         help="as in a run: PREFIX, or WEIGHT PREFIX ... (default: the source of this Python's "
-        "library, a byte a token)",
+        "library, one token per byte)",
     )
     add("--seq-length", type=int, default=2048, help="tokens (default: 2048)")
     add("--micro-batch-size", type=int, default=8, help="sequences (default: 8)")
     add("--workers", type=int, nargs="+", default=[0, 1, 2], help="--num-workers (default: 0 1 2)")
-    add("--batches", type=int, default=200, help="timed in a row, and between steps (default: 200)")
-    add("--step-ms", type=float, default=10.0, help="of a pretended step (default: 10)")
-    add("--rounds", type=int, default=3, help="of each loader (default: 3)")
-    add("--mask", action="store_true", help="with the attention mask, s x s bytes a sequence")
-    add("--output", type=Path, help="CSV file that gets the rows, after those that it has")
+    add(
+        "--batches",
+        type=int,
+        default=200,
+        help="batches to time, in a row and between steps (default: 200)",
+    )
+    add("--step-ms", type=float, default=10.0, help="duration of a simulated step (default: 10)")
+    add("--rounds", type=int, default=3, help="rounds of each loader; the best counts (default: 3)")
+    add("--mask", action="store_true", help="with the attention mask, s x s bytes per sequence")
+    add("--output", type=Path, help="append the rows to this CSV file")
     options = parser.parse_args(argv)
     for name in ("seq_length", "micro_batch_size", "batches", "rounds"):
         if vars(options)[name] < 1:
@@ -193,7 +198,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_of(options: argparse.Namespace, folder: Path) -> Namespace:
-    """The namespace of a run that reads the data, which Megatron then knows."""
+    """The arguments of a run that reads the data, after Megatron has been initialised with them."""
     from megatron.training.global_vars import set_global_variables
 
     from megatron_sffn.checks.data import check_data
@@ -212,9 +217,11 @@ def run_of(options: argparse.Namespace, folder: Path) -> Namespace:
         *("--data-path", *paths, "--data-cache-path", str(folder / "cache")),
         *([] if options.mask else ["--no-create-attention-mask-in-dataloader"]),
     ]
-    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's account of what it derives
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # hides what Megatron prints about its arguments
         args = parse(prepare()[0])
-        args.sffn_dataloader = "dali"  # is it there?
+        args.sffn_dataloader = "dali"  # raises an error if DALI is not installed
         check_data(args)
         set_global_variables(args)
     args.iteration = 0
@@ -225,11 +232,11 @@ MODEL = (
     "--num-layers 1 --hidden-size 64 --num-attention-heads 1 --sffn-router dense --lr 1e-3 "
     "--tokenizer-type NullTokenizer --vocab-size 1000000 --split 100,0,0 --eval-iters 0"
 )
-"""Of a model that is not built; no id is too large for its vocabulary."""
+"""Flags of a model that is not built, with a vocabulary that is large enough for any id."""
 
 
 def written(prefix: Path) -> str:
-    """A data set of the library's source, a document for each file; returns its prefix."""
+    """Write a data set from Python's library, a document per file; return its prefix."""
     import numpy
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -257,22 +264,24 @@ def batches_of(args: Namespace, loader: Loader) -> Iterator[dict[str, Tensor]]:
 
 
 def compare(args: Namespace) -> None:
-    """Both loaders give the same first batches.
+    """Check that both loaders give the same first batches.
 
     Raises:
         DisagreementError: if they do not.
     """
     import torch
 
-    ours, theirs = (batches_of(args, Loader(loader=kind, workers=0)) for kind in ("dali", "torch"))
+    dali_batches, torch_batches = (
+        batches_of(args, Loader(loader=kind, workers=0)) for kind in ("dali", "torch")
+    )
     for number in range(COMPARED):
-        mine, their = next(ours), next(theirs)
+        mine, their = next(dali_batches), next(torch_batches)
         if not all(torch.equal(value, their[name]) for name, value in mine.items()):
-            raise DisagreementError(f"batch {number} of DALI is not that of torch's loader")
+            raise DisagreementError(f"batch {number} of DALI differs from that of torch's loader")
 
 
 def timed(args: Namespace, loader: Loader, options: argparse.Namespace) -> Timing:
-    """One round of a contender."""
+    """Time one round of a contender."""
     import torch
 
     start = time.perf_counter()
@@ -301,7 +310,7 @@ def timed(args: Namespace, loader: Loader, options: argparse.Namespace) -> Timin
 
 
 def table(best: dict[Loader, Timing], platform: Platform, options: argparse.Namespace) -> str:
-    """A row for each contender."""
+    """A table with a row per contender."""
     lines = [
         f"batches of {options.micro_batch_size} sequences of {options.seq_length} tokens; "
         f"{platform.device}",

@@ -1,6 +1,6 @@
-"""The machine that something is measured on, and this process on it.
+"""The machine that a benchmark runs on, and the set-up of this process for Megatron.
 
-Enters: nothing. Leaves: words for the columns of results, and Megatron ready to run, also alone.
+Outputs: values for the columns of results, and process groups so that Megatron runs on one rank.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, kw_only=True)
 class Platform:
-    """What ranks run on.
+    """The hardware that ranks run on.
 
     Args:
-        device: in words.
-        backend: of `torch.distributed`.
-        devices: how many ranks can have one each; None where they share.
+        device: its name, for tables.
+        backend: the backend of `torch.distributed`.
+        devices: number of GPUs, one per rank; None if ranks share a CPU.
     """
 
     device: str
@@ -38,12 +38,12 @@ class Platform:
 
     @property
     def start_method(self) -> str:
-        """How ranks start: a fork has Megatron imported already, but CUDA does not survive it."""
+        """How ranks start: a fork inherits the imported Megatron, but CUDA does not survive it."""
         return "spawn" if self.devices else "fork"
 
     @classmethod
     def here(cls) -> Platform:
-        """This machine."""
+        """The platform of this machine."""
         import torch
 
         from megatron_sffn.patches import cpu
@@ -57,7 +57,7 @@ class Platform:
 
 
 def adapt() -> None:
-    """Adapt this process, before Megatron is imported in it; the parent and ranks alike."""
+    """Prepare this process before it imports Megatron, in the parent and in every rank."""
     silence()
     from megatron_sffn import patches
 
@@ -68,7 +68,7 @@ def adapt() -> None:
 
 @contextlib.contextmanager
 def one_rank(platform: Platform) -> Iterator[None]:
-    """Megatron's process groups over this process alone: its layer asks for them."""
+    """Megatron's process groups of size one, which its layers ask for."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -86,7 +86,7 @@ def one_rank(platform: Platform) -> Iterator[None]:
 
 
 def facts(platform: Platform, output: Path | None) -> dict[str, Any]:
-    """What the rows of every benchmark begin with: date, commit, device, torch, megatron_core."""
+    """The first columns of every benchmark: date, commit, device, torch, megatron_core."""
     import torch
 
     device = platform.device
@@ -102,7 +102,7 @@ def facts(platform: Platform, output: Path | None) -> dict[str, Any]:
 
 
 def version_of(package: str) -> str:
-    """Of an installed package; empty if it is not there."""
+    """The version of an installed package; empty if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -110,7 +110,7 @@ def version_of(package: str) -> str:
 
 
 def _commit(output: Path | None) -> str:
-    """Short hash, with `-dirty` where tracked files other than the results differ from it."""
+    """The short commit hash, with `-dirty` if tracked files other than the results have changed."""
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
@@ -121,5 +121,7 @@ def _commit(output: Path | None) -> str:
         name = git("rev-parse", "--short", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return ""
-    others = [path for path in changed if output is None or ROOT / path != output.resolve()]
-    return f"{name}-dirty" if others else name
+    changed_sources = [
+        path for path in changed if output is None or ROOT / path != output.resolve()
+    ]
+    return f"{name}-dirty" if changed_sources else name

@@ -1,16 +1,16 @@
-"""Which router, at which block size: pretraining runs of equal active cells, several seeds each.
+"""Compare routers and block sizes by pretraining runs of equal active cells, with several seeds.
 
-Enters: the data sets of a quick start (`--quickstart FOLDER`, made by `make quickstart`). Leaves:
+Inputs: the data sets of a quick start (`--quickstart FOLDER`, made by `make quickstart`). Outputs:
 `results.jsonl` with a line per run, and a table of held-out perplexity (mean and standard deviation
 over seeds), FLOPs, throughput, and blocks that no held-out token used.
 
-Choices
-- The quick start's model and schedule, one rank each; only the feed-forward layer differs. Nothing
-  is tuned for a router: what differs is the selection.
-- Methods of single cells have no blocks of 64: they run once, at g = 1.
-- A finished run is a line of the results and is not repeated, so that the command continues where
-  it was. Of the run itself only the log is kept. With `--jobs` runs share the machine: their
-  throughput is then a ratio of what they had, not of what the machine can.
+Design notes:
+- Every run has the quick start's model and schedule on one rank; only the feed-forward layer
+  differs, and nothing is tuned for a router.
+- Routers of single cells have no blocks of 64: they run once, at g = 1.
+- A finished run is a line of the results and is not repeated, so that the command can be resumed.
+  Of the run itself only the log is kept. With `--jobs` runs share the machine, so their throughput
+  is only comparable with that of other runs of the command.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Job:
     Args:
         router: name.
         block_size: g.
-        seed: of weights and the order of the data.
+        seed: of weights and of the order of the data.
     """
 
     router: str
@@ -59,12 +59,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.router}-g{self.block_size}-seed{self.seed}"
 
     @property
     def flags(self) -> str:
-        """Of the feed-forward layer."""
+        """The flags of the feed-forward layer."""
         if self.router == "dense":
             return "--sffn-router dense"
         return (
@@ -74,7 +74,7 @@ class Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is not done, then print the table."""
+    """Run the jobs without a result, then print the table."""
     args = _parse(argv)
     jobs = [
         Job(router=router, block_size=g, seed=seed)
@@ -113,12 +113,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="benchmarks.routers", description=__doc__.partition("\n")[0] if __doc__ else None
     )
     add = parser.add_argument
-    add("--quickstart", type=Path, default=Path("runs/quickstart"), help="folder with its data/")
+    add(
+        "--quickstart",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="folder of a quick start, with data/",
+    )
     add("--output", type=Path, default=Path("runs/routers"), help="folder of the runs")
     add("--routers", nargs="+", default=list(ROUTERS), choices=list(ROUTERS))
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
     add("--train-iters", type=int, default=150, help="steps of 2,048 tokens")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each")
+    add(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, with one thread each"
+    )
     args = parser.parse_args(argv)
     if not (args.quickstart / "data" / "complete.json").is_file():
         raise ConfigError(
@@ -140,7 +147,7 @@ def _block_sizes(router: str) -> tuple[int, ...]:
 
 
 def _run(job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Train one; its line of the results, None if it failed."""
+    """Train one job; return its line of the results, None if it failed."""
     folder, data = (args.output / job.name).resolve(), (args.quickstart / "data").resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -148,7 +155,7 @@ def _run(job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
     flags += [
         f"--train-iters {args.train_iters} --eval-interval {args.train_iters} --seed {job.seed}",
         "--tokenizer-type HuggingFaceTokenizer",
-        # The last one counts: nothing is saved on the way.
+        # The last one counts, because the run saves nothing before it ends.
         "--save-interval 1000000",
     ]
     paths = {
@@ -171,7 +178,7 @@ def _run(job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _record(job: Job, folder: Path) -> dict[str, Any]:
-    """What a finished run left, in one line."""
+    """The results of a finished run as one line."""
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     blocks = [
         tokens
@@ -189,12 +196,12 @@ def _record(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def _key(record: dict[str, Any]) -> tuple[str, int, int, int]:
-    """What tells the lines of the results apart."""
+    """The key of a job in the results."""
     return record["router"], record["block_size"], record["seed"], record["iterations"]
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A line for every router and block size, best first."""
+    """A table with a line per router and block size, best first."""
     lines = [
         f"{'router':<15} {'g':>4} {'perplexity':>15} {'seeds':>5} {'MFLOPs/token':>12} "
         f"{'parameters':>10} {'tokens/s':>8} {'dead':>6}"

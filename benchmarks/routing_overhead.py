@@ -1,13 +1,13 @@
-"""What the statistics of routing cost of a step: `python -m benchmarks.routing_overhead`.
+"""Time what routing statistics cost in a step: `python -m benchmarks.routing_overhead`.
 
-Enters: the numbers of a layer. Leaves: for each block size and router the time of counting a
-microbatch, and of a line in `routing.jsonl`, as shares of the layer's forward and backward.
+Inputs: the sizes of a layer. Outputs: per block size and router, the time to count a microbatch and
+to write a line of `routing.jsonl`, as shares of the layer's forward and backward pass.
 
-Choices
-- The layer alone is the whole: a model has more around it, so the share in a step is smaller.
+Design notes:
+- The layer alone is 100 %. A model has more around it, so the share of a step is smaller.
 - Shares of 1 % drown in the noise of two whole steps. So counting is timed by itself, on the
   `Routing` of the step before it, in turns with steps with and without it.
-- Of each the fastest counts: what else runs on a machine only adds.
+- The fastest turn counts, because other load on a machine only adds time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.machine import Platform, adapt, one_rank
 from megatron_sffn.utils.errors import ConfigError, run_command
 
 LINES_EVERY = 100
-"""Steps between lines: Megatron's default of --log-interval."""
+"""Steps between log lines: Megatron's default of --log-interval."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.routing_overhead",
-        description="Cost of the statistics of routing, as a share of a sparse layer's step.",
+        description="Cost of routing statistics, as a share of a sparse layer's step.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -63,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     add("--expansion", type=int, default=8, help="E (default: 8)")
     add("--block-sizes", type=int, nargs="+", default=[64, 1], help="g (default: 64 1)")
     add("--routers", nargs="+", default=["avg-k", "switch"], help="(default: avg-k switch)")
-    add("--repeats", type=int, default=15, help="of which the fastest counts (default: 15)")
+    add("--repeats", type=int, default=15, help="turns; the fastest counts (default: 15)")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         raise ConfigError(f"--repeats {args.repeats} is less than 1; give at least 1")
@@ -134,7 +134,7 @@ def row(args: Namespace, block_size: int, router: str, folder: Path) -> str:
 
 
 def log_arguments(num_blocks: int) -> Namespace:
-    """What a log reads of Megatron's namespace, with a line after each step."""
+    """What the log reads of Megatron's arguments, for a line after each step."""
     return Namespace(
         curr_iteration=0,
         num_experts=num_blocks,
@@ -150,7 +150,7 @@ def log_arguments(num_blocks: int) -> Namespace:
 
 
 def alternate(contenders: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Least seconds of each, taken in turns so that another load meets all of them."""
+    """The fewest seconds of each, timed in turns so that other load affects all of them."""
     import torch
 
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -160,13 +160,13 @@ def alternate(contenders: dict[str, Callable[[], None]], repeats: int) -> dict[s
             start = time.perf_counter()
             run()
             torch.cuda.synchronize()
-            # The first two warm up.
+            # The first two turns are a warm-up.
             if repeat > 1:
                 seconds[name].append(time.perf_counter() - start)
     return {name: min(each) for name, each in seconds.items()}
 
 
 if __name__ == "__main__":
-    # Before torch. Threads that wait for each other on a shared machine are all noise.
+    # Set before torch is imported: on a shared machine several threads only add noise.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     run_command(main)

@@ -1,7 +1,7 @@
-"""Rows of results in a CSV file that only grows; every benchmark's rows are a dataclass of its own.
+"""Append rows of results to a CSV file; each benchmark has a dataclass of rows.
 
-Enters: rows, each complete in itself, device and versions included. Leaves: lines at the end of a
-file. A column is a field of the dataclass, without the underscore of a name that Python reserves.
+Design notes: a row is complete in itself, with device and versions. A column is a field of the
+dataclass, without the trailing underscore of a name that Python reserves.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megatron_sffn.utils.errors import ConfigError
 
 
 def columns(row_type: type) -> list[str]:
-    """The columns of a dataclass of rows."""
+    """The column names of a dataclass of rows."""
     return [field.name.rstrip("_") for field in dataclasses.fields(row_type)]
 
 
 def append(rows: Sequence[Any], path: Path) -> None:
-    """Add rows of one dataclass to a CSV file; a new one gets its head first."""
+    """Append rows of one dataclass to a CSV file; a new file gets a header first."""
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if not file.tell():
@@ -31,10 +31,10 @@ def append(rows: Sequence[Any], path: Path) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Check that a picture can be written.
+    """Check that a plot can be written.
 
     Raises:
-        ConfigError: if the name has another ending, or its folder is not there.
+        ConfigError: if the name does not end in .png, or its folder does not exist.
     """
     if path.suffix != ".png":
         raise ConfigError(f"--plot {path} does not end in .png; give a name that does")
@@ -46,7 +46,7 @@ def check_output(path: Path, row_type: type) -> None:
     """Check that rows can be appended to a file.
 
     Raises:
-        ConfigError: if it is no file, cannot be written, or has other columns.
+        ConfigError: if the path is a folder, cannot be written, or has other columns.
     """
     if path.is_dir():
         raise ConfigError(f"--output {path} is a folder; give the path of a file in it")

@@ -1,15 +1,15 @@
-"""Whole training steps: what a sparse model costs over the dense one: `python -m benchmarks.steps`.
+"""Time whole training steps of a sparse model over a dense one: `python -m benchmarks.steps`.
 
-Enters: sizes. Leaves: a table of ratios, ours beside Megatron's own dispatcher and experts
-(`--sffn-backend megatron`: same router, same B, K and g), over a dense model of as many active
-cells; the growth of a step with the memory (E) and with the tokens, as a table and, with `--plot`,
-as a curve; and, with `--output`, the times as rows of a CSV file.
+Inputs: sizes. Outputs: a table of ratios, ours beside Megatron's own dispatcher and experts
+(`--sffn-backend megatron`: same router, same B, K and g), over a dense model with the same number
+of active cells; how a step grows with the number of cells (E) and of tokens, as a table and, with
+`--plot`, as a plot; and, with `--output`, the times as rows of a CSV file.
 
-Choices
-- Real runs: `megatron_sffn.pretrain` on one rank with Megatron's mock data, which costs nothing to
-  read; forward, backward, optimizer and all of Megatron's loop count.
-- Runs take turns, `--rounds` times; of each the median step counts, of the rounds the fastest,
-  since other work on a machine only ever adds time.
+Design notes:
+- Runs are real: `megatron_sffn.pretrain` on one rank with Megatron's mock data, which costs nothing
+  to read; forward, backward, optimizer and the rest of Megatron's loop count.
+- Runs take turns, `--rounds` times. The median step of a run counts, and the fastest round, because
+  other load on a machine only adds time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.rows import append, check_output, check_plot
 from megatron_sffn.utils.errors import ConfigError, run_command
 
 SEQUENCE = 256
-"""Tokens of one."""
+"""Tokens per sequence."""
 
 COMMON = (
     f"--seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --sffn-router switch "
@@ -39,12 +39,12 @@ COMMON = (
     "--num-workers 0 --no-create-attention-mask-in-dataloader --eval-iters 0 "
     "--eval-interval 1000000 --save-interval 1000000 --log-interval 1000000"
 )
-"""Flags of every run, beside its sizes; `--sffn-router dense` comes later and then counts."""
+"""Flags of every run besides its sizes; a later `--sffn-router dense` overrides the router."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a run is.
+    """The configuration of a run.
 
     Args:
         backend: `ours`, `megatron` or `dense`.
@@ -59,7 +59,7 @@ class Step:
     tokens: int
 
     def flags(self) -> str:
-        """Of the feed-forward layer and the batch."""
+        """The flags of the feed-forward layer and the batch."""
         sequences = self.tokens // SEQUENCE
         batch = f"--micro-batch-size {sequences} --global-batch-size {sequences}"
         if self.backend == "dense":
@@ -107,7 +107,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all, then print the tables."""
+    """Run all steps, then print the tables."""
     args = parse_arguments(argv)
     adapt()
     common = facts(Platform.here(), args.output)
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def row_of(step: Step, ms: float, args: argparse.Namespace, common: dict[str, Any]) -> Row:
-    """A run's step as a row."""
+    """The time of a run's step as a row."""
     return Row(
         **common,
         num_layers=args.num_layers,
@@ -159,21 +159,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[1024, 256, 64, 16],
         help="g (default: 1024 256 64 16)",
     )
-    add("--expansion", type=int, default=16, help="E beside Megatron (default: 16)")
+    add("--expansion", type=int, default=16, help="E in the comparison with Megatron (default: 16)")
     add(
         "--expansions",
         type=int,
         nargs="+",
         default=[4, 16, 64],
-        help="E of the growth (default: 4 16 64)",
+        help="E of the growth table (default: 4 16 64)",
     )
     add("--tokens", type=int, default=2048, help=f"in sequences of {SEQUENCE} (default: 2048)")
     add("--num-layers", type=int, default=4, help="all of them sparse (default: 4)")
     add("--hidden-size", type=int, default=256, help="D; k = 4 D active cells (default: 256)")
     add("--train-iters", type=int, default=8, help="steps of a run (default: 8)")
     add("--rounds", type=int, default=2, help="runs of each (default: 2)")
-    add("--output", type=Path, help="CSV file that gets the rows, after those that it has")
-    add("--plot", type=Path, metavar="FILE.png", help="the growth as a curve")
+    add("--output", type=Path, help="append the rows to this CSV file")
+    add("--plot", type=Path, metavar="FILE.png", help="plot the growth")
     args = parser.parse_args(argv)
     if args.tokens < SEQUENCE or args.tokens % SEQUENCE:
         raise ConfigError(
@@ -195,7 +195,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def steps_of(args: argparse.Namespace) -> list[Step]:
-    """Every run that the tables need, once: dense, ours and Megatron's, the growth."""
+    """Every run that the tables need, once: dense, ours and Megatron, and the growth."""
     tokens = args.tokens
     dense = [Step(backend="dense", tokens=t) for t in (tokens, 2 * tokens)]
     compared = [
@@ -212,7 +212,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
 
 
 def places(args: argparse.Namespace) -> list[tuple[int, int]]:
-    """E and tokens of the growth: every E, and the largest with twice the tokens."""
+    """E and tokens of the growth: every E, and the largest E with twice the tokens."""
     return [*((e, args.tokens) for e in args.expansions), (max(args.expansions), 2 * args.tokens)]
 
 
@@ -220,12 +220,12 @@ def milliseconds(step: Step, args: argparse.Namespace, extra: Sequence[str] = ()
     """The median step of a run.
 
     Args:
-        step: what it is.
+        step: its configuration.
         args: sizes of the model.
         extra: more flags of the run.
 
     Raises:
-        ConfigError: if it does not train.
+        ConfigError: if the run fails.
     """
     sizes = (
         f"--num-layers {args.num_layers} --hidden-size {args.hidden_size} "
@@ -249,7 +249,7 @@ def milliseconds(step: Step, args: argparse.Namespace, extra: Sequence[str] = ()
 
 
 def comparison(took: Mapping[Step, float], args: argparse.Namespace) -> str:
-    """The table of ours and Megatron's over dense."""
+    """The table of our and Megatron's steps over dense ones."""
     dense = took[Step(backend="dense", tokens=args.tokens)]
     lines = [
         f"a step of {args.tokens} tokens: {args.num_layers} layers, D = {args.hidden_size}, "
@@ -258,20 +258,20 @@ def comparison(took: Mapping[Step, float], args: argparse.Namespace) -> str:
         f"{'Megatron /ours':>15}",
     ]
     for g in args.block_sizes:
-        ours, theirs = (
+        our_ms, megatron_ms = (
             took[Step(backend=name, block_size=g, expansion=args.expansion, tokens=args.tokens)]
             for name in ("ours", "megatron")
         )
         active = 4 * args.hidden_size // g
         lines.append(
-            f"{g:>5} {active:>4} {active * args.expansion:>5} {ours / dense:>12.2f} "
-            f"{theirs / dense:>16.2f} {theirs / ours:>15.2f}"
+            f"{g:>5} {active:>4} {active * args.expansion:>5} {our_ms / dense:>12.2f} "
+            f"{megatron_ms / dense:>16.2f} {megatron_ms / our_ms:>15.2f}"
         )
     return "\n".join(lines)
 
 
 def growth(took: Mapping[Step, float], args: argparse.Namespace) -> str:
-    """The table of ours over dense of as many tokens, at every E."""
+    """The table of our steps over dense ones with as many tokens, at every E."""
     heads = [f"E={e}" if t == args.tokens else f"E={e}, {t} tokens" for e, t in places(args)]
     lines = ["ours over dense of as many tokens, as the memory grows"]
     lines.append(f"{'g':>5} " + " ".join(f"{head:>16}" for head in heads))
@@ -282,13 +282,13 @@ def growth(took: Mapping[Step, float], args: argparse.Namespace) -> str:
 
 
 def over_dense(took: Mapping[Step, float], block_size: int, expansion: int, tokens: int) -> float:
-    """Time of one of our steps over the dense one of as many tokens."""
-    ours = Step(backend="ours", block_size=block_size, expansion=expansion, tokens=tokens)
-    return took[ours] / took[Step(backend="dense", tokens=tokens)]
+    """The time of one of our steps over a dense one with as many tokens."""
+    step = Step(backend="ours", block_size=block_size, expansion=expansion, tokens=tokens)
+    return took[step] / took[Step(backend="dense", tokens=tokens)]
 
 
 def plot(took: Mapping[Step, float], args: argparse.Namespace) -> None:
-    """Step time over E, a line for each block size."""
+    """Plot the step time over E, a line per block size."""
     import matplotlib
 
     matplotlib.use("Agg")

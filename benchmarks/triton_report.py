@@ -1,11 +1,11 @@
-"""What Triton makes of the kernels, without a GPU: `python -m benchmarks.triton_report`.
+"""Report how Triton compiles the kernels, without a GPU: `python -m benchmarks.triton_report`.
 
-Enters: a dtype, the cells of a block, a compute capability. Leaves: for each kernel its registers,
+Inputs: a dtype, the cells per block, a compute capability. Outputs: for each kernel its registers,
 spills, shared memory and matrix instruction.
 
-Choices
-- The ops are called on tiny tensors of a CPU, with the launch replaced by a note of what
-  would be started: the report compiles exactly what would run.
+Design notes:
+- The ops are called on tiny CPU tensors, and their launches are recorded instead of run: the report
+  compiles exactly what would run.
 - `ptxas` and `cuobjdump` are those of the triton package. Spills are the bytes of a thread's stack,
   which these kernels use for nothing else.
 """
@@ -34,7 +34,7 @@ from benchmarks import triton_starts
 from megatron_sffn.ops import device, triton_launch
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn import triton_fused, triton_grouped, triton_masked
-from megatron_sffn.ops.block_ffn.function import Products
+from megatron_sffn.ops.block_ffn.autograd import Products
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.route_topk import triton as topk
 from megatron_sffn.utils.errors import ConfigError, run_command
@@ -42,27 +42,27 @@ from megatron_sffn.utils.errors import ConfigError, run_command
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 FORMS = {"grouped": (triton_grouped, (256, 16)), "masked": (triton_masked, (16, 1))}
-"""The forms of the products, and the cells of a block for which each is made."""
+"""Form of the products -> cells per block for which it is made."""
 
 FUSED = (Activation.GELU, Activation.SWIGLU)
-"""Activations of the fused products: the one that computes most, the one with most operands."""
+"""Activations of the fused products: the most expensive one, and the one with most operands."""
 
 OPS = ("grouped", "masked", "fused", "route_topk")
-"""Groups of kernels."""
+"""Groups of kernels that the command line can select."""
 
 WIDTH = 512
-"""D: a multiple of 16, as a model's is, which Triton makes use of."""
+"""D, a multiple of 16 as in a model, because Triton specialises on that."""
 
 ROWS = 2048
-"""More than a tile, and more than a chunk of pairs."""
+"""R, more than a tile and more than a chunk of pairs."""
 
 BLOCKS = 8192
-"""Of which `route_topk` chooses: more than a piece."""
+"""B for `route_topk`, more than one tile of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """A kernel as an op would start it; the cells of a block, where the op has any."""
+    """A kernel launch of an op, with the cells per block if the op has blocks."""
 
     op: str
     cells: int | None
@@ -73,13 +73,13 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """Of the op and the kernel."""
+        """The name of the op and the kernel."""
         return f"{self.op}: {self.kernel.__name__.removesuffix('_kernel')}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A compiled kernel: registers and bytes of spills of a thread, shared bytes of a program."""
+    """A compiled kernel: registers and spilled bytes per thread, shared bytes per program."""
 
     kernel: str
     target: int
@@ -93,10 +93,10 @@ class Compiled:
 
 @dataclass(frozen=True, kw_only=True)
 class Specialised:
-    """What a launch compiles: the kernel with its arguments' types, the options, and the key.
+    """What a launch compiles: the kernel with the types of its arguments, the options, and the key.
 
-    Launches of a kernel with equal keys and options run the same code; another key is compiled
-    when it is first met.
+    Launches of a kernel with equal keys and options run the same code; a new key is compiled at its
+    first launch.
     """
 
     source: ASTSource
@@ -105,7 +105,7 @@ class Specialised:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report that the command line asks for."""
+    """Print the report for the arguments of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.triton_report",
         description="Registers, spills and shared memory of the Triton kernels; needs no GPU.",
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    add("--cells", type=int, nargs="+", help="N of a block (default: 256 16; masked: 16 1)")
+    add("--cells", type=int, nargs="+", help="N, cells per block (default: 256 16; masked: 16 1)")
     add(
         "--targets",
         type=int,
@@ -143,8 +143,8 @@ def report(
 
     Args:
         dtype: a key of `DTYPES`.
-        cells: N of a block; None for those of `FORMS`.
-        targets: compute capabilities, as 90.
+        cells: N, cells per block; None for those of `FORMS`.
+        targets: compute capabilities, such as 90.
         ops: of `OPS`.
 
     Raises:
@@ -175,8 +175,8 @@ def report(
 def launches(
     dtype: torch.dtype, cells: Sequence[int] | None, target: int, rows: int = ROWS
 ) -> list[Launch]:
-    """What the ops start on a GPU, at sizes at which the compiler may assume alignment."""
-    # Tiles hang on the compute capability.
+    """The launches of the ops on a GPU, at sizes for which the compiler may assume alignment."""
+    # The tile sizes depend on the compute capability.
     with mock.patch.object(device, "capability", lambda _: divmod(target, 10)):
         return [*_all_launches(dtype, cells, rows)]
 
@@ -194,7 +194,7 @@ def _all_launches(dtype: torch.dtype, cells: Sequence[int] | None, rows: int) ->
 def _launches(
     form: str, products: Products, dtype: torch.dtype, cells: int, rows: int
 ) -> Iterator[Launch]:
-    """What the products of one form start where all rows meet the first block."""
+    """The launches of the products of one form, if all rows have the first block."""
     x, table, h, pairs = _operands(dtype, cells, rows)
     for product, arguments in (
         (products.to_pairs, (x, table, pairs)),
@@ -207,7 +207,7 @@ def _launches(
 def _fused_launches(
     activation: Activation, dtype: torch.dtype, cells: int, rows: int
 ) -> Iterator[Launch]:
-    """What the fused products start, with gates."""
+    """The launches of the fused products, with gates."""
     x, values, h, pairs = _operands(dtype, cells, rows)
     keys = values.repeat(1, activation.keys_per_cell, 1)
     ups = h.repeat(1, activation.keys_per_cell)
@@ -220,7 +220,7 @@ def _fused_launches(
 
 
 def _operands(dtype: torch.dtype, cells: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Sorted]:
-    """Rows, a table, coefficients and pairs: all rows meet the first block."""
+    """Rows, a table, coefficients and pairs: all rows have the first block."""
     num_blocks = max(2, ROWS // cells)
     pairs = Sorted(
         rows=torch.arange(rows, dtype=torch.int32), offsets=torch.tensor([0] + num_blocks * [rows])
@@ -231,7 +231,7 @@ def _operands(dtype: torch.dtype, cells: int, rows: int) -> tuple[Tensor, Tensor
 
 
 def _noted(op: str, cells: int | None, call: Callable[..., Any], *arguments: Any) -> list[Launch]:
-    """What a call starts; nothing is started."""
+    """The launches of a call, recorded instead of run."""
     found: list[Launch] = []
 
     def note(start: triton_starts.Start) -> None:
@@ -288,7 +288,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def instruction(ptx: str) -> str:
-    """The instruction that multiplies matrices, or what does it in its place."""
+    """The instruction that multiplies matrices, or the one used instead."""
     for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync"):
         if name in ptx:
             return name

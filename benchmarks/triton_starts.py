@@ -1,7 +1,7 @@
-"""Hands the starts of Triton kernels to a function, in place of the device: to compile or list.
+"""Pass the launches of Triton kernels to a function instead of the device, to compile or list them.
 
-Inputs: a function that takes a start. Outputs: calls of it, with what the package's own launcher
-would hand to Triton: a constant of another type would be another key of Triton's cache.
+Design notes: the function gets what the package's own launcher would pass to Triton, because a
+constant of another type would be another key of Triton's cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_sffn.ops import triton_launch
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A start of a kernel: its programs, warps and stages, and its arguments by name."""
+    """A launch of a kernel: its programs, warps and stages, and its arguments by name."""
 
     kernel: Any
     programs: int
@@ -29,13 +29,13 @@ class Start:
 
 @contextmanager
 def handed_to(take: Callable[[Start], None]) -> Iterator[None]:
-    """For as long as the block, kernels are not started; results keep what memory had."""
+    """Within this context kernels are not launched; results keep what was in memory."""
     with mock.patch.object(triton_launch, "_kernel", lambda name: _Kernel(name, take)):
         yield
 
 
 class _Kernel:
-    """What the launcher takes for a kernel."""
+    """The stand-in for a kernel that the launcher calls."""
 
     def __init__(self, name: str, take: Callable[[Start], None]) -> None:
         self.kernel, self.take = pkgutil.resolve_name(name), take

@@ -1,7 +1,7 @@
-"""Where the host waits for a GPU in a step of one layer: a table which only shrinks.
+"""Where the host waits for a GPU in a step of one layer. The tables may only shrink.
 
-The default path never waits. What does stands in `ALLOWED`, and is in docs/backends.md. Between
-ranks the host waits for counts: `BETWEEN_RANKS`, and docs/parallelism.md.
+The default path never waits. The exceptions are in `ALLOWED` and docs/backends.md. With several
+ranks the host waits for counts: `BETWEEN_RANKS` and docs/parallelism.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.support.router_cases import SPARSE, VOCAB, Case
 
 
 def switch(**megatron: Any) -> Case:
-    """A layer of Switch with these fields of Megatron's config."""
+    """A layer with router switch and these fields of Megatron's config."""
     return Case(router="switch", megatron=tuple({"moe_aux_loss_coeff": 0.1, **megatron}.items()))
 
 
@@ -55,24 +55,24 @@ CASES = {
 
 EMPTY_PLACES = {"ops/block_ffn/pairs.py:pairs_of_ids": 1}
 ALLOWED: dict[str, dict[str, int]] = {
-    # The hash walks until it is inside, and the host asks how many ids there are.
+    # The hash walks until all ids are in range, and the host asks for the number of ids.
     "rand-hash, vocabulary not known": {
-        "routers/rand_hash.py:forward": 1,
-        "hashing.py:hashed_subsets": 4,
+        "nn/routers/rand_hash.py:forward": 1,
+        "utils/hashing.py:hashed_subsets": 4,
     },
-    # One look at the tolerance in 10 turns.
-    "s-base": {"routers/s_base.py:balancing_prices": 1},
-    # How many places are empty follows from the tokens.
+    # The host reads the error of Sinkhorn once in 10 iterations.
+    "s-base": {"nn/routers/s_base.py:balancing_prices": 1},
+    # The number of empty places depends on the tokens.
     "switch, capacity": EMPTY_PLACES,
     "sigma-moe, dropout": EMPTY_PLACES,
-    # A loop over blocks has to know where they begin.
-    "backend torch": {"ops/block_ffn/loop.py:_host_offsets": 1},
+    # The loop over blocks needs to know where they begin.
+    "backend torch": {"ops/block_ffn/torch_backend.py:_host_offsets": 1},
 }
 """Case -> `file:function` -> waits of one forward and backward pass."""
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_waits_where_the_table_says_and_nowhere_else(one_rank: None, name: str) -> None:
+def test_a_step_waits_only_where_the_table_says(one_rank: None, name: str) -> None:
     layer = router_cases.build(CASES[name]).train()
     hidden, ids, weights = router_cases.inputs()
 
@@ -80,7 +80,7 @@ def test_a_step_waits_where_the_table_says_and_nowhere_else(one_rank: None, name
         y, _ = layer(hidden.clone().requires_grad_(), padding_mask=ids)
         (y * weights).sum().backward()
 
-    # What is computed once, in the first step, may wait.
+    # The first step may wait for values that are computed once.
     step()
     layer.router.end_step()
     set_weights_version(layer, "another")
@@ -88,7 +88,7 @@ def test_a_step_waits_where_the_table_says_and_nowhere_else(one_rank: None, name
 
 
 def between_ranks(dispatcher: str, **sffn: Any) -> Case:
-    """A layer whose tokens travel."""
+    """A layer with expert parallelism."""
     return Case(
         router="switch",
         megatron=(("moe_token_dispatcher_type", dispatcher),),
@@ -108,11 +108,11 @@ BETWEEN_RANKS: dict[str, tuple[Case, int]] = {
     "allgather": (between_ranks("allgather"), 1),
     "allgather, rows sent again": (between_ranks("allgather", regather="on"), 1),
 }
-"""Way of exchange -> a layer, and the waits for counts of one forward and backward pass, on EP4."""
+"""Exchange -> a layer, and the waits for counts in one forward and backward pass, with EP 4."""
 
 
 def waits_between_ranks() -> dict[str, dict[str, int]]:
-    """Where the host would wait in a step of each layer on this rank."""
+    """The waits of a step of each layer on this rank."""
     result = {}
     for name, (case, _) in BETWEEN_RANKS.items():
         layer = router_cases.build(case).train()
@@ -134,20 +134,20 @@ def test_an_exchange_waits_for_counts_once_a_level_whatever_the_chunks() -> None
         assert of_rank == expected
 
 
-def test_the_look_at_the_end_of_a_step_is_one_wait(one_rank: None) -> None:
+def test_the_nan_check_at_the_end_of_a_step_waits_once(one_rank: None) -> None:
     model = torch.nn.ModuleList([router_cases.build(Case(router="avg-k")) for _ in range(3)])
     args = Namespace(num_layers=2, curr_iteration=4, sffn_router="avg-k")
     args.check_for_nan_in_loss_and_grad = args.check_for_spiky_loss = False
     check = NanCheck(args)
     for loss in (1.0, 2.0):
         check.note_loss(torch.full((), loss))
-    assert waits.recorded(lambda: check.after_step([model])) == {"nan_check.py:_look": 1}
+    assert waits.recorded(lambda: check.after_step([model])) == {"train/nan_check.py:_look": 1}
     model[1].router.score_flag.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="step 5, layer 1, router avg-k: scores are NaN"):
         check.after_step([model])
 
 
-def test_the_recorder_sees_what_would_wait() -> None:
+def test_the_recorder_sees_every_operation_that_would_wait() -> None:
     x = torch.tensor([3, 1, 2])
     seen = {
         "item": lambda: x[0].item(),
@@ -182,7 +182,7 @@ def test_the_recorder_sees_what_would_wait() -> None:
 
 
 def check_pairs_of(ids: torch.Tensor) -> None:
-    """The slow checks of `SFFN_CHECK=1`, which ask the device."""
+    """The checks of `SFFN_CHECK=1`, for which the host waits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SFFN_CHECK", "1")
         pairs, _ = pairs_of_ids(ids[:, None], None, may_be_empty=False)

@@ -1,1 +1,1 @@
-"""One layer with its routing given, ours and the peers: `python -m benchmarks.blocks`."""
+"""Time one layer with given routing, ours and other packages': `python -m benchmarks.blocks`."""

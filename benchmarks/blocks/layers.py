@@ -1,13 +1,14 @@
-"""Who computes a sparse feed-forward layer whose routing is given: ours, the peers, the dense unit.
+"""The contenders: modules that compute a sparse feed-forward layer with given routing.
 
-Enters: a `Problem`: tokens, tables, and which token meets which block. Leaves: modules of one
-shape, `[T, D]` to `[T, D]`, each with its own copy of the tables in its own layout.
+Inputs: a `Problem`: tokens, tables, and the blocks of each token. Outputs: modules that map `[T,
+D]` to `[T, D]`, each with its own copy of the tables in its own layout.
 
-Choices
-- A peer is the installed package's own code, called as its models call it. Only its router is
-  replaced, by one that has the routing already.
-- Megatron runs with its allgather dispatcher: on one rank it permutes tokens once, its all-to-all
-  twice. Its experts are those of its own spec: grouped with Transformer Engine, else one by one.
+Design notes:
+- A peer is code of an installed package, called as its models call it. Only its router is replaced,
+  by one that returns the given routing.
+- Megatron runs with its allgather dispatcher: on one rank it permutes tokens once, while its
+  all-to-all dispatcher permutes them twice. Its experts are those of its own spec: grouped with
+  Transformer Engine, else one by one.
 - Megatron and transformers always multiply by a token's gates; without gates they get ones.
 """
 
@@ -27,13 +28,13 @@ from megatron_sffn.ops.block_ffn import op
 
 
 class Dense(nn.Module):
-    """`f(x Kᵀ) V` with k cells, in plain torch: the unit."""
+    """`f(x Kᵀ) V` with k cells, in plain torch: the unit of all ratios."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
         active = problem.block_ids.shape[1]
         self.activation = problem.activation
-        # A gated dense FFN has its gate keys first, as each block has.
+        # The gate keys of all blocks come first, as in a gated dense FFN.
         halves = problem.keys[:active].chunk(2 if self.activation.gated else 1, dim=1)
         self.keys = _own(torch.cat([half.flatten(0, 1) for half in halves]))
         self.values = _own(problem.values[:active].flatten(0, 1))
@@ -44,7 +45,7 @@ class Dense(nn.Module):
 
 
 class Sparse(nn.Module):
-    """A contender whose result is compared; this base has the tables as ours has them."""
+    """A contender whose result is checked. This base class has the tables in our layout."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -55,14 +56,14 @@ class Sparse(nn.Module):
 
     def gradients(self) -> dict[str, Tensor]:
         """Those of the tables and gates after a backward, in the shapes of the problem's."""
-        found = {"keys": self.keys.grad, "values": self.values.grad}
+        grads = {"keys": self.keys.grad, "values": self.values.grad}
         if self.gates is not None:
-            found["gates"] = self.gates.grad
-        return {name: grad for name, grad in found.items() if grad is not None}
+            grads["gates"] = self.gates.grad
+        return {name: grad for name, grad in grads.items() if grad is not None}
 
 
 class Ours(Sparse):
-    """`block_ffn` with one of its backends."""
+    """Our `block_ffn` with one of its backends."""
 
     def __init__(self, problem: Problem, backend: str) -> None:
         super().__init__(problem)
@@ -82,7 +83,7 @@ class Ours(Sparse):
 
 
 class GroupedMM(Sparse):
-    """`torch._grouped_mm` and nothing else: gather, product, activation, product, scatter."""
+    """Only `torch._grouped_mm`: gather, product, activation, product, scatter."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, D]` to the same."""
@@ -103,13 +104,14 @@ TRANSFORMERS_ACTIVATIONS = {
     Activation.SQUARED_RELU: "relu2",
     Activation.SWIGLU: "silu",
 }
-"""Activation -> what transformers calls it; for the gated one, the gate's."""
+"""Activation -> its name in transformers; for SwiGLU the name of the gate's activation."""
 
 
 class Transformers(nn.Module):
     """transformers' experts with `experts_implementation="grouped_mm"`, in Mixtral's layout.
 
-    `use_experts_implementation` is how its models choose; it calls `grouped_mm_experts_forward`.
+    `use_experts_implementation` is the switch that its models use; it calls
+    `grouped_mm_experts_forward`.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -147,12 +149,12 @@ class Transformers(nn.Module):
         down = named.pop("down_proj").grad
         (up,) = named.values()
         assert up.grad is not None and down is not None
-        found = {"keys": up.grad, "values": down.transpose(1, 2)}
-        return found if self.gates.grad is None else {**found, "gates": self.gates.grad}
+        grads = {"keys": up.grad, "values": down.transpose(1, 2)}
+        return grads if self.gates.grad is None else {**grads, "gates": self.gates.grad}
 
 
 class Megatron(nn.Module):
-    """megatron-core's `MoELayer`: dispatch, experts and combine, with a router that knows all."""
+    """megatron-core's `MoELayer`: dispatch, experts and combine, with a router of given routing."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -200,15 +202,15 @@ class Megatron(nn.Module):
             return torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
 
         first, second = zip(*self.linears(), strict=True)
-        found = {"keys": stacked(first), "values": stacked(second).transpose(1, 2)}
+        grads = {"keys": stacked(first), "values": stacked(second).transpose(1, 2)}
         router = self.layer.router
         if router.probabilities.grad is not None:
-            found["gates"] = router.probabilities.grad.gather(1, router.block_ids)
-        return found
+            grads["gates"] = router.probabilities.grad.gather(1, router.block_ids)
+        return grads
 
 
 class GivenRouter(nn.Module):
-    """Megatron's `RouterInterface` over a routing that is there already."""
+    """Megatron's `RouterInterface` that returns a given routing."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -221,7 +223,7 @@ class GivenRouter(nn.Module):
         self.routing_map = nothing.bool().scatter(1, self.block_ids, True)
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Nothing here depends on it."""
+        """Do nothing: the routing does not depend on the layer."""
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Probabilities and mask, `[T, B]` both."""
@@ -229,7 +231,7 @@ class GivenRouter(nn.Module):
 
 
 def megatron_config(problem: Problem) -> Any:
-    """Megatron's config of one layer, with the fusions that its training turns on by itself."""
+    """Megatron's config of one layer, with the fusions that its training enables by itself."""
     from megatron.core.activations import squared_relu
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -262,14 +264,14 @@ def megatron_config(problem: Problem) -> Any:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Megatron finds Transformer Engine."""
+    """True if Megatron can import Transformer Engine."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return bool(HAVE_TE)
 
 
 def peers() -> dict[str, Callable[[Problem], nn.Module]]:
-    """Name -> the module of a problem; building it or running it may fail, with the reason."""
+    """Name -> the module of a peer for a problem. Building or running it may fail with a reason."""
     experts = "TEGroupedMLP" if has_transformer_engine() else "SequentialMLP"
     return {
         f"Megatron {experts}": Megatron,

@@ -1,13 +1,13 @@
-"""What the contenders of `benchmarks.blocks` compute, and whether they computed it.
+"""The inputs of `benchmarks.blocks`, and the check that a contender computed the right result.
 
-Enters: the numbers of a layer. Leaves: tokens, tables and routing drawn from one seed; the result
-in float64; and how far a contender's is from it.
+Inputs: the sizes of a layer. Outputs: tokens, tables and routing drawn from one seed; the result in
+float64; the difference of a contender's result from it.
 
-Choices
-- The reference is the oracle of `block_ffn` in float64, some tokens at a time: outputs, and the
+Design notes:
+- The reference is the oracle of `block_ffn` in float64, on some tokens at a time: outputs, and the
   gradients of tokens, tables and gates.
-- Differences are relative to the norm, not to the largest value: a ReLU whose input is zero within
-  rounding may fall on either side, which makes one row quite another and all rows hardly differ.
+- Differences are relative to the norm, not to the largest value. If the input of a ReLU is zero
+  within rounding, its derivative may be 0 or 1; that changes one row much, and the norm hardly.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from megatron_sffn.ops.activation import Activation
 from megatron_sffn.ops.block_ffn import op
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Of every output and gradient, relative to its norm."""
+"""Largest difference of an output or gradient, relative to its norm."""
 RELU_TOLERANCE = 2e-3
-"""At least so much for ReLU: a few derivatives of the millions are 0 rather than 1, or 1 than 0."""
+"""Least tolerance for ReLU, where a few of the millions of derivatives are 0 instead of 1."""
 REFERENCE_TOKENS = 256
-"""Tokens at a time: the oracle computes all M cells for each."""
+"""Tokens per step of the oracle, which computes all M cells for each token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What every contender computes, on one device and in one dtype.
+    """The inputs of every contender, on one device and in one dtype.
 
     Args:
         x: `[T, D]` tokens.
@@ -60,7 +60,7 @@ class Problem:
 
     @cached_property
     def ones_or_gates(self) -> Tensor:
-        """`[T, K]`: factors for those who always multiply."""
+        """`[T, K]` gates, or ones for contenders that always multiply."""
         return (
             torch.ones_like(self.block_ids, dtype=self.x.dtype)
             if self.gates is None
@@ -81,7 +81,7 @@ class Problem:
         gated: bool,
         device: Any,
     ) -> Problem:
-        """Uniform random routing and tables, the same for the same numbers on every device."""
+        """Draw uniform random routing and tables; equal sizes draw equal numbers on any device."""
         draw = torch.Generator().manual_seed(1)
         blocks, active = expansion * active_cells // block_size, active_cells // block_size
         cells = block_size * (2 if activation.gated else 1)
@@ -92,7 +92,7 @@ class Problem:
         return cls(
             x=normal(tokens, hidden_size),
             dy=normal(tokens, hidden_size),
-            # Up projections and outputs are then near 1, also in half precision.
+            # This scale keeps up projections and outputs near 1, also in half precision.
             keys=normal(blocks, cells, hidden_size, scale=hidden_size**-0.5),
             values=normal(blocks, block_size, hidden_size, scale=active_cells**-0.5),
             block_ids=torch.rand(tokens, blocks, generator=draw).topk(active).indices.to(device),
@@ -104,7 +104,7 @@ class Problem:
 
 
 def tolerance(problem: Problem) -> float:
-    """Largest difference with which a result counts as right."""
+    """The largest difference of a result that counts as correct."""
     least = RELU_TOLERANCE if problem.activation is Activation.RELU else 0.0
     return max(least, TOLERANCES[problem.x.dtype])
 
@@ -130,16 +130,16 @@ def reference(problem: Problem) -> dict[str, Tensor]:
         )
         y.backward(problem.dy[at].double())
         outputs.append(y.detach())
-    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    return {"y": torch.cat(outputs), **found}
+    grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"y": torch.cat(outputs), **grads}
 
 
-def disagreement(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Largest difference of any output or gradient, relative to the reference's norm."""
-    assert found.keys() == expected.keys(), (found.keys(), expected.keys())
+def disagreement(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Largest difference of any output or gradient, relative to the norm of the reference."""
+    assert actual.keys() == expected.keys(), (actual.keys(), expected.keys())
     largest = 0.0
     for name, right in expected.items():
-        error = (found[name].double() - right).norm() / right.norm()
-        # NaN compares as nothing: it has to count as wrong.
+        error = (actual[name].double() - right).norm() / right.norm()
+        # Every comparison with NaN is false, but NaN has to count as wrong.
         largest = max(largest, float(error.nan_to_num(nan=float("inf"))))
     return largest

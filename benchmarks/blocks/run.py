@@ -1,15 +1,14 @@
-"""Time of a sparse feed-forward layer with its routing given: `python -m benchmarks.blocks`.
+"""Time a sparse feed-forward layer with given routing: `python -m benchmarks.blocks`.
 
-Enters: sizes, a dtype, a device. Leaves: a table of times over the dense FFN of the same active
-cells, ours beside the peers' as installed packages; the same as rows at the end of a CSV file; and,
-with `--plot`, as a picture.
+Inputs: sizes, a dtype, a device. Outputs: a table of times over a dense FFN with the same number of
+active cells, for our backends and for installed packages; the same as rows of a CSV file; and, with
+`--plot`, as a plot.
 
-Choices
-- Who computes is in `layers.py`, what in `problem.py`, how it is timed in
-  `timing.py`.
-- Nothing is timed before it was right: the output and every gradient of each contender are compared
-  with the oracle in float64, at the size that is timed. If ours is wrong, the command stops; a peer
-  that is wrong, or cannot run, has no ratio, and a line below the table says why.
+Design notes:
+- `layers.py` has the contenders, `problem.py` their inputs, and `timing.py` the clock.
+- No contender is timed before it is checked: its output and every gradient are compared with the
+  oracle in float64, at the size that is timed. If ours is wrong, the command stops. A peer that is
+  wrong or cannot run has no ratio, and a line below the table gives the reason.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ from megatron_sffn.utils.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS, TOKENS_OF_CELLS = 2048, 1024
-"""Default of --tokens, and at g = 1, where a peer would copy a token for each of its cells."""
+"""Default of --tokens; fewer at g = 1, where a peer would copy a token per active cell."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark with the arguments of the command line."""
     args = parse_arguments(argv)
     if args.device == "cpu":
-        # Before anything asks CUDA: on a machine with GPUs too, this run is one without.
+        # Hide GPUs before anything initialises CUDA, so that this run is the same on every machine.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     adapt()
     platform = Platform.here()
@@ -62,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.blocks",
-        description="Time of a sparse feed-forward layer whose routing is given, forward and "
+        description="Time of a sparse feed-forward layer with given routing, forward and "
         "forward + backward, in units of the dense FFN with the same number of active cells: ours, "
         "and the installed megatron-core, transformers and torch. A token uses k = --active-cells "
         "of E·k cells, in blocks of g. Every result is compared with a float64 oracle first; what "
@@ -79,21 +78,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=BACKENDS,
         default=["auto"],
-        help="of ours, a column each; auto is the fastest for the device (default: auto)",
+        help="our backends, a column each; auto is the fastest for the device (default: auto)",
     )
-    add("--threads", type=int, help="of torch (default: 1, with --device cuda torch's own)")
+    add("--threads", type=int, help="threads of torch (default: 1, with --device cuda torch's own)")
     add(
         "--repeats",
         type=int,
         default=15,
-        help="turns of each contender, of which the median counts; fewer, but at least 3, where "
-        "they take long (default: 15)",
+        help="turns of each contender; the median counts. Slow ones get fewer, but at "
+        "least 3 (default: 15)",
     )
     add(
         "--budget",
         type=float,
         default=20.0,
-        help="seconds; a peer whose step takes longer has a dash (default: 20)",
+        help="seconds per step; a slower peer gets a dash (default: 20)",
     )
     add = parser.add_argument_group("results").add_argument
     results = ROOT / "benchmarks" / "results.csv"
@@ -101,11 +100,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output",
         type=Path,
         default=results,
-        help="CSV file that gets the rows, after those that it has "
-        "(default: benchmarks/results.csv)",
+        help="append the rows to this CSV file (default: benchmarks/results.csv)",
     )
     add("--no-output", dest="output", action="store_const", const=None, help="print only")
-    add("--plot", type=Path, metavar="FILE.png", help="ratios over g, a panel per E and pass")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="plot the ratios over g, a panel per E and pass",
+    )
     args = parser.parse_args(argv)
     check(args)
     args.activation = Activation(args.activation)
@@ -122,8 +125,8 @@ def _add_sizes(add: Any) -> None:
         type=int,
         nargs="+",
         default=[1024, 256, 64, 16, 1],
-        help="g, cells of a block, a line of the table each; from large to small, slow peers are "
-        "foreseen (default: 1024 256 64 16 1)",
+        help="g, cells per block, a line of the table each; from large to small, so that slow "
+        "peers are predicted and skipped (default: 1024 256 64 16 1)",
     )
     add("--expansions", type=int, nargs="+", default=[4, 16], help="E (default: 4 16)")
     add("--hidden-size", type=int, default=512, help="D (default: 512)")
@@ -134,15 +137,15 @@ def _add_sizes(add: Any) -> None:
         "--gates",
         action="store_true",
         help="multiply each block's output by a factor, as most routers do, and compute its "
-        "gradient; without, the peers' factors are 1 and ours has none",
+        "gradient; without it the peers multiply by 1, and ours does not multiply",
     )
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check the numbers against each other, before anything is built.
+    """Check the arguments against each other, before anything is built.
 
     Raises:
-        ConfigError: if one cannot work.
+        ConfigError: if a value cannot work.
     """
     names = ("block_sizes", "expansions", "hidden_size", "active_cells", "tokens", "threads")
     for name in (*names, "repeats"):
@@ -166,10 +169,10 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, platform: Platform) -> int:
-    """Measure all sizes, in a process that has Megatron's groups; print, append and draw.
+    """Measure all sizes in a process with Megatron's process groups; print, append and plot.
 
     Raises:
-        DisagreementError: if ours is wrong.
+        DisagreementError: if our result is wrong.
     """
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -180,10 +183,10 @@ def run(args: argparse.Namespace, platform: Platform) -> int:
     for expansion in args.expansions:
         budget = Budget(seconds=args.budget)
         for block_size in args.block_sizes:
-            found, without = measure(args, expansion, block_size, budget, common)
+            new_rows, without = measure(args, expansion, block_size, budget, common)
             if args.output:
-                append(found, args.output)
-            rows += found
+                append(new_rows, args.output)
+            rows += new_rows
             missing += without
     print(table(rows, missing, contenders), flush=True)
     if args.plot:
@@ -192,7 +195,7 @@ def run(args: argparse.Namespace, platform: Platform) -> int:
 
 
 def ours(backend: str) -> str:
-    """Name of one of our backends in the table."""
+    """The name of one of our backends in the table."""
     return "ours" if backend == "auto" else f"ours {backend}"
 
 
@@ -203,7 +206,7 @@ def measure(
     budget: Budget,
     common: dict[str, Any],
 ) -> tuple[list[Row], list[Missing]]:
-    """All contenders at one size: compare, then time."""
+    """Check, then time, all contenders at one size."""
     problem = Problem.draw(
         tokens=args.tokens or (TOKENS if block_size > 1 else TOKENS_OF_CELLS),
         hidden_size=args.hidden_size,
@@ -249,7 +252,7 @@ def attempt(
     expected: dict[str, torch.Tensor],
     budget: Budget,
 ) -> nn.Module | str:
-    """Build a peer and run it once: the module, or why it cannot be timed."""
+    """Build a peer and run it once; return its module, or the reason why it cannot be timed."""
     if reason := budget.refusal(name, problem):
         return reason
     try:
@@ -257,7 +260,7 @@ def attempt(
         start = time.perf_counter()
         error = difference(module, problem, expected)
         seconds = time.perf_counter() - start
-    except Exception as refused:  # whatever another package raises is its reason
+    except Exception as refused:  # any error of another package is its reason
         return " ".join(f"{type(refused).__name__}: {refused}".splitlines())[:200]
     if not error <= tolerance(problem):
         return (
@@ -268,7 +271,7 @@ def attempt(
 
 
 def difference(module: Any, problem: Problem, expected: dict[str, torch.Tensor]) -> float:
-    """How far a contender's output and gradients are from the oracle's, relative."""
+    """The relative difference of a contender's output and gradients from the oracle's."""
     y, dx = step(module, problem.x, problem.dy)
     error = disagreement({"y": y, "x": dx, **module.gradients()}, expected)
     module.zero_grad(set_to_none=True)
@@ -276,7 +279,7 @@ def difference(module: Any, problem: Problem, expected: dict[str, torch.Tensor])
 
 
 def common_of(args: argparse.Namespace, platform: Platform) -> dict[str, Any]:
-    """What all rows of a run have in common."""
+    """The columns that are the same in all rows of a run."""
     return {
         **facts(platform, args.output),
         "threads": torch.get_num_threads(),
@@ -292,5 +295,5 @@ def common_of(args: argparse.Namespace, platform: Platform) -> dict[str, Any]:
 
 
 def command() -> int:
-    """`main`, as a command."""
+    """Run `main` as a command."""
     return refusing(main)

@@ -1,7 +1,4 @@
-"""The results of `benchmarks.blocks` as rows, as a table to read, and as a picture.
-
-Enters: rows, each complete in itself, device and versions included. Leaves: text, or a PNG file.
-"""
+"""The results of `benchmarks.blocks`: rows of a CSV file, a table, and a plot."""
 
 from __future__ import annotations
 
@@ -73,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """Why a contender has no ratio at one size."""
+    """The reason why a contender has no ratio at one size."""
 
     contender: str
     block_size: int
@@ -84,7 +81,7 @@ class Missing:
 def rows_of(
     seconds: Mapping[tuple[str, str], Sequence[float]], common: Mapping[str, Any]
 ) -> list[Row]:
-    """A row for each contender and pass of one size, from the seconds of every turn."""
+    """One row per contender and pass, from the seconds of every turn at one size."""
     rows = []
     for timed in PASSES:
         for name in dict.fromkeys(name for name, _ in seconds):
@@ -106,7 +103,7 @@ def rows_of(
 
 
 def table(rows: Sequence[Row], missing: Sequence[Missing], contenders: Sequence[str]) -> str:
-    """All rows as text, a line for each pass and size, and what is missing and why."""
+    """All rows as a table with a line per pass and size, and notes on missing ratios."""
     first = rows[0]
     cells = {(row.pass_, row.expansion, row.block_size, row.contender): row for row in rows}
     ends = [name.rpartition(" ") for name in contenders]
@@ -118,13 +115,13 @@ def table(rows: Sequence[Row], missing: Sequence[Missing], contenders: Sequence[
     for timed in PASSES:
         for unit in (row for row in units if row.pass_ == timed):
             size = (timed, unit.expansion, unit.block_size)
-            found = (cells.get((*size, name)) for name in contenders)
+            cells_in_order = (cells.get((*size, name)) for name in contenders)
             lines.append(
                 (
                     timed,
                     *map(str, (unit.block_size, unit.expansion, unit.tokens)),
                     f"{unit.ms:.3g}",
-                    *("-" if row is None else f"{row.ratio:.2f}" for row in found),
+                    *("-" if row is None else f"{row.ratio:.2f}" for row in cells_in_order),
                 )
             )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -149,13 +146,13 @@ def table(rows: Sequence[Row], missing: Sequence[Missing], contenders: Sequence[
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """The pass to the left, numbers to the right."""
-    first, *others = cells
-    return " ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
+    """One line of the table: the pass on the left, numbers on the right."""
+    first, *numbers = cells
+    return " ".join([first.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])])
 
 
 def notes(missing: Sequence[Missing]) -> list[str]:
-    """Each reason once, with the sizes it is about."""
+    """Each reason once, with the sizes that it applies to."""
     sizes: dict[tuple[str, str], list[Missing]] = {}
     for each in missing:
         sizes.setdefault((each.contender, each.reason), []).append(each)
@@ -168,7 +165,7 @@ def notes(missing: Sequence[Missing]) -> list[str]:
 
 
 def plot(rows: Sequence[Row], contenders: Sequence[str], path: Path) -> None:
-    """Ratios against the block size: a panel for each pass and expansion, a line per contender.
+    """Plot ratios over the block size: a panel per pass and expansion, a line per contender.
 
     Raises:
         ConfigError: if the file cannot be written.
@@ -191,8 +188,8 @@ def plot(rows: Sequence[Row], contenders: Sequence[str], path: Path) -> None:
     )
     for timed, line in zip(PASSES, panels, strict=True):
         for expansion, axes in zip(expansions, line, strict=True):
-            here = [row for row in rows if (row.pass_, row.expansion) == (timed, expansion)]
-            _draw(axes, here, contenders)
+            panel_rows = [row for row in rows if (row.pass_, row.expansion) == (timed, expansion)]
+            _draw(axes, panel_rows, contenders)
             axes.set_title(f"{timed}, E = {expansion}")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
@@ -212,14 +209,14 @@ def plot(rows: Sequence[Row], contenders: Sequence[str], path: Path) -> None:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise ConfigError(
-            f"--plot {path} cannot be written ({error}); give a path in a folder that is there"
+            f"--plot {path} cannot be written ({error}); give a path in a folder that exists"
         ) from error
     finally:
         pyplot.close(figure)
 
 
 def _draw(axes: Any, rows: Sequence[Row], contenders: Sequence[str]) -> None:
-    """One line for each contender, which has the same colour and marker in every panel."""
+    """Plot one line per contender, with the same colour and marker in every panel."""
     axes.axhline(1, color="gray", linestyle="--", linewidth=1)
     for name, marker in zip(contenders, cycle("osD^vPX*"), strict=False):
         own = sorted((row.block_size, row.ratio) for row in rows if row.contender == name)

@@ -1,13 +1,13 @@
-"""Times of modules that take turns, and which of them have to be left out.
+"""Time modules in turns, and leave out those that would take too long.
 
-Enters: modules `[T, D]` to `[T, D]` of one `Problem`. Leaves: seconds of a forward and of a forward
-and backward, one for each turn; or the sentence that says why a module has none.
+Inputs: modules from `[T, D]` to `[T, D]` of one `Problem`. Outputs: per turn, the seconds of a
+forward pass and of a forward and backward pass; or the reason why a module has none.
 
-Choices
-- Contenders take turns (A B C A B C ...), so that another load on the machine meets all of them.
-- What makes a peer slow, copies of tokens, is proportional to the pairs of tokens and blocks. So a
-  step at the next block size is foreseen from the last, and left out if that is over the budget:
-  otherwise it would have to be waited for to know.
+Design notes:
+- Contenders take turns (A B C A B C ...), so that other load on the machine affects all of them.
+- Peers copy tokens, which takes time in proportion to the number of (token, block) pairs. So the
+  time of a step at the next block size is predicted from the last one, and the step is skipped if
+  it would exceed the budget.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from benchmarks.blocks.problem import Problem
 FORWARD, BOTH = "forward", "forward + backward"
 PASSES = (FORWARD, BOTH)
 CONTENDER_SECONDS = 20.0
-"""A contender's turns at one size stop here, but for the fewest."""
+"""A contender stops after so many seconds at one size, but not before the fewest turns."""
 FEWEST_TURNS = 3
 STEPS_ON_GPU = 10
-"""In a row, as one turn: the host then launches kernels ahead of the device, as in training."""
+"""Passes in a row per turn: the host then launches kernels ahead of the device, as in training."""
 COPIES = 6
-"""Of all rows that meet a block, `[T·K, D]` each, that a peer's step holds at its peak."""
+"""Copies of all rows per block, `[T·K, D]` each, in a peer's step at its peak."""
 
 
 @dataclass
 class Budget:
-    """What one step of a peer may take, at the block sizes of one expansion.
+    """The limits of one step of a peer, over the block sizes of one expansion.
 
     Args:
-        seconds: at most so long.
+        seconds: the longest step that is allowed.
         last: contender -> pairs and seconds of its last step.
     """
 
@@ -46,7 +46,7 @@ class Budget:
     last: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def refusal(self, name: str, problem: Problem) -> str | None:
-        """Why not to begin a step of a peer; None if it can be tried."""
+        """The reason not to start a step of a peer; None if it can be tried."""
         pairs = problem.block_ids.numel()
         if COPIES * pairs * problem.x.shape[1] * problem.x.itemsize > free_memory(problem.x):
             return "its copies of tokens would need more memory than is free"
@@ -56,13 +56,13 @@ class Budget:
         return None
 
     def note(self, name: str, problem: Problem, seconds: float) -> str | None:
-        """Remember a step; why not to repeat it, None if it can be timed."""
+        """Record a step; return the reason not to repeat it, None if it can be timed."""
         self.last[name] = problem.block_ids.numel(), seconds
         return self.too_long if seconds > self.seconds else None
 
     @property
     def too_long(self) -> str:
-        """The sentence."""
+        """The reason of a step that exceeds the budget."""
         return f"a step would take longer than --budget {self.seconds:g} (seconds)"
 
 
@@ -74,7 +74,7 @@ def free_memory(where: Tensor) -> int:
 
 
 def step(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward and backward; the output and the gradient of the input."""
+    """Run forward and backward; return the output and the gradient of the input."""
     x = x.detach().requires_grad_()
     y: Tensor = module(x)
     y.backward(dy)
@@ -83,7 +83,7 @@ def step(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def seconds_of(module: nn.Module, problem: Problem, timed: str, steps: int = 1) -> float:
-    """Seconds of a pass, the mean of some in a row; gradients are new in each."""
+    """Seconds of a pass, averaged over a few in a row; gradients are newly allocated in each."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
@@ -100,10 +100,10 @@ def seconds_of(module: nn.Module, problem: Problem, timed: str, steps: int = 1) 
 def alternate(
     modules: Mapping[str, nn.Module], problem: Problem, repeats: int
 ) -> dict[tuple[str, str], list[float]]:
-    """Seconds of every module's passes, in turns, after one to warm up.
+    """Time the passes of all modules in turns, after one turn to warm up.
 
     Returns:
-        Contender and pass -> one number for each turn: `repeats`, or fewer where they are slow.
+        Contender and pass -> seconds of each turn: `repeats` turns, or fewer if they are slow.
     """
     steps = STEPS_ON_GPU if problem.x.is_cuda else 1
     seconds: dict[tuple[str, str], list[float]] = {

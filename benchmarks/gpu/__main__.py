@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = CommandParser(
         prog="python -m benchmarks.gpu",
-        description="Accept a GPU: is it right (check), how fast (time), which tiles (tune).",
+        description="Accept a GPU: correct results (check), speed (time), tile sizes (tune).",
         epilog=EPILOG,
     )
     parser.add_argument("command", choices=PLANS)
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of the results, at most 8 files; the three commands can share it",
     )
     parser.add_argument(
-        "--seconds", type=float, default=540, help="that the command may take (default: 540)"
+        "--seconds", type=float, default=540, help="time limit of the command (default: 540)"
     )
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="SECTION", help="run these sections only"
@@ -46,8 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="run the same program without a GPU: tiny sizes, Triton's interpreter, no numbers "
-        "that mean anything",
+        help="run the same program without a GPU: tiny sizes, Triton's interpreter; its times are "
+        "meaningless",
     )
     return parser
 

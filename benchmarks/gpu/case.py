@@ -1,4 +1,4 @@
-"""What a section is made of: cases, each with a name, and the context that they run in.
+"""The parts of a section: named cases, and the context that they run in.
 
 Inputs: the environment that the supervisor gives to a section's process.
 Outputs: values of a case; or `Failure` with a sentence, or `NotHere` with the reason why a case
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 Values = Mapping[str, Any]
-"""What a case found, as JSON can hold it."""
+"""The results of a case, as values that JSON can hold."""
 
 
 class Failure(AssertionError):
@@ -28,16 +28,16 @@ class Failure(AssertionError):
 
 
 class NotHere(RuntimeError):
-    """A case cannot run on this machine; the message says what is absent. It counts as skipped."""
+    """A case cannot run on this machine; the message says what is missing. It counts as skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One thing to do.
+    """One check or measurement.
 
     Args:
         name: unique within its section.
-        run: does it; returns what it found, raises `Failure` or `NotHere`.
+        run: the function; returns its results, or raises `Failure` or `NotHere`.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Context:
     """Where and how long the cases of a section run.
 
     Args:
-        dry: whether this is a dry run: tiny sizes, on the CPU.
+        dry: True for a dry run: tiny sizes, on the CPU.
         out: the folder of the results.
-        scratch: a folder for files that nobody keeps.
-        deadline: of `time.monotonic`; no case starts after it.
+        scratch: a folder for temporary files.
+        deadline: time of `time.monotonic` after which no case starts.
     """
 
     dry: bool
@@ -73,11 +73,11 @@ class Context:
         return self.deadline - time.monotonic()
 
     def choose[Size](self, gpu: Size, dry: Size) -> Size:
-        """The first on a GPU, the second in a dry run."""
+        """`gpu` on a GPU, `dry` in a dry run."""
         return dry if self.dry else gpu
 
     def synchronize(self) -> None:
-        """Wait for the device: errors of kernels belong to the case that started them."""
+        """Wait for the device, so that a kernel raises its error in the case that launched it."""
         if not self.dry:
             import torch
 

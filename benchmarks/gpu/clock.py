@@ -1,10 +1,10 @@
-"""Times of calls: CUDA events on a GPU, the host's clock in a dry run.
+"""Time calls: by CUDA events on a GPU, by the host's clock in a dry run.
 
 Inputs: a call. Outputs: the milliseconds of each repetition, after one to warm up.
 
-Design notes: before each repetition a buffer larger than the L2 cache is written, so that nothing
-of the last repetition is still in it. Repetitions are started without waiting for the device, so
-that the launches of the next overlap the work of the last, as in training.
+Design notes: before each repetition a buffer larger than the L2 cache is written, so that the cache
+holds nothing of the last repetition. Repetitions are launched without waiting for the device, so
+that launches overlap with the computation before them, as in training.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ import torch
 from benchmarks.gpu.case import Context
 
 L2_TIMES = 2
-"""How often the buffer that is written between repetitions holds the L2 cache."""
+"""Size of the buffer that is written between repetitions, in sizes of the L2 cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Milliseconds of a call.
+    """The milliseconds of a call.
 
     Args:
         ms: of every repetition.
-        peak: bytes allocated at most while it ran, without the buffer of the clock; 0 in a dry run.
+        peak: the most bytes allocated while it ran, without the buffer of the clock; 0 in a dry
+            run.
     """
 
     ms: tuple[float, ...]
@@ -37,7 +38,7 @@ class Measured:
 
     @property
     def median(self) -> float:
-        """The number to quote."""
+        """The median, which is the number to quote."""
         return median(self.ms)
 
     @property
@@ -55,17 +56,17 @@ def measure(
     """Time a call.
 
     Args:
-        call: what is timed; its result is dropped.
+        call: the function to time; its result is dropped.
         context: of the section.
-        seconds: that all repetitions may take; a call that takes longer is repeated once.
-        most: repetitions, at most.
+        seconds: limit for all repetitions; a longer call is repeated once.
+        most: the largest number of repetitions.
     """
     context.synchronize()
     start = time.perf_counter()
     call()
     context.synchronize()
     first = time.perf_counter() - start
-    # The first call may have compiled a kernel: a second one tells what a repetition takes.
+    # The first call may have compiled a kernel, so a second call estimates a repetition.
     if first < seconds * 10:
         start = time.perf_counter()
         call()

@@ -1,7 +1,7 @@
-"""Who can compute: the backends of the ops, and every module that has the three products.
+"""List what can compute: the backends of the ops, and every module with the three products.
 
-Design notes: both are looked up where they are declared, so that a new backend or kernel is
-accepted, timed and tuned without a line here.
+Design notes: both are found where they are declared, so that a new backend or kernel is checked,
+timed and tuned without a change here.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ ORACLE = "naive"
 PRODUCTS = ("to_pairs", "to_rows", "to_table")
 
 FUSED, FUSED_PRODUCTS = "triton_fused", ("up_activated", "down_backward_activated")
-"""The module of the products that include the activation; cut by the table of `triton_grouped`."""
+"""The module of the fused products, which take their tiles from the table of `triton_grouped`."""
 
 IN_TIME: dict[str, tuple[int, int]] = {
     "torch": (64, 1 << 30),
-    "loop": (64, 1 << 30),
+    "torch_backend": (64, 1 << 30),
     "bags": (1, 1),
 }
-"""Backend or module -> least and largest g at which it ends in time: the loop's launches grow with
-the blocks, and the bags' reads with their cells."""
+"""Backend or module -> least and largest g at which it ends in time. The launches of `torch` grow
+with the number of blocks, and the reads of `bags` with their cells."""
 
 
 def backends(*, oracle: bool = False) -> list[str]:
-    """Names of the backends for a GPU; `auto` first, then the newest declared last."""
+    """Names of the backends for a GPU, in the order of `BACKENDS`, which begins with `auto`."""
     return [name for name in BACKENDS if name not in NOT_OF_A_GPU and (oracle or name != ORACLE)]
 
 
 def too_slow(name: str, cells: int, context: Context) -> bool:
-    """Whether a backend or module is not made for blocks of so many cells, at real sizes."""
+    """True if a backend or module would take too long for blocks of this size, at real sizes."""
     if context.dry:
         return False
     least, most = IN_TIME.get(name, (1, 1 << 30))
@@ -50,21 +50,21 @@ def too_slow(name: str, cells: int, context: Context) -> bool:
 
 def modules() -> dict[str, ModuleType]:
     """Name -> module of `ops.block_ffn` that has the three products as functions."""
-    # Not `from megatron_sffn.ops import block_ffn`, which is the function.
+    # `from megatron_sffn.ops import block_ffn` would import the function.
     package = importlib.import_module("megatron_sffn.ops.block_ffn")
-    found = {}
+    with_products = {}
     for info in pkgutil.iter_modules(package.__path__):
         try:
             module = importlib.import_module(f"{package.__name__}.{info.name}")
-        except ImportError:  # of an optional package
+        except ImportError:  # an optional package is missing
             continue
         if all(callable(getattr(module, name, None)) for name in PRODUCTS):
-            found[info.name] = module
-    return found
+            with_products[info.name] = module
+    return with_products
 
 
 def is_interpreted(module_or_backend: str) -> bool:
-    """Whether a dry run computes it in Triton's interpreter."""
+    """True if a dry run computes it in Triton's interpreter."""
     return module_or_backend.startswith("triton")
 
 
@@ -74,5 +74,5 @@ def dtype_for(name: str, context: Context) -> torch.dtype:
 
 
 def tuned(module: Any) -> bool:
-    """Whether a module's kernels are cut by a table of tiles."""
+    """True if a module's kernels take their tile sizes from a table `TILES`."""
     return isinstance(getattr(module, "TILES", None), dict)

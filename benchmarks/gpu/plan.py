@@ -1,4 +1,4 @@
-"""The sections of each command in the order of their worth, and the seconds that each deserves."""
+"""The sections of each command, most valuable first, with the seconds that each should get."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One part of a command, which runs in a process of its own.
+    """One part of a command, which runs in its own process.
 
     Args:
         name: of the module `benchmarks.gpu.sections.<name>`, which has `cases(context)`.
-        seconds: nominal; a section gets its share of the time that is left.
-        isolated: whether each case gets a fresh process: another package's failed device assertion
-            ends CUDA for the whole process.
+        seconds: nominal; a section gets its share of the remaining time.
+        isolated: True if each case gets a fresh process, because a failed device assertion in
+            another package ends CUDA for the whole process.
     """
 
     name: str
@@ -46,5 +46,5 @@ PLANS: dict[str, tuple[Section, ...]] = {
 
 
 def share(sections: tuple[Section, ...], left: float) -> float:
-    """Seconds of the first of the sections that have not run, if they share what is left."""
+    """Seconds for the next section, if all remaining sections share the remaining time."""
     return left * sections[0].seconds / sum(section.seconds for section in sections)

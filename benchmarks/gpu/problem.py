@@ -1,11 +1,11 @@
-"""Tokens, tables and routing of a layer, drawn on the device that computes.
+"""Draw tokens, tables and routing of a layer on the device that computes.
 
-Inputs: the numbers of a layer, and a kind of load. Outputs: the `Problem` of `benchmarks.blocks`,
-so that its oracle and its peers serve here, too.
+Inputs: the sizes of a layer, and a kind of load. Outputs: the `Problem` of `benchmarks.blocks`,
+whose oracle and peers serve here too.
 
-Design notes: a row's K distinct blocks are an arithmetic sequence modulo B, with a random start
-and a random odd step: B is a power of two. That is as good as uniform, and costs no T × B random
-numbers (g = 1 at real sizes: 4 billion).
+Design notes: the K distinct blocks of a row are an arithmetic sequence modulo B with a random start
+and a random odd step, where B is a power of two. That is close enough to uniform, and needs no T ×
+B random numbers (at g = 1 and real sizes 4 billion).
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from torch import Tensor
 
 from benchmarks.blocks.problem import Problem
 from megatron_sffn.ops.activation import Activation
-from megatron_sffn.ops.block_ffn import loop
+from megatron_sffn.ops.block_ffn import torch_backend
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 
 LOADS = ("uniform", "skewed", "empty")
-"""Every block alike; every row also with block 0; half of the blocks and a quarter of the rows
-without any."""
+"""Uniform; block 0 in every row; half of the blocks and a quarter of the rows without a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class Size:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """A description of the size."""
         kind = "" if self.load == "uniform" else f" {self.load}"
         dtype = str(self.dtype).removeprefix("torch.")
         return f"g={self.cells} E={self.expansion} T={self.tokens} D={self.width} {dtype}{kind}"
@@ -92,7 +91,7 @@ def draw(size: Size, device: torch.device) -> Problem:
 
 
 def draw_ids(size: Size, device: torch.device, generator: torch.Generator) -> Tensor:
-    """`[T, K]` int64 ids, distinct within a row; -1 for no block, in an empty load."""
+    """`[T, K]` int64 ids, distinct within a row; -1, for no block, occurs in an empty load."""
     blocks = size.num_blocks // 2 if size.load == "empty" else size.num_blocks
     assert blocks & (blocks - 1) == 0 and size.num_active <= blocks, (blocks, size.num_active)
 
@@ -103,7 +102,7 @@ def draw_ids(size: Size, device: torch.device, generator: torch.Generator) -> Te
     places = torch.arange(size.num_active, device=device)
     ids = (integers() + (2 * integers() + 1) * places) % blocks
     if size.load == "skewed":
-        # The row's first place becomes block 0, unless another place has it already.
+        # The first id of a row becomes block 0, unless the row has it already.
         has_zero = (ids == 0).any(dim=1)
         ids[:, 0] = torch.where(has_zero, ids[:, 0], 0)
     if size.load == "empty":
@@ -112,10 +111,10 @@ def draw_ids(size: Size, device: torch.device, generator: torch.Generator) -> Te
 
 
 def sorted_pairs(ids: Tensor, num_blocks: int) -> Sorted:
-    """The pairs of `[T, K]` ids that are not negative, in the order of their blocks."""
+    """The pairs of those `[T, K]` ids that are not negative, sorted by block."""
     tokens, active = ids.shape
     rows = torch.arange(tokens, dtype=torch.int32, device=ids.device).repeat_interleave(active)
     blocks = ids.reshape(-1).int()
     rows, blocks = rows[blocks >= 0], blocks[blocks >= 0]
-    order, offsets = loop.sort(blocks, num_blocks)
+    order, offsets = torch_backend.sort(blocks, num_blocks)
     return Sorted(rows=rows.index_select(0, order), offsets=offsets)

@@ -1,7 +1,8 @@
-"""results.json of all commands on one machine, and the lines that say what is in it.
+"""Write results.json of all commands on one machine, and describe it in lines of text.
 
-Inputs: what the processes of a section have noted. Outputs: one file, replaced as a whole after
-each section; lines of text with a tick, a cross, or a dash for what could not run on the machine.
+Inputs: the notes of the processes of a section. Outputs: one file, rewritten by an atomic write
+after each section; lines of text with a tick, a cross, or a dash for what could not run on this
+machine.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ TICKS = {"passed": "✓", "failed": "✗", "cut": "✗", "skipped": "–"}
 """State of a section -> its mark."""
 
 MOST_LINES = 60
-"""That a command prints at its end."""
+"""Most lines that a command prints at its end."""
 
 
 class Store:
     """results.json: command -> section -> its entry.
 
     Args:
-        path: of the file; what other commands have written in it stays.
-        command: whose sections are added.
-        dry: whether they are of a dry run.
+        path: of the file; the entries of other commands stay.
+        command: the command whose sections are added.
+        dry: True for a dry run.
     """
 
     def __init__(self, path: Path, command: str, *, dry: bool) -> None:
@@ -40,15 +41,15 @@ class Store:
         self.sections: dict[str, Any] = entry["sections"]
 
     def add(self, section: str, entry: dict[str, Any]) -> None:
-        """Add a section, or replace it, and write the file."""
+        """Add or replace a section, and write the file."""
         self.sections[section] = entry
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.everything, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self.path)
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(json.dumps(self.everything, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
 
 
 def read_lines(records: Path) -> list[dict[str, Any]]:
-    """What the processes of a section have noted; a line that was cut short is left out."""
+    """The notes of the processes of a section, without a line that was cut short."""
     lines = []
     for line in records.read_text(encoding="utf-8").splitlines() if records.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -57,17 +58,17 @@ def read_lines(records: Path) -> list[dict[str, Any]]:
 
 
 def begun(lines: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Names of the cases that a process of the section has begun."""
+    """The names of the cases that a process of the section has begun."""
     return {line["begun"] for line in lines if "begun" in line}
 
 
 def entry(lines: Sequence[Mapping[str, Any]], reason: str, seconds: float) -> dict[str, Any]:
-    """A section's entry.
+    """The entry of a section.
 
     Args:
-        lines: what its processes have noted.
-        reason: why its last process did not end by itself, or was not started again; else empty.
-        seconds: that it took.
+        lines: the notes of its processes.
+        reason: why its last process was ended or not started again; else empty.
+        seconds: its duration.
     """
     cases = [dict(line) for line in lines if "case" in line]
     planned = dict.fromkeys(name for line in lines for name in line.get("planned", ()))
@@ -89,12 +90,12 @@ def entry(lines: Sequence[Mapping[str, Any]], reason: str, seconds: float) -> di
 
 
 def not_started() -> dict[str, Any]:
-    """The entry of a section that got no time."""
+    """The entry of a section for which no time was left."""
     return entry([], "no time was left for it", 0.0) | {"state": "cut"}
 
 
 def line(name: str, section: Mapping[str, Any]) -> str:
-    """How a section ended, in one line: a mark, its time, and what failed."""
+    """One line about a section: a mark, its duration, and its failures."""
     states = [case["state"] for case in section["cases"]]
     counts = ", ".join(
         f"{states.count(state)} {state}"
@@ -115,11 +116,11 @@ def line(name: str, section: Mapping[str, Any]) -> str:
 
 
 def closing(sections: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The last lines of a command: what failed, and what the sections want to say.
+    """The last lines of a command: all failures, and the notes of the sections.
 
     Args:
         sections: of the command.
-        names: of those that it ran.
+        names: of the sections that it ran.
     """
     lines: list[str] = []
     for name in names:
@@ -129,7 +130,7 @@ def closing(sections: Mapping[str, Any], names: Sequence[str]) -> list[str]:
             for case in cases
             if case["state"] == "failed"
         ][:4]
-        lines += [said for case in cases for said in case.get("values", {}).get("print", ())]
+        lines += [note for case in cases for note in case.get("values", {}).get("print", ())]
     if len(lines) > MOST_LINES - 2:
         lines = [*lines[: MOST_LINES - 3], f"... and more: {len(lines)} lines in results.json"]
     bad = [name for name in names if sections[name]["state"] in ("failed", "cut")]

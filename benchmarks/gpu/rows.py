@@ -1,4 +1,4 @@
-"""The rows of products.csv and layers.csv, and what all rows of a run have in common."""
+"""The rows of products.csv and layers.csv, and the columns that a run has in common."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def common() -> dict[str, Any]:
 
 
 def row_of(size: Size, measured: Any, *, contender: str, what: str, unit: float) -> Row:
-    """A row.
+    """A row of the files.
 
     Args:
         size: of the problem.
-        measured: what `clock.measure` returned.
-        contender: who.
-        what: was timed.
+        measured: the result of `clock.measure`.
+        contender: a module, a backend, a router or a peer.
+        what: what was timed.
         unit: milliseconds of the dense form.
     """
     return Row(
@@ -106,6 +106,6 @@ def write(rows: Sequence[Row], name: str, context: Context) -> None:
 
 
 def written(name: str, context: Context) -> list[Row]:
-    """Rows that this run of the section has written, also those of a process that has ended."""
+    """The rows that this run of the section has written, in all of its processes."""
     path = (context.scratch / name).with_suffix(".jsonl")
     return [Row(**fields) for fields in results.read_lines(path)]

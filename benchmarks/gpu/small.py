@@ -1,7 +1,4 @@
-"""One case of a kernel, for tools that watch a process: `python -m benchmarks.gpu.small NAME`.
-
-Inputs: one of `targets()`. Outputs: nothing; its kernels have run.
-"""
+"""Run one kernel once, for tools that watch a process: `python -m benchmarks.gpu.small NAME`."""
 
 from __future__ import annotations
 
@@ -20,17 +17,17 @@ from megatron_sffn.ops.block_ffn import triton_fused, triton_table
 ROUTE = "route_topk"
 
 CHUNKED = ("--load", "skewed", "--chunk", "16")
-"""Flags with which a small case has a block whose pairs are cut into chunks."""
+"""Flags with which a small case splits a block into chunks of pairs."""
 
 
 def targets() -> list[str]:
-    """All that have Triton kernels: modules with products, the fused products, and `route_topk`."""
+    """All names with Triton kernels: modules, the fused products, and `route_topk`."""
     modules = [name for name in forms.modules() if name.startswith("triton_")]
     return [*modules, forms.FUSED, ROUTE]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the kernels of a target once, at a size that has tails in every direction."""
+    """Run the kernels of a target once, at a size that fills no tile in any direction."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.small", allow_abbrev=False)
     parser.add_argument("name")
     parser.add_argument("--cells", type=int, default=16)
@@ -52,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_products(args: argparse.Namespace, device: torch.device) -> None:
-    """The three products of a module; or the fused ones, of a plain and of a gated activation."""
+    """Run the three products of a module, or the fused ones with a plain and a gated activation."""
     interpreted = device.type == "cpu" and forms.is_interpreted(args.name)
     for activation in (Activation.GELU, Activation.SWIGLU):
         size = Size(

@@ -1,4 +1,4 @@
-"""A sparse layer as Megatron would build it, in bf16, in a process that has Megatron's groups."""
+"""Build a sparse layer as Megatron would, in bf16, with process groups of size one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def sparse_layer(
     expansion: int = 4,
     backend: str = "auto",
 ) -> Any:
-    """A layer to train.
+    """A layer in training mode.
 
     Args:
-        router: name; where the method is defined for other numbers only, those of the tests.
+        router: its name. A router that is not defined for these sizes gets those of the tests.
         device: of its weights.
         width: D.
         active: k.
-        g: cells of a block.
+        g: cells per block.
         expansion: E.
-        backend: who computes.
+        backend: of `block_ffn`.
     """
     from megatron_sffn.nn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
     from megatron_sffn.nn.layer import layer_class

@@ -1,15 +1,15 @@
-"""Runs the sections of a command, each in a process of its own with a limit of its own.
+"""Run the sections of a command, each in its own process with a time limit.
 
-Inputs: a plan, a folder, seconds. Outputs: results.json after every section, log.txt, and a line
-on stdout as each section starts and ends.
+Inputs: a plan, a folder, seconds. Outputs: results.json after every section, log.txt, and a line on
+stdout as each section starts and ends.
 
-Design notes
-- A section gets its share of the time that is left: what an early section does not use, the later
-  ones get; when time runs out, all of them shrink alike. The total is never exceeded.
-- A process stops by itself at its limit, between two cases. `GRACE` later it is ended, with all
-  that it started.
-- A process that dies (a failed device assertion, a signal) is started again without the cases that
-  it had begun, so that one bad case costs itself only.
+Design notes:
+- A section gets its share of the remaining time: what an early section does not use goes to the
+  later ones, and if time runs short, all of them shrink alike. The total is never exceeded.
+- A process stops by itself at its limit, between two cases. After `GRACE` more seconds it is
+  killed, with all processes that it started.
+- A process that dies (a failed device assertion, a signal) is restarted without the cases that it
+  has begun, so that one bad case costs only itself.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from benchmarks.machine import ROOT
 from megatron_sffn.utils.errors import reason_in
 
 GRACE = 8.0
-"""Seconds between the last moment at which a case may start and the end of its process."""
+"""Seconds from the last moment at which a case may start until its process is killed."""
 
 RESERVE = 3.0
-"""Seconds at the end in which no section runs: results are written and printed."""
+"""Seconds reserved at the end, in which results are written and printed."""
 
 MOST_STARTS = 12
-"""Of the process of a section whose cases end it."""
+"""Most restarts of a section whose cases end its process."""
 
 LEAST = 2.0
-"""Seconds below which a section is not started."""
+"""A section with fewer seconds is not started."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What was asked for.
+    """The arguments of the command line.
 
     Args:
         name: a key of `PLANS`.
         out: the folder of the results, which exists.
-        seconds: of the whole command.
-        dry: whether to run without a GPU.
+        seconds: limit of the whole command.
+        dry: True to run without a GPU.
         only: names of the sections to run; all of the plan if it is empty.
     """
 
@@ -65,7 +65,7 @@ class Command:
 
 
 def run(command: Command) -> dict[str, Any]:
-    """Run all sections; returns what results.json then has of this command."""
+    """Run all sections; return the entries of this command in results.json."""
     end = time.monotonic() + command.seconds - RESERVE
     sections = [s for s in PLANS[command.name] if not command.only or s.name in command.only]
     store = results.Store(command.out / "results.json", command.name, dry=command.dry)
@@ -85,7 +85,7 @@ def run(command: Command) -> dict[str, Any]:
 def _run_section(
     section: Section, command: Command, limit: float, scratch: Path, log: Path
 ) -> dict[str, Any]:
-    """One section with its restarts; returns its entry of results.json."""
+    """Run one section with its restarts; return its entry of results.json."""
     start = time.monotonic()
     records, reason = scratch / "records.jsonl", ""
     for _ in range(MOST_STARTS):
@@ -94,14 +94,14 @@ def _run_section(
             reason = "its time was up before all cases had begun"
             break
         before = len(results.begun(results.read_lines(records)))
-        code, said = _process(section, command, left, scratch, log)
+        code, last_output = _process(section, command, left, scratch, log)
         if code == 0:
             reason = ""
             break
         reason = f"its process was started {MOST_STARTS} times, and not again"
         if code in (NEXT, POISONED):
             continue
-        reason = f"its process ended with {_name(code)}: {said}"
+        reason = f"its process ended with {_name(code)}: {last_output}"
         _close(records, reason)
         if code is None or len(results.begun(results.read_lines(records))) <= before:
             break
@@ -111,7 +111,7 @@ def _run_section(
 def _process(
     section: Section, command: Command, left: float, scratch: Path, log: Path
 ) -> tuple[int | None, str]:
-    """Run the process once: its exit code, None if it was ended; and its last words."""
+    """Run the process once; return its exit code, None if it was killed, and its last output."""
     grace = min(GRACE, left / 4)
     words = [sys.executable, "-m", "benchmarks.gpu.worker", section.name]
     words += ["--out", str(command.out.resolve()), "--scratch", str(scratch)]
@@ -142,11 +142,11 @@ def _process(
 
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Leave none of a process and of what it started, however the block ends."""
+    """Kill a process and all that it started, however the block ends."""
     try:
         yield
     finally:
-        # The group, also after its leader has ended: a training may have outlived it.
+        # Kill the whole process group, because a training may have outlived its leader.
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
@@ -157,20 +157,22 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def environment(dry: bool) -> dict[str, str]:
-    """Of a section's process and of all that it starts."""
-    found = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
-    found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [found.get("PYTHONPATH")])])
-    # Of the shell's: kernels on a GPU are compiled.
-    found.pop("TRITON_INTERPRET", None)
+    """The environment variables of a section's process and its children."""
+    variables = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+    variables["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
+    )
+    # Remove the shell's TRITON_INTERPRET: kernels on a GPU are compiled.
+    variables.pop("TRITON_INTERPRET", None)
     if dry:
-        # No compiler for the C++ kernels of a CPU: a GPU does not run them either.
-        found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "CXX": "no-compiler"}
-        found["TORCH_EXTENSIONS_DIR"] = str(Path(tempfile.gettempdir()) / "sffn-no-extensions")
-    return found
+        # Without a compiler the C++ kernels are not built, which a GPU never runs.
+        variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "CXX": "no-compiler"}
+        variables["TORCH_EXTENSIONS_DIR"] = str(Path(tempfile.gettempdir()) / "sffn-no-extensions")
+    return variables
 
 
 def _close(records: Path, reason: str) -> None:
-    """Note that the case that had begun last failed, if its process did not live to say so."""
+    """Note that the case that began last has failed, if its process died before it could say so."""
     lines = results.read_lines(records)
     ended = {line["case"] for line in lines if "case" in line}
     for name in sorted(results.begun(lines) - ended):
@@ -178,7 +180,7 @@ def _close(records: Path, reason: str) -> None:
 
 
 def _name(code: int | None) -> str:
-    """What ended a process, in words."""
+    """A description of how a process ended."""
     if code is None:
         return "its time"
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,8 +1,8 @@
-"""The tables of tiles of the Triton kernels, seen from outside: what is looked up, what is near it.
+"""Observe and replace the tables of tile sizes of the Triton kernels.
 
-Design notes: which line of a table a product looks up is seen by looking: the table is replaced by
-one that remembers. Candidates are the present tiles and their neighbours, one field changed at a
-time; every field of the record is tried, whatever an edition of the kernels calls it.
+Design notes: the entry that a product looks up is found by replacing the table with one that
+records look-ups. Candidates are the present tiles and their neighbours, with one field changed at a
+time; every field of the record is tried, so that a new field needs no change here.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from megatron_sffn.ops.block_ffn import triton_fused as fused
 from megatron_sffn.ops.block_ffn import triton_grouped
 
 MOST = 12
-"""Candidates of a line, the present tiles among them."""
+"""Most candidates per entry, including the present tiles."""
 
 Key = tuple[str, torch.dtype, str]
-"""A line of `TILES`: device, dtype, kind."""
+"""A key of `TILES`: device, dtype, kind."""
 
 
 class Remembering(dict[Key, Any]):
-    """A table of tiles that remembers what was looked up, and can answer with a candidate.
+    """A table of tiles that records look-ups, and can answer them with a candidate.
 
     Args:
-        table: the module's.
+        table: the table of the module.
     """
 
     def __init__(self, table: dict[Key, Any]) -> None:
@@ -41,7 +41,7 @@ class Remembering(dict[Key, Any]):
         self.candidate: Any = None
 
     def get(self, key: Key, default: Any = None) -> Any:
-        """The candidate for any kind, if there is one; else the table's line or the one for all."""
+        """The candidate if there is one, else the entry for the device, else that for `any`."""
         return self[key]
 
     def __getitem__(self, key: Key) -> Any:
@@ -54,10 +54,10 @@ class Remembering(dict[Key, Any]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A line of a table to tune: the one that a product looks up for blocks of some cells.
+    """An entry of a table to tune: the one that a product looks up for a block size.
 
     Args:
-        module: name of the module that has the product.
+        module: name of the module with the product.
         product: name.
         cells: g.
     """
@@ -73,7 +73,7 @@ class Job:
 
 
 def jobs(context: Context) -> list[Job]:
-    """Of all modules that have a table, and of the fused products; in a dry run one of each."""
+    """The jobs of all modules with a table, and of the fused products; one of each in a dry run."""
     products = [
         (name, product)
         for name, module in forms.modules().items()
@@ -92,12 +92,12 @@ def jobs(context: Context) -> list[Job]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """A job under way.
+    """A job in progress.
 
     Args:
-        table: of its module, for as long as it is replaced.
+        table: the replaced table of its module.
         call: runs the product.
-        kind: the line that it looks up.
+        kind: the entry that it looks up.
         tried: the candidates, of which the present tiles are the first.
     """
 
@@ -109,10 +109,10 @@ class Tuned:
 
 @contextmanager
 def opened(job: Job, context: Context) -> Iterator[Tuned]:
-    """Replace the table of a job's module, and see what the product looks up.
+    """Replace the table of a job's module, and find the entry that the product looks up.
 
     Raises:
-        NotHere: if the product looks up no line, or more than one.
+        NotHere: if the product looks up no entry, or more than one.
     """
     module: Any = triton_grouped if job.module == forms.FUSED else forms.modules()[job.module]
     former, table = module.TILES, Remembering(module.TILES)
@@ -133,8 +133,8 @@ def opened(job: Job, context: Context) -> Iterator[Tuned]:
 
 
 def candidates(present: Any) -> list[Any]:
-    """A record of tiles and its neighbours: each whole number doubled and halved, stages by one."""
-    found = [present]
+    """Tiles and their neighbours: each whole number doubled and halved, stages changed by one."""
+    result = [present]
     for field in dataclasses.fields(present):
         value = getattr(present, field.name)
         if isinstance(value, bool):
@@ -145,16 +145,16 @@ def candidates(present: Any) -> list[Any]:
             steps = (value + 1, value - 1)
         else:
             steps = (value * 2, value // 2)
-        found += [
+        result += [
             dataclasses.replace(present, **{field.name: step})
             for step in steps
             if isinstance(step, bool) or step >= 1
         ]
-    return found[:MOST]
+    return result[:MOST]
 
 
 def call_of(job: Job, context: Context) -> Callable[[], Any]:
-    """The product of a job at a real size; it derives everything from the pairs anew."""
+    """The product of a job at a real size; each call derives everything from the pairs again."""
     where = context.device
     tokens, width, active = context.choose((8192, 4096, 4096), (7, 16, 16))
     size = Size(
@@ -173,7 +173,7 @@ def call_of(job: Job, context: Context) -> Callable[[], Any]:
     if job.module == forms.FUSED:
         gates = torch.rand(len(pairs.rows), device=where)
         x, dy, f = problem.x, problem.dy, size.activation
-        # Of the results, one that takes the whole product.
+        # A product may return several results: take one that depends on the whole product.
         calls = {
             "up_activated": lambda: fused.up_activated(x, problem.keys, pairs, gates, f)[1],
             "down_backward_activated": lambda: fused.down_backward_activated(
@@ -189,7 +189,7 @@ def call_of(job: Job, context: Context) -> Callable[[], Any]:
         }
 
     def call() -> Any:
-        # What is derived may depend on the tiles.
+        # The cached records of the pairs may depend on the tiles.
         pairs.derived.clear()
         return calls[job.product]()
 
@@ -197,5 +197,5 @@ def call_of(job: Job, context: Context) -> Callable[[], Any]:
 
 
 def card() -> str:
-    """The name that a line of `TILES` has for this device."""
+    """The name of this device in the keys of `TILES`."""
     return device.name(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,6 +1,6 @@
-"""A program alone, and then under a tool that watches it: an error of both is not the tool's.
+"""Run a program alone, then under a tool that watches it, to tell their errors apart.
 
-Inputs: the program's arguments, the tool's words. Outputs: what came of the run under the tool.
+Inputs: the program's arguments, the tool's command. Outputs: the result of the run under the tool.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from benchmarks.gpu.case import Context, Failure, NotHere
 from benchmarks.gpu.worker import LONGEST_CASE
 
 SHARE = 0.9 * LONGEST_CASE
-"""Of the time that is left, which both runs may take: after `LONGEST_CASE` the case is given up."""
+"""Share of the remaining time for both runs: after `LONGEST_CASE` the case is given up."""
 
 _ended_alone: set[tuple[str, ...]] = set()
-"""Programs that have run without a tool in this process, and ended well."""
+"""Programs that this process has run without a tool successfully."""
 
 
 def watched(
@@ -26,7 +26,7 @@ def watched(
 
     Args:
         tool: name.
-        watcher: words before those of the program; empty where the tool is not installed.
+        watcher: the tool's command; empty if it is not installed.
         small: arguments of the program.
         context: of the section.
 
@@ -62,7 +62,7 @@ def run_alone(words: tuple[str, ...], seconds: float) -> None:
 
 
 def run(words: tuple[str, ...], seconds: float) -> subprocess.CompletedProcess[str]:
-    """Run a program; its output has its errors, too."""
+    """Run a program; the output contains its errors too."""
     return subprocess.run(
         words,
         stdout=subprocess.PIPE,

@@ -1,14 +1,13 @@
 """The process of one section: `python -m benchmarks.gpu.worker SECTION ...`.
 
-Inputs: the name of a section, a file of JSON lines that a former process of the same section may
-have begun. Outputs: lines at the end of that file: the names of all cases; then two for each
-case, that it begins and how it ended. Whatever happens to this process, what is in the file is
-true.
+Inputs: the name of a section, and a file of JSON lines that a former process of the section may
+have begun. Outputs: lines appended to that file: the names of all cases; then two per case, one as
+it begins and one with its result. The file is true at any time, whatever happens to this process.
 
-Design notes: a case that the file has begun is not run again, so that the supervisor can start a
-section anew after a case has ended its process. After an error of CUDA itself the process ends with
-`POISONED`: every later call would fail, too. So it ends after a case that takes half of the
-section's time: the other cases shall have theirs.
+Design notes: a case that the file has begun is not run again, so that the supervisor can restart a
+section after a case has ended its process. After an error of CUDA itself the process exits with
+`POISONED`, because every later call would fail too. It also exits after a case that has taken half
+of the section's time, so that the other cases get theirs.
 """
 
 from __future__ import annotations
@@ -28,26 +27,26 @@ from pathlib import Path
 from typing import Any
 
 POISONED = 71
-"""Exit code: CUDA is of no more use in this process."""
+"""Exit code: CUDA cannot be used any more in this process."""
 
 NEXT = 72
-"""Exit code: the next case wants a fresh process."""
+"""Exit code: the next case needs a fresh process."""
 
 LONGEST_CASE = 0.5
 """Share of the section's time after which a case is given up."""
 
 TRITON = "Triton Error [CUDA]"
-"""What Triton's own launcher calls an error of CUDA."""
+"""The beginning of a CUDA error from Triton's launcher."""
 
 HARMLESS = ("out of resource", "invalid argument", "out of memory")
-"""Errors of a launch that was refused: the next one can succeed."""
+"""Errors of a launch that was refused; later launches can succeed."""
 
 LONGEST_SENTENCE = 300
-"""Characters of a reason that are kept; log.txt has all."""
+"""Most characters of a reason in the results; log.txt has all of it."""
 
 
 def main() -> int:
-    """Run the cases that are left."""
+    """Run the cases that have not begun."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.worker", allow_abbrev=False)
     parser.add_argument("section")
     parser.add_argument("--out", type=Path, required=True)
@@ -64,7 +63,7 @@ def main() -> int:
     from megatron_sffn.utils.warning_filters import silence
 
     silence()
-    # A benchmark measures; a warning is for log.txt, and ends nothing.
+    # Warnings go to log.txt; none may end a benchmark.
     warnings.simplefilter("default")
     context = Context(dry=args.dry_run, out=args.out, scratch=args.scratch, deadline=deadline)
     section = importlib.import_module(f"benchmarks.gpu.sections.{args.section}")
@@ -86,7 +85,7 @@ def main() -> int:
 
 @contextlib.contextmanager
 def given_up(name: str, seconds: float, records: Path) -> Iterator[None]:
-    """End this process, and note why, if the block takes too long."""
+    """End this process with a note of the reason, if the block takes too long."""
 
     def give_up() -> None:
         reason = f"it took more than {seconds:.0f} s, and was given up"
@@ -104,7 +103,7 @@ def given_up(name: str, seconds: float, records: Path) -> Iterator[None]:
 
 
 def run_case(case: Any, context: Any, records: Path) -> bool:
-    """Run a case and note how it ended; True if CUDA cannot be used any more."""
+    """Run a case and note its result; return True if CUDA cannot be used any more."""
     from benchmarks.gpu.case import NotHere
     from megatron_sffn.utils.errors import ConfigError
 
@@ -119,7 +118,7 @@ def run_case(case: Any, context: Any, records: Path) -> bool:
     except (NotHere, ConfigError) as reason:
         # A backend that cannot serve a size or a dtype refuses it in a sentence.
         ended |= {"state": "skipped", "reason": sentence(reason)}
-    except Exception as error:  # of any package: it is the result of the case
+    except Exception as error:  # an error of any package is the result of the case
         traceback.print_exc()
         ended |= {"state": "failed", "reason": sentence(error)}
         poisoned = is_of_cuda(error)
@@ -129,7 +128,7 @@ def run_case(case: Any, context: Any, records: Path) -> bool:
 
 
 def sentence(error: BaseException) -> str:
-    """An error in one line; the name of its class where that is not ours."""
+    """An error in one line, with the name of its class unless it is ours."""
     from benchmarks.gpu.case import Failure, NotHere
     from megatron_sffn.utils.errors import ConfigError
 
@@ -140,7 +139,7 @@ def sentence(error: BaseException) -> str:
 
 
 def is_of_cuda(error: BaseException) -> bool:
-    """Whether an error is one after which CUDA calls of this process fail; no memory is not."""
+    """True if later CUDA calls of this process fail after the error; not for out of memory."""
     kind, words = type(error).__name__, str(error)
     if TRITON in words:
         return not any(harmless in words for harmless in HARMLESS)
@@ -148,9 +147,9 @@ def is_of_cuda(error: BaseException) -> bool:
 
 
 def note(records: Path, line: dict[str, Any]) -> None:
-    """Append a line, so that it is on the disk before anything else happens."""
+    """Append a line, and make sure that it is on the disk."""
     with records.open("a", encoding="utf-8") as file:
-        # The line before may have been cut short by the end of its process.
+        # A process that died may have left an incomplete line.
         file.write("\n" + json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -1,1 +1,1 @@
-"""One layer between ranks: `python -m benchmarks.parallel`."""
+"""Time one layer on several ranks: `python -m benchmarks.parallel`."""

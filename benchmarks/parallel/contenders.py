@@ -1,14 +1,14 @@
-"""One sparse layer, ours and Megatron's own, measured side by side in the processes of a run.
+"""Measure one sparse layer, ours and Megatron's own, side by side in the processes of a run.
 
-Enters: the numbers of a layer, in every rank of a process group. Leaves: for each contender its
-times, forward and backward, and the bytes that its forward sends.
+Inputs: the sizes of a layer, on every rank of a process group. Outputs: for each contender its
+times, forward and backward, and the bytes that its forward pass sends.
 
-Choices
+Design notes:
 - Megatron's layer is its unmodified `MoELayer`, with its own `TopKRouter`, dispatchers and
-  `SequentialMLP`; it gets our tables and our gate, and nothing is timed before outputs and input
+  `SequentialMLP`. It gets our tables and our gate, and nothing is timed before outputs and input
   gradients agree.
 - The unit is a dense FFN of the same k active cells in plain torch, on the same tokens.
-- Contenders take turns (A B C A B C ...), so that another load on the machine meets all of them.
+- Contenders take turns (A B C A B C ...), so that other load on the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -38,23 +38,24 @@ from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 DISPATCHERS = ("alltoall", "allgather")
 TOLERANCE = 1e-4
-"""Of outputs and input gradients in fp32, relative to the largest."""
+"""Largest difference of outputs and input gradients in fp32, relative to the largest value."""
 CELL_SECONDS = 20.0
-"""Repeats of one block size stop here, but for the fewest."""
+"""Seconds after which a block size is not repeated, but not before the fewest repeats."""
 FEWEST_REPEATS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one rank measured at one block size.
+    """The measurements of one rank at one block size.
 
     Args:
-        sffn: the layer's numbers.
-        chosen: the dispatcher that `comm_volume.cheapest_dispatcher` takes.
-        disagreement: largest difference to our first layer, relative; no times above `TOLERANCE`.
-        seconds: contender -> time of a step, one per repeat.
-        sent: contender -> bytes that this rank's forward sent, as the collectives count them.
-        reported: contender of ours -> the same, as the layer counts it.
+        sffn: the config of the layer.
+        chosen: the dispatcher that `comm_volume.cheapest_dispatcher` chooses.
+        disagreement: largest difference from our first layer, relative; above `TOLERANCE` there are
+            no times.
+        seconds: contender -> seconds of a step, one per repeat.
+        sent: contender -> bytes that this rank's forward pass sent, as the collectives count them.
+        reported: our contender -> the same, as the layer counts it.
         closed_form: contender -> expected bytes per token.
     """
 
@@ -68,7 +69,7 @@ class Measured:
 
 
 def name_of(whose: str, dispatcher: str) -> str:
-    """Name of a contender: `whose` is "ours" or "Megatron"."""
+    """The name of a contender: `whose` is "ours" or "Megatron"."""
     return f"{whose} {dispatcher}"
 
 
@@ -88,7 +89,7 @@ class Dense(nn.Module):
 
 
 class Transport(nn.Module):
-    """Some rows, all to all and nothing else: what the bare exchange costs one way."""
+    """An all-to-all of some rows and nothing else: the cost of the bare exchange, one way."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -115,47 +116,47 @@ def config_of(
     )
 
 
-def megatron_layer(config: SparseFFNTransformerConfig, ours: SparseFFN) -> MoELayer:
-    """Megatron's unmodified layer with the weights of ours."""
+def megatron_layer(config: SparseFFNTransformerConfig, our_layer: SparseFFN) -> MoELayer:
+    """Megatron's unmodified layer with our weights."""
     linear = LocalSpecProvider()
     submodules = MLPSubmodules(
         linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
     )
     experts = partial(SequentialMLP, submodules=submodules)
-    theirs = MoELayer(config, MoESubmodules(experts=experts), layer_number=1)
-    theirs.set_layer_number(1)
+    layer = MoELayer(config, MoESubmodules(experts=experts), layer_number=1)
+    layer.set_layer_number(1)
     with torch.no_grad():
-        theirs.router.weight.copy_(ours.router.weight)
-        keys, _ = ours.experts()
+        layer.router.weight.copy_(our_layer.router.weight)
+        keys, _ = our_layer.experts()
         assert keys is not None
-        for block, mlp in enumerate(theirs.experts.local_experts):
+        for block, mlp in enumerate(layer.experts.local_experts):
             mlp.linear_fc1.weight.copy_(keys[block])
             # Megatron's second linear maps G cells to D: its weight is [D, G].
-            mlp.linear_fc2.weight.copy_(ours.experts.values[block].T)
-    return theirs
+            mlp.linear_fc2.weight.copy_(our_layer.experts.values[block].T)
+    return layer
 
 
 def sparse_layers(sffn: SparseFFNConfig, hidden_size: int) -> dict[str, Any]:
-    """Ours and Megatron's with each dispatcher, all with the same weights."""
+    """Our and Megatron's layers with each dispatcher, all with the same weights."""
     layers: dict[str, Any] = {}
     for dispatcher in DISPATCHERS:
         config = config_of(sffn, hidden_size, dispatcher)
-        ours = SparseFFN(config, layer_number=1)
-        first = layers.setdefault(name_of("ours", DISPATCHERS[0]), ours)
-        ours.load_state_dict(first.state_dict())
-        layers[name_of("ours", dispatcher)] = ours
-        layers[name_of("Megatron", dispatcher)] = megatron_layer(config, ours)
+        our_layer = SparseFFN(config, layer_number=1)
+        first = layers.setdefault(name_of("ours", DISPATCHERS[0]), our_layer)
+        our_layer.load_state_dict(first.state_dict())
+        layers[name_of("ours", dispatcher)] = our_layer
+        layers[name_of("Megatron", dispatcher)] = megatron_layer(config, our_layer)
     return layers
 
 
 def measure(sffn: SparseFFNConfig, *, hidden_size: int, tokens: int, repeats: int) -> Measured:
-    """Measure all contenders at one block size; collective.
+    """Measure all contenders at one block size; a collective call.
 
     Args:
         sffn: the layer.
         hidden_size: D.
         tokens: T, on each rank.
-        repeats: at most so many; fewer where a round takes long.
+        repeats: the most repeats; fewer if a round takes long.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     draw = torch.Generator().manual_seed(rank)
@@ -192,7 +193,7 @@ def measure(sffn: SparseFFNConfig, *, hidden_size: int, tokens: int, repeats: in
 
 
 def step(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward and backward; the output and the gradient of the input."""
+    """Run forward and backward; return the output and the gradient of the input."""
     x = x.detach().requires_grad_()
     y, _ = module(x)
     y.backward(dy[: len(y)])
@@ -201,13 +202,13 @@ def step(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def disagreement_of(layers: Mapping[str, nn.Module], x: Tensor, dy: Tensor) -> float:
-    """Largest difference of any layer's output or input gradient to the first layer's."""
+    """Largest difference of any layer's output or input gradient from the first layer's."""
     results = [step(layer, x, dy) for layer in layers.values()]
     first, largest = results[0], 0.0
     for result in results[1:]:
         for mine, reference in zip(result, first, strict=True):
             error = (mine - reference).abs().max() / reference.abs().max()
-            # NaN compares as nothing: it has to count as wrong.
+            # Every comparison with NaN is false, but NaN has to count as wrong.
             largest = max(largest, float(error.nan_to_num(nan=float("inf"))))
     return largest
 
@@ -215,7 +216,7 @@ def disagreement_of(layers: Mapping[str, nn.Module], x: Tensor, dy: Tensor) -> f
 def alternate(
     modules: Mapping[str, nn.Module], x: Tensor, dy: Tensor, repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of each module's step, in turns; after one round to warm up and one to plan."""
+    """Time a step of each module in turns, after one round to warm up and one to plan."""
 
     def turn() -> dict[str, float]:
         return {name: timed(module, x, dy) for name, module in modules.items()}
@@ -239,7 +240,7 @@ def timed(module: nn.Module, x: Tensor, dy: Tensor) -> float:
 
 
 def bytes_of(layer: Any, x: Tensor) -> tuple[int, int | None]:
-    """Bytes that a forward sends from this rank: as the collectives count, and as ours reports."""
+    """Bytes that a forward pass sends from this rank, by the collectives and by our layer."""
     layer.eval()
     with torch.no_grad(), wire.counted() as sent:
         layer(x)
@@ -250,7 +251,7 @@ def bytes_of(layer: Any, x: Tensor) -> tuple[int, int | None]:
 def closed_form(
     sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout
 ) -> dict[str, float]:
-    """Bytes per token of each sparse contender's forward."""
+    """Expected bytes per token of each sparse contender's forward pass."""
     forms = {
         "ours": comm_volume.exchanged_bytes_per_token,
         "Megatron": comm_volume.megatron_bytes_per_token,
@@ -263,14 +264,14 @@ def closed_form(
 
 
 def _agreed_max(value: float) -> float:
-    """The largest of all ranks', so that all decide alike."""
-    whole = torch.tensor([value], dtype=torch.float64, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(whole, op=torch.distributed.ReduceOp.MAX)
-    return float(whole)
+    """The largest value over all ranks, so that all ranks decide alike."""
+    maximum = torch.tensor([value], dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX)
+    return float(maximum)
 
 
 def _report(measured: Measured, ranks: int) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     repeats = len(measured.seconds.get("dense", ()))
     print(
         f"{ranks} ranks, g = {measured.sffn.block_size}: layers differ by "

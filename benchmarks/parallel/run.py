@@ -1,11 +1,11 @@
-"""Cost of one sparse layer between ranks, ours and Megatron's: `python -m benchmarks.parallel`.
+"""Time one sparse layer on several ranks, ours and Megatron's: `python -m benchmarks.parallel`.
 
-Enters: the numbers of a layer, block sizes and numbers of ranks. Leaves: a table of ratios for each
+Inputs: the sizes of a layer, block sizes and numbers of ranks. Outputs: a table of ratios per
 number of ranks, and, with `--output`, the same rows appended to a CSV file.
 
-Choice: everything that is compared runs in one command, in turns, in the same processes; times are
-ratios to a dense FFN or to each other, since absolute ones say more of the machine than of a layer.
-Ranks are processes of this host: over NCCL where there are GPUs, else over gloo.
+Design notes: everything that is compared runs in one command, in turns, in the same processes.
+Times are ratios to a dense FFN or to each other, because absolute times say more about the machine
+than about a layer. Ranks are processes of this host: over NCCL with GPUs, else over gloo.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark with the arguments of the command line."""
     args = parse_arguments(argv)
-    # Before torch, as torchrun does it: ranks share the cores, and forks have no thread pools.
+    # Set before torch is imported, as torchrun does: ranks share the cores.
     os.environ["OMP_NUM_THREADS"] = "1"
     adapt()
     platform = Platform.here()
@@ -67,34 +67,33 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--hidden-size", type=int, default=256, help="D (default: 256)")
     add("--active-cells", type=int, default=1024, help="k, also of the dense FFN (default: 1024)")
-    add("--expansion", type=int, default=4, help="E, memory cells over active ones (default: 4)")
+    add("--expansion", type=int, default=4, help="E, all cells over active cells (default: 4)")
     add("--tokens", type=int, default=1024, help="T of each rank and step (default: 1024)")
     add(
         "--block-sizes",
         type=int,
         nargs="+",
         default=[1024, 256, 64, 16],
-        help="g, one table row or more each (default: 1024 256 64 16)",
+        help="g, one or more table rows each (default: 1024 256 64 16)",
     )
     add("--ranks", type=int, nargs="+", default=[2, 4], help="a table each (default: 2 4)")
     add(
         "--repeats",
         type=int,
         default=15,
-        help="steps of each layer, of which the median counts; fewer where they are slow "
-        "(default: 15)",
+        help="steps of each layer; the median counts. Slow layers get fewer (default: 15)",
     )
-    add("--output", type=Path, help="CSV file that gets the rows, after those that it has")
+    add("--output", type=Path, help="append the rows to this CSV file")
     args = parser.parse_args(argv)
     check(args)
     return args
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check the numbers against each other, before any process starts.
+    """Check the arguments against each other, before any process starts.
 
     Raises:
-        ConfigError: if one cannot work.
+        ConfigError: if a value cannot work.
     """
     for name in ("hidden_size", "active_cells", "expansion", "repeats", "block_sizes"):
         values = getattr(args, name)
@@ -140,7 +139,7 @@ def check_devices(ranks: int, platform: Platform) -> None:
 
 
 def measure(ranks: int, args: argparse.Namespace, platform: Platform) -> list[list[Measured]]:
-    """Start ranks and measure in them: for each block size, what every rank measured."""
+    """Start ranks and measure: for each block size, the measurements of every rank."""
     import torch.multiprocessing
 
     with tempfile.TemporaryDirectory() as name:
@@ -151,13 +150,13 @@ def measure(ranks: int, args: argparse.Namespace, platform: Platform) -> list[li
             nprocs=ranks,
             start_method=platform.start_method,
         )
-        # Written by our own ranks, a moment ago.
+        # Safe to unpickle: our own ranks have just written it.
         results = [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(ranks)]
     return [list(of_ranks) for of_ranks in zip(*results, strict=True)]
 
 
 def run_rank(rank: int, ranks: int, args: argparse.Namespace, folder: Path, backend: str) -> None:
-    """One rank: join the others, measure every block size, leave the result in the folder."""
+    """One rank: join the others, measure every block size, save the result in the folder."""
     adapt()
     import torch
     from megatron.core import parallel_state
@@ -196,10 +195,10 @@ def _result(folder: Path, rank: int) -> Path:
 
 
 def check_agreement(ranks: int, measured: Sequence[Sequence[Measured]]) -> None:
-    """Refuse to compare layers that do not compute the same.
+    """Refuse to compare layers that computed different results.
 
     Raises:
-        DisagreementError: at the first block size where they differ.
+        DisagreementError: at the first block size at which they differ.
     """
     from benchmarks.parallel.contenders import TOLERANCE
 
@@ -215,7 +214,7 @@ def check_agreement(ranks: int, measured: Sequence[Sequence[Measured]]) -> None:
 def row_of(
     of_ranks: Sequence[Measured], dispatcher: str, args: argparse.Namespace, platform: Platform
 ) -> Row:
-    """What all ranks measured at one block size, of one dispatcher."""
+    """The measurements of all ranks at one block size and dispatcher, as a row."""
     import torch
 
     from benchmarks.parallel.contenders import DISPATCHERS, name_of
@@ -223,7 +222,7 @@ def row_of(
     first = of_ranks[0]
     time = {name: _median_of_slowest(name, of_ranks) for name in first.seconds}
     sent = {name: mean(of.sent[name] for of in of_ranks) / args.tokens for name in first.sent}
-    ours, theirs = name_of("ours", dispatcher), name_of("Megatron", dispatcher)
+    our_name, megatron_name = name_of("ours", dispatcher), name_of("Megatron", dispatcher)
     fastest = min(time[name_of("Megatron", each)] for each in DISPATCHERS)
     return Row(
         device=platform.device,
@@ -242,25 +241,25 @@ def row_of(
         chosen=dispatcher == first.chosen,
         repeats=len(first.seconds["dense"]),
         dense_ms=1000 * time["dense"],
-        ours_over_dense=time[ours] / time["dense"],
-        megatron_over_dense=time[theirs] / time["dense"],
-        megatron_over_ours=time[theirs] / time[ours],
-        best_megatron_over_ours=fastest / time[ours],
-        ours_bytes=sent[ours],
-        ours_closed_form=first.closed_form[ours],
-        megatron_bytes=sent[theirs],
-        megatron_closed_form=first.closed_form[theirs],
-        bytes_megatron_over_ours=sent[theirs] / sent[ours],
+        ours_over_dense=time[our_name] / time["dense"],
+        megatron_over_dense=time[megatron_name] / time["dense"],
+        megatron_over_ours=time[megatron_name] / time[our_name],
+        best_megatron_over_ours=fastest / time[our_name],
+        ours_bytes=sent[our_name],
+        ours_closed_form=first.closed_form[our_name],
+        megatron_bytes=sent[megatron_name],
+        megatron_closed_form=first.closed_form[megatron_name],
+        bytes_megatron_over_ours=sent[megatron_name] / sent[our_name],
         rows_over_dense=time["rows"] / time["dense"],
         latency_over_dense=time["row"] / time["dense"],
     )
 
 
 def _median_of_slowest(name: str, of_ranks: Sequence[Measured]) -> float:
-    """A step is over when the last rank is done with it."""
+    """The median over steps of the slowest rank, which ends the step."""
     return median(map(max, zip(*(of.seconds[name] for of in of_ranks), strict=True)))
 
 
 def command() -> int:
-    """`main`, as a command."""
+    """Run `main` as a command."""
     return refusing(main)

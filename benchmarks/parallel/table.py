@@ -1,7 +1,4 @@
-"""The results of `benchmarks.parallel` as rows, and as a table to read.
-
-Enters: rows, each complete in itself, device and versions included. Leaves: text.
-"""
+"""The results of `benchmarks.parallel`: rows of a CSV file, and a table."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from benchmarks.rows import columns
 class Row:
     """One block size and dispatcher on one number of ranks; also the columns of the CSV file.
 
-    Times are of forward and backward, bytes of a forward, per token.
+    Times are of forward and backward; bytes are of a forward pass, per token.
     """
 
     device: str
@@ -70,7 +67,7 @@ HEADINGS = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows of one number of ranks as text."""
+    """The rows of one number of ranks as a table."""
     first = rows[0]
     lines = [*zip(*HEADINGS, strict=True), *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -84,7 +81,7 @@ def table(rows: Sequence[Row]) -> str:
             f"E = {first.expansion}, fp32, router switch\n",
             title + "bytes per token, forward".rjust(sum(widths[9:]) + 4),
             *(" ".join(map(str.rjust, line, widths)) for line in lines),
-            "* chosen by traffic.cheapest_dispatcher; best M: the faster of Megatron's two",
+            "* chosen by comm_volume.cheapest_dispatcher; best M: the faster of Megatron's two",
             *transport_notes(rows),
         ]
     )
@@ -114,17 +111,15 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def transport_notes(rows: Sequence[Row]) -> list[str]:
-    """What the bare exchange costs, and how far bytes decide that."""
-    whole = median(row.rows_over_dense for row in rows)
+    """What the bare exchange costs, and how much of that depends on bytes."""
+    all_rows = median(row.rows_over_dense for row in rows)
     latency = median(row.latency_over_dense for row in rows)
     notes = [
-        f"transport: T rows all to all, forward + backward, take {whole:.2f} dense; one row for "
-        f"each rank, {latency:.2f}"
+        f"all-to-all of T rows, forward + backward: {all_rows:.2f} of dense; of one row per rank: "
+        f"{latency:.2f}"
     ]
-    if latency > whole / 2:
-        notes.append("T and D are so small that most of it is latency: bytes decide little here")
+    if latency > all_rows / 2:
+        notes.append("T and D are so small that latency dominates, and bytes matter little")
     if rows[0].transport == "gloo":
-        notes.append(
-            "gloo's reduce-scatter, with which allgather ends, really sends twice the bytes counted"
-        )
+        notes.append("the reduce-scatter of allgather sends twice the counted bytes over gloo")
     return notes

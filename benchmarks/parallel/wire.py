@@ -1,11 +1,9 @@
-"""What the collectives of a forward really send, whoever calls them.
+"""Count the bytes that collectives really send, whoever calls them.
 
-Enters: a block of code between ranks. Leaves: the bytes that this rank handed over for others.
-
-Choice: the functions of `torch.distributed` are replaced by ones that count and then do the real
-thing, so that a layer that reports nothing, Megatron's, is counted like ours; a collective that
-nobody counts stops the run instead of travelling for free. Counted is what an operation needs, as
-in `nn/comm_volume.py`; gloo's reduce-scatter is an all-reduce inside and sends twice that.
+Design notes: the functions of `torch.distributed` are replaced by ones that count and then call the
+original. So Megatron's layer, which reports nothing, is counted like ours; a collective that is not
+counted stops the run. The count is what an operation needs, as in `nn/comm_volume.py`; gloo's
+reduce-scatter is an all-reduce inside and sends twice that.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ def _reduce_scatter(input: Tensor, group: Any, splits: Any) -> int:
     return int((group.size() - 1) * (input.nbytes // group.size()))
 
 
-# Megatron's mappings keep two of the functions under names of their own.
+# Megatron's mappings have imported two of the functions under other names.
 _COUNTED: tuple[tuple[Any, str, Callable[[Tensor, Any, Any], int]], ...] = (
     (torch.distributed, "all_to_all_single", _all_to_all),
     (torch.distributed, "all_gather_into_tensor", _all_gather),
@@ -56,7 +54,7 @@ _UNCOUNTED = ("all_gather", "all_reduce", "all_to_all", "broadcast", "reduce", "
 
 @contextmanager
 def counted() -> Iterator[Sent]:
-    """Count what this process sends through collectives inside the `with`."""
+    """Count what this process sends through collectives inside the `with` block."""
     sent = Sent()
 
     def counting(original: Callable[..., Any], size: Callable[[Tensor, Any, Any], int]) -> Any:

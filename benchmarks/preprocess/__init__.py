@@ -1,1 +1,1 @@
-"""Tokens from text, ours and Megatron-LM's way: `python -m benchmarks.preprocess`."""
+"""Time tokenization, ours and Megatron-LM's: `python -m benchmarks.preprocess`."""

@@ -1,9 +1,10 @@
-"""Ways from JSON lines to tokens, each in a process of its own.
+"""Contenders that turn JSON lines into tokens, each in its own process.
 
-Enters: a file, a tokenizer, a number of processes. Leaves: on standard output, as JSON, seconds,
+Inputs: a file, a tokenizer, a number of processes. Outputs: on standard output, as JSON, seconds,
 tokens, and digests of the ids and of the index.
-Choice: the clock starts when everything is imported and the tokenizer loaded, which takes seconds
-that say nothing of large inputs, and stops when the files are complete.
+
+Design notes: the clock starts when everything is imported and the tokenizer is loaded, because
+these seconds do not grow with the input, and stops when the files are complete.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_sffn.data.indexed.format import open_index
 from megatron_sffn.utils.errors import run_command
 
 CHUNK = 1000
-"""Texts that `encode_batch` gets at once."""
+"""Texts per call of `encode_batch`."""
 
 UNIT = "Megatron-LM"
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def encode_batch(args: Namespace) -> dict[str, Any]:
-    """The library alone, on all cores."""
+    """`encode_batch` of the library tokenizers alone, on all cores."""
     os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(args.workers))
     import numpy
     from tokenizers import Tokenizer
@@ -67,7 +68,7 @@ _tokenizer: Any = None
 
 
 def _load_tokenizer(args: Namespace) -> None:
-    """What a process of Megatron-LM's pool begins with."""
+    """The start-up of a process in Megatron-LM's pool."""
     global _tokenizer
     from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 
@@ -130,7 +131,7 @@ def ours(engine: str) -> Callable[[Namespace], dict[str, Any]]:
 
 
 def result(args: Namespace, seconds: float) -> dict[str, Any]:
-    """What is said of a run that wrote files."""
+    """The report of a run that wrote files."""
     prefix = f"{args.prefix}_text_document"
     found: dict[str, Any] = {"seconds": seconds, "tokens": open_index(prefix).num_tokens}
     for what, ending in (("ids", ".bin"), ("index", ".idx")):

@@ -1,15 +1,15 @@
-"""The benchmark: `python -m benchmarks.preprocess --sizes 50 500`.
+"""Time the ways from text to tokens: `python -m benchmarks.preprocess --sizes 50 500`.
 
-Enters: sizes in MB, and text, or none for the sources that this environment has. Leaves: a table of
-MB/s and peak memory, and, with `--output`, rows of a CSV file.
+Inputs: sizes in MB, and text, or none to use the Python sources of this environment. Outputs: a
+table of MB/s and peak memory, and, with `--output`, rows of a CSV file.
 
-Choices
-- Four ways over the same file: `encode_batch` of the library `tokenizers` on all cores, with the
+Design notes:
+- Four ways read the same file: `encode_batch` of the library `tokenizers` on all cores, with the
   texts parsed before and nothing written; Megatron-LM's, a pool of processes that call Megatron's
-  tokenizer for every text, and one that calls its `IndexedDatasetBuilder`; and
+  tokenizer per text, and one process that calls its `IndexedDatasetBuilder`; and
   `tools/preprocess_data.py` with each engine.
-- Nothing is printed unless all made the same ids, and the files are the same bytes.
-- Memory is that of all processes of a contender, shared pages counted once (PSS).
+- Nothing is printed unless all made the same ids, and files of the same bytes.
+- Memory is that of all processes of a contender, with shared pages counted once (PSS).
 """
 
 from __future__ import annotations
@@ -103,10 +103,21 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     add = parser.add_argument
     add("--sizes", type=int, nargs="+", default=[50], help="MB of text (default: 50)")
     add("--input", nargs="+", help="text, as preprocess_data.py reads it; repeated if too short")
-    add("--vocab-size", type=int, default=16384, help="of the tokenizer (default: 16384)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: the cores)")
-    add("--rounds", type=int, default=1, help="of which the fastest counts (default: 1)")
-    add("--folder", type=Path, help="for the files, which take 3 times the text (default: /tmp)")
+    add(
+        "--vocab-size", type=int, default=16384, help="vocabulary of the tokenizer (default: 16384)"
+    )
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes or threads (default: one per core)",
+    )
+    add("--rounds", type=int, default=1, help="rounds; the fastest counts (default: 1)")
+    add(
+        "--folder",
+        type=Path,
+        help="folder for files of 3 times the size of the text (default: /tmp)",
+    )
     add("--output", type=Path, help="append rows to this CSV file")
     args = parser.parse_args(argv)
     for flag, values in (("sizes", args.sizes), ("rounds", [args.rounds])):
@@ -126,10 +137,10 @@ def measure(args: Namespace, folder: Path, megabytes: int) -> list[Row]:
     made: dict[str, dict[str, Any]] = {}
     for _ in range(args.rounds):
         for name in CONTENDERS:
-            found, peak = run_contender(args, name, text, tokenizer, folder / "out")
-            made[name] = found
+            report, peak = run_contender(args, name, text, tokenizer, folder / "out")
+            made[name] = report
             seconds, before = best.get(name, (float("inf"), 0.0))
-            best[name] = min(seconds, found["seconds"]), max(before, peak)
+            best[name] = min(seconds, report["seconds"]), max(before, peak)
     check(made)
     common = facts(Platform.here(), args.output)
     versions = {name: version_of(name) for name in ("tokenizers", "gigatoken")}
@@ -152,7 +163,7 @@ def measure(args: Namespace, folder: Path, megabytes: int) -> list[Row]:
 
 
 def check(made: dict[str, dict[str, Any]]) -> None:
-    """Refuse times of contenders that made other ids or files."""
+    """Raise an error if contenders made different ids or files."""
     for what in ("ids", "index"):
         digests = {name: found[what] for name, found in made.items() if what in found}
         if len(set(digests.values())) > 1:
@@ -160,7 +171,7 @@ def check(made: dict[str, dict[str, Any]]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows of one size, as a person reads them."""
+    """The rows of one size as a table."""
     first = rows[0]
     seconds = {row.contender: row.seconds for row in rows}
     lines = [
@@ -183,7 +194,7 @@ def table(rows: Sequence[Row]) -> str:
 def run_contender(
     args: Namespace, name: str, text: Path, tokenizer: Path, prefix: Path
 ) -> tuple[dict[str, Any], float]:
-    """What a contender says of itself, and the peak of its memory in bytes."""
+    """Run a contender; return its report, and the peak of its memory in bytes."""
     command = [sys.executable, "-m", "benchmarks.preprocess.contenders", "--contender", name]
     command += ["--text", str(text), "--prefix", str(prefix), "--tokenizer", str(tokenizer)]
     command += ["--workers", str(args.workers)]
@@ -201,12 +212,12 @@ def run_contender(
 
 
 def memory_of(pid: int) -> float:
-    """Bytes of a process and those below it, shared pages in proportion."""
+    """Bytes of a process and its children, with shared pages in proportion."""
     total = 0
     try:
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
             total += process.memory_full_info().pss
-    except psutil.Error:  # one of them has ended
+    except psutil.Error:  # a process has ended meanwhile
         pass
     return float(total)

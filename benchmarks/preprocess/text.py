@@ -1,8 +1,9 @@
-"""JSON lines of any size, and a tokenizer of them.
+"""JSON lines of any size, and a tokenizer trained on them.
 
-Enters: text, or none for the sources that this environment has, more than 300 MB.
-Leaves: a file. Choice: text that is too short is repeated, which flatters engines that look words
-up; how much of a file is distinct is part of every result.
+Inputs: text, or none to use the Python sources of this environment, more than 300 MB.
+
+Design notes: text that is too short is repeated, which favours engines with a cache of words. So
+every result says how much of a file is distinct.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TRAINING_BYTES = 50 * 10**6
 
 
 def texts_of(inputs: Sequence[str] | None) -> Iterator[str]:
-    """Texts of the input, or of the sources that came with this Python's packages."""
+    """Texts of the input, or of the sources of this Python's packages."""
     if inputs:
         for document in read_documents(find_sources(inputs, ["text"]), columns=["text"]):
             yield document.texts(["text"])[0]
@@ -68,7 +69,7 @@ def write_text(path: Path, texts: Iterator[str], size: int) -> tuple[int, int]:
 
 
 def train_tokenizer(folder: Path, text: Path, vocab_size: int) -> None:
-    """A byte-level BPE of the first `TRAINING_BYTES`."""
+    """A byte-level BPE tokenizer trained on the first `TRAINING_BYTES`."""
     command = [sys.executable, "tools/train_tokenizer.py", "--output", str(folder), "--input", "-"]
     command += ["--vocab-size", str(vocab_size)]
     with text.open("rb") as file:

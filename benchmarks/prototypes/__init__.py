@@ -1,1 +1,1 @@
-"""Kernels that are tried on paper and in Triton's interpreter, and that no layer uses."""
+"""Kernels that are only estimated and tested in Triton's interpreter; no layer uses them."""

@@ -1,20 +1,23 @@
-"""`to_rows` with the result at rest: a program owns a tile of it and meets the blocks one by one.
+"""`to_rows` with a stationary result: a program owns a tile of it and passes over the blocks.
 
-Inputs and outputs: as `function.Products.to_rows`, the same bits every time. As a command it prints
-what the compiler makes of the kernel for sm_90: `python -m benchmarks.prototypes.token_stationary`.
+Inputs and outputs are those of `Products.to_rows`; results are bitwise reproducible. As a command
+it prints how the compiler compiles the kernel for sm_90: `python -m
+benchmarks.prototypes.token_stationary`.
 
 Design notes:
 - A program owns TOKENS rows and COLUMNS columns of the result. Pairs are sorted by block, and by
-  row within a block, so that the pairs of a block and a tile of rows are one range. Parts of rows
-  never lie in memory, and their order is fixed.
-- Parts have to be added to rows of the tile that only the device knows. Triton cannot address rows
-  of a tile in registers or in shared memory. Of what it can express, a second product is the
-  cheapest on paper: `onehot[TOKENS, PAIRS] @ parts[PAIRS, COLUMNS]`, in which each row has one term
-  at most. Parts are rounded to the dtype of the table before, as those of `triton_grouped` are.
-- Not chosen: `tl.gather` of a row's part, which reads TOKENS · COLUMNS numbers of shared memory for
-  each block, however few pairs it has; and sums in the program's own rows of global memory, with a
-  barrier after each block, which move 8 bytes a number through the L2 cache.
-- Zero times what is not finite is not zero: a part that is not finite spoils its tile of rows.
+  row within a block, so the pairs of a block and a tile of rows are one range. Partial rows never
+  exist in memory, and the order of their sum is fixed.
+- A partial row has to be added to a row of the tile that only the device knows. Triton cannot
+  address rows of a tile in registers or in shared memory. Of what it can express, a second product
+  is the cheapest by estimate: `onehot[TOKENS, PAIRS] @ parts[PAIRS, COLUMNS]`, in which each row
+  has at most one term. Partial rows are first rounded to the dtype of the table, as in
+  `triton_grouped`.
+- Not chosen: `tl.gather` of a row's partial row, which reads TOKENS · COLUMNS numbers of shared
+  memory per block, however few pairs it has; and sums in the program's own rows of global memory
+  with a barrier after each block, which move 8 bytes per number through the L2 cache.
+- Zero times a number that is not finite is NaN: a partial row that is not finite spoils its tile of
+  rows.
 """
 
 from __future__ import annotations
@@ -38,14 +41,14 @@ from megatron_sffn.utils.errors import run_command
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What a program owns and loads.
+    """The tile sizes of the kernel.
 
     Args:
-        tokens: rows of the result.
-        columns: of the result.
-        pairs: that are multiplied at a time.
-        cells: that are multiplied at a time.
-        warps: of a program.
+        tokens: rows of the result per program.
+        columns: columns of the result per program.
+        pairs: pairs that are multiplied at a time.
+        cells: cells that are multiplied at a time.
+        warps: warps per program.
     """
 
     tokens: int
@@ -60,13 +63,13 @@ TILES = [
     for tokens, warps in ((128, 4), (128, 8), (256, 8), (512, 8), (512, 16))
     for pairs in (16, 32, 64)
 ]
-"""What the command compiles."""
+"""The tiles that the command compiles."""
 
 
 def to_rows(
     coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int, tile: Tile
 ) -> Tensor:
-    """The sum of each row's weighted cells, as `function.Products.to_rows`."""
+    """DSD: sum each row's cells, weighted by its coefficients (`Products.to_rows`)."""
     result = table.new_empty(num_rows, table.shape[2])
     programs, arguments = _start(coefficients, table, pairs, result, tile)
     triton_launch.launch(to_rows_kernel, programs, warps=tile.warps, stages=2, **arguments)
@@ -76,7 +79,7 @@ def to_rows(
 def _start(
     coefficients: Tensor, table: Tensor, pairs: Sorted, result: Tensor, tile: Tile
 ) -> tuple[int, dict[str, Any]]:
-    """Programs and arguments of the kernel."""
+    """The number of programs and the arguments of the kernel."""
     (num_rows, width), (num_blocks, cells, _) = result.shape, table.shape
     return triton.cdiv(num_rows, tile.tokens) * triton.cdiv(width, tile.columns), {
         "coefficients": coefficients,
@@ -96,7 +99,7 @@ def _start(
 
 
 def starts(pairs: Sorted, num_rows: int, tokens: int) -> Tensor:
-    """`[tiles + 1, B]` int32: the first pair of each block from each tile of rows on."""
+    """`[tiles + 1, B]` int32: the first pair of each block at or after each tile of rows."""
     num_blocks, tiles = len(pairs.offsets) - 1, triton.cdiv(num_rows, tokens)
     device, stride = pairs.rows.device, tiles * tokens
     blocks = torch.arange(num_blocks, device=device)
@@ -121,7 +124,7 @@ def to_rows_kernel(
     PAIRS: tl.constexpr,
     CELLS: tl.constexpr,
 ) -> None:
-    """See `to_rows`. Programs of the same columns are neighbours: they share the table."""
+    """`to_rows`. Programs of the same columns are neighbours, so that they share the table."""
     num_t = tl.cdiv(R, TOKENS)
     i_t = tl.program_id(0) % num_t
     o_t = i_t * TOKENS + tl.arange(0, TOKENS)
@@ -134,7 +137,7 @@ def to_rows_kernel(
         for p in range(first, last, PAIRS):
             o_p = (p + tl.arange(0, PAIRS)).to(tl.int64)
             m_p = o_p < last
-            part = tl.zeros((PAIRS, COLUMNS), dtype=tl.float32)
+            b_part = tl.zeros((PAIRS, COLUMNS), dtype=tl.float32)
             for n in range(0, N, CELLS):
                 o_n = n + tl.arange(0, CELLS)
                 m_n = o_n < N
@@ -143,20 +146,20 @@ def to_rows_kernel(
                 b_h = tl.load(p_h, mask=m_p[:, None] & m_n[None, :], other=0.0)
                 p_v = table + (b * N + o_n).to(tl.int64)[:, None] * D + o_d[None, :]
                 b_v = tl.load(p_v, mask=m_n[:, None] & m_d[None, :], other=0.0)
-                part = tl.dot(b_h, b_v, part, input_precision="ieee")
+                b_part = tl.dot(b_h, b_v, b_part, input_precision="ieee")
             b_r = tl.load(rows + o_p, mask=m_p, other=-1)
             dtype = result.dtype.element_ty
             b_one = (o_t[:, None] == b_r[None, :]).to(dtype)
-            acc = tl.dot(b_one, part.to(dtype), acc, input_precision="ieee")
+            acc = tl.dot(b_one, b_part.to(dtype), acc, input_precision="ieee")
     p_y = result + o_t.to(tl.int64)[:, None] * D + o_d[None, :]
     tl.store(p_y, acc.to(result.dtype.element_ty), mask=(o_t < R)[:, None] & m_d[None, :])
 
 
 def report(cells: int) -> Iterator[str]:
-    """A line for each of `TILES`, compiled for sm_90 in bf16.
+    """One line per tile of `TILES`, compiled for sm_90 in bf16.
 
     Args:
-        cells: G of a block.
+        cells: G, cells per block.
     """
     num_rows, num_blocks, width = 1024, 4, 512
     target = GPUTarget("cuda", 90, 32)
@@ -180,7 +183,7 @@ def report(cells: int) -> Iterator[str]:
         size = f"{tile.tokens:6} x {tile.columns:3} {tile.pairs:6} {tile.warps:6}"
         try:
             compiled = triton.compile(special.source, target=target, options=special.options)
-        except Exception as error:  # of the compiler: what cannot be made is a result
+        except Exception as error:  # from the compiler: a failure is a result
             yield f"{size}   {type(error).__name__}: {str(error).splitlines()[-1]}"
             continue
         used = resources(compiled.asm["cubin"])
@@ -192,7 +195,7 @@ def report(cells: int) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what the compiler makes of the kernel."""
+    """Print how the compiler compiles the kernel."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.prototypes.token_stationary", allow_abbrev=False
     )

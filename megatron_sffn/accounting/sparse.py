@@ -12,7 +12,7 @@ import torch
 
 from megatron_sffn.nn.comm_volume import num_nodes, regathers, rows_per_token
 from megatron_sffn.nn.saved_bytes import FP32, INT32, INT64, LayerCall
-from megatron_sffn.ops.block_ffn import choice
+from megatron_sffn.ops.block_ffn import choose_backend
 
 
 def saved_by_sparse_layer(call: LayerCall) -> float:
@@ -49,7 +49,7 @@ def backend_of(call: LayerCall) -> str:
     if sffn.backend != "auto" or not call.cuda:
         return sffn.backend
     rows, pairs = rows_and_pairs(call)
-    shape = choice.Shape(
+    shape = choose_backend.Shape(
         rows=round(rows),
         pairs=round(pairs),
         blocks=sffn.num_blocks // layout.ep,
@@ -57,7 +57,8 @@ def backend_of(call: LayerCall) -> str:
         width=call.hidden_size,
         key_width=key_width,
     )
-    return choice.on_hopper(shape, torch.bfloat16 if layout.half_precision else torch.float32)
+    dtype = torch.bfloat16 if layout.half_precision else torch.float32
+    return choose_backend.choose_on_hopper(shape, dtype)
 
 
 def _derived(backend: str, rows: float, pairs: float, blocks: int, chunks: int) -> float:

@@ -308,7 +308,7 @@ def kernels(name: str) -> Finding:
     if not answer["loaded"]:
         return wrong(name, answer["said"].split(";")[0], remedy)
     how = "built now" if answer["built"] else "cached"
-    return ok(name, f"{answer['said'].removeprefix('kernels: ')}, {how}; {compiler_name}")
+    return ok(name, f"{answer['said'].replace('using C++ kernels', 'C++')}, {how}; {compiler_name}")
 
 
 def extra(package: str, name: str) -> Finding:

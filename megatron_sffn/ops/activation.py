@@ -1,7 +1,7 @@
-"""The nonlinearity of a memory cell, with the derivative that hand-written backwards need.
+"""The nonlinearity of a memory cell, and its derivative for the hand-written backward passes.
 
-Enters: up projections `[..., G]`, or `[..., 2G]` (gate half first) for SwiGLU, as Megatron's fused
-first linear lays them out. Leaves: memory coefficients `[..., G]`.
+Inputs: up projections `[..., G]`, or `[..., 2G]` (gate half first) for SwiGLU, which is the layout
+of Megatron's fused first linear layer. Outputs: coefficients of the values, `[..., G]`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Activation(StrEnum):
-    """f of `f(x Kᵀ) V`."""
+    """The function f of `f(x Kᵀ) V`."""
 
     GELU = "gelu"
     RELU = "relu"
@@ -29,20 +29,20 @@ class Activation(StrEnum):
 
     @property
     def gated(self) -> bool:
-        """Whether a cell has two keys, one of them a gate."""
+        """True if a cell has two keys, one of which is a gate."""
         return self is Activation.SWIGLU
 
     @property
     def keys_per_cell(self) -> int:
-        """Keys of a cell: 2 if it has a gate key, else 1."""
+        """Keys per cell: 2 with a gate key, else 1."""
         return 2 if self.gated else 1
 
     @classmethod
     def of(cls, config: TransformerConfig) -> Activation:
-        """The activation that Megatron's flags chose.
+        """The activation that Megatron's flags name.
 
         Raises:
-            ConfigError: if the sparse layer does not have it.
+            ConfigError: if a sparse layer does not implement it.
         """
         name = getattr(config.activation_func, "__name__", str(config.activation_func))
         known = {
@@ -61,7 +61,7 @@ class Activation(StrEnum):
             ) from None
 
     def __call__(self, up: Tensor) -> Tensor:
-        """Coefficients `[..., G]` of `up` (`[..., 2G]` if gated); differentiable."""
+        """`f(up)`: `[..., G]` from `[..., G]`, or from `[..., 2G]` if gated; differentiable."""
         match self:
             case Activation.GELU:
                 return F.gelu(up)
@@ -74,7 +74,7 @@ class Activation(StrEnum):
                 return F.silu(gate) * linear
 
     def backward(self, grad: Tensor, up: Tensor) -> Tensor:
-        """Gradient of `up` from the gradient of the coefficients, both in `up`'s dtype."""
+        """The gradient of `up` from `grad`, that of `f(up)`; both have the dtype of `up`."""
         aten = torch.ops.aten
         match self:
             case Activation.GELU:
@@ -86,7 +86,7 @@ class Activation(StrEnum):
             case Activation.SWIGLU:
                 result = torch.empty_like(up)
                 (gate, linear), halves = up.chunk(2, dim=-1), result.chunk(2, dim=-1)
-                # Written in place: a concatenation would write and read both halves once more.
+                # In place, because a concatenation would read and write both halves once more.
                 aten.silu_backward.grad_input(grad * linear, gate, grad_input=halves[0])
                 torch.mul(grad, F.silu(gate), out=halves[1])
                 return result

@@ -1,8 +1,4 @@
-"""Who computes an op: the names, and what each needs.
-
-Enters: a name and the tensor that decides. Leaves: nothing, the Triton kernels, or the reason why
-not.
-"""
+"""The names of the backends, and the checks of device and dtype that all ops share."""
 
 from __future__ import annotations
 
@@ -15,11 +11,12 @@ from megatron_sffn.ops import device
 from megatron_sffn.utils.errors import ConfigError
 
 BACKENDS = ("auto", "naive", "torch", "grouped", "masked", "bags", "quack", "cpu", "triton")
-"""The fastest for a device, the oracle, plain torch four times, quack-kernels, C++, Triton."""
+"""`auto` is the fastest for a device, `naive` the oracle. `torch`, `grouped`, `masked` and `bags`
+call torch, `quack` the package quack-kernels; `cpu` is C++. docs/backends.md compares them."""
 
 
 def check(backend: str, tensor: Tensor) -> None:
-    """Raise `ConfigError` for a name that is none, or one that cannot compute on the device."""
+    """Raise `ConfigError` if a backend does not exist, or cannot compute on the tensor's device."""
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} does not exist; use one of {', '.join(BACKENDS)}")
     if backend == "cpu" and device.is_gpu(tensor):
@@ -29,17 +26,18 @@ def check(backend: str, tensor: Tensor) -> None:
 
 
 def triton_for(load: Callable[[], Any], tensor: Tensor) -> Any:
-    """The module `triton` of an op's package.
+    """The module `triton.py` of an op, imported at the first call.
 
     Args:
-        load: imports the module, by a statement, which `torch.compile` follows.
-        tensor: that it shall compute on.
+        load: imports the module by an `import` statement, which `torch.compile` can follow.
+        tensor: a tensor on the device and in the dtype to compute in.
 
     Raises:
-        ConfigError: without the package triton, on a CPU, or in another dtype than its `DTYPES`.
+        ConfigError: if the package triton is missing, the tensor is on a CPU, or its dtype is not
+            one of the module's `DTYPES`.
     """
     try:
-        # Not at the top of the op: it takes a second, which a machine without a GPU need not wait.
+        # Not imported at the top of the op: it takes a second, and a CPU run never needs it.
         kernels = load()
     except ModuleNotFoundError as error:
         if error.name != "triton":

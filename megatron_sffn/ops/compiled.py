@@ -1,12 +1,14 @@
-"""Our C++ kernels: compiled once on the machine that runs them, for its instruction set, and kept.
+"""Build our C++ kernels at the first use, for the instruction set of this machine, and cache them.
 
-Enters: the `.cpp` files beside the ops, and a C++ compiler (`$CXX`, else `c++`). Leaves: operators
-in `torch.ops.megatron_sffn`, or the reason why there are none; the ops then run in plain torch.
+Inputs: the `.cpp` files of the ops, and a C++ compiler (`$CXX`, else `c++`). Outputs: operators in
+`torch.ops.megatron_sffn`. Without a compiler the ops fall back to plain torch, with a warning.
 
-Choices
-- The library's name holds a digest of all that decides its contents, so that it is never stale. It
-  lies where torch keeps extensions (`$TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`).
-- One process compiles while others wait; a kill leaves neither a lock nor half a library.
+Design notes:
+- The name of the library contains a digest of the sources, the compiler's command and the version
+  of torch, so a cached library is never stale. It is cached where torch caches extensions
+  (`$TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`).
+- One process compiles while the others wait for a file lock, which the kernel releases if the
+  process is killed. The library is an atomic write: it is renamed into place when it is complete.
 """
 
 from __future__ import annotations
@@ -32,45 +34,45 @@ INSTRUCTION_SETS = {
     "AVX2": "-mavx2 -mfma -mf16c",
     "DEFAULT": "",
 }
-"""What torch found that the processor has -> the compiler's flags."""
+"""The instruction set that torch detected -> compiler flags."""
 
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
 
 
 @functools.cache
 def kernels() -> Any | None:
-    """`torch.ops.megatron_sffn` with the operators of the `.cpp` files, or None."""
+    """`torch.ops.megatron_sffn` with the operators of the `.cpp` files; None if the build fails."""
     try:
         torch.ops.load_library(str(_library()))
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         reason = next((line for line in output.splitlines() if "error" in line), output.strip())
         logger.warning(
-            "kernels: plain torch, slower, for those in C++ cannot be built (%s); install g++ 11 "
-            "or newer, or set CXX to a compiler that knows C++20 and OpenMP",
+            "C++ kernels cannot be built (%s); using plain torch, which is slower. Install g++ 11 "
+            "or newer, or set CXX to a compiler that knows C++20 and OpenMP.",
             reason,
         )
         return None
-    logger.info("kernels: C++ for %s", _instruction_set())
+    logger.info("using C++ kernels for %s", _instruction_set())
     return torch.ops.megatron_sffn
 
 
 def _instruction_set() -> str:
-    """One that we know, else DEFAULT; environment variable ATEN_CPU_CAPABILITY can lower it."""
+    """A key of `INSTRUCTION_SETS`; the environment variable ATEN_CPU_CAPABILITY can lower it."""
     name = torch.backends.cpu.get_cpu_capability()
     return name if name in INSTRUCTION_SETS else "DEFAULT"
 
 
 def _library() -> Path:
-    """The compiled library, which is built if it is not there.
+    """The path of the compiled library, built first if it is not in the cache.
 
     Raises:
-        OSError: no compiler, or no place to write.
-        subprocess.CalledProcessError: the compiler failed.
+        OSError: if there is no compiler, or the cache folder cannot be written.
+        subprocess.CalledProcessError: if the compiler fails.
     """
     name = _instruction_set()
     command = [os.environ.get("CXX", "c++"), *FLAGS, *INSTRUCTION_SETS[name].split()]
-    # ATen's own spelling of the instruction set that its vectors shall use.
+    # ATen's headers choose the width of `Vectorized` by these macros.
     command += [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
     digest = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
     for source in SOURCES:
@@ -84,18 +86,19 @@ def _library() -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     with library.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        # Another process may have built it while this one waited for the lock.
         if not library.exists():
             _compile(command, library)
     return library
 
 
 def _compile(command: list[str], library: Path) -> None:
-    """Run the compiler and put the library in its place."""
-    logger.warning("kernels: compiling C++ for this machine, once; half a minute")
+    """Run the compiler, then move the library into place."""
+    logger.warning("compiling C++ kernels for this machine, once; this takes half a minute")
     root = Path(torch.__file__).parent
     command += [f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include"]
     command += [*map(str, SOURCES), f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
-    with tempfile.TemporaryDirectory(dir=library.parent) as part:
-        built = Path(part) / library.name
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        built = Path(scratch) / library.name
         subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
         built.replace(library)

@@ -1,7 +1,7 @@
-"""What kind of device a tensor is on: the only place in `ops/` that asks.
+"""What hardware a tensor is on.
 
-The choice of a backend hangs on the answers. Every question about the hardware goes through this
-module, so that a test can play a CUDA machine on the CPU by replacing these functions.
+Design notes: backends are chosen by these answers. All of `ops/` asks through this module, so that
+a test can simulate a CUDA machine on the CPU by replacing these functions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def is_gpu(tensor: Tensor) -> bool:
-    """Whether a tensor is on a CUDA device."""
+    """True if a tensor is on a CUDA device."""
     return tensor.is_cuda
 
 
@@ -25,16 +25,16 @@ def capability(tensor: Tensor) -> tuple[int, int]:
 
 def name(tensor: Tensor) -> str:
     """Name of a tensor's device, such as "NVIDIA H100 80GB HBM3"; "cpu" for a CPU."""
-    # Not `get_device_name`, at which torch.compile breaks the graph: it knows that properties are
+    # Not `get_device_name`: torch.compile breaks the graph there, but takes device properties as
     # constants.
     return torch.cuda.get_device_properties(tensor.device).name if is_gpu(tensor) else "cpu"
 
 
 def current() -> torch.device | int:
-    """Where new weights and buffers are made: this process's CUDA device, or the CPU.
+    """The device for new weights and buffers: this process's CUDA device, or the CPU.
 
     Raises:
-        RuntimeError: torch's, if there is a CUDA device and it cannot be used.
+        RuntimeError: from torch, if there is a CUDA device that cannot be used.
     """
     try:
         return torch.cuda.current_device()
@@ -45,5 +45,8 @@ def current() -> torch.device | int:
 
 
 def has_streams(tensor: Tensor) -> bool:
-    """Whether work on a tensor is queued in CUDA streams; False for a CPU that plays a GPU."""
+    """True if work on a tensor is queued in CUDA streams.
+
+    Unlike `is_gpu` it is never replaced by a test: a CPU that simulates a GPU has no streams.
+    """
     return tensor.is_cuda

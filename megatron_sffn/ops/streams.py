@@ -1,6 +1,7 @@
-"""Work beside the current CUDA stream: a copy to the host, or a computation.
+"""Overlap with the current CUDA stream: a copy to the host, or a computation on a side stream.
 
-Inputs: tensors of any device. Outputs: the same results in plain order where there are no streams.
+Inputs: tensors on any device. On a CPU, which has no streams, everything runs in program order with
+the same results.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from megatron_sffn.ops import device
 
 @cache
 def _side_stream(index: int, use: str) -> torch.cuda.Stream:
-    """The stream of a device for one use; made once, since each costs a queue of the GPU."""
+    """The side stream of a device for one use; cached, because each stream takes a GPU queue."""
     return torch.cuda.Stream(device=index)
 
 
 class HostCopy:
-    """Numbers on their way from the device to the host.
+    """A copy of integers from the device to the host, started at once and awaited later.
 
-    The copy runs on a stream of its own into pinned memory, so that whatever is queued after it on
-    the current stream neither delays it nor is delayed by it.
+    The copy runs on its own stream into pinned memory. Work that is queued on the current stream
+    after it neither delays it nor waits for it.
 
     Args:
         numbers: integers of any shape.
@@ -43,25 +44,26 @@ class HostCopy:
             self._numbers.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(stream)
+        # The allocator must not hand out this memory before the side stream has read it.
         numbers.record_stream(stream)
 
     def wait(self) -> list[Any]:
-        """Wait for the copy; the numbers as nested lists."""
+        """Wait for the copy, and return the numbers as nested lists."""
         if self._event is not None:
             self._event.synchronize()
         return self._numbers.tolist()
 
 
 def start_beside(compute: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    """Begin `compute(x)` on a stream beside the current one.
+    """Start `compute(x)` on a side stream.
 
     Args:
-        compute: a differentiable function. Autograd runs its backward on the same stream, and
-            orders that among the others.
-        x: its input.
+        compute: a differentiable function. Autograd runs its backward pass on the same side stream,
+            and synchronises the streams.
+        x: the input of `compute`.
 
     Returns:
-        A function that makes the current stream wait for the result, and returns it.
+        A function that makes the current stream wait for the result, and returns the result.
     """
     if not device.has_streams(x):
         result = compute(x)

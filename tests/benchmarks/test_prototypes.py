@@ -16,7 +16,7 @@ SCRIPT = """
 import json
 import torch
 from benchmarks.prototypes.token_stationary import Tile, starts, to_rows
-from megatron_sffn.ops.block_ffn import loop
+from megatron_sffn.ops.block_ffn import torch_backend
 from megatron_sffn.ops.block_ffn.pairs import Sorted, sort_by_block
 
 errors = {}
@@ -36,7 +36,7 @@ for name, rows, blocks, tile in (
         pairs = Sorted(rows=places[order.long(), 0], offsets=offsets)
         h = torch.randn(len(order), 24).to(dtype)
         table = torch.randn(blocks, 24, 48).to(dtype)
-        exact = loop.to_rows(h.double(), table.double(), pairs, rows)
+        exact = torch_backend.to_rows(h.double(), table.double(), pairs, rows)
         ours = to_rows(h, table, pairs, rows, tile)
         assert torch.equal(ours, to_rows(h, table, pairs, rows, tile)), "other bits"
         assert ours.dtype == dtype

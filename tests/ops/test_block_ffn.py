@@ -1,11 +1,11 @@
-"""`block_ffn`: the framework's identities (F1-F7), then every backend against the oracle."""
+"""`block_ffn`: the identities F1 to F7 of docs/methods.md, and every backend against the oracle."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_sffn.ops import Activation, block_ffn
-from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs, cpu, loop
+from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs, cpu, torch_backend
 from megatron_sffn.utils.errors import ConfigError
 
 BACKENDS = ["naive", "torch", "cpu"]
@@ -110,8 +110,8 @@ def test_f7_output_and_gradients_are_those_of_the_masked_dense_ffn(
         (y * torch.arange(D, dtype=y.dtype)).sum().backward()
         grads = [t.grad for t in (x, keys, values)] + ([] if factors is None else [factors.grad])
         results.append([y.detach(), *grads])
-    for ours, formula in zip(*results, strict=True):
-        torch.testing.assert_close(ours, formula, rtol=1e-10, atol=1e-12)
+    for actual, formula in zip(*results, strict=True):
+        torch.testing.assert_close(actual, formula, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -123,7 +123,7 @@ def test_the_hand_written_backward_is_the_derivative(activation: Activation, bac
     ]
     gates = torch.rand(4, 2, dtype=x.dtype, requires_grad=True)
     ids = choose(8, 2, tokens=4)
-    # Away from the kink of ReLU, where no finite difference can be right.
+    # These inputs are away from the kink of ReLU, where finite differences are wrong.
     assert torch.autograd.gradcheck(
         lambda x, k, v, g: block_ffn(x, k, v, ids, g, activation=activation, backend=backend),
         (*inputs, gates),
@@ -131,7 +131,7 @@ def test_the_hand_written_backward_is_the_derivative(activation: Activation, bac
 
 
 def pairs_of(case: str) -> Pairs:
-    """Edges of the (row, block) relation, for T rows and 6 blocks."""
+    """Edge cases of the (row, block) pairs, for T rows and 6 blocks."""
     if case == "all to one block":
         rows, blocks = torch.arange(T), torch.full((T,), 4)
     elif case == "no pair at all":
@@ -148,8 +148,8 @@ def pairs_of(case: str) -> Pairs:
 )
 @pytest.mark.parametrize("scratch", [1, 1 << 20])
 def test_edges_against_the_oracle(case: str, scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "SCRATCH_BYTES", scratch)
-    monkeypatch.setattr(loop, "SMALLEST_PIECE", 3)
+    monkeypatch.setattr(torch_backend, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(torch_backend, "SMALLEST_PIECE", 3)
     results = []
     for backend in BACKENDS:
         x, keys, values = (t.requires_grad_() for t in make(4))
@@ -157,8 +157,8 @@ def test_edges_against_the_oracle(case: str, scratch: int, monkeypatch: pytest.M
         y.square().sum().backward()
         results.append([y.detach(), x.grad, keys.grad, values.grad])
     for naive, *fast in zip(*results, strict=True):
-        for ours in fast:
-            torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
+        for actual in fast:
+            torch.testing.assert_close(actual, naive, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -167,15 +167,15 @@ def test_edges_against_the_oracle(case: str, scratch: int, monkeypatch: pytest.M
 def test_sizes_that_fill_no_tile_and_cross_every_bound(
     rows: int, width: int, g: int, dtype: torch.dtype
 ) -> None:
-    """A block that has all rows, one that has none, and others in between."""
+    """One block has all rows, one has none, the others have some."""
     torch.manual_seed(g)
     blocks = max(5, 1500 // g if width == 40 else 0)
     x = torch.randn(rows, width, dtype=torch.float64)
     keys, values = torch.randn(2, blocks, g, width, dtype=torch.float64) * width**-0.5
-    met = torch.rand(rows, blocks) < torch.linspace(0.0, 0.1, blocks)
-    met[:, 3] = True
-    met[rows // 2] = False
-    places = met.nonzero().int()
+    is_pair = torch.rand(rows, blocks) < torch.linspace(0.0, 0.1, blocks)
+    is_pair[:, 3] = True
+    is_pair[rows // 2] = False
+    places = is_pair.nonzero().int()
     pairs = Pairs(rows=places[:, 0].contiguous(), blocks=places[:, 1].contiguous())
     gates = torch.rand(len(places), dtype=torch.float64)
     results = []
@@ -185,8 +185,8 @@ def test_sizes_that_fill_no_tile_and_cross_every_bound(
         (y * x.to(dtype).to(width_of)).sum().backward()
         results.append([y.detach(), *(t.grad for t in inputs)])
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    for exact, ours in zip(*results, strict=True):
-        error = (ours.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)
+    for exact, actual in zip(*results, strict=True):
+        error = (actual.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)
         assert error < tolerance, f"relative error {error:.2e}"
 
 
@@ -209,14 +209,14 @@ def test_narrow_dtypes_stay_near_the_float64_oracle(
     ids = choose(12, 5)
     results = []
     for backend, width in (("naive", torch.float64), ("cpu", dtype)):
-        # The oracle starts from the rounded numbers: their rounding is not the op's.
+        # The oracle starts from the rounded inputs, whose rounding is not an error of the op.
         inputs = [t.to(dtype).to(width).requires_grad_() for t in make(2, activation)]
         y = block_ffn(*inputs, ids, activation=activation, backend=backend)
         assert y.dtype == width
         y.backward(torch.ones_like(y))
         results.append([y.detach().double(), *(t.grad.double() for t in inputs)])
-    for exact, ours in zip(*results, strict=True):
-        error = (ours - exact).norm() / exact.norm()
+    for exact, actual in zip(*results, strict=True):
+        error = (actual - exact).norm() / exact.norm()
         assert error < tolerance, f"relative error {error:.2e}"
 
 
@@ -245,7 +245,7 @@ def test_results_are_the_same_bits_every_time() -> None:
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_does_not_fit_is_refused(
+def test_arguments_that_do_not_fit_are_refused(
     backend: str, change: dict[str, object], words: tuple[str, ...]
 ) -> None:
     x, keys, values = make(4)

@@ -1,4 +1,4 @@
-"""How far gradients in bf16 are from float64: sums of many pieces, microbatches and gates."""
+"""Errors of bf16 gradients against float64: sums over slices, microbatches and gates."""
 
 import pytest
 import torch
@@ -6,34 +6,34 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from megatron_sffn.ops import block_ffn
-from megatron_sffn.ops.block_ffn import loop, main_grad
+from megatron_sffn.ops.block_ffn import main_grad, torch_backend
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 
 ONE_ROUNDING = 1.7e-3
-"""Relative error, in the norm, of numbers that were rounded to bf16 once (measured: 1.66e-3)."""
+"""Relative error in the norm after one rounding to bf16 (measured: 1.66e-3)."""
 
 
-def error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact.double()).norm() / exact.double().norm())
+def error(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact.double()).norm() / exact.double().norm())
 
 
 def test_a_table_gradient_of_many_pieces_is_rounded_about_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A piece's own product is rounded, its sum is not: with the result's rounding, sqrt(2)."""
+    """Each slice's product is rounded, their sum is not: with the result's rounding, sqrt(2)."""
     torch.manual_seed(0)
     coefficients, rows = torch.randn(4096, 8).bfloat16(), torch.randn(4096, 32).bfloat16()
     pairs = Sorted(
         rows=torch.arange(4096, dtype=torch.int32), offsets=torch.tensor([0, 0, 4096, 4096])
     )
     exact = coefficients.double().T @ rows.double()
-    monkeypatch.setattr(loop, "SMALLEST_PIECE", 32)
-    monkeypatch.setattr(loop, "SCRATCH_BYTES", 1)
-    result = loop.to_table(coefficients, rows, pairs)
+    monkeypatch.setattr(torch_backend, "SMALLEST_PIECE", 32)
+    monkeypatch.setattr(torch_backend, "SCRATCH_BYTES", 1)
+    result = torch_backend.to_table(coefficients, rows, pairs)
     assert result.dtype == torch.bfloat16 and not result[[0, 2]].any()
     assert error(result[1], exact) < 1.45 * ONE_ROUNDING
     buffer = torch.ones(3, 8, 32)
-    assert loop.to_table(coefficients, rows, pairs, into=buffer) is buffer
+    assert torch_backend.to_table(coefficients, rows, pairs, into=buffer) is buffer
     assert error(buffer[1] - 1, exact) < 1.05 * ONE_ROUNDING
     assert (buffer[[0, 2]] == 1).all()
 
@@ -51,7 +51,7 @@ def test_backend_torch_rounds_microbatches_alike_with_and_without_main_grad() ->
 
 
 def errors_of_microbatches(backend: str) -> list[tuple[float, float]]:
-    """For keys and values: the error of gradients in `main_grad`, and of autograd's, added up."""
+    """For keys and values, the errors of gradients in `main_grad` and of autograd's sums."""
     torch.manual_seed(0)
     batches = [(torch.randn(64, 16), torch.rand(64, 8).topk(3).indices) for _ in range(16)]
     start = torch.randn(2, 8, 4, 16).bfloat16()
@@ -84,8 +84,8 @@ def errors_of_microbatches(backend: str) -> list[tuple[float, float]]:
     ]
 
 
-def test_main_grad_is_left_alone_where_megatron_would_lose_something() -> None:
-    """A bf16 buffer, no DDP, or an owner that has promised nothing."""
+def test_main_grad_is_not_used_where_a_gradient_would_be_lost() -> None:
+    """A bf16 buffer, no DDP, or an owner that has not promised anything."""
     table = Parameter(torch.zeros(2, 3, 4).bfloat16())
     assert main_grad.buffer_of(table) is None
     table.main_grad, table.grad_added_to_main_grad = torch.zeros(2, 3, 4), False
@@ -102,16 +102,16 @@ def test_main_grad_is_left_alone_where_megatron_would_lose_something() -> None:
 def test_gates_and_their_gradients_are_not_rounded_to_bf16(backend: str) -> None:
     torch.manual_seed(0)
     x, (keys, values) = torch.randn(64, 64).bfloat16(), torch.randn(2, 4, 64, 64).bfloat16() / 8
-    # Ones that bf16 cannot tell apart.
+    # Gates that are equal in bf16.
     gates = 1 + torch.rand(64, 1) / 1024
     ids = torch.randint(4, (64, 1))
-    exact_gates, ours = gates.double().requires_grad_(), gates.clone().requires_grad_()
+    exact_gates, actual_gates = gates.double().requires_grad_(), gates.clone().requires_grad_()
     exact = block_ffn(x.double(), keys.double(), values.double(), ids, exact_gates, backend="naive")
-    y = block_ffn(x, keys, values, ids, ours, backend=backend)
+    y = block_ffn(x, keys, values, ids, actual_gates, backend=backend)
     exact.backward(x.double())
     y.backward(x)
-    assert ours.grad is not None and ours.grad.dtype == torch.float32
+    assert actual_gates.grad is not None and actual_gates.grad.dtype == torch.float32
     # What the roundings of h and of the up projections leave; the sum itself is not rounded.
-    assert error(ours.grad, exact_gates.grad) < 4e-3
+    assert error(actual_gates.grad, exact_gates.grad) < 4e-3
     one = block_ffn(x, keys, values, ids, torch.ones(64, 1), backend=backend)
     assert (y != one).any(), "a gate of 1.0005 was rounded to 1"

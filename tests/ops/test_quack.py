@@ -1,6 +1,6 @@
-"""Calls of quack-kernels, whose kernels need a GPU: by the meaning that the package documents.
+"""The calls of quack-kernels, checked by the documented meaning, because its kernels need a GPU.
 
-`gemm` and `gemm_add_inplace` below are that meaning in plain torch. Where the package is installed,
+`gemm` and `gemm_add_inplace` below are this meaning in plain torch. If the package is installed,
 its own reference and its signatures confirm it.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.ops import block_ffn
-from megatron_sffn.ops.block_ffn import choice, grouped, op, quack
+from megatron_sffn.ops.block_ffn import choose_backend, grouped, quack
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.utils.errors import ConfigError
 from tests.ops.test_torch_backends import D, R, load
@@ -32,7 +32,7 @@ def gemm(
     A_idx: Tensor | None = None,
     tuned: bool = True,
 ) -> Tensor:
-    """Groups of rows of A meet matrices of B, or groups of columns of A groups of rows of B."""
+    """Multiply groups of rows of A with matrices of B, or groups of columns of A with rows of B."""
     ends = cu_seqlens_m if cu_seqlens_k is None else cu_seqlens_k
     assert ends.dtype == torch.int32 and (A_idx is None or A_idx.dtype == torch.int32)
     for group, (first, last) in enumerate(itertools.pairwise(ends)):
@@ -65,7 +65,7 @@ def test_the_products_are_those_of_grouped(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(quack, "kernels", lambda: package)
     monkeypatch.setattr(grouped, "SCRATCH_BYTES", 1)
     pairs, rows, table, coefficients = call()
-    for ours, theirs in (
+    for actual, expected in (
         (quack.to_pairs(rows, table, pairs), grouped.to_pairs(rows, table, pairs)),
         (
             quack.to_rows(coefficients, table, pairs, R),
@@ -73,13 +73,13 @@ def test_the_products_are_those_of_grouped(monkeypatch: pytest.MonkeyPatch) -> N
         ),
         (quack.to_table(coefficients, rows, pairs), grouped.to_table(coefficients, rows, pairs)),
     ):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(actual, expected)
     buffer = torch.ones(5, 8, D)
     assert quack.to_table(coefficients, rows, pairs, into=buffer) is buffer
     torch.testing.assert_close(buffer - 1, grouped.to_table(coefficients, rows, pairs))
 
 
-def test_no_pairs_need_no_kernel() -> None:
+def test_without_pairs_no_kernel_is_called() -> None:
     pairs = Sorted(
         rows=torch.zeros(0, dtype=torch.int32), offsets=torch.zeros(6, dtype=torch.int64)
     )
@@ -89,7 +89,7 @@ def test_no_pairs_need_no_kernel() -> None:
     assert not quack.to_table(coefficients, rows, pairs).any()
 
 
-def test_the_installed_package_means_the_same() -> None:
+def test_the_installed_package_computes_the_same() -> None:
     package = pytest.importorskip(
         quack.MODULE, reason="quack-kernels, an extra for GPU machines, is not installed"
     )
@@ -112,15 +112,17 @@ def test_the_installed_package_means_the_same() -> None:
         )
 
 
-def test_what_it_cannot_take_is_refused_with_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_inputs_are_refused_and_alternatives_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, table = torch.zeros(3, 16), torch.zeros(2, 8, 16)
     with pytest.raises(ConfigError, match="backend quack computes on a GPU"):
         block_ffn(x, table, table, torch.zeros(3, 1, dtype=torch.long), backend="quack")
     play_gpu(monkeypatch, capability=(7, 5), name="an old GPU")
-    shape = choice.Shape(rows=3, pairs=3, blocks=2, cells=8, width=16, key_width=16)
+    shape = choose_backend.Shape(rows=3, pairs=3, blocks=2, cells=8, width=16, key_width=16)
     for dtype, words in ((torch.float32, "or float16, but"), (torch.float16, "an old GPU has 7.5")):
-        assert words in choice.refusal("quack", shape, x.to(dtype))
+        assert words in choose_backend.refusal("quack", shape, x.to(dtype))
     monkeypatch.setattr(quack, "MODULE", "quack_that_is_not_there.gemm_interface")
     quack.kernels.cache_clear()
     with pytest.raises(ConfigError, match="quack_that_is_not_there is not installed; install"):
-        op._products("quack", x)
+        choose_backend.products_for("quack", x)

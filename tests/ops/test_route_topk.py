@@ -1,4 +1,4 @@
-"""`route_topk`: exact, ordered, and the same choice among equals everywhere."""
+"""`route_topk`: exact, ordered, and the same ids for equal scores in every backend."""
 
 import pytest
 import torch
@@ -45,8 +45,8 @@ def test_rows_with_nan_get_distinct_ids_and_the_others_the_right_ones(
     scores[7, torch.randperm(9)[:nans]] = torch.nan
     scores[12, torch.randperm(9)[:nans]] = -torch.nan
     ids = route_topk(scores, 4, backend=backend)
-    others = [row for row in range(20) if row not in (7, 12)]
-    assert torch.equal(ids[others], expected[others])
+    other_rows = [row for row in range(20) if row not in (7, 12)]
+    assert torch.equal(ids[other_rows], expected[other_rows])
     assert (ids.diff(dim=1) > 0).all() and ids.min() >= 0 and ids.max() < 9
 
 
@@ -58,7 +58,7 @@ def test_nan_is_refused_where_the_environment_asks_for_checks(
         route_topk(torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 2.0]]), 1)
 
 
-def test_rows_in_chunks_are_the_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_of_rows_give_the_same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.randint(3, (20, 9)).float()
     at_once = route_topk(scores, 4, backend="torch")
     monkeypatch.setattr(threshold, "SCRATCH_NUMBERS", 3 * 9 + 1)
@@ -71,6 +71,6 @@ def test_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("active", [0, 5])
-def test_numbers_of_blocks_that_cannot_be_chosen(active: int) -> None:
+def test_an_invalid_number_of_active_blocks_is_refused(active: int) -> None:
     with pytest.raises(ConfigError, match=f"{active} of 4 blocks"):
         route_topk(torch.zeros(3, 4), active)

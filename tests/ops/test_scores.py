@@ -1,4 +1,4 @@
-"""Scores on tensor cores: as precise as fp32 products, from half-precision operands."""
+"""Scores on tensor cores: half-precision operands, as precise as fp32 products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic of a GPU, on the CPU."""
+    """Simulate the arithmetic of a GPU on the CPU."""
     assert CUDA_OPERATORS
     play_gpu(monkeypatch)
 
@@ -34,58 +34,58 @@ def operands(x_dtype: torch.dtype, weight_dtype: torch.dtype, scale: float = 1.0
 
 
 def results(compute, x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Scores and gradients."""
+    """The scores and both gradients."""
     result = compute(x, weight)
     dx, dweight = torch.autograd.grad(result, (x, weight), grad)
     return {"scores": result.detach(), "dx": dx, "dweight": dweight}
 
 
 def exact(x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """The same in fp64."""
+    """The scores and both gradients in fp64."""
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
     return results(naive.scores, *wide, grad.double())
 
 
 def error(value: Tensor, expected: Tensor) -> float:
-    """Largest error over the largest number."""
+    """The largest error over the largest number."""
     return float((value.double() - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_operands_lose_nothing(dtype: torch.dtype) -> None:
+def test_half_precision_operands_are_as_precise_as_fp32(dtype: torch.dtype) -> None:
     inputs = operands(dtype, dtype)
     assert op.tensor_core_dtype(*inputs[:2]) is dtype
-    found, expected = results(scores, *inputs), exact(*inputs)
-    assert found["scores"].dtype is torch.float32
-    assert error(found["scores"], expected["scores"]) < 1e-6
+    actual, expected = results(scores, *inputs), exact(*inputs)
+    assert actual["scores"].dtype is torch.float32
+    assert error(actual["scores"], expected["scores"]) < 1e-6
     for name in ("dx", "dweight"):
         # One rounding to the gradient's dtype.
-        assert found[name].dtype is dtype
-        assert error(found[name], expected[name]) < torch.finfo(dtype).eps
+        assert actual[name].dtype is dtype
+        assert error(actual[name], expected[name]) < torch.finfo(dtype).eps
 
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
 @pytest.mark.parametrize("dtype", HALF)
-def test_fp32_weights_are_two_terms(dtype: torch.dtype, scale: float) -> None:
+def test_fp32_weights_are_split_in_two_terms(dtype: torch.dtype, scale: float) -> None:
     inputs = operands(dtype, torch.float32, scale)
-    found, expected = results(scores, *inputs), exact(*inputs)
+    actual, expected = results(scores, *inputs), exact(*inputs)
     rounded = naive.scores(inputs[0], inputs[1].to(dtype)).detach()
     # In fp16 the terms leave 2^-23, and the fp32 sums themselves more.
     two_terms = {torch.bfloat16: 2.0**-17, torch.float16: 2.0**-20}[dtype]
-    assert error(found["scores"], expected["scores"]) < two_terms
-    assert error(found["scores"], expected["scores"]) < error(rounded, expected["scores"]) / 50
-    assert found["dweight"].dtype is torch.float32
-    assert error(found["dweight"], expected["dweight"]) < two_terms
-    assert error(found["dx"], expected["dx"]) < torch.finfo(dtype).eps
+    assert error(actual["scores"], expected["scores"]) < two_terms
+    assert error(actual["scores"], expected["scores"]) < error(rounded, expected["scores"]) / 50
+    assert actual["dweight"].dtype is torch.float32
+    assert error(actual["dweight"], expected["dweight"]) < two_terms
+    assert error(actual["dx"], expected["dx"]) < torch.finfo(dtype).eps
 
 
 @pytest.mark.usefixtures("gpu")
-def test_fp32_tokens_meet_half_precision_weights() -> None:
+def test_fp32_tokens_with_half_precision_weights() -> None:
     inputs = operands(torch.float32, torch.bfloat16)
-    found, expected = results(scores, *inputs), exact(*inputs)
-    assert error(found["scores"], expected["scores"]) < 2.0**-17
+    actual, expected = results(scores, *inputs), exact(*inputs)
+    assert error(actual["scores"], expected["scores"]) < 2.0**-17
 
 
 @pytest.mark.usefixtures("gpu")
@@ -99,8 +99,8 @@ def test_terms_of_zeros_are_zeros() -> None:
 def test_wide_operands_are_multiplied_as_they_are(dtype: torch.dtype) -> None:
     inputs = operands(dtype, dtype)
     assert op.tensor_core_dtype(*inputs[:2]) is None
-    found, expected = results(scores, *inputs), results(naive.scores, *inputs)
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    actual, expected = results(scores, *inputs), results(naive.scores, *inputs)
+    assert all(torch.equal(actual[name], expected[name]) for name in actual)
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -1,4 +1,4 @@
-"""The backends made of torch's own products, against the oracle: grouped, masked, bags, torch."""
+"""The backends made of torch operators, against the oracle: grouped, masked, bags, torch."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, t
 
 
 def load(kind: str, blocks: int) -> Pairs:
-    """Pairs of R rows and some blocks, of which one is empty where there are several."""
+    """Pairs of R rows and some blocks; if there are several blocks, one is empty."""
     if kind == "none":
-        met = torch.zeros(R, blocks, dtype=torch.bool)
+        is_pair = torch.zeros(R, blocks, dtype=torch.bool)
     elif kind == "skewed":
-        met = torch.rand(R, blocks) < torch.linspace(0.0, 0.6, blocks)
-        met[:, -1] = True
-        met[R // 2] = False
+        is_pair = torch.rand(R, blocks) < torch.linspace(0.0, 0.6, blocks)
+        is_pair[:, -1] = True
+        is_pair[R // 2] = False
     else:
-        met = torch.rand(R, blocks) < 0.4
-        met[:, blocks // 2] = blocks == 1
-    rows, ids = met.nonzero().int().unbind(1)
+        is_pair = torch.rand(R, blocks) < 0.4
+        is_pair[:, blocks // 2] = blocks == 1
+    rows, ids = is_pair.nonzero().int().unbind(1)
     return Pairs(rows=rows.contiguous(), blocks=ids.contiguous())
 
 
 def compute(
     backend: str, dtype: torch.dtype, tensors: list[Tensor], pairs: Pairs, activation: Activation
 ) -> list[Tensor]:
-    """Output and every gradient; gates, if there are any, are the last tensor, in fp32 at least."""
+    """Output and every gradient; the last tensor is the gates, if any, in fp32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
     inputs = [
         tensor.to(wide if index == 3 else dtype, copy=True).requires_grad_()
@@ -52,13 +52,13 @@ def compute(
 
 
 def agree(backend: str, dtype: torch.dtype, tensors: list[Tensor], pairs: Pairs, name: str) -> None:
-    # The oracle starts from the rounded numbers: their rounding is not the op's.
+    # The oracle starts from the rounded inputs, whose rounding is not an error of the op.
     rounded = [tensor.to(dtype) for tensor in tensors[:3]] + tensors[3:]
     for activation in [Activation(name)]:
-        ours = compute(backend, dtype, rounded, pairs, activation)
+        actual = compute(backend, dtype, rounded, pairs, activation)
         exact = compute("naive", torch.float64, rounded, pairs, activation)
         for which, got, expected in zip(
-            ("y", "x", "keys", "values", "gates"), ours, exact, strict=False
+            ("y", "x", "keys", "values", "gates"), actual, exact, strict=False
         ):
             error = (got.double() - expected).norm() / expected.norm().clamp(min=1e-30)
             assert error < TOLERANCES[dtype], (backend, dtype, name, which, f"{error:.1e}")
@@ -104,7 +104,7 @@ def test_pieces_of_scratch_do_not_change_the_result(
 
 
 @pytest.mark.parametrize("backend", ["masked", "bags", "torch"])
-def test_a_memory_of_values_alone_whose_rows_meet_a_cell_twice(backend: str) -> None:
+def test_values_without_keys_when_a_row_has_a_cell_twice(backend: str) -> None:
     torch.manual_seed(0)
     rows = torch.arange(R, dtype=torch.int32).repeat_interleave(4)
     pairs = Pairs(rows=rows, blocks=torch.randint(7, (len(rows),), dtype=torch.int32))
@@ -117,8 +117,8 @@ def test_a_memory_of_values_alone_whose_rows_meet_a_cell_twice(backend: str) -> 
         y = block_ffn_pairs(x, None, values, pairs, gates, backend=which)
         y.square().sum().backward()
         results.append([y.detach(), values.grad, gates.grad])
-    for ours, exact in zip(*results, strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
+    for actual, exact in zip(*results, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["grouped", "masked", "bags", "torch"])
@@ -126,7 +126,7 @@ def test_gradients_of_tables_are_added_to_a_buffer(backend: str) -> None:
     torch.manual_seed(0)
     products = {"grouped": grouped, "masked": masked, "bags": bags}.get(backend)
     if products is None:
-        from megatron_sffn.ops.block_ffn import loop as products
+        from megatron_sffn.ops.block_ffn import torch_backend as products
     from megatron_sffn.ops.block_ffn.pairs import Sorted
 
     pairs = load("skewed", 5)
@@ -140,7 +140,7 @@ def test_gradients_of_tables_are_added_to_a_buffer(backend: str) -> None:
 
 
 def on_a_gpu(backend: str) -> list[Tensor]:
-    """Forward and backward with tensors that have no numbers: what the host would read raises."""
+    """Forward and backward with meta tensors: an error if the host reads a number."""
     cells = 1 if backend == "bags" else 8
     like = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
     x, keys, values = (torch.empty(*s, D, **like) for s in ([R], [6, cells], [6, cells]))
@@ -167,7 +167,7 @@ def test_the_host_never_waits_for_a_gpu(backend: str, monkeypatch: pytest.Monkey
 def test_the_branches_for_a_gpu_compute_the_same(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the CPU's products, in the way in which a GPU is asked for them."""
+    """The branches for a GPU, with the CPU's operators."""
     play_gpu(monkeypatch)
     torch.manual_seed(0)
     pairs = load("skewed", 6)
@@ -176,7 +176,7 @@ def test_the_branches_for_a_gpu_compute_the_same(
     agree(backend, torch.bfloat16, tensors, pairs, Activation.GELU)
 
 
-def test_other_rows_outlive_a_row_that_is_not_finite() -> None:
+def test_a_row_that_is_not_finite_leaves_other_rows_unchanged() -> None:
     torch.manual_seed(0)
     x, keys, values = torch.randn(R, D), torch.randn(6, 3, D), torch.randn(6, 3, D)
     ids = torch.rand(R, 6).topk(2).indices
@@ -188,13 +188,13 @@ def test_other_rows_outlive_a_row_that_is_not_finite() -> None:
         y = block_ffn(changed, keys, values, ids, backend="masked")
         y.backward(changed.detach())
         results.append((y.detach(), changed.grad))
-    others = torch.arange(R) != 5
+    other_rows = torch.arange(R) != 5
     for result in results[1:]:
-        for ours, finite in zip(result, results[0], strict=True):
-            assert torch.equal(ours[others], finite[others])
+        for actual, finite in zip(result, results[0], strict=True):
+            assert torch.equal(actual[other_rows], finite[other_rows])
 
 
-def test_what_a_grouped_product_cannot_take_is_refused_with_what_can() -> None:
+def test_grouped_refuses_unsupported_inputs_and_names_alternatives() -> None:
     x, table = torch.zeros(3, 16), torch.zeros(2, 8, 16)
     ids = torch.zeros(3, 1, dtype=torch.long)
     for tensors, words in (

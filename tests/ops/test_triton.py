@@ -1,6 +1,6 @@
-"""The Triton kernels: numbers in Triton's interpreter, and on a GPU if it is there.
+"""The Triton kernels: their numbers in Triton's interpreter, and on a GPU if there is one.
 
-The interpreter cannot multiply bf16; that is left to the compiler (`test_triton_compile.py`) and to
+The interpreter cannot multiply bf16, so bf16 is only compiled (`test_triton_compile.py`) or run on
 a GPU.
 """
 
@@ -20,7 +20,7 @@ import torch
 from megatron_sffn.nn.config import Backend
 from megatron_sffn.ops import block_ffn, route_topk
 from megatron_sffn.ops.backends import BACKENDS
-from megatron_sffn.ops.block_ffn import cpu, op
+from megatron_sffn.ops.block_ffn import choose_backend, cpu
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.utils.errors import ConfigError
@@ -44,18 +44,18 @@ def test_numbers_in_the_interpreter() -> None:
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    found = json.loads(process.stdout)
+    results = json.loads(process.stdout)
     for case in interpreted():
-        errors = found.pop(", ".join(case))
+        errors = results.pop(", ".join(case))
         for form, product in itertools.product(FORMS, ("to_pairs", "to_rows", "to_table")):
             assert f"{form} {product}" in errors
         assert any(name.startswith("fused") for name in errors)
         for name, error in errors.items():
             # Not `error > tolerance`: NaN is a failure.
             assert error < TOLERANCES[case[-1]], f"{case}: {name} is {error:.2e} off"
-    assert len(found) == len(CHOSEN)
-    for choice, shares in found.items():
-        assert shares == {"ids": 0, "NaN": 0}, choice
+    assert len(results) == len(CHOSEN)
+    for route_case, shares in results.items():
+        assert shares == {"ids": 0, "NaN": 0}, route_case
 
 
 @needs_triton
@@ -73,11 +73,11 @@ def test_numbers_on_a_gpu(size: str, case: str, dtype: str) -> None:
 @needs_triton
 @pytest.mark.skipif(is_host(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("choice", ["1 of 1", "33 of 33", "1 of 300", "70 of 5000"])
-def test_choice_on_a_gpu(choice: str, dtype: str) -> None:
+@pytest.mark.parametrize("choose_backend", ["1 of 1", "33 of 33", "1 of 300", "70 of 5000"])
+def test_route_topk_on_a_gpu(route_case: str, dtype: str) -> None:
     from tests.ops.triton_cases import differing
 
-    assert differing(choice, dtype, "cuda") == {"ids": 0, "NaN": 0}
+    assert differing(choose_backend, dtype, "cuda") == {"ids": 0, "NaN": 0}
 
 
 @needs_triton
@@ -86,7 +86,7 @@ def test_choice_on_a_gpu(choice: str, dtype: str) -> None:
     "dtype, words",
     [(torch.float32, ("GPU", "torch or cpu")), (torch.float64, ("float64", "torch"))],
 )
-def test_tables_that_the_kernels_cannot_take(dtype: torch.dtype, words: tuple[str, ...]) -> None:
+def test_unsupported_tables_are_refused(dtype: torch.dtype, words: tuple[str, ...]) -> None:
     x, table = torch.zeros(3, 16, dtype=dtype), torch.zeros(2, 5, 16, dtype=dtype)
     with pytest.raises(ConfigError) as caught:
         block_ffn(x, table, table, torch.zeros(3, 1, dtype=torch.long), backend="triton")
@@ -98,7 +98,7 @@ def test_tables_that_the_kernels_cannot_take(dtype: torch.dtype, words: tuple[st
 
 
 class OnGPU:
-    """What the choice of a backend looks at in a tensor."""
+    """A stand-in for a GPU tensor, with the attributes that the choice of a backend reads."""
 
     is_cuda = True
     shape = (3, 4)
@@ -112,8 +112,10 @@ def test_tables_on_a_gpu() -> None:
     from megatron_sffn.ops.block_ffn import triton
 
     for dtype in triton.DTYPES:
-        assert op._products("triton", OnGPU(dtype)) is triton
-    assert op._products("auto", torch.zeros(1, 2, 3)) is cpu.products(torch.float32, 2)
+        assert choose_backend.products_for("triton", OnGPU(dtype)) is triton
+    assert choose_backend.products_for("auto", torch.zeros(1, 2, 3)) is cpu.products(
+        torch.float32, 2
+    )
 
 
 @needs_triton
@@ -128,17 +130,19 @@ def test_tables_on_a_gpu() -> None:
         (16, 4, torch.float32, ["to_rows"]),
     ],
 )
-def test_form_of_a_product(cells: int, spread: int, dtype: torch.dtype, masked: list[str]) -> None:
+def test_the_faster_form_of_a_product_is_chosen(
+    cells: int, spread: int, dtype: torch.dtype, masked: list[str]
+) -> None:
     from megatron_sffn.ops.block_ffn import triton, triton_grouped, triton_masked
 
     def form(product: str, pairs: Sorted) -> object:
         return triton.choose(product, dtype, pairs, 8, cells)
 
     rows, offsets = torch.zeros(8 * 32 // spread, dtype=torch.int32), torch.zeros(32 + 1)
-    for product in triton.MOVES:
+    for product in triton.SECONDS_PER_BYTE:
         expected = triton_masked if product in masked else triton_grouped
         assert form(product, Sorted(rows=rows, offsets=offsets)) is expected
-        # A row may meet a block twice, or no row meet any.
+        # A row may have a block twice, or there may be no pair at all.
         for grouped in (
             Sorted(rows=rows, offsets=offsets, distinct=False),
             Sorted(rows=rows[:0], offsets=offsets),
@@ -146,7 +150,7 @@ def test_form_of_a_product(cells: int, spread: int, dtype: torch.dtype, masked: 
             assert form(product, grouped) is triton_grouped
 
 
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_triton_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(sys.modules):
         folder, _, stem = name.rpartition(".")
         if name.startswith("megatron_sffn.ops.") and stem.startswith("triton"):
@@ -154,13 +158,17 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ConfigError, match="install it"):
-        op._products("triton", OnGPU(torch.bfloat16))
+        choose_backend.products_for("triton", OnGPU(torch.bfloat16))
     with pytest.raises(ConfigError, match="install it"):
         route_topk(torch.zeros(3, 4), 2, backend="triton")
 
 
-@pytest.mark.parametrize("choose", [op._products, lambda name, on: route_topk(on, 2, backend=name)])
-def test_names_and_devices_that_do_not_fit(choose: Callable[[str, OnGPU], object]) -> None:
+@pytest.mark.parametrize(
+    "choose", [choose_backend.products_for, lambda name, on: route_topk(on, 2, backend=name)]
+)
+def test_unknown_names_and_wrong_devices_are_refused(
+    choose: Callable[[str, OnGPU], object],
+) -> None:
     with pytest.raises(ConfigError, match="'cuda' does not exist; use one of auto"):
         choose("cuda", OnGPU(torch.float32))
     with pytest.raises(ConfigError, match="cpu computes on a CPU"):

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that need not be there: sm_90, 100, 120, and 80 in fp32."""
+"""The Triton kernels compiled without a GPU, for sm_90, 100, 120, and for sm_80 in fp32."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ MATRIX_UNITS = {90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 """The instruction of the matrix units, by compute capability; sm_80 is compiled in fp32 alone."""
 
 REGISTERS = 240
-"""Of a thread. 255 is where spills begin."""
+"""Most registers per thread; with more than 255 the compiler spills."""
 
 SPILLS = {("3.6", "route_topk: select", "fp32"): 8}
-"""Bytes of a thread, by Triton's version, kernel and dtype; all other kernels spill nothing."""
+"""Spilled bytes per thread by Triton version, kernel and dtype; all other kernels spill nothing."""
 
 
 REPORTS = (
@@ -79,13 +79,13 @@ def test_machine_code_spills_nothing_and_uses_matrix_units(tmp_path: Path) -> No
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET is set: nothing is compiled"
 )
-def test_nothing_is_compiled_anew_when_the_number_of_rows_changes() -> None:
+def test_a_changed_number_of_rows_compiles_nothing_again() -> None:
     from triton.backends.compiler import GPUTarget
 
     from benchmarks import triton_report
 
     def compiled(rows: int) -> set[tuple[str, str, str]]:
-        """The kernels, with the keys by which Triton's launcher looks for compiled code."""
+        """The kernels, with the keys by which Triton's launcher looks up compiled code."""
         target = GPUTarget("cuda", 90, 32)
         special = [
             (launch.name, triton_report.specialised(launch, target))
@@ -102,8 +102,8 @@ def test_nothing_is_compiled_anew_when_the_number_of_rows_changes() -> None:
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET is set: nothing is compiled"
 )
-def test_what_is_compiled_ahead_is_what_a_launch_looks_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's cache tells True from 1; the launcher hands on whole numbers."""
+def test_kernels_compiled_ahead_are_found_at_their_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's cache distinguishes True from 1; the launcher passes integers."""
     import triton
 
     from benchmarks import triton_report, triton_starts

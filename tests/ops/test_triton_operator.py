@@ -1,4 +1,4 @@
-"""How Triton kernels are started: what torch sees of them, and what is refused before."""
+"""The operator that launches Triton kernels: what torch sees of it, and which widths it refuses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ needs_triton = pytest.mark.skipif(
 
 
 @needs_triton
-def test_torch_compile_and_opcheck_see_every_start_of_a_kernel() -> None:
+def test_torch_compile_and_opcheck_pass_for_every_kernel() -> None:
     process = subprocess.run(
         [sys.executable, "-m", "tests.ops.triton_operator"],
         cwd=ROOT,
@@ -45,7 +45,7 @@ def test_torch_compile_and_opcheck_see_every_start_of_a_kernel() -> None:
 
 
 @needs_triton
-def test_widths_for_which_the_kernels_are_not_made() -> None:
+def test_unsupported_widths_are_refused() -> None:
     x, ids = torch.zeros(3, 24), torch.zeros(3, 1, dtype=torch.long)
     keys, values = torch.zeros(2, 5, 24), torch.zeros(2, 5, 16)
     for wrong, table in (("keys is 24", values), ("values is 24", keys)):

@@ -1,4 +1,4 @@
-"""A memory of values alone: every backend against the formula, on ragged rows and in bf16."""
+"""Values without keys: every backend against the formula, on ragged rows and in bf16."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ R, B, D = 11, 17, 5
 
 
 def pairs_of(case: str) -> Pairs:
-    """Rows ascend; a row may have any number of values, also one of them twice."""
+    """Pairs with ascending rows; a row may have any number of values, and a value twice."""
     rows = {
         "as many each": torch.arange(R).repeat_interleave(3),
         "ragged": torch.tensor([1, 1, 1, 4, 4, 9]),
@@ -72,13 +72,13 @@ def test_output_and_gradients_are_those_of_the_formula(case: str) -> None:
     for op in (weighted_values, in_torch, naive):
         y = op(R, values, pairs, gates)
         torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
-        ours = torch.autograd.grad((y * weights).sum(), (values, gates))
-        for a, b in zip(ours, formula, strict=True):
+        actual = torch.autograd.grad((y * weights).sum(), (values, gates))
+        for a, b in zip(actual, formula, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
         used = torch.zeros(B, dtype=torch.bool)
         used[pairs.blocks] = True
         assert (y[~torch.isin(torch.arange(R), pairs.rows)] == 0).all()
-        assert (ours[0][~used] == 0).all()
+        assert (actual[0][~used] == 0).all()
 
 
 @pytest.mark.parametrize("op", [weighted_values, in_torch])
@@ -106,8 +106,8 @@ def test_narrow_dtypes_stay_near_the_float64_oracle(dtype: torch.dtype) -> None:
         assert y.dtype == width
         y.backward(weights.to(width))
         results.append([t.double() for t in (y.detach(), values.grad, gates.grad)])
-    for exact, ours in zip(*results, strict=True):
-        error = (ours - exact).norm() / exact.norm()
+    for exact, actual in zip(*results, strict=True):
+        error = (actual - exact).norm() / exact.norm()
         assert error < tolerance, f"relative error {error:.2e}"
 
 
@@ -132,7 +132,7 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch", "cpu", "auto"])
-def test_the_op_takes_values_alone(backend: str) -> None:
+def test_block_ffn_accepts_values_without_keys(backend: str) -> None:
     torch.manual_seed(2)
     x = torch.zeros(R, 0, dtype=torch.float64)
     values = torch.randn(B, 1, D, dtype=torch.float64)
@@ -140,14 +140,14 @@ def test_the_op_takes_values_alone(backend: str) -> None:
     ids[3], ids[5, 1] = -1, -1
     gates = torch.randn(R, 4, dtype=torch.float64, requires_grad=True)
     y = block_ffn(x, None, values, ids, gates, backend=backend)
-    there = (ids >= 0).double() * gates
-    expected = torch.einsum("tk,tkd->td", there, values[:, 0][ids.clamp(min=0)])
+    masked_gates = (ids >= 0).double() * gates
+    expected = torch.einsum("tk,tkd->td", masked_gates, values[:, 0][ids.clamp(min=0)])
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
     (grad,) = torch.autograd.grad(y.sum(), gates)
     assert (grad[ids < 0] == 0).all()
 
 
-def test_coefficients_must_be_given() -> None:
+def test_values_without_keys_need_gates() -> None:
     pairs = pairs_of("ragged")
     values, _ = made(pairs)
     with pytest.raises(ConfigError, match="coefficients"):

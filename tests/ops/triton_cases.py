@@ -1,8 +1,8 @@
-"""The Triton kernels against the oracles, on any device: a script, for Triton's interpreter.
+"""Compare the Triton kernels with the oracles, on any device; a script for Triton's interpreter.
 
-The interpreter is chosen when triton is imported, for the whole process; so the tests run this in
-a process of its own, with `TRITON_INTERPRET=1`. It prints the errors as JSON: of the products their
-size, relative to float64; of the choice of blocks the share of rows that differ.
+The interpreter is chosen for the whole process when triton is imported. So the tests run this
+script in its own process, with `TRITON_INTERPRET=1`. It prints the errors as JSON: for the products
+their size, relative to float64; for `route_topk` the share of rows that differ.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_sffn.ops.block_ffn import (
     Pairs,
     block_ffn_pairs,
     epilogue,
-    loop,
+    torch_backend,
     triton,
     triton_fused,
     triton_grouped,
@@ -36,7 +36,7 @@ FORMS = {"grouped": triton_grouped, "masked": triton_masked}
 SIZES = {"1x48": (1, 48), "7x16": (7, 16), "16x48": (16, 48), "136x80": (136, 80)}
 """N and D. Runs of 1, 1, 16 and 8 cells under a mask; narrow blocks and wide ones."""
 CASES = {"some": 17, "all to one block": 67, "no pairs": 13, "one row": 1, "many rows": 150}
-"""Which pairs, and R: where all go to one block, more than one fp32 tile of its pairs."""
+"""Kind of pairs -> R; if all have one block, its pairs fill more than one fp32 tile."""
 FUSED = {
     "1x48": ((Activation.RELU, True),),
     "7x16": ((Activation.SQUARED_RELU, False),),
@@ -46,27 +46,27 @@ FUSED = {
 """Activations of the fused products at each size, and whether there are gates."""
 LAYERS = {"1x48": ("gelu", None), "16x48": ("swiglu",)}
 """Activations of whole layers, of which the first is computed by the masked form and the last by
-both; None is a memory of values alone."""
+both; None stands for values without keys."""
 CHOICES = {"1 of 1": (1, 1), "33 of 33": (33, 33), "1 of 300": (300, 1), "70 of 5000": (5000, 70)}
-"""B and K of a choice of blocks; 5000 scores are two pieces."""
+"""B and K for `route_topk`; 5000 scores are two tiles."""
 CHOSEN = [*((choice, "fp32") for choice in CHOICES), ("1 of 300", "fp16"), ("1 of 300", "bf16")]
-"""Choices and dtypes in the interpreter."""
+"""Cases of `route_topk` and dtypes for the interpreter."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}
 
 
 def main() -> None:
-    """Print `{case: {what: error}}` of everything that the interpreter can do."""
+    """Print `{case: {what: error}}` for everything that the interpreter can run."""
     assert triton.INTERPRETED, "set TRITON_INTERPRET=1"
     # With the tiles of an H100, which are the largest.
     with mock.patch.object(device, "capability", lambda _: (9, 0)):
-        found = {", ".join(case): errors(*case, "cpu") for case in interpreted()}
-    found |= {", ".join(case): differing(*case, "cpu") for case in CHOSEN}
-    json.dump(found, sys.stdout)
+        by_case = {", ".join(case): errors(*case, "cpu") for case in interpreted()}
+    by_case |= {", ".join(case): differing(*case, "cpu") for case in CHOSEN}
+    json.dump(by_case, sys.stdout)
 
 
 def interpreted() -> list[tuple[str, str, str]]:
-    """The case, size and dtype of what is multiplied there: no bf16, and not all: it is slow."""
+    """The cases, sizes and dtypes for the slow interpreter, which cannot multiply bf16."""
     return [
         *(("some", size, "fp32") for size in SIZES),
         *(("some", size, "fp16") for size in ("7x16", "136x80")),  # other tiles
@@ -84,7 +84,7 @@ def errors(case: str, size: str, dtype: str, device: str) -> dict[str, float]:
     torch.manual_seed(len(case))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Makes `torch.empty` NaN, so that what is not written shows.
+        # Fill `torch.empty` with NaN, which reveals numbers that are never written.
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             return _errors(case, size, DTYPES[dtype], device)
@@ -93,27 +93,27 @@ def errors(case: str, size: str, dtype: str, device: str) -> dict[str, float]:
 
 
 def _errors(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str, float]:
-    # Small pieces, so that small sizes have several of them.
+    # Small limits, so that small sizes have several chunks and groups of columns.
     with (
         mock.patch.object(triton_table, "CHUNK", 16),
         mock.patch.object(triton_grouped, "PARTS_BYTES", 0),
     ):
-        found = _products(case, size, dtype, device)
+        by_name = _products(case, size, dtype, device)
     for activation, with_gates in FUSED[size]:
-        found |= _fused(case, size, dtype, device, activation, with_gates)
+        by_name |= _fused(case, size, dtype, device, activation, with_gates)
     # The interpreter takes a while, and the products have been compared.
     if device != "cpu" or case == "some":
         for activation in LAYERS.get(size, ()):
-            found |= _layer(case, size, dtype, device, activation)
-    return found
+            by_name |= _layer(case, size, dtype, device, activation)
+    return by_name
 
 
 def differing(choice: str, dtype: str, device: str) -> dict[str, float]:
-    """The share of the ids of `route_topk` that are not the oracle's, and of bad ones with NaN."""
+    """The share of ids that differ from the oracle's, and of invalid ids in rows with NaN."""
     blocks, active = CHOICES[choice]
     torch.manual_seed(blocks)
     scores = _scores(blocks).to(DTYPES[dtype]).to(device)
-    # The oracle is asked on a CPU, in fp32, which holds all scores.
+    # The oracle runs on a CPU in fp32, which represents all scores exactly.
     expected = route_topk(scores.cpu().float(), active, backend="naive").to(device)
     ids = route_topk(scores, active, backend="triton")
     assert ids.dtype == torch.int64
@@ -131,7 +131,7 @@ def differing(choice: str, dtype: str, device: str) -> dict[str, float]:
 
 
 def _scores(blocks: int) -> Tensor:
-    """Row by row: any, few values, one value, infinite ones, zeros of both signs."""
+    """One row of each kind: any, few values, one value, infinite ones, zeros of both signs."""
     any_ = torch.randn(blocks)
     infinite = any_.where(any_ > -0.5, -torch.inf).where(any_ < 1.5, torch.inf)
     zeros = torch.zeros(blocks).copysign(any_)
@@ -141,32 +141,34 @@ def _scores(blocks: int) -> Tensor:
 def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str, float]:
     pairs, rows, (cells, width) = _pairs(case, device), CASES[case], SIZES[size]
     order, offsets = triton.sort(pairs.blocks, B)
-    expected = loop.sort(pairs.blocks, B)
+    expected = torch_backend.sort(pairs.blocks, B)
     assert torch.equal(order, expected[0]) and torch.equal(offsets, expected[1])
     assert (order.dtype, offsets.dtype) == (torch.int32, torch.int64)
     by_block = Sorted(rows=pairs.rows[order.long()], offsets=offsets, order=order)
     x, table = _random(dtype, device, rows, width), _random(dtype, device, B, cells, width)
     h = _random(dtype, device, len(order), cells)
-    found = {}
+    by_name = {}
     for name, arguments, rest in (
         ("to_pairs", (x, table), (by_block,)),
         ("to_rows", (h, table), (by_block, rows)),
         ("to_table", (h, x), (by_block,)),
     ):
-        exact = getattr(loop, name)(*(t.double() for t in arguments), *rest)
+        exact = getattr(torch_backend, name)(*(t.double() for t in arguments), *rest)
         for form, products in FORMS.items():
-            ours = getattr(products, name)(*arguments, *rest)
+            actual = getattr(products, name)(*arguments, *rest)
             if device != "cpu":  # the interpreter has one order only
                 again = getattr(products, name)(*arguments, *rest)
-                assert torch.equal(ours, again), f"{form} {name} depends on the order of execution"
-            assert ours.dtype == dtype
-            found[f"{form} {name}"] = _error(ours, exact)
+                assert torch.equal(actual, again), (
+                    f"{form} {name} depends on the order of execution"
+                )
+            assert actual.dtype == dtype
+            by_name[f"{form} {name}"] = _error(actual, exact)
             if name == "to_table":
                 start = _random(torch.float32, device, B, cells, width)
                 into = start.clone()
                 assert products.to_table(*arguments, *rest, into=into) is into
-                found[f"{form} {name}, added"] = _error(into, start.double() + exact)
-    return found
+                by_name[f"{form} {name}, added"] = _error(into, start.double() + exact)
+    return by_name
 
 
 def _fused(
@@ -177,10 +179,10 @@ def _fused(
     activation: Activation,
     with_gates: bool,
 ) -> dict[str, float]:
-    """Of the products with an epilogue, against the epilogue in float64.
+    """Errors of the fused products, against the epilogue in float64.
 
-    It gets the up projections as the product rounded them, and the gradient of the coefficients
-    without rounding.
+    The epilogue gets the up projections as the product rounded them, and the gradient of the
+    coefficients without rounding.
     """
     pairs, rows, (cells, width) = _pairs(case, device), CASES[case], SIZES[size]
     order, offsets = triton.sort(pairs.blocks, B)
@@ -190,33 +192,33 @@ def _fused(
     values = _random(dtype, device, B, cells, width)
     gates = _random(torch.float32, device, len(order)) if with_gates else None
     ups, h = triton_fused.up_activated(x, keys, by_block, gates, activation)
-    ours = (
+    actual = (
         ups,
         h,
         *triton_fused.down_backward_activated(dy, values, by_block, ups, gates, activation),
     )
     exact_gates = None if gates is None else gates.double()
-    dh = loop.to_pairs(dy.double(), values.double(), by_block)
+    dh = torch_backend.to_pairs(dy.double(), values.double(), by_block)
     exact = (
-        loop.to_pairs(x.double(), keys.double(), by_block),
+        torch_backend.to_pairs(x.double(), keys.double(), by_block),
         epilogue.activated(ups.double(), exact_gates, activation),
         *epilogue.backward(ups.double(), dh, exact_gates, activation),
     )
-    found = {}
+    by_name = {}
     for name, result, expected in zip(
-        ("ups", "h", "h again", "dups", "dgates"), ours, exact, strict=True
+        ("ups", "h", "h again", "dups", "dgates"), actual, exact, strict=True
     ):
         assert (result is None) == (expected is None), name
         if result is not None and expected is not None:
             assert result.dtype == (torch.float32 if name == "dgates" else dtype), name
-            found[f"fused {activation}: {name}"] = _error(result, expected)
-    return found
+            by_name[f"fused {activation}: {name}"] = _error(result, expected)
+    return by_name
 
 
 def _layer(
     case: str, size: str, dtype: torch.dtype, device: str, activation: str | None
 ) -> dict[str, float]:
-    """Of y and every gradient; without an activation, of a memory of values alone, met twice."""
+    """Errors of y and every gradient; without an activation, of values without keys."""
     pairs, rows, (cells, width) = _pairs(case, device), CASES[case], SIZES[size]
     if activation is None:
         pairs = Pairs(
@@ -247,23 +249,23 @@ def _layer(
         y.backward(dy.to(wide))
         gradients = {f"d{name}": t.grad for name, t in leaves.items() if t.grad is not None}
         results.append({"y": y.detach(), **gradients})
-    exact, ours = results
-    assert ours.keys() == exact.keys()
-    return {f"{activation} {name}": _error(ours[name], exact[name]) for name in exact}
+    exact, actual = results
+    assert actual.keys() == exact.keys()
+    return {f"{activation} {name}": _error(actual[name], exact[name]) for name in exact}
 
 
 def _pairs(case: str, device: str) -> Pairs:
-    """Row by row; in `some` and `many rows`, block 2 is empty, and so are some rows."""
-    met = torch.rand(CASES[case], B) < 0.6
+    """Pairs, row by row; in `some` and `many rows`, block 2 and some rows are empty."""
+    is_pair = torch.rand(CASES[case], B) < 0.6
     if case in ("some", "many rows"):
-        met[:, 2] = False
-        met[1::4] = False
+        is_pair[:, 2] = False
+        is_pair[1::4] = False
     elif case == "one row":
-        met[:] = True
+        is_pair[:] = True
     else:
-        met[:] = False
-        met[:, 3] = case == "all to one block"
-    places = met.nonzero().int().to(device)
+        is_pair[:] = False
+        is_pair[:, 3] = case == "all to one block"
+    places = is_pair.nonzero().int().to(device)
     return Pairs(rows=places[:, 0].contiguous(), blocks=places[:, 1].contiguous())
 
 
@@ -271,10 +273,10 @@ def _random(dtype: torch.dtype, device: str, *shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
 
 
-def _error(ours: Tensor, exact: Tensor) -> float:
-    """Relative; absolute where all is zero. NaN where something was not written."""
+def _error(actual: Tensor, exact: Tensor) -> float:
+    """The relative error; absolute if all is zero; NaN if something was not written."""
     norm = exact.norm().item()
-    return (ours.double() - exact).norm().item() / (norm or 1.0)
+    return (actual.double() - exact).norm().item() / (norm or 1.0)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The operator that starts Triton kernels, in Triton's interpreter: a script, as `triton_cases`.
+"""Check the operator that launches Triton kernels, in Triton's interpreter; a script.
 
-It runs the products and the choice of blocks, keeps the first start of each kernel, and prints as
-JSON: for each kernel what `torch.library.opcheck` finds wrong with its start, and the largest
-difference that `torch.compile` makes to `block_ffn`.
+It runs the products and `route_topk`, keeps the first launch of each kernel, and prints as JSON:
+for each kernel the errors that `torch.library.opcheck` finds, and the largest difference that
+`torch.compile` makes to `block_ffn`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FORMS = {"masked": (3, 8), "grouped": (40, 8), "single cells": (40, 1)}
 
 
 class Starts(TorchDispatchMode):
-    """The first start of each kernel, with its arguments."""
+    """Record the first launch of each kernel, with its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Starts(TorchDispatchMode):
 
 
 def main() -> None:
-    """Print `{kernel: what is wrong}` and `{"change": largest difference}`."""
+    """Print `{kernel: errors}` and `{"change": largest difference}`."""
     assert triton_launch.INTERPRETED, "set TRITON_INTERPRET=1"
     # Of torch, about itself; and the tests read what a process writes.
     warnings.simplefilter("ignore")
@@ -76,7 +76,7 @@ def main() -> None:
 def layer(
     x: Tensor, keys: Tensor, values: Tensor, scores: Tensor, *, gated: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Choice of blocks and feed-forward layer, to a loss and the outputs."""
+    """`route_topk` and `block_ffn`; returns a loss and the outputs."""
     ids = route_topk(scores, K, backend="triton")
     gates = scores.gather(1, ids).sigmoid() if gated else None
     pairs, gates = pairs_of_ids(ids, gates, may_be_empty=False)
@@ -85,7 +85,7 @@ def layer(
 
 
 def add_to_table(blocks: int, cells: int) -> None:
-    """The products that read what they write, and those of a block with many pairs."""
+    """Run the products that add to their result, and those of a block with many pairs."""
     pairs = Sorted(
         rows=torch.arange(40, dtype=torch.int32),
         offsets=torch.tensor([0] + blocks * [40]),
@@ -97,14 +97,14 @@ def add_to_table(blocks: int, cells: int) -> None:
 
 
 def numbers(blocks: int, cells: int) -> list[Tensor]:
-    """Arguments of `layer`."""
+    """The arguments of `layer`."""
     torch.manual_seed(0)
     shapes = (T, D), (blocks, cells, D), (blocks, cells, D), (T, blocks)
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
 
 def change(*tensors: Tensor) -> float:
-    """What compiling changes in the outputs and gradients, with no break in the graph."""
+    """The largest change of outputs and gradients by compiling, with no graph break."""
     results = []
     for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         loss, y = call(*tensors)

@@ -1,4 +1,4 @@
-"""Operators that torch has for CUDA alone, registered for the CPU, for tests that play a GPU."""
+"""Operators that torch only has for CUDA, registered for the CPU, for simulated GPUs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 CUDA_OPERATORS = torch.library.Library("aten", "IMPL")
-"""As long as it lives, the operators are there."""
+"""Holds the registration; torch drops it with this object."""
 
 CUDA_OPERATORS.impl("mm.dtype", wide_product, "CPU")

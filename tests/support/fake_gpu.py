@@ -1,13 +1,13 @@
-"""Every router in a layer on fake tensors of a GPU: `python -m tests.support.fake_gpu`, anew.
+"""Run every router in a layer on fake GPU tensors: `python -m tests.support.fake_gpu`.
 
-A fake tensor has a shape, a dtype and a device, and no numbers. Where tensors of two devices or of
-wrong dtypes meet, or the host asks for a number or a shape that only the device knows, torch
-raises. The process prints what went wrong, as JSON: `case` -> error.
+A fake tensor has a shape, a dtype and a device, but no numbers. torch raises an error if tensors of
+two devices or of wrong dtypes are combined, or if the host asks for a number or a shape that only
+the device knows. The process prints the errors as JSON: `case` -> error.
 
-The forward pass runs on `cuda`. Torch's backward pass asks the driver for the devices that there
-are, so that both passes run once more with `meta` in place of the GPU.
+The forward pass runs on `cuda`. torch's backward pass asks the driver for the existing devices, so
+both passes run again on `meta` in place of the GPU.
 
-It takes a process of its own: the tests' host platform makes CPU tensors of those for a GPU.
+This needs its own process, because the tests' host platform replaces GPU tensors with CPU tensors.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from tests.support.played_gpu import play_gpu
 from tests.support.router_cases import BATCH, SPARSE, VOCAB, Case, S, config_of
 
 D = 16
-"""Width of the layers: backends have sizes of which it must be a multiple."""
+"""Width of the layers; some backends need a multiple of 16."""
 DEVICES = {"cuda": 0, "meta": torch.device("meta")}
-"""What stands for the GPU -> what `torch.cuda.current_device` answers."""
+"""Device type in place of the GPU -> the answer of `torch.cuda.current_device`."""
 BACKENDS = {
     "naive": ("fp32", "bf16", "fp16"),
     "masked": ("fp32", "bf16", "fp16"),
@@ -45,7 +45,7 @@ BACKENDS = {
     "grouped": ("bf16",),
     "triton": ("fp32", "bf16", "fp16"),
 }
-"""Who computes blocks without a wait -> dtypes."""
+"""Backends that never wait -> dtypes."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SWITCH = {
     "switch, loss per sequence": {"moe_router_load_balancing_type": "seq_aux_loss"},
@@ -67,7 +67,7 @@ CASES = {
 
 
 def rehearse(case: Case, backend: str, dtype: torch.dtype, on: str) -> None:
-    """Forward and backward of a new layer, whose results are on the device in the right dtype."""
+    """Forward and backward of a new layer; its results must have the right device and dtype."""
     fields = {"params_dtype": dtype, "moe_router_dtype": "fp32", "perform_initialization": False}
     fields |= dict(case.megatron)
     case = Case(**{**vars(case), "megatron": tuple(fields.items())})
@@ -76,7 +76,7 @@ def rehearse(case: Case, backend: str, dtype: torch.dtype, on: str) -> None:
     ).train()
     layer.backend = backend
     if case.router == "rand-hash":
-        # Made once, with numbers.
+        # The router computes this table once, which needs real numbers.
         layer.router._table = torch.empty(
             VOCAB, layer.router.sffn.num_active_blocks, dtype=torch.int16, device=on
         )
@@ -96,9 +96,9 @@ def rehearse(case: Case, backend: str, dtype: torch.dtype, on: str) -> None:
 
 @contextlib.contextmanager
 def played_gpu() -> Iterator[None]:
-    """One rank, and the answers of an H100 where torch would ask the driver."""
+    """One rank, and the answers of an H100 wherever torch would ask the driver."""
     play_gpu(pytest.MonkeyPatch(), is_gpu=lambda tensor: tensor.device.type != "cpu")
-    # It looks at its plan every few turns; these turns are before the first look.
+    # The host reads the error every few iterations; stop before the first time.
     s_base.MAX_ITERATIONS = s_base.ITERATIONS_PER_CHECK - 1
     with tempfile.TemporaryDirectory() as folder:
         store = torch.distributed.FileStore(f"{folder}/store", 1)
@@ -109,16 +109,18 @@ def played_gpu() -> Iterator[None]:
 
 
 def main() -> dict[str, str]:
-    """Every case in every dtype, and one of them with every backend."""
+    """Run every case in every dtype, and one case with every backend; return the errors."""
     plans = list(itertools.product(CASES.items(), ["auto"], DTYPES, DEVICES))
     swiglu = Case(router="sigma-moe", swiglu=True, block_size=8)
-    others = itertools.product([("swiglu", swiglu)], BACKENDS.items(), DEVICES)
-    plans += [(case, backend, dtype, on) for case, (backend, of), on in others for dtype in of]
+    backend_plans = itertools.product([("swiglu", swiglu)], BACKENDS.items(), DEVICES)
+    plans += [
+        (case, backend, dtype, on) for case, (backend, of), on in backend_plans for dtype in of
+    ]
     # Triton's products have two forms, and no form has all three products in the case before.
     coarse = Case(router="sigma-moe", swiglu=True, block_size=16, expansion=64)
     fine = Case(router="pkm", block_size=1)
     plans += itertools.product((("coarse", coarse), ("fine", fine)), ["triton"], ["bf16"], DEVICES)
-    # The device `cuda` adds little to `meta`: one dtype is enough there.
+    # `cuda` adds little to `meta`, so one dtype is enough.
     plans = [plan for plan in plans if plan[2:] not in (("fp32", "cuda"), ("fp16", "cuda"))]
     errors = {}
     mode = FakeTensorMode(allow_non_fake_inputs=False)

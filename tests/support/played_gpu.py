@@ -1,4 +1,4 @@
-"""A GPU played on a machine without one: the package's questions about a device get its answers."""
+"""Simulate a GPU: replace the package's questions about a device by the answers of a GPU."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def play_gpu(
     name: str = H100,
     is_gpu: Callable[[Tensor], bool] = lambda tensor: True,
 ) -> None:
-    """Until the patch is undone, the package believes that tensors are on a GPU.
+    """Until the patch is undone, the package takes tensors for GPU tensors.
 
     Args:
-        patch: replaces the answers.
+        patch: replaces the functions of `ops/device.py`.
         capability: compute capability of the GPU.
         name: of the GPU.
-        is_gpu: which tensors are there.
+        is_gpu: True for a tensor on the GPU.
     """
     patch.setattr(device, "is_gpu", is_gpu)
     patch.setattr(device, "capability", lambda tensor: capability)

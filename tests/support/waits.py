@@ -1,9 +1,8 @@
-"""What would make the host wait for a GPU, noted on a machine without one.
+"""Record the operations that would make the host wait for a GPU, on a machine without one.
 
-`recorded()` plays a GPU (`played_gpu.py`): real tensors on the CPU stand for those on a
-device, and the package takes its CUDA branches. Every operation whose result the host reads, or
-whose shape it has to learn from the device, is noted with the function of our package that asked
-for it.
+`recorded()` simulates a GPU (`played_gpu.py`): the package takes its CUDA branches with real
+tensors on the CPU. Every operation whose result the host reads, or whose output shape depends on
+the data, is recorded with the innermost function of our package.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ READS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal}
 """Operations whose result is a number on the host."""
 SHAPES = {aten.nonzero, aten.masked_select, aten.bincount, aten._unique2, aten.unique_dim}
 SHAPES |= {aten.unique_consecutive, aten.unique_dim_consecutive, aten.repeat_interleave}
-"""Operations whose result has a shape that the device has to tell."""
+"""Operations whose output shape depends on the data."""
 COPIES: list[tuple[Any, str]] = [(torch.Tensor, name) for name in ("tolist", "numpy", "cpu")]
 COPIES += [(torch, "tensor"), (torch, "as_tensor")]
-"""Functions that copy between host and device, which no operation shows where both are the CPU."""
+"""Functions that copy between host and device. On a CPU they dispatch no operation to count."""
 
 
 class Waits:
-    """Where the host waited: `file:function` of the package -> how often."""
+    """Counts of waits: `file:function` of the package -> how often."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -67,7 +66,7 @@ class _Operations(TorchDispatchMode):
 
 
 def would_wait(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an operation on tensors of a GPU would make the host wait."""
+    """True if an operation on GPU tensors would make the host wait."""
     packet = func.overloadpacket
     if packet is aten.repeat_interleave:
         return kwargs.get("output_size") is None
@@ -79,14 +78,14 @@ def would_wait(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def played_gpu() -> Iterator[None]:
-    """For as long as the block, all tensors are those of an H100 to the package."""
+    """Within this context the package takes all tensors for tensors on an H100."""
     with pytest.MonkeyPatch.context() as patch:
         play_gpu(patch)
         yield
 
 
 def recorded(step: Callable[[], object]) -> dict[str, int]:
-    """Where the host would wait in a step: `file:function` of the package -> how often."""
+    """The waits of a step: `file:function` of the package -> how often."""
     waits = Waits()
     with played_gpu(), pytest.MonkeyPatch.context() as patch, _Operations(waits):
         for owner, name in COPIES:
@@ -96,7 +95,7 @@ def recorded(step: Callable[[], object]) -> dict[str, int]:
 
 
 def _noting(waits: Waits, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which notes that it waits."""
+    """The same function, which also records a wait."""
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         # A new tensor without a device stays on the host.

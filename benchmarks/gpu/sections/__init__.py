@@ -1,1 +1,1 @@
-"""One file per section: `cases(context)` returns what is to be done, in the order of worth."""
+"""One file per section; its `cases(context)` returns the cases, most valuable first."""

@@ -1,4 +1,4 @@
-"""The machine: its card and versions, and the two ceilings: copying bytes, and a dense product."""
+"""The machine: its card and versions, and two speed limits: a copy and a dense matmul."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "megatron-core", "transformers", "transformer-eng
 
 
 def cases(context: Context) -> list[Case]:
-    """Versions, the card, and the ceilings."""
+    """The cases: versions, the card, and the speed limits."""
     return [
         Case(name="versions", run=versions),
         Case(name="card", run=lambda: card(context)),
@@ -25,7 +25,7 @@ def cases(context: Context) -> list[Case]:
 
 
 def versions() -> dict[str, Any]:
-    """Of Python, the packages and CUDA; Megatron's wheel must be there."""
+    """Versions of Python, the packages and CUDA; Megatron's wheel must be installed."""
     import platform
 
     found = {name: version_of(name) for name in PACKAGES}
@@ -37,7 +37,7 @@ def versions() -> dict[str, Any]:
 
 
 def card(context: Context) -> dict[str, Any]:
-    """Name, capability, memory, and what the driver says."""
+    """Name, capability and memory of the card, and what the driver says."""
     tools = {name: shutil.which(name) or "" for name in ("nvidia-smi", "compute-sanitizer", "ncu")}
     said = ""
     if tools["nvidia-smi"]:
@@ -59,7 +59,7 @@ def card(context: Context) -> dict[str, Any]:
 
 
 def ceilings(context: Context) -> dict[str, Any]:
-    """Bytes a second of a copy, operations a second of a product of squares in bf16."""
+    """Bytes per second of a copy, operations per second of a square bf16 matmul."""
     numbers = context.choose(1 << 29, 1 << 16)
     source = torch.ones(numbers, dtype=torch.bfloat16, device=context.device)
     target = torch.empty_like(source)

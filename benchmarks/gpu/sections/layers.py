@@ -1,6 +1,6 @@
-"""Forward + backward of a layer with its routing given, every backend over a dense FFN of k cells.
+"""Forward and backward of a layer with given routing: every backend over a dense FFN of k cells.
 
-Outputs: layers.csv, and a table: a line for each g and E, a column for each backend.
+Outputs: layers.csv, and a table with a line per g and E and a column per backend.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from benchmarks.gpu.rows import row_of, write, written
 FILE = "layers.csv"
 WHAT = "forward + backward"
 SHAPES = ((1024, 4), (256, 4), (64, 4), (16, 4), (1, 4), (1024, 16), (256, 16), (64, 16), (16, 16))
-"""g and E that are timed, the cheaper E first; g = 1 at E = 16 is E times dense."""
+"""The g and E to time, the cheaper E first; g = 1 at E = 16 would take E times the dense time."""
 
 
 def cases(context: Context) -> list[Case]:
-    """D = 4,096 of every backend, then D = 1,024; a table at the end of each."""
+    """All backends at D = 4,096, then at D = 1,024, with a table after each."""
     found = []
     for width in context.choose((4096, 1024), (16,)):
         for g, expansion in context.choose(SHAPES, ((8, 2),)):
@@ -43,7 +43,7 @@ def cases(context: Context) -> list[Case]:
 def size_of(
     width: int, g: int, expansion: int, dtype: torch.dtype, context: Context, *, gated: bool = True
 ) -> Size:
-    """T = 16,384 and k = 4·D."""
+    """The size with T = 16,384 and k = 4·D."""
     return Size(
         tokens=context.choose(16_384, 7),
         width=width,
@@ -57,12 +57,12 @@ def size_of(
 
 @functools.lru_cache(maxsize=1)
 def drawn(size: Size, device: torch.device) -> Problem:
-    """A problem, kept for the next backend."""
+    """The problem of a size, cached for the next backend."""
     return draw(size, device)
 
 
 def compare(backend: str, size: Size, context: Context) -> dict[str, Any]:
-    """One backend at one size."""
+    """Time one backend at one size."""
     problem = drawn(size, context.device)
     return time_module(layers.Ours(problem, backend), problem, size, context, contender=backend)
 
@@ -70,7 +70,7 @@ def compare(backend: str, size: Size, context: Context) -> dict[str, Any]:
 def time_module(
     module: Any, problem: Problem, size: Size, context: Context, *, contender: str
 ) -> dict[str, Any]:
-    """Time forward + backward of a module, note its row, and free its gradients."""
+    """Time forward and backward of a module, note its row, and free its gradients."""
 
     def run() -> None:
         step(module, problem.x, problem.dy)
@@ -84,7 +84,7 @@ def time_module(
 
 @functools.lru_cache(maxsize=4)
 def dense_ms(tokens: int, width: int, active: int, dtype: torch.dtype, context: Context) -> float:
-    """Milliseconds of forward + backward of the dense FFN: the unit."""
+    """Milliseconds of forward and backward of the dense FFN: the unit."""
     size = Size(tokens=tokens, width=width, active=active, cells=active, expansion=1, dtype=dtype)
     problem = draw(size, context.device)
     module = layers.Dense(problem)
@@ -97,7 +97,7 @@ def dense_ms(tokens: int, width: int, active: int, dtype: torch.dtype, context: 
 
 
 def table(width: int, context: Context) -> dict[str, Any]:
-    """The ratios of all rows of this section at one D, as text."""
+    """The ratios of all rows of this section at one D, as a table."""
     rows = [row for row in written(FILE, context) if row.hidden_size == width]
     names = list(dict.fromkeys(row.contender for row in rows))
     ratios = {(row.block_size, row.expansion, row.contender): row.ratio for row in rows}

@@ -1,8 +1,8 @@
-"""Nsight Compute over one launch of every kernel: what it is bound by.
+"""Profile one launch of every kernel with Nsight Compute, to see what bounds it.
 
-Outputs: ncu.csv, a line for each kernel and metric. Where ncu is not installed, takes too
-long, or the container forbids its counters, the cases count as skipped; a dry run then starts the
-watched program alone.
+Outputs: ncu.csv, a line per kernel and metric. If ncu is not installed, takes too long, or the
+container forbids performance counters, the cases count as skipped; a dry run then starts the
+program without ncu.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ METRICS = (
     "dram__bytes.avg.pct_of_peak_sustained_elapsed",
     "smsp__issue_active.avg.pct_of_peak_sustained_active",
 )
-"""Time, and the shares of what can be had: tensor pipe, L2 with its hits, memory, instructions."""
+"""Time, and utilisation in percent: tensor pipe, L2 with its hit rate, memory, instructions."""
 
 
 def cases(context: Context) -> list[Case]:
-    """Every target with blocks, at wide and narrow ones; then the choice of blocks."""
+    """Every target at wide and narrow blocks, then `route_topk`."""
     kernels = [name for name in targets() if name != ROUTE]
     everything = [
         Case(name=f"{name} g={g}", run=functools.partial(watch, name, g, context))
@@ -39,7 +39,7 @@ def cases(context: Context) -> list[Case]:
 
 
 def watch(name: str, g: int, context: Context) -> dict[str, Any]:
-    """The small program at a real size, under the profiler."""
+    """Run the small program at a real size under the profiler."""
     path = shutil.which("ncu")
     tokens, width, active = context.choose((8192, 4096, 4096), (3, 16, 16))
     size = f"--cells {g} --tokens {tokens} --width {width} --active {active}".split()

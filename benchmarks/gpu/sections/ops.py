@@ -1,7 +1,7 @@
-"""The products and `block_ffn` of every backend against the oracle, at small and at real sizes.
+"""Check the products and `block_ffn` of every backend against the oracle, at small and real sizes.
 
-What counts as passed: every output and gradient within the tolerance of its dtype from float64,
-first with every uninitialised tensor full of NaN, then as it is; and the same bits twice.
+A case passes if every output and gradient is within the tolerance of its dtype from float64, first
+with all uninitialised memory filled with NaN, then without, and if two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def cases(context: Context) -> list[Case]:
 
 
 def kernel_cases(context: Context) -> Iterator[Case]:
-    """Those of tests/ops/triton_cases.py: each compares all products with float64."""
+    """The cases of tests/ops/triton_cases.py: each compares all products with float64."""
     tests = importlib.import_module("tests.ops.triton_cases")
     tolerances: dict[str, float] = tests.TOLERANCES
 
@@ -48,7 +48,7 @@ def kernel_cases(context: Context) -> Iterator[Case]:
 
 
 def size_cases(context: Context) -> Iterator[Case]:
-    """Real sizes: all g and E, rows that are and are not multiples of 16, loads that are uneven."""
+    """Real sizes: all g and E, rows that are and are not multiples of 16, uneven loads."""
     width, active = context.choose((4096, 4096), (16, 8))
     rows = context.choose((2048, 2051), (16, 7))
     cells = context.choose((256, 64, 1024, 16, 1), (8, 1))
@@ -75,7 +75,7 @@ def size_cases(context: Context) -> Iterator[Case]:
 
 
 def large_cases(context: Context) -> Iterator[Case]:
-    """More than 2^31 coefficients: indices of 32 bits would run over."""
+    """More than 2^31 coefficients, which would overflow 32-bit indices."""
     tokens, active, width, g = context.choose((131_077, 16_384, 256, 64), (7, 16, 16, 16))
     for backend in forms.backends():
         if backend == "auto" or forms.too_slow(backend, g, context):
@@ -95,7 +95,7 @@ def large_cases(context: Context) -> Iterator[Case]:
 
 
 def compare(backend: str, size: Size, context: Context) -> dict[str, Any]:
-    """One backend at one size, three times: in NaN, and twice as it is."""
+    """Check one backend at one size in three runs: once filled with NaN, and twice without."""
     problem, expected = problem_of(size, context.device)
     module = layers.Ours(problem, backend)
     error = 0.0
@@ -118,18 +118,18 @@ def compare(backend: str, size: Size, context: Context) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def problem_of(size: Size, device: torch.device) -> tuple[Problem, dict[str, Tensor]]:
-    """The problem and its result in float64; kept for the next backend at the same size."""
+    """A problem and its float64 result, cached for the next backend at the same size."""
     problem = draw(size, device)
     return problem, reference(problem)
 
 
 def run_step(module: layers.Ours, problem: Problem, fill: bool) -> dict[str, Tensor]:
-    """Forward and backward: the output and all gradients.
+    """Forward and backward; returns the output and all gradients.
 
     Args:
         module: one of ours.
-        problem: that it computes.
-        fill: whether `torch.empty` is full of NaN, so that what is not written shows.
+        problem: its inputs.
+        fill: True to fill `torch.empty` with NaN, which reveals memory that is never written.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""The peers of the benchmark against the oracle, at one real size, each in a fresh process."""
+"""Check the peers of the benchmark against the oracle, at one real size, in fresh processes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from benchmarks.gpu.problem import Size, draw
 from benchmarks.machine import Platform, adapt, one_rank
 
 PEERS = ("torch _grouped_mm", "transformers grouped_mm", "Megatron")
-"""What the names of `benchmarks.blocks.layers.peers` begin with."""
+"""The beginnings of the names of `benchmarks.blocks.layers.peers`."""
 
 
 def cases(context: Context) -> list[Case]:
-    """One for each peer."""
+    """One case per peer."""
     return [Case(name=name, run=functools.partial(compare, name, context)) for name in PEERS]
 
 
 def compare(name: str, context: Context) -> dict[str, Any]:
-    """Output and gradients of a peer against float64."""
+    """Check the output and gradients of a peer against float64."""
     tokens, width, active, cells = context.choose((2048, 4096, 4096, 256), (16, 32, 32, 16))
     size = Size(
         tokens=tokens,
@@ -46,7 +46,7 @@ def compare(name: str, context: Context) -> dict[str, Any]:
 
 @contextmanager
 def peer_module(name: str, size: Size, context: Context) -> Iterator[tuple[Any, Any]]:
-    """A peer over a problem, in a process that has Megatron's groups.
+    """A peer for a problem, with process groups of size one for Megatron.
 
     Args:
         name: one of `PEERS`.

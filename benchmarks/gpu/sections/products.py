@@ -1,7 +1,7 @@
-"""Times of the three products: every module that has them, over the dense product of as many cells.
+"""Time the three products of every module that has them, over a dense product of equal compute.
 
-Outputs: products.csv; and, from it, what `MOVES` and `MULTIPLIES` of ops/block_ffn/triton.py should
-be on this card.
+Outputs: products.csv, and from it the values that `SECONDS_PER_BYTE` and `FLOPS` of
+ops/block_ffn/triton.py should have on this card.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from megatron_sffn.ops.block_ffn.pairs import Sorted
 FILE = "products.csv"
 
 GROUPED, MASKED = "triton_grouped", "triton_masked"
-"""The two forms between which `MOVES` decides."""
+"""The two forms of the Triton products; `SECONDS_PER_BYTE` decides between them."""
 
 
 def cases(context: Context) -> list[Case]:
-    """Every size, of each all modules; then the constants."""
-    modules = [name for name in forms.modules() if name != "triton"]  # which is one of its forms
+    """Every size with all modules; then the constants."""
+    modules = [name for name in forms.modules() if name != "triton"]  # it only chooses a form
     found = []
     for g, expansion in context.choose(
         ((64, 4), (256, 4), (1024, 4), (16, 4), (1, 4), (64, 16), (256, 16), (16, 16), (1, 16)),
@@ -45,7 +45,7 @@ def cases(context: Context) -> list[Case]:
 
 
 def size_of(g: int, expansion: int, dtype: torch.dtype, context: Context) -> Size:
-    """Of a product: T = 16,384, D = 4,096, k = 16,384."""
+    """The size of a product with T = 16,384, D = 4,096, k = 16,384."""
     tokens, width, active = context.choose((16_384, 4096, 16_384), (7, 16, 16))
     return Size(
         tokens=tokens,
@@ -60,7 +60,7 @@ def size_of(g: int, expansion: int, dtype: torch.dtype, context: Context) -> Siz
 
 @functools.lru_cache(maxsize=1)
 def drawn(size: Size, device: torch.device) -> tuple[Problem, Sorted, Tensor]:
-    """A problem, its pairs, and coefficients `[P, G]`; kept for the next module."""
+    """A problem, its pairs, and coefficients `[P, G]`, cached for the next module."""
     problem = draw(size, device)
     pairs = sorted_pairs(problem.block_ids, size.num_blocks)
     coefficients = torch.empty(len(pairs.rows), size.cells, dtype=size.dtype, device=device)
@@ -76,7 +76,7 @@ def dense_ms(size: Size, context: Context) -> float:
 
 
 def compare(name: str, size: Size, context: Context) -> dict[str, Any]:
-    """The three products of one module at one size; where one fails, the case has failed."""
+    """Time the three products of one module at one size; if one fails, the case fails."""
     problem, pairs, coefficients = drawn(size, context.device)
     module, unit = forms.modules()[name], dense_ms(size, context)
     calls: dict[str, Callable[[], Any]] = {
@@ -93,10 +93,11 @@ def compare(name: str, size: Size, context: Context) -> dict[str, Any]:
 
 
 def constants(rows: list[Row]) -> dict[str, Any]:
-    """`MULTIPLIES` from the masked form at its best, `MOVES` from the grouped form's excess.
+    """Estimate `FLOPS` and `SECONDS_PER_BYTE` from the measured rows.
 
-    A masked product does 2·M·T·D operations; a grouped one 2·P·N·D, and moves P·D numbers besides:
-    what is left of its time, over those bytes, is its entry of `MOVES`.
+    A masked product does 2·M·T·D operations: the fastest one gives `FLOPS`. A grouped product does
+    2·P·N·D operations and moves P·D numbers: the rest of its time over these bytes gives its entry
+    of `SECONDS_PER_BYTE`.
     """
     masked = [row for row in rows if row.contender == MASKED]
     grouped = [row for row in rows if row.contender == GROUPED and row.block_size > 1]
@@ -116,7 +117,7 @@ def constants(rows: list[Row]) -> dict[str, Any]:
         f'"{name}": 1 / {1 / rate:.2g}' if rate else f'"{name}": 0.0'
         for name, rate in moves.items()
     )
-    words = f"triton.py: MULTIPLIES[bf16] = {operations:.3g}; MOVES = {{{rates}}}"
+    words = f"triton.py: FLOPS[bf16] = {operations:.3g}; SECONDS_PER_BYTE = {{{rates}}}"
     return {"operations_per_second": operations, "seconds_per_byte": moves, "print": [words]}
 
 
@@ -125,6 +126,6 @@ def _operations(row: Row) -> int:
 
 
 def _moved(row: Row) -> float:
-    """Bytes of a row for every pair."""
+    """Bytes of one row per pair."""
     item = torch.empty(0, dtype=getattr(torch, row.dtype)).element_size()
     return row.tokens * row.active_cells / row.block_size * row.hidden_size * item

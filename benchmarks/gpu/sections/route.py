@@ -1,4 +1,4 @@
-"""The choice of the K best of B blocks: every backend against a stable sort."""
+"""Check `route_topk`: every backend against a stable sort."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cases(context: Context) -> list[Case]:
 def compare(
     backend: str, tokens: int, blocks: int, active: int, context: Context
 ) -> dict[str, Any]:
-    """Ids of every kind of scores, in two dtypes."""
+    """Compare the ids for every kind of scores, in two dtypes."""
     for dtype in (torch.float32, torch.bfloat16):
         for kind in KINDS:
             scores = draw(kind, tokens, blocks, context.device).to(dtype)
@@ -65,7 +65,7 @@ def draw(kind: str, tokens: int, blocks: int, device: torch.device) -> Tensor:
 
 
 def nan(backend: str, context: Context) -> dict[str, Any]:
-    """A row with NaN gets distinct ids in range, so that what follows does; others stay right."""
+    """Check that a row with NaN gets distinct ids in range, and that other rows stay correct."""
     scores = draw("normal", 8, 300, context.device)
     expected = route_topk(scores, 5, backend="naive")
     scores[3, 299], scores[5] = torch.nan, torch.nan
@@ -79,5 +79,5 @@ def nan(backend: str, context: Context) -> dict[str, Any]:
         raise Failure("NaN in one row changes the ids of others")
     with mock.patch.dict(os.environ, SFFN_CHECK="1"), contextlib.suppress(FloatingPointError):
         route_topk(scores, 5, backend=backend)
-        raise Failure("NaN passes without a word though SFFN_CHECK=1 is set")
+        raise Failure("NaN raises no error although SFFN_CHECK=1 is set")
     return {}

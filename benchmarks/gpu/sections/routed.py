@@ -1,4 +1,4 @@
-"""Forward + backward of whole sparse layers, router included: what the choice of blocks costs."""
+"""Forward and backward of whole sparse layers, with the router: what routing costs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cases(context: Context) -> list[Case]:
 
 
 def compare(router: str, width: int, g: int, expansion: int, context: Context) -> dict[str, Any]:
-    """One router at one size."""
+    """Time one router at one size."""
     size = size_of(width, g, expansion, torch.bfloat16, context)
     with one_rank(Platform.here()):
         layer = sparse_layer(

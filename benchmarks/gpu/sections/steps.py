@@ -1,4 +1,4 @@
-"""Whole training steps at real sizes: dense, ours, and Megatron's own experts behind our router."""
+"""Whole training steps at real sizes: dense, ours, and Megatron's experts behind our router."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_sffn.utils.errors import ConfigError
 
 
 def cases(context: Context) -> list[Case]:
-    """The dense model first: it is the unit."""
+    """The dense model first, because it is the unit."""
     dense: dict[str, float] = {}
     kinds = [("dense", 0, 1), ("ours", 256, 16), ("ours", 64, 4), ("megatron", 256, 16)]
     kinds += [("ours", 1024, 16), ("ours", 16, 4)]
@@ -30,7 +30,7 @@ def cases(context: Context) -> list[Case]:
 def run(
     backend: str, g: int, expansion: int, dense: dict[str, float], context: Context
 ) -> dict[str, Any]:
-    """The median step of one run, over the dense model's: `dense` has its milliseconds."""
+    """The median step of one run over the dense model's; for `dense` its milliseconds."""
     tokens, layers, width = context.choose((16_384, 4, 2048), (256, 1, 32))
     step = steps.Step(backend=backend, block_size=g, expansion=expansion, tokens=tokens)
     sizes = Namespace(num_layers=layers, hidden_size=width, train_iters=context.choose(12, 2))

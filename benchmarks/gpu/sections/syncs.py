@@ -1,11 +1,11 @@
-"""Where a training step of a sparse layer waits for the device: file and line, and how often.
+"""Find where a training step of a sparse layer waits for the device: file, line and count.
 
-Inputs: a layer of every router, after one step to warm up. Outputs: syncs.csv, a row for every line
-of the package that waited, with the number of waits in a forward and backward.
+Inputs: a layer with each router, after one step to warm up. Outputs: syncs.csv, a row per line of
+the package that waited, with the number of waits in a forward and backward pass.
 
-Design notes: on a GPU torch itself warns of every call that waits
-(`torch.cuda.set_sync_debug_mode`); in a dry run the operators that would wait are counted. Both go
-the same way from there: the innermost frame of the package is the line.
+Design notes: on a GPU torch warns about every call that waits (`torch.cuda.set_sync_debug_mode`); a
+dry run counts the operators that would wait. In both cases the innermost frame of the package is
+the line.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ PACKAGE = str(ROOT / "megatron_sffn")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Waits of one line; also the columns of syncs.csv.
+    """The waits of one line of code; also the columns of syncs.csv.
 
     Args:
         router: name.
         backend: name.
         line: file and number, relative to the repository.
-        count: waits in one forward and backward of one layer.
+        count: waits in one forward and backward pass of one layer.
     """
 
     router: str
@@ -50,7 +50,7 @@ class Row:
 
 
 def cases(context: Context) -> list[Case]:
-    """A layer of every router."""
+    """A layer with each router."""
     adapt()
     from megatron_sffn.nn.routers import ROUTERS
 
@@ -62,7 +62,7 @@ def cases(context: Context) -> list[Case]:
 
 
 def count(router: str, backend: str, context: Context) -> dict[str, Any]:
-    """Waits of the second step of a layer."""
+    """Count the waits in the second step of a layer."""
     with one_rank(Platform.here()):
         tokens, width, g = context.choose((1024, 1024, 64), (8, 16, 4))
         layer = sparse_layer(
@@ -119,7 +119,7 @@ def counted(context: Context) -> Iterator[Counter[str]]:
 
 
 class _Waiting(TorchDispatchMode):
-    """Warns on a CPU as torch does on a GPU."""
+    """Warn on a CPU as torch does on a GPU."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -131,7 +131,7 @@ class _Waiting(TorchDispatchMode):
 
 
 def calling_line() -> str:
-    """The innermost line of the package, else of Megatron or torch's backward."""
+    """The innermost line of the package, or else of Megatron or of torch's backward pass."""
     frame, others = sys._getframe(1), []
     while frame is not None:
         name = frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""The peers' forward + backward over the same dense FFN, each in a fresh process."""
+"""Time the peers' forward and backward over the same dense FFN, in fresh processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.gpu.sections.peers import PEERS, peer_module
 
 
 def cases(context: Context) -> list[Case]:
-    """Each peer, all sizes of one D at a time."""
+    """Each peer at all sizes of one D."""
     return [
         Case(name=f"{name} D={width}", run=functools.partial(compare, name, width, context))
         for width in context.choose((4096, 1024), (16,))
@@ -23,7 +23,7 @@ def cases(context: Context) -> list[Case]:
 
 
 def compare(name: str, width: int, context: Context) -> dict[str, Any]:
-    """One peer at every size that its copies of tokens leave memory for."""
+    """Time one peer at every size for which its copies of tokens fit in memory."""
     found: dict[str, Any] = {}
     ratios: list[str] = []
     for g, expansion in context.choose(((1024, 4), (256, 4), (64, 4), (256, 16)), ((8, 2),)):

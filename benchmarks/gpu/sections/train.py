@@ -1,10 +1,10 @@
-"""Training: the doctor's smoke test, backends against each other, the same bits twice, and resume.
+"""Train: the doctor's smoke test, equal losses of all backends, reproducible bits, and resume.
 
 Inputs: this machine, through `megatron_sffn.pretrain`. Outputs: the losses of every step.
 
-Design notes: runs are small and take turns on one GPU, several at a time: most of a run is its
-start. `python -m benchmarks.gpu.sections.train` stores the losses of a CPU in `CURVE`; where that
-file is there, a GPU's losses are compared with them.
+Design notes: runs are small, and several at a time share one GPU, because start-up is most of a
+run. `python -m benchmarks.gpu.sections.train` stores the losses of a CPU in `CURVE`; if that file
+exists, a GPU's losses are compared with them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.gpu.case import Case, Context, Failure, NotHere
 from megatron_sffn.utils.errors import ConfigError, reason_in, run_command
 
 CURVE = Path(__file__).parents[1] / "cpu_losses.json"
-"""Router -> losses of the steps on a CPU, in the sizes of a GPU."""
+"""File with the losses per router of a training on a CPU, at the sizes for a GPU."""
 
 FLAGS = (
     "--num-layers 2 --num-attention-heads 4 --position-embedding-type rope --disable-bias-linear "
@@ -49,23 +49,23 @@ DRY_SIZES = (
 )
 ROUTERS = ("switch", "avg-k")
 TOLERANCE = 1e-2
-"""Between the losses of two backends, and those of a CPU, at any step."""
+"""Largest difference between the losses of two backends, or of a GPU and a CPU, at any step."""
 
 AT_A_TIME = 4
-"""Runs that share a GPU."""
+"""Runs that share a GPU at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A training.
+    """A training run.
 
     Args:
         router: name.
         backend: name.
-        steps: that the schedule has.
-        stop: steps after which it stops; as `steps` if it goes on to the end.
-        folder: of its checkpoints; a run goes on from those that are there.
-        bf16: or fp32.
+        steps: of the learning-rate schedule.
+        stop: the step after which it stops; equal to `steps` to train to the end.
+        folder: of its checkpoints; a run resumes from those that exist.
+        bf16: True for bf16, False for fp32.
     """
 
     router: str
@@ -76,7 +76,7 @@ class Run:
     bf16: bool
 
     def flags(self, sizes: str) -> list[str]:
-        """Of the command line."""
+        """The flags of the command line."""
         words = f"{FLAGS} {sizes} --sffn-router {self.router} --sffn-backend {self.backend} "
         words += f"--train-iters {self.steps} --save-interval 1000000 --save {self.folder} "
         words += "--bf16 " * self.bf16
@@ -89,11 +89,11 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """What a run left.
+    """The losses of a run.
 
     Args:
-        steps: number of a step -> its loss as it was printed, 7 digits.
-        validation: the loss after the last step, every bit of it; None where a run stopped early.
+        steps: number of a step -> its loss as printed, 7 digits.
+        validation: the loss after the last step, every bit of it; None if the run stopped early.
     """
 
     steps: Mapping[int, str]
@@ -101,7 +101,7 @@ class Losses:
 
 
 def cases(context: Context) -> list[Case]:
-    """In the order of their worth."""
+    """The cases, most valuable first."""
     found = [Case(name="resume and repeat", run=lambda: repeat(context))]
     for router in ROUTERS[: context.choose(len(ROUTERS), 1)]:
         run = functools.partial(compare, router, context)
@@ -112,7 +112,7 @@ def cases(context: Context) -> list[Case]:
 
 
 def smoke() -> dict[str, Any]:
-    """The training of `megatron_sffn.doctor`."""
+    """Run the training of `megatron_sffn.doctor`."""
     from megatron_sffn.doctor.findings import WRONG
     from megatron_sffn.doctor.smoke import smoke as doctor
 
@@ -123,7 +123,7 @@ def smoke() -> dict[str, Any]:
 
 
 def repeat(context: Context) -> dict[str, Any]:
-    """One run, and the same again in two parts: the second part resumes from a checkpoint."""
+    """Train once, and once more in two parts, where the second resumes from a checkpoint."""
     steps = context.choose(20, 4)
 
     def run(folder: str, stop: int) -> Losses:
@@ -147,7 +147,7 @@ def repeat(context: Context) -> dict[str, Any]:
     if first.steps != {step: whole.steps[step] for step in first.steps}:
         raise Failure(f"the same run twice has other losses: {first.steps} and {whole.steps}")
     second = run("parts", steps)
-    # A run that resumed from no checkpoint would have printed the first steps again.
+    # A run that did not resume from the checkpoint would have printed the first steps again.
     check_steps("the resumed part", second, steps // 2 + 1, steps)
     together = {**first.steps, **second.steps}
     # Megatron's line of the second step after a start has the mean of the first two losses.
@@ -168,10 +168,10 @@ def check_steps(name: str, losses: Losses, first: int, last: int) -> None:
 
 
 def compare(router: str, context: Context) -> dict[str, Any]:
-    """Every backend trains to the same losses, and those of a CPU if they are stored."""
+    """Check that every backend trains to the same losses, and to those of a CPU if stored."""
     steps = context.choose(20, 2)
     names = [name for name in forms.backends(oracle=True) if name != "auto"]
-    if context.dry:  # two will do, one of them in Triton's interpreter
+    if context.dry:  # two are enough, one of them in Triton's interpreter
         others = [name for name in names if name not in (forms.ORACLE, "torch")]
         names = [*others[:1], *filter(forms.is_interpreted, others)]
     reasons: dict[str, str] = {}
@@ -209,7 +209,7 @@ def compare(router: str, context: Context) -> dict[str, Any]:
 
 
 def check_equal(losses: Mapping[str, Sequence[float]], steps: int) -> None:
-    """Raise `Failure` unless all have a loss for every step, within the tolerance of each other."""
+    """Raise `Failure` unless all runs have equal losses at every step, within the tolerance."""
     (first, expected), *others = losses.items()
     for name, curve in losses.items():
         if len(curve) != steps:
@@ -244,13 +244,15 @@ def train(run: Run, context: Context) -> Losses:
 
 
 def store_curve() -> None:
-    """Train on a CPU in the sizes of a GPU, and store the losses.
+    """Train on a CPU at the sizes for a GPU, and store the losses.
 
     Raises:
         ConfigError: on a machine with CUDA, whose losses would be compared with themselves.
     """
     if torch.cuda.is_available():
-        raise ConfigError("cpu_losses.json is of a CPU, and this machine has CUDA; use another one")
+        raise ConfigError(
+            "cpu_losses.json is for a CPU, and this machine has CUDA; use one without"
+        )
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

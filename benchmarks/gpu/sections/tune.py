@@ -1,10 +1,10 @@
-"""The fastest tiles of every Triton kernel on this card: few candidates, compiled ahead, timed.
+"""Find the fastest tile sizes of every Triton kernel on this card, among a few candidates.
 
-Outputs: tiles.json, and a line for each winner as the table `TILES` of its module wants it.
+Outputs: tiles.json, and a line per winner in the form of the table `TILES` of its module.
 
-Design notes: candidates are compiled first, by several processes at once, into Triton's cache on
-the disk; one that does not compile, wants more than the card has, or computes something else is
-left out. Every time is that of a product whole, with what it derives from the pairs.
+Design notes: candidates are first compiled into Triton's disk cache by several processes. A
+candidate is dropped if it does not compile, needs more than the card has, or computes another
+result. Every time is that of the whole product, with what it derives from the pairs.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from benchmarks.gpu.worker import is_of_cuda
 from benchmarks.triton_starts import Start, handed_to
 
 LEAST_GAIN = 0.02
-"""Share of the time by which a candidate must be faster to be proposed."""
+"""A candidate is proposed if it saves at least this share of the time."""
 
 SAME = 1e-2
-"""Relative difference up to which two candidates have computed the same."""
+"""Largest relative difference of the results of two candidates."""
 
 COMPILING = 0.4
-"""Share of the section's time that compiling ahead may take."""
+"""Share of the section's time for compiling ahead."""
 
 
 def cases(context: Context) -> list[Case]:
-    """Compile everything, then one case for each module, product and g."""
+    """Compile everything, then one case per module, product and g."""
     ahead = Case(name="compile ahead", run=lambda: compile_ahead(context))
     return [
         ahead,
@@ -49,7 +49,7 @@ def cases(context: Context) -> list[Case]:
 
 
 def tune(job: Job, context: Context) -> dict[str, Any]:
-    """Time the candidates of a line."""
+    """Time the candidates of an entry."""
     with opened(job, context) as tuned:
         took, reasons = times(tuned, context)
     if not took:
@@ -81,7 +81,7 @@ def times(tuned: Tuned, context: Context) -> tuple[dict[int, float], list[str]]:
                 reasons.append(f"{candidate}: differs from the first by {error:.1e}")
                 continue
             took[number] = measure(tuned.call, context, seconds=0.05).median
-        except Exception as error:  # of the compiler: too many registers, too much shared memory
+        except Exception as error:  # from the compiler: too many registers, too much shared memory
             if is_of_cuda(error):
                 raise
             reasons.append(" ".join(f"{candidate}: {type(error).__name__}: {error}".split())[:200])
@@ -89,10 +89,10 @@ def times(tuned: Tuned, context: Context) -> tuple[dict[int, float], list[str]]:
 
 
 def compile_ahead(context: Context) -> dict[str, Any]:
-    """Compile all candidates in several processes; what fails there fails again when timed.
+    """Compile all candidates in several processes; what fails here fails again when it is timed.
 
     Raises:
-        Failure: if a process ended by itself with another exit code than 0.
+        Failure: if a process ended by itself with an exit code other than 0.
     """
     processes = context.choose(max((os.cpu_count() or 2) - 2, 1), 1)
     words = [sys.executable, "-m", "benchmarks.gpu.sections.tune"]
@@ -117,7 +117,7 @@ def compile_ahead(context: Context) -> dict[str, Any]:
 
 
 def compile_share(number: int, processes: int, *, dry: bool) -> None:
-    """One of those processes: of all candidates every so many-th; every launch is a compilation."""
+    """One of these processes: it compiles every n-th candidate, at its launch."""
     context = Context(dry=dry, out=Path(), scratch=Path(), deadline=float("inf"))
     count = 0
     with handed_to(warm_up):
@@ -136,7 +136,7 @@ def compile_share(number: int, processes: int, *, dry: bool) -> None:
 
 
 def warm_up(start: Start) -> None:
-    """Compile a start's kernel into Triton's cache, where its launch looks."""
+    """Compile the kernel of a launch into Triton's cache, where the real launch looks it up."""
     start.kernel.warmup(
         grid=(start.programs,), num_warps=start.warps, num_stages=start.stages, **start.arguments
     )
@@ -145,12 +145,12 @@ def warm_up(start: Start) -> None:
 def _compile(tuned: Tuned) -> None:
     try:
         tuned.call()
-    except Exception as error:  # of the compiler
+    except Exception as error:  # from the compiler
         print(f"{tuned.table.candidate}: {type(error).__name__}: {error}"[:300], flush=True)
 
 
 def add(entry: dict[str, Any], path: Path) -> None:
-    """Add an entry to a JSON list, and replace the file."""
+    """Add an entry to a JSON list, and rewrite the file."""
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     part = path.with_suffix(".part")
     part.write_text(json.dumps([*entries, entry], indent=1) + "\n", encoding="utf-8")

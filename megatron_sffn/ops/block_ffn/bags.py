@@ -1,15 +1,14 @@
-"""The products of rows and single cells by `torch.nn.functional.embedding_bag`.
+"""The backend `bags`: products of rows and single cells by `torch.nn.functional.embedding_bag`.
 
-Inputs: contiguous tensors on any device, in any dtype. Outputs: as `function.Products`, the same
-bits every time.
+Inputs: contiguous tensors on any device, in any dtype. Results are bitwise reproducible.
 
 Design notes:
-- A sum of a row's cells with coefficients is what `embedding_bag` computes with weights per sample,
-  and so is a sum of a cell's rows: one kernel each, fp32 inside, no parts, no atomics, no wait. A
-  row may meet a cell more than once.
-- Each number of a row is multiplied once for each number read, so that memory bounds it. That is
-  worth while for a memory of values alone, or for single cells of which a token uses very few.
-- Blocks of N cells are right, too; `to_table` then takes N calls.
+- A weighted sum of a row's cells is `embedding_bag` with `per_sample_weights`, and so is a weighted
+  sum of a cell's rows. Each is one kernel, sums in fp32, uses no atomics and does not wait. A row
+  may have a cell more than once.
+- Each number that is read is multiplied once, so memory bandwidth bounds the speed. That pays for
+  values without keys, and for single cells of which a token uses very few.
+- Blocks of several cells are correct too, but `to_table` then takes one call per cell of a block.
 """
 
 from __future__ import annotations
@@ -23,34 +22,34 @@ from torch import Tensor
 from megatron_sffn.ops.block_ffn.pairs import Sorted, sort_by_block
 
 SCRATCH_BYTES = 1 << 29
-"""Size of a piece of gathered rows in `to_pairs`, in fp32."""
+"""Most bytes of gathered fp32 rows that `to_pairs` has at a time."""
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """`[P]` int32, the block of each sorted pair."""
+    """The record that `Sorted.derived` keeps for `blocks_of`."""
 
     blocks: Tensor
 
 
 def blocks_of(pairs: Sorted) -> Tensor:
-    """`[P]` int32: the block of each pair; made once, and kept for all products with the pairs."""
-    if (kept := pairs.derived.get(_Blocks)) is None:
+    """`[P]` int32: the block of each sorted pair; computed once for all products with the pairs."""
+    if (cached := pairs.derived.get(_Blocks)) is None:
         count = len(pairs.offsets) - 1
         ids = torch.arange(count, dtype=torch.int32, device=pairs.offsets.device)
         blocks = ids.repeat_interleave(pairs.offsets.diff(), output_size=len(pairs.rows))
-        kept = pairs.derived[_Blocks] = _Blocks(blocks)
-    blocks_of_pairs: Tensor = kept.blocks
+        cached = pairs.derived[_Blocks] = _Blocks(blocks)
+    blocks_of_pairs: Tensor = cached.blocks
     return blocks_of_pairs
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """The stable order of blocks, and their offsets, as `function.Products.sort`."""
+    """Sort pairs by block (`Products.sort`)."""
     return sort_by_block(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """Each row times the cells of each of its blocks, as `function.Products.to_pairs`."""
+    """SDD: multiply each pair's row with its block's cells (`Products.to_pairs`)."""
     _, cells, width = table.shape
     result = rows.new_empty(len(pairs.rows), cells)
     wide, blocks = torch.promote_types(rows.dtype, torch.float32), blocks_of(pairs)
@@ -64,21 +63,22 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """The sum of each row's weighted cells, as `function.Products.to_rows`."""
+    """DSD: sum each row's cells, weighted by its coefficients (`Products.to_rows`)."""
     cells, width = table.shape[1:]
     if not len(pairs.rows):
         return table.new_zeros(num_rows, width)
     by_row = pairs.by_row(num_rows)
     weights = coefficients.index_select(0, by_row.order)
+    # A bag of `embedding_bag` is a row here, and its samples are the cells of all its blocks.
     first = blocks_of(pairs).index_select(0, by_row.order) * cells
-    cell = first[:, None] + torch.arange(cells, dtype=torch.int32, device=first.device)
-    return _bags(cell.flatten(), table.flatten(0, 1), by_row.offsets * cells, weights.flatten())
+    cell_ids = first[:, None] + torch.arange(cells, dtype=torch.int32, device=first.device)
+    return _bags(cell_ids.flatten(), table.flatten(0, 1), by_row.offsets * cells, weights.flatten())
 
 
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """The sum of each cell's weighted rows, as `function.Products.to_table`."""
+    """DSᵀD: sum each cell's rows, weighted by its coefficients (`Products.to_table`)."""
     blocks, cells = len(pairs.offsets) - 1, coefficients.shape[1]
     result = rows.new_zeros(blocks, cells, rows.shape[1]) if into is None else into
     if not len(pairs.rows):
@@ -91,7 +91,7 @@ def to_table(
 
 
 def _bags(index: Tensor, source: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """Sums of rows of `source` `[*, D]`, each times its weight, from offset to offset."""
+    """For each bag, from offset to offset, the sum of `source[index] · weights`, `[bags, D]`."""
     return F.embedding_bag(
         index, source, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
     )

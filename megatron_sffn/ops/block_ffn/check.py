@@ -1,7 +1,7 @@
-"""What `block_ffn` refuses: each rule one sentence, before anything is computed.
+"""Checks of the arguments of `block_ffn`, before anything is computed.
 
-Shapes, dtypes and devices are always checked, which costs nothing. Whether each pair names a row
-and a block that exist is a question to the device; it is asked where `SFFN_CHECK=1` is set.
+Shapes, dtypes and devices are always checked, which costs nothing. Whether every pair has a row and
+a block that exist is only checked with `SFFN_CHECK=1`, because the host has to wait for the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_sffn.utils.errors import ConfigError
 
 
 def activation(name: str) -> Activation:
-    """The activation of a name; raises `ConfigError` if there is none."""
+    """The activation with this name; raises `ConfigError` if it does not exist."""
     try:
         return Activation(name)
     except ValueError:
@@ -27,7 +27,7 @@ def activation(name: str) -> Activation:
 
 
 def ids(x: Tensor, block_ids: Tensor, gates: Tensor | None) -> None:
-    """Raise `ConfigError` unless there is a row of ids, and of gates, for each token."""
+    """Raise `ConfigError` unless ids and gates have one row per token."""
     if block_ids.dim() != 2 or len(block_ids) != len(x) or block_ids.is_floating_point():
         raise ConfigError(
             f"block_ids {tuple(block_ids.shape)} {block_ids.dtype} do not fit x {tuple(x.shape)}; "
@@ -48,7 +48,7 @@ def tensors(
     gates: Tensor | None,
     activation: Activation,
 ) -> None:
-    """Raise `ConfigError` unless shapes, dtypes and devices fit; arguments as `block_ffn_pairs`."""
+    """Raise `ConfigError` unless the shapes, dtypes and devices of `block_ffn_pairs` fit."""
     if x.dim() != 2 or values.dim() != 3:
         raise ConfigError(
             f"x {tuple(x.shape)} and values {tuple(values.shape)} must be [T, C] and [B, G, D]; "
@@ -77,24 +77,24 @@ def tensors(
             f"{', '.join(f'{name} is {table.dtype}' for name, table in tables.items())}; "
             "give them one dtype: float64, float32, bfloat16 or float16"
         )
-    places = tables | {"pairs": pairs.blocks} | ({} if gates is None else {"gates": gates})
-    if len({tensor.device for tensor in places.values()}) > 1:
+    arguments = tables | {"pairs": pairs.blocks} | ({} if gates is None else {"gates": gates})
+    if len({tensor.device for tensor in arguments.values()}) > 1:
         raise ConfigError(
-            f"{', '.join(f'{name} is on {tensor.device}' for name, tensor in places.items())}; "
+            f"{', '.join(f'{name} is on {tensor.device}' for name, tensor in arguments.items())}; "
             "move them to one device"
         )
 
 
 def pairs(pairs: Pairs, num_rows: int, num_blocks: int, *, distinct: bool) -> None:
-    """Raise `ConfigError` for a pair without its row or block, or out of order; waits for a GPU.
+    """With `SFFN_CHECK=1`, raise `ConfigError` if an index is out of range or out of order.
 
-    Does nothing unless the environment has `SFFN_CHECK=1`.
+    Without it, do nothing. The host waits for the device.
 
     Args:
-        pairs: of any backend.
+        pairs: the pairs to check.
         num_rows: R.
         num_blocks: B.
-        distinct: whether a row can meet a block only once.
+        distinct: True if a row must not have a block twice.
     """
     if os.environ.get("SFFN_CHECK") != "1" or not len(pairs.rows):
         return
@@ -102,19 +102,19 @@ def pairs(pairs: Pairs, num_rows: int, num_blocks: int, *, distinct: bool) -> No
         ("row", pairs.rows, num_rows),
         ("block id", pairs.blocks, num_blocks),
     ):
-        wrong = (index < 0) | (index >= size)
-        if wrong.any():
+        bad = (index < 0) | (index >= size)
+        if bad.any():
             raise ConfigError(
-                f"{name} {int(index[wrong][0])} is not in [0, {size}), as {int(wrong.sum())} of "
+                f"{name} {int(index[bad][0])} is not in [0, {size}), as {int(bad.sum())} of "
                 f"{len(index)} are not; correct what chose them"
             )
     if (pairs.rows.diff() < 0).any():
         raise ConfigError("rows of pairs must ascend, and do not; sort the pairs by row")
-    meetings = pairs.rows.long() * num_blocks + pairs.blocks
-    unique, counts = torch.unique(meetings, return_counts=True)
-    if distinct and len(unique) < len(meetings):
-        twice = int(unique[counts > 1][0])
+    pair_ids = pairs.rows.long() * num_blocks + pairs.blocks
+    unique, counts = torch.unique(pair_ids, return_counts=True)
+    if distinct and len(unique) < len(pair_ids):
+        duplicate = int(unique[counts > 1][0])
         raise ConfigError(
-            f"block id {twice % num_blocks} appears twice in row {twice // num_blocks}; "
+            f"block id {duplicate % num_blocks} appears twice in row {duplicate // num_blocks}; "
             "give each row distinct ids"
         )

@@ -1,7 +1,9 @@
-"""The products of rows and blocks on a CPU: `products.cpp`, for fp32 and fp64.
+"""The backend `cpu`: `products.cpp` for fp32 and fp64, and a dtype rule for half precision.
 
-Half precision is torch's loop, whose products use matrix units, down to blocks of `FEW_CELLS`.
-Below, its calls are too many, and fp32 is faster, there and back (benchmarks/NOTES.md).
+Design notes: half precision takes the backend `torch`, whose matmuls use the CPU's matrix units, if
+a block has `FEW_CELLS` cells or more. Smaller blocks would make too many calls, and converting to
+fp32 and back is faster (benchmarks/NOTES.md). Without a C++ compiler everything falls back to
+`torch`.
 """
 
 from __future__ import annotations
@@ -13,28 +15,28 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from megatron_sffn.ops.block_ffn import loop
-from megatron_sffn.ops.block_ffn.function import Products
+from megatron_sffn.ops.block_ffn import torch_backend
+from megatron_sffn.ops.block_ffn.autograd import Products
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.compiled import kernels
 
 FEW_CELLS = 64
-"""Cells of a block below which half precision is computed in fp32."""
+"""Cells per block below which half precision is computed in fp32."""
 
 
 def products(dtype: torch.dtype, cells: int) -> Products:
-    """The fastest for a dtype and the cells of a block."""
+    """The fastest products on a CPU for a dtype and a number of cells per block."""
     compiled = _compiled()
     if compiled is None:
-        return loop
+        return torch_backend
     if dtype in (torch.float32, torch.float64):
         return compiled
-    return _Widened(compiled) if cells < FEW_CELLS else loop
+    return _Widened(compiled) if cells < FEW_CELLS else torch_backend
 
 
 @functools.cache
 def _compiled() -> Products | None:
-    """The C++ kernels, known to torch's FLOP counter; None where there are none."""
+    """The C++ kernels, registered with torch's FLOP counter; None if they cannot be built."""
     compiled = kernels()
     if compiled is None:
         return None
@@ -43,18 +45,21 @@ def _compiled() -> Products | None:
     return _Compiled(compiled)
 
 
-def _flops_with_table(pairs: Any, table: Any, row: Any, *_: Any, **__: Any) -> int:
-    """Of shapes: each pair meets a block."""
+def _flops_with_table(_: Any, table: Any, row: Any, *__: Any, **___: Any) -> int:
+    """FLOPs of `to_pairs` and `to_rows` from the shapes of their arguments: 2·P·N·D."""
     flops: int = 2 * row[0] * table[1] * table[2]
     return flops
 
 
 def _flops_to_table(pairs: Any, rows: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of `to_table` from the shapes of its arguments: 2·P·N·D."""
     flops: int = 2 * pairs[0] * pairs[1] * rows[1]
     return flops
 
 
 class _Compiled:
+    """The C++ operators as `Products`."""
+
     def __init__(self, kernels: Any) -> None:
         self.sort = kernels.sort_by_block
         self._kernels = kernels
@@ -77,7 +82,7 @@ class _Compiled:
 
 
 class _Widened:
-    """Half precision in fp32."""
+    """Products of half-precision tensors, computed by fp32 products and rounded at the end."""
 
     def __init__(self, products: Products) -> None:
         self.sort = products.sort

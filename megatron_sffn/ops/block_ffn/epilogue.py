@@ -1,14 +1,14 @@
-"""What happens to the numbers of the pairs between two products: activation, gates, derivatives.
+"""Elementwise work between the two products of a layer: activation, gates and their gradients.
 
 Inputs: up projections `[P, N]`, N = G or 2G (gate half first), and gates `[P]` in fp32. Outputs:
 coefficients `[P, G]` and gradients, in the dtype of the up projections.
 
 Design notes:
-- Where there are gates, the arithmetic is in fp32 (fp64 for fp64), and a result is rounded once.
-  Gates, and the gradients of gates, are never rounded: a router learns from small differences.
-- Wide numbers exist for one piece of the pairs at a time, so that they need no memory to speak of.
-- A backend that has `up_activated` or `down_backward_activated` does all this where its products
-  are still in registers; this is for those that have not.
+- With gates the arithmetic is in fp32 (fp64 for fp64), and a result is rounded once. Gates and
+  their gradients are never rounded, because a router learns from small differences.
+- fp32 copies exist for one slice of the pairs at a time, which bounds their memory.
+- A backend with the fused forms `up_activated` and `down_backward_activated` does this work in its
+  kernels instead, while the products are in registers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_sffn.ops.activation import Activation
 
 PIECE = 1 << 24
-"""Numbers of a piece: 64 MB in fp32."""
+"""Most numbers in a slice of pairs: 64 MB in fp32."""
 
 
 def activated(ups: Tensor, gates: Tensor | None, activation: Activation) -> Tensor:
@@ -33,7 +33,7 @@ def activated(ups: Tensor, gates: Tensor | None, activation: Activation) -> Tens
         activation: f.
 
     Returns:
-        `[P, G]` of the dtype of ups.
+        The coefficients h, `[P, G]` of the dtype of ups.
     """
     if gates is None:
         return activation(ups)
@@ -46,31 +46,31 @@ def activated(ups: Tensor, gates: Tensor | None, activation: Activation) -> Tens
 def backward(
     ups: Tensor, dh: Tensor, gates: Tensor | None, activation: Activation
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`activated`, and its gradients.
+    """`activated` again, and the gradients of its inputs.
 
     Args:
         ups: `[P, N]`.
-        dh: `[P, G]`, gradient of the result of `activated`, of the dtype of ups.
+        dh: `[P, G]`, the gradient of h, of the dtype of ups.
         gates: `[P]` as in `activated`.
         activation: f.
 
     Returns:
-        The result of `activated`; the gradient `[P, N]` of ups, in their dtype; that of the gates,
-        `[P]` in theirs, or None.
+        h, as `activated` returned it; the gradient of ups, `[P, N]` in their dtype; the gradient of
+        the gates, `[P]` in their dtype, or None.
     """
     if gates is None:
         return activation(ups), activation.backward(dh, ups), None
     h, dups, dgates = torch.empty_like(dh), torch.empty_like(ups), torch.empty_like(gates)
     for piece in _pieces(ups):
-        wide_ups, wide_dh = ups[piece].to(gates.dtype), dh[piece].to(gates.dtype)
-        ungated = activation(wide_ups)
-        torch.sum(ungated * wide_dh, dim=1, out=dgates[piece])
-        torch.mul(ungated, gates[piece, None], out=h[piece])
-        dups[piece] = activation.backward(wide_dh * gates[piece, None], wide_ups)
+        ups_fp32, dh_fp32 = ups[piece].to(gates.dtype), dh[piece].to(gates.dtype)
+        ungated_h = activation(ups_fp32)
+        torch.sum(ungated_h * dh_fp32, dim=1, out=dgates[piece])
+        torch.mul(ungated_h, gates[piece, None], out=h[piece])
+        dups[piece] = activation.backward(dh_fp32 * gates[piece, None], ups_fp32)
     return h, dups, dgates
 
 
 def _pieces(ups: Tensor) -> Iterator[slice]:
-    """Slices of pairs that have at most `PIECE` numbers together."""
+    """Slices of pairs with at most `PIECE` numbers each."""
     count = max(1, PIECE // ups.shape[1])
     return (slice(first, first + count) for first in range(0, len(ups), count))

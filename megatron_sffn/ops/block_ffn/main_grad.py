@@ -1,19 +1,19 @@
-"""Gradients of tables that are added straight to Megatron's fp32 buffer, `main_grad`.
+"""Accumulate the gradients of tables directly in Megatron's fp32 gradient buffer, `main_grad`.
 
 Megatron's `DistributedDataParallel` gives each parameter a slice of a buffer, `main_grad`, to which
-a hook adds `param.grad` when autograd has computed it. A bf16 gradient is then written, read and
-added: 12 bytes a number. A product that adds to the buffer itself takes 8, and its sum is never
-rounded to bf16. Megatron's linear layers do the same (`gradient_accumulation_fusion`), and the
-protocol is theirs: whoever has added to `main_grad` sets `grad_added_to_main_grad`, upon which the
-hook drops `param.grad`, a placeholder that only makes the hook run, and in autograd's thread.
+a hook adds `param.grad` after autograd has computed it. A bf16 gradient is then written, read and
+added: 12 bytes per number. A product that adds to the buffer itself takes 8, and its sum is never
+rounded to bf16. Megatron's linear layers do the same (`gradient_accumulation_fusion`), and this
+module follows their protocol: code that has added to `main_grad` sets `grad_added_to_main_grad`,
+and the hook then drops `param.grad`. Autograd still needs a placeholder gradient, so that it runs
+the hook.
 
-The hook would drop a gradient from any other use of the parameter, too. So the owner of a parameter
-has to promise, with `add_to_main_grad`, that each use either is `block_ffn` or passes through
-`shared`.
+The hook would also drop a gradient from any other use of the parameter. So the owner of a parameter
+promises, with `add_to_main_grad`, that each use either is `block_ffn` or passes through `shared`.
 
-Not used, and the gradient takes the usual way, where there is no such buffer (no DDP, Megatron's
-FSDP), or it is not in fp32 (bf16 without `--accumulate-allreduce-grads-in-fp32`), in which a sum of
-many microbatches would be rounded once more.
+Gradients take the usual way through `param.grad` if there is no such buffer (no DDP, Megatron's
+FSDP) or if it is not in fp32 (bf16 without `--accumulate-allreduce-grads-in-fp32`), because a bf16
+sum over many microbatches would be rounded once more.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 PROMISE = "every_use_adds_to_main_grad"
-"""Attribute of a parameter: see `add_to_main_grad`."""
+"""Name of the attribute that `add_to_main_grad` sets on a parameter."""
 
 PARAMETER = "further_use_of"
-"""Attribute of what `further_use` gives: the parameter."""
+"""Name of the attribute with the parameter, on a view that `further_use` returns."""
 
 
 def add_to_main_grad(table: Tensor) -> None:
@@ -36,7 +36,7 @@ def add_to_main_grad(table: Tensor) -> None:
 
 
 def buffer_of(table: Tensor) -> Tensor | None:
-    """The buffer, fp32 (fp64 for fp64), that takes a table's gradient; None for the usual way."""
+    """The fp32 (fp64 for fp64) buffer for a table's gradient; None to use `param.grad`."""
     table = getattr(table, PARAMETER, table)
     wrapped = hasattr(table, "grad_added_to_main_grad") and not hasattr(table, "__fsdp_param__")
     if not wrapped or not getattr(table, PROMISE, False):
@@ -47,12 +47,11 @@ def buffer_of(table: Tensor) -> Tensor | None:
 
 
 def placeholder(table: Tensor) -> Tensor | None:
-    """What autograd gets for a table whose gradient has been added to its buffer.
+    """The gradient to return to autograd for a table whose gradient is already in its buffer.
 
-    None for a `further_use`: another use gives the one that is needed.
-
-    Marks the table. The hook needs a gradient of the right shape that is not None under
-    `--overlap-grad-reduce`. It reads it only where Megatron says so (`zero_out_wgrad`).
+    Sets `grad_added_to_main_grad` on the table. Under `--overlap-grad-reduce` Megatron's hook needs
+    a gradient of the right shape, but it reads the numbers only if `zero_out_wgrad` is set. Returns
+    None for a view of `further_use`, because the first use returns the placeholder.
     """
     if hasattr(table, PARAMETER):
         return None
@@ -63,9 +62,9 @@ def placeholder(table: Tensor) -> Tensor | None:
 
 
 def further_use[Table: Tensor | None](table: Table) -> Table:
-    """The same table for one more `block_ffn` of a forward, which then makes no placeholder.
+    """The same table for one more `block_ffn` in a forward pass, without a second placeholder.
 
-    Autograd would add the placeholders up, each as large as the table.
+    Autograd would otherwise add up placeholders, each as large as the table.
     """
     if table is None or buffer_of(table) is None:
         return table
@@ -82,12 +81,12 @@ class _FurtherUse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
-        # The oracle's gradient; None of those who add to the buffer.
+        # A gradient from the oracle; None from a backend that has added to the buffer.
         return grads[0]
 
 
 def shared[Table: Tensor | None](table: Table) -> Table:
-    """The same table for a use beside `block_ffn`; its gradient joins the other in the buffer."""
+    """The same table for a use other than `block_ffn`; its gradient is added to the buffer too."""
     if table is None or not getattr(table, PROMISE, False):
         return table
     view: Any = _Shared.apply(table)
@@ -107,5 +106,5 @@ class _Shared(torch.autograd.Function):
         if main_grad is None:
             return grad
         main_grad.add_(grad)
-        # None: autograd adds nothing to the placeholder that `block_ffn` returns.
+        # None, so that autograd adds nothing to the placeholder that `block_ffn` returns.
         return None

@@ -1,18 +1,19 @@
-"""The products of rows and blocks as dense products of all rows with all cells, by torch's matmul.
+"""The backend `masked`: dense products of all rows with all cells, by torch's matmul.
 
-Inputs: contiguous tensors on any device, in any dtype. Outputs: as `function.Products`.
+Inputs: contiguous tensors on any device, in any dtype.
 
 Design notes:
-- It computes E = B·R/P times as much as is asked for, at the full speed of a dense product, and
-  moves no rows. So it is the fastest where blocks are small and E is, too.
-- Between a dense matrix `[rows, cells]` and the pairs, numbers are gathered and scattered; nothing
-  is multiplied by a mask. A row with a number that is not finite leaves the others' outputs and
-  gradients alone. What remains: such a number in a cell reaches all rows (`to_rows`), and such a
-  row all cells' gradients (`to_table`), because zeros are multiplied with it.
-- Matrices go in pieces of `SCRATCH_BYTES`: of rows, or of blocks in `to_table`, so that no sum is
-  cut. Where there are several pieces, each looks at all pairs, and those of other pieces are left
-  out by index: which they are only the device knows, and the host does not wait for it.
-- Where a row meets a block twice (a memory of values alone), `bags` computes instead.
+- It computes E = B·R/P times as many products as needed, but at the full speed of a dense matmul
+  and without moving rows. So it is the fastest if both the blocks and E are small.
+- `to_pairs` gathers the pairs' numbers from a dense matrix `[rows, cells]`; `to_rows` and
+  `to_table` scatter them into one that is zero elsewhere. Nothing is multiplied by a mask, so NaN
+  or infinity in a row leaves the outputs and gradients of other rows finite. But NaN or infinity in
+  a cell reaches all rows in `to_rows`, and in a row all cells in `to_table`, because zero times it
+  is NaN.
+- The dense matrix is computed in slices of `SCRATCH_BYTES`: of rows, or of blocks in `to_table`, so
+  that no sum is split. Each slice looks at all pairs and skips by index those of other slices,
+  because only the device knows which they are, and the host does not wait for it.
+- If a row can have a block twice (values without keys), the backend `bags` computes instead.
 """
 
 from __future__ import annotations
@@ -26,63 +27,64 @@ from megatron_sffn.ops.block_ffn import bags
 from megatron_sffn.ops.block_ffn.pairs import Sorted, sort_by_block
 
 SCRATCH_BYTES = 1 << 31
-"""Largest piece of a matrix of rows and cells."""
+"""Most bytes of the dense matrix of rows and cells that exist at a time."""
 
 SPARE = 1024
-"""Places behind a piece that take what belongs to other pieces: many, so that no two writers meet
-at one address all the time."""
+"""Entries behind a slice to which the pairs of other slices are written. There are many of them, so
+that the writes do not all contend for one address."""
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """The stable order of blocks, and their offsets, as `function.Products.sort`."""
+    """Sort pairs by block (`Products.sort`)."""
     return sort_by_block(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """Each row times the cells of each of its blocks, as `function.Products.to_pairs`."""
+    """SDD: multiply each pair's row with its block's cells (`Products.to_pairs`)."""
     if not pairs.distinct:
         return bags.to_pairs(rows, table, pairs)
     blocks, cells, _ = table.shape
     result = rows.new_empty(len(pairs.rows), cells)
     if not len(result):
         return result
-    for rows_of, whole in _pieces(len(rows), blocks * cells * rows.itemsize):
-        dense = (rows[rows_of] @ table.flatten(0, 1).T).view(-1, cells)
-        index, inside = _places(pairs, rows_of, slice(0, blocks))
-        if whole:
+    for row_slice, is_only_slice in _slices(len(rows), blocks * cells * rows.itemsize):
+        dense = (rows[row_slice] @ table.flatten(0, 1).T).view(-1, cells)
+        index, inside = _dense_index(pairs, row_slice, slice(0, blocks))
+        if is_only_slice:
             return dense.index_select(0, index)
+        # Pairs of other slices gather a wrong number, which `where` drops.
         gathered = dense.index_select(0, index.clamp(0, len(dense) - 1))
         torch.where(inside[:, None], gathered, result, out=result)
     return result
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """The sum of each row's weighted cells, as `function.Products.to_rows`."""
+    """DSD: sum each row's cells, weighted by its coefficients (`Products.to_rows`)."""
     if not pairs.distinct:
         return bags.to_rows(coefficients, table, pairs, num_rows)
     blocks, cells, width = table.shape
     result = table.new_empty(num_rows, width)
     if not len(pairs.rows):
         return result.zero_()
-    for rows_of, _ in _pieces(num_rows, blocks * cells * table.itemsize):
-        dense = _scattered(coefficients, pairs, rows_of, slice(0, blocks))
-        torch.mm(dense, table.flatten(0, 1), out=result[rows_of])
+    for row_slice, _ in _slices(num_rows, blocks * cells * table.itemsize):
+        dense = _scattered(coefficients, pairs, row_slice, slice(0, blocks))
+        torch.mm(dense, table.flatten(0, 1), out=result[row_slice])
     return result
 
 
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """The sum of each cell's weighted rows, as `function.Products.to_table`."""
+    """DSᵀD: sum each cell's rows, weighted by its coefficients (`Products.to_table`)."""
     if not pairs.distinct:
         return bags.to_table(coefficients, rows, pairs, into)
     blocks, cells, width = len(pairs.offsets) - 1, coefficients.shape[1], rows.shape[1]
     result = rows.new_empty(blocks, cells, width) if into is None else into
     if not len(pairs.rows):
         return result.zero_() if into is None else into
-    for blocks_of, _ in _pieces(blocks, len(rows) * cells * rows.itemsize):
-        dense = _scattered(coefficients, pairs, slice(0, len(rows)), blocks_of)
-        target = result[blocks_of].view(-1, width)
+    for block_slice, _ in _slices(blocks, len(rows) * cells * rows.itemsize):
+        dense = _scattered(coefficients, pairs, slice(0, len(rows)), block_slice)
+        target = result[block_slice].view(-1, width)
         if into is None:
             torch.mm(dense.T, rows, out=target)
         else:
@@ -91,19 +93,23 @@ def to_table(
 
 
 def _scattered(coefficients: Tensor, pairs: Sorted, rows: slice, blocks: slice) -> Tensor:
-    """`[rows, blocks · N]` with the coefficients of the pairs in these, and zeros."""
+    """A dense `[rows, blocks · N]` with the coefficients of the pairs in it, else zeros."""
     cells = coefficients.shape[1]
     num_rows, num_blocks = rows.stop - rows.start, blocks.stop - blocks.start
     count = num_rows * num_blocks
     dense = coefficients.new_zeros(count + SPARE, cells)
-    index, inside = _places(pairs, rows, blocks)
+    index, inside = _dense_index(pairs, rows, blocks)
     spare = torch.arange(len(index), device=index.device) % SPARE + count
     dense.index_copy_(0, torch.where(inside, index, spare), coefficients)
     return dense[:count].view(num_rows, num_blocks * cells)
 
 
-def _places(pairs: Sorted, rows: slice, blocks: slice) -> tuple[Tensor, Tensor]:
-    """Where the pairs are in a matrix `[rows, blocks]`: `[P]` int64; and whether in it, `[P]`."""
+def _dense_index(pairs: Sorted, rows: slice, blocks: slice) -> tuple[Tensor, Tensor]:
+    """The position of each pair in a matrix `[rows, blocks]`.
+
+    Returns:
+        `[P]` int64 positions, and `[P]` bool: False for a pair outside the matrix.
+    """
     row = pairs.rows.long() - rows.start
     block = bags.blocks_of(pairs) - blocks.start
     num_rows, num_blocks = rows.stop - rows.start, blocks.stop - blocks.start
@@ -111,8 +117,8 @@ def _places(pairs: Sorted, rows: slice, blocks: slice) -> tuple[Tensor, Tensor]:
     return row * num_blocks + block, inside
 
 
-def _pieces(count: int, size: int) -> Iterator[tuple[slice, bool]]:
-    """Slices of `count` rows or blocks of so many bytes, and whether there is one slice only."""
-    step = max(1, SCRATCH_BYTES // size)
+def _slices(count: int, bytes_each: int) -> Iterator[tuple[slice, bool]]:
+    """Slices of `count` rows or blocks that fit in `SCRATCH_BYTES`; True if there is only one."""
+    step = max(1, SCRATCH_BYTES // bytes_each)
     for first in range(0, count, step):
         yield slice(first, min(first + step, count)), step >= count

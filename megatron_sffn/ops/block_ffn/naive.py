@@ -1,4 +1,7 @@
-"""The oracle of `block_ffn`: all cells for all rows, then the mask (methods F7)."""
+"""The oracle of `block_ffn`: a dense layer over all cells, masked before the down projection.
+
+This is check F7 of docs/methods.md: a sparse layer equals the masked dense layer.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ def block_ffn(
     gates: Tensor | None,
     activation: Activation,
 ) -> Tensor:
-    """`y = (f(x Kᵀ) · mask) V`; arguments as `op.block_ffn_pairs`, differentiable by autograd."""
+    """`y = (f(x Kᵀ) · mask) V`, with the arguments of `op.block_ffn_pairs`; torch differentiates.
+
+    The mask `[R, B]` has the gate of each pair, or 1, and zeros.
+    """
     rows, blocks = x.shape[0], keys.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)
     ones = x.new_ones(len(pairs.rows), dtype=wide)
@@ -30,6 +36,6 @@ def block_ffn(
 
 
 def weighted_values(num_rows: int, values: Tensor, pairs: Pairs, gates: Tensor) -> Tensor:
-    """The oracle of `function.weighted_values`: one vector per pair."""
+    """The oracle of `autograd.weighted_values`: one value vector per pair, added to its row."""
     weighted = gates.to(values.dtype)[:, None] * values[pairs.blocks, 0]
     return values.new_zeros(num_rows, values.shape[2]).index_add(0, pairs.rows, weighted)

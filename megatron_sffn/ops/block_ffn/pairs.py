@@ -1,6 +1,6 @@
-"""Who meets whom: the (row, block) pairs of one call, and their order by block and by row.
+"""The (row, block) pairs of one call, and their order by block and by row.
 
-Nothing in this module waits for the device, but for `pairs_of_ids` where ids may be negative.
+Nothing in this module waits for the device, except `pairs_of_ids` if ids may be negative.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """One entry per (row, block) meeting, row by row; a row may have any number of blocks.
+    """The blocks that each row is multiplied with, row by row; a row may have any number of them.
 
     Args:
         rows: `[P]` int32, index of a row of x, ascending.
-        blocks: `[P]` int32, index of a block of the tables at hand, distinct within a row.
+        blocks: `[P]` int32, index of a block of this rank's tables, distinct within a row.
     """
 
     rows: Tensor
@@ -34,22 +34,22 @@ def pairs_of_ids(
     Args:
         block_ids: `[T, K]`, distinct within a row.
         gates: `[T, K]` or None.
-        may_be_empty: True if an id may be negative, which stands for no block: such pairs are left
-            out, and the host waits for the device once to learn how many remain. False promises
-            that there is no negative id: nothing is looked at, and nothing waits.
+        may_be_empty: True if an id may be negative, which stands for no block. Such pairs are left
+            out, and the host waits for the device once, for the number of pairs that remain. False
+            promises that no id is negative; then the host does not wait.
 
     Returns:
-        The pairs, and their gates `[P]`.
+        The pairs, and their gates `[P]` or None.
     """
     tokens, active = block_ids.shape
     rows = torch.arange(tokens, dtype=torch.int32, device=block_ids.device)
     rows, blocks = rows[:, None].expand(tokens, active).reshape(-1), block_ids.reshape(-1).int()
     gates = None if gates is None else gates.reshape(-1)
     if may_be_empty:
-        kept = (blocks >= 0).nonzero()[:, 0]
-        if len(kept) < len(blocks):
-            rows, blocks = rows.index_select(0, kept), blocks.index_select(0, kept)
-            gates = None if gates is None else gates.index_select(0, kept)
+        nonempty = (blocks >= 0).nonzero()[:, 0]
+        if len(nonempty) < len(blocks):
+            rows, blocks = rows.index_select(0, nonempty), blocks.index_select(0, nonempty)
+            gates = None if gates is None else gates.index_select(0, nonempty)
     return Pairs(rows=rows, blocks=blocks), gates
 
 
@@ -68,16 +68,17 @@ class ByRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Sorted:
-    """Pairs in the order of their blocks; rows ascend within a block.
+    """Pairs sorted by block; rows ascend within a block.
 
     Args:
         rows: `[P]` int32.
         offsets: `[B + 1]` int64: block i owns the pairs from `offsets[i]` to `offsets[i + 1]`.
-        order: `[P]` int32: the place in `Pairs` of each; None where it was not kept.
-        distinct: whether a row meets a block only once.
-        derived: what a backend makes of these once, for all products with them; by its type, or
-            by a tuple of its type or name and a size.
-        of_pass: likewise for what is large: made again in the backward pass, rather than kept.
+        order: `[P]` int32, the position in `Pairs` of each pair; None in a backward pass, which
+            does not keep it.
+        distinct: True if a row has each block at most once.
+        derived: cache of what backends compute from the pairs, shared by all products of forward
+            and backward pass. A key is the type of the record, or a tuple of type or name and size.
+        of_pass: the same for large records, which the backward pass computes again.
     """
 
     rows: Tensor
@@ -88,38 +89,31 @@ class Sorted:
     of_pass: dict[Hashable, Any] = field(default_factory=dict)
 
     def by_row(self, num_rows: int) -> ByRow:
-        """The order by row, made once for all products with these pairs.
+        """The order by row, computed once for all products with these pairs.
 
-        `Pairs` come row by row, so that the order by row is the inverse of the order by block,
-        which one scatter gives. Without the latter the rows are sorted.
+        `Pairs` are in the order of the rows, so the order by row is the inverse of the permutation
+        `order`, which one scatter computes. Without `order` the rows are sorted.
 
         Args:
             num_rows: R.
         """
-        if (kept := self.derived.get(ByRow)) is None:
+        if (cached := self.derived.get(ByRow)) is None:
             if self.order is None:
                 order = self.rows.argsort(stable=True).int()
             else:
                 places = torch.arange(len(self.order), dtype=torch.int32, device=self.order.device)
-                # Not in place, which torch.compile cannot hand from forward to backward.
+                # Out of place: torch.compile cannot pass a mutated tensor from the forward to the
+                # backward pass.
                 order = places.index_copy(0, self.order.long(), places)
             offsets = _starts(self.rows.index_select(0, order), num_rows)
-            kept = self.derived[ByRow] = ByRow(order=order, offsets=offsets.int())
-        by_row: ByRow = kept
+            cached = self.derived[ByRow] = ByRow(order=order, offsets=offsets.int())
+        by_row: ByRow = cached
         assert len(by_row.offsets) == num_rows + 1, (by_row.offsets.shape, num_rows)
         return by_row
 
 
 def sort_by_block(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """`function.Products.sort` in plain torch; does not wait for the device.
-
-    Args:
-        blocks: `[P]` int32 in [0, num_blocks).
-        num_blocks: B.
-
-    Returns:
-        The stable order `[P]`, int32, and the blocks' offsets `[B + 1]`, int64.
-    """
+    """`Products.sort` in plain torch; the host does not wait for the device."""
     # Narrow keys sort several times faster than int64 ones.
     narrow = torch.int16 if num_blocks <= torch.iinfo(torch.int16).max else torch.int32
     ascending, order = blocks.to(narrow).sort(stable=True)
@@ -127,9 +121,9 @@ def sort_by_block(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
 
 
 def _starts(ascending: Tensor, count: int) -> Tensor:
-    """`[count + 1]` int64: where in ascending integers each of 0 to `count` begins.
+    """`[count + 1]` int64: the first position of each of 0 to `count` in ascending integers.
 
-    A search, because `bincount` would make the host wait for the largest number.
+    A binary search, because `bincount` would make the host wait for the largest number.
     """
     bounds = torch.arange(count + 1, dtype=ascending.dtype, device=ascending.device)
     return torch.searchsorted(ascending, bounds)

@@ -1,20 +1,20 @@
-// The three products of a sparse feed-forward layer, and the sort that they need, for CPUs.
+// The three products of a sparse feed-forward layer on a CPU, and the sort of pairs by block.
 //
-// A pair is a row of x or y that meets a block. Pairs come sorted by block, those of block i from
-// offsets[i] to offsets[i + 1], with rows ascending in a block. `table` is [B, N, D], `pairs` is
-// [P, N], `rows` is [R, D]; p is a pair of block i:
+// Pairs of rows and blocks are sorted by block: those of block i are offsets[i] to offsets[i + 1],
+// with ascending rows. `table` is [B, N, D], `pairs` is [P, N], `rows` is [R, D], `row` is [P]. For
+// a pair p of block i:
 //
-//   to_pairs   pairs[p]         = rows[row(p)] table[i]^T
-//   to_rows    rows[row(p)]    += pairs[p] table[i]
-//   to_table   table[i]         = sum over p of pairs[p]^T rows[row(p)]
+//   to_pairs (SDD)    pairs[p]      = rows[row[p]] table[i]^T
+//   to_rows  (DSD)    rows[row[p]] += pairs[p] table[i]
+//   to_table (DS^TD)  table[i]      = sum over p of pairs[p]^T rows[row[p]]
 //
-// Choices
-// - One register tile, which reads and writes through functions: rows are used where they lie, and
-//   no copy of a row per block ever exists.
-// - Each number is summed by one thread, in one order: results do not depend on the threads.
-// - Blocks of a few cells have no tile to fill. There a product of rows and cells is a dot product,
-//   and the sum of a row's cells goes row by row over a part of the table that fits the L2 cache.
-// - Vectors are ATen's: nothing here knows an instruction set but for the number of registers.
+// Design notes:
+// - One register tile serves all three products. It reads and writes through functions, so rows are
+//   used in place, and no gathered copy of them exists.
+// - One thread sums each number, in a fixed order: results do not depend on the number of threads.
+// - Blocks of a few cells do not fill a tile. For them to_pairs computes dot products, and to_rows
+//   goes row by row over a part of the table that fits in the L2 cache.
+// - Vectors are ATen's `Vectorized`. Only the number of registers depends on the instruction set.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -47,42 +47,49 @@ constexpr int kRegisters = 16;
 template <typename T>
 constexpr int kLanes = Vectorized<T>::size();
 
-// Vectors in a row of the widest tile, and rows of a tile of V vectors: the sums of a tile, a row
-// of its right side and one number of its left side fill the registers.
+// Vectors per row of the widest tile, and rows of a tile that is V vectors wide. The tile's sums,
+// one row of its right operand and one broadcast number of its left operand fill the registers:
+// with AVX-512 6·4 + 4 + 1 of 32, else 6·2 + 2 + 1 of 16.
 constexpr int kWidest = kRegisters / 8;
 template <int V>
 constexpr int kHeight = V == kWidest ? 6 : 8;
 
-// Terms that a tile adds up before the next one does: its right side, 64 KiB, stays in the cache.
+// Terms that a tile sums before the next tile begins: its right operand, kDepth rows of at most
+// kWidest vectors (64 KiB with AVX-512), stays in the cache for all tiles below it.
 constexpr int64_t kDepth = 256;
-// Pairs of a block that one thread takes at a time.
+// Pairs of a block that are one work item in to_pairs.
 constexpr int64_t kPairs = 512;
-// Rows and columns of y that one thread takes at a time: 2 MiB, for many passes over them.
+// Rows and columns of y that are one work item in to_rows. In fp32 these 2 MiB exceed an L2 cache
+// of 1 MiB, but larger items make fewer passes over the table, which counts for more
+// (benchmarks/NOTES.md).
 constexpr int64_t kRows = 2048;
 constexpr int64_t kColumns = 256;
-// Cells whose gradient one thread computes at a time.
+// Cells whose gradient is one work item in to_table.
 constexpr int64_t kCells = 96;
-// Coefficients so far apart fall on few sets of the L1 cache: a part of them is copied together.
+// Coefficients of consecutive pairs are N numbers apart. From this distance on they map to few sets
+// of the L1 cache and evict each other, so they are first copied to a dense buffer.
 constexpr int64_t kFarApart = 512;
-// Multiplications that are worth a thread: 10 microseconds or more.
+// Multiplications that justify another thread: 10 microseconds or more.
 constexpr int64_t kWork = 1 << 19;
-// The same for blocks of few cells, where rows or the table must stay in the L2 cache.
+// Sizes of work items for blocks of few cells: rows in to_pairs, and in to_rows vectors per row and
+// cells of a part of the table. These rows, or this part of the table, stay in the L2 cache.
 constexpr int64_t kDotRows = 256;
 constexpr int64_t kBagVectors = 8;
 constexpr int64_t kBagCells = 1024;
 
-// Blocks of fewer cells than this leave too much of a tile empty.
+// Blocks of fewer cells than a vector has lanes leave too much of a tile empty.
 template <typename T>
 constexpr int64_t kFewCells = kLanes<T>;
-// Up to so many cells, reading and writing a row of y for each block costs more than sorting the
-// coefficients by row.
+// Up to this many cells per block, reading and writing a row of y for each block costs more than
+// sorting the coefficients by row.
 constexpr int64_t kBagBlock = 2;
 
 template <int N>
 using Int = std::integral_constant<int, N>;
 
-// Calls f(item) for each of the items; a thread that is done takes the next one. There are no more
-// threads than `work`, a number of multiplications, is worth.
+// Calls f(item) for all items in parallel. A thread that has finished takes the next item, because
+// blocks differ in their numbers of pairs. Which thread computes an item does not change its sums.
+// `work`, in multiplications, limits the number of threads.
 template <typename F>
 void parallel(int64_t items, int64_t work, const F& f) {
   std::atomic<int64_t> next{0};
@@ -92,8 +99,10 @@ void parallel(int64_t items, int64_t work, const F& f) {
   });
 }
 
-// Sums of M rows and V vectors: c(m) (+)= sum over k of a(m, k) * b(k). With kPart a row is `width`
-// numbers, less than a vector. `a` gives a number, `b` and `c` the address of a row.
+// A tile of M rows and V vectors: c(m) = sum over k of a(m, k) * b(k), plus c(m) if `add`. `a`
+// returns a number, `b` and `c` return the address of a row. With kPart a row has `width` numbers,
+// less than one vector. M and V are compile-time constants and all loops over them are unrolled, so
+// that the sums stay in registers.
 template <typename T, int M, int V, bool kPart, typename A, typename B, typename C>
 C10_ALWAYS_INLINE void tile(int64_t depth, const A& a, const B& b, const C& c, bool add,
                             int width) {
@@ -129,12 +138,14 @@ C10_ALWAYS_INLINE void tile(int64_t depth, const A& a, const B& b, const C& c, b
     }
 }
 
-// A tile under the other: c(m) (+)= sum over k of a(m)(k) * b(k) for `height` rows m, cut into
-// tiles of nearly equal height.
+// `height` rows as a column of tiles of nearly equal height. A short last tile has too few
+// independent sums to hide the latency of the multiply-adds: equal heights took 1.14 instead
+// of 1.30 of a dense product (benchmarks/NOTES.md).
 template <typename T, int V, bool kPart, typename A, typename B, typename C>
 void tiles(int64_t height, int64_t depth, const A& a, const B& b, const C& c, bool add, int width) {
   constexpr int M = kHeight<V>;
   const int64_t count = (height + M - 1) / M;
+  // Calls the instance of `tile` with as many rows: the || stops at the first that matches.
   const auto run = [&]<int... H>(int64_t at, int rows, std::integer_sequence<int, H...>) {
     const auto left = [&](int m, int64_t k) { return a(at + m, k); };
     const auto sums = [&](int m) { return c(at + m); };
@@ -147,8 +158,8 @@ void tiles(int64_t height, int64_t depth, const A& a, const B& b, const C& c, bo
   }
 }
 
-// Cuts `columns` into strips of 2^n vectors, at most V, and a rest: f(Int<vectors>,
-// std::bool_constant <part of a vector>, first column, columns).
+// Cuts `columns` into strips of V vectors, then V / 2 and so on down to 1, and a rest that is less
+// than a vector: f(Int<vectors>, std::bool_constant<less than a vector>, first column, columns).
 template <typename T, int V, typename F>
 void strips(int64_t columns, const F& f, int64_t at = 0) {
   constexpr int wide = V * kLanes<T>;
@@ -160,17 +171,17 @@ void strips(int64_t columns, const F& f, int64_t at = 0) {
   }
 }
 
-// What a call is about.
+// The indices and sizes of a call.
 template <typename T>
 struct Job {
   const int* row;
   const int64_t* offsets;
   int64_t num_rows, blocks, cells, width;
 
-  // Multiplications of a product.
+  // Multiplications in the call.
   int64_t work() const { return offsets[blocks] * cells * width; }
 
-  // The pairs of a block whose rows are in [first, last).
+  // The pairs of a block whose rows are in [first, last): a binary search, because rows ascend.
   std::pair<int64_t, int64_t> span(int64_t block, int64_t first, int64_t last) const {
     const int* end = row + offsets[block + 1];
     const int* from = std::lower_bound(row + offsets[block], end, first);
@@ -178,7 +189,8 @@ struct Job {
   }
 };
 
-// A part [depth, width] of the transpose of a [width, depth] part of a table.
+// Transposes a [width, depth] part of a table, whose rows are `stride` apart, to [depth, width]. It
+// goes by squares of S x S, so that the lines of cache that it reads and writes are used up.
 template <typename T>
 void transpose(const T* from, int64_t stride, int64_t depth, int width, T* to) {
   constexpr int64_t S = 16;
@@ -199,6 +211,8 @@ void transpose(const T* from, int64_t stride, int64_t depth, int width, T* to) {
     }
 }
 
+// Work items are up to kPairs pairs of one block. Each transposes the block's cells, part by part,
+// so that a tile reads consecutive cells as vectors; kPairs rows amortise the transposition.
 template <typename T>
 void to_pairs_by_tiles(const Job<T>& job, const T* rows, const T* table, T* pairs) {
   struct Item {
@@ -227,7 +241,8 @@ void to_pairs_by_tiles(const Job<T>& job, const T* rows, const T* table, T* pair
   });
 }
 
-// M rows times N cells, each pair of them a dot product.
+// M rows times N cells, each a dot product whose lanes are added at the end. Rows and cells are
+// read in place: with so few cells a transposition would cost as much as the product.
 template <typename T, int M, int N>
 C10_ALWAYS_INLINE void dots(const T* const* rows, const T* cells, int64_t width, T* to,
                             int64_t stride) {
@@ -258,6 +273,8 @@ C10_ALWAYS_INLINE void dots(const T* const* rows, const T* cells, int64_t width,
     for (int n = 0; n < N; ++n) to[m * stride + n] = at::vec::vec_reduce_all<T>(plus, sums[m][n]);
 }
 
+// Work items are kDotRows rows and a part of the blocks: the rows stay in the L2 cache while the
+// blocks pass by. All items of the same rows come one after the other.
 template <typename T>
 void to_pairs_by_dots(const Job<T>& job, const T* rows, const T* table, T* pairs) {
   const int64_t tiles = (job.num_rows + kDotRows - 1) / kDotRows,
@@ -268,23 +285,25 @@ void to_pairs_by_dots(const Job<T>& job, const T* rows, const T* table, T* pairs
       const auto [from, to] = job.span(i, first, first + kDotRows);
       const T* cells = table + i * job.cells * job.width;
       const T* left[4];
-      const auto some = [&](auto height, int64_t p) {
+      const auto multiply_rows = [&](auto height, int64_t p) {
         for (int m = 0; m < height(); ++m) left[m] = rows + job.row[p + m] * job.width;
-        const auto with = [&](auto count, int64_t n) {
+        const auto multiply_cells = [&](auto count, int64_t n) {
           dots<T, height(), count()>(left, cells + n * job.width, job.width,
                                      pairs + p * job.cells + n, job.cells);
         };
         int64_t n = 0;
-        for (; n + 4 <= job.cells; n += 4) with(Int<4>(), n);
-        for (; n < job.cells; ++n) with(Int<1>(), n);
+        for (; n + 4 <= job.cells; n += 4) multiply_cells(Int<4>(), n);
+        for (; n < job.cells; ++n) multiply_cells(Int<1>(), n);
       };
       int64_t p = from;
-      for (; p + 4 <= to; p += 4) some(Int<4>(), p);
-      for (; p < to; ++p) some(Int<1>(), p);
+      for (; p + 4 <= to; p += 4) multiply_rows(Int<4>(), p);
+      for (; p < to; ++p) multiply_rows(Int<1>(), p);
     }
   });
 }
 
+// Work items are kRows x kColumns of y. A row of y collects its blocks in ascending order, in
+// whatever order the items run.
 template <typename T>
 void to_rows_by_tiles(const Job<T>& job, const T* pairs, const T* table, T* rows) {
   const int64_t tall = (job.num_rows + kRows - 1) / kRows,
@@ -314,7 +333,8 @@ void to_rows_by_tiles(const Job<T>& job, const T* pairs, const T* table, T* rows
   });
 }
 
-// row += sum over j of h[j] * table[cell[j]], for rows of V vectors or a part of one.
+// row += sum over j of h[j] * table[cell[j]], for rows of V vectors, or with kPart of less than
+// one.
 template <typename T, int V, bool kPart>
 void bag(const T* table, const int* cell, const T* h, int64_t count, T* row, int width) {
   using Vec = Vectorized<T>;
@@ -338,9 +358,12 @@ void bag(const T* table, const int* cell, const T* h, int64_t count, T* row, int
   }
 }
 
+// Like embedding_bag: each row sums its own cells. The first loop sorts the coefficients of each
+// part of the table by row (a counting sort); the second sums them, part by part, from a copy of a
+// few columns of the part that stays in the L2 cache.
 template <typename T>
 void to_rows_by_bags(const Job<T>& job, const T* pairs, const T* table, T* rows) {
-  // The table in parts of consecutive cells; in each the coefficients, sorted by row.
+  // A part of the table is `blocks` consecutive blocks.
   const int64_t blocks = kBagCells / job.cells, parts = (job.blocks + blocks - 1) / blocks;
   const int64_t size = job.offsets[job.blocks] * job.cells;
   std::vector<int64_t> starts(parts * job.num_rows + 1, size);
@@ -348,6 +371,7 @@ void to_rows_by_bags(const Job<T>& job, const T* pairs, const T* table, T* rows)
   const auto h = std::make_unique_for_overwrite<T[]>(size);
   parallel(parts, job.work(), [&](int64_t part) {
     const int64_t first = part * blocks, last = std::min(first + blocks, job.blocks);
+    // First the number of coefficients of each row, then the place of the row's next one.
     std::vector<int64_t> next(job.num_rows);
     for (int64_t p = job.offsets[first]; p < job.offsets[last]; ++p) next[job.row[p]] += job.cells;
     int64_t sum = job.offsets[first] * job.cells;
@@ -367,18 +391,18 @@ void to_rows_by_bags(const Job<T>& job, const T* pairs, const T* table, T* rows)
   parallel((job.num_rows + tall - 1) / tall, job.work(), [&](int64_t index) {
     const int64_t first = index * tall, last = std::min(first + tall, job.num_rows);
     std::fill(rows + first * job.width, rows + last * job.width, T(0));
-    std::vector<T> near(kBagCells * kBagVectors * kLanes<T>);
+    std::vector<T> cached(kBagCells * kBagVectors * kLanes<T>);
     strips<T, kBagVectors>(job.width, [&](auto vectors, auto partial, int64_t n, int width) {
       const int64_t stride = vectors() * kLanes<T>;
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t c = part * blocks * job.cells;
         const int64_t count = std::min(blocks * job.cells, job.blocks * job.cells - c);
         for (int64_t i = 0; i < count; ++i)
-          std::copy_n(table + (c + i) * job.width + n, width, near.data() + i * stride);
+          std::copy_n(table + (c + i) * job.width + n, width, cached.data() + i * stride);
         for (int64_t r = first; r < last; ++r) {
           const int64_t from = starts[part * job.num_rows + r],
                         to = starts[part * job.num_rows + r + 1];
-          bag<T, vectors(), partial()>(near.data(), cell.get() + from, h.get() + from, to - from,
+          bag<T, vectors(), partial()>(cached.data(), cell.get() + from, h.get() + from, to - from,
                                        rows + r * job.width + n, width);
         }
       }
@@ -388,8 +412,9 @@ void to_rows_by_bags(const Job<T>& job, const T* pairs, const T* table, T* rows)
 
 template <typename T>
 void to_table(const Job<T>& job, const T* pairs, const T* rows, T* table) {
-  // Column by column, so that a part of the rows stays in the cache for all blocks; in a column
-  // some blocks, or a part of one.
+  // Work items are kColumns columns of a few whole blocks, or of kCells cells of one block. Items
+  // of the same columns come one after the other, so that these columns of the rows stay in the
+  // cache.
   const int64_t wide = (job.width + kColumns - 1) / kColumns;
   const int64_t blocks = std::max<int64_t>(1, kCells / job.cells),
                 groups = (job.blocks + blocks - 1) / blocks;
@@ -400,7 +425,7 @@ void to_table(const Job<T>& job, const T* pairs, const T* rows, T* table) {
     const int64_t group = index / parts % groups, cell = index % parts * kCells;
     const int64_t height = std::min(kCells, job.cells - cell);
     std::vector<const T*> right;
-    std::vector<T> near;
+    std::vector<T> dense;
     for (int64_t i = group * blocks; i < std::min((group + 1) * blocks, job.blocks); ++i) {
       const int64_t from = job.offsets[i], count = job.offsets[i + 1] - from;
       T* sums = table + (i * job.cells + cell) * job.width + column;
@@ -409,15 +434,15 @@ void to_table(const Job<T>& job, const T* pairs, const T* rows, T* table) {
       const T* left = pairs + from * job.cells + cell;
       int64_t stride = job.cells;
       if (stride >= kFarApart) {
-        near.resize(count * height);
+        dense.resize(count * height);
         for (int64_t p = 0; p < count; ++p)
-          std::copy_n(left + p * stride, height, near.data() + p * height);
-        left = near.data();
+          std::copy_n(left + p * stride, height, dense.data() + p * height);
+        left = dense.data();
         stride = height;
       }
       strips<T, kWidest>(columns, [&](auto vectors, auto part, int64_t n, int width) {
         int64_t k = 0;
-        do {  // once for an empty block, whose gradient is zero
+        do {  // runs once for an empty block, and so writes its zero gradient
           tiles<T, vectors(), part()>(
               height, std::min(kDepth, count - k),
               [&](int64_t m, int64_t p) { return left[(k + p) * stride + m]; },
@@ -482,6 +507,8 @@ Tensor to_table_op(const Tensor& pairs, const Tensor& rows, const Tensor& row,
 }
 
 // Stable counting sort of [P] int32 block ids: the order [P] int32 and the offsets [B + 1] int64.
+// Each thread counts a part of the ids, and `next` then tells where its ids of each block go. Parts
+// are in the order of the pairs, so the sort is stable and does not depend on the threads.
 std::tuple<Tensor, Tensor> sort_op(const Tensor& ids, int64_t blocks) {
   const Tensor block = ids.contiguous();
   const int64_t size = block.size(0), parts = at::get_num_threads();

@@ -1,15 +1,15 @@
-"""The products of rows and blocks by the package quack-kernels: grouped, with rows read by index.
+"""The backend `quack`: grouped products of the package quack-kernels, which read rows by index.
 
-Inputs: contiguous tensors on a GPU of capability 8.0 or newer, in bf16 or fp16. Outputs: as
-`function.Products`, the same bits every time.
+Inputs: contiguous tensors on a GPU of capability 8.0 or newer, in bf16 or fp16. Results are bitwise
+reproducible.
 
 Design notes:
-- Two of the three products read rows where they lie (`A_idx`), so that no copy per pair exists, and
-  gradients are added to `main_grad` by the kernel. Parts of `to_rows` are summed as in `grouped`.
-- `to_table` is computed transposed, because only the left operand is read by index.
-- Any number of blocks; an empty block is a group without terms, whose sum is zero.
-- `tuned=False`: the package's fixed tiles. Its tuner would compile and time many kernels in the
-  first steps, on each rank for itself.
+- `to_pairs` and `to_table` read rows by index (`A_idx`), so no gathered copy exists, and the kernel
+  itself adds gradients to `main_grad`. Partial rows of `to_rows` are summed as in `grouped`.
+- `to_table` is computed transposed, because only the left operand can be read by index.
+- There may be any number of blocks. An empty block is a group without terms, whose sum is zero.
+- `tuned=False` takes the package's fixed tiles. Its tuner would compile and time many kernels in
+  the first steps, on every rank.
 - No GPU has run this. Tests compare the calls with the package's documented meaning.
 """
 
@@ -32,11 +32,11 @@ CAPABILITY = (8, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 
 MODULE = "quack.gemm_interface"
-"""Where the package has `gemm` and `gemm_add_inplace`."""
+"""The module of the package with `gemm` and `gemm_add_inplace`."""
 
 
 def refusal(tensor: Tensor, widths: dict[str, int]) -> str | None:
-    """Why this form cannot compute, as `grouped.refusal`."""
+    """Why this backend cannot compute, as a clause; None if it can. Arguments as in `grouped`."""
     if not device.is_gpu(tensor):
         return "computes on a GPU, but the tensors are on a CPU"
     if tensor.dtype not in DTYPES:
@@ -50,7 +50,7 @@ def refusal(tensor: Tensor, widths: dict[str, int]) -> str | None:
 
 @functools.cache
 def kernels() -> Any:
-    """The package's module.
+    """The package's module `MODULE`, imported at the first call.
 
     Raises:
         ConfigError: if the package is not installed.
@@ -65,12 +65,12 @@ def kernels() -> Any:
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """The stable order of blocks, and their offsets, as `function.Products.sort`."""
+    """Sort pairs by block (`Products.sort`)."""
     return sort_by_block(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """Each row times the cells of each of its blocks, as `function.Products.to_pairs`."""
+    """SDD: multiply each pair's row with its block's cells (`Products.to_pairs`)."""
     result = rows.new_empty(len(pairs.rows), table.shape[1])
     if len(result):
         kernels().gemm(
@@ -85,25 +85,25 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """The sum of each row's weighted cells, as `function.Products.to_rows`."""
+    """DSD: sum each row's cells, weighted by its coefficients (`Products.to_rows`)."""
     width = table.shape[2]
     if not len(pairs.rows):
         return table.new_zeros(num_rows, width)
     coefficients, table = grouped.aligned(coefficients), grouped.aligned(table)
     by_row, offsets, sums = pairs.by_row(num_rows), pairs.offsets.int(), []
     for piece in grouped.columns(width, len(pairs.rows) * table.itemsize):
-        parts = table.new_empty(len(pairs.rows), piece.stop - piece.start)
+        partial_rows = table.new_empty(len(pairs.rows), piece.stop - piece.start)
         kernels().gemm(
-            coefficients, table[:, :, piece], out=parts, cu_seqlens_m=offsets, tuned=False
+            coefficients, table[:, :, piece], out=partial_rows, cu_seqlens_m=offsets, tuned=False
         )
-        sums.append(grouped.sum_parts(parts, by_row))
+        sums.append(grouped.sum_by_row(partial_rows, by_row))
     return grouped.joined(sums, sums[0], dim=1)
 
 
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """The sum of each cell's weighted rows, as `function.Products.to_table`."""
+    """DSᵀD: sum each cell's rows, weighted by its coefficients (`Products.to_table`)."""
     shape = len(pairs.offsets) - 1, coefficients.shape[1], rows.shape[1]
     if not len(pairs.rows):
         return rows.new_zeros(shape) if into is None else into

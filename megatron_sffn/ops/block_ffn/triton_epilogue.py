@@ -1,7 +1,7 @@
-"""What Triton kernels do with a tile of sums in registers: activate it, or store it in pieces.
+"""Device functions on a tile of sums in registers: the activations, and the store.
 
 Inputs: tiles in fp32. Outputs: coefficients and gradients in fp32, as `ops/activation.py` defines
-them; the name of the activation is a constant of the kernel, which so holds one of them only.
+them. The name of the activation is a compile-time constant: a kernel contains one activation.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import triton
 import triton.language as tl
 
 PIECE = tl.constexpr(16)
-"""Columns of a tile that are finished at a time, where their addresses, their inputs and what is
-computed from them would not fit in the registers for a whole tile."""
+"""Columns that an epilogue works on at a time. For a whole tile the addresses, the inputs and the
+results would not fit in the registers beside the accumulators."""
 
 
 @triton.jit
 def normal_cdf(x: tl.tensor) -> tl.tensor:
-    """The distribution function of the standard normal distribution, by erf."""
+    """The cumulative distribution function of the standard normal distribution, by erf."""
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
 def positive(x: tl.tensor) -> tl.tensor:
-    """`max(x, 0)`; a comparison that is false for NaN, which `tl.maximum` would drop."""
+    """`max(x, 0)` that keeps NaN: `x <= 0` is false for NaN, while `tl.maximum` would drop it."""
     return tl.where(x <= 0, 0.0, x)
 
 
@@ -42,6 +42,7 @@ def activate(up: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
 def activate_backward(grad: tl.tensor, up: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """`f'(up) · grad` of an activation that has one key per cell."""
     if ACTIVATION == "gelu":
+        # The derivative of u · Φ(u) is Φ(u) + u · φ(u), with φ(0) = 1 / √(2π) = 0.3989...
         density = 0.3989422804014327 * tl.exp(-0.5 * up * up)
         return grad * (normal_cdf(up) + up * density)
     elif ACTIVATION == "relu":
@@ -60,15 +61,17 @@ def swiglu(gate: tl.tensor, linear: tl.tensor) -> tl.tensor:
 @triton.jit
 def swiglu_backward(grad: tl.tensor, gate: tl.tensor, linear: tl.tensor) -> tl.tensor:
     """The gradients of `silu(gate) · linear` in gate and linear."""
-    share = tl.sigmoid(gate)
-    return grad * linear * (share * (1.0 + gate * (1.0 - share))), grad * (gate * share)
+    # silu(g) = g · σ(g), and its derivative is σ(g) · (1 + g · (1 - σ(g))).
+    sigmoid = tl.sigmoid(gate)
+    return grad * linear * (sigmoid * (1.0 + gate * (1.0 - sigmoid))), grad * (gate * sigmoid)
 
 
 @triton.jit
 def halves(tile: tl.tensor) -> tl.tensor:
     """The left and the right half of the columns of a tile."""
-    parts = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
-    return tl.split(tl.permute(parts, (0, 2, 1)))
+    # `tl.split` needs a last axis of size 2.
+    both_halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(both_halves, (0, 2, 1)))
 
 
 @triton.jit
@@ -80,15 +83,15 @@ def store_tile(
     width: tl.tensor,
     ADD: tl.constexpr,
 ) -> None:
-    """Store a tile `[H, W]` in its place, piece by piece, or add it to what is there.
+    """Store a tile `[H, W]`, PIECE columns at a time, or add it to the numbers in memory.
 
     Args:
         tile: fp32.
-        p_rows: `[H]`, where each row begins.
-        m_rows: `[H]`, which rows there are.
-        first: column of the tile's first.
-        width: columns of a row.
-        ADD: whether the tile is added.
+        p_rows: `[H]`, pointers to the beginning of each row.
+        m_rows: `[H]`, False for a row that does not exist.
+        first: the first column of the tile.
+        width: columns per row.
+        ADD: True to add.
     """
     COLUMNS: tl.constexpr = tile.shape[1]
     if COLUMNS > PIECE:

@@ -1,18 +1,18 @@
-"""Two grouped products on a GPU with what happens to their results before these leave registers.
+"""Two grouped GEMMs with a fused epilogue: activation, gates and their gradients in registers.
 
-Inputs: as `triton_grouped.to_pairs`, with fp32 gates `[P]` or None and the activation. Outputs: the
-results of `Products.up_activated` and `Products.down_backward_activated`, the same bits every time.
+Inputs: those of `triton_grouped.to_pairs`, with fp32 gates `[P]` or None and the activation.
+Outputs: those of the fused forms of `Products`. Results are bitwise reproducible.
 
-Design notes
-- The arithmetic is that of `epilogue.py`: fp32, and a result is rounded once. Up projections are
-  activated as they were rounded, since the backward pass has nothing else. The gradient of the
-  coefficients is never rounded; it does not leave registers.
-- What this saves is derived, not measured: of the 9 passes of the plain epilogue over P·G numbers
-  (4 of them in the forward pass) the writes of results and one read of the up projections remain.
-- A gated activation has two keys per cell: a program owns the gate keys and the linear keys of the
+Design notes:
+- The arithmetic is that of `epilogue.py`: fp32, with one rounding per result. Up projections are
+  rounded before they are activated, because the backward pass has only the rounded ones. The
+  gradient of the coefficients is never rounded, since it stays in registers.
+- The saving is derived, not measured: of the 9 passes of the plain epilogue over P·G numbers (4 in
+  the forward pass) there remain the writes of the results and one read of the up projections.
+- A gated activation has two keys per cell. A program owns the gate keys and the linear keys of the
   same cells, and reads its rows once for both.
-- The gradient of a gate is a sum over the cells of a block. A program sums those of its tile; where
-  a block has more tiles, their sums go to scratch and are added in the order of the tiles.
+- The gradient of a gate is a sum over the cells of a block. A program sums over its tile; if a
+  block has several tiles, their sums go to scratch and are added in the order of the tiles.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from megatron_sffn.ops.block_ffn.triton_tiles import launch, side
 def up_activated(
     x: Tensor, keys: Tensor, pairs: Sorted, gates: Tensor | None, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    """`x Kᵀ` of the pairs, and the coefficients of their values.
+    """The up projections of the pairs, and the coefficients of their values.
 
     Args:
         x: `[R, D]`.
         keys: `[B, N, D]`; N is G, or 2G with the gate keys first.
-        pairs: which rows meet which blocks.
+        pairs: sorted by block.
         gates: fp32 `[P]`, or None for 1.
         activation: f.
 
     Returns:
-        The up projections `[P, N]`, and `f(ups) · gates`, `[P, G]`, both in the dtype of x.
+        `x Kᵀ` of each pair, `[P, N]`, and `f(ups) · gates`, `[P, G]`, both in the dtype of x.
     """
     num_pairs, (_, num_keys, width) = len(pairs.rows), keys.shape
     cells = num_keys // activation.keys_per_cell
@@ -58,7 +58,7 @@ def up_activated(
         return ups, h
     tiles = tiles_of(keys, "to_pairs", num_keys)
     schedule = schedule_of(pairs, tiles.height)
-    # A gated tile has accumulators for both keys of its cells.
+    # A gated program has one accumulator per key of a cell, so half as many cells fit.
     block_g = side(cells, tiles.columns // activation.keys_per_cell)
     launch(
         up_kernel,
@@ -92,19 +92,19 @@ def down_backward_activated(
     gates: Tensor | None,
     activation: Activation,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients that `dy Vᵀ` of the pairs, the gradient of their coefficients, leads to.
+    """The gradients of ups and gates, through the gradient `dy Vᵀ` of the coefficients.
 
     Args:
         dy: `[R, D]`.
         values: `[B, G, D]`.
-        pairs: which rows meet which blocks.
+        pairs: sorted by block.
         ups: `[P, N]`, as `up_activated` returned them.
         gates: fp32 `[P]`, or None for 1.
         activation: f.
 
     Returns:
-        The coefficients `[P, G]` again; the gradient of the up projections `[P, N]`; that of the
-        gates, fp32 `[P]`, or None.
+        The coefficients `[P, G]` again; the gradient of ups, `[P, N]`; the gradient of the gates,
+        fp32 `[P]`, or None.
     """
     num_pairs, (_, cells, width) = len(pairs.rows), values.shape
     h, dups = ups.new_empty(num_pairs, cells), torch.empty_like(ups)
@@ -162,7 +162,10 @@ def up_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ) -> None:
-    """See `up_activated`. Tiles of cells are the faster index: neighbours share rows in the L2."""
+    """`up_activated`: a program owns BLOCK_P pairs of one block and BLOCK_G of its cells.
+
+    Cells are the fast index of the grid, so that neighbouring programs share rows in the L2.
+    """
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     N = 2 * G if GATED else G
     num_g = tl.cdiv(G, BLOCK_G)
@@ -173,7 +176,7 @@ def up_kernel(
         return
     o_p = first + tl.arange(0, BLOCK_P)
     m_p = o_p < last
-    # Behind the last pair row 0 is read, and its product not stored.
+    # After the last pair the tile reads row 0, which needs no mask in the loop; the store has one.
     o_r = tl.load(rows + o_p, mask=m_p, other=0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
@@ -190,6 +193,7 @@ def up_kernel(
         b_x = tl.load(p_x, mask=m_d[None, :], other=0.0)
         acc = tl.dot(b_x, tl.load(p_k, mask=m_k, other=0.0), acc, input_precision="ieee")
         if GATED:
+            # The linear keys of a block follow its G gate keys.
             b_k = tl.load(p_k + G * D, mask=m_k, other=0.0)
             linear = tl.dot(b_x, b_k, linear, input_precision="ieee")
         p_x += BLOCK_D
@@ -197,7 +201,7 @@ def up_kernel(
     b_g = None
     if gates is not None:
         b_g = tl.load(gates + o_p, mask=m_p, other=0.0)[:, None]
-    i_g *= BLOCK_G
+    i_g *= BLOCK_G  # from the index of a tile to its first cell
     if GATED:
         store_activated(acc, linear, ups, h, b_g, o_p, m_p, i_g, N, G, ACTIVATION)
     else:
@@ -218,8 +222,10 @@ def store_activated(
     G: tl.tensor,
     ACTIVATION: tl.constexpr,
 ) -> None:
-    """Round and store a tile of up projections from cell `first` on; activate and store it."""
+    """Store a tile of up projections from cell `first` on, and the coefficients of its cells."""
     COLUMNS: tl.constexpr = acc.shape[1]
+    # Halve the tile until it has PIECE columns, so that the epilogue fits in the registers that the
+    # accumulators leave. The recursion is resolved at compile time.
     if COLUMNS > PIECE:
         left, right = halves(acc)
         half = first + COLUMNS // 2
@@ -236,6 +242,7 @@ def store_activated(
         p_u = ups + o_p[:, None] * N + o_g[None, :]
         b_u = acc.to(ups.dtype.element_ty)
         tl.store(p_u, b_u, mask=m_pg)
+        # Activate the rounded number, which is the one that the backward pass will read.
         if linear is None:
             b_h = activate(b_u.to(tl.float32), ACTIVATION)
         else:
@@ -268,7 +275,10 @@ def down_backward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ) -> None:
-    """See `down_backward_activated`; the order of the tiles as in `up_kernel`."""
+    """`down_backward_activated`: a program owns the same tile as in `up_kernel`.
+
+    `sums` is `[tiles of a block, P]`: each tile writes its own row, so that no atomics are needed.
+    """
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     N = 2 * G if GATED else G
     num_g = tl.cdiv(G, BLOCK_G)
@@ -316,10 +326,10 @@ def store_gradients(
     G: tl.tensor,
     ACTIVATION: tl.constexpr,
 ) -> tl.tensor:
-    """Of a tile of gradients of coefficients from cell `first` on: store h and dups.
+    """From the coefficients' gradients of a tile, from cell `first` on, store h and dups.
 
     Returns:
-        Its part of the gates' gradients, `[BLOCK_P]`.
+        The tile's share of the gates' gradients, `[BLOCK_P]`.
     """
     COLUMNS: tl.constexpr = grad.shape[1]
     if COLUMNS > PIECE:
@@ -337,7 +347,7 @@ def store_gradients(
             b_h = swiglu(b_u, b_l)
         else:
             b_h = activate(b_u, ACTIVATION)
-        # Columns behind the last cell hold 0 times dy, which is not 0 where dy is not finite.
+        # After the last cell `grad` is zero times dy, which is NaN if dy is not finite.
         total = tl.sum(tl.where((o_g < G)[None, :], b_h * grad, 0.0), axis=1)
         if b_g is not None:
             b_h *= b_g

@@ -1,22 +1,23 @@
-"""The products of rows and blocks on a GPU as grouped GEMMs: each block's pairs and its cells.
+"""The grouped form of the Triton products: grouped GEMMs with one group per block.
 
-Inputs: contiguous tensors. Outputs: the results of `function.Products`, the same bits every time.
+Inputs: contiguous tensors. Results are bitwise reproducible.
 
-Choices
-- Two of the three products are one grouped GEMM: a program owns a tile of one block's pairs and a
-  tile of columns. It reads rows by index; gathered rows never lie in memory. Which tile belongs to
-  which block is worked out on the device: no product waits for the host.
-- `to_rows` writes each pair's part in the input's dtype, as `loop` rounds it, then sums a row's
-  parts in fp32. Against fp32 atomics this moves less (367/g against 585/g of a dense product's
-  time, derived for an H200) and does not depend on the order of arrival. It goes by groups of
-  columns, so that the parts never outgrow the largest of R·D numbers, `PARTS_BYTES` and P times one
-  tile of columns. Each group reads the coefficients from memory again.
-- A block of one cell needs no parts: its part is a row of the table times a number, so the sum
-  reads the table itself.
-- All operands are read by pointers. TMA descriptors were left out: rows are gathered; a tile of
-  coefficients must be zero behind the block's last pair, which no fixed shape of a tensor says; and
-  for the table alone a descriptor would save some of the issue slots of copies, which are not the
-  bound, for a second form of each kernel where the table is not aligned to 16 bytes.
+Design notes:
+- `to_pairs` and `to_table` are one grouped GEMM each: a program owns a tile of one block's pairs
+  and a tile of columns. It reads rows by index, so gathered rows never exist in memory. The device
+  computes which tile belongs to which block, so no product waits for the host.
+- `to_rows` writes a partial row per pair in the input's dtype, which rounds as in `torch_backend`,
+  then sums the partial rows of each row in fp32. Compared with fp32 atomics this moves fewer bytes
+  (367/G against 585/G of a dense product's time, derived for an H200) and does not depend on the
+  order of arrival. It proceeds by groups of columns, so that the partial rows never exceed the
+  largest of R·D numbers, `PARTS_BYTES` and P times one tile of columns. Each group reads the
+  coefficients again.
+- A block of one cell needs no partial rows: each would be a row of the table times a number, so the
+  sum reads the table itself.
+- All operands are read through pointers, not TMA descriptors: rows are gathered, and a tile of
+  coefficients must be zero after the block's last pair, which the fixed shape of a descriptor
+  cannot express. For the table alone a descriptor would save issue slots of copies, which are not
+  the bound, and need a second form of each kernel for tables that are not aligned to 16 bytes.
 - `to_table` is in `triton_table.py`; `to_pairs` with activation and gates in `triton_fused.py`.
 """
 
@@ -36,11 +37,11 @@ from megatron_sffn.ops.block_ffn.triton_epilogue import store_tile
 from megatron_sffn.ops.block_ffn.triton_tiles import Tiles, launch, side
 
 NARROW, WIDE = 32, 128
-"""Cells up to which a block counts as narrow in `TILES`, and from which on it counts as wide."""
+"""In `TILES` a block of at most 32 cells is narrow, and one of 128 cells or more is wide."""
 
 LARGE = {"to_pairs": (9, 10), "to_pairs, backward": (9, 10), "to_table": (9,)}
-"""Products whose tiles are large for wide blocks in 16 bits, by major compute capability: elsewhere
-the accumulators of a large tile leave too few registers, and the kernel spills."""
+"""Product -> major compute capabilities with large tiles for wide blocks in 16 bits. Elsewhere the
+accumulators of a large tile leave too few registers, and the kernel spills."""
 
 _LARGE = Tiles(height=128, columns=256, inner=64, warps=8, stages=3)
 _WIDE = Tiles(height=128, columns=128, inner=64, warps=8, stages=3)
@@ -49,7 +50,7 @@ _FP32 = Tiles(height=64, columns=64, inner=16, warps=8, stages=3)
 _NARROW_FP32 = Tiles(height=64, columns=32, inner=16, warps=4, stages=3)
 
 _PAIRS = {"large": _LARGE, "wide": _WIDE, "middle": _WIDE, "narrow": _NARROW}
-# Rows are read by indices that are read before: of 5 stages 3 hold operands.
+# The load of a row waits for the load of its index, so of 5 pipeline stages only 3 hold operands.
 _TABLE = {
     "large": Tiles(height=128, columns=256, inner=64, warps=8, stages=5),
     "wide": Tiles(height=128, columns=128, inner=64, warps=8, stages=5),
@@ -78,32 +79,34 @@ TILES: dict[tuple[str, torch.dtype, str], Tiles] = {
     )
     for kind, tiles in kinds.items()
 }
-"""Device, dtype, product and width of the blocks -> tiles; "any" for devices without a line of
-their own. In `to_table` the height is of cells, elsewhere of pairs.
+"""(Device, dtype, product and width of the blocks) -> tiles; "any" for devices without an entry.
+The height counts cells in `to_table`, and pairs in the other products.
 
-Untuned: no GPU has timed them. What chose them is derived: a tile of 128 x 128 does 64 operations
-for a byte from the L2 cache, which feeds 60 % of the matrix units of an H100, one of 128 x 256 does
-85. A large tile leaves no room for a second program on a multiprocessor, so that nothing hides its
-first loads and its stores; `to_rows`, whose loop is as short as N, keeps to smaller ones. Columns
-are many in `to_table`, since the coefficients are read once for each tile of columns. In bf16 all
-compile without spills for sm_80, 90, 100 and 120 (`benchmarks/triton_report.py`).
+Untuned: no GPU has timed them. The sizes are derived. A tile of 128 x 128 does 64 operations per
+byte from the L2 cache, which feeds 60 % of the tensor cores of an H100; a tile of 128 x 256 does
+85. A large tile leaves no room for a second program on a multiprocessor, so nothing hides its first
+loads and its stores; `to_rows`, whose loop over N is short, keeps to smaller ones. Tiles are wide
+in `to_table`, because the coefficients are read once per tile of columns. In bf16 all compile
+without spills for sm_80, 90, 100 and 120 (`benchmarks/triton_report.py`).
 """
 
 PARTS_BYTES = 1 << 30
-"""Bytes of the parts of `to_rows` at any size; each group reads the coefficients again."""
+"""Bytes that the partial rows of `to_rows` may take at any size."""
 
 ROWS_PARTS = 8
-"""Parts of a row that are loaded at a time. Untuned."""
+"""Partial rows that a program of `sum_kernel` loads at a time. Untuned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The tiles of pairs: each lies in one block. The host knows only how many there are at most.
+    """Tiles of consecutive pairs, each within one block.
+
+    The host knows only the largest number of tiles that the pairs can need. A superfluous tile is
+    assigned to the last block and begins after its last pair; its programs return at once.
 
     Args:
-        blocks: of each tile, int64.
-        firsts: the first pair of each tile, int64. A tile that is not needed belongs to the last
-            block and starts behind its last pair.
+        blocks: the block of each tile, int64.
+        firsts: the first pair of each tile, int64.
     """
 
     blocks: Tensor
@@ -111,12 +114,12 @@ class Schedule:
 
 
 def sort(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """See `function.Products`."""
+    """Sort pairs by block (`Products.sort`)."""
     return sort_by_block(blocks, num_blocks)
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """See `function.Products`."""
+    """SDD: multiply each pair's row with its block's cells (`Products.to_pairs`)."""
     cells = table.shape[1]
     result = rows.new_empty(len(pairs.rows), cells)
     _multiply(rows, table.mT, result, pairs, tiles_of(table, "to_pairs", cells), gather=True)
@@ -124,7 +127,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """See `function.Products`."""
+    """DSD: sum each row's cells, weighted by its coefficients (`Products.to_rows`)."""
     num_pairs, (_, cells, width) = len(pairs.rows), table.shape
     if not num_pairs:
         return table.new_zeros(num_rows, width)
@@ -133,6 +136,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
     by_row = pairs.by_row(num_rows)
     order, offsets = by_row.order, by_row.offsets
     if cells == 1:
+        # A partial row would be `coefficient · table[block]`: sum those without writing them.
         blocks = torch.arange(len(table), dtype=torch.int32, device=table.device)
         blocks = blocks.repeat_interleave(pairs.offsets.diff(), output_size=num_pairs)
         weights = coefficients.index_select(0, order)
@@ -140,19 +144,19 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
         return result
     numbers = max(width * num_rows, PARTS_BYTES // table.itemsize)
     group = max(1, numbers // num_pairs // tiles.columns) * tiles.columns
-    parts = table.new_empty(num_pairs, min(group, width))
+    scratch = table.new_empty(num_pairs, min(group, width))
     for first in range(0, width, group):
         columns = slice(first, min(first + group, width))
-        some = parts[:, : columns.stop - first]
-        _multiply(coefficients, table[:, :, columns], some, pairs, tiles, gather=False)
-        _sum(some, order, None, offsets, result[:, columns], tiles)
+        partial_rows = scratch[:, : columns.stop - first]
+        _multiply(coefficients, table[:, :, columns], partial_rows, pairs, tiles, gather=False)
+        _sum(partial_rows, order, None, offsets, result[:, columns], tiles)
     return result
 
 
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """See `function.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
+    """DSᵀD: sum each cell's rows, weighted by its coefficients (`Products.to_table`)."""
     tiles = tiles_of(rows, "to_table", coefficients.shape[1])
     return triton_table.to_table(coefficients, rows, pairs, into, tiles)
 
@@ -160,15 +164,15 @@ def to_table(
 def _multiply(
     source: Tensor, table: Tensor, result: Tensor, pairs: Sorted, tiles: Tiles, *, gather: bool
 ) -> None:
-    """`result[p] = source[row(p) if gather else p] @ table[i]` for the pairs p of block i.
+    """`result[p] = source[row of p if gather else p] @ table[block of p]` for every pair p.
 
     Args:
-        source: `[R, I]`, or `[P, I]`.
+        source: `[R, I]` with `gather`, else `[P, I]`.
         table: `[B, I, O]`, with any strides.
-        result: `[P, O]`, with any stride of its rows.
-        pairs: in the order of the blocks.
-        tiles: how it is cut.
-        gather: whether rows are read by index.
+        result: `[P, O]`, with any row stride.
+        pairs: sorted by block.
+        tiles: the tile sizes.
+        gather: True to read rows of `source` by index.
     """
     if not len(pairs.rows):
         return
@@ -208,12 +212,15 @@ def _sum(
     result: Tensor,
     tiles: Tiles,
 ) -> None:
-    """`result[r]` = the sum of `source[index[q]] · weights[q]`, q from `offsets[r]` on."""
+    """`result[r]`: the sum of `weights[q] · source[index[q]]` for q in [offsets[r], offsets[r+1]).
+
+    Without weights each is 1.
+    """
     block_d = side(result.shape[1], tiles.columns)
     launch(
         sum_kernel,
         len(result) * triton.cdiv(result.shape[1], block_d),
-        # A row's parts are few bytes; more programs hide more latency than wider ones.
+        # A row's partial rows are few bytes: many narrow programs hide more latency than wide ones.
         Tiles(height=1, columns=block_d, inner=ROWS_PARTS, warps=1, stages=tiles.stages),
         source=source,
         index=index,
@@ -229,24 +236,25 @@ def _sum(
 
 
 def schedule_of(pairs: Sorted, height: int) -> Schedule:
-    """The schedule for tiles of `height` pairs, made once for all products with these pairs."""
+    """The schedule for tiles of `height` pairs, computed once for all products with these pairs."""
     if (Schedule, height) not in pairs.derived:
         offsets = pairs.offsets
         num_blocks, num_pairs = len(offsets) - 1, len(pairs.rows)
-        heights = (offsets.diff() + (height - 1)) // height
-        ends = heights.cumsum(0)
-        most = num_pairs // height + min(num_blocks, num_pairs)
-        tiles = torch.arange(most, device=offsets.device)
+        tiles_per_block = (offsets.diff() + (height - 1)) // height
+        ends = tiles_per_block.cumsum(0)
+        # Every block with pairs can have one tile that is not full.
+        max_tiles = num_pairs // height + min(num_blocks, num_pairs)
+        tiles = torch.arange(max_tiles, device=offsets.device)
         blocks = torch.searchsorted(ends, tiles, right=True).clamp(max=num_blocks - 1)
-        within = tiles - (ends - heights).index_select(0, blocks)
-        firsts = offsets.index_select(0, blocks) + within * height
+        tile_in_block = tiles - (ends - tiles_per_block).index_select(0, blocks)
+        firsts = offsets.index_select(0, blocks) + tile_in_block * height
         pairs.derived[Schedule, height] = Schedule(blocks=blocks, firsts=firsts)
     schedule: Schedule = pairs.derived[Schedule, height]
     return schedule
 
 
 def tiles_of(tensor: Tensor, product: str, cells: int) -> Tiles:
-    """The line of `TILES` for a tensor, a product and the width of the blocks."""
+    """The tiles of a product, for a tensor's device and dtype and a number of cells per block."""
     kind = "narrow" if cells <= NARROW else "middle" if cells < WIDE else "wide"
     major = device.capability(tensor)[0]
     if kind == "wide" and tensor.itemsize == 2 and major in LARGE.get(product, ()):
@@ -275,16 +283,21 @@ def multiply_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ) -> None:
-    """See `_multiply`. Columns are the faster index: neighbours share rows in the L2 cache."""
+    """`_multiply`: a program owns BLOCK_P pairs of one block and BLOCK_O columns.
+
+    Columns are the fast index of the grid, so that neighbouring programs share rows in the L2.
+    """
     num_columns = tl.cdiv(outer, BLOCK_O)
     i_t, i_o = tl.program_id(0) // num_columns, tl.program_id(0) % num_columns
+    # Block ids and first pairs are int64, and so are all offsets computed from them: B·N·D and P·D
+    # can exceed 2^31.
     i_b = tl.load(blocks + i_t)
     first, last = tl.load(firsts + i_t), tl.load(offsets + i_b + 1)
     if first >= last:
         return
     o_p = first + tl.arange(0, BLOCK_P)
     m_p = o_p < last
-    # Behind the last pair row 0 is read, and its product not stored.
+    # After the last pair the tile reads row 0, which needs no mask in the loop; the store has one.
     o_r = tl.where(m_p, o_p, 0)
     if GATHER:
         o_r = tl.load(rows + o_p, mask=m_p, other=0).to(tl.int64)
@@ -299,6 +312,7 @@ def multiply_kernel(
         # [BLOCK_P, BLOCK_I] and [BLOCK_I, BLOCK_O]
         b_x = tl.load(p_x, mask=m_i[None, :], other=0.0)
         b_w = tl.load(p_w, mask=m_i[:, None] & m_o[None, :], other=0.0)
+        # For fp32 operands "ieee" forbids TF32, which would keep 10 bits of the mantissa.
         acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
         p_x += BLOCK_I
         p_w += BLOCK_I * table_inner
@@ -318,12 +332,14 @@ def sum_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """See `_sum`."""
+    """`_sum`: a program owns one row and BLOCK_D columns of the result."""
     num_columns = tl.cdiv(width, BLOCK_D)
     i_r = (tl.program_id(0) // num_columns).to(tl.int64)
     o_d = (tl.program_id(0) % num_columns) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < width
     first, last = tl.load(offsets + i_r), tl.load(offsets + i_r + 1)
+    # BLOCK_Q running sums, so that as many loads are in flight. The order of the sum depends on
+    # BLOCK_Q alone, not on when programs run.
     acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
     for q in range(first, last, BLOCK_Q):
         o_q = q + tl.arange(0, BLOCK_Q)

@@ -1,8 +1,11 @@
-"""Where in the pairs a row meets a block, for kernels that pass over all rows and blocks.
+"""An index from (row, block) to pair, for kernels that pass over all rows and blocks.
 
-Enters: pairs that are distinct. Leaves: a bit for each row and block, and the number of each word's
-first pair; R·B/4 bytes. Made once for all products of a pass, without waiting for the device, and
-not kept from forward to backward.
+Inputs: distinct pairs, sorted by block. Outputs: a bit per row and block, and the first pair of
+each word of 32 bits; R·B/4 bytes. It is computed once for all products of a forward or backward
+pass, without waiting for the device, and not kept from forward to backward.
+
+Design notes: within a block the pairs ascend by row, so the pair of (row, block) is the first pair
+of the word plus the number of bits that are set below the row's bit.
 """
 
 from __future__ import annotations
@@ -18,19 +21,20 @@ from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.block_ffn.triton_tiles import Tiles, launch
 
 WORD = 32
-"""Rows whose bits share a word."""
+"""Rows per word of the mask."""
 
 TILES = Tiles(height=128, columns=1, inner=1, warps=4, stages=3)
-"""Of the kernel that makes the index. Untuned."""
+"""Tiles of `index_kernel`. Untuned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """Where the pair of row r and block b is, if they meet.
+    """The index of the pairs.
 
     Args:
-        mask: `[R / 32, B]` int32, rounded up; bit r % 32 of word r // 32 is set if they meet.
-        base: likewise, the first pair of a word's rows; not written where the word is 0.
+        mask: `[ceil(R / 32), B]` int32. Bit r % 32 of word r // 32 is set if (r, b) is a pair.
+        base: `[ceil(R / 32), B]` int32, the first pair of a word's rows; undefined if the word is
+            0.
     """
 
     mask: Tensor
@@ -38,7 +42,7 @@ class Index:
 
 
 def index_of(pairs: Sorted, num_rows: int) -> Index:
-    """The index of the pairs, made at the first call."""
+    """The index of the pairs, computed at the first call of a pass."""
     if Index not in pairs.of_pass:
         num_blocks = len(pairs.offsets) - 1
         words = (triton.cdiv(num_rows, WORD), num_blocks)
@@ -69,22 +73,31 @@ def index_kernel(
     B: tl.tensor,
     BLOCK_P: tl.constexpr,
 ) -> None:
-    """See `Index`. A program owns a block; a word is the same in whatever order its bits come."""
+    """Write an `Index`: a program owns a block and passes over its pairs.
+
+    Several pairs set bits of one word, hence the atomic `or`, whose result does not depend on the
+    order. Words of different blocks are different words.
+    """
     i_b = tl.program_id(0).to(tl.int64)
     first, last = tl.load(offsets + i_b), tl.load(offsets + i_b + 1)
     for p in range(first, last, BLOCK_P):
         o_p = p + tl.arange(0, BLOCK_P)
         m_p = o_p < last
         b_r = tl.load(rows + o_p, mask=m_p, other=0)
-        b_before = tl.load(rows + o_p - 1, mask=m_p & (o_p > first), other=-1)
+        b_previous = tl.load(rows + o_p - 1, mask=m_p & (o_p > first), other=-1)
         o_w = (b_r >> 5).to(tl.int64) * B + i_b
         tl.atomic_or(mask + o_w, 1 << (b_r & 31), mask=m_p, sem="relaxed")
-        tl.store(base + o_w, o_p.to(tl.int32), mask=m_p & ((b_before >> 5) != (b_r >> 5)))
+        # Rows ascend: a pair is the first of its word if the previous row is in another word.
+        tl.store(base + o_w, o_p.to(tl.int32), mask=m_p & ((b_previous >> 5) != (b_r >> 5)))
 
 
 @triton.jit
 def popcount(word: tl.tensor) -> tl.tensor:
-    """The set bits of each uint32; LLVM knows the idiom, and the interpreter has no other."""
+    """The number of set bits of each uint32.
+
+    LLVM turns this idiom into one instruction; Triton's interpreter has no popcount of its own.
+    """
+    # Counts in fields of 2 bits, then of 4 and 8 bits; the product adds up the four bytes.
     word -= (word >> 1) & 0x55555555
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     return (((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
@@ -101,9 +114,12 @@ def find(
     per_block: tl.tensor,
     RUN: tl.constexpr,
 ) -> tl.tensor:
-    """Of runs `[S]` and rows `[R]`: `[S, R]`, whether they meet and where in the pairs that lies.
+    """Look up runs `[S]` and rows `[R]`; a run is RUN consecutive cells of one block.
 
-    Rows are the faster index: the rows of a block are neighbours in the pairs.
+    Returns:
+        `[S, R]` bool, whether the row and the run's block are a pair; `[S, R]` int64, where the
+        run's RUN numbers begin in a `[P, N]` tensor. Rows are the fast index, because the pairs of
+        a block are neighbours in memory.
     """
     o_b = o_s // per_block
     m_w = (o_b < B)[:, None] & (o_r < R)[None, :]
@@ -111,7 +127,7 @@ def find(
     b_mask = tl.load(mask + o_w, mask=m_w, other=0).to(tl.uint32, bitcast=True)
     b_base = tl.load(base + o_w, mask=m_w, other=0)
     bit = (o_r & 31).to(tl.uint32)[None, :]
-    met = ((b_mask >> bit) & 1) != 0
-    below = b_mask & ((tl.full((1, 1), 1, tl.uint32) << bit) - 1)
-    pair = (b_base + popcount(below).to(tl.int32)).to(tl.int64)
-    return met, (pair * per_block + (o_s % per_block)[:, None]) * RUN
+    is_pair = ((b_mask >> bit) & 1) != 0
+    lower_bits = b_mask & ((tl.full((1, 1), 1, tl.uint32) << bit) - 1)
+    pair = (b_base + popcount(lower_bits).to(tl.int32)).to(tl.int64)
+    return is_pair, (pair * per_block + (o_s % per_block)[:, None]) * RUN

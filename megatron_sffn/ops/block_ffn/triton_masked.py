@@ -1,17 +1,17 @@
-"""The products of rows and blocks on a GPU as dense GEMMs under a mask, for blocks of few cells.
+"""The masked form of the Triton products: dense GEMMs under a mask, for blocks of few cells.
 
-Enters: contiguous tensors; pairs that are distinct. Leaves: the results of `function.Products`,
-the same bits every time.
+Inputs: contiguous tensors; distinct pairs. Results are bitwise reproducible.
 
-Choices
-- Every row meets every cell in a dense GEMM: E = B·R/P times the operations that count. The sparse
-  operand lies in memory as pairs only: `to_rows` and `to_table` gather it on chip, zero where row
-  and block do not meet; `to_pairs` stores only what meets. No row is copied, no part is summed
-  later, and a skewed load costs nothing.
-- The cells are cut in runs, the largest power of two that divides N: a run lies in one block, so
-  that one look-up serves it, and its coefficients are loaded at once.
-- Zero times what is not finite is not zero: a row or cell that is not finite spoils the results of
-  others, where the grouped kernels spoil those that it meets.
+Design notes:
+- A dense GEMM multiplies every row with every cell, which is E = B·R/P times as many operations as
+  needed. The sparse operand is in memory as pairs only: `to_rows` and `to_table` gather it on chip,
+  with zeros outside the pairs; `to_pairs` stores only the pairs. No row is copied, no partial row
+  is summed later, and an uneven load costs nothing.
+- Cells are grouped in runs, whose length is the largest power of two that divides N (at most a
+  tile). A run lies in one block, so that one look-up in the index serves the run, and its
+  coefficients are contiguous in memory.
+- Zero times NaN or infinity is NaN: a row or cell that is not finite spoils the results of rows and
+  cells that it has no pair with. The grouped kernels spoil only those that it has a pair with.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from megatron_sffn.ops.block_ffn.triton_tiles import Tiles, launch, side
 _PAIRS = Tiles(height=128, columns=128, inner=64, warps=8, stages=3)
 _PAIRS_SHORT = Tiles(height=64, columns=128, inner=64, warps=8, stages=3)
 _SUMS = Tiles(height=128, columns=128, inner=32, warps=8, stages=3)
-# What is gathered serves as many columns as registers allow: short runs need more instructions.
+# Short runs need more instructions to gather, so a gathered tile serves as many columns as the
+# registers allow.
 _SUMS_SHORT = Tiles(height=64, columns=256, inner=32, warps=8, stages=3)
 _FP32 = Tiles(height=64, columns=64, inner=16, warps=8, stages=3)
 
 SHORT = 8
-"""Cells below which a run counts as short in `TILES`: their loads are of less than 16 bytes."""
+"""In `TILES` a run of fewer cells is short: in 16 bits its loads are of less than 16 bytes."""
 
 TILES: dict[tuple[str, torch.dtype, str], Tiles] = {
     ("any", torch.bfloat16, "pairs"): _PAIRS,
@@ -52,22 +53,23 @@ TILES: dict[tuple[str, torch.dtype, str], Tiles] = {
     ("any", torch.float32, "sums"): _FP32,
     ("any", torch.float32, "sums, short runs"): _FP32,
 }
-"""Device, dtype and product -> tiles; "any" for devices without a line of their own.
+"""(Device, dtype, product and kind of runs) -> tiles; "any" for devices without an entry.
 
 Untuned: no GPU has timed them. They compile without spills for sm_80 and sm_90
 (`benchmarks/triton_report.py`).
 """
 
 GROUP = 8
-"""Tiles of rows that pass over the cells together, for the L2 cache. Untuned."""
+"""Tiles of rows that pass over the cells together, so that they share cells in the L2. Untuned."""
 
 
 def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-    """See `function.Products`."""
+    """SDD: multiply each pair's row with its block's cells (`Products.to_pairs`)."""
     num_rows, (num_blocks, cells, width) = len(rows), table.shape
     result = rows.new_empty(len(pairs.rows), cells)
     tiles = _tiles(rows, "pairs", cells)
-    # Not cut to R, here and below: the kernel would be compiled anew when R changes.
+    # In all three products the tile height is not reduced to a small R: every change of R would
+    # then compile the kernel again.
     block_r, block_c = tiles.height, side(num_blocks * cells, tiles.columns)
     launch(
         to_pairs_kernel,
@@ -88,7 +90,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
 
 
 def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-    """See `function.Products`."""
+    """DSD: sum each row's cells, weighted by its coefficients (`Products.to_rows`)."""
     num_blocks, cells, width = table.shape
     result = table.new_empty(num_rows, width)
     tiles = _tiles(table, "sums", cells)
@@ -113,7 +115,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
 def to_table(
     coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
 ) -> Tensor:
-    """See `function.Products`; with `into`, fp32 `[B, N, D]`, the product is added to it."""
+    """DSᵀD: sum each cell's rows, weighted by its coefficients (`Products.to_table`)."""
     (num_rows, width), cells = rows.shape, coefficients.shape[1]
     num_blocks = len(pairs.offsets) - 1
     result = rows.new_empty(num_blocks, cells, width) if into is None else into
@@ -139,18 +141,18 @@ def to_table(
 
 
 def _tiles(tensor: Tensor, kind: str, cells: int) -> Tiles:
-    """The line of `TILES` for a tensor and the runs of a block."""
+    """The tiles for a tensor's device and dtype, for long or short runs."""
     return triton_tiles.choose(TILES, tensor, kind if cells % SHORT == 0 else f"{kind}, short runs")
 
 
 def _where(pairs: Sorted, num_rows: int, cells: int, block_c: int) -> dict[str, Any]:
-    """The arguments of `find`.
+    """The kernels' arguments for the index.
 
     Args:
-        pairs: who meets.
+        pairs: distinct, sorted by block.
         num_rows: R.
-        cells: N of a block.
-        block_c: cells of a tile.
+        cells: N, cells per block.
+        block_c: cells per tile.
     """
     index, num_blocks = index_of(pairs, num_rows), len(pairs.offsets) - 1
     run = 1
@@ -184,10 +186,11 @@ def to_pairs_kernel(
     WORDS: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    """See `function.Products.to_pairs`."""
+    """SDD: a program owns BLOCK_R rows and BLOCK_C cells, and stores only the pairs."""
     RUNS: tl.constexpr = BLOCK_C // RUN
     C = B * per_block * RUN
     num_r, num_c = tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C)
+    # GROUP tiles of rows visit the same tile of cells in turn, while it is in the L2 cache.
     i_r, i_c = tl.swizzle2d(
         tl.program_id(0) // num_c, tl.program_id(0) % num_c, num_r, num_c, GROUP
     )
@@ -197,6 +200,7 @@ def to_pairs_kernel(
     o_b = o_s // per_block
     m_w = (o_w < tl.cdiv(R, 32))[:, None] & (o_b < B)[None, :]
     p_w = mask + o_w.to(tl.int64)[:, None] * B + o_b[None, :]
+    # A tile without a pair skips the GEMM.
     if tl.sum((tl.load(p_w, mask=m_w, other=0) != 0).to(tl.int32)) == 0:
         return
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -213,11 +217,12 @@ def to_pairs_kernel(
         acc = tl.dot(b_x, b_t, acc, input_precision="ieee")
         p_x += BLOCK_D
         p_t += BLOCK_D
-    met, first = find(mask, base, o_r, o_s, R, B, per_block, RUN)
-    # [BLOCK_R, RUNS * RUN] to [RUNS, BLOCK_R, RUN]
+    is_pair, first = find(mask, base, o_r, o_s, R, B, per_block, RUN)
+    # From [BLOCK_R, RUNS * RUN] to [RUNS, BLOCK_R, RUN], the order of `first`, so that the rows of
+    # a block are stored to neighbouring addresses.
     b_y = tl.reshape(acc.to(result.dtype.element_ty), (BLOCK_R, RUNS, RUN))
     p_y = result + first[:, :, None] + tl.arange(0, RUN)[None, None, :]
-    tl.store(p_y, tl.permute(b_y, (1, 0, 2)), mask=met[:, :, None])
+    tl.store(p_y, tl.permute(b_y, (1, 0, 2)), mask=is_pair[:, :, None])
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -236,7 +241,10 @@ def to_rows_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """See `function.Products.to_rows`. Tiles of the same rows are neighbours."""
+    """DSD: a program owns BLOCK_R rows and BLOCK_D columns, and loops over all cells.
+
+    Programs of the same rows are neighbours in the grid: they gather the same coefficients.
+    """
     RUNS: tl.constexpr = BLOCK_C // RUN
     num_d = tl.cdiv(D, BLOCK_D)
     o_r = (tl.program_id(0) // num_d) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -245,10 +253,11 @@ def to_rows_kernel(
     o_v = tl.arange(0, RUN)
     acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
     for s in range(0, B * per_block, RUNS):
-        met, first = find(mask, base, o_r, s + tl.arange(0, RUNS), R, B, per_block, RUN)
-        # [RUNS, BLOCK_R, RUN] to [BLOCK_R, BLOCK_C], and [BLOCK_C, BLOCK_D]
+        is_pair, first = find(mask, base, o_r, s + tl.arange(0, RUNS), R, B, per_block, RUN)
+        # The coefficients, from [RUNS, BLOCK_R, RUN] to [BLOCK_R, BLOCK_C], zero outside the pairs;
+        # then the cells, [BLOCK_C, BLOCK_D].
         p_h = coefficients + first[:, :, None] + o_v[None, None, :]
-        b_h = tl.load(p_h, mask=met[:, :, None], other=0.0)
+        b_h = tl.load(p_h, mask=is_pair[:, :, None], other=0.0)
         if RUN < 8:
             # Through fp32, which is exact: Triton 3.7.1 moves a permute of 16-bit numbers past
             # the copy to shared memory, and for sm_100 finds no layout for runs that short.
@@ -279,7 +288,10 @@ def to_table_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """See `function.Products.to_table`. Tiles of the same cells are neighbours."""
+    """DSᵀD: a program owns BLOCK_C cells and BLOCK_D columns, and loops over all rows.
+
+    Programs of the same cells are neighbours in the grid: they gather the same coefficients.
+    """
     RUNS: tl.constexpr = BLOCK_C // RUN
     num_d = tl.cdiv(D, BLOCK_D)
     i_c = tl.program_id(0) // num_d
@@ -290,10 +302,11 @@ def to_table_kernel(
     acc = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
     for r in range(0, R, BLOCK_R):
         o_r = r + tl.arange(0, BLOCK_R)
-        met, first = find(mask, base, o_r, o_s, R, B, per_block, RUN)
-        # [RUNS, BLOCK_R, RUN] to [BLOCK_C, BLOCK_R], and [BLOCK_R, BLOCK_D]
+        is_pair, first = find(mask, base, o_r, o_s, R, B, per_block, RUN)
+        # The coefficients, from [RUNS, BLOCK_R, RUN] to [BLOCK_C, BLOCK_R], zero outside the pairs;
+        # then the rows, [BLOCK_R, BLOCK_D].
         p_h = coefficients + first[:, :, None] + o_v[None, None, :]
-        b_h = tl.load(p_h, mask=met[:, :, None], other=0.0)
+        b_h = tl.load(p_h, mask=is_pair[:, :, None], other=0.0)
         b_h = tl.reshape(tl.permute(b_h, (0, 2, 1)), (BLOCK_C, BLOCK_R))
         p_x = x + o_r.to(tl.int64)[:, None] * D + o_d[None, :]
         b_x = tl.load(p_x, mask=(o_r < R)[:, None] & m_d[None, :], other=0.0)

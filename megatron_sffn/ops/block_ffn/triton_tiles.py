@@ -1,4 +1,4 @@
-"""How the Triton products are cut: the record of a tile, and the line of a table for a device."""
+"""Tile sizes of the Triton products: the record, and the look-up by device and dtype."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 from megatron_sffn.ops import device, triton_launch
 
 LEAST = 16
-"""Least side of a tile of `tl.dot`; what is missing is masked."""
+"""Least side of a tile that `tl.dot` accepts; a smaller tensor is masked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """How a product is cut.
+    """The tile sizes of a product; the first three are upper bounds.
 
     Args:
-        height: pairs, rows or cells of the result that a program owns, at most.
-        columns: of the result that a program owns, at most.
-        inner: terms of the sums that are loaded at a time, at most.
-        warps: of a program.
-        stages: of the loop's pipeline.
+        height: pairs, rows or cells of the result that a program owns.
+        columns: columns of the result that a program owns.
+        inner: terms of each sum that are loaded at a time.
+        warps: warps per program.
+        stages: pipeline stages of the loop.
     """
 
     height: int
@@ -35,15 +35,15 @@ class Tiles:
 
 
 def choose(table: Mapping[tuple[str, torch.dtype, str], Tiles], tensor: Tensor, kind: str) -> Tiles:
-    """The line for a tensor's device and dtype; "any" for devices without a line of their own."""
+    """The entry for a tensor's device and dtype; "any" for a device without an entry."""
     return table.get((device.name(tensor), tensor.dtype, kind)) or table["any", tensor.dtype, kind]
 
 
 def side(size: int, most: int) -> int:
-    """Side of a tile: a power of two that holds `size`, within bounds."""
+    """Side of a tile: the least power of two that is `size` or more, from `LEAST` to `most`."""
     return triton_launch.power_of_2(size, LEAST, most)
 
 
 def launch(kernel: Any, programs: int, tiles: Tiles, **arguments: Any) -> None:
-    """Start a kernel with the warps and stages of its tiles."""
+    """Launch a kernel with the warps and stages of its tiles."""
     triton_launch.launch(kernel, programs, warps=tiles.warps, stages=tiles.stages, **arguments)

@@ -1,8 +1,8 @@
-// The K largest of B scores in each row, exactly, ids ascending and ties to the lowest, for CPUs.
+// The K largest of B scores in each row on a CPU: exact, ids ascending, ties to the lowest id.
 //
-// A radix select, one bit at a time: the largest threshold that at least K scores reach. A step
-// counts the scores of a row that reach a value, which compilers turn into vector instructions and
-// which stops early when the count is K; nothing is sorted or moved.
+// A binary search for the largest threshold that at least K scores reach. Each step counts the
+// scores of a row that reach a value, a loop that compilers vectorise, and the search stops as soon
+// as the count is K. Nothing is sorted or moved.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -25,7 +25,8 @@ using at::Tensor;
 template <typename T>
 using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
 
-// Integers in the order of the numbers. NaN lies beyond the infinities.
+// Maps the bits of a float to an integer of the same order, and back: for negative numbers all bits
+// except the sign are flipped. NaN is greater than infinity, or less than -infinity.
 template <typename T>
 Bits<T> in_order(Bits<T> bits) {
   return bits ^ ((bits >> (8 * sizeof(T) - 1)) & std::numeric_limits<Bits<T>>::max());
@@ -43,17 +44,19 @@ template <typename T>
 int64_t count_from(const T* scores, int64_t size, T least) {
   int64_t total = 0;
   for (int64_t start = 0; start < size; start += 4096) {
-    int count = 0;  // 32 bits: as wide as a score, so that a vector of them counts a vector
+    // 32 bits, as wide as a float score, so that vectors of scores and of counts have equally many
+    // lanes. 4,096 scores at a time cannot overflow it.
+    int count = 0;
     for (int64_t i = start; i < std::min(start + 4096, size); ++i) count += scores[i] >= least;
     total += count;
   }
   return total;
 }
 
-// The ids of one row; false if a score is not a number.
+// Writes the ids of one row; returns false, and writes none, if a score is NaN.
 template <typename T>
 bool select(const T* scores, int64_t size, int64_t active, int64_t* ids) {
-  // At least `active` scores reach `low`, fewer reach `high`.
+  // Invariant of the search: at least `active` scores reach `low`, fewer reach `high`.
   Bits<T> low = rank_of(scores[0]), high = low;
   for (int64_t i = 0; i < size; ++i) {
     low = std::min(low, rank_of(scores[i]));
@@ -64,6 +67,7 @@ bool select(const T* scores, int64_t size, int64_t active, int64_t* ids) {
   high += 1;
   int64_t reached = size;
   while (reached != active) {
+    // The distance of two integers of opposite signs can exceed the signed range.
     using Distance = std::make_unsigned_t<Bits<T>>;
     const Bits<T> middle = low + static_cast<Bits<T>>((Distance(high) - Distance(low)) / 2);
     if (middle == low) break;
@@ -76,20 +80,21 @@ bool select(const T* scores, int64_t size, int64_t active, int64_t* ids) {
     }
   }
   const T least = ranked<T>(low);
-  int64_t found = 0;
+  int64_t count = 0;
   if (reached == active) {
-    for (int64_t i = 0; found < active; ++i) {
-      ids[found] = i;
-      found += scores[i] >= least;
+    // Without a branch: every id is written, and the next one overwrites it if its score is less.
+    for (int64_t i = 0; count < active; ++i) {
+      ids[count] = i;
+      count += scores[i] >= least;
     }
     return true;
   }
-  // More scores equal the threshold than there are places: the first of them stay.
+  // More scores equal the threshold than there are places left: the lowest ids win.
   int64_t above = 0;
   for (int64_t i = 0; i < size; ++i) above += scores[i] > least;
   int64_t places = active - above;
-  for (int64_t i = 0; found < active; ++i)
-    if (scores[i] > least || (scores[i] == least && places-- > 0)) ids[found++] = i;
+  for (int64_t i = 0; count < active; ++i)
+    if (scores[i] > least || (scores[i] == least && places-- > 0)) ids[count++] = i;
   return true;
 }
 

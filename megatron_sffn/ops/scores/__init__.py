@@ -1,4 +1,4 @@
-"""`s_tb = x_t · w_b`: scores of blocks, in fp32 at least."""
+"""`s_tb = x_t · w_b`: the router's scores of all blocks, in fp32 at least."""
 
 from megatron_sffn.ops.scores.op import scores, tensor_core_dtype
 

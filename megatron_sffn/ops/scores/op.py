@@ -1,16 +1,17 @@
-"""`scores`: on a GPU, products of half-precision operands on tensor cores, with sums in fp32.
+"""`scores`: the router's scores in fp32, computed on a GPU's tensor cores.
 
-A product of two bf16 or two fp16 numbers is exact in fp32, so for half-precision operands this is
-the oracle but for the order of the sums, at more than ten times the speed of fp32 on a GPU.
+The product of two bf16 or two fp16 numbers is exact in fp32. So for half-precision operands this
+equals the oracle up to the order of the sums, at more than ten times the speed of fp32 on a GPU.
 
 Design notes:
-- An fp32 operand (Avg-K's descriptors, gradients of scores) becomes a sum of two half-precision
-  terms, `a = high + low`, and the product a sum of products of terms, without low · low. That is 16
-  bits of every number in bf16 and 22 in fp16: an error of 2^-17 and 2^-23 of the number, where one
-  rounding to half precision would leave 2^-9 and 2^-12.
-- fp16 has few exponents: its terms are scaled by powers of two, the low one apart.
-- Two fp32 operands are multiplied in IEEE fp32, fp64 ones in fp64. A CPU, whose fp32 is fast, uses
-  the oracle.
+- An fp32 operand (Avg-K's descriptors, gradients of scores) is split in two half-precision terms,
+  `a = high + low`, and the product is the sum of the products of terms, without low · low. This
+  keeps 16 bits of every number in bf16 and 22 in fp16: a relative error of 2^-17 and 2^-23, while
+  one rounding to half precision would leave 2^-9 and 2^-12.
+- fp16 has a small range of exponents, so its terms are scaled by powers of two, the low term
+  separately.
+- Two fp32 operands are multiplied in IEEE fp32, fp64 operands in fp64. A CPU, whose fp32 is fast,
+  uses the oracle.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from megatron_sffn.ops.scores import naive
 HALF = (torch.bfloat16, torch.float16)
 
 LOW_TERM = 2.0**11
-"""Factor of the low term in fp16: its numbers are up to 2^-11 of the high one's."""
+"""Scale of the low term in fp16, whose numbers are at most 2^-11 times those of the high term."""
 
 SMALLEST = 2.0**-100
-"""Largest number of an fp16 operand, at least, so that its scale is finite."""
+"""Lower bound for the largest number of a matrix, so that the scale of its terms is finite."""
 
 
 def scores(x: Tensor, weight: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def scores(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def tensor_core_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The half-precision dtype in which operands are multiplied; None for the oracle."""
+    """The half-precision dtype in which the operands are multiplied; None to use the oracle."""
     dtypes = {x.dtype, weight.dtype}
     if not device.is_gpu(x) or torch.float64 in dtypes:
         return None
@@ -80,7 +81,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         left: `[N, I]` of `dtype` or fp32.
-        right: `[I, O]`, likewise.
+        right: `[I, O]` of `dtype` or fp32.
         dtype: bf16 or fp16, in which numbers are multiplied.
 
     Returns:
@@ -90,21 +91,24 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     for i, (left_term, left_factor) in enumerate(terms(left, dtype)):
         for j, (right_term, right_factor) in enumerate(terms(right, dtype)):
             if i + j > 1:
-                continue  # low · low is below what the terms leave out
-            part = torch.mm(left_term, right_term, out_dtype=torch.float32)
+                continue  # low · low is smaller than the error of the terms
+            term = torch.mm(left_term, right_term, out_dtype=torch.float32)
             if dtype is torch.float16:
-                part = part * (left_factor * right_factor)
-            total = part if total is None else total.add_(part)
+                term = term * (left_factor * right_factor)
+            total = term if total is None else total.add_(term)
     assert total is not None
     return total
 
 
 def terms(matrix: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor | float]]:
-    """Half-precision matrices and their factors, whose sum is a matrix.
+    """Split a matrix in half-precision terms: the matrix is the sum of term · factor.
 
     Args:
-        matrix: of `dtype`, which is one term, or fp32, which is two.
+        matrix: of `dtype`, which gives one term, or of fp32, which gives two.
         dtype: bf16, whose factors are all 1, or fp16.
+
+    Returns:
+        (term, factor) of the high and, for fp32, the low term.
     """
     if matrix.dtype == dtype:
         return [(matrix, 1.0)]

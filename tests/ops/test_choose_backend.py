@@ -1,4 +1,4 @@
-"""What `auto` chooses on a GPU, for which `ops/device.py` is replaced: nothing computes."""
+"""What `auto` chooses on a GPU, which these tests simulate by replacing `ops/device.py`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megatron_sffn.nn.config import (
     SparseFFNTransformerConfig,
 )
 from megatron_sffn.nn.routers import ROUTERS
-from megatron_sffn.ops.block_ffn import Pairs, choice, op
-from megatron_sffn.ops.block_ffn.choice import Shape
+from megatron_sffn.ops.block_ffn import Pairs, choose_backend
+from megatron_sffn.ops.block_ffn.choose_backend import Shape
 from tests.support.played_gpu import play_gpu
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 
 
 def shape(g: int, spread: float, *, tokens: int = 16384, width: int = 4096) -> Shape:
-    """T tokens that use as many cells as four times the width, of E times that."""
+    """T tokens with 4·D active cells each, of E times as many."""
     active = max(1, 4 * width // g)
     return Shape(
         rows=tokens,
@@ -48,7 +48,7 @@ def shape(g: int, spread: float, *, tokens: int = 16384, width: int = 4096) -> S
         (1, 4, HALF, (9, 0), "masked"),
         (1, 16, HALF, (9, 0), "masked"),
         (1, 1024, HALF, (9, 0), "bags"),
-        # Where a grouped product is a loop of torch's own, or does not exist.
+        # `grouped` does not exist, or is a loop inside torch.
         (1024, 16, HALF, (8, 0), "torch"),
         (1024, 16, torch.float16, (9, 0), "torch"),
         (1024, 4, SINGLE, (9, 0), "torch"),
@@ -58,7 +58,7 @@ def shape(g: int, spread: float, *, tokens: int = 16384, width: int = 4096) -> S
         (252, 16, HALF, (9, 0), "torch"),
     ],
 )
-def test_the_rule(
+def test_auto_chooses_the_backend_with_the_least_estimate(
     g: int,
     spread: float,
     dtype: torch.dtype,
@@ -67,43 +67,43 @@ def test_the_rule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     play_gpu(monkeypatch, capability=capability, name="a GPU")
-    best, reason = choice.choose(shape(g, spread), torch.empty(0, dtype=dtype))
-    assert best == backend, (reason, choice.estimates(shape(g, spread), dtype))
+    best, reason = choose_backend.choose(shape(g, spread), torch.empty(0, dtype=dtype))
+    assert best == backend, (reason, choose_backend.estimates(shape(g, spread), dtype))
 
 
-def test_the_rule_for_values_alone_for_no_pairs_and_for_the_reason(
+def test_auto_for_values_without_keys_and_without_pairs_and_its_log_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     play_gpu(monkeypatch, capability=(8, 6), name="a GPU")
     tensor = torch.empty(0, dtype=HALF)
     alone = Shape(rows=8, pairs=32, blocks=512, cells=1, width=64, key_width=0)
-    assert choice.choose(alone, tensor)[0] == "bags"
+    assert choose_backend.choose(alone, tensor)[0] == "bags"
     nothing = Shape(rows=0, pairs=0, blocks=64, cells=64, width=64, key_width=64)
-    assert choice.choose(nothing, tensor)[0] in ("masked", "torch")
-    monkeypatch.setattr(choice, "_logged", set())
+    assert choose_backend.choose(nothing, tensor)[0] in ("masked", "torch")
+    monkeypatch.setattr(choose_backend, "_logged", set())
     with caplog.at_level(logging.INFO, logger="megatron_sffn"):
         for spread in (4, 5, 6):
-            choice.backend_of(shape(64, spread), tensor)
+            choose_backend.choose_and_log(shape(64, spread), tensor)
     (record,) = caplog.records
-    assert (
-        "masked for blocks of 64 cells in bfloat16, of which a row uses 1 in 4.0" in record.message
-    )
+    assert "masked for blocks of 64 cells in bfloat16, 1 in 4.0 active" in record.message
     assert "grouped needs a GPU of capability 9.0 or newer, and a GPU has 8.6" in record.message
 
 
-def test_auto_asks_the_rule_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_estimated_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     x, tables = torch.zeros(5, 64), torch.zeros(2, 6, 64, 64)
     ids = torch.arange(6, dtype=torch.int32)
     call = (x, *tables, Pairs(rows=ids, blocks=ids))
-    assert op._resolved("auto", *call) == "auto"
+    assert choose_backend.resolve("auto", *call) == "auto"
     play_gpu(monkeypatch)
     assert (
-        op._resolved("auto", *call)
-        == choice.choose(Shape(rows=5, pairs=6, blocks=6, cells=64, width=64, key_width=64), x)[0]
+        choose_backend.resolve("auto", *call)
+        == choose_backend.choose(
+            Shape(rows=5, pairs=6, blocks=6, cells=64, width=64, key_width=64), x
+        )[0]
     )
-    assert op._resolved("masked", *call) == "masked"
+    assert choose_backend.resolve("masked", *call) == "masked"
     with pytest.raises(ConfigError, match="computes in bfloat16, but the tensors are"):
-        op._resolved("grouped", *call)
+        choose_backend.resolve("grouped", *call)
 
 
 @pytest.mark.parametrize(

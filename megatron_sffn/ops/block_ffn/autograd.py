@@ -1,9 +1,15 @@
-"""`block_ffn` from three products of rows and blocks, with hand-written backwards.
+"""`block_ffn` as three products of rows and blocks, with hand-written backward passes.
 
-The up projections are saved in block order, P·G numbers, which is what a dense FFN saves too.
-Slicing the tables under autograd would make each block's backward allocate a gradient of the whole
-table; here each block writes its own slice of one gradient, or adds it to Megatron's buffer of
-gradients (`main_grad.py`).
+`Products` is the interface of a backend. The forward pass is `h = f(to_pairs(x, K)) · gates`,
+`y = to_rows(h, V)`; the backward pass uses the same products and `to_table` for the gradients of
+the tables.
+
+Design notes:
+- The up projections are saved for the backward pass in block order: P·N numbers, as many as a dense
+  FFN of equal compute saves. The coefficients h are recomputed from them.
+- Slicing the tables under autograd would allocate a gradient of the whole table per block. The
+  hand-written backward pass writes each block's slice of one gradient, or adds it to Megatron's
+  gradient buffer (`main_grad.py`).
 """
 
 from __future__ import annotations
@@ -21,31 +27,48 @@ from megatron_sffn.ops.block_ffn.pairs import Pairs, Sorted
 
 
 class Products(Protocol):
-    """A backend: how rows meet blocks. `table` is `[B, N, D]`; results have its dtype.
+    """A backend: the products of rows `[R, D]` and blocks of a table `[B, N, D]`.
 
-    MegaBlocks calls these products SDD, DSD and the transposed DSD. Sums are in fp32 at least.
+    Think of a matrix of R rows and B·N cells that is zero outside the given (row, block) pairs. Its
+    nonzero numbers are stored as `[P, N]`, pair by pair. In the words of MegaBlocks (arXiv
+    2211.15841, S for sparse and D for dense) `to_pairs` is SDD, its sparse result sampled from a
+    dense product; `to_rows` is DSD, sparse times dense; and `to_table` is DSᵀD, the DSD of the
+    transposed sparse matrix.
 
-    A backend may also have fused forms, which are used where they exist:
+    Results have the dtype of the table or rows that enter. Sums are in fp32 at least.
 
-    - `up_activated(x, keys, pairs, gates, activation) -> (ups, h)`: `ups = to_pairs(x, keys)` and
-      `h = f(ups) · gates`, `[P, G]`;
-    - `down_backward_activated(dy, values, pairs, ups, gates, activation) -> (h, dups, dgates)`:
-      with `dh = to_pairs(dy, values)`, what `epilogue.backward` returns.
+    A backend may also have fused forms, which are used if they exist:
+
+    - `up_activated(x, keys, pairs, gates, activation) -> (ups, h)` with `ups = to_pairs(x, keys)`
+      and `h = f(ups) · gates`, `[P, G]`;
+    - `down_backward_activated(dy, values, pairs, ups, gates, activation) -> (h, dups, dgates)`,
+      which is `epilogue.backward` of `dh = to_pairs(dy, values)`.
     """
 
     def sort(self, blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-        """`[P]` int32 ids to their stable order `[P]`, int32, and the blocks' offsets, int64."""
+        """Sort pairs by block.
+
+        Args:
+            blocks: `[P]` int32 block ids in [0, num_blocks).
+            num_blocks: B.
+
+        Returns:
+            The stable order `[P]` int32, and `[B + 1]` int64: where each block begins in it.
+        """
 
     def to_pairs(self, rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
-        """`[R, D]` to `[P, N]`: each row times the cells of each of its blocks."""
+        """SDD, `[P, N]`: row p is `rows[row of p] @ table[block of p].T`."""
 
     def to_rows(self, coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -> Tensor:
-        """`[P, N]` to `[R, D]`: the sum of a row's cells, each times its coefficient."""
+        """DSD, `[R, D]`: row r is the sum of `coefficients[p] @ table[block of p]` over its pairs.
+
+        A row without a pair is zero.
+        """
 
     def to_table(
         self, coefficients: Tensor, rows: Tensor, pairs: Sorted, into: Tensor | None = None
     ) -> Tensor:
-        """`[P, N]` and `[R, D]` to `[B, N, D]`: the sum of a cell's rows, likewise.
+        """DSᵀD, `[B, N, D]`: `coefficients[p].T @ rows[row of p]` summed over a block's pairs.
 
         With `into`, an fp32 `[B, N, D]`, the product is added to it, and it is returned.
         """
@@ -61,7 +84,7 @@ def block_ffn(
     products: Products,
     rows_again: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """Arguments and result as `op.block_ffn_pairs`."""
+    """`op.block_ffn_pairs`, computed by a backend's products."""
     by_block, gates = _by_block(pairs, gates, values, products, distinct=True)
     y: Tensor = _BlockFFN.apply(
         x.contiguous(),
@@ -79,14 +102,14 @@ def block_ffn(
 def weighted_values(
     num_rows: int, values: Tensor, pairs: Pairs, gates: Tensor, products: Products
 ) -> Tensor:
-    """A memory of values alone: the sum of each row's cells, whose coefficients are given.
+    """Values without keys: the sum of each row's values, weighted by the gates.
 
     Args:
         num_rows: R.
-        values: `[B, 1, D]`.
-        pairs: which row meets which cell, also more than once.
+        values: `[B, 1, D]`; a block is one cell.
+        pairs: the (row, cell) pairs; a row may have a cell more than once.
         gates: `[P]`.
-        products: who computes.
+        products: the backend.
 
     Returns:
         `[R, D]` of the values' dtype, differentiable in values and gates.
@@ -102,7 +125,7 @@ def weighted_values(
 def _by_block(
     pairs: Pairs, gates: Tensor | None, values: Tensor, products: Products, *, distinct: bool
 ) -> tuple[Sorted, Tensor | None]:
-    """Pairs and their gates in the order of the blocks, the gates in fp32 (fp64 for fp64)."""
+    """Pairs and their gates sorted by block; the gates in fp32 (fp64 for fp64)."""
     order, offsets = products.sort(pairs.blocks, len(values))
     if gates is not None:
         wide = torch.promote_types(values.dtype, torch.float32)
@@ -134,7 +157,8 @@ class _BlockFFN(torch.autograd.Function):
         ctx.rows_again, ctx.num_rows = rows_again, len(x)
         ctx.save_for_backward(kept_x, keys, values, gates, ups, pairs.rows, pairs.offsets)
         ctx.derived, ctx.activation, ctx.products = pairs.derived, activation, products
-        # The parameters themselves, which carry Megatron's buffers.
+        # `save_for_backward` returns other tensor objects. Only the parameters themselves have the
+        # attribute `main_grad`.
         ctx.tables = keys, values
         return products.to_rows(h, values, pairs, len(x))
 
@@ -143,8 +167,10 @@ class _BlockFFN(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, keys, values, gates, ups, rows, offsets = ctx.saved_tensors
         activation, products = ctx.activation, ctx.products
-        # A copy: torch.compile lets a backward pass change nothing of its forward pass.
+        # A copy of the dict, because torch.compile forbids a backward pass to mutate an object of
+        # the forward pass.
         pairs = Sorted(rows=rows, offsets=offsets, derived=dict(ctx.derived))
+        # Autograd may pass an expanded tensor, such as the gradient of a sum.
         dy = grads[0].contiguous()
         fused = getattr(products, "down_backward_activated", None)
         if fused is not None:
@@ -152,7 +178,7 @@ class _BlockFFN(torch.autograd.Function):
         else:
             dh = products.to_pairs(dy, values, pairs)
             h, dups, dgates = epilogue.backward(ups, dh, gates, activation)
-            del dh
+            del dh  # here and below: `[P, G]` is among the largest tensors of a step
         dkeys = dvalues = dx = None
         if ctx.needs_input_grad[2]:
             dvalues = _table_gradient(ctx.tables[1], h, dy, pairs, products)
@@ -198,7 +224,7 @@ class _WeightedValues(torch.autograd.Function):
 def _table_gradient(
     table: Tensor, coefficients: Tensor, rows: Tensor, pairs: Sorted, products: Products
 ) -> Tensor | None:
-    """What autograd gets as the gradient of a table; see `main_grad.py`."""
+    """The gradient of a table for autograd, or a placeholder if it went to `main_grad`."""
     buffer = main_grad.buffer_of(table)
     if buffer is None:
         return products.to_table(coefficients, rows, pairs)
