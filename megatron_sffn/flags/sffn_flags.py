@@ -30,7 +30,6 @@ from megatron_sffn.nn.config import (
     SparseFFNTransformerConfig,
 )
 from megatron_sffn.nn.routers import ROUTERS
-from megatron_sffn.utils.errors import ConfigError
 
 USAGE = """torchrun --nproc-per-node N -m megatron_sffn.pretrain [--sffn-* flags] [Megatron flags]
        python -m megatron_sffn.pretrain ...            (one rank)"""
@@ -183,6 +182,8 @@ def router_flags() -> dict[str, dataclasses.Field[Any]]:
 
 def sffn_config(args: Namespace) -> SparseFFNConfig | None:
     """The sparse layer that the flags describe; None for the dense baseline."""
+    if args.sffn_router == "dense":
+        return None
     router_class: type[RouterConfig] = ROUTERS[args.sffn_router]
     router = router_class(
         **{
@@ -191,18 +192,8 @@ def sffn_config(args: Namespace) -> SparseFFNConfig | None:
         }
     )
     active_cells = args.sffn_active_cells
-    if active_cells is None:
-        active_cells = ffn_hidden_size(args)
-    if args.sffn_router == "dense":
-        if active_cells != ffn_hidden_size(args):
-            raise ConfigError(
-                f"--sffn-active-cells {active_cells} differs from --ffn-hidden-size "
-                f"{ffn_hidden_size(args)}, but --sffn-router dense has Megatron's MLP everywhere; "
-                f"set --ffn-hidden-size {active_cells}"
-            )
-        return None
     return SparseFFNConfig(
-        active_cells=active_cells,
+        active_cells=ffn_hidden_size(args) if active_cells is None else active_cells,
         router=router,
         block_size=args.sffn_block_size,
         expansion=args.sffn_expansion,
