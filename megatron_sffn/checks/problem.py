@@ -23,7 +23,7 @@ class Problem:
         flag: as typed, or another subject of the sentence, such as `data set`.
         value: as typed; None if the sentence names the flag alone.
         rule: the rule that the value breaks: how the sentence continues after the value.
-        remedy: what to give instead.
+        remedy: what to give instead; empty if the rule says it.
         lead: how the sentence begins before the flag, if it does not begin with the flag.
     """
 
@@ -36,7 +36,8 @@ class Problem:
     def __str__(self) -> str:
         subject = self.flag if self.value is None else typed(self.flag, self.value)
         space = "" if self.rule.startswith(",") else " "
-        return f"{self.lead}{subject}{space}{self.rule}; {self.remedy}"
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.lead}{subject}{space}{self.rule}{remedy}"
 
 
 type Check = Callable[..., Iterable[Problem]]
