@@ -254,7 +254,7 @@ def validation_sets(args: Namespace, source: DataSource) -> Iterator[Problem]:
 
 
 def missing_splits(args: Namespace, source: DataSource) -> Iterator[Problem]:
-    """Training or evaluation without data: Megatron would miss it only after training."""
+    """Training or evaluation without data, which Megatron would miss only after training."""
     readers = {}
     if not args.skip_train:
         readers[Split.train] = ("the run trains", "use --skip-train")

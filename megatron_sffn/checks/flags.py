@@ -81,7 +81,7 @@ def sizes(args: Namespace) -> Iterator[Problem]:
 
 
 def activations(args: Namespace) -> Iterator[Problem]:
-    """Several activations."""
+    """More than one activation."""
     flags = [flag_of(dest) for dest in ACTIVATIONS if getattr(args, dest)]
     if len(flags) > 1:
         yield Problem(" and ".join(flags), None, "contradict each other", "leave one")

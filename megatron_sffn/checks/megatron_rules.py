@@ -105,7 +105,7 @@ def unavailable_features(args: Namespace) -> Iterator[Problem]:
 
 
 def schedules(args: Namespace) -> Iterator[Problem]:
-    """Lengths of a run, and schedules of its batch size and learning rate, that cannot be."""
+    """Schedules of batch size and learning rate that do not fit the length of the run."""
     if args.train_iters is not None and args.train_iters < 1:
         yield Problem(
             "--train-iters", args.train_iters, "must be at least 1", "to evaluate, use --skip-train"
@@ -155,7 +155,7 @@ def schedules(args: Namespace) -> Iterator[Problem]:
 
 
 def monitoring(args: Namespace) -> Iterator[Problem]:
-    """Profilers and other packages that are not there."""
+    """Profilers and packages that are not installed, or that need a GPU."""
     if args.profile and not args.use_pytorch_profiler and args.distributed_backend == "gloo":
         yield Problem(
             "--profile",

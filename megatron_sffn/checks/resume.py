@@ -308,7 +308,7 @@ def _activation(args: Namespace) -> str:
 def attention_span(
     args: Namespace, sffn: SparseFFNConfig | None, checkpoint: Checkpoint
 ) -> Iterator[Problem]:
-    """Flags of how far attention looks that differ, without `--finetune`."""
+    """Another reach of attention than the checkpoint's, without `--finetune`."""
     if args.finetune:
         return
     texts = list(map(_with_value, ATTENTION_SPAN))
@@ -326,7 +326,7 @@ def attention_span(
 def block_size(
     args: Namespace, sffn: SparseFFNConfig | None, checkpoint: Checkpoint
 ) -> Iterator[Problem]:
-    """Block sizes that differ where the checkpoint has something for every block."""
+    """Another block size than the checkpoint's, if the checkpoint stores weights per block."""
     if sffn is None or sffn.block_size == checkpoint.args.sffn_block_size:
         return
     change = f"differs from the checkpoint's {checkpoint.args.sffn_block_size}"
@@ -375,7 +375,7 @@ def embedding_rows(
 def optimizer_state(
     args: Namespace, sffn: SparseFFNConfig | None, checkpoint: Checkpoint
 ) -> Iterator[Problem]:
-    """Optimizers, precisions, schedules and random states that the checkpoint does not fit."""
+    """An optimizer, precision, schedule or random state that does not fit the checkpoint's."""
     if not _loads_optimizer_state(args, checkpoint.folder):
         return
     for sentence in misfits(args, {**checkpoint.common, "args": checkpoint.args}):

@@ -40,7 +40,7 @@ class ConfigError(ValueError):
     """A value the user gave that cannot work.
 
     The message is one sentence with the value, the rule it breaks, and the remedy:
-    ``--sffn-block-size 48 does not divide --sffn-active-cells 1024; choose a divisor: 32 or 64``.
+    ``--lr nan is not a finite number; give one``.
     """
 
 
