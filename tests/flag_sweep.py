@@ -1,13 +1,13 @@
 """Every flag of `--help`, tried once: what it does to a run of two steps on one rank.
 
     python -m tests.flag_sweep                    # all flags, about an hour of one core
-    python -m tests.flag_sweep --only 'moe|lr'    # some
+    python -m tests.flag_sweep --only 'moe|lr'    # flags that match
 
-Inputs: the parser of a run. Outputs: `tests/golden/flags.json`, flag -> class and what was seen:
+Outputs: `tests/golden/flags.json`, which has a class and the observation for each flag:
 
-- `works`: something else is computed, printed or written than without the flag;
+- `works`: the run computes, prints or writes something else than without the flag;
 - `refused`: one sentence and exit code 2, before anything starts;
-- `no effect`: nothing differs; the reason is in `NO_EFFECT`, or it is a fault;
+- `no effect`: nothing differs; the reason is in `NO_EFFECT`, or it is a bug;
 - `failed`: anything else, such as a traceback.
 """
 
@@ -53,12 +53,12 @@ RUN = (
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run left.
+    """The result of a run.
 
     Args:
-        code: of its exit; None if it did not end.
-        text: what it printed, without times, paths and the list of arguments.
-        files: names of what it wrote.
+        code: exit code; None if the run did not end.
+        text: printed text, without times, paths and the list of arguments.
+        files: names of the files that it wrote.
         sentence: of a refusal, or the last line of a traceback.
     """
 
@@ -90,15 +90,15 @@ def run(flags: str, data: str) -> Outcome:
             for path in folder.rglob("*")
             if path.is_file() and path.name != "log"
         )
-    said = [line for line in log.splitlines() if line.strip()]
-    sentences = [line for line in said if line.startswith("error: ") or "Error" in line]
+    lines = [line for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ") or "Error" in line]
     return Outcome(
-        code=status, text=_comparable(log), files=names, sentence=(sentences or said or [""])[-1]
+        code=status, text=_comparable(log), files=names, sentence=(errors or lines or [""])[-1]
     )
 
 
 def _train(folder: Path, flags: str) -> None:
-    """The whole command, in a child."""
+    """Run the command in this child process."""
     os.setsid()
     os.chdir(folder)
     output = os.open("log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -121,7 +121,7 @@ def _train(folder: Path, flags: str) -> None:
 
 
 def _comparable(log: str) -> str:
-    """What two equal runs print alike."""
+    """The printed text that two equal runs share."""
     log = re.sub(r"-+ arguments -+.*?-+ end of arguments -+", "", log, flags=re.S)
     lines = []
     for line in log.splitlines():
@@ -133,7 +133,7 @@ def _comparable(log: str) -> str:
 
 
 def actions() -> Iterator[Action]:
-    """Every flag."""
+    """Every flag of the command."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_megatron_arguments(parser)
     add_sffn_flags(parser)
@@ -141,7 +141,7 @@ def actions() -> Iterator[Action]:
 
 
 def flag_of(action: Action) -> str:
-    """The name that is tried: the longest of those that change the default."""
+    """The option string to try: the longest one that changes the default."""
     names = action.option_strings
     if isinstance(action, argparse.BooleanOptionalAction):
         off = ("--no-", "--disable-")
@@ -150,7 +150,7 @@ def flag_of(action: Action) -> str:
 
 
 def given(action: Action) -> str:
-    """The flag with a value that is not its default, and what it needs beside it."""
+    """The flag with a value other than its default, and the flags that it needs."""
     flag = flag_of(action)
     needs = NEEDS.get(flag, "")
     if flag in VALUES:
@@ -158,8 +158,8 @@ def given(action: Action) -> str:
     if action.nargs == 0:
         return f"{flag} {needs}"
     if action.choices:
-        others = [one for one in action.choices if one != action.default]
-        return f"{flag} {getattr(others[0], 'name', others[0])} {needs}"
+        value = next(choice for choice in action.choices if choice != action.default)
+        return f"{flag} {getattr(value, 'name', value)} {needs}"
     if action.type is int:
         return f"{flag} {(action.default or 0) + 1} {needs}"
     if action.type is float:
@@ -167,17 +167,17 @@ def given(action: Action) -> str:
     return f"{flag} x {needs}"
 
 
-def classified(plain: Outcome, found: Outcome) -> str:
-    """Which class a run with one more flag is of, beside one without."""
-    if found.code == 2 and found.sentence.startswith("error: ") and not found.files:
+def classify(base: Outcome, outcome: Outcome) -> str:
+    """The class of a flag, from a run without it and a run with it."""
+    if outcome.code == 2 and outcome.sentence.startswith("error: ") and not outcome.files:
         return "refused"
-    if found.code != 0:
+    if outcome.code != 0:
         return "failed"
-    return "works" if (found.text, found.files) != (plain.text, plain.files) else "no effect"
+    return "works" if (outcome.text, outcome.files) != (base.text, base.files) else "no effect"
 
 
 def main() -> None:
-    """Try the flags, and write what was seen after each."""
+    """Try the flags, and write the table after each flag."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="regular expression of flags")
     parser.add_argument("--out", type=Path, default=GOLDEN)
@@ -194,11 +194,11 @@ def main() -> None:
             if needs not in base:
                 base[needs] = run(needs, data)
             command = given(action)
-            found = run(command, data)
-            kind = classified(base[needs], found)
+            outcome = run(command, data)
+            kind = classify(base[needs], outcome)
             entry = {"tried": command.strip(), "class": kind}
             if kind in ("refused", "failed"):
-                sentence = found.sentence.removeprefix("error: ").replace(data, "DATA")
+                sentence = outcome.sentence.removeprefix("error: ").replace(data, "DATA")
                 entry["sentence"] = sentence[:400]
             if kind == "no effect":
                 reasons = (why for why, flags in NO_EFFECT.items() if flag in flags.split())

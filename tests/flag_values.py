@@ -1,4 +1,4 @@
-"""What the sweep gives to flags that do not take just any value, and what it cannot see."""
+"""Values that the sweep gives to flags, and flags whose effect the sweep cannot see."""
 
 VALUES = {
     "--activation-func-clamp-value": "0.01",
@@ -18,7 +18,7 @@ VALUES = {
     "--sffn-init": "sigma-moe",
     "--window-size": "2,0",
 }
-"""Flag -> the value that is tried, where a rule from its type does not fit."""
+"""Flag -> the value to try, where a value made from the flag's type does not fit."""
 
 TENSORBOARD = "--tensorboard-dir events"
 NEEDS = {
@@ -47,7 +47,7 @@ NEEDS = {
     "--start-eval-at-iter": "--eval-interval 1",
     "--use-rope-scaling": "--init-method-std 0.5",
 }
-"""Flag -> flags that it acts with; the run is compared with one that has these alone."""
+"""Flag -> flags that it needs in order to act; the run to compare with has only these."""
 
 NO_EFFECT = {
     "it is how a run on one rank of a host is anyway": """
@@ -111,4 +111,4 @@ NO_EFFECT = {
         --calculate-per-token-loss
     """,
 }
-"""Why a run of two steps on one rank of a host shows no difference -> the flags."""
+"""Reason why a run of two steps on one CPU rank shows no difference -> the flags."""

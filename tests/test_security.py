@@ -22,7 +22,8 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sffn.checkpoints.files import COMMON_STATE, read_common, read_metadata
-from megatron_sffn.checkpoints.pickle_scan import NOT_FROM_A_CHECKPOINT, check_data_only, without
+from megatron_sffn.checkpoints.pickle_scan import NOT_FROM_A_CHECKPOINT, without
+from megatron_sffn.checks.pickles import check_data_only
 from megatron_sffn.patches import unpickling
 from megatron_sffn.patches.registry import resolve
 from megatron_sffn.tools import convert_checkpoint

@@ -109,13 +109,14 @@ def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
     """
     from tqdm import tqdm
 
-    from megatron_sffn.checkpoints import files, pickle_scan, reblock, rewrite
+    from megatron_sffn.checkpoints import files, reblock, rewrite
+    from megatron_sffn.checks.pickles import check_data_only
     from megatron_sffn.patches.unpickling import trust
 
     if args.sffn_trust_checkpoint:
         trust()
     source = _source(args.load, args.ckpt_step)
-    pickle_scan.check_data_only(source)
+    check_data_only(source)
     common, metadata = files.read_whole(source), files.read_metadata(source)
     saved = files.args_in(common)
     if "sffn_router" not in vars(saved):

@@ -1,7 +1,7 @@
-"""Room on the disk for checkpoints, before training and before each save.
+"""Disk space of checkpoints: bytes that a save needs, and bytes that are free.
 
-Enters: Megatron's namespace, or the state that is about to be written. Leaves: bytes needed and
-free, and one sentence where the first checkpoint cannot be written.
+Inputs: Megatron's namespace (before training, `checks/disk.py`), or the state that is about to be
+written (before each save).
 """
 
 from __future__ import annotations
@@ -18,57 +18,16 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
-from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from megatron_sffn.accounting import ModelShape, count_parameters
 from megatron_sffn.accounting.table import human
-from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 from megatron_sffn.flags.megatron_flags import dtype_of
-from megatron_sffn.nn.config import SparseFFNConfig
-from megatron_sffn.patches.cpu import is_host
-from megatron_sffn.utils.errors import ConfigError
 
 MOMENTS = {"adam": 2, "sgd": 1}
-"""Megatron's optimizers -> numbers of their state per parameter."""
-
-
-def check_saves(args: Namespace, sffn: SparseFFNConfig | None) -> None:
-    """Checkpoints can be written: in the way that is asked for, and the disk has room for one.
-
-    Args:
-        args: Megatron's validated namespace.
-        sffn: the sparse layer; None for the dense baseline.
-
-    Raises:
-        ConfigError: if not.
-    """
-    if args.save is None or args.skip_train:
-        return
-    if args.async_save and is_host():
-        raise ConfigError(
-            "--async-save needs a GPU, for the process that writes meanwhile fails without one and "
-            "the run would wait for it without end; leave it out"
-        )
-    if args.ckpt_format != "torch_dist" or args.enable_msc:
-        return
-    rows = args.padded_vocab_size or calculate_padded_vocab_size(
-        load_tokenizer(args).vocab_size,
-        args.make_vocab_size_divisible_by,
-        args.tensor_model_parallel_size,
-        False,
-    )
-    shape = ModelShape.of_args(Namespace(**{**vars(args), "padded_vocab_size": rows}), sffn)
-    needed = bytes_per_parameter(args) * count_parameters(shape).total
-    free = free_bytes(Path(args.save))
-    if free < needed:
-        raise ConfigError(
-            f"--save {args.save} has {amount(free)} free, but a checkpoint of this model has "
-            f"{amount(needed)}; give a folder with more room"
-        )
+"""Megatron's optimizer -> moments that it keeps per parameter."""
 
 
 def bytes_per_parameter(args: Namespace) -> int:
-    """Of a checkpoint: the weight, its fp32 copy, the optimizer's numbers."""
+    """Bytes of a checkpoint per parameter: the weight, its fp32 copy, the optimizer's moments."""
     weight = dtype_of(args).itemsize
     half = weight < torch.float32.itemsize
     if args.no_save_optim:
@@ -78,13 +37,13 @@ def bytes_per_parameter(args: Namespace) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free on the disk of a folder that may not be there yet."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+    """Free bytes on the disk of a folder, which need not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def amount(size: int) -> str:
-    """Bytes, as a message says them."""
+    """Bytes as messages print them, with a unit."""
     return f"{human(size)}B"
 
 
@@ -104,9 +63,9 @@ def written_bytes(state: Any) -> int:
 
 
 def on_all_ranks(size: int, save: Path) -> tuple[int, int]:
-    """What all ranks write, and what the first one sees free, in bytes."""
+    """Bytes that all ranks write together, and bytes that are free as the first rank sees it."""
     free = free_bytes(save) if torch.distributed.get_rank() == 0 else 0
-    both = torch.tensor([size, free], dtype=torch.int64, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(both)
-    needed, room = both.tolist()
-    return needed, room
+    sums = torch.tensor([size, free], dtype=torch.int64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(sums)
+    needed, free = sums.tolist()
+    return needed, free

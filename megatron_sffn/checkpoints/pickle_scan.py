@@ -1,13 +1,13 @@
-"""Whether a checkpoint is data alone: nothing in it names code that would run as it is loaded.
+"""Scan of a checkpoint's pickles for code that would run when they are loaded.
 
-Enters: the folder of an iteration, in any of Megatron's formats. Leaves: nothing, or one sentence
-with the file and what it names, before any process group exists.
+Inputs: the folder of an iteration, in any of Megatron's formats. Outputs: the files that name code,
+and the names. `checks/pickles.py` refuses them.
 
-Choices
-- torch says what is data, with the classes that Megatron adds: the names in a pickle are listed,
-  and nothing is unpickled. Reading has the same limits (`patches/unpickling.py`); this look makes
-  the sentence, and is early.
-- Of the shards only the objects are read, as tensors hold no pickles.
+Design notes:
+- torch knows which classes are data, and Megatron adds a few. The scan lists the names in a pickle
+  without unpickling anything. Loading has the same limits (`patches/unpickling.py`); the scan finds
+  the code early, so that the refusal can name it.
+- Of the shards only objects are read, since tensors hold no pickles.
 """
 
 from __future__ import annotations
@@ -25,48 +25,36 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from megatron_sffn.checkpoints.files import METADATA
-from megatron_sffn.patches.unpickling import ForeignCode, trusted
-from megatron_sffn.utils.errors import ConfigError
+from megatron_sffn.patches.unpickling import ForeignCode
 
 TRUST_FLAG = "--sffn-trust-checkpoint"
 
 NOT_FROM_A_CHECKPOINT = frozenset({TRUST_FLAG, "--trust-remote-code", "--spec"})
-"""Flags that let others' code run: a command line that a checkpoint holds cannot give them."""
-
-
-def check_data_only(folder: Path) -> None:
-    """Look at all that would be unpickled of an iteration.
-
-    Raises:
-        ConfigError: if something would run code, and `patches.unpickling.trust` was not called.
-    """
-    if trusted():
-        return
-    for place, name in _named(folder):
-        raise ConfigError(
-            f"checkpoint {folder} names {name} in {place}, which is code that would run as it is "
-            f"loaded; load another one, or add {TRUST_FLAG} if you trust who made it"
-        )
+"""Flags that let foreign code run: dropped from a command line that comes from a checkpoint."""
 
 
 def without(command: Sequence[str], flags: frozenset[str]) -> list[str]:
     """A command line without some flags and their values."""
-    left, dropped = [], False
+    kept, is_dropped = [], False
     for word in command:
         if word.startswith("--"):
-            dropped = word.split("=", 1)[0] in flags
-        if not dropped:
-            left.append(word)
-    return left
+            is_dropped = word.split("=", 1)[0] in flags
+        if not is_dropped:
+            kept.append(word)
+    return kept
 
 
-def _named(folder: Path) -> Iterator[tuple[str, str]]:
-    """Files, and what they name that is no data."""
+def foreign_code(folder: Path) -> Iterator[tuple[str, str]]:
+    """Find what would run as code if an iteration were loaded.
+
+    Yields:
+        File, relative to the folder, and the name in it that is not data.
+    """
     for path in [folder / COMMON_STATE_FNAME, *sorted(folder.glob("mp_rank_*/*.pt"))]:
         if path.is_file():
             yield from ((str(path.relative_to(folder)), name) for name in _names_in_file(path))
     if (folder / METADATA).is_file():
-        yield from _named_in_shards(folder)
+        yield from _foreign_code_in_shards(folder)
 
 
 def _names_in_file(path: Path) -> list[str]:
@@ -76,8 +64,8 @@ def _names_in_file(path: Path) -> list[str]:
     return ["what torch.save before 1.6 could name"]
 
 
-def _named_in_shards(folder: Path) -> Iterator[tuple[str, str]]:
-    """The same of the shards' metadata, and of the objects among them."""
+def _foreign_code_in_shards(folder: Path) -> Iterator[tuple[str, str]]:
+    """As `foreign_code`, in the metadata of the shards and in the objects that they hold."""
     try:
         metadata = FileSystemReader(folder).read_metadata()
         objects = _objects(metadata)
@@ -85,7 +73,7 @@ def _named_in_shards(folder: Path) -> Iterator[tuple[str, str]]:
         yield METADATA, str(error)
         return
     except Exception:
-        return  # damaged, which is the matter of files.py
+        return  # damaged: files.py reports it
     for name, items in objects.items():
         path = folder / name
         if not path.is_file():
@@ -97,7 +85,7 @@ def _named_in_shards(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _objects(metadata: Any) -> dict[str, list[Any]]:
-    """Shard file -> where objects are in it."""
+    """Shard file -> storage records of the objects in it."""
     objects: dict[str, list[Any]] = {}
     for index, item in metadata.storage_data.items():
         if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
@@ -106,14 +94,14 @@ def _objects(metadata: Any) -> dict[str, list[Any]]:
 
 
 def _names(file: IO[bytes]) -> list[str]:
-    """What a file of torch.save names that is no data."""
+    """Names in a file of torch.save that are not data."""
     try:
         return sorted(get_unsafe_globals_in_checkpoint(file))
     except pickle.UnpicklingError:
         return ["what torch's checkpoints never hold"]
     except ValueError:
-        # No zip file, or a program.
+        # Not a zip file, or a TorchScript program.
         file.seek(0)
         return ["a TorchScript program"] if zipfile.is_zipfile(file) else []
     except Exception:
-        return []  # damaged, which is the matter of files.py
+        return []  # damaged: files.py reports it

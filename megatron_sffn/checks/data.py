@@ -1,8 +1,9 @@
-"""The look at flags, tokenizer and data sets before anything starts.
+"""Flags of the data, tokenizer and data sets that cannot be used together.
 
-Enters: the validated namespace. Leaves: nothing, or one sentence. What is found here Megatron would
-notice as well, but after the model is built, after training, or never: it looks for the samples of
-a split without tokens until it is killed.
+Inputs: Megatron's validated namespace.
+
+Design notes: Megatron would notice most of this as well, but after the model is built, after
+training, or never: it searches a split without tokens for samples until it is killed.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -24,53 +26,116 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
-from megatron_sffn.data.indexed.blends import read_blends
+from megatron_sffn.checks.problem import Problem, run_checks
+from megatron_sffn.data.indexed.blends import Blend, read_blends
 from megatron_sffn.data.indexed.format import Index, open_index
 from megatron_sffn.data.loading.dali import check_dali
 from megatron_sffn.data.loading.gpt_dataset import dataset_request
 from megatron_sffn.data.tokenize.tokenizer import Tokenizer, load_tokenizer, rebuilt
-from megatron_sffn.utils.errors import ConfigError
+from megatron_sffn.flags.names import flag_of
 
 SAMPLED_TOKENS = 1 << 20
 """Tokens at each end of a data set that are compared with the vocabulary."""
 
 REFUSED = {
-    "fim_data": "text is trained on as it is written",
-    "sft": "this is pretraining",
-    "dataloader_inter_document_masking": "lengths of documents do not reach the attention; use "
-    "--reset-attention-mask",
-    "hybrid_context_parallel": "lengths of documents do not reach the attention",
-    "rampup_batch_size": "Megatron 0.19 reads it and does not act on it; use "
-    "--step-batch-size-schedule",
+    "fim_data": ("text is trained on as it is written", ""),
+    "sft": ("this is pretraining", "leave it out"),
+    "dataloader_inter_document_masking": (
+        "lengths of documents do not reach the attention",
+        "use --reset-attention-mask",
+    ),
+    "hybrid_context_parallel": (
+        "lengths of documents do not reach the attention",
+        "leave it out",
+    ),
+    "rampup_batch_size": (
+        "Megatron 0.19 reads it and does not act on it",
+        "use --step-batch-size-schedule",
+    ),
 }
-"""Megatron's flags (dest) that would have no effect -> why."""
+"""Megatron's flags (dest) that would have no effect -> the reason, and the remedy."""
 
 SHARES = re.compile(r"\s*[\d.]+(\s*[,/ ]\s*[\d.]+){0,2}\s*", re.ASCII)
 PURPOSES = {Split.train: "training", Split.valid: "validation", Split.test: "testing"}
 
-
-USES_OF_ENDS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+FLAGS_OF_DOCUMENT_ENDS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 """Flags (dest) that act at the end of a document."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """What one split reads.
+class SplitSource:
+    """The data sets that one split reads.
 
     Args:
-        split: which.
-        prefixes: of its data sets.
-        share: of each of them, from and to, within 0 and 1.
+        split: training, validation or test.
+        prefixes: of the data sets.
+        weights: of the data sets in the blend; None if they are not weighted.
+        share: where the split begins and ends in each data set, within 0 and 1.
     """
 
     split: Split
     prefixes: list[str]
+    weights: list[float] | None
     share: tuple[float, float]
 
     def tokens(self, index: Index) -> int:
-        """How many it gets of a data set, by Megatron's rounding to whole sequences."""
+        """Tokens of a data set in this split, by Megatron's rounding to whole sequences."""
         first, last = (round(edge * index.num_sequences) for edge in self.share)
         return int(index.lengths[first:last].sum(dtype=numpy.int64))
+
+
+class DataSource:
+    """The tokenizer and the data sets of a run, each read when a check first asks for it.
+
+    Args:
+        args: Megatron's validated namespace.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self._args = args
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return load_tokenizer(self._args)
+
+    @cached_property
+    def blends(self) -> tuple[Blend | None, list[Blend | None]]:
+        """The blend that all splits read, or a blend of each split."""
+        shared, per_split = read_blends(self._args)
+        return shared, per_split or []
+
+    @cached_property
+    def splits(self) -> list[SplitSource]:
+        """Every split that reads data."""
+        shared, per_split = self.blends
+        shares = split_shares(self._args.split) if shared else [(0.0, 1.0)] * len(Split)
+        return [
+            SplitSource(split=split, prefixes=blend[0], weights=blend[1], share=share)
+            for split, share, blend in zip(Split, shares, per_split or [shared] * 3, strict=True)
+            if share is not None and blend
+        ]
+
+    @cached_property
+    def indices(self) -> dict[str, Index]:
+        """Prefix -> index, of every data set."""
+        prefixes = [prefix for source in self.splits for prefix in source.prefixes]
+        return {prefix: open_index(prefix) for prefix in dict.fromkeys(prefixes)}
+
+
+def split_shares(split: str | None) -> list[tuple[float, float] | None]:
+    """Where each split begins and ends in a data set that all splits share.
+
+    Raises:
+        AssertionError, FloatingPointError, TypeError, ValueError: if `split` cannot be read.
+    """
+    # Megatron reads the digits, whatever is between them: nan,1,1 is 1,1 and 1e2 is 1 and 2.
+    if split is None or not SHARES.fullmatch(split):
+        raise ValueError(split)
+    with numpy.errstate(invalid="raise"):
+        vector = parse_and_normalize_split(split)
+    matrix: list[Any] = convert_split_vector_to_split_matrix(vector)
+    return matrix
 
 
 def check_data(args: Namespace) -> None:
@@ -83,148 +148,141 @@ def check_data(args: Namespace) -> None:
         ConfigError: if a flag cannot be served; a file is missing, truncated, or holds ids outside
             the vocabulary; or a split lacks data.
     """
-    _check_flags(args)
-    check_dali(args)
-    tokenizer = load_tokenizer(args)
-    if args.padded_vocab_size is not None and args.padded_vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"--padded-vocab-size {args.padded_vocab_size} is less than the {tokenizer.vocab_size} "
-            "ids of the tokenizer; leave it out, and Megatron pads"
-        )
-    if difference := rebuilt(tokenizer, args.tokenizer_model):
+    source = DataSource(args)
+    run_checks(CHECKS, args, source)
+    if difference := rebuilt(source.tokenizer, args.tokenizer_model):
         _warn(difference)
     if args.mock_data:
         return
-    parts = list(_parts(args))
-    _check_uses(args, parts)
-    prefixes = dict.fromkeys(prefix for part in parts for prefix in part.prefixes)
-    indices = {prefix: check_dataset(prefix, tokenizer.vocab_size) for prefix in prefixes}
-    for part in parts:
-        for prefix in part.prefixes:
-            _check_size(args, part, prefix, part.tokens(indices[prefix]))
+    run_checks(DATA_SET_CHECKS, args, source)
     if args.split is None:
-        _warn_of_overlaps(parts)
-    _warn_without_ends(args, tokenizer, list(indices.values()))
-    try:
-        dataset_request(args, tokenizer, (0, 0, 0))
-    except (AssertionError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"Megatron does not accept the flags of the data ({' '.join(str(error).split())}); "
-            "change them"
-        ) from error
+        _warn_of_overlaps(source.splits)
+    _warn_without_ends(args, source)
 
 
-def _check_flags(args: Namespace) -> None:
-    """Every flag has an effect, and the length of the run is known."""
-    for dest, why in REFUSED.items():
+def data_flags(args: Namespace, source: DataSource) -> Iterator[Problem]:
+    """Flags of the data without an effect, and runs without a length."""
+    for dest, (reason, remedy) in REFUSED.items():
         if getattr(args, dest):
-            raise ConfigError(f"--{dest.replace('_', '-')} is not available, {why}")
+            yield Problem(flag_of(dest), None, f"is not available, {reason}", remedy)
     if args.dataloader_type == "external":
-        raise ConfigError(
-            "--dataloader-type external takes batches that a caller made, and there is none here; "
-            "use single or cyclic"
+        yield Problem(
+            "--dataloader-type",
+            "external",
+            "takes batches that a caller made, and there is none here",
+            "use single or cyclic",
         )
     if not (args.train_iters or args.train_samples):
-        raise ConfigError(
-            "--train-iters is missing, and the size of the data sets follows from it; give it, for "
-            "example --train-iters 1000, or --train-samples"
+        yield Problem(
+            "--train-iters",
+            None,
+            "is missing, and the size of the data sets follows from it",
+            "give it, for example --train-iters 1000, or --train-samples",
         )
 
 
-def _parts(args: Namespace) -> Iterator[Part]:
-    """Every split that reads anything."""
-    blend, blend_per_split = read_blends(args)
-    blends = [blend] if blend else [one for one in blend_per_split or [] if one]
-    if not blends:
-        raise ConfigError(
-            "no data set was given; pass --data-path PREFIX (of PREFIX.bin and PREFIX.idx, made by "
-            "tools/preprocess_data.py) or --mock-data"
+def dali(args: Namespace, source: DataSource) -> Iterable[Problem]:
+    """NVIDIA DALI where it is not installed, or with flags that it does not support."""
+    check_dali(args)
+    return ()
+
+
+def vocabulary(args: Namespace, source: DataSource) -> Iterator[Problem]:
+    """Embeddings with fewer rows than the tokenizer has ids."""
+    rows, ids = args.padded_vocab_size, source.tokenizer.vocab_size
+    if rows is not None and rows < ids:
+        yield Problem(
+            "--padded-vocab-size",
+            rows,
+            f"is less than the {ids} ids of the tokenizer",
+            "leave it out, and Megatron pads",
         )
-    shares = _shares(args.split, shared=bool(blend))
-    for split, share, own in zip(Split, shares, blend_per_split or [blend] * 3, strict=True):
-        if share is not None and own:
-            if args.full_validation and split is Split.valid and own[1] is not None:
-                raise ConfigError(
-                    "--full-validation reads each validation set once, so weights "
-                    f"({' '.join(f'{weight:g}' for weight in own[1])}) have nothing to act on; "
-                    "give the sets by --valid-data-path and without weights"
-                )
-            yield Part(split=split, prefixes=own[0], share=share)
 
 
-def _shares(split: str | None, *, shared: bool) -> list[tuple[float, float] | None]:
-    """Of the data sets, from and to, for each split.
-
-    Args:
-        split: of `--split`.
-        shared: whether all splits read the same data sets.
-
-    Raises:
-        ConfigError: if the flag is missing, has nothing to act on, or is no list of shares.
-    """
-    if not shared:
-        if split is not None:
-            raise ConfigError(
-                f"--split {split} has nothing to act on, since every split has data sets of its "
-                "own; leave it out"
-            )
-        return [(0.0, 1.0)] * len(Split)
+def split_flag(args: Namespace, source: DataSource) -> Iterator[Problem]:
+    """Runs without data, and shares of `--split` that cannot be read or have no effect."""
+    shared, per_split = source.blends
+    if not shared and not any(per_split):
+        yield Problem(
+            "no data set",
+            None,
+            "was given",
+            "pass --data-path PREFIX (of PREFIX.bin and PREFIX.idx, made by "
+            "tools/preprocess_data.py) or --mock-data",
+        )
+    if not shared and args.split is not None:
+        yield Problem(
+            "--split",
+            args.split,
+            "has nothing to act on, since every split has data sets of its own",
+            "leave it out",
+        )
     try:
-        # Megatron reads the digits, whatever is between them: nan,1,1 is 1,1 and 1e2 is 1 and 2.
-        if split is None or not SHARES.fullmatch(split):
-            raise ValueError(split)
-        with numpy.errstate(invalid="raise"):
-            vector = parse_and_normalize_split(split)
-    except (AssertionError, FloatingPointError, TypeError, ValueError) as error:
-        wrong = "--split is not given" if split is None else f"--split {split} cannot be used"
-        raise ConfigError(
-            f"{wrong}; give the shares of training, validation and test, such as --split 98,1,1"
-        ) from error
-    matrix: list[Any] = convert_split_vector_to_split_matrix(vector)
-    return matrix
-
-
-def _check_uses(args: Namespace, parts: list[Part]) -> None:
-    """Training has data, and so has validation, which Megatron would miss after training."""
-    asked = {}
-    if not args.skip_train:
-        asked[Split.train] = ("the run trains", "use --skip-train")
-    if args.full_validation:
-        asked[Split.valid] = ("--full-validation reads it", "leave that out and use --eval-iters 0")
-    elif args.eval_iters:
-        asked[Split.valid] = (f"--eval-iters {args.eval_iters} reads it", "use --eval-iters 0")
-    names = args.validation_set_names
-    for part in parts:
-        if part.split is Split.valid and names and len(names) != len(part.prefixes):
-            raise ConfigError(
-                f"--validation-set-names {' '.join(names)} has {len(names)} names, but "
-                f"--valid-data-path has {len(part.prefixes)} data sets; give a name for each"
-            )
-    for split, (use, remedy) in asked.items():
-        if split in [part.split for part in parts]:
-            continue
-        given = f"--{split.name}-data-path is not given"
-        share = "give it"
-        if args.split is not None:
-            given = f"--split {args.split} leaves nothing for {PURPOSES[split]}"
-            share = "give it a share, such as --split 98,1,1"
-        raise ConfigError(f"{given}, but {use}; {share}, or {remedy}")
-
-
-def _check_size(args: Namespace, part: Part, prefix: str, tokens: int) -> None:
-    """A split has one sequence of every data set, and the token after it."""
-    if tokens > args.seq_length:
-        return
-    few = f"{tokens} tokens, and one sequence needs {args.seq_length + 1} (--seq-length and one)"
-    if args.split is None:
-        raise ConfigError(
-            f"data set {prefix} of --{part.split.name}-data-path has {few}; give a larger one, or "
-            "leave it out"
+        if shared:
+            split_shares(args.split)
+    except (AssertionError, FloatingPointError, TypeError, ValueError):
+        yield Problem(
+            "--split",
+            args.split,
+            "is not given" if args.split is None else "cannot be used",
+            "give the shares of training, validation and test, such as --split 98,1,1",
         )
-    raise ConfigError(
-        f"--split {args.split} leaves for {PURPOSES[part.split]}, of data set {prefix}, {few}; "
-        "give it a larger share, or 0"
-    )
+
+
+def validation_sets(args: Namespace, source: DataSource) -> Iterator[Problem]:
+    """Weights and names that do not fit the validation sets."""
+    names = args.validation_set_names
+    for split in source.splits:
+        if split.split is not Split.valid:
+            continue
+        if args.full_validation and split.weights is not None:
+            weights = " ".join(f"{weight:g}" for weight in split.weights)
+            yield Problem(
+                "--full-validation",
+                None,
+                f"reads each validation set once, so weights ({weights}) have nothing to act on",
+                "give the sets by --valid-data-path and without weights",
+            )
+        if names and len(names) != len(split.prefixes):
+            yield Problem(
+                "--validation-set-names",
+                names,
+                f"has {len(names)} names, but --valid-data-path has {len(split.prefixes)} data "
+                "sets",
+                "give a name for each",
+            )
+
+
+def missing_splits(args: Namespace, source: DataSource) -> Iterator[Problem]:
+    """Training or evaluation without data, which Megatron would miss only after training."""
+    readers = {}
+    if not args.skip_train:
+        readers[Split.train] = ("the run trains", "use --skip-train")
+    if args.full_validation:
+        remedy = "leave that out and use --eval-iters 0"
+        readers[Split.valid] = ("--full-validation reads it", remedy)
+    elif args.eval_iters:
+        readers[Split.valid] = (f"--eval-iters {args.eval_iters} reads it", "use --eval-iters 0")
+    splits_with_data = [split.split for split in source.splits]
+    for split, (reader, remedy) in readers.items():
+        if split in splits_with_data:
+            continue
+        if args.split is None:
+            rule = f"is not given, but {reader}"
+            yield Problem(f"--{split.name}-data-path", None, rule, f"give it, or {remedy}")
+        else:
+            yield Problem(
+                "--split",
+                args.split,
+                f"leaves nothing for {PURPOSES[split]}, but {reader}",
+                f"give it a share, such as --split 98,1,1, or {remedy}",
+            )
+
+
+def token_ids(args: Namespace, source: DataSource) -> Iterator[Problem]:
+    """Data sets that are missing, damaged or empty, or made with another tokenizer."""
+    for index in source.indices.values():
+        yield from _token_ids(index, source.tokenizer.vocab_size)
 
 
 def check_dataset(prefix: str, vocab_size: int) -> Index:
@@ -241,53 +299,111 @@ def check_dataset(prefix: str, vocab_size: int) -> Index:
         ConfigError: if a file is missing or truncated, or an id is outside the vocabulary.
     """
     index = open_index(prefix)
-    if not index.num_tokens:
-        raise ConfigError(f"data set {index.bin} is empty; give it documents")
-    ids = numpy.memmap(index.bin, dtype=index.dtype, mode="r")
-    ends = _ends(ids)
-    smallest, largest = min(int(end.min()) for end in ends), max(int(end.max()) for end in ends)
-    if smallest < 0 or largest >= vocab_size:
-        raise ConfigError(
-            f"data set {prefix} holds token ids {smallest} to {largest}, but the tokenizer has "
-            f"{vocab_size} ids; use the tokenizer that made the data set (--tokenizer-type, "
-            "--tokenizer-model)"
-        )
+    run_checks([_token_ids], index, vocab_size)
     return index
 
 
-def _warn_of_overlaps(parts: list[Part]) -> None:
-    """Say that a data set is both trained on and held out."""
-    for one, other in combinations(parts, 2):
-        prefixes = {os.path.realpath(prefix): prefix for prefix in one.prefixes}
-        for prefix in other.prefixes:
-            if os.path.realpath(prefix) in prefixes:
-                _warn(
-                    f"data set {prefix} is in --{one.split.name}-data-path and in "
-                    f"--{other.split.name}-data-path, so {PURPOSES[other.split]} reads what "
-                    f"{PURPOSES[one.split]} reads; hold parts out with tools/split_dataset.py"
+def _token_ids(index: Index, vocab_size: int) -> Iterator[Problem]:
+    if not index.num_tokens:
+        yield Problem("data set", index.bin, "is empty", "give it documents")
+    sampled = _sampled_ids(index)
+    smallest, largest = (
+        min(int(ids.min()) for ids in sampled),
+        max(int(ids.max()) for ids in sampled),
+    )
+    if smallest < 0 or largest >= vocab_size:
+        yield Problem(
+            "data set",
+            index.prefix,
+            f"holds token ids {smallest} to {largest}, but the tokenizer has {vocab_size} ids",
+            "use the tokenizer that made the data set (--tokenizer-type, --tokenizer-model)",
+        )
+
+
+def split_sizes(args: Namespace, source: DataSource) -> Iterator[Problem]:
+    """Splits of a data set that are shorter than one sequence and the token after it."""
+    for split in source.splits:
+        for prefix in split.prefixes:
+            tokens = split.tokens(source.indices[prefix])
+            if tokens > args.seq_length:
+                continue
+            too_few = (
+                f"{tokens} tokens, and one sequence needs {args.seq_length + 1} (--seq-length and "
+                "one)"
+            )
+            if args.split is None:
+                yield Problem(
+                    "data set",
+                    prefix,
+                    f"of --{split.split.name}-data-path has {too_few}",
+                    "give a larger one, or leave it out",
                 )
-
-
-def _warn_without_ends(args: Namespace, tokenizer: Tokenizer, indices: list[Index]) -> None:
-    """Say that flags do nothing, because no document has an end."""
-    flags = [dest for dest in USES_OF_ENDS if getattr(args, dest)]
-    if not flags:
-        return
-    given = ", ".join("--" + dest.replace("_", "-") for dest in flags)
-    for index in indices:
-        ids = numpy.memmap(index.bin, dtype=index.dtype, mode="r")
-        if not any((end == tokenizer.eod).any() for end in _ends(ids)):
-            _warn(
-                f"data set {index.prefix} does not hold the end-of-document id {tokenizer.eod} in "
-                f"its first and last tokens, and {given} act at it alone; make it with --append-eod"
+            yield Problem(
+                "--split",
+                args.split,
+                f"leaves for {PURPOSES[split.split]}, of data set {prefix}, {too_few}",
+                "give it a larger share, or 0",
             )
 
 
-def _ends(ids: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def dataset_config(args: Namespace, source: DataSource) -> Iterator[Problem]:
+    """Flags that Megatron's data sets do not accept."""
+    try:
+        dataset_request(args, source.tokenizer, (0, 0, 0))
+    except (AssertionError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        yield Problem(
+            "Megatron", None, f"does not accept the flags of the data ({reason})", "change them"
+        )
+
+
+CHECKS = (data_flags, dali, vocabulary)
+DATA_SET_CHECKS = (
+    split_flag,
+    validation_sets,
+    missing_splits,
+    token_ids,
+    split_sizes,
+    dataset_config,
+)
+"""Checks of runs that read data sets, not mock data."""
+
+
+def _warn_of_overlaps(splits: list[SplitSource]) -> None:
+    """Warn of a data set that is both trained on and held out."""
+    for earlier, later in combinations(splits, 2):
+        paths = {os.path.realpath(prefix) for prefix in earlier.prefixes}
+        for prefix in later.prefixes:
+            if os.path.realpath(prefix) in paths:
+                _warn(
+                    f"data set {prefix} is in --{earlier.split.name}-data-path and in "
+                    f"--{later.split.name}-data-path, so {PURPOSES[later.split]} reads what "
+                    f"{PURPOSES[earlier.split]} reads; hold parts out with tools/split_dataset.py"
+                )
+
+
+def _warn_without_ends(args: Namespace, source: DataSource) -> None:
+    """Warn of flags that have no effect because no document has an end."""
+    flags = [flag_of(dest) for dest in FLAGS_OF_DOCUMENT_ENDS if getattr(args, dest)]
+    if not flags:
+        return
+    eod = source.tokenizer.eod
+    for index in source.indices.values():
+        if not any((ids == eod).any() for ids in _sampled_ids(index)):
+            _warn(
+                f"data set {index.prefix} does not hold the end-of-document id {eod} in its first "
+                f"and last tokens, and {', '.join(flags)} act at it alone; make it with "
+                "--append-eod"
+            )
+
+
+def _sampled_ids(index: Index) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The first and the last token ids of a data set."""
+    ids = numpy.memmap(index.bin, dtype=index.dtype, mode="r")
     return ids[:SAMPLED_TOKENS], ids[-SAMPLED_TOKENS:]
 
 
 def _warn(message: str) -> None:
-    """One line on stderr, of one rank."""
+    """Print one line on stderr, on one rank."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)

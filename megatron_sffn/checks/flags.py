@@ -1,23 +1,35 @@
-"""Flags that are missing, out of range, or without an effect under the chosen router."""
+"""Flags that are missing, out of range, or have no effect with the chosen router.
+
+Inputs: the namespace of the command line, before anything is derived from it. MoE flags that were
+not given are None in it (`flags.megatron_flags.unset_flags`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from argparse import Namespace
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from megatron_sffn.flags.megatron_flags import ACTIVATIONS, DENSE_ONLY, DERIVED, LAYER
-from megatron_sffn.flags.names import dest_of, flag_of, typed
-from megatron_sffn.flags.sffn_flags import router_flags
+from megatron_sffn.checks.problem import Problem
+from megatron_sffn.flags.megatron_flags import (
+    ACTIVATIONS,
+    DENSE_ONLY,
+    DERIVED,
+    LAYER,
+    default_balance_coefficient,
+    is_moe_flag,
+    requested_balance_losses,
+)
+from megatron_sffn.flags.names import dest_of, flag_of
+from megatron_sffn.flags.sffn_flags import ffn_hidden_size, router_flags
+from megatron_sffn.nn.load_balancing import BALANCE_LOSSES
 from megatron_sffn.nn.routers import ROUTERS
-from megatron_sffn.utils.errors import ConfigError
 
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
 """Flags (dest) without which there is no model."""
 
-
-DIVISORS = (
+SIZES = (
     *REQUIRED,
     "ffn_hidden_size",
     "tensor_model_parallel_size",
@@ -28,104 +40,145 @@ DIVISORS = (
     "micro_batch_size",
     "global_batch_size",
 )
-"""Flags (dest) that divide something, here or in Megatron."""
+"""Flags (dest) that this package or Megatron divides by."""
 
 
-def check_megatron_flags(args: Namespace, given: list[str]) -> None:
-    """Megatron's flags fit the router, before anything is derived from them.
+def yaml_file(command: Sequence[str]) -> Iterator[Problem]:
+    """A file in place of the command line."""
+    if any(word.partition("=")[0] == "--yaml-cfg" for word in command):
+        yield Problem(
+            "--yaml-cfg",
+            None,
+            "is not available, since Megatron reads its file in place of this command line",
+            "give the flags",
+        )
 
-    Args:
-        args: not validated yet.
-        given: those of `unset_flags` that are on the command line.
 
-    Raises:
-        ConfigError: if one does not.
-    """
-    for dest in DIVISORS:
-        value = getattr(args, dest)
-        if value is None and dest in REQUIRED:
-            raise ConfigError(
-                f"{flag_of(dest)} is missing; every model needs it, for example {flag_of(dest)} 8"
+def flags_of_other_routers(args: Namespace) -> Iterator[Problem]:
+    """`--sffn-*` flags that the chosen router does not have."""
+    fields = dataclasses.fields(ROUTERS[args.sffn_router])
+    flags_of_router = [field.metadata["flag"] for field in fields]
+    for flag, field in router_flags().items():
+        value = getattr(args, dest_of(flag))
+        if flag not in flags_of_router and value != field.default:
+            yield Problem(
+                flag,
+                value,
+                f"has nothing to act on: --sffn-router {args.sffn_router} does not have it",
+                "leave it out",
             )
+
+
+def sizes(args: Namespace) -> Iterator[Problem]:
+    """Sizes that are missing or less than 1."""
+    for dest in SIZES:
+        flag, value = flag_of(dest), getattr(args, dest)
+        if value is None and dest in REQUIRED:
+            remedy = f"every model needs it, for example {flag} 8"
+            yield Problem(flag, None, "is missing", remedy)
         if value is not None and value < 1:
-            raise ConfigError(f"{flag_of(dest)} {value} must be at least 1; give a positive number")
-    activations = [flag_of(dest) for dest in ACTIVATIONS if getattr(args, dest)]
-    if len(activations) > 1:
-        raise ConfigError(f"{' and '.join(activations)} contradict each other; leave one")
+            yield Problem(flag, value, "must be at least 1", "give a positive number")
+
+
+def activations(args: Namespace) -> Iterator[Problem]:
+    """More than one activation."""
+    flags = [flag_of(dest) for dest in ACTIVATIONS if getattr(args, dest)]
+    if len(flags) > 1:
+        yield Problem(" and ".join(flags), None, "contradict each other", "leave one")
+
+
+def finite_numbers(args: Namespace) -> Iterator[Problem]:
+    """Numbers that are infinite or not a number."""
     for dest, value in vars(args).items():
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise ConfigError(f"{typed(flag_of(dest), value)} is not a finite number; give one")
-    for dest in given:
-        _check_moe_flag(args.sffn_router, dest, getattr(args, dest))
+            yield Problem(flag_of(dest), value, "is not a finite number", "give one")
 
 
-def _check_moe_flag(router: str, dest: str, value: Any) -> None:
-    """One flag that was given has an effect."""
-    text, dense = typed(flag_of(dest), value), router == "dense"
-    if dest == "moe_router_dtype" and value == "fp64" and not dense:
-        raise ConfigError(f"{text} is not available: sparse layers score in fp32; leave it out")
-    if dest in LAYER or value == "none" or (dense and dest in DENSE_ONLY):
+def dense_width(args: Namespace) -> Iterator[Problem]:
+    """Active cells of a dense model that differ from its width."""
+    cells, width = args.sffn_active_cells, ffn_hidden_size(args)
+    if args.sffn_router == "dense" and cells not in (None, width):
+        yield Problem(
+            "--sffn-active-cells",
+            cells,
+            f"differs from --ffn-hidden-size {width}, but --sffn-router dense has Megatron's MLP "
+            "everywhere",
+            f"set --ffn-hidden-size {cells}",
+        )
+
+
+def moe_flags(args: Namespace) -> Iterator[Problem]:
+    """Megatron's MoE flags that the chosen router does not use."""
+    for dest, value in vars(args).items():
+        if is_moe_flag(dest) and value is not None:
+            yield from _moe_flag(args.sffn_router, dest, value)
+
+
+def _moe_flag(router: str, dest: str, value: object) -> Iterator[Problem]:
+    """One MoE flag that was given.
+
+    A flag that a later Megatron adds is refused as well, until somebody says what it does here.
+    """
+    flag, is_dense = flag_of(dest), router == "dense"
+    if dest == "moe_router_dtype" and value == "fp64" and not is_dense:
+        rule = "is not available: sparse layers score in fp32"
+        yield Problem(flag, value, rule, "leave it out")
+    if dest in LAYER or value == "none" or (is_dense and dest in DENSE_ONLY):
         return
-    if dest in DERIVED and dense:
-        raise ConfigError(
-            f"{text} contradicts --sffn-router dense; for Megatron's own experts use "
-            "--sffn-router switch --sffn-backend megatron"
+    if dest in DERIVED and is_dense:
+        yield Problem(
+            flag,
+            value,
+            "contradicts --sffn-router dense",
+            "for Megatron's own experts use --sffn-router switch --sffn-backend megatron",
         )
     if dest in DERIVED:
-        raise ConfigError(f"{text} follows from the --sffn flags ({DERIVED[dest]}); leave it out")
-    others = [name for name, config in ROUTERS.items() if dest in config.megatron_flags]
-    if not others:
-        raise ConfigError(f"{text} is not available with --sffn-router {router}; leave it out")
-    if router not in others and value not in (0, [0], ["none"]):
-        raise ConfigError(
-            f"{text} has nothing to act on with --sffn-router {router}; leave it out, or use "
-            f"--sffn-router {', '.join(others)}"
+        rule = f"follows from the --sffn flags ({DERIVED[dest]})"
+        yield Problem(flag, value, rule, "leave it out")
+    routers = [name for name, config in ROUTERS.items() if dest in config.megatron_flags]
+    if not routers:
+        rule = f"is not available with --sffn-router {router}"
+        yield Problem(flag, value, rule, "leave it out")
+    if router not in routers and value not in (0, [0], ["none"]):
+        yield Problem(
+            flag,
+            value,
+            f"has nothing to act on with --sffn-router {router}",
+            f"leave it out, or use --sffn-router {', '.join(routers)}",
         )
 
 
-def check_router_flags(args: Namespace) -> None:
-    """The router has every router flag that was set.
+def balance_losses(args: Namespace) -> Iterator[Problem]:
+    """Load-balancing losses that do not exist, or without a coefficient for each."""
+    if args.sffn_router == "dense":
+        return
+    router = ROUTERS[args.sffn_router]
+    losses, coefficients = requested_balance_losses(args, router)
+    if not losses:
+        return
+    if set(losses) - set(BALANCE_LOSSES) or len(set(losses)) < len(losses):
+        yield Problem(
+            "--moe-router-load-balancing-type",
+            losses,
+            f"is not available with --sffn-router {router.name}",
+            f"use none, or each of {', '.join(BALANCE_LOSSES)} at most once",
+        )
+    if len(coefficients) != len(losses) or min(coefficients) < 0:
+        yield Problem(
+            "--moe-aux-loss-coeff",
+            coefficients,
+            f"is not a number of at least 0 for each of {', '.join(losses)}",
+            f"leave it out for {default_balance_coefficient(router)}",
+        )
 
-    Raises:
-        ConfigError: if one belongs to other routers.
-    """
-    known = [item.metadata["flag"] for item in dataclasses.fields(ROUTERS[args.sffn_router])]
-    for option, item in router_flags().items():
-        value = getattr(args, dest_of(option))
-        if option not in known and value != item.default:
-            raise ConfigError(
-                f"{typed(option, value)} has nothing to act on: --sffn-router {args.sffn_router} "
-                "does not have it; leave it out"
-            )
 
-
-def check_evaluation(args: Namespace) -> None:
-    """An evaluation reads what the flags say.
-
-    Raises:
-        ConfigError: if a flag contradicts another, or is out of range.
-    """
-    if args.multiple_validation_sets and not args.full_validation:
-        raise ConfigError(
-            "--multiple-validation-sets needs --full-validation, since Megatron counts no batches "
-            "of a single set; add it"
-        )
-    if args.full_validation and args.sffn_validation_data == "next":
-        raise ConfigError(
-            "--sffn-validation-data next has nothing to act on with --full-validation, which reads "
-            "all of the validation set; leave one out"
-        )
-    if args.full_validation and args.mock_data:
-        raise ConfigError(
-            "--full-validation has no end with --mock-data; give --eval-iters instead, or data"
-        )
-    if args.eval_iters < 0:
-        raise ConfigError(
-            f"--eval-iters {args.eval_iters} must be at least 0; 0 leaves evaluations out"
-        )
-    if args.eval_interval is not None and args.eval_interval < 1:
-        raise ConfigError(
-            f"--eval-interval {args.eval_interval} must be at least 1; leave it out to evaluate "
-            "after training alone"
-        )
+CHECKS = (
+    flags_of_other_routers,
+    sizes,
+    activations,
+    finite_numbers,
+    dense_width,
+    moe_flags,
+    balance_losses,
+)

@@ -1,22 +1,21 @@
-"""Megatron's flags that have no effect on pretraining here, each refused rather than ignored.
+"""Megatron's flags that would have no effect on pretraining: refused rather than ignored.
 
-Inputs: Megatron's parser and namespace before validation. Outputs: the first such flag that was
-given another value than its default.
+Inputs: Megatron's parser, and the namespace of the command line before Megatron validates it.
 
-Design notes: `python -m tests.flag_sweep` tries every flag; what it finds without effect is here,
-or in `tests/flag_values.py` with the reason why it shows on other machines only.
+Design notes: `python -m tests.flag_sweep` tries every flag. A flag that it finds without effect is
+listed here, or in `tests/flag_values.py` with the reason why the sweep cannot see its effect.
 """
 
 from __future__ import annotations
 
 import re
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from megatron_sffn.flags.names import dest_of, typed
-from megatron_sffn.utils.errors import ConfigError
+from megatron_sffn.checks.problem import Problem
+from megatron_sffn.flags.names import dest_of
 
 PROGRAMS = {
     "rl": "reinforcement learning",
@@ -25,12 +24,12 @@ PROGRAMS = {
     "inference": "generating text",
     "sft": "fine-tuning on dialogues",
 }
-"""Groups of flags in Megatron's help -> the programs that they are for."""
+"""Title of a group of flags in Megatron's help -> the program that reads them."""
 
-ACTING = ("data_sharding",)
-"""Flags (dest) of these groups that act on pretraining, too."""
+ACTS_ON_PRETRAINING = ("data_sharding",)
+"""Flags (dest) of these groups that act on pretraining as well."""
 
-OF_OTHER_MODELS = (
+FLAGS_OF_OTHER_MODELS = (
     r"mamba_\w+|is_hybrid_model|bert_\w+|mask_prob|short_seq_prob|sample_rate|mrope_section"
     r"|encoder_\w+|decoder_num_layers|decoder_seq_length|onnx_safe|openai_gelu"
     r"|apply_residual_connection_post_layernorm|flash_decode|mlp_chunks_for_prefill"
@@ -38,36 +37,36 @@ OF_OTHER_MODELS = (
     r"|logits_\w+|freeze_all_layers|use_mamba_mem_eff_path|dist_ckpt_save_pre_mcore_014"
     r"|metadata_path|test_mode"
 )
-"""Flags (dest) that Megatron reads for models or programs other than a GPT in training."""
+"""Pattern of flags (dest) that Megatron reads, but not to train a GPT."""
 
 
 class Needs(NamedTuple):
-    """Flags that act beside another one alone.
+    """Flags that act only together with another flag.
 
     Args:
         flags: pattern of their dests.
-        other: what must be there, as typed.
-        condition: whether it is; None for whether the flag `other` is set.
+        needed: the other flag, as typed.
+        condition: tells whether `needed` is met; None where it is met by any value of that flag.
     """
 
     flags: str
-    other: str
+    needed: str
     condition: Callable[[Namespace], object] | None = None
 
-    def is_there(self, args: Namespace) -> object:
-        """Whether the other flag is there."""
+    def is_met(self, args: Namespace) -> object:
+        """True if the other flag is given."""
         if self.condition is None:
-            return getattr(args, dest_of(self.other))
+            return getattr(args, dest_of(self.needed))
         return self.condition(args)
 
 
 def _reads_an_object_store(args: Namespace) -> bool:
-    """Whether Megatron fetches any data set before it reads it."""
+    """True if Megatron downloads a data set from an object store before it reads it."""
     paths = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
     return any("://" in prefix for path in paths for prefix in path or [])
 
 
-PAIRS = (
+NEEDS = (
     Needs(r"muon_\w+", "--optimizer muon", lambda args: "muon" in args.optimizer),
     Needs(r"lion_\w+", "--optimizer lion", lambda args: args.optimizer == "lion"),
     Needs("sgd_momentum", "--optimizer sgd", lambda args: args.optimizer == "sgd"),
@@ -260,62 +259,66 @@ PAIRS = (
         lambda args: args.load or args.pretrained_checkpoint,
     ),
 )
-"""What acts beside another flag alone, and would be ignored without it."""
+"""Flags that would be ignored without another flag."""
 
 
 class Idle(NamedTuple):
-    """A flag that may have no effect.
+    """A flag that has no effect on some runs, or on any.
 
     Args:
         flag: as typed.
-        default: its value where it is not given.
-        why: the sentence's end.
-        acts: whether it has an effect after all.
+        default: the flag's value where it is not given.
+        reason: why it has no effect.
+        remedy: what to do instead.
+        acts: tells whether the flag has an effect on a run after all.
     """
 
     flag: str
     default: object
-    why: str
+    reason: str
+    remedy: str
     acts: Callable[[Namespace], object]
 
 
 def idle_flags(parser: ArgumentParser) -> dict[str, Idle]:
-    """Flags without an effect, or without one in some runs.
+    """List the flags without an effect on pretraining, or on some runs.
 
     Returns:
         dest -> the flag.
     """
-    found = {}
+    idle: dict[str, Idle] = {}
     for group in parser._action_groups:
         for action in group._group_actions:
-            flag = max(action.option_strings, key=len, default="")
-            pair = next((pair for pair in PAIRS if re.fullmatch(pair.flags, action.dest)), None)
-            if action.dest in ACTING or action.dest in found:  # the first of two has the default
+            dest, flag = action.dest, max(action.option_strings, key=len, default="")
+            # Of two flags with one dest, the first has the default.
+            if dest in ACTS_ON_PRETRAINING or dest in idle:
                 continue
-            if group.title in PROGRAMS:
-                program = PROGRAMS[group.title]
-                why = f"is for {program}, and has no effect on pretraining; leave it out"
-                found[action.dest] = Idle(flag, action.default, why, lambda args: False)
-            elif re.fullmatch(OF_OTHER_MODELS, action.dest):
-                why = "has no effect on a GPT in training; leave it out"
-                found[action.dest] = Idle(flag, action.default, why, lambda args: False)
-            elif pair is not None and flag != pair.other.partition(" ")[0]:
-                why = f"has nothing to act on without {pair.other}; add that, or leave it out"
-                found[action.dest] = Idle(flag, action.default, why, pair.is_there)
-    return found
+            if reason := _reason_without_effect(group.title, dest):
+                idle[dest] = Idle(flag, action.default, reason, "leave it out", lambda args: False)
+                continue
+            need = next((need for need in NEEDS if re.fullmatch(need.flags, dest)), None)
+            if need is not None and flag != need.needed.partition(" ")[0]:
+                reason = f"has nothing to act on without {need.needed}"
+                remedy = "add that, or leave it out"
+                idle[dest] = Idle(flag, action.default, reason, remedy, need.is_met)
+    return idle
 
 
-def check_idle_flags(args: Namespace, idle: dict[str, Idle]) -> None:
-    """None of them was given in vain.
+def _reason_without_effect(group: str | None, dest: str) -> str | None:
+    """Why a flag has no effect on any pretraining run; None if it can have one."""
+    if group in PROGRAMS:
+        return f"is for {PROGRAMS[group]}, and has no effect on pretraining"
+    if re.fullmatch(FLAGS_OF_OTHER_MODELS, dest):
+        return "has no effect on a GPT in training"
+    return None
 
-    Args:
-        args: not validated yet.
-        idle: of `idle_flags`.
 
-    Raises:
-        ConfigError: for the first that was.
-    """
-    for dest, (flag, default, why, acts) in idle.items():
+def flags_without_effect(args: Namespace, idle: dict[str, Idle]) -> Iterator[Problem]:
+    """Megatron's flags that would be ignored."""
+    for dest, flag in idle.items():
         value = getattr(args, dest)
-        if value != default and not acts(args):
-            raise ConfigError(f"{typed(flag, value)} {why}")
+        if value != flag.default and not flag.acts(args):
+            yield Problem(flag.flag, value, flag.reason, flag.remedy)
+
+
+CHECKS = (flags_without_effect,)

@@ -1,11 +1,11 @@
-"""Whether a run can go on from a checkpoint: its model is the same, and its optimizer's state fits.
+"""Whether a run can resume from a checkpoint: same model, and an optimizer state that fits.
 
-Enters: the run's validated arguments, and those in the checkpoint that `--load` names. Leaves:
-nothing, a printed remark on what changes without harm, or one sentence before any process group or
-file exists. Most of this Megatron would notice, too: after minutes, as a missing key of a tensor.
+Inputs: the run's validated arguments, and the checkpoint that `--load` names. Outputs: notes on
+stdout about differences that do no harm.
 
-Choice: what a flag says is compared, not the shapes that follow from it, so that the sentence can
-name the flag. Any other layout of ranks passes; Megatron cuts the tensors anew.
+Design notes: Megatron would notice most mismatches as well, but minutes later and as a missing
+tensor. Flags are compared, not the shapes that follow from them, so that the sentence can name the
+flag. Every other parallel layout passes, since Megatron reshards the tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
@@ -25,7 +27,8 @@ from megatron_sffn.checkpoints.files import (
     read_whole,
 )
 from megatron_sffn.checkpoints.optimizer_state import jump_of_the_rate, misfits
-from megatron_sffn.checkpoints.pickle_scan import check_data_only
+from megatron_sffn.checks.pickles import check_data_only
+from megatron_sffn.checks.problem import Problem, run_checks
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 from megatron_sffn.flags.megatron_flags import ACTIVATIONS
 from megatron_sffn.flags.names import flag_of, stated
@@ -33,9 +36,8 @@ from megatron_sffn.flags.sffn_flags import saved_config
 from megatron_sffn.nn.config import Backend, SparseFFNConfig
 from megatron_sffn.nn.layer_spec import layer_pattern
 from megatron_sffn.patches.unpickling import trust
-from megatron_sffn.utils.errors import ConfigError
 
-NUMBERS = (
+FLAGS_WITH_VALUE = (
     "num_layers",
     "hidden_size",
     "num_attention_heads",
@@ -61,7 +63,7 @@ NUMBERS = (
     "mup_output_mult",
     "mup_attn_scale_power",
 )
-"""Flags (dest) with a value that make the model another one."""
+"""Flags (dest) with a value that define the model."""
 
 SWITCHES = (
     "untie_embeddings_and_output_weights",
@@ -79,9 +81,12 @@ SWITCHES = (
     "use_mup",
     "moe_router_enable_expert_bias",
 )
-"""The same, of flags without a value."""
+"""Flags (dest) without a value that define the model."""
 
-REACH = (
+INVERTED = ("add_bias_linear", "add_position_embedding")
+"""Switches (dest) that are True where the flag is not given."""
+
+ATTENTION_SPAN = (
     "rotary_base",
     "rotary_percent",
     "rotary_seq_len_interpolation_factor",
@@ -90,152 +95,182 @@ REACH = (
     "window_size",
     "window_attn_skip_freq",
 )
-"""Flags (dest) that say how far attention looks; `--finetune` may change them."""
+"""Flags (dest) that set how far attention looks; `--finetune` may change them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The iteration that a run loads.
+
+    Args:
+        folder: of the iteration.
+        common: everything in it but the shards.
+    """
+
+    folder: Path
+    common: dict[str, Any]
+
+    @property
+    def is_plain_megatron(self) -> bool:
+        """True if it was saved without the `--sffn` flags."""
+        return "sffn_router" not in vars(args_in(self.common))
+
+    @property
+    def args(self) -> Namespace:
+        """The arguments of the run that saved it."""
+        saved = args_in(self.common)
+        if self.is_plain_megatron:
+            saved = Namespace(**vars(saved), sffn_router="dense", sffn_relu=False)
+        return saved
 
 
 def check_checkpoint(args: Namespace, sffn: SparseFFNConfig | None) -> None:
-    """Look at the checkpoint that `--load` names.
+    """Look at the checkpoint that `--load` names, before anything starts.
 
     Args:
         args: Megatron's validated namespace.
         sffn: the sparse layer; None for the dense baseline.
 
     Raises:
-        ConfigError: if it names code, is damaged, of another model, or its optimizer's state does
-            not fit.
+        ConfigError: if it names code, is damaged, is of another model, or its optimizer's state
+            does not fit.
     """
     if args.sffn_trust_checkpoint:
         trust()
-    folder = _folder(args)
-    if folder is not None and args.rank == 0:
-        check_data_only(folder)
-    if folder is None or not _is_ours(args, folder):
+    run_checks([step_without_load], args)
+    folder = _folder_to_load(args)
+    if folder is None:
         return
-    common = read_whole(folder)
-    saved = _ours(folder, args_in(common), sffn)
-    for ours, theirs in _differences(args, saved, sffn):
-        raise ConfigError(
-            f"this run has {ours}, but the checkpoint {folder} was saved with {theirs}; use that, "
-            "or load another checkpoint"
-        )
-    problems = [_reach(args, saved), _blocks(args, saved, sffn), _vocabulary(args, saved, folder)]
-    if _loads_state(args, folder):
-        problems.append(misfits(args, {**common, "args": saved}))
-    for sentence in (sentence for each in problems for sentence in each):
-        raise ConfigError(f"{sentence} (checkpoint {folder})")
     if args.rank == 0:
-        remarks = list(_remarks(args, saved, sffn))
-        if _loads_state(args, folder):
-            remarks += jump_of_the_rate(args, {**common, "args": saved})
-        for remark in remarks:
-            print(remark, flush=True)
+        check_data_only(folder)
+    detect = args.auto_detect_ckpt_format
+    if args.ckpt_format != "torch_dist" or not is_torch_dist(folder, detect=detect):
+        return
+    checkpoint = Checkpoint(folder=folder, common=read_whole(folder))
+    run_checks(CHECKS, args, sffn, checkpoint)
+    if args.rank == 0:
+        for note in _notes(args, sffn, checkpoint):
+            print(note, flush=True)
 
 
-def _folder(args: Namespace) -> Path | None:
-    """What Megatron will load; None where it starts from scratch, or looks elsewhere."""
+def step_without_load(args: Namespace) -> Iterator[Problem]:
+    """An iteration to load without a folder to load it from."""
     if args.load is None and args.ckpt_step is not None:
-        raise ConfigError(
-            f"--ckpt-step {args.ckpt_step} has nothing to act on without --load; add --load DIR"
-        )
+        rule = "has nothing to act on without --load"
+        yield Problem("--ckpt-step", args.ckpt_step, rule, "add --load DIR")
+
+
+def _folder_to_load(args: Namespace) -> Path | None:
+    """The iteration that Megatron will load; None if it starts from scratch or looks elsewhere."""
     if args.enable_msc or args.non_persistent_ckpt_type:
         return None
-    load = args.load
-    pretrained = args.pretrained_checkpoint
+    load, pretrained = args.load, args.pretrained_checkpoint
     if pretrained is not None and (load is None or not (Path(load) / TRACKER).is_file()):
         load = pretrained
     return None if load is None else folder_to_load(Path(load), args.ckpt_step)
 
 
-def _is_ours(args: Namespace, folder: Path) -> bool:
-    """Whether it is in the format that this module reads."""
-    detect = args.auto_detect_ckpt_format
-    return args.ckpt_format == "torch_dist" and is_torch_dist(folder, detect=detect)
-
-
-def _loads_state(args: Namespace, folder: Path) -> bool:
-    """Whether Megatron loads more than the weights."""
-    anew = args.no_load_optim or args.finetune or folder.name == "release"
-    return not anew and args.load is not None and folder.parent == Path(args.load)
-
-
-def _ours(folder: Path, saved: Namespace, sffn: SparseFFNConfig | None) -> Namespace:
-    """The arguments in a checkpoint, with our flags also if plain Megatron saved it.
-
-    Raises:
-        ConfigError: if it did, and there is a sparse layer on either side.
-    """
-    if "sffn_router" in vars(saved):
-        return saved
-    experts = vars(saved).get("num_experts")
-    if sffn is not None or experts is not None:
-        what = "dense layers" if experts is None else f"{experts} experts of Megatron"
-        remedy = "leave out --load" if experts is not None else "use --sffn-router dense"
-        raise ConfigError(
-            f"checkpoint {folder} was saved by plain Megatron, with {what} and no --sffn flags; "
-            f"{remedy}, or load a checkpoint that megatron_sffn.pretrain saved"
-        )
-    return Namespace(**vars(saved), sffn_router="dense", sffn_relu=False)
+def _loads_optimizer_state(args: Namespace, folder: Path) -> bool:
+    """True if Megatron loads the optimizer's state as well as the weights."""
+    is_new = args.no_load_optim or args.finetune or folder.name == "release"
+    return not is_new and args.load is not None and folder.parent == Path(args.load)
 
 
 # The model
 
 
-def _differences(
+def plain_megatron(
+    args: Namespace, sffn: SparseFFNConfig | None, checkpoint: Checkpoint
+) -> Iterator[Problem]:
+    """Checkpoints of plain Megatron, if they or the run have sparse layers or experts."""
+    experts = vars(args_in(checkpoint.common)).get("num_experts")
+    if checkpoint.is_plain_megatron and not (sffn is None and experts is None):
+        layers = "dense layers" if experts is None else f"{experts} experts of Megatron"
+        remedy = "leave out --load" if experts is not None else "use --sffn-router dense"
+        yield Problem(
+            "checkpoint",
+            checkpoint.folder,
+            f"was saved by plain Megatron, with {layers} and no --sffn flags",
+            f"{remedy}, or load a checkpoint that megatron_sffn.pretrain saved",
+        )
+
+
+def other_model(
+    args: Namespace, sffn: SparseFFNConfig | None, checkpoint: Checkpoint
+) -> Iterator[Problem]:
+    """Flags of the model that differ from those of the checkpoint."""
+    for flag, saved_flag in _model_differences(args, checkpoint.args, sffn):
+        yield Problem(
+            flag,
+            None,
+            f", but the checkpoint {checkpoint.folder} was saved with {saved_flag}",
+            "use that, or load another checkpoint",
+            lead="this run has ",
+        )
+
+
+def _model_differences(
     args: Namespace, saved: Namespace, sffn: SparseFFNConfig | None
 ) -> Iterator[tuple[str, str]]:
-    """What the flags say about the model, here and there, where it differs."""
-    texts = [_with_value(dest) for dest in (*NUMBERS, "sffn_router")]
-    texts += [_without_value(dest) for dest in SWITCHES]
+    """Flags of the model in this run and in the checkpoint, where they differ."""
+    texts = [_with_value(dest) for dest in (*FLAGS_WITH_VALUE, "sffn_router")]
+    texts += [_switch(dest) for dest in SWITCHES]
     texts.append(_activation)
     if args.position_embedding_type == "learned_absolute":
         texts.append(_with_value("max_position_embeddings"))
-    yield from _pairs(texts, args, saved)
+    yield from _differences(texts, args, saved)
+    width = [_with_value("ffn_hidden_size")]
     if sffn is None:
-        yield from _pairs([_with_value("ffn_hidden_size")], args, saved)
+        yield from _differences(width, args, saved)
         return
-    old = saved_config(saved)
-    assert old is not None, saved.sffn_router
-    pattern, old_pattern = (layer_pattern(a.sffn_layers, a.num_layers) for a in (args, saved))
-    if pattern != old_pattern:
+    saved_sffn = _saved_layer(saved)
+    pattern, saved_pattern = (layer_pattern(a.sffn_layers, a.num_layers) for a in (args, saved))
+    if pattern != saved_pattern:
         yield f"--sffn-layers {args.sffn_layers}", f"--sffn-layers {saved.sffn_layers}"
     if 0 in pattern:
-        yield from _pairs([_with_value("ffn_hidden_size")], args, saved)
-    numbers = {
-        "--sffn-active-cells": "active_cells",
-        "--sffn-expansion": "expansion",
-        "--sffn-shared-blocks": "shared_blocks",
-    }
-    for flag, name in numbers.items():
-        here, there = getattr(sffn, name), getattr(old, name)
-        if here != there:
-            yield f"{flag} {here}", f"{flag} {there}"
-    yield from _router_differences(sffn, old, training_only=False)
-    if (sffn.backend is Backend.MEGATRON) != (old.backend is Backend.MEGATRON):
+        yield from _differences(width, args, saved)
+    for name in ("active_cells", "expansion", "shared_blocks"):
+        flag, value, saved_value = (
+            flag_of(f"sffn_{name}"),
+            getattr(sffn, name),
+            getattr(saved_sffn, name),
+        )
+        if value != saved_value:
+            yield f"{flag} {value}", f"{flag} {saved_value}"
+    yield from _router_differences(sffn, saved_sffn, training_only=False)
+    if (sffn.backend is Backend.MEGATRON) != (saved_sffn.backend is Backend.MEGATRON):
         # Megatron's experts are stored one by one, ours as tables.
-        yield f"--sffn-backend {sffn.backend}", f"--sffn-backend {old.backend}"
+        yield f"--sffn-backend {sffn.backend}", f"--sffn-backend {saved_sffn.backend}"
+
+
+def _saved_layer(saved: Namespace) -> SparseFFNConfig:
+    """The sparse layer of a checkpoint that has one."""
+    sffn = saved_config(saved)
+    assert sffn is not None, saved.sffn_router
+    return sffn
 
 
 def _router_differences(
-    sffn: SparseFFNConfig, old: SparseFFNConfig, *, training_only: bool
+    sffn: SparseFFNConfig, saved_sffn: SparseFFNConfig, *, training_only: bool
 ) -> Iterator[tuple[str, str]]:
-    """The router's flags that differ: those of the model, or those of its training alone."""
-    for item in dataclasses.fields(sffn.router):
-        here, there = getattr(sffn.router, item.name), getattr(old.router, item.name)
-        if here != there and item.metadata["training_only"] is training_only:
-            flag = item.metadata["flag"]
-            yield stated(flag, here), stated(flag, there)
+    """The router's flags that differ: those of the model, or those that act in training only."""
+    for field in dataclasses.fields(sffn.router):
+        value, saved_value = (getattr(layer.router, field.name) for layer in (sffn, saved_sffn))
+        if value != saved_value and field.metadata["training_only"] is training_only:
+            flag = field.metadata["flag"]
+            yield stated(flag, value), stated(flag, saved_value)
 
 
 Text = Callable[[Namespace], str | None]
-"""What a namespace says about one property of the model; None if nothing."""
+"""A flag of the model as the user would type it; None if the arguments do not have it."""
 
 
-def _pairs(texts: list[Text], args: Namespace, saved: Namespace) -> Iterator[tuple[str, str]]:
-    """Properties that are known on both sides and differ."""
+def _differences(texts: list[Text], args: Namespace, saved: Namespace) -> Iterator[tuple[str, str]]:
+    """Flags that this run and the checkpoint both have, where they differ."""
     for text in texts:
-        here, there = text(args), text(saved)
-        if here is not None and there is not None and here != there:
-            yield here, there
+        flag, saved_flag = text(args), text(saved)
+        if flag is not None and saved_flag is not None and flag != saved_flag:
+            yield flag, saved_flag
 
 
 def _with_value(dest: str) -> Text:
@@ -250,85 +285,129 @@ def _with_value(dest: str) -> Text:
     return text
 
 
-def _without_value(dest: str) -> Text:
+def _switch(dest: str) -> Text:
     """A flag without a value, or its absence."""
 
     def text(args: Namespace) -> str | None:
         if dest not in vars(args):
             return None
-        is_inverted = dest in ("add_bias_linear", "add_position_embedding")
-        return stated(flag_of(dest), bool(vars(args)[dest]) is not is_inverted)
+        return stated(flag_of(dest), bool(vars(args)[dest]) is not (dest in INVERTED))
 
     return text
 
 
 def _activation(args: Namespace) -> str:
     """The flag of the activation."""
-    chosen = [flag_of(dest) for dest in ACTIVATIONS if vars(args).get(dest)]
-    return " ".join(chosen) or "GELU (none of --swiglu, --squared-relu, --sffn-relu)"
+    flags = [flag_of(dest) for dest in ACTIVATIONS if vars(args).get(dest)]
+    return " ".join(flags) or "GELU (none of --swiglu, --squared-relu, --sffn-relu)"
 
 
-# What may change, within limits
+# What may differ, within limits
 
 
-def _reach(args: Namespace, saved: Namespace) -> Iterator[str]:
-    """How far attention looks, which a longer context changes."""
+def attention_span(
+    args: Namespace, sffn: SparseFFNConfig | None, checkpoint: Checkpoint
+) -> Iterator[Problem]:
+    """Another reach of attention than the checkpoint's, without `--finetune`."""
     if args.finetune:
         return
-    for ours, theirs in _pairs(list(map(_with_value, REACH)), args, saved):
-        yield (
-            f"this run has {ours}, but the checkpoint was saved with {theirs}; use that, or add "
-            "--finetune to train its weights on with another reach of attention"
+    texts = list(map(_with_value, ATTENTION_SPAN))
+    for flag, saved_flag in _differences(texts, args, checkpoint.args):
+        yield Problem(
+            flag,
+            None,
+            f", but the checkpoint was saved with {saved_flag}",
+            "use that, or add --finetune to train its weights on with another reach of attention "
+            f"(checkpoint {checkpoint.folder})",
+            lead="this run has ",
         )
 
 
-def _blocks(args: Namespace, saved: Namespace, sffn: SparseFFNConfig | None) -> Iterator[str]:
-    """The block size, where something in the checkpoint depends on it."""
-    if sffn is None or sffn.block_size == saved.sffn_block_size:
+def block_size(
+    args: Namespace, sffn: SparseFFNConfig | None, checkpoint: Checkpoint
+) -> Iterator[Problem]:
+    """Another block size than the checkpoint's, if the checkpoint stores weights per block."""
+    if sffn is None or sffn.block_size == checkpoint.args.sffn_block_size:
         return
-    change = (
-        f"--sffn-block-size {sffn.block_size} differs from the checkpoint's {saved.sffn_block_size}"
-    )
+    change = f"differs from the checkpoint's {checkpoint.args.sffn_block_size}"
     if sffn.backend is Backend.MEGATRON:
-        yield f"{change}, whose experts Megatron stores one by one; use that"
+        yield Problem(
+            "--sffn-block-size",
+            sffn.block_size,
+            f"{change}, whose experts Megatron stores one by one",
+            f"use that (checkpoint {checkpoint.folder})",
+        )
     elif sffn.router.per_block_weights or sffn.router.softmax_over_blocks:
-        yield (
-            f"{change}, and --sffn-router {args.sffn_router} has a gate of every block; use "
-            "that, or cut them anew with tools/convert_checkpoint.py regranulate --load "
-            f"{args.load} --save DIR --block-size {sffn.block_size}"
+        yield Problem(
+            "--sffn-block-size",
+            sffn.block_size,
+            f"{change}, and --sffn-router {args.sffn_router} has a gate of every block",
+            "use that, or cut them anew with tools/convert_checkpoint.py regranulate --load "
+            f"{args.load} --save DIR --block-size {sffn.block_size} (checkpoint "
+            f"{checkpoint.folder})",
         )
 
 
-def _vocabulary(args: Namespace, saved: Namespace, folder: Path) -> Iterator[str]:
-    """The rows of the embedding, padded as the checkpoint's were."""
-    known = vars(saved)
-    rows, divisor = known.get("padded_vocab_size"), known.get("make_vocab_size_divisible_by")
+def embedding_rows(
+    args: Namespace, sffn: SparseFFNConfig | None, checkpoint: Checkpoint
+) -> Iterator[Problem]:
+    """Tokenizers whose vocabulary, padded as in the checkpoint, has another number of rows."""
+    saved = checkpoint.args
+    rows, divisor = (
+        vars(saved).get(name) for name in ("padded_vocab_size", "make_vocab_size_divisible_by")
+    )
     if rows is None or divisor is None or args.padded_vocab_size is not None:
         return
-    size = load_tokenizer(args).vocab_size
-    padded = calculate_padded_vocab_size(size, divisor, saved.tensor_model_parallel_size, False)
+    ids = load_tokenizer(args).vocab_size
+    padded = calculate_padded_vocab_size(ids, divisor, saved.tensor_model_parallel_size, False)
     if padded != rows:
-        yield (
-            f"the tokenizer's {size} ids make {padded} rows of the embedding, padded as in the "
-            f"checkpoint, which has {rows}; use the tokenizer it was trained with: "
-            f"--tokenizer-type {saved.tokenizer_type}"
-            + (f" --tokenizer-model {saved.tokenizer_model}" if saved.tokenizer_model else "")
-            + (f" --vocab-size {saved.vocab_size}" if saved.vocab_size else "")
+        model = f" --tokenizer-model {saved.tokenizer_model}" if saved.tokenizer_model else ""
+        size = f" --vocab-size {saved.vocab_size}" if saved.vocab_size else ""
+        yield Problem(
+            f"the tokenizer's {ids} ids",
+            None,
+            f"make {padded} rows of the embedding, padded as in the checkpoint, which has {rows}",
+            f"use the tokenizer it was trained with: --tokenizer-type {saved.tokenizer_type}{model}"
+            f"{size} (checkpoint {checkpoint.folder})",
         )
 
 
-def _remarks(args: Namespace, saved: Namespace, sffn: SparseFFNConfig | None) -> Iterator[str]:
-    """What changes without harm, for the log."""
-    if sffn is not None and sffn.block_size != saved.sffn_block_size:
-        hashed = "; the hash draws them anew, so the loss jumps"
-        yield (
-            f"block size {saved.sffn_block_size} of the checkpoint -> {sffn.block_size}: same "
-            f"memory, other blocks{hashed if sffn.router.needs_token_ids else ''}"
-        )
+def optimizer_state(
+    args: Namespace, sffn: SparseFFNConfig | None, checkpoint: Checkpoint
+) -> Iterator[Problem]:
+    """An optimizer, precision, schedule or random state that does not fit the checkpoint's."""
+    if not _loads_optimizer_state(args, checkpoint.folder):
+        return
+    for sentence in misfits(args, {**checkpoint.common, "args": checkpoint.args}):
+        subject, _, remedy = sentence.partition("; ")
+        flag, _, rule = subject.partition(" ")
+        yield Problem(flag, None, rule, f"{remedy} (checkpoint {checkpoint.folder})")
+
+
+CHECKS = (
+    plain_megatron,
+    other_model,
+    attention_span,
+    block_size,
+    embedding_rows,
+    optimizer_state,
+)
+
+
+def _notes(args: Namespace, sffn: SparseFFNConfig | None, checkpoint: Checkpoint) -> Iterator[str]:
+    """Differences that do no harm, for the log."""
+    saved = checkpoint.args
     if sffn is not None:
-        old = saved_config(saved)
-        assert old is not None, saved.sffn_router
-        for here, there in _router_differences(sffn, old, training_only=True):
-            yield f"{there} of the checkpoint -> {here}: the model is the same"
-    if saved.sffn_router == "dense" and "sffn_block_size" not in vars(saved):
+        saved_sffn = _saved_layer(saved)
+        if sffn.block_size != saved_sffn.block_size:
+            jump = "; the hash draws them anew, so the loss jumps"
+            yield (
+                f"block size {saved_sffn.block_size} of the checkpoint -> {sffn.block_size}: same "
+                f"memory, other blocks{jump if sffn.router.needs_token_ids else ''}"
+            )
+        for flag, saved_flag in _router_differences(sffn, saved_sffn, training_only=True):
+            yield f"{saved_flag} of the checkpoint -> {flag}: the model is the same"
+    if checkpoint.is_plain_megatron:
         yield "the checkpoint was saved by plain Megatron: it has no --sffn flags to compare"
+    if _loads_optimizer_state(args, checkpoint.folder):
+        yield from jump_of_the_rate(args, {**checkpoint.common, "args": saved})

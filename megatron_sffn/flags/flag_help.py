@@ -1,7 +1,7 @@
-"""`--help` of a command with very many flags, in two steps, and a suggestion for a mistyped flag.
+"""Help in two steps for a command with hundreds of flags, and a suggestion for a mistyped flag.
 
-Inputs: a parser with one group of our flags and several hundred of Megatron's. Outputs: `--help`
-prints our group alone, `--help-all` everything; an unknown flag is refused with the nearest one.
+`--help` prints the group of our flags, and `--help-all` prints Megatron's flags as well. An unknown
+flag is refused with the flag that is spelled most like it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from megatron_sffn.utils.errors import ConfigError
 
 
 def help_in_two_steps(parser: argparse.ArgumentParser, ours: Any) -> None:
-    """Give a parser `--help`, which prints one group, and `--help-all`, which prints all.
+    """Add `--help`, which prints one group, and `--help-all`, which prints all groups.
 
     Args:
         parser: with all of its flags.
         ours: the group of flags that `--help` prints.
     """
-    parser.add_argument("--help-all", action="help", help="print all flags, also Megatron's")
+    parser.add_argument("--help-all", action="help", help="print all flags, Megatron's too")
     short = copy.copy(parser)
     short._action_groups = [ours]
     short.epilog = (
@@ -36,7 +36,7 @@ def help_in_two_steps(parser: argparse.ArgumentParser, ours: Any) -> None:
 
 
 class _Help(argparse.Action):
-    """Prints the help of a parser, and ends the command."""
+    """Prints the help of a parser and ends the command."""
 
     def __init__(self, printed: argparse.ArgumentParser) -> None:
         super().__init__(["-h", "--help"], argparse.SUPPRESS, nargs=0)
@@ -49,15 +49,15 @@ class _Help(argparse.Action):
 
 
 def reject_flag(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """What `parser.error` shall be: argparse's complaint, with the flag that was probably meant.
+    """Replace `parser.error`: raise argparse's message, with the flag that was probably meant.
 
     Raises:
         ConfigError: always.
     """
-    meant = ""
+    suggestion = ""
     unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
     if unknown:
         known = parser._option_string_actions
         similar = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.8)
-        meant = f"did you mean {similar[0]}? " if similar else ""
-    raise ConfigError(f"{message}; {meant}--help lists our flags, --help-all all")
+        suggestion = f"did you mean {similar[0]}? " if similar else ""
+    raise ConfigError(f"{message}; {suggestion}--help lists our flags, --help-all all")

@@ -1,11 +1,12 @@
-"""Megatron's own flags under sparse layers: which follow from ours, which act, which are refused.
+"""Megatron's own flags in a run with sparse layers: which are derived, and which act.
 
-Enters: Megatron's namespace before validation. Leaves: the same one with its MoE flags derived from
-the S-FFN numbers, or one sentence.
+Inputs: Megatron's namespace before Megatron validates it. Outputs: the same namespace with the MoE
+flags derived from the S-FFN numbers.
 
-Choice: of Megatron's seventy MoE flags a few act on our layers. Any other that is given is an error
-rather than ignored, also one that a later Megatron adds; to be able to tell, `unset_flags` makes
-None the default of them all while the command line is read.
+Design notes: a few of Megatron's seventy MoE flags act on our layers. Any other one that is given
+is refused rather than ignored (`checks/flags.py`), also one that a later Megatron adds. To tell
+whether a flag was given, `unset_flags` makes None the default of all MoE flags while the command
+line is read.
 """
 
 from __future__ import annotations
@@ -15,16 +16,13 @@ from typing import Any
 
 import torch
 
-from megatron_sffn.flags.names import typed
 from megatron_sffn.nn.comm_volume import cheapest_dispatcher
-from megatron_sffn.nn.config import Backend, SparseFFNConfig, moe_fields
+from megatron_sffn.nn.config import Backend, RouterConfig, SparseFFNConfig, moe_fields
 from megatron_sffn.nn.layer_spec import layer_pattern
-from megatron_sffn.nn.load_balancing import BALANCE_LOSSES
 from megatron_sffn.nn.parallel_layout import ParallelLayout
-from megatron_sffn.utils.errors import ConfigError
 
 ACTIVATIONS = ("swiglu", "squared_relu", "quick_geglu", "sffn_relu")
-"""Flags (dest) that replace GELU."""
+"""Flags (dest) of activations other than GELU."""
 
 DERIVED = {
     "num_experts": "B = E·k/g",
@@ -34,7 +32,7 @@ DERIVED = {
     "moe_shared_expert_intermediate_size": "--sffn-shared-blocks",
     "moe_router_pre_softmax": "always on",
 }
-"""MoE flags (dest) that follow from the S-FFN numbers -> how."""
+"""MoE flags (dest) -> the S-FFN number that they are derived from."""
 
 LAYER = (
     "moe_router_dtype",
@@ -42,7 +40,7 @@ LAYER = (
     "moe_layer_recompute",
     "moe_per_layer_logging",
 )
-"""MoE flags (dest) that act whatever the router is."""
+"""MoE flags (dest) that act with every router."""
 
 DENSE_ONLY = (
     "activation_func_clamp_value",
@@ -65,39 +63,41 @@ DENSE_ONLY = (
     "use_megatron_fsdp",
     "use_torch_fsdp2",
 )
-"""Flags (dest) that sparse layers lack, or that replace the model they are in."""
-
+"""Flags (dest) of features that sparse layers do not have, or of other models: `dense` only."""
 
 DEFAULT_COEFFICIENT = 0.01
-"""Of a balance loss that is asked for, where the router has none of its own."""
+"""Coefficient of a balance loss that is requested of a router without a default of its own."""
 
 
 def unset_flags(parser: ArgumentParser) -> dict[str, Any]:
-    """Make None, for not given, the default of every MoE flag.
+    """Make None ("not given") the default of every MoE flag.
 
     Returns:
         dest -> Megatron's default.
     """
     defaults = {
-        action.dest: action.default
-        for action in parser._actions
-        if action.dest.startswith("moe_") or action.dest in (*DERIVED, *DENSE_ONLY)
+        action.dest: action.default for action in parser._actions if is_moe_flag(action.dest)
     }
     parser.set_defaults(**dict.fromkeys(defaults))
     return defaults
+
+
+def is_moe_flag(dest: str) -> bool:
+    """True for Megatron's MoE flags, and for flags that act on dense models only."""
+    return dest.startswith("moe_") or dest in (*DERIVED, *DENSE_ONLY)
 
 
 def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None:
     """Set Megatron's MoE flags from the S-FFN numbers.
 
     Raises:
-        ConfigError: if the layers or the balance loss are not available.
+        ConfigError: if `--sffn-layers` does not fit the number of layers.
     """
     pattern = layer_pattern(args.sffn_layers, args.num_layers)
     if sffn is None:
         return
     fields = moe_fields(sffn)
-    # The one field of Megatron's config whose flag has another name.
+    # The only field of Megatron's config that is named differently from its flag.
     args.num_experts = fields.pop("num_moe_experts")
     vars(args).update(fields, moe_layer_freq=pattern)
     args.expert_tensor_parallel_size = args.expert_tensor_parallel_size or 1
@@ -106,42 +106,36 @@ def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None
             sffn, args.hidden_size, layout_of(args)
         )
     if args.moe_router_dtype is None:
-        args.moe_router_dtype = "fp32"  # as all our routers score
-    _derive_balance(args, sffn)
+        args.moe_router_dtype = "fp32"  # all our routers score in fp32
+    _derive_load_balancing(args, sffn.router)
 
 
-def _derive_balance(args: Namespace, sffn: SparseFFNConfig) -> None:
-    """Megatron's balance flags, by router."""
-    router, kinds = sffn.router, args.moe_router_load_balancing_type
-    coefficients = args.moe_aux_loss_coeff
-    # A loss of weight 0 is none: Megatron would log a column of zeros for it.
+def _derive_load_balancing(args: Namespace, router: RouterConfig) -> None:
+    """Set the load-balancing flags to the losses that have a coefficient above 0."""
+    losses, coefficients = requested_balance_losses(args, router)
+    used = {loss: c for loss, c in zip(losses, coefficients, strict=True) if c}
+    args.moe_router_load_balancing_type = list(used) or "none"
+    args.moe_aux_loss_coeff = list(used.values()) or 0.0
+    # Megatron would log a column of zeros for a coefficient of 0.
     args.moe_z_loss_coeff = args.moe_z_loss_coeff or None
-    if kinds is None:
-        on = router.balance_coefficient if coefficients is None else any(coefficients)
-        kinds = ["aux_loss"] if on else ["none"]
-    unknown = [kind for kind in kinds if kind not in BALANCE_LOSSES]
-    if kinds != ["none"] and (unknown or len(set(kinds)) < len(kinds)):
-        raise ConfigError(
-            f"{typed('--moe-router-load-balancing-type', kinds)} is not available with "
-            f"--sffn-router {router.name}; use none, or each of {', '.join(BALANCE_LOSSES)} at "
-            "most once"
-        )
-    if kinds == ["none"]:
-        args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0
-        return
-    default = router.balance_coefficient or DEFAULT_COEFFICIENT
-    coefficients = coefficients or [default] * len(kinds)
-    if len(coefficients) != len(kinds) or min(coefficients) < 0:
-        raise ConfigError(
-            f"{typed('--moe-aux-loss-coeff', coefficients)} is not a number of at least 0 for each "
-            f"of {', '.join(kinds)}; leave it out for {default}"
-        )
-    weights = {kind: weight for kind, weight in zip(kinds, coefficients, strict=True) if weight}
-    if not weights:
-        args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0
-        return
-    args.moe_router_load_balancing_type = list(weights)
-    args.moe_aux_loss_coeff = list(weights.values())
+
+
+def requested_balance_losses(
+    args: Namespace, router: RouterConfig | type[RouterConfig]
+) -> tuple[list[str], list[float]]:
+    """The load-balancing losses and coefficients of the flags, else the router's defaults."""
+    losses, coefficients = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
+    if losses is None:
+        is_on = router.balance_coefficient if coefficients is None else any(coefficients)
+        losses = ["aux_loss"] if is_on else ["none"]
+    if losses == ["none"]:
+        return [], []
+    return losses, coefficients or [default_balance_coefficient(router)] * len(losses)
+
+
+def default_balance_coefficient(router: RouterConfig | type[RouterConfig]) -> float:
+    """Coefficient of a load-balancing loss where `--moe-aux-loss-coeff` is not given."""
+    return router.balance_coefficient or DEFAULT_COEFFICIENT
 
 
 def layout_of(args: Namespace) -> ParallelLayout:
@@ -174,11 +168,11 @@ def dtype_of(args: Namespace) -> torch.dtype:
 
 
 def derive_evaluation(args: Namespace) -> None:
-    """What an evaluation reads, and when there is one.
+    """Set when evaluations run and what they read.
 
-    Without `--eval-interval` there is none before the end, as Megatron's help says; Megatron's own
-    code divides by it. Megatron overwrites `--eval-iters` under `--full-validation`, which it
-    serves for a list of data sets only.
+    Without `--eval-interval` the only evaluation is at the end, as Megatron's help says; Megatron's
+    code would divide by None. Under `--full-validation` Megatron overwrites `--eval-iters`, and
+    accepts a list of validation sets only.
     """
     args.sffn_separate_validation_sets = args.multiple_validation_sets
     args.multiple_validation_sets = args.full_validation

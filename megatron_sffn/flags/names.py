@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-OTHER_NAMES = {
+FLAG_OF_DEST = {
     "add_bias_linear": "--disable-bias-linear",
     "add_position_embedding": "--no-position-embedding",
     "fp4": "--fp4-format",
@@ -14,12 +14,12 @@ OTHER_NAMES = {
     "nccl_ub": "--use-nccl-ub",
     "perform_initialization": "--no-initialization",
 }
-"""Flags (dest) that are typed otherwise than they are stored."""
+"""Dest of a flag that is typed differently than it is stored -> the flag."""
 
 
 def flag_of(dest: str) -> str:
-    """An argparse dest as typed."""
-    return OTHER_NAMES.get(dest, "--" + dest.replace("_", "-"))
+    """The flag of an argparse dest, as typed."""
+    return FLAG_OF_DEST.get(dest, "--" + dest.replace("_", "-"))
 
 
 def dest_of(flag: str) -> str:
@@ -37,5 +37,5 @@ def typed(flag: str, value: Any) -> str:
 
 
 def stated(flag: str, value: Any) -> str:
-    """A flag as typed, also one that is off or not given."""
+    """A flag and its value as typed, or `no FLAG` if the flag is off or not given."""
     return f"no {flag}" if value is False or value is None else typed(flag, value)

@@ -1,11 +1,10 @@
-"""The command line: `--sffn-*` flags beside all of Megatron's, and the configs they describe.
+"""The `--sffn-*` flags, and the configs that the command line describes.
 
-Enters: `sys.argv`. Leaves: Megatron's validated namespace, in which the MoE flags are derived from
-the S-FFN numbers (`megatron_flags.py`), and the layer's config. Bad input stops here, before any
-process group, writer or file exists.
+Inputs: Megatron's parser, later its namespace. Outputs: the config of the sparse layer, and
+Megatron's transformer config with the sparse layer in it.
 
-Choice: a router's flags are the fields of its config (`routers/*.py`), read here; nothing in this
-file names a method.
+Design notes: a router's flags are the fields of its config (`nn/routers/*.py`), so that this file
+names no router.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from megatron_sffn.nn.config import (
     SparseFFNTransformerConfig,
 )
 from megatron_sffn.nn.routers import ROUTERS
-from megatron_sffn.utils.errors import ConfigError
 
 USAGE = """torchrun --nproc-per-node N -m megatron_sffn.pretrain [--sffn-* flags] [Megatron flags]
        python -m megatron_sffn.pretrain ...            (one rank)"""
@@ -40,15 +38,21 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
     """Add our flags as the first group of Megatron's parser."""
     group = parser.add_argument_group(
         "sparse feed-forward layers",
-        "Of M = E·k memory cells in B = M/g blocks of g cells, each token uses the k cells of the "
-        "K = k/g blocks that the router chooses. Balance (--moe-router-load-balancing-type, "
-        "--moe-aux-loss-coeff, --moe-z-loss-coeff, --moe-router-enable-expert-bias), placement "
-        "over ranks and everything else are Megatron's flags (--help-all).",
+        "A layer has M = E·k memory cells in B = M/g blocks of g cells. The router chooses K = k/g "
+        "blocks for each token, which uses their k cells. Load balancing "
+        "(--moe-router-load-balancing-type, --moe-aux-loss-coeff, --moe-z-loss-coeff, "
+        "--moe-router-enable-expert-bias), parallelism and everything else have Megatron's flags "
+        "(--help-all).",
     )
     methods = "; ".join(f"{name}: {config.summary}" for name, config in ROUTERS.items())
     add = group.add_argument
-    add("--sffn-router", default="avg-k", choices=list(ROUTERS), help=f"selection: {methods}")
-    blocks = "g, cells of a block; 1 is a single cell"
+    add(
+        "--sffn-router",
+        default="avg-k",
+        choices=list(ROUTERS),
+        help=f"how a token chooses blocks: {methods}",
+    )
+    blocks = "g, cells of a block; 1 for single cells"
     add("--sffn-block-size", type=int, metavar="g", default=256, help=blocks)
     memory = "E, memory cells over active cells"
     add("--sffn-expansion", type=int, metavar="E", default=16, help=memory)
@@ -56,29 +60,29 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         "--sffn-active-cells",
         type=int,
         metavar="k",
-        help="k, active cells of a token, a multiple of g (default: --ffn-hidden-size)",
+        help="k, active cells of a token; a multiple of g (default: --ffn-hidden-size)",
     )
     add(
         "--sffn-layers",
         metavar="LAYERS",
         default="every:1",
-        help="sparse layers, counted from 0: every:N for i with (i+1) %% N == 0, every:N:I for "
-        "I, I+N, I+2N, ...; first:N or last:N; or 5,11,17,23",
+        help="which layers are sparse, counted from 0: every:N for layers i with (i+1) %% N == 0, "
+        "every:N:I for I, I+N, I+2N, ...; first:N or last:N; or a list such as 5,11,17,23",
     )
     add(
         "--sffn-shared-blocks",
         type=int,
         metavar="S",
         default=0,
-        help="S, how many of the k/g active blocks are the same for every token: cells of their "
-        "own, computed where the token is, beside K = k/g - S chosen ones (ours: the papers have "
-        "none)",
+        help="S, how many of the k/g active blocks are shared, the same for every token: their "
+        "cells come in addition to the M, and are computed on the token's own rank; the router "
+        "chooses the other K = k/g - S (not in the papers)",
     )
     tables = "; ".join(f"{name}: {how}" for name, how in INITIALIZATIONS.items())
     add(
         "--sffn-init",
         choices=list(INITIALIZATIONS),
-        help=f"how keys and values are drawn: {tables} (default: as the router's paper)",
+        help=f"how keys and values are initialised: {tables} (default: as the router's paper)",
     )
     for option, item in router_flags().items():
         kwargs: dict[str, Any] = {"default": item.default, "help": item.metadata["help"]}
@@ -92,10 +96,10 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         default=Backend.AUTO.value,
         choices=[backend.value for backend in Backend],
         help="who computes the blocks: auto: the fastest for these sizes on this machine; naive: "
-        "the oracle, dense with a mask; torch: a loop over blocks; grouped: torch's grouped "
-        "product, for blocks of a multiple of 8 cells in bf16; masked: dense products, of which "
-        "the chosen cells are taken; bags: sums of single cells; quack: a grouped product of the "
-        "package quack-kernels; cpu: C++, compiled on this machine; triton: kernels for a GPU; "
+        "the reference, dense with a mask; torch: a loop over blocks; grouped: torch's grouped "
+        "GEMM, for blocks of a multiple of 8 cells in bf16; masked: dense GEMMs over all cells, "
+        "followed by a mask; bags: sums of single cells; quack: the grouped GEMM of the package "
+        "quack-kernels; cpu: C++ kernels, compiled on this machine; triton: kernels for a GPU; "
         "megatron: Megatron's own dispatcher and experts",
     )
     when = "; ".join(f"{name}: {rule}" for name, rule in REGATHER.items())
@@ -104,51 +108,51 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         choices=list(REGATHER),
         default="auto",
         help="send the tokens between expert ranks again in the backward pass, rather than keep "
-        "all rows that a rank got from others: less memory for one more exchange of rows a layer, "
+        "all rows that a rank received: less memory for one more exchange of rows per layer, with "
         f"the same results; {when}",
     )
     add(
         "--sffn-node-size",
         type=int,
         metavar="N",
-        help="with --moe-token-dispatcher-type alltoall: a token crosses once to each node of N "
-        "ranks that has a block of it, and is handed on within the node, so that the slow network "
-        "between nodes carries it once; 0: straight to each rank (default: ranks of a node, where "
-        "the expert ranks fill several whole nodes, else 0)",
+        help="with --moe-token-dispatcher-type alltoall: send a token once to each node of N ranks "
+        "that holds a block that it chose, and pass it on within the node, so that the slow "
+        "network between nodes carries it once; 0: send it to each rank directly (default: ranks "
+        "of a node, if the expert ranks fill several whole nodes, else 0)",
     )
     add(
         "--sffn-exchange-chunks",
         type=int,
         metavar="N",
         default=1,
-        help="with --moe-token-dispatcher-type alltoall: cut a rank's tokens of a microbatch in N "
-        "chunks, which travel between expert ranks one after the other while the blocks compute "
-        "the chunk before; each chunk is a smaller product, so 2 to 4 at most",
+        help="with --moe-token-dispatcher-type alltoall: cut a rank's tokens of a microbatch into "
+        "N chunks, and exchange each chunk while the blocks compute the previous one; smaller "
+        "chunks make smaller GEMMs, so use 2 to 4 at most",
     )
     add(
         "--sffn-relu",
         action="store_true",
-        help="ReLU in every FFN, sparse or dense (Megatron has it, but no flag for it)",
+        help="ReLU in every FFN, sparse or dense (Megatron supports it, but has no flag for it)",
     )
     add(
         "--sffn-trust-checkpoint",
         action="store_true",
         help="load a checkpoint that names code other than torch's and Megatron's classes, as old "
-        "ones do, and let it run",
+        "checkpoints do, and let that code run",
     )
     add(
         "--sffn-record-routing",
         metavar="FILE",
-        help="with --skip-train on one rank: store every validation token's blocks in FILE (.npz), "
-        "for tools/analyze_routing.py",
+        help="with --skip-train on one rank: write the blocks of every validation token to FILE "
+        "(.npz), for tools/analyze_routing.py",
     )
     add(
         "--sffn-dataloader",
         default="torch",
         choices=("torch", "dali"),
         help="who makes batches: torch: Megatron's loader; dali: the same batches in the same "
-        "order through NVIDIA DALI (the extra dali), on the GPU if there is one; "
-        "--num-workers are then threads that read ahead",
+        "order through NVIDIA DALI (the extra dali), on the GPU if there is one; --num-workers is "
+        "then the number of threads that read ahead",
     )
     add(
         "--sffn-validation-data",
@@ -162,9 +166,9 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         if action.default is not None and action.default is not False:
             action.help = f"{action.help} (default: %(default)s)"
     for action in parser._actions:
-        # Megatron 0.19 has a bare percent sign in a help text, on which --help would fail.
+        # Megatron 0.19 has a bare percent sign in a help text, which would make --help fail.
         action.help = re.sub(r"%%|%(?!\()", "%%", action.help or "")
-    # argparse prints groups in their order: ours comes first, Megatron's forty after it.
+    # argparse prints groups in their order: our group first, Megatron's forty groups after it.
     parser._action_groups.remove(group)
     parser._action_groups.insert(0, group)
     parser.usage = USAGE
@@ -173,7 +177,7 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
 
 
 def router_flags() -> dict[str, dataclasses.Field[Any]]:
-    """Every router's flags: option -> config field; routers may share one."""
+    """Flags of all routers -> the config field; several routers may have the same flag."""
     return {
         item.metadata["flag"]: item
         for config in ROUTERS.values()
@@ -183,6 +187,8 @@ def router_flags() -> dict[str, dataclasses.Field[Any]]:
 
 def sffn_config(args: Namespace) -> SparseFFNConfig | None:
     """The sparse layer that the flags describe; None for the dense baseline."""
+    if args.sffn_router == "dense":
+        return None
     router_class: type[RouterConfig] = ROUTERS[args.sffn_router]
     router = router_class(
         **{
@@ -191,18 +197,8 @@ def sffn_config(args: Namespace) -> SparseFFNConfig | None:
         }
     )
     active_cells = args.sffn_active_cells
-    if active_cells is None:
-        active_cells = ffn_hidden_size(args)
-    if args.sffn_router == "dense":
-        if active_cells != ffn_hidden_size(args):
-            raise ConfigError(
-                f"--sffn-active-cells {active_cells} differs from --ffn-hidden-size "
-                f"{ffn_hidden_size(args)}, but --sffn-router dense has Megatron's MLP everywhere; "
-                f"set --ffn-hidden-size {active_cells}"
-            )
-        return None
     return SparseFFNConfig(
-        active_cells=active_cells,
+        active_cells=ffn_hidden_size(args) if active_cells is None else active_cells,
         router=router,
         block_size=args.sffn_block_size,
         expansion=args.sffn_expansion,
@@ -217,21 +213,22 @@ def sffn_config(args: Namespace) -> SparseFFNConfig | None:
 
 
 def node_size(args: Namespace) -> int:
-    """Ranks of a node over which tokens travel in two steps; 0 for straight to each rank.
+    """Ranks of a node if tokens travel in two steps; 0 if they go to each rank directly.
 
-    Without `--sffn-node-size` it is torchrun's LOCAL_WORLD_SIZE, where the ranks that hold the
-    blocks fill several whole nodes.
+    Without `--sffn-node-size` it is torchrun's LOCAL_WORLD_SIZE, if the ranks that hold the blocks
+    fill several whole nodes.
     """
     if args.sffn_node_size is not None:
         return int(args.sffn_node_size)
-    size, slices = int(os.environ.get("LOCAL_WORLD_SIZE", 0)), args.expert_tensor_parallel_size or 1
-    grid = args.expert_model_parallel_size * slices
-    whole_nodes = size > 1 and grid % size == 0 and size % slices == 0
-    return size if whole_nodes and grid > size else 0
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    etp_size = args.expert_tensor_parallel_size or 1
+    expert_ranks = args.expert_model_parallel_size * etp_size
+    has_whole_nodes = size > 1 and expert_ranks % size == 0 and size % etp_size == 0
+    return size if has_whole_nodes and expert_ranks > size else 0
 
 
 def ffn_hidden_size(args: Namespace) -> int:
-    """Width of the dense FFN; Megatron's rule where the flag is absent."""
+    """Width of the dense FFN; without the flag by Megatron's rule."""
     if args.ffn_hidden_size is not None:
         return int(args.ffn_hidden_size)
     if args.swiglu:
@@ -263,7 +260,7 @@ def saved_config(saved: Namespace) -> SparseFFNConfig | None:
     """The sparse layer of a checkpoint.
 
     Args:
-        saved: its arguments; a router's flag that they lack, because it is newer, has its default.
+        saved: its arguments. A flag that is newer than the checkpoint has its default.
     """
     defaults = {dest_of(flag): item.default for flag, item in router_flags().items()}
     defaults |= {

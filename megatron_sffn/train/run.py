@@ -26,9 +26,9 @@ from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor
 
 from megatron_sffn.accounting import ModelShape, table
-from megatron_sffn.checkpoints.disk_space import check_saves
 from megatron_sffn.checkpoints.save import Saves
 from megatron_sffn.checks.data import check_data
+from megatron_sffn.checks.disk import check_saves
 from megatron_sffn.checks.megatron_rules import as_sentence
 from megatron_sffn.checks.resume import check_checkpoint
 from megatron_sffn.data.loading.gpt_dataset import datasets_provider, next_batch

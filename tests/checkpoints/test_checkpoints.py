@@ -1,4 +1,4 @@
-"""The look at the checkpoint before anything starts: what is damaged, and what another model."""
+"""Checks of a checkpoint before a run resumes: damage, another model, another optimizer state."""
 
 from __future__ import annotations
 
@@ -121,12 +121,12 @@ def test_the_tracker_names_the_iteration_unless_a_flag_does(load) -> None:
 
 
 @pytest.mark.parametrize("step", [3, 0])
-def test_an_iteration_that_is_not_there(check, load, step: int) -> None:
+def test_a_missing_iteration_is_refused(check, load, step: int) -> None:
     with refused(f"--ckpt-step {step} is not there", "2, 4); use one of these"):
         check(load(), f"--ckpt-step {step}")
 
 
-def test_an_iteration_of_nothing(check, tmp_path: Path) -> None:
+def test_an_iteration_without_a_checkpoint_is_refused(check, tmp_path: Path) -> None:
     with refused("--ckpt-step 3 has nothing to act on without --load"):
         check(None, "--ckpt-step 3")
     with refused("--ckpt-step 3 is not there", "none); check --load"):
@@ -144,7 +144,9 @@ def test_an_iteration_of_nothing(check, tmp_path: Path) -> None:
         ("\0\xff", ("which is not the number",)),
     ],
 )
-def test_a_tracker_that_names_nothing(check, load, text: str, parts: tuple[str, ...]) -> None:
+def test_a_tracker_without_a_valid_iteration_is_refused(
+    check, load, text: str, parts: tuple[str, ...]
+) -> None:
     folder = load()
     (folder / "latest_checkpointed_iteration.txt").write_bytes(text.encode("latin1"))
     with refused(*parts):
@@ -335,7 +337,7 @@ def test_another_model_is_refused_whatever_was_saved(
         ("--window-size 8,0", "--window-size 8,0", "no --window-size"),
     ],
 )
-def test_another_reach_of_attention_needs_a_word(check, load, flags, ours, theirs) -> None:
+def test_another_reach_of_attention_needs_finetune(check, load, flags, ours, theirs) -> None:
     folder = load()
     with refused(f"this run has {ours}, but the checkpoint was saved with {theirs}"):
         check(folder, flags, 1)
@@ -367,7 +369,7 @@ def test_another_layout_passes(check, load, capsys, ranks: int, layout: str) -> 
     assert capsys.readouterr().out == ""
 
 
-def test_another_block_size_of_the_same_memory_is_remarked(check, load, capsys) -> None:
+def test_another_block_size_of_the_same_memory_prints_a_note(check, load, capsys) -> None:
     folder = load()
     check(folder, "--sffn-block-size 16")
     remark = "block size 8 of the checkpoint -> 16: same memory, other blocks\n"
@@ -399,7 +401,7 @@ def test_another_vocabulary_is_refused(check, load) -> None:
         check(load(), "--vocab-size 257")
 
 
-def test_a_checkpoint_of_plain_megatron(check, load, capsys) -> None:
+def test_a_checkpoint_of_plain_megatron_is_for_dense_runs(check, load, capsys) -> None:
     folder = load(sffn_router=..., sffn_relu=..., sffn_block_size=..., num_experts=None)
     with refused("was saved by plain Megatron, with dense layers", "use --sffn-router dense"):
         check(folder)
@@ -483,7 +485,7 @@ def test_a_state_that_fits_passes(check, load, changes: dict[str, Any], flags: s
         ("--weight-decay 0.1", "--weight-decay makes another schedule"),
     ],
 )
-def test_another_schedule_needs_a_word(check, load, flags: str, sentence: str) -> None:
+def test_another_schedule_needs_an_override_flag(check, load, flags: str, sentence: str) -> None:
     folder = load()
     with refused(sentence, "--override-opt-param-scheduler"):
         check(folder, flags)
@@ -511,7 +513,7 @@ def test_a_checkpoint_knows_its_command(load, text: str) -> None:
     json.dumps(args.sffn_command)
 
 
-def test_a_jump_of_the_learning_rate_is_said(check, load, capsys) -> None:
+def test_a_jump_of_the_learning_rate_prints_a_note(check, load, capsys) -> None:
     folder = load()
     with refused("for more steps at its last rate add --override-opt-param-scheduler --lr 0.003"):
         check(folder, "--train-iters 8")

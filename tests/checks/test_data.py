@@ -1,4 +1,4 @@
-"""The look at flags, tokenizer and data: what works passes, and the rest gets a sentence."""
+"""Checks of flags, tokenizer and data: good input passes, bad input is refused in a sentence."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_documents_of_several_sequences_and_empty_ones_pass(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("ending", [".idx", ".bin"])
-def test_a_missing_file(write: Write, ending: str) -> None:
+def test_a_missing_file_is_refused(write: Write, ending: str) -> None:
     prefix = write()
     Path(prefix + ending).unlink()
     with pytest.raises(ConfigError, match=rf"{prefix}\{ending} does not exist; give the path"):
@@ -65,7 +65,9 @@ def test_a_missing_file(write: Write, ending: str) -> None:
 
 
 @pytest.mark.parametrize("edit", [lambda data: data[:-2], lambda data: data + b"\0\0"])
-def test_tokens_and_index_that_differ(write: Write, edit: Callable[[bytes], bytes]) -> None:
+def test_tokens_that_do_not_fit_the_index_are_refused(
+    write: Write, edit: Callable[[bytes], bytes]
+) -> None:
     prefix = write()
     change(prefix + ".bin", edit)
     sizes = f"has {len(edit(bytes(8)))} bytes, but its index says 8"
@@ -87,14 +89,16 @@ def test_tokens_and_index_that_differ(write: Write, edit: Callable[[bytes], byte
     ],
     ids=["empty", "head", "garbage", "version", "dtype", "tail", "body", "longer"],
 )
-def test_an_unusable_index(write: Write, edit: Callable[[bytes], bytes], what: str) -> None:
+def test_a_damaged_index_is_refused(
+    write: Write, edit: Callable[[bytes], bytes], what: str
+) -> None:
     prefix = write()
     change(prefix + ".idx", edit)
     with pytest.raises(ConfigError, match=rf"{prefix}\.idx is {what}; make .*preprocess_data\.py"):
         check_dataset(prefix, VOCAB)
 
 
-def test_an_empty_set(tmp_path: Path) -> None:
+def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path / "set", [])
     with pytest.raises(ConfigError, match=rf"{prefix}\.bin is empty; give it documents"):
         check_dataset(prefix, VOCAB)
@@ -104,7 +108,7 @@ def test_an_empty_set(tmp_path: Path) -> None:
     ("documents", "found"),
     [(([100, 1], [2, 3]), "1 to 100"), (([1, 2], [3, 100]), "1 to 100"), (([4, -1],), "-1 to 4")],
 )
-def test_ids_outside_the_vocabulary(
+def test_ids_outside_the_vocabulary_are_refused(
     write: Write, documents: tuple[list[int], ...], found: str
 ) -> None:
     prefix = write("set", *documents, dtype=numpy.int32)
@@ -114,7 +118,7 @@ def test_ids_outside_the_vocabulary(
         check_dataset(prefix, VOCAB)
 
 
-def test_both_ends_of_a_large_set_are_looked_at(
+def test_both_ends_of_a_large_data_set_are_checked(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data, "SAMPLED_TOKENS", 2)
@@ -142,22 +146,22 @@ def arguments(validated: Namespace) -> Arguments:
     return make
 
 
-def test_data_is_needed(arguments: Arguments) -> None:
+def test_a_run_without_data_is_refused(arguments: Arguments) -> None:
     with pytest.raises(ConfigError, match="no data set was given; pass --data-path PREFIX"):
         check_data(arguments())
 
 
-def test_mock_data_needs_none(arguments: Arguments) -> None:
+def test_mock_data_needs_no_data_set(arguments: Arguments) -> None:
     check_data(arguments(mock_data=True, eval_iters=5))
 
 
 @pytest.mark.parametrize("given", [{}, {"mock_data": True}])
-def test_a_tokenizer_is_needed(arguments: Arguments, given: dict[str, Any]) -> None:
+def test_a_run_without_a_tokenizer_is_refused(arguments: Arguments, given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"--tokenizer-type is not given .* use:"):
         check_data(arguments(tokenizer_type=None, **given))
 
 
-def test_the_folder_of_the_tokenizer_is_needed(arguments: Arguments, tmp_path: Path) -> None:
+def test_a_missing_folder_of_the_tokenizer_is_refused(arguments: Arguments, tmp_path: Path) -> None:
     missing = str(tmp_path / "tokenizer")
     with pytest.raises(ConfigError, match=rf"--tokenizer-model {missing} does not exist; give"):
         check_data(arguments(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=missing))
@@ -167,7 +171,7 @@ def test_the_folder_of_the_tokenizer_is_needed(arguments: Arguments, tmp_path: P
     "flag", ["data_path", "data_args_path", "train_data_path", "per_split_data_args_path"]
 )
 @pytest.mark.parametrize("weighted", [False, True])
-def test_every_set_of_a_blend_is_looked_at(
+def test_every_data_set_of_a_blend_is_checked(
     arguments: Arguments, write: Write, tmp_path: Path, flag: str, weighted: bool
 ) -> None:
     good, also_good, bad = write("good"), write("also-good"), write("bad", [1, 1000])
@@ -188,19 +192,21 @@ def test_every_set_of_a_blend_is_looked_at(
 
 
 @pytest.mark.parametrize("flag", ["train_data_path", "valid_data_path", "test_data_path"])
-def test_every_split_is_looked_at(arguments: Arguments, write: Write, flag: str) -> None:
+def test_every_split_is_checked(arguments: Arguments, write: Write, flag: str) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.idx does not exist"):
         check_data(arguments(**{"train_data_path": [write()], flag: ["nowhere"]}))
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan"])
-def test_a_weight_that_is_not_positive(arguments: Arguments, write: Write, weight: str) -> None:
+def test_a_weight_that_is_not_positive_is_refused(
+    arguments: Arguments, write: Write, weight: str
+) -> None:
     with pytest.raises(ConfigError, match=rf"{weight}.* is not positive; leave out"):
         check_data(arguments(data_path=["1", write("a"), weight, write("b")]))
 
 
 @pytest.mark.parametrize("weights", [("inf", "1"), ("1e400", "1"), ("1e308", "1e308")])
-def test_weights_without_a_sum(
+def test_weights_without_a_finite_sum_are_refused(
     arguments: Arguments, write: Write, weights: tuple[str, str]
 ) -> None:
     blend = [weights[0], write("a"), weights[1], write("b")]
@@ -233,7 +239,7 @@ def test_weights_without_a_sum(
         ),
     ],
 )
-def test_lists_that_cannot_be_read(
+def test_lists_that_cannot_be_read_are_refused(
     arguments: Arguments, tmp_path: Path, flag: str, content: str | None, sentence: str
 ) -> None:
     file = tmp_path / "list"
@@ -245,12 +251,12 @@ def test_lists_that_cannot_be_read(
     assert "\n" not in str(error.value)
 
 
-def test_weights_for_some_sets_of_a_flag(arguments: Arguments) -> None:
+def test_weights_for_some_data_sets_only_are_refused(arguments: Arguments) -> None:
     with pytest.raises(ConfigError, match=r"--data-path has weights for some .* \(1 is one\)"):
         check_data(arguments(data_path=["a", "b", "1", "c"]))
 
 
-def test_a_data_set_that_is_trained_on_and_held_out(
+def test_a_data_set_that_is_trained_on_and_held_out_gives_a_warning(
     arguments: Arguments, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, other = write("one"), write("other")
@@ -264,7 +270,7 @@ def test_a_data_set_that_is_trained_on_and_held_out(
     )
 
 
-def test_flags_of_ends_that_no_document_has(
+def test_flags_of_document_ends_without_such_ends_give_a_warning(
     arguments: Arguments, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_ends, without = write("with", [1, 2, END], [3]), write("without", [1, 2, 3])
@@ -287,18 +293,18 @@ def test_nothing_is_written(arguments: Arguments, write: Write, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("dest", REFUSED)
-def test_flags_without_an_effect(arguments: Arguments, dest: str) -> None:
+def test_flags_without_an_effect_are_refused(arguments: Arguments, dest: str) -> None:
     flag = "--" + dest.replace("_", "-")
     with pytest.raises(ConfigError, match=f"{flag} is not available, "):
         check_data(arguments(**{dest: True, "mock_data": True}))
 
 
-def test_batches_from_elsewhere(arguments: Arguments) -> None:
+def test_batches_of_a_caller_are_refused(arguments: Arguments) -> None:
     with pytest.raises(ConfigError, match=r"--dataloader-type external .*; use single or cyclic"):
         check_data(arguments(dataloader_type="external", mock_data=True))
 
 
-def test_the_length_of_the_run_is_needed(arguments: Arguments) -> None:
+def test_a_run_without_a_length_is_refused(arguments: Arguments) -> None:
     check_data(arguments(train_iters=None, train_samples=5, mock_data=True))
     with pytest.raises(ConfigError, match=r"--train-iters is missing, .*; give it"):
         check_data(arguments(train_iters=None, mock_data=True))
@@ -312,7 +318,9 @@ TEN = [[1, 2, 3]] * 10
 
 
 @pytest.mark.parametrize("split", ["8,1,1", "90,10,0", "100", "0.8,0.1,0.1"])
-def test_shares_that_hold_a_sequence_each(arguments: Arguments, write: Write, split: str) -> None:
+def test_shares_with_a_sequence_in_each_split_pass(
+    arguments: Arguments, write: Write, split: str
+) -> None:
     check_data(arguments(data_path=[write("ten", *TEN)], split=split))
 
 
@@ -325,7 +333,7 @@ def test_shares_that_hold_a_sequence_each(arguments: Arguments, write: Write, sp
         ("1,99,0", "training"),
     ],
 )
-def test_a_share_without_a_document(
+def test_a_share_without_a_document_is_refused(
     arguments: Arguments, write: Write, split: str, what: str
 ) -> None:
     prefix = write("ten", *TEN)
@@ -335,27 +343,31 @@ def test_a_share_without_a_document(
         check_data(arguments(data_path=[prefix], split=split))
 
 
-def test_a_share_with_less_than_a_sequence(arguments: Arguments, write: Write) -> None:
+def test_a_share_with_less_than_a_sequence_is_refused(arguments: Arguments, write: Write) -> None:
     prefix = write("set", *TEN[:9], [1, 2])
     check_data(arguments(data_path=[prefix], split="8,2,0"))
     with pytest.raises(ConfigError, match=f"validation, .*{prefix}, 2 tokens, .*; give it a large"):
         check_data(arguments(data_path=[prefix], split="9,1,0"))
 
 
-def test_the_smallest_set_of_a_blend(arguments: Arguments, write: Write) -> None:
+def test_the_smallest_data_set_of_a_blend_needs_a_sequence_in_each_split(
+    arguments: Arguments, write: Write
+) -> None:
     large, small = write("large", *TEN * 10), write("small", *TEN)
     check_data(arguments(data_path=[large], split="98,1,1"))
     with pytest.raises(ConfigError, match=f"validation, of data set {small}, 0 tokens"):
         check_data(arguments(data_path=["9", large, "1", small], split="98,1,1"))
 
 
-def test_a_set_of_its_own_with_less_than_a_sequence(arguments: Arguments, write: Write) -> None:
+def test_a_data_set_of_one_split_with_less_than_a_sequence_is_refused(
+    arguments: Arguments, write: Write
+) -> None:
     small = write("small", [1, 2])
     with pytest.raises(ConfigError, match=f"{small} of --valid-data-path has 2 tokens, .*; give"):
         check_data(arguments(train_data_path=[write()], valid_data_path=[small]))
 
 
-def test_a_whole_validation_set_has_no_weight(arguments: Arguments, write: Write) -> None:
+def test_weights_of_full_validation_are_refused(arguments: Arguments, write: Write) -> None:
     sets = [write("a", *TEN), write("b", *TEN)]
     check_data(arguments(data_path=sets, split="5,5,0", full_validation=True))
     weighted = ["9", sets[0], "1", sets[1]]
@@ -374,7 +386,7 @@ def test_a_whole_validation_set_has_no_weight(arguments: Arguments, write: Write
         ),
     ],
 )
-def test_evaluation_needs_a_share(
+def test_evaluation_without_data_is_refused(
     arguments: Arguments, write: Write, given: dict[str, Any], sentence: str
 ) -> None:
     prefix = write("ten", *TEN)
@@ -386,7 +398,7 @@ def test_evaluation_needs_a_share(
         check_data(arguments(train_data_path=[prefix], **given))
 
 
-def test_training_needs_a_share(arguments: Arguments, write: Write) -> None:
+def test_training_without_data_is_refused(arguments: Arguments, write: Write) -> None:
     prefix = write("ten", *TEN)
     with pytest.raises(ConfigError, match=r"--split 0,1,0 .* training, but .* use --skip-train"):
         check_data(arguments(data_path=[prefix], split="0,1,0"))
@@ -398,12 +410,14 @@ def test_training_needs_a_share(arguments: Arguments, write: Write) -> None:
 @pytest.mark.parametrize(
     "split", ["0,0,0", "none", "1,1,1,1", "1.2.3,1,1", "nan,1,1", "inf,1,1", "1e2,1,1"]
 )
-def test_shares_that_are_none(arguments: Arguments, write: Write, split: str) -> None:
+def test_shares_that_cannot_be_read_are_refused(
+    arguments: Arguments, write: Write, split: str
+) -> None:
     with pytest.raises(ConfigError, match=f"--split {split} cannot be used; give the shares"):
         check_data(arguments(data_path=[write()], split=split))
 
 
-def test_shares_are_needed_of_sets_in_a_file(
+def test_data_sets_in_a_file_need_a_split(
     arguments: Arguments, write: Write, tmp_path: Path
 ) -> None:
     (tmp_path / "list").write_text(write())
@@ -411,11 +425,15 @@ def test_shares_are_needed_of_sets_in_a_file(
         check_data(arguments(data_args_path=str(tmp_path / "list"), split=None))
 
 
-def test_shares_of_splits_with_sets_of_their_own(arguments: Arguments, write: Write) -> None:
+def test_shares_of_splits_with_their_own_data_sets_are_refused(
+    arguments: Arguments, write: Write
+) -> None:
     with pytest.raises(ConfigError, match=r"--split 9,1,0 has nothing to act on, .*; leave it out"):
         check_data(arguments(train_data_path=[write()], split="9,1,0"))
 
 
-def test_what_else_megatron_does_not_accept(arguments: Arguments, write: Write) -> None:
+def test_other_flags_that_megatron_does_not_accept_are_refused(
+    arguments: Arguments, write: Write
+) -> None:
     with pytest.raises(ConfigError, match=r"not accept .*--data-cache-path must be .*; change"):
         check_data(arguments(data_path=[write()], dataloader_defer_npy_index_mmap=True))

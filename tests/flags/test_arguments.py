@@ -224,7 +224,9 @@ def test_the_dense_baseline_has_no_experts(read: Read) -> None:
         ("--sffn-router rand-hash", "none", 0.0),
     ],
 )
-def test_balance(read: Read, flags: str, kind: Any, coefficient: Any) -> None:
+def test_load_balancing_flags_are_resolved(
+    read: Read, flags: str, kind: Any, coefficient: Any
+) -> None:
     args = read(flags)
     assert args.moe_router_load_balancing_type == kind
     assert args.moe_aux_loss_coeff == coefficient
@@ -246,7 +248,7 @@ def test_balance(read: Read, flags: str, kind: Any, coefficient: Any) -> None:
         ("--sffn-backend megatron", "allgather"),  # Megatron's default
     ],
 )
-def test_how_tokens_travel(read: Read, flags: str, kind: str) -> None:
+def test_the_dispatcher_is_chosen(read: Read, flags: str, kind: str) -> None:
     args = read(f"--expert-model-parallel-size 2 {flags}", 2)
     assert args.moe_token_dispatcher_type == kind
 
@@ -299,7 +301,9 @@ def test_a_flag_wins_over_the_default_of_the_host(read: Read) -> None:
         ("--swiglu", "silu", True),
     ],
 )
-def test_activations_of_sparse_layers(read: Read, flags: str, name: str, gated: bool) -> None:
+def test_sparse_layers_have_the_activation_of_the_flag(
+    read: Read, flags: str, name: str, gated: bool
+) -> None:
     args = read(flags)
     config = transformer_config(args, sffn_config(args))
     assert (config.activation_func.__name__, config.gated_linear_unit) == (name, gated)
@@ -333,7 +337,9 @@ def plain(value: Any) -> Any:
         ),
     ],
 )
-def test_golden_resolved_config(read: Read, golden: Any, name: str, flags: str) -> None:
+def test_the_resolved_config_is_the_golden_one(
+    read: Read, golden: Any, name: str, flags: str
+) -> None:
     args = read(flags, 2)
     args.padded_vocab_size = 128
     sffn = sffn_config(args)
@@ -774,7 +780,7 @@ REFUSED = [
     ("flags", "ranks", "words"),
     [pytest.param(flags, ranks, words, id=flags) for flags, ranks, *words in REFUSED],
 )
-def test_refused_in_one_sentence(
+def test_a_bad_command_line_is_refused_in_one_sentence(
     read: Read, tmp_path: Path, flags: str, ranks: int, words: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
@@ -803,7 +809,7 @@ def test_transformer_engine_is_needed(
 
 
 @pytest.mark.parametrize("missing", ["--num-layers", "--hidden-size", "--num-attention-heads"])
-def test_a_missing_size(read: Read, missing: str) -> None:
+def test_a_missing_size_is_refused(read: Read, missing: str) -> None:
     with pytest.raises(ConfigError, match=rf"{missing} is missing; .* for example {missing} 8"):
         read(command=re.sub(rf"{missing} \d+", "", COMMAND))
 
@@ -955,7 +961,7 @@ def complain() -> None:
 
 
 @pytest.mark.parametrize(("rank", "waits"), [(None, []), ("0", []), ("1", [30.0]), ("7", [30.0])])
-def test_other_ranks_leave_the_word_to_the_first_of_their_node(
+def test_only_the_first_rank_of_a_node_prints_the_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     rank: str | None,
@@ -978,7 +984,7 @@ def test_other_ranks_leave_the_word_to_the_first_of_their_node(
 
 
 @pytest.mark.parametrize(("answer", "code"), [(None, 0), (0, 0), (3, 3)])
-def test_a_command_without_error_has_its_own_exit_code(answer: int | None, code: int) -> None:
+def test_a_command_without_error_keeps_its_exit_code(answer: int | None, code: int) -> None:
     with pytest.raises(SystemExit) as stop:
         errors.run_command(lambda: answer)
     assert stop.value.code == code

@@ -1,4 +1,4 @@
-"""What the sweep of flags found, and that it still finds it."""
+"""The results of the sweep of flags, and a sample that is tried again."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from tests.support.processes import HANGS
 # Megatron's own, of its parser.
 pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
 
-FOUND = json.loads(GOLDEN.read_text())
+RESULTS = json.loads(GOLDEN.read_text())
 
 
 def test_every_flag_was_tried() -> None:
     flags = {flag_of(action) for action in actions()}
-    assert set(FOUND) == flags
+    assert set(RESULTS) == flags
     assert set(VALUES) | set(NEEDS) <= flags
 
 
 def test_every_flag_works_or_is_refused_or_has_a_reason() -> None:
-    assert {entry["class"] for entry in FOUND.values()} == {"works", "refused", "no effect"}
-    idle = {flag: entry["reason"] for flag, entry in FOUND.items() if entry["class"] == "no effect"}
+    assert {entry["class"] for entry in RESULTS.values()} == {"works", "refused", "no effect"}
+    idle = {
+        flag: entry["reason"] for flag, entry in RESULTS.items() if entry["class"] == "no effect"
+    }
     assert idle == {flag: reason for reason, flags in NO_EFFECT.items() for flag in flags.split()}
 
 
-def test_the_sweep_finds_it_again(tmp_path: Path) -> None:
+def test_a_sample_of_flags_has_the_same_results_again(tmp_path: Path) -> None:
     flags = ("--rope-scaling-factor", "--manual-gc", "--rl-profile", "--muon-momentum")
     out = tmp_path / "flags.json"
     only = f"^({'|'.join(flags)})$"
     command = [sys.executable, "-m", "tests.flag_sweep", "--only", only, "--out", str(out)]
     subprocess.run(command, check=True, timeout=HANGS, cwd=ROOT)
-    assert json.loads(out.read_text()) == {flag: FOUND[flag] for flag in flags}
+    assert json.loads(out.read_text()) == {flag: RESULTS[flag] for flag in flags}
