@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_sffn.data.text.chunks import read_blocks
+from megatron_sffn.data.text.chunks import read_chunks
 from megatron_sffn.data.text.documents import Document, DocumentError, read_documents
 from megatron_sffn.data.text.sources import Source, find_sources
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
@@ -54,10 +54,10 @@ def read_texts(sources: Sequence[Source], key: str) -> Iterator[str]:
             for document in read_documents([source], columns=[key]):
                 yield from document.sequences([key])[0]
             continue
-        for block in read_blocks([replace(source, kind="lines")]):
-            if block.fault:
-                raise DocumentError(block.fault)
-            piece = Document(path=source.name, unit="", number=None, content=block.content)
+        for chunk in read_chunks([replace(source, kind="lines")]):
+            if chunk.fault:
+                raise DocumentError(chunk.fault)
+            piece = Document(path=source.name, unit="", number=None, content=chunk.content)
             yield from piece.texts([key])
 
 

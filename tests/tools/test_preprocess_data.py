@@ -19,7 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
 
 from megatron_sffn.checks.data import check_dataset
-from megatron_sffn.data.text import chunks
+from megatron_sffn.data.text import chunks as text_chunks
 from megatron_sffn.data.tokenize import preprocess, workers
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 from megatron_sffn.utils.errors import ConfigError
@@ -67,8 +67,8 @@ def documents(texts):
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(chunks, "BLOCK_BYTES", 20_000)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(text_chunks, "CHUNK_BYTES", 20_000)
     monkeypatch.setattr(workers, "TASK_BYTES", 20_000)
     monkeypatch.setattr(workers, "AHEAD_BYTES", 4 * 20_000)
 
@@ -91,7 +91,7 @@ def test_bytes_are_those_of_megatrons_builder(tmp_path, kind, append_eod, texts,
     assert IndexedDataset(prefix).index.dtype == (np.int32 if kind == "large" else np.uint16)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("engine", ["auto", "tokenizers", "megatron"])
 def test_engines_and_workers_make_the_same_files(
     tmp_path, documents, engine, tokenizer, tokenizer_folder, write_lines
@@ -127,7 +127,7 @@ def test_command(tmp_path, documents, tokenizer_folder, write_lines, start_tool)
     assert sorted(files_of(tmp_path, "one")) == ["_text_document.bin", "_text_document.idx"]
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 def test_every_kind_of_input_gives_the_same(tmp_path, documents, tokenizer_folder):
     documents = [text.replace("\0", "") for text in documents]  # which .txt may not hold
     content = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in documents)
@@ -249,7 +249,7 @@ def test_a_bad_document_stops(tmp_path, bad, processes, tokenizer_folder, write_
     assert list(tmp_path.iterdir()) == [source]
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bad_documents_are_left_out_and_reported(
     tmp_path, processes, documents, tokenizer, tokenizer_folder, write_lines, capsys
@@ -307,7 +307,7 @@ def test_a_long_line(tmp_path, tokenizer_folder, write_lines, monkeypatch):
     assert preprocess_data.main(given) == 0
     dataset = IndexedDataset(str(tmp_path / "out_text_document"))
     assert len(dataset) == 3 and dataset.sequence_lengths[1] > 10_000_000
-    monkeypatch.setattr(chunks, "LONGEST_DOCUMENT", 1_000_000)
+    monkeypatch.setattr(text_chunks, "LONGEST_DOCUMENT", 1_000_000)
     with pytest.raises(ConfigError, match=f"line 2 of {source} is longer than 1000000 bytes; cut"):
         preprocess_data.main([*given, "--overwrite"])
     assert preprocess_data.main([*given, "--overwrite", "--on-error", "skip"]) == 0

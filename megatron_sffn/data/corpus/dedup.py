@@ -26,7 +26,7 @@ import orjson
 
 from megatron_sffn.data.corpus.minhash import Near, index_of
 from megatron_sffn.data.output.atomic_output import published
-from megatron_sffn.data.text.chunks import Block, read_blocks
+from megatron_sffn.data.text.chunks import TextChunk, read_chunks
 from megatron_sffn.data.text.documents import Document, DocumentError, documents_of
 from megatron_sffn.data.text.jsonl import as_line
 from megatron_sffn.data.text.sources import Source
@@ -58,7 +58,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Signer:
-    """Signs the documents of blocks; runs in a worker.
+    """Signs the documents of chunks; runs in a worker.
 
     Args:
         key: of the text.
@@ -68,18 +68,18 @@ class Signer:
     key: str
     near: Near | None
 
-    def __call__(self, blocks: Sequence[Block]) -> Batch:
+    def __call__(self, chunks: Sequence[TextChunk]) -> Batch:
         """Up to the first document that is wrong."""
         documents: list[Signed] = []
         failure = None
         try:
-            for block in blocks:
-                documents += map(self._sign, documents_of(block))
-                if block.fault:
-                    raise DocumentError(block.fault)
+            for chunk in chunks:
+                documents += map(self._sign, documents_of(chunk))
+                if chunk.fault:
+                    raise DocumentError(chunk.fault)
         except DocumentError as error:
             failure = str(error)
-        return Batch(documents=documents, consumed=blocks[-1].consumed, failure=failure)
+        return Batch(documents=documents, consumed=chunks[-1].consumed, failure=failure)
 
     def _sign(self, document: Document) -> Signed:
         (text,) = document.texts([self.key])
@@ -186,7 +186,7 @@ def dedup(
         published(prefix, files, overwrite=overwrite) as folder,
         (folder / files[0].name).open("wb") as report,
         (folder / files[1].name).open("wb", 1 << 20) as kept,
-        closing(encode_in_order(sign, read_blocks(sources), workers)) as batches,
+        closing(encode_in_order(sign, read_chunks(sources), workers)) as batches,
     ):
         for batch in batches:
             for signed in batch.documents:

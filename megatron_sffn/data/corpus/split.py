@@ -29,7 +29,7 @@ import numpy
 
 from megatron_sffn.data.indexed.format import Index, IndexWriter, Lengths, pieces
 from megatron_sffn.data.output.atomic_output import bin_and_idx, published
-from megatron_sffn.data.text.chunks import read_blocks
+from megatron_sffn.data.text.chunks import read_chunks
 from megatron_sffn.data.text.documents import DocumentError, documents_of, read_documents
 from megatron_sffn.data.text.jsonl import as_line
 from megatron_sffn.data.text.sources import Source
@@ -165,16 +165,16 @@ def split_text(
             outputs = [
                 stack.enter_context((folder / path.name).open("wb", BUFFER_BYTES)) for path in files
             ]
-            for block in read_blocks(sources):
-                for document in documents_of(block):
+            for chunk in read_chunks(sources):
+                for document in documents_of(chunk):
                     (text,) = document.texts([key])
                     part, line = parts.of(text.encode()), as_line(document, key, text)
                     outputs[part].write(line)
                     counts[part].documents += 1
                     counts[part].num_bytes += len(line)
-                if block.fault:
-                    raise DocumentError(block.fault)
-                progress(block.consumed)
+                if chunk.fault:
+                    raise DocumentError(chunk.fault)
+                progress(chunk.consumed)
         _check_not_empty(counts)
     return counts
 

@@ -1,8 +1,8 @@
-"""Blocks of text: whole lines, rows of Parquet, or a text file, in constant memory.
+"""Chunks of text: whole lines, rows of Parquet, or a text file, in constant memory.
 
-Enters: the sources of `sources.py`. Leaves: blocks, in order, which `documents.py` takes apart.
-Choices: reading has an order and parsing has none, so blocks can be sent to other processes as they
-are. A block knows its end, where reading can go on in another run.
+Enters: the sources of `sources.py`. Leaves: chunks, in order, which `documents.py` takes apart.
+Choices: reading has an order and parsing has none, so chunks can be sent to other processes as they
+are. A chunk knows its end, where reading can go on in another run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from backports import zstd
 from megatron_sffn.data.text.compression import unpack
 from megatron_sffn.data.text.sources import Source, open_raw
 
-BLOCK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 LONGEST_DOCUMENT = 1 << 30
 """Bytes: a longer line or text file is a fault, and never in memory."""
 
@@ -89,7 +89,7 @@ def place(path: str, unit: str, number: int | None) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class TextChunk:
     """Consecutive documents of one source.
 
     Args:
@@ -115,37 +115,39 @@ class Block:
         return len(self.content) if isinstance(self.content, bytes) else int(self.content.nbytes)
 
 
-def read_blocks(
+def read_chunks(
     sources: Sequence[Source],
     *,
     columns: Sequence[str] | None = None,
     start: Position | None = None,
-) -> Iterator[Block]:
-    """All blocks of all sources, in order.
+) -> Iterator[TextChunk]:
+    """All chunks of all sources, in order.
 
     A source that ends in the middle, or cannot be decompressed, gives what can be read of it and a
-    block with a fault; the next source follows.
+    chunk with a fault; the next source follows.
 
     Args:
         sources: what `find_sources` found.
         columns: those of Parquet files to read; all, if none are given.
-        start: end of the last block that is not wanted.
+        start: end of the last chunk that is not wanted.
     """
     start = start or Position()
     before = sum(source.size or 0 for source in sources[: start.file])
     for file, source in enumerate(sources[start.file :], start.file):
         first = start if file == start.file else Position(file=file)
-        for block in _read_source(source, first, columns):
-            yield replace(block, consumed=before + block.consumed)
+        for chunk in _read_source(source, first, columns):
+            yield replace(chunk, consumed=before + chunk.consumed)
         before += source.size or 0
 
 
-def _read_source(source: Source, start: Position, columns: Sequence[str] | None) -> Iterator[Block]:
+def _read_source(
+    source: Source, start: Position, columns: Sequence[str] | None
+) -> Iterator[TextChunk]:
     last = start
     try:
-        for block in _read_documents(source, start, columns):
-            last = block.end
-            yield block
+        for chunk in _read_documents(source, start, columns):
+            last = chunk.end
+            yield chunk
         return
     except _NoTextError as error:
         reason, remedy = error.args
@@ -153,7 +155,7 @@ def _read_source(source: Source, start: Position, columns: Sequence[str] | None)
         after = f" after {source.unit} {last.number}" if source.unit else ""
         reason = f"is truncated or damaged{after} ({str(error) or type(error).__name__})"
         remedy = "make or copy the file again"
-    yield Block(
+    yield TextChunk(
         source=source,
         number=last.number + 1,
         content=b"",
@@ -181,13 +183,13 @@ def _refuse_other_formats(source: Source, stream: BinaryIO) -> None:
 
 def _read_documents(
     source: Source, start: Position, columns: Sequence[str] | None
-) -> Iterator[Block]:
+) -> Iterator[TextChunk]:
     if source.kind == "rows":
         return _read_rows(source, start, columns)
     return (_read_text if source.kind == "text" else _read_lines)(source, start)
 
 
-def _read_lines(source: Source, start: Position) -> Iterator[Block]:
+def _read_lines(source: Source, start: Position) -> Iterator[TextChunk]:
     with open_raw(source) as raw, unpack(raw, source.packing) as stream:
         if start.offset:
             stream.seek(start.offset)
@@ -203,7 +205,7 @@ def _read_lines(source: Source, start: Position) -> Iterator[Block]:
             if position.offset == 0:
                 content = content.removeprefix(BYTE_ORDER_MARK)
             consumed = raw.tell() if source.size is not None else 0
-            yield Block(
+            yield TextChunk(
                 source=source,
                 number=position.number + 1,
                 content=content,
@@ -224,7 +226,7 @@ def _whole_lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
     failure: Exception | None = None
     while failure is None:
         try:
-            piece = stream.read1(BLOCK_BYTES)  # type: ignore[attr-defined]
+            piece = stream.read1(CHUNK_BYTES)  # type: ignore[attr-defined]
         except READ_ERRORS as error:
             failure, piece = error, b""
         if not piece:
@@ -233,7 +235,7 @@ def _whole_lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
             whole = size + cut
         pieces.append(piece)
         size += len(piece)
-        if whole and (size >= BLOCK_BYTES or size - whole > LONGEST_DOCUMENT):
+        if whole and (size >= CHUNK_BYTES or size - whole > LONGEST_DOCUMENT):
             content = b"".join(pieces)
             yield content[:whole], whole
             pieces, size, whole = [content[whole:]], size - whole, 0
@@ -251,21 +253,21 @@ def _whole_lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
 def _skip_line(stream: BinaryIO) -> tuple[int, bytes]:
     """Read to the end of a line; returns the bytes passed over, and what was read behind them."""
     skipped = 0
-    while piece := stream.read1(BLOCK_BYTES):  # type: ignore[attr-defined]
+    while piece := stream.read1(CHUNK_BYTES):  # type: ignore[attr-defined]
         if cut := piece.find(b"\n") + 1:
             return skipped + cut, piece[cut:]
         skipped += len(piece)
     return skipped, b""
 
 
-def _read_text(source: Source, start: Position) -> Iterator[Block]:
+def _read_text(source: Source, start: Position) -> Iterator[TextChunk]:
     if start.number:
         return
     with open_raw(source) as raw, unpack(raw, source.packing) as stream:
         _refuse_other_formats(source, stream)
         content = stream.read(LONGEST_DOCUMENT + 1)
     fault = _too_long(source, None) if len(content) > LONGEST_DOCUMENT else None
-    yield Block(
+    yield TextChunk(
         source=source,
         number=1,
         content=b"" if fault else content,
@@ -275,11 +277,13 @@ def _read_text(source: Source, start: Position) -> Iterator[Block]:
     )
 
 
-def _read_rows(source: Source, start: Position, columns: Sequence[str] | None) -> Iterator[Block]:
+def _read_rows(
+    source: Source, start: Position, columns: Sequence[str] | None
+) -> Iterator[TextChunk]:
     from megatron_sffn.data.text.parquet import read_rows
 
     for batch, number, share in read_rows(source.path, columns, start.number):
-        yield Block(
+        yield TextChunk(
             source=source,
             number=number + 1,
             content=batch,

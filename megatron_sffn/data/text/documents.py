@@ -1,6 +1,6 @@
-"""Documents: what a block of text holds, and messages that name the one that is wrong.
+"""Documents: what a chunk of text holds, and messages that name the one that is wrong.
 
-Enters: blocks of `blocks.py`. Leaves: documents in order, and the text under their keys.
+Enters: chunks of `chunks.py`. Leaves: documents in order, and the text under their keys.
 Choices: a document is taken apart only when its text is asked for, so one that is wrong does not
 hide those behind it. A list of strings under a key is a document of several sequences, as in
 Megatron-LM. A line with nothing on it is no document. Lines are parsed by orjson, and again by
@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from megatron_sffn.data.text.chunks import BYTE_ORDER_MARK, Block, Fault, place, read_blocks
+from megatron_sffn.data.text.chunks import BYTE_ORDER_MARK, Fault, TextChunk, place, read_chunks
 from megatron_sffn.data.text.sources import Source
 from megatron_sffn.utils.errors import ConfigError
 
@@ -177,20 +177,20 @@ class Document:
         raise self.fault(f"is not JSON ({reason})", remedy)
 
 
-def documents_of(block: Block) -> Iterator[Document]:
-    """The documents of a block, in order."""
-    if block.fault:
+def documents_of(chunk: TextChunk) -> Iterator[Document]:
+    """The documents of a chunk, in order."""
+    if chunk.fault:
         return
-    source = block.source
+    source = chunk.source
     if source.kind == "text":
-        content = block.content.removeprefix(BYTE_ORDER_MARK)
+        content = chunk.content.removeprefix(BYTE_ORDER_MARK)
         yield Document(path=source.name, unit="", number=None, content=content)
     elif source.kind == "lines":
-        for number, line in enumerate(block.content.split(b"\n"), block.number):
+        for number, line in enumerate(chunk.content.split(b"\n"), chunk.number):
             if line and not line.isspace():
                 yield Document(path=source.name, unit=source.unit, number=number, content=line)
     else:
-        for number, row in enumerate(_rows(block.content), block.number):
+        for number, row in enumerate(_rows(chunk.content), chunk.number):
             yield Document(path=source.name, unit=source.unit, number=number, content=row)
 
 
@@ -223,7 +223,7 @@ def read_documents(
     Raises:
         DocumentError: a file is truncated or damaged, or a document too long.
     """
-    for block in read_blocks(sources, columns=columns):
-        yield from documents_of(block)
-        if block.fault:
-            raise DocumentError(block.fault)
+    for chunk in read_chunks(sources, columns=columns):
+        yield from documents_of(chunk)
+        if chunk.fault:
+            raise DocumentError(chunk.fault)

@@ -1,6 +1,6 @@
 """Parquet files, a document per row.
 
-Enters: a path and columns. Leaves: batches of rows of about a block's size, whatever the size of
+Enters: a path and columns. Leaves: batches of rows of about a chunk's size, whatever the size of
 the row groups. Choice: pyarrow, imported when the first such file is met.
 """
 

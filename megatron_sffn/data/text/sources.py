@@ -1,7 +1,7 @@
 """Files of text: what `--input` names.
 
 Enters: paths of files, folders and globs, `-` for standard input. Leaves: sources, in order, that
-can be read; `blocks.py` reads them.
+can be read; `chunks.py` reads them.
 Choices: a name says what a file is: `.jsonl`, `.json`, `.ndjson` (a JSON object per line, as any
 other file that is named outright), `.txt` (one document), `.parquet` (one per row), each but the
 last also as `.gz`, `.bz2`, `.xz`, `.zst`.

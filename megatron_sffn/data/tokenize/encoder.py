@@ -1,9 +1,9 @@
-"""Blocks of text turned into ids: what a worker does.
+"""Chunks of text turned into ids: what a worker does.
 
-Enters: blocks. Leaves: for each key the ids of all documents in one array, and where they end; and
+Enters: chunks. Leaves: for each key the ids of all documents in one array, and where they end; and
 the documents that could not be used.
 Choices: as in Megatron-LM, a text without ids is no sequence, and the end of a document belongs to
-its last sequence. A block is encoded at once; only if that fails is it done by document, to find
+its last sequence. A chunk is encoded at once; only if that fails is it done by document, to find
 the one that is wrong.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from megatron_sffn.data.text.chunks import Block, Fault, Position
+from megatron_sffn.data.text.chunks import Fault, Position, TextChunk
 from megatron_sffn.data.text.documents import Document, DocumentError, documents_of
 from megatron_sffn.data.text.sentences import Splitter
 from megatron_sffn.data.tokenize.engine import Engine, Ids, Lengths, guarded
@@ -42,13 +42,13 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """What became of some blocks.
+    """What became of some chunks.
 
     Args:
         columns: one for each key.
         faults: documents that are left out, and why, in order.
         num_documents: in each column.
-        num_bytes: size of the blocks.
+        num_bytes: size of the chunks.
         end: of the last one.
         consumed: bytes on disk that are read with it.
     """
@@ -63,7 +63,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Turns blocks into ids.
+    """Turns chunks into ids.
 
     Args:
         engine: gives the ids of texts.
@@ -83,18 +83,18 @@ class Encoder:
     vocab_size: int
     dtype: type[numpy.number[Any]]
 
-    def __call__(self, blocks: Sequence[Block]) -> Encoded:
-        """Encode consecutive blocks."""
+    def __call__(self, chunks: Sequence[TextChunk]) -> Encoded:
+        """Encode consecutive chunks."""
         found: list[tuple[Document, Texts]] = []
         faults: list[tuple[int, Fault]] = []  # with the number of documents before
-        for block in blocks:
-            for document in documents_of(block):
+        for chunk in chunks:
+            for document in documents_of(chunk):
                 try:
                     found.append((document, self._texts(document)))
                 except DocumentError as error:
                     faults.append((len(found), error.fault))
-            if block.fault:
-                faults.append((len(found), block.fault))
+            if chunk.fault:
+                faults.append((len(found), chunk.fault))
         try:
             columns = self._columns([texts for _, texts in found], self.engine)
         except Exception:  # each tokenizer library has its own errors
@@ -104,9 +104,9 @@ class Encoder:
             columns=columns,
             faults=[fault for _, fault in faults],
             num_documents=len(columns[0].counts),
-            num_bytes=sum(block.num_bytes for block in blocks),
-            end=blocks[-1].end,
-            consumed=blocks[-1].consumed,
+            num_bytes=sum(chunk.num_bytes for chunk in chunks),
+            end=chunks[-1].end,
+            consumed=chunks[-1].consumed,
         )
 
     def _texts(self, document: Document) -> Texts:

@@ -26,7 +26,7 @@ from typing import Any
 from megatron_sffn.data.output.atomic_output import FULL, refuse_existing
 from megatron_sffn.data.output.progress import Progress
 from megatron_sffn.data.output.run_state import RunState, State
-from megatron_sffn.data.text.chunks import Block, read_blocks
+from megatron_sffn.data.text.chunks import TextChunk, read_chunks
 from megatron_sffn.data.text.documents import DocumentError, documents_of
 from megatron_sffn.data.text.sources import Source, total_size
 from megatron_sffn.data.tokenize.dataset_writer import GrowingDataset
@@ -39,7 +39,7 @@ SAMPLED_SOURCES = 8
 LONGEST_SAMPLE = 1 << 16
 
 Say = Callable[[str], None]
-Work = Callable[[Encoder, Iterable[Block]], Generator[Encoded, None, None]]
+Work = Callable[[Encoder, Iterable[TextChunk]], Generator[Encoded, None, None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def preprocess(
     Args:
         job: what to make, and of what.
         make_encoder: gives an encoder for texts such as these of the input.
-        work: encodes blocks, and gives what becomes of them in their order.
+        work: encodes chunks, and gives what becomes of them in their order.
         say: told what a user should know, a sentence each time.
 
     Returns:
@@ -146,14 +146,14 @@ def _run(
     work: Work,
     say: Say,
 ) -> State:
-    blocks = read_blocks(job.sources, columns=job.keys, start=start.position)
-    first = list(islice(blocks, 1))
+    chunks = read_chunks(job.sources, columns=job.keys, start=start.position)
+    first = list(islice(chunks, 1))
     encoder = make_encoder(sample_texts(job, first))
     progress = Progress(total_size(job.sources), job.log_interval, start)
     saved = time.monotonic()
     with (
         closing(_Output(job, journal.folder, encoder, start)) as output,
-        closing(work(encoder, chain(first, blocks))) as results,
+        closing(work(encoder, chain(first, chunks))) as results,
     ):
         for encoded in results:
             if encoded.faults and not job.skip:
@@ -176,21 +176,21 @@ def _run(
     return output.state
 
 
-def sample_texts(job: Job, first: Sequence[Block]) -> list[str]:
+def sample_texts(job: Job, first: Sequence[TextChunk]) -> list[str]:
     """Texts from the heads of several sources, cut where they are long."""
     regular = [source for source in job.sources if source.size is not None]
     some = regular[:: -(-len(regular) // SAMPLED_SOURCES) or 1]
-    heads = [next(read_blocks([source], columns=job.keys), None) for source in some]
-    blocks = [*first, *filter(None, heads)]
+    heads = [next(read_chunks([source], columns=job.keys), None) for source in some]
+    chunks = [*first, *filter(None, heads)]
     texts = []
-    for block in blocks:
+    for chunk in chunks:
         size = 0
-        for document in documents_of(block):
+        for document in documents_of(chunk):
             with suppress(DocumentError):
                 sequences = chain.from_iterable(document.sequences(job.keys))
                 texts += [text[:LONGEST_SAMPLE] for text in sequences]
                 size += sum(map(len, texts[-len(job.keys) :]))
-            if size >= SAMPLE_BYTES // len(blocks):
+            if size >= SAMPLE_BYTES // len(chunks):
                 break
     return texts
 

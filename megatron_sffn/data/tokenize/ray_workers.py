@@ -1,6 +1,6 @@
-"""Blocks encoded on the machines of a Ray cluster.
+"""Chunks encoded on the machines of a Ray cluster.
 
-Enters: blocks as they are read here. Leaves: what became of them, in their order.
+Enters: chunks as they are read here. Leaves: what became of them, in their order.
 
 Choices
 - This machine reads and writes, the cluster encodes: no disk has to be shared, the files are those
@@ -23,14 +23,14 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_sffn.data.text.chunks import Block, place
+from megatron_sffn.data.text.chunks import TextChunk, place
 from megatron_sffn.data.tokenize.encoder import Encoded, Encoder
 from megatron_sffn.data.tokenize.encoder_spec import EncoderSpec, Loaded
 from megatron_sffn.data.tokenize.workers import AHEAD_BYTES, in_order
 from megatron_sffn.utils.errors import ConfigError, require
 
 TRIES = 10
-"""A block that takes its worker with it so often is at fault itself."""
+"""A chunk that takes its worker with it so often is at fault itself."""
 SILENCE_SECONDS = 60.0
 REACH_SECONDS = 10.0
 
@@ -57,8 +57,8 @@ class Cluster:
 
     def work(
         self, recipe: EncoderSpec, loaded: Loaded
-    ) -> Callable[[Encoder, Iterable[Block]], Generator[Encoded, None, None]]:
-        """A function that encodes blocks on all CPUs, and gives what becomes of them in order.
+    ) -> Callable[[Encoder, Iterable[TextChunk]], Generator[Encoded, None, None]]:
+        """A function that encodes chunks on all CPUs, and gives what becomes of them in order.
 
         Args:
             recipe: of the encoder that it will be given, which is made of it elsewhere, too.
@@ -67,21 +67,21 @@ class Cluster:
         return partial(self._encode_in_order, recipe, recipe.digest(loaded))
 
     def _encode_in_order(
-        self, recipe: EncoderSpec, digest: str, encoder: Encoder, blocks: Iterable[Block]
+        self, recipe: EncoderSpec, digest: str, encoder: Encoder, chunks: Iterable[TextChunk]
     ) -> Generator[Encoded, None, None]:
         recipe = replace(recipe, engine=encoder.engine.name)
         task = self._ray.remote(num_cpus=1, max_retries=TRIES)(_encode)
         start = partial(self._start, task, self._ray.put((recipe, digest)))
-        yield from in_order(start, blocks, AHEAD_BYTES * max(self.workers, 1))
+        yield from in_order(start, chunks, AHEAD_BYTES * max(self.workers, 1))
         shares = ", ".join(f"{size / 1e6:.1f} MB on {node}" for node, size in self._bytes.items())
         self._say(f"Ray encoded {shares}")
 
-    def _start(self, task: Any, shared: Any, blocks: list[Block]) -> Callable[[], Encoded]:
-        return partial(self._result, task.remote(shared, blocks), blocks)
+    def _start(self, task: Any, shared: Any, chunks: list[TextChunk]) -> Callable[[], Encoded]:
+        return partial(self._result, task.remote(shared, chunks), chunks)
 
-    def _result(self, reference: Any, blocks: Sequence[Block]) -> Encoded:
+    def _result(self, reference: Any, chunks: Sequence[TextChunk]) -> Encoded:
         exceptions = self._ray.exceptions
-        name = place(blocks[0].source.name, blocks[0].source.unit, blocks[0].number)
+        name = place(chunks[0].source.name, chunks[0].source.unit, chunks[0].number)
         while True:
             try:
                 node, encoded = self._ray.get(reference, timeout=SILENCE_SECONDS)
@@ -144,7 +144,7 @@ def _reach(address: str) -> None:
         socket.create_connection((head.hostname, head.port), timeout=REACH_SECONDS).close()
 
 
-def _encode(shared: tuple[EncoderSpec, str], blocks: list[Block]) -> tuple[str, Encoded]:
+def _encode(shared: tuple[EncoderSpec, str], chunks: list[TextChunk]) -> tuple[str, Encoded]:
     """What a worker does; returns the machine as well."""
     import ray
 
@@ -152,7 +152,7 @@ def _encode(shared: tuple[EncoderSpec, str], blocks: list[Block]) -> tuple[str, 
     global _encoder
     if _encoder is None:
         _encoder = _make_encoder(*shared, node)
-    return node, _encoder(blocks)
+    return node, _encoder(chunks)
 
 
 def _make_encoder(recipe: EncoderSpec, digest: str, node: str) -> Encoder:

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_sffn.data.text.chunks import read_blocks
+from megatron_sffn.data.text.chunks import read_chunks
 from megatron_sffn.data.text.documents import Document, DocumentError, documents_of, read_documents
 from megatron_sffn.data.text.sources import find_sources
 
@@ -165,6 +165,6 @@ def test_a_truncated_file_ends_the_stream_with_an_error(tmp_path: Path) -> None:
 def test_a_document_that_is_wrong_hides_none(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{\n{"text": "b"}\n')
-    (block,) = read_blocks(find_sources([str(path)], ["text"]))
-    first, _, third = documents_of(block)
+    (chunk,) = read_chunks(find_sources([str(path)], ["text"]))
+    first, _, third = documents_of(chunk)
     assert first.texts(["text"]) + third.texts(["text"]) == ["a", "b"]

@@ -22,7 +22,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_sffn.data.output.run_state import RunState, State
-from megatron_sffn.data.text import chunks
+from megatron_sffn.data.text import chunks as text_chunks
 from megatron_sffn.data.tokenize import preprocess, workers
 from megatron_sffn.data.tokenize.dataset_writer import GrowingDataset
 from megatron_sffn.data.tokenize.encoder import Column
@@ -38,9 +38,9 @@ FORK = multiprocessing.get_context("fork")
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
-    # Every block is on the disk before the next is read.
+    # Every chunk is on the disk before the next is read.
     monkeypatch.setattr(preprocess, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(chunks, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(text_chunks, "CHUNK_BYTES", 2000)
     monkeypatch.setattr(workers, "TASK_BYTES", 2000)
     monkeypatch.setattr(workers, "AHEAD_BYTES", 4 * 2000)
 
