@@ -21,7 +21,7 @@ from megatron_sffn.data.indexed.format import PIECE, IndexWriter
 from megatron_sffn.data.tokenize.encoder import Column
 
 
-class GrowingDataset:
+class DatasetWriter:
     """The files of one key in a folder.
 
     Args:

@@ -29,7 +29,7 @@ from megatron_sffn.data.output.run_state import RunState, State
 from megatron_sffn.data.text.chunks import TextChunk, read_chunks
 from megatron_sffn.data.text.documents import DocumentError, documents_of
 from megatron_sffn.data.text.sources import Source, total_size
-from megatron_sffn.data.tokenize.dataset_writer import GrowingDataset
+from megatron_sffn.data.tokenize.dataset_writer import DatasetWriter
 from megatron_sffn.data.tokenize.encoder import Encoded, Encoder
 from megatron_sffn.utils.errors import ConfigError
 
@@ -196,12 +196,12 @@ def sample_texts(job: Job, first: Sequence[TextChunk]) -> list[str]:
 
 
 class _Output:
-    """The growing data sets of a job, the report, and how far they are."""
+    """The data sets that a job writes, the report, and how far they are."""
 
     def __init__(self, job: Job, folder: Path, encoder: Encoder, start: State) -> None:
         self.state = start
         self._datasets = [
-            GrowingDataset(folder, prefix.name, encoder.dtype, start.sizes)
+            DatasetWriter(folder, prefix.name, encoder.dtype, start.sizes)
             for prefix in job.prefixes
         ]
         report = folder / job.report.name

@@ -24,7 +24,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_sffn.data.output.run_state import RunState, State
 from megatron_sffn.data.text import chunks as text_chunks
 from megatron_sffn.data.tokenize import preprocess, workers
-from megatron_sffn.data.tokenize.dataset_writer import GrowingDataset
+from megatron_sffn.data.tokenize.dataset_writer import DatasetWriter
 from megatron_sffn.data.tokenize.encoder import Column
 from megatron_sffn.utils.errors import ConfigError
 from tests.support import tokenizers
@@ -414,10 +414,10 @@ def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> No
 
     tracemalloc.start()
     try:
-        ours = GrowingDataset(tmp_path, "ours", numpy.uint16, {})
+        ours = DatasetWriter(tmp_path, "ours", numpy.uint16, {})
         for number in range(300):
             ours.add(column(number))
-        growing = tracemalloc.get_traced_memory()[0]
+        writer_peak = tracemalloc.get_traced_memory()[0]
         ours.finish()
         ours.close()
         tracemalloc.reset_peak()
@@ -434,5 +434,5 @@ def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> No
         assert (tmp_path / f"ours.{ending}").read_bytes() == (
             tmp_path / f"theirs.{ending}"
         ).read_bytes()
-    assert growing < 5_000_000  # three buffers
+    assert writer_peak < 5_000_000  # three buffers
     assert kept > 300_000 * 16  # so the documents were enough to show
