@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 
 from megatron_sffn.data.corpus.dedup import dedup
-from megatron_sffn.data.corpus.minhash import UNITS, Near
+from megatron_sffn.data.corpus.minhash import UNITS, MinHash
 from megatron_sffn.data.output.meter import Meter, say, size
 from megatron_sffn.data.text.sources import find_sources, total_size
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
@@ -76,23 +76,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers {args.workers} is less than 1; give a positive number")
-    near = Near(threshold=args.threshold, size=args.ngram, unit=args.unit) if args.near else None
+    minhash = (
+        MinHash(threshold=args.threshold, size=args.ngram, unit=args.unit) if args.near else None
+    )
     sources = find_sources(args.input, [args.json_key], say)
     meter = Meter("compared", total_size(sources))
     result = dedup(
         sources,
         args.json_key,
-        near,
+        minhash,
         args.output_prefix,
         # Not os.cpu_count(): in a container or a Slurm step fewer cores may be ours.
         workers=args.workers or len(os.sched_getaffinity(0)),
         overwrite=args.overwrite,
         progress=meter.reach,
     )
+    exact, near = result.exact_duplicates, result.near_duplicates
     print(
-        f"{result.path}: {result.kept} documents of {result.kept + result.exact + result.near}, "
+        f"{result.path}: {result.kept} documents of {result.kept + exact + near}, "
         f"{size(result.kept_bytes)}\n"
-        f"{result.report}: {result.exact} exact and {result.near} near-duplicates, "
+        f"{result.report}: {exact} exact and {near} near-duplicates, "
         f"{size(result.left_out_bytes)}\n"
         f"{meter.end()}"
     )

@@ -5,7 +5,7 @@ is left out: where it is, why, and where the one is that stays.
 
 Choices
 - Exact: 16 bytes of BLAKE2b of the text, composed (Unicode NFC), every white space as one space.
-- Near: as `near.py` says.
+- Near: as `minhash.py` says.
 - The first of several stays, and documents are compared with those that stay, so the result depends
   on nothing but the input and its order.
 - Texts are hashed by workers; the look-up is one process, with all hashes in memory.
@@ -24,7 +24,7 @@ from typing import Any
 
 import orjson
 
-from megatron_sffn.data.corpus.minhash import Near, index_of
+from megatron_sffn.data.corpus.minhash import MinHash, empty_index
 from megatron_sffn.data.output.atomic_output import published
 from megatron_sffn.data.text.chunks import TextChunk, read_chunks
 from megatron_sffn.data.text.documents import Document, DocumentError, documents_of
@@ -62,11 +62,11 @@ class Signer:
 
     Args:
         key: of the text.
-        near: how near-duplicates are found, if they are.
+        minhash: how near-duplicates are found, if they are.
     """
 
     key: str
-    near: Near | None
+    minhash: MinHash | None
 
     def __call__(self, chunks: Sequence[TextChunk]) -> Batch:
         """Up to the first document that is wrong."""
@@ -89,16 +89,16 @@ class Signer:
             number=document.number,
             line=as_line(document, self.key, text),
             digest=hashlib.blake2b(normal.encode(), digest_size=DIGEST_BYTES).digest(),
-            sketch=self.near.sketch(normal) if self.near else None,
+            sketch=self.minhash.sketch(normal) if self.minhash else None,
         )
 
 
 class Seen:
     """The documents that stay, and where each of them is."""
 
-    def __init__(self, near: Near | None) -> None:
+    def __init__(self, minhash: MinHash | None) -> None:
         self._digests: dict[bytes, int] = {}
-        self._sketches = index_of(near) if near else None
+        self._sketches = empty_index(minhash) if minhash else None
         self._paths: list[str] = []
         # A number of the file, and one in the file: 8 bytes for a document.
         self._places = array("Q")
@@ -137,8 +137,8 @@ class Result:
     path: str
     report: str
     kept: int = 0
-    exact: int = 0
-    near: int = 0
+    exact_duplicates: int = 0
+    near_duplicates: int = 0
     kept_bytes: int = 0
     left_out_bytes: int = 0
 
@@ -149,15 +149,15 @@ class Result:
             self.kept += 1
             self.kept_bytes += size
         else:
-            self.exact += found["reason"] == "exact"
-            self.near += found["reason"] == "near"
+            self.exact_duplicates += found["reason"] == "exact"
+            self.near_duplicates += found["reason"] == "near"
             self.left_out_bytes += size
 
 
 def dedup(
     sources: Sequence[Source],
     key: str,
-    near: Near | None,
+    minhash: MinHash | None,
     prefix: str,
     *,
     workers: int,
@@ -169,7 +169,7 @@ def dedup(
     Args:
         sources: of the documents.
         key: of the text that is compared.
-        near: how near-duplicates are found; None: only exact ones are.
+        minhash: how near-duplicates are found; None: only exact ones are.
         prefix: path and first part of the name of both files.
         workers: processes that hash.
         overwrite: replace files that are there.
@@ -180,8 +180,8 @@ def dedup(
     """
     files = [Path(f"{prefix}_duplicates.jsonl"), Path(f"{prefix}.jsonl")]
     result = Result(path=str(files[1]), report=str(files[0]))
-    seen = Seen(near)
-    sign = Signer(key=key, near=near)
+    seen = Seen(minhash)
+    sign = Signer(key=key, minhash=minhash)
     with (
         published(prefix, files, overwrite=overwrite) as folder,
         (folder / files[0].name).open("wb") as report,

@@ -30,7 +30,7 @@ all of this for every text: of 60 words they cost 13 microseconds, at 1 << 16 it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Near:
+class MinHash:
     """What near-duplicates are.
 
     Args:
@@ -90,8 +90,8 @@ def rensa() -> Any:
     return library
 
 
-def index_of(near: Near) -> Any:
+def empty_index(minhash: MinHash) -> Any:
     """An index of sketches, empty."""
     return rensa().RMinHashDeduplicator(
-        threshold=near.threshold, num_perm=HASHES, use_lsh=True, num_bands=near.num_bands
+        threshold=minhash.threshold, num_perm=HASHES, use_lsh=True, num_bands=minhash.num_bands
     )
