@@ -25,7 +25,7 @@ from typing import Any
 import orjson
 
 from megatron_sffn.data.corpus.minhash import MinHash, empty_index
-from megatron_sffn.data.output.atomic_output import published
+from megatron_sffn.data.output.atomic_output import atomic_output
 from megatron_sffn.data.text.chunks import TextChunk, read_chunks
 from megatron_sffn.data.text.documents import Document, DocumentError, documents_of
 from megatron_sffn.data.text.jsonl import as_line
@@ -183,7 +183,7 @@ def dedup(
     seen = Seen(minhash)
     sign = Signer(key=key, minhash=minhash)
     with (
-        published(prefix, files, overwrite=overwrite) as folder,
+        atomic_output(prefix, files, overwrite=overwrite) as folder,
         (folder / files[0].name).open("wb") as report,
         (folder / files[1].name).open("wb", 1 << 20) as kept,
         closing(encode_in_order(sign, read_chunks(sources), workers)) as batches,

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy
 
 from megatron_sffn.data.indexed.format import Index, IndexWriter, Lengths, pieces
-from megatron_sffn.data.output.atomic_output import bin_and_idx, published
+from megatron_sffn.data.output.atomic_output import atomic_output, bin_and_idx
 from megatron_sffn.data.text.chunks import read_chunks
 from megatron_sffn.data.text.documents import DocumentError, documents_of, read_documents
 from megatron_sffn.data.text.jsonl import as_line
@@ -160,7 +160,7 @@ def split_text(
     counts = [
         Count(name=name, path=str(path)) for name, path in zip(parts.names, files, strict=True)
     ]
-    with published(prefix, files, overwrite=overwrite) as folder:
+    with atomic_output(prefix, files, overwrite=overwrite) as folder:
         with ExitStack() as stack:
             outputs = [
                 stack.enter_context((folder / path.name).open("wb", BUFFER_BYTES)) for path in files
@@ -202,7 +202,7 @@ def split_datasets(
     prefixes = [f"{prefix}_{name}" for name in parts.names]
     files = [path for one in prefixes for path in bin_and_idx(one)]
     dtype = indices[0].dtype
-    with published(prefix, files, overwrite=overwrite) as folder, ExitStack() as stack:
+    with atomic_output(prefix, files, overwrite=overwrite) as folder, ExitStack() as stack:
         outputs = [
             stack.enter_context(closing(_Pair(folder / Path(one).name, dtype))) for one in prefixes
         ]

@@ -21,7 +21,7 @@ from io import FileIO
 from megatron_sffn.data.indexed.blends import check_weights
 from megatron_sffn.data.indexed.find import check_same_type, open_datasets
 from megatron_sffn.data.indexed.format import Index, IndexWriter, open_index, pieces
-from megatron_sffn.data.output.atomic_output import bin_and_idx, published
+from megatron_sffn.data.output.atomic_output import atomic_output, bin_and_idx
 from megatron_sffn.utils.errors import ConfigError
 
 COPY_BYTES = 64 << 20
@@ -117,7 +117,7 @@ def merge(
                 f"--output-prefix {prefix} is one of the data sets to merge; give another"
             )
     with (
-        published(prefix, paths, overwrite=overwrite) as folder,
+        atomic_output(prefix, paths, overwrite=overwrite) as folder,
         closing(IndexWriter(indices[0].dtype, folder)) as writer,
         (folder / paths[0].name).open("wb", buffering=0) as target,
     ):

@@ -20,7 +20,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def published(prefix: str, files: Sequence[Path], *, overwrite: bool) -> Iterator[Path]:
+def atomic_output(prefix: str, files: Sequence[Path], *, overwrite: bool) -> Iterator[Path]:
     """A folder in which to write `files`, which get their places when the block has ended.
 
     Args:
@@ -46,7 +46,7 @@ def published(prefix: str, files: Sequence[Path], *, overwrite: bool) -> Iterato
         if not overwrite:
             refuse_existing(files)
         yield journal.folder
-        journal.publish(State())
+        journal.finish(State())
     except OSError as error:
         if error.errno not in FULL:
             raise

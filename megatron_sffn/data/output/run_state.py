@@ -123,7 +123,7 @@ class RunState:
         self._write("journal.json", asdict(state))
         self.saved = True
 
-    def publish(self, state: State) -> None:
+    def finish(self, state: State) -> None:
         """Give the files their names, and remove the folder."""
         names = self._command["files"]
         for name in names:

@@ -172,7 +172,7 @@ def _run(
         # There is nothing to report, and a report of older files would mislead.
         (journal.folder / job.report.name).unlink()
         job.report.unlink(missing_ok=True)
-    journal.publish(output.state)
+    journal.finish(output.state)
     return output.state
 
 
