@@ -1,7 +1,7 @@
 """Files that appear together, complete, or not at all, where starting anew costs little.
 
 Enters: the paths that a tool is to write. Leaves: the files under these names, once all are whole.
-Choice: the folder, lock and renames of `journal.py`, which tools that work for hours go on from.
+Choice: the folder, lock and renames of `run_state.py`, which tools that work for hours go on from.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def atomic_output(prefix: str, files: Sequence[Path], *, overwrite: bool) -> Ite
         )
     # A name and a time of its own: the work of another tool or run is neither removed nor taken up.
     command = {"started": time.time_ns()}
-    journal = RunState(str(files[0]), list(files), command, lambda message: None)
+    run_state = RunState(str(files[0]), list(files), command, lambda message: None)
     try:
         # First, because it ends the renames among which a run was killed.
-        journal.take_up(repeatable=False)
+        run_state.resume(repeatable=False)
         if not overwrite:
             refuse_existing(files)
-        yield journal.folder
-        journal.finish(State())
+        yield run_state.folder
+        run_state.finish(State())
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -55,8 +55,8 @@ def atomic_output(prefix: str, files: Sequence[Path], *, overwrite: bool) -> Ite
             "another --output-prefix"
         ) from error
     finally:
-        journal.saved = False
-        journal.leave()
+        run_state.saved = False
+        run_state.close()
 
 
 def refuse_existing(files: Sequence[Path]) -> None:

@@ -5,11 +5,11 @@ under their names, all complete; or, after a kill, the folder `PREFIX.partial`, 
 `journal.json` says how far input and files were when all of them were last on the disk.
 
 Choices
-- The same command goes on: its files are cut to what the journal says. Another command, or other
+- The same command goes on: its files are cut to what the state says. Another command, or other
   inputs, start anew.
 - The lock is one of the process alone (`lockf`): workers that outlive a killed run for a moment do
   not hold it.
-- The journal says when the renames begin: after a kill among them the next run ends them.
+- The state says when the renames begin: after a kill among them the next run ends them.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class RunState:
             "--output-prefix"
         )
 
-    def take_up(self, *, repeatable: bool) -> State | None:
+    def resume(self, *, repeatable: bool) -> State | None:
         """What a run of the same command left; None: the folder is empty.
 
         Args:
@@ -133,7 +133,7 @@ class RunState:
         self._rename(names)
         self.discard()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """End the lock; the folder stays for the next run, if there is something to take up."""
         if not self._lock.closed:
             if self.saved:

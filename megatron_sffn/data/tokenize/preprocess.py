@@ -111,36 +111,36 @@ def preprocess(
         ConfigError: a document is wrong, there is no text, the disk is full, or files exist.
     """
     inputs = [(source.path, source.size, source.modified) for source in job.sources]
-    journal = RunState(job.prefix, job.files, {**job.command, "inputs": inputs}, say)
+    run_state = RunState(job.prefix, job.files, {**job.command, "inputs": inputs}, say)
     try:
-        state = journal.take_up(repeatable=job.repeatable)
+        state = run_state.resume(repeatable=job.repeatable)
         if state is not None and state.complete:
-            journal.discard()
+            run_state.discard()
             return state
         job.refuse_existing()
         if state is not None:
-            say(f"going on in {journal.folder}, after {state.documents} documents")
+            say(f"going on in {run_state.folder}, after {state.documents} documents")
         start = state or State(tokens=(0,) * len(job.keys))
-        return _run(job, journal, start, make_encoder, work, say)
+        return _run(job, run_state, start, make_encoder, work, say)
     except KeyboardInterrupt:
-        then = "goes on from the last note of how far it was" if journal.saved else "starts anew"
+        then = "goes on from the last note of how far it was" if run_state.saved else "starts anew"
         say(f"interrupted; the same command {then}")
         raise
     except OSError as error:
         if error.errno not in FULL:
             raise
-        kept = "which goes on where it stopped" if journal.saved else "which starts anew"
+        kept = "which goes on where it stopped" if run_state.saved else "which starts anew"
         raise ConfigError(
-            f"{journal.folder} has no room ({error.strerror}); free some and give the same "
+            f"{run_state.folder} has no room ({error.strerror}); free some and give the same "
             f"command, {kept}"
         ) from error
     finally:
-        journal.leave()
+        run_state.close()
 
 
 def _run(
     job: Job,
-    journal: RunState,
+    run_state: RunState,
     start: State,
     make_encoder: Callable[[list[str]], Encoder],
     work: Work,
@@ -152,27 +152,27 @@ def _run(
     progress = Progress(total_size(job.sources), job.log_interval, start)
     saved = time.monotonic()
     with (
-        closing(_Output(job, journal.folder, encoder, start)) as output,
+        closing(_Output(job, run_state.folder, encoder, start)) as output,
         closing(work(encoder, chain(first, chunks))) as results,
     ):
         for encoded in results:
             if encoded.faults and not job.skip:
-                _keep_for_another_try(journal, output, say)
+                _keep_for_another_try(run_state, output, say)
                 raise DocumentError(encoded.faults[0])
             output.add(encoded)
             progress.update(output.state)
             if job.repeatable and time.monotonic() - saved >= SAVE_SECONDS:
-                journal.save(output.sync())
+                run_state.save(output.sync())
                 saved = time.monotonic()
-        _refuse_no_text(job, journal, output)
+        _refuse_no_text(job, run_state, output)
         if job.repeatable:
-            journal.save(output.sync())
+            run_state.save(output.sync())
         output.finish()
     if not (job.skip or output.state.skipped):
         # There is nothing to report, and a report of older files would mislead.
-        (journal.folder / job.report.name).unlink()
+        (run_state.folder / job.report.name).unlink()
         job.report.unlink(missing_ok=True)
-    journal.finish(output.state)
+    run_state.finish(output.state)
     return output.state
 
 
@@ -248,18 +248,18 @@ class _Output:
             self._report.close()
 
 
-def _keep_for_another_try(journal: RunState, output: _Output, say: Say) -> None:
+def _keep_for_another_try(run_state: RunState, output: _Output, say: Say) -> None:
     """Hours of work should not be lost to one bad document."""
-    if journal.saved:
+    if run_state.saved:
         documents = output.sync().documents
-        journal.save(output.state)
+        run_state.save(output.state)
         say(
-            f"{journal.folder} keeps {documents} documents: the same command goes on there, also "
+            f"{run_state.folder} keeps {documents} documents: the same command goes on there, also "
             "with --on-error skip"
         )
 
 
-def _refuse_no_text(job: Job, journal: RunState, output: _Output) -> None:
+def _refuse_no_text(job: Job, run_state: RunState, output: _Output) -> None:
     """Refuse a data set without a token; the reasons are in the sentence, as no report stays."""
     state = output.state
     for key, tokens in zip(job.keys, state.tokens, strict=True):
@@ -268,10 +268,10 @@ def _refuse_no_text(job: Job, journal: RunState, output: _Output) -> None:
         message = f"the input holds {state.documents} documents and no text under {key!r}"
         if state.skipped:
             output.sync()
-            reasons = list_reasons(journal.folder / job.report.name)
+            reasons = list_reasons(run_state.folder / job.report.name)
             left = "all" if not state.documents else "the other"
             message = f"{message}, and {left} {state.skipped} were left out ({reasons})"
-        journal.discard()
+        run_state.discard()
         raise ConfigError(f"{message}; give files with text")
 
 

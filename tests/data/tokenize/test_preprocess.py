@@ -97,8 +97,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
     """Make the run die, without a word, after it was saved so many times."""
     save, count = RunState.save, iter(range(saves))
 
-    def counted(journal: RunState, state: State) -> None:
-        save(journal, state)
+    def counted(run_state: RunState, state: State) -> None:
+        save(run_state, state)
         if next(count, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -140,9 +140,9 @@ def test_the_same_command_goes_on(
         process = start(lambda: preprocess_data.main(command))
         process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    journal = json.loads((tmp_path / "out.partial" / "journal.json").read_text())
-    assert journal["documents"] > saves
-    # What was written behind the journal, whole or in part, is cut off.
+    saved_state = json.loads((tmp_path / "out.partial" / "journal.json").read_text())
+    assert saved_state["documents"] > saves
+    # What was written after the saved state, whole or in part, is cut off.
     for path in (tmp_path / "out.partial").glob("out_*"):
         with path.open("ab") as file:
             file.write(b"more")
@@ -150,7 +150,9 @@ def test_the_same_command_goes_on(
     others = ["--workers", "2", "--log-interval", "7", "--engine", "tokenizers"]
     assert preprocess_data.main([*command, *others]) == 0
     said = capfd.readouterr()
-    assert f"going on in {tmp_path / 'out.partial'}, after {journal['documents']} docu" in said.err
+    assert (
+        f"going on in {tmp_path / 'out.partial'}, after {saved_state['documents']} docu" in said.err
+    )
     assert "out_text_document: 588 documents" in said.out
     assert "12 documents left out (12 is not JSON)" in said.out
     assert files_of(tmp_path) == expected
@@ -376,8 +378,8 @@ def test_interrupted(
 ) -> None:
     save, count = RunState.save, iter(range(9))
 
-    def counted(journal: RunState, state: State) -> None:
-        save(journal, state)
+    def counted(run_state: RunState, state: State) -> None:
+        save(run_state, state)
         if next(count, None) is None:
             signal.raise_signal(signal.SIGINT)
 
