@@ -188,7 +188,7 @@ def command_of(args: argparse.Namespace) -> dict[str, Any]:
     return flags
 
 
-def recipe_of(args: argparse.Namespace) -> EncoderSpec:
+def encoder_spec_of(args: argparse.Namespace) -> EncoderSpec:
     """How the flags want texts to become ids."""
     return EncoderSpec(
         tokenizer=args,
@@ -201,11 +201,11 @@ def recipe_of(args: argparse.Namespace) -> EncoderSpec:
 
 
 @contextmanager
-def workers(args: argparse.Namespace, recipe: EncoderSpec, loaded: Loaded) -> Iterator[Work]:
+def workers(args: argparse.Namespace, encoder_spec: EncoderSpec, loaded: Loaded) -> Iterator[Work]:
     """Those that encode: processes of this machine, or of a Ray cluster."""
     if args.ray:
         with connected(args.ray, say) as cluster:
-            yield cluster.work(recipe, loaded)
+            yield cluster.work(encoder_spec, loaded)
     else:
         # Not os.cpu_count(): in a container or a Slurm step fewer cores may be ours.
         count = args.workers or len(os.sched_getaffinity(0))
@@ -226,11 +226,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_arguments(args)
     job = describe(args)
     start = time.monotonic()
-    recipe = recipe_of(args)
-    loaded = recipe.load()
+    encoder_spec = encoder_spec_of(args)
+    loaded = encoder_spec.load()
     try:
-        with workers(args, recipe, loaded) as work:
-            done = preprocess(job, lambda sample: recipe.encoder(loaded, sample, say), work, say)
+        with workers(args, encoder_spec, loaded) as work:
+            done = preprocess(
+                job, lambda sample: encoder_spec.encoder(loaded, sample, say), work, say
+            )
     except KeyboardInterrupt:  # which was said
         return 130
     seconds = time.monotonic() - start

@@ -1,7 +1,7 @@
 """What makes the encoder of a run: flags, from which another machine makes the same one.
 
 Enters: the flags of `tools/preprocess_data.py` that determine ids. Leaves: an `Encoder`.
-Choice: an encoder holds what libraries have loaded, and cannot travel; its recipe can.
+Choice: an encoder holds what libraries have loaded, and cannot travel; its spec can.
 """
 
 from __future__ import annotations

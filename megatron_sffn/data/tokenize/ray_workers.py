@@ -6,7 +6,7 @@ Choices
 - This machine reads and writes, the cluster encodes: no disk has to be shared, the files are those
   of a run on one machine, and a kill is survived in the same way.
 - A task keeps nothing: Ray repeats one whose worker or machine is lost.
-- Each worker makes its encoder from the recipe, once: a process of Ray serves one job only. It
+- Each worker makes its encoder from its spec, once: a process of Ray serves one job only. It
   refuses to work with another tokenizer than the one here.
 """
 
@@ -56,22 +56,22 @@ class Cluster:
         return int(self._ray.cluster_resources().get("CPU", 0))
 
     def work(
-        self, recipe: EncoderSpec, loaded: Loaded
+        self, encoder_spec: EncoderSpec, loaded: Loaded
     ) -> Callable[[Encoder, Iterable[TextChunk]], Generator[Encoded, None, None]]:
         """A function that encodes chunks on all CPUs, and gives what becomes of them in order.
 
         Args:
-            recipe: of the encoder that it will be given, which is made of it elsewhere, too.
-            loaded: by the recipe, here.
+            encoder_spec: of the encoder that it will be given, which is made of it elsewhere, too.
+            loaded: by it, on this machine.
         """
-        return partial(self._encode_in_order, recipe, recipe.digest(loaded))
+        return partial(self._encode_in_order, encoder_spec, encoder_spec.digest(loaded))
 
     def _encode_in_order(
-        self, recipe: EncoderSpec, digest: str, encoder: Encoder, chunks: Iterable[TextChunk]
+        self, encoder_spec: EncoderSpec, digest: str, encoder: Encoder, chunks: Iterable[TextChunk]
     ) -> Generator[Encoded, None, None]:
-        recipe = replace(recipe, engine=encoder.engine.name)
+        encoder_spec = replace(encoder_spec, engine=encoder.engine.name)
         task = self._ray.remote(num_cpus=1, max_retries=TRIES)(_encode)
-        start = partial(self._start, task, self._ray.put((recipe, digest)))
+        start = partial(self._start, task, self._ray.put((encoder_spec, digest)))
         yield from in_order(start, chunks, AHEAD_BYTES * max(self.workers, 1))
         shares = ", ".join(f"{size / 1e6:.1f} MB on {node}" for node, size in self._bytes.items())
         self._say(f"Ray encoded {shares}")
@@ -155,16 +155,16 @@ def _encode(shared: tuple[EncoderSpec, str], chunks: list[TextChunk]) -> tuple[s
     return node, _encoder(chunks)
 
 
-def _make_encoder(recipe: EncoderSpec, digest: str, node: str) -> Encoder:
+def _make_encoder(encoder_spec: EncoderSpec, digest: str, node: str) -> Encoder:
     # A worker has one CPU.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        loaded = recipe.load()
-        if recipe.digest(loaded) != digest:
+        loaded = encoder_spec.load()
+        if encoder_spec.digest(loaded) != digest:
             raise ConfigError(
                 "the tokenizer is another than where the command was given; copy its files, and "
                 "install the same versions"
             )
-        return recipe.encoder(loaded, [], lambda message: None)
+        return encoder_spec.encoder(loaded, [], lambda message: None)
     except ConfigError as error:
         raise ConfigError(f"on {node}: {error}") from error

@@ -83,7 +83,7 @@ def test_a_change_of_text_is_found(tmp_path: Path) -> None:
     assert changed_text(lossy, ["words word"]) is None
 
 
-def recipe(args: argparse.Namespace) -> EncoderSpec:
+def encoder_spec_of(args: argparse.Namespace) -> EncoderSpec:
     """Of plain documents."""
     return EncoderSpec(
         tokenizer=args,
@@ -114,7 +114,7 @@ def test_a_class_that_is_not_that_of_the_file(tmp_path: Path, lowercase: bool) -
 
     def load(name: str) -> EncoderSpec:
         config.write_text(json.dumps({"tokenizer_class": name, "eos_token": "<|endoftext|>"}))
-        return recipe(arguments(tokenizers.hugging_face(folder)))
+        return encoder_spec_of(arguments(tokenizers.hugging_face(folder)))
 
     right = load("PreTrainedTokenizerFast").load()[0]
     assert rebuilt(right, str(folder)) is None
@@ -139,7 +139,7 @@ def test_a_tokenizer_that_leaves_out_merges(tmp_path: Path) -> None:
     content = json.loads(file.read_text())
     content["model"]["dropout"] = 0.5
     file.write_text(json.dumps(content))
-    made, said = recipe(arguments(flags)), []
+    made, said = encoder_spec_of(arguments(flags)), []
     made.encoder(made.load(), ["text"], said.append)
     assert said[0].startswith("warning: the tokenizer leaves out merges at random (dropout")
     assert "ids by Megatron's tokenizer; gigatoken cannot follow BPE dropout (0.5)" in said[1]
