@@ -25,7 +25,7 @@ END = VOCAB - 1
 
 MODEL = (
     "--num-layers 1 --hidden-size 16 --num-attention-heads 1 --max-position-embeddings 64 "
-    f"--tokenizer-type NullTokenizer --vocab-size {VOCAB} --sffn-chunk-size 16 --lr 1e-3"
+    f"--tokenizer-type NullTokenizer --vocab-size {VOCAB} --sffn-block-size 16 --lr 1e-3"
 )
 
 
