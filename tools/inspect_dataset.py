@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_sffn.data.indexed.stats import document_lengths, id_counts, samples
     from megatron_sffn.data.output.meter import Meter
     from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
-    from megatron_sffn.utils.atomic_files import write_whole
+    from megatron_sffn.utils.atomic_files import atomic_write_text
 
     tokenizer = load_tokenizer(args) if args.tokenizer_type else None
     indices = [index for group in open_datasets(args.input) for index in group]
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plot:
         stats_report.draw(lengths, " ".join(args.input), args.plot)
     if args.json:
-        write_whole(args.json, json.dumps(record, indent=2) + "\n")
+        atomic_write_text(args.json, json.dumps(record, indent=2) + "\n")
     return 0
 
 

@@ -14,6 +14,7 @@ import inspect_dataset
 import numpy
 import pytest
 
+from megatron_sffn.data.indexed import format as index_format
 from megatron_sffn.data.indexed import stats
 from megatron_sffn.data.indexed.format import open_index
 from megatron_sffn.data.indexed.stats import document_lengths, id_counts, samples
@@ -65,7 +66,7 @@ def test_the_command(tmp_path: Path, start_tool: Any, tokenizer_folder: Path) ->
 def test_the_numbers_are_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], piece: int
 ) -> None:
-    for module in (format, stats):
+    for module in (index_format, stats):
         monkeypatch.setattr(module, "PIECE", piece)
     prefixes = [
         write_pair(tmp_path / "a", DOCUMENTS[:123]),
@@ -130,7 +131,7 @@ def test_samples(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (format, stats):
+    for module in (index_format, stats):
         monkeypatch.setattr(module, "PIECE", 1 << 12)
     lengths = [1 + number % 5 for number in range(100_000)]
     index = open_index(write_pair(tmp_path / "a", [[[1] * length] for length in lengths]))

@@ -5,7 +5,6 @@ Enters: what `inspection.py` counted. Leaves: lines, a JSON-able record, a PNG, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy
 from megatron_sffn.data.indexed.format import Index
 from megatron_sffn.data.indexed.stats import Counts, Lengths, Sample
 from megatron_sffn.data.output.meter import size
+from megatron_sffn.utils.atomic_files import atomic_path
 from megatron_sffn.utils.errors import ConfigError, require
 
 BAR = 30
@@ -192,9 +192,5 @@ def draw(lengths: Lengths, title: str, path: Path) -> None:
         axes.set_ylabel(f"{what} in documents of this length" if what == "tokens" else what)
         axes.set_ylim(0, None)
         axes.spines[["top", "right"]].set_visible(False)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(part, format=path.suffix[1:], dpi=110)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], dpi=110)

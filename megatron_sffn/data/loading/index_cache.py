@@ -19,8 +19,6 @@ import contextlib
 import copy
 import logging
 import os
-import secrets
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,14 +34,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from numpy.typing import NDArray
 
 from megatron_sffn.data.loading.stale_index import belongs, is_newer
+from megatron_sffn.utils.atomic_files import atomic_path
 from megatron_sffn.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "description.txt"
-STALE_SECONDS = 3600.0
-"""A part that nobody wrote to for so long is what a kill left."""
-
 Sizes = Sequence[int | None]
 
 
@@ -133,10 +129,10 @@ class IndexSet:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for path, array in zip(paths, arrays, strict=True):
-                with _replaced(path) as part, part.open("wb") as file:
+                with atomic_path(path) as partial, partial.open("wb") as file:
                     numpy.save(file, array)
-            with _replaced(description) as part:
-                part.write_text(self._dataset.unique_description)
+            with atomic_path(description) as partial:
+                partial.write_text(self._dataset.unique_description)
         except OSError as error:
             raise ConfigError(
                 f"index caches cannot be written to {self._folder} ({error.strerror}); give "
@@ -271,21 +267,6 @@ def _with(config: GPTDatasetConfig, **changes: Any) -> GPTDatasetConfig:
     config = copy.copy(config)
     vars(config).update(changes)
     return config
-
-
-@contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A path to write to, which then replaces the file; several processes may do so at once."""
-    for left in path.parent.glob(f"{path.name}.*.part"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                left.unlink()
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

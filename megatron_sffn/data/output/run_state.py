@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sffn.data.text.chunks import Position
-from megatron_sffn.utils.atomic_files import replaced, sync
+from megatron_sffn.utils.atomic_files import atomic_write, sync
 from megatron_sffn.utils.errors import ConfigError
 
 
@@ -174,5 +174,5 @@ class RunState:
             return None
 
     def _write(self, name: str, content: Any) -> None:
-        with replaced(self.folder / name) as file:
+        with atomic_write(self.folder / name, durable=True) as file:
             file.write(json.dumps(content) + "\n")

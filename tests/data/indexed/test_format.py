@@ -11,7 +11,7 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_sffn.data.indexed import format as indexed
+from megatron_sffn.data.indexed import format as index_format
 from megatron_sffn.data.indexed.format import DTYPES, IndexWriter, check_index, open_index
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.dataset_pairs import random_documents, write_pair
@@ -28,7 +28,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[1, 3, 1 << 20])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries in memory at once: results must not depend on them."""
-    monkeypatch.setattr(indexed, "PIECE", request.param)
+    monkeypatch.setattr(index_format, "PIECE", request.param)
 
 
 def test_types_are_megatrons() -> None:

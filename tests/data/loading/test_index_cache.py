@@ -27,6 +27,7 @@ from megatron_sffn.data.loading.index_cache import (
     index_sets,
 )
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
+from megatron_sffn.utils import atomic_files
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.preprocess_runs import namespace, random_documents, write_dataset
 from tests.support.ranks import run_ranks
@@ -226,7 +227,7 @@ def test_what_a_kill_leaves_is_no_cache(
     assert part.exists(), "another process may still write it"
     index = part.with_name(part.name.split(".")[0] + ".npy")
     index.unlink()
-    old = time.time() - 2 * index_cache.STALE_SECONDS
+    old = time.time() - 2 * atomic_files.STALE_SECONDS
     os.utime(part, (old, old))
     assert complete(request) == (3, 1)
     assert index.exists()
