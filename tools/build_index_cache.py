@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.stderr import say
 from megatron_sffn.utils.warning_filters import silence
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def namespace_of(flags: list[str], ranks: int) -> Namespace:
 
 def report(done: int, missing: int, one: IndexSet) -> None:
     """A line of progress."""
-    print(f"written {done} of {missing}: {one.title}", file=sys.stderr, flush=True)
+    say(f"written {done} of {missing}: {one.title}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

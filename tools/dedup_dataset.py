@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 from megatron_sffn.data.corpus.dedup import dedup
 from megatron_sffn.data.corpus.minhash import UNITS, MinHash
-from megatron_sffn.data.output.meter import Meter, say, size
+from megatron_sffn.data.output.progress import Progress
 from megatron_sffn.data.text.sources import find_sources, total_size
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.human_size import human_size
+from megatron_sffn.utils.stderr import say
 
 DESCRIPTION = """\
 Leave out documents that are copies of an earlier one: exact ones, but for white space and the form
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         MinHash(threshold=args.threshold, size=args.ngram, unit=args.unit) if args.near else None
     )
     sources = find_sources(args.input, [args.json_key], say)
-    meter = Meter("compared", total_size(sources))
+    progress = Progress("compared", total_size(sources))
     result = dedup(
         sources,
         args.json_key,
@@ -89,15 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Not os.cpu_count(): in a container or a Slurm step fewer cores may be ours.
         workers=args.workers or len(os.sched_getaffinity(0)),
         overwrite=args.overwrite,
-        progress=meter.reach,
+        progress=progress.reach,
     )
     exact, near = result.exact_duplicates, result.near_duplicates
     print(
         f"{result.path}: {result.kept} documents of {result.kept + exact + near}, "
-        f"{size(result.kept_bytes)}\n"
+        f"{human_size(result.kept_bytes)}\n"
         f"{result.report}: {exact} exact and {near} near-duplicates, "
-        f"{size(result.left_out_bytes)}\n"
-        f"{meter.end()}"
+        f"{human_size(result.left_out_bytes)}\n"
+        f"{progress.summary()}"
     )
     return 0
 

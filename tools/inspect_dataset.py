@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_sffn.data.indexed import stats_report
     from megatron_sffn.data.indexed.find import open_datasets
     from megatron_sffn.data.indexed.stats import document_lengths, id_counts, samples
-    from megatron_sffn.data.output.meter import Meter
+    from megatron_sffn.data.output.progress import Progress
     from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
     from megatron_sffn.utils.atomic_files import atomic_write_text
 
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths = document_lengths(indices)
     ids = None
     if not args.index_only:
-        ids = id_counts(indices, Meter("read", sum(index.num_bytes for index in indices)).add)
+        ids = id_counts(indices, Progress("read", sum(index.num_bytes for index in indices)).add)
     if tokenizer and ids is not None:
         check_vocabulary(len(ids) - 1, tokenizer)
     found = stats_report.Findings(

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_sffn.data.indexed.merge import merge, merged_weight, open_blend
-from megatron_sffn.data.output.meter import Meter
+from megatron_sffn.data.output.progress import Progress
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
 
 DESCRIPTION = """\
@@ -66,11 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     blend = open_blend(args.input)
     weight = merged_weight(blend)
     indices = [index for group, _ in blend for index in group]
-    meter = Meter("copied", sum(index.num_bytes for index in indices))
-    merged = merge(indices, args.output_prefix, overwrite=args.overwrite, progress=meter.add)
+    progress = Progress("copied", sum(index.num_bytes for index in indices))
+    merged = merge(indices, args.output_prefix, overwrite=args.overwrite, progress=progress.add)
     print(
         f"{merged.prefix}: {merged.num_documents} documents, {merged.num_tokens} tokens "
-        f"({merged.dtype}) of {len(indices)} data sets; {meter.end()}"
+        f"({merged.dtype}) of {len(indices)} data sets; {progress.summary()}"
     )
     if weight is not None:
         print(f"in a blend: {weight:g} {merged.prefix}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from megatron_sffn.data.tokenize.preprocess import Job, Work, list_reasons, prep
 from megatron_sffn.data.tokenize.ray_workers import connected
 from megatron_sffn.data.tokenize.workers import encode_in_order
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.stderr import say
 from megatron_sffn.utils.warning_filters import silence
 
 
@@ -210,11 +210,6 @@ def workers(args: argparse.Namespace, encoder_spec: EncoderSpec, loaded: Loaded)
         # Not os.cpu_count(): in a container or a Slurm step fewer cores may be ours.
         count = args.workers or len(os.sched_getaffinity(0))
         yield partial(encode_in_order, workers=count)
-
-
-def say(message: str) -> None:
-    """One line of progress."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,9 +19,11 @@ from megatron_sffn.data.corpus.split import (
     text_contents,
 )
 from megatron_sffn.data.indexed.find import check_same_type, open_datasets
-from megatron_sffn.data.output.meter import Meter, say, size
+from megatron_sffn.data.output.progress import Progress
 from megatron_sffn.data.text.sources import find_sources, total_size
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.human_size import human_size
+from megatron_sffn.utils.stderr import say
 
 DESCRIPTION = """\
 Split a corpus into parts. A hash of a document's content decides where it goes: it lands in the
@@ -80,16 +82,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def split(args: argparse.Namespace, parts: Parts) -> tuple[list[Count], Meter]:
+def split(args: argparse.Namespace, parts: Parts) -> tuple[list[Count], Progress]:
     """Split what the flags name."""
     if args.tokenized:
         indices = [index for group in open_datasets(args.input) for index in group]
         check_same_type(indices)
         if args.by == "bytes":
             parts = parts.by_bytes(dataset_contents(indices))
-        meter = Meter("split", sum(index.num_bytes for index in indices))
+        progress = Progress("split", sum(index.num_bytes for index in indices))
         counts = split_datasets(
-            indices, parts, args.output_prefix, overwrite=args.overwrite, progress=meter.add
+            indices, parts, args.output_prefix, overwrite=args.overwrite, progress=progress.add
         )
     else:
         sources = find_sources(args.input, [args.json_key], say)
@@ -100,30 +102,30 @@ def split(args: argparse.Namespace, parts: Parts) -> tuple[list[Count], Meter]:
                     "read once; give files, or --by documents"
                 )
             parts = parts.by_bytes(text_contents(sources, args.json_key))
-        meter = Meter("split", total_size(sources))
+        progress = Progress("split", total_size(sources))
         counts = split_text(
             sources,
             args.json_key,
             parts,
             args.output_prefix,
             overwrite=args.overwrite,
-            progress=meter.reach,
+            progress=progress.reach,
         )
-    return counts, meter
+    return counts, progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
     args = build_parser().parse_args(argv)
-    counts, meter = split(args, parse_parts(args.parts, args.seed))
+    counts, progress = split(args, parse_parts(args.parts, args.seed))
     total = sum(count.documents for count in counts)
     for count in counts:
         tokens = "" if count.tokens is None else f", {count.tokens} tokens"
         print(
             f"{count.path}: {count.documents} documents ({count.documents / total:.2%}){tokens}, "
-            f"{size(count.num_bytes)}"
+            f"{human_size(count.num_bytes)}"
         )
-    print(meter.end())
+    print(progress.summary())
     return 0
 
 

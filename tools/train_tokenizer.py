@@ -29,6 +29,7 @@ from megatron_sffn.data.text.chunks import read_chunks
 from megatron_sffn.data.text.documents import Document, DocumentError, read_documents
 from megatron_sffn.data.text.sources import Source, find_sources
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.stderr import say
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -79,7 +80,7 @@ class Sample:
             self.num_bytes += len(text.encode())
             if self.num_bytes // PROGRESS_BYTES > printed:
                 printed = self.num_bytes // PROGRESS_BYTES
-                log(f"read {documents} documents, {self.num_bytes / 1e6:.0f} MB")
+                say(f"read {documents} documents, {self.num_bytes / 1e6:.0f} MB")
             yield text
 
 
@@ -141,11 +142,6 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def log(message: str) -> None:
-    """One line of progress."""
-    print(message, file=sys.stderr, flush=True)
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = CommandParser(description="Train a byte-level BPE tokenizer, offline.")
@@ -193,15 +189,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.output}: {tokenizer.get_vocab_size()} ids, one per byte and two more")
         return 0
     start = time.monotonic()
-    sample = Sample(read_texts(find_sources(args.input, [args.json_key], log), args.json_key))
-    log(f"reading {' '.join(args.input)}")
+    sample = Sample(read_texts(find_sources(args.input, [args.json_key], say), args.json_key))
+    say(f"reading {' '.join(args.input)}")
     tokenizer = train(sample, vocab_size=args.vocab_size, min_frequency=args.min_frequency)
     if not sample.num_bytes:
         raise ConfigError(f"--input {' '.join(args.input)} holds no text; give files with text")
     size = tokenizer.get_vocab_size()
-    log(f"trained on {sample.num_bytes / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
+    say(f"trained on {sample.num_bytes / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
     if size < args.vocab_size:
-        log(f"the text has too few frequent pairs for {args.vocab_size} ids: {size} were made")
+        say(f"the text has too few frequent pairs for {args.vocab_size} ids: {size} were made")
     save(tokenizer, Path(args.output))
     tokens = sum(len(item.ids) for item in tokenizer.encode_batch(sample.kept))
     size_read = sum(len(text.encode()) for text in sample.kept)

@@ -14,7 +14,6 @@ import argparse
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from examples.quickstart import data
 from examples.quickstart.corpus import DEBIAN_PACKAGES, debian_documents
 from megatron_sffn.data.corpus.split import parse_parts
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.stderr import say
 
 EXAMPLE = """\
 examples:
@@ -96,7 +96,7 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 def run(name: str, *words: str) -> None:
     """Run one of `tools/`, and show its command."""
-    print(f"\n$ tools/{name}.py {shlex.join(words)}", file=sys.stderr, flush=True)
+    say(f"\n$ tools/{name}.py {shlex.join(words)}")
     data.run_tool(name, *words)
 
 
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with appearing(args.output) as folder:
             make(args, folder)
     except data.ToolFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 1
     print(f"\n{args.output} is complete; train on it with\n    {training_flags(args)}")
     return 0

@@ -14,9 +14,9 @@ import numpy
 
 from megatron_sffn.data.indexed.format import Index
 from megatron_sffn.data.indexed.stats import Counts, Lengths, Sample
-from megatron_sffn.data.output.meter import size
 from megatron_sffn.utils.atomic_files import atomic_path
 from megatron_sffn.utils.errors import ConfigError, require
+from megatron_sffn.utils.human_size import human_size
 
 BAR = 30
 """Characters of the longest bar."""
@@ -98,7 +98,7 @@ def _text(ids: list[int], decode: Decode | None) -> dict[str, str]:
 def as_lines(record: dict[str, Any]) -> list[str]:
     """The same for a terminal."""
     lines = [
-        f"{one['prefix']}: {_counts(one)} ({one['dtype']}, {size(one['bytes'])})"
+        f"{one['prefix']}: {_counts(one)} ({one['dtype']}, {human_size(one['bytes'])})"
         for one in record["data_sets"]
     ]
     if len(lines) > 1:

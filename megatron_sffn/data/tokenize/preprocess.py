@@ -32,8 +32,10 @@ from megatron_sffn.data.text.sources import Source, total_size
 from megatron_sffn.data.tokenize.dataset_writer import DatasetWriter
 from megatron_sffn.data.tokenize.encoder import Encoded, Encoder
 from megatron_sffn.utils.errors import ConfigError
+from megatron_sffn.utils.human_size import human_size
 
 SAVE_SECONDS = 10.0
+LINE_SECONDS = 1.0
 SAMPLE_BYTES = 1 << 20
 SAMPLED_SOURCES = 8
 LONGEST_SAMPLE = 1 << 16
@@ -149,21 +151,11 @@ def _run(
     chunks = read_chunks(job.sources, columns=job.keys, start=start.position)
     first = list(islice(chunks, 1))
     encoder = make_encoder(sample_texts(job, first))
-    progress = Progress(total_size(job.sources), job.log_interval, start)
-    saved = time.monotonic()
     with (
         closing(_Output(job, run_state.folder, encoder, start)) as output,
         closing(work(encoder, chain(first, chunks))) as results,
     ):
-        for encoded in results:
-            if encoded.faults and not job.skip:
-                _keep_for_another_try(run_state, output, say)
-                raise DocumentError(encoded.faults[0])
-            output.add(encoded)
-            progress.update(output.state)
-            if job.repeatable and time.monotonic() - saved >= SAVE_SECONDS:
-                run_state.save(output.sync())
-                saved = time.monotonic()
+        _write(results, output, job, run_state, start, say)
         _refuse_no_text(job, run_state, output)
         if job.repeatable:
             run_state.save(output.sync())
@@ -174,6 +166,39 @@ def _run(
         job.report.unlink(missing_ok=True)
     run_state.finish(output.state)
     return output.state
+
+
+def _write(
+    results: Iterable[Encoded],
+    output: _Output,
+    job: Job,
+    run_state: RunState,
+    start: State,
+    say: Say,
+) -> None:
+    """Write the ids as they come, save the state of the run, and print progress."""
+    progress = Progress(
+        "processed", total_size(job.sources), done=start.consumed, line_seconds=LINE_SECONDS
+    )
+    lines_reached = start.documents // job.log_interval
+    last_save = time.monotonic()
+    for encoded in results:
+        if encoded.faults and not job.skip:
+            _keep_for_another_try(run_state, output, say)
+            raise DocumentError(encoded.faults[0])
+        output.add(encoded)
+        state = output.state
+        if state.documents // job.log_interval > lines_reached and progress.is_due:
+            lines_reached = state.documents // job.log_interval
+            rate = (state.num_bytes - start.num_bytes) / progress.seconds
+            what = (
+                f"{state.documents} documents, {human_size(state.num_bytes)} "
+                f"({rate / 1e6:.1f} MB/s), {sum(state.tokens) / 1e6:.2f} M tokens"
+            )
+            progress.print(what, state.consumed)
+        if job.repeatable and time.monotonic() - last_save >= SAVE_SECONDS:
+            run_state.save(output.sync())
+            last_save = time.monotonic()
 
 
 def sample_texts(job: Job, first: Sequence[TextChunk]) -> list[str]:
