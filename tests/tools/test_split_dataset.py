@@ -143,7 +143,7 @@ def test_the_parts_never_change() -> None:
 
 
 def test_content_alone_decides(tmp_path: Path) -> None:
-    """Other files, order, format, keys, packing, copies: the same documents are held out."""
+    """Other files, order, format, keys, compression, copies: the same documents are held out."""
     shuffled = random.Random(0).sample(TEXTS, len(TEXTS))
     first = write(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
     assert run("--input", first, "--output-prefix", tmp_path / "a", *PARTS) == 0

@@ -1,6 +1,6 @@
 """What was found in data sets, for a terminal, for other programs, and as a picture.
 
-Enters: what `inspection.py` counted. Leaves: lines, a JSON-able record, a PNG, PDF or SVG file.
+Enters: what `stats.py` counted. Leaves: lines, a JSON-able record, a PNG, PDF or SVG file.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from backports import zstd
 
-from megatron_sffn.data.text.compression import unpack
+from megatron_sffn.data.text.compression import decompressed
 from megatron_sffn.data.text.sources import Source, open_raw
 
 CHUNK_BYTES = 1 << 20
@@ -190,7 +190,7 @@ def _read_documents(
 
 
 def _read_lines(source: Source, start: Position) -> Iterator[TextChunk]:
-    with open_raw(source) as raw, unpack(raw, source.packing) as stream:
+    with open_raw(source) as raw, decompressed(raw, source.compression) as stream:
         if start.offset:
             stream.seek(start.offset)
         else:
@@ -263,7 +263,7 @@ def _skip_line(stream: BinaryIO) -> tuple[int, bytes]:
 def _read_text(source: Source, start: Position) -> Iterator[TextChunk]:
     if start.number:
         return
-    with open_raw(source) as raw, unpack(raw, source.packing) as stream:
+    with open_raw(source) as raw, decompressed(raw, source.compression) as stream:
         _refuse_other_formats(source, stream)
         content = stream.read(LONGEST_DOCUMENT + 1)
     fault = _too_long(source, None) if len(content) > LONGEST_DOCUMENT else None

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, cast
 
 from backports import zstd
 
-PACKINGS: dict[str, Any] = {".gz": gzip, ".bz2": bz2, ".xz": lzma, ".zst": zstd}
+COMPRESSIONS: dict[str, Any] = {".gz": gzip, ".bz2": bz2, ".xz": lzma, ".zst": zstd}
 """Ending -> module."""
 
 READ_BYTES = 1 << 16
@@ -28,21 +28,21 @@ XZ_PADDING = 4
 """Zeros between streams of .xz come in this multiple."""
 
 
-def unpack(raw: BinaryIO, packing: str) -> BinaryIO:
+def decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
     """The content of a file.
 
     Args:
         raw: the file.
-        packing: ending of its compression, or none.
+        compression: ending of its compression, or none.
     """
-    if packing == ".xz":
+    if compression == ".xz":
         return cast(BinaryIO, io.BufferedReader(_Streams(raw, lzma.LZMADecompressor, XZ_PADDING)))
-    if packing == ".bz2":
+    if compression == ".bz2":
         return cast(BinaryIO, io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor, 1)))
-    if packing == ".zst":
+    if compression == ".zst":
         options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
         return cast(BinaryIO, zstd.open(raw, options=options))
-    return cast(BinaryIO, PACKINGS[packing].open(raw)) if packing else raw
+    return cast(BinaryIO, COMPRESSIONS[compression].open(raw)) if compression else raw
 
 
 class _Streams(io.RawIOBase):

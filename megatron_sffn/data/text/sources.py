@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from glob import glob
 from typing import BinaryIO
 
-from megatron_sffn.data.text.compression import PACKINGS
+from megatron_sffn.data.text.compression import COMPRESSIONS
 from megatron_sffn.utils.errors import ConfigError
 
 STANDARD_INPUT = "-"
@@ -41,14 +41,14 @@ class Source:
     Args:
         path: of the file, or `-` for standard input.
         kind: `lines`, `text` or `rows`.
-        packing: ending of its compression, or none.
+        compression: ending of its compression, or none.
         size: bytes on disk; None for a pipe, which is read once and from its start.
         modified: nanoseconds.
     """
 
     path: str
     kind: str
-    packing: str
+    compression: str
     size: int | None
     modified: int
 
@@ -141,8 +141,8 @@ def _files_below(folder: str, say: Callable[[str], None]) -> dict[str, str]:
     if not kinds:
         raise ConfigError(
             f"--input {folder} is a folder without text; it may hold files that end in "
-            f"{', '.join(KINDS)}, or in these and {', '.join(PACKINGS)}, or, if there are none of "
-            "these, text in files without an ending"
+            f"{', '.join(KINDS)}, or in these and {', '.join(COMPRESSIONS)}, or, if there are none "
+            "of these, text in files without an ending"
         )
     if left := [path for path in others if path not in kinds]:
         endings = Counter(
@@ -188,21 +188,21 @@ def _kind_of_content(path: str) -> str:
 
 def _ending(name: str) -> tuple[str, str]:
     """Kind by the ending of a name, or none, and the ending of its compression, or none."""
-    stem, packing = os.path.splitext(name)
-    if packing not in PACKINGS:
-        stem, packing = name, ""
-    return KINDS.get(os.path.splitext(stem)[1], ""), packing
+    stem, compression = os.path.splitext(name)
+    if compression not in COMPRESSIONS:
+        stem, compression = name, ""
+    return KINDS.get(os.path.splitext(stem)[1], ""), compression
 
 
 def _source(path: str, kind: str) -> Source:
     """A source of a path; its name says of which kind it is, unless that is given."""
     if path == STANDARD_INPUT:
-        return Source(path=path, kind="lines", packing="", size=None, modified=0)
+        return Source(path=path, kind="lines", compression="", size=None, modified=0)
     if not os.access(path, os.R_OK):
         raise ConfigError(f"--input {path} cannot be read by this user; change its permissions")
-    ending, packing = _ending(path)
+    ending, compression = _ending(path)
     kind = kind or ending
-    if kind == "rows" and packing:
+    if kind == "rows" and compression:
         raise ConfigError(
             f"--input {path} is compressed Parquet, which is read out of order; decompress the "
             "file: Parquet compresses its columns by itself"
@@ -210,7 +210,11 @@ def _source(path: str, kind: str) -> Source:
     entry = os.stat(path)
     size = entry.st_size if stat.S_ISREG(entry.st_mode) else None
     return Source(
-        path=path, kind=kind or "lines", packing=packing, size=size, modified=entry.st_mtime_ns
+        path=path,
+        kind=kind or "lines",
+        compression=compression,
+        size=size,
+        modified=entry.st_mtime_ns,
     )
 
 

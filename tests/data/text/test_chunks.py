@@ -1,4 +1,4 @@
-"""Chunks: all of a file whatever its packing, from any place on, and never more of it in memory."""
+"""Chunks: a file is read completely, from any position, and only one chunk is in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyarrow import parquet
 from megatron_sffn.data.text import chunks as text_chunks
 from megatron_sffn.data.text import parquet as rows
 from megatron_sffn.data.text.chunks import Position, TextChunk, read_chunks
-from megatron_sffn.data.text.compression import PACKINGS
+from megatron_sffn.data.text.compression import COMPRESSIONS
 from megatron_sffn.data.text.documents import documents_of
 from megatron_sffn.data.text.sources import find_sources
 
@@ -35,7 +35,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write(path: Path, content: bytes = LINES) -> str:
     """Compressed, if the name says so; in two parts, as `cat a.gz b.gz` makes them."""
-    library: Any = PACKINGS.get(path.suffix)
+    library: Any = COMPRESSIONS.get(path.suffix)
     if library is None:
         path.write_bytes(content)
         return str(path)
@@ -57,13 +57,13 @@ def texts_of(found: list[TextChunk]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("packing", ["", *PACKINGS])
-def test_lines_are_read_from_any_chunk_on(tmp_path: Path, packing: str) -> None:
-    path = write(tmp_path / f"a.jsonl{packing}")
+@pytest.mark.parametrize("compression", ["", *COMPRESSIONS])
+def test_lines_are_read_from_any_chunk_on(tmp_path: Path, compression: str) -> None:
+    path = write(tmp_path / f"a.jsonl{compression}")
     found = read(path)
     assert len(found) > 10
     assert texts_of(found) == TEXTS
-    assert all(len(chunk.content) < 3 * text_chunks.CHUNK_BYTES or packing for chunk in found)
+    assert all(len(chunk.content) < 3 * text_chunks.CHUNK_BYTES or compression for chunk in found)
     assert [chunk.number for chunk in found] == [1, *(chunk.end.number + 1 for chunk in found[:-1])]
     consumed = [chunk.consumed for chunk in found]
     assert consumed == sorted(consumed) and consumed[-1] == os.path.getsize(path)
@@ -123,37 +123,39 @@ def test_empty_files(tmp_path: Path) -> None:
     assert read(str(tmp_path / "a.parquet")) == []
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_a_truncated_archive_gives_what_is_there(tmp_path: Path, packing: str) -> None:
-    # Text that does not compress, so that every packing has given a part of it before the end.
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_truncated_archive_gives_what_is_there(tmp_path: Path, compression: str) -> None:
+    # Text that does not compress, so that every compression has given a part of it before the end.
     random = os.urandom(300_000).hex().encode()
     lines = b"".join(b'{"text": "%s"}\n' % random[at : at + 500] for at in range(0, 600_000, 500))
-    path = tmp_path / f"a.jsonl{packing}"
-    path.write_bytes(PACKINGS[packing].compress(lines)[: 200_000 if packing != ".bz2" else -5])
+    path = tmp_path / f"a.jsonl{compression}"
+    path.write_bytes(
+        COMPRESSIONS[compression].compress(lines)[: 200_000 if compression != ".bz2" else -5]
+    )
     other = write(tmp_path / "b.jsonl")
     *found, last, _ = (found := read(str(path), other))[: -len(read(other)) + 1]
     read_lines = last.number - 1
     assert b"".join(chunk.content for chunk in found) == b"".join(
         lines.splitlines(keepends=True)[:read_lines]
     )
-    assert read_lines > 100 or packing == ".bz2"
+    assert read_lines > 100 or compression == ".bz2"
     assert str(last.fault).startswith(f"{path} is truncated or damaged after line {read_lines} (")
     assert str(last.fault).endswith("; make or copy the file again")
     assert last.end == Position(file=1)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_an_archive_that_is_none(tmp_path: Path, packing: str) -> None:
-    path = tmp_path / f"a.jsonl{packing}"
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_an_archive_that_is_none(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / f"a.jsonl{compression}"
     path.write_bytes(LINES)
     (chunk,) = read(str(path))
     assert f"{path} is truncated or damaged after line 0 (" in str(chunk.fault)
 
 
-@pytest.mark.parametrize("packing", [".xz", ".bz2"])
-def test_what_follows_a_stream(tmp_path: Path, packing: str) -> None:
-    library: Any = PACKINGS[packing]
-    path = tmp_path / f"a.jsonl{packing}"
+@pytest.mark.parametrize("compression", [".xz", ".bz2"])
+def test_what_follows_a_stream(tmp_path: Path, compression: str) -> None:
+    library: Any = COMPRESSIONS[compression]
+    path = tmp_path / f"a.jsonl{compression}"
     first, second = (library.compress(lines) for lines in (LINES[:1000], LINES[1000:]))
     path.write_bytes(first + bytes(70_000 * 4) + second + bytes(8))
     found = read(str(path))
@@ -164,7 +166,7 @@ def test_what_follows_a_stream(tmp_path: Path, packing: str) -> None:
     *found, last = read(str(path))
     assert texts_of(found) == TEXTS
     assert f"{path} is truncated or damaged after line 2000 (" in str(last.fault)
-    if packing == ".xz":
+    if compression == ".xz":
         path.write_bytes(first + bytes(3) + second)
         assert "after line" in str(read(str(path))[-1].fault)
 
@@ -221,14 +223,14 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
     assert "No such file" in str(chunk.fault)
 
 
-@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("compression", ["", ".gz"])
 def test_a_line_that_is_too_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
 ) -> None:
     monkeypatch.setattr(text_chunks, "LONGEST_DOCUMENT", 100_000)
     long = b'{"text": "' + b"x" * 400_000 + b'"}\n'
     content = LINES[:5000].rpartition(b"\n")[0] + b"\n"
-    path = write(tmp_path / f"a.jsonl{packing}", content + long + LINES + long[:-1])
+    path = write(tmp_path / f"a.jsonl{compression}", content + long + LINES + long[:-1])
     found = read(path)
     faults = [chunk for chunk in found if chunk.fault]
     lines = content.count(b"\n")

@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_sffn.data.text.compression import PACKINGS
+from megatron_sffn.data.text.compression import COMPRESSIONS
 from megatron_sffn.data.text.sources import KINDS, find_sources, total_size
 from megatron_sffn.utils.errors import ConfigError
 
@@ -37,16 +37,19 @@ def test_files_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_a_name_says_what_a_file_is(tmp_path: Path) -> None:
-    names = [f"a{kind}{packing}" for kind in KINDS for packing in ("", *PACKINGS)]
+    names = [f"a{kind}{compression}" for kind in KINDS for compression in ("", *COMPRESSIONS)]
     names = [name for name in names if ".parquet." not in name and not name.endswith(".parquet")]
     found = find_sources(touch(tmp_path, *names), ["text"])
-    assert [source.kind + source.packing for source in found] == [
-        kind + packing
+    assert [source.kind + source.compression for source in found] == [
+        kind + compression
         for kind in ("lines", "lines", "lines", "text")
-        for packing in ("", *PACKINGS)
+        for compression in ("", *COMPRESSIONS)
     ]
     other = find_sources(touch(tmp_path, "part-7", "b.gz"), ["text"])
-    assert [(source.kind, source.packing) for source in other] == [("lines", ""), ("lines", ".gz")]
+    assert [(source.kind, source.compression) for source in other] == [
+        ("lines", ""),
+        ("lines", ".gz"),
+    ]
 
 
 def test_a_folder_gives_what_is_text_sorted(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_sffn.utils.errors import ConfigError
 # Other tests may have left threads in this process; the workers of these use none of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
-SOURCE = Source(path="a", kind="lines", packing="", size=None, modified=0)
+SOURCE = Source(path="a", kind="lines", compression="", size=None, modified=0)
 
 
 @pytest.fixture(autouse=True)
