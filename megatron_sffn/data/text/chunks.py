@@ -1,8 +1,10 @@
-"""Chunks of text: whole lines, rows of Parquet, or a text file, in constant memory.
+"""Reads text in chunks: complete lines, rows of Parquet, or a text file, in constant memory.
 
-Enters: the sources of `sources.py`. Leaves: chunks, in order, which `documents.py` takes apart.
-Choices: reading has an order and parsing has none, so chunks can be sent to other processes as they
-are. A chunk knows its end, where reading can go on in another run.
+Inputs: the sources of `sources.py`. Outputs: chunks in order, which `documents.py` parses.
+
+Design notes:
+- Reading is sequential, and parsing is not: chunks go to other processes unparsed.
+- A chunk has the position of its end, from which another run can resume.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from megatron_sffn.data.text.sources import Source, open_raw
 
 CHUNK_BYTES = 1 << 20
 LONGEST_DOCUMENT = 1 << 30
-"""Bytes: a longer line or text file is a fault, and never in memory."""
+"""Bytes. A longer line or text file is a fault, and is never in memory."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAGICS = {
@@ -32,7 +34,7 @@ MAGICS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-"""First bytes of what is no text -> its name."""
+"""First bytes of a file that is not plain text -> its format."""
 
 ENDINGS = {
     "gzip": ".jsonl.gz or .txt.gz",
@@ -41,18 +43,19 @@ ENDINGS = {
     "bzip2": ".jsonl.bz2 or .txt.bz2",
     "Parquet": ".parquet",
 }
+"""Format -> the ending that a file of this format should have."""
 
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where reading goes on.
+    """Where reading resumes.
 
     Args:
         file: number of the source, from 0.
-        offset: bytes of its uncompressed content that are read.
-        number: its lines or rows that are read.
+        offset: bytes of its decompressed content that have been read.
+        number: lines or rows of it that have been read.
     """
 
     file: int = 0
@@ -62,14 +65,14 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What is wrong with a document, or with the rest of a file.
+    """The fault of a document, or of the rest of a file.
 
     Args:
-        path: of the file.
-        unit: what the file consists of: `line`, `row`, or none if it is one document.
-        number: of the line or row, from 1; None for the file.
-        reason: what it is or has, as the second half of a sentence.
-        remedy: what to do about it.
+        path: path of the file.
+        unit: `line` or `row`; empty if the file is one document.
+        number: number of the line or row, from 1; None for the file.
+        reason: what is wrong, as the second half of a sentence.
+        remedy: what the user can do.
     """
 
     path: str
@@ -79,12 +82,12 @@ class Fault:
     remedy: str
 
     def __str__(self) -> str:
-        """One sentence, as an error message has it."""
+        """One sentence for an error message."""
         return f"{place(self.path, self.unit, self.number)} {self.reason}; {self.remedy}"
 
 
 def place(path: str, unit: str, number: int | None) -> str:
-    """How messages name a document."""
+    """Name of a document in messages."""
     return path if number is None else f"{unit} {number} of {path}"
 
 
@@ -93,13 +96,13 @@ class TextChunk:
     """Consecutive documents of one source.
 
     Args:
-        source: where they are from.
-        number: of the first line or row, from 1.
-        content: bytes of whole lines or of a text file, or a `pyarrow.RecordBatch`; nothing
-            where there is a fault.
-        end: where reading goes on after it.
-        consumed: bytes on disk, of all sources, that are read.
-        fault: what is wrong with the document here, or with all from here on.
+        source: their source.
+        number: number of the first line or row, from 1.
+        content: the bytes of complete lines or of a text file, or a `pyarrow.RecordBatch`; empty
+            if there is a fault.
+        end: position after the chunk.
+        consumed: bytes on disk, of all sources, that have been read after it.
+        fault: what is wrong with the document, or with the rest of the file.
     """
 
     source: Source
@@ -121,23 +124,23 @@ def read_chunks(
     columns: Sequence[str] | None = None,
     start: Position | None = None,
 ) -> Iterator[TextChunk]:
-    """All chunks of all sources, in order.
+    """Read all chunks of all sources, in order.
 
-    A source that ends in the middle, or cannot be decompressed, gives what can be read of it and a
-    chunk with a fault; the next source follows.
+    A source that is truncated, or cannot be decompressed, yields the chunks that can be read and
+    then a chunk with a fault; the next source follows.
 
     Args:
-        sources: what `find_sources` found.
-        columns: those of Parquet files to read; all, if none are given.
-        start: end of the last chunk that is not wanted.
+        sources: from `find_sources`.
+        columns: columns of Parquet files to read; None: all of them.
+        start: position to resume from; None: the first source.
     """
     start = start or Position()
-    before = sum(source.size or 0 for source in sources[: start.file])
+    size_before = sum(source.size or 0 for source in sources[: start.file])
     for file, source in enumerate(sources[start.file :], start.file):
         first = start if file == start.file else Position(file=file)
         for chunk in _read_source(source, first, columns):
-            yield replace(chunk, consumed=before + chunk.consumed)
-        before += source.size or 0
+            yield replace(chunk, consumed=size_before + chunk.consumed)
+        size_before += source.size or 0
 
 
 def _read_source(
@@ -145,11 +148,11 @@ def _read_source(
 ) -> Iterator[TextChunk]:
     last = start
     try:
-        for chunk in _read_documents(source, start, columns):
+        for chunk in _read_chunks_of(source, start, columns):
             last = chunk.end
             yield chunk
         return
-    except _NoTextError as error:
+    except _NotTextError as error:
         reason, remedy = error.args
     except READ_ERRORS as error:
         after = f" after {source.unit} {last.number}" if source.unit else ""
@@ -165,23 +168,23 @@ def _read_source(
     )
 
 
-class _NoTextError(Exception):
-    """A file of another format: what it is, and what to do."""
+class _NotTextError(Exception):
+    """A file has another format than its name says; the arguments are reason and remedy."""
 
 
 def _refuse_other_formats(source: Source, stream: BinaryIO) -> None:
-    """Refuse a file whose first bytes are those of another format than its name says."""
+    """Refuse a file whose first bytes show another format than its name."""
     head = stream.peek(8)  # type: ignore[attr-defined]
     for magic, name in MAGICS.items():
         if not head.startswith(magic) or (name == "bzip2" and not head[4:].startswith(b"1AY")):
             continue
         reason = f"is {name} by its first bytes"
         if name == "UTF-16":
-            raise _NoTextError(reason, "convert it: iconv -f UTF-16 -t UTF-8")
-        raise _NoTextError(reason, f"give it a name that ends in {ENDINGS[name]}")
+            raise _NotTextError(reason, "convert it: iconv -f UTF-16 -t UTF-8")
+        raise _NotTextError(reason, f"give it a name that ends in {ENDINGS[name]}")
 
 
-def _read_documents(
+def _read_chunks_of(
     source: Source, start: Position, columns: Sequence[str] | None
 ) -> Iterator[TextChunk]:
     if source.kind == "rows":
@@ -196,7 +199,7 @@ def _read_lines(source: Source, start: Position) -> Iterator[TextChunk]:
         else:
             _refuse_other_formats(source, stream)
         position = start
-        for content, size in _whole_lines(stream):
+        for content, size in _complete_lines(stream):
             num_lines = content.count(b"\n") + (not content.endswith(b"\n"))
             end = replace(
                 position, offset=position.offset + size, number=position.number + num_lines
@@ -216,13 +219,17 @@ def _read_lines(source: Source, start: Position) -> Iterator[TextChunk]:
             position = end
 
 
-def _whole_lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Whole lines, and their size; of one that is too long no more than a part, without its end.
+def _complete_lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Read complete lines.
 
-    What was read before an error is given first: the error comes with the next call.
+    The lines before a read error are yielded first, and the error is raised after them.
+
+    Yields:
+        The lines, and their size in bytes. For a line that is too long the content is empty.
     """
     pieces: list[bytes] = []
-    size = whole = 0  # of the pieces, and of the lines in them that have an end
+    size = 0  # bytes of all pieces
+    complete = 0  # bytes of the complete lines in them
     failure: Exception | None = None
     while failure is None:
         try:
@@ -231,31 +238,31 @@ def _whole_lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
             failure, piece = error, b""
         if not piece:
             break
-        if cut := piece.rfind(b"\n") + 1:
-            whole = size + cut
+        if line_end := piece.rfind(b"\n") + 1:
+            complete = size + line_end
         pieces.append(piece)
         size += len(piece)
-        if whole and (size >= CHUNK_BYTES or size - whole > LONGEST_DOCUMENT):
+        if complete and (size >= CHUNK_BYTES or size - complete > LONGEST_DOCUMENT):
             content = b"".join(pieces)
-            yield content[:whole], whole
-            pieces, size, whole = [content[whole:]], size - whole, 0
-        if size - whole > LONGEST_DOCUMENT:
+            yield content[:complete], complete
+            pieces, size, complete = [content[complete:]], size - complete, 0
+        if size - complete > LONGEST_DOCUMENT:
             skipped, rest = _skip_line(stream)
             yield b"", size + skipped
-            pieces, size, whole = [rest], len(rest), rest.rfind(b"\n") + 1
+            pieces, size, complete = [rest], len(rest), rest.rfind(b"\n") + 1
     content = b"".join(pieces)
-    if content := content[:whole] if failure else content:
+    if content := content[:complete] if failure else content:
         yield content, len(content)
     if failure:
         raise failure
 
 
 def _skip_line(stream: BinaryIO) -> tuple[int, bytes]:
-    """Read to the end of a line; returns the bytes passed over, and what was read behind them."""
+    """Skip to the end of a line; returns the number of skipped bytes, and what follows them."""
     skipped = 0
     while piece := stream.read1(CHUNK_BYTES):  # type: ignore[attr-defined]
-        if cut := piece.find(b"\n") + 1:
-            return skipped + cut, piece[cut:]
+        if line_end := piece.find(b"\n") + 1:
+            return skipped + line_end, piece[line_end:]
         skipped += len(piece)
     return skipped, b""
 

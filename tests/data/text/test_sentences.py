@@ -72,7 +72,7 @@ def test_long_words_cost_their_length(model: PunktSentenceTokenizer) -> None:
 
 
 def test_long_texts_are_cut(model: PunktSentenceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sentences, "PIECE", 7)
+    monkeypatch.setattr(sentences, "PIECE_CHARACTERS", 7)
     assert load_splitter("english", keep_newlines=False)("One two three") == ["One two", " three"]
 
 
