@@ -28,7 +28,7 @@ from megatron_sffn.data.indexed.blends import read_blends
 from megatron_sffn.data.indexed.format import Index, open_index
 from megatron_sffn.data.loading.dali import check_dali
 from megatron_sffn.data.loading.gpt_dataset import dataset_request
-from megatron_sffn.data.tokenize.tokenizer import Tokenizer, load_tokenizer, rebuilt
+from megatron_sffn.data.tokenize.tokenizer import Tokenizer, difference_from_file, load_tokenizer
 from megatron_sffn.utils.errors import ConfigError
 
 SAMPLED_TOKENS = 1 << 20
@@ -91,7 +91,7 @@ def check_data(args: Namespace) -> None:
             f"--padded-vocab-size {args.padded_vocab_size} is less than the {tokenizer.vocab_size} "
             "ids of the tokenizer; leave it out, and Megatron pads"
         )
-    if difference := rebuilt(tokenizer, args.tokenizer_model):
+    if difference := difference_from_file(tokenizer, args.tokenizer_model):
         _warn(difference)
     if args.mock_data:
         return

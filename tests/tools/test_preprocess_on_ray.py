@@ -200,7 +200,7 @@ def test_a_command_that_failed_goes_on_anywhere(
     assert "error: Ray gave up the text from line " in err.splitlines()[-1]
     assert files_of(tmp_path, "ray") == {}
     assert preprocess_data.main([*command, *prefix(tmp_path, "ray"), "--workers", "1"]) == 0
-    assert "going on in" in capfd.readouterr().err
+    assert "resuming in" in capfd.readouterr().err
     assert files_of(tmp_path, "ray") == expected
 
 

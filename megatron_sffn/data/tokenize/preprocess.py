@@ -1,13 +1,13 @@
-"""Text in, a tokenized Megatron data set out.
+"""Tokenizes text to Megatron data sets.
 
-Enters: sources of text, and a tokenizer. Leaves: `<prefix>_<key>_document.bin` and `.idx` for every
-key (`_sentence` where documents are cut into sentences), one document for each of the input, in
-its order; and `<prefix>_errors.jsonl`, if documents were left out.
+Inputs: sources of text, and an encoder. Outputs: `<prefix>_<key>_document.bin` and `.idx` for every
+key (`_sentence` if documents are split into sentences), with the documents in the order of the
+input; and `<prefix>_errors.jsonl`, if documents were left out.
 
-Choices
-- One process reads and writes, others encode, here or elsewhere.
-- What is written is on the disk every `SAVE_SECONDS`, with a note of how far it is, so the same
-  command goes on after a kill.
+Design notes:
+- One process reads and writes; workers encode, on this machine or on others.
+- Every `SAVE_SECONDS` the output is on the disk and the state of the run is saved, so that the same
+  command resumes after a kill.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ Work = Callable[[Encoder, Iterable[TextChunk]], Generator[Encoded, None, None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to make, and of what.
+    """The input and the output of a run.
 
     Args:
-        sources: of the text.
-        keys: of the texts in a document, each of which gives a data set.
+        sources: the input.
+        keys: keys of the texts in a document; each key gives a data set.
         prefix: path and first part of the name of every file.
-        level: `document` or `sentence`, the last part.
-        command: the flags that determine the ids, by name.
-        skip: leave out documents that are wrong, and report them; else stop at the first.
-        overwrite: replace files that are there.
+        level: `document` or `sentence`, the last part of the name.
+        command: flag -> value for the flags that determine the ids.
+        skip: leave out faulty documents and report them; otherwise stop at the first.
+        overwrite: replace existing files.
         log_interval: documents between two lines of progress.
     """
 
@@ -70,28 +70,28 @@ class Job:
 
     @property
     def prefixes(self) -> list[Path]:
-        """The data sets, without the endings of their files."""
+        """Paths of the data sets, without the endings of their files."""
         return [Path(f"{self.prefix}_{key}_{self.level}") for key in self.keys]
 
     @property
     def report(self) -> Path:
-        """File of the documents that are left out."""
+        """Path of the report on documents that are left out."""
         return Path(f"{self.prefix}_errors.jsonl")
 
     @property
     def files(self) -> list[Path]:
-        """All files, in the order in which they get their names."""
+        """Paths of all files, in the order of the renames."""
         pairs = [(f"{prefix}.bin", f"{prefix}.idx") for prefix in self.prefixes]
         return [*map(Path, chain.from_iterable(pairs)), self.report]
 
     def refuse_existing(self) -> None:
-        """Refuse to replace files, unless that is asked for."""
+        """Refuse to replace files without `overwrite`."""
         if not self.overwrite:
             refuse_existing(self.files if self.skip else self.files[:-1])
 
     @property
     def repeatable(self) -> bool:
-        """Whether all sources can be read again."""
+        """True if all sources can be read again."""
         return total_size(self.sources) is not None
 
 
@@ -101,16 +101,16 @@ def preprocess(
     """Make the data sets.
 
     Args:
-        job: what to make, and of what.
-        make_encoder: gives an encoder for texts such as these of the input.
-        work: encodes chunks, and gives what becomes of them in their order.
-        say: told what a user should know, a sentence each time.
+        job: input and output.
+        make_encoder: builds an encoder, given sample texts of the input.
+        work: encodes chunks, with results in order.
+        say: receives lines for the user.
 
     Returns:
-        What was done, by this run and those before it that were killed.
+        The final state, including the work of earlier runs that were killed.
 
     Raises:
-        ConfigError: a document is wrong, there is no text, the disk is full, or files exist.
+        ConfigError: a document is faulty, there is no text, the disk is full, or files exist.
     """
     inputs = [(source.path, source.size, source.modified) for source in job.sources]
     run_state = RunState(job.prefix, job.files, {**job.command, "inputs": inputs}, say)
@@ -121,20 +121,20 @@ def preprocess(
             return state
         job.refuse_existing()
         if state is not None:
-            say(f"going on in {run_state.folder}, after {state.documents} documents")
+            say(f"resuming in {run_state.folder}, after {state.documents} documents")
         start = state or State(tokens=(0,) * len(job.keys))
         return _run(job, run_state, start, make_encoder, work, say)
     except KeyboardInterrupt:
-        then = "goes on from the last note of how far it was" if run_state.saved else "starts anew"
-        say(f"interrupted; the same command {then}")
+        next_run = "resumes from the last save" if run_state.saved else "starts anew"
+        say(f"interrupted; the same command {next_run}")
         raise
     except OSError as error:
         if error.errno not in FULL:
             raise
-        kept = "which goes on where it stopped" if run_state.saved else "which starts anew"
+        next_run = "which resumes where it stopped" if run_state.saved else "which starts anew"
         raise ConfigError(
             f"{run_state.folder} has no room ({error.strerror}); free some and give the same "
-            f"command, {kept}"
+            f"command, {next_run}"
         ) from error
     finally:
         run_state.close()
@@ -161,7 +161,7 @@ def _run(
             run_state.save(output.sync())
         output.finish()
     if not (job.skip or output.state.skipped):
-        # There is nothing to report, and a report of older files would mislead.
+        # There is nothing to report, and the report of an earlier run would mislead.
         (run_state.folder / job.report.name).unlink()
         job.report.unlink(missing_ok=True)
     run_state.finish(output.state)
@@ -184,7 +184,7 @@ def _write(
     last_save = time.monotonic()
     for encoded in results:
         if encoded.faults and not job.skip:
-            _keep_for_another_try(run_state, output, say)
+            _save_before_error(run_state, output, say)
             raise DocumentError(encoded.faults[0])
         output.add(encoded)
         state = output.state
@@ -202,10 +202,10 @@ def _write(
 
 
 def sample_texts(job: Job, first: Sequence[TextChunk]) -> list[str]:
-    """Texts from the heads of several sources, cut where they are long."""
-    regular = [source for source in job.sources if source.size is not None]
-    some = regular[:: -(-len(regular) // SAMPLED_SOURCES) or 1]
-    heads = [next(read_chunks([source], columns=job.keys), None) for source in some]
+    """Sample texts from the first chunks of several sources; long texts are truncated."""
+    files = [source for source in job.sources if source.size is not None]
+    sampled = files[:: -(-len(files) // SAMPLED_SOURCES) or 1]
+    heads = [next(read_chunks([source], columns=job.keys), None) for source in sampled]
     chunks = [*first, *filter(None, heads)]
     texts = []
     for chunk in chunks:
@@ -221,7 +221,7 @@ def sample_texts(job: Job, first: Sequence[TextChunk]) -> list[str]:
 
 
 class _Output:
-    """The data sets that a job writes, the report, and how far they are."""
+    """The data sets and the report that a run writes, with their state."""
 
     def __init__(self, job: Job, folder: Path, encoder: Encoder, start: State) -> None:
         self.state = start
@@ -253,7 +253,7 @@ class _Output:
         )
 
     def sync(self) -> State:
-        """Wait until everything is on the disk; returns how far that is."""
+        """Wait until everything is on the disk; returns the state with the sizes of the files."""
         self._report.flush()
         os.fsync(self._report.fileno())
         sizes = {Path(self._report.name).name: self._report.tell()}
@@ -273,19 +273,19 @@ class _Output:
             self._report.close()
 
 
-def _keep_for_another_try(run_state: RunState, output: _Output, say: Say) -> None:
-    """Hours of work should not be lost to one bad document."""
+def _save_before_error(run_state: RunState, output: _Output, say: Say) -> None:
+    """Save the state, so that a faulty document does not cost hours of work."""
     if run_state.saved:
         documents = output.sync().documents
         run_state.save(output.state)
         say(
-            f"{run_state.folder} keeps {documents} documents: the same command goes on there, also "
-            "with --on-error skip"
+            f"{run_state.folder} keeps {documents} documents: the same command resumes after them, "
+            "also with --on-error skip"
         )
 
 
 def _refuse_no_text(job: Job, run_state: RunState, output: _Output) -> None:
-    """Refuse a data set without a token; the reasons are in the sentence, as no report stays."""
+    """Refuse a data set without tokens; the error has the reasons, since no report is left."""
     state = output.state
     for key, tokens in zip(job.keys, state.tokens, strict=True):
         if tokens:
@@ -294,19 +294,19 @@ def _refuse_no_text(job: Job, run_state: RunState, output: _Output) -> None:
         if state.skipped:
             output.sync()
             reasons = list_reasons(run_state.folder / job.report.name)
-            left = "all" if not state.documents else "the other"
-            message = f"{message}, and {left} {state.skipped} were left out ({reasons})"
+            skipped = "all" if not state.documents else "the other"
+            message = f"{message}, and {skipped} {state.skipped} were left out ({reasons})"
         run_state.discard()
         raise ConfigError(f"{message}; give files with text")
 
 
 def list_reasons(report: Path) -> str:
-    """Why documents were left out, and how many for each reason."""
+    """The reasons why documents were left out, with the number of documents, as one line."""
     reasons = count_reasons(report).most_common()
     return ", ".join(f"{count} {reason}" for reason, count in reasons)
 
 
 def count_reasons(report: Path) -> Counter[str]:
-    """How many documents were left out for each reason."""
+    """Reason -> number of documents that were left out."""
     with report.open("rb") as file:
         return Counter(json.loads(line)["reason"].partition(" (")[0] for line in file)

@@ -1,9 +1,9 @@
-"""Processes that encode chunks, and results in the order of the chunks.
+"""Worker processes that encode chunks, with results in the order of the chunks.
 
-Enters: chunks as they are read. Leaves: what became of them, in order.
-Choices: workers are forked after the tokenizer is loaded: they share it and import nothing again.
-Chunks are read only as results are taken, and no more are on the way than `AHEAD_BYTES` for each
-worker, so memory does not grow with the input.
+Design notes:
+- Workers are forked after the tokenizer is loaded, so they share it and import nothing again.
+- Chunks are read only as results are consumed, and at most `AHEAD_BYTES` for each worker are in
+  flight, so memory does not grow with the input.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from megatron_sffn.utils.errors import ConfigError
 TASK_BYTES = 1 << 20
 AHEAD_BYTES = 4 << 20
 
-# What a worker process runs. A global, because a task can reach nothing else of its worker, and
-# sending the tokenizer with every task costs more than the task.
+# The function that a worker process runs. It is global because a task can reach only globals, and
+# sending the tokenizer with every task would cost more than the task.
 _encode: Callable[[Sequence[TextChunk]], Any] | None = None
 
 
 def encode_in_order[Result](
     encode: Callable[[Sequence[TextChunk]], Result], chunks: Iterable[TextChunk], workers: int
 ) -> Generator[Result, None, None]:
-    """Encode chunks on `workers` processes; one is this process.
+    """Encode chunks on `workers` processes; a single worker is this process.
 
     Raises:
         ConfigError: a worker was killed.
@@ -67,26 +67,26 @@ def in_order[Result](
     """Results in the order of the chunks.
 
     Args:
-        start: begins with some chunks elsewhere; what it returns waits for the result.
-        chunks: read only as results are taken.
-        ahead: bytes that may be on the way.
+        start: starts to encode some chunks; the function that it returns waits for the result.
+        chunks: the input, read only as results are consumed.
+        ahead: bytes that may be in flight.
     """
     pending: deque[tuple[int, Callable[[], Result]]] = deque()
-    on_the_way = 0
+    in_flight = 0
     for task in bundled(chunks):
         size = sum(chunk.num_bytes for chunk in task)
-        while pending and on_the_way + size > ahead:
-            done, wait = pending.popleft()
-            on_the_way -= done
+        while pending and in_flight + size > ahead:
+            size_done, wait = pending.popleft()
+            in_flight -= size_done
             yield wait()
         pending.append((size, start(task)))
-        on_the_way += size
+        in_flight += size
     while pending:
         yield pending.popleft()[1]()
 
 
 def bundled(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
-    """Chunks in lists of about `TASK_BYTES`: small files travel together."""
+    """Group chunks into tasks of about `TASK_BYTES`: small files share a task."""
     bundle: list[TextChunk] = []
     size = 0
     for chunk in chunks:
@@ -102,13 +102,13 @@ def bundled(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
 def _start_worker(encode: Callable[[Sequence[TextChunk]], Any]) -> None:
     global _encode
     _encode = encode
-    # Ctrl-C reaches every process; the main one ends the workers.
+    # Ctrl-C reaches every process; the main process stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:
-    # Workers of a killed process would wait for tasks for ever.
+    # Without this, the workers of a killed process would wait for tasks forever.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -13,7 +13,7 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from megatron_sffn.data.tokenize.engine import UnusableError
-from megatron_sffn.data.tokenize.equality import replaced
+from megatron_sffn.data.tokenize.equality import replace_texts
 from megatron_sffn.data.tokenize.fast_tokenizers import choose_engine
 from megatron_sffn.data.tokenize.gigatoken_engine import GigatokenEngine
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
@@ -191,6 +191,6 @@ def test_what_gigatoken_does_not_read_is_refused(tmp_path: Path) -> None:
 def test_ids_of_two_engines_go_back_to_their_places() -> None:
     texts = numpy.array([5, 5, 5, 1, 2, 3]), numpy.array([3, 2, 0, 0, 1])
     others = numpy.array([7, 8, 9]), numpy.array([1, 2])
-    ids, lengths = replaced(texts, others, [0, 3])
+    ids, lengths = replace_texts(texts, others, [0, 3])
     assert ids.tolist() == [7, 1, 2, 8, 9, 3]
     assert lengths.tolist() == [1, 2, 0, 2, 1]

@@ -151,7 +151,7 @@ def test_the_same_command_goes_on(
     assert preprocess_data.main([*command, *others]) == 0
     said = capfd.readouterr()
     assert (
-        f"going on in {tmp_path / 'out.partial'}, after {saved_state['documents']} docu" in said.err
+        f"resuming in {tmp_path / 'out.partial'}, after {saved_state['documents']} docu" in said.err
     )
     assert "out_text_document: 588 documents" in said.out
     assert "12 documents left out (12 is not JSON)" in said.out
@@ -263,7 +263,7 @@ def test_a_bad_document_after_hours_of_work(
     assert f"{tmp_path / 'out.partial'} keeps " in capfd.readouterr().err
     assert files_of(tmp_path) == {}
     assert preprocess_data.main(command) == 0
-    assert "going on in" in capfd.readouterr().err
+    assert "resuming in" in capfd.readouterr().err
     assert files_of(tmp_path) == expected
 
 
@@ -341,10 +341,10 @@ def test_a_full_disk(
     assert process.exitcode == 2
     sentence = capfd.readouterr().err.splitlines()[-1]
     assert sentence.startswith(f"error: {tmp_path / 'out.partial'} has no room (File too large); ")
-    assert sentence.endswith("free some and give the same command, which goes on where it stopped")
+    assert sentence.endswith("free some and give the same command, which resumes where it stopped")
     assert files_of(tmp_path) == {}
     assert preprocess_data.main(command) == 0
-    assert "going on in" in capfd.readouterr().err
+    assert "resuming in" in capfd.readouterr().err
     assert files_of(tmp_path) == expected
 
 
@@ -386,7 +386,7 @@ def test_interrupted(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunState, "save", counted)
         assert preprocess_data.main(command) == 130
-    assert "interrupted; the same command goes on" in capfd.readouterr().err
+    assert "interrupted; the same command resumes" in capfd.readouterr().err
     assert preprocess_data.main(command) == 0
     assert files_of(tmp_path) == expected
 

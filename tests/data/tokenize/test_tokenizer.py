@@ -16,9 +16,9 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 from megatron_sffn.data.tokenize.encoder_spec import EncoderSpec
 from megatron_sffn.data.tokenize.tokenizer import (
     changed_text,
+    difference_from_file,
     load_tokenizer,
     localize_tokenizer,
-    rebuilt,
 )
 from megatron_sffn.utils.errors import ConfigError
 from tests.support import tokenizers
@@ -117,13 +117,15 @@ def test_a_class_that_is_not_that_of_the_file(tmp_path: Path, lowercase: bool) -
         return encoder_spec_of(arguments(tokenizers.hugging_face(folder)))
 
     right = load("PreTrainedTokenizerFast").load()[0]
-    assert rebuilt(right, str(folder)) is None
+    assert difference_from_file(right, str(folder)) is None
     assert right.tokenize("In 2023") == Tokenizer.from_file(str(file)).encode("In 2023").ids
     other = load("GPT2Tokenizer")
     with pytest.raises(ConfigError, match=r"has the class GPT2Tokenizer, .* tokenizer.json gives"):
         other.load()
     # A run decodes with it, and has been doing so.
-    assert "PreTrainedTokenizerFast" in (rebuilt(load_tokenizer(other.tokenizer), str(file)) or "")
+    assert "PreTrainedTokenizerFast" in (
+        difference_from_file(load_tokenizer(other.tokenizer), str(file)) or ""
+    )
 
 
 def test_a_model_without_an_end_of_document(tmp_path: Path) -> None:
