@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything is read."""
-    from megatron_sffn.data.indexed.stats_report import check_picture
+    from megatron_sffn.data.indexed.stats_report import check_plot
 
     for flag, value in (("--samples", args.samples), ("--top", args.top)):
         if value < 0:
@@ -75,7 +75,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.sample_tokens < 1:
         raise ConfigError(f"--sample-tokens {args.sample_tokens} is less than 1; give more")
     if args.plot:
-        check_picture(args.plot)
+        check_plot(args.plot)
     if args.json and not args.json.parent.is_dir():
         raise ConfigError(f"--json {args.json} lies in no folder; create {args.json.parent} first")
 
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ids = id_counts(indices, Progress("read", sum(index.num_bytes for index in indices)).add)
     if tokenizer and ids is not None:
         check_vocabulary(len(ids) - 1, tokenizer)
-    found = stats_report.Findings(
+    statistics = stats_report.Statistics(
         indices=indices,
         lengths=lengths,
         ids=ids,
@@ -120,10 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.index_only
         else samples(indices, args.samples, args.seed, args.sample_tokens),
     )
-    record = stats_report.as_record(found, tokenizer.detokenize if tokenizer else None)
+    record = stats_report.as_record(statistics, tokenizer.detokenize if tokenizer else None)
     print("\n".join(stats_report.as_lines(record)))
     if args.plot:
-        stats_report.draw(lengths, " ".join(args.input), args.plot)
+        stats_report.plot(lengths, " ".join(args.input), args.plot)
     if args.json:
         atomic_write_text(args.json, json.dumps(record, indent=2) + "\n")
     return 0

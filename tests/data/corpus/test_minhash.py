@@ -87,7 +87,7 @@ def test_sketches_are_the_same_everywhere() -> None:
 def test_pieces_of_a_long_text_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(WORDS)
     whole = minhash().sketch(text)
-    monkeypatch.setattr("megatron_sffn.data.corpus.minhash.AT_ONCE", 7)
+    monkeypatch.setattr("megatron_sffn.data.corpus.minhash.BATCH_NGRAMS", 7)
     assert minhash().sketch(text).digest() == whole.digest()
 
 
