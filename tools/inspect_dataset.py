@@ -1,8 +1,7 @@
-"""Look into Megatron data sets.
+"""Inspects and checks Megatron data sets; the implementation is in `data/indexed/stats.py`.
 
-Enters: `.bin/.idx` pairs. Leaves: what they hold, on the terminal, as JSON and as a picture; or
-what is wrong with them, as one sentence and exit code 2.
-The work is in `megatron_sffn/data/indexed/stats.py`.
+Inputs: `.bin/.idx` pairs. Outputs: their statistics on the terminal, as JSON and as a plot; or, for
+a damaged file, one sentence and exit code 2.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ if TYPE_CHECKING:
     from megatron_sffn.data.tokenize.tokenizer import Tokenizer
 
 DESCRIPTION = """\
-Show what is in Megatron data sets (.bin and .idx): documents, tokens, a histogram of their lengths,
-the most frequent ids, and some documents, decoded if a tokenizer is given. Every entry of the index
-and every id is read, so truncated, mismatched and foreign files are found: exit code 2 and one
-sentence. Memory does not grow with the data.
+Show the content of Megatron data sets (.bin and .idx): number of documents and tokens, a histogram
+of document lengths, the most frequent ids, and sample documents, decoded if a tokenizer is given.
+Every entry of the index and every id is read, so truncated, mismatched and foreign files are found;
+the tool then ends with one sentence and exit code 2. Memory does not grow with the data.
 """
 
 EXAMPLE = """\
@@ -31,7 +30,7 @@ example:
   .venv/bin/python tools/inspect_dataset.py --input data/corpus_text_document --plot lengths.png \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer --samples 3
 
-example: are all shards whole? (no ids are read)
+example: check that all shards are complete, without reading the ids
   .venv/bin/python tools/inspect_dataset.py --input data/shards --index-only
 """
 
@@ -54,19 +53,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="prefixes (paths without .bin and .idx), folders, and globs of prefixes; several are "
         "taken as one corpus",
     )
-    add("--samples", type=int, default=2, metavar="N", help="documents to show (default: 2)")
-    add("--sample-tokens", type=int, default=256, metavar="N", help="of each (default: 256)")
-    add("--seed", type=int, default=0, help="of the documents that are drawn (default: 0)")
-    add("--top", type=int, default=10, metavar="N", help="most frequent ids (default: 10)")
+    add("--samples", type=int, default=2, metavar="N", help="sample documents to show (default: 2)")
+    add("--sample-tokens", type=int, default=256, metavar="N", help="tokens of each (default: 256)")
+    add("--seed", type=int, default=0, help="seed of the sample (default: 0)")
+    add("--top", type=int, default=10, metavar="N", help="most frequent ids to show (default: 10)")
     add("--index-only", action="store_true", help="do not read the ids: seconds for terabytes")
-    add("--json", type=Path, metavar="FILE", help="write all numbers, for other programs")
-    add("--plot", type=Path, metavar="FILE", help="draw the lengths, as .png, .pdf or .svg")
+    add("--json", type=Path, metavar="FILE", help="write all numbers as JSON")
+    add("--plot", type=Path, metavar="FILE", help="plot the lengths as .png, .pdf or .svg")
     ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
     return parser
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot work, before anything is read."""
+    """Refuse wrong flags before anything is read."""
     from megatron_sffn.data.indexed.stats_report import check_plot
 
     for flag, value in (("--samples", args.samples), ("--top", args.top)):
@@ -81,7 +80,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def check_vocabulary(largest: int, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer that cannot have made the data sets."""
+    """Refuse a tokenizer whose vocabulary lacks ids of the data sets."""
     if largest >= tokenizer.vocab_size:
         raise ConfigError(
             f"--input holds the id {largest}, but the tokenizer has {tokenizer.vocab_size} ids; "
