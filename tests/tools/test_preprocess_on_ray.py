@@ -180,18 +180,18 @@ def test_a_command_that_failed_goes_on_anywhere(
 ) -> None:
     script = tmp_path / "impatient.py"
     script.write_text(
-        f"import sys\nsys.path.append({os.path.dirname(preprocess_data.__file__)!r})\n"
-        "import preprocess_data\nfrom megatron_sffn.data import cluster, preprocess\n"
+        "from megatron_sffn.data.tokenize import preprocess, ray_workers\n"
+        "from megatron_sffn.tools import preprocess_data\n"
         "from megatron_sffn.utils.errors import run_command\n"
-        "cluster.TRIES = 0\n"
-        # A note every ten seconds would come too late for so little text.
+        "ray_workers.TRIES = 0\n"
+        # The text is encoded in less than the ten seconds between two saves.
         "preprocess.SAVE_SECONDS = 0\n"
         "run_command(preprocess_data.main)\n"
     )
     at = ["--engine", "megatron", "--ray", machines.address]
     process = start(script, *command, *prefix(tmp_path, "ray"), *at)
     wait_for(process.stderr, "M tokens, ")
-    wait_for(process.stderr, "M tokens, ")  # a note follows each
+    wait_for(process.stderr, "M tokens, ")  # a save follows each line
     for machine in machines:
         for worker in machine.workers():
             worker.kill()
