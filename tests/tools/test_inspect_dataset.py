@@ -1,4 +1,4 @@
-"""What is in a data set: numbers that are exact, pictures, and files that are found to be wrong."""
+"""Inspection of data sets: exact statistics, plots, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def run(*arguments: object) -> int:
     return inspect_dataset.main([str(argument) for argument in arguments])
 
 
-def test_the_command(tmp_path: Path, start_tool: Any, tokenizer_folder: Path) -> None:
+def test_the_command_shows_a_data_set(
+    tmp_path: Path, start_tool: Any, tokenizer_folder: Path
+) -> None:
     from tokenizers import Tokenizer
 
     texts = ["plain words, and some more plain words", "1234567890"]
@@ -100,7 +102,7 @@ def test_the_numbers_are_exact(
 
 
 @pytest.mark.parametrize("lengths", [[1], [0, 0, 5], [0, 0, 0, 2], [7, 7], [1, 2, 3, 1000], [4, 8]])
-def test_lengths_of_few_documents(tmp_path: Path, lengths: list[int]) -> None:
+def test_lengths_of_few_documents_are_exact(tmp_path: Path, lengths: list[int]) -> None:
     documents = [[[1] * length] if length else [] for length in lengths]
     found = document_lengths([open_index(write_pair(tmp_path / "a", documents))])
     assert (found.documents, found.tokens) == (len(lengths), sum(lengths))
@@ -110,7 +112,7 @@ def test_lengths_of_few_documents(tmp_path: Path, lengths: list[int]) -> None:
     assert all(one["to"] + 1 == other["from"] for one, other in pairwise(bins))
 
 
-def test_samples(tmp_path: Path) -> None:
+def test_samples_are_drawn_at_random(tmp_path: Path) -> None:
     indices = [
         open_index(write_pair(tmp_path / "a", DOCUMENTS[:100])),
         open_index(write_pair(tmp_path / "b", DOCUMENTS[100:])),
@@ -143,7 +145,7 @@ def test_memory_does_not_grow_with_the_data(
     assert peak < 400_000 < index.num_bytes
 
 
-def test_the_index_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_index_alone_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = write_pair(tmp_path / "a", [[[5, 70000]]], numpy.int32)
     assert run("--input", prefix, "--index-only", "--json", tmp_path / "a.json") == 0
     record = json.loads((tmp_path / "a.json").read_text())
@@ -179,7 +181,7 @@ def test_the_index_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("--input good --tokenizer-type HuggingFaceTokenizer --tokenizer-model ./no", "not exist"),
     ],
 )
-def test_bad_input(
+def test_bad_input_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

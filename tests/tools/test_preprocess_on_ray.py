@@ -1,4 +1,4 @@
-"""Two machines of a Ray cluster make the files of one, whatever is lost on the way."""
+"""A Ray cluster of two machines makes the files of one, also after losses."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def expected(tmp_path: Path, command: list[str]) -> dict[str, bytes]:
     return files_of(tmp_path, "here")
 
 
-def test_same_files_with_a_machine_and_a_worker_lost(
+def test_files_are_the_same_after_losing_a_machine_and_a_worker(
     tmp_path: Path,
     command: list[str],
     expected: dict[str, bytes],
@@ -170,7 +170,7 @@ def test_same_files_with_a_machine_and_a_worker_lost(
     assert err.splitlines()[-1].count(" MB on ") >= 2, "more than one machine takes part"
 
 
-def test_a_command_that_failed_goes_on_anywhere(
+def test_a_failed_command_resumes_without_ray(
     tmp_path: Path,
     command: list[str],
     expected: dict[str, bytes],
@@ -204,7 +204,7 @@ def test_a_command_that_failed_goes_on_anywhere(
     assert files_of(tmp_path, "ray") == expected
 
 
-def test_another_tokenizer_on_a_machine(
+def test_another_tokenizer_on_a_machine_is_refused(
     tmp_path: Path, command: list[str], machines: Machines, start: Any, tokenizer_folder: Path
 ) -> None:
     """The file changes after it was read here, as it would differ on another disk."""
@@ -225,7 +225,7 @@ def test_another_tokenizer_on_a_machine(
     assert not files_of(tmp_path, "ray") and not (tmp_path / "ray.partial").exists()
 
 
-def test_bad_arguments(
+def test_bad_arguments_are_refused(
     tmp_path: Path, command: list[str], machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = [*command, *prefix(tmp_path, "ray")]

@@ -1,4 +1,4 @@
-"""Near-duplicates: the library's estimates against exact similarities, and what it looks at."""
+"""Near-duplicates: estimates against exact similarities, and which pairs are compared."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_pairs_above_the_threshold_are_found(threshold: float) -> None:
     assert wrong == 0
 
 
-def test_bands() -> None:
+def test_bands_compare_the_pairs_above_the_threshold() -> None:
     for threshold in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0):
         bands = minhash(threshold).num_bands
         rows = 128 // bands
@@ -84,14 +84,14 @@ def test_sketches_are_the_same_everywhere() -> None:
     ]
 
 
-def test_pieces_of_a_long_text_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_in_batches_has_the_same_sketch(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(WORDS)
     whole = minhash().sketch(text)
     monkeypatch.setattr("megatron_sffn.data.corpus.minhash.BATCH_NGRAMS", 7)
     assert minhash().sketch(text).digest() == whole.digest()
 
 
-def test_what_counts() -> None:
+def test_ngrams_of_words_and_characters_count() -> None:
     words, characters = minhash(), minhash(unit="characters")
     one = "a b c d e f g"
     assert words.sketch(one).jaccard(words.sketch(one.upper())) == 1
@@ -116,12 +116,12 @@ def test_what_counts() -> None:
         (0.8, 0, "--ngram 0 is less than 1; 5 words are usual"),
     ],
 )
-def test_bad_numbers(threshold: float, size: int, message: str) -> None:
+def test_numbers_out_of_range_are_refused(threshold: float, size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         minhash(threshold, size)
 
 
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(ConfigError, match=r"needs rensa, .*'megatron-sffn\[dedup\]'"):
         minhash()

@@ -1,4 +1,4 @@
-"""Files appear together or not at all; what is left of a kill is removed, or finished."""
+"""Atomic output: files appear together or not at all, also after a kill."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_an_error_leaves_the_old_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("renamed", [0, 1])
-def test_a_kill_among_the_renames_is_finished(tmp_path: Path, renamed: int) -> None:
+def test_renames_after_a_kill_are_completed(tmp_path: Path, renamed: int) -> None:
     """The process ends where it gives the files their names."""
     pid = os.fork()
     if not pid:
@@ -70,7 +70,7 @@ def test_a_kill_among_the_renames_is_finished(tmp_path: Path, renamed: int) -> N
     assert content(tmp_path) == {"a.bin": "another", "a.idx": "another"}
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.bin.partial").write_text("in the way")
     with pytest.raises(
         ConfigError, match=r"a\.bin\.partial cannot be written \(File exists\); give"

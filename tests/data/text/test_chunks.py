@@ -86,7 +86,7 @@ def test_rows_are_read_from_any_chunk_on(tmp_path: Path) -> None:
         assert not rest or rest[0].number == chunk.end.number + 1
 
 
-def test_several_files_count_on(tmp_path: Path) -> None:
+def test_positions_continue_over_several_files(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl.gz")
     (tmp_path / "c.txt").write_bytes(b"the third")
     given = (first, second, str(tmp_path / "c.txt"))
@@ -99,11 +99,11 @@ def test_several_files_count_on(tmp_path: Path) -> None:
     assert read(*given, start=found[-1].end) == []
 
 
-def test_the_last_line_needs_no_end(tmp_path: Path) -> None:
+def test_the_last_line_needs_no_line_end(tmp_path: Path) -> None:
     assert texts_of(read(write(tmp_path / "a.jsonl", LINES[:-1]))) == TEXTS
 
 
-def test_byte_order_mark_line_ends_and_blank_lines(tmp_path: Path) -> None:
+def test_byte_order_marks_line_ends_and_blank_lines_are_handled(tmp_path: Path) -> None:
     content = b"\xef\xbb\xbf" + b'{"text": "a\\r\\n"}\r\n\r\n  \n{"text": "b"}\r\n\n'
     (chunk,) = read(write(tmp_path / "a.jsonl", content))
     documents = list(documents_of(chunk))
@@ -114,7 +114,7 @@ def test_byte_order_mark_line_ends_and_blank_lines(tmp_path: Path) -> None:
     assert texts_of([text]) == ["one\r\n\r\ntwo\n"]
 
 
-def test_empty_files(tmp_path: Path) -> None:
+def test_empty_files_are_read(tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.jsonl", b"")) == []
     assert texts_of(read(write(tmp_path / "a.txt", b""))) == [""]
     parquet.write_table(
@@ -124,7 +124,7 @@ def test_empty_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_a_truncated_archive_gives_what_is_there(tmp_path: Path, compression: str) -> None:
+def test_a_truncated_archive_is_read_up_to_its_end(tmp_path: Path, compression: str) -> None:
     # Text that does not compress, so that every compression has given a part of it before the end.
     random = os.urandom(300_000).hex().encode()
     lines = b"".join(b'{"text": "%s"}\n' % random[at : at + 500] for at in range(0, 600_000, 500))
@@ -145,7 +145,7 @@ def test_a_truncated_archive_gives_what_is_there(tmp_path: Path, compression: st
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_an_archive_that_is_none(tmp_path: Path, compression: str) -> None:
+def test_a_wrong_archive_is_a_fault(tmp_path: Path, compression: str) -> None:
     path = tmp_path / f"a.jsonl{compression}"
     path.write_bytes(LINES)
     (chunk,) = read(str(path))
@@ -153,7 +153,9 @@ def test_an_archive_that_is_none(tmp_path: Path, compression: str) -> None:
 
 
 @pytest.mark.parametrize("compression", [".xz", ".bz2"])
-def test_what_follows_a_stream(tmp_path: Path, compression: str) -> None:
+def test_streams_padding_and_damage_after_a_stream_are_read(
+    tmp_path: Path, compression: str
+) -> None:
     library: Any = COMPRESSIONS[compression]
     path = tmp_path / f"a.jsonl{compression}"
     first, second = (library.compress(lines) for lines in (LINES[:1000], LINES[1000:]))
@@ -171,7 +173,7 @@ def test_what_follows_a_stream(tmp_path: Path, compression: str) -> None:
         assert "after line" in str(read(str(path))[-1].fault)
 
 
-def test_a_window_of_two_gigabytes(tmp_path: Path) -> None:
+def test_a_zstd_window_of_two_gigabytes_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     options = {zstd.CompressionParameter.window_log: 31}
     path.write_bytes(b"")
@@ -195,7 +197,9 @@ def test_a_window_of_two_gigabytes(tmp_path: Path) -> None:
         ("a.txt.gz", gzip.compress("text".encode("utf-16")), "is UTF-16 by its first bytes; conv"),
     ],
 )
-def test_a_file_of_another_format(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+def test_a_file_of_another_format_is_a_fault(
+    tmp_path: Path, name: str, content: bytes, sentence: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     other = write(tmp_path / "b.jsonl")
     first, *rest = read(str(tmp_path / name), other)
@@ -203,7 +207,7 @@ def test_a_file_of_another_format(tmp_path: Path, name: str, content: bytes, sen
     assert texts_of(rest) == TEXTS
 
 
-def test_a_damaged_row_group(tmp_path: Path) -> None:
+def test_a_damaged_row_group_is_a_fault(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": TEXTS}), path, row_group_size=500)
     content = bytearray(path.read_bytes())
@@ -215,7 +219,7 @@ def test_a_damaged_row_group(tmp_path: Path) -> None:
     assert f"{path} is truncated or damaged after row {last.number - 1} (" in str(last.fault)
 
 
-def test_a_file_that_is_gone(tmp_path: Path) -> None:
+def test_a_deleted_file_is_a_fault(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl")
     sources = find_sources([path], ["text"])
     os.unlink(path)
@@ -224,7 +228,7 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", ["", ".gz"])
-def test_a_line_that_is_too_long(
+def test_a_line_that_is_too_long_is_a_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
 ) -> None:
     monkeypatch.setattr(text_chunks, "LONGEST_DOCUMENT", 100_000)
@@ -243,7 +247,9 @@ def test_a_line_that_is_too_long(
     assert texts_of(read(path, start=faults[0].end)) == TEXTS
 
 
-def test_a_text_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_is_too_long_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text_chunks, "LONGEST_DOCUMENT", 10)
     fits, long = tmp_path / "a.txt", tmp_path / "b.txt"
     fits.write_bytes(b"x" * 10)
@@ -253,7 +259,7 @@ def test_a_text_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert str(found[1].fault) == f"{long} is longer than 10 bytes; cut it into several documents"
 
 
-def test_a_long_line_costs_its_length_a_few_times(tmp_path: Path) -> None:
+def test_a_long_line_needs_few_times_its_length_of_memory(tmp_path: Path) -> None:
     length = 30_000_000
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:

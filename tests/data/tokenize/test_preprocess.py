@@ -1,4 +1,4 @@
-"""A run that is killed, refused, or out of room: the same command goes on to the same files."""
+"""Resume: after a kill, an error or a full disk the same command makes the same files."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_killed_at_random_moments(
+def test_runs_killed_at_random_moments_resume(
     tmp_path: Path, command: list[str], expected: dict[str, bytes], processes: str
 ) -> None:
     rng = random.Random(int(processes))
@@ -128,7 +128,7 @@ def test_killed_at_random_moments(
 
 
 @pytest.mark.parametrize("saves", [0, 1, 7, 40])
-def test_the_same_command_goes_on(
+def test_the_same_command_resumes(
     tmp_path: Path,
     command: list[str],
     expected: dict[str, bytes],
@@ -158,7 +158,7 @@ def test_the_same_command_goes_on(
     assert files_of(tmp_path) == expected
 
 
-def test_killed_among_the_renames(
+def test_a_kill_during_the_renames_is_completed(
     tmp_path: Path,
     command: list[str],
     expected: dict[str, bytes],
@@ -183,7 +183,7 @@ def test_killed_among_the_renames(
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_killed_while_the_folder_is_removed(
+def test_a_kill_while_the_folder_is_removed_loses_nothing(
     tmp_path: Path, command: list[str], expected: dict[str, bytes]
 ) -> None:
     def half(path: Path, **_: object) -> None:
@@ -236,7 +236,7 @@ def test_another_command_starts_anew(
 
 
 @pytest.mark.usefixtures("expected")
-def test_a_pipe_cannot_be_taken_up(tmp_path: Path, command: list[str]) -> None:
+def test_a_run_with_a_pipe_does_not_resume(tmp_path: Path, command: list[str]) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     command = ["--input", str(pipe), *command[3:], "--on-error", "stop"]
@@ -250,7 +250,7 @@ def test_a_pipe_cannot_be_taken_up(tmp_path: Path, command: list[str]) -> None:
     assert len(files_of(tmp_path)["out_text_document.idx"]) == 34 + 20 * 501 + 8
 
 
-def test_a_bad_document_after_hours_of_work(
+def test_a_faulty_document_does_not_lose_the_work_before_it(
     tmp_path: Path,
     command: list[str],
     expected: dict[str, bytes],
@@ -292,7 +292,7 @@ def test_output_is_replaced_only_on_request(
 
 
 @pytest.mark.usefixtures("expected")
-def test_one_run_at_a_time(tmp_path: Path, command: list[str]) -> None:
+def test_a_second_run_of_a_prefix_is_refused(tmp_path: Path, command: list[str]) -> None:
     os.mkfifo(tmp_path / "pipe")
     slow = ["--input", str(tmp_path / "pipe"), *command[3:]]
     first = start(lambda: preprocess_data.main(slow))
@@ -309,7 +309,9 @@ def test_one_run_at_a_time(tmp_path: Path, command: list[str]) -> None:
     assert preprocess_data.main([*command, "--overwrite"]) == 0
 
 
-def test_a_lock_whose_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_in_a_removed_folder_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first run ends between the moments in which the second opens the lock and takes it."""
     take = fcntl.lockf
 
@@ -323,7 +325,7 @@ def test_a_lock_whose_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_full_disk(
+def test_a_run_resumes_after_a_full_disk(
     tmp_path: Path,
     command: list[str],
     expected: dict[str, bytes],
@@ -348,7 +350,7 @@ def test_a_full_disk(
     assert files_of(tmp_path) == expected
 
 
-def test_a_killed_worker(
+def test_a_run_resumes_after_a_killed_worker(
     tmp_path: Path, command: list[str], expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron_sffn.data.tokenize.encoder import Encoder
@@ -370,7 +372,7 @@ def test_a_killed_worker(
     assert files_of(tmp_path) == expected
 
 
-def test_interrupted(
+def test_an_interrupted_run_resumes(
     tmp_path: Path,
     command: list[str],
     expected: dict[str, bytes],
@@ -391,7 +393,7 @@ def test_interrupted(
     assert files_of(tmp_path) == expected
 
 
-def test_interrupted_before_the_first_note(
+def test_a_run_interrupted_before_the_first_save_starts_anew(
     tmp_path: Path,
     command: list[str],
     monkeypatch: pytest.MonkeyPatch,

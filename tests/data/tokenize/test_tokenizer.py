@@ -1,4 +1,4 @@
-"""Tokenizers of every kind load from this machine alone, and what is wrong is one sentence."""
+"""Tokenizers of every kind load without a network, and every error is one sentence."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def encoder_spec_of(args: argparse.Namespace) -> EncoderSpec:
 
 
 @pytest.mark.parametrize("lowercase", [False, True])
-def test_a_class_that_is_not_that_of_the_file(tmp_path: Path, lowercase: bool) -> None:
+def test_a_class_that_ignores_its_file_is_refused(tmp_path: Path, lowercase: bool) -> None:
     folder = Path(tokenizers.byte_level(tmp_path, vocab_size=600)[-1])
     file = folder / "tokenizer.json"
     made = Tokenizer.from_file(str(file))
@@ -128,14 +128,14 @@ def test_a_class_that_is_not_that_of_the_file(tmp_path: Path, lowercase: bool) -
     )
 
 
-def test_a_model_without_an_end_of_document(tmp_path: Path) -> None:
+def test_a_model_without_an_end_of_document_is_refused(tmp_path: Path) -> None:
     flags = tokenizers._sentence_piece(tmp_path, model_type="bpe", eos_id=-1)
     assert load_tokenizer(arguments(flags)).eod == -1
     with pytest.raises(ConfigError, match="has no end-of-document token; leave out --append-eod"):
         load_tokenizer(arguments(flags), need_eod=True)
 
 
-def test_a_tokenizer_that_leaves_out_merges(tmp_path: Path) -> None:
+def test_bpe_dropout_is_a_warning(tmp_path: Path) -> None:
     flags = tokenizers.byte_level(tmp_path)
     file = Path(flags[-1]) / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -179,7 +179,9 @@ def bad(tmp_path: Path, *flags: str) -> argparse.Namespace:
         (["NullTokenizer"], "NullTokenizer .* cannot be loaded"),
     ],
 )
-def test_tokenizers_that_cannot_be_loaded(tmp_path: Path, flags: list[str], message: str) -> None:
+def test_unusable_tokenizers_are_one_sentence(
+    tmp_path: Path, flags: list[str], message: str
+) -> None:
     (tmp_path / "other.json").write_text("[1, 2, 3]")
     (tmp_path / "bad.json").write_text("[1, 2")
     (tmp_path / "a.tiktoken").write_text("IQ== 0\n")

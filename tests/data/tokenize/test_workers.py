@@ -1,4 +1,4 @@
-"""Workers: results in the order of the chunks, no more of them at once than there is room for."""
+"""Workers give results in the order of the chunks, and few chunks are in flight."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def encode_numbers(chunks: Sequence[TextChunk]) -> list[int]:
     return [chunk.number for chunk in chunks]
 
 
-def test_order_is_kept_and_nothing_read_too_early() -> None:
+def test_results_keep_the_order_and_nothing_is_read_too_early() -> None:
     taken: list[int] = []
     results = encode_in_order(encode_numbers, chunks_of([10] * 12, taken), workers=2)
     numbers = [next(results)]
@@ -48,7 +48,7 @@ def test_order_is_kept_and_nothing_read_too_early() -> None:
     assert numbers == [[number] for number in range(1, 13)]
 
 
-def test_a_long_chunk_is_on_the_way_alone() -> None:
+def test_a_long_chunk_is_in_flight_alone() -> None:
     taken: list[int] = []
     results = encode_in_order(encode_numbers, chunks_of([1000] * 5, taken), workers=2)
     for number in range(1, 5):
@@ -57,13 +57,13 @@ def test_a_long_chunk_is_on_the_way_alone() -> None:
     assert list(results) == [[5]]
 
 
-def test_small_chunks_travel_together() -> None:
+def test_small_chunks_share_a_task() -> None:
     tasks = [len(task) for task in bundled(chunks_of([3, 3, 3, 3, 30, 0, 10, 0, 0], []))]
     assert tasks == [4, 1, 2, 2]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 7])
-def test_any_number_of_workers(processes: int) -> None:
+def test_results_do_not_depend_on_the_number_of_workers(processes: int) -> None:
     results = encode_in_order(encode_numbers, chunks_of([4] * 30, []), processes)
     assert [number for result in results for number in result] == list(range(1, 31))
     assert list(encode_in_order(encode_numbers, chunks_of([], []), processes)) == []
@@ -77,7 +77,7 @@ def test_an_error_in_a_worker_is_raised() -> None:
         list(encode_in_order(encode, chunks_of([10] * 9, []), workers=2))
 
 
-def test_a_killed_worker() -> None:
+def test_a_killed_worker_is_one_sentence() -> None:
     def die(chunks: Sequence[TextChunk]) -> list[int]:
         if chunks[0].number == 13:
             os._exit(1)
