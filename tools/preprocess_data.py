@@ -29,6 +29,7 @@ from megatron_sffn.data.tokenize.preprocess import Job, Work, list_reasons, prep
 from megatron_sffn.data.tokenize.ray_workers import connected
 from megatron_sffn.data.tokenize.workers import encode_in_order
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.human_size import human_size
 from megatron_sffn.utils.stderr import say
 from megatron_sffn.utils.warning_filters import silence
 
@@ -240,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for prefix, tokens in zip(job.prefixes, done.tokens, strict=True):
         print(
             f"{prefix}: {done.documents} documents, {tokens} tokens "
-            f"of {done.num_bytes / 1e6:.1f} MB in {seconds:.1f} s"
+            f"of {human_size(done.num_bytes)} in {seconds:.1f} s"
         )
     if done.skipped:
         print(f"{job.report}: {done.skipped} documents left out ({list_reasons(job.report)})")

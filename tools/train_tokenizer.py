@@ -33,6 +33,7 @@ from megatron_sffn.data.text.chunks import read_chunks
 from megatron_sffn.data.text.documents import Document, DocumentError, read_documents
 from megatron_sffn.data.text.sources import Source, find_sources
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.human_size import human_size
 from megatron_sffn.utils.stderr import say
 
 END_OF_TEXT = "<|endoftext|>"
@@ -84,7 +85,7 @@ class Sample:
             self.num_bytes += len(text.encode())
             if self.num_bytes // PROGRESS_BYTES > printed:
                 printed = self.num_bytes // PROGRESS_BYTES
-                say(f"read {documents} documents, {self.num_bytes / 1e6:.0f} MB")
+                say(f"read {documents} documents, {human_size(self.num_bytes)}")
             yield text
 
 
@@ -206,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sample.num_bytes:
         raise ConfigError(f"--input {' '.join(args.input)} holds no text; give files with text")
     size = tokenizer.get_vocab_size()
-    say(f"trained on {sample.num_bytes / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
+    say(f"trained on {human_size(sample.num_bytes)} in {time.monotonic() - start:.1f} s")
     if size < args.vocab_size:
         say(f"the text has too few frequent pairs for {args.vocab_size} ids: {size} were made")
     save(tokenizer, Path(args.output))
@@ -214,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size_read = sum(len(text.encode()) for text in sample.kept)
     print(
         f"{args.output}: {size} ids; {size_read / tokens:.2f} bytes per token "
-        f"({tokens / size_read:.3f} tokens per byte) on {size_read / 1e6:.1f} MB of the input"
+        f"({tokens / size_read:.3f} tokens per byte) on {human_size(size_read)} of the input"
     )
     return 0
 
