@@ -1,7 +1,8 @@
-"""Write the index files of a run before it starts.
+"""Writes the index files of a run before it starts.
 
-Enters: the flags of `megatron_sffn.pretrain`. Leaves: Megatron's index files, so that no rank of
-the run computes or waits for them. The work is in `megatron_sffn/data/loading/index_cache.py`.
+Inputs: the flags of `megatron_sffn.pretrain`. Outputs: Megatron's index files, so that no rank of
+the run computes them or waits for them. The implementation is in
+`megatron_sffn/data/loading/index_cache.py`.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.stderr import say
 from megatron_sffn.utils.warning_filters import silence
 
 if TYPE_CHECKING:
     from megatron_sffn.data.loading.index_cache import IndexSet
 
 DESCRIPTION = """\
-Write the index files that say in what order a run reads its data: for every data set and blend, for
-training, validation and test. They go to --data-cache-path, or beside the data sets. Give it the
-flags of the run, all of them: the files depend on data paths, --split, --seq-length, --seed, the
-tokenizer, and on how many samples training and evaluation draw. Files that are there and whole
-stay.
+Write the index files of a run, which hold the order of its samples, for every data set and blend,
+for training, validation and test. They go to --data-cache-path, or beside the data sets. Give all
+flags of the run: the files depend on data paths, --split, --seq-length, --seed, the tokenizer, and
+the numbers of samples that training and evaluation draw. Complete files are kept.
 """
 
 EXAMPLE = """\
@@ -36,7 +37,7 @@ example: once, before a run of 512 ranks
   .venv/bin/python tools/build_index_cache.py --ranks 512 [the flags of the run] \\
       --data-cache-path /shared/cache
 
-example: a disk in each node (a run also does so by itself, when it starts)
+example: local disks in each node (a run also writes these files when it starts)
   srun --ntasks-per-node 1 .venv/bin/python tools/build_index_cache.py --ranks 512 [flags] \\
       --data-cache-path /local/cache
 """
@@ -57,23 +58,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def namespace_of(flags: list[str], ranks: int) -> Namespace:
-    """The run's namespace, as its first rank has it."""
+    """The namespace of the run, as on its first rank."""
     from megatron_sffn.patches import prepare
 
-    defaults, _ = prepare()  # before Megatron is imported
+    defaults, _ = prepare()  # before the first import of Megatron
 
     from megatron_sffn.train.arguments import parse
 
     logging.getLogger("megatron").setLevel(logging.WARNING)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks))
     sys.argv = ["pretrain", *flags]
-    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's account of what it derives
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints the values that it derives
         return parse(defaults)
 
 
-def report(done: int, missing: int, one: IndexSet) -> None:
-    """A line of progress."""
-    print(f"written {done} of {missing}: {one.title}", file=sys.stderr, flush=True)
+def report(written: int, missing: int, index_set: IndexSet) -> None:
+    """Print a line of progress."""
+    say(f"written {written} of {missing}: {index_set.title}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.redirect_stdout(io.StringIO()):
         request = dataset_request(args, load_tokenizer(args), samples_of_run(args))
     sets, missing = complete(request, report)
-    where = args.data_cache_path or "the folders of the data sets"
+    folder = args.data_cache_path or "the folders of the data sets"
     seconds = time.monotonic() - start
-    print(f"{sets} sets of index files in {where}, {missing} of them new ({seconds:.1f} s)")
+    print(f"{sets} sets of index files in {folder}, {missing} of them new ({seconds:.1f} s)")
     return 0
 
 

@@ -1,7 +1,6 @@
-"""Leave out documents that say what an earlier one says.
+"""Removes duplicate documents from text; the implementation is in `data/corpus/dedup.py`.
 
-Enters: text. Leaves: JSON lines without the duplicates, and a report of those.
-The work is in `megatron_sffn/data/corpus/dedup.py`.
+Inputs: text. Outputs: JSON lines without the duplicates, and a report of the duplicates.
 """
 
 from __future__ import annotations
@@ -11,30 +10,32 @@ import os
 from collections.abc import Sequence
 
 from megatron_sffn.data.corpus.dedup import dedup
-from megatron_sffn.data.corpus.minhash import UNITS, Near
-from megatron_sffn.data.output.meter import Meter, say, size
+from megatron_sffn.data.corpus.minhash import UNITS, MinHash
+from megatron_sffn.data.output.progress import Progress
 from megatron_sffn.data.text.sources import find_sources, total_size
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.human_size import human_size
+from megatron_sffn.utils.stderr import say
 
 DESCRIPTION = """\
-Leave out documents that are copies of an earlier one: exact ones, but for white space and the form
-of accents, and with --near those that share most of their n-grams with it. The first of several
-stays. Reads text (.jsonl, .txt, .parquet, compressed or not; files, folders, globs, - for standard
-input); writes P.jsonl, and P_duplicates.jsonl with a line for each document that is not in it: its
-file and line, the reason, and the file and line of the one that stays. The same input gives the
-same files.
+Remove documents that duplicate an earlier one: exact duplicates, up to white space and the Unicode
+form of accents, and with --near also documents that share most of their n-grams with it. The first
+of several duplicates stays. Reads text (.jsonl, .txt, .parquet, compressed or not; files, folders,
+globs, - for standard input). Writes P.jsonl, and P_duplicates.jsonl with a line for each removed
+document: its file and line, the reason, and the file and line of the document that stays. The same
+input gives the same files.
 """
 
 EXAMPLE = """\
-memory: 250 bytes for each document that stays, with --near 2.8 kB, whatever its length
+memory: 250 bytes for each document that stays, 2.8 kB with --near, whatever its length
 
-example: exact copies
+example: exact duplicates
   .venv/bin/python tools/dedup_dataset.py --input data/raw --output-prefix data/clean
 
-example: near copies, too (needs the extra `dedup`)
+example: near-duplicates, too (needs the extra `dedup`)
   .venv/bin/python tools/dedup_dataset.py --input data/raw --output-prefix data/clean --near
 
-example: Chinese, Japanese, Thai: words are not spaced, so compare characters
+example: Chinese, Japanese and Thai have no spaces between words, so compare characters
   .venv/bin/python tools/dedup_dataset.py --input data/raw --output-prefix data/clean --near \\
       --unit characters --ngram 8
 """
@@ -56,18 +57,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--output-prefix", required=True, metavar="P", help="writes P.jsonl and P_duplicates.jsonl")
     add("--json-key", default="text", help="key of the text to compare (default: text)")
-    add("--near", action="store_true", help="leave out near-duplicates, too")
-    threshold = "n-grams in common, of all that two near-duplicates have (default: 0.8)"
+    add("--near", action="store_true", help="also remove near-duplicates")
+    threshold = "least share of common n-grams (Jaccard) of near-duplicates (default: 0.8)"
     add("--threshold", type=float, default=0.8, metavar="T", help=threshold)
     add("--ngram", type=int, default=5, metavar="N", help="length of an n-gram (default: 5)")
-    add("--unit", choices=UNITS, default="words", help="what n-grams are of (default: words)")
+    add("--unit", choices=UNITS, default="words", help="unit of n-grams (default: words)")
     add(
         "--workers",
         type=int,
         metavar="N",
-        help="processes that hash (default: the cores of this machine)",
+        help="processes that hash (default: the cores that this process may use)",
     )
-    add("--overwrite", action="store_true", help="replace files that are there")
+    add("--overwrite", action="store_true", help="replace existing files")
     return parser
 
 
@@ -76,25 +77,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers {args.workers} is less than 1; give a positive number")
-    near = Near(threshold=args.threshold, size=args.ngram, unit=args.unit) if args.near else None
+    minhash = (
+        MinHash(threshold=args.threshold, size=args.ngram, unit=args.unit) if args.near else None
+    )
     sources = find_sources(args.input, [args.json_key], say)
-    meter = Meter("compared", total_size(sources))
+    progress = Progress("compared", total_size(sources))
     result = dedup(
         sources,
         args.json_key,
-        near,
+        minhash,
         args.output_prefix,
-        # Not os.cpu_count(): in a container or a Slurm step fewer cores may be ours.
+        # Not os.cpu_count(): a container or a Slurm step may have fewer cores than the machine.
         workers=args.workers or len(os.sched_getaffinity(0)),
         overwrite=args.overwrite,
-        progress=meter.reach,
+        progress=progress.reach,
     )
+    exact, near = result.exact_duplicates, result.near_duplicates
     print(
-        f"{result.path}: {result.kept} documents of {result.kept + result.exact + result.near}, "
-        f"{size(result.kept_bytes)}\n"
-        f"{result.report}: {result.exact} exact and {result.near} near-duplicates, "
-        f"{size(result.left_out_bytes)}\n"
-        f"{meter.end()}"
+        f"{result.path}: {result.kept} documents of {result.kept + exact + near}, "
+        f"{human_size(result.kept_bytes)}\n"
+        f"{result.report}: {exact} exact and {near} near-duplicates, "
+        f"{human_size(result.left_out_bytes)}\n"
+        f"{progress.summary()}"
     )
     return 0
 

@@ -1,8 +1,7 @@
-"""Look into Megatron data sets.
+"""Inspects and checks Megatron data sets; the implementation is in `data/indexed/stats.py`.
 
-Enters: `.bin/.idx` pairs. Leaves: what they hold, on the terminal, as JSON and as a picture; or
-what is wrong with them, as one sentence and exit code 2.
-The work is in `megatron_sffn/data/indexed/stats.py`.
+Inputs: `.bin/.idx` pairs. Outputs: their statistics on the terminal, as JSON and as a plot; or, for
+a damaged file, one sentence and exit code 2.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ if TYPE_CHECKING:
     from megatron_sffn.data.tokenize.tokenizer import Tokenizer
 
 DESCRIPTION = """\
-Show what is in Megatron data sets (.bin and .idx): documents, tokens, a histogram of their lengths,
-the most frequent ids, and some documents, decoded if a tokenizer is given. Every entry of the index
-and every id is read, so truncated, mismatched and foreign files are found: exit code 2 and one
-sentence. Memory does not grow with the data.
+Show the content of Megatron data sets (.bin and .idx): number of documents and tokens, a histogram
+of document lengths, the most frequent ids, and sample documents, decoded if a tokenizer is given.
+Every entry of the index and every id is read, so truncated, mismatched and foreign files are found;
+the tool then ends with one sentence and exit code 2. Memory does not grow with the data.
 """
 
 EXAMPLE = """\
@@ -31,7 +30,7 @@ example:
   .venv/bin/python tools/inspect_dataset.py --input data/corpus_text_document --plot lengths.png \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer --samples 3
 
-example: are all shards whole? (no ids are read)
+example: check that all shards are complete, without reading the ids
   .venv/bin/python tools/inspect_dataset.py --input data/shards --index-only
 """
 
@@ -54,20 +53,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="prefixes (paths without .bin and .idx), folders, and globs of prefixes; several are "
         "taken as one corpus",
     )
-    add("--samples", type=int, default=2, metavar="N", help="documents to show (default: 2)")
-    add("--sample-tokens", type=int, default=256, metavar="N", help="of each (default: 256)")
-    add("--seed", type=int, default=0, help="of the documents that are drawn (default: 0)")
-    add("--top", type=int, default=10, metavar="N", help="most frequent ids (default: 10)")
+    add("--samples", type=int, default=2, metavar="N", help="sample documents to show (default: 2)")
+    add("--sample-tokens", type=int, default=256, metavar="N", help="tokens of each (default: 256)")
+    add("--seed", type=int, default=0, help="seed of the sample (default: 0)")
+    add("--top", type=int, default=10, metavar="N", help="most frequent ids to show (default: 10)")
     add("--index-only", action="store_true", help="do not read the ids: seconds for terabytes")
-    add("--json", type=Path, metavar="FILE", help="write all numbers, for other programs")
-    add("--plot", type=Path, metavar="FILE", help="draw the lengths, as .png, .pdf or .svg")
+    add("--json", type=Path, metavar="FILE", help="write all numbers as JSON")
+    add("--plot", type=Path, metavar="FILE", help="plot the lengths as .png, .pdf or .svg")
     ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
     return parser
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot work, before anything is read."""
-    from megatron_sffn.data.indexed.stats_report import check_picture
+    """Refuse wrong flags before anything is read."""
+    from megatron_sffn.data.indexed.stats_report import check_plot
 
     for flag, value in (("--samples", args.samples), ("--top", args.top)):
         if value < 0:
@@ -75,13 +74,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.sample_tokens < 1:
         raise ConfigError(f"--sample-tokens {args.sample_tokens} is less than 1; give more")
     if args.plot:
-        check_picture(args.plot)
+        check_plot(args.plot)
     if args.json and not args.json.parent.is_dir():
         raise ConfigError(f"--json {args.json} lies in no folder; create {args.json.parent} first")
 
 
 def check_vocabulary(largest: int, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer that cannot have made the data sets."""
+    """Refuse a tokenizer whose vocabulary lacks ids of the data sets."""
     if largest >= tokenizer.vocab_size:
         raise ConfigError(
             f"--input holds the id {largest}, but the tokenizer has {tokenizer.vocab_size} ids; "
@@ -98,19 +97,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_sffn.data.indexed import stats_report
     from megatron_sffn.data.indexed.find import open_datasets
     from megatron_sffn.data.indexed.stats import document_lengths, id_counts, samples
-    from megatron_sffn.data.output.meter import Meter
+    from megatron_sffn.data.output.progress import Progress
     from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
-    from megatron_sffn.utils.atomic_files import write_whole
+    from megatron_sffn.utils.atomic_files import atomic_write_text
 
     tokenizer = load_tokenizer(args) if args.tokenizer_type else None
     indices = [index for group in open_datasets(args.input) for index in group]
     lengths = document_lengths(indices)
     ids = None
     if not args.index_only:
-        ids = id_counts(indices, Meter("read", sum(index.num_bytes for index in indices)).add)
+        ids = id_counts(indices, Progress("read", sum(index.num_bytes for index in indices)).add)
     if tokenizer and ids is not None:
         check_vocabulary(len(ids) - 1, tokenizer)
-    found = stats_report.Findings(
+    statistics = stats_report.Statistics(
         indices=indices,
         lengths=lengths,
         ids=ids,
@@ -120,12 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.index_only
         else samples(indices, args.samples, args.seed, args.sample_tokens),
     )
-    record = stats_report.as_record(found, tokenizer.detokenize if tokenizer else None)
+    record = stats_report.as_record(statistics, tokenizer.detokenize if tokenizer else None)
     print("\n".join(stats_report.as_lines(record)))
     if args.plot:
-        stats_report.draw(lengths, " ".join(args.input), args.plot)
+        stats_report.plot(lengths, " ".join(args.input), args.plot)
     if args.json:
-        write_whole(args.json, json.dumps(record, indent=2) + "\n")
+        atomic_write_text(args.json, json.dumps(record, indent=2) + "\n")
     return 0
 
 

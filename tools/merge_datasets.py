@@ -1,7 +1,6 @@
-"""Join Megatron data sets to one.
+"""Merges Megatron data sets into one; the implementation is in `data/indexed/merge.py`.
 
-Enters: `.bin/.idx` pairs. Leaves: one pair, with their documents in order.
-The work is in `megatron_sffn/data/indexed/merge.py`.
+Inputs: `.bin/.idx` pairs. Outputs: one pair with all documents, in order.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_sffn.data.indexed.merge import merge, merged_weight, open_blend
-from megatron_sffn.data.output.meter import Meter
+from megatron_sffn.data.output.progress import Progress
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
 
 DESCRIPTION = """\
-Join Megatron data sets (.bin and .idx) to one. Documents keep their order; the result has the bytes
-that Megatron's own builder would write. Memory does not grow with tokens or documents, and a set
-may be of any size. It appears under its name when it is complete; a kill leaves nothing but a
-.partial folder, which the next run removes.
+Merge Megatron data sets (.bin and .idx) into one. Documents keep their order, and the result has
+the bytes that Megatron's builder would write. Memory does not grow with tokens or documents, and a
+data set may have any size. The write is atomic: the result appears under its name when it is
+complete, and a kill leaves only a .partial folder, which the next run removes.
 """
 
 EXAMPLE = """\
@@ -28,8 +27,8 @@ example: prefixes and globs, in this order (quoted, so that the tool expands the
   .venv/bin/python tools/merge_datasets.py --output-prefix data/corpus \\
       --input 'data/web_*_text_document' data/books_text_document
 
-example: sets of a blend with their weights, as in --data-path; merging keeps a blend only if its
-weights are in proportion to the tokens, which is checked
+example: data sets of a blend with their weights, as in --data-path; merging keeps a blend only if
+its weights are in proportion to the tokens, which is checked
   .venv/bin/python tools/merge_datasets.py --output-prefix data/web \\
       --input 0.2 data/web_a_text_document 0.4 data/web_b_text_document
 """
@@ -48,11 +47,15 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         metavar="X",
         help="folders, prefixes (paths without .bin and .idx) and globs of prefixes, in order; "
-        "before each of them a weight, or before none",
+        "either each of them or none has a weight before it",
     )
     add("--output-prefix", required=True, metavar="P", help="writes P.bin and P.idx")
-    add("--overwrite", action="store_true", help="replace P.bin and P.idx if they are there")
-    add("--multimodal", action="store_true", help="not available: only sets of text are merged")
+    add("--overwrite", action="store_true", help="replace existing P.bin and P.idx")
+    add(
+        "--multimodal",
+        action="store_true",
+        help="not available: only sets of text can be merged",
+    )
     return parser
 
 
@@ -66,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     blend = open_blend(args.input)
     weight = merged_weight(blend)
     indices = [index for group, _ in blend for index in group]
-    meter = Meter("copied", sum(index.num_bytes for index in indices))
-    merged = merge(indices, args.output_prefix, overwrite=args.overwrite, progress=meter.add)
+    progress = Progress("copied", sum(index.num_bytes for index in indices))
+    merged = merge(indices, args.output_prefix, overwrite=args.overwrite, progress=progress.add)
     print(
         f"{merged.prefix}: {merged.num_documents} documents, {merged.num_tokens} tokens "
-        f"({merged.dtype}) of {len(indices)} data sets; {meter.end()}"
+        f"({merged.dtype}) of {len(indices)} data sets; {progress.summary()}"
     )
     if weight is not None:
         print(f"in a blend: {weight:g} {merged.prefix}")

@@ -1,18 +1,20 @@
-"""Text in, a tokenized Megatron data set out.
+"""Tokenizes text to Megatron data sets.
 
-Enters: files of JSON lines, plain text or Parquet, compressed or not, folders, globs, pipes.
-Leaves: `<prefix>_<key>_document.bin` and `.idx` for every key, one document for each of the input,
-in its order, for `--data-path <prefix>_<key>_document`.
-Choices: Megatron-LM's flags, and Megatron's own tokenizers and file format, so that scripts and
-data of either work with the other. Memory does not grow with the input. Killed at any moment, the
-same command goes on.
+Inputs: files of JSON lines, plain text or Parquet, compressed or not, folders, globs, pipes.
+Outputs: `<prefix>_<key>_document.bin` and `.idx` for every key, with the documents in the order of
+the input, for `--data-path <prefix>_<key>_document`.
+
+Design notes:
+- The flags are those of Megatron-LM's tool, and tokenizers and file format are Megatron's, so that
+  scripts and data work with both.
+- Memory does not grow with the input.
+- After a kill at any moment the same command resumes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +29,8 @@ from megatron_sffn.data.tokenize.preprocess import Job, Work, list_reasons, prep
 from megatron_sffn.data.tokenize.ray_workers import connected
 from megatron_sffn.data.tokenize.workers import encode_in_order
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.human_size import human_size
+from megatron_sffn.utils.stderr import say
 from megatron_sffn.utils.warning_filters import silence
 
 
@@ -36,8 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     from megatron.training.config import TokenizerConfig
 
     parser = CommandParser(
-        description="Tokenize text into a Megatron data set. Killed at any moment, the same "
-        "command goes on where it was.",
+        description="Tokenize text to Megatron data sets. After a kill at any moment the same "
+        "command resumes.",
     )
     data = parser.add_argument_group("input data")
     data.add_argument(
@@ -45,22 +49,22 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         help="files, folders, globs, or - for standard input, in order; .jsonl, .json and .ndjson "
-        "have a JSON object on every line, .txt is one document, .parquet one in every row; all "
-        "but the last also as .gz, .bz2, .xz and .zst; in a folder without such names those "
-        "without an ending are read",
+        "have a JSON object on every line, .txt is one document, .parquet has a document in every "
+        "row; all formats but Parquet may be compressed (.gz, .bz2, .xz, .zst); in a folder "
+        "without such files, files without an ending are read",
     )
     data.add_argument(
         "--json-keys",
         nargs="+",
         default=["text"],
-        help="keys or columns of the text, with a data set for each; a list of strings is a "
-        "document of several sequences",
+        help="keys or columns of the text; each gives a data set; a list of strings is a document "
+        "of several sequences (default: text)",
     )
     data.add_argument(
         "--split-sentences",
         action="store_true",
-        help="cut documents into sentences, by NLTK's Punkt model, which must be on this machine "
-        "(NLTK_DATA); the data sets are then called <prefix>_<key>_sentence",
+        help="split documents into sentences with NLTK's Punkt model, which must be on this "
+        "machine (NLTK_DATA); the data sets are then called <prefix>_<key>_sentence",
     )
     data.add_argument(
         "--keep-newlines",
@@ -72,8 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="stop at a document that cannot be used, or leave it out and report it, with file, "
-        "line and reason, in <prefix>_errors.jsonl",
+        help="stop at a faulty document (default), or skip it and report file, line and reason in "
+        "<prefix>_errors.jsonl",
     )
     ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
     tokenization = parser.add_argument_group("tokenization")
@@ -84,37 +88,40 @@ def build_parser() -> argparse.ArgumentParser:
         "--engine",
         choices=("auto", *MAKERS),
         default="auto",
-        help="what computes the ids; auto takes the fastest that is known to give those of "
-        "Megatron's tokenizer",
+        help="library that computes the ids; auto (default) takes the fastest one that gives the "
+        "ids of Megatron's tokenizer",
     )
     output = parser.add_argument_group("output data")
     output.add_argument(
         "--output-prefix", required=True, help="path of the output without _<key>_document.bin"
     )
-    output.add_argument("--overwrite", action="store_true", help="replace output that is there")
+    output.add_argument("--overwrite", action="store_true", help="replace existing output")
     runtime = parser.add_argument_group("runtime")
     runtime.add_argument(
-        "--workers", type=int, default=None, help="processes; default: the cores that are ours"
+        "--workers",
+        type=int,
+        default=None,
+        help="worker processes (default: the cores that this process may use)",
     )
     runtime.add_argument(
         "--ray",
         nargs="?",
         const="auto",
         metavar="ADDRESS",
-        help="encode on all CPUs of a Ray cluster: of the one that this machine belongs to, or of "
-        "that at HOST:PORT",
+        help="encode on all CPUs of a Ray cluster: the cluster of this machine, or the one at "
+        "HOST:PORT",
     )
     runtime.add_argument(
         "--partitions",
         type=int,
         default=1,
-        help="accepted for compatibility: one pass makes the same files, in constant memory",
+        help="accepted for compatibility: one pass writes the same files in constant memory",
     )
     runtime.add_argument(
         "--log-interval",
         type=int,
         default=1000,
-        help="documents between two progress lines, of which there is at most one a second",
+        help="documents between two progress lines (default: 1000); at most one line a second",
     )
     runtime.add_argument(
         "--keep-sequential-samples",
@@ -125,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot work, before a tokenizer is loaded or a file is made."""
+    """Refuse wrong flags, before a tokenizer is loaded or a file is written."""
     for flag in ("workers", "partitions", "log_interval"):
         value = getattr(args, flag)
         if value is not None and value < 1:
@@ -154,7 +161,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def describe(args: argparse.Namespace) -> Job:
-    """What the flags ask for.
+    """The job that the flags describe.
 
     Raises:
         ConfigError: an input cannot be read, or the output exists.
@@ -180,16 +187,16 @@ def describe(args: argparse.Namespace) -> Job:
 
 
 def command_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that determine the output, and the tokenizer's files as they are now."""
-    others = "input on_error engine output_prefix overwrite workers ray partitions log_interval"
-    flags = {name: value for name, value in vars(args).items() if name not in others.split()}
+    """The flags that determine the output, with sizes and times of the tokenizer's files."""
+    free = "input on_error engine output_prefix overwrite workers ray partitions log_interval"
+    flags = {name: value for name, value in vars(args).items() if name not in free.split()}
     stats = [(str(file), file.stat()) for file in tokenizer_files(args)]
     flags["tokenizer_files"] = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return flags
 
 
-def recipe_of(args: argparse.Namespace) -> EncoderSpec:
-    """How the flags want texts to become ids."""
+def encoder_spec_of(args: argparse.Namespace) -> EncoderSpec:
+    """The specification of the encoder that the flags describe."""
     return EncoderSpec(
         tokenizer=args,
         keys=tuple(args.json_keys),
@@ -201,43 +208,40 @@ def recipe_of(args: argparse.Namespace) -> EncoderSpec:
 
 
 @contextmanager
-def workers(args: argparse.Namespace, recipe: EncoderSpec, loaded: Loaded) -> Iterator[Work]:
-    """Those that encode: processes of this machine, or of a Ray cluster."""
+def workers(args: argparse.Namespace, encoder_spec: EncoderSpec, loaded: Loaded) -> Iterator[Work]:
+    """The workers: processes of this machine, or of a Ray cluster."""
     if args.ray:
         with connected(args.ray, say) as cluster:
-            yield cluster.work(recipe, loaded)
+            yield cluster.work(encoder_spec, loaded)
     else:
-        # Not os.cpu_count(): in a container or a Slurm step fewer cores may be ours.
+        # Not os.cpu_count(): a container or a Slurm step may have fewer cores than the machine.
         count = args.workers or len(os.sched_getaffinity(0))
         yield partial(encode_in_order, workers=count)
-
-
-def say(message: str) -> None:
-    """One line of progress."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
     silence()
-    # Workers are the parallelism here, and the threads of the library do not survive a fork.
+    # The workers are the parallelism, and the threads of the library do not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     args = build_parser().parse_args(argv)
     check_arguments(args)
     job = describe(args)
     start = time.monotonic()
-    recipe = recipe_of(args)
-    loaded = recipe.load()
+    encoder_spec = encoder_spec_of(args)
+    loaded = encoder_spec.load()
     try:
-        with workers(args, recipe, loaded) as work:
-            done = preprocess(job, lambda sample: recipe.encoder(loaded, sample, say), work, say)
-    except KeyboardInterrupt:  # which was said
+        with workers(args, encoder_spec, loaded) as work:
+            done = preprocess(
+                job, lambda sample: encoder_spec.encoder(loaded, sample, say), work, say
+            )
+    except KeyboardInterrupt:  # preprocess has told the user
         return 130
     seconds = time.monotonic() - start
     for prefix, tokens in zip(job.prefixes, done.tokens, strict=True):
         print(
             f"{prefix}: {done.documents} documents, {tokens} tokens "
-            f"of {done.num_bytes / 1e6:.1f} MB in {seconds:.1f} s"
+            f"of {human_size(done.num_bytes)} in {seconds:.1f} s"
         )
     if done.skipped:
         print(f"{job.report}: {done.skipped} documents left out ({list_reasons(job.report)})")

@@ -1,7 +1,6 @@
-"""Hold out parts of a corpus, by what is in its documents.
+"""Splits a corpus into train, valid and test; the implementation is in `data/corpus/split.py`.
 
-Enters: text, or `.bin/.idx` pairs. Leaves: the same in parts: train, validation and test, say.
-The work is in `megatron_sffn/data/corpus/split.py`.
+Inputs: text, or `.bin/.idx` pairs. Outputs: the same format, in a file or pair for each part.
 """
 
 from __future__ import annotations
@@ -19,17 +18,19 @@ from megatron_sffn.data.corpus.split import (
     text_contents,
 )
 from megatron_sffn.data.indexed.find import check_same_type, open_datasets
-from megatron_sffn.data.output.meter import Meter, say, size
+from megatron_sffn.data.output.progress import Progress
 from megatron_sffn.data.text.sources import find_sources, total_size
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.human_size import human_size
+from megatron_sffn.utils.stderr import say
 
 DESCRIPTION = """\
-Split a corpus into parts. A hash of a document's content decides where it goes: it lands in the
-same part in every file, order, version and machine, and so do its exact copies, so nothing that is
-held out is in the training text. Reads text (.jsonl, .txt, .parquet, compressed or not; files,
-folders, globs, - for standard input) and writes JSON lines, or, with --tokenized, reads Megatron
-data sets and writes the same. Split text rather than ids where you can: another tokenizer then
-holds out the same documents.
+Split a corpus into parts. A hash of the content of a document determines its part. So a document is
+in the same part in every file, order and version of the corpus, on every machine, and so are its
+exact copies: no held-out document is in the training text. Reads text (.jsonl, .txt, .parquet,
+compressed or not; files, folders, globs, - for standard input) and writes JSON lines; with
+--tokenized reads and writes Megatron data sets. Split text rather than ids where you can: with
+another tokenizer the same documents are then held out.
 """
 
 EXAMPLE = """\
@@ -58,7 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="files, folders, globs, or - for standard input; with --tokenized prefixes (paths "
         "without .bin and .idx), folders, and globs of prefixes",
     )
-    add("--output-prefix", required=True, metavar="P", help="writes P_NAME... for each part")
+    add(
+        "--output-prefix",
+        required=True,
+        metavar="P",
+        help="writes P_NAME.jsonl, or .bin and .idx",
+    )
     add(
         "--parts",
         default="train=0.98,valid=0.01,test=0.01",
@@ -69,27 +75,31 @@ def build_parser() -> argparse.ArgumentParser:
         "--by",
         choices=("documents", "bytes"),
         default="documents",
-        help="what the shares are of: with documents (the default) a document's part depends on "
-        "its content alone; with bytes the input is read twice, and parts have the sizes that are "
-        "asked for also where documents differ much in length",
+        help="unit of the shares (default: documents); with documents the part of a document "
+        "depends only on its content; with bytes the input is read twice, and the parts have their "
+        "shares of bytes also if the lengths of documents differ much",
     )
-    add("--seed", type=int, default=0, help="another one gives other parts (default: 0)")
+    add("--seed", type=int, default=0, help="seed of the hash (default: 0)")
     add("--tokenized", action="store_true", help="split Megatron data sets instead of text")
-    add("--json-key", default="text", help="key of the text that decides (default: text)")
-    add("--overwrite", action="store_true", help="replace files that are there")
+    add(
+        "--json-key",
+        default="text",
+        help="key of the text to hash (default: text)",
+    )
+    add("--overwrite", action="store_true", help="replace existing files")
     return parser
 
 
-def split(args: argparse.Namespace, parts: Parts) -> tuple[list[Count], Meter]:
-    """Split what the flags name."""
+def split(args: argparse.Namespace, parts: Parts) -> tuple[list[Count], Progress]:
+    """Split the input; returns the sizes of the parts and the progress."""
     if args.tokenized:
         indices = [index for group in open_datasets(args.input) for index in group]
         check_same_type(indices)
         if args.by == "bytes":
             parts = parts.by_bytes(dataset_contents(indices))
-        meter = Meter("split", sum(index.num_bytes for index in indices))
+        progress = Progress("split", sum(index.num_bytes for index in indices))
         counts = split_datasets(
-            indices, parts, args.output_prefix, overwrite=args.overwrite, progress=meter.add
+            indices, parts, args.output_prefix, overwrite=args.overwrite, progress=progress.add
         )
     else:
         sources = find_sources(args.input, [args.json_key], say)
@@ -100,30 +110,30 @@ def split(args: argparse.Namespace, parts: Parts) -> tuple[list[Count], Meter]:
                     "read once; give files, or --by documents"
                 )
             parts = parts.by_bytes(text_contents(sources, args.json_key))
-        meter = Meter("split", total_size(sources))
+        progress = Progress("split", total_size(sources))
         counts = split_text(
             sources,
             args.json_key,
             parts,
             args.output_prefix,
             overwrite=args.overwrite,
-            progress=meter.reach,
+            progress=progress.reach,
         )
-    return counts, meter
+    return counts, progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
     args = build_parser().parse_args(argv)
-    counts, meter = split(args, parse_parts(args.parts, args.seed))
+    counts, progress = split(args, parse_parts(args.parts, args.seed))
     total = sum(count.documents for count in counts)
     for count in counts:
         tokens = "" if count.tokens is None else f", {count.tokens} tokens"
         print(
             f"{count.path}: {count.documents} documents ({count.documents / total:.2%}){tokens}, "
-            f"{size(count.num_bytes)}"
+            f"{human_size(count.num_bytes)}"
         )
-    print(meter.end())
+    print(progress.summary())
     return 0
 
 

@@ -1,13 +1,17 @@
-"""Train a byte-level BPE tokenizer, offline; or make one whose ids are bytes.
+"""Trains a byte-level BPE tokenizer offline, or makes one whose ids are bytes.
 
-Enters: text, in files of any kind that `preprocess_data.py` reads. Leaves: a folder with
+Inputs: text, in every format that `preprocess_data.py` reads. Outputs: a folder with
 `tokenizer.json` and `tokenizer_config.json` that `--tokenizer-type HuggingFaceTokenizer
 --tokenizer-model DIR` loads.
-Choices: GPT-2's byte-level BPE (Radford et al. 2019): all 256 bytes are tokens, so every text can
-be encoded and decodes to itself. `<|endoftext|>` (id 0) ends a document. `<|padding|>` (id 1) has
-an id of its own, because Megatron's datasets mask the loss of the pad token wherever it occurs.
-The same input gives the same files. With `--bytes` ids 0 to 255 are bytes, as results on enwik8
-are given; the two others follow.
+
+Design notes:
+- The tokenizer is GPT-2's byte-level BPE (Radford et al. 2019): all 256 bytes are tokens, so every
+  text can be encoded and decodes to itself.
+- `<|endoftext|>` (id 0) ends a document. `<|padding|>` (id 1) has its own id, because Megatron's
+  data sets mask the loss of the pad token wherever it occurs.
+- With `--bytes` ids 0 to 255 are bytes, the unit of results on enwik8; the two special tokens
+  follow.
+- The same input gives the same files.
 """
 
 from __future__ import annotations
@@ -25,10 +29,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_sffn.data.text.chunks import read_blocks
+from megatron_sffn.data.text.chunks import read_chunks
 from megatron_sffn.data.text.documents import Document, DocumentError, read_documents
 from megatron_sffn.data.text.sources import Source, find_sources
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.human_size import human_size
+from megatron_sffn.utils.stderr import say
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -37,7 +43,7 @@ SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
 SAMPLE_BYTES = 4_000_000
 PROGRESS_BYTES = 50_000_000
 CONFIG = {
-    # The name that both transformers 4 and 5 know for "all of it is in tokenizer.json".
+    # The class of transformers 4 and 5 that takes everything from tokenizer.json.
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": END_OF_TEXT,
     "eos_token": END_OF_TEXT,
@@ -48,21 +54,21 @@ CONFIG = {
 
 
 def read_texts(sources: Sequence[Source], key: str) -> Iterator[str]:
-    """The texts of files under `key`, and of `.txt` files in pieces of whole lines."""
+    """The texts under `key`, and the content of `.txt` files in pieces of complete lines."""
     for source in sources:
         if source.kind != "text":
             for document in read_documents([source], columns=[key]):
                 yield from document.sequences([key])[0]
             continue
-        for block in read_blocks([replace(source, kind="lines")]):
-            if block.fault:
-                raise DocumentError(block.fault)
-            piece = Document(path=source.name, unit="", number=None, content=block.content)
+        for chunk in read_chunks([replace(source, kind="lines")]):
+            if chunk.fault:
+                raise DocumentError(chunk.fault)
+            piece = Document(path=source.name, unit="", number=None, content=chunk.content)
             yield from piece.texts([key])
 
 
 class Sample:
-    """Passes texts on, keeps the first ones to measure compression, and prints progress."""
+    """Yields texts, keeps the first ones to measure compression, and prints progress."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         """Nothing is read before the first iteration."""
@@ -79,7 +85,7 @@ class Sample:
             self.num_bytes += len(text.encode())
             if self.num_bytes // PROGRESS_BYTES > printed:
                 printed = self.num_bytes // PROGRESS_BYTES
-                log(f"read {documents} documents, {self.num_bytes / 1e6:.0f} MB")
+                say(f"read {documents} documents, {human_size(self.num_bytes)}")
             yield text
 
 
@@ -88,7 +94,7 @@ def train(texts: Iterable[str], *, vocab_size: int, min_frequency: int) -> Token
 
     Args:
         texts: documents, read once.
-        vocab_size: number of ids, special tokens included; fewer if the text has fewer pairs.
+        vocab_size: largest number of ids, including special tokens.
         min_frequency: a pair that occurs less often is not merged.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -106,8 +112,8 @@ def train(texts: Iterable[str], *, vocab_size: int, min_frequency: int) -> Token
 
 
 def bytes_as_tokens() -> Tokenizer:
-    """A tokenizer whose ids are the bytes of a text in UTF-8."""
-    # The characters by which byte-level tokenizers write bytes: themselves where that is visible.
+    """A tokenizer whose ids are the UTF-8 bytes of a text."""
+    # Byte-level tokenizers write a visible byte as its character, and others as replacements.
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in visible]
     vocab = {chr(byte): byte for byte in visible}
@@ -120,7 +126,7 @@ def bytes_as_tokens() -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the two files into `folder`, complete or not at all; other files there stay."""
+    """Write the two files into `folder` atomically; other files in it stay."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     for stale in folder.parent.glob(f".{folder.name}.*.partial"):
@@ -132,18 +138,13 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         config = json.dumps(CONFIG, indent=2) + "\n"
         (partial / "tokenizer_config.json").write_text(config, encoding="utf-8")
         if folder.is_dir() and any(folder.iterdir()):
-            # The config first: it is the same for every tokenizer, so no mixture can appear.
+            # The config first: it is the same for every tokenizer, so the two files always fit.
             for name in ("tokenizer_config.json", "tokenizer.json"):
                 os.replace(partial / name, folder / name)
         else:
             os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def log(message: str) -> None:
-    """One line of progress."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -157,14 +158,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--bytes",
         action="store_true",
-        help="train nothing: 256 ids for the bytes, and two for the end of a document and padding",
+        help="make a tokenizer of bytes without training: 256 ids, and two special tokens",
     )
-    parser.add_argument("--json-key", default="text", help="key or column of the text")
     parser.add_argument(
-        "--vocab-size", type=int, default=16384, help="ids, special tokens included"
+        "--json-key", default="text", help="key or column of the text (default: text)"
     )
-    parser.add_argument("--min-frequency", type=int, default=2, help="rarer pairs are not merged")
-    parser.add_argument("--output", required=True, help="folder of the tokenizer")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=16384,
+        help="number of ids, including special tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-frequency", type=int, default=2, help="rarer pairs are not merged (default: 2)"
+    )
+    parser.add_argument("--output", required=True, help="folder to write the tokenizer to")
     args = parser.parse_args(argv)
     if args.input and args.bytes:
         raise ConfigError(
@@ -193,21 +201,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.output}: {tokenizer.get_vocab_size()} ids, one per byte and two more")
         return 0
     start = time.monotonic()
-    sample = Sample(read_texts(find_sources(args.input, [args.json_key], log), args.json_key))
-    log(f"reading {' '.join(args.input)}")
+    sample = Sample(read_texts(find_sources(args.input, [args.json_key], say), args.json_key))
+    say(f"reading {' '.join(args.input)}")
     tokenizer = train(sample, vocab_size=args.vocab_size, min_frequency=args.min_frequency)
     if not sample.num_bytes:
         raise ConfigError(f"--input {' '.join(args.input)} holds no text; give files with text")
     size = tokenizer.get_vocab_size()
-    log(f"trained on {sample.num_bytes / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
+    say(f"trained on {human_size(sample.num_bytes)} in {time.monotonic() - start:.1f} s")
     if size < args.vocab_size:
-        log(f"the text has too few frequent pairs for {args.vocab_size} ids: {size} were made")
+        say(f"the text has too few frequent pairs for {args.vocab_size} ids: {size} were made")
     save(tokenizer, Path(args.output))
     tokens = sum(len(item.ids) for item in tokenizer.encode_batch(sample.kept))
     size_read = sum(len(text.encode()) for text in sample.kept)
     print(
         f"{args.output}: {size} ids; {size_read / tokens:.2f} bytes per token "
-        f"({tokens / size_read:.3f} tokens per byte) on {size_read / 1e6:.1f} MB of the input"
+        f"({tokens / size_read:.3f} tokens per byte) on {human_size(size_read)} of the input"
     )
     return 0
 

@@ -1,11 +1,14 @@
-"""Data sets of what is at hand: `python -m examples.data CORPUS ... --output DIR`.
+"""Makes data sets from available text: `python -m examples.data CORPUS ... --output DIR`.
 
-Enters: Debian's documentation, a folder of files, Parquet shards, or the files of WikiText-103 or
-enwik8. Leaves: a folder with a tokenizer and the data sets `train_text_document`,
-`valid_text_document` and `test_text_document`, and the flags of a training on them.
-Choices: the work is done by `tools/`, one command each, which are printed. Text without a published
-split loses its exact duplicates, and is split by bytes, in the order of a hash of each document.
-The folder appears when it is complete.
+Inputs: Debian's documentation, a folder of files, Parquet shards, or the files of WikiText-103 or
+enwik8. Outputs: a folder with a tokenizer and the data sets `train_text_document`,
+`valid_text_document` and `test_text_document`, and the flags to train on them.
+
+Design notes:
+- The tools do the work, and their commands are printed.
+- Exact duplicates are removed from text without a published split, which is then split by bytes, in
+  the order of a hash of each document.
+- The folder appears when it is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ import argparse
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +28,7 @@ from examples.quickstart import data
 from examples.quickstart.corpus import DEBIAN_PACKAGES, debian_documents
 from megatron_sffn.data.corpus.split import parse_parts
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
+from megatron_sffn.utils.stderr import say
 
 EXAMPLE = """\
 examples:
@@ -41,26 +44,26 @@ def build_parser() -> argparse.ArgumentParser:
     """A subcommand for each corpus."""
     parser = CommandParser(
         prog="python -m examples.data",
-        description="Make data sets of what is at hand: train, valid and test, and a tokenizer.",
+        description="Make a tokenizer, and data sets for train, valid and test.",
         epilog=EXAMPLE,
     )
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
-    debian = corpora.add_parser("debian-docs", help="documentation packages, from apt-get")
+    debian = corpora.add_parser("debian-docs", help="Debian documentation packages, by apt-get")
     debian.add_argument("--packages", nargs="+", default=DEBIAN_PACKAGES, metavar="P")
-    folder = corpora.add_parser("folder", help="files of text below a folder")
+    folder = corpora.add_parser("folder", help="text files below a folder")
     folder.add_argument("folder", type=Path, metavar="DIR")
-    folder.add_argument("--suffixes", nargs="+", default=(), metavar=".S", help="default: any")
-    parquet = corpora.add_parser("parquet", help="shards of Parquet, a document per row")
+    folder.add_argument("--suffixes", nargs="+", default=(), metavar=".S", help="(default: all)")
+    parquet = corpora.add_parser("parquet", help="Parquet shards, with a document in each row")
     parquet.add_argument("shards", nargs="+", metavar="FILE", help="files, folders, globs")
     parquet.add_argument("--json-key", default="text", help="column of the text (default: text)")
-    wikitext = corpora.add_parser("wikitext-103", help="its archive or files, published split")
+    wikitext = corpora.add_parser("wikitext-103", help="archive or files, in the published split")
     wikitext.add_argument("path", type=Path, metavar="PATH")
-    enwik8 = corpora.add_parser("enwik8", help="its archive or file, bytes, published split")
+    enwik8 = corpora.add_parser("enwik8", help="archive or file, as bytes, in the published split")
     enwik8.add_argument("path", type=Path, metavar="PATH")
     for corpus in (debian, folder, parquet, wikitext, enwik8):
-        corpus.add_argument("--output", type=Path, required=True, metavar="DIR", help="is made")
+        corpus.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
     for corpus in (debian, folder, parquet, wikitext):
-        corpus.add_argument("--tokenizer", metavar="DIR", help="to use; without it one is trained")
+        corpus.add_argument("--tokenizer", metavar="DIR", help="tokenizer (default: train one)")
         corpus.add_argument("--vocab-size", type=int, default=16384, help="(default: 16384)")
     for corpus in (debian, folder, parquet):
         corpus.add_argument(
@@ -70,11 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name at the end.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which is renamed to its final name at the end.
 
     Raises:
-        ConfigError: there is one already, or it cannot be made.
+        ConfigError: the folder exists or cannot be made.
     """
     if folder.exists():
         raise ConfigError(f"--output {folder} is there already; give another, or remove it")
@@ -95,24 +98,24 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 
 def run(name: str, *words: str) -> None:
-    """Run one of `tools/`, and show its command."""
-    print(f"\n$ tools/{name}.py {shlex.join(words)}", file=sys.stderr, flush=True)
+    """Print and run the command of a tool."""
+    say(f"\n$ tools/{name}.py {shlex.join(words)}")
     data.run_tool(name, *words)
 
 
 def split_text(inputs: Sequence[str], key: str, parts: str, folder: Path) -> None:
-    """Make `train.jsonl`, `valid.jsonl` and `test.jsonl` of text without a split of its own."""
+    """Make `train.jsonl`, `valid.jsonl` and `test.jsonl` from text without a published split."""
     unique = str(folder / "unique")
     run("dedup_dataset", "--input", *inputs, "--json-key", key, "--output-prefix", unique)
-    of_all = ("--input", f"{unique}.jsonl", "--json-key", key, "--parts", parts, "--by", "bytes")
-    run("split_dataset", *of_all, "--output-prefix", str(folder / "part"))
+    corpus = ("--input", f"{unique}.jsonl", "--json-key", key, "--parts", parts, "--by", "bytes")
+    run("split_dataset", *corpus, "--output-prefix", str(folder / "part"))
     Path(f"{unique}.jsonl").unlink()
     for name in published.PARTS:
         (folder / f"part_{name}.jsonl").rename(folder / f"{name}.jsonl")
 
 
 def tokenize(args: argparse.Namespace, key: str, folder: Path) -> None:
-    """Make the tokenizer, if none is given, and the data sets."""
+    """Train a tokenizer, if none is given, and make the data sets."""
     tokenizer = args.tokenizer or str(folder / "tokenizer")
     if not args.tokenizer:
         text = ("--input", str(folder / "train.jsonl"), "--json-key", key)
@@ -127,7 +130,7 @@ def tokenize(args: argparse.Namespace, key: str, folder: Path) -> None:
 
 
 def check_parts(given: str) -> None:
-    """Refuse parts of other names, for which there would be no flag of a training."""
+    """Refuse parts with other names, for which training has no flag."""
     if set(parse_parts(given, seed=0).names) != set(published.PARTS):
         raise ConfigError(
             f"--parts {given} does not name {', '.join(published.PARTS)}, each once; give their "
@@ -165,7 +168,7 @@ def make(args: argparse.Namespace, folder: Path) -> None:
 
 
 def training_flags(args: argparse.Namespace) -> str:
-    """The flags of a training on the data sets, as a user types them."""
+    """The flags to train on the data sets, for the command line."""
     key = args.json_key if args.corpus == "parquet" else "text"
     tokenizer = getattr(args, "tokenizer", None) or args.output / "tokenizer"
     lines = [f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}"]
@@ -179,10 +182,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "parts" in args:
         check_parts(args.parts)
     try:
-        with appearing(args.output) as folder:
+        with atomic_folder(args.output) as folder:
             make(args, folder)
     except data.ToolFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 1
     print(f"\n{args.output} is complete; train on it with\n    {training_flags(args)}")
     return 0

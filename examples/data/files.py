@@ -1,8 +1,10 @@
-"""A folder of files as documents.
+"""Reads the text files of a folder as documents.
 
-Enters: a folder. Leaves: JSON lines with the text of each file, and its name below the folder.
-Choice: a file is text if it is UTF-8 without NUL, whatever its name; pages of HTML become the text
-on them. Hidden files and folders are left out.
+Inputs: a folder. Outputs: JSON lines with the text of each file, and its path below the folder.
+
+Design notes:
+- A file is text if it is UTF-8 without NUL, whatever its name. HTML is converted to its text.
+- Hidden files and folders are skipped.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ PAGES = (".html", ".htm")
 
 
 def folder_documents(root: Path, suffixes: Sequence[str]) -> Iterator[Document]:
-    """The files below a folder that are text, sorted by name.
+    """The text files below a folder, sorted by path.
 
     Args:
         root: the folder.
-        suffixes: endings of the files to read; all, if none are given.
+        suffixes: endings of the files to read; empty: all files.
 
     Raises:
-        ConfigError: it is no folder.
+        ConfigError: `root` is not a folder.
     """
     if not root.is_dir():
         raise ConfigError(f"{root} is no folder; give a folder of files")
@@ -50,10 +52,10 @@ def _visible_files(root: Path) -> Iterator[Path]:
 
 
 def write_documents(documents: Iterable[Document], path: Path) -> None:
-    """Write documents that have text as JSON lines.
+    """Write the documents that have text as JSON lines.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: no document has text.
     """
     with path.open("w", encoding="utf-8") as lines:
         for document in documents:

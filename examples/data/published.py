@@ -1,10 +1,12 @@
-"""WikiText-103 and enwik8: the files that papers report on, checked, with their published splits.
+"""WikiText-103 and enwik8, the corpora of published results, checked and in their published splits.
 
-Enters: the path of an archive, a folder or a file that the user has. Leaves: of WikiText-103 an
-article per line of JSON, in `train`, `valid` and `test`; of enwik8 data sets of bytes.
-Sources of the SHA-1: for WikiText-103 (Merity et al. 2016) the data sets of GluonNLP and MXNet, for
-enwik8 the author's page, http://mattmahoney.net/dc/textdata.html. The split of enwik8 into 90, 5
-and 5 million bytes is that of Mikolov et al. 2012, which Transformer-XL and others report on.
+Inputs: the path of an archive, a folder or a file that the user has. Outputs: for WikiText-103 JSON
+lines with an article each, in `train`, `valid` and `test`; for enwik8 data sets of bytes.
+
+Design notes:
+- The SHA-1 for WikiText-103 (Merity et al. 2016) are those of GluonNLP and MXNet; the SHA-1 for
+  enwik8 is from the author's page, http://mattmahoney.net/dc/textdata.html.
+- enwik8 is split into 90, 5 and 5 million bytes as in Mikolov et al. 2012 and in Transformer-XL.
 """
 
 from __future__ import annotations
@@ -41,12 +43,12 @@ WIKITEXT_103: Mapping[str, Mapping[str, str]] = {
         "wiki.test.raw": "6f1fe2054a940eebfc76b284b09680763b37f5ea",
     },
 }
-"""SHA-1 of each file: with rare words as <unk>, and as written."""
+"""SHA-1 of each file: `tokens` has <unk> for rare words, `raw` has the original text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Enwik8:
-    """A file of bytes: its SHA-1, and the bytes of train, valid and test."""
+    """The file enwik8: its SHA-1, and the bytes of train, valid and test."""
 
     sha1: str
     sizes: tuple[int, int, int]
@@ -56,20 +58,20 @@ ENWIK8 = Enwik8(
     sha1="57b8363b814821dc9d47aa4d41f58733519076b2", sizes=(90_000_000, 5_000_000, 5_000_000)
 )
 
-# A title stands alone: ` = Title = ` between lines without text; sections have ` = = `.
+# A title is a line ` = Title = ` between blank lines; titles of sections have ` = = `.
 TITLE = re.compile(rb"(?:^|(?<=\n)) \n = (?!= )[^\n]*(?<! =) = \n(?= \n)")
 
 
 @contextmanager
 def opened(path: Path, name: str) -> Iterator[IO[bytes]]:
-    """A file in an archive or a folder, or the file itself.
+    """Open a file in an archive or a folder, or the file itself.
 
     Raises:
         ConfigError: the archive is damaged.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            (member,) = (one for one in archive.namelist() if Path(one).name == name)
+            (member,) = (member for member in archive.namelist() if Path(member).name == name)
             try:
                 with archive.open(member) as file:
                     yield file
@@ -81,35 +83,35 @@ def opened(path: Path, name: str) -> Iterator[IO[bytes]]:
 
 
 def names_in(path: Path) -> set[str]:
-    """Names of the files in an archive or a folder, or that of the file itself.
+    """Names of the files in an archive or a folder, or the name of the file itself.
 
     Raises:
-        ConfigError: there is nothing.
+        ConfigError: the path does not exist.
     """
     if not path.exists():
         raise ConfigError(f"{path} does not exist; give the archive, or what was in it")
     if path.is_dir():
-        return {one.name for one in path.iterdir()}
+        return {file.name for file in path.iterdir()}
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            return {Path(one).name for one in archive.namelist()}
+            return {Path(member).name for member in archive.namelist()}
     return {path.name}
 
 
 def take(path: Path, name: str, sha1: str, folder: Path) -> Path:
-    """Copy a file into a folder, if it is the published one.
+    """Copy a file into a folder, if its SHA-1 is that of the published file.
 
     Raises:
-        ConfigError: it is another one.
+        ConfigError: the SHA-1 is another.
     """
-    found = hashlib.sha1(usedforsecurity=False)
+    digest = hashlib.sha1(usedforsecurity=False)
     with opened(path, name) as source, (folder / name).open("wb") as copy:
         while piece := source.read(PIECE):
-            found.update(piece)
+            digest.update(piece)
             copy.write(piece)
-    if found.hexdigest() != sha1:
+    if digest.hexdigest() != sha1:
         raise ConfigError(
-            f"{name} of {path} has the SHA-1 {found.hexdigest()}, but the published file has "
+            f"{name} of {path} has the SHA-1 {digest.hexdigest()}, but the published file has "
             f"{sha1}; download it again"
         )
     return folder / name
@@ -117,7 +119,7 @@ def take(path: Path, name: str, sha1: str, folder: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What a part holds: articles, and words with a line end as one, as papers count them."""
+    """Size of a part: articles, and words, where a line end counts as a word, as in papers."""
 
     documents: int
     words: int
@@ -127,17 +129,18 @@ def wikitext_103(path: Path, folder: Path) -> dict[str, Part]:
     """Write `train.jsonl`, `valid.jsonl` and `test.jsonl`: an article is a document.
 
     Args:
-        path: of `wikitext-103-v1.zip`, `wikitext-103-raw-v1.zip`, or a folder with their files.
-        folder: for the files.
+        path: `wikitext-103-v1.zip`, `wikitext-103-raw-v1.zip`, or a folder with their files.
+        folder: folder to write to.
 
     Raises:
-        ConfigError: files are missing, or not the published ones.
+        ConfigError: files are missing, or are not the published ones.
     """
     names = names_in(path)
     kinds = [kind for kind, files in WIKITEXT_103.items() if set(files) <= names]
     if not kinds:
+        first_files = [next(iter(files)) for files in WIKITEXT_103.values()]
         raise ConfigError(
-            f"{path} has no {' and no '.join(next(iter(one)) for one in WIKITEXT_103.values())}; "
+            f"{path} has no {' and no '.join(first_files)}; "
             "give wikitext-103-v1.zip, wikitext-103-raw-v1.zip, or a folder with their three files"
         )
     parts = {}
@@ -159,7 +162,7 @@ def _write_articles(source: Path, target: Path) -> Part:
 
 
 def articles(path: Path) -> Iterator[str]:
-    """The text between titles; joined, it is the file."""
+    """The articles of a file, with their titles; concatenated they are the file."""
     with (
         path.open("rb") as file,
         closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as content,
@@ -175,14 +178,14 @@ def articles(path: Path) -> Iterator[str]:
 def enwik8(path: Path, folder: Path) -> None:
     """Write `train_text_document`, `valid_…` and `test_…`: ids are bytes, a part is a document.
 
-    A part may begin within a character, so it is no text: nothing tokenizes it.
+    A part may begin within a character and is then not UTF-8, so no tokenizer is used.
 
     Args:
-        path: of `enwik8`, or of `enwik8.zip`.
-        folder: for the data sets.
+        path: path of `enwik8` or of `enwik8.zip`.
+        folder: folder to write to.
 
     Raises:
-        ConfigError: it is not the published file.
+        ConfigError: the file is not the published one.
     """
     names = names_in(path)
     if "enwik8" not in names and (path.is_dir() or zipfile.is_zipfile(path)):

@@ -21,7 +21,7 @@ import numpy
 from megatron_sffn.analysis import charts, measures, tokens
 from megatron_sffn.analysis.lines import Curve, Loads, curves, loads
 from megatron_sffn.train.routing_trace import Recording
-from megatron_sffn.utils.atomic_files import write_whole
+from megatron_sffn.utils.atomic_files import atomic_write_text
 
 BLOCKS_SHOWN, IDS_SHOWN = 12, 8
 """Lines and columns of the table of token ids."""
@@ -87,9 +87,9 @@ def write(analysis: Analysis, folder: Path, say: Callable[[str], None]) -> Path:
         "num_blocks": some.num_blocks,
         "layers": {str(layer): found for layer, found in layers.items()},
     }
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    atomic_write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     page = folder / "index.html"
-    write_whole(page, _page(analysis, sections, summary))
+    atomic_write_text(page, _page(analysis, sections, summary))
     return page
 
 
@@ -202,7 +202,7 @@ def _served(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]])
         title = f"Token ids of the most used blocks, layer {layer}, step {analysis.last}"
         charts.token_table([row for row in found if row.block in shown], title, folder / name)
         pictures.append(name)
-    write_whole(folder / "tokens.csv", tokens.as_csv(rows))
+    atomic_write_text(folder / "tokens.csv", tokens.as_csv(rows))
     text = (
         f"The token ids that mark each of the {BLOCKS_SHOWN} most used blocks: more frequent in "
         "the block than elsewhere, and frequent enough to matter. tokens.csv has the same for all "

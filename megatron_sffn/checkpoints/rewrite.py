@@ -46,7 +46,7 @@ from megatron_sffn.checkpoints.files import (
     problem_of,
     read_metadata,
 )
-from megatron_sffn.utils.atomic_files import replaced, sync
+from megatron_sffn.utils.atomic_files import atomic_write, sync
 from megatron_sffn.utils.errors import ConfigError
 
 COPIED = 1 << 24
@@ -268,5 +268,5 @@ def _copy_others(source: Path, part: Path, metadata: Metadata) -> None:
 
 def point_to(save: Path, iteration: int) -> None:
     """Make an iteration the one that Megatron loads."""
-    with replaced(save / TRACKER) as file:
+    with atomic_write(save / TRACKER, durable=True) as file:
         file.write(str(iteration))

@@ -37,7 +37,7 @@ from megatron_sffn.checkpoints.disk_space import amount, free_bytes, on_all_rank
 from megatron_sffn.checkpoints.files import TRACKER, iteration_of, last_whole
 from megatron_sffn.checkpoints.rewrite import point_to
 from megatron_sffn.patches.registry import Adaptation, apply
-from megatron_sffn.utils.atomic_files import replaced
+from megatron_sffn.utils.atomic_files import atomic_write
 from megatron_sffn.utils.errors import ConfigError
 
 OWN_QUEUE = Adaptation(
@@ -178,7 +178,7 @@ def _tracker_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         if Path(path).name == TRACKER and mode == "w":
-            return replaced(Path(path))
+            return atomic_write(Path(path), durable=True)
         return original(path, mode, *args, **kwargs)
 
     return opened

@@ -31,7 +31,7 @@ from megatron_sffn.data.indexed.blends import Blend, read_blends
 from megatron_sffn.data.indexed.format import Index, open_index
 from megatron_sffn.data.loading.dali import check_dali
 from megatron_sffn.data.loading.gpt_dataset import dataset_request
-from megatron_sffn.data.tokenize.tokenizer import Tokenizer, load_tokenizer, rebuilt
+from megatron_sffn.data.tokenize.tokenizer import Tokenizer, difference_from_file, load_tokenizer
 from megatron_sffn.flags.names import flag_of
 
 SAMPLED_TOKENS = 1 << 20
@@ -150,7 +150,7 @@ def check_data(args: Namespace) -> None:
     """
     source = DataSource(args)
     run_checks(CHECKS, args, source)
-    if difference := rebuilt(source.tokenizer, args.tokenizer_model):
+    if difference := difference_from_file(source.tokenizer, args.tokenizer_model):
         _warn(difference)
     if args.mock_data:
         return

@@ -28,7 +28,7 @@ from megatron_sffn.train.evaluations import Evaluations
 from megatron_sffn.train.routing_metrics import RoutingLog
 from megatron_sffn.train.routing_trace import RoutingRecorder
 from megatron_sffn.train.run_description import describe_run
-from megatron_sffn.utils.atomic_files import write_whole
+from megatron_sffn.utils.atomic_files import atomic_write_text
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Recorder:
         if torch.distributed.get_rank() != 0:
             return None
         path = self.folder / "summary.json"
-        write_whole(path, json.dumps(self.summary(shape), indent=2) + "\n")
+        atomic_write_text(path, json.dumps(self.summary(shape), indent=2) + "\n")
         return path
 
     def summary(self, shape: ModelShape) -> dict[str, Any]:

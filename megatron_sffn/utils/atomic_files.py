@@ -1,47 +1,69 @@
-"""Files of a run that a kill at any moment leaves readable.
+"""Atomic writes: files that a kill at any moment leaves readable.
 
-Enters: text, or records to be lines of JSON. Leaves: a file that is replaced whole, or one that
-grows at its end and is read without the line that a kill cut short.
+Outputs: a file that is replaced as a whole, or a file of JSON lines that grows at its end and is
+read without the line that a kill cut short.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the former text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+STALE_SECONDS = 3600.0
+"""A partial file that nobody wrote to for so long was left by a kill."""
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[IO[str]]:
-    """A text file that takes the place of another, on the disk, when the block ends."""
-    part = path.with_name(f".{path.name}.partial")
+def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A path to write to, which replaces `path` when the `with` block ends without an error.
+
+    Several processes may replace the same file at the same time.
+
+    Args:
+        path: of the file, whose folder exists.
+        durable: wait until the content and the name are on the disk, so that the file also
+            survives a crash of the machine.
+    """
+    for stale in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                stale.unlink()
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with part.open("w") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        sync(path.parent)
+        yield partial
+        if durable:
+            sync(partial)
+        os.replace(partial, path)
+        if durable:
+            sync(path.parent)
     finally:
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(path: Path, *, durable: bool = False) -> Iterator[IO[str]]:
+    """A text file that replaces `path` when the `with` block ends; see `atomic_path`."""
+    with atomic_path(path, durable=durable) as partial, partial.open("w") as file:
+        yield file
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replace a file, and make its folder: a reader sees the former text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as partial:
+        partial.write_text(text)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -50,7 +72,10 @@ def sync(path: Path) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON; none if there is no file, and no half-written last one."""
+    """The records of a file of JSON lines, without a last line that a kill cut short.
+
+    A file that does not exist has no records.
+    """
     if not path.exists():
         return []
     *lines, _ = path.read_text().split("\n")
@@ -58,7 +83,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Add lines to a file of JSON whose last line is whole."""
+    """Append records to a file of JSON lines whose last line is complete."""
     with path.open("a") as file:
         file.write(_lines(records))
 
@@ -66,15 +91,16 @@ def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 def replace_records(
     path: Path, keep: Callable[[dict[str, Any]], bool], records: Iterable[dict[str, Any]]
 ) -> None:
-    """Add lines to a file of JSON, in the order of their iterations, and drop others.
+    """Add records to a file of JSON lines, sorted by iteration, and drop former ones.
 
     Args:
         path: of the file, which need not exist.
-        keep: whether a former record stays.
+        keep: True for a former record that stays.
         records: the new ones.
     """
     kept = [record for record in read_records(path) if keep(record)]
-    write_whole(path, _lines(sorted([*kept, *records], key=lambda one: one["iteration"])))
+    records = sorted([*kept, *records], key=lambda record: record["iteration"])
+    atomic_write_text(path, _lines(records))
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sffn.checkpoints.files import TRACKER, folder_to_load, last_whole
 from megatron_sffn.checkpoints.save import make_way
-from megatron_sffn.utils.atomic_files import replaced
+from megatron_sffn.utils.atomic_files import atomic_write
 from tests.faults.jobs import EP2, job
 
 FLAGS = f"{EP2} --train-iters 4 --save-interval 2"
@@ -51,7 +51,10 @@ def test_a_save_in_another_process_needs_a_gpu(tmp_path: Path) -> None:
 
 def test_a_kill_does_not_leave_an_empty_tracker(tmp_path: Path) -> None:
     (tmp_path / TRACKER).write_text("2")
-    with pytest.raises(KeyboardInterrupt), replaced(tmp_path / TRACKER) as file:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        atomic_write(tmp_path / TRACKER, durable=True) as file,
+    ):
         file.write("4")
         file.flush()
         assert (tmp_path / TRACKER).read_text() == "2"

@@ -1,4 +1,4 @@
-"""What the tests of loading share: data sets of ids, and the namespace of a run."""
+"""Data sets of ids, and the namespace of a run, for tests of loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind, made from scratch, and the flags that name them."""
+"""Small tokenizers of every kind, made from scratch, and their flags."""
 
 from __future__ import annotations
 

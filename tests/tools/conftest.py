@@ -1,4 +1,4 @@
-"""What the tests of the tools share: the scripts, a tokenizer, and files of odd text."""
+"""Fixtures of the tests of tools: processes, a tokenizer, and files of unusual text."""
 
 import json
 import os

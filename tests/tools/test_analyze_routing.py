@@ -1,4 +1,4 @@
-"""The tool on real runs: what was trained on many ranks, replayed on one."""
+"""The tool on real runs: trained on many ranks, replayed on one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_on_four_ranks(run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_on_four_ranks_is_analyzed(run: Path, tmp_path: Path, capsys: Any) -> None:
     before, out = contents(run), tmp_path / "out"
     arguments = [str(run), "--out", str(out), "--tokens", "300", "--top", "5"]
     assert analyze_routing.main(arguments) == 0
@@ -76,7 +76,7 @@ def test_a_run_on_four_ranks(run: Path, tmp_path: Path, capsys: Any) -> None:
     assert (list(summary["layers"]), summary["iterations"]) == (["4"], [4])
 
 
-def test_what_is_recorded_is_what_the_router_chose(
+def test_recorded_blocks_are_those_of_the_router(
     run: Path, pretrain, tmp_path: Path, text: str
 ) -> None:
     # The evaluation of the replay counts, too: its loads are those of the recording.
@@ -118,12 +118,14 @@ def test_recording_needs_an_evaluation_of_a_sparse_model(pretrain, flags: str, s
         ("-- --eval-iters 0", "has no validation data"),
     ],
 )
-def test_what_cannot_be_analyzed(run: Path, tmp_path: Path, flags: str, said: str) -> None:
+def test_runs_that_cannot_be_analyzed_are_refused(
+    run: Path, tmp_path: Path, flags: str, said: str
+) -> None:
     with pytest.raises(ConfigError, match=said):
         analyze_routing.main([str(run), "--out", str(tmp_path), *flags.split()])
 
 
-def test_a_dense_run(pretrain, tmp_path: Path, start_tool) -> None:
+def test_a_dense_run_is_refused(pretrain, tmp_path: Path, start_tool) -> None:
     flags = "--train-iters 1 --save-interval 1 --split 90,10,0 --sffn-router dense"
     pretrain(1, f"{flags} --save {tmp_path / 'dense'}")
     process = start_tool("analyze_routing.py", tmp_path / "dense")

@@ -1,4 +1,4 @@
-"""Index files from the command line: what it prints, and what it refuses."""
+"""The command that writes index files: its output and its errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,13 +15,12 @@ from megatron_sffn.utils.errors import ConfigError
 from tests.support.preprocess_runs import MODEL, random_documents, write_dataset
 from tests.support.processes import HANGS
 from tests.support.ranks import fork
-from tests.tools.conftest import StartTool
 from tools import build_index_cache
 
 RUN = f"{MODEL} --seq-length 16 --micro-batch-size 1 --train-iters 20 --eval-iters 2"
 
 
-def test_what_it_prints(start_tool: StartTool, tmp_path: Path) -> None:
+def test_the_tool_prints_each_written_set(start_tool: Any, tmp_path: Path) -> None:
     a, b = (write_dataset(tmp_path / name, random_documents(150, ord(name))) for name in "ab")
     cache = tmp_path / "cache"
     flags = f"--ranks 8 {RUN} --data-path 1 {a} 3 {b} --split 80,10,10 --data-cache-path {cache}"
@@ -74,7 +74,7 @@ def in_a_fork(flags: str) -> str:
         ),
     ],
 )
-def test_what_it_refuses(tmp_path: Path, flags: str, sentence: str) -> None:
+def test_wrong_flags_are_refused(tmp_path: Path, flags: str, sentence: str) -> None:
     a = write_dataset(tmp_path / "a", random_documents(150, 1))
     before = sorted(tmp_path.rglob("*"))
     said = in_a_fork(f"{RUN} {flags.format(a=a)}")

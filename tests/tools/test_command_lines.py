@@ -1,4 +1,4 @@
-"""What all tools do with flags that they do not have."""
+"""Unknown flags of all tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Duplicates: those that are left out, and why; the first stays; the same files every time."""
+"""Removal of duplicates: which documents stay, the report, and errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def changed(text: str, words: int) -> str:
     return " ".join(parts)
 
 
-def test_the_command(tmp_path: Path, start_tool: Any) -> None:
+def test_the_command_removes_duplicates(tmp_path: Path, start_tool: Any) -> None:
     first = write(tmp_path / "a.jsonl", ["one", "two words", "one"])
     second = tmp_path / "b.jsonl.gz"
     second.write_bytes(
@@ -96,13 +96,13 @@ def test_the_command(tmp_path: Path, start_tool: Any) -> None:
         ("a.", "a", False),
     ],
 )
-def test_what_is_exact(tmp_path: Path, one: str, other: str, same: bool) -> None:
+def test_exact_duplicates_are_removed(tmp_path: Path, one: str, other: str, same: bool) -> None:
     source = write(tmp_path / "a.jsonl", [one, other])
     assert run("--input", source, "--output-prefix", tmp_path / "out", "--workers", 1) == 0
     assert texts_of(tmp_path / "out.jsonl") == ([one] if same else [one, other])
 
 
-def test_near_duplicates(tmp_path: Path) -> None:
+def test_near_duplicates_are_removed(tmp_path: Path) -> None:
     slightly, much = changed(LONG[3], 4), changed(LONG[5], 60)
     texts = [*LONG[:10], slightly, much, slightly, LONG[3], "short", "", "Short", ""]
     source = write(tmp_path / "a.jsonl", texts)
@@ -141,7 +141,7 @@ def test_workers_do_not_change_the_result(tmp_path: Path) -> None:
     assert 60 < kept < 200
 
 
-def test_text_files(tmp_path: Path) -> None:
+def test_text_files_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     for name, text in {"a": "one", "b": "two", "c": "one"}.items():
@@ -174,7 +174,7 @@ def test_text_files(tmp_path: Path) -> None:
         ("--output-prefix bad", r"bad\.jsonl is there already; add --overwrite"),
     ],
 )
-def test_bad_input(
+def test_bad_input_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

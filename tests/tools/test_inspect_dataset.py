@@ -1,4 +1,4 @@
-"""What is in a data set: numbers that are exact, pictures, and files that are found to be wrong."""
+"""Inspection of data sets: exact statistics, plots, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import inspect_dataset
 import numpy
 import pytest
 
+from megatron_sffn.data.indexed import format as index_format
 from megatron_sffn.data.indexed import stats
 from megatron_sffn.data.indexed.format import open_index
 from megatron_sffn.data.indexed.stats import document_lengths, id_counts, samples
@@ -36,7 +37,9 @@ def run(*arguments: object) -> int:
     return inspect_dataset.main([str(argument) for argument in arguments])
 
 
-def test_the_command(tmp_path: Path, start_tool: Any, tokenizer_folder: Path) -> None:
+def test_the_command_shows_a_data_set(
+    tmp_path: Path, start_tool: Any, tokenizer_folder: Path
+) -> None:
     from tokenizers import Tokenizer
 
     texts = ["plain words, and some more plain words", "1234567890"]
@@ -65,7 +68,7 @@ def test_the_command(tmp_path: Path, start_tool: Any, tokenizer_folder: Path) ->
 def test_the_numbers_are_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], piece: int
 ) -> None:
-    for module in (format, stats):
+    for module in (index_format, stats):
         monkeypatch.setattr(module, "PIECE", piece)
     prefixes = [
         write_pair(tmp_path / "a", DOCUMENTS[:123]),
@@ -99,7 +102,7 @@ def test_the_numbers_are_exact(
 
 
 @pytest.mark.parametrize("lengths", [[1], [0, 0, 5], [0, 0, 0, 2], [7, 7], [1, 2, 3, 1000], [4, 8]])
-def test_lengths_of_few_documents(tmp_path: Path, lengths: list[int]) -> None:
+def test_lengths_of_few_documents_are_exact(tmp_path: Path, lengths: list[int]) -> None:
     documents = [[[1] * length] if length else [] for length in lengths]
     found = document_lengths([open_index(write_pair(tmp_path / "a", documents))])
     assert (found.documents, found.tokens) == (len(lengths), sum(lengths))
@@ -109,7 +112,7 @@ def test_lengths_of_few_documents(tmp_path: Path, lengths: list[int]) -> None:
     assert all(one["to"] + 1 == other["from"] for one, other in pairwise(bins))
 
 
-def test_samples(tmp_path: Path) -> None:
+def test_samples_are_drawn_at_random(tmp_path: Path) -> None:
     indices = [
         open_index(write_pair(tmp_path / "a", DOCUMENTS[:100])),
         open_index(write_pair(tmp_path / "b", DOCUMENTS[100:])),
@@ -130,7 +133,7 @@ def test_samples(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (format, stats):
+    for module in (index_format, stats):
         monkeypatch.setattr(module, "PIECE", 1 << 12)
     lengths = [1 + number % 5 for number in range(100_000)]
     index = open_index(write_pair(tmp_path / "a", [[[1] * length] for length in lengths]))
@@ -142,7 +145,7 @@ def test_memory_does_not_grow_with_the_data(
     assert peak < 400_000 < index.num_bytes
 
 
-def test_the_index_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_index_alone_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = write_pair(tmp_path / "a", [[[5, 70000]]], numpy.int32)
     assert run("--input", prefix, "--index-only", "--json", tmp_path / "a.json") == 0
     record = json.loads((tmp_path / "a.json").read_text())
@@ -178,7 +181,7 @@ def test_the_index_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("--input good --tokenizer-type HuggingFaceTokenizer --tokenizer-model ./no", "not exist"),
     ],
 )
-def test_bad_input(
+def test_bad_input_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

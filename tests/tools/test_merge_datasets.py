@@ -1,4 +1,4 @@
-"""The merged set: Megatron's bytes, of any size, in little memory, whole or not there."""
+"""Merged data sets have Megatron's bytes, in any size and little memory, and appear atomically."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_bytes_are_megatrons(tmp_path: Path, start_tool: Any, dtype: Any) ->
 
 
 @pytest.mark.parametrize("piece", [1, 7])
-def test_pieces_are_joined(
+def test_indices_in_pieces_are_merged(
     tmp_path: Path,
     shards: list[str],
     merged: dict[str, bytes],
@@ -91,7 +91,7 @@ def test_pieces_are_joined(
 
 
 @pytest.mark.parametrize("name", ["shards", "shards/*", "shards/a shards/a.b shards/[ez]*"])
-def test_folders_and_globs(
+def test_folders_and_globs_are_merged(
     tmp_path: Path,
     folder: Path,
     merged: dict[str, bytes],
@@ -103,7 +103,7 @@ def test_folders_and_globs(
     assert content(tmp_path / "out") == merged
 
 
-def test_beyond_four_gigabytes(tmp_path: Path) -> None:
+def test_sets_beyond_four_gigabytes_are_merged(tmp_path: Path) -> None:
     # Of holes: it takes no room on the disk. Two sequences, for a length is an int32.
     lengths = numpy.array([2**31 - 1, 10], numpy.int32)
     writer = IndexWriter(numpy.dtype("u2"), tmp_path)
@@ -144,7 +144,7 @@ def test_memory_does_not_grow_with_documents(
     assert peak < 1_000_000 < os.path.getsize(tmp_path / "out.idx") / 5
 
 
-def test_more_sets_than_open_files(tmp_path: Path) -> None:
+def test_more_sets_than_open_files_are_merged(tmp_path: Path) -> None:
     prefixes = [write_pair(tmp_path / f"{number:03}", [[[number]]]) for number in range(60)]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     in_use = len(os.listdir("/proc/self/fd"))
@@ -156,7 +156,7 @@ def test_more_sets_than_open_files(tmp_path: Path) -> None:
     assert len(prefixes) == open_index(f"{tmp_path}/out").num_documents
 
 
-def test_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_must_fit_the_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write_pair(tmp_path / "a", [[[1] * 30]]), write_pair(tmp_path / "b", [[[2] * 60]])
     assert run("--input", "0.1", a, "0.2", b, "--output-prefix", tmp_path / "out") == 0
     assert f"in a blend: 0.3 {tmp_path}/out" in capsys.readouterr().out
@@ -197,7 +197,7 @@ def test_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("out a", "--output-prefix out is one of the data sets to merge; give another"),
     ],
 )
-def test_bad_inputs(
+def test_bad_inputs_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -225,7 +225,7 @@ def test_bad_inputs(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_bad_outputs(tmp_path: Path, shards: list[str]) -> None:
+def test_bad_outputs_are_refused(tmp_path: Path, shards: list[str]) -> None:
     flags = ["--input", shards[0], "--output-prefix"]
     with pytest.raises(ConfigError, match=r"nowhere/out lies in .*nowhere, which is no folder"):
         run(*flags, tmp_path / "nowhere" / "out")
@@ -239,7 +239,9 @@ def test_bad_outputs(tmp_path: Path, shards: list[str]) -> None:
         (tmp_path / f"out{ending}").unlink()
 
 
-def test_overwrite(tmp_path: Path, shards: list[str], merged: dict[str, bytes]) -> None:
+def test_existing_files_are_replaced_on_request(
+    tmp_path: Path, shards: list[str], merged: dict[str, bytes]
+) -> None:
     write_pair(tmp_path / "out", [[[1]]])
     assert run("--input", *shards, "--output-prefix", tmp_path / "out", "--overwrite") == 0
     assert content(tmp_path / "out") == merged
@@ -284,7 +286,7 @@ def test_a_kill_at_any_byte_leaves_no_data_set(
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_full_disk(tmp_path: Path, shards: list[str]) -> None:
+def test_a_full_disk_leaves_no_file(tmp_path: Path, shards: list[str]) -> None:
     flags = ("--input", *shards, "--output-prefix", tmp_path / "out")
     for limit in (500, 1500):
         process = run_limited(limit, *flags, kill=False)
@@ -294,7 +296,7 @@ def test_a_full_disk(tmp_path: Path, shards: list[str]) -> None:
         assert not list(tmp_path.iterdir())
 
 
-def test_two_at_once(tmp_path: Path, shards: list[str]) -> None:
+def test_a_second_run_of_a_prefix_is_refused(tmp_path: Path, shards: list[str]) -> None:
     indices = [open_index(shard) for shard in shards]
     messages = []
 
@@ -310,7 +312,7 @@ def test_two_at_once(tmp_path: Path, shards: list[str]) -> None:
     assert content(tmp_path / "out") == content(shards[0])
 
 
-def test_a_set_that_changes_meanwhile(tmp_path: Path) -> None:
+def test_a_set_that_changes_during_the_merge_is_refused(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "a", [[[1] * 100]])
     indices = [open_index(prefix)]
     os.truncate(prefix + ".bin", 50)
@@ -320,7 +322,7 @@ def test_a_set_that_changes_meanwhile(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("answer", [OSError(errno.EXDEV, "Invalid cross-device link"), 0])
-def test_where_the_file_system_cannot_copy(
+def test_a_fallback_copies_where_the_file_system_cannot(
     tmp_path: Path,
     shards: list[str],
     merged: dict[str, bytes],

@@ -1,4 +1,4 @@
-"""The data set: Megatron's bytes, in the order of the input, whatever the input and the engine."""
+"""Data sets have the bytes of Megatron's builder, whatever the input and the engine."""
 
 import bz2
 import gzip
@@ -19,7 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
 
 from megatron_sffn.checks.data import check_dataset
-from megatron_sffn.data.text import chunks
+from megatron_sffn.data.text import chunks as text_chunks
 from megatron_sffn.data.tokenize import preprocess, workers
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 from megatron_sffn.utils.errors import ConfigError
@@ -67,8 +67,8 @@ def documents(texts):
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(chunks, "BLOCK_BYTES", 20_000)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(text_chunks, "CHUNK_BYTES", 20_000)
     monkeypatch.setattr(workers, "TASK_BYTES", 20_000)
     monkeypatch.setattr(workers, "AHEAD_BYTES", 4 * 20_000)
 
@@ -91,7 +91,7 @@ def test_bytes_are_those_of_megatrons_builder(tmp_path, kind, append_eod, texts,
     assert IndexedDataset(prefix).index.dtype == (np.int32 if kind == "large" else np.uint16)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("engine", ["auto", "tokenizers", "megatron"])
 def test_engines_and_workers_make_the_same_files(
     tmp_path, documents, engine, tokenizer, tokenizer_folder, write_lines
@@ -108,7 +108,9 @@ def test_engines_and_workers_make_the_same_files(
         assert files_of(tmp_path, "out") == files_of(tmp_path, "m")
 
 
-def test_command(tmp_path, documents, tokenizer_folder, write_lines, start_tool):
+def test_the_command_makes_a_data_set(
+    tmp_path, documents, tokenizer_folder, write_lines, start_tool
+):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in documents])
     more = ["--partitions", 4, "--keep-sequential-samples", "--keep-newlines", "--log-interval", 9]
     given = flags(source, tmp_path / "two", tokenizer_folder, *more)
@@ -127,7 +129,7 @@ def test_command(tmp_path, documents, tokenizer_folder, write_lines, start_tool)
     assert sorted(files_of(tmp_path, "one")) == ["_text_document.bin", "_text_document.idx"]
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 def test_every_kind_of_input_gives_the_same(tmp_path, documents, tokenizer_folder):
     documents = [text.replace("\0", "") for text in documents]  # which .txt may not hold
     content = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in documents)
@@ -164,7 +166,7 @@ def test_every_kind_of_input_gives_the_same(tmp_path, documents, tokenizer_folde
     assert files_of(tmp_path, "glob") == expected
 
 
-def test_standard_input_and_pipes(
+def test_standard_input_and_pipes_are_read(
     tmp_path, documents, tokenizer_folder, write_lines, monkeypatch, capsys
 ):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in documents])
@@ -200,7 +202,7 @@ def test_lists_are_documents_of_several_sequences(
 
 
 @pytest.mark.parametrize("keep", [[], ["--keep-newlines"]])
-def test_sentences(
+def test_documents_are_split_into_sentences(
     tmp_path, keep, tokenizer, tokenizer_folder, write_lines, monkeypatch, texts, capsys
 ):
     import nltk.data
@@ -249,7 +251,7 @@ def test_a_bad_document_stops(tmp_path, bad, processes, tokenizer_folder, write_
     assert list(tmp_path.iterdir()) == [source]
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bad_documents_are_left_out_and_reported(
     tmp_path, processes, documents, tokenizer, tokenizer_folder, write_lines, capsys
@@ -285,7 +287,7 @@ def test_bad_documents_are_left_out_and_reported(
     assert ours == files_of(tmp_path, "m")
 
 
-def test_documents_that_the_tokenizer_refuses(tmp_path, write_lines):
+def test_documents_that_the_tokenizer_refuses_are_reported(tmp_path, write_lines):
     named = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
     numbers = ["1 2", "one", "3 70000", "4 5 6", "7 -1"]
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in numbers])
@@ -300,21 +302,21 @@ def test_documents_that_the_tokenizer_refuses(tmp_path, write_lines):
     assert [ids.tolist() for ids in dataset] == [[1, 2], [4, 5, 6]]
 
 
-def test_a_long_line(tmp_path, tokenizer_folder, write_lines, monkeypatch):
+def test_a_line_that_is_too_long_is_reported(tmp_path, tokenizer_folder, write_lines, monkeypatch):
     long = "word " * 20_000_000
     source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": long}, {"text": "b"}])
     given = flags(source, tmp_path / "out", tokenizer_folder, "--workers", 2)
     assert preprocess_data.main(given) == 0
     dataset = IndexedDataset(str(tmp_path / "out_text_document"))
     assert len(dataset) == 3 and dataset.sequence_lengths[1] > 10_000_000
-    monkeypatch.setattr(chunks, "LONGEST_DOCUMENT", 1_000_000)
+    monkeypatch.setattr(text_chunks, "LONGEST_DOCUMENT", 1_000_000)
     with pytest.raises(ConfigError, match=f"line 2 of {source} is longer than 1000000 bytes; cut"):
         preprocess_data.main([*given, "--overwrite"])
     assert preprocess_data.main([*given, "--overwrite", "--on-error", "skip"]) == 0
     assert len(IndexedDataset(str(tmp_path / "out_text_document"))) == 2
 
 
-def test_a_tokenizer_that_changes_text_is_said(tmp_path, write_lines, capsys):
+def test_a_tokenizer_that_changes_text_is_a_warning(tmp_path, write_lines, capsys):
     named = tokenizers.sentence_piece(tmp_path)
     source = write_lines(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "two  spaces"}])
     assert preprocess_data.main(flags(source, tmp_path / "out", named)) == 0
@@ -344,7 +346,7 @@ def test_a_tokenizer_that_changes_text_is_said(tmp_path, write_lines, capsys):
         (["--split-sentences", "--lang", "klingon"], "--lang klingon has no Punkt model"),
     ],
 )  # fmt: skip
-def test_bad_arguments(tmp_path, arguments, message, tokenizer_folder, write_lines):
+def test_bad_arguments_are_refused(tmp_path, arguments, message, tokenizer_folder, write_lines):
     source = write_lines(tmp_path / "a.jsonl", [{"text": "one two"}])
     base = flags(source, tmp_path / "out", tokenizer_folder)
     with pytest.raises(ConfigError, match=message) as error:
@@ -353,7 +355,7 @@ def test_bad_arguments(tmp_path, arguments, message, tokenizer_folder, write_lin
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, tokenizer_folder, write_lines):
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, tokenizer_folder, write_lines):
     source = write_lines(tmp_path / "a.jsonl", [{"text": "one two"}])
     (tmp_path / "out.partial").write_text("a file")
     with pytest.raises(ConfigError, match=r"out.partial cannot be written \(.*\); give another"):
@@ -361,14 +363,14 @@ def test_a_folder_that_cannot_be_written(tmp_path, tokenizer_folder, write_lines
 
 
 @pytest.mark.parametrize("records", [[], [{"text": ""}, {"text": ""}]])
-def test_no_text(tmp_path, records, tokenizer_folder, write_lines):
+def test_input_without_text_is_refused(tmp_path, records, tokenizer_folder, write_lines):
     source = write_lines(tmp_path / "a.jsonl", records)
     with pytest.raises(ConfigError, match=f"holds {len(records)} documents and no text under 'te"):
         preprocess_data.main(flags(source, tmp_path / "out", tokenizer_folder))
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_all_documents_are_bad(tmp_path, tokenizer_folder, write_lines):
+def test_input_of_faulty_documents_is_refused(tmp_path, tokenizer_folder, write_lines):
     source = write_lines(tmp_path / "a.jsonl", [{"body": "a"}] * 3)
     sentence = r"no text under 'text', and all 3 were left out \(3 has no key 'text'\); give files"
     with pytest.raises(ConfigError, match=sentence):
@@ -378,19 +380,19 @@ def test_all_documents_are_bad(tmp_path, tokenizer_folder, write_lines):
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_a_closed_standard_input(tmp_path, tokenizer_folder, monkeypatch):
+def test_a_closed_standard_input_is_refused(tmp_path, tokenizer_folder, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ConfigError, match="--input - is standard input, which is closed; pipe"):
         preprocess_data.main(flags("-", tmp_path / "out", tokenizer_folder))
 
 
-def test_no_tokenizer(tmp_path, write_lines):
+def test_a_missing_tokenizer_is_refused(tmp_path, write_lines):
     source = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     with pytest.raises(ConfigError, match="--tokenizer-type is not given"):
         preprocess_data.main(["--input", str(source), "--output-prefix", str(tmp_path / "out")])
 
 
-def test_the_report_is_no_input(tmp_path, tokenizer_folder, write_lines):
+def test_the_report_is_not_read_as_input(tmp_path, tokenizer_folder, write_lines):
     write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     given = flags(tmp_path, tmp_path / "out", tokenizer_folder, "--on-error", "skip", "--overwrite")
     assert preprocess_data.main(given) == 0

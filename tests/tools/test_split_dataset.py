@@ -1,4 +1,4 @@
-"""Parts of a corpus: a document's content alone decides, nothing is lost, nothing half-written."""
+"""The split depends only on the content of documents, loses nothing, and is atomic."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PARTS = ("--parts", "train=0.8,valid=0.1,test=0.1")
 
 
 @pytest.mark.parametrize("tokenized", [False, True])
-def test_shares_of_bytes(tmp_path: Path, tokenized: bool) -> None:
+def test_parts_have_their_shares_of_bytes(tmp_path: Path, tokenized: bool) -> None:
     rng = random.Random(0)
     lengths = [int(10 ** rng.uniform(1, 4)) for _ in range(400)]
     if tokenized:
@@ -96,7 +96,7 @@ def test_a_part_of_few_large_documents_is_not_empty(tmp_path: Path) -> None:
         assert run("--input", source, *PARTS, *given) == 0
 
 
-def test_a_reader_of_the_output_that_ends(tmp_path: Path, start_tool: Any) -> None:
+def test_a_closed_pipe_on_stdout_ends_the_tool(tmp_path: Path, start_tool: Any) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
     process = start_tool(
         "split_dataset.py", "--input", source, "--output-prefix", tmp_path / "out", *PARTS
@@ -108,7 +108,7 @@ def test_a_reader_of_the_output_that_ends(tmp_path: Path, start_tool: Any) -> No
     assert (tmp_path / "out_test.jsonl").exists()
 
 
-def test_the_command(tmp_path: Path, start_tool: Any) -> None:
+def test_the_command_splits_text(tmp_path: Path, start_tool: Any) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": text, "n": [1]} for text in TEXTS])
     process = start_tool(
         "split_dataset.py", "--input", source, "--output-prefix", tmp_path / "out", *PARTS
@@ -143,7 +143,7 @@ def test_the_parts_never_change() -> None:
 
 
 def test_content_alone_decides(tmp_path: Path) -> None:
-    """Other files, order, format, keys, packing, copies: the same documents are held out."""
+    """Other files, order, format, keys, compression, copies: the same documents are held out."""
     shuffled = random.Random(0).sample(TEXTS, len(TEXTS))
     first = write(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
     assert run("--input", first, "--output-prefix", tmp_path / "a", *PARTS) == 0
@@ -163,7 +163,7 @@ def test_content_alone_decides(tmp_path: Path) -> None:
         assert all(set(record) in ({"n", "body"}, {"id", "body"}) for record in there)
 
 
-def test_text_files(tmp_path: Path) -> None:
+def test_text_files_are_split(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     for number, text in enumerate(TEXTS[:60]):
@@ -174,7 +174,9 @@ def test_text_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [numpy.uint16, numpy.int32])
-def test_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: Any) -> None:
+def test_data_sets_are_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: Any
+) -> None:
     documents = random_documents(300)
     prefixes = [
         write_pair(tmp_path / "a", documents[:200], dtype),
@@ -229,7 +231,7 @@ def test_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: An
         ("--input raw.parquet", r"row 1 of raw\.parquet has a value that JSON cannot hold"),
     ],
 )
-def test_bad_input(
+def test_bad_input_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -251,7 +253,7 @@ def test_bad_input(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_overwrite(tmp_path: Path) -> None:
+def test_existing_files_are_replaced_on_request(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
     (tmp_path / "out_train.jsonl").write_text("old")
     flags = ("--input", source, "--output-prefix", tmp_path / "out", *PARTS)

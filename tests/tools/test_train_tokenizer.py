@@ -1,4 +1,4 @@
-"""The tokenizer: Megatron loads it, nothing of a text is lost, and bad input leaves nothing."""
+"""Trained tokenizers load in Megatron and lose no text; bad input leaves no file."""
 
 import gzip
 
@@ -13,7 +13,7 @@ from megatron_sffn.utils.errors import ConfigError
 from tests.support.processes import HANGS
 
 
-def test_command_and_rerun(tmp_path, texts, write_lines, start_tool):
+def test_a_second_run_gives_the_same_files(tmp_path, texts, write_lines, start_tool):
     source = write_lines(tmp_path / "a.jsonl", [{"body": text} for text in texts * 5])
     arguments = ["--input", source, "--json-key", "body", "--vocab-size", 300]
     arguments += ["--output", tmp_path / "new" / "tok"]
@@ -68,7 +68,7 @@ def test_plain_text_keeps_line_ends(tmp_path, ending):
     assert "".join(pieces) == text
 
 
-def test_every_kind_of_input(tmp_path, texts, write_lines):
+def test_every_kind_of_input_is_read(tmp_path, texts, write_lines):
     (tmp_path / "in").mkdir()
     lines = write_lines(tmp_path / "in" / "a.jsonl", [{"body": text} for text in texts])
     (tmp_path / "in" / "b.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
@@ -80,7 +80,7 @@ def test_every_kind_of_input(tmp_path, texts, write_lines):
     assert list(train_tokenizer.read_texts(sources, "body")) == [*texts * 4, "plain"]
 
 
-def test_bytes(tmp_path, build_tokenizer, texts, capsys):
+def test_bytes_are_tokens(tmp_path, build_tokenizer, texts, capsys):
     assert train_tokenizer.main(["--bytes", "--output", str(tmp_path / "bytes")]) == 0
     assert "bytes: 258 ids, one per byte and two more" in capsys.readouterr().out
     tokenizer = build_tokenizer(tmp_path / "bytes")
@@ -107,7 +107,7 @@ def test_bytes(tmp_path, build_tokenizer, texts, capsys):
         ("a.jsonl", b"{}", ["--output", __file__], "is a file"),
     ],
 )
-def test_bad_input(tmp_path, name, content, arguments, message):
+def test_bad_input_is_refused(tmp_path, name, content, arguments, message):
     path = tmp_path / name
     path.write_bytes(content)
     output = ["--output", str(tmp_path / "out" / "tok")]
@@ -124,7 +124,7 @@ def test_bad_input(tmp_path, name, content, arguments, message):
         ([], "--input is not given, and a tokenizer is trained on text; give files"),
     ],
 )
-def test_missing_input(tmp_path, monkeypatch, given, message):
+def test_missing_input_is_refused(tmp_path, monkeypatch, given, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
         train_tokenizer.main([*given, "--output", "tok"])

@@ -11,26 +11,27 @@ import pytest
 
 from megatron_sffn.utils.atomic_files import (
     append_records,
+    atomic_write,
+    atomic_write_text,
     read_records,
     replace_records,
-    write_whole,
 )
 
 
-def test_write_whole_makes_folders_and_leaves_no_part(tmp_path: Path) -> None:
+def test_atomic_write_text_makes_folders_and_leaves_no_partial_file(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file.json"
-    write_whole(path, "one\n")
-    write_whole(path, "two\n")
+    atomic_write_text(path, "one\n")
+    atomic_write_text(path, "two\n")
     assert path.read_text() == "two\n"
     assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("failing", ["write", "replace"])
-def test_write_whole_that_fails_leaves_the_former_text(
+def test_atomic_write_text_that_fails_leaves_the_former_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     path = tmp_path / "file.json"
-    write_whole(path, "one\n")
+    atomic_write_text(path, "one\n")
 
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -44,9 +45,21 @@ def test_write_whole_that_fails_leaves_the_former_text(
     else:
         monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        write_whole(path, "two\n")
+        atomic_write_text(path, "two\n")
     assert path.read_text() == "one\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_partial_file_is_removed_an_hour_after_its_last_write(tmp_path: Path) -> None:
+    path = tmp_path / "[a]*.json"  # characters that a glob would read
+    young, stale = tmp_path / f"{path.name}.1234.part", tmp_path / f"{path.name}.5678.part"
+    for partial in (young, stale):
+        partial.touch()
+    os.utime(stale, (0, 0))
+    with atomic_write(path, durable=True) as file:
+        file.write("text")
+    assert sorted(tmp_path.iterdir()) == sorted([path, young])
+    assert path.read_text() == "text"
 
 
 def test_lines_grow_at_the_end(tmp_path: Path) -> None:

@@ -1,14 +1,14 @@
-"""Documents that say what an earlier one says: found, reported, left out.
+"""Removes duplicates of earlier documents from a corpus.
 
-Enters: sources of text. Leaves: JSON lines of the others, in their order, and a line for each that
-is left out: where it is, why, and where the one is that stays.
+Inputs: sources of text. Outputs: JSON lines of the documents that stay, in order, and a report with
+a line for each duplicate: its file and line, the reason, and the document that stays.
 
-Choices
-- Exact: 16 bytes of BLAKE2b of the text, composed (Unicode NFC), every white space as one space.
-- Near: as `near.py` says.
-- The first of several stays, and documents are compared with those that stay, so the result depends
-  on nothing but the input and its order.
-- Texts are hashed by workers; the look-up is one process, with all hashes in memory.
+Design notes:
+- Exact duplicates have the same 16 bytes of BLAKE2b of the text, after Unicode NFC and with all
+  white space as single spaces. Near-duplicates are those of `minhash.py`.
+- The first of several duplicates stays, and documents are compared only with documents that stay,
+  so the result depends on nothing but the input and its order.
+- Workers hash the texts; one process looks them up, with all hashes in memory.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 
 import orjson
 
-from megatron_sffn.data.corpus.minhash import Near, index_of
-from megatron_sffn.data.output.atomic_output import published
-from megatron_sffn.data.text.chunks import Block, read_blocks
+from megatron_sffn.data.corpus.minhash import MinHash, empty_index
+from megatron_sffn.data.output.atomic_output import atomic_output
+from megatron_sffn.data.text.chunks import TextChunk, read_chunks
 from megatron_sffn.data.text.documents import Document, DocumentError, documents_of
 from megatron_sffn.data.text.jsonl import as_line
 from megatron_sffn.data.text.sources import Source
@@ -38,7 +38,7 @@ DIGEST_BYTES = 16
 
 @dataclass(kw_only=True, slots=True)
 class Signed:
-    """A document, and what is compared of it."""
+    """A document with its hashes."""
 
     path: str
     number: int | None
@@ -49,7 +49,7 @@ class Signed:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Signed documents, bytes on disk that are read, and what is wrong after them."""
+    """Signed documents, the bytes on disk read so far, and the error after them, if any."""
 
     documents: list[Signed]
     consumed: int
@@ -58,62 +58,62 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Signer:
-    """Signs the documents of blocks; runs in a worker.
+    """Hashes the documents of chunks; runs in a worker.
 
     Args:
-        key: of the text.
-        near: how near-duplicates are found, if they are.
+        key: key of the text.
+        minhash: settings for near-duplicates; None: find only exact ones.
     """
 
     key: str
-    near: Near | None
+    minhash: MinHash | None
 
-    def __call__(self, blocks: Sequence[Block]) -> Batch:
-        """Up to the first document that is wrong."""
+    def __call__(self, chunks: Sequence[TextChunk]) -> Batch:
+        """Hash the documents up to the first faulty one."""
         documents: list[Signed] = []
         failure = None
         try:
-            for block in blocks:
-                documents += map(self._sign, documents_of(block))
-                if block.fault:
-                    raise DocumentError(block.fault)
+            for chunk in chunks:
+                documents += map(self._sign, documents_of(chunk))
+                if chunk.fault:
+                    raise DocumentError(chunk.fault)
         except DocumentError as error:
             failure = str(error)
-        return Batch(documents=documents, consumed=blocks[-1].consumed, failure=failure)
+        return Batch(documents=documents, consumed=chunks[-1].consumed, failure=failure)
 
     def _sign(self, document: Document) -> Signed:
         (text,) = document.texts([self.key])
-        normal = " ".join(unicodedata.normalize("NFC", text).split())
+        normalized = " ".join(unicodedata.normalize("NFC", text).split())
         return Signed(
             path=document.path,
             number=document.number,
             line=as_line(document, self.key, text),
-            digest=hashlib.blake2b(normal.encode(), digest_size=DIGEST_BYTES).digest(),
-            sketch=self.near.sketch(normal) if self.near else None,
+            digest=hashlib.blake2b(normalized.encode(), digest_size=DIGEST_BYTES).digest(),
+            sketch=self.minhash.sketch(normalized) if self.minhash else None,
         )
 
 
 class Seen:
-    """The documents that stay, and where each of them is."""
+    """The documents that stay, with their files and lines."""
 
-    def __init__(self, near: Near | None) -> None:
+    def __init__(self, minhash: MinHash | None) -> None:
         self._digests: dict[bytes, int] = {}
-        self._sketches = index_of(near) if near else None
+        self._sketches = empty_index(minhash) if minhash else None
         self._paths: list[str] = []
-        # A number of the file, and one in the file: 8 bytes for a document.
+        # Number of the file and number in the file, packed in 8 bytes for a document.
         self._places = array("Q")
 
     def add(self, signed: Signed) -> dict[str, Any] | None:
-        """Take note of a document, unless one like it is there: then say why, and which."""
+        """Add a document; for a duplicate return the reason and the document that stays."""
         number = len(self._places)
         first = self._digests.setdefault(signed.digest, number)
         if first != number:
             return {"reason": "exact", "of": self._place(first)}
         if self._sketches is not None and signed.sketch is not None:
-            if alike := self._sketches.get_duplicates(signed.sketch):
-                # Its copies are not exact ones of what stays.
+            if candidates := self._sketches.get_duplicates(signed.sketch):
+                # An exact copy of this document is no exact copy of the one that stays.
                 del self._digests[signed.digest]
-                return {"reason": "near", "of": self._place(min(map(int, alike)))}
+                return {"reason": "near", "of": self._place(min(map(int, candidates)))}
             self._sketches.add(str(number), signed.sketch)
         if self._paths[-1:] != [signed.path]:
             self._paths.append(signed.path)
@@ -126,76 +126,76 @@ class Seen:
 
 
 def place(path: str, number: int | None) -> dict[str, Any]:
-    """Where a document is, as reports have it."""
+    """File and line of a document, for the report."""
     return {"file": path, "line": number}
 
 
 @dataclass(kw_only=True)
 class Result:
-    """What was done: documents that stay and that do not, and bytes of their lines."""
+    """Counts of the documents that stay and of the duplicates, and the bytes of their lines."""
 
     path: str
     report: str
     kept: int = 0
-    exact: int = 0
-    near: int = 0
+    exact_duplicates: int = 0
+    near_duplicates: int = 0
     kept_bytes: int = 0
     left_out_bytes: int = 0
 
-    def count(self, signed: Signed, found: dict[str, Any] | None) -> None:
-        """Count a document, and what was found."""
+    def count(self, signed: Signed, duplicate: dict[str, Any] | None) -> None:
+        """Count a document, with the result of `Seen.add`."""
         size = len(signed.line)
-        if found is None:
+        if duplicate is None:
             self.kept += 1
             self.kept_bytes += size
         else:
-            self.exact += found["reason"] == "exact"
-            self.near += found["reason"] == "near"
+            self.exact_duplicates += duplicate["reason"] == "exact"
+            self.near_duplicates += duplicate["reason"] == "near"
             self.left_out_bytes += size
 
 
 def dedup(
     sources: Sequence[Source],
     key: str,
-    near: Near | None,
+    minhash: MinHash | None,
     prefix: str,
     *,
     workers: int,
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda consumed: None,
 ) -> Result:
-    """Write `PREFIX.jsonl`, and `PREFIX_duplicates.jsonl` with what is not in it.
+    """Write the documents that stay to `PREFIX.jsonl`, and `PREFIX_duplicates.jsonl`.
 
     Args:
-        sources: of the documents.
-        key: of the text that is compared.
-        near: how near-duplicates are found; None: only exact ones are.
+        sources: the corpus.
+        key: key of the text to compare.
+        minhash: settings for near-duplicates; None: find only exact ones.
         prefix: path and first part of the name of both files.
-        workers: processes that hash.
-        overwrite: replace files that are there.
-        progress: told the bytes on disk that are read.
+        workers: number of processes that hash.
+        overwrite: replace existing files.
+        progress: receives the bytes on disk read so far.
 
     Raises:
-        ConfigError: a document is wrong, or files cannot be written.
+        ConfigError: a document is faulty, or files cannot be written.
     """
     files = [Path(f"{prefix}_duplicates.jsonl"), Path(f"{prefix}.jsonl")]
     result = Result(path=str(files[1]), report=str(files[0]))
-    seen = Seen(near)
-    sign = Signer(key=key, near=near)
+    seen = Seen(minhash)
+    sign = Signer(key=key, minhash=minhash)
     with (
-        published(prefix, files, overwrite=overwrite) as folder,
+        atomic_output(prefix, files, overwrite=overwrite) as folder,
         (folder / files[0].name).open("wb") as report,
         (folder / files[1].name).open("wb", 1 << 20) as kept,
-        closing(encode_in_order(sign, read_blocks(sources), workers)) as batches,
+        closing(encode_in_order(sign, read_chunks(sources), workers)) as batches,
     ):
         for batch in batches:
             for signed in batch.documents:
-                found = seen.add(signed)
-                result.count(signed, found)
-                if found is None:
+                duplicate = seen.add(signed)
+                result.count(signed, duplicate)
+                if duplicate is None:
                     kept.write(signed.line)
                 else:
-                    record = place(signed.path, signed.number) | found
+                    record = place(signed.path, signed.number) | duplicate
                     report.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
             if batch.failure:
                 raise ConfigError(batch.failure)

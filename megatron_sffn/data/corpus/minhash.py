@@ -1,13 +1,16 @@
-"""When two texts are nearly the same.
+"""Near-duplicate detection by MinHash.
 
-Enters: texts. Leaves: sketches of them, and an index that finds those like a given one.
+Inputs: texts. Outputs: a sketch of each, and an index that finds the sketches similar to a given
+one.
 
-Choices
-- MinHash (Broder 1997) of the n-grams in lower case, `HASHES` values. A pair is alike if the
-  estimate of its Jaccard similarity reaches the threshold; it deviates by about 0.04 at 0.8.
-- The index looks at pairs that agree in one of several bands: as many as it takes to look at
-  `RECALL` of the pairs at the threshold, and at nearly all that are more alike.
-- The library is rensa: half a megabyte of Rust that needs nothing else, and 100 times as fast as
+Design notes:
+- MinHash (Broder 1997) of the lower-case n-grams, with `HASHES` values. Two texts are
+  near-duplicates if their estimated Jaccard similarity reaches the threshold; the standard
+  deviation of the estimate is about 0.04 at 0.8.
+- The index compares pairs that agree in one of several bands (locality-sensitive hashing). Their
+  number is chosen so that `RECALL` of the pairs at the threshold are compared, and nearly all pairs
+  above it.
+- The library is rensa: half a megabyte of Rust without dependencies, and 100 times as fast as
   datasketch, which needs scipy (9.5 MB of Python source, one core: 676 and 6 MB/s).
 """
 
@@ -24,22 +27,22 @@ HASHES = 128
 SEED = 42
 RECALL = 0.9
 UNITS = ("words", "characters")
-AT_ONCE = 1 << 10
-"""N-grams in memory at once. A text has many times its size of them, and `batched` makes room for
-all of this for every text: of 60 words they cost 13 microseconds, at 1 << 16 it would be 73."""
+BATCH_NGRAMS = 1 << 10
+"""N-grams in memory at once: all n-grams of a text are many times its size. `batched` allocates a
+full batch for every text; for 60 words this takes 13 microseconds, and 73 at 1 << 16."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Near:
-    """What near-duplicates are.
+class MinHash:
+    """The settings of near-duplicate detection.
 
     Args:
-        threshold: least share of n-grams that two documents have in common, of all they have.
+        threshold: least Jaccard similarity of near-duplicates: n-grams in both, of those in either.
         size: n.
-        unit: `words`, or `characters` for scripts that do not space their words.
+        unit: `words`, or `characters` for scripts without spaces between words.
 
     Raises:
-        ConfigError: a number that cannot be, or no library.
+        ConfigError: a number is out of range, or rensa is not installed.
     """
 
     threshold: float
@@ -58,7 +61,7 @@ class Near:
 
     @property
     def num_bands(self) -> int:
-        """In how many equal parts sketches are looked up; candidates agree in one of them."""
+        """Number of bands of a sketch; pairs that agree in one band are compared."""
         return next(
             bands
             for bands in (1, 2, 4, 8, 16, 32, 64, 128)
@@ -70,28 +73,29 @@ class Near:
         if not text:
             return None
         sketch = rensa().RMinHash(num_perm=HASHES, seed=SEED)
-        for some in batched(self._ngrams(text.lower()), AT_ONCE):
-            sketch.update(some)
+        for ngrams in batched(self._ngrams(text.lower()), BATCH_NGRAMS):
+            sketch.update(ngrams)
         return sketch
 
     def _ngrams(self, text: str) -> Iterable[str]:
         units = text.split(" ") if self.unit == "words" else text
         if len(units) <= self.size:
             return [text]
-        joint = " " if self.unit == "words" else ""
-        return map(joint.join, zip(*(units[at:] for at in range(self.size)), strict=False))
+        separator = " " if self.unit == "words" else ""
+        shifted = (units[start:] for start in range(self.size))
+        return map(separator.join, zip(*shifted, strict=False))
 
 
 def rensa() -> Any:
-    """The library, or one sentence on how to get it."""
+    """The library rensa, or an error that tells how to install it."""
     require("rensa", "--near", "dedup")
     import rensa as library
 
     return library
 
 
-def index_of(near: Near) -> Any:
-    """An index of sketches, empty."""
+def empty_index(minhash: MinHash) -> Any:
+    """An empty index of sketches."""
     return rensa().RMinHashDeduplicator(
-        threshold=near.threshold, num_perm=HASHES, use_lsh=True, num_bands=near.num_bands
+        threshold=minhash.threshold, num_perm=HASHES, use_lsh=True, num_bands=minhash.num_bands
     )

@@ -1,15 +1,15 @@
-"""Parts of a corpus, held out from each other by what is in a document.
+"""Splits a corpus into parts, such as train, valid and test, by a hash of each document.
 
-Enters: text, or tokenized `.bin/.idx` pairs; names and shares of parts. Leaves: a file of JSON
-lines, or a pair, for each part, in the order of the input.
+Inputs: text, or tokenized `.bin/.idx` pairs; names and shares of the parts.
+Outputs: a file of JSON lines, or a pair, for each part, in the order of the input.
 
-Choices
-- A hash of the document's content decides, and nothing else: it lands in the same part in any file,
-  order and version of the corpus, on any machine, and its exact copies land there too.
-- Shares are relative, as in Megatron's `--split`; of N documents a part gets its share up to
-  chance, about 1/sqrt(N p) of it.
-- Shares of bytes need a first pass, which moves the bounds of the hashes to where the bytes before
-  them have the asked size. Documents then change their part only where a bound moves.
+Design notes:
+- The part depends only on a hash of the content. So a document is in the same part in any file,
+  order and version of the corpus, on any machine, and so are its exact copies.
+- Shares are relative, as in Megatron's `--split`. The size of a part with share p of N documents is
+  random, with a relative standard deviation of about 1/sqrt(N p).
+- Shares of bytes need a first pass, which moves the bounds between the hashes so that the bytes
+  have the shares. Documents then change their part only where a bound moves.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from typing import Any, BinaryIO
 import numpy
 
 from megatron_sffn.data.indexed.format import Index, IndexWriter, Lengths, pieces
-from megatron_sffn.data.output.atomic_output import bin_and_idx, published
-from megatron_sffn.data.text.chunks import read_blocks
+from megatron_sffn.data.output.atomic_output import atomic_output, bin_and_idx
+from megatron_sffn.data.text.chunks import read_chunks
 from megatron_sffn.data.text.documents import DocumentError, documents_of, read_documents
 from megatron_sffn.data.text.jsonl import as_line
 from megatron_sffn.data.text.sources import Source
@@ -37,18 +37,18 @@ from megatron_sffn.utils.errors import ConfigError
 
 HASH_BYTES = 8
 SEEDS = 1 << (8 * hashlib.blake2b.SALT_SIZE)
-"""Number of seeds that the salt of the hash can tell apart."""
+"""Number of seeds: as many as the salt of the hash can distinguish."""
 BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Where documents go.
+    """Assigns documents to parts.
 
     Args:
-        names: of the parts.
-        bounds: ends of their ranges of hashes, but the last.
-        seed: another one gives other parts.
+        names: names of the parts.
+        bounds: the ends of their ranges of hashes, without the last.
+        seed: seed of the hash.
     """
 
     names: tuple[str, ...]
@@ -56,20 +56,20 @@ class Parts:
     seed: int
 
     def of(self, content: bytes) -> int:
-        """The part of a document."""
+        """Number of the part of a document."""
         return bisect_right(self.bounds, self.hash(content))
 
     def hash(self, content: bytes) -> int:
-        """What decides on the part of a document."""
+        """Hash that determines the part of a document."""
         salt = self.seed.to_bytes(hashlib.blake2b.SALT_SIZE, "little")
         digest = hashlib.blake2b(content, digest_size=HASH_BYTES, salt=salt).digest()
         return int.from_bytes(digest, "big")
 
     def by_bytes(self, contents: Iterable[bytes]) -> Parts:
-        """The same shares, of bytes: with bounds for these documents.
+        """The same parts with bounds so that the shares are of bytes.
 
         Args:
-            contents: of all documents; 16 bytes are kept of each.
+            contents: contents of all documents; 16 bytes of memory are used for each.
         """
         hashes, sizes = array("Q"), array("Q")
         for content in contents:
@@ -78,25 +78,25 @@ class Parts:
         values = numpy.frombuffer(hashes, numpy.uint64)
         distinct, groups = numpy.unique(values, return_inverse=True)
         weights = numpy.frombuffer(sizes, numpy.uint64).astype(numpy.float64)
-        before = numpy.concatenate([[0.0], numpy.bincount(groups, weights).cumsum()])
+        bytes_before = numpy.concatenate([[0.0], numpy.bincount(groups, weights).cumsum()])
         bounds: list[int] = []
-        first = 0  # document of the part, in the order of the hashes
+        first = 0  # first document of the part, in the order of the hashes
         for number, bound in enumerate(self.bounds):
-            # Each part has a document, if there are as many.
+            # Each part gets a document, if there are enough of them.
             first, last = first + 1, len(distinct) - (len(self.bounds) - number)
-            wanted = before[-1] * (bound / 2 ** (8 * HASH_BYTES))
+            wanted = bytes_before[-1] * (bound / 2 ** (8 * HASH_BYTES))
             if first <= last:
-                first += int(numpy.abs(before[first : last + 1] - wanted).argmin())
+                first += int(numpy.abs(bytes_before[first : last + 1] - wanted).argmin())
             bounds.append(int(distinct[min(first, len(distinct) - 1)]) if len(distinct) else bound)
         return replace(self, bounds=tuple(bounds))
 
 
 def parse_parts(given: str, seed: int) -> Parts:
-    """Parts from `train=0.98,valid=0.01,test=0.01`.
+    """Parse parts such as `train=0.98,valid=0.01,test=0.01`.
 
     Raises:
-        ConfigError: it is not of that form, a name occurs twice, a share is not positive, or the
-            seed is too large or negative.
+        ConfigError: the form is wrong, a name occurs twice, a share is not positive, or the seed is
+            out of range.
     """
     if not 0 <= seed < SEEDS:
         raise ConfigError(f"--seed {seed} is not within 0 and {SEEDS - 1}; give another number")
@@ -125,7 +125,7 @@ def parse_parts(given: str, seed: int) -> Parts:
 
 @dataclass(kw_only=True)
 class Count:
-    """What a part got: documents, bytes on disk, and tokens if it is tokenized."""
+    """Size of a part: documents, bytes on disk, and tokens if it is tokenized."""
 
     name: str
     path: str
@@ -146,35 +146,35 @@ def split_text(
     """Write `PREFIX_NAME.jsonl` for each part.
 
     Args:
-        sources: of the documents.
-        key: of the text that decides.
-        parts: where they go.
+        sources: the corpus.
+        key: key of the text that determines the part.
+        parts: assigns documents to parts.
         prefix: path and first part of the name of every file.
-        overwrite: replace files that are there.
-        progress: told the bytes on disk that are read.
+        overwrite: replace existing files.
+        progress: receives the bytes on disk read so far.
 
     Raises:
-        ConfigError: a document is wrong, a part would be empty, or files cannot be written.
+        ConfigError: a document is faulty, a part would be empty, or files cannot be written.
     """
     files = [Path(f"{prefix}_{name}.jsonl") for name in parts.names]
     counts = [
         Count(name=name, path=str(path)) for name, path in zip(parts.names, files, strict=True)
     ]
-    with published(prefix, files, overwrite=overwrite) as folder:
+    with atomic_output(prefix, files, overwrite=overwrite) as folder:
         with ExitStack() as stack:
             outputs = [
                 stack.enter_context((folder / path.name).open("wb", BUFFER_BYTES)) for path in files
             ]
-            for block in read_blocks(sources):
-                for document in documents_of(block):
+            for chunk in read_chunks(sources):
+                for document in documents_of(chunk):
                     (text,) = document.texts([key])
                     part, line = parts.of(text.encode()), as_line(document, key, text)
                     outputs[part].write(line)
                     counts[part].documents += 1
                     counts[part].num_bytes += len(line)
-                if block.fault:
-                    raise DocumentError(block.fault)
-                progress(block.consumed)
+                if chunk.fault:
+                    raise DocumentError(chunk.fault)
+                progress(chunk.consumed)
         _check_not_empty(counts)
     return counts
 
@@ -190,21 +190,22 @@ def split_datasets(
     """Write `PREFIX_NAME.bin` and `.idx` for each part.
 
     Args:
-        indices: of the data sets, checked and of one type.
-        parts: where documents go, by the bytes of their ids.
+        indices: indices of the data sets, checked and of one type.
+        parts: assigns documents to parts, by the bytes of their ids.
         prefix: path and first part of the name of every file.
-        overwrite: replace files that are there.
-        progress: told the number of bytes of each document.
+        overwrite: replace existing files.
+        progress: receives the number of bytes of each document.
 
     Raises:
         ConfigError: a part would be empty, or files cannot be written.
     """
     prefixes = [f"{prefix}_{name}" for name in parts.names]
-    files = [path for one in prefixes for path in bin_and_idx(one)]
+    files = [path for part_prefix in prefixes for path in bin_and_idx(part_prefix)]
     dtype = indices[0].dtype
-    with published(prefix, files, overwrite=overwrite) as folder, ExitStack() as stack:
+    with atomic_output(prefix, files, overwrite=overwrite) as folder, ExitStack() as stack:
         outputs = [
-            stack.enter_context(closing(_Pair(folder / Path(one).name, dtype))) for one in prefixes
+            stack.enter_context(closing(_Pair(folder / Path(part_prefix).name, dtype)))
+            for part_prefix in prefixes
         ]
         for index in indices:
             for content, lengths in _documents(index):
@@ -213,12 +214,12 @@ def split_datasets(
         counts = [
             Count(
                 name=name,
-                path=one,
+                path=part_prefix,
                 documents=output.index.num_documents,
                 num_bytes=output.num_bytes,
                 tokens=output.num_bytes // dtype.itemsize,
             )
-            for name, one, output in zip(parts.names, prefixes, outputs, strict=True)
+            for name, part_prefix, output in zip(parts.names, prefixes, outputs, strict=True)
         ]
         _check_not_empty(counts)
         for output in outputs:
@@ -227,10 +228,10 @@ def split_datasets(
 
 
 def text_contents(sources: Sequence[Source], key: str) -> Iterator[bytes]:
-    """What decides on the part of each document of text.
+    """The content that determines the part of each document of text.
 
     Raises:
-        ConfigError: a document is wrong.
+        ConfigError: a document is faulty.
     """
     for document in read_documents(sources, columns=[key]):
         (text,) = document.texts([key])
@@ -238,13 +239,13 @@ def text_contents(sources: Sequence[Source], key: str) -> Iterator[bytes]:
 
 
 def dataset_contents(indices: Sequence[Index]) -> Iterator[bytes]:
-    """What decides on the part of each document of data sets."""
+    """The content that determines the part of each document of data sets."""
     for index in indices:
         yield from (content for content, _ in _documents(index))
 
 
 class _Pair:
-    """A data set as it is written."""
+    """Writes a data set."""
 
     def __init__(self, prefix: Path, dtype: numpy.dtype[Any]) -> None:
         self._path, self._idx = (prefix.with_name(prefix.name + end) for end in (".bin", ".idx"))
@@ -268,7 +269,7 @@ class _Pair:
 
 
 def _documents(index: Index) -> Iterator[tuple[bytes, Lengths]]:
-    """Each document's ids, and the lengths of its sequences."""
+    """The ids of each document as bytes, and the lengths of its sequences."""
     lengths, bounds = index.lengths, index.documents
     with open(index.bin, "rb", BUFFER_BYTES) as ids:
         for piece in pieces(index.num_documents):
@@ -281,7 +282,7 @@ def _documents(index: Index) -> Iterator[tuple[bytes, Lengths]]:
 def _check_not_empty(counts: Sequence[Count]) -> None:
     for count in counts:
         if not (count.documents if count.tokens is None else count.tokens):
-            total = sum(one.documents for one in counts)
+            total = sum(part.documents for part in counts)
             raise ConfigError(
                 f"the part {count.name} would be empty: of {total} documents none falls into its "
                 "share; give it a larger one in --parts, or more documents"

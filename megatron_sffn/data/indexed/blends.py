@@ -1,10 +1,10 @@
-"""The data paths of a run: prefixes and weights, from flags and from the files that flags name.
+"""The blends of a run: prefixes and weights, from flags and from the files that flags name.
 
-Inputs: the validated namespace. Outputs: what Megatron reads of it, or one sentence.
+Inputs: the validated namespace. Outputs: the blends that Megatron reads from it.
 
 Design notes:
-- Megatron splits lists at white space and asserts the rest without words, so each list is looked at
-  first.
+- Megatron splits lists at white space, and its assertions on them have no messages, so each list is
+  checked first.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Blend = tuple[list[str], list[float] | None]
 
 
 def read_blends(args: Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
-    """One blend that all splits share, or a blend for each; neither, if there are no data paths.
+    """One blend for all splits, or a blend for each; both None if there are no data paths.
 
     Raises:
-        ConfigError: a file cannot be read, or a list in it or in a flag is none of prefixes, or of
-            weights and prefixes; or a weight is no positive, finite number.
+        ConfigError: a file cannot be read; a list consists neither of prefixes nor of weights and
+            prefixes; or a weight is not a positive, finite number.
     """
     from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -46,7 +46,7 @@ def read_blends(args: Namespace) -> tuple[Blend | None, list[Blend | None] | Non
 
 
 def _lists(args: Namespace) -> dict[str, list[str]]:
-    """Flag, and the file it names -> the words of its list."""
+    """Flag, with the file that it names -> the words of its list."""
     lists = {}
     for dest in ("data_path", *(f"{split}_data_path" for split in SPLITS)):
         if (words := getattr(args, dest)) is not None:
@@ -119,7 +119,7 @@ def _check_list(flag: str, words: Sequence[str]) -> None:
 
 
 def check_weights(flag: str, weights: Sequence[float]) -> None:
-    """Refuse weights of which no shares can be computed.
+    """Refuse weights from which no shares can be computed.
 
     Raises:
         ConfigError: one is not positive, or the sum is not finite.

@@ -1,7 +1,7 @@
-"""The data sets that `--input` names.
+"""Finds the data sets that `--input` names.
 
-Enters: prefixes of `.bin/.idx` pairs, folders and globs of them. Leaves: indices, in order, every
-entry of which has been read.
+Inputs: prefixes of `.bin/.idx` pairs, folders and globs of them.
+Outputs: their indices in order, with every entry checked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_sffn.utils.errors import ConfigError
 
 
 def open_datasets(inputs: Sequence[str]) -> list[list[Index]]:
-    """What each value names.
+    """Open the data sets that each value names.
 
     Raises:
         ConfigError: a file is missing or damaged, or a data set is named twice.
@@ -37,20 +37,20 @@ def open_datasets(inputs: Sequence[str]) -> list[list[Index]]:
 
 
 def find_datasets(given: str) -> list[str]:
-    """Prefixes that one value of `--input` names, sorted by name where it is a folder or a glob.
+    """The prefixes that one value of `--input` names, sorted for a folder or a glob.
 
     Raises:
-        ConfigError: there is none, or a file without its other half.
+        ConfigError: no data set was found.
     """
     if os.path.isdir(given):
-        found = glob(os.path.join(escape(given), "*.bin")) + glob(
+        paths = glob(os.path.join(escape(given), "*.bin")) + glob(
             os.path.join(escape(given), "*.idx")
         )
     elif has_magic(given) and not os.path.exists(given + ".idx"):
-        found = glob(given + ".bin") + glob(given + ".idx")
+        paths = glob(given + ".bin") + glob(given + ".idx")
     else:
-        found = [given + ".idx"]
-    prefixes = sorted({path[: -len(".bin")] for path in found})
+        paths = [given + ".idx"]
+    prefixes = sorted({path[: -len(".bin")] for path in paths})
     if not prefixes:
         raise ConfigError(
             f"--input {given} leads to no data set; give a folder with .bin and .idx files, or "

@@ -1,13 +1,10 @@
-"""Megatron's `.bin/.idx` pairs, of any size: looked at through the page cache, indexed in pieces.
+"""Megatron's `.bin/.idx` pairs, of any size: `Index` reads a `.idx` file, `IndexWriter` writes one.
 
-Enters: the prefix of a pair, or the lengths of sequences as they come. Leaves: `Index`, the arrays
-of a `.idx` file where they lie on disk; `IndexWriter`, another file of the kind.
-
-Choices
-- Memory holds a piece of `PIECE` entries, whatever the number of documents. Megatron's own builder
-  keeps every length and document in Python lists.
-- Offsets are summed in int64 from the lengths, never taken over: a set may be of any size.
-- Sets with modes (multimodal) are refused: nothing here could read them.
+Design notes:
+- `PIECE` entries of an index are in memory at once, whatever the number of documents. Megatron's
+  builder keeps all lengths and documents in Python lists.
+- Offsets are computed from the lengths in int64 and never copied, so a data set may have any size.
+- Multimodal data sets (with modes) are refused, because no other code of this package reads them.
 """
 
 from __future__ import annotations
@@ -28,12 +25,12 @@ from numpy.typing import NDArray
 from megatron_sffn.utils.errors import ConfigError
 
 PIECE = 1 << 20
-"""Entries of an index that are in memory at once."""
+"""Entries of an index in memory at once."""
 HEAD = struct.Struct("<9sQBQQ")
-"""Magic, version, code of the dtype, number of sequences, and of documents plus one."""
+"""Header: magic, version, code of the dtype, number of sequences, number of documents plus one."""
 MAGIC, VERSION = b"MMIDIDX\0\0", 1
 DTYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}
-"""Megatron's codes of the types of ids; its own table, `DType`, comes with seconds of imports."""
+"""Megatron's code -> type of the ids. Its own table, `DType`, takes seconds to import."""
 
 Lengths = NDArray[numpy.int32]
 Offsets = NDArray[numpy.int64]
@@ -41,16 +38,16 @@ Offsets = NDArray[numpy.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """A pair, and what its `.idx` file says of the `.bin` file.
+    """The index of a `.bin/.idx` pair.
 
-    The arrays are mapped when they are asked for and no longer than they are used: a mapped file is
-    an open one, and a corpus may have more files than a process may open.
+    The arrays are memory-mapped at each access and not kept: a mapped file is an open file, and a
+    corpus may have more files than a process may open.
 
     Args:
         prefix: path of both files without the ending.
-        dtype: of the ids.
-        num_sequences: S.
-        num_documents: N.
+        dtype: type of the ids.
+        num_sequences: number of sequences.
+        num_documents: number of documents.
     """
 
     prefix: str
@@ -65,17 +62,17 @@ class Index:
 
     @property
     def lengths(self) -> Lengths:
-        """`[S]`, tokens of each sequence."""
+        """`[sequences]`, number of tokens of each."""
         return self._map("<i4", HEAD.size, self.num_sequences)
 
     @property
     def pointers(self) -> Offsets:
-        """`[S]`, where each begins, in bytes."""
+        """`[sequences]`, offset of each in the `.bin` file, in bytes."""
         return self._map("<i8", HEAD.size + 4 * self.num_sequences, self.num_sequences)
 
     @property
     def documents(self) -> Offsets:
-        """`[N + 1]`, first sequence of each document; the last is S."""
+        """`[documents + 1]`, first sequence of each; the last entry is the number of sequences."""
         return self._map("<i8", HEAD.size + 12 * self.num_sequences, self.num_documents + 1)
 
     def _map(self, dtype: str, offset: int, count: int) -> NDArray[Any]:
@@ -92,11 +89,11 @@ class Index:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all sequences."""
+        """Number of tokens of all sequences."""
         return self.num_bytes // self.dtype.itemsize
 
     def offsets(self, start: int, stop: int) -> Offsets:
-        """Where documents `start` to `stop` begin, in tokens; document N is the end of the file."""
+        """Offsets of documents `start` to `stop` in tokens; the last may be the end of the file."""
         firsts = self.documents[start : stop + 1]
         offsets = numpy.full(len(firsts), self.num_bytes)
         inside = firsts < self.num_sequences
@@ -111,13 +108,13 @@ def pieces(length: int) -> Iterator[slice]:
 
 
 def open_index(prefix: str) -> Index:
-    """Look at a pair: both files are there, whole, and made for each other.
+    """Open a pair, and check that both files exist, are complete and belong together.
 
     Args:
         prefix: path without the ending.
 
     Raises:
-        ConfigError: a file is missing, truncated, of another format, or belongs to another one.
+        ConfigError: a file is missing, truncated, of another format, or belongs to another pair.
     """
     for ending in (".idx", ".bin"):
         if not os.path.isfile(prefix + ending):
@@ -143,7 +140,7 @@ def _read_head(prefix: str) -> Index:
     again = "make the data set again with tools/preprocess_data.py"
     if (magic, version) != (MAGIC, VERSION) or code not in DTYPES:
         raise ConfigError(f"data set index {path} is no index; {again}")
-    # A length and an offset for each sequence, and the first sequence of each document.
+    # 12 bytes for the length and offset of a sequence, 8 for the first sequence of a document.
     size, expected = os.path.getsize(path), HEAD.size + 12 * sequences + 8 * bounds
     if size == expected + sequences > expected:
         raise ConfigError(
@@ -161,10 +158,10 @@ def _read_head(prefix: str) -> Index:
 
 
 def check_index(index: Index) -> None:
-    """Read every entry of an index: sequences follow each other, and documents are made of them.
+    """Check every entry: sequences are contiguous, and documents consist of them.
 
     Raises:
-        ConfigError: an entry cannot be right.
+        ConfigError: an entry is wrong.
     """
     lengths, pointers, documents = index.lengths, index.pointers, index.documents
     end = 0
@@ -174,13 +171,13 @@ def check_index(index: Index) -> None:
         if (sizes < 0).any() or (pointers[piece] != ends - sizes).any():
             raise _damaged(index, "sequences do not follow each other")
         end = int(ends[-1])
-    before = 0
+    last_bound = 0
     for piece in pieces(len(documents)):
         bounds = documents[piece]
-        if (numpy.diff(bounds, prepend=before) < 0).any():
+        if (numpy.diff(bounds, prepend=last_bound) < 0).any():
             raise _damaged(index, "documents are not in the order of their sequences")
-        before = int(bounds[-1])
-    if documents[0] != 0 or before != index.num_sequences:
+        last_bound = int(bounds[-1])
+    if documents[0] != 0 or last_bound != index.num_sequences:
         raise _damaged(index, "documents do not hold all sequences")
 
 
@@ -192,27 +189,27 @@ def _damaged(index: Index, what: str) -> ConfigError:
 
 
 class IndexWriter:
-    """Writes a `.idx` file as documents come.
+    """Writes a `.idx` file document by document.
 
     Args:
-        dtype: of the ids.
-        folder: on the disk that has room for the index twice, until it is finished.
+        dtype: type of the ids.
+        folder: folder for temporary files, on a disk with room for the index twice.
     """
 
     def __init__(self, dtype: numpy.dtype[Any], folder: Path) -> None:
         self._dtype = dtype
-        # Without names: a kill leaves nothing of them.
+        # Files without names, so that a kill does not leave them.
         self._lengths = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (until `close`)
         self._documents = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self.num_sequences = self.num_documents = 0
 
     def add_sequences(self, lengths: Lengths) -> None:
-        """Add sequences of `[n]` tokens each."""
+        """Add sequences, with `[sequences]` lengths."""
         self._lengths.write(lengths.astype("<i4", copy=False).tobytes())
         self.num_sequences += len(lengths)
 
     def end_documents(self, ends: Offsets) -> None:
-        """Add documents that end before sequences `[m]`, in order."""
+        """Add documents in order; `[documents]`, the sequence after the last of each."""
         self._documents.write(ends.astype("<i8", copy=False).tobytes())
         self.num_documents += len(ends)
 
@@ -237,6 +234,6 @@ class IndexWriter:
         self.close()
 
     def close(self) -> None:
-        """Give up what is not finished."""
+        """Discard an unfinished index."""
         self._lengths.close()
         self._documents.close()

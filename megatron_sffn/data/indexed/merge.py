@@ -1,13 +1,13 @@
-"""Data sets joined to one, in the order in which they are given.
+"""Merges data sets into one, in the given order.
 
-Enters: prefixes of `.bin/.idx` pairs, folders and globs of them, with or without the weights of a
-blend. Leaves: one pair, the bytes that Megatron's `IndexedDatasetBuilder.add_index` would write.
+Inputs: prefixes of `.bin/.idx` pairs, folders and globs of them, with or without the weights of a
+blend. Outputs: one pair, byte for byte that of Megatron's `IndexedDatasetBuilder.add_index`.
 
-Choices
-- Ids are copied by the kernel (`copy_file_range`); some file systems then move no byte.
-- Weights are those of a blend. What is merged is read in proportion to its tokens: other weights
-  are refused, and the sum of weights in that proportion is the weight of the result.
-- Ids are not widened: sets of different types were made by different tokenizers.
+Design notes:
+- The kernel copies the ids (`copy_file_range`); some file systems then share the data instead.
+- Documents of a merged set are read in proportion to their tokens. So the weights of a blend must
+  be in this proportion, and their sum is the weight of the merged set in the blend.
+- Ids are not converted: data sets with different types of ids come from different tokenizers.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from io import FileIO
 from megatron_sffn.data.indexed.blends import check_weights
 from megatron_sffn.data.indexed.find import check_same_type, open_datasets
 from megatron_sffn.data.indexed.format import Index, IndexWriter, open_index, pieces
-from megatron_sffn.data.output.atomic_output import bin_and_idx, published
+from megatron_sffn.data.output.atomic_output import atomic_output, bin_and_idx
 from megatron_sffn.utils.errors import ConfigError
 
 COPY_BYTES = 64 << 20
-NOT_BY_THE_FILE_SYSTEM = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
-"""What `copy_file_range` says, if it does not say 0, where a file system cannot copy by itself."""
+COPY_UNSUPPORTED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+"""Errors of `copy_file_range` where the file system cannot copy; some return 0 instead."""
 WEIGHT_TOLERANCE = 0.01
-"""Weights of a blend are written with few digits."""
+"""Relative tolerance: weights of a blend are written with few digits."""
 
 
 def open_blend(inputs: Sequence[str]) -> list[tuple[list[Index], float | None]]:
-    """What each value of `--input` names, and the weight that stands before it.
+    """Open the data sets of each value of `--input`, with the weight before it.
 
     Raises:
-        ConfigError: a data set cannot be merged, or some have weights and others not.
+        ConfigError: a data set cannot be merged, or only some have weights.
     """
     weights, names = _weights_and_names(inputs)
     groups = open_datasets(names)
@@ -44,7 +44,7 @@ def open_blend(inputs: Sequence[str]) -> list[tuple[list[Index], float | None]]:
 
 
 def _weights_and_names(inputs: Sequence[str]) -> tuple[list[float | None], list[str]]:
-    """What stands before each name, as in `--data-path`."""
+    """Separate weights and names, which alternate as in `--data-path`."""
     numbers = [_number(value) for value in inputs]
     if all(number is None for number in numbers):
         return [None] * len(inputs), list(inputs)
@@ -67,7 +67,7 @@ def _number(value: str) -> float | None:
 
 
 def merged_weight(blend: Sequence[tuple[Sequence[Index], float | None]]) -> float | None:
-    """The weight of the merged set in a blend; None where no weights were given.
+    """The weight of the merged set in a blend; None if no weights were given.
 
     Raises:
         ConfigError: the weights are not in proportion to the tokens.
@@ -77,13 +77,13 @@ def merged_weight(blend: Sequence[tuple[Sequence[Index], float | None]]) -> floa
         return None
     tokens = [sum(index.num_tokens for index in group) for group, _ in blend]
     total, all_tokens = sum(weights), sum(tokens)
-    for (group, _), weight, own in zip(blend, weights, tokens, strict=True):
-        share = own * total
+    for (group, _), weight, group_tokens in zip(blend, weights, tokens, strict=True):
+        share = group_tokens * total
         if not abs(weight * all_tokens - share) <= WEIGHT_TOLERANCE * share:
             raise ConfigError(
                 f"the weight {weight:g} of {group[0].prefix} is {weight / total:.1%} of all, but "
-                f"its tokens are {own / max(all_tokens, 1):.1%}, and a merged set is read in "
-                "proportion to its tokens; leave these sets as they are, each with its weight"
+                f"its tokens are {group_tokens / max(all_tokens, 1):.1%}, and a merged set is read "
+                "in proportion to its tokens; leave these sets as they are, each with its weight"
             )
     return total
 
@@ -95,16 +95,16 @@ def merge(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> Index:
-    """Join data sets, in order.
+    """Merge data sets, in order.
 
     Args:
-        indices: of the sets, checked.
-        prefix: of the result.
-        overwrite: replace it if it is there.
-        progress: told the number of bytes of each piece that is copied.
+        indices: indices of the data sets, checked.
+        prefix: prefix of the merged set.
+        overwrite: replace an existing one.
+        progress: receives the number of bytes of each copied piece.
 
     Raises:
-        ConfigError: the result would be empty, is one of the sets, or cannot be written.
+        ConfigError: the merged set would be empty, is one of the inputs, or cannot be written.
     """
     if not any(index.num_tokens for index in indices):
         raise ConfigError(
@@ -117,7 +117,7 @@ def merge(
                 f"--output-prefix {prefix} is one of the data sets to merge; give another"
             )
     with (
-        published(prefix, paths, overwrite=overwrite) as folder,
+        atomic_output(prefix, paths, overwrite=overwrite) as folder,
         closing(IndexWriter(indices[0].dtype, folder)) as writer,
         (folder / paths[0].name).open("wb", buffering=0) as target,
     ):
@@ -137,10 +137,10 @@ def _append(index: Index, writer: IndexWriter) -> None:
 
 
 def _copy(index: Index, target: FileIO, progress: Callable[[int], None]) -> None:
-    """Copy the ids; where a file has holes, the copy has them, too."""
+    """Copy the ids; holes of a sparse file stay holes."""
     start = target.tell()
     with open(index.bin, "rb", buffering=0) as source:
-        for first, last in _written(source, index.num_bytes):
+        for first, last in _data_ranges(source, index.num_bytes):
             source.seek(first)
             target.seek(start + first)
             _copy_bytes(source, target, last - first, progress)
@@ -150,8 +150,8 @@ def _copy(index: Index, target: FileIO, progress: Callable[[int], None]) -> None
     target.truncate()
 
 
-def _written(file: FileIO, num_bytes: int) -> Iterator[tuple[int, int]]:
-    """Ranges of a file that are on the disk; all of it, where the file system has no holes."""
+def _data_ranges(file: FileIO, num_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of a file that hold data; the complete file, if the file system has no holes."""
     last = 0
     while last < num_bytes:
         try:
@@ -172,7 +172,7 @@ def _copy_bytes(source: FileIO, target: FileIO, left: int, progress: Callable[[i
         try:
             done = copy(source.fileno(), target.fileno(), min(left, COPY_BYTES))
         except OSError as error:
-            if copy is _send or error.errno not in NOT_BY_THE_FILE_SYSTEM:
+            if copy is _send or error.errno not in COPY_UNSUPPORTED:
                 raise
             done = 0
         if done:
@@ -181,7 +181,7 @@ def _copy_bytes(source: FileIO, target: FileIO, left: int, progress: Callable[[i
         elif copy is _send:
             raise _changed(source)
         else:
-            copy = _send
+            copy = _send  # fallback
 
 
 def _send(source: int, target: int, count: int) -> int:

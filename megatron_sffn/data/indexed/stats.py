@@ -1,12 +1,12 @@
-"""What is in data sets: counts, lengths, ids, and whether the files are whole.
+"""Statistics of data sets: document lengths, counts of ids, and random samples.
 
-Enters: indices of `.bin/.idx` pairs, taken as one corpus. Leaves: exact numbers of every document
-and every id; some documents, drawn at random.
+Inputs: indices of `.bin/.idx` pairs, taken as one corpus.
+Outputs: exact counts over all documents and ids, and some documents drawn at random.
 
-Choices
-- Memory holds a piece of a file at a time, a count for each length that occurs (of T tokens fewer
-  than the root of 2 T can differ) and one for each id.
-- An id of `LARGEST_VOCABULARY` or more is no token: the `.bin` file belongs to another index.
+Design notes:
+- In memory are a piece of a file, a count for each length that occurs (T tokens have fewer than
+  sqrt(2 T) different lengths), and a count for each id.
+- An id of `LARGEST_VOCABULARY` or more shows that the `.bin` file belongs to another index.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Counts = NDArray[numpy.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """How many documents have how many tokens.
+    """The distribution of document lengths.
 
     Args:
-        values: `[n]`, lengths that occur, in rising order.
-        counts: `[n]`, documents of each.
+        values: `[n]`, lengths that occur, ascending, in tokens.
+        counts: `[n]`, number of documents of each length.
     """
 
     values: Counts
@@ -41,24 +41,24 @@ class Lengths:
 
     @property
     def documents(self) -> int:
-        """Their number."""
+        """Number of documents."""
         return int(self.counts.sum())
 
     @property
     def tokens(self) -> int:
-        """Tokens of all documents."""
+        """Number of tokens of all documents."""
         return int(self.values @ self.counts)
 
     @property
     def median(self) -> float:
-        """Half of the documents are not longer, half not shorter."""
+        """Median length."""
         ranks = numpy.cumsum(self.counts)
         middle = ((self.documents - 1) // 2, self.documents // 2)
         return float(self.values[numpy.searchsorted(ranks, middle, side="right")].mean())
 
     def bins(self) -> list[dict[str, int]]:
-        """Documents and tokens of lengths from one power of 2 to the next; 0 is on its own."""
-        # frexp: the exponent of the next power of 2, and 0 of 0.
+        """Documents and tokens for lengths from one power of 2 to the next; 0 has its own bin."""
+        # frexp returns the exponent of the next power of 2, and 0 for 0.
         _, exponents = numpy.frexp(self.values.astype(numpy.float64))
         return [
             {
@@ -72,21 +72,23 @@ class Lengths:
 
 
 def document_lengths(indices: Sequence[Index]) -> Lengths:
-    """Tokens of every document.
+    """The lengths of all documents.
 
     Raises:
-        ConfigError: there is no token.
+        ConfigError: the data sets have no tokens.
     """
     values, counts = numpy.empty(0, numpy.int64), numpy.empty(0, numpy.int64)
     for index in indices:
         for piece in pieces(index.num_documents):
-            more, numbers = numpy.unique(
+            piece_values, piece_counts = numpy.unique(
                 numpy.diff(index.offsets(piece.start, piece.stop)), return_counts=True
             )
-            both, places = numpy.unique(numpy.concatenate([values, more]), return_inverse=True)
-            sums = numpy.zeros(len(both), numpy.int64)
-            numpy.add.at(sums, places, numpy.concatenate([counts, numbers]))
-            values, counts = both, sums
+            merged_values, positions = numpy.unique(
+                numpy.concatenate([values, piece_values]), return_inverse=True
+            )
+            merged_counts = numpy.zeros(len(merged_values), numpy.int64)
+            numpy.add.at(merged_counts, positions, numpy.concatenate([counts, piece_counts]))
+            values, counts = merged_values, merged_counts
     if not values.any():
         raise ConfigError(
             f"data set {indices[0].prefix} holds {counts.sum()} documents and no tokens, which "
@@ -96,11 +98,11 @@ def document_lengths(indices: Sequence[Index]) -> Lengths:
 
 
 def id_counts(indices: Sequence[Index], progress: Callable[[int], None]) -> Counts:
-    """How often each id occurs, up to the largest.
+    """The number of occurrences of each id, up to the largest.
 
     Args:
-        indices: of the sets.
-        progress: told the number of bytes of each piece that is read.
+        indices: indices of the data sets.
+        progress: receives the number of bytes of each piece that has been read.
 
     Raises:
         ConfigError: an id is negative, or too large for a vocabulary.
@@ -116,9 +118,9 @@ def id_counts(indices: Sequence[Index], progress: Callable[[int], None]) -> Coun
                     "is damaged or belongs to another index: make it again with "
                     "tools/preprocess_data.py"
                 )
-            more = numpy.bincount(ids, minlength=len(counts))
-            more[: len(counts)] += counts
-            counts = more
+            piece_counts = numpy.bincount(ids, minlength=len(counts))
+            piece_counts[: len(counts)] += counts
+            counts = piece_counts
             progress(ids.nbytes)
     return counts
 
@@ -131,13 +133,13 @@ def _read_ids(index: Index) -> Iterator[NDArray[Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A document.
+    """A sampled document.
 
     Args:
-        prefix: of its data set.
-        number: in the data set, from 0.
-        ids: the first of them.
-        length: number of all.
+        prefix: prefix of its data set.
+        number: number in the data set, from 0.
+        ids: the first ids.
+        length: number of all ids.
     """
 
     prefix: str
@@ -147,21 +149,21 @@ class Sample:
 
 
 def samples(indices: Sequence[Index], count: int, seed: int, most: int) -> list[Sample]:
-    """Documents drawn at random, each at most once, in the order of the sets.
+    """Draw documents at random without replacement, in the order of the data sets.
 
     Args:
-        indices: of the sets.
-        count: of documents; all of them, where there are fewer.
-        seed: another one draws others.
-        most: ids of each.
+        indices: indices of the data sets.
+        count: number of documents; all documents, if there are fewer.
+        seed: seed of the random numbers.
+        most: most ids of each document.
     """
     total = sum(index.num_documents for index in indices)
     chosen = sorted(random.Random(seed).sample(range(total), min(count, total)))
     drawn = []
     for index in indices:
-        own = [number for number in chosen if number < index.num_documents]
-        drawn += [_sample(index, number, most) for number in own]
-        chosen = [number - index.num_documents for number in chosen[len(own) :]]
+        numbers = [number for number in chosen if number < index.num_documents]
+        drawn += [_sample(index, number, most) for number in numbers]
+        chosen = [number - index.num_documents for number in chosen[len(numbers) :]]
     return drawn
 
 

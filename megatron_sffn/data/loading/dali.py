@@ -1,17 +1,17 @@
-"""Batches through NVIDIA DALI: those of Megatron's torch loader, in its order.
+"""The NVIDIA DALI data loader: the batches of Megatron's torch loader, in the same order.
 
-Enters: the loader that Megatron would use: its data set, and its sampler, which knows this rank's
-part and the samples that earlier runs consumed. Leaves: an iterator of the same batches, on the GPU
-if there is one.
+Inputs: Megatron's loader, with its data set, and its sampler, which knows the samples of this rank
+and those that earlier runs consumed.
+Outputs: an iterator over the same batches, on the GPU if there is one.
 
-Choices
-- Only token ids travel, as int32. Labels, loss mask, positions and attention mask are derived in
-  the pipeline, ahead of the step that reads them.
-- `--num-workers` are threads. Reading is a copy out of a mapped file, during which numpy lets go of
-  Python's lock; DALI's own processes cannot be forked beside CUDA, and would be sent the whole
-  mapped index.
-- Nothing of DALI's is saved in a checkpoint: a sampler that starts at the consumed samples is an
-  exact resume, on any number of ranks.
+Design notes:
+- Only token ids are copied to the GPU, as int32. The pipeline derives labels, loss mask, positions
+  and attention mask, ahead of the step that reads them.
+- `--num-workers` are threads: a read copies from a mapped file, during which numpy releases the
+  GIL. DALI's own worker processes cannot be forked beside CUDA, and the complete mapped index would
+  be sent to each.
+- A checkpoint has no state of DALI: the sampler starts at the consumed samples, which is an exact
+  resume on any number of ranks.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from megatron_sffn.data.loading.evaluation_samples import EvaluationSamples
 from megatron_sffn.utils.errors import ConfigError, require
 
 AHEAD = 2
-"""Batches that are ready before they are asked for, in DALI and in each thread that reads."""
+"""Prefetched batches, in DALI and in each reading thread."""
 
 Ids = NDArray[numpy.int32]
 Read = list[Ids]
-"""Ids `[b, s + 1]`; if `Fields.restarts`, also where each token's document starts, `[b, s]`."""
+"""Ids `[b, s + 1]`, and with `Fields.restarts` the start of each token's document, `[b, s]`."""
 Batch = dict[str, Tensor]
 type Samples = GPTDataset | BlendedDataset | EvaluationSamples
 
 
 def check_dali(args: Namespace) -> None:
-    """DALI is there if it is asked for, and can do what the flags say.
+    """Check that DALI is installed and supports the flags, with `--sffn-dataloader dali`.
 
     Args:
         args: Megatron's validated namespace.
 
     Raises:
-        ConfigError: if not.
+        ConfigError: DALI is not installed, or does not support a flag.
     """
     if args.sffn_dataloader != "dali":
         return
@@ -72,12 +72,12 @@ def check_dali(args: Namespace) -> None:
 
 
 class DaliLoader:
-    """What Megatron takes for `--dataloader-type external`: batches, without an end if cyclic.
+    """A loader for Megatron's `--dataloader-type external`.
 
     Args:
-        loader: Megatron's; nothing is drawn from it.
-        workers: threads that read ahead; with 0 the pipeline waits for the disk.
-        cyclic: whether another pass over the sampler follows the last.
+        loader: Megatron's loader, of which only data set and sampler are used.
+        workers: threads that read ahead; 0: the pipeline waits for each read.
+        cyclic: start another pass over the sampler after the last batch.
     """
 
     def __init__(self, loader: DataLoader[Any], *, workers: int, cyclic: bool) -> None:
@@ -92,17 +92,17 @@ class DaliLoader:
         self._batches: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
-        """Batches of a pass, or what Megatron's sampler takes for it."""
+        """Batches of a pass, by Megatron's sampler."""
         return len(self._sampler)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass."""
+        """The batches of one pass."""
         fields = Fields.of(self._dataset)
         batches = read_ahead(self._dataset, self._sampler, fields, self._workers)
         return run_pipeline(batches, fields)
 
     def __next__(self) -> Batch:
-        """The next batch; the pipeline starts at the first."""
+        """The next batch; the first call starts the pipeline."""
         if self._batches is None:
             self._batches = cyclic_iter(self) if self._cyclic else iter(self)
         return next(self._batches)
@@ -110,16 +110,16 @@ class DaliLoader:
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """What is derived from token ids, and how: the settings of Megatron's data set.
+    """The tensors of a batch and how they are derived: settings of Megatron's data set.
 
     Args:
         length: s, tokens of a sample.
-        pad: id that fills up a sample.
+        pad: id of padding.
         end: id of the end of a document.
         mask_end: no loss where the input is `end`.
-        reset_positions: count from 0 after an `end`.
+        reset_positions: positions restart at 0 after an `end`.
         reset_attention: no attention across an `end`.
-        attention_mask: whether batches have one.
+        attention_mask: batches have an attention mask.
     """
 
     length: int
@@ -132,7 +132,7 @@ class Fields:
 
     @classmethod
     def of(cls, dataset: Samples) -> Fields:
-        """Those of a data set, which in a blend are the same for all."""
+        """The settings of a data set; all data sets of a blend have the same."""
         if isinstance(dataset, EvaluationSamples):
             dataset = dataset.dataset
         while isinstance(dataset, BlendedDataset):
@@ -150,24 +150,24 @@ class Fields:
 
     @property
     def restarts(self) -> bool:
-        """Whether it matters where documents start."""
+        """True if positions or attention restart at the start of a document."""
         return self.end is not None and (self.reset_positions or self.reset_attention)
 
     @property
     def names(self) -> list[str]:
-        """Of a batch, in the order of the pipeline's outputs."""
+        """Names of the tensors, in the order of the pipeline's outputs."""
         masks = ["attention_mask"] if self.attention_mask else []
         return ["tokens", "labels", "loss_mask", "position_ids", *masks]
 
 
 def read_ahead(dataset: Samples, sampler: Any, fields: Fields, workers: int) -> Iterator[Read]:
-    """Read batches before they are asked for.
+    """Read batches ahead.
 
     Args:
-        dataset: Megatron's.
-        sampler: lists of samples, one for each batch.
-        fields: of the batches.
-        workers: threads that read; with 0 a batch is read when it is asked for.
+        dataset: Megatron's data set.
+        sampler: yields the list of samples of each batch.
+        fields: tensors of the batches.
+        workers: reading threads; 0: do not read ahead.
     """
     read = partial(read_batch, dataset, fields)
     if workers == 0:
@@ -198,15 +198,15 @@ def read_batch(dataset: Samples, fields: Fields, samples: list[int]) -> Read:
 def read_sample(dataset: Samples, sample: int) -> NDArray[numpy.int64]:
     """Token ids `[s + 1]` of a sample, padded by Megatron.
 
-    `dataset[sample]` would derive the rest as well, in Python.
+    `dataset[sample]` would also derive the other tensors, in Python.
     """
     if isinstance(dataset, EvaluationSamples):
         dataset, sample = dataset.dataset, sample % dataset.size
     while isinstance(dataset, BlendedDataset):
         if dataset.dataset_index is None:
-            dataset[0]  # --dataloader-defer-npy-index-mmap: mapped at the first access
-        which, sample = dataset.dataset_index[sample], dataset.dataset_sample_index[sample]
-        dataset = dataset.datasets[which]
+            dataset[0]  # with --dataloader-defer-npy-index-mmap the first access maps the index
+        number, sample = dataset.dataset_index[sample], dataset.dataset_sample_index[sample]
+        dataset = dataset.datasets[number]
     ids: NDArray[numpy.int64] = dataset._query_document_sample_shuffle_indices(sample)[0]
     return ids
 
@@ -215,12 +215,12 @@ def run_pipeline(batches: Iterator[Read], fields: Fields) -> Iterator[Batch]:
     """Derive batches from token ids.
 
     Args:
-        batches: all of one size.
-        fields: of the batches.
+        batches: batches of token ids, all of the same size.
+        fields: tensors of the batches.
 
     Yields:
         `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (fp32) `[b, s]`, and
-        `attention_mask` (bool, true where attention may not look) `[b, 1, s, s]` if asked for.
+        `attention_mask` (bool, true where attention is masked) `[b, 1, s, s]` if `fields` has it.
     """
     from nvidia.dali import Pipeline
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
@@ -231,10 +231,10 @@ def run_pipeline(batches: Iterator[Read], fields: Fields) -> Iterator[Batch]:
     pipeline = Pipeline(
         batch_size=len(first[0]),
         num_threads=1,
-        # On a host `torch.cuda` answers for the CPU (patches/cpu.py); this one tells the truth.
+        # Without a GPU `torch.cuda` is patched (patches/cpu.py), and `torch.accelerator` is not.
         device_id=torch.cuda.current_device() if torch.accelerator.is_available() else None,
         prefetch_queue_depth=AHEAD,
-        exec_dynamic=True,  # else a batch that is still held is written over
+        exec_dynamic=True,  # otherwise DALI overwrites a batch that is still in use
     )
     with pipeline:
         pipeline.set_outputs(*_derived(chain([first], batches), fields, pipeline.device_id))
@@ -245,7 +245,7 @@ def run_pipeline(batches: Iterator[Read], fields: Fields) -> Iterator[Batch]:
 def _derived(source: Iterator[Read], fields: Fields, device_id: int | None) -> list[Any]:
     """The pipeline's outputs, in the order of `Fields.names`, as `GPTDataset` derives them.
 
-    A sample in DALI has no batch axis.
+    A sample in DALI has no batch dimension.
     """
     from nvidia.dali import fn, newaxis
     from nvidia.dali.types import Constant, DALIDataType
@@ -256,22 +256,23 @@ def _derived(source: Iterator[Read], fields: Fields, device_id: int | None) -> l
     device = "cpu"
     if device_id is not None:
         device, read = "gpu", [array.gpu() for array in read]
-    places = Constant(numpy.arange(fields.length, dtype=numpy.int32), device=device)
+    positions = Constant(numpy.arange(fields.length, dtype=numpy.int32), device=device)
     ids, starts = read[0], read[-1]
     inputs, labels = ids[: fields.length], ids[1:]
-    counts = labels != fields.pad
+    has_loss = labels != fields.pad
     if fields.mask_end and fields.end is not None:
-        counts = counts & (inputs != fields.end)
-    positions = places - starts if fields.restarts and fields.reset_positions else places
+        has_loss = has_loss & (inputs != fields.end)
+    restart = fields.restarts and fields.reset_positions
+    position_ids = positions - starts if restart else positions
     outputs = [
         fn.cast(inputs * (inputs != fields.pad), dtype=DALIDataType.INT64),
         fn.cast(labels * (labels != fields.pad), dtype=DALIDataType.INT64),
-        fn.cast(counts, dtype=DALIDataType.FLOAT),
-        fn.cast(positions, dtype=DALIDataType.INT64),
+        fn.cast(has_loss, dtype=DALIDataType.FLOAT),
+        fn.cast(position_ids, dtype=DALIDataType.INT64),
     ]
     if fields.attention_mask:
-        mask = places[newaxis, :] > places[:, newaxis]
+        mask = positions[newaxis, :] > positions[:, newaxis]
         if fields.restarts and fields.reset_attention:
-            mask = mask | (places[newaxis, :] < starts[:, newaxis])
+            mask = mask | (positions[newaxis, :] < starts[:, newaxis])
         outputs.append(fn.expand_dims(mask, axes=0))
     return outputs

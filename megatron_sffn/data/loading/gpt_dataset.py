@@ -1,8 +1,11 @@
-"""GPT data: Megatron's data sets, and a batch for each microbatch.
+"""GPT data: builds Megatron's data sets, and gets the batch of each microbatch.
 
-Enters: `--data-path` and its relatives, `.bin/.idx` pairs that `check.py` has looked at. Leaves:
-iterators of token batches on this rank's device. All blending, sampling and computing of indices is
-Megatron's; where index files are written is in `cache.py`, and the other loader in `dali.py`.
+Inputs: `--data-path` and related flags, `.bin/.idx` pairs that `checks/data.py` has checked.
+Outputs: iterators of token batches on this rank's device.
+
+Design notes:
+- Megatron does all blending, sampling and computing of indices. `index_cache.py` writes the index
+  files, and `dali.py` is the second loader.
 """
 
 from __future__ import annotations
@@ -34,16 +37,17 @@ from megatron_sffn.data.loading.index_cache import Request, Sizes, complete_ever
 
 
 def datasets_provider(*, on_every_stage: bool) -> Callable[..., Any]:
-    """Megatron's datasets provider, or under `--sffn-dataloader dali` of ready loaders.
+    """Megatron's datasets provider; with `--sffn-dataloader dali` it provides loaders.
 
     Args:
-        on_every_stage: whether all pipeline stages draw batches, or the first and the last alone.
+        on_every_stage: True if all pipeline stages draw batches; False if only the first and the
+            last do.
 
     Returns:
         A function that builds train, validation and test sets of given sizes.
     """
     args = get_args()
-    reads_data = _reads_anywhere if on_every_stage else _reads_at_the_ends
+    reads_data = _reads_on_any_stage if on_every_stage else _reads_on_end_stages
     provider: Any = partial(_build_datasets, reads_data, args.dataloader_type)
     if args.sffn_dataloader == "dali":
         provider = partial(_build_loaders, reads_data, args.dataloader_type)
@@ -56,17 +60,17 @@ def datasets_provider(*, on_every_stage: bool) -> Callable[..., Any]:
 def _build_datasets(
     reads_data: Callable[[], bool], order: str, num_samples: Sizes, vp_stage: int | None = None
 ) -> tuple[Any, Any, Any]:
-    """Megatron's data sets; of validation and test, what every evaluation reads.
+    """Megatron's data sets; those for validation and test restart at each evaluation.
 
     Args:
-        reads_data: whether this rank draws batches.
-        order: `single` or `cyclic`, of `--dataloader-type`.
-        num_samples: for training, validation and test.
-        vp_stage: Megatron's; all stages of a rank read the same.
+        reads_data: returns True if this rank draws batches.
+        order: `--dataloader-type`, `single` or `cyclic`.
+        num_samples: numbers of samples for training, validation and test.
+        vp_stage: unused, since all virtual stages of a rank read the same batches.
     """
     args = get_args()
     request = dataset_request(args, get_tokenizer(), num_samples)
-    if not args.dataloader_fast_cache_load:  # which says that every file is there
+    if not args.dataloader_fast_cache_load:  # the flag promises that all index files exist
         complete_everywhere(request)
     builder = BlendedMegatronDatasetBuilder(request.kind, request.sizes, reads_data, request.config)
     train, valid, test = builder.build()
@@ -74,21 +78,21 @@ def _build_datasets(
     valid = evaluation_samples(args, valid, Split.valid, cyclic=cyclic)
     test = evaluation_samples(args, test, Split.test, cyclic=cyclic)
     if args.sffn_validation_data == "first":
-        # Every evaluation starts at the first sample, also in a run that goes on.
+        # Every evaluation starts at the first sample, also after a resume.
         args.consumed_valid_samples = 0
     if args.full_validation:
-        args.sffn_validation_batches = _batches_of(args, valid)
+        args.sffn_validation_batches = _validation_batches(args, valid)
     return train, valid, test
 
 
-def _batches_of(args: Namespace, datasets: Any) -> list[int]:
-    """Steps that an evaluation of each validation set takes, on ranks that do not read it, too."""
-    known = datasets if isinstance(datasets, list) else [datasets]
-    sizes = [0 if dataset is None else dataset.size for dataset in known]
-    # Ranks that do not read a split do not know into how many data sets it is cut.
-    longest = torch.tensor(len(sizes), device=torch.cuda.current_device())
-    torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
-    table = torch.zeros(int(longest), dtype=torch.long, device=torch.cuda.current_device())
+def _validation_batches(args: Namespace, datasets: Any) -> list[int]:
+    """Steps of an evaluation of each validation set, also on ranks that do not read it."""
+    datasets = datasets if isinstance(datasets, list) else [datasets]
+    sizes = [0 if dataset is None else dataset.size for dataset in datasets]
+    # Ranks that do not read a split do not know the number of its data sets.
+    num_datasets = torch.tensor(len(sizes), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(num_datasets, op=torch.distributed.ReduceOp.MAX)
+    table = torch.zeros(int(num_datasets), dtype=torch.long, device=torch.cuda.current_device())
     table[: len(sizes)] = torch.tensor(sizes)
     torch.distributed.all_reduce(table, op=torch.distributed.ReduceOp.MAX)
     return [size // int(args.eval_global_batch_size) for size in table.tolist()]
@@ -97,27 +101,27 @@ def _batches_of(args: Namespace, datasets: Any) -> list[int]:
 def _build_loaders(
     reads_data: Callable[[], bool], order: str, num_samples: Sizes, vp_stage: int | None = None
 ) -> tuple[Any, Any, Any]:
-    """DALI's loaders of the data sets, as Megatron would make and use its own.
+    """DALI's loaders of the data sets, built and used like Megatron's loaders.
 
     Args:
-        reads_data: whether this rank draws batches.
-        order: `single` or `cyclic`, of `--dataloader-type`.
-        num_samples: for training, validation and test.
-        vp_stage: Megatron's; all stages of a rank read the same.
+        reads_data: returns True if this rank draws batches.
+        order: `--dataloader-type`, `single` or `cyclic`.
+        num_samples: numbers of samples for training, validation and test.
+        vp_stage: unused, since all virtual stages of a rank read the same batches.
     """
     args = get_args()
 
     def loader(dataset: Any, consumed: int) -> Any:
         if isinstance(dataset, list):
-            return [loader(one, consumed) for one in dataset]
+            return [loader(item, consumed) for item in dataset]
         args.dataloader_type = order
         try:
-            own = build_pretraining_data_loader(dataset, consumed)
+            torch_loader = build_pretraining_data_loader(dataset, consumed)
         finally:
             args.dataloader_type = "external"
-        if own is None:
+        if torch_loader is None:
             return None
-        return DaliLoader(own, workers=args.num_workers, cyclic=order == "cyclic")
+        return DaliLoader(torch_loader, workers=args.num_workers, cyclic=order == "cyclic")
 
     train, valid, test = _build_datasets(reads_data, order, num_samples)
     from_the_start = args.skip_train or args.full_validation
@@ -129,15 +133,15 @@ def _build_loaders(
 
 
 def dataset_request(args: Namespace, tokenizer: Any, num_samples: Sizes) -> Request:
-    """What Megatron builds the data sets of a run from.
+    """The class, sizes and config with which Megatron builds the data sets of a run.
 
     Args:
         args: Megatron's validated namespace.
-        tokenizer: of the run.
-        num_samples: for training, validation and test.
+        tokenizer: tokenizer of the run.
+        num_samples: numbers of samples for training, validation and test.
 
     Raises:
-        AssertionError, OSError, ValueError: Megatron's, if it does not accept the flags.
+        AssertionError, OSError, ValueError: Megatron does not accept the flags.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = None
@@ -170,10 +174,10 @@ def dataset_request(args: Namespace, tokenizer: Any, num_samples: Sizes) -> Requ
 
 
 def samples_of_run(args: Namespace) -> Sizes:
-    """How many samples a run draws, for training, validation and test, as Megatron counts them.
+    """Megatron's numbers of samples of a run, for training, validation and test.
 
     Args:
-        args: Megatron's validated namespace, which becomes that of this process.
+        args: Megatron's validated namespace, which becomes the global one of this process.
     """
     set_args(args)
     init_num_microbatches_calculator(
@@ -189,14 +193,16 @@ def samples_of_run(args: Namespace) -> Sizes:
     return sizes
 
 
-def _reads_anywhere() -> bool:
-    """Whether this rank draws batches, if all stages do: it is its first TP rank."""
+def _reads_on_any_stage() -> bool:
+    """True if this rank draws batches, where all stages do: the first TP ranks."""
     return bool(mpu.get_tensor_model_parallel_rank() == 0)
 
 
-def _reads_at_the_ends() -> bool:
-    """The same, if only the first and the last stage do."""
-    return _reads_anywhere() and bool(mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage())
+def _reads_on_end_stages() -> bool:
+    """True if this rank draws batches, where only the first and the last stage do."""
+    return _reads_on_any_stage() and bool(
+        mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage()
+    )
 
 
 def next_batch(
@@ -206,11 +212,11 @@ def next_batch(
 
     Args:
         batches: Megatron's data iterator; None on ranks that do not read.
-        on_every_stage: as given to `datasets_provider`; the whole batch is then on every rank.
+        on_every_stage: as for `datasets_provider`; if True, every rank gets the complete batch.
 
     Returns:
-        `tokens`, `labels`, `loss_mask`, `position_ids` `[b, s]` and `attention_mask`, with None for
-        what this pipeline stage does not have.
+        `tokens`, `labels`, `loss_mask`, `position_ids` `[b, s]` and `attention_mask`; None for the
+        tensors that this pipeline stage does not need.
     """
     args = get_args()
     first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
@@ -233,7 +239,7 @@ def next_batch(
         tp_rank=tp_rank,
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=on_every_stage,  # Megatron's word for the whole batch on every TP rank
+        mtp_on_this_rank=on_every_stage,  # gives every TP rank the complete batch
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,

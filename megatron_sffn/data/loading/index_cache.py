@@ -1,16 +1,15 @@
-"""Megatron's index caches: built once, whole, and on every disk that needs them.
+"""Writes Megatron's index files once, atomically, and on every disk that needs them.
 
-Enters: what a run builds its data sets from. Leaves: Megatron's files, which say in what order the
-samples of a data set come; in `--data-cache-path`, or beside each data set.
+Inputs: the request from which a run builds its data sets. Outputs: Megatron's index files, which
+have the order of the samples of each data set, in `--data-cache-path` or beside the data set.
 
-Choices
-- Megatron's classes name the files and compute what is in them; here they are written under another
-  name and renamed. Megatron itself writes in place, and takes what a kill left for whole.
-- In Megatron global rank 0 writes, and the others read from a disk that all nodes share. Here the
-  first rank of each node then looks whether its node has the files, and writes what is missing:
-  nothing has to be said about the disks.
-- Files of another length than the data set demands count as missing, and so do those by which a
-  sample starts elsewhere than the documents say: the data set was made anew under the same name.
+Design notes:
+- Megatron's classes name the files and compute their content; we write them atomically. Megatron
+  writes in place, and takes a file that a kill truncated for a complete one.
+- In Megatron global rank 0 writes, and the other ranks read from a shared disk. Here the first rank
+  of each node then writes the files that its node does not see, so disks may be local or shared.
+- A file counts as missing if its length does not fit the data set, or if a sample does not start
+  where the lengths of the documents say: the data set was written again under the same name.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ import contextlib
 import copy
 import logging
 import os
-import secrets
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,25 +33,23 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from numpy.typing import NDArray
 
 from megatron_sffn.data.loading.stale_index import belongs, is_newer
+from megatron_sffn.utils.atomic_files import atomic_path
 from megatron_sffn.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "description.txt"
-STALE_SECONDS = 3600.0
-"""A part that nobody wrote to for so long is what a kill left."""
-
 Sizes = Sequence[int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a run builds its data sets from.
+    """The data sets that a run builds.
 
     Args:
         kind: class of the data sets.
-        sizes: samples for training, validation and test; None for as many as there are.
-        config: of the data sets.
+        sizes: numbers of samples for training, validation and test; None: all.
+        config: config of the data sets.
     """
 
     kind: type[GPTDataset]
@@ -66,14 +61,14 @@ class IndexSet:
     """The index files of one data set or blend.
 
     Args:
-        dataset: with paths instead of indices, and the config it is built with.
-        folder: where the files are.
+        dataset: a data set built without its indices.
+        folder: folder of the files.
     """
 
     def __init__(self, dataset: GPTDataset | BlendedDataset, folder: Path) -> None:
         self._dataset, self._folder = dataset, folder
         length = len(dataset)
-        # Array of the data set -> how many entries; None where that is not known.
+        # Array of the data set -> number of entries; None if it is unknown.
         lengths: dict[str, int | None] = {"dataset_index": length, "dataset_sample_index": length}
         if isinstance(dataset, GPTDataset):
             lengths = {
@@ -85,34 +80,34 @@ class IndexSet:
 
     @property
     def title(self) -> str:
-        """In words: `train of data/corpus_text_document`."""
+        """Name for messages: `train of data/corpus_text_document`."""
         if isinstance(self._dataset, BlendedDataset):
             return f"{self._dataset.split.name}, blend of {len(self._dataset.datasets)}"
         return f"{self._dataset.index_split.name} of {self._dataset.dataset_path}"
 
     @property
     def paths(self) -> list[Path]:
-        """The arrays, and the description, whose name differs in the last part alone."""
+        """Paths of the arrays and of the description, which differ in the last part of the name."""
         names = [getattr(self._dataset, f"path_to_{name}") for name in self._lengths]
         end = f"{next(iter(self._lengths))}.npy"
         return [self._folder / name for name in (*names, names[0].removesuffix(end) + DESCRIPTION)]
 
-    def is_whole(self) -> bool:
-        """Whether all files are there, as long as they should be, and of the data set as it is."""
+    def is_complete(self) -> bool:
+        """True if all files exist, have the right length, and belong to the present data set."""
         *paths, description = self.paths
         if not description.is_file():
             return False
         for path, length in zip(paths, self._lengths.values(), strict=True):
             try:
-                found = len(numpy.load(path, mmap_mode="r"))
-            except (OSError, EOFError, ValueError):  # absent, or shorter than its head says
+                actual_length = len(numpy.load(path, mmap_mode="r"))
+            except (OSError, EOFError, ValueError):  # the file is missing or truncated
                 return False
-            if length not in (None, found):
+            if length not in (None, actual_length):
                 return False
-        return not isinstance(self._dataset, GPTDataset) or self._is_of_the_data(description)
+        return not isinstance(self._dataset, GPTDataset) or self._belongs_to_dataset(description)
 
-    def _is_of_the_data(self, description: Path) -> bool:
-        """Whether the files are those of the data set as it is now."""
+    def _belongs_to_dataset(self, description: Path) -> bool:
+        """True if the files were written for the present data set."""
         dataset = self._dataset
         if isinstance(dataset, MockGPTDataset):
             return True
@@ -126,17 +121,17 @@ class IndexSet:
         """Compute and write the files.
 
         Raises:
-            ConfigError: if they cannot be written.
+            ConfigError: they cannot be written.
         """
         *paths, description = self.paths
         arrays = self._arrays()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for path, array in zip(paths, arrays, strict=True):
-                with _replaced(path) as part, part.open("wb") as file:
+                with atomic_path(path) as partial, partial.open("wb") as file:
                     numpy.save(file, array)
-            with _replaced(description) as part:
-                part.write_text(self._dataset.unique_description)
+            with atomic_path(description) as partial:
+                partial.write_text(self._dataset.unique_description)
         except OSError as error:
             raise ConfigError(
                 f"index caches cannot be written to {self._folder} ({error.strerror}); give "
@@ -144,9 +139,9 @@ class IndexSet:
             ) from error
 
     def _arrays(self) -> Sequence[NDArray[Any]]:
-        """What belongs in the files, in the order of `_lengths`.
+        """Compute the arrays, in the order of `_lengths`.
 
-        Without a path Megatron computes it on every rank, and writes nothing.
+        Without a cache path Megatron computes them and writes nothing.
         """
         dataset = copy.copy(self._dataset)
         dataset.config = _with(dataset.config, path_to_cache="", defer_npy_index_mmap=False)
@@ -158,13 +153,13 @@ class IndexSet:
 
 
 def index_sets(request: Request) -> list[IndexSet]:
-    """Every set of index files that a run reads.
+    """All sets of index files that a run reads; may be called on one rank alone.
 
     Args:
-        request: of the run; may be made on one rank alone.
+        request: the data sets of the run.
 
     Returns:
-        Those of the data sets before those of the blends of them.
+        The sets of all data sets, then the sets of their blends.
     """
     cache = request.config.path_to_cache
     config = _with(
@@ -173,7 +168,7 @@ def index_sets(request: Request) -> list[IndexSet]:
     sets, blends = [], []
     for dataset in _leaves(_Planner(request.kind, request.sizes, lambda: True, config).build()):
         if isinstance(dataset, BlendedDataset):
-            # Without --data-cache-path every rank computes a blend for itself.
+            # Without --data-cache-path every rank computes its blends itself.
             blends += [IndexSet(dataset, Path(cache))] if cache else []
         elif cache or not config.mock:
             folder = cache or _default_folder(dataset)
@@ -184,65 +179,66 @@ def index_sets(request: Request) -> list[IndexSet]:
 def complete(
     request: Request, report: Callable[[int, int, IndexSet], None] = lambda *_: None
 ) -> tuple[int, int]:
-    """Write the index files that are missing here.
+    """Write the index files that this node does not see.
 
     Args:
-        request: of the run.
-        report: called after each set that was written: how many are, how many were missing, which.
+        request: the data sets of the run.
+        report: called after each written set, with the number of written sets, the number of
+            missing ones, and the set.
 
     Returns:
-        Sets of files that the run reads, and how many of them were missing.
+        The number of sets that the run reads, and the number of missing ones.
 
     Raises:
-        ConfigError: if they cannot be written.
+        ConfigError: they cannot be written.
     """
     sets = index_sets(request)
-    missing = [one for one in sets if not one.is_whole()]
+    missing = [index_set for index_set in sets if not index_set.is_complete()]
     threads = request.config.num_dataset_builder_threads
-    with _without_remarks(), ThreadPoolExecutor(threads) as pool:
-        for done, one in enumerate(pool.map(_write, missing), 1):
-            report(done, len(missing), one)
+    with _without_save_warnings(), ThreadPoolExecutor(threads) as pool:
+        for written, index_set in enumerate(pool.map(_write, missing), 1):
+            report(written, len(missing), index_set)
     return len(sets), len(missing)
 
 
-def _write(one: IndexSet) -> IndexSet:
-    one.write()
-    return one
+def _write(index_set: IndexSet) -> IndexSet:
+    index_set.write()
+    return index_set
 
 
 def complete_everywhere(request: Request) -> None:
-    """Write the index files that are missing on any node; to be called by all ranks.
+    """Write the index files that are missing on any node; a collective call of all ranks.
 
     Args:
-        request: the same on all ranks, but for `path_to_cache`, which each node may have its own.
+        request: the same on all ranks, except `path_to_cache`, which may differ between nodes.
 
     Raises:
-        ConfigError: if they cannot be written.
+        ConfigError: they cannot be written.
     """
-    first = torch.distributed.get_rank() == 0
-    if first:
+    is_first = torch.distributed.get_rank() == 0
+    if is_first:
         sets, missing = complete(request)
         logger.info(f"index files: {sets} sets, {missing} of them written now")
     torch.distributed.barrier()
-    if not first and os.environ.get("LOCAL_RANK", "0") == "0":
+    if not is_first and os.environ.get("LOCAL_RANK", "0") == "0":
         complete(request)
     torch.distributed.barrier()
 
 
 class _Planner(BlendedMegatronDatasetBuilder):
-    """Megatron's builder for one rank alone: it waits for no other."""
+    """Megatron's builder for one rank alone: it does not wait for other ranks."""
 
     @staticmethod
     def build_generic_dataset(
         cls: Any, is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
     ) -> Any:
-        """One data set; Megatron has rank 0 go first."""
+        """Build one data set; in Megatron the other ranks wait for rank 0."""
         return cls(*args)
 
     def _build_megatron_datasets_parallel(
         self, prefixes: list[str], split: Any, sizes_per_dataset: list[Sizes]
     ) -> list[list[Any]]:
-        """For each split the data sets of a blend; Megatron has rank 0 go first."""
+        """Build the data sets of a blend for each split; in Megatron the others wait for rank 0."""
         build = self._build_megatron_dataset_splits
         with ThreadPoolExecutor(self.config.num_dataset_builder_threads) as pool:
             built = pool.map(build, prefixes, repeat(split), sizes_per_dataset)
@@ -250,7 +246,7 @@ class _Planner(BlendedMegatronDatasetBuilder):
 
 
 def _leaves(datasets: Sequence[Any]) -> Iterator[GPTDataset | BlendedDataset]:
-    """Every data set, and every blend after those in it."""
+    """All data sets, and each blend after its data sets."""
     for dataset in datasets:
         if isinstance(dataset, list):
             yield from _leaves(dataset)
@@ -262,35 +258,20 @@ def _leaves(datasets: Sequence[Any]) -> Iterator[GPTDataset | BlendedDataset]:
 
 
 def _default_folder(dataset: GPTDataset) -> str:
-    """Where Megatron looks without `--data-cache-path`."""
+    """The folder in which Megatron looks without `--data-cache-path`."""
     return os.path.join(dataset.dataset.path_prefix, "cache", f"{type(dataset).__name__}_indices")
 
 
 def _with(config: GPTDatasetConfig, **changes: Any) -> GPTDatasetConfig:
-    """A config with other values; `dataclasses.replace` would check it again."""
+    """A copy of a config with changed values; `dataclasses.replace` would validate it again."""
     config = copy.copy(config)
     vars(config).update(changes)
     return config
 
 
 @contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A path to write to, which then replaces the file; several processes may do so at once."""
-    for left in path.parent.glob(f"{path.name}.*.part"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                left.unlink()
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Without Megatron's warning that it cannot save, which is meant here."""
+def _without_save_warnings() -> Iterator[None]:
+    """Silence Megatron's warning that it cannot save the indices, which is intended here."""
     logger = logging.getLogger("megatron.core.datasets")
     level = logger.level
     logger.setLevel(logging.ERROR)

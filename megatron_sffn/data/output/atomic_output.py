@@ -1,7 +1,7 @@
-"""Files that appear together, complete, or not at all, where starting anew costs little.
+"""Atomic output: several files that appear together and complete, or not at all.
 
-Enters: the paths that a tool is to write. Leaves: the files under these names, once all are whole.
-Choice: the folder, lock and renames of `journal.py`, which tools that work for hours go on from.
+Design notes:
+- Folder, lock and renames are those of `run_state.py`, without resume: a killed run starts anew.
 """
 
 from __future__ import annotations
@@ -16,37 +16,38 @@ from megatron_sffn.data.output.run_state import RunState, State
 from megatron_sffn.utils.errors import ConfigError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a disk without room says."""
+"""Error numbers of a full disk."""
 
 
 @contextmanager
-def published(prefix: str, files: Sequence[Path], *, overwrite: bool) -> Iterator[Path]:
-    """A folder in which to write `files`, which get their places when the block has ended.
+def atomic_output(prefix: str, files: Sequence[Path], *, overwrite: bool) -> Iterator[Path]:
+    """A folder in which to write `files`, which are renamed when the `with` block ends.
 
     Args:
-        prefix: path and first part of the name of all of them.
-        files: in the order in which they get their places.
-        overwrite: replace those that are there.
+        prefix: path and first part of the name of all files.
+        files: final paths, in the order of the renames.
+        overwrite: replace existing files.
 
     Raises:
-        ConfigError: a file is there and may not be replaced, their folder does not exist, cannot be
-            written or is full, or another run writes them. Nothing is left then.
+        ConfigError: a file exists and may not be replaced, their folder does not exist, cannot be
+            written or is full, or another run writes the files. No partial file is left.
     """
     folder = Path(prefix).parent
     if not folder.is_dir():
         raise ConfigError(
             f"--output-prefix {prefix} lies in {folder}, which is no folder; create it first"
         )
-    # A name and a time of its own: the work of another tool or run is neither removed nor taken up.
+    # The first file names the folder and the time is unique, so that this run neither removes nor
+    # resumes the work of another tool or run.
     command = {"started": time.time_ns()}
-    journal = RunState(str(files[0]), list(files), command, lambda message: None)
+    run_state = RunState(str(files[0]), list(files), command, lambda message: None)
     try:
-        # First, because it ends the renames among which a run was killed.
-        journal.take_up(repeatable=False)
+        # Before the check for existing files: it completes the renames of a killed run.
+        run_state.resume(repeatable=False)
         if not overwrite:
             refuse_existing(files)
-        yield journal.folder
-        journal.publish(State())
+        yield run_state.folder
+        run_state.finish(State())
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -55,15 +56,15 @@ def published(prefix: str, files: Sequence[Path], *, overwrite: bool) -> Iterato
             "another --output-prefix"
         ) from error
     finally:
-        journal.saved = False
-        journal.leave()
+        run_state.saved = False
+        run_state.close()
 
 
 def refuse_existing(files: Sequence[Path]) -> None:
     """Refuse to replace files.
 
     Raises:
-        ConfigError: one of them is there.
+        ConfigError: one of the files exists.
     """
     for path in files:
         if path.exists():
@@ -74,5 +75,5 @@ def refuse_existing(files: Sequence[Path]) -> None:
 
 
 def bin_and_idx(prefix: str) -> list[Path]:
-    """The files of a data set; a reader finds both, or no index."""
+    """The files of a data set, in the order of the renames: no index appears before its ids."""
     return [Path(prefix + ".bin"), Path(prefix + ".idx")]

@@ -1,52 +1,80 @@
-"""How far a run over documents is, on stderr.
+"""Progress of a long pass over data, on stderr.
 
-Enters: counts as they grow. Leaves: a line every so many documents, and no more than one a second.
-Choice: the time that is left is by bytes on disk, which are known of compressed files, too.
+Inputs: the bytes that are done. Outputs: a line every few seconds, with rate, share and time left.
+
+Design notes:
+- Share and time left count bytes on disk, whose total is also known of compressed files.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 
-from megatron_sffn.data.output.meter import clock, size
-from megatron_sffn.data.output.run_state import State
+from megatron_sffn.utils.human_size import human_size
+from megatron_sffn.utils.human_time import human_time
+from megatron_sffn.utils.stderr import say
 
-SECONDS = 1.0
+LINE_SECONDS = 5.0
 
 
 class Progress:
-    """Lines of progress of one run.
+    """Prints lines of progress.
 
     Args:
-        total: bytes on disk; None if that is not known.
-        interval: documents between two lines.
-        start: where the run begins.
+        verb: what happens to the bytes: `copied`.
+        total: all bytes; None if their number is unknown.
+        done: bytes that an earlier run has done, which do not count for the rate.
+        line_seconds: least time between two lines.
     """
 
-    def __init__(self, total: int | None, interval: int, start: State) -> None:
-        self._total, self._interval = total, interval
-        self._before, self._documents = start, start.documents
-        self._start, self._printed = time.monotonic(), float("-inf")
+    def __init__(
+        self, verb: str, total: int | None, *, done: int = 0, line_seconds: float = LINE_SECONDS
+    ) -> None:
+        self._verb, self._total, self._line_seconds = verb, total, line_seconds
+        self._done_before = self._done = done
+        self._start = self._last_line = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Time of this run."""
+        """Time since the start, above zero."""
         return max(time.monotonic() - self._start, 1e-6)
 
-    def update(self, state: State) -> None:
-        """Take note of how far the run is."""
-        full = state.documents // self._interval > self._documents // self._interval
-        if not full or time.monotonic() < self._printed + SECONDS:
-            return
-        self._documents, self._printed = state.documents, time.monotonic()
-        rate = (state.num_bytes - self._before.num_bytes) / self.seconds
-        line = (
-            f"processed {state.documents} documents, {size(state.num_bytes)} "
-            f"({rate / 1e6:.1f} MB/s), {sum(state.tokens) / 1e6:.2f} M tokens"
-        )
+    @property
+    def is_due(self) -> bool:
+        """True if the last line is old enough for another."""
+        return time.monotonic() - self._last_line >= self._line_seconds
+
+    def add(self, num_bytes: int) -> None:
+        """Count bytes that are done."""
+        self.reach(self._done + num_bytes)
+
+    def reach(self, done: int) -> None:
+        """Set the number of bytes that are done, and print a line if one is due."""
+        self._done = done
+        if self.is_due:
+            of_total = "" if self._total is None else f" of {human_size(self._total)}"
+            self.print(f"{human_size(done)}{of_total}, {self._rate() / 1e6:.1f} MB/s", done)
+
+    def print(self, what: str, done: int) -> None:
+        """Print a line now.
+
+        Args:
+            what: is done so far; share and time left are added to it.
+            done: bytes that are done, for these two.
+        """
+        self._done, self._last_line = done, time.monotonic()
+        line = f"{self._verb} {what}"
         if self._total is not None:
-            speed = max(state.consumed - self._before.consumed, 1) / self.seconds
-            left = clock((self._total - state.consumed) / speed)
-            line += f", {state.consumed / max(self._total, 1):.0%}, ETA {left}"
-        print(line, file=sys.stderr, flush=True)
+            time_left = human_time((self._total - done) / max(self._rate(), 1.0))
+            line += f", {done / max(self._total, 1):.0%}, ETA {time_left}"
+        say(line)
+
+    def summary(self) -> str:
+        """What was done in how much time: `copied 4.3 GB in 3.2 s (1343.8 MB/s)`."""
+        return (
+            f"{self._verb} {human_size(self._done)} in {self.seconds:.1f} s "
+            f"({self._rate() / 1e6:.1f} MB/s)"
+        )
+
+    def _rate(self) -> float:
+        return (self._done - self._done_before) / self.seconds

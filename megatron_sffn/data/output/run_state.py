@@ -1,15 +1,15 @@
-"""A folder in which files grow for hours, and from which a killed run is taken up again.
+"""The state of a run that writes files for hours, from which a killed run resumes.
 
-Enters: the files that a run is to write, and the command that determines them. Leaves: the files
-under their names, all complete; or, after a kill, the folder `PREFIX.partial`, in which
-`journal.json` says how far input and files were when all of them were last on the disk.
+Inputs: the files that a run writes, and the command that determines them. Outputs: the files under
+their names, all complete; or, after a kill, the folder `PREFIX.partial`, where `journal.json` has
+the positions in input and output at the last save.
 
-Choices
-- The same command goes on: its files are cut to what the journal says. Another command, or other
-  inputs, start anew.
-- The lock is one of the process alone (`lockf`): workers that outlive a killed run for a moment do
+Design notes:
+- The same command resumes: its files are truncated to their sizes at the last save. Another
+  command, or changed inputs, start anew.
+- The lock belongs to the process (`lockf`), so workers that outlive a killed run for a moment do
   not hold it.
-- The journal says when the renames begin: after a kill among them the next run ends them.
+- The state says when the renames begin, so that the next run completes the renames of a killed run.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sffn.data.text.chunks import Position
-from megatron_sffn.utils.atomic_files import replaced, sync
+from megatron_sffn.utils.atomic_files import atomic_write, sync
 from megatron_sffn.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """How far a run is.
+    """Progress of a run.
 
     Args:
-        position: where reading goes on.
-        sizes: bytes of each file, by name.
-        documents: that are written.
-        num_bytes: of text that are read.
-        consumed: bytes on disk, of all inputs, that are read.
-        tokens: that are written, for each key.
-        skipped: documents that are left out.
-        complete: all is written, and files get their names.
+        position: position in the input.
+        sizes: file name -> bytes that have been written.
+        documents: number of documents that have been written.
+        num_bytes: bytes of text that have been read.
+        consumed: bytes on disk, of all inputs, that have been read.
+        tokens: number of tokens that have been written, for each key.
+        skipped: number of documents that were left out.
+        complete: True when everything has been written and the renames begin.
     """
 
     position: Position = field(default_factory=Position)
@@ -54,29 +54,29 @@ class State:
 
 
 class RunState:
-    """The folder of a run, locked until it is left.
+    """The folder of a run, locked until `close`.
 
     Args:
-        prefix: of the files.
-        finals: the files, in the order in which they get their names.
-        command: what determines them: flags and inputs.
-        say: told when another run's work is thrown away, or taken up.
+        prefix: path and first part of the name of all files.
+        files: final paths, in the order of the renames.
+        command: flags and inputs, which determine the files.
+        say: receives a line when the work of another run is discarded.
 
     Raises:
-        ConfigError: the folder cannot be written, or another run is at work in it.
+        ConfigError: the folder cannot be written, or another run writes in it.
     """
 
     def __init__(
         self,
         prefix: str,
-        finals: list[Path],
+        files: list[Path],
         command: Mapping[str, Any],
         say: Callable[[str], None],
     ) -> None:
         self.folder = Path(f"{prefix}.partial")
         self.saved = False
         self._say = say
-        self._command = json.loads(json.dumps({**command, "files": [path.name for path in finals]}))
+        self._command = json.loads(json.dumps({**command, "files": [path.name for path in files]}))
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock = (self.folder / "lock").open("w")
@@ -91,40 +91,40 @@ class RunState:
         else:
             if os.fstat(self._lock.fileno()).st_nlink:
                 return
-        # Taken, or removed with its folder by a run that has just ended.
+        # The lock is taken, or a run that has just ended removed it with its folder.
         self._lock.close()
         raise ConfigError(
             f"{self.folder} is being written by another run; wait for its end, or give another "
             "--output-prefix"
         )
 
-    def take_up(self, *, repeatable: bool) -> State | None:
-        """What a run of the same command left; None: the folder is empty.
+    def resume(self, *, repeatable: bool) -> State | None:
+        """The state that a run of the same command saved; None: the run starts anew.
 
         Args:
-            repeatable: whether the inputs can be read again.
+            repeatable: True if the inputs can be read again.
         """
-        former, state = self._read("command.json"), self._read("journal.json")
-        if state is not None:
-            state["position"] = Position(**state["position"])
-            found = State(**{**state, "tokens": tuple(state["tokens"])})
-            if found.complete and former:
-                self._rename(former["files"])
-            if former == self._command and repeatable and self._holds(found):
+        command, record = self._read("command.json"), self._read("journal.json")
+        if record is not None:
+            position = Position(**record["position"])
+            state = State(**{**record, "position": position, "tokens": tuple(record["tokens"])})
+            if state.complete and command:
+                self._rename(command["files"])
+            if command == self._command and repeatable and self._holds(state):
                 self.saved = True
-                return found
+                return state
             self._say(f"{self.folder} is of other flags or inputs, or not whole: starting anew")
         self._empty()
         self._write("command.json", self._command)
         return None
 
     def save(self, state: State) -> None:
-        """Note how far the run is; its files are on the disk already."""
+        """Save the state; the files must be on the disk already."""
         self._write("journal.json", asdict(state))
         self.saved = True
 
-    def publish(self, state: State) -> None:
-        """Give the files their names, and remove the folder."""
+    def finish(self, state: State) -> None:
+        """Rename the files to their final names, and remove the folder."""
         names = self._command["files"]
         for name in names:
             if (path := self.folder / name).exists():
@@ -133,8 +133,8 @@ class RunState:
         self._rename(names)
         self.discard()
 
-    def leave(self) -> None:
-        """End the lock; the folder stays for the next run, if there is something to take up."""
+    def close(self) -> None:
+        """Release the lock; the folder stays if a state was saved from which a run can resume."""
         if not self._lock.closed:
             if self.saved:
                 self._lock.close()
@@ -147,7 +147,7 @@ class RunState:
         self._lock.close()
 
     def _holds(self, state: State) -> bool:
-        """Whether the files are as long as they were, or have their names already."""
+        """True if the files have their sizes at the last save, or their final names."""
         paths = {self.folder / name: size for name, size in state.sizes.items()}
         return state.complete or all(
             path.exists() and path.stat().st_size >= size for path, size in paths.items()
@@ -155,7 +155,7 @@ class RunState:
 
     def _rename(self, names: list[str]) -> None:
         names = [name for name in names if (self.folder / name).exists()]
-        # From the last to the first: no new file ever stands beside an old one.
+        # Old files are removed in reverse order, so that a new file never stands beside an old one.
         for name in reversed(names):
             (self.folder.parent / name).unlink(missing_ok=True)
         for name in names:
@@ -174,5 +174,5 @@ class RunState:
             return None
 
     def _write(self, name: str, content: Any) -> None:
-        with replaced(self.folder / name) as file:
+        with atomic_write(self.folder / name, durable=True) as file:
             file.write(json.dumps(content) + "\n")

@@ -1,10 +1,13 @@
-"""Documents: what a block of text holds, and messages that name the one that is wrong.
+"""Parses chunks of text into documents, with errors that name the faulty document.
 
-Enters: blocks of `blocks.py`. Leaves: documents in order, and the text under their keys.
-Choices: a document is taken apart only when its text is asked for, so one that is wrong does not
-hide those behind it. A list of strings under a key is a document of several sequences, as in
-Megatron-LM. A line with nothing on it is no document. Lines are parsed by orjson, and again by
-`json` where orjson refuses what Megatron-LM accepts, such as NaN.
+Inputs: chunks of `chunks.py`. Outputs: documents in order, and the text under their keys.
+
+Design notes:
+- A document is parsed only when its text is asked for, so a faulty one does not hide the next.
+- A list of strings under a key is a document of several sequences, as in Megatron-LM.
+- A blank line is not a document.
+- orjson parses the lines; `json` parses a line again that orjson refuses and Megatron-LM accepts,
+  such as one with NaN.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from megatron_sffn.data.text.chunks import BYTE_ORDER_MARK, Block, Fault, place, read_blocks
+from megatron_sffn.data.text.chunks import BYTE_ORDER_MARK, Fault, TextChunk, place, read_chunks
 from megatron_sffn.data.text.sources import Source
 from megatron_sffn.utils.errors import ConfigError
 
@@ -25,7 +28,7 @@ class DocumentError(ConfigError):
     """A document that cannot be used.
 
     Args:
-        fault: what is wrong with it.
+        fault: the reason.
     """
 
     def __init__(self, fault: Fault) -> None:
@@ -35,14 +38,14 @@ class DocumentError(ConfigError):
 
 @dataclass(kw_only=True, slots=True)
 class Document:
-    """One document, as its file has it.
+    """One document, not parsed yet.
 
     Args:
-        path: of the file.
-        unit: `line`, `row`, or none if the file is one document.
-        number: of the line or row, from 1; None for a file.
-        content: a JSON object or a text, as bytes, or a row by column; of a row that cannot be
-            read what is wrong with it.
+        path: path of the file.
+        unit: `line` or `row`; empty if the file is one document.
+        number: number of the line or row, from 1; None for a file.
+        content: the bytes of a JSON object or of a text; or a row of Parquet, by column, or the
+            error for a row that cannot be read.
     """
 
     path: str
@@ -51,14 +54,14 @@ class Document:
     content: bytes | dict[str, Any] | UnicodeDecodeError
 
     def __str__(self) -> str:
-        """How messages name the document."""
+        """Name of the document in messages."""
         return place(self.path, self.unit, self.number)
 
     def record(self) -> dict[str, Any]:
-        """All of the document, by key; a file that is one text has it under `text`.
+        """All values by key; a text file has its text under `text`.
 
         Raises:
-            DocumentError: it is no JSON object, or no text.
+            DocumentError: the document is not a JSON object, or not text.
         """
         if isinstance(self.content, dict):
             return self.content
@@ -72,16 +75,16 @@ class Document:
         """The string under each key.
 
         Raises:
-            DocumentError: it is no JSON object, lacks a key, or holds no string there.
+            DocumentError: the document is not a JSON object, lacks a key, or has another type.
         """
         values = self._values(keys)
         return [self._text(key, value) for key, value in zip(keys, values, strict=True)]
 
     def sequences(self, keys: Sequence[str]) -> list[list[str]]:
-        """The strings under each key: one, or all of a list.
+        """The strings under each key, which has one string or a list of them.
 
         Raises:
-            DocumentError: it is no JSON object, lacks a key, or holds no strings there.
+            DocumentError: the document is not a JSON object, lacks a key, or has another type.
         """
         values = self._values(keys)
         return [
@@ -90,7 +93,7 @@ class Document:
         ]
 
     def fault(self, reason: str, remedy: str) -> DocumentError:
-        """An error that names the document."""
+        """An error with the name of the document."""
         return DocumentError(
             Fault(path=self.path, unit=self.unit, number=self.number, reason=reason, remedy=remedy)
         )
@@ -101,8 +104,10 @@ class Document:
             return [record["text"]]
         for key in keys:
             if key not in record:
-                has = ", ".join(sorted(record)) or "no keys"
-                raise self.fault(f"has no key {key!r} (it has {has})", "name an existing key")
+                keys_of_record = ", ".join(sorted(record)) or "no keys"
+                raise self.fault(
+                    f"has no key {key!r} (it has {keys_of_record})", "name an existing key"
+                )
         return [record[key] for key in keys]
 
     def _text(self, key: str, value: Any) -> str:
@@ -158,7 +163,7 @@ class Document:
         except UnicodeDecodeError as error:
             reason = f"it is not UTF-8 at byte {error.start}"
         except json.JSONDecodeError as error:
-            # Its own words name "line 1", which is never the line of the file.
+            # The message of the error says "line 1", which is not the line of the file.
             reason = f"{error.msg} at character {error.pos}"
         except RecursionError:
             reason = "it is nested too deeply"
@@ -177,25 +182,25 @@ class Document:
         raise self.fault(f"is not JSON ({reason})", remedy)
 
 
-def documents_of(block: Block) -> Iterator[Document]:
-    """The documents of a block, in order."""
-    if block.fault:
+def documents_of(chunk: TextChunk) -> Iterator[Document]:
+    """The documents of a chunk, in order."""
+    if chunk.fault:
         return
-    source = block.source
+    source = chunk.source
     if source.kind == "text":
-        content = block.content.removeprefix(BYTE_ORDER_MARK)
+        content = chunk.content.removeprefix(BYTE_ORDER_MARK)
         yield Document(path=source.name, unit="", number=None, content=content)
     elif source.kind == "lines":
-        for number, line in enumerate(block.content.split(b"\n"), block.number):
+        for number, line in enumerate(chunk.content.split(b"\n"), chunk.number):
             if line and not line.isspace():
                 yield Document(path=source.name, unit=source.unit, number=number, content=line)
     else:
-        for number, row in enumerate(_rows(block.content), block.number):
+        for number, row in enumerate(_rows(chunk.content), chunk.number):
             yield Document(path=source.name, unit=source.unit, number=number, content=row)
 
 
 def _rows(batch: Any) -> Iterable[dict[str, Any] | UnicodeDecodeError]:
-    """The rows of a `pyarrow.RecordBatch`; what is wrong with those that are not UTF-8."""
+    """The rows of a `pyarrow.RecordBatch`; the error for a row that is not UTF-8."""
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()
         return rows
@@ -214,16 +219,16 @@ def _row(batch: Any) -> dict[str, Any] | UnicodeDecodeError:
 def read_documents(
     sources: Sequence[Source], *, columns: Sequence[str] | None = None
 ) -> Iterator[Document]:
-    """All documents of all sources, in order.
+    """Read all documents of all sources, in order.
 
     Args:
-        sources: what `find_sources` found.
-        columns: those of Parquet files to read; all, if none are given.
+        sources: from `find_sources`.
+        columns: columns of Parquet files to read; None: all of them.
 
     Raises:
-        DocumentError: a file is truncated or damaged, or a document too long.
+        DocumentError: a file is truncated or damaged, or a document is too long.
     """
-    for block in read_blocks(sources, columns=columns):
-        yield from documents_of(block)
-        if block.fault:
-            raise DocumentError(block.fault)
+    for chunk in read_chunks(sources, columns=columns):
+        yield from documents_of(chunk)
+        if chunk.fault:
+            raise DocumentError(chunk.fault)

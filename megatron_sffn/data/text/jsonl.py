@@ -1,7 +1,8 @@
-"""Documents as lines of JSON, the form in which one tool hands text to the next.
+"""Documents as JSON lines, the format in which one tool hands text to the next.
 
-Enters: documents of any source. Leaves: lines. Choice: a line that was one stays as it is, byte for
-byte, with whatever keys it has; a row of Parquet keeps its columns.
+Design notes:
+- A document that was a JSON line is written byte for byte, with all its keys. A row of Parquet
+  keeps all its columns.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from megatron_sffn.data.text.documents import Document
 
 
 def as_line(document: Document, key: str, text: str) -> bytes:
-    """A document with its line end.
+    """A document as a JSON line, with the line end.
 
     Args:
-        document: to be written.
-        key: of its text.
-        text: what it has there.
+        document: the document.
+        key: key of its text.
+        text: its text.
 
     Raises:
-        DocumentError: it holds what JSON cannot.
+        DocumentError: the document holds a value that JSON cannot represent.
     """
     if isinstance(document.content, bytes) and document.unit:
         return document.content.rstrip(b"\r\n") + b"\n"

@@ -1,7 +1,9 @@
-"""Parquet files, a document per row.
+"""Parquet files, with a document in each row.
 
-Enters: a path and columns. Leaves: batches of rows of about a block's size, whatever the size of
-the row groups. Choice: pyarrow, imported when the first such file is met.
+Outputs: batches of rows of about `BATCH_BYTES`, whatever the size of the row groups.
+
+Design notes:
+- pyarrow is slow to import, so this module is imported only when `--input` names a Parquet file.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ BUFFER_BYTES = 1 << 20
 
 
 def check_columns(path: str, columns: Sequence[str]) -> None:
-    """Refuse a file that is no Parquet, or lacks a column."""
+    """Refuse a file that is not Parquet or lacks a column."""
     try:
         with ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -39,22 +41,22 @@ def check_columns(path: str, columns: Sequence[str]) -> None:
 def read_rows(
     path: str, columns: Sequence[str] | None, start: int
 ) -> Iterator[tuple[Any, int, float]]:
-    """Batches of rows.
+    """Read batches of rows.
 
     Args:
-        path: of the file.
-        columns: to read; all, if none are given.
-        start: rows to leave out.
+        path: path of the file.
+        columns: columns to read; None: all of them.
+        start: rows to skip.
 
     Yields:
-        A `pyarrow.RecordBatch`, the number of rows before it, and the share of the file that is
-        read with it.
+        A `pyarrow.RecordBatch`, the number of rows before it, and the share of the file that has
+        been read after it.
 
     Raises:
         OSError: the file cannot be read to its end.
     """
     try:
-        # Without these two a whole row group would be in memory.
+        # Without these two options a complete row group would be in memory.
         with ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
             yield from _batches(file, columns, start)
     except pyarrow.ArrowException as error:
@@ -73,7 +75,7 @@ def _batches(
         if row + group.num_rows <= start:
             row += group.num_rows
             continue
-        # Threads would not survive the fork of the workers.
+        # The workers are forked, and pyarrow's threads would not survive the fork.
         for batch in file.iter_batches(batch_size, [index], columns, use_threads=False):
             first, row = row, row + batch.num_rows
             if row > start:

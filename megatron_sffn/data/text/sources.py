@@ -1,10 +1,13 @@
-"""Files of text: what `--input` names.
+"""Sources of text: the files that `--input` names.
 
-Enters: paths of files, folders and globs, `-` for standard input. Leaves: sources, in order, that
-can be read; `blocks.py` reads them.
-Choices: a name says what a file is: `.jsonl`, `.json`, `.ndjson` (a JSON object per line, as any
-other file that is named outright), `.txt` (one document), `.parquet` (one per row), each but the
-last also as `.gz`, `.bz2`, `.xz`, `.zst`.
+Inputs: paths of files, folders and globs, or `-` for standard input.
+Outputs: sources in order, which `chunks.py` reads.
+
+Design notes:
+- The name of a file gives its format: `.jsonl`, `.json` and `.ndjson` have a JSON object on every
+  line, `.txt` is one document, `.parquet` has a document in every row. All formats but Parquet may
+  be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). A file with another name holds JSON lines, if
+  `--input` names the file itself.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 from glob import glob
 from typing import BinaryIO
 
-from megatron_sffn.data.text.compression import PACKINGS
+from megatron_sffn.data.text.compression import COMPRESSIONS
 from megatron_sffn.utils.errors import ConfigError
 
 STANDARD_INPUT = "-"
@@ -29,9 +32,10 @@ KINDS = {
     ".txt": "text",
     ".parquet": "rows",
 }
-
+"""Ending of a name -> kind of the source."""
 
 HEAD_BYTES = 4096
+"""First bytes of a file, which show whether it is text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,27 +43,27 @@ class Source:
     """A file to read.
 
     Args:
-        path: of the file, or `-` for standard input.
-        kind: `lines`, `text` or `rows`.
-        packing: ending of its compression, or none.
-        size: bytes on disk; None for a pipe, which is read once and from its start.
-        modified: nanoseconds.
+        path: path of the file, or `-` for standard input.
+        kind: `lines` (of JSON), `text` (one document) or `rows` (of Parquet).
+        compression: ending of the compression, such as `.gz`; empty if there is none.
+        size: bytes on disk; None for a pipe, which can be read only once, from its start.
+        modified: time of the last change, in nanoseconds.
     """
 
     path: str
     kind: str
-    packing: str
+    compression: str
     size: int | None
     modified: int
 
     @property
     def name(self) -> str:
-        """How messages name it."""
+        """Name of the source in messages."""
         return "standard input" if self.path == STANDARD_INPUT else self.path
 
     @property
     def unit(self) -> str:
-        """What a document of it is called; nothing if the file is one document."""
+        """`line` or `row`, which is one document; empty if the file is one document."""
         return {"lines": "line", "rows": "row", "text": ""}[self.kind]
 
 
@@ -68,16 +72,15 @@ def find_sources(
     keys: Sequence[str],
     say: Callable[[str], None] = lambda message: None,
 ) -> list[Source]:
-    """The files that `--input` names, checked before any work is done.
+    """Find the files that `--input` names, and check them before any work is done.
 
     Args:
-        inputs: files, pipes, folders (read with those below them, sorted by name), globs, `-`.
+        inputs: files, pipes, folders (read recursively, sorted by name), globs, `-`.
         keys: columns that Parquet files must have.
-        say: told which files of a folder are left alone.
+        say: receives a line about the files of a folder that are not read.
 
     Raises:
-        ConfigError: a name leads nowhere, twice to one file, or to one that cannot be read or
-            lacks a key.
+        ConfigError: a path does not exist, a file is named twice, cannot be read, or lacks a key.
     """
     sources: dict[str, Source] = {}
     for given in inputs:
@@ -106,7 +109,10 @@ def _check_keys(source: Source, keys: Sequence[str]) -> None:
 
 
 def _expand(given: str, say: Callable[[str], None]) -> dict[str, str]:
-    """Paths that a name leads to, and their kinds; no kind where the name says it."""
+    """Path -> kind for the files that one value of `--input` names.
+
+    The kind is empty where the name of the file gives it.
+    """
     if given == STANDARD_INPUT:
         if sys.stdin is None:
             raise ConfigError("--input - is standard input, which is closed; pipe text into it")
@@ -124,54 +130,54 @@ def _expand(given: str, say: Callable[[str], None]) -> dict[str, str]:
 
 
 def _files_below(folder: str, say: Callable[[str], None]) -> dict[str, str]:
-    """Paths of the text in a folder, sorted, and their kinds.
+    """Path -> kind for the text files in a folder, sorted by path.
 
-    Names without an ending are text if no name has one: beside others they are markers and licenses
-    more often than text.
+    Files without an ending are read only if no file has the ending of a text format: beside such
+    files they are mostly markers and licenses.
     """
     texts: list[str] = []
-    others: list[str] = []
+    non_texts: list[str] = []
     for path in _walk(folder):
         name = os.path.basename(path)
-        (texts if os.path.isfile(path) and _ending(name)[0] else others).append(path)
+        (texts if os.path.isfile(path) and _ending(name)[0] else non_texts).append(path)
     kinds = dict.fromkeys(sorted(texts), "")
     if not texts:
-        bare = [path for path in sorted(others) if not os.path.splitext(path)[1]]
-        kinds = {path: kind for path in bare if (kind := _kind_of_content(path))}
+        without_ending = [path for path in sorted(non_texts) if not os.path.splitext(path)[1]]
+        kinds = {path: kind for path in without_ending if (kind := _kind_of_content(path))}
     if not kinds:
         raise ConfigError(
             f"--input {folder} is a folder without text; it may hold files that end in "
-            f"{', '.join(KINDS)}, or in these and {', '.join(PACKINGS)}, or, if there are none of "
-            "these, text in files without an ending"
+            f"{', '.join(KINDS)}, or in these and {', '.join(COMPRESSIONS)}, or, if there are none "
+            "of these, text in files without an ending"
         )
-    if left := [path for path in others if path not in kinds]:
+    if unread := [path for path in non_texts if path not in kinds]:
         endings = Counter(
             (os.path.splitext(path)[1] or "no ending") if os.path.exists(path) else "broken link"
-            for path in left
+            for path in unread
         )
         counts = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(5))
         more = ", ..." if len(endings) > 5 else ""
-        say(f"--input {folder}: {len(left)} files are left alone ({counts}{more}): {left[0]!a}")
+        say(f"--input {folder}: {len(unread)} files are left alone ({counts}{more}): {unread[0]!a}")
     return kinds
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Files below a folder, also behind links, each folder once; hidden ones are left out."""
+    """Visible files below a folder; links are followed, and each folder is visited once."""
     visited = {os.path.realpath(folder)}
     for parent, folders, files in os.walk(folder, followlinks=True):
-        below = []
-        # What is no link comes first, so that its own name is the one that is used.
+        to_visit = []
+        # Real folders come before links to them, so that paths have the real names.
         for name in sorted(folders, key=lambda name: (os.path.islink(f"{parent}/{name}"), name)):
             real = os.path.realpath(os.path.join(parent, name))
             if not name.startswith(".") and real not in visited:
                 visited.add(real)
-                below.append(name)
-        folders[:] = below
+                to_visit.append(name)
+        folders[:] = to_visit
         yield from (os.path.join(parent, name) for name in files if not name.startswith("."))
 
 
 def _kind_of_content(path: str) -> str:
-    """Kind of a file by its first bytes; none if they are no text."""
+    """Kind of a file by its first bytes; empty if they are not text."""
     if not os.path.isfile(path):
         return ""
     with open(path, "rb") as file:
@@ -181,28 +187,28 @@ def _kind_of_content(path: str) -> str:
     try:
         head.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:  # else a character that is cut
+        if error.start < len(head) - 3:  # otherwise the head ends within a character
             return ""
     return "lines" if head.lstrip().startswith(b"{") else "text"
 
 
 def _ending(name: str) -> tuple[str, str]:
-    """Kind by the ending of a name, or none, and the ending of its compression, or none."""
-    stem, packing = os.path.splitext(name)
-    if packing not in PACKINGS:
-        stem, packing = name, ""
-    return KINDS.get(os.path.splitext(stem)[1], ""), packing
+    """Kind and compression by the ending of a name; empty where the ending is unknown."""
+    stem, compression = os.path.splitext(name)
+    if compression not in COMPRESSIONS:
+        stem, compression = name, ""
+    return KINDS.get(os.path.splitext(stem)[1], ""), compression
 
 
 def _source(path: str, kind: str) -> Source:
-    """A source of a path; its name says of which kind it is, unless that is given."""
+    """The source at a path; an empty kind is taken from the name."""
     if path == STANDARD_INPUT:
-        return Source(path=path, kind="lines", packing="", size=None, modified=0)
+        return Source(path=path, kind="lines", compression="", size=None, modified=0)
     if not os.access(path, os.R_OK):
         raise ConfigError(f"--input {path} cannot be read by this user; change its permissions")
-    ending, packing = _ending(path)
-    kind = kind or ending
-    if kind == "rows" and packing:
+    kind_by_name, compression = _ending(path)
+    kind = kind or kind_by_name or "lines"
+    if kind == "rows" and compression:
         raise ConfigError(
             f"--input {path} is compressed Parquet, which is read out of order; decompress the "
             "file: Parquet compresses its columns by itself"
@@ -210,18 +216,22 @@ def _source(path: str, kind: str) -> Source:
     entry = os.stat(path)
     size = entry.st_size if stat.S_ISREG(entry.st_mode) else None
     return Source(
-        path=path, kind=kind or "lines", packing=packing, size=size, modified=entry.st_mtime_ns
+        path=path,
+        kind=kind,
+        compression=compression,
+        size=size,
+        modified=entry.st_mtime_ns,
     )
 
 
 def total_size(sources: Sequence[Source]) -> int | None:
-    """Bytes on disk; None if a pipe is among them."""
+    """Bytes on disk of all sources; None if one of them is a pipe."""
     sizes = [source.size for source in sources]
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 def open_raw(source: Source) -> BinaryIO:
-    """The bytes of a source as they are on disk."""
+    """Open a source, without decompressing it."""
     if source.path == STANDARD_INPUT:
         return open(sys.stdin.fileno(), "rb", closefd=False)
     return open(source.path, "rb")

@@ -1,9 +1,11 @@
-"""A data set that grows, and can be cut back to where it was.
+"""Writes a data set document by document, and can resume at an earlier size.
 
-Enters: columns of encoded documents. Leaves: a `.bin` file as they come, and a `.idx` file at the
-end, the bytes that Megatron's `IndexedDatasetBuilder` would write.
-Choice: lengths and counts go to files of their own at once, 8 bytes for a document, so memory does
-not grow with their number; Megatron's builder keeps them in Python lists.
+Inputs: columns of encoded documents. Outputs: a `.bin` file as they come, and a `.idx` file at the
+end, byte for byte the files of Megatron's `IndexedDatasetBuilder`.
+
+Design notes:
+- Lengths and counts are written to files at once, 8 bytes for a document, so memory does not grow
+  with the number of documents; Megatron's builder keeps them in Python lists.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from megatron_sffn.data.indexed.format import PIECE, IndexWriter
 from megatron_sffn.data.tokenize.encoder import Column
 
 
-class GrowingDataset:
-    """The files of one key in a folder.
+class DatasetWriter:
+    """Writes the files of one key.
 
     Args:
-        folder: where they are.
-        name: of the files, without the ending.
+        folder: folder of the files.
+        name: name of the files, without the ending.
         dtype: numpy type of the ids.
-        sizes: what `sync` returned, to go on there.
+        sizes: file name -> bytes to keep, from `sync`, to resume there; empty for a new data set.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class GrowingDataset:
         self._files["counts"].write(column.counts.data)
 
     def sync(self) -> dict[str, int]:
-        """Wait until everything is on the disk; returns the size of each file, by name."""
+        """Wait until everything is on the disk; returns file name -> size."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -71,7 +73,7 @@ class GrowingDataset:
         index.finish(self._folder / f"{self._name}.idx")
 
     def close(self) -> None:
-        """Close the files; what a full disk did not take is lost."""
+        """Close the files, also if the disk is full."""
         for file in self._files.values():
             with suppress(OSError):
                 file.close()

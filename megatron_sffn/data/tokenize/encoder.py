@@ -1,10 +1,13 @@
-"""Blocks of text turned into ids: what a worker does.
+"""Encodes chunks of text to ids: the work of a worker.
 
-Enters: blocks. Leaves: for each key the ids of all documents in one array, and where they end; and
-the documents that could not be used.
-Choices: as in Megatron-LM, a text without ids is no sequence, and the end of a document belongs to
-its last sequence. A block is encoded at once; only if that fails is it done by document, to find
-the one that is wrong.
+Inputs: chunks. Outputs: for each key, the ids of all documents in one array, with their lengths;
+and the faults of the documents that are left out.
+
+Design notes:
+- As in Megatron-LM, a text without ids is not a sequence, and the end-of-document id belongs to the
+  last sequence.
+- All documents of a chunk are encoded in one call. If the call fails, each is encoded by itself, to
+  find the faulty one.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from megatron_sffn.data.text.chunks import Block, Fault, Position
+from megatron_sffn.data.text.chunks import Fault, Position, TextChunk
 from megatron_sffn.data.text.documents import Document, DocumentError, documents_of
 from megatron_sffn.data.text.sentences import Splitter
 from megatron_sffn.data.tokenize.engine import Engine, Ids, Lengths, guarded
@@ -30,9 +33,9 @@ class Column:
     """The documents of one key.
 
     Args:
-        ids: `[t]`, of all documents, one after the other.
-        lengths: `[s]`, ids of each sequence.
-        counts: `[n]`, sequences of each document.
+        ids: `[tokens]`, the ids of all documents.
+        lengths: `[sequences]`, number of ids of each sequence.
+        counts: `[documents]`, number of sequences of each document.
     """
 
     ids: NDArray[Any]
@@ -42,15 +45,15 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """What became of some blocks.
+    """The result of encoding consecutive chunks.
 
     Args:
         columns: one for each key.
-        faults: documents that are left out, and why, in order.
-        num_documents: in each column.
-        num_bytes: size of the blocks.
-        end: of the last one.
-        consumed: bytes on disk that are read with it.
+        faults: why documents are left out, in order.
+        num_documents: number of documents in each column.
+        num_bytes: size of the chunks.
+        end: end of the last chunk.
+        consumed: bytes on disk that have been read after the last chunk.
     """
 
     columns: list[Column]
@@ -63,15 +66,15 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Turns blocks into ids.
+    """Encodes chunks.
 
     Args:
-        engine: gives the ids of texts.
-        reference: the same, for a document with which the engine fails.
-        keys: of the texts in a document.
-        split: cuts a text into sequences; None: it is one.
-        eod: id to end every document with that has any; None: none.
-        vocab_size: ids are below.
+        engine: encodes texts.
+        reference: encodes a document where the engine fails.
+        keys: keys of the texts in a document.
+        split: splits a text into sequences; None: a text is one sequence.
+        eod: id that ends every document that has ids; None: documents are not ended.
+        vocab_size: size of the vocabulary, above every id.
         dtype: numpy type of the ids on disk.
     """
 
@@ -83,37 +86,37 @@ class Encoder:
     vocab_size: int
     dtype: type[numpy.number[Any]]
 
-    def __call__(self, blocks: Sequence[Block]) -> Encoded:
-        """Encode consecutive blocks."""
-        found: list[tuple[Document, Texts]] = []
-        faults: list[tuple[int, Fault]] = []  # with the number of documents before
-        for block in blocks:
-            for document in documents_of(block):
+    def __call__(self, chunks: Sequence[TextChunk]) -> Encoded:
+        """Encode consecutive chunks."""
+        documents: list[tuple[Document, Texts]] = []
+        faults: list[tuple[int, Fault]] = []  # with the number of documents before the fault
+        for chunk in chunks:
+            for document in documents_of(chunk):
                 try:
-                    found.append((document, self._texts(document)))
+                    documents.append((document, self._texts(document)))
                 except DocumentError as error:
-                    faults.append((len(found), error.fault))
-            if block.fault:
-                faults.append((len(found), block.fault))
+                    faults.append((len(documents), error.fault))
+            if chunk.fault:
+                faults.append((len(documents), chunk.fault))
         try:
-            columns = self._columns([texts for _, texts in found], self.engine)
-        except Exception:  # each tokenizer library has its own errors
-            columns = self._one_by_one(found, faults)
+            columns = self._columns([texts for _, texts in documents], self.engine)
+        except Exception:  # each tokenizer library raises its own errors
+            columns = self._one_by_one(documents, faults)
         faults.sort(key=lambda fault: fault[0])
         return Encoded(
             columns=columns,
             faults=[fault for _, fault in faults],
             num_documents=len(columns[0].counts),
-            num_bytes=sum(block.num_bytes for block in blocks),
-            end=blocks[-1].end,
-            consumed=blocks[-1].consumed,
+            num_bytes=sum(chunk.num_bytes for chunk in chunks),
+            end=chunks[-1].end,
+            consumed=chunks[-1].consumed,
         )
 
     def _texts(self, document: Document) -> Texts:
         sequences = document.sequences(self.keys)
         if self.split is None:
             return sequences
-        return [[piece for text in texts for piece in self.split(text)] for texts in sequences]
+        return [[part for text in texts for part in self.split(text)] for texts in sequences]
 
     def _columns(self, documents: list[Texts], engine: Engine) -> list[Column]:
         return [
@@ -131,10 +134,10 @@ class Encoder:
             raise ValueError(
                 f"ids {ids.min()} to {ids.max()} are outside the vocabulary of {self.vocab_size}"
             )
-        kept = lengths > 0
-        owners = numpy.repeat(numpy.arange(len(documents)), counts)[kept]
-        counts = numpy.bincount(owners, minlength=len(documents))
-        lengths = lengths[kept]
+        is_sequence = lengths > 0
+        document_of_sequence = numpy.repeat(numpy.arange(len(documents)), counts)[is_sequence]
+        counts = numpy.bincount(document_of_sequence, minlength=len(documents))
+        lengths = lengths[is_sequence]
         if self.eod is not None:
             ids, lengths = _append(self.eod, ids, lengths, counts)
         return Column(
@@ -144,24 +147,24 @@ class Encoder:
         )
 
     def _one_by_one(
-        self, found: list[tuple[Document, Texts]], faults: list[tuple[int, Fault]]
+        self, documents: list[tuple[Document, Texts]], faults: list[tuple[int, Fault]]
     ) -> list[Column]:
-        """Encode each document by itself with the reference; adds those that fail to `faults`."""
-        usable = []
-        for place, (document, texts) in enumerate(found):
+        """Encode each document by itself with the reference, and append failures to `faults`."""
+        encoded = []
+        for number, (document, texts) in enumerate(documents):
             try:
-                usable.append(self._columns([texts], self.reference))
+                encoded.append(self._columns([texts], self.reference))
             except Exception as error:
                 remedy = "remove it, or choose a tokenizer that fits the text"
                 reason = f"cannot be encoded by the tokenizer ({_first_line(error)})"
-                faults.append((place, document.fault(reason, remedy).fault))
-        if not usable:
+                faults.append((number, document.fault(reason, remedy).fault))
+        if not encoded:
             return self._columns([], self.engine)
-        return [_joined(columns) for columns in zip(*usable, strict=True)]
+        return [_joined(columns) for columns in zip(*encoded, strict=True)]
 
 
 def _append(eod: int, ids: Ids, lengths: Lengths, counts: Lengths) -> tuple[Ids, Lengths]:
-    """End each document that has sequences with `eod`."""
+    """Append `eod` to each document that has sequences."""
     last = (numpy.cumsum(counts) - 1)[counts > 0]
     ids = numpy.insert(ids, numpy.cumsum(lengths)[last], eod)
     lengths = lengths.copy()

@@ -1,7 +1,9 @@
-"""What makes the encoder of a run: flags, from which another machine makes the same one.
+"""The specification of an encoder, from which every machine of a run builds the same one.
 
-Enters: the flags of `tools/preprocess_data.py` that determine ids. Leaves: an `Encoder`.
-Choice: an encoder holds what libraries have loaded, and cannot travel; its recipe can.
+Inputs: the flags of `tools/preprocess_data.py` that determine the ids. Outputs: an `Encoder`.
+
+Design notes:
+- An encoder holds objects of tokenizer libraries, which cannot be pickled; its specification can.
 """
 
 from __future__ import annotations
@@ -16,7 +18,12 @@ from megatron_sffn.data.text.sentences import Splitter, load_splitter
 from megatron_sffn.data.tokenize.encoder import Encoder
 from megatron_sffn.data.tokenize.engine import MegatronEngine, dropout_of
 from megatron_sffn.data.tokenize.fast_tokenizers import PROBES, choose_engine
-from megatron_sffn.data.tokenize.tokenizer import Tokenizer, changed_text, load_tokenizer, rebuilt
+from megatron_sffn.data.tokenize.tokenizer import (
+    Tokenizer,
+    changed_text,
+    difference_from_file,
+    load_tokenizer,
+)
 from megatron_sffn.utils.errors import ConfigError
 
 ROUND_TRIPS, ROUND_TRIP_LENGTH = 25, 2000
@@ -26,15 +33,15 @@ Loaded = tuple[Tokenizer, Splitter | None]
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """How texts become ids.
+    """The flags that determine the ids.
 
     Args:
-        tokenizer: Megatron's flags of the tokenizer.
-        keys: of the texts in a document.
-        language: of the sentences that texts are cut into; None: they are not.
-        keep_newlines: white space between sentences is kept.
-        append_eod: end every document with the id for that.
-        engine: what computes the ids, or `auto`.
+        tokenizer: Megatron's tokenizer flags.
+        keys: keys of the texts in a document.
+        language: language of the sentences that texts are split into; None: do not split.
+        keep_newlines: keep the white space between sentences.
+        append_eod: end every document with the end-of-document id.
+        engine: name of the engine, or `auto`.
     """
 
     tokenizer: argparse.Namespace
@@ -45,7 +52,7 @@ class EncoderSpec:
     engine: str
 
     def load(self) -> Loaded:
-        """The tokenizer, and what cuts texts.
+        """Load the tokenizer and the sentence splitter.
 
         Raises:
             ConfigError: one of them is missing on this machine, or unusable.
@@ -54,20 +61,20 @@ class EncoderSpec:
         if self.language is not None:
             split = load_splitter(self.language, keep_newlines=self.keep_newlines)
         tokenizer = load_tokenizer(self.tokenizer, need_eod=self.append_eod)
-        if difference := rebuilt(tokenizer, self.tokenizer.tokenizer_model):
+        if difference := difference_from_file(tokenizer, self.tokenizer.tokenizer_model):
             raise ConfigError(difference)
         return tokenizer, split
 
     def encoder(self, loaded: Loaded, sample: Sequence[str], say: Callable[[str], None]) -> Encoder:
-        """An encoder.
+        """Build an encoder.
 
         Args:
-            loaded: what `load` returned.
-            sample: texts of the input, on which its engine is proved.
-            say: told which engine it is, and what the tokenizer does not give back.
+            loaded: the result of `load`.
+            sample: texts of the input, on which the engine is checked.
+            say: receives lines about the engine, and about text that the tokenizer changes.
 
         Raises:
-            ConfigError: the engine that is named cannot be.
+            ConfigError: the named engine is not available, or gives other ids.
         """
         from megatron.core.datasets.indexed_dataset import DType
 
@@ -90,21 +97,21 @@ class EncoderSpec:
         )
 
     def digest(self, loaded: Loaded) -> str:
-        """What machines must have in common: the tokenizer's files, and its ids of some texts."""
+        """A hash that all machines must share: of the tokenizer's files and its ids of `PROBES`."""
         digest = hashlib.sha256()
         for file in tokenizer_files(self.tokenizer):
             digest.update(file.name.encode() + file.read_bytes())
         for text in PROBES:
             try:
                 ids = repr(list(loaded[0].tokenize(text)))
-            except Exception as error:  # a text that has no ids; each library has its own errors
+            except Exception as error:  # the text has no ids; each library raises its own errors
                 ids = type(error).__name__
             digest.update(ids.encode())
         return digest.hexdigest()
 
 
 def tokenizer_files(flags: argparse.Namespace) -> list[Path]:
-    """The files that the flags of a tokenizer name, and those in folders that they name."""
+    """The files that the tokenizer flags name, and the files in folders that they name."""
     named = (flags.tokenizer_model, flags.vocab_file, flags.merge_file)
     paths = [Path(path) for path in named if path]
     files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
@@ -114,11 +121,11 @@ def tokenizer_files(flags: argparse.Namespace) -> list[Path]:
 def _warn_of_changes(
     tokenizer: Tokenizer, sample: Sequence[str], say: Callable[[str], None]
 ) -> None:
-    """Say that the ids of a text do not give it back, if they do not."""
+    """Warn if the ids of a sample text decode to another text."""
     texts = [text[:ROUND_TRIP_LENGTH] for text in sample[:ROUND_TRIPS]]
     try:
         change = changed_text(tokenizer, texts)
-    except ValueError:  # a text that has no ids: its document will be named
+    except ValueError:  # the text has no ids: an error will name its document
         return
     if change:
         say(f"warning: the tokenizer changes text, {change[0]!a} comes back as {change[1]!a}")

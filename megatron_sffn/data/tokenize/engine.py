@@ -1,6 +1,4 @@
-"""Engines that turn texts into ids: Megatron's tokenizer, and the `tokenizers` library below it.
-
-Inputs: a tokenizer that Megatron built, and texts. Outputs: ids.
+"""Engines that encode texts: Megatron's tokenizer, and the `tokenizers` library that it wraps.
 
 Design notes:
 - No engine has threads of its own: the worker processes are the parallelism.
@@ -10,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, override
 
 import numpy
 from numpy.typing import NDArray
@@ -22,33 +20,33 @@ Lengths = NDArray[numpy.int64]
 
 
 class Engine(Protocol):
-    """Turns texts into ids."""
+    """Encodes texts."""
 
     name: str
 
     def __call__(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
-        """All ids, one text after the other, and their number for each text."""
+        """The ids of all texts, concatenated, and the number of ids of each text."""
 
 
 class UnusableError(Exception):
-    """An engine that cannot stand for a tokenizer; the message says why."""
+    """An engine cannot replace a tokenizer; the message, a verb phrase, says why."""
 
 
-class MegatronEngine:
-    """Megatron's tokenizer, text by text."""
+class MegatronEngine(Engine):
+    """Megatron's tokenizer, which encodes text by text."""
 
     name = "megatron"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
+    @override
     def __call__(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
-        """See `Engine`."""
         return joined([self._tokenizer.tokenize(text) for text in texts])
 
 
-class TokenizersEngine:
-    """The `tokenizers.Tokenizer` below that of transformers, which is below Megatron's."""
+class TokenizersEngine(Engine):
+    """The `tokenizers.Tokenizer` that transformers wraps, whose tokenizer Megatron wraps."""
 
     name = "tokenizers"
 
@@ -58,16 +56,16 @@ class TokenizersEngine:
             raise UnusableError(f"cannot follow BPE dropout ({dropout:g})")
         self._special = tokenizer._tokenizer.include_special_tokens
 
+    @override
     def __call__(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
-        """See `Engine`."""
         encoded = self._backend.encode_batch_fast(texts, add_special_tokens=self._special)
         return joined([item.ids for item in encoded])
 
 
-def guarded[Given, Made](call: Callable[[Given], Made], given: Given) -> Made:
-    """The value of a call of a library in Rust, whose panics are no `Exception`."""
+def guarded[Argument, Result](call: Callable[[Argument], Result], argument: Argument) -> Result:
+    """Call a library written in Rust: a panic, which is no `Exception`, becomes a RuntimeError."""
     try:
-        return call(given)
+        return call(argument)
     except (Exception, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
@@ -75,10 +73,10 @@ def guarded[Given, Made](call: Callable[[Given], Made], given: Given) -> Made:
 
 
 def backend_of(tokenizer: Tokenizer) -> Any:
-    """The `tokenizers.Tokenizer` below a tokenizer of Megatron's.
+    """The `tokenizers.Tokenizer` that a tokenizer of Megatron's wraps.
 
     Raises:
-        UnusableError: there is none, or a class of Python code computes the ids beside it.
+        UnusableError: there is none, or Python code of a subclass also determines the ids.
     """
     inner = getattr(tokenizer._tokenizer, "tokenizer", None)
     if (backend := getattr(inner, "backend_tokenizer", None)) is None:
@@ -92,13 +90,13 @@ def backend_of(tokenizer: Tokenizer) -> Any:
 
 
 def dropout_of(tokenizer: Tokenizer) -> float:
-    """Share of the merges that a tokenizer leaves out, at random and others each time."""
+    """BPE dropout: the share of merges that the tokenizer skips at random in each call."""
     inner = getattr(tokenizer._tokenizer, "tokenizer", None)
     backend = getattr(inner, "backend_tokenizer", None)
     return getattr(getattr(backend, "model", None), "dropout", None) or 0.0
 
 
 def joined(lists: Sequence[Sequence[int]]) -> tuple[Ids, Lengths]:
-    """The ids of texts in one array, and their number for each text."""
+    """Concatenate the ids of texts; returns them and the number of ids of each text."""
     lengths = numpy.fromiter(map(len, lists), numpy.int64, len(lists))
     return numpy.fromiter(chain.from_iterable(lists), numpy.int64, int(lengths.sum())), lengths

@@ -1,17 +1,17 @@
-"""Texts on which two tokenizers are known to give the same ids.
+"""Finds the texts for which two tokenizers of one model may give different ids.
 
-Inputs: two functions from texts to ids, a trusted one and a faster one, and the strings that one of
-them may treat in its own way. Outputs: for any text, whether all that is in it was compared.
+Inputs: a trusted and a faster function from texts to ids, and the strings that they may treat
+differently. Outputs: for any text, whether everything in it was compared and is equal.
 
 Design notes:
-- A sample of the input proves nothing about the rest. What two tokenizers of one model can differ
-  in is finite: what they do with each character (its class in the pattern of the pre-tokenizer, its
-  normal form, its order among combining marks), and with each string that they look for in the text
-  before anything else (added, control, unknown, user-defined and byte tokens).
-- Characters are compared when a text first has them: a corpus has some thousands, Unicode a
-  million. So no version of the Unicode tables has to be known.
-- Looking costs one pass over a text: `bytes.find` or a regular expression for the strings, a table
-  for the characters that are not ASCII.
+- A sample of the input proves nothing about the rest. The possible differences are finite: the
+  treatment of each character (its class in the pattern of the pre-tokenizer, its normal form, its
+  order among combining marks), and of each string that is searched for in the raw text (added,
+  control, unknown, user-defined and byte tokens).
+- A character is compared when it first occurs in a text: a corpus has thousands of different
+  characters, Unicode a million. So the result does not depend on the version of the Unicode tables.
+- The check is one pass over a text: `bytes.find` or a regular expression for the strings, and a
+  table for the characters beyond ASCII.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from megatron_sffn.data.tokenize.engine import Ids, Lengths, UnusableError, guar
 
 Encode = Callable[[Sequence[str]], tuple[Ids, Lengths]]
 
-ALIKE, UNTESTED, DIFFERENT = 0, 1, 2
+EQUAL, UNTESTED, DIFFERENT = 0, 1, 2
+"""States of a character."""
 ASCII = bytes(range(128))
 SLICE = 1 << 20
-"""Characters that are looked up in the table at a time."""
+"""Characters that are looked up in the table at once."""
 
 FEW_STRINGS = 4
-"""Up to so many strings are looked for one after the other, which is faster than one pattern."""
+"""Up to so many strings are searched one by one, which is faster than one pattern."""
 
 ALPHABET = " \n\r\t'.asA1é日\u0301🦙"
-"""A character of each class that the patterns of pre-tokenizers know."""
+"""One character of each class in the patterns of pre-tokenizers."""
 WHITE_SPACE = " \t\n\r\x0b\x0c\x85\u00a0\u2003\u2028\u3000"
 
 
@@ -49,21 +50,21 @@ class Pair:
 
     Args:
         trusted: gives the right ids.
-        faster: is compared with it.
+        faster: gives the ids to compare.
     """
 
     def __init__(self, trusted: Encode, faster: Encode) -> None:
         self._trusted, self._faster = trusted, faster
 
     def differing(self, texts: Sequence[str]) -> list[str]:
-        """Those of some texts for which the ids differ."""
+        """The texts for which the ids differ."""
         if not texts:
             return []
         right, candidate = self._trusted(texts), guarded(self._faster, texts)
         if all(map(numpy.array_equal, right, candidate)):
             return []
-        pairs = zip(texts, _by_text(*right), _by_text(*candidate), strict=True)
-        return [text for text, one, other in pairs if not numpy.array_equal(one, other)]
+        ids = zip(texts, _by_text(*right), _by_text(*candidate), strict=True)
+        return [text for text, expected, actual in ids if not numpy.array_equal(expected, actual)]
 
 
 def _by_text(ids: Ids, lengths: Lengths) -> list[Ids]:
@@ -71,12 +72,12 @@ def _by_text(ids: Ids, lengths: Lengths) -> list[Ids]:
 
 
 class Equality:
-    """What is known of a pair, and what is not.
+    """Which characters and strings two tokenizers treat in the same way.
 
     Args:
-        words: the pair whose ids show how texts are cut into words and normalized.
-        normalizes: whether texts are brought into a normal form of Unicode first.
-        strings: with which the two do not do the same, or are not known to.
+        words: the pair, with ids that show how texts are normalized and split into words.
+        normalizes: True if texts are first normalized (Unicode).
+        strings: strings that the two treat differently, or may.
 
     Raises:
         UnusableError: the two differ on text of everyday characters.
@@ -86,41 +87,46 @@ class Equality:
         self._words, self._normalizes = words, normalizes
         self._states = numpy.full(0x110000, UNTESTED, numpy.uint8)
         self.strings = sorted(strings)
-        if differing := words.differing([self._without_strings(one) for one in _everyday_texts()]):
+        if differing := words.differing(
+            [self._without_strings(text) for text in _everyday_texts()]
+        ):
             raise UnusableError(f"cuts text into other words, such as {differing[0]!a}")
-        # Texts of ASCII characters are not looked up in the table: what differs becomes a string.
+        # ASCII characters are not looked up in the table, so those that differ become strings.
         self._test(list(range(128)))
         ascii_states = self._states[:128]
         control = {chr(code) for code in numpy.flatnonzero(ascii_states == DIFFERENT)}
         if readable := sorted(char for char in control if char in WHITE_SPACE or char >= " "):
             raise UnusableError(f"treats the character {readable[0]!a} in another way")
-        ascii_states[:] = ALIKE
+        ascii_states[:] = EQUAL
         self.strings = sorted({*self.strings, *control})
         self._strings = [string.encode() for string in self.strings]
         self._pattern: re.Pattern[bytes] | None = None
         if len(self.strings) > FEW_STRINGS:
-            # The longest first is not needed: any match is enough.
+            # The order does not matter: any match is enough.
             self._pattern = re.compile(b"|".join(map(re.escape, self._strings)))
 
     def doubtful(self, contents: Sequence[bytes]) -> list[int]:
-        """Numbers of the texts that hold something on which the two differ, or may.
+        """Numbers of the texts for which the ids differ, or may.
 
         Args:
             contents: texts in UTF-8.
         """
-        numbers = {number for number, one in enumerate(contents) if self._holds_string(one)}
-        others = [number for number, one in enumerate(contents) if not one.isascii()]
-        if others and not self._are_alike([contents[number] for number in others]):
-            numbers.update(number for number in others if not self._are_alike([contents[number]]))
+        numbers = {number for number, text in enumerate(contents) if self._has_string(text)}
+        non_ascii = [number for number, text in enumerate(contents) if not text.isascii()]
+        if non_ascii and not self._are_equal([contents[number] for number in non_ascii]):
+            numbers.update(
+                number for number in non_ascii if not self._are_equal([contents[number]])
+            )
         return sorted(numbers)
 
-    def _holds_string(self, content: bytes) -> bool:
+    def _has_string(self, content: bytes) -> bool:
         if self._pattern is not None:
             return self._pattern.search(content) is not None
         return any(string in content for string in self._strings)
 
-    def _are_alike(self, contents: Sequence[bytes]) -> bool:
-        # Most characters of most texts are ASCII, which are the same: they are taken out first.
+    def _are_equal(self, contents: Sequence[bytes]) -> bool:
+        """True if the characters beyond ASCII are treated equally; compares new characters."""
+        # Most characters of most texts are ASCII, which are known to be equal.
         rest = b"".join(content.translate(None, ASCII) for content in contents)
         text = rest.decode("utf-8", "surrogatepass")
         for start in range(0, len(text), SLICE):
@@ -145,24 +151,24 @@ class Equality:
         for code in codes:
             context = _contexts(chr(code), normalizes=self._normalizes)
             texts[self._without_strings(context)] = code
-        self._states[list(texts.values())] = ALIKE
+        self._states[list(texts.values())] = EQUAL
         for text in self._words.differing(list(texts)):
             self._states[texts[text]] = DIFFERENT
         if self._normalizes:
-            # A character that Python does not know may be composed of others that it does not know.
+            # Python's tables lack unassigned characters, and so the characters that compose them.
             unknown = [code for code in texts.values() if unicodedata.category(chr(code)) == "Cn"]
             self._states[unknown] = DIFFERENT
 
 
 def differing_strings(tokens: Pair, strings: Sequence[str]) -> list[str]:
-    """Strings that tokenizers look for in the text, and with which two do not do the same.
+    """The token strings that two tokenizers treat differently.
 
     Args:
-        tokens: the pair itself.
-        strings: contents of tokens.
+        tokens: the pair.
+        strings: strings that the tokenizers search for in the raw text.
 
     Raises:
-        UnusableError: they do the same with each, but not with several.
+        UnusableError: the two treat each string equally, but not several of them together.
     """
     spaces = WHITE_SPACE
     texts = {}
@@ -174,7 +180,7 @@ def differing_strings(tokens: Pair, strings: Sequence[str]) -> list[str]:
     different = sorted({texts[text] for text in tokens.differing(list(texts))})
     rest = [string for string in strings if string not in set(different)]
     if rest:
-        # Tokens that overlap, or lie beside each other.
+        # Tokens that overlap or are adjacent.
         random = Random(0)
         mixed = []
         for _ in range(min(2 * len(rest), 2000)):
@@ -187,16 +193,16 @@ def differing_strings(tokens: Pair, strings: Sequence[str]) -> list[str]:
 
 
 def _everyday_texts() -> list[str]:
-    """Short texts of every order of three characters, and long ones by chance."""
+    """All texts of one to three characters of `ALPHABET`, and random long ones."""
     short = ["".join(text) for size in (1, 2, 3) for text in product(ALPHABET, repeat=size)]
     random = Random(0)
     return [*short, *("".join(random.choices(ALPHABET, k=size)) for size in range(200))]
 
 
 def _contexts(char: str, *, normalizes: bool) -> str:
-    """A text that shows to which classes of a pattern a character belongs.
+    """A text whose ids depend on the class of a character in the pattern of a pre-tokenizer.
 
-    With a normal form, also where it stands among combining marks, and with what it is composed.
+    With `normalizes` they also depend on its order among combining marks, and on its compositions.
     """
     around = "".join(f"{other}{char}{other}" for other in ("a", " A", " 1", " .", "\n", "\u00a0"))
     text = f"{char}{around} '{char}s {char}'s {char}{char} {char} \r{char}\t{char}"
@@ -209,32 +215,33 @@ def _contexts(char: str, *, normalizes: bool) -> str:
 
 @cache
 def _bases() -> defaultdict[str, str]:
-    """Character -> those with which it is composed to another, before it."""
+    """Combining character -> the base characters with which it composes."""
     bases: defaultdict[str, str] = defaultdict(str)
     for code in [*range(0x3100), *range(0x10000, 0x1E000)]:
         decomposition = unicodedata.decomposition(chr(code)).split()
         if len(decomposition) == 2 and not decomposition[0].startswith("<"):
-            base, mark = (chr(int(part, 16)) for part in decomposition)
+            base, mark = (chr(int(code_point, 16)) for code_point in decomposition)
             bases[mark] += base
     return bases
 
 
-def replaced(
-    texts: tuple[Ids, Lengths], others: tuple[Ids, Lengths], places: Sequence[int]
+def replace_texts(
+    encoded: tuple[Ids, Lengths], replacements: tuple[Ids, Lengths], numbers: Sequence[int]
 ) -> tuple[Ids, Lengths]:
-    """The ids of texts, some of which are put in the place of what is there.
+    """Replace the ids of some texts.
 
     Args:
-        texts: ids and lengths of all.
-        others: ids and lengths of those that are put in.
-        places: their numbers.
+        encoded: ids and lengths of all texts.
+        replacements: ids and lengths of the texts to replace.
+        numbers: numbers of the texts to replace.
     """
-    ids, lengths = texts
-    chosen: NDArray[numpy.bool_] = numpy.zeros(len(lengths), numpy.bool_)
-    chosen[list(places)] = True
+    ids, lengths = encoded
+    is_replaced: NDArray[numpy.bool_] = numpy.zeros(len(lengths), numpy.bool_)
+    is_replaced[list(numbers)] = True
     new_lengths = lengths.copy()
-    new_lengths[chosen] = others[1]
-    of_others = numpy.repeat(chosen, new_lengths)
-    new_ids = numpy.empty(len(of_others), numpy.int64)
-    new_ids[of_others], new_ids[~of_others] = others[0], ids[~numpy.repeat(chosen, lengths)]
+    new_lengths[is_replaced] = replacements[1]
+    is_new = numpy.repeat(is_replaced, new_lengths)
+    new_ids = numpy.empty(len(is_new), numpy.int64)
+    new_ids[is_new] = replacements[0]
+    new_ids[~is_new] = ids[~numpy.repeat(is_replaced, lengths)]
     return new_ids, new_lengths

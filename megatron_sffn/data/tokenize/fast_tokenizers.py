@@ -1,14 +1,13 @@
-"""The fastest way to the ids of a Megatron tokenizer.
+"""Chooses the fastest engine that gives the ids of a Megatron tokenizer.
 
-Inputs: a tokenizer that Megatron built, and texts of the input. Outputs: an engine that gives the
-same ids.
+Inputs: a tokenizer that Megatron built, and texts of the input. Outputs: an engine.
 
 Design notes:
-- `gigatoken` (extra `fast`) looks up pieces of text that it has met before, and leaves texts that
-  may come out otherwise to the tokenizer itself. `tokenizers` is called for many texts at once,
-  without what transformers does for each. `megatron` is the tokenizer.
-- That engines give the ids of the tokenizer on a sample is asked for as well, and proves little:
-  what can differ is compared in `equality.py`.
+- `gigatoken` (extra `fast`) caches the ids of words, and leaves texts for which its ids may differ
+  to Megatron's tokenizer. `tokenizers` encodes many texts in one call, without the work of
+  transformers for each text. `megatron` is the tokenizer itself.
+- Every engine must give the ids of the tokenizer on a sample. This proves little, so `equality.py`
+  compares whatever can differ.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from megatron_sffn.data.tokenize.gigatoken_engine import GigatokenEngine
 from megatron_sffn.data.tokenize.tokenizer import Tokenizer
 from megatron_sffn.utils.errors import ConfigError
 
-SHOWN = 4
-"""Strings that are named."""
+SHOWN_STRINGS = 4
+"""So many strings are named in a line."""
 
 PROBES = [
     "",
@@ -47,29 +46,29 @@ PROBES = [
     "\x00\x01\x1f\x7f\x85 \ud7ff\ue000\ufffd\U0010ffff",
     "x" * 300 + " " * 300 + "." * 300 + "\n" * 30,
 ]
-"""Texts in which tokenizers differ: spaces, numbers, contractions, scripts, control characters."""
+"""Texts on which tokenizers differ: spaces, numbers, contractions, scripts, control characters."""
 
 MAKERS: dict[str, Callable[[Tokenizer], Engine]] = {
     "gigatoken": GigatokenEngine,
     "tokenizers": TokenizersEngine,
     "megatron": MegatronEngine,
 }
-"""From the fastest to the one that is always there."""
+"""Name -> constructor, the fastest first; `megatron` always works."""
 
 
 def choose_engine(
     tokenizer: Tokenizer, sample: Sequence[str], name: str, say: Callable[[str], None]
 ) -> Engine:
-    """The engine to use.
+    """Choose the engine.
 
     Args:
-        tokenizer: what Megatron built.
+        tokenizer: the tokenizer that Megatron built.
         sample: texts of the input.
-        name: of the engine, or `auto`: the first of `MAKERS` that gives the ids of the tokenizer.
-        say: told which engine it is, and why not a faster one.
+        name: name of an engine; `auto` for the first of `MAKERS` that gives the same ids.
+        say: receives a line with the engine, and with the reasons against faster ones.
 
     Raises:
-        ConfigError: the engine that is named gives other ids, or is not there.
+        ConfigError: the named engine gives other ids, or is not installed.
     """
     reference = MegatronEngine(tokenizer)
     texts = [*PROBES, *_added_tokens(tokenizer), *sample]
@@ -81,8 +80,8 @@ def choose_engine(
             continue
         try:
             engine = guarded(make, tokenizer)
-            _prove(engine, reference, texts)
-        except Exception as error:  # each library has its own
+            _check_ids(engine, reference, texts)
+        except Exception as error:  # each library raises its own errors
             reasons.append(f"{candidate} {error}")
             continue
         line = f"ids by {candidate}, which gave those of Megatron's tokenizer on {len(texts)} texts"
@@ -97,29 +96,30 @@ def choose_engine(
     return reference
 
 
-def _prove(engine: Engine, reference: Engine, texts: Sequence[str]) -> None:
+def _check_ids(engine: Engine, reference: Engine, texts: Sequence[str]) -> None:
+    """Raise UnusableError if an engine gives other ids than the tokenizer."""
     ids, lengths = guarded(engine, texts)
     expected, expected_lengths = reference(texts)
     if numpy.array_equal(ids, expected) and numpy.array_equal(lengths, expected_lengths):
         return
     for text in texts:
-        found, right = engine([text])[0].tolist(), reference([text])[0].tolist()
-        if found != right:
-            raise UnusableError(f"gives {found[:8]} for {text[:40]!a}, not {right[:8]}")
+        actual, right = engine([text])[0].tolist(), reference([text])[0].tolist()
+        if actual != right:
+            raise UnusableError(f"gives {actual[:8]} for {text[:40]!a}, not {right[:8]}")
     raise UnusableError("gives other ids for many texts at once")
 
 
 def _exceptions(engine: Engine) -> list[str]:
-    """Texts that an engine leaves to the tokenizer."""
+    """A clause about the texts that an engine leaves to the tokenizer, if there are any."""
     if not isinstance(engine, GigatokenEngine) or not (strings := engine.doubtful_strings):
         return []
-    shown = ", ".join(ascii(string[:20]) for string in strings[:SHOWN])
-    more = f" or {len(strings) - SHOWN} more" if len(strings) > SHOWN else ""
+    shown = ", ".join(ascii(string[:20]) for string in strings[:SHOWN_STRINGS])
+    more = f" or {len(strings) - SHOWN_STRINGS} more" if len(strings) > SHOWN_STRINGS else ""
     return [f"texts with {shown}{more} go to Megatron's tokenizer"]
 
 
 def _added_tokens(tokenizer: Tokenizer) -> list[str]:
-    """Texts with all added tokens, some in each."""
+    """Texts that contain all added tokens, up to 20 in each."""
     try:
         added = backend_of(tokenizer).get_added_tokens_decoder().values()
     except UnusableError:

@@ -1,15 +1,15 @@
-"""The engine that looks up pieces of text that it has met before: gigatoken (extra `fast`).
+"""The engine of the library gigatoken (extra `fast`), which caches the ids of words.
 
 Inputs: a tokenizer that Megatron built, and texts. Outputs: the ids of that tokenizer.
 
 Design notes:
-- It is given texts alone of which all is known to come out the same (`equality.py`); the others go
-  to Megatron's tokenizer, text by text.
-- How byte-level tokenizers cut and normalize text is compared in a vocabulary made for it, in which
-  every cut beside a character shows in the ids. In a real vocabulary most do not, until a word has
-  the one merge that crosses them.
-- gigatoken never forgets a piece. When its process has grown by `GROWTH_BYTES` it is loaded anew,
-  which takes 40 ms.
+- gigatoken encodes only texts for which its ids are known to be the same (`equality.py`);
+  Megatron's tokenizer encodes the other texts.
+- Pre-tokenizers and normalizers are compared with a vocabulary made for this purpose, in which
+  every split beside a character changes the ids. With a real vocabulary most splits do not change
+  them, unless a word has the one merge that crosses the split.
+- gigatoken never evicts a word from its cache. When its process has grown by `GROWTH_BYTES`, the
+  library is loaded anew, which takes 40 ms.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import numpy
 import psutil
 
 from megatron_sffn.data.tokenize.engine import (
+    Engine,
     Ids,
     Lengths,
     MegatronEngine,
@@ -34,15 +35,15 @@ from megatron_sffn.data.tokenize.engine import (
     guarded,
     joined,
 )
-from megatron_sffn.data.tokenize.equality import Equality, Pair, differing_strings, replaced
+from megatron_sffn.data.tokenize.equality import Equality, Pair, differing_strings, replace_texts
 from megatron_sffn.data.tokenize.tokenizer import Tokenizer
 
 GROWTH_BYTES = 512 << 20
 NEIGHBOURS = b" \n\r\t'.aAsS1-"
-"""Bytes beside which every cut shows."""
+"""Bytes beside which every split changes the ids."""
 
 
-class GigatokenEngine:
+class GigatokenEngine(Engine):
     """gigatoken's byte-level BPE, or its SentencePiece BPE."""
 
     name = "gigatoken"
@@ -66,18 +67,18 @@ class GigatokenEngine:
 
     @property
     def doubtful_strings(self) -> list[str]:
-        """Texts that hold one of these are left to Megatron's tokenizer."""
+        """Megatron's tokenizer encodes the texts that contain one of these strings."""
         return self._equality.strings
 
+    @override
     def __call__(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
-        """See `Engine`."""
         ids, lengths = self._encode(texts)
-        # Only now: a text that gigatoken was given keeps its UTF-8, which is then copied.
+        # After the call: gigatoken makes Python keep the UTF-8 of each text, which is copied here.
         contents = [text.encode("utf-8", "surrogatepass") for text in texts]
         if not (doubtful := self._equality.doubtful(contents)):
             return ids, lengths
-        others = self._reference([texts[number] for number in doubtful])
-        return replaced((ids, lengths), others, doubtful)
+        right = self._reference([texts[number] for number in doubtful])
+        return replace_texts((ids, lengths), right, doubtful)
 
     def _encode(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
         if self._resident() > self._limit:
@@ -85,7 +86,7 @@ class GigatokenEngine:
         return self._surround(*_encode(self._backend, texts))
 
     def _renew(self) -> None:
-        self._backend: Any = None  # frees the former one's memory before there is another
+        self._backend: Any = None  # free the memory of the former backend first
         self._backend = self._load()
         self._limit = self._resident() + GROWTH_BYTES
 
@@ -93,12 +94,12 @@ class GigatokenEngine:
         return int(self._process.memory_info().rss)
 
     def _compare(self, tokenizer: Tokenizer) -> Equality:
-        """Compare all that is known before there is a text."""
+        """Compare everything that can be compared before there is a text."""
         if tokenizer.library == "sentencepiece":
             tokens = Pair(self._reference, self._encode)
             strings = _sentence_piece_strings(tokenizer, tokens)
             return Equality(tokens, normalizes=False, strings=strings)
-        # Megatron calls it for each text, which takes longer.
+        # Faster than Megatron's tokenizer, which encodes text by text.
         tokens = Pair(TokenizersEngine(tokenizer), self._encode)
         content = json.loads(backend_of(tokenizer).to_str())
         _refuse_ignored(content)
@@ -112,12 +113,12 @@ class GigatokenEngine:
             return Equality(tokens, normalizes=False, strings=strings)
         strings.update(differing_strings(tokens, matched))
         normalizes = content["normalizer"] is not None
-        # Without merges a cut changes nothing.
-        words = _words(content) if model["merges"] else tokens
+        # Without merges a split does not change the ids.
+        words = _pre_tokenizers(content) if model["merges"] else tokens
         return Equality(words, normalizes=normalizes, strings=strings)
 
     def _surroundings(self, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and behind the ids of every text."""
+        """The ids that the tokenizer adds before and after the ids of every text."""
         expected, inner = list(tokenizer.tokenize("a")), self._backend.encode("a").tolist()
         for start in range(len(expected) - len(inner) + 1):
             if expected[start : start + len(inner)] == inner:
@@ -131,9 +132,9 @@ class GigatokenEngine:
         ends = lengths.cumsum()
         starts = ends - lengths
         columns = [starts] * len(self._before) + [ends] * len(self._after)
-        places = numpy.column_stack(columns).ravel()
+        positions = numpy.column_stack(columns).ravel()
         values = numpy.tile(numpy.array(added, ids.dtype), len(lengths))
-        return numpy.insert(ids, places, values), lengths + len(added)
+        return numpy.insert(ids, positions, values), lengths + len(added)
 
 
 def _encode(backend: Any, texts: Sequence[str]) -> tuple[Ids, Lengths]:
@@ -142,7 +143,7 @@ def _encode(backend: Any, texts: Sequence[str]) -> tuple[Ids, Lengths]:
 
 
 def _refuse_ignored(content: dict[str, Any]) -> None:
-    """Refuse what gigatoken does not read in a `tokenizer.json`."""
+    """Refuse settings of a `tokenizer.json` that gigatoken ignores."""
     model = content["model"]
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
@@ -151,13 +152,13 @@ def _refuse_ignored(content: dict[str, Any]) -> None:
         raise UnusableError("normalizes graphemes in its own way (normalizer Precompiled)")
 
 
-def _words(content: dict[str, Any]) -> Pair:
-    """The normalizer and the pre-tokenizer alone, in a vocabulary in which every cut shows."""
+def _pre_tokenizers(content: dict[str, Any]) -> Pair:
+    """Normalizer and pre-tokenizer, with a vocabulary in which every split changes the ids."""
     from gigatoken import Tokenizer as Gigatoken
     from tokenizers import Tokenizer as Backend
 
     none = dict.fromkeys(("post_processor", "truncation", "padding"))
-    text = json.dumps({**content, **none, "added_tokens": [], "model": _showing_cuts()})
+    text = json.dumps({**content, **none, "added_tokens": [], "model": _split_showing_model()})
     backend = Backend.from_str(text)
 
     def trusted(texts: Sequence[str]) -> tuple[Ids, Lengths]:
@@ -167,8 +168,8 @@ def _words(content: dict[str, Any]) -> Pair:
     return Pair(trusted, partial(_encode, guarded(Gigatoken.from_json, text).backend))
 
 
-def _showing_cuts() -> dict[str, Any]:
-    """A byte-level BPE that joins what lies on both sides of a cut, if nothing is cut there."""
+def _split_showing_model() -> dict[str, Any]:
+    """A byte-level BPE that merges every pair of bytes between which a split is possible."""
     letters = _letters_of_bytes()
     first, last = range(0xC2, 0xF5), range(0x80, 0xC0)
     sides = ((NEIGHBOURS, first), (last, NEIGHBOURS), (last, first), (NEIGHBOURS, NEIGHBOURS))
@@ -196,7 +197,7 @@ def _letters_of_bytes() -> list[str]:
 
 
 def _sentence_piece_strings(tokenizer: Tokenizer, tokens: Pair) -> set[str]:
-    """Pieces that are no text: SentencePiece does not look for all of them in one.
+    """Strings that SentencePiece and gigatoken may encode differently: pieces that are not text.
 
     Raises:
         UnusableError: the model normalizes text.
@@ -211,10 +212,10 @@ def _sentence_piece_strings(tokenizer: Tokenizer, tokens: Pair) -> set[str]:
     if not tokenizer._tokenizer.ignore_extra_whitespaces:
         raise UnusableError("ignores extra white space")
     kind = proto.SentencePiece
-    hidden = {kind.CONTROL, kind.UNKNOWN, kind.UNUSED}
-    strings = {piece.piece for piece in model.pieces if piece.type in hidden}
+    not_text = {kind.CONTROL, kind.UNKNOWN, kind.UNUSED}
+    strings = {piece.piece for piece in model.pieces if piece.type in not_text}
     strings.update(tokenizer._tokenizer.special_token_to_id)
     matched = {kind.USER_DEFINED, kind.BYTE}
     pieces = [piece.piece.replace("▁", " ") for piece in model.pieces if piece.type in matched]
-    strings.update(differing_strings(tokens, [one for one in pieces if one not in strings]))
+    strings.update(differing_strings(tokens, [piece for piece in pieces if piece not in strings]))
     return strings

@@ -1,13 +1,13 @@
-"""Text in, a tokenized Megatron data set out.
+"""Tokenizes text to Megatron data sets.
 
-Enters: sources of text, and a tokenizer. Leaves: `<prefix>_<key>_document.bin` and `.idx` for every
-key (`_sentence` where documents are cut into sentences), one document for each of the input, in
-its order; and `<prefix>_errors.jsonl`, if documents were left out.
+Inputs: sources of text, and an encoder. Outputs: `<prefix>_<key>_document.bin` and `.idx` for every
+key (`_sentence` if documents are split into sentences), with the documents in the order of the
+input; and `<prefix>_errors.jsonl`, if documents were left out.
 
-Choices
-- One process reads and writes, others encode, here or elsewhere.
-- What is written is on the disk every `SAVE_SECONDS`, with a note of how far it is, so the same
-  command goes on after a kill.
+Design notes:
+- One process reads and writes; workers encode, on this machine or on others.
+- Every `SAVE_SECONDS` the output is on the disk and the state of the run is saved, so that the same
+  command resumes after a kill.
 """
 
 from __future__ import annotations
@@ -26,34 +26,36 @@ from typing import Any
 from megatron_sffn.data.output.atomic_output import FULL, refuse_existing
 from megatron_sffn.data.output.progress import Progress
 from megatron_sffn.data.output.run_state import RunState, State
-from megatron_sffn.data.text.chunks import Block, read_blocks
+from megatron_sffn.data.text.chunks import TextChunk, read_chunks
 from megatron_sffn.data.text.documents import DocumentError, documents_of
 from megatron_sffn.data.text.sources import Source, total_size
-from megatron_sffn.data.tokenize.dataset_writer import GrowingDataset
+from megatron_sffn.data.tokenize.dataset_writer import DatasetWriter
 from megatron_sffn.data.tokenize.encoder import Encoded, Encoder
 from megatron_sffn.utils.errors import ConfigError
+from megatron_sffn.utils.human_size import human_size
 
 SAVE_SECONDS = 10.0
+LINE_SECONDS = 1.0
 SAMPLE_BYTES = 1 << 20
 SAMPLED_SOURCES = 8
 LONGEST_SAMPLE = 1 << 16
 
 Say = Callable[[str], None]
-Work = Callable[[Encoder, Iterable[Block]], Generator[Encoded, None, None]]
+Work = Callable[[Encoder, Iterable[TextChunk]], Generator[Encoded, None, None]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to make, and of what.
+    """The input and the output of a run.
 
     Args:
-        sources: of the text.
-        keys: of the texts in a document, each of which gives a data set.
+        sources: the input.
+        keys: keys of the texts in a document; each key gives a data set.
         prefix: path and first part of the name of every file.
-        level: `document` or `sentence`, the last part.
-        command: the flags that determine the ids, by name.
-        skip: leave out documents that are wrong, and report them; else stop at the first.
-        overwrite: replace files that are there.
+        level: `document` or `sentence`, the last part of the name.
+        command: flag -> value for the flags that determine the ids.
+        skip: leave out faulty documents and report them; otherwise stop at the first.
+        overwrite: replace existing files.
         log_interval: documents between two lines of progress.
     """
 
@@ -68,28 +70,28 @@ class Job:
 
     @property
     def prefixes(self) -> list[Path]:
-        """The data sets, without the endings of their files."""
+        """Paths of the data sets, without the endings of their files."""
         return [Path(f"{self.prefix}_{key}_{self.level}") for key in self.keys]
 
     @property
     def report(self) -> Path:
-        """File of the documents that are left out."""
+        """Path of the report on documents that are left out."""
         return Path(f"{self.prefix}_errors.jsonl")
 
     @property
     def files(self) -> list[Path]:
-        """All files, in the order in which they get their names."""
+        """Paths of all files, in the order of the renames."""
         pairs = [(f"{prefix}.bin", f"{prefix}.idx") for prefix in self.prefixes]
         return [*map(Path, chain.from_iterable(pairs)), self.report]
 
     def refuse_existing(self) -> None:
-        """Refuse to replace files, unless that is asked for."""
+        """Refuse to replace files without `overwrite`."""
         if not self.overwrite:
             refuse_existing(self.files if self.skip else self.files[:-1])
 
     @property
     def repeatable(self) -> bool:
-        """Whether all sources can be read again."""
+        """True if all sources can be read again."""
         return total_size(self.sources) is not None
 
 
@@ -99,109 +101,132 @@ def preprocess(
     """Make the data sets.
 
     Args:
-        job: what to make, and of what.
-        make_encoder: gives an encoder for texts such as these of the input.
-        work: encodes blocks, and gives what becomes of them in their order.
-        say: told what a user should know, a sentence each time.
+        job: input and output.
+        make_encoder: builds an encoder, given sample texts of the input.
+        work: encodes chunks, with results in order.
+        say: receives lines for the user.
 
     Returns:
-        What was done, by this run and those before it that were killed.
+        The final state, including the work of earlier runs that were killed.
 
     Raises:
-        ConfigError: a document is wrong, there is no text, the disk is full, or files exist.
+        ConfigError: a document is faulty, there is no text, the disk is full, or files exist.
     """
     inputs = [(source.path, source.size, source.modified) for source in job.sources]
-    journal = RunState(job.prefix, job.files, {**job.command, "inputs": inputs}, say)
+    run_state = RunState(job.prefix, job.files, {**job.command, "inputs": inputs}, say)
     try:
-        state = journal.take_up(repeatable=job.repeatable)
+        state = run_state.resume(repeatable=job.repeatable)
         if state is not None and state.complete:
-            journal.discard()
+            run_state.discard()
             return state
         job.refuse_existing()
         if state is not None:
-            say(f"going on in {journal.folder}, after {state.documents} documents")
+            say(f"resuming in {run_state.folder}, after {state.documents} documents")
         start = state or State(tokens=(0,) * len(job.keys))
-        return _run(job, journal, start, make_encoder, work, say)
+        return _run(job, run_state, start, make_encoder, work, say)
     except KeyboardInterrupt:
-        then = "goes on from the last note of how far it was" if journal.saved else "starts anew"
-        say(f"interrupted; the same command {then}")
+        next_run = "resumes from the last save" if run_state.saved else "starts anew"
+        say(f"interrupted; the same command {next_run}")
         raise
     except OSError as error:
         if error.errno not in FULL:
             raise
-        kept = "which goes on where it stopped" if journal.saved else "which starts anew"
+        next_run = "which resumes where it stopped" if run_state.saved else "which starts anew"
         raise ConfigError(
-            f"{journal.folder} has no room ({error.strerror}); free some and give the same "
-            f"command, {kept}"
+            f"{run_state.folder} has no room ({error.strerror}); free some and give the same "
+            f"command, {next_run}"
         ) from error
     finally:
-        journal.leave()
+        run_state.close()
 
 
 def _run(
     job: Job,
-    journal: RunState,
+    run_state: RunState,
     start: State,
     make_encoder: Callable[[list[str]], Encoder],
     work: Work,
     say: Say,
 ) -> State:
-    blocks = read_blocks(job.sources, columns=job.keys, start=start.position)
-    first = list(islice(blocks, 1))
+    chunks = read_chunks(job.sources, columns=job.keys, start=start.position)
+    first = list(islice(chunks, 1))
     encoder = make_encoder(sample_texts(job, first))
-    progress = Progress(total_size(job.sources), job.log_interval, start)
-    saved = time.monotonic()
     with (
-        closing(_Output(job, journal.folder, encoder, start)) as output,
-        closing(work(encoder, chain(first, blocks))) as results,
+        closing(_Output(job, run_state.folder, encoder, start)) as output,
+        closing(work(encoder, chain(first, chunks))) as results,
     ):
-        for encoded in results:
-            if encoded.faults and not job.skip:
-                _keep_for_another_try(journal, output, say)
-                raise DocumentError(encoded.faults[0])
-            output.add(encoded)
-            progress.update(output.state)
-            if job.repeatable and time.monotonic() - saved >= SAVE_SECONDS:
-                journal.save(output.sync())
-                saved = time.monotonic()
-        _refuse_no_text(job, journal, output)
+        _write(results, output, job, run_state, start, say)
+        _refuse_no_text(job, run_state, output)
         if job.repeatable:
-            journal.save(output.sync())
+            run_state.save(output.sync())
         output.finish()
     if not (job.skip or output.state.skipped):
-        # There is nothing to report, and a report of older files would mislead.
-        (journal.folder / job.report.name).unlink()
+        # There is nothing to report, and the report of an earlier run would mislead.
+        (run_state.folder / job.report.name).unlink()
         job.report.unlink(missing_ok=True)
-    journal.publish(output.state)
+    run_state.finish(output.state)
     return output.state
 
 
-def sample_texts(job: Job, first: Sequence[Block]) -> list[str]:
-    """Texts from the heads of several sources, cut where they are long."""
-    regular = [source for source in job.sources if source.size is not None]
-    some = regular[:: -(-len(regular) // SAMPLED_SOURCES) or 1]
-    heads = [next(read_blocks([source], columns=job.keys), None) for source in some]
-    blocks = [*first, *filter(None, heads)]
+def _write(
+    results: Iterable[Encoded],
+    output: _Output,
+    job: Job,
+    run_state: RunState,
+    start: State,
+    say: Say,
+) -> None:
+    """Write the ids as they come, save the state of the run, and print progress."""
+    progress = Progress(
+        "processed", total_size(job.sources), done=start.consumed, line_seconds=LINE_SECONDS
+    )
+    lines_reached = start.documents // job.log_interval
+    last_save = time.monotonic()
+    for encoded in results:
+        if encoded.faults and not job.skip:
+            _save_before_error(run_state, output, say)
+            raise DocumentError(encoded.faults[0])
+        output.add(encoded)
+        state = output.state
+        if state.documents // job.log_interval > lines_reached and progress.is_due:
+            lines_reached = state.documents // job.log_interval
+            rate = (state.num_bytes - start.num_bytes) / progress.seconds
+            what = (
+                f"{state.documents} documents, {human_size(state.num_bytes)} "
+                f"({rate / 1e6:.1f} MB/s), {sum(state.tokens) / 1e6:.2f} M tokens"
+            )
+            progress.print(what, state.consumed)
+        if job.repeatable and time.monotonic() - last_save >= SAVE_SECONDS:
+            run_state.save(output.sync())
+            last_save = time.monotonic()
+
+
+def sample_texts(job: Job, first: Sequence[TextChunk]) -> list[str]:
+    """Sample texts from the first chunks of several sources; long texts are truncated."""
+    files = [source for source in job.sources if source.size is not None]
+    sampled = files[:: -(-len(files) // SAMPLED_SOURCES) or 1]
+    heads = [next(read_chunks([source], columns=job.keys), None) for source in sampled]
+    chunks = [*first, *filter(None, heads)]
     texts = []
-    for block in blocks:
+    for chunk in chunks:
         size = 0
-        for document in documents_of(block):
+        for document in documents_of(chunk):
             with suppress(DocumentError):
                 sequences = chain.from_iterable(document.sequences(job.keys))
                 texts += [text[:LONGEST_SAMPLE] for text in sequences]
                 size += sum(map(len, texts[-len(job.keys) :]))
-            if size >= SAMPLE_BYTES // len(blocks):
+            if size >= SAMPLE_BYTES // len(chunks):
                 break
     return texts
 
 
 class _Output:
-    """The growing data sets of a job, the report, and how far they are."""
+    """The data sets and the report that a run writes, with their state."""
 
     def __init__(self, job: Job, folder: Path, encoder: Encoder, start: State) -> None:
         self.state = start
         self._datasets = [
-            GrowingDataset(folder, prefix.name, encoder.dtype, start.sizes)
+            DatasetWriter(folder, prefix.name, encoder.dtype, start.sizes)
             for prefix in job.prefixes
         ]
         report = folder / job.report.name
@@ -228,7 +253,7 @@ class _Output:
         )
 
     def sync(self) -> State:
-        """Wait until everything is on the disk; returns how far that is."""
+        """Wait until everything is on the disk; returns the state with the sizes of the files."""
         self._report.flush()
         os.fsync(self._report.fileno())
         sizes = {Path(self._report.name).name: self._report.tell()}
@@ -248,19 +273,19 @@ class _Output:
             self._report.close()
 
 
-def _keep_for_another_try(journal: RunState, output: _Output, say: Say) -> None:
-    """Hours of work should not be lost to one bad document."""
-    if journal.saved:
+def _save_before_error(run_state: RunState, output: _Output, say: Say) -> None:
+    """Save the state, so that a faulty document does not cost hours of work."""
+    if run_state.saved:
         documents = output.sync().documents
-        journal.save(output.state)
+        run_state.save(output.state)
         say(
-            f"{journal.folder} keeps {documents} documents: the same command goes on there, also "
-            "with --on-error skip"
+            f"{run_state.folder} keeps {documents} documents: the same command resumes after them, "
+            "also with --on-error skip"
         )
 
 
-def _refuse_no_text(job: Job, journal: RunState, output: _Output) -> None:
-    """Refuse a data set without a token; the reasons are in the sentence, as no report stays."""
+def _refuse_no_text(job: Job, run_state: RunState, output: _Output) -> None:
+    """Refuse a data set without tokens; the error has the reasons, since no report is left."""
     state = output.state
     for key, tokens in zip(job.keys, state.tokens, strict=True):
         if tokens:
@@ -268,20 +293,20 @@ def _refuse_no_text(job: Job, journal: RunState, output: _Output) -> None:
         message = f"the input holds {state.documents} documents and no text under {key!r}"
         if state.skipped:
             output.sync()
-            reasons = list_reasons(journal.folder / job.report.name)
-            left = "all" if not state.documents else "the other"
-            message = f"{message}, and {left} {state.skipped} were left out ({reasons})"
-        journal.discard()
+            reasons = list_reasons(run_state.folder / job.report.name)
+            skipped = "all" if not state.documents else "the other"
+            message = f"{message}, and {skipped} {state.skipped} were left out ({reasons})"
+        run_state.discard()
         raise ConfigError(f"{message}; give files with text")
 
 
 def list_reasons(report: Path) -> str:
-    """Why documents were left out, and how many for each reason."""
+    """The reasons why documents were left out, with the number of documents, as one line."""
     reasons = count_reasons(report).most_common()
     return ", ".join(f"{count} {reason}" for reason, count in reasons)
 
 
 def count_reasons(report: Path) -> Counter[str]:
-    """How many documents were left out for each reason."""
+    """Reason -> number of documents that were left out."""
     with report.open("rb") as file:
         return Counter(json.loads(line)["reason"].partition(" (")[0] for line in file)

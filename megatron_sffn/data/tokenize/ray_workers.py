@@ -1,13 +1,11 @@
-"""Blocks encoded on the machines of a Ray cluster.
+"""Encodes chunks on the machines of a Ray cluster, with results in the order of the chunks.
 
-Enters: blocks as they are read here. Leaves: what became of them, in their order.
-
-Choices
-- This machine reads and writes, the cluster encodes: no disk has to be shared, the files are those
-  of a run on one machine, and a kill is survived in the same way.
-- A task keeps nothing: Ray repeats one whose worker or machine is lost.
-- Each worker makes its encoder from the recipe, once: a process of Ray serves one job only. It
-  refuses to work with another tokenizer than the one here.
+Design notes:
+- The driver (the machine of the command) reads and writes, and the cluster encodes. No shared disk
+  is needed, the files are those of a run on one machine, and a killed run resumes in the same way.
+- Tasks have no state, so Ray repeats a task whose worker or machine is lost.
+- Each worker builds its encoder once: a process of Ray serves one job only. It refuses to work if
+  its tokenizer differs from that of the driver.
 """
 
 from __future__ import annotations
@@ -23,70 +21,72 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_sffn.data.text.chunks import Block, place
+from megatron_sffn.data.text.chunks import TextChunk, place
 from megatron_sffn.data.tokenize.encoder import Encoded, Encoder
 from megatron_sffn.data.tokenize.encoder_spec import EncoderSpec, Loaded
 from megatron_sffn.data.tokenize.workers import AHEAD_BYTES, in_order
 from megatron_sffn.utils.errors import ConfigError, require
 
 TRIES = 10
-"""A block that takes its worker with it so often is at fault itself."""
+"""Retries of a task whose worker dies: after so many the chunk itself is the cause."""
 SILENCE_SECONDS = 60.0
 REACH_SECONDS = 10.0
 
-_encoder: Encoder | None = None  # of a worker process
+_encoder: Encoder | None = None  # the encoder of a worker process
 
 
 class Cluster:
     """A Ray cluster that this process is connected to.
 
     Args:
-        say: told what a user should know, a sentence each time.
+        say: receives lines for the user.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         import ray
 
         self._ray, self._say = ray, say
-        self._bytes: Counter[str] = Counter()  # by machine
+        self._bytes: Counter[str] = Counter()  # machine -> bytes that it has encoded
 
     @property
     def workers(self) -> int:
-        """Its CPUs."""
+        """Number of CPUs of the cluster."""
         return int(self._ray.cluster_resources().get("CPU", 0))
 
     def work(
-        self, recipe: EncoderSpec, loaded: Loaded
-    ) -> Callable[[Encoder, Iterable[Block]], Generator[Encoded, None, None]]:
-        """A function that encodes blocks on all CPUs, and gives what becomes of them in order.
+        self, encoder_spec: EncoderSpec, loaded: Loaded
+    ) -> Callable[[Encoder, Iterable[TextChunk]], Generator[Encoded, None, None]]:
+        """A function that encodes chunks on all CPUs, with results in order.
 
         Args:
-            recipe: of the encoder that it will be given, which is made of it elsewhere, too.
-            loaded: by the recipe, here.
+            encoder_spec: from which each worker builds its encoder.
+            loaded: the result of `encoder_spec.load` on the driver.
         """
-        return partial(self._encode_in_order, recipe, recipe.digest(loaded))
+        return partial(self._encode_in_order, encoder_spec, encoder_spec.digest(loaded))
 
     def _encode_in_order(
-        self, recipe: EncoderSpec, digest: str, encoder: Encoder, blocks: Iterable[Block]
+        self, encoder_spec: EncoderSpec, digest: str, encoder: Encoder, chunks: Iterable[TextChunk]
     ) -> Generator[Encoded, None, None]:
-        recipe = replace(recipe, engine=encoder.engine.name)
+        encoder_spec = replace(encoder_spec, engine=encoder.engine.name)
         task = self._ray.remote(num_cpus=1, max_retries=TRIES)(_encode)
-        start = partial(self._start, task, self._ray.put((recipe, digest)))
-        yield from in_order(start, blocks, AHEAD_BYTES * max(self.workers, 1))
+        start = partial(self._start, task, self._ray.put((encoder_spec, digest)))
+        yield from in_order(start, chunks, AHEAD_BYTES * max(self.workers, 1))
         shares = ", ".join(f"{size / 1e6:.1f} MB on {node}" for node, size in self._bytes.items())
         self._say(f"Ray encoded {shares}")
 
-    def _start(self, task: Any, shared: Any, blocks: list[Block]) -> Callable[[], Encoded]:
-        return partial(self._result, task.remote(shared, blocks), blocks)
+    def _start(self, task: Any, shared: Any, chunks: list[TextChunk]) -> Callable[[], Encoded]:
+        return partial(self._result, task.remote(shared, chunks), chunks)
 
-    def _result(self, reference: Any, blocks: Sequence[Block]) -> Encoded:
+    def _result(self, reference: Any, chunks: Sequence[TextChunk]) -> Encoded:
         exceptions = self._ray.exceptions
-        name = place(blocks[0].source.name, blocks[0].source.unit, blocks[0].number)
+        first_document = place(chunks[0].source.name, chunks[0].source.unit, chunks[0].number)
         while True:
             try:
                 node, encoded = self._ray.get(reference, timeout=SILENCE_SECONDS)
             except exceptions.GetTimeoutError:
-                self._say(f"waiting for the text from {name} on; Ray has {self.workers} CPUs")
+                self._say(
+                    f"waiting for the text from {first_document} on; Ray has {self.workers} CPUs"
+                )
             except exceptions.RayTaskError as error:
                 if isinstance(error.cause, ImportError):
                     raise ConfigError(
@@ -96,9 +96,9 @@ class Cluster:
                 raise error.cause from error
             except exceptions.RayError as error:
                 raise ConfigError(
-                    f"Ray gave up the text from {name} on ({type(error).__name__}), most often for "
-                    "lack of memory; give it fewer CPUs on each machine, and the same command to "
-                    "go on"
+                    f"Ray gave up the text from {first_document} on ({type(error).__name__}), most "
+                    "often for lack of memory; give it fewer CPUs on each machine, and the same "
+                    "command to resume"
                 ) from error
             else:
                 self._bytes[node] += encoded.num_bytes
@@ -107,11 +107,11 @@ class Cluster:
 
 @contextmanager
 def connected(address: str, say: Callable[[str], None]) -> Iterator[Cluster]:
-    """A cluster, until the block ends.
+    """Connect to a cluster, until the `with` block ends.
 
     Args:
-        address: `auto` for the one that this machine belongs to, or `HOST:PORT` of its head.
-        say: told how large it is, and later what becomes of it.
+        address: `auto` for the cluster of this machine, or `HOST:PORT` of the head.
+        say: receives lines about the cluster.
 
     Raises:
         ConfigError: Ray is not installed, or there is no cluster.
@@ -138,33 +138,33 @@ def connected(address: str, say: Callable[[str], None]) -> Iterator[Cluster]:
 
 
 def _reach(address: str) -> None:
-    """Fail at once if nothing answers, where Ray would try for a quarter of an hour."""
+    """Fail at once if nothing answers; Ray would try for a quarter of an hour."""
     if address != "auto":
         head = urlsplit(address if "//" in address else f"//{address}")
         socket.create_connection((head.hostname, head.port), timeout=REACH_SECONDS).close()
 
 
-def _encode(shared: tuple[EncoderSpec, str], blocks: list[Block]) -> tuple[str, Encoded]:
-    """What a worker does; returns the machine as well."""
+def _encode(shared: tuple[EncoderSpec, str], chunks: list[TextChunk]) -> tuple[str, Encoded]:
+    """The task of a worker: returns its machine and the result."""
     import ray
 
     node = f"{platform.node()} ({ray.get_runtime_context().get_node_id()[:6]})"
     global _encoder
     if _encoder is None:
         _encoder = _make_encoder(*shared, node)
-    return node, _encoder(blocks)
+    return node, _encoder(chunks)
 
 
-def _make_encoder(recipe: EncoderSpec, digest: str, node: str) -> Encoder:
-    # A worker has one CPU.
+def _make_encoder(encoder_spec: EncoderSpec, digest: str, node: str) -> Encoder:
+    # A worker has one CPU, so the library shall start no threads.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        loaded = recipe.load()
-        if recipe.digest(loaded) != digest:
+        loaded = encoder_spec.load()
+        if encoder_spec.digest(loaded) != digest:
             raise ConfigError(
                 "the tokenizer is another than where the command was given; copy its files, and "
                 "install the same versions"
             )
-        return recipe.encoder(loaded, [], lambda message: None)
+        return encoder_spec.encoder(loaded, [], lambda message: None)
     except ConfigError as error:
         raise ConfigError(f"on {node}: {error}") from error

@@ -1,8 +1,11 @@
-"""Megatron's tokenizers, built before anything else, with one sentence when that fails.
+"""Builds Megatron's tokenizers early, with a one-sentence error if that fails.
 
-Enters: Megatron's tokenizer flags. Leaves: the tokenizer that Megatron builds from them.
-Choices: nothing is fetched unless HF_HUB_OFFLINE=0 is set. Megatron asks the hub about GPT-2 even
-when its files are given: a folder that says the same is made of them, in the user's cache.
+Inputs: Megatron's tokenizer flags. Outputs: the tokenizer that Megatron builds from them.
+
+Design notes:
+- Nothing is downloaded unless HF_HUB_OFFLINE=0 is set.
+- Megatron asks the hub about GPT-2 even when its files are given, so the files are copied to a
+  folder in the user's cache that transformers loads as the same tokenizer.
 """
 
 from __future__ import annotations
@@ -19,23 +22,24 @@ from typing import Any, Protocol
 
 from megatron_sffn.utils.errors import ConfigError
 
-PARTS_OF_IDS = ("normalizer", "pre_tokenizer", "post_processor")
-REBUILT_PROBES = (
+ID_SECTIONS = ("normalizer", "pre_tokenizer", "post_processor")
+"""Sections of tokenizer.json that determine ids, beside the model."""
+REBUILD_PROBES = (
     "In 2023 and 650841823, it's 1,000.50 DON'T we'll",
     "  leading, double   and trailing  \n\n\ttabs\r\n",
     "Grüße, e\u0301 ÉCOLE, ﬁ ½ 日本語 한국어 हिन्दी 🦙 \u00a0\u3000",
     "snake_case camelCase HTTPServer $%&*()[]{}<>|~^`@#!?;:",
 )
-"""Texts on which pre-tokenizers and normalizers differ."""
+"""Texts on which pre-tokenizers and normalizers give different ids."""
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer that Megatron built."""
+    """The members of Megatron's tokenizers that we use."""
 
     library: str
     path: str
     _tokenizer: Any
-    """Megatron's wrapper of a library's tokenizer, for engines that go below both."""
+    """Megatron's wrapper of a library's tokenizer, which engines unwrap."""
 
     @property
     def vocab_size(self) -> int:
@@ -56,15 +60,15 @@ def load_tokenizer(args: argparse.Namespace, *, need_eod: bool = False) -> Token
     """Build the tokenizer that the flags name.
 
     Args:
-        args: with the flags of Megatron's `TokenizerConfig`; not changed.
+        args: namespace with the flags of Megatron's `TokenizerConfig`; not changed.
         need_eod: refuse a tokenizer without an end-of-document token.
 
     Raises:
         ConfigError: no type is named, its files are missing or unusable, or it has no eod.
     """
-    # Padding the vocabulary concerns the model, and writes to the namespace.
+    # Padding the vocabulary concerns the model only, and would write to the namespace.
     args = argparse.Namespace(**{**vars(args), "pad_vocab_size": False})
-    chosen = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
+    flags = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
     localize_tokenizer(args)
 
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -72,7 +76,7 @@ def load_tokenizer(args: argparse.Namespace, *, need_eod: bool = False) -> Token
     try:
         tokenizer: Tokenizer = build_tokenizer(args)
         eod = tokenizer.eod if need_eod else 0
-    except Exception as error:  # each tokenizer library has its own errors
+    except Exception as error:  # each tokenizer library raises its own errors
         if _is_hub_name(args):
             raise ConfigError(
                 f"--tokenizer-model {args.tokenizer_model} is no folder here, and the hub's cache "
@@ -80,28 +84,28 @@ def load_tokenizer(args: argparse.Namespace, *, need_eod: bool = False) -> Token
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"{chosen} cannot be loaded ({reason}); check the tokenizer flags"
+            f"{flags} cannot be loaded ({reason}); check the tokenizer flags"
         ) from error
     if eod is None or eod < 0:  # SentencePiece says -1
         raise ConfigError(
-            f"{chosen} has no end-of-document token; leave out --append-eod, or name one as "
+            f"{flags} has no end-of-document token; leave out --append-eod, or name one as "
             "eos_token in tokenizer_config.json"
         )
     return tokenizer
 
 
-def rebuilt(tokenizer: Tokenizer, model: str | None) -> str | None:
-    """How a tokenizer differs from its `tokenizer.json`, if transformers did not take it from that.
+def difference_from_file(tokenizer: Tokenizer, model: str | None) -> str | None:
+    """How the ids of a tokenizer differ from those of its `tokenizer.json`.
 
-    transformers 5 has classes that build a tokenizer from vocabulary and merges, with a normalizer,
-    a pre-tokenizer and a post-processor of their own. A file may name such a class and mean others.
+    Some classes of transformers 5 take only vocabulary and merges from the file, and build their
+    own normalizer, pre-tokenizer and post-processor, whatever the file has.
 
     Args:
-        tokenizer: what Megatron built.
+        tokenizer: the tokenizer that Megatron built.
         model: `--tokenizer-model`.
 
     Returns:
-        A sentence without an end; None if no difference was seen.
+        A sentence for an error message; None if no difference was found.
     """
     wrapped = getattr(tokenizer._tokenizer, "tokenizer", None)
     backend = getattr(wrapped, "backend_tokenizer", None)
@@ -110,28 +114,28 @@ def rebuilt(tokenizer: Tokenizer, model: str | None) -> str | None:
     if backend is None or file.name != "tokenizer.json" or not file.is_file():
         return None
     written, built = json.loads(file.read_bytes()), json.loads(backend.to_str())
-    if all(written.get(part) == built[part] for part in PARTS_OF_IDS):
+    if all(written.get(section) == built[section] for section in ID_SECTIONS):
         return None
-    if built["model"].get("dropout"):  # each call has other ids
+    if built["model"].get("dropout"):  # ids are random
         return None
     from tokenizers import Tokenizer as Backend
 
-    given = Backend.from_file(str(file))
-    given.no_truncation()
-    given.no_padding()
-    given.encode_special_tokens = backend.encode_special_tokens
-    # A user who sets one of these means another post-processor than the file has.
+    of_file = Backend.from_file(str(file))
+    of_file.no_truncation()
+    of_file.no_padding()
+    of_file.encode_special_tokens = backend.encode_special_tokens
+    # A user who sets one of these flags wants another post-processor than that of the file.
     config = _json_of(file.with_name("tokenizer_config.json"))
     special = not any(name in config for name in ("add_bos_token", "add_eos_token"))
-    for text in [*REBUILT_PROBES, *(token["content"] for token in written.get("added_tokens", []))]:
-        right, wrong = (
-            one.encode(text, add_special_tokens=special).ids for one in (given, backend)
+    for text in [*REBUILD_PROBES, *(token["content"] for token in written.get("added_tokens", []))]:
+        expected, actual = (
+            encoder.encode(text, add_special_tokens=special).ids for encoder in (of_file, backend)
         )
-        if right != wrong:
+        if expected != actual:
             return (
                 f"--tokenizer-model {model} has the class {type(wrapped).__name__}, for which "
-                f"transformers gives {wrong[:8]} for {text[:20]!a}, but its tokenizer.json gives "
-                f'{right[:8]}; write "tokenizer_class": "PreTrainedTokenizerFast" in '
+                f"transformers gives {actual[:8]} for {text[:20]!a}, but its tokenizer.json gives "
+                f'{expected[:8]}; write "tokenizer_class": "PreTrainedTokenizerFast" in '
                 "tokenizer_config.json"
             )
     return None
@@ -146,7 +150,7 @@ def localize_tokenizer(args: argparse.Namespace) -> None:
     """Change the flags so that Megatron finds the tokenizer on this machine.
 
     Args:
-        args: with the flags of Megatron's `TokenizerConfig`; changed.
+        args: namespace with the flags of Megatron's `TokenizerConfig`; changed.
 
     Raises:
         ConfigError: no type is named, or its files are missing or do not fit.
@@ -175,7 +179,7 @@ def localize_tokenizer(args: argparse.Namespace) -> None:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name that does not exist was meant as a path, not as a model of the hub."""
+    """True if a name that does not exist is probably a path, and not a model of the hub."""
     parent = os.path.dirname(name)
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(parent)
 
@@ -199,7 +203,7 @@ def _folder_of(path: str) -> str:
 
 
 def _gpt2_folder(vocab_file: str | None, merge_file: str | None) -> Path:
-    """A folder that loads as the two files of GPT-2's tokenizer, the same for the same files."""
+    """A folder in the cache, named by a hash, with the two files of GPT-2's tokenizer."""
     if vocab_file is None or merge_file is None:
         raise ConfigError(
             f"--tokenizer-type GPT2BPETokenizer has --vocab-file {vocab_file} and --merge-file "
@@ -224,7 +228,7 @@ def _gpt2_folder(vocab_file: str | None, merge_file: str | None) -> Path:
 
 
 def _check_tiktoken(args: argparse.Namespace) -> None:
-    """Megatron checks the same by assertions without words."""
+    """Check the conditions that Megatron asserts without a message."""
     path = args.tokenizer_model
     if not _is_json(path):
         raise ConfigError(
@@ -248,18 +252,21 @@ def _check_tiktoken(args: argparse.Namespace) -> None:
 
 
 def changed_text(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[str, str] | None:
-    """The first of some texts that its ids do not give back, and what they give, from there on.
+    """Find the first text whose ids decode to another text.
 
     Args:
-        tokenizer: what Megatron built.
-        texts: of the input.
+        tokenizer: the tokenizer that Megatron built.
+        texts: texts of the input.
+
+    Returns:
+        The text and the decoded text, from the first difference on; None if all texts are the same.
     """
     for text in texts:
         ids = tokenizer.tokenize(text)
-        # Ids that the tokenizer puts around every text are no change.
-        back, inner = (tokenizer.detokenize(ids, skip) for skip in (None, True))
-        if text not in (back, inner):
-            pairs = enumerate(zip(text, back, strict=False))
-            same = next((at for at, (one, other) in pairs if one != other), len(back))
-            return text[same : same + 20], back[same : same + 20]
+        # Special tokens that the tokenizer adds around every text are not a change.
+        decoded, without_special = (tokenizer.detokenize(ids, skip) for skip in (None, True))
+        if text not in (decoded, without_special):
+            pairs = enumerate(zip(text, decoded, strict=False))
+            start = next((at for at, (before, after) in pairs if before != after), len(decoded))
+            return text[start : start + 20], decoded[start : start + 20]
     return None

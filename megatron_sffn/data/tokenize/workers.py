@@ -1,9 +1,9 @@
-"""Processes that encode blocks, and results in the order of the blocks.
+"""Worker processes that encode chunks, with results in the order of the chunks.
 
-Enters: blocks as they are read. Leaves: what became of them, in order.
-Choices: workers are forked after the tokenizer is loaded: they share it and import nothing again.
-Blocks are read only as results are taken, and no more are on the way than `AHEAD_BYTES` for each
-worker, so memory does not grow with the input.
+Design notes:
+- Workers are forked after the tokenizer is loaded, so they share it and import nothing again.
+- Chunks are read only as results are consumed, and at most `AHEAD_BYTES` for each worker are in
+  flight, so memory does not grow with the input.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from megatron_sffn.data.text.chunks import Block
+from megatron_sffn.data.text.chunks import TextChunk
 from megatron_sffn.utils.errors import ConfigError
 
 TASK_BYTES = 1 << 20
 AHEAD_BYTES = 4 << 20
 
-# What a worker process runs. A global, because a task can reach nothing else of its worker, and
-# sending the tokenizer with every task costs more than the task.
-_encode: Callable[[Sequence[Block]], Any] | None = None
+# The function that a worker process runs. It is global because a task can reach only globals, and
+# sending the tokenizer with every task would cost more than the task.
+_encode: Callable[[Sequence[TextChunk]], Any] | None = None
 
 
 def encode_in_order[Result](
-    encode: Callable[[Sequence[Block]], Result], blocks: Iterable[Block], workers: int
+    encode: Callable[[Sequence[TextChunk]], Result], chunks: Iterable[TextChunk], workers: int
 ) -> Generator[Result, None, None]:
-    """Encode blocks on `workers` processes; one is this process.
+    """Encode chunks on `workers` processes; a single worker is this process.
 
     Raises:
         ConfigError: a worker was killed.
     """
     if workers == 1:
-        yield from map(encode, bundled(blocks))
+        yield from map(encode, bundled(chunks))
         return
     pool = ProcessPoolExecutor(
         workers,
@@ -48,7 +48,7 @@ def encode_in_order[Result](
     )
     try:
         yield from in_order(
-            lambda task: pool.submit(_encode_in_worker, task).result, blocks, AHEAD_BYTES * workers
+            lambda task: pool.submit(_encode_in_worker, task).result, chunks, AHEAD_BYTES * workers
         )
     except BrokenProcessPool as error:
         raise ConfigError(
@@ -60,36 +60,38 @@ def encode_in_order[Result](
 
 
 def in_order[Result](
-    start: Callable[[list[Block]], Callable[[], Result]], blocks: Iterable[Block], ahead: int
+    start: Callable[[list[TextChunk]], Callable[[], Result]],
+    chunks: Iterable[TextChunk],
+    ahead: int,
 ) -> Iterator[Result]:
-    """Results in the order of the blocks.
+    """Results in the order of the chunks.
 
     Args:
-        start: begins with some blocks elsewhere; what it returns waits for the result.
-        blocks: read only as results are taken.
-        ahead: bytes that may be on the way.
+        start: starts to encode some chunks; the function that it returns waits for the result.
+        chunks: the input, read only as results are consumed.
+        ahead: bytes that may be in flight.
     """
     pending: deque[tuple[int, Callable[[], Result]]] = deque()
-    on_the_way = 0
-    for task in bundled(blocks):
-        size = sum(block.num_bytes for block in task)
-        while pending and on_the_way + size > ahead:
-            done, wait = pending.popleft()
-            on_the_way -= done
+    in_flight = 0
+    for task in bundled(chunks):
+        size = sum(chunk.num_bytes for chunk in task)
+        while pending and in_flight + size > ahead:
+            size_done, wait = pending.popleft()
+            in_flight -= size_done
             yield wait()
         pending.append((size, start(task)))
-        on_the_way += size
+        in_flight += size
     while pending:
         yield pending.popleft()[1]()
 
 
-def bundled(blocks: Iterable[Block]) -> Iterator[list[Block]]:
-    """Blocks in lists of about `TASK_BYTES`: small files travel together."""
-    bundle: list[Block] = []
+def bundled(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
+    """Group chunks into tasks of about `TASK_BYTES`: small files share a task."""
+    bundle: list[TextChunk] = []
     size = 0
-    for block in blocks:
-        bundle.append(block)
-        size += block.num_bytes
+    for chunk in chunks:
+        bundle.append(chunk)
+        size += chunk.num_bytes
         if size >= TASK_BYTES:
             yield bundle
             bundle, size = [], 0
@@ -97,22 +99,22 @@ def bundled(blocks: Iterable[Block]) -> Iterator[list[Block]]:
         yield bundle
 
 
-def _start_worker(encode: Callable[[Sequence[Block]], Any]) -> None:
+def _start_worker(encode: Callable[[Sequence[TextChunk]], Any]) -> None:
     global _encode
     _encode = encode
-    # Ctrl-C reaches every process; the main one ends the workers.
+    # Ctrl-C reaches every process; the main process stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:
-    # Workers of a killed process would wait for tasks for ever.
+    # Without this, the workers of a killed process would wait for tasks forever.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _encode_in_worker(blocks: Sequence[Block]) -> Any:
+def _encode_in_worker(chunks: Sequence[TextChunk]) -> Any:
     assert _encode is not None
-    return _encode(blocks)
+    return _encode(chunks)

@@ -1,4 +1,4 @@
-"""Near-duplicates: the library's estimates against exact similarities, and what it looks at."""
+"""Near-duplicates: estimates against exact similarities, and which pairs are compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_sffn.data.corpus.minhash import Near, index_of
+from megatron_sffn.data.corpus.minhash import MinHash, empty_index
 from megatron_sffn.utils.errors import ConfigError
 
 pytest.importorskip("rensa", reason="rensa is not installed")
@@ -15,8 +15,8 @@ pytest.importorskip("rensa", reason="rensa is not installed")
 WORDS = [f"word{number}" for number in range(5000)]
 
 
-def near(threshold: float = 0.8, size: int = 5, unit: str = "words") -> Near:
-    return Near(threshold=threshold, size=size, unit=unit)
+def minhash(threshold: float = 0.8, size: int = 5, unit: str = "words") -> MinHash:
+    return MinHash(threshold=threshold, size=size, unit=unit)
 
 
 def jaccard(one: str, other: str, size: int) -> float:
@@ -42,7 +42,7 @@ def pairs(count: int, seed: int) -> list[tuple[str, str, float]]:
 
 
 def test_estimates_are_close_to_exact_similarities() -> None:
-    settings = near()
+    settings = minhash()
     errors = [
         settings.sketch(one).jaccard(settings.sketch(other)) - exact
         for one, other, exact in pairs(150, seed=0)
@@ -53,10 +53,10 @@ def test_estimates_are_close_to_exact_similarities() -> None:
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9])
 def test_pairs_above_the_threshold_are_found(threshold: float) -> None:
-    settings = near(threshold)
+    settings = minhash(threshold)
     looked_at = found = wrong = 0
     for one, other, exact in pairs(200, seed=1):
-        index = index_of(settings)
+        index = empty_index(settings)
         index.add("0", settings.sketch(one))
         alike = bool(index.get_duplicates(settings.sketch(other)))
         if exact > threshold + 0.05:
@@ -67,32 +67,32 @@ def test_pairs_above_the_threshold_are_found(threshold: float) -> None:
     assert wrong == 0
 
 
-def test_bands() -> None:
+def test_bands_compare_the_pairs_above_the_threshold() -> None:
     for threshold in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0):
-        bands = near(threshold).num_bands
+        bands = minhash(threshold).num_bands
         rows = 128 // bands
         assert 1 - (1 - threshold**rows) ** bands >= 0.9
-    assert near(0.8).num_bands == 16
+    assert minhash(0.8).num_bands == 16
 
 
 def test_sketches_are_the_same_everywhere() -> None:
     # Of the version in constraints.txt; another one may have others, which is a change to note.
-    assert near().sketch("one two three four five six").digest()[:3] == [
+    assert minhash().sketch("one two three four five six").digest()[:3] == [
         3546576929,
         3296815444,
         3335706492,
     ]
 
 
-def test_pieces_of_a_long_text_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_in_batches_has_the_same_sketch(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(WORDS)
-    whole = near().sketch(text)
-    monkeypatch.setattr("megatron_sffn.data.corpus.minhash.AT_ONCE", 7)
-    assert near().sketch(text).digest() == whole.digest()
+    whole = minhash().sketch(text)
+    monkeypatch.setattr("megatron_sffn.data.corpus.minhash.BATCH_NGRAMS", 7)
+    assert minhash().sketch(text).digest() == whole.digest()
 
 
-def test_what_counts() -> None:
-    words, characters = near(), near(unit="characters")
+def test_ngrams_of_words_and_characters_count() -> None:
+    words, characters = minhash(), minhash(unit="characters")
     one = "a b c d e f g"
     assert words.sketch(one).jaccard(words.sketch(one.upper())) == 1
     assert words.sketch(one).jaccard(words.sketch("g f e d c b a")) == 0
@@ -116,12 +116,12 @@ def test_what_counts() -> None:
         (0.8, 0, "--ngram 0 is less than 1; 5 words are usual"),
     ],
 )
-def test_bad_numbers(threshold: float, size: int, message: str) -> None:
+def test_numbers_out_of_range_are_refused(threshold: float, size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        near(threshold, size)
+        minhash(threshold, size)
 
 
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(ConfigError, match=r"needs rensa, .*'megatron-sffn\[dedup\]'"):
-        near()
+        minhash()

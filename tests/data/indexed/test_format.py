@@ -1,4 +1,4 @@
-"""Index files: read as Megatron wrote them, written as Megatron reads them, checked to the end."""
+"""Index files: byte for byte those of Megatron, and every entry is checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_sffn.data.indexed import format as indexed
+from megatron_sffn.data.indexed import format as index_format
 from megatron_sffn.data.indexed.format import DTYPES, IndexWriter, check_index, open_index
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.dataset_pairs import random_documents, write_pair
@@ -28,7 +28,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[1, 3, 1 << 20])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries in memory at once: results must not depend on them."""
-    monkeypatch.setattr(indexed, "PIECE", request.param)
+    monkeypatch.setattr(index_format, "PIECE", request.param)
 
 
 def test_types_are_megatrons() -> None:
@@ -53,7 +53,9 @@ def test_an_index_is_what_megatron_wrote(tmp_path: Path, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("documents", [[], [[], []]])
-def test_an_index_without_sequences(tmp_path: Path, documents: list[list[list[int]]]) -> None:
+def test_an_index_without_sequences_can_be_read(
+    tmp_path: Path, documents: list[list[list[int]]]
+) -> None:
     index = open_index(write_pair(tmp_path / "a", documents))
     check_index(index)
     assert (index.num_documents, index.num_tokens) == (len(documents), 0)
@@ -88,7 +90,7 @@ def change(path: str, edit: Callable[[bytes], bytes]) -> None:
 
 
 @pytest.mark.parametrize("ending", [".idx", ".bin"])
-def test_a_missing_file(tmp_path: Path, ending: str) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path, ending: str) -> None:
     prefix = write_pair(tmp_path / "a", DOCUMENTS)
     Path(prefix + ending).unlink()
     with pytest.raises(ConfigError, match=rf"a\{ending} does not exist; give the path of PREFIX"):
@@ -111,14 +113,16 @@ def test_a_missing_file(tmp_path: Path, ending: str) -> None:
     ],
     ids=["empty", "head", "garbage", "version", "dtype", "floats", "tail", "body", "longer", "no"],
 )
-def test_an_unusable_index(tmp_path: Path, edit: Callable[[bytes], bytes], what: str) -> None:
+def test_an_unusable_index_is_refused(
+    tmp_path: Path, edit: Callable[[bytes], bytes], what: str
+) -> None:
     prefix = write_pair(tmp_path / "a", DOCUMENTS)
     change(prefix + ".idx", edit)
     with pytest.raises(ConfigError, match=rf"a\.idx is {what}; make .*preprocess_data\.py"):
         open_index(prefix)
 
 
-def test_a_multimodal_set(tmp_path: Path) -> None:
+def test_a_multimodal_set_is_refused(tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(f"{tmp_path}/a.bin", dtype=numpy.uint16, multimodal=True)
     builder.add_document(numpy.array([1, 2, 3]), [1, 2], [0, 1])
     builder.finalize(f"{tmp_path}/a.idx")
@@ -127,7 +131,9 @@ def test_a_multimodal_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("edit", [lambda data: data[:-2], lambda data: data + b"\0\0"])
-def test_ids_and_index_that_differ(tmp_path: Path, edit: Callable[[bytes], bytes]) -> None:
+def test_ids_that_do_not_fit_the_index_are_refused(
+    tmp_path: Path, edit: Callable[[bytes], bytes]
+) -> None:
     prefix = write_pair(tmp_path / "a", DOCUMENTS)
     change(prefix + ".bin", edit)
     sizes = f"has {len(edit(bytes(14)))} bytes, but its index says 14"
@@ -156,7 +162,9 @@ def entry(place: int, dtype: str, value: int) -> Callable[[bytes], bytes]:
         (entry(98, "<i8", 1), "not in the order"),
     ],
 )
-def test_entries_that_cannot_be(tmp_path: Path, edit: Callable[[bytes], bytes], what: str) -> None:
+def test_wrong_entries_are_refused(
+    tmp_path: Path, edit: Callable[[bytes], bytes], what: str
+) -> None:
     prefix = write_pair(tmp_path / "a", DOCUMENTS)
     change(prefix + ".idx", edit)
     index = open_index(prefix)

@@ -124,7 +124,7 @@ def test_a_run_continues_within_an_epoch_on_another_number_of_ranks(folder: Path
 
 @needs_dali
 @pytest.mark.parametrize("split", [Split.valid, Split.test])
-def test_evaluation_too(folder: Path, split: Split) -> None:
+def test_evaluation_batches_are_the_same(folder: Path, split: Split) -> None:
     flags = f"{RUN} --data-path {folder}/large --split 60,20,20 --eval-micro-batch-size 4"
     assert min(run_ranks(2, compared, flags, split, 16, 40)) > 2
 
@@ -137,7 +137,7 @@ def test_evaluation_too(folder: Path, split: Split) -> None:
         ("--dataloader-type cyclic --no-data-sharding", Split.train),
     ],
 )
-def test_passes_that_follow_each_other(folder: Path, flags: str, split: Split) -> None:
+def test_consecutive_passes_are_the_same(folder: Path, flags: str, split: Split) -> None:
     paths = f"--train-data-path {folder}/small --valid-data-path {folder}/small"
     assert run_ranks(2, passes, f"{RUN} {flags} {paths}", split) == [300, 300]
 
@@ -148,7 +148,7 @@ def passes(flags: str, split: Split) -> int:
 
 
 @needs_dali
-def test_batches_that_grow(folder: Path) -> None:
+def test_growing_batch_sizes_are_the_same(folder: Path) -> None:
     flags = (
         "--seq-length 24 --micro-batch-size 2 --step-batch-size-schedule '0:4 1K:8' "
         f"--train-samples 96 --eval-iters 0 --num-workers 0 --data-path {folder}/large "
@@ -159,7 +159,7 @@ def test_batches_that_grow(folder: Path) -> None:
 
 
 @needs_dali
-def test_made_up_data(folder: Path) -> None:
+def test_mock_data_is_the_same(folder: Path) -> None:
     assert run_ranks(1, compared, f"{RUN} {EVERYTHING} --mock-data", Split.train, 8, 20) == [20]
 
 
@@ -180,7 +180,7 @@ def asked() -> Namespace:
     return namespace(f"{RUN} --mock-data --sffn-dataloader dali")
 
 
-def test_dali_that_is_not_installed(asked: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_dali_is_one_sentence(asked: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # how Python marks an absent module
     with pytest.raises(ConfigError, match=r"pip install 'megatron-sffn\[dali\]'"):
         check_dali(asked)
@@ -194,7 +194,7 @@ def test_samples_without_a_loss_are_refused(asked: Namespace) -> None:
 
 
 @needs_dali
-def test_phases_that_count_anew(asked: Namespace) -> None:
+def test_phase_transitions_are_refused(asked: Namespace) -> None:
     check_dali(asked)
     with pytest.raises(ConfigError, match="--phase-transition-iterations is not available with"):
         check_dali(Namespace(**{**vars(asked), "phase_transition_iterations": [5]}))

@@ -1,4 +1,4 @@
-"""What Megatron's data sets are told of the flags."""
+"""The flags that reach Megatron's data sets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--mock-data --eod-mask-loss", "eod_mask_loss", True),
     ],
 )
-def test_a_flag_reaches_them(flags: str, field: str, value: Any) -> None:
+def test_a_flag_reaches_the_data_sets(flags: str, field: str, value: Any) -> None:
     args = namespace(f"{RUN} {flags}")
     request = dataset_request(args, load_tokenizer(args), (1, 2, 3))
     assert getattr(request.config, field) == value
@@ -62,7 +62,7 @@ def test_an_evaluation_decides_how_much_is_built_for_it(flags: str, sizes: Any) 
     assert dataset_request(args, load_tokenizer(args), (9, 8, 7)).sizes == sizes
 
 
-def test_so_do_the_sizes_of_data_sets_from_a_file(tmp_path: Path) -> None:
+def test_sizes_in_a_file_reach_the_data_sets(tmp_path: Path) -> None:
     (tmp_path / "sizes.json").write_text(json.dumps({"a": [3, 4]}))
     args = namespace(f"{RUN} {OWN} --per-dataset-sequences-path {tmp_path / 'sizes.json'}")
     request = dataset_request(args, load_tokenizer(args), (0, 0, 0))

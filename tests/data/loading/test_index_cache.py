@@ -1,4 +1,4 @@
-"""Index files: the ones that Megatron reads, whole, on every disk."""
+"""Index files are complete, and every node has the files that Megatron reads."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from megatron_sffn.data.loading.index_cache import (
     index_sets,
 )
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
+from megatron_sffn.utils import atomic_files
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.preprocess_runs import namespace, random_documents, write_dataset
 from tests.support.ranks import run_ranks
@@ -119,7 +120,7 @@ def test_the_files_are_megatrons(folder: Path, ask: Ask, name: str, beside: bool
     assert complete(ask(**flags)) == (sets, 0)
 
 
-def test_what_is_there_stays(folder: Path, ask: Ask) -> None:
+def test_existing_files_stay(folder: Path, ask: Ask) -> None:
     flags = {"data_cache_path": str(folder / "cache")}
     complete(ask(str(folder / "a"), **flags))
     before = {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}
@@ -134,9 +135,7 @@ def test_what_is_there_stays(folder: Path, ask: Ask) -> None:
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "gone", "no description", "foreign"])
 @pytest.mark.parametrize("which", ["document_index", "sample_index", "shuffle_index"])
-def test_files_that_are_not_whole_are_written_again(
-    folder: Path, ask: Ask, which: str, harm: str
-) -> None:
+def test_truncated_files_are_written_again(folder: Path, ask: Ask, which: str, harm: str) -> None:
     request = ask(str(folder / "a"), data_cache_path=str(folder / "cache"))
     complete(request)
     good = files(folder / "cache")
@@ -155,7 +154,7 @@ def test_files_that_are_not_whole_are_written_again(
     assert files(folder / "cache") == good
 
 
-def test_files_of_a_data_set_that_was_made_anew(folder: Path, ask: Ask) -> None:
+def test_files_of_a_data_set_that_was_made_anew_are_written_again(folder: Path, ask: Ask) -> None:
     request = ask(str(folder / "a"), data_cache_path=str(folder / "cache"))
     complete(request)
     write_dataset(folder / "a", random_documents(70, 7))
@@ -166,7 +165,7 @@ def test_files_of_a_data_set_that_was_made_anew(folder: Path, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("renamed", [False, True])
-def test_files_of_the_same_documents_in_another_order(
+def test_files_of_another_order_of_documents_are_written_again(
     folder: Path, ask: Ask, renamed: bool
 ) -> None:
     request = ask(str(folder / "a"), data_cache_path=str(folder / "cache"))
@@ -204,7 +203,7 @@ def test_files_of_a_data_set_that_was_copied_stay(
     assert complete(request) == (3, 0)
 
 
-def test_what_a_kill_leaves_is_no_cache(
+def test_a_partial_file_of_a_kill_is_not_used(
     folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = ask(str(folder / "a"), data_cache_path=str(folder / "cache"))
@@ -226,21 +225,23 @@ def test_what_a_kill_leaves_is_no_cache(
     assert part.exists(), "another process may still write it"
     index = part.with_name(part.name.split(".")[0] + ".npy")
     index.unlink()
-    old = time.time() - 2 * index_cache.STALE_SECONDS
+    old = time.time() - 2 * atomic_files.STALE_SECONDS
     os.utime(part, (old, old))
     assert complete(request) == (3, 1)
     assert index.exists()
     assert not list((folder / "cache").glob("*.part"))
 
 
-def test_a_folder_that_cannot_be_written(folder: Path, ask: Ask) -> None:
+def test_a_folder_that_cannot_be_written_is_one_sentence(folder: Path, ask: Ask) -> None:
     (folder / "file").write_text("")
     request = ask(str(folder / "a"), data_cache_path=str(folder / "file" / "cache"))
     with pytest.raises(ConfigError, match=r"file/cache \(Not a directory\); give --data-cache-pa"):
         complete(request)
 
 
-def test_a_full_disk(folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_sentence(
+    folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(file: Any, array: Any) -> None:
         file.write(b"half")
         raise OSError(28, "No space left on device")
@@ -252,7 +253,7 @@ def test_a_full_disk(folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) ->
     assert not list((folder / "cache").iterdir())
 
 
-def test_made_up_data_has_files_in_a_cache_alone(folder: Path, ask: Ask) -> None:
+def test_mock_data_has_files_only_in_a_cache(folder: Path, ask: Ask) -> None:
     flags = {"mock_data": True, "split": None, "data_path": None}
     assert index_sets(ask(**flags)) == []
     request = ask(**flags, data_cache_path=str(folder / "cache"))
@@ -289,7 +290,7 @@ def test_every_node_has_the_files(folder: Path, ask: Ask, shared: bool) -> None:
     assert len(caches[0]) == 3 * (4 + 4 + 3)
 
 
-def test_without_it_megatron_fails_on_the_second_node(folder: Path, ask: Ask) -> None:
+def test_megatron_alone_fails_on_the_second_node(folder: Path, ask: Ask) -> None:
     def body() -> None:
         where = folder / f"cache{torch.distributed.get_rank()}"
         by_megatron(ask(str(folder / "a"), data_cache_path=str(where)))

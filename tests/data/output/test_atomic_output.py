@@ -1,4 +1,4 @@
-"""Files appear together or not at all; what is left of a kill is removed, or finished."""
+"""Atomic output: files appear together or not at all, also after a kill."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sffn.data.output.atomic_output import bin_and_idx, published
+from megatron_sffn.data.output.atomic_output import atomic_output, bin_and_idx
 from megatron_sffn.utils.errors import ConfigError
 
 
 def write(prefix: Path, content: str, *, overwrite: bool = False) -> None:
     files = bin_and_idx(str(prefix))
-    with published(str(prefix), files, overwrite=overwrite) as folder:
+    with atomic_output(str(prefix), files, overwrite=overwrite) as folder:
         for path in files:
             (folder / path.name).write_text(content)
 
@@ -24,7 +24,7 @@ def content(folder: Path) -> dict[str, str]:
 
 def test_files_appear_at_the_end(tmp_path: Path) -> None:
     files = bin_and_idx(f"{tmp_path}/a")
-    with published(f"{tmp_path}/a", files, overwrite=False) as folder:
+    with atomic_output(f"{tmp_path}/a", files, overwrite=False) as folder:
         for path in files:
             (folder / path.name).write_text("x")
         assert not any(path.exists() for path in files)
@@ -37,7 +37,7 @@ def test_an_error_leaves_the_old_files(tmp_path: Path) -> None:
     files = bin_and_idx(f"{tmp_path}/a")
     with (
         pytest.raises(ZeroDivisionError),
-        published(f"{tmp_path}/a", files, overwrite=True) as folder,
+        atomic_output(f"{tmp_path}/a", files, overwrite=True) as folder,
     ):
         (folder / "a.bin").write_text("new")
         raise ZeroDivisionError
@@ -45,7 +45,7 @@ def test_an_error_leaves_the_old_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("renamed", [0, 1])
-def test_a_kill_among_the_renames_is_finished(tmp_path: Path, renamed: int) -> None:
+def test_renames_after_a_kill_are_completed(tmp_path: Path, renamed: int) -> None:
     """The process ends where it gives the files their names."""
     pid = os.fork()
     if not pid:
@@ -70,7 +70,7 @@ def test_a_kill_among_the_renames_is_finished(tmp_path: Path, renamed: int) -> N
     assert content(tmp_path) == {"a.bin": "another", "a.idx": "another"}
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.bin.partial").write_text("in the way")
     with pytest.raises(
         ConfigError, match=r"a\.bin\.partial cannot be written \(File exists\); give"

@@ -1,4 +1,4 @@
-"""Documents: their text, and one sentence for each that cannot be used."""
+"""Documents: their texts, and one sentence for each faulty document."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_sffn.data.text.chunks import read_blocks
+from megatron_sffn.data.text.chunks import read_chunks
 from megatron_sffn.data.text.documents import Document, DocumentError, documents_of, read_documents
 from megatron_sffn.data.text.sources import find_sources
 
@@ -30,13 +30,13 @@ def line(content: bytes) -> Document:
         (b'{"text": "a", "text": "b"}', "b"),
     ],
 )
-def test_lines(content: bytes, text: str) -> None:
+def test_lines_are_documents(content: bytes, text: str) -> None:
     assert line(content).texts(["text"]) == [text]
     assert line(content).sequences(["text"]) == [[text]]
     assert line(content).record()["text"] == text
 
 
-def test_several_keys_and_lists() -> None:
+def test_several_keys_and_lists_are_read() -> None:
     document = line(b'{"b": "two", "a": ["one", "", "more"], "c": []}')
     assert document.sequences(["a", "b", "c"]) == [["one", "", "more"], ["two"], []]
     assert document.texts(["b"]) == ["two"]
@@ -67,7 +67,7 @@ def test_several_keys_and_lists() -> None:
     ],
     ids=lambda value: value[:20] if isinstance(value, bytes) else "",
 )
-def test_lines_that_cannot_be_used(content: bytes, reason: str) -> None:
+def test_faulty_lines_are_one_sentence(content: bytes, reason: str) -> None:
     with pytest.raises(DocumentError, match=rf"^line 3 of a\.jsonl {reason}") as error:
         line(content).sequences(["text"])
     assert "\n" not in str(error.value)
@@ -84,7 +84,7 @@ def test_lines_that_cannot_be_used(content: bytes, reason: str) -> None:
         ("a".encode("utf-16-le"), "holds a NUL at byte 1, which no text has"),
     ],
 )
-def test_texts_that_cannot_be_used(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_faulty_texts_are_one_sentence(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(content)
     with pytest.raises(DocumentError, match=f"^{path} {reason}"):
@@ -104,7 +104,7 @@ def test_a_text_is_found_under_any_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.string_view()]
 )
-def test_rows(tmp_path: Path, kind: pyarrow.DataType) -> None:
+def test_rows_are_documents(tmp_path: Path, kind: pyarrow.DataType) -> None:
     path = tmp_path / "a.parquet"
     values = ["é", "", None] if "binary" not in str(kind) else ["é".encode(), b"", None, b"\xff"]
     parquet.write_table(pyarrow.table({"text": pyarrow.array(values, kind), "n": values}), path)
@@ -121,7 +121,7 @@ def test_rows(tmp_path: Path, kind: pyarrow.DataType) -> None:
     assert first.record().keys() == {"text", "n"}
 
 
-def test_a_row_that_is_not_unicode(tmp_path: Path) -> None:
+def test_a_row_that_is_not_unicode_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     offsets = pyarrow.array([b"ok", b"caf\xe9", b"e\0nd"]).buffers()
     column = pyarrow.Array.from_buffers(pyarrow.string(), 3, offsets)
@@ -135,13 +135,13 @@ def test_a_row_that_is_not_unicode(tmp_path: Path) -> None:
             ask()
 
 
-def test_a_first_line_of_plain_text() -> None:
+def test_a_first_line_of_plain_text_suggests_another_ending() -> None:
     document = Document(path="a", unit="line", number=1, content=b"plain")
     with pytest.raises(DocumentError, match=r"; a file that is one text has a name .* in \.txt"):
         document.record()
 
 
-def test_rows_of_lists_and_numbers(tmp_path: Path) -> None:
+def test_rows_of_lists_and_numbers_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": [["a", "b"], []], "n": [1, 2]}), path)
     first, second = read_documents(find_sources([str(path)], ["text", "n"]))
@@ -162,9 +162,9 @@ def test_a_truncated_file_ends_the_stream_with_an_error(tmp_path: Path) -> None:
         next(documents)
 
 
-def test_a_document_that_is_wrong_hides_none(tmp_path: Path) -> None:
+def test_a_faulty_document_does_not_hide_others(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{\n{"text": "b"}\n')
-    (block,) = read_blocks(find_sources([str(path)], ["text"]))
-    first, _, third = documents_of(block)
+    (chunk,) = read_chunks(find_sources([str(path)], ["text"]))
+    first, _, third = documents_of(chunk)
     assert first.texts(["text"]) + third.texts(["text"]) == ["a", "b"]

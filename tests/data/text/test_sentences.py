@@ -1,4 +1,4 @@
-"""Sentences: those that Megatron-LM's tool makes with the same Punkt model."""
+"""Sentences are those of Megatron-LM's tool with the same Punkt model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PunktSentenceToken
     return PunktSentenceTokenizer(params)
 
 
-def test_sentences(model: PunktSentenceTokenizer) -> None:
+def test_sentences_are_those_of_megatron_lm(model: PunktSentenceTokenizer) -> None:
     found = load_splitter("english", keep_newlines=False)(TEXT)
     assert found == model.tokenize(TEXT)
     assert found[:2] == ["Mr. Smith came.", '"Late!"']
@@ -65,25 +65,27 @@ def test_newlines_are_kept_as_megatron_lm_keeps_them(model: PunktSentenceTokeniz
         assert ours(text) == theirs.tokenize(text)
 
 
-def test_long_words_cost_their_length(model: PunktSentenceTokenizer) -> None:
+def test_long_words_take_linear_time(model: PunktSentenceTokenizer) -> None:
     start = time.process_time()
     load_splitter("english", keep_newlines=True)("x" * 100_000 + " end. Next")
     assert time.process_time() - start < 5  # the square of the length would be a minute
 
 
-def test_long_texts_are_cut(model: PunktSentenceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sentences, "PIECE", 7)
+def test_long_texts_are_split_in_pieces(
+    model: PunktSentenceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sentences, "PIECE_CHARACTERS", 7)
     assert load_splitter("english", keep_newlines=False)("One two three") == ["One two", " three"]
 
 
 @pytest.mark.usefixtures("model")
 @pytest.mark.parametrize("language", ["klingon", "../english", ""])
-def test_a_model_that_is_missing(language: str) -> None:
+def test_a_missing_model_is_one_sentence(language: str) -> None:
     with pytest.raises(ConfigError, match=f"--lang {language} has no Punkt model .* NLTK_DATA"):
         load_splitter(language, keep_newlines=False)
 
 
-def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nltk", None)
     with pytest.raises(ConfigError, match=r"needs nltk, .* install 'megatron-sffn\[sentences\]'"):
         load_splitter("english", keep_newlines=False)

@@ -1,4 +1,4 @@
-"""What `--input` may name: files of every kind, folders, globs, pipes; and what is refused."""
+"""Sources that `--input` names: files, folders, globs and pipes; and errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_sffn.data.text.compression import PACKINGS
+from megatron_sffn.data.text.compression import COMPRESSIONS
 from megatron_sffn.data.text.sources import KINDS, find_sources, total_size
 from megatron_sffn.utils.errors import ConfigError
 
@@ -36,20 +36,23 @@ def test_files_keep_their_order(tmp_path: Path) -> None:
     assert paths(given) == given
 
 
-def test_a_name_says_what_a_file_is(tmp_path: Path) -> None:
-    names = [f"a{kind}{packing}" for kind in KINDS for packing in ("", *PACKINGS)]
+def test_a_name_gives_the_kind_of_a_file(tmp_path: Path) -> None:
+    names = [f"a{kind}{compression}" for kind in KINDS for compression in ("", *COMPRESSIONS)]
     names = [name for name in names if ".parquet." not in name and not name.endswith(".parquet")]
     found = find_sources(touch(tmp_path, *names), ["text"])
-    assert [source.kind + source.packing for source in found] == [
-        kind + packing
+    assert [source.kind + source.compression for source in found] == [
+        kind + compression
         for kind in ("lines", "lines", "lines", "text")
-        for packing in ("", *PACKINGS)
+        for compression in ("", *COMPRESSIONS)
     ]
     other = find_sources(touch(tmp_path, "part-7", "b.gz"), ["text"])
-    assert [(source.kind, source.packing) for source in other] == [("lines", ""), ("lines", ".gz")]
+    assert [(source.kind, source.compression) for source in other] == [
+        ("lines", ""),
+        ("lines", ".gz"),
+    ]
 
 
-def test_a_folder_gives_what_is_text_sorted(tmp_path: Path) -> None:
+def test_a_folder_gives_its_text_files_sorted(tmp_path: Path) -> None:
     write_parquet(tmp_path / "p.parquet", text=["a"])
     named = touch(tmp_path, "a.jsonl", "b/c.txt", "b/d/e.json.zst", "z.ndjson")
     touch(tmp_path, "notes.md", "f.bin", ".hidden.jsonl", ".git/g.txt", "h.jsonl.part")
@@ -69,7 +72,7 @@ def test_a_folder_behind_a_link_is_read_once(tmp_path: Path) -> None:
     assert paths([str(data)]) == sorted([*named, *linked])
 
 
-def test_files_that_are_left_alone_are_counted(tmp_path: Path) -> None:
+def test_files_that_are_not_read_are_counted(tmp_path: Path) -> None:
     named = touch(tmp_path, "a.jsonl")
     touch(tmp_path, "x.JSONL", "x.jsonl.lz4", "b/y.csv", "b/z.csv", "LICENSE", ".hidden")
     (tmp_path / "gone.jsonl").symlink_to("nowhere")
@@ -100,7 +103,7 @@ def test_names_without_an_ending_are_text_if_no_name_has_one(tmp_path: Path) -> 
     assert paths([str(tmp_path)]) == [str(tmp_path / "a.jsonl")]
 
 
-def test_globs(tmp_path: Path) -> None:
+def test_globs_are_expanded(tmp_path: Path) -> None:
     named = touch(tmp_path, "p1.jsonl", "p2.jsonl", "deep/er/p3.jsonl")
     touch(tmp_path, "p4.txt")
     (tmp_path / "p5.jsonl").mkdir()
@@ -136,7 +139,7 @@ def test_pipes_and_standard_input_have_no_size(tmp_path: Path) -> None:
         (["p.parquet"], r"p.parquet has no column 'text' \(it has body, n\); name an existing"),
     ],
 )
-def test_inputs_that_cannot_be_read(
+def test_unreadable_inputs_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -157,7 +160,9 @@ def test_a_text_has_one_key(tmp_path: Path) -> None:
         find_sources([given], ["a", "b"])
 
 
-def test_a_file_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_permission_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (given,) = touch(tmp_path, "a.jsonl")
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)  # root may read anything
     with pytest.raises(ConfigError, match=f"--input {given} cannot be read .*; change"):

@@ -1,4 +1,4 @@
-"""What a faster engine treats in its own way is found before it is encoded, wherever it comes."""
+"""Gigatoken never encodes a text for which its ids would differ from Megatron's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from megatron_sffn.data.tokenize.engine import UnusableError
-from megatron_sffn.data.tokenize.equality import replaced
+from megatron_sffn.data.tokenize.equality import replace_texts
 from megatron_sffn.data.tokenize.fast_tokenizers import choose_engine
 from megatron_sffn.data.tokenize.gigatoken_engine import GigatokenEngine
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
@@ -88,7 +88,7 @@ def test_every_special_token_that_comes_late_has_the_ids_of_megatron(
     assert ids_of(engine, texts) == [list(tokenizer.tokenize(text)) for text in texts]
 
 
-def test_control_unknown_user_defined_and_byte_pieces_of_sentencepiece(tmp_path: Path) -> None:
+def test_sentencepiece_tokens_that_are_not_text_have_the_right_ids(tmp_path: Path) -> None:
     flags = sentence_piece(tmp_path, **EXACT)
     tokenizer, said = load_tokenizer(arguments(flags)), []
     engine = choose_engine(tokenizer, ["ordinary text"], "auto", said.append)
@@ -105,7 +105,7 @@ def test_control_unknown_user_defined_and_byte_pieces_of_sentencepiece(tmp_path:
     assert 1 in engine._encode(["see <s> here"])[0]
 
 
-def test_special_tokens_of_legacy_flags(tmp_path: Path) -> None:
+def test_special_tokens_of_legacy_flags_have_the_right_ids(tmp_path: Path) -> None:
     flags = sentence_piece(tmp_path, **EXACT)
     flags += ["--tokenizer-sentencepiece-legacy", "--tokenizer-special-tokens", "<s>", "<new>"]
     tokenizer = load_tokenizer(arguments(flags))
@@ -123,7 +123,7 @@ def test_a_model_that_normalizes_is_left_to_sentencepiece(tmp_path: Path) -> Non
     ]
 
 
-def test_marks_and_characters_of_newer_unicode(tmp_path: Path) -> None:
+def test_marks_and_characters_of_newer_unicode_have_the_right_ids(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(arguments(qwen_like(tmp_path / "qwen")))
     engine = choose_engine(tokenizer, ["ordinary text"], "auto", lambda line: None)
     assert isinstance(engine, GigatokenEngine)
@@ -139,7 +139,7 @@ def test_marks_and_characters_of_newer_unicode(tmp_path: Path) -> None:
     assert engine._encode(texts[:1])[0].tolist() != right[0]
 
 
-def test_any_characters_in_any_order(tmp_path: Path) -> None:
+def test_random_characters_have_the_right_ids(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(arguments(qwen_like(tmp_path / "qwen")))
     engine = choose_engine(tokenizer, ["ordinary text"], "auto", lambda line: None)
     rng = random.Random(0)
@@ -154,7 +154,7 @@ def test_any_characters_in_any_order(tmp_path: Path) -> None:
     assert len(engine._equality.doubtful([text.encode() for text in assigned])) < len(assigned) / 2
 
 
-def test_a_flagged_token_behind_many_others(tmp_path: Path) -> None:
+def test_a_flagged_token_among_many_has_the_right_ids(tmp_path: Path) -> None:
     added = [AddedToken(f"<|x{number}|>") for number in range(310)]
     added += [AddedToken("late", single_word=True), AddedToken("wide", lstrip=True, rstrip=True)]
     tokenizer = load_tokenizer(arguments(qwen_like(tmp_path / "many", added)))
@@ -173,7 +173,7 @@ def refusal(folder: Path, made: Tokenizer) -> str:
     return str(caught.value)
 
 
-def test_what_gigatoken_does_not_read_is_refused(tmp_path: Path) -> None:
+def test_settings_that_gigatoken_ignores_are_refused(tmp_path: Path) -> None:
     file = Path(qwen_like(tmp_path / "qwen")[-1]) / "tokenizer.json"
     bare = Tokenizer.from_file(str(file))
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -188,9 +188,9 @@ def test_what_gigatoken_does_not_read_is_refused(tmp_path: Path) -> None:
     assert "cannot follow BPE dropout (0.1)" in refusal(tmp_path / "dropout", dropping)
 
 
-def test_ids_of_two_engines_go_back_to_their_places() -> None:
+def test_ids_of_two_engines_keep_the_order_of_the_texts() -> None:
     texts = numpy.array([5, 5, 5, 1, 2, 3]), numpy.array([3, 2, 0, 0, 1])
     others = numpy.array([7, 8, 9]), numpy.array([1, 2])
-    ids, lengths = replaced(texts, others, [0, 3])
+    ids, lengths = replace_texts(texts, others, [0, 3])
     assert ids.tolist() == [7, 1, 2, 8, 9, 3]
     assert lengths.tolist() == [1, 2, 0, 2, 1]

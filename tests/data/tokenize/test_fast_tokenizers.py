@@ -1,4 +1,4 @@
-"""Engines: used when they give the ids of Megatron's tokenizer, and only then."""
+"""Engines are used only if they give the ids of Megatron's tokenizer."""
 
 from __future__ import annotations
 
@@ -67,14 +67,16 @@ def test_the_fastest_gives_the_ids_of_megatron(tmp_path: Path, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", ["byte_level", "surrounded", "gpt2"])
 @pytest.mark.parametrize("name", ["gigatoken", "tokenizers"])
-def test_special_tokens_in_a_text_and_empty_texts(tmp_path: Path, kind: str, name: str) -> None:
+def test_special_tokens_and_empty_texts_have_the_right_ids(
+    tmp_path: Path, kind: str, name: str
+) -> None:
     tokenizer = load(tmp_path, kind)
     texts = ["", "a <|endoftext|>b", "<|endoftext|><|padding|>", "", "x", ""]
     engine = choose_engine(tokenizer, [], name, print)
     assert ids_of(engine, texts) == [list(tokenizer.tokenize(text)) for text in texts]
 
 
-def test_without_special_tokens(tmp_path: Path) -> None:
+def test_special_tokens_can_be_left_out(tmp_path: Path) -> None:
     flags = [*tokenizers.surrounded(tmp_path), "--tokenizer-hf-no-include-special-tokens"]
     tokenizer = load_tokenizer(arguments(flags))
     for name in ("gigatoken", "tokenizers"):
@@ -92,14 +94,14 @@ def fallback(tmp_path: Path, tokenizer: Tokenizer) -> tuple[str, str]:
     return choose_engine(loaded, TEXTS, "auto", said.append).name, "; ".join(said)
 
 
-def test_a_vocabulary_without_all_bytes(tmp_path: Path) -> None:
+def test_a_vocabulary_without_all_bytes_is_not_for_gigatoken(tmp_path: Path) -> None:
     letters = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "[U]": 2}, merges=[], unk_token="[U]"))
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     name, said = fallback(tmp_path, letters)
     assert name == "tokenizers" and "ids by tokenizers" in said
 
 
-def test_another_model(tmp_path: Path) -> None:
+def test_another_model_is_for_the_tokenizers_engine(tmp_path: Path) -> None:
     words = Tokenizer(models.WordLevel({"plain": 0, "[U]": 1}, unk_token="[U]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.normalizer = normalizers.Lowercase()
@@ -119,7 +121,9 @@ class _Wrong(MegatronEngine):
         return ids, lengths
 
 
-def test_a_difference_on_the_input_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_on_the_sample_refuses_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(fast_tokenizers.MAKERS, "gigatoken", _Wrong)
     tokenizer, said = load(tmp_path, "byte_level"), []
     assert choose_engine(tokenizer, ["text"], "auto", said.append).name == "gigatoken"
@@ -132,7 +136,7 @@ def test_a_difference_on_the_input_alone(tmp_path: Path, monkeypatch: pytest.Mon
         choose_engine(tokenizer, sample, "gigatoken", print)
 
 
-def test_an_engine_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_engine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     tokenizer, said = load(tmp_path, "byte_level"), []
     assert choose_engine(tokenizer, TEXTS, "auto", said.append).name == "tokenizers"
@@ -141,7 +145,7 @@ def test_an_engine_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
         choose_engine(tokenizer, TEXTS, "gigatoken", print)
 
 
-def test_an_engine_that_cannot_be(tmp_path: Path) -> None:
+def test_an_unusable_engine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--engine tokenizers cannot stand .* needs a fast tok"):
         choose_engine(load(tmp_path, "unigram"), TEXTS, "tokenizers", print)
 
@@ -161,7 +165,7 @@ def loads_of_new_words(folder: Path) -> int:
     return len(loads)
 
 
-def test_gigatoken_forgets(tmp_path: Path) -> None:
+def test_gigatoken_is_loaded_anew_when_it_grows(tmp_path: Path) -> None:
     # In a process of its own: what this one has freed is taken again without growth.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert 1 <= pool.submit(loads_of_new_words, tmp_path).result() < 20

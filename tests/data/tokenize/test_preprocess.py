@@ -1,4 +1,4 @@
-"""A run that is killed, refused, or out of room: the same command goes on to the same files."""
+"""Resume: after a kill, an error or a full disk the same command makes the same files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_sffn.data.output.run_state import RunState, State
-from megatron_sffn.data.text import chunks
+from megatron_sffn.data.text import chunks as text_chunks
 from megatron_sffn.data.tokenize import preprocess, workers
-from megatron_sffn.data.tokenize.dataset_writer import GrowingDataset
+from megatron_sffn.data.tokenize.dataset_writer import DatasetWriter
 from megatron_sffn.data.tokenize.encoder import Column
 from megatron_sffn.utils.errors import ConfigError
 from tests.support import tokenizers
@@ -38,9 +38,9 @@ FORK = multiprocessing.get_context("fork")
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
-    # Every block is on the disk before the next is read.
+    # Every chunk is on the disk before the next is read.
     monkeypatch.setattr(preprocess, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(chunks, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(text_chunks, "CHUNK_BYTES", 2000)
     monkeypatch.setattr(workers, "TASK_BYTES", 2000)
     monkeypatch.setattr(workers, "AHEAD_BYTES", 4 * 2000)
 
@@ -97,8 +97,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
     """Make the run die, without a word, after it was saved so many times."""
     save, count = RunState.save, iter(range(saves))
 
-    def counted(journal: RunState, state: State) -> None:
-        save(journal, state)
+    def counted(run_state: RunState, state: State) -> None:
+        save(run_state, state)
         if next(count, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -106,7 +106,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_killed_at_random_moments(
+def test_runs_killed_at_random_moments_resume(
     tmp_path: Path, command: list[str], expected: dict[str, bytes], processes: str
 ) -> None:
     rng = random.Random(int(processes))
@@ -128,7 +128,7 @@ def test_killed_at_random_moments(
 
 
 @pytest.mark.parametrize("saves", [0, 1, 7, 40])
-def test_the_same_command_goes_on(
+def test_the_same_command_resumes(
     tmp_path: Path,
     command: list[str],
     expected: dict[str, bytes],
@@ -140,9 +140,9 @@ def test_the_same_command_goes_on(
         process = start(lambda: preprocess_data.main(command))
         process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    journal = json.loads((tmp_path / "out.partial" / "journal.json").read_text())
-    assert journal["documents"] > saves
-    # What was written behind the journal, whole or in part, is cut off.
+    saved_state = json.loads((tmp_path / "out.partial" / "journal.json").read_text())
+    assert saved_state["documents"] > saves
+    # What was written after the saved state, whole or in part, is cut off.
     for path in (tmp_path / "out.partial").glob("out_*"):
         with path.open("ab") as file:
             file.write(b"more")
@@ -150,13 +150,15 @@ def test_the_same_command_goes_on(
     others = ["--workers", "2", "--log-interval", "7", "--engine", "tokenizers"]
     assert preprocess_data.main([*command, *others]) == 0
     said = capfd.readouterr()
-    assert f"going on in {tmp_path / 'out.partial'}, after {journal['documents']} docu" in said.err
+    assert (
+        f"resuming in {tmp_path / 'out.partial'}, after {saved_state['documents']} docu" in said.err
+    )
     assert "out_text_document: 588 documents" in said.out
     assert "12 documents left out (12 is not JSON)" in said.out
     assert files_of(tmp_path) == expected
 
 
-def test_killed_among_the_renames(
+def test_a_kill_during_the_renames_is_completed(
     tmp_path: Path,
     command: list[str],
     expected: dict[str, bytes],
@@ -181,7 +183,7 @@ def test_killed_among_the_renames(
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_killed_while_the_folder_is_removed(
+def test_a_kill_while_the_folder_is_removed_loses_nothing(
     tmp_path: Path, command: list[str], expected: dict[str, bytes]
 ) -> None:
     def half(path: Path, **_: object) -> None:
@@ -234,7 +236,7 @@ def test_another_command_starts_anew(
 
 
 @pytest.mark.usefixtures("expected")
-def test_a_pipe_cannot_be_taken_up(tmp_path: Path, command: list[str]) -> None:
+def test_a_run_with_a_pipe_does_not_resume(tmp_path: Path, command: list[str]) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     command = ["--input", str(pipe), *command[3:], "--on-error", "stop"]
@@ -248,7 +250,7 @@ def test_a_pipe_cannot_be_taken_up(tmp_path: Path, command: list[str]) -> None:
     assert len(files_of(tmp_path)["out_text_document.idx"]) == 34 + 20 * 501 + 8
 
 
-def test_a_bad_document_after_hours_of_work(
+def test_a_faulty_document_does_not_lose_the_work_before_it(
     tmp_path: Path,
     command: list[str],
     expected: dict[str, bytes],
@@ -261,7 +263,7 @@ def test_a_bad_document_after_hours_of_work(
     assert f"{tmp_path / 'out.partial'} keeps " in capfd.readouterr().err
     assert files_of(tmp_path) == {}
     assert preprocess_data.main(command) == 0
-    assert "going on in" in capfd.readouterr().err
+    assert "resuming in" in capfd.readouterr().err
     assert files_of(tmp_path) == expected
 
 
@@ -290,7 +292,7 @@ def test_output_is_replaced_only_on_request(
 
 
 @pytest.mark.usefixtures("expected")
-def test_one_run_at_a_time(tmp_path: Path, command: list[str]) -> None:
+def test_a_second_run_of_a_prefix_is_refused(tmp_path: Path, command: list[str]) -> None:
     os.mkfifo(tmp_path / "pipe")
     slow = ["--input", str(tmp_path / "pipe"), *command[3:]]
     first = start(lambda: preprocess_data.main(slow))
@@ -307,7 +309,9 @@ def test_one_run_at_a_time(tmp_path: Path, command: list[str]) -> None:
     assert preprocess_data.main([*command, "--overwrite"]) == 0
 
 
-def test_a_lock_whose_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_in_a_removed_folder_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first run ends between the moments in which the second opens the lock and takes it."""
     take = fcntl.lockf
 
@@ -321,7 +325,7 @@ def test_a_lock_whose_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_full_disk(
+def test_a_run_resumes_after_a_full_disk(
     tmp_path: Path,
     command: list[str],
     expected: dict[str, bytes],
@@ -339,14 +343,14 @@ def test_a_full_disk(
     assert process.exitcode == 2
     sentence = capfd.readouterr().err.splitlines()[-1]
     assert sentence.startswith(f"error: {tmp_path / 'out.partial'} has no room (File too large); ")
-    assert sentence.endswith("free some and give the same command, which goes on where it stopped")
+    assert sentence.endswith("free some and give the same command, which resumes where it stopped")
     assert files_of(tmp_path) == {}
     assert preprocess_data.main(command) == 0
-    assert "going on in" in capfd.readouterr().err
+    assert "resuming in" in capfd.readouterr().err
     assert files_of(tmp_path) == expected
 
 
-def test_a_killed_worker(
+def test_a_run_resumes_after_a_killed_worker(
     tmp_path: Path, command: list[str], expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron_sffn.data.tokenize.encoder import Encoder
@@ -368,7 +372,7 @@ def test_a_killed_worker(
     assert files_of(tmp_path) == expected
 
 
-def test_interrupted(
+def test_an_interrupted_run_resumes(
     tmp_path: Path,
     command: list[str],
     expected: dict[str, bytes],
@@ -376,20 +380,20 @@ def test_interrupted(
 ) -> None:
     save, count = RunState.save, iter(range(9))
 
-    def counted(journal: RunState, state: State) -> None:
-        save(journal, state)
+    def counted(run_state: RunState, state: State) -> None:
+        save(run_state, state)
         if next(count, None) is None:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunState, "save", counted)
         assert preprocess_data.main(command) == 130
-    assert "interrupted; the same command goes on" in capfd.readouterr().err
+    assert "interrupted; the same command resumes" in capfd.readouterr().err
     assert preprocess_data.main(command) == 0
     assert files_of(tmp_path) == expected
 
 
-def test_interrupted_before_the_first_note(
+def test_a_run_interrupted_before_the_first_save_starts_anew(
     tmp_path: Path,
     command: list[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -414,10 +418,10 @@ def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> No
 
     tracemalloc.start()
     try:
-        ours = GrowingDataset(tmp_path, "ours", numpy.uint16, {})
+        ours = DatasetWriter(tmp_path, "ours", numpy.uint16, {})
         for number in range(300):
             ours.add(column(number))
-        growing = tracemalloc.get_traced_memory()[0]
+        writer_peak = tracemalloc.get_traced_memory()[0]
         ours.finish()
         ours.close()
         tracemalloc.reset_peak()
@@ -434,5 +438,5 @@ def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> No
         assert (tmp_path / f"ours.{ending}").read_bytes() == (
             tmp_path / f"theirs.{ending}"
         ).read_bytes()
-    assert growing < 5_000_000  # three buffers
+    assert writer_peak < 5_000_000  # three buffers
     assert kept > 300_000 * 16  # so the documents were enough to show

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind load from this machine alone, and what is wrong is one sentence."""
+"""Tokenizers of every kind load without a network, and every error is one sentence."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 from megatron_sffn.data.tokenize.encoder_spec import EncoderSpec
 from megatron_sffn.data.tokenize.tokenizer import (
     changed_text,
+    difference_from_file,
     load_tokenizer,
     localize_tokenizer,
-    rebuilt,
 )
 from megatron_sffn.utils.errors import ConfigError
 from tests.support import tokenizers
@@ -83,7 +83,7 @@ def test_a_change_of_text_is_found(tmp_path: Path) -> None:
     assert changed_text(lossy, ["words word"]) is None
 
 
-def recipe(args: argparse.Namespace) -> EncoderSpec:
+def encoder_spec_of(args: argparse.Namespace) -> EncoderSpec:
     """Of plain documents."""
     return EncoderSpec(
         tokenizer=args,
@@ -96,7 +96,7 @@ def recipe(args: argparse.Namespace) -> EncoderSpec:
 
 
 @pytest.mark.parametrize("lowercase", [False, True])
-def test_a_class_that_is_not_that_of_the_file(tmp_path: Path, lowercase: bool) -> None:
+def test_a_class_that_ignores_its_file_is_refused(tmp_path: Path, lowercase: bool) -> None:
     folder = Path(tokenizers.byte_level(tmp_path, vocab_size=600)[-1])
     file = folder / "tokenizer.json"
     made = Tokenizer.from_file(str(file))
@@ -114,32 +114,34 @@ def test_a_class_that_is_not_that_of_the_file(tmp_path: Path, lowercase: bool) -
 
     def load(name: str) -> EncoderSpec:
         config.write_text(json.dumps({"tokenizer_class": name, "eos_token": "<|endoftext|>"}))
-        return recipe(arguments(tokenizers.hugging_face(folder)))
+        return encoder_spec_of(arguments(tokenizers.hugging_face(folder)))
 
     right = load("PreTrainedTokenizerFast").load()[0]
-    assert rebuilt(right, str(folder)) is None
+    assert difference_from_file(right, str(folder)) is None
     assert right.tokenize("In 2023") == Tokenizer.from_file(str(file)).encode("In 2023").ids
     other = load("GPT2Tokenizer")
     with pytest.raises(ConfigError, match=r"has the class GPT2Tokenizer, .* tokenizer.json gives"):
         other.load()
     # A run decodes with it, and has been doing so.
-    assert "PreTrainedTokenizerFast" in (rebuilt(load_tokenizer(other.tokenizer), str(file)) or "")
+    assert "PreTrainedTokenizerFast" in (
+        difference_from_file(load_tokenizer(other.tokenizer), str(file)) or ""
+    )
 
 
-def test_a_model_without_an_end_of_document(tmp_path: Path) -> None:
+def test_a_model_without_an_end_of_document_is_refused(tmp_path: Path) -> None:
     flags = tokenizers._sentence_piece(tmp_path, model_type="bpe", eos_id=-1)
     assert load_tokenizer(arguments(flags)).eod == -1
     with pytest.raises(ConfigError, match="has no end-of-document token; leave out --append-eod"):
         load_tokenizer(arguments(flags), need_eod=True)
 
 
-def test_a_tokenizer_that_leaves_out_merges(tmp_path: Path) -> None:
+def test_bpe_dropout_is_a_warning(tmp_path: Path) -> None:
     flags = tokenizers.byte_level(tmp_path)
     file = Path(flags[-1]) / "tokenizer.json"
     content = json.loads(file.read_text())
     content["model"]["dropout"] = 0.5
     file.write_text(json.dumps(content))
-    made, said = recipe(arguments(flags)), []
+    made, said = encoder_spec_of(arguments(flags)), []
     made.encoder(made.load(), ["text"], said.append)
     assert said[0].startswith("warning: the tokenizer leaves out merges at random (dropout")
     assert "ids by Megatron's tokenizer; gigatoken cannot follow BPE dropout (0.5)" in said[1]
@@ -177,7 +179,9 @@ def bad(tmp_path: Path, *flags: str) -> argparse.Namespace:
         (["NullTokenizer"], "NullTokenizer .* cannot be loaded"),
     ],
 )
-def test_tokenizers_that_cannot_be_loaded(tmp_path: Path, flags: list[str], message: str) -> None:
+def test_unusable_tokenizers_are_one_sentence(
+    tmp_path: Path, flags: list[str], message: str
+) -> None:
     (tmp_path / "other.json").write_text("[1, 2, 3]")
     (tmp_path / "bad.json").write_text("[1, 2")
     (tmp_path / "a.tiktoken").write_text("IQ== 0\n")

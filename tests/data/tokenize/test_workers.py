@@ -1,4 +1,4 @@
-"""Workers: results in the order of the blocks, no more of them at once than there is room for."""
+"""Workers give results in the order of the chunks, and few chunks are in flight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from megatron_sffn.data.text.chunks import Block, Position
+from megatron_sffn.data.text.chunks import Position, TextChunk
 from megatron_sffn.data.text.sources import Source
 from megatron_sffn.data.tokenize import workers
 from megatron_sffn.data.tokenize.workers import bundled, encode_in_order
@@ -17,7 +17,7 @@ from megatron_sffn.utils.errors import ConfigError
 # Other tests may have left threads in this process; the workers of these use none of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
-SOURCE = Source(path="a", kind="lines", packing="", size=None, modified=0)
+SOURCE = Source(path="a", kind="lines", compression="", size=None, modified=0)
 
 
 @pytest.fixture(autouse=True)
@@ -26,64 +26,64 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "AHEAD_BYTES", 40)
 
 
-def blocks_of(sizes: Sequence[int], taken: list[int]) -> Iterator[Block]:
+def chunks_of(sizes: Sequence[int], taken: list[int]) -> Iterator[TextChunk]:
     for number, size in enumerate(sizes, start=1):
         taken.append(number)
         content, end = b"x" * size, Position(number=number)
-        yield Block(source=SOURCE, number=number, content=content, end=end, consumed=0)
+        yield TextChunk(source=SOURCE, number=number, content=content, end=end, consumed=0)
 
 
-def encode_numbers(blocks: Sequence[Block]) -> list[int]:
-    """Stands in for an encoder: odd blocks take longer."""
-    time.sleep(0.02 if blocks[0].number % 2 else 0)
-    return [block.number for block in blocks]
+def encode_numbers(chunks: Sequence[TextChunk]) -> list[int]:
+    """Stands in for an encoder: odd chunks take longer."""
+    time.sleep(0.02 if chunks[0].number % 2 else 0)
+    return [chunk.number for chunk in chunks]
 
 
-def test_order_is_kept_and_nothing_read_too_early() -> None:
+def test_results_keep_the_order_and_nothing_is_read_too_early() -> None:
     taken: list[int] = []
-    results = encode_in_order(encode_numbers, blocks_of([10] * 12, taken), workers=2)
+    results = encode_in_order(encode_numbers, chunks_of([10] * 12, taken), workers=2)
     numbers = [next(results)]
     assert len(taken) == 9  # eight on the way, and one that waits for the first
     numbers += results
     assert numbers == [[number] for number in range(1, 13)]
 
 
-def test_a_long_block_is_on_the_way_alone() -> None:
+def test_a_long_chunk_is_in_flight_alone() -> None:
     taken: list[int] = []
-    results = encode_in_order(encode_numbers, blocks_of([1000] * 5, taken), workers=2)
+    results = encode_in_order(encode_numbers, chunks_of([1000] * 5, taken), workers=2)
     for number in range(1, 5):
         assert next(results) == [number]
         assert len(taken) == number + 1
     assert list(results) == [[5]]
 
 
-def test_small_blocks_travel_together() -> None:
-    tasks = [len(task) for task in bundled(blocks_of([3, 3, 3, 3, 30, 0, 10, 0, 0], []))]
+def test_small_chunks_share_a_task() -> None:
+    tasks = [len(task) for task in bundled(chunks_of([3, 3, 3, 3, 30, 0, 10, 0, 0], []))]
     assert tasks == [4, 1, 2, 2]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 7])
-def test_any_number_of_workers(processes: int) -> None:
-    results = encode_in_order(encode_numbers, blocks_of([4] * 30, []), processes)
+def test_results_do_not_depend_on_the_number_of_workers(processes: int) -> None:
+    results = encode_in_order(encode_numbers, chunks_of([4] * 30, []), processes)
     assert [number for result in results for number in result] == list(range(1, 31))
-    assert list(encode_in_order(encode_numbers, blocks_of([], []), processes)) == []
+    assert list(encode_in_order(encode_numbers, chunks_of([], []), processes)) == []
 
 
 def test_an_error_in_a_worker_is_raised() -> None:
-    def encode(blocks: Sequence[Block]) -> None:
-        raise ConfigError(f"block {blocks[0].number} is bad")
+    def encode(chunks: Sequence[TextChunk]) -> None:
+        raise ConfigError(f"chunk {chunks[0].number} is bad")
 
-    with pytest.raises(ConfigError, match="block 1 is bad"):
-        list(encode_in_order(encode, blocks_of([10] * 9, []), workers=2))
+    with pytest.raises(ConfigError, match="chunk 1 is bad"):
+        list(encode_in_order(encode, chunks_of([10] * 9, []), workers=2))
 
 
-def test_a_killed_worker() -> None:
-    def die(blocks: Sequence[Block]) -> list[int]:
-        if blocks[0].number == 13:
+def test_a_killed_worker_is_one_sentence() -> None:
+    def die(chunks: Sequence[TextChunk]) -> list[int]:
+        if chunks[0].number == 13:
             os._exit(1)
-        return encode_numbers(blocks)
+        return encode_numbers(chunks)
 
-    results = encode_in_order(die, blocks_of([10] * 13, []), workers=2)
+    results = encode_in_order(die, chunks_of([10] * 13, []), workers=2)
     with pytest.raises(
         ConfigError, match=r"one of the --workers 2 processes was killed, .*; use f"
     ):
