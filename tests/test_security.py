@@ -228,7 +228,7 @@ def test_a_damaged_file_is_no_code(load: Path) -> None:
     check_data_only(folder)
 
 
-@pytest.mark.parametrize("row", unpickling.adaptations(), ids=lambda row: row.target)
+@pytest.mark.parametrize("row", unpickling.PATCHES, ids=lambda row: row.target)
 def test_the_named_code_uses_what_is_replaced(row: Any) -> None:
     owner, user = resolve(row.needed_by)
     name = row.target.rpartition(".")[2]
@@ -237,9 +237,9 @@ def test_the_named_code_uses_what_is_replaced(row: Any) -> None:
 
 
 def test_installed_once() -> None:
-    before = [getattr(*resolve(row.target)) for row in unpickling.adaptations()]
+    before = [getattr(*resolve(row.target)) for row in unpickling.PATCHES]
     unpickling.install()
-    assert [getattr(*resolve(row.target)) for row in unpickling.adaptations()] == before
+    assert [getattr(*resolve(row.target)) for row in unpickling.PATCHES] == before
 
 
 def test_metadata_may_name_what_torch_has(tmp_path: Path) -> None:

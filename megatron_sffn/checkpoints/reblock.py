@@ -71,10 +71,10 @@ class Reblocking:
         router = self.before.router
         if router.per_block_weights and self.after.block_size < self.before.block_size:
             shared = "share its probability and the values grow by as much"
+            gate = shared if router.softmax_over_blocks else "have its gate"
             return (
-                f"{router.name}: the parts of a block "
-                f"{shared if router.softmax_over_blocks else 'have its gate'}; the layer computes the "
-                "same function, up to rounding"
+                f"{router.name}: the parts of a block {gate}; the layer computes the same "
+                "function, up to rounding"
             )
         if router.per_block_weights:
             return (

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sffn.patches.registry import Adaptation, apply
+from megatron_sffn.patches import run_hooks
+from megatron_sffn.patches.registry import apply
 from megatron_sffn.utils.atomic_files import read_records, replace_records
 
 
@@ -67,16 +68,10 @@ class Evaluations:
 
     def install(self) -> None:
         """Wrap Megatron's function."""
-        apply(
-            Adaptation(
-                target="megatron.training.training.evaluate_and_print_results",
-                make=self._announced,
-                needed_by="megatron.training.training.train",
-            )
-        )
+        apply(run_hooks.EVALUATE, self._with_context)
 
-    def _announced(self, original: Callable[..., None]) -> Callable[..., None]:
-        """Note what is evaluated, and give Megatron the number of batches in the form it reads."""
+    def _with_context(self, original: Callable[..., None]) -> Callable[..., None]:
+        """Note the step and the data set; give Megatron batch counts in the form that it reads."""
 
         def evaluate(
             prefix: str,

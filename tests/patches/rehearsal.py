@@ -51,11 +51,9 @@ def leave_out(target: str) -> None:
     """Take a replacement out of the tables for every machine."""
     from megatron_sffn.patches import megatron, optimizer
 
-    known = [*megatron.REPLACEMENTS, *optimizer.adaptations()]
-    assert target in [row.target for row in known], target
-    megatron.REPLACEMENTS = [row for row in megatron.REPLACEMENTS if row.target != target]
-    rows = [row for row in optimizer.adaptations() if row.target != target]
-    optimizer.adaptations = lambda: rows
+    assert target in [patch.target for patch in (*megatron.PATCHES, *optimizer.PATCHES)], target
+    for module in (megatron, optimizer):
+        module.PATCHES = tuple(patch for patch in module.PATCHES if patch.target != target)
 
 
 def run(ranks: int, flags: list[str], folder: str, without: str | None) -> dict[str, Any]:
