@@ -283,7 +283,7 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_the_commands_refuse_with_one_sentence(load: Path, made, text: str) -> None:
     in_common_state(load / "iter_0000002", Code(made))
-    convert = [ROOT / "tools" / "convert_checkpoint.py", "regranulate", "--load", load]
+    convert = [ROOT / "tools" / "convert_checkpoint.py", "reblock", "--load", load]
     convert += ["--save", load.parent / "finer", "--block-size", "4"]
     assert " names os.makedirs in __" in one_sentence(run(*convert))
     flags = shlex.split(f"{real_runs.MODEL} {FLAGS} --data-path {text} --load {load}")
@@ -296,7 +296,7 @@ def test_the_commands_refuse_with_one_sentence(load: Path, made, text: str) -> N
 def test_the_tool_reads_it_where_the_user_says_so(load: Path, made, monkeypatch) -> None:
     in_common_state(load / "iter_0000002", Code(made))
     monkeypatch.setenv(unpickling.TRUST, "0")  # which the flag sets, and this takes back
-    flags = f"regranulate --load {load} --save {load.parent}/finer --block-size 4 --no-evaluate"
+    flags = f"reblock --load {load} --save {load.parent}/finer --block-size 4 --no-evaluate"
     assert convert_checkpoint.main([*flags.split(), "--sffn-trust-checkpoint"]) == 0
     assert made.is_dir()
 

@@ -27,7 +27,7 @@ from megatron_sffn.utils.warning_filters import silence
 if TYPE_CHECKING:
     from megatron_sffn.checkpoints.reblock import Reblocking
 
-REGRANULATE = """\
+REBLOCK = """\
 Cut the memory of a checkpoint into blocks of another size. The memory is stored as cells, so the
 tables stay as they are; a learned gate, which has a row for every block, is cut with them.
 Parameters, the optimizer's moments and everything else are kept: training goes on from the result,
@@ -38,12 +38,12 @@ A tensor is read in the pieces in which a rank saved it; the largest of them has
 
 EXAMPLE = """\
 example: from blocks of 64 cells to blocks of 16
-  .venv/bin/python tools/convert_checkpoint.py regranulate --load runs/g64 --save runs/g16 \\
+  .venv/bin/python tools/convert_checkpoint.py reblock --load runs/g64 --save runs/g16 \\
       --block-size 16
   torchrun ... -m megatron_sffn.pretrain ... --sffn-block-size 16 --load runs/g16 --save runs/g16
 
 example: evaluate on 1 rank what was trained on 8; what follows -- is added to the run's command
-  .venv/bin/python tools/convert_checkpoint.py regranulate --load runs/g64 --save runs/g16 \\
+  .venv/bin/python tools/convert_checkpoint.py reblock --load runs/g64 --save runs/g16 \\
       --block-size 16 --nproc-per-node 1 -- --expert-model-parallel-size 1
 """
 
@@ -52,15 +52,16 @@ def build_parser() -> argparse.ArgumentParser:
     """The tool's flags; one subcommand for each conversion."""
     parser = CommandParser(description="Convert a checkpoint, offline.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="CONVERSION")
-    regranulate = commands.add_parser(
-        "regranulate",
+    reblock_parser = commands.add_parser(
+        "reblock",
+        aliases=["regranulate"],  # its former name
         help="blocks of another size for the same memory",
-        description=REGRANULATE,
+        description=REBLOCK,
         epilog=EXAMPLE,
-        usage="convert_checkpoint.py regranulate --load DIR --save DIR --block-size G [options] "
+        usage="convert_checkpoint.py reblock --load DIR --save DIR --block-size G [options] "
         "[-- TRAINING FLAGS]",
     )
-    add = regranulate.add_argument
+    add = reblock_parser.add_argument
     add("--load", type=Path, required=True, metavar="DIR", help="folder of the run")
     add(
         "--ckpt-step",
@@ -97,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
+def reblock(args: Namespace, training_flags: Sequence[str]) -> None:
     """Run the subcommand.
 
     Args:
@@ -109,7 +110,8 @@ def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
     """
     from tqdm import tqdm
 
-    from megatron_sffn.checkpoints import files, pickle_scan, reblock, rewrite
+    from megatron_sffn.checkpoints import files, pickle_scan, rewrite
+    from megatron_sffn.checkpoints.reblock import plan_reblocking
     from megatron_sffn.patches.unpickling import trust
 
     if args.sffn_trust_checkpoint:
@@ -125,7 +127,7 @@ def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
         )
     iteration = files.iteration_of(source)
     target = rewrite.free_folder(args.save, iteration)
-    plan = reblock.regranulate(metadata, saved, args.block_size)
+    plan = plan_reblocking(metadata, saved, args.block_size)
     before = None
     if args.evaluate:
         evaluation = Evaluation(args, saved, training_flags)
@@ -269,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_sffn.patches import prepare
 
     prepare()
-    regranulate(args, words[cut + 1 :])
+    reblock(args, words[cut + 1 :])
     return 0
 
 

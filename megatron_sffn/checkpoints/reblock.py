@@ -92,7 +92,7 @@ class Reblocking:
         )
 
 
-def regranulate(metadata: Metadata, saved: Namespace, block_size: int) -> Reblocking:
+def plan_reblocking(metadata: Metadata, saved: Namespace, block_size: int) -> Reblocking:
     """Plan another block size.
 
     Args:

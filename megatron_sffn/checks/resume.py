@@ -294,7 +294,7 @@ def _blocks(args: Namespace, saved: Namespace, sffn: SparseFFNConfig | None) -> 
     elif sffn.router.per_block_weights or sffn.router.softmax_over_blocks:
         yield (
             f"{change}, and --sffn-router {args.sffn_router} has a gate of every block; use "
-            "that, or cut them anew with tools/convert_checkpoint.py regranulate --load "
+            "that, or cut them anew with tools/convert_checkpoint.py reblock --load "
             f"{args.load} --save DIR --block-size {sffn.block_size}"
         )
 

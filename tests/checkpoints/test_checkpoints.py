@@ -380,7 +380,7 @@ def test_another_block_size_of_the_same_memory_is_remarked(check, load, capsys) 
 def test_another_block_size_of_a_gate_needs_the_tool(check, load) -> None:
     folder = load("switch")
     check(folder, model=ROUTERS["switch"])
-    tool = f"tools/convert_checkpoint.py regranulate --load {folder} --save DIR --block-size 16"
+    tool = f"tools/convert_checkpoint.py reblock --load {folder} --save DIR --block-size 16"
     with refused("--sffn-block-size 16 differs from the checkpoint's 8", "every block", tool):
         check(folder, "--sffn-block-size 16", model=ROUTERS["switch"])
 
