@@ -43,8 +43,9 @@ from megatron_sffn.ops.compiled import kernels
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.train.nan_check import NanCheck
 from megatron_sffn.train.routing_trace import RoutingRecorder
+from megatron_sffn.train.signals import exit_on_signals
 from megatron_sffn.train.summary import Recorder
-from megatron_sffn.train.watchdog import Watchdog, exit_on_signals
+from megatron_sffn.train.watchdog import Watchdog
 
 
 def train(args: Namespace) -> None:

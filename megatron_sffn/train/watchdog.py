@@ -1,22 +1,17 @@
-"""What a run does when it is asked to stop, and when a rank hangs.
+"""The watchdog: when a rank hangs, a line names the rank that the others wait for.
 
-Enters: Megatron's namespace, and the progress of this rank. Leaves: handlers of signals, and
-a line that names the rank for which the others wait.
+Inputs: Megatron's namespace, and the progress of this rank. Outputs: the line on stderr, before the
+collective operation times out.
 
-Choices
-- Megatron's handler of `--exit-signal`, which saves and leaves with exit code 0, is always on: it
-  costs one small all-gather per step. It takes SIGTERM, SIGUSR1 and SIGUSR2, whichever a scheduler
-  sends as its warning.
-- A collective that times out says which operation, not which rank is missing. So each rank has a
-  thread that looks at its own progress; if there is none for most of the timeout, it says so in the
-  store of the process group, before the collective fails. Ranks that say nothing are stopped or
-  gone; if all do, where each is tells which one does not wait.
+Design notes: a collective that times out names the operation, not the rank that is missing. So each
+rank has a thread that watches its own progress. A rank without progress for most of the timeout
+says where it is in the store of the process group. Ranks that say nothing are stopped or dead. If
+all of them answer, their places in the code tell which one does not wait.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import threading
@@ -28,21 +23,11 @@ from typing import Any
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""After which a run saves and leaves: of a scheduler that stops a job, or warns that it will."""
-
 PATIENCE, ANSWERS = 3 / 4, 1 / 16
 """Shares of the timeout: without progress before a rank says so, and for the others to say so."""
 
 SHOWN = 8
 """Ranks that a line lists."""
-
-
-def exit_on_signals(args: Namespace) -> None:
-    """Give Megatron's handler of one signal all of them; after `set_global_variables`."""
-    handler = signal.getsignal(args.exit_signal)
-    for one in SIGNALS:
-        signal.signal(one, handler)
 
 
 class Watchdog:
