@@ -1,6 +1,6 @@
 """What the blocks of the same tokens say about a layer.
 
-Enters: a `Recording`, or two of the same tokens. Leaves: numbers and small matrices. Everything
+Enters: a `RoutingTrace`, or two of the same tokens. Leaves: numbers and small matrices. Everything
 compares with chance: a layer that chose at random with the same load would have 1 (co-activation),
 or the value that is given beside it (overlap, drift).
 

@@ -1,6 +1,6 @@
 """The first validation tokens of a run once more, through each of its checkpoints.
 
-Enters: the folder of a run. Leaves: a `Recording` for each checkpoint, of the same tokens, in a
+Enters: the folder of a run. Leaves: a `RoutingTrace` for each checkpoint, of the same tokens, in a
 folder where they are found again.
 
 Choices
@@ -33,7 +33,7 @@ from megatron_sffn.checkpoints.files import (
     read_common,
 )
 from megatron_sffn.checkpoints.pickle_scan import NOT_FROM_A_CHECKPOINT, without
-from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.train.routing_trace import RoutingTrace
 from megatron_sffn.utils.errors import ConfigError, reason_in
 
 LAYOUT = """
@@ -80,7 +80,7 @@ class Replay:
     extra: Sequence[str] = ()
     say: Callable[[str], None] = print
 
-    def recording(self, iteration: int, args: Namespace) -> Recording:
+    def recording(self, iteration: int, args: Namespace) -> RoutingTrace:
         """The first tokens and their blocks, recorded now or before.
 
         Args:
@@ -97,8 +97,8 @@ class Replay:
         else:
             self.say(f"iteration {iteration}: replaying {self.tokens} tokens")
             self._run(iteration, args, path)
-        found = Recording.load(path)
-        return Recording(
+        found = RoutingTrace.load(path)
+        return RoutingTrace(
             token_ids=found.token_ids[: self.tokens],
             blocks={layer: blocks[: self.tokens] for layer, blocks in found.blocks.items()},
             num_blocks=found.num_blocks,
@@ -196,7 +196,7 @@ def checkpoints(
     return found
 
 
-def check_same_tokens(recordings: dict[int, Recording]) -> None:
+def check_same_tokens(recordings: dict[int, RoutingTrace]) -> None:
     """All recordings are of the same tokens.
 
     Raises:

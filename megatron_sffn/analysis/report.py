@@ -20,7 +20,7 @@ import numpy
 
 from megatron_sffn.analysis import charts, measures, tokens
 from megatron_sffn.analysis.lines import Curve, Loads, curves, loads
-from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.train.routing_trace import RoutingTrace
 from megatron_sffn.utils.atomic_files import write_whole
 
 BLOCKS_SHOWN, IDS_SHOWN = 12, 8
@@ -42,7 +42,7 @@ class Analysis:
 
     run: Path
     lines: Sequence[dict[str, Any]]
-    recordings: Mapping[int, Recording]
+    recordings: Mapping[int, RoutingTrace]
     layers: Sequence[int]
     top: int
     decode: tokens.Decode
@@ -236,7 +236,7 @@ def _drift(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) 
     return [Section(title="Drift", text=text, pictures=("drift.png",))]
 
 
-def _most_used(recording: Recording, layer: int, top: int) -> measures.Ints:
+def _most_used(recording: RoutingTrace, layer: int, top: int) -> measures.Ints:
     """The most used blocks of a layer."""
     load = measures.load_of(recording.blocks[layer], recording.num_blocks)
     return measures.most_used(load, top)

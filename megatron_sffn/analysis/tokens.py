@@ -1,6 +1,6 @@
 """Which token ids a block serves: those that are more frequent in it than anywhere.
 
-Enters: a `Recording`. Leaves: rows of a table, also as CSV.
+Enters: a `RoutingTrace`. Leaves: rows of a table, also as CSV.
 
 Choice: ids are ranked by what they add to the divergence of the block's tokens from all tokens,
 `p(id | block) · log (p(id | block) / p(id))`. Ranked by their number alone, every block would show
@@ -18,7 +18,7 @@ from dataclasses import astuple, dataclass, fields
 import numpy
 
 from megatron_sffn.analysis.measures import Ints, load_of, most_used, token_counts
-from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.train.routing_trace import RoutingTrace
 from megatron_sffn.utils.errors import ConfigError
 
 Decode = Callable[[int], str]
@@ -52,7 +52,7 @@ class Served:
 
 
 def served(
-    recording: Recording, layer: int, decode: Decode, *, blocks: int, ids: int
+    recording: RoutingTrace, layer: int, decode: Decode, *, blocks: int, ids: int
 ) -> list[Served]:
     """The ids that mark the most used blocks of a layer.
 

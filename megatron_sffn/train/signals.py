@@ -1,8 +1,8 @@
 """Signals after which a run saves a checkpoint and exits.
 
-Design notes: Megatron's handler of `--exit-signal`, which saves and exits with code 0, is always on;
-it costs one small all-gather per step. It handles SIGTERM, SIGUSR1 and SIGUSR2, since schedulers
-differ in the signal that they send as a warning.
+Design notes: Megatron's handler of `--exit-signal`, which saves and exits with code 0, is always
+on; it costs one small all-gather per step. Here it handles SIGTERM, SIGUSR1 and SIGUSR2, since
+schedulers differ in the signal that they send as a warning.
 """
 
 from __future__ import annotations
