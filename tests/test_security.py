@@ -27,10 +27,8 @@ from megatron_sffn.patches import unpickling
 from megatron_sffn.patches.registry import resolve
 from megatron_sffn.tools import convert_checkpoint
 from megatron_sffn.utils.errors import ConfigError
-from tests.integration import conftest as real_runs
 from tests.support.paths import ROOT
-
-pretrain, text = real_runs.pretrain, real_runs.text
+from tests.support.pretraining import MODEL
 
 FLAGS = "--train-iters 2 --save-interval 1 --split 90,10,0 --eval-iters 1"
 EP2 = "--expert-model-parallel-size 2"
@@ -286,7 +284,7 @@ def test_the_commands_refuse_with_one_sentence(load: Path, made, text: str) -> N
     convert = [ROOT / "tools" / "convert_checkpoint.py", "reblock", "--load", load]
     convert += ["--save", load.parent / "finer", "--block-size", "4"]
     assert " names os.makedirs in __" in one_sentence(run(*convert))
-    flags = shlex.split(f"{real_runs.MODEL} {FLAGS} --data-path {text} --load {load}")
+    flags = shlex.split(f"{MODEL} {FLAGS} --data-path {text} --load {load}")
     trained = run("-m", "megatron_sffn.pretrain", *flags)
     assert " names os.makedirs in __" in one_sentence(trained)
     assert not made.exists()

@@ -6,7 +6,7 @@ every evaluation with the tokens of each block; scalars `routing/NAME/layer_N`, 
 their mean over layers.
 
 Design notes:
-- A line sums over all steps since the last line, not over a sample of them; `steps` is their number.
+- A line sums over all `steps` since the last line, not over a sample of them.
   Between two lines a step only counts; a line costs one all-reduce of one tensor.
 - The plain sum over all ranks equals the count of a run on one rank: tensor-parallel ranks hold
   different tokens (sparse layers require sequence parallelism), so do data- and context-parallel

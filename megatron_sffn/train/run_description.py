@@ -15,6 +15,9 @@ from typing import Any
 
 from megatron_sffn.accounting import ModelShape
 
+CLONE = Path(__file__).parents[2]
+"""The folder of the clone, if the package is not installed."""
+
 SECTIONS: dict[str, tuple[str, ...]] = {
     "model": (
         "position_embedding_type",
@@ -116,7 +119,7 @@ def describe_run(args: Namespace, shape: ModelShape) -> dict[str, Any]:
         sections["router_settings"] = {name: _as_json(value) for name, value in router.items()}
     return {
         "command": shlex.join(["python", "-m", "megatron_sffn.pretrain", *args.sffn_command]),
-        "commit": commit(Path(__file__).parents[1]),
+        "commit": commit(CLONE),
         **sections,
     }
 

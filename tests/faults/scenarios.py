@@ -54,20 +54,22 @@ def undisturbed(folder: Path) -> Job:
     return run
 
 
-def assert_the_same(save: Path, log: str, whole: Job) -> None:
+def assert_the_same(save: Path, log: str, undisturbed_job: Job) -> None:
     """A run that was disturbed ended as the undisturbed one, bit by bit.
 
     Args:
         save: its folder.
         log: of all its parts.
-        whole: the undisturbed one.
+        undisturbed_job: the run to compare with.
     """
-    norms, expected = column(log, "grad norm"), column(whole.log(), "grad norm")
+    norms, expected = column(log, "grad norm"), column(undisturbed_job.log(), "grad norm")
     assert norms == expected
-    assert validation_loss(log) == validation_loss(whole.log())
+    assert validation_loss(log) == validation_loss(undisturbed_job.log())
     for name in ("routing.jsonl", "latest_checkpointed_iteration.txt"):
-        assert (save / name).read_text() == (whole.folder / "run" / name).read_text(), name
-    assert _results(save) == _results(whole.folder / "run")
+        assert (save / name).read_text() == (undisturbed_job.folder / "run" / name).read_text(), (
+            name
+        )
+    assert _results(save) == _results(undisturbed_job.folder / "run")
 
 
 def _results(save: Path) -> dict[str, object]:
@@ -77,7 +79,7 @@ def _results(save: Path) -> dict[str, object]:
     return {name: value for name, value in summary.items() if name not in of_this_run}
 
 
-def killed_job(folder: Path, whole: Job, *, kills: int, seed: int) -> Outcome:
+def killed_job(folder: Path, undisturbed_job: Job, *, kills: int, seed: int) -> Outcome:
     """All ranks get SIGKILL at random moments, about half of them while the run saves.
 
     A run that comes to its end in spite of that is compared, and another one begins.
@@ -97,7 +99,7 @@ def killed_job(folder: Path, whole: Job, *, kills: int, seed: int) -> Outcome:
                 lost = max(lost, _lost(save, log))
             else:
                 assert (save / "summary.json").exists(), run.log()
-        assert_the_same(save, log, whole)
+        assert_the_same(save, log, undisturbed_job)
         if not kills:
             return Outcome(lost=lost, note=f"{saves} of them in a save")
     raise AssertionError(kills)
@@ -126,7 +128,7 @@ def _lost(save: Path, log: str) -> int:
     return lost
 
 
-def killed_rank(folder: Path, whole: Job) -> Outcome:
+def killed_rank(folder: Path, undisturbed_job: Job) -> Outcome:
     """One rank gets SIGKILL in the middle of a step; torchrun starts all of them again."""
     save = folder / "run"
     with Agent(in_folder(save), folder, "--max-restarts", "1") as agent:
@@ -138,12 +140,16 @@ def killed_rank(folder: Path, whole: Job) -> Outcome:
     steps = [int(step) for step in re.findall(r"iteration +(\d+)/", agent.log())]
     again = len(steps) - STEPS
     assert 0 < again <= INTERVAL, steps
-    assert_the_same(save, agent.log(), whole)
+    assert_the_same(save, agent.log(), undisturbed_job)
     return Outcome(lost=again)
 
 
 def asked_to_stop(
-    folder: Path, whole: Job, number: signal.Signals, rank: int | None = None, flags: str = ""
+    folder: Path,
+    undisturbed_job: Job,
+    number: signal.Signals,
+    rank: int | None = None,
+    flags: str = "",
 ) -> Outcome:
     """A signal to all ranks, or to one: the run saves and leaves with exit code 0."""
     save = folder / "run"
@@ -154,7 +160,7 @@ def asked_to_stop(
     lost = _lost(save, run.log())
     with job(2, in_folder(save), folder / "rest") as rest:
         assert rest.wait() == [0, 0], rest.log()
-    assert_the_same(save, run.log() + rest.log(), whole)
+    assert_the_same(save, run.log() + rest.log(), undisturbed_job)
     return Outcome(lost=lost)
 
 
@@ -169,11 +175,11 @@ def torchrun_asked_to_stop(folder: Path) -> Outcome:
     return Outcome(lost=_lost(save, agent.log()), note=f"torchrun's exit code is {code}")
 
 
-def full_disk(folder: Path, whole: Job) -> Outcome:
+def full_disk(folder: Path, undisturbed_job: Job) -> Outcome:
     """The disk has room for one checkpoint and not for the next."""
     save = folder / "disk" / "run"
     folder.mkdir(exist_ok=True)
-    size = size_of(whole.folder / "run" / f"iter_{INTERVAL:07d}")
+    size = size_of(undisturbed_job.folder / "run" / f"iter_{INTERVAL:07d}")
     with SmallDisk(folder / "disk", round(1.5 * size)) as disk:
         with job(2, in_folder(save), folder / "full") as run:
             assert run.wait(rank=0) == [2], run.log(0)
@@ -188,7 +194,7 @@ def full_disk(folder: Path, whole: Job) -> Outcome:
         disk.grow(10 * size)
         with job(2, in_folder(save), folder / "rest") as rest:
             assert rest.wait() == [0, 0], rest.log()
-        assert_the_same(save, run.log() + rest.log(), whole)
+        assert_the_same(save, run.log() + rest.log(), undisturbed_job)
     return Outcome(lost=lost)
 
 
@@ -196,10 +202,10 @@ LEFT = [f"iter_{INTERVAL:07d}", "latest_checkpointed_iteration.txt", "routing.js
 """Names in the folder of a run that could not save a second time."""
 
 
-def failing_write(folder: Path, whole: Job) -> Outcome:
+def failing_write(folder: Path, undisturbed_job: Job) -> Outcome:
     """A write fails in the middle of a save."""
     save = folder / "run"
-    first = whole.folder / "run" / f"iter_{INTERVAL:07d}"
+    first = undisturbed_job.folder / "run" / f"iter_{INTERVAL:07d}"
     limit = max(path.stat().st_size for path in first.iterdir()) // 2
     with job(2, in_folder(save), folder / "failing") as run:
         run.wait_for(r"successfully saved", rank=0)
@@ -212,7 +218,7 @@ def failing_write(folder: Path, whole: Job) -> Outcome:
     lost = _lost(save, run.log())
     with job(2, in_folder(save), folder / "rest") as rest:
         assert rest.wait() == [0, 0], rest.log()
-    assert_the_same(save, run.log() + rest.log(), whole)
+    assert_the_same(save, run.log() + rest.log(), undisturbed_job)
     return Outcome(lost=lost)
 
 

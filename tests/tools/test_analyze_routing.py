@@ -12,10 +12,7 @@ import pytest
 
 from megatron_sffn.train.routing_trace import RoutingTrace
 from megatron_sffn.utils.errors import ConfigError
-from tests.integration import conftest as real_runs
 from tests.support.processes import HANGS
-
-pretrain, text = real_runs.pretrain, real_runs.text
 
 FLAGS = """
     --num-layers 4 --train-iters 4 --save-interval 2 --split 80,10,10 --eval-interval 2

@@ -34,10 +34,7 @@ from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.ops.block_ffn import block_ffn
 from megatron_sffn.utils.errors import ConfigError
-from tests.integration import conftest as real_runs
-from tests.integration.conftest import Log
-
-pretrain, text = real_runs.pretrain, real_runs.text
+from tests.support.pretraining import Log
 
 FLAGS = "--num-layers 4 --train-iters 4 --save-interval 2 --split 90,10,0"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"

@@ -10,7 +10,8 @@ import pytest
 
 from megatron_sffn.patches import cpu
 from megatron_sffn.train.arguments import parse
-from megatron_sffn.train.run_description import SECTIONS, commit
+from megatron_sffn.train.run_description import CLONE, SECTIONS, commit
+from tests.support.paths import ROOT
 
 RUN = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 "
@@ -47,6 +48,10 @@ def test_the_commit_is_that_of_the_clone_and_says_whether_files_differ(tmp_path:
     # A package inside the clone of another project is not that project.
     (tmp_path / "site-packages").mkdir()
     assert commit(tmp_path / "site-packages") is None
+
+
+def test_the_clone_of_the_package_is_found() -> None:
+    assert CLONE == ROOT
 
 
 def test_no_commit_no_word(tmp_path: Path) -> None:
