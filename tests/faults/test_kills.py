@@ -1,4 +1,4 @@
-"""Kills: of the undisturbed_job job, and of one rank."""
+"""Kills: of the undisturbed job, and of one rank."""
 
 from __future__ import annotations
 
