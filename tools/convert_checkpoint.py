@@ -3,9 +3,10 @@
 Inputs: the folder of a run, and the change. Outputs: a checkpoint of the same iteration in another
 folder, from which training can resume with optimizer, schedule and random numbers.
 
-Design notes: the conversion is one process without a model, so that a machine with a disk is enough.
-The old checkpoint is evaluated before the conversion and the new one after it, with the command line
-that the run stored in its checkpoint; the loss difference is the cost of the conversion.
+Design notes: the conversion is one process without a model, so that a machine with a disk is
+enough. The old checkpoint is evaluated before the conversion and the new one after it, with the
+command line that the run stored in its checkpoint; the difference of the losses is the cost of the
+conversion.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
     from megatron_sffn.checkpoints.reblock import Reblocking
 
 REBLOCK = """\
-Convert a checkpoint to another block size. Keys and values are stored as rows of cells, so they stay
-as they are; a learned gate, which has a row for every block, changes with the blocks. Parameters,
-the optimizer's moments and everything else are kept: training resumes from the result, on any
-layout, with the new --sffn-block-size.
+Convert a checkpoint to another block size. Keys and values are stored as rows of cells, so they
+stay as they are; a learned gate, which has a row for every block, changes with the blocks.
+Parameters, the optimizer's moments and everything else are kept: training resumes from the result,
+on any layout, with the new --sffn-block-size.
 
 A tensor is read in the pieces in which the ranks saved it; the largest piece has to fit in RAM.
 """

@@ -84,8 +84,8 @@ def _tensors(args: Namespace, saved: Namespace) -> Iterator[str]:
         size, saved_size = (vars(a).get(dest) or 1 for a in (args, saved))
         if size != saved_size:
             yield (
-                f"{flag_of(dest)} {size} differs from {saved_size} of a checkpoint that was saved with "
-                "--no-dist-ckpt-optim-fully-reshardable; use that, save it again without this "
+                f"{flag_of(dest)} {size} differs from {saved_size} of a checkpoint that was saved "
+                "with --no-dist-ckpt-optim-fully-reshardable; use that, save it again without this "
                 f"flag, or {ANEW}"
             )
 
@@ -101,15 +101,15 @@ def _random_states(args: Namespace, saved: Namespace) -> Iterator[str]:
         flag = "--data-parallel-random-init"
         yield (
             f"this run has {stated(flag, per_rank)}, but the checkpoint's states of random numbers "
-            f"were saved with {stated(flag, saved_per_rank)}; use that, or add --no-load-rng to start them "
-            "anew"
+            f"were saved with {stated(flag, saved_per_rank)}; use that, or add --no-load-rng to "
+            "start them anew"
         )
     size, saved_size = args.data_parallel_size, vars(saved).get("data_parallel_size")
     if per_rank and size != saved_size:
         yield (
             f"--data-parallel-random-init has random numbers of their own for each data-parallel "
-            f"rank, of which there are {size} here and {saved_size} in the checkpoint; add --no-load-rng "
-            "to start them anew, or use as many ranks"
+            f"rank, of which there are {size} here and {saved_size} in the checkpoint; add "
+            "--no-load-rng to start them anew, or use as many ranks"
         )
 
 
