@@ -41,7 +41,7 @@ def recording(seed: int = 0, *, layer: int = 2, tokens: int = 24) -> RoutingTrac
     ],
 )
 def test_flags_of_layouts_and_results_are_taken_out(command: str, left: str) -> None:
-    assert replay.without(command.split(), replay.TAKEN_OUT) == left.split()
+    assert replay.without(command.split(), replay.REMOVED) == left.split()
 
 
 def test_every_flag_that_is_taken_out_is_one_of_megatrons(monkeypatch) -> None:
@@ -60,13 +60,13 @@ def test_every_flag_that_is_taken_out_is_one_of_megatrons(monkeypatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # argparse's, of Megatron's own flags
         parse_args(collect)
-    assert known >= replay.TAKEN_OUT
+    assert known >= replay.REMOVED
 
 
 def test_a_process_alone_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    found = replay.alone(os.environ)
+    found = replay.without_rank(os.environ)
     assert "RANK" not in found
     assert found["OMP_NUM_THREADS"] == "5"
 
