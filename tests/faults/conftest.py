@@ -1,4 +1,4 @@
-"""What a run is compared with that was disturbed."""
+"""The run without a fault, with which the others are compared."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""What can happen to a run, each as a function that does it to a real one.
+"""Faults: each function causes one in a real run.
 
-Enters: a folder. Leaves: what it cost, for the fault table (`python -m tests.faults`), or an
+Inputs: a folder. Outputs: the cost of the fault, for the table of `python -m tests.faults`, or an
 `AssertionError` if the run did not survive.
 """
 
@@ -24,18 +24,18 @@ INTERVAL = 5
 """Steps between saves."""
 
 STEPS = 24
-"""Of a run; its last save is none of the interval."""
+"""Steps of a run; its last save lies between two intervals."""
 
 RUN = f"{EP2} --train-iters {STEPS} --save-interval {INTERVAL} --hidden-dropout 0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a fault cost a run that survived.
+    """The cost of a fault for a run that survived.
 
     Args:
-        lost: steps that had to be done again, at most.
-        note: what else there is to say.
+        lost: number of steps that had to be taken again, at most.
+        note: a remark for the table.
     """
 
     lost: int = 0
@@ -43,23 +43,23 @@ class Outcome:
 
 
 def in_folder(folder: Path) -> str:
-    """Flags of a run that goes on where it stopped."""
+    """Flags of a run that resumes where it stopped."""
     return f"{RUN} --save {folder} --load {folder}"
 
 
 def undisturbed(folder: Path) -> Job:
-    """The run as it should be, with its files in `folder/run`."""
+    """A run without a fault, with its files in `folder/run`."""
     with job(2, in_folder(folder / "run"), folder) as run:
         assert run.wait() == [0, 0], run.log()
     return run
 
 
 def assert_the_same(save: Path, log: str, undisturbed_job: Job) -> None:
-    """A run that was disturbed ended as the undisturbed one, bit by bit.
+    """Check that a run with a fault ended exactly as the run without one.
 
     Args:
-        save: its folder.
-        log: of all its parts.
+        save: the run's folder.
+        log: the log of all its processes.
         undisturbed_job: the run to compare with.
     """
     norms, expected = column(log, "grad norm"), column(undisturbed_job.log(), "grad norm")
@@ -73,10 +73,10 @@ def assert_the_same(save: Path, log: str, undisturbed_job: Job) -> None:
 
 
 def _results(save: Path) -> dict[str, object]:
-    """What a summary says, but for the speed and the folder."""
+    """The summary without speed, command and loaded checkpoint, which differ from run to run."""
     summary = json.loads((save / "summary.json").read_text())
-    of_this_run = ("tokens_per_second", "command", "started_from")
-    return {name: value for name, value in summary.items() if name not in of_this_run}
+    varying = ("tokens_per_second", "command", "started_from")
+    return {name: value for name, value in summary.items() if name not in varying}
 
 
 def killed_job(folder: Path, undisturbed_job: Job, *, kills: int, seed: int) -> Outcome:

@@ -1,4 +1,4 @@
-"""The host platform: every adaptation is needed, takes, and means what Megatron expects."""
+"""Patches for a host without CUDA: each is needed, applied once, and does what Megatron needs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ OF_TORCH = {
 
 
 @pytest.mark.parametrize("row", ROWS, ids=TARGETS)
-def test_the_named_code_uses_what_is_replaced(row: Patch) -> None:
+def test_the_code_that_needs_a_patch_uses_the_replaced_name(row: Patch) -> None:
     holder, _, name = row.target.rpartition(".")
     uses = {
         "torch.cuda": rf"torch\.cuda\.{name}\b",
@@ -123,7 +123,7 @@ def row(target: str, make: Callable[[Any], Any]) -> Patch:
     ["torch.cuda.gone", "torch.gone.deeper", "megatron.core.gone.name", "no_such_package.name"],
 )
 @pytest.mark.usefixtures("not_installed")
-def test_a_name_that_is_gone(monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
+def test_a_name_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
     monkeypatch.setattr(cpu, "PATCHES", (row(gone, lambda original: original),))
     with pytest.raises(ConfigError, match=rf"^{gone}, .* for megatron\.a\.b, .*; install") as error:
         cpu.install()
@@ -131,7 +131,7 @@ def test_a_name_that_is_gone(monkeypatch: pytest.MonkeyPatch, gone: str) -> None
 
 
 @pytest.mark.usefixtures("not_installed")
-def test_with_cuda_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cuda_machine_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(original: Any) -> Any:
         raise AssertionError("replaced on a machine with CUDA")
 
@@ -154,7 +154,7 @@ def test_host_flags_are_megatrons() -> None:
         assert vars(parser.parse_args([]))[dest] != value, f"{typed} is Megatron's default"
 
 
-# What each answers
+# The replaced functions
 
 
 def test_the_device_is_the_cpu() -> None:

@@ -1,4 +1,4 @@
-"""What Megatron needs on every machine: each replacement is used and does what is expected."""
+"""Patches for every machine: each replacement does what Megatron needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `summary.json` says of the run beside its numbers."""
+"""The description of a run in `summary.json`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,6 @@ def test_the_clone_of_the_package_is_found() -> None:
     assert CLONE == ROOT
 
 
-def test_no_commit_no_word(tmp_path: Path) -> None:
+def test_a_git_folder_without_commits_gives_no_commit(tmp_path: Path) -> None:
     (tmp_path / ".git").mkdir()  # of no use
     assert commit(tmp_path) is None

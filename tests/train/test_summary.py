@@ -1,4 +1,4 @@
-"""What a run leaves: times and losses, and its summary."""
+"""The summary of a run: step times, losses, and `summary.json`."""
 
 from __future__ import annotations
 
