@@ -77,7 +77,7 @@ def row(args: Namespace, block_size: int, router: str, folder: Path) -> str:
     from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
     from megatron_sffn.nn.layer import SparseFFN
     from megatron_sffn.nn.routers import ROUTERS
-    from megatron_sffn.train.routing_metrics import RoutingLog
+    from megatron_sffn.train.routing_metrics import RoutingMetrics
 
     sffn = SparseFFNConfig(
         router=ROUTERS[router](),
@@ -110,7 +110,7 @@ def row(args: Namespace, block_size: int, router: str, folder: Path) -> str:
         step()
         layer.trained = counter
 
-    log = RoutingLog(log_arguments(sffn.num_blocks), folder)
+    log = RoutingMetrics(log_arguments(sffn.num_blocks), folder)
 
     def line() -> None:
         log.args.curr_iteration += 1

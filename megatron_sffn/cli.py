@@ -29,14 +29,14 @@ a command's own flags: megatron-sffn COMMAND --help
 
 
 def commands() -> dict[str, Path]:
-    """Name -> file."""
+    """Command -> the file that implements it."""
     tools = {path.stem.replace("_", "-"): path for path in (PACKAGE / "tools").glob("*.py")}
     doctor = {"doctor": PACKAGE / "doctor" / "__main__.py"}
     return {**doctor, "pretrain": PACKAGE / "pretrain.py", **dict(sorted(tools.items()))}
 
 
 def module_of(path: Path) -> str:
-    """What `python -m` is given for a file of the package."""
+    """The module name of a file of the package, for `python -m`."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts).removesuffix(".__main__")
 
@@ -48,7 +48,7 @@ def summary(path: Path) -> str:
 
 
 def version() -> str:
-    """Of this package; of the clone's pyproject.toml where the package is not installed."""
+    """The version of this package; if it is not installed, that in the clone's pyproject.toml."""
     import importlib.metadata
 
     try:
@@ -61,7 +61,7 @@ def version() -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's name; all that follows is the command's."""
+    """A parser of the command's name, which leaves the rest to the command."""
     known = commands()
     width = max(map(len, known))
     listed = "\n".join(f"  {name:{width}}  {summary(path)}" for name, path in known.items())
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Become the command that is named.
+    """Replace this process by the command.
 
     Raises:
         ConfigError: if there is no such command.

@@ -1,10 +1,10 @@
-"""The entry point: `torchrun --nproc-per-node N -m megatron_sffn.pretrain` with Megatron's flags.
+"""Pretrain a model: `torchrun --nproc-per-node N -m megatron_sffn.pretrain` and Megatron's flags.
 
-Enters: the command line. Leaves: a trained model, or one sentence and exit code 2.
+Inputs: the command line. Outputs: a trained model, or one sentence and exit code 2.
 
-Choice: everything is imported inside `main`. The platform must be adapted before Megatron is
-imported (it compiles functions at import), and Megatron's checkpoint writer starts processes that
-import this module again at every save: it has to be light.
+Design notes: everything is imported inside `main`, for two reasons. The process must be adapted
+(`patches/`) before Megatron is imported, because Megatron compiles functions at import. And the
+processes of Megatron's checkpoint writer import this module at every save, so it has to be light.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ WORLD_SIZES = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpiexec",
 }
-"""Variable in which a launcher that is not torchrun says how many processes it starts -> its name.
-"""
+"""Environment variable with the number of processes of a job -> the launcher that sets it."""
 
 
 def main() -> int:
@@ -40,23 +39,23 @@ def main() -> int:
     from megatron_sffn.train.run import train
 
     args = parse(defaults)
-    ours = logging.getLogger("megatron_sffn")
-    ours.addHandler(logging.StreamHandler(sys.stdout))
-    ours.propagate = False  # Megatron has its own way with the root of loggers
-    ours.setLevel(logging.INFO if args.rank == 0 else logging.ERROR)
+    logger = logging.getLogger("megatron_sffn")
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.propagate = False  # Megatron configures the root logger
+    logger.setLevel(logging.INFO if args.rank == 0 else logging.ERROR)
     if line:
-        ours.info(line)
+        logger.info(line)
     logging.getLogger("megatron").setLevel(logging.WARNING)
     train(args)
     return 0
 
 
 def one_rank_without_torchrun() -> None:
-    """Outside torchrun this process is a world of its own.
+    """Outside torchrun, make this process a job of one rank.
 
     Raises:
-        ConfigError: if another launcher has started several processes, each of which would train
-            alone and write the same files.
+        ConfigError: if another launcher has started several processes; each of them would train
+            alone, and all would write the same files.
     """
     if "RANK" in os.environ:
         return

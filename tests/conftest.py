@@ -34,6 +34,8 @@ from tests.support import ranks  # noqa: E402
 # A shell's background job ignores Ctrl-C, and so would all that is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+pytest_plugins = ["tests.support.pretraining"]
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -41,7 +41,7 @@ from megatron_sffn.flags.sffn_flags import add_sffn_flags  # noqa: E402
 from megatron_sffn.pretrain import main as pretrain  # noqa: E402
 from megatron_sffn.utils.errors import run_command  # noqa: E402
 from tests.flag_values import NEEDS, NO_EFFECT, VALUES  # noqa: E402
-from tests.integration.conftest import MODEL, write_bytes  # noqa: E402
+from tests.support.pretraining import MODEL, write_bytes  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "flags.json"
 SECONDS = 120.0

@@ -154,7 +154,7 @@ def test_the_installed_package_trains(environment: Path, tmp_path: Path) -> None
     converted = outside(
         environment,
         tmp_path,
-        *("megatron-sffn", "convert-checkpoint", "regranulate", "--load", "saved"),
+        *("megatron-sffn", "convert-checkpoint", "reblock", "--load", "saved"),
         *("--save", "finer", "--block-size", "4", "--no-evaluate"),
     )
     assert converted.returncode == 0, converted.stderr

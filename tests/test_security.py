@@ -28,10 +28,8 @@ from megatron_sffn.patches import unpickling
 from megatron_sffn.patches.registry import resolve
 from megatron_sffn.tools import convert_checkpoint
 from megatron_sffn.utils.errors import ConfigError
-from tests.integration import conftest as real_runs
 from tests.support.paths import ROOT
-
-pretrain, text = real_runs.pretrain, real_runs.text
+from tests.support.pretraining import MODEL
 
 FLAGS = "--train-iters 2 --save-interval 1 --split 90,10,0 --eval-iters 1"
 EP2 = "--expert-model-parallel-size 2"
@@ -229,7 +227,7 @@ def test_a_damaged_file_is_no_code(load: Path) -> None:
     check_data_only(folder)
 
 
-@pytest.mark.parametrize("row", unpickling.adaptations(), ids=lambda row: row.target)
+@pytest.mark.parametrize("row", unpickling.PATCHES, ids=lambda row: row.target)
 def test_the_named_code_uses_what_is_replaced(row: Any) -> None:
     owner, user = resolve(row.needed_by)
     name = row.target.rpartition(".")[2]
@@ -238,9 +236,9 @@ def test_the_named_code_uses_what_is_replaced(row: Any) -> None:
 
 
 def test_installed_once() -> None:
-    before = [getattr(*resolve(row.target)) for row in unpickling.adaptations()]
+    before = [getattr(*resolve(row.target)) for row in unpickling.PATCHES]
     unpickling.install()
-    assert [getattr(*resolve(row.target)) for row in unpickling.adaptations()] == before
+    assert [getattr(*resolve(row.target)) for row in unpickling.PATCHES] == before
 
 
 def test_metadata_may_name_what_torch_has(tmp_path: Path) -> None:
@@ -284,10 +282,10 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_the_commands_refuse_with_one_sentence(load: Path, made, text: str) -> None:
     in_common_state(load / "iter_0000002", Code(made))
-    convert = [ROOT / "tools" / "convert_checkpoint.py", "regranulate", "--load", load]
+    convert = [ROOT / "tools" / "convert_checkpoint.py", "reblock", "--load", load]
     convert += ["--save", load.parent / "finer", "--block-size", "4"]
     assert " names os.makedirs in __" in one_sentence(run(*convert))
-    flags = shlex.split(f"{real_runs.MODEL} {FLAGS} --data-path {text} --load {load}")
+    flags = shlex.split(f"{MODEL} {FLAGS} --data-path {text} --load {load}")
     trained = run("-m", "megatron_sffn.pretrain", *flags)
     assert " names os.makedirs in __" in one_sentence(trained)
     assert not made.exists()
@@ -297,7 +295,7 @@ def test_the_commands_refuse_with_one_sentence(load: Path, made, text: str) -> N
 def test_the_tool_reads_it_where_the_user_says_so(load: Path, made, monkeypatch) -> None:
     in_common_state(load / "iter_0000002", Code(made))
     monkeypatch.setenv(unpickling.TRUST, "0")  # which the flag sets, and this takes back
-    flags = f"regranulate --load {load} --save {load.parent}/finer --block-size 4 --no-evaluate"
+    flags = f"reblock --load {load} --save {load.parent}/finer --block-size 4 --no-evaluate"
     assert convert_checkpoint.main([*flags.split(), "--sffn-trust-checkpoint"]) == 0
     assert made.is_dir()
 

@@ -1,10 +1,12 @@
 """Convert a checkpoint, offline.
 
-Enters: the folder of a run, and what to change. Leaves: a checkpoint of the same iteration in
-another folder, from which training goes on, optimizer, schedule and random numbers included.
-Choices: one process and no model, so that a machine with a disk is enough. Both checkpoints are
-evaluated with the command line that the run itself left in its checkpoint, before anything is
-written and after; the difference of the losses is what the conversion cost.
+Inputs: the folder of a run, and the change. Outputs: a checkpoint of the same iteration in another
+folder, from which training can resume with optimizer, schedule and random numbers.
+
+Design notes: the conversion is one process without a model, so that a machine with a disk is
+enough. The old checkpoint is evaluated before the conversion and the new one after it, with the
+command line that the run stored in its checkpoint; the difference of the losses is the cost of the
+conversion.
 """
 
 from __future__ import annotations
@@ -27,23 +29,23 @@ from megatron_sffn.utils.warning_filters import silence
 if TYPE_CHECKING:
     from megatron_sffn.checkpoints.reblock import Reblocking
 
-REGRANULATE = """\
-Cut the memory of a checkpoint into blocks of another size. The memory is stored as cells, so the
-tables stay as they are; a learned gate, which has a row for every block, is cut with them.
-Parameters, the optimizer's moments and everything else are kept: training goes on from the result,
+REBLOCK = """\
+Convert a checkpoint to another block size. Keys and values are stored as rows of cells, so they
+stay as they are; a learned gate, which has a row for every block, changes with the blocks.
+Parameters, the optimizer's moments and everything else are kept: training resumes from the result,
 on any layout, with the new --sffn-block-size.
 
-A tensor is read in the pieces in which a rank saved it; the largest of them has to fit memory.
+A tensor is read in the pieces in which the ranks saved it; the largest piece has to fit in RAM.
 """
 
 EXAMPLE = """\
 example: from blocks of 64 cells to blocks of 16
-  .venv/bin/python tools/convert_checkpoint.py regranulate --load runs/g64 --save runs/g16 \\
+  .venv/bin/python tools/convert_checkpoint.py reblock --load runs/g64 --save runs/g16 \\
       --block-size 16
   torchrun ... -m megatron_sffn.pretrain ... --sffn-block-size 16 --load runs/g16 --save runs/g16
 
-example: evaluate on 1 rank what was trained on 8; what follows -- is added to the run's command
-  .venv/bin/python tools/convert_checkpoint.py regranulate --load runs/g64 --save runs/g16 \\
+example: evaluate on 1 rank a run on 8 ranks; flags after -- are added to the run's command
+  .venv/bin/python tools/convert_checkpoint.py reblock --load runs/g64 --save runs/g16 \\
       --block-size 16 --nproc-per-node 1 -- --expert-model-parallel-size 1
 """
 
@@ -52,15 +54,16 @@ def build_parser() -> argparse.ArgumentParser:
     """The tool's flags; one subcommand for each conversion."""
     parser = CommandParser(description="Convert a checkpoint, offline.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="CONVERSION")
-    regranulate = commands.add_parser(
-        "regranulate",
-        help="blocks of another size for the same memory",
-        description=REGRANULATE,
+    reblock_parser = commands.add_parser(
+        "reblock",
+        aliases=["regranulate"],  # its former name
+        help="another block size for the same cells",
+        description=REBLOCK,
         epilog=EXAMPLE,
-        usage="convert_checkpoint.py regranulate --load DIR --save DIR --block-size G [options] "
+        usage="convert_checkpoint.py reblock --load DIR --save DIR --block-size G [options] "
         "[-- TRAINING FLAGS]",
     )
-    add = regranulate.add_argument
+    add = reblock_parser.add_argument
     add("--load", type=Path, required=True, metavar="DIR", help="folder of the run")
     add(
         "--ckpt-step",
@@ -73,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of the result; it gets the same iteration, and is made if need be",
+        help="folder of the result, which has the same iteration; it is created if necessary",
     )
     add("--block-size", type=int, required=True, metavar="G", help="new --sffn-block-size")
     add(
@@ -86,18 +89,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--sffn-trust-checkpoint",
         action="store_true",
         help="read a checkpoint that names code other than torch's and Megatron's classes, as old "
-        "ones do, and let it run",
+        "checkpoints do, and let this code run",
     )
     add(
         "--nproc-per-node",
         type=int,
         metavar="N",
-        help="ranks of the evaluation (default: those of the run); give the layout after --",
+        help="ranks of the evaluation (default: as many as the run had); give the layout after --",
     )
     return parser
 
 
-def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
+def reblock(args: Namespace, training_flags: Sequence[str]) -> None:
     """Run the subcommand.
 
     Args:
@@ -105,11 +108,13 @@ def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
         training_flags: added to the run's command for the evaluation.
 
     Raises:
-        ConfigError: if the checkpoint is damaged, cannot be cut so, or cannot be evaluated.
+        ConfigError: if the checkpoint is damaged, the block size is impossible for it, or it cannot
+            be evaluated.
     """
     from tqdm import tqdm
 
-    from megatron_sffn.checkpoints import files, reblock, rewrite
+    from megatron_sffn.checkpoints import files, rewrite
+    from megatron_sffn.checkpoints.reblock import plan_reblocking
     from megatron_sffn.checks.pickles import check_data_only
     from megatron_sffn.patches.unpickling import trust
 
@@ -126,7 +131,7 @@ def regranulate(args: Namespace, training_flags: Sequence[str]) -> None:
         )
     iteration = files.iteration_of(source)
     target = rewrite.free_folder(args.save, iteration)
-    plan = reblock.regranulate(metadata, saved, args.block_size)
+    plan = plan_reblocking(metadata, saved, args.block_size)
     before = None
     if args.evaluate:
         evaluation = Evaluation(args, saved, training_flags)
@@ -168,7 +173,7 @@ def _source(load: Path, step: int | None) -> Path:
 
 
 def described(plan: Reblocking) -> str:
-    """What was done: the numbers, a table of all entries of the checkpoint, the consequence."""
+    """The report: the sizes, a table of all entries of the checkpoint, and the consequence."""
     before, after = plan.before, plan.after
     rows = [("what", "number", "what happened")]
     rows += [(kind, str(number), what) for (kind, what), number in sorted(plan.account.items())]
@@ -185,15 +190,15 @@ def described(plan: Reblocking) -> str:
 
 
 class Evaluation:
-    """Validation losses with the command line that a run left in its checkpoint.
+    """Validation losses with the command line that a run stored in its checkpoint.
 
     Args:
-        args: the tool's.
-        saved: the checkpoint's.
-        training_flags: the last of the command line, so that they count.
+        args: the tool's flags.
+        saved: the checkpoint's arguments.
+        training_flags: flags at the end of the command line, where they override earlier ones.
 
     Raises:
-        ConfigError: if there is no such command line.
+        ConfigError: if the checkpoint has no such command line.
     """
 
     def __init__(self, args: Namespace, saved: Namespace, training_flags: Sequence[str]) -> None:
@@ -212,8 +217,8 @@ class Evaluation:
         """The validation loss of a checkpoint; nothing is written into the run's folders.
 
         Args:
-            folder: of the iteration.
-            block_size: of its blocks.
+            folder: the iteration's folder.
+            block_size: its block size.
 
         Raises:
             ConfigError: if the run fails, or has no validation data.
@@ -221,7 +226,7 @@ class Evaluation:
         from megatron_sffn.checkpoints.files import iteration_of
 
         with tempfile.TemporaryDirectory() as results:
-            # argparse: the last one counts. There is no flag that takes back --save.
+            # argparse takes the last value of a flag, and no flag undoes --save.
             flags = ["--load", str(folder.parent), "--ckpt-step", str(iteration_of(folder))]
             flags += ["--save", results, "--sffn-block-size", str(block_size)]
             flags += ["--skip-train", "--no-load-optim", "--no-load-rng"]
@@ -241,7 +246,7 @@ class Evaluation:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         command = [sys.executable, *torchrun, str(self.ranks), "-m", "megatron_sffn.pretrain"]
         print(f"evaluating {folder} on {self.ranks} ranks", file=sys.stderr, flush=True)
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -249,9 +254,9 @@ class Evaluation:
             errors="replace",
             env={"OMP_NUM_THREADS": "1", **os.environ},
         )
-        if done.returncode:
+        if process.returncode:
             raise ConfigError(
-                f"evaluating {folder} on {self.ranks} ranks failed ({reason_in(done.stdout)}); "
+                f"evaluating {folder} on {self.ranks} ranks failed ({reason_in(process.stdout)}); "
                 "give other flags after --, or --nproc-per-node, or add --no-evaluate"
             )
 
@@ -260,8 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
     silence()
     words = list(sys.argv[1:] if argv is None else argv)
-    cut = words.index("--") if "--" in words else len(words)
-    args = build_parser().parse_args(words[:cut])
+    end = words.index("--") if "--" in words else len(words)
+    args = build_parser().parse_args(words[:end])
     if args.nproc_per_node is not None and args.nproc_per_node < 1:
         raise ConfigError(
             f"--nproc-per-node {args.nproc_per_node} must be at least 1; give a positive number"
@@ -270,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_sffn.patches import prepare
 
     prepare()
-    regranulate(args, words[cut + 1 :])
+    reblock(args, words[end + 1 :])
     return 0
 
 

@@ -1,9 +1,9 @@
-"""What a run's routing looks like: `tools/analyze_routing.py`.
+"""Analyses the routing of a run, for `tools/analyze_routing.py`.
 
-replay.py    the validation tokens of a run once more, through each of its checkpoints
-measures.py  what the blocks of those tokens say: numbers
-lines.py     what `routing.jsonl` says: curves
-charts.py    pictures of both
-tokens.py    which token ids a block serves, as a table
-report.py    all of it on one page
+replay.py    records the blocks of the run's validation tokens, for each checkpoint
+measures.py  computes load, co-activation, overlap and drift from these records
+lines.py     reads `routing.jsonl` as curves
+tokens.py    lists the token ids that a block serves
+charts.py    plots all of them
+report.py    writes one page with the plots
 """

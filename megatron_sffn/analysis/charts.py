@@ -1,13 +1,13 @@
-"""Pictures of a run's routing, one PNG for each question, with a panel for each layer.
+"""Plots a run's routing: one PNG for each question, with a panel for each layer.
 
-Enters: curves, loads, matrices, tables. Leaves: files.
+Inputs: curves, loads, matrices, tables. Outputs: files.
 
-Choices
-- Blocks have no natural order: they are sorted by load, or so that those alike are neighbours.
-- More blocks than `ROWS` are drawn as the means of as many groups of neighbours, so that 65,536
-  blocks make a picture, too.
-- Colours of ratios are logarithmic and white at 1, which is an even load, or chance.
-- A number that is 0 in every layer at every step has no panel, but is named in the title.
+Design notes:
+- Blocks have no natural order: they are sorted by load, or so that similar blocks are neighbours.
+- If there are more than `ROWS` blocks, groups of neighbours are averaged into `ROWS` rows, so that
+  65,536 blocks can be plotted, too.
+- The colours of ratios are logarithmic, and white at 1: an even load, or chance.
+- A metric that is 0 in every layer at every step has no panel; the title names it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROWS = 128
 COLUMNS = 4
 """Panels next to each other."""
 LEGEND = 8
-"""Layers that have a colour of their own in a legend; more are a scale of colours."""
+"""Layers that a legend names; more layers get a colour scale."""
 
 STYLE = {
     "font.size": 9,
@@ -57,12 +57,12 @@ TITLES = {
     "negative_share": ("chosen scores below zero", "share of scores"),
     "empty_share": ("places left empty", "share of places"),
 }
-"""Number -> title and unit."""
+"""Metric -> title and unit."""
 
 
 def numbers(curves: Mapping[str, Mapping[int, Curve]], path: Path) -> None:
-    """Every number of training against the steps, a line for each layer."""
-    layers = sorted({layer for each in curves.values() for layer in each})
+    """Plot every metric of training over the steps, with a line for each layer."""
+    layers = sorted({layer for curve_of_layer in curves.values() for layer in curve_of_layer})
     colours = dict(zip(layers, _colours(len(layers)), strict=True))
     drawn, zeros = without_zeros(curves)
     heading = "Routing during training"
@@ -70,9 +70,9 @@ def numbers(curves: Mapping[str, Mapping[int, Curve]], path: Path) -> None:
         absent = ", ".join(_title(name)[0] for name in zeros)
         heading += f"\n0 in every layer at every step: {absent}"
     with _figure(path, heading, len(drawn), 3.0) as (figure, panels):
-        for axes, (name, each) in zip(panels, drawn.items(), strict=True):
+        for axes, (name, curve_of_layer) in zip(panels, drawn.items(), strict=True):
             title, unit = _title(name)
-            for layer, curve in each.items():
+            for layer, curve in curve_of_layer.items():
                 mark = "." if len(curve.steps) == 1 else ""
                 axes.plot(curve.steps, curve.values, mark + "-", color=colours[layer], lw=1)
             axes.set_title(title)
@@ -91,15 +91,19 @@ def numbers(curves: Mapping[str, Mapping[int, Curve]], path: Path) -> None:
 def without_zeros(
     curves: Mapping[str, Mapping[int, Curve]],
 ) -> tuple[dict[str, Mapping[int, Curve]], list[str]]:
-    """The numbers that are not always 0, and the names of those that are; all if all are 0."""
-    zeros = [name for name, each in curves.items() if not any(any(c.values) for c in each.values())]
+    """The metrics that are not always 0, and the names of the others; all metrics if all are 0."""
+    zeros = [
+        name
+        for name, curve_of_layer in curves.items()
+        if not any(any(curve.values) for curve in curve_of_layer.values())
+    ]
     if len(zeros) == len(curves):
         return dict(curves), []
-    return {name: each for name, each in curves.items() if name not in zeros}, zeros
+    return {name: curves[name] for name in curves if name not in zeros}, zeros
 
 
 def load_over_time(loads: Mapping[int, Loads], path: Path) -> None:
-    """Load of the blocks at each evaluation; blocks sorted by what they have at the last."""
+    """Plot the load of the blocks at each evaluation, sorted by the load at the last one."""
     with _figure(path, "Load of the blocks over time", len(loads), 2.8) as (figure, panels):
         for axes, (layer, load) in zip(panels, loads.items(), strict=True):
             order = numpy.argsort(-load.relative[-1], kind="stable")
@@ -114,7 +118,7 @@ def load_over_time(loads: Mapping[int, Loads], path: Path) -> None:
 
 
 def load_now(loads: Mapping[int, Loads], path: Path) -> None:
-    """Load of the blocks at the last evaluation, in falling order."""
+    """Plot the load of the blocks at the last evaluation, in descending order."""
     step = max(load.steps[-1] for load in loads.values())
     with _figure(path, f"Load of the blocks at step {step}", len(loads), 2.4) as (_, panels):
         for axes, (layer, load) in zip(panels, loads.items(), strict=True):
@@ -131,7 +135,7 @@ def load_now(loads: Mapping[int, Loads], path: Path) -> None:
 
 
 def coactivation(matrices: Mapping[int, Floats], title: str, path: Path) -> None:
-    """How often two blocks have the same token, relative to chance."""
+    """Plot how often two blocks have the same token, relative to chance."""
     with _figure(path, title, len(matrices), 3.2) as (figure, panels):
         for axes, (layer, matrix) in zip(panels, matrices.items(), strict=True):
             image = _ratios(axes, matrix, least=1 / 8, most=8)
@@ -140,7 +144,7 @@ def coactivation(matrices: Mapping[int, Floats], title: str, path: Path) -> None
 
 
 def overlap(matrices: Mapping[int, Floats], title: str, path: Path) -> None:
-    """How alike the token ids of two blocks are."""
+    """Plot how similar the token ids of two blocks are."""
     most = max(numpy.nanmax(m) if m.size > 1 else 0.0 for m in matrices.values())
     with _figure(path, title, len(matrices), 3.2) as (figure, panels):
         for axes, (layer, matrix) in zip(panels, matrices.items(), strict=True):
@@ -155,9 +159,9 @@ def drift(
     chance: Mapping[int, float],
     path: Path,
 ) -> None:
-    """What share of a token's blocks stays from checkpoint to checkpoint, and up to the last.
+    """Plot the share of a token's blocks that stays until the next checkpoint, and the last one.
 
-    Of two checkpoints, for which both are one number of each layer: a bar for each layer.
+    Two checkpoints give one number per layer, which is plotted as a bar.
     """
     layers = sorted(to_next)
     if len(to_next[layers[0]].steps) == 1:
@@ -175,7 +179,7 @@ def drift(
             axes.set_ylabel("share of a token's blocks")
             axes.set_ylim(0, 1.02)
         shown_layers = layers if len(layers) <= LEGEND else [layers[0], layers[-1]]
-        handles = [matplotlib.lines.Line2D([], [], color=colours[each]) for each in shown_layers]
+        handles = [matplotlib.lines.Line2D([], [], color=colours[layer]) for layer in shown_layers]
         handles.append(matplotlib.lines.Line2D([], [], color="black", ls=":", lw=0.8))
         names = [*(f"layer {layer}" for layer in shown_layers), "by chance"]
         figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
@@ -187,7 +191,7 @@ def _drift_of_two(
     chance: Mapping[int, float],
     path: Path,
 ) -> None:
-    """A bar for each layer: what the second checkpoint kept of the first."""
+    """Plot a bar for each layer: the share of blocks that the second checkpoint kept."""
     layers = sorted(to_next)
     places = range(len(layers))
     (first,), (second,) = to_last[layers[0]].steps, to_next[layers[0]].steps
@@ -213,16 +217,16 @@ def _drift_of_two(
 
 
 def token_table(rows: Sequence[Served], title: str, path: Path) -> None:
-    """The token ids that mark each block: a line for a block."""
+    """Plot the token ids that characterise each block, with a row for each block."""
     blocks: dict[int, list[Served]] = {}
     for row in rows:
         blocks.setdefault(row.block, []).append(row)
-    width = max(len(each) for each in blocks.values())
+    width = max(map(len, blocks.values()))
     cells = [
-        [f"{block}", f"{each[0].load:.1f}×"]
-        + [f"{_clip(row.text)}\n{row.share:.0%}, {row.ratio:.1f}×" for row in each]
-        + [""] * (width - len(each))
-        for block, each in blocks.items()
+        [f"{block}", f"{ids[0].load:.1f}×"]
+        + [f"{_clip(row.text)}\n{row.share:.0%}, {row.ratio:.1f}×" for row in ids]
+        + [""] * (width - len(ids))
+        for block, ids in blocks.items()
     ]
     with matplotlib.rc_context(STYLE):
         size = (1.6 + 1.15 * width, 0.9 + 0.5 * (len(cells) + 1))
@@ -243,21 +247,18 @@ def token_table(rows: Sequence[Served], title: str, path: Path) -> None:
         figure.savefig(path)
 
 
-# --- parts
-
-
 @contextmanager
 def _figure(
     path: Path, title: str, count: int, height: float, *, width: float = 5.0
 ) -> Iterator[tuple[Figure, list[Any]]]:
-    """A figure with a panel for each of `count` things, written to `path` at the end.
+    """A figure with `count` panels, which is written to `path` when the block ends.
 
     Args:
-        path: of the file.
-        title: of the figure.
-        count: panels.
-        height: of a panel, in inches.
-        width: of the figure at least, in inches.
+        path: the file to write.
+        title: title of the figure.
+        count: number of panels.
+        height: height of a panel, in inches.
+        width: minimum width of the figure, in inches.
     """
     with matplotlib.rc_context(STYLE):
         columns = min(count, COLUMNS)
@@ -273,12 +274,12 @@ def _figure(
 
 
 def _title(name: str) -> tuple[str, str]:
-    """Title and unit of a number of training."""
+    """Title and unit of a metric of training."""
     return TITLES.get(name, (name.replace("_", " "), "loss, unweighted"))
 
 
 def _ratios(axes: Any, matrix: Floats, *, least: float, most: float) -> Any:
-    """Draw ratios: red above 1, blue below."""
+    """Plot ratios: red above 1, blue below."""
     logs = numpy.log2(numpy.clip(matrix, least, most))
     return axes.imshow(
         logs,
@@ -291,7 +292,7 @@ def _ratios(axes: Any, matrix: Floats, *, least: float, most: float) -> Any:
 
 
 def _scale(figure: Figure, image: Any, panels: Sequence[Any], label: str) -> None:
-    """A scale of colours beside all panels; of ratios in powers of two."""
+    """A colour scale beside all panels, with powers of two if it is one of ratios."""
     bar = figure.colorbar(image, ax=list(panels), label=label, shrink=0.9)
     if image.get_cmap().name == "RdBu_r":
         low, high = (int(end) for end in image.get_clim())
@@ -300,21 +301,21 @@ def _scale(figure: Figure, image: Any, panels: Sequence[Any], label: str) -> Non
 
 
 def _grouped(rows: Floats) -> Floats:
-    """At most `ROWS` rows: means of neighbours."""
+    """At most `ROWS` rows; more are averaged in groups of neighbours."""
     if len(rows) <= ROWS:
         return rows
-    return numpy.stack([part.mean(axis=0) for part in numpy.array_split(rows, ROWS)])
+    return numpy.stack([group.mean(axis=0) for group in numpy.array_split(rows, ROWS)])
 
 
 def _of_blocks(blocks: int, rows: int) -> str:
-    """What the rows of a heat map are."""
+    """The label for the rows of a heat map."""
     if blocks == rows:
         return f"{blocks} blocks, most used at the end on top"
     return f"{blocks:,} blocks in {rows} groups,\nmost used at the end on top"
 
 
 def _label_steps(axes: Any, steps: Sequence[int]) -> None:
-    """Name some columns by their steps."""
+    """Label about six columns with their steps."""
     few = range(0, len(steps), max(1, -(-len(steps) // 6)))
     axes.set_xticks(list(few), labels=[f"{steps[at]}" for at in few])
 
@@ -328,14 +329,14 @@ def _square(axes: Any, layer: int, size: int) -> None:
 
 
 def _colours(count: int) -> list[Any]:
-    """One for each layer, from the first to the last."""
+    """A colour for each layer, from the first to the last."""
     if count <= LEGEND:
         return [f"C{at}" for at in range(count)]
     return list(matplotlib.colormaps["viridis"](numpy.linspace(0, 0.95, count)))
 
 
 def _clip(text: str, most: int = 12) -> str:
-    """A token as it can be drawn."""
+    """A token's text as it can be plotted, shortened if it is long."""
     drawn = shown(text, drawable=_has_glyph)
     return drawn if len(drawn) <= most else drawn[: most - 1] + "…"
 

@@ -1,6 +1,6 @@
-"""`routing.jsonl` as curves: numbers and loads of each layer against the steps.
+"""Reads `routing.jsonl` as curves: metrics and loads of each layer over the steps.
 
-Enters: the lines of `routing_log.py`. Leaves: per layer, steps and what belongs to them.
+Inputs: the lines of `train/routing_metrics.py`. Outputs: for each layer, steps and their values.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from megatron_sffn.utils.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One number of one layer.
+    """A metric of a layer over the steps.
 
     Args:
         steps: ascending.
-        values: at each of them.
+        values: the value at each step.
     """
 
     steps: tuple[int, ...]
@@ -34,10 +34,10 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Loads:
-    """Tokens of each block of one layer.
+    """Tokens of each block of a layer.
 
     Args:
-        steps: of the evaluations, ascending.
+        steps: steps of the evaluations, ascending.
         tokens: `[steps, B]`.
     """
 
@@ -46,16 +46,16 @@ class Loads:
 
     @property
     def relative(self) -> NDArray[numpy.float64]:
-        """`[steps, B]` load in multiples of an even one."""
+        """`[steps, B]`, the load in multiples of an even load."""
         mean = self.tokens.mean(axis=1, keepdims=True)
         return self.tokens / numpy.maximum(mean, 1e-9)
 
 
 def read_lines(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run.
+    """The lines of a run's `routing.jsonl`.
 
     Raises:
-        ConfigError: if there are none, or they are not lines of ours.
+        ConfigError: if there are none, or this package did not write them.
     """
     path = run / "routing.jsonl"
     if not run.is_dir():
@@ -83,9 +83,9 @@ def layers_in(lines: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def curves(lines: Sequence[dict[str, Any]]) -> dict[str, dict[int, Curve]]:
-    """Number -> layer -> its curve over training, of the numbers that the router has."""
+    """Metric -> layer -> its curve over training; metrics that the router lacks are left out."""
     training = [line for line in lines if line.get("phase") == TRAINING]
-    found: dict[str, dict[int, Curve]] = {}
+    curve_of: dict[str, dict[int, Curve]] = {}
     for name in (*NUMBERS, *LOSSES):
         for layer in layers_in(training):
             points = [
@@ -95,18 +95,18 @@ def curves(lines: Sequence[dict[str, Any]]) -> dict[str, dict[int, Curve]]:
             ]
             if points:
                 steps, values = zip(*points, strict=True)
-                found.setdefault(name, {})[layer] = Curve(steps=steps, values=values)
-    return found
+                curve_of.setdefault(name, {})[layer] = Curve(steps=steps, values=values)
+    return curve_of
 
 
 def loads(lines: Sequence[dict[str, Any]]) -> dict[int, Loads]:
-    """Layer -> the loads that evaluations left."""
-    found = {}
+    """Layer -> its loads in the evaluations."""
+    loads_of = {}
     evaluated = [line for line in lines if line.get("phase", EVALUATION) == EVALUATION]
     for layer in layers_in(evaluated):
-        own = {line["iteration"]: line for line in evaluated if line["layer"] == layer}
-        found[layer] = Loads(
-            steps=tuple(sorted(own)),
-            tokens=numpy.array([own[step]["tokens_per_block"] for step in sorted(own)]),
+        line_at = {line["iteration"]: line for line in evaluated if line["layer"] == layer}
+        loads_of[layer] = Loads(
+            steps=tuple(sorted(line_at)),
+            tokens=numpy.array([line_at[step]["tokens_per_block"] for step in sorted(line_at)]),
         )
-    return found
+    return loads_of

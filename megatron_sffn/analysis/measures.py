@@ -1,10 +1,11 @@
-"""What the blocks of the same tokens say about a layer.
+"""Measures of a layer's routing, computed from the blocks of recorded tokens.
 
-Enters: a `Recording`, or two of the same tokens. Leaves: numbers and small matrices. Everything
-compares with chance: a layer that chose at random with the same load would have 1 (co-activation),
-or the value that is given beside it (overlap, drift).
+Inputs: a `RoutingTrace`, or two traces of the same tokens. Outputs: numbers and small matrices.
+Every measure is compared with chance: a layer that chose at random with the same load would have a
+co-activation of 1, and an overlap or drift of the value that is printed beside it.
 
-Choice: matrices are of the `top` most used blocks, never B × B: at g = 1 there are 65,536 blocks.
+Design notes: matrices cover the `top` most used blocks and are never B × B, since there are 65,536
+blocks at g = 1.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ Ints = NDArray[numpy.integer]
 Floats = NDArray[numpy.float64]
 
 CHUNK = 1024
-"""Tokens whose `[tokens, B]` map is in memory at once."""
+"""Tokens whose `[tokens, B]` map is in RAM at once."""
 
 
 def load_of(blocks: Ints, num_blocks: int) -> Ints:
-    """`[B]` tokens of each block.
+    """`[B]`, the tokens of each block.
 
     Args:
         blocks: `[T, K]`; -1 is a place that stayed empty.
@@ -32,21 +33,21 @@ def load_of(blocks: Ints, num_blocks: int) -> Ints:
 
 
 def most_used(load: Ints, top: int) -> Ints:
-    """The blocks of largest load, at most `top`, none that is dead, in falling order."""
+    """The blocks of largest load in descending order, at most `top`, without dead blocks."""
     order = numpy.argsort(-load, kind="stable")[:top]
     return order[load[order] > 0]
 
 
 def members(blocks: Ints, chosen: Ints, num_blocks: int) -> NDArray[numpy.bool_]:
-    """`[T, n]` whether each token has each of the n chosen blocks."""
-    place = numpy.full(num_blocks + 1, -1)
-    place[chosen] = numpy.arange(len(chosen))
-    # The last entry is what -1 finds.
-    places = place[blocks]
-    found = numpy.zeros((len(blocks), len(chosen)), dtype=numpy.bool_)
-    rows, columns = numpy.nonzero(places >= 0)
-    found[rows, places[rows, columns]] = True
-    return found
+    """`[T, n]`, whether each token has each of the n chosen blocks."""
+    # Index -1, an empty place, reads the last entry, which stays -1.
+    column_of = numpy.full(num_blocks + 1, -1)
+    column_of[chosen] = numpy.arange(len(chosen))
+    columns_TK = column_of[blocks]
+    is_member = numpy.zeros((len(blocks), len(chosen)), dtype=numpy.bool_)
+    tokens, places = numpy.nonzero(columns_TK >= 0)
+    is_member[tokens, columns_TK[tokens, places]] = True
+    return is_member
 
 
 def coactivation(blocks: Ints, chosen: Ints, num_blocks: int) -> Floats:
@@ -58,8 +59,8 @@ def coactivation(blocks: Ints, chosen: Ints, num_blocks: int) -> Floats:
         num_blocks: B.
 
     Returns:
-        `[n, n]`: tokens with both over what independent blocks of this load would share; 1 is
-        chance, the diagonal is NaN.
+        `[n, n]`: tokens with both blocks, divided by the tokens that independent blocks of the same
+        load would share; 1 is chance, the diagonal is NaN.
     """
     has = members(blocks, chosen, num_blocks).astype(numpy.float32)
     load = has.sum(axis=0, dtype=numpy.float64)
@@ -69,7 +70,7 @@ def coactivation(blocks: Ints, chosen: Ints, num_blocks: int) -> Floats:
 
 
 def alike_together(matrix: Floats) -> Ints:
-    """An order in which rows that look alike are neighbours: by the first direction of them."""
+    """An order in which similar rows are neighbours: by the leading eigenvector."""
     if len(matrix) < 3:
         return numpy.arange(len(matrix))
     filled = numpy.log2(numpy.nan_to_num(matrix, nan=1.0) + 1 / 16)
@@ -79,72 +80,73 @@ def alike_together(matrix: Floats) -> Ints:
 
 
 def token_counts(blocks: Ints, token_ids: Ints, chosen: Ints, num_blocks: int) -> Floats:
-    """`[n, V]` how often each chosen block served each token id, of the V ids that occur."""
+    """`[n, V]`, how often each chosen block served each of the V token ids that occur."""
     _, ids = numpy.unique(token_ids, return_inverse=True)
     rows, columns = numpy.nonzero(members(blocks, chosen, num_blocks))
     num_ids = int(ids.max()) + 1
-    places = columns * num_ids + ids[rows]
-    counts = numpy.bincount(places, minlength=len(chosen) * num_ids)
+    cells = columns * num_ids + ids[rows]
+    counts = numpy.bincount(cells, minlength=len(chosen) * num_ids)
     return counts.reshape(len(chosen), num_ids).astype(numpy.float64)
 
 
 def overlap(counts: Floats) -> Floats:
-    """How alike the token ids of two blocks are: weighted Jaccard of their shares.
+    """How similar the token ids of two blocks are: weighted Jaccard index of their shares.
 
     Args:
         counts: `[n, V]` from `token_counts`.
 
     Returns:
-        `[n, n]`: Σ min / Σ max over token ids of what share of the block's tokens they are; 1 for
-        the same shares, 0 for no common id; the diagonal is NaN.
+        `[n, n]`: Σ min / Σ max over token ids of their shares in the two blocks; 1 for equal
+        shares, 0 for no common id; the diagonal is NaN.
     """
     shares = counts / counts.sum(axis=1, keepdims=True)
-    least = numpy.stack([numpy.minimum(row, shares).sum(axis=1) for row in shares])
-    # Two distributions: their minimum and their maximum add up to 2.
-    ratio = least / (2 - least)
+    minima = numpy.stack([numpy.minimum(row, shares).sum(axis=1) for row in shares])
+    # The minimum and the maximum of two distributions add up to 2.
+    ratio = minima / (2 - minima)
     numpy.fill_diagonal(ratio, numpy.nan)
     return ratio
 
 
 def mean_of_pairs(matrix: Floats) -> float | None:
-    """Mean off the diagonal; None for less than two blocks."""
+    """Mean off the diagonal; None for fewer than two blocks."""
     return float(numpy.nanmean(matrix)) if len(matrix) > 1 else None
 
 
 def kept(before: Ints, after: Ints, num_blocks: int) -> float:
-    """Share of a token's blocks that it still has; a block of two heads counts once.
+    """Share of a token's blocks that it keeps; a block that two heads chose counts once.
 
     Args:
         before: `[T, K]`.
-        after: `[T, K]` of the same tokens.
+        after: `[T, K]`, of the same tokens.
         num_blocks: B.
     """
-    both = former = 0
-    for one, other in zip(_maps(before, num_blocks), _maps(after, num_blocks), strict=True):
-        both += int((one & other).sum())
-        former += int(one.sum())
-    return both / max(former, 1)
+    num_kept = num_before = 0
+    for old_map, new_map in zip(_maps(before, num_blocks), _maps(after, num_blocks), strict=True):
+        num_kept += int((old_map & new_map).sum())
+        num_before += int(old_map.sum())
+    return num_kept / max(num_before, 1)
 
 
 def kept_by_chance(before: Ints, after: Ints, num_blocks: int) -> float:
-    """What `kept` would be if tokens chose independently, each block as often as they do.
+    """The value of `kept` for tokens that choose at random, with the same load of each block.
 
     Args:
         before: `[T, K]`.
         after: `[T, K]`.
         num_blocks: B.
     """
-    former, latter = (
-        numpy.sum([part.sum(axis=0) for part in _maps(blocks, num_blocks)], axis=0, dtype=float)
+    load_before, load_after = (
+        numpy.sum([map_.sum(axis=0) for map_ in _maps(blocks, num_blocks)], axis=0, dtype=float)
         for blocks in (before, after)
     )
-    return float((former * latter).sum() / max(former.sum() * len(before), 1.0))
+    return float((load_before * load_after).sum() / max(load_before.sum() * len(before), 1.0))
 
 
 def _maps(blocks: Ints, num_blocks: int) -> Iterator[NDArray[numpy.bool_]]:
-    """`[tokens, B]` whether a token has a block, a chunk of tokens at a time."""
+    """`[tokens, B]`, whether a token has a block, for a chunk of tokens at a time."""
     for start in range(0, len(blocks), CHUNK):
-        part = blocks[start : start + CHUNK]
-        found = numpy.zeros((len(part), num_blocks + 1), dtype=numpy.bool_)
-        numpy.put_along_axis(found, part.astype(numpy.int64) + 1, True, axis=1)
-        yield found[:, 1:]
+        chunk = blocks[start : start + CHUNK]
+        # Column 0 is for empty places.
+        has_block = numpy.zeros((len(chunk), num_blocks + 1), dtype=numpy.bool_)
+        numpy.put_along_axis(has_block, chunk.astype(numpy.int64) + 1, True, axis=1)
+        yield has_block[:, 1:]

@@ -1,14 +1,14 @@
-"""The first validation tokens of a run once more, through each of its checkpoints.
+"""Records how each checkpoint of a run routes the same first validation tokens.
 
-Enters: the folder of a run. Leaves: a `Recording` for each checkpoint, of the same tokens, in a
-folder where they are found again.
+Inputs: the folder of a run. Outputs: a `RoutingTrace` for each checkpoint, also as a file in a
+folder, from which it is read the next time.
 
-Choices
-- The run's own command line, which its checkpoints hold, is started again as one process that only
-  evaluates: data, tokenizer and model are those of the run, and a checkpoint loads on any layout.
-  Flags that cut the model over ranks, or that write into the run's folder, are taken out.
-- A recording that is there is used again, unless its checkpoint was written after it. How many
-  tokens are asked for enters Megatron's shuffling, so it is part of the name.
+Design notes:
+- The run's command line, which is stored in its checkpoints, is started again as one process that
+  only evaluates. So data, tokenizer and model are those of the run, and the checkpoint is resharded
+  on load. Flags that shard the model or that write into the run's folder are removed.
+- A file is used again unless its checkpoint is newer. The number of tokens is part of its name,
+  since Megatron's shuffling depends on it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_sffn.checkpoints.files import (
     read_common,
 )
 from megatron_sffn.checkpoints.pickle_scan import NOT_FROM_A_CHECKPOINT, without
-from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.train.routing_trace import RoutingTrace
 from megatron_sffn.utils.errors import ConfigError, reason_in
 
 LAYOUT = """
@@ -49,7 +49,7 @@ LAYOUT = """
     use-precision-aware-optimizer tp-comm-overlap overlap-moe-expert-parallel-comm
     defer-embedding-wgrad-compute delay-wgrad-compute
 """
-"""Flags without which the command is one of one rank."""
+"""Flags of layouts with several ranks, which the replay removes."""
 
 RESULTS = """
     load ckpt-step save save-interval save-retain-interval async-save non-persistent-save-interval
@@ -57,21 +57,21 @@ RESULTS = """
     wandb-entity eval-iters eval-micro-batch-size eval-global-batch-size full-validation
     multiple-validation-sets validation-set-names skip-train sffn-record-routing
 """
-"""Flags of what a run reads and leaves, which the replay sets itself."""
+"""Flags of checkpoints, results and evaluation, which the replay sets itself or removes."""
 
-TAKEN_OUT = NOT_FROM_A_CHECKPOINT.union(f"--{name}" for name in (LAYOUT + RESULTS).split())
+REMOVED = NOT_FROM_A_CHECKPOINT.union(f"--{name}" for name in (LAYOUT + RESULTS).split())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Makes the recordings of one run.
+    """Records the checkpoints of one run.
 
     Args:
-        run: its folder.
-        folder: of the recordings.
-        tokens: how many of the first validation tokens to record.
-        extra: flags after those of the run.
-        say: told what is done.
+        run: the run's folder.
+        folder: folder of the recordings.
+        tokens: number of validation tokens to record.
+        extra: flags that are added to those of the run.
+        say: called with a line about each checkpoint.
     """
 
     run: Path
@@ -80,15 +80,15 @@ class Replay:
     extra: Sequence[str] = ()
     say: Callable[[str], None] = print
 
-    def recording(self, iteration: int, args: Namespace) -> Recording:
-        """The first tokens and their blocks, recorded now or before.
+    def recording(self, iteration: int, args: Namespace) -> RoutingTrace:
+        """The first tokens and their blocks, from a file or recorded now.
 
         Args:
-            iteration: of the checkpoint.
-            args: the checkpoint's.
+            iteration: the checkpoint's iteration.
+            args: the checkpoint's arguments.
 
         Raises:
-            ConfigError: if the run's command does not evaluate it.
+            ConfigError: if the run's command cannot evaluate the checkpoint.
         """
         path = self.folder / f"iter_{iteration:07d}_tokens_{self.tokens}.npz"
         saved = (iteration_folder(self.run, iteration) / "metadata.json").stat().st_mtime
@@ -97,16 +97,16 @@ class Replay:
         else:
             self.say(f"iteration {iteration}: replaying {self.tokens} tokens")
             self._run(iteration, args, path)
-        found = Recording.load(path)
-        return Recording(
-            token_ids=found.token_ids[: self.tokens],
-            blocks={layer: blocks[: self.tokens] for layer, blocks in found.blocks.items()},
-            num_blocks=found.num_blocks,
+        trace = RoutingTrace.load(path)
+        return RoutingTrace(
+            token_ids=trace.token_ids[: self.tokens],
+            blocks={layer: blocks[: self.tokens] for layer, blocks in trace.blocks.items()},
+            num_blocks=trace.num_blocks,
         )
 
     def _run(self, iteration: int, args: Namespace, path: Path) -> None:
         with tempfile.TemporaryDirectory() as results:
-            done = subprocess.run(
+            process = subprocess.run(
                 [
                     *(sys.executable, "-m", "megatron_sffn.pretrain"),
                     *self._command(iteration, args, path, results),
@@ -115,12 +115,12 @@ class Replay:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                env=alone(os.environ),
+                env=without_rank(os.environ),
             )
         remedy = "add flags for it after --, such as another --data-path"
-        if done.returncode:
+        if process.returncode:
             raise ConfigError(
-                f"replaying iteration {iteration} failed ({reason_in(done.stdout)}); {remedy}"
+                f"replaying iteration {iteration} failed ({reason_in(process.stdout)}); {remedy}"
             )
         if not path.exists():
             raise ConfigError(
@@ -130,7 +130,7 @@ class Replay:
     def _command(self, iteration: int, args: Namespace, path: Path, results: str) -> list[str]:
         batch = args.micro_batch_size
         return [
-            *without(args.sffn_command, TAKEN_OUT),
+            *without(args.sffn_command, REMOVED),
             *("--sffn-block-size", str(args.sffn_block_size)),
             *("--load", str(self.run), "--ckpt-step", str(iteration)),
             *("--save", results, "--save-interval", str(1 << 30)),
@@ -142,10 +142,10 @@ class Replay:
         ]
 
 
-def alone(environment: os._Environ[str]) -> dict[str, str]:
-    """The environment of a process that is no rank of a job."""
-    of_a_job = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in environment.items() if name not in of_a_job}
+def without_rank(environment: os._Environ[str]) -> dict[str, str]:
+    """The environment without the variables of a rank, for a process that is its own job."""
+    job_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in environment.items() if name not in job_variables}
 
 
 def checkpoints(
@@ -154,38 +154,38 @@ def checkpoints(
     """Iteration -> arguments of the checkpoints to replay, ascending.
 
     Args:
-        run: the folder.
-        wanted: iterations; None for all that are whole.
-        say: told of those that are not.
+        run: the run's folder.
+        wanted: iterations; None for all that are complete.
+        say: called with a line about each iteration that is not complete.
 
     Raises:
-        ConfigError: if there are none, one that is wanted is missing or damaged, or they cannot be
+        ConfigError: if there are none, if a wanted one is missing or damaged, or if they cannot be
             replayed.
     """
-    held = iterations(run)
-    known = ", ".join(map(str, held)) or "none"
+    saved = iterations(run)
+    known = ", ".join(map(str, saved)) or "none"
     for iteration in wanted or []:
-        if iteration not in held:
+        if iteration not in saved:
             raise ConfigError(
                 f"--iterations {iteration} is no checkpoint in {run} (there are: {known}); use one "
                 "of those"
             )
-    found = {}
-    for iteration in sorted(wanted or held):
+    args_of = {}
+    for iteration in sorted(wanted or saved):
         folder = iteration_folder(run, iteration)
         problem = problem_of(folder) if is_torch_dist(folder) else "it is not in torch_dist format"
         if problem is None:
-            found[iteration] = args_in(read_common(folder))
+            args_of[iteration] = args_in(read_common(folder))
         elif wanted:
             raise ConfigError(f"checkpoint {folder} cannot be replayed: {problem}; leave it out")
         else:
             say(f"iteration {iteration}: left out, {problem}")
-    if not found:
+    if not args_of:
         raise ConfigError(
             f"{run} holds no checkpoint to replay (iterations there: {known}); train with --save "
             "and --save-interval"
         )
-    for iteration, args in found.items():
+    for iteration, args in args_of.items():
         if vars(args).get("sffn_router", "dense") == "dense":
             raise ConfigError(f"the run in {run} is dense: no token chooses blocks; give another")
         if "sffn_command" not in vars(args):
@@ -193,18 +193,18 @@ def checkpoints(
                 f"checkpoint {iteration} in {run} does not hold the command line of its run, so it "
                 "cannot be replayed; save one with this version"
             )
-    return found
+    return args_of
 
 
-def check_same_tokens(recordings: dict[int, Recording]) -> None:
-    """All recordings are of the same tokens.
+def check_same_tokens(recordings: dict[int, RoutingTrace]) -> None:
+    """Check that all recordings are of the same tokens.
 
     Raises:
         ConfigError: if the data changed in between.
     """
-    (first, one), *others = recordings.items()
-    for iteration, other in others:
-        if not numpy.array_equal(one.token_ids, other.token_ids):
+    (first, first_trace), *later = recordings.items()
+    for iteration, trace in later:
+        if not numpy.array_equal(first_trace.token_ids, trace.token_ids):
             raise ConfigError(
                 f"the validation tokens of iterations {first} and {iteration} differ, so the run's "
                 "data or seed changed in between; name those that agree with --iterations"

@@ -1,9 +1,9 @@
-"""One page on a run's routing: `index.html`, its pictures, `tokens.csv`, `summary.json`.
+"""Writes one page on a run's routing: `index.html`, its plots, `tokens.csv`, `summary.json`.
 
-Enters: the lines of a run and the recordings of its checkpoints. Leaves: files in a folder.
+Inputs: the lines of a run and the recordings of its checkpoints. Outputs: files in a folder.
 
-Choice: `summary.json` has every number that a picture shows as a mean, so that runs can be
-compared; the page has words on how to read each picture.
+Design notes: `summary.json` has the mean of everything that a plot shows, so that runs can be
+compared; the page explains how to read each plot.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ import numpy
 
 from megatron_sffn.analysis import charts, measures, tokens
 from megatron_sffn.analysis.lines import Curve, Loads, curves, loads
-from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.train.routing_trace import RoutingTrace
 from megatron_sffn.utils.atomic_files import atomic_write_text
 
 BLOCKS_SHOWN, IDS_SHOWN = 12, 8
-"""Lines and columns of the table of token ids."""
+"""Rows and columns of the table of token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """What the page is made of.
+    """The data of the page.
 
     Args:
         run: the run's folder.
-        lines: of its `routing.jsonl`, of the layers to show.
+        lines: lines of its `routing.jsonl` about the layers to show.
         recordings: iteration -> recording, ascending.
-        layers: to show, counted from 1.
-        top: most used blocks in a matrix.
-        decode: token id to text.
+        layers: layers to show, counted from 1.
+        top: number of blocks in a matrix, the most used ones.
+        decode: maps a token id to text.
     """
 
     run: Path
     lines: Sequence[dict[str, Any]]
-    recordings: Mapping[int, Recording]
+    recordings: Mapping[int, RoutingTrace]
     layers: Sequence[int]
     top: int
     decode: tokens.Decode
@@ -55,7 +55,7 @@ class Analysis:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A picture, and how to read it."""
+    """A section of the page: plots, and how to read them."""
 
     title: str
     text: str
@@ -63,29 +63,29 @@ class Section:
 
 
 def write(analysis: Analysis, folder: Path, say: Callable[[str], None]) -> Path:
-    """Make everything.
+    """Write the page and its files.
 
     Args:
-        analysis: what is known.
-        folder: where it goes.
-        say: told of each part.
+        analysis: the data of the page.
+        folder: folder of the files.
+        say: called with a line about each section.
 
     Returns:
-        The page.
+        The path of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sections: list[Section] = []
     layers: dict[int, dict[str, Any]] = {layer: {} for layer in analysis.layers}
-    for part in (_numbers, _loads, _together, _overlaps, _served, _drift):
-        say(f"drawing {part.__name__.strip('_')}")
-        sections += part(analysis, folder, layers)
-    (some, *_) = analysis.recordings.values()
+    for section in (_metrics, _loads, _coactivation, _token_overlap, _tokens, _drift):
+        say(f"plotting {section.__name__.strip('_').replace('_', ' ')}")
+        sections += section(analysis, folder, layers)
+    first, *_ = analysis.recordings.values()
     summary = {
         "run": str(analysis.run),
         "iterations": list(analysis.recordings),
-        "recorded_tokens": len(some.token_ids),
-        "num_blocks": some.num_blocks,
-        "layers": {str(layer): found for layer, found in layers.items()},
+        "recorded_tokens": len(first.token_ids),
+        "num_blocks": first.num_blocks,
+        "layers": {str(layer): numbers for layer, numbers in layers.items()},
     }
     atomic_write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     page = folder / "index.html"
@@ -93,15 +93,15 @@ def write(analysis: Analysis, folder: Path, say: Callable[[str], None]) -> Path:
     return page
 
 
-def _numbers(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
-    """What training logged."""
-    found = curves(analysis.lines)
-    for name, each in found.items():
-        for layer, curve in each.items():
+def _metrics(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
+    """The metrics that training logged."""
+    curve_of = curves(analysis.lines)
+    for name, curve_of_layer in curve_of.items():
+        for layer, curve in curve_of_layer.items():
             layers[layer][name] = curve.values[-1]
-    if not found:
+    if not curve_of:
         return []
-    charts.numbers(found, folder / "numbers.png")
+    charts.numbers(curve_of, folder / "numbers.png")
     text = (
         "What every step of training logged, a line for each layer. A healthy run has an entropy "
         "that rises towards 1 and no dead blocks; a largest load that grows without end, or a gate "
@@ -111,10 +111,10 @@ def _numbers(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]
 
 
 def _loads(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
-    """What evaluations counted; the recordings where none ran."""
-    found = loads(analysis.lines) or _recorded_loads(analysis)
-    charts.load_over_time(found, folder / "load_over_time.png")
-    charts.load_now(found, folder / "load.png")
+    """The loads that evaluations counted; those of the recordings if there was no evaluation."""
+    loads_of = loads(analysis.lines) or _recorded_loads(analysis)
+    charts.load_over_time(loads_of, folder / "load_over_time.png")
+    charts.load_now(loads_of, folder / "load.png")
     text = (
         "How many tokens each block gets in evaluation, in multiples of an even load: over time, "
         "with the blocks in the order of their last load, and at the end. Rows that keep their "
@@ -133,8 +133,8 @@ def _recorded_loads(analysis: Analysis) -> dict[int, Loads]:
             steps=steps,
             tokens=numpy.stack(
                 [
-                    measures.load_of(each.blocks[layer], each.num_blocks)
-                    for each in analysis.recordings.values()
+                    measures.load_of(recording.blocks[layer], recording.num_blocks)
+                    for recording in analysis.recordings.values()
                 ]
             ),
         )
@@ -142,7 +142,9 @@ def _recorded_loads(analysis: Analysis) -> dict[int, Loads]:
     }
 
 
-def _together(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
+def _coactivation(
+    analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]
+) -> list[Section]:
     """Blocks that are chosen together."""
     recording, matrices = analysis.recordings[analysis.last], {}
     for layer in analysis.layers:
@@ -166,7 +168,9 @@ def _together(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]
     return [Section(title="Co-activation", text=text, pictures=("coactivation.png",))]
 
 
-def _overlaps(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
+def _token_overlap(
+    analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]
+) -> list[Section]:
     """Blocks that serve the same token ids."""
     recording, matrices = analysis.recordings[analysis.last], {}
     ids = recording.token_ids
@@ -177,9 +181,12 @@ def _overlaps(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]
         matrix = measures.overlap(counts)
         order = measures.alike_together(matrix)
         matrices[layer] = matrix[order][:, order]
-        mixed = measures.token_counts(recording.blocks[layer], tokens.shuffled(ids), *arguments)
+        random_ids = tokens.shuffled(ids)
+        random_counts = measures.token_counts(recording.blocks[layer], random_ids, *arguments)
         layers[layer]["token_overlap"] = measures.mean_of_pairs(matrix)
-        layers[layer]["token_overlap_by_chance"] = measures.mean_of_pairs(measures.overlap(mixed))
+        layers[layer]["token_overlap_by_chance"] = measures.mean_of_pairs(
+            measures.overlap(random_counts)
+        )
     title = f"Token ids in common, step {analysis.last}"
     charts.overlap(matrices, title, folder / "overlap.png")
     text = (
@@ -190,17 +197,19 @@ def _overlaps(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]
     return [Section(title="Token overlap between blocks", text=text, pictures=("overlap.png",))]
 
 
-def _served(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
+def _tokens(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
     """Token ids of the most used blocks."""
     recording = analysis.recordings[analysis.last]
     rows, pictures = [], []
     for layer in analysis.layers:
-        found = tokens.served(recording, layer, analysis.decode, blocks=analysis.top, ids=IDS_SHOWN)
-        rows += found
-        shown = list(dict.fromkeys(row.block for row in found))[:BLOCKS_SHOWN]
+        layer_rows = tokens.served(
+            recording, layer, analysis.decode, blocks=analysis.top, ids=IDS_SHOWN
+        )
+        rows += layer_rows
+        shown = list(dict.fromkeys(row.block for row in layer_rows))[:BLOCKS_SHOWN]
         name = f"tokens_layer_{layer}.png"
         title = f"Token ids of the most used blocks, layer {layer}, step {analysis.last}"
-        charts.token_table([row for row in found if row.block in shown], title, folder / name)
+        charts.token_table([row for row in layer_rows if row.block in shown], title, folder / name)
         pictures.append(name)
     atomic_write_text(folder / "tokens.csv", tokens.as_csv(rows))
     text = (
@@ -212,13 +221,13 @@ def _served(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]])
 
 
 def _drift(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) -> list[Section]:
-    """What stays between checkpoints."""
+    """The share of a token's blocks that stays from checkpoint to checkpoint."""
     steps = list(analysis.recordings)
     if len(steps) < 2:
         return []
     to_next, to_last, chance = {}, {}, {}
     for layer in analysis.layers:
-        blocks = [each.blocks[layer] for each in analysis.recordings.values()]
+        blocks = [recording.blocks[layer] for recording in analysis.recordings.values()]
         num_blocks = analysis.recordings[steps[0]].num_blocks
         kept = [measures.kept(before, after, num_blocks) for before, after in pairwise(blocks)]
         shared = [measures.kept(before, blocks[-1], num_blocks) for before in blocks[:-1]]
@@ -236,7 +245,7 @@ def _drift(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) 
     return [Section(title="Drift", text=text, pictures=("drift.png",))]
 
 
-def _most_used(recording: Recording, layer: int, top: int) -> measures.Ints:
+def _most_used(recording: RoutingTrace, layer: int, top: int) -> measures.Ints:
     """The most used blocks of a layer."""
     load = measures.load_of(recording.blocks[layer], recording.num_blocks)
     return measures.most_used(load, top)
@@ -262,22 +271,22 @@ COLUMNS = {
     "kept": "kept since the checkpoint before",
     "kept_by_chance": "by chance",
 }
-"""Number of a layer -> its head in the page's table."""
+"""Metric of a layer -> its heading in the page's table."""
 
 
 def _page(analysis: Analysis, sections: Sequence[Section], summary: Mapping[str, Any]) -> str:
-    """The page as text."""
+    """The page as HTML."""
     name = html.escape(str(analysis.run))
-    shown = [
+    introduction = (
         f"{summary['num_blocks']:,} blocks a layer; checkpoints "
         f"{', '.join(map(str, summary['iterations']))}, each with the same first "
-        f"{summary['recorded_tokens']:,} validation tokens; layers are counted from 1.",
-    ]
-    body = [f"<h1>Routing of {name}</h1>", *(f"<p>{line}</p>" for line in shown)]
+        f"{summary['recorded_tokens']:,} validation tokens; layers are counted from 1."
+    )
+    body = [f"<h1>Routing of {name}</h1>", f"<p>{introduction}</p>"]
     body.append(_table(summary["layers"]))
     for section in sections:
         body += [f"<h2>{section.title}</h2>", f"<p>{section.text}</p>"]
-        body += [f'<img src="{each}" alt="{section.title}">' for each in section.pictures]
+        body += [f'<img src="{picture}" alt="{section.title}">' for picture in section.pictures]
     head = f'<meta charset="utf-8"><title>Routing of {name}</title><style>{STYLE}</style>'
     return (
         f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>\n"
@@ -285,17 +294,17 @@ def _page(analysis: Analysis, sections: Sequence[Section], summary: Mapping[str,
 
 
 def _table(layers: Mapping[str, Mapping[str, Any]]) -> str:
-    """The last numbers of each layer."""
-    known = [name for name in COLUMNS if any(name in found for found in layers.values())]
+    """The last metrics of each layer, as an HTML table."""
+    known = [name for name in COLUMNS if any(name in metrics for metrics in layers.values())]
     rows = ["<tr><th>layer</th>" + "".join(f"<th>{COLUMNS[name]}</th>" for name in known) + "</tr>"]
-    for layer, found in layers.items():
-        cells = "".join(f"<td>{_cell(found.get(name))}</td>" for name in known)
+    for layer, metrics in layers.items():
+        cells = "".join(f"<td>{_cell(metrics.get(name))}</td>" for name in known)
         rows.append(f"<tr><td>{layer}</td>{cells}</tr>")
     return f"<table>{''.join(rows)}</table>"
 
 
 def _cell(value: Any) -> str:
-    """A number with three digits; of a history the last."""
+    """A number with three digits; the last one if there is one for each checkpoint."""
     if isinstance(value, dict):
         value = list(value.values())[-1]
     return "" if value is None else f"{value:.3g}"

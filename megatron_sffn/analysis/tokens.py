@@ -1,10 +1,10 @@
-"""Which token ids a block serves: those that are more frequent in it than anywhere.
+"""Lists the token ids that characterise a block: more frequent in the block than overall.
 
-Enters: a `Recording`. Leaves: rows of a table, also as CSV.
+Inputs: a `RoutingTrace`. Outputs: rows of a table, also as CSV.
 
-Choice: ids are ranked by what they add to the divergence of the block's tokens from all tokens,
-`p(id | block) · log (p(id | block) / p(id))`. Ranked by their number alone, every block would show
-the most frequent ids of the language; ranked by the ratio alone, ids that occurred once.
+Design notes: ids are ranked by their term of the KL divergence of the block's tokens from all
+tokens, `p(id | block) · log (p(id | block) / p(id))`. Ranked by count, every block would show the
+most frequent ids of the language; ranked by ratio, it would show ids that occurred once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import astuple, dataclass, fields
 import numpy
 
 from megatron_sffn.analysis.measures import Ints, load_of, most_used, token_counts
-from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.train.routing_trace import RoutingTrace
 from megatron_sffn.utils.errors import ConfigError
 
 Decode = Callable[[int], str]
@@ -26,18 +26,18 @@ Decode = Callable[[int], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A token id of a block.
+    """A token id that characterises a block.
 
     Args:
         layer: counted from 1.
-        block: its number.
-        load: of the block, in multiples of an even one.
-        rank: 1 for the id that marks the block most.
+        block: the block's id.
+        load: load of the block, in multiples of an even load.
+        rank: 1 for the most characteristic id.
         token_id: the id.
-        text: what it stands for.
-        count: how often the block served it.
-        share: of the block's tokens.
-        ratio: that share over the id's share of all tokens.
+        text: its text.
+        count: how often the block served the id.
+        share: the id's share of the block's tokens.
+        ratio: this share divided by the id's share of all tokens.
     """
 
     layer: int
@@ -52,27 +52,27 @@ class Served:
 
 
 def served(
-    recording: Recording, layer: int, decode: Decode, *, blocks: int, ids: int
+    recording: RoutingTrace, layer: int, decode: Decode, *, blocks: int, ids: int
 ) -> list[Served]:
-    """The ids that mark the most used blocks of a layer.
+    """The token ids that characterise the most used blocks of a layer.
 
     Args:
-        recording: of one checkpoint.
+        recording: trace of one checkpoint.
         layer: counted from 1.
-        decode: token id to text.
-        blocks: how many.
-        ids: how many of each.
+        decode: maps a token id to text.
+        blocks: number of blocks.
+        ids: number of token ids per block.
     """
-    chosen_of, num_blocks = recording.blocks[layer], recording.num_blocks
-    load = load_of(chosen_of, num_blocks)
+    ids_TK, num_blocks = recording.blocks[layer], recording.num_blocks
+    load = load_of(ids_TK, num_blocks)
     chosen = most_used(load, blocks)
-    known, total = numpy.unique(recording.token_ids, return_counts=True)
-    counts = token_counts(chosen_of, recording.token_ids, chosen, num_blocks)
-    everywhere = total / total.sum()
+    vocabulary, total = numpy.unique(recording.token_ids, return_counts=True)
+    counts = token_counts(ids_TK, recording.token_ids, chosen, num_blocks)
+    overall_share = total / total.sum()
     rows = []
     for block, count in zip(chosen, counts, strict=True):
         share = count / count.sum()
-        ratio = share / everywhere
+        ratio = share / overall_share
         gain = share * numpy.log(numpy.maximum(ratio, 1e-12))
         order = [at for at in numpy.argsort(-gain, kind="stable")[:ids] if count[at]]
         rows += [
@@ -81,8 +81,8 @@ def served(
                 block=int(block),
                 load=float(load[block] / load.mean()),
                 rank=rank,
-                token_id=int(known[at]),
-                text=decode(int(known[at])),
+                token_id=int(vocabulary[at]),
+                text=decode(int(vocabulary[at])),
                 count=int(count[at]),
                 share=float(share[at]),
                 ratio=float(ratio[at]),
@@ -93,7 +93,7 @@ def served(
 
 
 def as_csv(rows: Iterable[Served]) -> str:
-    """A table with a head."""
+    """The rows as CSV with a header."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(item.name for item in fields(Served))
@@ -104,11 +104,11 @@ def as_csv(rows: Iterable[Served]) -> str:
 
 
 def decoder(args: Namespace, say: Callable[[str], None]) -> Decode:
-    """Token id to text with the tokenizer of a run; the id itself where there is none.
+    """A function from token id to text by the run's tokenizer; without one, to the id itself.
 
     Args:
-        args: the checkpoint's.
-        say: told when the tokenizer is not there any more.
+        args: the checkpoint's arguments.
+        say: called with a message if the tokenizer cannot be loaded.
     """
     from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 
@@ -123,18 +123,18 @@ def decoder(args: Namespace, say: Callable[[str], None]) -> Decode:
     def decode(token_id: int) -> str:
         try:
             return str(tokenizer.detokenize([token_id]))
-        except Exception:  # padding, and whatever else a tokenizer has no text for
+        except Exception:  # padding, and other ids for which a tokenizer has no text
             return str(token_id)
 
     return decode
 
 
 def shown(text: str, *, drawable: Callable[[str], bool] = str.isascii) -> str:
-    """Text with its spaces and breaks visible, and escapes for what cannot be drawn.
+    """The text with visible spaces and line breaks, and escapes for characters without a glyph.
 
     Args:
-        text: of a token.
-        drawable: whether there is a glyph for a character.
+        text: text of a token.
+        drawable: whether the font has a glyph for a character.
     """
     visible = {" ": "␣", "\n": "↵", "\t": "⇥"}
     pieces = []
@@ -146,5 +146,5 @@ def shown(text: str, *, drawable: Callable[[str], bool] = str.isascii) -> str:
 
 
 def shuffled(token_ids: Ints) -> Ints:
-    """The same ids given to other tokens: what overlap would be if blocks did not look at them."""
+    """The ids in random order, for the overlap of blocks that ignore the token ids."""
     return numpy.random.default_rng(0).permutation(token_ids)

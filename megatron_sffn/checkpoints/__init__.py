@@ -1,13 +1,12 @@
-"""Checkpoints before and after training: what lies on disk, who can go on from it, how it is cut.
+"""Checkpoints before and after training; saving and loading itself is Megatron's.
 
-    files.py            one iteration's folder: which, whole or damaged, and its arguments
-    code.py             is it data alone, or does it name code that would run as it is loaded?
-    continuation.py     may this run load it? the look that training takes before anything starts
-    optimizer_state.py  the same for the optimizer's state
-    room.py             is there room for the next one?
-    saving.py           Megatron's saves wrapped: at any moment one that is whole is named
-    rewriting.py        a copy of a checkpoint with some tensors changed, complete or not at all
-    regranulation.py    another block size: what becomes of each tensor
+    files.py            the folder of an iteration: which one to load, whether it is damaged
+    pickle_scan.py      whether a checkpoint is data alone, or names code that would run on load
+    optimizer_state.py  whether a run can load the optimizer's state and the schedule
+    disk_space.py       whether the next checkpoint fits the disk
+    save.py             wraps Megatron's saves, so that a loadable checkpoint always exists
+    rewrite.py          an atomic copy of a checkpoint with some tensors changed
+    reblock.py          another block size: how each tensor of the checkpoint changes
 
-Saving and loading are Megatron's.
+Whether a run may load a checkpoint is checked by `megatron_sffn.checks.resume`.
 """

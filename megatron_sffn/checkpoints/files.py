@@ -1,11 +1,12 @@
-"""Megatron's checkpoints as they lie on disk: which iteration a run loads, and whether it is whole.
+"""Megatron's checkpoints on disk: which iteration a run loads, and whether it is damaged.
 
-Enters: the folder that `--load` names. Leaves: the folder of one iteration in the `torch_dist`
-format, and what it says about itself: the metadata of its shards, and the common state, in which
-Megatron keeps the arguments of the run. A damaged checkpoint is named in one sentence.
+Inputs: the folder of `--load`. Outputs: the folder of one iteration in the `torch_dist` format, the
+metadata of its shards, and the common state, in which Megatron keeps the arguments of the run. One
+sentence says what is damaged in a checkpoint.
 
-Choice: of tensors only the sizes of the shard files are looked at, whatever their number; the
-common state is the one object that is read. Megatron 0.19 keeps it in a shard like any other.
+Design notes: tensors are not read; only the sizes of the shard files are checked, so that the check
+takes milliseconds for a checkpoint of any size. The common state is the only object that is read;
+Megatron 0.19 keeps it in a shard.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron's file that names the iteration to load."""
 
 METADATA = ".metadata"
-"""torch's file that says which shard file holds which part of which tensor."""
+"""torch's file with the place of every piece of every tensor in the shard files."""
 
 COMMON_STATE = "common_state/shard_0_1"
-"""The object that holds what is no tensor."""
+"""The object that holds everything but tensors."""
 
 SHOWN = 8
 """Iterations that a message lists."""
 
 
 class Damaged(Exception):
-    """A checkpoint that is not whole; the message names the file, as part of a sentence."""
+    """A checkpoint is incomplete; the message names the file, as part of a sentence."""
 
 
 def iteration_folder(load: Path, iteration: int) -> Path:
-    """Where Megatron keeps an iteration."""
+    """The folder in which Megatron keeps an iteration."""
     return load / f"iter_{iteration:07d}"
 
 
@@ -51,7 +52,7 @@ def iteration_of(folder: Path) -> int:
 
 
 def iterations(load: Path) -> list[int]:
-    """The iterations of which there is a folder in `load`, whole or not, ascending."""
+    """The iterations that have a folder in `load`, complete or not, ascending."""
     if not load.is_dir():
         return []
     names = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in load.iterdir() if path.is_dir())
@@ -69,11 +70,11 @@ def folder_to_load(load: Path, step: int | None) -> Path | None:
         None if there is no tracker file: then Megatron starts from scratch.
 
     Raises:
-        ConfigError: if the iteration is not there, or the tracker file names none.
+        ConfigError: if the iteration does not exist, or the tracker file names none.
     """
     tracked = _tracked(load)
     if step is not None:
-        return _asked_for(load, step, tracked)
+        return _folder_of_step(load, step, tracked)
     if tracked is None:
         return None
     name = tracked if tracked == "release" else iteration_folder(load, int(tracked)).name
@@ -85,7 +86,7 @@ def folder_to_load(load: Path, step: int | None) -> Path | None:
 
 
 def _tracked(load: Path) -> str | None:
-    """What the tracker file says: a number or `release`; None if there is none."""
+    """The content of the tracker file, a number or `release`; None if there is no such file."""
     tracker = load / TRACKER
     if not tracker.is_file():
         return None
@@ -98,7 +99,7 @@ def _tracked(load: Path) -> str | None:
     return text
 
 
-def _asked_for(load: Path, step: int, tracked: str | None) -> Path:
+def _folder_of_step(load: Path, step: int, tracked: str | None) -> Path:
     """The folder of `--ckpt-step`."""
     if tracked == "release":
         raise ConfigError(
@@ -106,7 +107,7 @@ def _asked_for(load: Path, step: int, tracked: str | None) -> Path:
             f"{step} into it instead"
         )
     folder = iteration_folder(load, max(step, 0))
-    # Megatron takes 0 for not given.
+    # Megatron treats --ckpt-step 0 as if it were not given.
     if step < 1 or not folder.is_dir():
         remedy = "use one of these" if iterations(load) else "check --load"
         raise ConfigError(f"--ckpt-step {step} is not there ({_held(load)}); {remedy}")
@@ -114,7 +115,7 @@ def _asked_for(load: Path, step: int, tracked: str | None) -> Path:
 
 
 def _held(load: Path) -> str:
-    """What a folder holds, as part of a sentence."""
+    """The iterations in a folder, as part of a sentence."""
     known = iterations(load)
     last = "the last ones are " if len(known) > SHOWN else ""
     shown = ", ".join(map(str, known[-SHOWN:])) or "none"
@@ -122,7 +123,7 @@ def _held(load: Path) -> str:
 
 
 def last_whole(load: Path, but: Path | None = None) -> int | None:
-    """The last iteration that can be loaded, if there is one beside the folder `but`."""
+    """The last complete iteration outside the folder `but`; None if there is none."""
     for iteration in reversed(iterations(load)):
         folder = iteration_folder(load, iteration)
         if folder != but and problem_of(folder) is None:
@@ -131,7 +132,7 @@ def last_whole(load: Path, but: Path | None = None) -> int | None:
 
 
 def _remedy(load: Path, but: Path | None = None) -> str:
-    """What to load instead, as part of a sentence."""
+    """The iteration to load instead, as part of a sentence."""
     iteration = last_whole(load, but)
     if iteration is not None:
         return f"use --ckpt-step {iteration}, the last one that is whole"
@@ -140,23 +141,23 @@ def _remedy(load: Path, but: Path | None = None) -> str:
 
 
 def is_torch_dist(folder: Path, *, detect: bool = False) -> bool:
-    """Whether an iteration is meant to be in the format that this module reads.
+    """Whether an iteration is in the format that this module reads, complete or not.
 
     Args:
-        folder: of the iteration.
-        detect: value of `--auto-detect-ckpt-format`, with which Megatron also takes folders that
-            lack `metadata.json`, for `torch_dcp`; otherwise such a folder is a save that did not
-            end.
+        folder: the iteration's folder.
+        detect: value of `--auto-detect-ckpt-format`, with which Megatron takes a folder without
+            `metadata.json` for a checkpoint in the format `torch_dcp`; without it, such a folder is
+            an unfinished save.
     """
     legacy = any(path.name.startswith("mp_rank_0") for path in folder.iterdir())
     return not legacy and (not detect or (folder / CONFIG_FNAME).is_file())
 
 
 def read_whole(folder: Path) -> dict[str, Any]:
-    """The common state of an iteration that has all its files, as long as they should be.
+    """The common state of an iteration whose files are all complete.
 
     Raises:
-        ConfigError: naming the first file that has not, and the last iteration that is whole.
+        ConfigError: with the first file that is not, and the last iteration that is complete.
     """
     try:
         return _read_whole(folder)
@@ -167,7 +168,7 @@ def read_whole(folder: Path) -> dict[str, Any]:
 
 
 def problem_of(folder: Path) -> str | None:
-    """What is wrong with an iteration, as part of a sentence; None if it is whole."""
+    """The damage of an iteration, as part of a sentence; None if it is complete."""
     try:
         _read_whole(folder)
     except Damaged as damage:
@@ -181,12 +182,12 @@ def _read_whole(folder: Path) -> dict[str, Any]:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What torch says about the shards of an iteration.
+    """torch's metadata of the shards of an iteration.
 
     Raises:
-        Damaged: if that is missing or unreadable.
+        Damaged: if it is missing or unreadable.
     """
-    # Megatron writes its own file last.
+    # Megatron writes CONFIG_FNAME last, so a folder without it is an unfinished save.
     for name in (METADATA, CONFIG_FNAME):
         if not (folder / name).is_file():
             raise Damaged(f"{name} is missing, as after a save that did not end")
@@ -206,7 +207,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _check_sizes(folder: Path, metadata: Metadata) -> None:
-    """The shard files reach as far as the metadata says."""
+    """Raise `Damaged` if a shard file is missing or shorter than the metadata says."""
     ends: dict[str, int] = {}
     for item in metadata.storage_data.values():
         ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
@@ -222,14 +223,14 @@ def _check_sizes(folder: Path, metadata: Metadata) -> None:
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """Everything but the shards: the run's arguments, iteration, scheduler, optimizer settings.
+    """The common state: the run's arguments, iteration, scheduler, and optimizer settings.
 
     Raises:
         Damaged: if it cannot be read.
     """
     try:
         with warnings.catch_warnings():
-            # torch's, that there is no process group.
+            # torch warns that there is no process group.
             warnings.simplefilter("ignore", UserWarning)
             return dict(load_common_state_dict(str(folder)))
     except (Exception, CheckpointException) as error:  # a pickle can fail in any way
@@ -242,6 +243,6 @@ def read_common(folder: Path) -> dict[str, Any]:
 
 
 def args_in(common: dict[str, Any]) -> Namespace:
-    """The arguments in a common state; none of them if the run left none."""
+    """The run's arguments in a common state; an empty namespace if it has none."""
     args = common.get("args")
     return args if isinstance(args, Namespace) else Namespace()

@@ -1,9 +1,9 @@
-"""Whether the optimizer's state in a checkpoint fits a run, and the schedule of the learning rate.
+"""Checks whether a run can load the optimizer's state and the learning-rate schedule.
 
-Enters: the run's validated arguments, and the common state of a checkpoint. Leaves: the first
-reason against, as a sentence. Megatron 0.19 itself fails on each of these, on a missing tensor or
-in an assertion; what it can carry over (any precision under the distributed optimizer, any layout
-of ranks) passes.
+Inputs: the run's validated arguments, and the common state of a checkpoint. Outputs: a sentence for
+each reason why it cannot. In each of these cases Megatron 0.19 fails on a missing tensor or in an
+assertion. Everything that Megatron can convert passes: any precision under the distributed
+optimizer, any layout of ranks.
 """
 
 from __future__ import annotations
@@ -25,96 +25,101 @@ RANKS = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
-"""Flags (dest) that cut the model over ranks."""
+"""Flags (dest) that shard the model over ranks."""
 
 ANEW = "add --no-load-optim to start it anew"
 """The remedy that always works."""
 
 
 def misfits(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
-    """Why a run cannot load the optimizer's state.
+    """The reasons why a run cannot load the optimizer's state.
 
     Args:
-        args: of the run, validated.
-        common: the checkpoint's, with its `args`.
+        args: the run's validated arguments.
+        common: the checkpoint's common state, with its `args`.
 
     Yields:
         Sentences with the values, the rule and the remedy.
     """
     saved = common["args"]
-    yield from _kind(args, saved)
-    yield from _form(args, saved)
+    yield from _optimizer(args, saved)
+    yield from _tensors(args, saved)
     yield from _schedule(args, common)
     yield from _random_states(args, saved)
 
 
-def _kind(args: Namespace, saved: Namespace) -> Iterator[str]:
-    """The state is there, and that of this optimizer."""
-    known = vars(saved)
-    if known.get("no_save_optim"):
+def _optimizer(args: Namespace, saved: Namespace) -> Iterator[str]:
+    """The state exists, and is that of the same optimizer."""
+    saved_args = vars(saved)
+    if saved_args.get("no_save_optim"):
         yield f"it was saved with --no-save-optim, without the optimizer's state; {ANEW}"
-    if known.get("optimizer", args.optimizer) != args.optimizer:
+    if saved_args.get("optimizer", args.optimizer) != args.optimizer:
         yield (
             f"--optimizer {args.optimizer} cannot use the state of {saved.optimizer}; use "
             f"--optimizer {saved.optimizer}, or {ANEW}"
         )
 
 
-def _form(args: Namespace, saved: Namespace) -> Iterator[str]:
-    """The tensors in which it lies there."""
-    here, there = (bool(vars(a).get("use_distributed_optimizer")) for a in (args, saved))
-    if here != there:
+def _tensors(args: Namespace, saved: Namespace) -> Iterator[str]:
+    """The state consists of the same tensors."""
+    distributed, saved_distributed = (
+        bool(vars(a).get("use_distributed_optimizer")) for a in (args, saved)
+    )
+    if distributed != saved_distributed:
         flag = "--use-distributed-optimizer"
         yield (
-            f"this run has {stated(flag, here)}, but the optimizer's state was saved with "
-            f"{stated(flag, there)}, in another form; use that, or {ANEW}"
+            f"this run has {stated(flag, distributed)}, but the optimizer's state was saved with "
+            f"{stated(flag, saved_distributed)}, in another form; use that, or {ANEW}"
         )
-    ours, theirs = (_precision(a) for a in (args, saved))
-    if not there and (ours == "fp32") != (theirs == "fp32"):
+    precision, saved_precision = (_precision(a) for a in (args, saved))
+    if not saved_distributed and (precision == "fp32") != (saved_precision == "fp32"):
         yield (
-            f"this run is in {ours}, but the optimizer's state is of {theirs} and has other "
-            f"tensors; use that, or {ANEW} (--use-distributed-optimizer has no such limit)"
+            f"this run is in {precision}, but the optimizer's state is of {saved_precision} and "
+            f"has other tensors; use that, or {ANEW} (--use-distributed-optimizer has no such "
+            "limit)"
         )
-    if not there or vars(saved).get("dist_ckpt_optim_fully_reshardable"):
+    if not saved_distributed or vars(saved).get("dist_ckpt_optim_fully_reshardable"):
         return
     for dest in RANKS:
-        size, old = (vars(a).get(dest) or 1 for a in (args, saved))
-        if size != old:
+        size, saved_size = (vars(a).get(dest) or 1 for a in (args, saved))
+        if size != saved_size:
             yield (
-                f"{flag_of(dest)} {size} differs from {old} of a checkpoint that was saved with "
-                "--no-dist-ckpt-optim-fully-reshardable; use that, save it again without this "
+                f"{flag_of(dest)} {size} differs from {saved_size} of a checkpoint that was saved "
+                "with --no-dist-ckpt-optim-fully-reshardable; use that, save it again without this "
                 f"flag, or {ANEW}"
             )
 
 
 def _random_states(args: Namespace, saved: Namespace) -> Iterator[str]:
-    """With a generator for each data-parallel rank there must be as many ranks."""
+    """With a generator for each data-parallel rank, the number of these ranks is the same."""
     if args.no_load_rng:
         return
-    ours, theirs = (bool(vars(a).get("data_parallel_random_init")) for a in (args, saved))
-    if ours != theirs:
+    per_rank, saved_per_rank = (
+        bool(vars(a).get("data_parallel_random_init")) for a in (args, saved)
+    )
+    if per_rank != saved_per_rank:
         flag = "--data-parallel-random-init"
         yield (
-            f"this run has {stated(flag, ours)}, but the checkpoint's states of random numbers "
-            f"were saved with {stated(flag, theirs)}; use that, or add --no-load-rng to start them "
-            "anew"
+            f"this run has {stated(flag, per_rank)}, but the checkpoint's states of random numbers "
+            f"were saved with {stated(flag, saved_per_rank)}; use that, or add --no-load-rng to "
+            "start them anew"
         )
-    size, old = args.data_parallel_size, vars(saved).get("data_parallel_size")
-    if ours and size != old:
+    size, saved_size = args.data_parallel_size, vars(saved).get("data_parallel_size")
+    if per_rank and size != saved_size:
         yield (
             f"--data-parallel-random-init has random numbers of their own for each data-parallel "
-            f"rank, of which there are {size} here and {old} in the checkpoint; add --no-load-rng "
-            "to start them anew, or use as many ranks"
+            f"rank, of which there are {size} here and {saved_size} in the checkpoint; add "
+            "--no-load-rng to start them anew, or use as many ranks"
         )
 
 
 def _precision(args: Namespace) -> str:
-    """The flag of the precision."""
+    """The precision: fp32, or the flag of another one."""
     return next((flag_of(dest) for dest in ("bf16", "fp16") if vars(args).get(dest)), "fp32")
 
 
 def _schedule(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
-    """Megatron wants it to be the same, unless it is told whose counts."""
+    """The schedule is the same, or a flag says which of the two counts."""
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
     saved = common.get("opt_param_scheduler") or {}
@@ -149,18 +154,18 @@ def _schedule(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
 
 
 def jump_of_the_rate(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
-    """What an overridden schedule does to the learning rate where the run goes on.
+    """A remark if an overridden schedule makes the learning rate jump on resume.
 
     Args:
-        args: of the run, validated.
-        common: the checkpoint's, with its `args`.
+        args: the run's validated arguments.
+        common: the checkpoint's common state, with its `args`.
     """
     saved = common.get("opt_param_scheduler")
     if not (args.override_opt_param_scheduler and saved):
         return
     steps = saved["num_steps"]
-    ours = {name: value for name, _, value in _schedule_of(args)}
-    before, after = _rate(saved, common["args"], steps), _rate(ours, args, steps)
+    schedule = {name: value for name, _, value in _schedule_of(args)}
+    before, after = _rate(saved, common["args"], steps), _rate(schedule, args, steps)
     if math.isclose(before, after, rel_tol=1e-3):
         return
     yield (
@@ -174,9 +179,9 @@ def _rate(schedule: dict[str, Any], args: Namespace, steps: int) -> float:
     """Megatron's learning rate after a number of samples.
 
     Args:
-        schedule: the state of Megatron's scheduler, or what will be it.
-        args: of the run that it belongs to.
-        steps: samples.
+        schedule: the state of Megatron's scheduler, or the state that follows from `_schedule_of`.
+        args: arguments of the run that the schedule belongs to.
+        steps: number of samples.
     """
     batch = args.global_batch_size
     annealed = vars(args).get("lr_wsd_decay_iters")
@@ -201,7 +206,7 @@ def _rate(schedule: dict[str, Any], args: Namespace, steps: int) -> float:
 
 
 def _schedule_of(args: Namespace) -> Iterator[tuple[str, str, Any]]:
-    """State of Megatron's scheduler that follows from the flags: its name, the flag, the value."""
+    """The state of Megatron's scheduler for these flags, as name, flag and value."""
     known = vars(args)
     unit, batch = ("iters", args.global_batch_size) if args.train_iters else ("samples", 1)
     total = known[f"train_{unit}"]

@@ -1,17 +1,19 @@
-"""Another block size for a trained memory: what becomes of each tensor of its checkpoint.
+"""Plans another block size for the sparse layers of a checkpoint: how each tensor changes.
 
-Enters: a checkpoint's metadata and arguments, and the new block size g'. Leaves: the tensors that
-change and how, the new arguments, and an account in which every tensor occurs. No model is built.
+Inputs: a checkpoint's metadata and arguments, and the new block size g'. Outputs: the tensors that
+change and how, the new arguments, and an account that lists every tensor. No model is built.
 
-Choices
-- A memory is stored as cells, so another block size cuts nothing: tables stay as they are. Only a
-  gate network, which has a row for every block, is cut anew, and the values behind a softmax.
-- With r = g/g' parts of a block, a gate repeats its rows r times. Under a softmax the r parts share
-  the block's probability, p/r each, so the values grow by r; under a sigmoid each part has the
-  block's gate. Either way the layer computes the same function. The other way, the rows of r blocks
-  are averaged, and the values shrink by r.
-- The optimizer's moments follow: a gradient scales inversely to its weight, and r equal rows get a
-  part of the gradient each. So there and back again restores them.
+Design notes:
+- A checkpoint stores keys and values as rows of cells, not of blocks, so another block size leaves
+  them unchanged. Only two kinds of tensors change: a gate, which has a row for every block, and the
+  values if the gate is a softmax over blocks.
+- Splitting a block into r = g/g' parts repeats its row of the gate r times. Under a softmax each
+  part then gets 1/r of the block's probability, so the values are multiplied by r; under a sigmoid
+  each part keeps the block's gate. In both cases the layer computes the same function. Joining r
+  blocks averages their rows of the gate, and divides the values by r.
+- The optimizer's moments follow their tensor. A weight that is multiplied by r has a gradient that
+  is divided by r, and each of r equal rows gets 1/r of the gradient of the row that they replace.
+  So splitting and joining again restores the moments.
 """
 
 from __future__ import annotations
@@ -39,24 +41,25 @@ KEY = re.compile(
     r"(?:optimizer\.state\.(?P<state>\w+)\.)?"
     r"decoder\.layers\.(?P<layer>\d+)\.mlp\.(?P<table>experts\.\w+|router\.[\w.]+)"
 )
-"""A tensor of a sparse layer, or the optimizer's state of it."""
+"""The name of a tensor of a sparse layer, or of the optimizer's state for it."""
 
 ORDER = {"": 0, "fp32_param": 0, "param": 0, "exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2}
-"""Optimizer state -> the power of the gradient in it; weights, and copies of them, have none."""
+"""Optimizer state -> the power of the gradient in it; 0 for weights and copies of weights."""
 
 BIAS = "router.balance.expert_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reblocking:
-    """What to do.
+    """The plan for another block size.
 
     Args:
-        before: the layer.
-        after: the same memory in other blocks.
+        before: the layer's config in the checkpoint.
+        after: the config with the new block size and the same cells.
         args: the new arguments of the checkpoint.
-        changes: tensors that change.
-        account: (kind of tensor, what happens) -> how many; every entry of the checkpoint counts.
+        changes: name of a tensor -> its change.
+        account: (kind of tensor, change in words) -> number of tensors; it counts every entry of
+            the checkpoint.
     """
 
     before: SparseFFNConfig
@@ -67,14 +70,14 @@ class Reblocking:
 
     @property
     def consequence(self) -> str:
-        """What the model's loss does, in one sentence."""
+        """How the model's loss changes, in one sentence."""
         router = self.before.router
         if router.per_block_weights and self.after.block_size < self.before.block_size:
             shared = "share its probability and the values grow by as much"
+            gate = shared if router.softmax_over_blocks else "have its gate"
             return (
-                f"{router.name}: the parts of a block "
-                f"{shared if router.softmax_over_blocks else 'have its gate'}; the layer "
-                "computes the same function, up to rounding"
+                f"{router.name}: the parts of a block {gate}; the layer computes the same "
+                "function, up to rounding"
             )
         if router.per_block_weights:
             return (
@@ -92,16 +95,16 @@ class Reblocking:
         )
 
 
-def regranulate(metadata: Metadata, saved: Namespace, block_size: int) -> Reblocking:
+def plan_reblocking(metadata: Metadata, saved: Namespace, block_size: int) -> Reblocking:
     """Plan another block size.
 
     Args:
-        metadata: of the checkpoint.
+        metadata: the checkpoint's metadata.
         saved: its arguments.
         block_size: g'.
 
     Raises:
-        ConfigError: if the memory cannot be cut so, or a tensor is not understood.
+        ConfigError: if this block size is impossible, or a tensor is unknown.
     """
     before = saved_config(saved)
     if before is None:
@@ -110,15 +113,15 @@ def regranulate(metadata: Metadata, saved: Namespace, block_size: int) -> Rebloc
         )
     after = _other_blocks(before, block_size)
     _check(before, after)
-    cut = _Cut(before, after, saved)
+    rules = _Rules(before, after, saved)
     account: Counter[tuple[str, str]] = Counter()
     changes: dict[str, Change] = {}
     for key, entry in metadata.state_dict_metadata.items():
-        kind, what, change = cut.of(key, entry)
-        account[kind, what] += 1
+        kind, effect, change = rules.of(key, entry)
+        account[kind, effect] += 1
         if change is not None:
             changes[key] = change
-    cut.check_complete()
+    rules.check_complete()
     return Reblocking(
         before=before,
         after=after,
@@ -129,7 +132,7 @@ def regranulate(metadata: Metadata, saved: Namespace, block_size: int) -> Rebloc
 
 
 def _other_blocks(before: SparseFFNConfig, block_size: int) -> SparseFFNConfig:
-    """The layer with blocks of another size, as many of its cells shared as before."""
+    """The config with another block size and the same number of shared cells."""
     if not before.shared_blocks:
         return dataclasses.replace(before, block_size=block_size)
     if block_size < 1 or before.shared_cells % block_size:
@@ -142,7 +145,7 @@ def _other_blocks(before: SparseFFNConfig, block_size: int) -> SparseFFNConfig:
 
 
 def _check(before: SparseFFNConfig, after: SparseFFNConfig) -> None:
-    """There is a rule for this change."""
+    """Raise if there is no rule for this change of the block size."""
     old, new = before.block_size, after.block_size
     if old == new:
         raise ConfigError(f"--block-size {new} is that of the checkpoint; give another")
@@ -166,60 +169,60 @@ def _new_args(saved: Namespace, after: SparseFFNConfig) -> Namespace:
     fields["sffn_block_size"] = after.block_size
     fields["sffn_shared_blocks"] = after.shared_blocks
     if "sffn_command" in vars(saved):
-        # The last one counts.
-        again = ["--sffn-block-size", str(after.block_size)]
+        # argparse takes the last value of a flag.
+        new_flags = ["--sffn-block-size", str(after.block_size)]
         if after.shared_blocks:
-            again += ["--sffn-shared-blocks", str(after.shared_blocks)]
-        fields["sffn_command"] = [*saved.sffn_command, *again]
+            new_flags += ["--sffn-shared-blocks", str(after.shared_blocks)]
+        fields["sffn_command"] = [*saved.sffn_command, *new_flags]
     return Namespace(**{**vars(saved), **fields})
 
 
-class _Cut:
-    """The rule for each tensor, and what it has met.
+class _Rules:
+    """The rule for each tensor, and the tensors that are still missing.
 
     Args:
-        before: the layer.
-        after: the same memory in other blocks.
+        before: the layer's config in the checkpoint.
+        after: the config with the new block size.
         saved: the checkpoint's arguments.
     """
 
     def __init__(self, before: SparseFFNConfig, after: SparseFFNConfig, saved: Namespace) -> None:
         self.before, self.after = before, after
-        self.width: int = saved.hidden_size
-        self.parts = Fraction(before.block_size, after.block_size)
+        self.hidden_size: int = saved.hidden_size
+        self.parts_per_block = Fraction(before.block_size, after.block_size)
         router = before.router
-        self.rows = [f"router.{name}" for name in router.per_block_weights]
-        self.gated = bool(self.rows) or router.softmax_over_blocks
+        self.per_block = [f"router.{name}" for name in router.per_block_weights]
+        self.changes_tensors = bool(self.per_block) or router.softmax_over_blocks
         self.shapes = self._shapes(saved)
         pattern = layer_pattern(saved.sffn_layers, saved.num_layers)
-        self.sparse = [layer for layer, sparse in enumerate(pattern) if sparse]
-        self.expected = {
-            (layer, table) for layer in self.sparse for table in self.shapes if table != BIAS
+        self.sparse_layers = [layer for layer, is_sparse in enumerate(pattern) if is_sparse]
+        self.missing = {
+            (layer, table) for layer in self.sparse_layers for table in self.shapes if table != BIAS
         }
 
     def _shapes(self, saved: Namespace) -> dict[str, list[int]]:
-        """Table of a sparse layer -> its shape in the checkpoint."""
+        """Tensor of a sparse layer -> its shape in the checkpoint."""
         before, router = self.before, self.before.router
-        key_width = router.key_width(self.width)
+        key_width = router.key_width(self.hidden_size)
         keys = ["gate_keys", "keys"] if saved.swiglu else ["keys"]
-        weights = router.weights(before, self.width)
+        weights = router.weights(before, self.hidden_size)
         return {
             **{f"experts.{name}": [before.num_cells, key_width] for name in keys if key_width},
-            "experts.values": [before.num_cells, self.width],
+            "experts.values": [before.num_cells, self.hidden_size],
             **{f"router.{name}": list(shape) for name, shape in weights.items()},
             BIAS: [before.num_blocks],
         }
 
     def of(self, key: str, entry: Any) -> tuple[str, str, Change | None]:
-        """Kind, what happens, and how, of one entry.
+        """The kind of an entry, its change in words, and its change.
 
         Raises:
-            ConfigError: if it belongs to a sparse layer and is not understood.
+            ConfigError: if the entry belongs to a sparse layer and is unknown.
         """
         if key == COMMON_STATE:
             return "common state", "the same, with the new block size in its arguments", None
         if not re.search(r"\.mlp\.(router|experts)\.", key):
-            if self.gated and ".optimizer.distributed." in f".{key}":
+            if self.changes_tensors and ".optimizer.distributed." in f".{key}":
                 raise ConfigError(
                     "the optimizer's state was saved with --no-dist-ckpt-optim-fully-reshardable, "
                     "as buffers of many tensors that cannot be cut; save the checkpoint again "
@@ -231,19 +234,19 @@ class _Cut:
         if match is None or not isinstance(entry, TensorStorageMetadata):
             raise ConfigError(_unknown(key, "is not one that this tool knows"))
         state, table, layer = match["state"] or "", match["table"], int(match["layer"])
-        if state not in ORDER or layer not in self.sparse:
+        if state not in ORDER or layer not in self.sparse_layers:
             raise ConfigError(_unknown(key, "is not one that this tool knows"))
         self._check_shape(key, table, list(entry.size))
-        if table in (*self.rows, BIAS):
+        if table in (*self.per_block, BIAS):
             self._check_pieces(key, entry)
         if not state:
-            self.expected.discard((layer, table))
+            self.missing.discard((layer, table))
         kind = f"{table.split('.')[1]}{f', {state}' if state else ''}"
-        what, change = self._change(table, ORDER[state])
-        return (f"gate {kind}" if table.startswith("router.") else kind), what, change
+        effect, change = self._change(table, ORDER[state])
+        return (f"gate {kind}" if table.startswith("router.") else kind), effect, change
 
     def _check_shape(self, key: str, table: str, shape: list[int]) -> None:
-        # What describes a block otherwise, a descriptor of Avg-K's, has no rule.
+        # Avg-K's learned descriptors have no rule for another block size.
         if table not in self.shapes or table.startswith("router.descriptor."):
             raise ConfigError(_unknown(key, "is not one that this tool knows"))
         if shape != self.shapes[table]:
@@ -254,8 +257,8 @@ class _Cut:
             )
 
     def _check_pieces(self, key: str, entry: TensorStorageMetadata) -> None:
-        """Rows that are to be joined lie in one piece."""
-        joined = self.parts.denominator
+        """Raise if rows that are averaged were saved in different pieces."""
+        joined = self.parts_per_block.denominator
         for chunk in entry.chunks:
             if chunk.offsets[0] % joined or chunk.sizes[0] % joined:
                 raise ConfigError(
@@ -263,32 +266,34 @@ class _Cut:
                 )
 
     def _change(self, table: str, order: int) -> tuple[str, Change | None]:
-        """What happens to a table, and how; `order` as in `ORDER`."""
+        """The change of a tensor, in words and as a function.
+
+        Args:
+            table: name of the tensor in its layer.
+            order: power of the gradient in it, as in `ORDER`.
+        """
+        parts = self.parts_per_block
         cells, shared = self.before.num_cells, self.before.router.softmax_over_blocks
         if table == "experts.values" and shared:
-            factor = self.parts if order == 0 else self.parts**-order
+            factor = parts if order == 0 else parts**-order
             change = Change(piece=partial(_scaled, float(factor)), rows=(cells, cells))
             return _times(factor), change
-        if table not in (*self.rows, BIAS):
+        if table not in (*self.per_block, BIAS):
             return "the same", None
-        # The bias is in units of the gate.
-        factor = self.parts ** -(int(shared) if table == BIAS else order)
+        # The expert bias is added to the gates, so it scales as they do.
+        factor = parts ** -(int(shared) if table == BIAS else order)
         rows = (self.before.num_blocks, self.after.num_blocks)
-        change = Change(piece=partial(_recut, self.parts, float(factor)), rows=rows)
-        how = (
-            f"each row {self.parts} times"
-            if self.parts > 1
-            else f"mean of each {1 / self.parts} rows"
-        )
-        return how if factor == 1 else f"{how}, {_times(factor)}", change
+        change = Change(piece=partial(_repeat_or_average, parts, float(factor)), rows=rows)
+        effect = f"each row {parts} times" if parts > 1 else f"mean of each {1 / parts} rows"
+        return effect if factor == 1 else f"{effect}, {_times(factor)}", change
 
     def check_complete(self) -> None:
-        """Every tensor that the arguments promise was there.
+        """Check that the checkpoint had every tensor of its sparse layers.
 
         Raises:
-            ConfigError: naming one that was not.
+            ConfigError: with the first tensor that is missing.
         """
-        for layer, table in sorted(self.expected):
+        for layer, table in sorted(self.missing):
             raise ConfigError(
                 _unknown(f"decoder.layers.{layer}.mlp.{table}", "is missing in the checkpoint")
             )
@@ -318,8 +323,8 @@ def _scaled(factor: float, table: Tensor) -> Tensor:
     return after
 
 
-def _recut(parts: Fraction, factor: float, rows: Tensor) -> Tensor:
-    """Rows of blocks -> rows of their parts, or of the blocks that they join to."""
+def _repeat_or_average(parts: Fraction, factor: float, rows: Tensor) -> Tensor:
+    """Repeat rows for the parts of a block, or average those of joined blocks; then scale them."""
     if parts > 1:
         return _scaled(factor, rows.repeat_interleave(int(parts), dim=0))
     joined = rows.double().unflatten(0, (-1, int(1 / parts))).mean(dim=1)

@@ -1,15 +1,17 @@
-"""A copy of a checkpoint in which some tensors are changed: complete under its name, or absent.
+"""Writes an atomic copy of a checkpoint in which some tensors are changed.
 
-Enters: the folder of an iteration, and what becomes of the tensors that change. Leaves: a folder
-of the same format, with the same keys, that any layout of ranks can load.
+Inputs: the folder of an iteration, and the changes of its tensors. Outputs: a folder of the same
+format, with the same keys, that any layout of ranks can load.
 
-Choices
-- One process, no process group, one piece at a time: a tensor is read and written in the pieces in
-  which a rank saved it, everything else is copied byte by byte. The largest piece must fit memory.
-- Shard files keep their names and hold the same pieces in the same order; only the offsets in
-  `.metadata` are new. So nothing that is no longer used is left in them.
-- Files are written in a sibling folder, synced and looked at again; then the folder is renamed.
-  Megatron's tracker file comes last. A kill leaves a `.partial` folder, which the next run removes.
+Design notes:
+- One process without a process group does the work, one piece at a time: a tensor that changes is
+  read and written in the pieces in which the ranks saved it, and everything else is copied byte by
+  byte. RAM has to hold the largest piece.
+- Shard files keep their names and have the same pieces in the same order; only the offsets in
+  `.metadata` are new. So the copy has no bytes that are no longer used.
+- The copy is an atomic write: files are written into a sibling folder, synced and checked; then the
+  folder is renamed, and Megatron's tracker file follows. A kill leaves a `.partial` folder, which
+  the next run removes.
 """
 
 from __future__ import annotations
@@ -55,18 +57,18 @@ COPIED = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What becomes of a tensor, piece by piece.
+    """The change of a tensor.
 
     Args:
-        piece: consecutive rows before -> the same rows after, of the same dtype.
-        rows: of the tensor before and after; their quotient holds for every piece.
+        piece: maps consecutive rows before to the same rows after, of the same dtype.
+        rows: number of rows before and after; every piece has the same quotient of the two.
     """
 
     piece: Callable[[Tensor], Tensor]
     rows: tuple[int, int]
 
     def row(self, before: int) -> int:
-        """Where a row that starts a piece is afterwards."""
+        """The new number of a row that starts a piece."""
         old, new = self.rows
         assert before * new % old == 0, (before, self.rows)
         return before * new // old
@@ -81,21 +83,21 @@ def rewrite(
     common: dict[str, Any],
     progress: Callable[[int], object] = lambda size: None,
 ) -> Path:
-    """Write an iteration anew.
+    """Write a changed copy of an iteration.
 
     Args:
-        source: its folder.
-        save: where the new one goes, under Megatron's name for it, with its tracker file.
-        iteration: its number.
-        changes: key of a tensor -> what becomes of it.
+        source: the iteration's folder.
+        save: folder for the copy, which gets Megatron's name for it, and for the tracker file.
+        iteration: the iteration's number.
+        changes: key of a tensor -> its change.
         common: the new common state.
-        progress: told the bytes of the source as they are done.
+        progress: called with the number of bytes of the source that are done.
 
     Returns:
-        The new folder.
+        The folder of the copy.
 
     Raises:
-        ConfigError: if it exists or cannot be written; nothing is then left of it.
+        ConfigError: if it exists or cannot be written; nothing of it is then left.
     """
     target = free_folder(save, iteration)
     metadata = read_metadata(source)
@@ -117,10 +119,10 @@ def rewrite(
 
 
 def free_folder(save: Path, iteration: int) -> Path:
-    """Megatron's folder of an iteration that is not there yet.
+    """Megatron's folder for an iteration, which must not exist.
 
     Raises:
-        ConfigError: if it is.
+        ConfigError: if it exists.
     """
     target = iteration_folder(save, iteration)
     if target.exists():
@@ -130,7 +132,7 @@ def free_folder(save: Path, iteration: int) -> Path:
 
 @contextmanager
 def _new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A folder that gets its name when it is complete, and is removed when it is not."""
+    """A folder that is renamed to `target` when the block ends, or removed if the block fails."""
     save = target.parent
     made = [path for path in (save, *save.parents) if not path.exists()]
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -175,7 +177,7 @@ def _write_shards(
     common: dict[str, Any],
     progress: Callable[[int], object],
 ) -> Metadata:
-    """All shard files, and the metadata that says where things are in them."""
+    """Write all shard files; returns the metadata with the places of their pieces."""
     files: dict[str, list[tuple[MetadataIndex, Any]]] = {}
     for index, item in metadata.storage_data.items():
         files.setdefault(item.relative_path, []).append((index, item))
@@ -186,7 +188,7 @@ def _write_shards(
                 start, change = new.tell(), changes.get(index.fqn)
                 old.seek(item.offset)
                 if index.fqn == COMMON_STATE:
-                    # As Megatron packs an object: in a list.
+                    # Megatron wraps an object in a list.
                     new.write(_bytes_of([common]))
                 elif change is None:
                     _copy(old, new, item.length)
@@ -201,28 +203,28 @@ def _write_shards(
         else entry
         for key, entry in metadata.state_dict_metadata.items()
     }
-    # A new object: Megatron hangs the plans of all ranks on the former.
+    # A new object, because Megatron adds the plans of all ranks to the original.
     return dataclasses.replace(metadata, state_dict_metadata=known, storage_data=storage)
 
 
 def _bytes_of(value: Any) -> bytes:
-    """As torch's checkpoints hold a value."""
+    """A value as torch's checkpoints store it."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def _changed(data: bytes, change: Change) -> bytes:
-    """A piece of a tensor, read, changed and packed again."""
+    """Load a piece of a tensor, change it, and serialise it again."""
     before = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     after = change.piece(before)
     assert after.dtype == before.dtype, (before.dtype, after.dtype)
-    # A clone, because a view would be saved with all that it is a view of.
+    # Clone, because torch saves a view with its whole storage.
     return _bytes_of(after.clone())
 
 
 def _copy(old: IO[bytes], new: IO[bytes], length: int) -> None:
-    """The next bytes as they are."""
+    """Copy the next bytes unchanged."""
     while length:
         data = old.read(min(length, COPIED))
         assert data, (old.name, length)  # `read_whole` has looked at the sizes
@@ -231,14 +233,14 @@ def _copy(old: IO[bytes], new: IO[bytes], length: int) -> None:
 
 
 def _moved(index: MetadataIndex, change: Change) -> MetadataIndex:
-    """The key of a piece whose tensor has other rows."""
+    """The index of a piece in the changed tensor."""
     assert index.offset is not None, index
     first, *rest = index.offset
     return MetadataIndex(index.fqn, (change.row(first), *rest), index.index)
 
 
 def _resized(entry: TensorStorageMetadata, change: Change) -> TensorStorageMetadata:
-    """What the metadata says about a tensor that has other rows."""
+    """The metadata of the changed tensor."""
     chunks = [
         ChunkStorageMetadata(
             offsets=torch.Size((change.row(chunk.offsets[0]), *chunk.offsets[1:])),
@@ -251,7 +253,7 @@ def _resized(entry: TensorStorageMetadata, change: Change) -> TensorStorageMetad
 
 
 def _copy_others(source: Path, part: Path, metadata: Metadata) -> None:
-    """What lies beside the shards, Megatron's own file last, and its manifest made anew."""
+    """Copy the files beside the shards, Megatron's own file last, and write its manifest again."""
     done = {item.relative_path for item in metadata.storage_data.values()}
     done |= {METADATA, CONFIG_FNAME, INTEGRITY_FNAME}
     for path in sorted(source.iterdir()):

@@ -342,7 +342,7 @@ def block_size(
             "--sffn-block-size",
             sffn.block_size,
             f"{change}, and --sffn-router {args.sffn_router} has a gate of every block",
-            "use that, or cut them anew with tools/convert_checkpoint.py regranulate --load "
+            "use that, or cut them anew with tools/convert_checkpoint.py reblock --load "
             f"{args.load} --save DIR --block-size {sffn.block_size} (checkpoint "
             f"{checkpoint.folder})",
         )

@@ -1,12 +1,12 @@
-"""Whether training can start on this machine, and what to do where it cannot.
+"""Checks whether training can start on this machine, and says what to do if it cannot.
 
-    __main__.py   `python -m megatron_sffn.doctor`: the table
-    findings.py   one line of it, and what is asked of another process
-    packages.py   Python, torch, Megatron, and the packages that are optional
-    machine.py    GPUs, compiler, disks, limits, memory
-    probes.py     what runs in a process of its own, because it may fail in any way
-    smoke.py      two ranks, a sum over them, and two steps of a small sparse model
+    __main__.py   `python -m megatron_sffn.doctor`: runs the checks and prints the table
+    findings.py   a line of the table; runs a probe in another process
+    packages.py   checks Python, torch, Megatron and the optional packages
+    machine.py    checks disks, limits and memory
+    probes.py     imports and kernels that run in another process, because they may crash
+    smoke.py      an all-reduce over two ranks, and two steps of a small sparse model
 
-Choice: nothing heavy is imported here, and each check is guarded on its own, so that a broken
-package is a line of the table and not the end of it.
+Design notes: this process imports nothing heavy, and each check catches its own errors, so that a
+broken package is a line of the table and does not end the command.
 """

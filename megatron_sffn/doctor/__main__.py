@@ -1,6 +1,6 @@
-"""Can training start here, and if not, what is to be done? `python -m megatron_sffn.doctor`.
+"""Check whether training can start on this machine, and say what to do if it cannot.
 
-Enters: this machine and this environment. Leaves: a table, or JSON, and an exit code.
+Inputs: this machine and this environment. Outputs: a table, or JSON, and an exit code.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def examine(with_smoke: bool) -> list[Finding]:
-    """All lines; the smoke test comes last, and only where nothing else is wrong."""
+    """Run all checks; the smoke test runs last, and only if nothing is wrong."""
     checks = {**packages.CHECKS, **machine.CHECKS}
     if not with_smoke:
-        # A training may have left no memory on the GPU.
+        # A training may be using all memory of the GPU.
         checks["Triton"] = partial(packages.triton, on_gpu=False)
     with ThreadPoolExecutor(2) as pool:
         findings = list(pool.map(guarded, checks, checks.values()))
@@ -72,7 +72,7 @@ def examine(with_smoke: bool) -> list[Finding]:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """Findings as text, a remedy below each that has one."""
+    """The findings as text, with each remedy below its finding."""
     width = max(len(finding.name) for finding in findings)
     lines = [f"{'check':{width}}  state   found"]
     for finding in findings:

@@ -1,6 +1,6 @@
-"""One line of the table, and the other processes that it is made of.
+"""A finding, which is a line of the table, and probes that run in another process.
 
-Enters: a check. Leaves: a `Finding`, whatever happens in the check.
+Inputs: a check. Outputs: a `Finding`, whatever happens in the check.
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ from dataclasses import dataclass
 from typing import Any
 
 PROBE_SECONDS = 300
-"""A probe that takes longer hangs; the longest compiles for half a minute."""
+"""A probe that takes longer is taken to hang; the slowest one compiles for half a minute."""
 
 SHOWN = 300
-"""Characters of a message."""
-
+"""Characters of a message that are shown."""
 
 OK, ABSENT, WRONG = "ok", "absent", "wrong"
-"""States of what was looked at; without what is absent training can start."""
+"""States of a finding; training can start without what is `ABSENT`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a check found.
+    """The result of a check.
 
     Args:
-        name: of the check.
+        name: name of the check.
         state: `OK`, `ABSENT` or `WRONG`.
-        found: in a few words.
-        remedy: what to do; empty where nothing is to be done.
+        found: the result in a few words.
+        remedy: what the user can do; empty if there is nothing to do.
     """
 
     name: str
@@ -42,30 +41,30 @@ class Finding:
 
 
 Check = Callable[[str], Finding]
-"""The name of a line -> the line."""
+"""A check is called with its name and returns its finding."""
 
 
 class ProbeError(Exception):
-    """A probe failed; the message is the last line that it said."""
+    """A probe failed; the message is the last line of its output."""
 
 
 def ok(name: str, found: str) -> Finding:
-    """A line without a remedy."""
+    """A finding without a remedy."""
     return Finding(name=name, state=OK, found=found)
 
 
 def absent(name: str, found: str, remedy: str) -> Finding:
-    """A line on something optional."""
+    """A finding about something optional that is not installed."""
     return Finding(name=name, state=ABSENT, found=found, remedy=remedy)
 
 
 def wrong(name: str, found: str, remedy: str) -> Finding:
-    """A line that ends with exit code 1."""
+    """A finding that makes the exit code 1."""
     return Finding(name=name, state=WRONG, found=found, remedy=remedy)
 
 
 def guarded(name: str, check: Check) -> Finding:
-    """A check that cannot end the others."""
+    """Run a check; its errors become findings, so that the other checks still run."""
     try:
         return check(name)
     except ProbeError as error:
@@ -76,14 +75,14 @@ def guarded(name: str, check: Check) -> Finding:
 
 
 def probe(name: str, **environment: str) -> dict[str, Any]:
-    """Run a function of `probes.py` in a process of its own.
+    """Run a function of `probes.py` in another process.
 
     Args:
-        name: of the function.
-        environment: variables for it.
+        name: name of the function.
+        environment: environment variables for the process.
 
     Returns:
-        What the function returned.
+        The function's result.
 
     Raises:
         ProbeError: if it failed or hung.
@@ -100,7 +99,7 @@ def probe(name: str, **environment: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         raise ProbeError(f"no answer within {PROBE_SECONDS} s") from None
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise ProbeError(said[-1].strip()[:SHOWN] if said else f"exit code {done.returncode}")
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ProbeError(lines[-1].strip()[:SHOWN] if lines else f"exit code {done.returncode}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer

@@ -1,6 +1,6 @@
-"""Disks, limits and memory of this machine, or of the container that it is.
+"""Checks the disks, limits and RAM of this machine or container.
 
-Enters: the process, /proc, /sys and the folders that a run writes to. Leaves: a line for each.
+Inputs: this process, /proc, /sys and the folders that a run writes to. Outputs: a finding for each.
 """
 
 from __future__ import annotations
@@ -16,34 +16,35 @@ from pathlib import Path
 from megatron_sffn.doctor.findings import Check, Finding, absent, ok, wrong
 
 FREE_BYTES = 1 << 30
-"""Of a folder: a build, a data set's index or a small checkpoint."""
+"""Free space that a folder needs: for a build, a data set's index or a small checkpoint."""
 
 OPEN_FILES = 1024
-"""Usual on a workstation; a rank opens shards, sockets to others, and files of its workers."""
+"""The usual limit of a workstation; a rank opens shards, sockets to other ranks, and files of its
+workers."""
 
 PROCESSES = 1024
-"""Each rank has some tens of threads, which count."""
+"""The limit counts threads, of which each rank has some tens."""
 
 SHARED_BYTES = {True: 1 << 30, False: 60 << 20}
-"""Whether there are GPUs -> room that NCCL and data workers need; Docker gives 64 MB by itself."""
+"""Whether there are GPUs -> bytes that NCCL and data workers need; Docker's default is 64 MB."""
 
 MEMORY_BYTES = 2 << 30
-"""Two ranks that have imported torch and Megatron."""
+"""RAM of two ranks that have imported torch and Megatron."""
 
 LIMITS = {
     "open files": (resource.RLIMIT_NOFILE, OPEN_FILES, "ulimit -n 65536"),
     "processes": (resource.RLIMIT_NPROC, PROCESSES, "ulimit -u unlimited"),
 }
-"""Name of a line -> limit, what is needed, remedy."""
+"""Name of the check -> limit, needed value, remedy."""
 
 
 def has_gpus() -> bool:
-    """Whether the driver shows any."""
+    """Whether the driver shows GPUs."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def disk(where: Callable[[], Path], remedy: str, name: str) -> Finding:
-    """A folder can be written, and has room."""
+    """Whether a folder can be written and has free space."""
     folder = where()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
@@ -62,12 +63,12 @@ def gigabytes(size: float) -> str:
 
 
 def cache_folder() -> Path:
-    """Where torch keeps extensions."""
+    """The folder in which torch keeps extensions."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache")
 
 
 def temporary_folder() -> Path:
-    """As Python chooses, but for others where this one cannot be written."""
+    """Python's first choice; Python itself falls back to other folders if it is not writable."""
     return Path(os.environ.get("TMPDIR") or "/tmp")
 
 
@@ -86,7 +87,7 @@ def _number(value: int) -> str:
 
 
 def locked_memory(name: str) -> Finding:
-    """InfiniBand locks what it sends."""
+    """The limit of locked memory, which InfiniBand needs."""
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     adapters = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
     found = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / 1e6:.0f} MB"
@@ -97,14 +98,14 @@ def locked_memory(name: str) -> Finding:
 
 
 def core_files(name: str) -> Finding:
-    """What a crash leaves."""
+    """Whether a crash leaves a core file."""
     soft = resource.getrlimit(resource.RLIMIT_CORE)[0]
     left = "no core file" if soft == 0 else "a core file, as large as a rank's memory"
     return ok(name, f"a crash leaves {left}")
 
 
 def shared_memory(name: str) -> Finding:
-    """/dev/shm, over which NCCL and data workers talk."""
+    """Free space of /dev/shm, which NCCL and data workers use."""
     folder = Path("/dev/shm")
     remedy = "in a container: docker run --ipc host, or --shm-size 16g"
     if not folder.is_dir():
@@ -116,7 +117,7 @@ def shared_memory(name: str) -> Finding:
 
 
 def memory(name: str) -> Finding:
-    """Of the machine, or of the container's limit where that is less."""
+    """Free RAM of the machine, or of the container if it has a lower limit."""
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     sizes = {words[0]: int(words[1]) * 1024 for words in lines}
     free, total = sizes["MemAvailable:"], sizes["MemTotal:"]
@@ -132,7 +133,7 @@ def memory(name: str) -> Finding:
 
 
 def huge_pages(name: str) -> Finding:
-    """Transparent ones, with which large tables are read faster."""
+    """Transparent huge pages, with which large tables are read faster."""
     switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not switch.is_file():
         return absent(name, "not in this kernel", "none needed; large tables are read slower")
@@ -153,4 +154,4 @@ CHECKS: dict[str, Check] = {
     "memory": memory,
     "huge pages": huge_pages,
 }
-"""Name of a line -> its check, in the order of the table."""
+"""Name -> check, in the order of the table."""

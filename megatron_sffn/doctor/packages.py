@@ -1,8 +1,8 @@
-"""Python, torch, Megatron, and the optional packages: there, whole, and the right ones?
+"""Checks Python, torch, Megatron and the optional packages: installed, complete, compatible.
 
-Enters: the environment. Leaves: a line for each.
+Inputs: the environment. Outputs: a finding for each.
 
-Choice: what is installed is read from the packages' metadata and folders; only then is a package
+Design notes: the metadata and folders of a package are read first; only then is the package
 imported, in another process.
 """
 
@@ -29,19 +29,20 @@ from megatron_sffn.doctor.findings import (
 )
 
 PYTHON = ((3, 12), (3, 14))
-"""From the first to before the second: megatron-core 0.19 has wheels for these."""
+"""The first version that works, and the first that does not: megatron-core 0.19 has wheels for the
+versions in between."""
 
 INSTALL = "pip install -c constraints.txt megatron-sffn, with the constraints.txt of the clone"
 
 APEX_OF_NVIDIA = "multi_tensor_apply"
-"""A folder that NVIDIA's apex has; the index's package of the name has not."""
+"""A folder of NVIDIA's apex that the package `apex` on PyPI lacks."""
 
 TRANSFORMER_ENGINE_PARTS = (
     "transformer-engine-torch",
     "transformer-engine-cu12",
     "transformer-engine-cu13",
 )
-"""Distributions that have to have the version of transformer-engine."""
+"""Distributions that need the same version as transformer-engine."""
 
 EXTRAS = {
     "matplotlib": ("plot", "pictures of reports"),
@@ -51,11 +52,11 @@ EXTRAS = {
     "nltk": ("sentences", "--split-sentences"),
     "wandb": ("wandb", "--wandb-project"),
 }
-"""Package -> our extra that brings it, and what for."""
+"""Package -> our extra that installs it, and its use."""
 
 
 def python(name: str) -> Finding:
-    """The interpreter that runs this."""
+    """The version of this interpreter."""
     first, end = PYTHON
     found = f"{sys.version.split()[0]}, {sys.executable}"
     if first <= sys.version_info[:2] < end:
@@ -64,7 +65,7 @@ def python(name: str) -> Finding:
 
 
 def requirements(name: str) -> Finding:
-    """Everything that this package needs, in the versions that it needs."""
+    """Whether all required packages are installed in the required versions."""
     try:
         needed = importlib.metadata.requires("megatron-sffn") or []
     except importlib.metadata.PackageNotFoundError:
@@ -87,7 +88,7 @@ def requirements(name: str) -> Finding:
 
 
 def version_of(package: str) -> str | None:
-    """Of a distribution, or None."""
+    """The version of a distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -95,7 +96,7 @@ def version_of(package: str) -> str | None:
 
 
 def torch_build() -> dict[str, Any]:
-    """What torch says about itself; see `probes.torch`.
+    """The result of `probes.torch`.
 
     Raises:
         ProbeError: if it cannot be imported.
@@ -119,7 +120,7 @@ def _torch_answer() -> dict[str, Any] | ProbeError:
 
 
 def torch(name: str) -> Finding:
-    """torch can be imported."""
+    """Whether torch can be imported."""
     try:
         build = torch_build()
     except ProbeError as error:
@@ -129,7 +130,7 @@ def torch(name: str) -> Finding:
 
 
 def _broken(name: str, package: str, error: ProbeError, remedy: str) -> Finding:
-    """A required package that cannot be imported, or is not there."""
+    """The finding about a required package that is missing or cannot be imported."""
     version = version_of(package)
     if version is None:
         return wrong(name, "not installed", INSTALL)
@@ -137,7 +138,7 @@ def _broken(name: str, package: str, error: ProbeError, remedy: str) -> Finding:
 
 
 def cuda(name: str) -> Finding:
-    """torch's CUDA goes with the driver."""
+    """Whether torch's CUDA works with the driver."""
     driver = driver_version()
     build = torch_build()
     if build["available"]:
@@ -157,7 +158,7 @@ def cuda(name: str) -> Finding:
 
 
 def driver_version() -> str | None:
-    """Of NVIDIA's kernel driver, or None."""
+    """The version of NVIDIA's kernel driver; None if there is none."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -172,24 +173,24 @@ def gpus(name: str) -> Finding:
     if not build["gpus"]:
         return absent(name, "none: training runs on the CPU", "none needed to try things")
     known = {int(arch.split("_")[1]) // 10 for arch in build["architectures"] if "sm_" in arch}
-    strange = [gpu["name"] for gpu in build["gpus"] if gpu["capability"][0] not in known]
-    each = [
+    unsupported = [gpu["name"] for gpu in build["gpus"] if gpu["capability"][0] not in known]
+    names = [
         f"{gpu['name']} ({gpu['bytes'] / 2**30:.0f} GiB, compute capability "
         f"{'.'.join(map(str, gpu['capability']))})"
         for gpu in build["gpus"]
     ]
-    found = ", ".join(f"{each.count(one)} x {one}" for one in dict.fromkeys(each))
-    if strange:
-        return wrong(name, found, f"install a torch with code for {', '.join(set(strange))}")
+    found = ", ".join(f"{names.count(gpu)} x {gpu}" for gpu in dict.fromkeys(names))
+    if unsupported:
+        return wrong(name, found, f"install a torch with code for {', '.join(set(unsupported))}")
     return ok(name, found)
 
 
 def collectives(name: str) -> Finding:
-    """Ways between ranks."""
+    """The backends for collective operations."""
     build = torch_build()
-    ways = ["gloo"] if build["gloo"] else []
-    ways += [f"NCCL {build['nccl']}"] if build["nccl"] else []
-    found = ", ".join(ways) or "neither gloo nor NCCL"
+    backends = ["gloo"] if build["gloo"] else []
+    backends += [f"NCCL {build['nccl']}"] if build["nccl"] else []
+    found = ", ".join(backends) or "neither gloo nor NCCL"
     if not build["gloo"]:
         return wrong(name, found, "install a torch with gloo, such as the index's")
     if build["gpus"] and not build["nccl"]:
@@ -198,7 +199,7 @@ def collectives(name: str) -> Finding:
 
 
 def megatron(name: str) -> Finding:
-    """Megatron and its training loop can be imported."""
+    """Whether Megatron and its training loop can be imported."""
     try:
         probe("megatron")
     except ProbeError as error:
@@ -208,7 +209,7 @@ def megatron(name: str) -> Finding:
 
 
 def transformer_engine(name: str) -> Finding:
-    """Whole, or not there: half of it makes `import megatron.core` fail."""
+    """Whether it is complete or absent: half-installed, it makes `import megatron.core` fail."""
     version = version_of("transformer-engine")
     if version is None and importlib.util.find_spec("transformer_engine") is None:
         remedy = 'on a GPU machine: pip install --no-build-isolation "megatron-sffn[te]"'
@@ -234,7 +235,7 @@ def transformer_engine(name: str) -> Finding:
 
 
 def apex(name: str) -> Finding:
-    """NVIDIA's, or the package of the same name in the index."""
+    """Whether apex is NVIDIA's, or another package of the same name."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return absent(
@@ -260,7 +261,7 @@ def apex(name: str) -> Finding:
 
 
 def dali(name: str) -> Finding:
-    """NVIDIA DALI."""
+    """Whether NVIDIA DALI can be imported."""
     found = [
         f"{dist.metadata['Name']} {dist.version}"
         for dist in importlib.metadata.distributions()
@@ -277,7 +278,7 @@ def dali(name: str) -> Finding:
 
 
 def triton(name: str, on_gpu: bool = True) -> Finding:
-    """A kernel compiles and runs; without a GPU, through the interpreter."""
+    """Whether a kernel compiles and runs; without a GPU, in Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:
         return absent(name, "not installed", f"for --sffn-backend triton: {INSTALL}")
     compiled = torch_build()["available"] and on_gpu
@@ -291,15 +292,15 @@ def triton(name: str, on_gpu: bool = True) -> Finding:
 
 
 def kernels(name: str) -> Finding:
-    """The C++ compiler, and our kernels for the CPU."""
+    """Whether there is a C++ compiler, and our kernels for the CPU can be built."""
     compiler = os.environ.get("CXX", "c++")
     remedy = "install g++ 11 or newer, or set CXX to a compiler that knows C++20 and OpenMP"
     try:
         command = [*compiler.split(), "--version"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return absent(name, f"no compiler ({compiler}): plain torch computes on a CPU", remedy)
-    compiler_name = said.stdout.splitlines()[0]
+    compiler_name = printed.stdout.splitlines()[0]
     torch_build()
     try:
         answer = probe("kernels")
@@ -312,12 +313,12 @@ def kernels(name: str) -> Finding:
 
 
 def extra(package: str, name: str) -> Finding:
-    """An optional package that is used as it is."""
+    """Whether an optional package is installed."""
     version = version_of(package)
     if version is not None and importlib.util.find_spec(package) is not None:
         return ok(name, version)
-    bringer, use = EXTRAS[package]
-    return absent(name, "not installed", f'for {use}: pip install "megatron-sffn[{bringer}]"')
+    extra_name, use = EXTRAS[package]
+    return absent(name, "not installed", f'for {use}: pip install "megatron-sffn[{extra_name}]"')
 
 
 CHECKS: dict[str, Check] = {
@@ -335,4 +336,4 @@ CHECKS: dict[str, Check] = {
     "C++ kernels": kernels,
     **{package: partial(extra, package) for package in EXTRAS},
 }
-"""Name of a line -> its check, in the order of the table."""
+"""Name -> check, in the order of the table."""

@@ -1,6 +1,6 @@
-"""What doctor runs in processes of their own: imports and kernels that may fail in any way.
+"""Imports and kernels that doctor runs in another process, because they may crash.
 
-Enters: the name of a function of this file. Leaves: its answer, as the last line, in JSON.
+Inputs: the name of a function of this file. Outputs: its result in JSON, as the last line.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_sffn.utils.warning_filters import silence
 
 
 def torch() -> dict[str, Any]:
-    """The installed torch, its CUDA, the GPUs that it sees, and its ways between ranks."""
+    """The installed torch, its CUDA, the GPUs that it sees, and its collective backends."""
     import torch
     from torch import distributed
 
@@ -48,7 +48,7 @@ def megatron() -> dict[str, Any]:
     try:
         prepare()
     except ConfigError as error:
-        # Its sentence sends the reader here; the import's own error is what helps now.
+        # The sentence of this error names doctor; show the error of the import itself.
         raise error.__cause__ or error from None
     for name in ("megatron.core", "megatron.training", "megatron_sffn.train.run"):
         importlib.import_module(name)
@@ -56,13 +56,13 @@ def megatron() -> dict[str, Any]:
 
 
 def transformer_engine() -> dict[str, Any]:
-    """Its torch part."""
+    """Transformer Engine's package for torch."""
     importlib.import_module("transformer_engine.pytorch")
     return {}
 
 
 def dali() -> dict[str, Any]:
-    """NVIDIA DALI, with its types."""
+    """NVIDIA DALI."""
     importlib.import_module("nvidia.dali.pipeline")
     return {}
 
@@ -85,7 +85,7 @@ def triton() -> dict[str, Any]:
 
 
 def kernels() -> dict[str, Any]:
-    """Our C++ kernels: whether they were there, and whether they are now."""
+    """Our C++ kernels: whether they can be loaded, and whether they were built now."""
     import logging
 
     from megatron_sffn.ops import compiled

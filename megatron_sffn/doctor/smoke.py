@@ -1,7 +1,7 @@
-"""Two ranks that find each other, a sum over them, and two steps of a small sparse model.
+"""The smoke test: an all-reduce over two ranks, and two steps of a small sparse model.
 
-Enters: this machine, through torchrun; a GPU for each rank where there are GPUs. Leaves: a line of
-the table; the ranks run this file.
+Inputs: this machine, through torchrun, with a GPU for each rank if it has GPUs. Outputs: a finding.
+The ranks run this file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_sffn.doctor.findings import Finding, ok, wrong
 from megatron_sffn.utils.errors import reason_in, run_command
 
 SECONDS = 600
-"""After which two ranks hang."""
+"""After this time the ranks are taken to hang."""
 
 FLAGS = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32
@@ -30,7 +30,7 @@ FLAGS = """
 
 
 def smoke(name: str) -> Finding:
-    """Run the two ranks, or one where there is one GPU."""
+    """Run two ranks, or one rank if there is only one GPU."""
     from megatron_sffn.doctor.packages import torch_build
 
     ranks = min(len(torch_build()["gpus"]), 2) or 2
@@ -67,7 +67,7 @@ def smoke(name: str) -> Finding:
 
 
 def _import_path() -> dict[str, str]:
-    """The ranks start in another folder, and shall find the package that runs this."""
+    """The environment with which ranks, which start in another folder, import this package."""
     root = str(Path(__file__).parents[2])
     return {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
 

@@ -1,7 +1,9 @@
-"""Fits this process to its machine, and logs the result as one line.
+"""Every name of torch and Megatron that we replace, and the flags that this machine needs.
 
-Outputs: torch and Megatron with some names replaced, and the defaults of Megatron's flags that the
-machine needs. A CUDA machine with Transformer Engine and NVIDIA's apex needs no flags.
+`prepare()` adapts a process before Megatron is imported. `python -m megatron_sffn.patches` prints
+the registry, `PATCHES_BY_OCCASION`: each name with the code that needs it, why, and until when.
+
+A CUDA machine with Transformer Engine and NVIDIA's apex needs no flags.
 """
 
 from __future__ import annotations
@@ -10,53 +12,66 @@ import importlib.util
 import os
 from typing import Any
 
-from megatron_sffn.patches import cpu, megatron, optimizer, unpickling
+from megatron_sffn.patches import cpu, megatron, optimizer, run_hooks, training_log, unpickling
+from megatron_sffn.patches.registry import Patch
+
+PATCHES_BY_OCCASION: dict[str, tuple[Patch, ...]] = {
+    "on every machine": megatron.PATCHES,
+    "on every machine, for checkpoints of the optimizer": optimizer.PATCHES,
+    "on every machine, for numbers in the log": training_log.PATCHES,
+    "on every machine, for checkpoints that run no code": unpickling.PATCHES,
+    "in a training run": run_hooks.PATCHES,
+    "on a machine without Transformer Engine and apex": megatron.FASTER_OPTIMIZER,
+    "on a machine without CUDA": cpu.PATCHES,
+}
+"""When names are replaced -> the patches."""
 
 WITHOUT_TRANSFORMER_ENGINE: dict[str, tuple[str, Any]] = {
     text: setting
     for text, setting in cpu.HOST_FLAGS.items()
     if text != "--distributed-backend gloo"
 }
-"""As `cpu.HOST_FLAGS`: Megatron's flags for its own modules, where fused ones are absent."""
+"""The flags of `cpu.HOST_FLAGS` that a CUDA machine needs too, in the same form."""
 
 FUSED_BY_APEX = {
     "--no-gradient-accumulation-fusion": "fused_weight_gradient_mlp_cuda",
     "--no-masked-softmax-fusion": "scaled_upper_triang_masked_softmax_cuda",
     "--no-persist-layer-norm": "fused_layer_norm_cuda",
 }
-"""Those of them that are not needed where NVIDIA's apex has compiled a module -> its name."""
+"""Flag of `cpu.HOST_FLAGS` -> module of NVIDIA's apex that makes it unnecessary."""
 
 
 def prepare() -> tuple[dict[str, Any], str]:
-    """Adapt this process; to be called before Megatron is imported.
+    """Adapt this process; call it before Megatron is imported.
 
     Returns:
         Defaults of Megatron's flags (argparse dest -> value), and the line that says why; both are
-        empty where nothing is needed.
+        empty if this machine needs none.
 
     Raises:
-        ConfigError: if Megatron cannot be imported, as where Transformer Engine is half-installed,
-            or lacks a name that is replaced.
+        ConfigError: if Megatron cannot be imported, for example because Transformer Engine is
+            half-installed, or if it lacks a name that is replaced.
     """
-    # Nothing is fetched unless that is asked for; the hub's library asks when it is imported.
+    # Nothing is downloaded unless a user asks for it; the hub's library reads this at import.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     cpu.install()
     megatron.install()
+    training_log.install()
     optimizer.install()
     unpickling.install()
     if cpu.is_host():
         flags, why = cpu.HOST_FLAGS, "no CUDA device: training on the CPU"
-    elif not _is_there("transformer_engine"):
+    elif not _is_installed("transformer_engine"):
         flags, why = WITHOUT_TRANSFORMER_ENGINE, "no Transformer Engine: Megatron's own modules"
     else:
-        # Also beside Transformer Engine, the logits are computed by a layer of Megatron's own.
+        # Megatron computes the logits in a layer of its own, with Transformer Engine too.
         logits = "--no-gradient-accumulation-fusion"
         flags, why = {logits: cpu.HOST_FLAGS[logits]}, "no apex of NVIDIA's"
     if not cpu.is_host():
-        flags = {text: flags[text] for text in flags if not _is_there(FUSED_BY_APEX.get(text))}
+        flags = {text: flags[text] for text in flags if not _is_installed(FUSED_BY_APEX.get(text))}
     return dict(flags.values()), f"{why}, with {' '.join(flags)}" if flags else ""
 
 
-def _is_there(module: str | None) -> bool:
+def _is_installed(module: str | None) -> bool:
     """Whether a module is installed; it is not imported."""
     return module is not None and importlib.util.find_spec(module) is not None

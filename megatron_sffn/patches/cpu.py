@@ -1,16 +1,15 @@
 """Megatron on a host without CUDA: `torch.cuda` answers for the CPU, and collectives run over gloo.
 
-Enters: a process whose `torch.cuda.is_available()` is really False. Leaves: the same process, in
-which unmodified Megatron 0.19 trains. `install()` is called once by an entry point, before it
-builds anything of Megatron's; on a CUDA machine it does nothing.
+Inputs: a process whose `torch.cuda.is_available()` is really False. Outputs: the same process, in
+which unmodified Megatron 0.19 trains. An entry point calls `install()` once, before it builds
+anything of Megatron's; on a CUDA machine it does nothing.
 
-Choices
-- Every adaptation is one row of `adaptations()`: the name that is replaced, what replaces it, and
-  the Megatron code that needs it. A name that is gone (a new Megatron or torch) stops `install()`
-  with a sentence that names it, never a strange crash later; a test checks every row.
-- Factories (`torch.zeros(..., device="cuda")`) are wrapped one by one rather than through a
-  `TorchFunctionMode`: a mode taxes every torch call of a training step, the wrappers only the few
-  calls that create a tensor.
+Design notes:
+- A name that does not exist (a new Megatron or torch) stops `install()` with a sentence that names
+  it, before it can cause a crash that nobody understands; a test checks every row of `PATCHES`.
+- Factories (`torch.zeros(..., device="cuda")`) are wrapped one by one, not by a
+  `TorchFunctionMode`: a mode slows every torch call of a training step, the wrappers slow only the
+  few calls that create a tensor.
 - The "CUDA generator" is the CPU's default generator, so that Megatron's RNG tracker, dropout,
   recomputation and checkpoints keep their meaning.
 """
@@ -28,9 +27,7 @@ from typing import Any
 
 import torch
 
-from megatron_sffn.patches.registry import Adaptation, apply
-
-logger = logging.getLogger(__name__)
+from megatron_sffn.patches.registry import Make, Patch, apply
 
 HOST_FLAGS: dict[str, tuple[str, Any]] = {
     "--transformer-impl local": ("transformer_impl", "local"),
@@ -58,112 +55,23 @@ def install() -> None:
     """Adapt this process so that Megatron runs on the CPU; on a CUDA machine, do nothing.
 
     Raises:
-        ConfigError: if a name that has to be replaced no longer exists.
+        ConfigError: if a name that is replaced does not exist.
     """
     if hasattr(torch, _INSTALLED) or torch.cuda.is_available():
         return
     # Megatron decorates functions with torch.compile, and dynamo asks the CUDA driver.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # torch asks for huge pages: a gradient of E·k cells in fresh small ones costs as much as to
-    # compute it (benchmarks/NOTES.md).
+    # torch then asks for huge pages: to allocate a gradient of E·k cells in small pages takes as
+    # long as to compute it (benchmarks/NOTES.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     setattr(torch, _INSTALLED, True)
-    for adaptation in adaptations():
-        apply(adaptation)
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_not_the_tracker_remark)
-
-
-def adaptations() -> tuple[Adaptation, ...]:
-    """Every name that is replaced, with the Megatron code that needs it."""
-
-    def row(target: str, make: Callable[[Any], Any], needed_by: str) -> Adaptation:
-        return Adaptation(target=target, make=make, needed_by=f"megatron.{needed_by}")
-
-    schedule = "core.pipeline_parallel.schedules.forward_backward_no_pipelining"
-    bucket_group = "core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup"
-    dispatcher = "core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher"
-    memory_report = "training.utils.common_utils.report_memory"
-    tracker = "core.tensor_parallel.random.CudaRNGStatesTracker"
-    return (
-        # What kind of machine is this?
-        row("torch.cuda.is_available", _answer(True), "training.initialize.initialize_megatron"),
-        row("torch.cuda.device_count", _answer(1), "training.initialize._initialize_distributed"),
-        row("torch.cuda.set_device", _answer(None), "training.initialize._initialize_distributed"),
-        row("torch.cuda.current_device", _answer(_CPU), "training.initialize.initialize_megatron"),
-        row(
-            "torch.cuda.get_device_properties",
-            _answer(types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0)),
-            "training.utils.common_utils.get_device_arch_version",
-        ),
-        row(
-            "torch.cuda.get_device_capability",
-            _answer((0, 0)),
-            "training.arguments.validate_args",
-        ),
-        # torch's own code asks this one, and must go on hearing the truth: the Adam that Megatron
-        # uses, before a graph capture, and the DataLoader, before it pins memory.
-        row("torch.accelerator.is_available", _answer(False), "core.optimizer"),
-        # Before torch 2.12 Adam asks this instead, once `torch.cuda` says that it is there.
-        row("torch.cuda.is_current_stream_capturing", _answer(False), "core.optimizer"),
-        # Tensors that ask for the GPU.
-        row("torch.tensor", _on_host, "core.optimizer.grad_scaler.DynamicGradScaler"),
-        row("torch.zeros", _on_host, schedule),
-        row("torch.ones", _on_host, "core.transformer.utils.get_default_causal_mask"),
-        row("torch.rand", _on_host, "training.initialize._warmup_jit_function"),
-        row("torch.Tensor.cuda", _stay, "core.optimizer.grad_scaler.DynamicGradScaler"),
-        row("torch.nn.Module.cuda", _stay, "training.models.dist_utils"),
-        row(
-            "torch.Tensor.type",
-            _cuda_type_name,
-            "core.optimizer.optimizer.Float16OptimizerWithFloat16Params",
-        ),
-        # Streams and events: work on a host is done when the call returns.
-        row("torch.cuda.Stream", lambda _: HostStream, "training.models.dist_utils"),
-        row("torch.cuda.Event", lambda _: HostEvent, "core.transformer.moe.moe_layer.MoELayer"),
-        row("torch.cuda.stream", lambda _: contextlib.nullcontext, bucket_group),
-        row("torch.cuda.current_stream", _answer(HostStream()), bucket_group),
-        row("torch.cuda.synchronize", _answer(None), "core.timers.Timer"),
-        row("torch.cuda.empty_cache", _answer(None), "training.training.train"),
-        # Random numbers: the CPU's default generator stands for the GPU's.
-        row("torch.cuda.get_rng_state", _of_cpu(torch.get_rng_state), tracker),
-        row("torch.cuda.set_rng_state", _of_cpu(torch.set_rng_state), "training.checkpointing"),
-        row("torch.cuda.manual_seed", _of_cpu(torch.manual_seed), tracker),
-        row(
-            "megatron.core.tensor_parallel.random._get_cuda_rng_state",
-            lambda _: lambda *args, **kwargs: torch.get_rng_state(),
-            tracker,
-        ),
-        row(
-            "megatron.core.tensor_parallel.random._set_cuda_rng_state",
-            lambda _: lambda new_state, *args, **kwargs: torch.set_rng_state(new_state),
-            tracker,
-        ),
-        row(
-            "torch.utils.data.DataLoader.__iter__",
-            _keep_generator,
-            "training.training.build_train_valid_test_data_iterators",
-        ),
-        # Memory reports: the caching allocator does not exist here.
-        row("torch.cuda.memory_allocated", _answer(0), memory_report),
-        row("torch.cuda.max_memory_allocated", _answer(0), memory_report),
-        row("torch.cuda.memory_reserved", _answer(0), memory_report),
-        row("torch.cuda.max_memory_reserved", _answer(0), memory_report),
-        row(
-            "torch.cuda.memory_stats",
-            _answer(collections.defaultdict(int)),
-            "training.training.training_log",
-        ),
-        # Megatron's own function that copies from the GPU.
-        row(
-            "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
-            _sizes_as_numbers,
-            dispatcher,
-        ),
-    )
+    for patch in PATCHES:
+        apply(patch)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_not_the_rng_remark)
 
 
 class HostStream:
-    """A CUDA stream on a host: every wait is over."""
+    """A CUDA stream on a host, where all work is done when its call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Accept what `torch.cuda.Stream` accepts."""
@@ -183,7 +91,7 @@ class HostStream:
 
 
 class HostEvent:
-    """A CUDA event on a host: it has happened."""
+    """A CUDA event on a host: it has always happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Accept what `torch.cuda.Event` accepts."""
@@ -198,13 +106,13 @@ class HostEvent:
         """Nothing is pending."""
 
 
-def _answer(value: Any) -> Callable[[Any], Any]:
-    """A replacement that returns `value` whatever it is asked."""
+def _answer(value: Any) -> Make:
+    """A replacement that returns `value` for any arguments."""
     return lambda original: lambda *args, **kwargs: value
 
 
-def _of_cpu(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    """A replacement that calls the CPU's function; the device argument, if any, falls away."""
+def _cpu_function(function: Callable[..., Any]) -> Make:
+    """A replacement that calls the CPU's function without the `device` argument."""
 
     def make(original: Any) -> Callable[..., Any]:
         def on_cpu(*args: Any, device: Any = None) -> Any:
@@ -215,7 +123,7 @@ def _of_cpu(function: Callable[..., Any]) -> Callable[[Any], Any]:
     return make
 
 
-def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _factory_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A tensor factory that reads `device="cuda"` as the CPU."""
 
     @functools.wraps(factory)
@@ -228,13 +136,13 @@ def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     return on_host
 
 
-def _stay(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`tensor.cuda()` and `module.cuda()`: they are already where the work is done."""
+def _return_self(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`tensor.cuda()` and `module.cuda()`, which are on the right device already."""
     return lambda self, *args, **kwargs: self
 
 
 def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`tensor.type()` answers the name that the mixed-precision optimizers compare with."""
+    """`tensor.type()` returns the CUDA name that the mixed-precision optimizers compare with."""
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = original(self, *args, **kwargs)
@@ -244,7 +152,7 @@ def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sizes_as_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Split sizes become numpy also when they begin on the CPU: `all_to_all_single` wants that."""
+    """Split sizes as numpy arrays, also if they are on the CPU: `all_to_all_single` needs them."""
 
     def sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
@@ -253,10 +161,10 @@ def _sizes_as_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keep_generator(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`iter(loader)` without moving the default generator.
+    """`iter(loader)` that leaves the default generator as it was.
 
-    The iterator draws a seed from it. On a host it is also the dropout generator, and iterators are
-    made after a checkpoint has restored it: a resumed run would draw other masks.
+    The iterator draws a seed from the default generator. On a host this is also the generator of
+    dropout, and iterators are built after a resume has restored it: the masks would differ.
     """
 
     def iterate(self: Any) -> Any:
@@ -269,6 +177,140 @@ def _keep_generator(original: Callable[..., Any]) -> Callable[..., Any]:
     return iterate
 
 
-def _not_the_tracker_remark(record: logging.LogRecord) -> bool:
-    """Drop the one remark of Megatron's RNG tracker that is always true on a host."""
+def _is_not_the_rng_remark(record: logging.LogRecord) -> bool:
+    """False for the remark of Megatron's RNG tracker that is always true on a host."""
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+def _rows(why: str, *rows: tuple[str, Make, str]) -> tuple[Patch, ...]:
+    """Patches with one reason, each given as target, `make` and the Megatron code that needs it."""
+    return tuple(
+        Patch(
+            target=target,
+            make=make,
+            needed_by=f"megatron.{needed_by}",
+            why=why,
+            until="megatron-core trains on a machine without CUDA",
+        )
+        for target, make, needed_by in rows
+    )
+
+
+_RNG = "core.tensor_parallel.random"
+_DDP = "core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup"
+_MEMORY_REPORT = "training.utils.common_utils.report_memory"
+
+PATCHES = (
+    *_rows(
+        "Megatron asks for the CUDA device, and there is none",
+        ("torch.cuda.is_available", _answer(True), "training.initialize.initialize_megatron"),
+        ("torch.cuda.device_count", _answer(1), "training.initialize._initialize_distributed"),
+        ("torch.cuda.set_device", _answer(None), "training.initialize._initialize_distributed"),
+        ("torch.cuda.current_device", _answer(_CPU), "training.initialize.initialize_megatron"),
+        (
+            "torch.cuda.get_device_properties",
+            _answer(types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0)),
+            "training.utils.common_utils.get_device_arch_version",
+        ),
+        (
+            "torch.cuda.get_device_capability",
+            _answer((0, 0)),
+            "training.arguments.validate_args",
+        ),
+    ),
+    *_rows(
+        "torch's Adam and DataLoader ask this, and must be told that there is no accelerator",
+        ("torch.accelerator.is_available", _answer(False), "core.optimizer"),
+    ),
+    *_rows(
+        "Adam of torch before 2.12 asks this once `torch.cuda` says that it is available",
+        ("torch.cuda.is_current_stream_capturing", _answer(False), "core.optimizer"),
+    ),
+    *_rows(
+        "a tensor is created on the CUDA device, or moved to it",
+        ("torch.tensor", _factory_on_cpu, "core.optimizer.grad_scaler.DynamicGradScaler"),
+        (
+            "torch.zeros",
+            _factory_on_cpu,
+            "core.pipeline_parallel.schedules.forward_backward_no_pipelining",
+        ),
+        ("torch.ones", _factory_on_cpu, "core.transformer.utils.get_default_causal_mask"),
+        ("torch.rand", _factory_on_cpu, "training.initialize._warmup_jit_function"),
+        ("torch.Tensor.cuda", _return_self, "core.optimizer.grad_scaler.DynamicGradScaler"),
+        ("torch.nn.Module.cuda", _return_self, "training.models.dist_utils"),
+    ),
+    *_rows(
+        "the optimizer compares the type of a tensor with names of CUDA tensors",
+        (
+            "torch.Tensor.type",
+            _cuda_type_name,
+            "core.optimizer.optimizer.Float16OptimizerWithFloat16Params",
+        ),
+    ),
+    *_rows(
+        "Megatron waits for CUDA streams and events",
+        ("torch.cuda.Stream", lambda _: HostStream, "training.models.dist_utils"),
+        ("torch.cuda.Event", lambda _: HostEvent, "core.transformer.moe.moe_layer.MoELayer"),
+        ("torch.cuda.stream", lambda _: contextlib.nullcontext, _DDP),
+        ("torch.cuda.current_stream", _answer(HostStream()), _DDP),
+        ("torch.cuda.synchronize", _answer(None), "core.timers.Timer"),
+        ("torch.cuda.empty_cache", _answer(None), "training.training.train"),
+    ),
+    *_rows(
+        "Megatron draws random numbers from the CUDA generator",
+        (
+            "torch.cuda.get_rng_state",
+            _cpu_function(torch.get_rng_state),
+            f"{_RNG}.CudaRNGStatesTracker",
+        ),
+        (
+            "torch.cuda.set_rng_state",
+            _cpu_function(torch.set_rng_state),
+            "training.checkpointing",
+        ),
+        (
+            "torch.cuda.manual_seed",
+            _cpu_function(torch.manual_seed),
+            f"{_RNG}.CudaRNGStatesTracker",
+        ),
+        (
+            f"megatron.{_RNG}._get_cuda_rng_state",
+            lambda _: lambda *args, **kwargs: torch.get_rng_state(),
+            f"{_RNG}.CudaRNGStatesTracker",
+        ),
+        (
+            f"megatron.{_RNG}._set_cuda_rng_state",
+            lambda _: lambda new_state, *args, **kwargs: torch.set_rng_state(new_state),
+            f"{_RNG}.CudaRNGStatesTracker",
+        ),
+    ),
+    *_rows(
+        "a new data iterator draws from the CPU generator, which is that of dropout as well",
+        (
+            "torch.utils.data.DataLoader.__iter__",
+            _keep_generator,
+            "training.training.build_train_valid_test_data_iterators",
+        ),
+    ),
+    *_rows(
+        "Megatron reports the memory of the CUDA allocator",
+        ("torch.cuda.memory_allocated", _answer(0), _MEMORY_REPORT),
+        ("torch.cuda.max_memory_allocated", _answer(0), _MEMORY_REPORT),
+        ("torch.cuda.memory_reserved", _answer(0), _MEMORY_REPORT),
+        ("torch.cuda.max_memory_reserved", _answer(0), _MEMORY_REPORT),
+        (
+            "torch.cuda.memory_stats",
+            _answer(collections.defaultdict(int)),
+            "training.training.training_log",
+        ),
+    ),
+    *_rows(
+        "split sizes that are on the CPU already do not become numpy arrays",
+        (
+            "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
+            _sizes_as_numbers,
+            "core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher",
+        ),
+    ),
+)
+"""Every name that is replaced on a host."""

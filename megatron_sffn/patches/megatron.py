@@ -1,14 +1,7 @@
-"""What Megatron 0.19 needs on every machine, with a GPU or without.
+"""Names of Megatron 0.19 that every machine needs replaced, with a GPU or without.
 
-Inputs: Megatron's modules, as the wheel has them. Outputs: the names of `REPLACEMENTS` replaced,
-and those of `training_log.py`, which mend numbers in the log.
-
-- Start-up compiles the helper of Megatron's data sets with `make`, and exits where that fails. The
-  wheel has the compiled helper but no Makefile, so without the first row no training starts.
-- torch's LayerNorm and RMSNorm, which Megatron uses where Transformer Engine and apex are absent,
-  are refused under sequence parallelism. They only lack a mark on their parameters.
-- Without Transformer Engine and apex, Megatron uses torch's Adam in its slow form, and clips
-  gradients through a copy of each.
+`PATCHES` are those without which training does not start, `FASTER_OPTIMIZER` those without which it
+is slower where neither Transformer Engine nor apex is installed.
 """
 
 from __future__ import annotations
@@ -22,20 +15,17 @@ from typing import Any
 
 import torch
 
-from megatron_sffn.patches import training_log
-from megatron_sffn.patches.registry import Adaptation, apply_once
+from megatron_sffn.patches.registry import Patch, apply
 
 
 def install() -> None:
-    """Replace the names; called again, do nothing.
+    """Replace the names; idempotent.
 
     Raises:
-        ConfigError: if a name that has to be replaced no longer exists.
+        ConfigError: if a name does not exist.
     """
-    apply_once(REPLACEMENTS)
-    apply_once(training_log.REPLACEMENTS)
-    if not _has_fused_optimizers():
-        apply_once(FASTER_OPTIMIZER)
+    for patch in PATCHES if _has_fused_optimizers() else (*PATCHES, *FASTER_OPTIMIZER):
+        apply(patch)
 
 
 def _has_fused_optimizers() -> bool:
@@ -44,7 +34,7 @@ def _has_fused_optimizers() -> bool:
 
 
 def _compile_unless_compiled(original: Callable[[], None]) -> Callable[[], None]:
-    """Compile the index helper only where the wheel did not bring it."""
+    """Compile the index helper only if the wheel does not contain the compiled one."""
 
     def compile_helpers() -> None:
         try:
@@ -56,12 +46,12 @@ def _compile_unless_compiled(original: Callable[[], None]) -> Callable[[], None]
 
 
 def _norm_under_sequence_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Build torch's norm, and mark its parameters for the gradient sum over TP ranks."""
+    """Build torch's norm, and mark its parameters for the gradient all-reduce over TP ranks."""
 
     def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         plain = types.SimpleNamespace(**vars(config))
         plain.sequence_parallel = False
-        plain.persist_layer_norm = False  # asks apex's kernel to stay resident; torch has no such
+        plain.persist_layer_norm = False  # selects a kernel of apex; torch has only one
         norm: torch.nn.Module = original(cls, plain, *args, **kwargs)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -71,7 +61,7 @@ def _norm_under_sequence_parallel(original: Callable[..., Any]) -> Callable[...,
 
 
 def _fused(original: Callable[..., None]) -> Callable[..., None]:
-    """Make torch's fused form the default of Adam, and of AdamW, which inherits from it."""
+    """Make `fused=True` the default of Adam, and of AdamW, which inherits from it."""
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -83,7 +73,7 @@ def _fused(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _scale_in_place(original: Callable[..., None]) -> Callable[..., None]:
-    """Multiply gradients by a factor without a copy of them."""
+    """Multiply gradients by a factor in place."""
 
     def scale(chunk: int, overflow: torch.Tensor, lists: Any, factor: float) -> None:
         for source, target in zip(*lists, strict=True):
@@ -92,32 +82,38 @@ def _scale_in_place(original: Callable[..., None]) -> Callable[..., None]:
     return scale
 
 
-REPLACEMENTS = (
-    Adaptation(
+PATCHES = (
+    Patch(
         target="megatron.core.datasets.utils.compile_helpers",
         make=_compile_unless_compiled,
         needed_by="megatron.training.initialize._compile_dependencies",
+        why="start-up runs `make`, which fails: the wheel has the compiled helper but no Makefile",
+        until="Megatron does not compile a helper that its wheel contains",
     ),
-    Adaptation(
+    Patch(
         target="megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__",
         make=_norm_under_sequence_parallel,
         needed_by="megatron.core.transformer.torch_norm.WrappedTorchNorm",
+        why="torch's norms, used without Transformer Engine and apex, refuse sequence parallelism",
+        until="Megatron marks their parameters as sequence-parallel",
     ),
 )
 """Without these, training does not start."""
 
 FASTER_OPTIMIZER = (
-    # One pass over each weight, gradient and moment instead of eleven.
-    Adaptation(
+    Patch(
         target="torch.optim.Adam.__init__",
         make=_fused,
         needed_by="megatron.core.optimizer",
+        why="Adam passes eleven times over each weight, gradient and moment instead of once",
+        until="Megatron builds torch's Adam with fused=True",
     ),
-    # One pass over each gradient, and no copy of it.
-    Adaptation(
+    Patch(
         target="megatron.core.optimizer.clip_grads.multi_tensor_scale_impl",
         make=_scale_in_place,
         needed_by="megatron.core.optimizer.clip_grads",
+        why="gradient clipping copies every gradient",
+        until="Megatron's own multi_tensor_scale works in place",
     ),
 )
 """Without these, training is slower; for machines without Transformer Engine and apex."""

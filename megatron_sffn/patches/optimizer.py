@@ -1,21 +1,19 @@
-"""Megatron's optimizers in a checkpoint: steps and learning rates, where Megatron 0.19 loses them.
+"""Names of Megatron 0.19's optimizers that lose step counts or learning rates in a checkpoint.
 
-Enters: Megatron's optimizer classes. Leaves: five of their methods replaced, on every machine.
+Rank 0 alone writes the number of optimizer steps into a checkpoint, for each of its optimizers:
+one for dense weights, one for block weights. Four things go wrong:
 
-A checkpoint's number of optimizer steps is written by the first rank alone, for each of its
-optimizers: one for dense weights, one for tables. Four things go wrong there:
-
-- If the first pipeline stage has no sparse layer, its optimizer for tables has no parameter and so
-  no step to write; loading then fails, or starts Adam's bias correction anew.
+- If the first pipeline stage has no sparse layer, its optimizer for block weights has no parameter
+  and so no step to write; a resume then fails, or restarts Adam's bias correction.
 - The distributed optimizer with torch's Adam (no apex, no Transformer Engine) asserts that a step
-  was taken, which none was when it is asked for the shapes to load into; then looks for the step,
-  which Adam keeps as a tensor, among the tensors that were loaded; and gives all parameters one
-  such tensor, which each of them increments.
+  was taken, but none was when its state is built to load into; then it looks for the step, which
+  Adam keeps as a tensor, among the loaded tensors; and it gives all parameters one such tensor,
+  which each of them increments.
 - Adam has no state before its first step, and under fp16 the first steps are skipped until the loss
-  scale fits. A checkpoint of them lacks the moments, which every later start looks for.
-- Groups of parameters are paired with those in the checkpoint by their values, the learning rate
-  among them: with another `--lr` no pair is found, and `--override-opt-param-scheduler` and
-  `--use-checkpoint-opt-param-scheduler` fail on what they are for.
+  scale fits. A checkpoint of these steps lacks the moments that every later resume looks for.
+- Parameter groups are paired with those in the checkpoint by their values, and the learning rate is
+  one of them: with another `--lr` no pair is found, so that `--override-opt-param-scheduler` and
+  `--use-checkpoint-opt-param-scheduler` fail in the case that they are for.
 """
 
 from __future__ import annotations
@@ -25,67 +23,39 @@ from typing import Any
 
 import torch
 
-from megatron_sffn.patches.registry import Adaptation, apply_once
+from megatron_sffn.patches.registry import Patch, apply
 
 RATES = ("max_lr", "min_lr")
-"""Of a group of parameters: what `--lr` and `--min-lr` say."""
+"""Keys of a parameter group that `--lr` and `--min-lr` set."""
 
 
 def install() -> None:
-    """Replace the methods; called again, do nothing.
+    """Replace the methods; idempotent.
 
     Raises:
-        ConfigError: if a method no longer exists.
+        ConfigError: if a method does not exist.
     """
-    apply_once(adaptations())
-
-
-def adaptations() -> tuple[Adaptation, ...]:
-    """Every name that is replaced, with the Megatron code that needs it."""
-    return (
-        Adaptation(
-            target="megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
-            make=_with_steps_and_rates,
-            needed_by="megatron.training.checkpointing.load_checkpoint",
-        ),
-        *(
-            Adaptation(
-                target=f"megatron.core.optimizer.optimizer.{name}.sharded_state_dict",
-                make=_with_moments,
-                needed_by="megatron.core.optimizer.optimizer.ChainedOptimizer",
-            )
-            for name in ("Float16OptimizerWithFloat16Params", "FP32Optimizer")
-        ),
-        Adaptation(
-            target="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict",
-            make=_also_before_the_first_step,
-            needed_by="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer",
-        ),
-        Adaptation(
-            target="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer."
-            "_set_main_param_and_optimizer_states",
-            make=_without_step,
-            needed_by="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer",
-        ),
-    )
+    for patch in PATCHES:
+        apply(patch)
 
 
 def _with_steps_and_rates(original: Callable[..., None]) -> Callable[..., None]:
-    """All optimizers have taken equally many steps: those without the number get it from others.
+    """Load a state in which every optimizer has a step count and every group finds its pair.
 
-    And every parameter gets a counter of its own, and every group one rate, here and there.
+    All optimizers have taken equally many steps, so those without a count get that of the others.
+    Then every parameter gets a step counter of its own.
     """
 
     def load_state_dict(self: Any, state_dict: Any) -> None:
-        if isinstance(state_dict, list):  # of --ckpt-format torch
+        if isinstance(state_dict, list):  # --ckpt-format torch
             states = state_dict
         else:
-            chained = 0 in state_dict
-            states = [state_dict[i] for i in sorted(state_dict)] if chained else [state_dict]
+            is_chained = 0 in state_dict
+            states = [state_dict[i] for i in sorted(state_dict)] if is_chained else [state_dict]
         for optimizer, state in zip(self.chained_optimizers, states, strict=False):
-            saved = state.get("optimizer", state)["param_groups"]
-            _share_rates(optimizer.optimizer.param_groups, saved)
-        # Before the first step there is none to save.
+            saved_groups = state.get("optimizer", state)["param_groups"]
+            _share_rates(optimizer.optimizer.param_groups, saved_groups)
+        # Before the first step no count is saved.
         step = max((step for state in states for step in _steps(state)), default=torch.zeros(()))
         for state in states:
             _set_steps(state, step)
@@ -98,45 +68,49 @@ def _with_steps_and_rates(original: Callable[..., None]) -> Callable[..., None]:
     return load_state_dict
 
 
-def _share_rates(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
-    """Give pairs of groups that differ in the learning rate alone this run's, or the saved one."""
+def _share_rates(run_groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
+    """Give groups that differ in their learning rates alone the same ones, so that they pair.
+
+    They get the rates of this run, or with `--use-checkpoint-opt-param-scheduler` the saved ones.
+    """
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
     from megatron.training import get_args
 
-    def rest(group: dict[str, Any]) -> list[Any]:
+    def identity(group: dict[str, Any]) -> list[Any]:
         return [group.get(key) for key in param_group_identifier_keys if key not in RATES]
 
     def rates(group: dict[str, Any]) -> list[Any]:
         return [group.get(key) for key in RATES]
 
-    unpaired = list(groups)
-    for theirs in sorted(saved, key=lambda group: rates(group) not in map(rates, groups)):
-        # First those with the same rates; several that differ, as under --decoupled-lr, in order.
-        alike = [group for group in unpaired if rest(group) == rest(theirs)]
-        alike.sort(key=lambda group: rates(group) != rates(theirs))
-        if not alike:
+    unpaired = list(run_groups)
+    # Groups whose rates are equal pair first. Where several differ, as under --decoupled-lr, they
+    # pair in order.
+    for saved in sorted(saved_groups, key=lambda group: rates(group) not in map(rates, run_groups)):
+        candidates = [group for group in unpaired if identity(group) == identity(saved)]
+        candidates.sort(key=lambda group: rates(group) != rates(saved))
+        if not candidates:
             continue
-        ours = alike[0]
-        unpaired = [group for group in unpaired if group is not ours]
-        if rates(ours) == rates(theirs):
+        run = candidates[0]
+        unpaired = [group for group in unpaired if group is not run]
+        if rates(run) == rates(saved):
             continue
-        source, target = ours, theirs
+        source, target = run, saved
         if get_args().use_checkpoint_opt_param_scheduler:
             source, target = target, source
         target.update({key: source[key] for key in RATES})
 
 
 def _steps(state: dict[str, Any]) -> list[Any]:
-    """The steps that one optimizer's state names: of all, a group, or (`torch`) a parameter."""
+    """The step counts in one optimizer's state: of the optimizer, its groups or its parameters."""
     inner = state.get("optimizer", state)
-    named = [group.get("step") for group in inner["param_groups"]]
+    counts = [group.get("step") for group in inner["param_groups"]]
     for key, value in inner.get("state", {}).items():
-        named.append(value if key == "common_step" else value.get("step"))
-    return [step for step in named if step is not None]
+        counts.append(value if key == "common_step" else value.get("step"))
+    return [step for step in counts if step is not None]
 
 
 def _set_steps(state: dict[str, Any], step: Any) -> None:
-    """Write the step where this optimizer looks for it."""
+    """Write the step count where this optimizer looks for it."""
     inner = state.get("optimizer", state)
     if "param_state" in state:  # the distributed optimizer
         for group in inner["param_groups"]:
@@ -146,7 +120,7 @@ def _set_steps(state: dict[str, Any], step: Any) -> None:
 
 
 def _with_moments(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Adam's moments are saved as zeros where it has taken no step."""
+    """Save Adam's moments as zeros if it has taken no step."""
 
     def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = self.optimizer
@@ -162,15 +136,15 @@ def _with_moments(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _step_of(optimizer: torch.optim.Adam, parameter: torch.Tensor, steps: list[Any]) -> Any:
-    """The step counter of a parameter of torch's Adam: that of the others, or 0."""
+    """The step counter of a parameter of torch's Adam: a copy of another one's, or 0."""
     if steps:
         return steps[0].clone()
     fused = optimizer.defaults.get("fused")  # its kernel reads the step on the GPU
     return torch.zeros((), device=parameter.device if fused else "cpu")
 
 
-def _also_before_the_first_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch's Adam allocates its state in its first step; here it is asked for before that."""
+def _before_the_first_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Allocate the state of torch's Adam, which does so in its first step, before it is read."""
 
     def state_dict(self: Any) -> Any:
         from megatron.core.optimizer import distrib_optimizer
@@ -197,9 +171,45 @@ def _also_before_the_first_step(original: Callable[..., Any]) -> Callable[..., A
 
 
 def _without_step(original: Callable[..., None]) -> Callable[..., None]:
-    """The step of torch's Adam is set from its group; it is not among the loaded tensors."""
+    """Load states without `step`, which torch's Adam gets from its parameter group instead."""
 
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         original(self, model_param, {"step": None, **tensors})
 
     return set_states
+
+
+PATCHES = (
+    Patch(
+        target="megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
+        make=_with_steps_and_rates,
+        needed_by="megatron.training.checkpointing.load_checkpoint",
+        why="a resume fails with another --lr, or if the first stage has no sparse layer",
+        until="Megatron saves one step count, and pairs parameter groups without learning rates",
+    ),
+    *(
+        Patch(
+            target=f"megatron.core.optimizer.optimizer.{name}.sharded_state_dict",
+            make=_with_moments,
+            needed_by="megatron.core.optimizer.optimizer.ChainedOptimizer",
+            why="a checkpoint before the first step, which fp16 may skip, lacks Adam's moments",
+            until="Megatron allocates the optimizer's state before it saves",
+        )
+        for name in ("Float16OptimizerWithFloat16Params", "FP32Optimizer")
+    ),
+    Patch(
+        target="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict",
+        make=_before_the_first_step,
+        needed_by="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer",
+        why="with torch's Adam a resume fails in an assertion that a step was taken",
+        until="Megatron allocates the state of torch's Adam before it loads",
+    ),
+    Patch(
+        target="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer."
+        "_set_main_param_and_optimizer_states",
+        make=_without_step,
+        needed_by="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer",
+        why="with torch's Adam a resume looks for `step` among the loaded tensors",
+        until="Megatron leaves `step` out of the tensors that it sets",
+    ),
+)

@@ -1,95 +1,102 @@
 """One name of torch or Megatron that is replaced, and why.
 
-Enters: a row of a platform's table. Leaves: the name replaced, or a sentence that names it.
+Inputs: the tables `PATCHES` of this package's modules. Outputs: the names replaced, each once, or a
+`ConfigError` that says which name the installed versions lack.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_sffn.utils.errors import ConfigError
 
+Make = Callable[[Any], Any]
+"""Builds a replacement from the original."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Adaptation:
+class Patch:
     """One replaced name.
 
     Args:
         target: dotted name of the attribute that is replaced.
-        make: builds the replacement from the original.
-        needed_by: dotted name of the Megatron function or class whose code uses it.
+        needed_by: dotted name of the Megatron or torch function or class whose code uses it.
+        why: what would go wrong without it, as a clause.
+        until: the change in Megatron or torch that makes it unnecessary, as a clause.
+        make: builds the replacement; None if the run that applies the patch passes its own.
     """
 
     target: str
-    make: Callable[[Any], Any]
     needed_by: str
+    why: str
+    until: str
+    make: Make | None = None
 
 
 def resolve(dotted: str) -> tuple[Any, str]:
     """Find the object that holds a dotted name.
 
     Returns:
-        The holder (a module or class) and the last part of the name.
+        The holder (a module or class) and the last component of the name.
 
     Raises:
-        LookupError: if a part of the name does not exist.
+        LookupError: if a component of the name does not exist.
     """
-    parts = dotted.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        module = ".".join(parts[:cut])
+    components = dotted.split(".")
+    for cut in range(len(components) - 1, 0, -1):
+        module = ".".join(components[:cut])
         try:
             owner = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # another one, which this one imports
+                raise  # the module exists, but one that it imports does not
             continue
         try:
-            for part in parts[cut:-1]:
-                owner = getattr(owner, part)
-            getattr(owner, parts[-1])
+            for component in components[cut:-1]:
+                owner = getattr(owner, component)
+            getattr(owner, components[-1])
         except AttributeError:
             break
-        return owner, parts[-1]
+        return owner, components[-1]
     raise LookupError(dotted)
 
 
-def apply(adaptation: Adaptation) -> None:
-    """Replace the name.
+_APPLIED: dict[str, tuple[Any, Make]] = {}
+"""Target -> the original, and what built the replacement that this process has."""
+
+
+def apply(patch: Patch, make: Make | None = None) -> None:
+    """Replace the name; idempotent.
+
+    A patch that is applied again changes nothing. With another `make` the replacement is built from
+    the original again: replacements never wrap each other.
+
+    Args:
+        patch: the row of the table.
+        make: builds the replacement, for a patch that has no `make` of its own.
 
     Raises:
-        ConfigError: if it no longer exists, or what holds it cannot be imported.
+        ConfigError: if the name does not exist, or its module cannot be imported.
     """
+    make = make or patch.make
+    assert make is not None, patch
     try:
-        owner, name = resolve(adaptation.target)
+        owner, name = resolve(patch.target)
     except LookupError:
         raise ConfigError(
-            f"{adaptation.target}, which megatron-sffn replaces for {adaptation.needed_by}, does "
-            "not exist in the installed torch or megatron-core; install the versions of "
-            "constraints.txt"
+            f"{patch.target}, which megatron-sffn replaces for {patch.needed_by}, does not exist "
+            "in the installed torch or megatron-core; install the versions of constraints.txt"
         ) from None
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
-            f"{adaptation.target.partition('.')[0]} cannot be imported ({reason}); python -m "
+            f"{patch.target.partition('.')[0]} cannot be imported ({reason}); python -m "
             "megatron_sffn.doctor says which package to mend"
         ) from error
-    setattr(owner, name, adaptation.make(getattr(owner, name)))
-
-
-_APPLIED: set[str] = set()
-"""Targets that `apply_once` has replaced in this process."""
-
-
-def apply_once(adaptations: Iterable[Adaptation]) -> None:
-    """Replace the names; those that a former call has replaced stay as they are.
-
-    Raises:
-        ConfigError: if one no longer exists.
-    """
-    for adaptation in adaptations:
-        if adaptation.target not in _APPLIED:
-            apply(adaptation)
-            _APPLIED.add(adaptation.target)
+    original, applied_make = _APPLIED.get(patch.target, (getattr(owner, name), None))
+    if make != applied_make:
+        setattr(owner, name, make(original))
+        _APPLIED[patch.target] = (original, make)

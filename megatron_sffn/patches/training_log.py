@@ -1,16 +1,13 @@
-"""Numbers of Megatron's progress lines that Megatron 0.19 gets wrong.
-
-Inputs: what `megatron.training.training.train` hands to its log after each step. Outputs: the same
-lines with the right numbers.
+"""Names of Megatron 0.19 that would write wrong numbers into its progress lines.
 
 - The first step after a start or a resume is logged at once, and its sums are kept for the line of
-  its interval. Where the step ends its interval (always, with `--log-interval 1`), they would be
-  counted again in the next line, which then is a mean of two intervals.
-- A step that is skipped (fp16, an overflow) is not a step that `lm loss` is divided by, but the
-  auxiliary losses of the skipped step would be added. A line whose steps were all skipped would say
-  that the loss is 0.
-- The norm of the parameters would be taken while other ranks' updates have not arrived, where their
-  gather waits for the next forward pass (`--overlap-param-gather`).
+  its interval. If the step also ends its interval (always, with `--log-interval 1`), the next line
+  would count it again, as a mean of two intervals.
+- `lm loss` is divided by the steps that were not skipped (fp16 skips a step on overflow), but the
+  auxiliary losses of skipped steps would be added to their sums. A line whose steps were all
+  skipped would show a loss of 0.
+- With `--overlap-param-gather` the norm of the parameters would be taken before the updates of the
+  other ranks arrive, since their gather waits for the next forward pass.
 """
 
 from __future__ import annotations
@@ -23,17 +20,28 @@ from typing import Any
 
 import torch
 
-from megatron_sffn.patches.registry import Adaptation
+from megatron_sffn.patches.registry import Patch, apply
+
+
+def install() -> None:
+    """Replace the names; idempotent.
+
+    Raises:
+        ConfigError: if a name does not exist.
+    """
+    for patch in PATCHES:
+        apply(patch)
+
 
 COUNTERS = ("advanced iterations", "skipped iterations", "nan iterations")
-"""Entries of Megatron's sums that are no losses."""
+"""Entries of Megatron's sums that are not losses."""
 
 _skipped: ContextVar[bool] = ContextVar("skipped", default=False)
 """Whether the step that is being logged was skipped."""
 
 
-def _each_step_in_one_line(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's `training_log`, with sums that are reset wherever their interval ends."""
+def _log_each_step_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's `training_log`, with sums that are reset when their interval ends."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -47,7 +55,7 @@ def _each_step_in_one_line(original: Callable[..., Any]) -> Callable[..., Any]:
         step["is_first_iteration"] = step["is_first_iteration"] and not ends_interval
         sums = step["total_loss_dict"]
         if step["skipped_iter"] and ends_interval and not sums.get(COUNTERS[0]):
-            # Megatron prints no loss that is not at least 0, and resets it after the line.
+            # Megatron prints losses of at least 0 alone: NaN leaves them out of this line.
             for name in set(sums) - set(COUNTERS):
                 sums[name] = torch.full_like(sums[name], torch.nan)
         token = _skipped.set(bool(step["skipped_iter"]))
@@ -60,7 +68,7 @@ def _each_step_in_one_line(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_skipped_steps(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A reporter of auxiliary losses, which adds those of a skipped step to no sum."""
+    """A reporter of auxiliary losses that does not add those of a skipped step to the sums."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -74,7 +82,7 @@ def _without_skipped_steps(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_gathered_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's norm of the parameters, after the gather that would overlap the next forward."""
+    """Megatron's norm of the parameters, after the gather that overlaps the next forward pass."""
 
     @functools.wraps(original)
     def calc_params_l2_norm(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -87,30 +95,35 @@ def _of_gathered_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
     return calc_params_l2_norm
 
 
-REPLACEMENTS = (
-    # Until NVIDIA/Megatron-LM#6237 is mended; needed in 0.19.
-    Adaptation(
+PATCHES = (
+    Patch(
         target="megatron.training.training.training_log",
-        make=_each_step_in_one_line,
+        make=_log_each_step_once,
         needed_by="megatron.training.training.train",
+        why="the second progress line counts the first step again",
+        until="NVIDIA/Megatron-LM#6237 is mended",
     ),
-    # Until `training_log` hands a skipped step's auxiliary losses to nobody; needed in 0.19.
-    Adaptation(
+    Patch(
         target="megatron.core.transformer.moe.moe_logging.MoEMetricsTracker.report",
         make=_without_skipped_steps,
         needed_by="megatron.training.training.training_log",
+        why="the auxiliary losses of skipped steps are added to the means of the steps taken",
+        until="Megatron's `training_log` leaves out the auxiliary losses of a skipped step",
     ),
-    Adaptation(
+    Patch(
         target="megatron.core.transformer.multi_token_prediction.MTPLossLoggingHelper"
         ".track_mtp_metrics",
         make=lambda original: staticmethod(_without_skipped_steps(original)),
         needed_by="megatron.training.training.training_log",
+        why="the losses of skipped steps are added to the means of the steps taken",
+        until="Megatron's `training_log` leaves out the auxiliary losses of a skipped step",
     ),
-    # Until NVIDIA/Megatron-LM#7131 is mended; needed in 0.19.
-    Adaptation(
+    Patch(
         target="megatron.training.training.calc_params_l2_norm",
         make=_of_gathered_parameters,
         needed_by="megatron.training.training.train",
+        why="--overlap-param-gather: the norm of the parameters mixes old and new weights",
+        until="NVIDIA/Megatron-LM#7131 is mended",
     ),
 )
 """Without these, training runs and its log has wrong numbers."""

@@ -1,15 +1,12 @@
-"""Checkpoints are data: reading one runs no code that it names, where torch would run it.
+"""Names of torch's checkpoint reader, so that reading a checkpoint runs no code that it names.
 
-Enters: torch's reader of distributed checkpoints. Leaves: two of its names replaced, on every
-machine.
-
-torch.load takes tensors and plain values alone unless it is told otherwise, and Megatron adds the
-classes that its checkpoints need. Two places tell it otherwise, or go round it:
+torch.load reads tensors and plain values alone unless it is told otherwise, and Megatron adds the
+classes that its checkpoints need. Two places in torch have no such limit:
 
 - The objects among the shards are loaded with `weights_only=False`.
 - `.metadata` is a bare pickle.
 
-Choice: torch's own environment variable takes the limits back, here as in `torch.load`.
+Design notes: torch's own environment variable lifts the limits, as it does for `torch.load`.
 """
 
 from __future__ import annotations
@@ -18,15 +15,15 @@ import os
 import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, override
 
 import torch
 from torch.distributed.checkpoint._traverse import set_element
 
-from megatron_sffn.patches.registry import Adaptation, apply_once
+from megatron_sffn.patches.registry import Patch, apply
 
 TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-"""torch's environment variable: files may name any code."""
+"""torch's environment variable that lets files name any code."""
 
 METADATA_NAMES = {
     "collections": {"OrderedDict"},
@@ -53,51 +50,37 @@ METADATA_NAMES = {
     },
     "torch.serialization": {"_get_layout"},
 }
-"""Module -> what `.metadata` may name of it, beside torch's dtypes."""
+"""Module -> names in it that `.metadata` may use, beside torch's dtypes."""
 
 
 class ForeignCode(pickle.UnpicklingError):
-    """A pickle names what is no data; the message is the name."""
+    """A pickle names something that is not data; the message is the name."""
 
 
 def install() -> None:
-    """Replace the names; called again, do nothing.
+    """Replace the names; idempotent.
 
     Raises:
-        ConfigError: if one no longer exists.
+        ConfigError: if a name does not exist.
     """
-    apply_once(adaptations())
-
-
-def adaptations() -> tuple[Adaptation, ...]:
-    """Every name that is replaced, with the code that uses it."""
-    return (
-        Adaptation(
-            target="torch.distributed.checkpoint.filesystem.pickle",
-            make=_with_names_of_metadata_only,
-            needed_by="torch.distributed.checkpoint.filesystem.FileSystemReader.read_metadata",
-        ),
-        Adaptation(
-            target="torch.distributed.checkpoint.default_planner.DefaultLoadPlanner.load_bytes",
-            make=_as_weights_only,
-            needed_by="torch.distributed.checkpoint.filesystem.FileSystemReader.read_data",
-        ),
-    )
+    for patch in PATCHES:
+        apply(patch)
 
 
 def trust() -> None:
-    """Take the limits back, in this process and those that it starts."""
+    """Lift the limits, in this process and in those that it starts."""
     os.environ[TRUST] = "1"
 
 
 def trusted() -> bool:
-    """Whether they are, as torch reads its variable."""
+    """Whether the limits are lifted; the variable is read as torch reads it."""
     return os.environ.get(TRUST, "0").lower() in ("1", "y", "yes", "true")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the names of `METADATA_NAMES` and torch's dtypes."""
+    """An unpickler for the names of `METADATA_NAMES` and torch's dtypes alone."""
 
+    @override
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
         if not dtype and name not in METADATA_NAMES.get(module, ()) and not trusted():
@@ -106,7 +89,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _with_names_of_metadata_only(original: Any) -> Any:
-    """Python's `pickle`, for a module that reads `.metadata` with it."""
+    """Python's `pickle`, with a `load` that is limited to the names in `.metadata`."""
 
     def load(file: IO[bytes]) -> Any:
         return _MetadataUnpickler(file).load()
@@ -115,7 +98,7 @@ def _with_names_of_metadata_only(original: Any) -> Any:
 
 
 def _as_weights_only(original: Callable[..., None]) -> Callable[..., None]:
-    """torch's method, but for what `torch.load` is told."""
+    """torch's method, with `weights_only=True`."""
 
     def load_bytes(self: Any, read_item: Any, value: IO[bytes]) -> None:
         key = read_item.dest_index.fqn
@@ -126,3 +109,21 @@ def _as_weights_only(original: Callable[..., None]) -> Callable[..., None]:
             self.state_dict[key] = loaded
 
     return load_bytes
+
+
+PATCHES = (
+    Patch(
+        target="torch.distributed.checkpoint.filesystem.pickle",
+        make=_with_names_of_metadata_only,
+        needed_by="torch.distributed.checkpoint.filesystem.FileSystemReader.read_metadata",
+        why=".metadata is a bare pickle: reading it runs any code that it names",
+        until="torch limits .metadata to its own classes",
+    ),
+    Patch(
+        target="torch.distributed.checkpoint.default_planner.DefaultLoadPlanner.load_bytes",
+        make=_as_weights_only,
+        needed_by="torch.distributed.checkpoint.filesystem.FileSystemReader.read_data",
+        why="objects are loaded with weights_only=False: reading one runs any code that it names",
+        until="torch loads them with weights_only=True",
+    ),
+)

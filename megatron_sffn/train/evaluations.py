@@ -1,11 +1,11 @@
-"""The evaluations of a run: at which step, of which data sets, with which losses.
+"""Records the evaluations of a run: the step, the data sets, and their losses.
 
 Inputs: Megatron's calls of its evaluation, and the loss of each evaluated microbatch. Outputs: the
-losses for `summary.json`, and `validation.jsonl` in the run's folder, a line for each evaluation of
-the validation set, of which a run that goes on keeps those of the steps before.
+losses for `summary.json`, and `validation.jsonl` in the run's folder, with a line for each
+evaluation of the validation set. On resume, the lines up to the loaded step are kept.
 
-Design notes: the hook that Megatron calls after a data set says neither the step nor which data set
-it was, so its function `evaluate_and_print_results`, which is given both, is wrapped.
+Design notes: the hook that Megatron calls after a data set gets neither the step nor the data set.
+So its function `evaluate_and_print_results`, which gets both, is wrapped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sffn.patches.registry import Adaptation, apply
+from megatron_sffn.patches import run_hooks
+from megatron_sffn.patches.registry import apply
 from megatron_sffn.utils.atomic_files import read_records, replace_records
 
 
@@ -29,9 +30,9 @@ class Evaluation:
 
     Args:
         iteration: steps that the model was trained.
-        is_test: whether it is of the test set.
+        is_test: whether the test set is evaluated.
         num_sets: data sets that are read, one after the other.
-        losses: mean over the tokens of each data set.
+        losses: for each data set, the mean over its tokens.
     """
 
     iteration: int
@@ -41,7 +42,7 @@ class Evaluation:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all data sets were read."""
+        """Whether all data sets have been read."""
         return len(self.losses) == self.num_sets
 
     @property
@@ -55,7 +56,7 @@ class Evaluations:
 
     Args:
         args: Megatron's namespace.
-        folder: of the run.
+        folder: the run's folder.
     """
 
     def __init__(self, args: Namespace, folder: Path) -> None:
@@ -67,16 +68,10 @@ class Evaluations:
 
     def install(self) -> None:
         """Wrap Megatron's function."""
-        apply(
-            Adaptation(
-                target="megatron.training.training.evaluate_and_print_results",
-                make=self._announced,
-                needed_by="megatron.training.training.train",
-            )
-        )
+        apply(run_hooks.EVALUATE, self._with_context)
 
-    def _announced(self, original: Callable[..., None]) -> Callable[..., None]:
-        """Note what is evaluated, and give Megatron the number of batches in the form it reads."""
+    def _with_context(self, original: Callable[..., None]) -> Callable[..., None]:
+        """Note the step and the data set; give Megatron batch counts in the form that it reads."""
 
         def evaluate(
             prefix: str,
@@ -89,7 +84,7 @@ class Evaluations:
         ) -> None:
             is_test, run, names = "test set" in prefix, self.args, self.args.validation_set_names
             if run.full_validation:
-                # Megatron zips a list of data sets with one of numbers of batches, and with names.
+                # Megatron zips the lists of data sets, of batch counts and of names.
                 iterators = [iterators] if is_test else iterators
                 run.eval_iters = [run.sffn_eval_iters] if is_test else run.sffn_validation_batches
                 run.validation_set_names = None if is_test else names
@@ -104,7 +99,7 @@ class Evaluations:
 
         Args:
             iteration: steps that the model was trained.
-            is_test: whether it is of the test set.
+            is_test: whether the test set is evaluated.
         """
         several = self.args.full_validation and not is_test
         num_sets = len(self.args.sffn_validation_batches) if several else 1
@@ -116,8 +111,9 @@ class Evaluations:
         self._loss += loss_and_tokens.detach().double().cpu()
 
     def end_set(self) -> Evaluation:
-        """Called on every rank when a data set was read; returns the evaluation that it is of."""
-        # Ranks of one TP group hold the same sums, ranks of other stages none: the quotient stays.
+        """Called on every rank when a data set was read; returns the current evaluation."""
+        # Ranks of a TP group hold equal sums, and ranks of other stages zeros. So the all-reduce
+        # multiplies loss and tokens by the same number, and their quotient is right.
         total = self._loss.clone().to(torch.cuda.current_device())
         torch.distributed.all_reduce(total)
         self._loss.zero_()
@@ -128,37 +124,38 @@ class Evaluations:
         return self.current
 
     def _finish(self, evaluation: Evaluation) -> None:
-        """Keep it, and write its line."""
-        first = not self.validations
+        """Keep the evaluation, and write its line on rank 0."""
+        is_first = not self.validations
         self.finished.append(evaluation)
         if evaluation.is_test or torch.distributed.get_rank() != 0:
             return
         record: dict[str, Any] = {"iteration": evaluation.iteration, "loss": evaluation.loss}
         if evaluation.num_sets > 1:
             record["losses"] = dict(zip(self._names(evaluation), evaluation.losses, strict=True))
-        # At first, later steps of the file are of a process that died, or of another run.
-        keeps_all = self.args.skip_train or not first
+        # Before the first line of this process, later steps in the file are those of a process that
+        # died, or of another run.
+        keeps_all = self.args.skip_train or not is_first
 
-        def keep(former: dict[str, Any]) -> bool:
-            iteration = former["iteration"]
+        def keep(old_record: dict[str, Any]) -> bool:
+            iteration = old_record["iteration"]
             is_known = keeps_all or iteration <= self.args.iteration
             return bool(is_known and iteration != evaluation.iteration)
 
         replace_records(self.path, keep, [record])
 
     def _names(self, evaluation: Evaluation) -> list[str]:
-        """Of the data sets, as Megatron's log has them."""
-        given: list[str] | None = self.args.validation_set_names
-        return given or [str(number) for number in range(evaluation.num_sets)]
+        """Names of the data sets, as in Megatron's log."""
+        names: list[str] | None = self.args.validation_set_names
+        return names or [str(number) for number in range(evaluation.num_sets)]
 
     @property
     def validations(self) -> list[Evaluation]:
-        """Those of the validation set, of this process."""
-        return [one for one in self.finished if not one.is_test]
+        """The finished evaluations of the validation set in this process."""
+        return [evaluation for evaluation in self.finished if not evaluation.is_test]
 
     def summary(self) -> dict[str, Any]:
         """Losses for `summary.json`."""
-        tests = [one.loss for one in self.finished if one.is_test]
+        tests = [evaluation.loss for evaluation in self.finished if evaluation.is_test]
         last = self.validations[-1] if self.validations else None
         named = None
         if last is not None and last.num_sets > 1:

@@ -1,14 +1,14 @@
-"""Losses and scores that are NaN or infinite: noted on the device, looked at once a step.
+"""Checks losses and router scores for NaN and infinity, once per step.
 
-Inputs: the loss of each microbatch, and the flag that each router keeps of its scores.
+Inputs: the loss of each microbatch, and the flag that each router keeps on the device.
 Outputs: the same `FloatingPointError` on all ranks, before the optimizer changes a weight, or at
-the end of an evaluation; or what Megatron's own checks of the loss do.
+the end of an evaluation. After that, Megatron's own checks of the loss run.
 
 Design notes:
 - A rank that raises alone leaves the others waiting in a collective operation. So the flags of all
-  layers are reduced over all ranks, in one small all-reduce, and every rank reads the same.
-- Megatron's checks of the loss come after that look. They would end one rank, with a sentence that
-  names no layer. They are called in the order of the microbatches, as if it were within them.
+  layers are reduced over all ranks, in one small all-reduce, and every rank raises the same error.
+- Megatron's checks of the loss run after this check, since they would end one rank alone with a
+  sentence that names no layer. They are called in the order of the microbatches.
 - With `--overlap-grad-reduce` and `--rerun-mode disabled` together, Megatron looks at gradients
   within the backward pass, before the end of the step, and ends the rank that has the NaN.
 """
@@ -25,13 +25,13 @@ from torch import Tensor
 from megatron_sffn.nn.layer import sparse_layers
 
 SPIKE = 10.0
-"""A loss is a spike if it exceeds the largest so far by this factor; as in Megatron's own loss."""
+"""A loss is a spike if it exceeds the largest so far by this factor, as in Megatron's own loss."""
 
 CAUSE = "the hidden states or weights that they come from have diverged"
 
 
 class NanCheck:
-    """The losses of a step, and the look at all that may be NaN.
+    """Keeps the losses of a step, and checks them and the router scores.
 
     Args:
         args: Megatron's namespace.
@@ -49,19 +49,19 @@ class NanCheck:
         """Called on all ranks when the microbatches of a step have run, before the optimizer.
 
         Args:
-            model: this rank's chunks.
+            model: this rank's model chunks.
 
         Raises:
-            FloatingPointError: on all ranks, if scores of a layer were NaN or infinite on one of
-                them; or if a loss was so in the first step of a process, which Megatron does not
-                look at: weights that are NaN would be saved.
-            RuntimeError: Megatron's, if a loss is so in a later step and `--rerun-mode` is
-                disabled; otherwise Megatron runs the step again and decides then.
+            FloatingPointError: on all ranks, if scores of a layer are NaN or infinite on one of
+                them; or if a loss is, in the first step of a process. Megatron does not check that
+                step, and would save weights that are NaN.
+            RuntimeError: raised by Megatron, if a loss is NaN or infinite in a later step and
+                `--rerun-mode` is disabled; otherwise Megatron runs the step again, then decides.
         """
         step = self.args.curr_iteration + 1
-        first = not get_rerun_state_machine().first_iteration_complete
-        loss = self._look(model, f"step {step}")
-        if loss and first:
+        is_first_step = not get_rerun_state_machine().first_iteration_complete
+        loss = self._check_scores(model, f"step {step}")
+        if loss and is_first_step:
             raise FloatingPointError(
                 f"the loss is {loss} in the first step, step {step}; the weights that were loaded, "
                 "or the flags, do not work"
@@ -72,41 +72,42 @@ class NanCheck:
         """Called on all ranks when an evaluation has ended.
 
         Args:
-            model: this rank's chunks.
+            model: this rank's model chunks.
             iteration: steps that the model was trained.
 
         Raises:
-            FloatingPointError: on all ranks, if scores or a loss were NaN or infinite on one.
+            FloatingPointError: on all ranks, if scores or a loss are NaN or infinite on one.
         """
-        where = f"evaluation after step {iteration}"
-        if loss := self._look(model, where):
+        place = f"evaluation after step {iteration}"
+        if loss := self._check_scores(model, place):
             raise FloatingPointError(
-                f"the loss is {loss} in the {where}; the weights have diverged"
+                f"the loss is {loss} in the {place}; the weights have diverged"
             )
         self._check_losses()
 
-    def _look(self, model: list[torch.nn.Module], where: str) -> str:
-        """Raise for scores; returns "nan" or "inf" for a loss that is, else "".
+    def _check_scores(self, model: list[torch.nn.Module], place: str) -> str:
+        """Raise if scores are NaN or infinite; returns "nan" or "inf" if a loss is, else "".
 
-        The noted losses are on the host afterwards, so that the host waits for the device once.
+        This also copies the losses to the host, so that the host waits for the device only once.
         """
         flags = self._flags(model)
         numbers = torch.cat((flags, *(loss.reshape(1) for loss in self._losses))).tolist()
-        *layers, loss = numbers[: len(flags)]
+        *layer_flags, loss_flag = numbers[: len(flags)]
         self._losses = [torch.tensor(number) for number in numbers[len(flags) :]]
-        for number, flag in enumerate(layers, start=1):
+        for layer, flag in enumerate(layer_flags, start=1):
             if flag:
                 raise FloatingPointError(
-                    f"{where}, layer {number}, router {self.args.sffn_router}: scores are NaN or "
+                    f"{place}, layer {layer}, router {self.args.sffn_router}: scores are NaN or "
                     f"infinite; {CAUSE}"
                 )
-        return ("", "inf", "nan")[int(loss)]
+        return ("", "inf", "nan")[int(loss_flag)]
 
     @torch.no_grad()
     def _flags(self, model: list[torch.nn.Module]) -> Tensor:
-        """`[layers + 1]`, the largest of all ranks: 1 for a layer with bad scores; of the losses.
+        """`[layers + 1]`, the maximum over all ranks: a flag per layer, then one for the losses.
 
-        The last is 2 if a loss is NaN, else 1 if one is infinite, and 0 if they are not checked.
+        A layer's flag is 1 if its scores are NaN or infinite. The flag of the losses is 2 if one is
+        NaN, 1 if one is infinite, and 0 if `--no-check-for-nan-in-loss-and-grad` is given.
         """
         device = torch.cuda.current_device()
         flags = torch.zeros(self.args.num_layers + 1, device=device)
@@ -120,14 +121,14 @@ class NanCheck:
         return flags
 
     def _check_losses(self) -> None:
-        """Megatron's checks of the losses, which start again from none."""
+        """Run Megatron's checks of the losses, and forget the losses."""
         losses, self._losses = self._losses, []
         for loss in losses:
             check_loss(self.args, loss)
 
 
 def check_loss(args: Namespace, loss: Tensor) -> None:
-    """Megatron's checks of a microbatch's loss on this rank.
+    """Run Megatron's checks of a microbatch's loss on this rank.
 
     Args:
         args: with `check_for_nan_in_loss_and_grad` and `check_for_spiky_loss`.

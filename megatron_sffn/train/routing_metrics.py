@@ -1,18 +1,19 @@
-"""How every sparse layer routes, while it trains: `routing.jsonl`, TensorBoard, W&B.
+"""Logs how every sparse layer routes: `routing.jsonl`, TensorBoard, W&B.
 
-Enters: the counters of the layers (`statistics.py`, `balance.py`), once per step and once per
-evaluation. Leaves: a line per layer at every `--log-interval`, and at every evaluation one with the
-tokens of each block; scalars `routing/NAME/layer_N` and their mean over layers, `routing/NAME`.
+Inputs: the counters of the layers (`nn/routing_counters.py`, `nn/load_balancing.py`), once per step
+and once per evaluation. Outputs: a line per layer at every `--log-interval`, and one per layer at
+every evaluation with the tokens of each block; scalars `routing/NAME/layer_N`, and `routing/NAME`,
+their mean over layers.
 
-Choices
-- A line sums over all steps since the last one, not over a sample of them: `steps` says how many.
-  Between two lines a step costs the counting alone; a line costs one all-reduce of one tensor.
-- Plain sums over all ranks are those of one rank: with sparse layers, tensor-parallel ranks hold
-  different tokens (`layout.py` asks for sequence parallelism), as data- and context-parallel ones
-  do, and pipeline stages hold different layers.
-- Sums have no place in a checkpoint. So there is a line wherever a run may end or go on, too: where
-  it saves, at `--exit-interval`, at its last step.
-- A run that goes on first drops the lines of steps that it takes again.
+Design notes:
+- A line sums over all `steps` since the last line, not over a sample of them.
+  Between two lines a step only counts; a line costs one all-reduce of one tensor.
+- The plain sum over all ranks equals the count of a run on one rank: tensor-parallel ranks hold
+  different tokens (sparse layers require sequence parallelism), so do data- and context-parallel
+  ranks, and pipeline stages hold different layers.
+- Checkpoints do not contain the sums. So a line is also written wherever a run may end or resume:
+  at a save, at `--exit-interval`, and at the last step.
+- On resume, the lines of steps that are taken again are dropped.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TRAINING, EVALUATION = "training", "evaluation"
 """Values of `phase` in a line."""
 
 LOSSES = (*BALANCE_LOSSES.values(), "z_loss", "entropy_loss")
-"""Names of the balance losses: unweighted, a mean over microbatches."""
+"""Names of the auxiliary losses: unweighted means over microbatches."""
 
 NUMBERS = (
     "load_entropy",
@@ -49,16 +50,16 @@ NUMBERS = (
     "negative_share",
     "empty_share",
 )
-"""Names of what is drawn in TensorBoard beside the losses."""
+"""Names of the scalars that TensorBoard and W&B get beside the losses."""
 
 
 @dataclass
-class RoutingLog:
+class RoutingMetrics:
     """Lines and scalars of one run.
 
     Args:
         args: Megatron's namespace.
-        folder: of the run.
+        folder: the run's folder.
     """
 
     args: Namespace
@@ -69,15 +70,15 @@ class RoutingLog:
 
     @property
     def path(self) -> Path:
-        """Of the lines."""
+        """The file with the lines."""
         return self.folder / "routing.jsonl"
 
     def after_step(self, model: list[torch.nn.Module], num_microbatches: int) -> None:
         """Called on all ranks when the microbatches of a step have run.
 
         Args:
-            model: this rank's chunks.
-            num_microbatches: of the step on this rank.
+            model: this rank's model chunks.
+            num_microbatches: microbatches of the step on this rank.
         """
         iteration = self.args.curr_iteration + 1
         self._steps += 1
@@ -86,63 +87,63 @@ class RoutingLog:
             self._write_steps(model, iteration)
 
     def before_save(self, model: list[torch.nn.Module], iteration: int) -> None:
-        """Called on all ranks before a checkpoint is written, which may be at any step.
+        """Called on all ranks before a checkpoint is written, which may happen at any step.
 
         Args:
-            model: this rank's chunks.
+            model: this rank's model chunks.
             iteration: steps that the model was trained.
         """
         if self._steps:
             self._write_steps(model, iteration)
 
     def _write_steps(self, model: list[torch.nn.Module], iteration: int) -> None:
-        """Lines about the steps since the last ones."""
+        """Write lines about the steps since the last lines."""
         table = layer_sums(model, self.args, training=True)
         # Losses are means over data-parallel ranks and microbatches.
         table[:, -len(LOSSES) :] /= self.args.data_parallel_size * self._microbatches
         numbers = layer_numbers(table, self.args.num_experts)
-        head = {"iteration": iteration, "phase": TRAINING, "steps": self._steps}
-        before = iteration - self._steps
-        self._write([head | numbers[layer] for layer in sorted(numbers)], before)
-        _draw(numbers, iteration)
+        common = {"iteration": iteration, "phase": TRAINING, "steps": self._steps}
+        earlier_steps = iteration - self._steps
+        self._write([common | numbers[layer] for layer in sorted(numbers)], earlier_steps)
+        _log_scalars(numbers, iteration)
         self._steps = self._microbatches = 0
 
     def after_evaluation(
-        self, model: list[torch.nn.Module], iteration: int, *, again: bool
+        self, model: list[torch.nn.Module], iteration: int, *, repeated: bool
     ) -> None:
         """Called on all ranks when an evaluation has ended.
 
         Args:
-            model: this rank's chunks.
+            model: this rank's model chunks.
             iteration: steps that the model was trained.
-            again: whether it is not the first at this step; the file holds the first.
+            repeated: whether the file has an evaluation of this step already; it keeps the first.
         """
         table = layer_sums(model, self.args, training=False)
-        if again:
+        if repeated:
             return
         numbers = layer_numbers(table, self.args.num_experts)
         loads = table[:, : self.args.num_experts].long().tolist()
-        head = {"iteration": iteration, "phase": EVALUATION}
+        common = {"iteration": iteration, "phase": EVALUATION}
         records = [
-            head | numbers[layer] | {"tokens_per_block": loads[layer - 1]}
+            common | numbers[layer] | {"tokens_per_block": loads[layer - 1]}
             for layer in sorted(numbers)
         ]
         self._write(records, iteration)
 
     def _is_due(self, iteration: int) -> bool:
-        """Whether a line follows this step."""
+        """Whether lines are written after this step."""
         args = self.args
-        ends = [args.log_interval, args.train_iters, args.exit_interval]
+        intervals = [args.log_interval, args.train_iters, args.exit_interval]
         if args.save:
-            ends.append(args.save_interval)
-        return any(interval and iteration % interval == 0 for interval in ends)
+            intervals.append(args.save_interval)
+        return any(interval and iteration % interval == 0 for interval in intervals)
 
-    def _write(self, records: list[dict[str, Any]], done: int) -> None:
-        """Add lines; the first time, drop what this process does again.
+    def _write(self, records: list[dict[str, Any]], earlier_steps: int) -> None:
+        """Add lines; the first call drops the lines of steps that this process takes again.
 
         Args:
-            records: of one phase of one iteration.
-            done: steps that came before those of the records.
+            records: lines of one phase of one iteration.
+            earlier_steps: steps before those of the records.
         """
         if torch.distributed.get_rank() != 0:
             return
@@ -152,37 +153,38 @@ class RoutingLog:
         self._started = True
         skip_train = self.args.skip_train
 
-        def keep(former: dict[str, Any]) -> bool:
-            iteration, phase = former["iteration"], former.get("phase", EVALUATION)
-            if (iteration, phase) in {(one["iteration"], one["phase"]) for one in records}:
+        def keep(old: dict[str, Any]) -> bool:
+            iteration, phase = old["iteration"], old.get("phase", EVALUATION)
+            if (iteration, phase) in {(new["iteration"], new["phase"]) for new in records}:
                 return False
-            # An evaluation alone changes nothing about the steps that may have followed.
-            return bool(skip_train or iteration <= done)
+            # With --skip-train no step is taken again.
+            return bool(skip_train or iteration <= earlier_steps)
 
         replace_records(self.path, keep, records)
 
 
 @torch.no_grad()
 def layer_sums(model: list[torch.nn.Module], args: Namespace, *, training: bool) -> Tensor:
-    """What the layers counted since the last call, summed over all ranks.
+    """The counters of all layers since the last call, summed over all ranks.
 
     Args:
-        model: this rank's chunks.
-        args: with the numbers of layers and blocks.
-        training: of steps, or of evaluations, which have no losses.
+        model: this rank's model chunks.
+        args: Megatron's namespace, with the numbers of layers and blocks.
+        training: True for the counters of steps, False for those of evaluations, which have no
+            losses.
 
     Returns:
-        `[layers, B + 6 + 5]` float64 on the CPU: the load of each block, `SUMS` and `LOSSES`; zero
-        rows for dense layers.
+        `[layers, B + len(SUMS) + len(LOSSES)]` float64 on the CPU: the load of each block, `SUMS`
+        and `LOSSES`; zero rows for dense layers.
     """
     blocks, width = args.num_experts, args.num_experts + len(SUMS) + len(LOSSES)
     device = torch.cuda.current_device()
     table = torch.zeros(args.num_layers, width, dtype=torch.float64, device=device)
     for layer in (layer for chunk in model for layer in sparse_layers(chunk)):
         row = table[layer.layer_number - 1]
-        taken = (layer.trained if training else layer.evaluated).take()
-        row[:blocks] += taken.load
-        row[blocks : blocks + len(SUMS)] += taken.sums
+        counters = (layer.trained if training else layer.evaluated).take()
+        row[:blocks] += counters.load
+        row[blocks : blocks + len(SUMS)] += counters.sums
         if training and hasattr(layer.router, "balance"):
             for name, value in layer.router.balance.take_values().items():
                 row[blocks + len(SUMS) + LOSSES.index(name)] += value.sum()
@@ -191,41 +193,42 @@ def layer_sums(model: list[torch.nn.Module], args: Namespace, *, training: bool)
 
 
 def layer_numbers(table: Tensor, num_blocks: int) -> dict[int, dict[str, Any]]:
-    """The numbers of each layer that saw tokens, counted from 1.
+    """Layer, counted from 1 -> its metrics; layers that saw no tokens are left out.
 
     Args:
         table: from `layer_sums`, with the losses as means.
         num_blocks: B.
     """
-    parts = table.split((num_blocks, len(SUMS), len(LOSSES)), dim=1)
+    columns = table.split((num_blocks, len(SUMS), len(LOSSES)), dim=1)
     numbers = {}
-    for layer, (load, sums, losses) in enumerate(zip(*parts, strict=True), start=1):
-        named = dict(zip(SUMS, sums.tolist(), strict=True))
-        if named["tokens"]:
-            found = describe(load, named)
-            # A loss that is in use is not zero.
-            found |= {name: v for name, v in zip(LOSSES, losses.tolist(), strict=True) if v}
-            numbers[layer] = {"layer": layer} | {name: _short(v) for name, v in found.items()}
+    for layer, (load, sums, losses) in enumerate(zip(*columns, strict=True), start=1):
+        sum_of = dict(zip(SUMS, sums.tolist(), strict=True))
+        if sum_of["tokens"]:
+            metrics = describe(load, sum_of)
+            # A loss of exactly 0 is one that is not in use.
+            metrics |= {name: v for name, v in zip(LOSSES, losses.tolist(), strict=True) if v}
+            numbers[layer] = {"layer": layer} | {name: _short(v) for name, v in metrics.items()}
     return numbers
 
 
 def describe(load: Tensor, sums: dict[str, float]) -> dict[str, float | int | None]:
-    """A layer's routing in numbers.
+    """The routing metrics of a layer.
 
     Args:
-        load: `[B]` tokens of each block.
+        load: `[B]`, the tokens of each block.
         sums: `SUMS` by name.
 
     Returns:
-        `tokens`; `load_entropy`, 1 when even; `dead_blocks` and their share; percentiles of the
-        load in multiples of an even one; mean and deviation of chosen gates and the share of chosen
-        scores below zero, None where the router has none; the share of places that stayed empty.
+        `tokens`; `load_entropy`, 1 for an even load; `dead_blocks` and their share; percentiles of
+        the load in multiples of an even load; mean and standard deviation of the chosen gates and
+        the share of chosen scores below zero, None if the router has neither; the share of places
+        that stayed empty.
     """
     chosen = float(load.sum())
     places = chosen + sums["empty_places"]
     load = load.double()
     quantiles = torch.quantile(load, load.new_tensor([0.5, 0.95, 1.0])) * len(load)
-    p50, p95, most = (quantiles / max(chosen, 1)).tolist()
+    p50, p95, maximum = (quantiles / max(chosen, 1)).tolist()
     dead = int((load == 0).sum())
     mean = deviation = negative = None
     if sums["squared_gates"]:
@@ -240,7 +243,7 @@ def describe(load: Tensor, sums: dict[str, float]) -> dict[str, float | int | No
         "dead_share": dead / len(load),
         "load_p50": p50,
         "load_p95": p95,
-        "load_max": most,
+        "load_max": maximum,
         "gate_mean": mean,
         "gate_std": deviation,
         "negative_share": negative,
@@ -248,27 +251,27 @@ def describe(load: Tensor, sums: dict[str, float]) -> dict[str, float | int | No
     }
 
 
-def _draw(numbers: dict[int, dict[str, Any]], iteration: int) -> None:
-    """Scalars for TensorBoard and W&B, on the rank that has Megatron's writers."""
+def _log_scalars(numbers: dict[int, dict[str, Any]], iteration: int) -> None:
+    """Log to TensorBoard and W&B, on the rank that has Megatron's writers."""
     tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
     if tensorboard is None and wandb is None:
         return
-    found = dict(scalars(numbers))
+    value_of = dict(scalars(numbers))
     if tensorboard is not None:
-        for name, value in found.items():
+        for name, value in value_of.items():
             tensorboard.add_scalar(name, value, iteration)
     if wandb is not None:
-        wandb.log(found, iteration)
+        wandb.log(value_of, iteration)
 
 
 def scalars(numbers: dict[int, dict[str, Any]]) -> Iterable[tuple[str, float]]:
-    """Names and values to draw: of each layer, and their means.
+    """Names and values to log: those of each layer, and their means over layers.
 
     Args:
         numbers: from `layer_numbers`.
     """
     for name in (*NUMBERS, *LOSSES):
-        values = {layer: found.get(name) for layer, found in numbers.items()}
+        values = {layer: metrics.get(name) for layer, metrics in numbers.items()}
         known = {layer: value for layer, value in values.items() if value is not None}
         if known:
             yield f"routing/{name}", sum(known.values()) / len(known)
@@ -277,5 +280,5 @@ def scalars(numbers: dict[int, dict[str, Any]]) -> Iterable[tuple[str, float]]:
 
 
 def _short(value: float | int | None) -> float | int | None:
-    """Six digits are enough for a line."""
+    """A float with six significant digits, to keep lines short."""
     return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,7 +1,8 @@
-"""Flags to a finished run: the model, the step functions, and Megatron's `pretrain`.
+"""A training run: the model, the step functions, and the call of Megatron's `pretrain`.
 
-Enters: the validated namespace. Leaves: Megatron's checkpoints and events, and our summary. There
-is no training loop here: batches, forward and loss are handed to Megatron's.
+Inputs: the validated namespace. Outputs: Megatron's checkpoints and TensorBoard events, and our
+`summary.json`. The training loop is Megatron's; this module gives it batches, the forward step and
+the loss function.
 """
 
 from __future__ import annotations
@@ -42,66 +43,69 @@ from megatron_sffn.nn.reinit import reinit_dense_weights
 from megatron_sffn.ops.compiled import kernels
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.train.nan_check import NanCheck
-from megatron_sffn.train.routing_trace import RoutingRecorder
-from megatron_sffn.train.summary import Recorder
-from megatron_sffn.train.watchdog import Watchdog, exit_on_signals
+from megatron_sffn.train.routing_trace import RoutingTracer
+from megatron_sffn.train.signals import exit_on_signals
+from megatron_sffn.train.summary import RunSummary
+from megatron_sffn.train.watchdog import Watchdog
 
 
 def train(args: Namespace) -> None:
-    """Pretrain as the flags say.
+    """Pretrain with these flags.
 
     Args:
         args: from `megatron_sffn.train.arguments.parse`.
 
     Raises:
-        ConfigError: if tokenizer, data, checkpoint or disk do not fit, before any process group or
-            file is made.
+        ConfigError: if the tokenizer, the data, the checkpoint or the disk do not fit the run; it
+            is raised before any process group or file is created.
     """
     sffn = sffn_config(args)
     check_data(args)
     check_checkpoint(args, sffn)
     check_saves(args, sffn)
-    localize_tokenizer(args)  # Megatron builds it again, from the flags
-    recorder = Recorder(args, run_folder(args), RoutingRecorder.of_args(args))
+    localize_tokenizer(args)  # Megatron builds the tokenizer again, from the flags
+    run_summary = RunSummary(args, run_folder(args), RoutingTracer.of_args(args))
     nan_check = NanCheck(args)
     if sffn is not None and is_host():
-        # Compiled now, or not at all: the first step is no time to learn which.
+        # Compile the kernels now, so that the first step does not wait for the compiler.
         kernels()
     args.exit_signal_handler = True
     set_global_variables(args)
     exit_on_signals(args)
     shape = ModelShape.of_args(args, sffn)
-    Saves(args, recorder.before_save).install()
-    recorder.evaluations.install()
+    Saves(args, run_summary.before_save).install()
+    run_summary.evaluations.install()
     if args.rank == 0:
         print(table(shape, layout_of(args)), flush=True)
         remark = None if sffn is None else sffn.router.remark(sffn)
         if remark is not None:
             print(f"note: {remark}", flush=True)
-    hashed = sffn is not None and sffn.router.needs_token_ids
-    with as_sentence("start with these flags", is_over=lambda: recorder.has_started):
+    needs_token_ids = sffn is not None and sffn.router.needs_token_ids
+    with as_sentence("start with these flags", is_over=lambda: run_summary.has_started):
         pretrain(
-            pretrain_cfg_container_from_args(args, model_config(args, sffn, recorder, nan_check)),
-            datasets_provider(on_every_stage=hashed),
+            pretrain_cfg_container_from_args(
+                args, model_config(args, sffn, run_summary, nan_check)
+            ),
+            datasets_provider(on_every_stage=needs_token_ids),
             ModelType.encoder_or_decoder,
-            partial(forward_step, recorder, Watchdog(args), nan_check, hashed),
-            non_loss_data_func=partial(finish_evaluation, recorder, nan_check),
+            partial(forward_step, run_summary, Watchdog(args), nan_check, needs_token_ids),
+            non_loss_data_func=partial(finish_evaluation, run_summary, nan_check),
         )
-    path = recorder.write_summary(shape)
+    path = run_summary.write_summary(shape)
     if path is not None:
         print(f"summary: {path}", flush=True)
     torch.distributed.destroy_process_group()
 
 
 def model_config(
-    args: Namespace, sffn: SparseFFNConfig | None, recorder: Recorder, nan_check: NanCheck
+    args: Namespace, sffn: SparseFFNConfig | None, run_summary: RunSummary, nan_check: NanCheck
 ) -> GPTModelConfig:
-    """Megatron's model config, with our layers in it if the model is sparse."""
+    """Megatron's model config, with our layer spec if the model is sparse."""
     config = transformer_config(args, sffn)
-    # Megatron keeps a hook that is there; it is called once per step, on all ranks.
-    config.finalize_model_grads_func = partial(finish_step, recorder, nan_check)
+    # Megatron does not overwrite a hook that is set. It calls it once per step, on all ranks.
+    config.finalize_model_grads_func = partial(finish_step, run_summary, nan_check)
     model: GPTModelConfig = gpt_config_from_args(args, config=config)
-    model.rope_scaling_factor = args.rope_scaling_factor  # which Megatron 0.19 leaves at 8
+    model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 ignores the flag: 8
     model.pre_wrap_hooks.append(partial(reinit_dense_weights, args.seed))
     if sffn is not None:
         model.transformer_layer_spec = block_spec
@@ -109,48 +113,47 @@ def model_config(
 
 
 def finish_step(
-    recorder: Recorder,
+    run_summary: RunSummary,
     nan_check: NanCheck,
     model: list[torch.nn.Module],
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """All microbatches of a step have run: finish their gradients, and log what was counted.
+    """Megatron's `finalize_model_grads_func`: called when all microbatches of a step have run.
 
     Args:
-        recorder: of the run.
-        nan_check: of the run; it looks first, because Megatron's own checks of the gradients may
-            end one rank alone.
-        model: this rank's chunks.
-        args: as Megatron's `finalize_model_grads`.
-        kwargs: as Megatron's `finalize_model_grads`.
+        run_summary: gets the counters of the step.
+        nan_check: runs first, since Megatron's own checks of the gradients may end one rank alone.
+        model: this rank's model chunks.
+        args: of Megatron's `finalize_model_grads`.
+        kwargs: of Megatron's `finalize_model_grads`.
     """
     nan_check.after_step(model)
     finish_gradients(model, *args, **kwargs)
-    recorder.after_step(model, get_num_microbatches())
+    run_summary.after_step(model, get_num_microbatches())
 
 
 def finish_evaluation(
-    recorder: Recorder, nan_check: NanCheck, model: list[torch.nn.Module]
+    run_summary: RunSummary, nan_check: NanCheck, model: list[torch.nn.Module]
 ) -> None:
     """Megatron's `non_loss_data_func`: called on all ranks when an evaluation ends.
 
     Args:
-        recorder: of the run.
-        nan_check: of the run.
-        model: this rank's chunks.
+        run_summary: gets the result of the evaluation.
+        nan_check: checks its scores and losses.
+        model: this rank's model chunks.
     """
-    nan_check.after_evaluation(model, recorder.evaluations.current.iteration)
-    recorder.after_evaluation(model)
+    nan_check.after_evaluation(model, run_summary.evaluations.current.iteration)
+    run_summary.after_evaluation(model)
 
 
 def finish_gradients(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-    """Megatron's end of the gradients, then that of our layers.
+    """Run Megatron's `finalize_model_grads`, then end the step in our layers.
 
     Args:
-        model: this rank's chunks.
-        args: as Megatron's `finalize_model_grads`.
-        kwargs: as Megatron's `finalize_model_grads`.
+        model: this rank's model chunks.
+        args: of Megatron's `finalize_model_grads`.
+        kwargs: of Megatron's `finalize_model_grads`.
     """
     finalize_model_grads(model, *args, **kwargs)
     for chunk in model:
@@ -158,7 +161,7 @@ def finish_gradients(model: list[torch.nn.Module], *args: Any, **kwargs: Any) ->
 
 
 def run_folder(args: Namespace) -> Path:
-    """Where results go: `--save`, or `runs/` and a name from the router and its numbers."""
+    """The folder of the results: `--save`, or `runs/` and a name made from router and sizes."""
     if args.save:
         return Path(args.save)
     name = args.sffn_router
@@ -168,50 +171,50 @@ def run_folder(args: Namespace) -> Path:
 
 
 def forward_step(
-    recorder: Recorder,
+    run_summary: RunSummary,
     watchdog: Watchdog,
     nan_check: NanCheck,
-    hashed: bool,
+    needs_token_ids: bool,
     batches: Iterator[dict[str, Tensor]] | None,
     model: torch.nn.Module,
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Megatron's `forward_step`: one microbatch through this stage.
 
     Args:
-        recorder: of the run.
-        watchdog: of the run.
-        nan_check: of the run.
-        hashed: whether the sparse layers read the input ids, which then go where Megatron has a
-            `padding_mask`: the only slot for a number per token that reaches the MLP of every stage
-            and of every recomputation, whatever the order of microbatches.
+        run_summary: times the step.
+        watchdog: notes the progress.
+        nan_check: gets the loss of every microbatch.
+        needs_token_ids: whether the sparse layers read the input ids. The ids are then passed as
+            Megatron's `padding_mask`: it is the only argument with a number per token that reaches
+            the MLP of every stage and of every recomputation, in any order of microbatches.
         batches: this stage's data iterator, if it has one.
-        model: this stage's model (chunk).
+        model: this stage's model chunk.
 
     Returns:
-        The stage's output, and the function that makes a loss of it on the last stage.
+        The stage's output, and the function that computes the loss from it on the last stage.
     """
-    recorder.before_forward(model.training)
-    iteration = vars(recorder.args).get("curr_iteration")
+    run_summary.before_forward(model.training)
+    iteration = vars(run_summary.args).get("curr_iteration")
     watchdog.note(iteration or 0)
-    # Between two values the optimizer takes one step, or none.
+    # The weights change only when this value does: at most one optimizer step lies in between.
     set_weights_version(model, (iteration, model.training))
-    batch = next_batch(batches, on_every_stage=hashed)
-    if recorder.blocks is not None:
-        recorder.blocks.before_forward(model, batch["tokens"])
+    batch = next_batch(batches, on_every_stage=needs_token_ids)
+    if run_summary.tracer is not None:
+        run_summary.tracer.before_forward(model, batch["tokens"])
     output = model(
         batch["tokens"],
         batch["position_ids"],
         batch["attention_mask"],
         labels=batch["labels"],
-        # Acts in the layers of --mtp-num-layers; of ours, `loss_of` masks the loss.
+        # The layers of --mtp-num-layers read it; `loss_of` masks the loss of the model.
         loss_mask=batch["loss_mask"],
-        padding_mask=batch["tokens"] if hashed else None,
+        padding_mask=batch["tokens"] if needs_token_ids else None,
     )
-    return output, partial(loss_of, recorder, nan_check, batch["loss_mask"], model.training)
+    return output, partial(loss_of, run_summary, nan_check, batch["loss_mask"], model.training)
 
 
 def loss_of(
-    recorder: Recorder,
+    run_summary: RunSummary,
     nan_check: NanCheck,
     loss_mask: Tensor,
     training: bool,
@@ -220,14 +223,14 @@ def loss_of(
     """Megatron's loss function.
 
     Args:
-        recorder: gets the loss of evaluated microbatches.
+        run_summary: gets the loss of evaluated microbatches.
         nan_check: gets the loss of every microbatch.
         loss_mask: `[b, s]`, 1 for tokens that count.
         training: whether this is a training step.
-        output: `[b, s]` loss of each token.
+        output: `[b, s]`, the loss of each token.
 
     Returns:
-        The summed loss, the number of tokens in it, and both as `lm loss` for the log.
+        The summed loss, the number of tokens in it, and both of them as `lm loss` for the log.
     """
     mask = loss_mask.reshape(-1).float()
     loss = (output.reshape(-1).float() * mask).sum()
@@ -235,5 +238,5 @@ def loss_of(
     tokens = mask.sum()
     report = torch.stack((loss, tokens)).detach()
     if not training:
-        recorder.evaluations.add(report)
+        run_summary.evaluations.add(report)
     return loss, tokens.int(), {"lm loss": report}

@@ -1,7 +1,7 @@
-"""What a run was, for `summary.json`: everything that a comparison of two runs needs.
+"""Describes a run in `summary.json`, with everything that a comparison of two runs needs.
 
 Inputs: Megatron's validated namespace and the model's shape. Outputs: a dictionary that can be
-written as JSON: the command, the commit, and by section the flags that decide the result.
+written as JSON: the command, the commit, and, by section, the flags that determine the result.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sffn.accounting import ModelShape
+
+CLONE = Path(__file__).parents[2]
+"""The folder of the clone, if the package is not installed."""
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "model": (
@@ -87,18 +90,18 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "tokenizer": ("tokenizer_type", "tokenizer_model", "vocab_file", "vocab_size"),
     "started_from": ("load", "ckpt_step", "finetune"),
 }
-"""Section of `summary.json` -> names of Megatron's and our flags in it."""
+"""Section of `summary.json` -> the flags (argparse dest) in it."""
 
 
 def describe_run(args: Namespace, shape: ModelShape) -> dict[str, Any]:
-    """The run by section; values are those in force, also where a flag was not given.
+    """The command, the commit, and the flags by section, with the values that were in force.
 
     Args:
         args: Megatron's namespace, validated.
-        shape: of the model.
+        shape: the model's shape.
     """
     sections = {
-        # A name that a later Megatron drops must not cost a run its summary when it ends.
+        # A flag that a later Megatron drops must not make the summary fail at the end of a run.
         section: {name: _as_json(vars(args).get(name)) for name in names}
         for section, names in SECTIONS.items()
     }
@@ -116,7 +119,7 @@ def describe_run(args: Namespace, shape: ModelShape) -> dict[str, Any]:
         sections["router_settings"] = {name: _as_json(value) for name, value in router.items()}
     return {
         "command": shlex.join(["python", "-m", "megatron_sffn.pretrain", *args.sffn_command]),
-        "commit": commit(Path(__file__).parents[1]),
+        "commit": commit(CLONE),
         **sections,
     }
 
@@ -124,7 +127,7 @@ def describe_run(args: Namespace, shape: ModelShape) -> dict[str, Any]:
 def commit(clone: Path) -> str | None:
     """The commit of a clone, with `-dirty` if its files differ from it; None for no clone."""
     if not (clone / ".git").exists():
-        return None  # installed, perhaps in an environment that lies in another project's clone
+        return None  # an installed package may lie inside the clone of another project
     command = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(
@@ -136,9 +139,9 @@ def commit(clone: Path) -> str | None:
 
 
 def _as_json(value: Any) -> Any:
-    """Numbers, strings, None and lists of them as they are; the rest (a dtype) by its name."""
+    """JSON's own types and lists of them unchanged; other values, such as a dtype, as a string."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return str(value) if isinstance(value, str) else value
     if isinstance(value, (list, tuple)):
-        return [_as_json(one) for one in value]
+        return [_as_json(item) for item in value]
     return str(value)

@@ -1,10 +1,11 @@
-"""What a run leaves: `summary.json`, and through `routing_log.py` how its layers route.
+"""Collects the results of a run, and writes `summary.json` when it ends.
 
-Enters: losses of each evaluation (`evaluations.py`), the time of each training step, the layers'
-counters. Leaves: files in the run's folder, beside Megatron's checkpoints and TensorBoard events.
+Inputs: the losses of each evaluation (`evaluations.py`), the time of each training step, and the
+layers' counters (`routing_metrics.py`). Outputs: files in the run's folder, beside Megatron's
+checkpoints and TensorBoard events.
 
-Choice: one `Recorder` object, made by the entry point and passed to Megatron as its hooks; nothing
-is kept in module state.
+Design notes: the entry point creates one `RunSummary` and passes its methods to Megatron as hooks;
+nothing is kept in module state.
 """
 
 from __future__ import annotations
@@ -25,39 +26,40 @@ import torch
 from megatron_sffn.accounting import ModelShape, count_parameters, flops_per_token
 from megatron_sffn.nn.layer import sparse_layers
 from megatron_sffn.train.evaluations import Evaluations
-from megatron_sffn.train.routing_metrics import RoutingLog
-from megatron_sffn.train.routing_trace import RoutingRecorder
+from megatron_sffn.train.routing_metrics import RoutingMetrics
+from megatron_sffn.train.routing_trace import RoutingTracer
 from megatron_sffn.train.run_description import describe_run
 from megatron_sffn.utils.atomic_files import atomic_write_text
 
 
 @dataclass
-class Recorder:
-    """Collects what Megatron does not return.
+class RunSummary:
+    """Collects the results that Megatron does not return.
 
     Args:
         args: Megatron's namespace.
-        folder: of the run.
-        blocks: recorder of the blocks of every token of an evaluation, where that is asked for.
+        folder: the run's folder.
+        tracer: records the blocks of every token of an evaluation; None without
+            `--sffn-record-routing`.
     """
 
     args: Namespace
     folder: Path
-    blocks: RoutingRecorder | None = None
+    tracer: RoutingTracer | None = None
     evaluations: Evaluations = field(init=False)
     samples_per_second: list[float] = field(default_factory=list)
     sent_bytes_per_token: float | None = None
     has_started: bool = False
-    routing: RoutingLog = field(init=False)
+    routing: RoutingMetrics = field(init=False)
     _step: tuple[int, int, float] | None = None
     _iteration: int | None = None
 
     def __post_init__(self) -> None:
         self.evaluations = Evaluations(self.args, self.folder)
-        self.routing = RoutingLog(self.args, self.folder)
+        self.routing = RoutingMetrics(self.args, self.folder)
 
     def before_forward(self, training: bool) -> None:
-        """Time the training steps; called before each microbatch's forward pass."""
+        """Time the training steps; called before the forward pass of each microbatch."""
         self.has_started = True
         if not training:
             self._step = None
@@ -68,7 +70,7 @@ class Recorder:
         samples = self.args.consumed_train_samples
         if self._step is not None:
             _, samples_before, started = self._step
-            # The batch may grow from step to step.
+            # Samples are counted, since the batch size may change from step to step.
             self.samples_per_second.append((samples - samples_before) / (now - started))
         self._step = (iteration, samples, now)
 
@@ -76,8 +78,8 @@ class Recorder:
         """Called on every rank when all microbatches of a training step have run.
 
         Args:
-            model: this rank's chunks.
-            num_microbatches: of the step on this rank.
+            model: this rank's model chunks.
+            num_microbatches: microbatches of the step on this rank.
         """
         self._iteration = self.args.curr_iteration + 1
         if self.args.num_experts is not None:
@@ -87,7 +89,7 @@ class Recorder:
         """Called on every rank before a checkpoint is written.
 
         Args:
-            model: this rank's chunks.
+            model: this rank's model chunks.
             iteration: steps that the model was trained.
         """
         if self.args.num_experts is not None:
@@ -100,18 +102,18 @@ class Recorder:
 
     def after_evaluation(self, model: list[torch.nn.Module]) -> None:
         """Called on every rank when a data set was evaluated."""
-        former = [one.iteration for one in self.evaluations.validations]
+        earlier_iterations = [earlier.iteration for earlier in self.evaluations.validations]
         evaluation = self.evaluations.end_set()
         if not evaluation.is_finished:
             return
         if self.args.num_experts is not None:
             self.sent_bytes_per_token = sent_bytes_per_token(model)
-            # The file shows the first evaluation of the validation set at each step.
-            again = evaluation.is_test or evaluation.iteration in former
-            self.routing.after_evaluation(model, evaluation.iteration, again=again)
-        if self.blocks is not None:
-            self.blocks.save()
-            # Nothing else was asked for.
+            # routing.jsonl has the first evaluation of the validation set at each step.
+            repeated = evaluation.is_test or evaluation.iteration in earlier_iterations
+            self.routing.after_evaluation(model, evaluation.iteration, repeated=repeated)
+        if self.tracer is not None:
+            self.tracer.save()
+            # The trace is of the validation set; an evaluation of the test set is not needed.
             self.args.do_test = False
 
     def write_summary(self, shape: ModelShape) -> Path | None:
@@ -123,7 +125,7 @@ class Recorder:
         return path
 
     def summary(self, shape: ModelShape) -> dict[str, Any]:
-        """The run in numbers."""
+        """The content of `summary.json`."""
         args = self.args
         losses = self.evaluations.summary()
         loss = losses["validation_loss"]
@@ -170,7 +172,7 @@ class Recorder:
 
 
 def _version_of(package: str) -> str | None:
-    """Of an installed package; None for a clone that is imported where it lies."""
+    """Version of an installed package; None for a clone that is imported without installation."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -178,10 +180,10 @@ def _version_of(package: str) -> str | None:
 
 
 def sent_bytes_per_token(model: list[torch.nn.Module]) -> float | None:
-    """Bytes that a token cost in the exchange of one sparse layer since the last call.
+    """Bytes sent per token and sparse layer since the last call.
 
     Returns:
-        The mean over all layers and ranks; None where nobody counts, with Megatron's dispatcher.
+        The mean over all layers and ranks; None with Megatron's dispatcher, which does not count.
     """
     counts = [layer.traffic.take() for chunk in model for layer in sparse_layers(chunk)]
     total = torch.tensor(counts, dtype=torch.float64).view(-1, 2).sum(dim=0)

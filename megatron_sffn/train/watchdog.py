@@ -1,22 +1,17 @@
-"""What a run does when it is asked to stop, and when a rank hangs.
+"""The watchdog: when a rank hangs, a line names the rank that the others wait for.
 
-Enters: Megatron's namespace, and the progress of this rank. Leaves: handlers of signals, and
-a line that names the rank for which the others wait.
+Inputs: Megatron's namespace, and the progress of this rank. Outputs: the line on stderr, before the
+collective operation times out.
 
-Choices
-- Megatron's handler of `--exit-signal`, which saves and leaves with exit code 0, is always on: it
-  costs one small all-gather per step. It takes SIGTERM, SIGUSR1 and SIGUSR2, whichever a scheduler
-  sends as its warning.
-- A collective that times out says which operation, not which rank is missing. So each rank has a
-  thread that looks at its own progress; if there is none for most of the timeout, it says so in the
-  store of the process group, before the collective fails. Ranks that say nothing are stopped or
-  gone; if all do, where each is tells which one does not wait.
+Design notes: a collective that times out names the operation, not the rank that is missing. So each
+rank has a thread that watches its own progress. A rank without progress for most of the timeout
+says where it is in the store of the process group. Ranks that say nothing are stopped or dead. If
+all of them answer, their places in the code tell which one does not wait.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import threading
@@ -28,25 +23,16 @@ from typing import Any
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""After which a run saves and leaves: of a scheduler that stops a job, or warns that it will."""
-
 PATIENCE, ANSWERS = 3 / 4, 1 / 16
-"""Shares of the timeout: without progress before a rank says so, and for the others to say so."""
+"""Fractions of the timeout: how long a rank waits for progress, and then for other ranks' answers.
+"""
 
 SHOWN = 8
-"""Ranks that a line lists."""
-
-
-def exit_on_signals(args: Namespace) -> None:
-    """Give Megatron's handler of one signal all of them; after `set_global_variables`."""
-    handler = signal.getsignal(args.exit_signal)
-    for one in SIGNALS:
-        signal.signal(one, handler)
+"""Ranks that a line lists at most."""
 
 
 class Watchdog:
-    """Names the rank that the others wait for.
+    """Names the rank that the other ranks wait for.
 
     Args:
         args: Megatron's namespace.
@@ -54,16 +40,16 @@ class Watchdog:
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
-        self._first: int | None = None
+        self._first_iteration: int | None = None
         self._progress = (0, time.monotonic())
-        self._main = threading.get_ident()
+        self._main_thread = threading.get_ident()
 
     def note(self, iteration: int) -> None:
-        """This rank begins a microbatch of a step; the first call starts the thread."""
-        if self._first is None:
-            self._first = iteration
+        """Note that this rank begins a microbatch; the first call starts the thread."""
+        if self._first_iteration is None:
+            self._first_iteration = iteration
             rank = torch.distributed.get_rank()
-            # A connection of its own: the main thread may hold the other one.
+            # A second connection, since the main thread may hold the first one.
             store: Any = _get_default_store()
             store = store.clone()
             store.set(f"rank {rank}", f"{socket.gethostname()}, process {os.getpid()}")
@@ -72,50 +58,50 @@ class Watchdog:
 
     @property
     def timeout(self) -> float:
-        """Of the collectives, in seconds; Megatron can have another one after the first step."""
-        later = self.args.distributed_timeout_seconds_after_init
-        if later is not None and self._progress[0] != self._first:
-            return float(later)
+        """Timeout of the collectives in seconds; after the first step it may be another one."""
+        timeout_after_init = self.args.distributed_timeout_seconds_after_init
+        if timeout_after_init is not None and self._progress[0] != self._first_iteration:
+            return float(timeout_after_init)
         return 60.0 * self.args.distributed_timeout_minutes
 
     def _run(self, store: torch.distributed.Store, rank: int) -> None:
-        """Sleep until there was no progress for too long; then say so, once."""
+        """Sleep until there is no progress for too long; then report it, once."""
         while (waited := time.monotonic() - self._progress[1]) < PATIENCE * self.timeout:
             time.sleep(min(PATIENCE * self.timeout - waited, 1.0))
-        asks = threading.Thread(target=self._ask, args=(store, rank), daemon=True)
-        asks.start()
-        asks.join(2 * ANSWERS * self.timeout)
-        if asks.is_alive():
-            self._say(
+        query = threading.Thread(target=self._query_ranks, args=(store, rank), daemon=True)
+        query.start()
+        query.join(2 * ANSWERS * self.timeout)
+        if query.is_alive():
+            self._print(
                 "the store does not answer: rank 0, or the launcher that holds it, is stopped, "
                 "dead or cut off"
             )
 
-    def _ask(self, store: torch.distributed.Store, rank: int) -> None:
-        """Say where this rank is; the first to do so waits for the others, and reports."""
+    def _query_ranks(self, store: torch.distributed.Store, rank: int) -> None:
+        """Store where this rank is; the first rank to do so waits for the others, and reports."""
         store.set(f"place {rank}", self._place())
         if store.add("stalled", 1) == 1:
             time.sleep(ANSWERS * self.timeout)
-            self._say(report(store, torch.distributed.get_world_size()))
+            self._print(report(store, torch.distributed.get_world_size()))
 
-    def _say(self, what: str) -> None:
-        iteration, since = self._progress
-        seconds = time.monotonic() - since
-        line = f"no progress for {seconds:.0f} s in step {iteration + 1}: {what}"
+    def _print(self, cause: str) -> None:
+        iteration, last_progress = self._progress
+        seconds = time.monotonic() - last_progress
+        line = f"no progress for {seconds:.0f} s in step {iteration + 1}: {cause}"
         print(line, file=sys.stderr, flush=True)
 
     def _place(self) -> str:
-        """Where the main thread is."""
-        frame = sys._current_frames()[self._main]
+        """The line of code at which the main thread is."""
+        frame = sys._current_frames()[self._main_thread]
         return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 def report(store: torch.distributed.Store, num_ranks: int) -> str:
-    """Who hangs, from what the ranks said.
+    """Which rank hangs, by the answers in the store.
 
     Args:
-        store: with `rank N` of every rank, and `place N` of those that answer.
-        num_ranks: of the job.
+        store: has `rank N` for every rank, and `place N` for each rank that answered.
+        num_ranks: ranks of the job.
     """
     silent, places = [], defaultdict(list)
     for rank in range(num_ranks):
@@ -124,18 +110,18 @@ def report(store: torch.distributed.Store, num_ranks: int) -> str:
         else:
             silent.append(rank)
     if silent:
-        who = "; ".join(f"rank {r} ({store.get(f'rank {r}').decode()})" for r in silent[:SHOWN])
+        names = "; ".join(f"rank {r} ({store.get(f'rank {r}').decode()})" for r in silent[:SHOWN])
         more = f" and {len(silent) - SHOWN} more" if len(silent) > SHOWN else ""
-        return f"{who}{more} does not answer: stopped, dead or cut off; the others wait for it"
-    where = "; ".join(
+        return f"{names}{more} does not answer: stopped, dead or cut off; the others wait for it"
+    listed = "; ".join(
         f"{_ranks(ranks)} at {place}"
         for place, ranks in sorted(places.items(), key=lambda item: len(item[1]))[:SHOWN]
     )
-    return f"all ranks answer: {where}"
+    return f"all ranks answer: {listed}"
 
 
 def _ranks(ranks: list[int]) -> str:
-    """Few by name, many by number."""
+    """Ranks as part of a sentence: their numbers, or how many there are."""
     if len(ranks) > SHOWN:
         return f"{len(ranks)} ranks"
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -1,6 +1,6 @@
-"""What libraries say as they are imported, and nobody can act on.
+"""Silences warnings of libraries that a user cannot act on.
 
-Enters: nothing. Leaves: this process without these remarks; to be called before torch is imported.
+Call `silence()` before torch is imported.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import warnings
 
 
 def silence() -> None:
-    """Leave out Megatron's and torch's remarks on what is absent here, or renamed."""
+    """Silence Megatron's and torch's warnings about absent libraries and renamed functions."""
     # Megatron warns of every accelerator library that is absent.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    # torch warns of names that Megatron still uses, and looks for CUDA's compiler.
+    # torch warns about names that Megatron still uses, and that CUDA's compiler is absent.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -14,13 +14,13 @@ import numpy
 import pytest
 
 from megatron_sffn.analysis import replay
-from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.train.routing_trace import RoutingTrace
 from megatron_sffn.utils.errors import ConfigError
 
 
-def recording(seed: int = 0, *, layer: int = 2, tokens: int = 24) -> Recording:
+def recording(seed: int = 0, *, layer: int = 2, tokens: int = 24) -> RoutingTrace:
     random = numpy.random.default_rng(seed)
-    return Recording(
+    return RoutingTrace(
         token_ids=numpy.arange(tokens, dtype=numpy.int32),
         blocks={layer: random.integers(-1, 9, (tokens, 3)).astype(numpy.int16)},
         num_blocks=9,
@@ -41,7 +41,7 @@ def recording(seed: int = 0, *, layer: int = 2, tokens: int = 24) -> Recording:
     ],
 )
 def test_flags_of_layouts_and_results_are_taken_out(command: str, left: str) -> None:
-    assert replay.without(command.split(), replay.TAKEN_OUT) == left.split()
+    assert replay.without(command.split(), replay.REMOVED) == left.split()
 
 
 def test_every_flag_that_is_taken_out_is_one_of_megatrons(monkeypatch) -> None:
@@ -60,13 +60,13 @@ def test_every_flag_that_is_taken_out_is_one_of_megatrons(monkeypatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # argparse's, of Megatron's own flags
         parse_args(collect)
-    assert known >= replay.TAKEN_OUT
+    assert known >= replay.REMOVED
 
 
 def test_a_process_alone_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    found = replay.alone(os.environ)
+    found = replay.without_rank(os.environ)
     assert "RANK" not in found
     assert found["OMP_NUM_THREADS"] == "5"
 
@@ -74,7 +74,7 @@ def test_a_process_alone_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recordings_are_read_as_they_were_written(tmp_path: Path) -> None:
     path, made = tmp_path / "deep" / "one.npz", recording()
     made.save(path)
-    found = Recording.load(path)
+    found = RoutingTrace.load(path)
     assert (found.token_ids == made.token_ids).all()
     assert (found.blocks[2] == made.blocks[2]).all()
     assert (found.num_blocks, list(found.blocks)) == (9, [2])

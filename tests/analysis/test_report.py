@@ -11,7 +11,7 @@ import numpy
 import pytest
 
 from megatron_sffn.analysis.report import Analysis, write
-from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.train.routing_trace import RoutingTrace
 
 
 def lines(layers: list[int], num_blocks: int, *, evaluated: bool = True) -> list[dict[str, Any]]:
@@ -31,7 +31,7 @@ def analysis(layers: list[int], num_blocks: int, checkpoints: int, **given: Any)
     random = numpy.random.default_rng(1)
     ids = random.integers(0, 40, 200)
     recordings = {
-        10 * at: Recording(
+        10 * at: RoutingTrace(
             token_ids=ids,
             blocks={layer: random.integers(-1, num_blocks, (200, 4)) for layer in layers},
             num_blocks=num_blocks,
@@ -83,7 +83,7 @@ def test_loads_of_the_recordings_where_nothing_was_evaluated(tmp_path: Path) -> 
 def test_choices_by_chance_look_like_chance(tmp_path: Path) -> None:
     random = numpy.random.default_rng(5)
     recordings = {
-        at: Recording(
+        at: RoutingTrace(
             token_ids=random.permutation(numpy.arange(4000) % 5),
             blocks={1: random.integers(0, 8, (4000, 3))},
             num_blocks=8,

@@ -10,12 +10,12 @@ import numpy
 import pytest
 
 from megatron_sffn.analysis import tokens
-from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.train.routing_trace import RoutingTrace
 
 # Id 5 is everywhere; id 7 is block 2's own; id 9 was seen once.
 IDS = numpy.array([5] * 60 + [7] * 20 + [9])
 BLOCKS = numpy.array([[0, 1]] * 40 + [[1, 2]] * 20 + [[2, 3]] * 20 + [[2, 3]])
-RECORDING = Recording(token_ids=IDS, blocks={4: BLOCKS}, num_blocks=6)
+RECORDING = RoutingTrace(token_ids=IDS, blocks={4: BLOCKS}, num_blocks=6)
 
 
 def test_ids_that_mark_a_block_come_first() -> None:

@@ -31,12 +31,11 @@ from megatron_sffn.flags.sffn_flags import sffn_config
 from megatron_sffn.patches import cpu
 from megatron_sffn.train.arguments import parse
 from megatron_sffn.utils.errors import ConfigError
-from tests.integration import conftest as real_runs
+from tests.support.pretraining import MODEL
 
 # Python 3.13 says it of Megatron's own flags.
 pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
 
-pretrain, text = real_runs.pretrain, real_runs.text
 
 FLAGS = "--train-iters 4 --save-interval 2 --split 90,10,0 --vocab-size 250"
 ROUTERS = {"avg-k": "", "switch": "--sffn-router switch --swiglu"}
@@ -86,7 +85,7 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "RANK": "0", "WORLD_SIZE": str(ranks)}
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        command = f"{real_runs.MODEL} {FLAGS} {model} {flags}".split()
+        command = f"{MODEL} {FLAGS} {model} {flags}".split()
         command += [] if load is None else ["--load", str(load)]
         monkeypatch.setattr(sys, "argv", ["pretrain", *command])
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -382,7 +381,7 @@ def test_another_block_size_of_the_same_memory_prints_a_note(check, load, capsys
 def test_another_block_size_of_a_gate_needs_the_tool(check, load) -> None:
     folder = load("switch")
     check(folder, model=ROUTERS["switch"])
-    tool = f"tools/convert_checkpoint.py regranulate --load {folder} --save DIR --block-size 16"
+    tool = f"tools/convert_checkpoint.py reblock --load {folder} --save DIR --block-size 16"
     with refused("--sffn-block-size 16 differs from the checkpoint's 8", "every block", tool):
         check(folder, "--sffn-block-size 16", model=ROUTERS["switch"])
 

@@ -31,8 +31,8 @@ from megatron_sffn.flags.sffn_flags import sffn_config
 from megatron_sffn.pretrain import main
 from megatron_sffn.train.run import model_config
 from megatron_sffn.utils.errors import ConfigError
-from tests.integration.conftest import Log
 from tests.support.paths import ROOT
+from tests.support.pretraining import Log
 from tests.support.ranks import fork
 from tests.support.slow import slow
 from tools.accounting import costs_of, parsed

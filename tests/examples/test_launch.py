@@ -22,8 +22,8 @@ from torch.distributed.run import config_from_args, get_args_parser
 
 from megatron_sffn.patches import cpu
 from megatron_sffn.train.arguments import parse
-from tests.integration.conftest import MODEL
 from tests.support.paths import ROOT
+from tests.support.pretraining import MODEL
 from tests.support.processes import HANGS, kill_all
 
 LAUNCH = ROOT / "examples" / "launch"

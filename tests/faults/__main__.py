@@ -18,7 +18,9 @@ from typing import Any
 def main() -> int:
     """Print the table; the exit code is the number of faults that a run did not survive."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--kills", type=int, default=30, help="of the whole job (default: 30)")
+    parser.add_argument(
+        "--kills", type=int, default=30, help="of the undisturbed_job job (default: 30)"
+    )
     parser.add_argument("--folder", type=Path, help="keep the runs here (default: a temporary one)")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -31,22 +33,27 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        whole = scenarios.undisturbed(folder / "whole")
+        undisturbed_job = scenarios.undisturbed(folder / "undisturbed_job")
         faults: dict[str, tuple[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
             "SIGKILL of the job": (
                 args.kills,
                 scenarios.killed_job,
-                (whole,),
+                (undisturbed_job,),
                 {"kills": args.kills, "seed": 1},
             ),
-            "SIGKILL of a rank": (1, scenarios.killed_rank, (whole,), {}),
+            "SIGKILL of a rank": (1, scenarios.killed_rank, (undisturbed_job,), {}),
             **{
-                f"{number.name} to the ranks": (1, scenarios.asked_to_stop, (whole, number), {})
+                f"{number.name} to the ranks": (
+                    1,
+                    scenarios.asked_to_stop,
+                    (undisturbed_job, number),
+                    {},
+                )
                 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
             },
             "SIGTERM to torchrun": (1, scenarios.torchrun_asked_to_stop, (), {}),
-            "full disk": (1, scenarios.full_disk, (whole,), {}),
-            "failing write": (1, scenarios.failing_write, (whole,), {}),
+            "full disk": (1, scenarios.full_disk, (undisturbed_job,), {}),
+            "failing write": (1, scenarios.failing_write, (undisturbed_job,), {}),
             "rank 1 hangs": (1, scenarios.hung_rank, (1,), {}),
             "rank 0 hangs": (1, scenarios.hung_rank, (0,), {}),
         }

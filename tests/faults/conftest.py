@@ -1,4 +1,4 @@
-"""What a run is compared with that was disturbed."""
+"""The run without a fault, with which the others are compared."""
 
 import pytest
 
@@ -7,6 +7,6 @@ from tests.faults.scenarios import undisturbed
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def undisturbed_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The undisturbed run; it has ended."""
-    return undisturbed(tmp_path_factory.mktemp("whole"))
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"))

@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -26,10 +25,10 @@ import psutil
 
 from megatron_sffn.pretrain import main
 from megatron_sffn.utils.errors import run_command
-from tests.integration.conftest import MODEL
 from tests.support import ranks
 from tests.support.paths import ROOT
-from tests.support.processes import HANGS, kill_all, wait_until
+from tests.support.pretraining import MODEL
+from tests.support.processes import HANGS, free_port, kill_all, wait_until
 
 EP2 = "--expert-model-parallel-size 2"
 RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -95,9 +94,7 @@ def job(num_ranks: int, flags: str, folder: Path) -> Iterator[Job]:
         folder: of the logs, and the working directory.
     """
     assert ranks.FORKS_ARE_SAFE, "gloo's threads do not survive a fork: this test must run earlier"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     pids = []

@@ -1,6 +1,6 @@
-"""What can happen to a run, each as a function that does it to a real one.
+"""Faults: each function causes one in a real run.
 
-Enters: a folder. Leaves: what it cost, for the fault table (`python -m tests.faults`), or an
+Inputs: a folder. Outputs: the cost of the fault, for the table of `python -m tests.faults`, or an
 `AssertionError` if the run did not survive.
 """
 
@@ -24,18 +24,18 @@ INTERVAL = 5
 """Steps between saves."""
 
 STEPS = 24
-"""Of a run; its last save is none of the interval."""
+"""Steps of a run; its last save lies between two intervals."""
 
 RUN = f"{EP2} --train-iters {STEPS} --save-interval {INTERVAL} --hidden-dropout 0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a fault cost a run that survived.
+    """The cost of a fault for a run that survived.
 
     Args:
-        lost: steps that had to be done again, at most.
-        note: what else there is to say.
+        lost: number of steps that had to be taken again, at most.
+        note: a remark for the table.
     """
 
     lost: int = 0
@@ -43,41 +43,43 @@ class Outcome:
 
 
 def in_folder(folder: Path) -> str:
-    """Flags of a run that goes on where it stopped."""
+    """Flags of a run that resumes where it stopped."""
     return f"{RUN} --save {folder} --load {folder}"
 
 
 def undisturbed(folder: Path) -> Job:
-    """The run as it should be, with its files in `folder/run`."""
+    """A run without a fault, with its files in `folder/run`."""
     with job(2, in_folder(folder / "run"), folder) as run:
         assert run.wait() == [0, 0], run.log()
     return run
 
 
-def assert_the_same(save: Path, log: str, whole: Job) -> None:
-    """A run that was disturbed ended as the undisturbed one, bit by bit.
+def assert_the_same(save: Path, log: str, undisturbed_job: Job) -> None:
+    """Check that a run with a fault ended exactly as the run without one.
 
     Args:
-        save: its folder.
-        log: of all its parts.
-        whole: the undisturbed one.
+        save: the run's folder.
+        log: the log of all its processes.
+        undisturbed_job: the run to compare with.
     """
-    norms, expected = column(log, "grad norm"), column(whole.log(), "grad norm")
+    norms, expected = column(log, "grad norm"), column(undisturbed_job.log(), "grad norm")
     assert norms == expected
-    assert validation_loss(log) == validation_loss(whole.log())
+    assert validation_loss(log) == validation_loss(undisturbed_job.log())
     for name in ("routing.jsonl", "latest_checkpointed_iteration.txt"):
-        assert (save / name).read_text() == (whole.folder / "run" / name).read_text(), name
-    assert _results(save) == _results(whole.folder / "run")
+        assert (save / name).read_text() == (undisturbed_job.folder / "run" / name).read_text(), (
+            name
+        )
+    assert _results(save) == _results(undisturbed_job.folder / "run")
 
 
 def _results(save: Path) -> dict[str, object]:
-    """What a summary says, but for the speed and the folder."""
+    """The summary without speed, command and loaded checkpoint, which differ from run to run."""
     summary = json.loads((save / "summary.json").read_text())
-    of_this_run = ("tokens_per_second", "command", "started_from")
-    return {name: value for name, value in summary.items() if name not in of_this_run}
+    varying = ("tokens_per_second", "command", "started_from")
+    return {name: value for name, value in summary.items() if name not in varying}
 
 
-def killed_job(folder: Path, whole: Job, *, kills: int, seed: int) -> Outcome:
+def killed_job(folder: Path, undisturbed_job: Job, *, kills: int, seed: int) -> Outcome:
     """All ranks get SIGKILL at random moments, about half of them while the run saves.
 
     A run that comes to its end in spite of that is compared, and another one begins.
@@ -97,7 +99,7 @@ def killed_job(folder: Path, whole: Job, *, kills: int, seed: int) -> Outcome:
                 lost = max(lost, _lost(save, log))
             else:
                 assert (save / "summary.json").exists(), run.log()
-        assert_the_same(save, log, whole)
+        assert_the_same(save, log, undisturbed_job)
         if not kills:
             return Outcome(lost=lost, note=f"{saves} of them in a save")
     raise AssertionError(kills)
@@ -126,7 +128,7 @@ def _lost(save: Path, log: str) -> int:
     return lost
 
 
-def killed_rank(folder: Path, whole: Job) -> Outcome:
+def killed_rank(folder: Path, undisturbed_job: Job) -> Outcome:
     """One rank gets SIGKILL in the middle of a step; torchrun starts all of them again."""
     save = folder / "run"
     with Agent(in_folder(save), folder, "--max-restarts", "1") as agent:
@@ -138,12 +140,16 @@ def killed_rank(folder: Path, whole: Job) -> Outcome:
     steps = [int(step) for step in re.findall(r"iteration +(\d+)/", agent.log())]
     again = len(steps) - STEPS
     assert 0 < again <= INTERVAL, steps
-    assert_the_same(save, agent.log(), whole)
+    assert_the_same(save, agent.log(), undisturbed_job)
     return Outcome(lost=again)
 
 
 def asked_to_stop(
-    folder: Path, whole: Job, number: signal.Signals, rank: int | None = None, flags: str = ""
+    folder: Path,
+    undisturbed_job: Job,
+    number: signal.Signals,
+    rank: int | None = None,
+    flags: str = "",
 ) -> Outcome:
     """A signal to all ranks, or to one: the run saves and leaves with exit code 0."""
     save = folder / "run"
@@ -154,7 +160,7 @@ def asked_to_stop(
     lost = _lost(save, run.log())
     with job(2, in_folder(save), folder / "rest") as rest:
         assert rest.wait() == [0, 0], rest.log()
-    assert_the_same(save, run.log() + rest.log(), whole)
+    assert_the_same(save, run.log() + rest.log(), undisturbed_job)
     return Outcome(lost=lost)
 
 
@@ -169,11 +175,11 @@ def torchrun_asked_to_stop(folder: Path) -> Outcome:
     return Outcome(lost=_lost(save, agent.log()), note=f"torchrun's exit code is {code}")
 
 
-def full_disk(folder: Path, whole: Job) -> Outcome:
+def full_disk(folder: Path, undisturbed_job: Job) -> Outcome:
     """The disk has room for one checkpoint and not for the next."""
     save = folder / "disk" / "run"
     folder.mkdir(exist_ok=True)
-    size = size_of(whole.folder / "run" / f"iter_{INTERVAL:07d}")
+    size = size_of(undisturbed_job.folder / "run" / f"iter_{INTERVAL:07d}")
     with SmallDisk(folder / "disk", round(1.5 * size)) as disk:
         with job(2, in_folder(save), folder / "full") as run:
             assert run.wait(rank=0) == [2], run.log(0)
@@ -188,7 +194,7 @@ def full_disk(folder: Path, whole: Job) -> Outcome:
         disk.grow(10 * size)
         with job(2, in_folder(save), folder / "rest") as rest:
             assert rest.wait() == [0, 0], rest.log()
-        assert_the_same(save, run.log() + rest.log(), whole)
+        assert_the_same(save, run.log() + rest.log(), undisturbed_job)
     return Outcome(lost=lost)
 
 
@@ -196,10 +202,10 @@ LEFT = [f"iter_{INTERVAL:07d}", "latest_checkpointed_iteration.txt", "routing.js
 """Names in the folder of a run that could not save a second time."""
 
 
-def failing_write(folder: Path, whole: Job) -> Outcome:
+def failing_write(folder: Path, undisturbed_job: Job) -> Outcome:
     """A write fails in the middle of a save."""
     save = folder / "run"
-    first = whole.folder / "run" / f"iter_{INTERVAL:07d}"
+    first = undisturbed_job.folder / "run" / f"iter_{INTERVAL:07d}"
     limit = max(path.stat().st_size for path in first.iterdir()) // 2
     with job(2, in_folder(save), folder / "failing") as run:
         run.wait_for(r"successfully saved", rank=0)
@@ -212,7 +218,7 @@ def failing_write(folder: Path, whole: Job) -> Outcome:
     lost = _lost(save, run.log())
     with job(2, in_folder(save), folder / "rest") as rest:
         assert rest.wait() == [0, 0], rest.log()
-    assert_the_same(save, run.log() + rest.log(), whole)
+    assert_the_same(save, run.log() + rest.log(), undisturbed_job)
     return Outcome(lost=lost)
 
 

@@ -13,15 +13,15 @@ from tests.faults.jobs import EP2, Job, SmallDisk, job
 from tests.faults.scenarios import failing_write, full_disk, in_folder, size_of
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, whole: Job) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, undisturbed_job: Job) -> None:
     try:
-        assert full_disk(tmp_path, whole).lost <= 5
+        assert full_disk(tmp_path, undisturbed_job).lost <= 5
     except PermissionError as error:
         pytest.skip(f"a small disk cannot be mounted here: {error}")
 
 
-def test_a_write_that_fails_keeps_the_last_checkpoint(tmp_path: Path, whole: Job) -> None:
-    assert failing_write(tmp_path, whole).lost == 5
+def test_a_write_that_fails_keeps_the_last_checkpoint(tmp_path: Path, undisturbed_job: Job) -> None:
+    assert failing_write(tmp_path, undisturbed_job).lost == 5
 
 
 def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path: Path) -> None:

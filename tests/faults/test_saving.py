@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sffn.checkpoints.files import TRACKER, folder_to_load, last_whole
-from megatron_sffn.checkpoints.save import make_way
+from megatron_sffn.checkpoints.save import empty_folder
 from megatron_sffn.utils.atomic_files import atomic_write
 from tests.faults.jobs import EP2, job
 
@@ -33,10 +33,10 @@ def test_a_finished_run_that_is_started_again_saves_nothing(two: Path, tmp_path:
 
 
 def test_the_tracker_never_names_the_folder_that_is_emptied(two: Path) -> None:
-    make_way(two / "iter_0000004")
+    empty_folder(two / "iter_0000004")
     assert folder_to_load(two, None) == two / "iter_0000002"
     assert last_whole(two) == 2
-    make_way(two / "iter_0000002")
+    empty_folder(two / "iter_0000002")
     assert folder_to_load(two, None) is None
     assert not any((two / "iter_0000002").iterdir())
 

@@ -16,14 +16,14 @@ from tests.faults.scenarios import STEPS, asked_to_stop, in_folder, torchrun_ask
     ("number", "rank"), [(signal.SIGTERM, None), (signal.SIGUSR1, 1), (signal.SIGUSR2, 0)]
 )
 def test_a_signal_saves_and_leaves(
-    tmp_path: Path, whole: Job, number: signal.Signals, rank: int | None
+    tmp_path: Path, undisturbed_job: Job, number: signal.Signals, rank: int | None
 ) -> None:
-    assert asked_to_stop(tmp_path, whole, number, rank).lost == 0
+    assert asked_to_stop(tmp_path, undisturbed_job, number, rank).lost == 0
 
 
-def test_processes_that_load_data_get_the_signal_too(tmp_path: Path, whole: Job) -> None:
+def test_processes_that_load_data_get_the_signal_too(tmp_path: Path, undisturbed_job: Job) -> None:
     flags = "--num-workers 2"
-    assert asked_to_stop(tmp_path, whole, signal.SIGTERM, flags=flags).lost == 0
+    assert asked_to_stop(tmp_path, undisturbed_job, signal.SIGTERM, flags=flags).lost == 0
 
 
 def test_torchrun_passes_the_signal_on(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Log
+from tests.support.pretraining import Log
 from tests.support.slow import slow
 
 EP2 = "--expert-model-parallel-size 2"

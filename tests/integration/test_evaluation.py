@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import Log, write_bytes
+from tests.support.pretraining import Log, write_bytes
 from tests.support.slow import slow
 
 SWITCH = "--sffn-router switch --train-iters 8 --save run --save-interval 4"
@@ -93,7 +93,8 @@ def test_validation_sets_have_a_loss_each(pretrain, text: str, tmp_path: Path) -
 
     folder = Path(__file__).parent
     first, second = (
-        write_bytes(tmp_path / name, [folder / name]) for name in ("conftest.py", "test_routing.py")
+        write_bytes(tmp_path / name, [folder / name])
+        for name in ("test_checkpoints.py", "test_routing.py")
     )
     both = f"--valid-data-path {first} {second} --multiple-validation-sets"
     one = run(1, f"--valid-data-path {first}")["validation_loss"]

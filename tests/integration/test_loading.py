@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sffn.pretrain import main
-from tests.integration.conftest import MODEL, Log
+from tests.support.pretraining import MODEL, Log
 from tests.support.ranks import fork
 from tools import build_index_cache
 

@@ -12,7 +12,7 @@ import torch
 
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.avg_k import AvgKRouter
-from tests.integration.conftest import Log
+from tests.support.pretraining import Log
 
 EP2 = "--expert-model-parallel-size 2"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Log
+from tests.support.pretraining import Log
 
 Run = Callable[..., Log]
 BALANCED = (

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import MODEL, Log
 from tests.support.paths import ROOT
+from tests.support.pretraining import MODEL, Log
 from tests.support.processes import HANGS, kill_all, wait_until
 from tests.support.slow import slow
 

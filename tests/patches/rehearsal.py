@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import time
 import traceback
@@ -28,7 +27,7 @@ from typing import Any
 import pytest
 
 from tests.support.cuda_operators import CUDA_OPERATORS
-from tests.support.processes import HANGS
+from tests.support.processes import HANGS, free_port
 
 
 def play_cuda_machine() -> None:
@@ -51,18 +50,14 @@ def leave_out(target: str) -> None:
     """Take a replacement out of the tables for every machine."""
     from megatron_sffn.patches import megatron, optimizer
 
-    known = [*megatron.REPLACEMENTS, *optimizer.adaptations()]
-    assert target in [row.target for row in known], target
-    megatron.REPLACEMENTS = [row for row in megatron.REPLACEMENTS if row.target != target]
-    rows = [row for row in optimizer.adaptations() if row.target != target]
-    optimizer.adaptations = lambda: rows
+    assert target in [patch.target for patch in (*megatron.PATCHES, *optimizer.PATCHES)], target
+    for module in (megatron, optimizer):
+        module.PATCHES = tuple(patch for patch in module.PATCHES if patch.target != target)
 
 
 def run(ranks: int, flags: list[str], folder: str, without: str | None) -> dict[str, Any]:
     """Pretrain in forked ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     logs = [Path(folder) / f"rehearsal{rank}.log" for rank in range(ranks)]
     children = {}
     for rank, log in enumerate(logs):

@@ -1,4 +1,4 @@
-"""The host platform: every adaptation is needed, takes, and means what Megatron expects."""
+"""Patches for a host without CUDA: each is needed, applied once, and does what Megatron needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
@@ -22,13 +22,13 @@ from megatron.core.transformer.moe import token_dispatcher
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_sffn.patches import cpu
-from megatron_sffn.patches.registry import Adaptation, resolve
+from megatron_sffn.patches.registry import Patch, resolve
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.processes import HANGS
 
 pytestmark = pytest.mark.skipif(not cpu.is_host(), reason="this machine has CUDA: not adapted")
 
-ROWS = cpu.adaptations()
+ROWS = cpu.PATCHES
 TARGETS = [row.target for row in ROWS]
 
 # A fresh process: which names exist before `install`, and which are replaced by it.
@@ -45,10 +45,10 @@ def exists(name):
         resolve(name)
 
 def values():
-    return {row.target: getattr(*resolve(row.target)) for row in cpu.adaptations()}
+    return {row.target: getattr(*resolve(row.target)) for row in cpu.PATCHES}
 
 before = values()
-for row in cpu.adaptations():
+for row in cpu.PATCHES:
     exists(row.needed_by)
 cpu.install()
 after = values()
@@ -82,7 +82,7 @@ OF_TORCH = {
 
 
 @pytest.mark.parametrize("row", ROWS, ids=TARGETS)
-def test_the_named_code_uses_what_is_replaced(row: Adaptation) -> None:
+def test_the_code_that_needs_a_patch_uses_the_replaced_name(row: Patch) -> None:
     holder, _, name = row.target.rpartition(".")
     uses = {
         "torch.cuda": rf"torch\.cuda\.{name}\b",
@@ -114,26 +114,28 @@ def not_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         delattr(torch, cpu._INSTALLED)
 
 
+def row(target: str, make: Callable[[Any], Any]) -> Patch:
+    return Patch(target=target, make=make, needed_by="megatron.a.b", why="it fails", until="later")
+
+
 @pytest.mark.parametrize(
     "gone",
     ["torch.cuda.gone", "torch.gone.deeper", "megatron.core.gone.name", "no_such_package.name"],
 )
 @pytest.mark.usefixtures("not_installed")
-def test_a_name_that_is_gone(monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
-    row = Adaptation(target=gone, make=lambda original: original, needed_by="megatron.a.b")
-    monkeypatch.setattr(cpu, "adaptations", lambda: (row,))
+def test_a_name_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
+    monkeypatch.setattr(cpu, "PATCHES", (row(gone, lambda original: original),))
     with pytest.raises(ConfigError, match=rf"^{gone}, .* for megatron\.a\.b, .*; install") as error:
         cpu.install()
     assert "constraints.txt" in str(error.value)
 
 
 @pytest.mark.usefixtures("not_installed")
-def test_with_cuda_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cuda_machine_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(original: Any) -> Any:
         raise AssertionError("replaced on a machine with CUDA")
 
-    row = Adaptation(target="torch.cuda.synchronize", make=refuse, needed_by="megatron.a.b")
-    monkeypatch.setattr(cpu, "adaptations", lambda: (row,))
+    monkeypatch.setattr(cpu, "PATCHES", (row("torch.cuda.synchronize", refuse),))
     environment = dict(os.environ)
     filters = list(logging.getLogger("megatron.core.tensor_parallel.random").filters)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -152,7 +154,7 @@ def test_host_flags_are_megatrons() -> None:
         assert vars(parser.parse_args([]))[dest] != value, f"{typed} is Megatron's default"
 
 
-# What each answers
+# The replaced functions
 
 
 def test_the_device_is_the_cpu() -> None:

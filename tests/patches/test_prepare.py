@@ -1,4 +1,4 @@
-"""What each kind of machine needs, decided once."""
+"""`prepare`: the flags that each kind of machine needs."""
 
 import importlib.util
 

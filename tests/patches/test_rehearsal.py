@@ -15,8 +15,8 @@ import pytest
 
 from megatron_sffn.patches import megatron, optimizer
 from megatron_sffn.patches.cpu import is_host
-from tests.integration.conftest import MODEL, Log, pretrain, text  # noqa: F401  (fixtures)
 from tests.support.paths import ROOT
+from tests.support.pretraining import MODEL, Log
 
 pytestmark = pytest.mark.skipif(not is_host(), reason="this machine has CUDA: nothing to play")
 
@@ -45,7 +45,7 @@ def cuda_machine() -> Iterator[subprocess.Popen[str]]:
 @pytest.fixture
 def rehearse(
     cuda_machine: subprocess.Popen[str],
-    text: str,  # noqa: F811
+    text: str,
     tmp_path: Path,
 ) -> Callable[..., Any]:
     """`rehearse(ranks, flags)` pretrains there, and returns the log."""
@@ -81,7 +81,7 @@ def test_it_goes_the_way_of_a_machine_without_transformer_engine(rehearse) -> No
 )
 def test_it_trains_the_model_of_a_host(
     rehearse,
-    pretrain,  # noqa: F811
+    pretrain,
     ranks: int,
     flags: str,
 ) -> None:
@@ -153,7 +153,7 @@ NEEDED_TO_SAVE = {
 
 
 def test_every_replacement_for_every_machine_is_in_the_table() -> None:
-    rows = [*megatron.REPLACEMENTS, *optimizer.adaptations()]
+    rows = [*megatron.PATCHES, *optimizer.PATCHES]
     assert {row.target for row in rows} == NEEDED_TO_SAVE | set(NEEDED_FOR)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sffn.patches.cpu import is_host
-from tests.integration.conftest import MODEL
 from tests.support.paths import ROOT
+from tests.support.pretraining import MODEL
 
 needs_engine = pytest.mark.skipif(
     is_host() or importlib.util.find_spec("transformer_engine") is None,

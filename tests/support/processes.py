@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -12,6 +14,19 @@ import psutil
 HANGS = 900.0
 """Seconds after which what a test waits for will not come: it ends a hang, and is no deadline. The
 slowest thing waited for takes a minute on two free cores, and ten times as long on shared ones."""
+
+
+def free_port() -> int:
+    """A port for the ranks of a run.
+
+    It lies outside the range from which the system gives ports to connections, so that no
+    connection takes it before the ranks do.
+    """
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_until(done: Callable[[], bool], seconds: float, log: Callable[[], str]) -> None:

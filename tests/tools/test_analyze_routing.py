@@ -10,12 +10,9 @@ import analyze_routing
 import numpy
 import pytest
 
-from megatron_sffn.train.routing_trace import Recording
+from megatron_sffn.train.routing_trace import RoutingTrace
 from megatron_sffn.utils.errors import ConfigError
-from tests.integration import conftest as real_runs
 from tests.support.processes import HANGS
-
-pretrain, text = real_runs.pretrain, real_runs.text
 
 FLAGS = """
     --num-layers 4 --train-iters 4 --save-interval 2 --split 80,10,10 --eval-interval 2
@@ -55,7 +52,7 @@ def test_a_run_on_four_ranks_is_analyzed(run: Path, tmp_path: Path, capsys: Any)
     assert said.endswith(f"page: {out}/index.html\n")
     # Nothing of the run itself changes.
     assert contents(run) == before
-    one, other = (Recording.load(path) for path in sorted((out / "recordings").iterdir()))
+    one, other = (RoutingTrace.load(path) for path in sorted((out / "recordings").iterdir()))
     assert (one.token_ids == other.token_ids).all()
     assert list(one.blocks) == [2, 4]
     # Whole microbatches of 2 x 64.
@@ -83,7 +80,7 @@ def test_recorded_blocks_are_those_of_the_router(
     flags = f"{FLAGS} --load {run} --ckpt-step 4 --save {tmp_path} --skip-train"
     record = f"--no-load-optim --no-load-rng --sffn-record-routing {tmp_path / 'blocks.npz'}"
     pretrain(1, f"{flags} {record}")
-    found = Recording.load(tmp_path / "blocks.npz")
+    found = RoutingTrace.load(tmp_path / "blocks.npz")
     lines = [json.loads(line) for line in (tmp_path / "routing.jsonl").read_text().splitlines()]
     assert [line["layer"] for line in lines] == list(found.blocks) == [2, 4]
     for line in lines:

@@ -34,10 +34,7 @@ from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.ops.block_ffn import block_ffn
 from megatron_sffn.utils.errors import ConfigError
-from tests.integration import conftest as real_runs
-from tests.integration.conftest import Log
-
-pretrain, text = real_runs.pretrain, real_runs.text
+from tests.support.pretraining import Log
 
 FLAGS = "--num-layers 4 --train-iters 4 --save-interval 2 --split 90,10,0"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -95,7 +92,7 @@ def copy(run, tmp_path: Path) -> Callable[[str], Path]:
 
 def convert(load: Path, save: Path, block_size: int, *flags: str) -> Path:
     """Convert iteration 2 without evaluating it; returns the new folder."""
-    arguments = f"regranulate --load {load} --save {save} --block-size {block_size} --ckpt-step 2"
+    arguments = f"reblock --load {load} --save {save} --block-size {block_size} --ckpt-step 2"
     convert_checkpoint.main([*arguments.split(), "--no-evaluate", *flags])
     return save / "iter_0000002"
 
@@ -271,7 +268,7 @@ def test_what_becomes_of_a_gate_and_its_values(run, tmp_path: Path) -> None:
 def test_the_loss_before_and_after(run, tmp_path: Path, capsys) -> None:
     source = run("switch").folder
     untouched = contents(source)
-    arguments = f"regranulate --load {source} --save {tmp_path}/new --block-size 4"
+    arguments = f"reblock --load {source} --save {tmp_path}/new --block-size 4"
     arguments += f" --nproc-per-node 1 -- {ONE_RANK}"
     convert_checkpoint.main(arguments.split())
     line = capsys.readouterr().out.splitlines()[-1]
@@ -315,7 +312,7 @@ def plan(
         **{"sffn_active_cells": k, "sffn_layers": "0", "sffn_backend": "auto", "seed": 1},
         **{"num_layers": 2, "hidden_size": width, "ffn_hidden_size": k, "swiglu": False},
     )
-    return reblock.regranulate(Metadata(known), saved, block_size), known
+    return reblock.plan_reblocking(Metadata(known), saved, block_size), known
 
 
 def entry(shape: list[int]) -> TensorStorageMetadata:
@@ -514,7 +511,7 @@ def test_a_disk_that_is_too_small(run, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_folder_without_checkpoints(tmp_path: Path) -> None:
-    arguments = f"regranulate --load {tmp_path} --save {tmp_path}/new --block-size 4"
+    arguments = f"reblock --load {tmp_path} --save {tmp_path}/new --block-size 4"
     with pytest.raises(ConfigError, match=r"has no latest_checkpointed_iteration.txt; give"):
         convert_checkpoint.main(arguments.split())
     with pytest.raises(ConfigError, match="--ckpt-step 2 is not there"):
@@ -575,16 +572,17 @@ def test_what_cannot_be_converted_or_evaluated(
     folder = copy("avg-k")
     if changes:
         with_args(folder, **changes)
-    arguments = f"regranulate --load {folder} --save {tmp_path}/new --block-size 4 --ckpt-step 2"
+    arguments = f"reblock --load {folder} --save {tmp_path}/new --block-size 4 --ckpt-step 2"
     with pytest.raises(ConfigError, match=sentence):
         convert_checkpoint.main(f"{arguments} {flags}".split())
     assert not (tmp_path / "new").exists()
 
 
-def test_help_teaches(capsys) -> None:
+@pytest.mark.parametrize("command", ["reblock", "regranulate"])
+def test_the_help_of_reblock_teaches_also_under_its_former_name(capsys, command: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        convert_checkpoint.main(["regranulate", "--help"])
+        convert_checkpoint.main([command, "--help"])
     printed = capsys.readouterr().out
     assert stop.value.code == 0
     assert "example: from blocks of 64 cells to blocks of 16" in printed
-    assert io.StringIO(printed).readline().startswith("usage: convert_checkpoint.py regranulate")
+    assert io.StringIO(printed).readline().startswith("usage: convert_checkpoint.py reblock")

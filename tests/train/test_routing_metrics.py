@@ -21,13 +21,13 @@ from megatron_sffn.train import routing_metrics
 from megatron_sffn.train.routing_metrics import (
     LOSSES,
     NUMBERS,
-    RoutingLog,
+    RoutingMetrics,
     describe,
     layer_numbers,
     layer_sums,
     scalars,
 )
-from megatron_sffn.train.summary import Recorder
+from megatron_sffn.train.summary import RunSummary
 from tests.support.ranks import run_ranks
 
 SFFN = SparseFFNConfig(router=ROUTERS["avg-k"](), active_cells=8, block_size=2, expansion=2)
@@ -218,7 +218,7 @@ def test_sums_are_those_of_all_ranks() -> None:
 # Lines
 
 
-def steps(log: RoutingLog, sparse: SparseFFN, first: int, last: int, block: int = 0) -> None:
+def steps(log: RoutingMetrics, sparse: SparseFFN, first: int, last: int, block: int = 0) -> None:
     """Training steps of two microbatches of one token each."""
     for iteration in range(first, last + 1):
         log.args.curr_iteration = iteration - 1
@@ -241,7 +241,7 @@ def steps(log: RoutingLog, sparse: SparseFFN, first: int, last: int, block: int 
 def test_lines_hold_all_steps_since_the_last(
     one_rank: None, tmp_path: Path, flags: dict[str, Any], expected: list[tuple[int, int]]
 ) -> None:
-    log = RoutingLog(arguments(**flags), tmp_path)
+    log = RoutingMetrics(arguments(**flags), tmp_path)
     steps(log, layer(1), 1, 7)
     found = rows(tmp_path) if expected else []
     assert [(row["iteration"], row["steps"]) for row in found] == expected
@@ -252,7 +252,10 @@ def test_lines_hold_all_steps_since_the_last(
 def test_losses_are_means_over_microbatches_and_data_parallel_ranks(
     one_rank: None, tmp_path: Path
 ) -> None:
-    log, sparse = RoutingLog(arguments(log_interval=1, data_parallel_size=2), tmp_path), layer(1)
+    log, sparse = (
+        RoutingMetrics(arguments(log_interval=1, data_parallel_size=2), tmp_path),
+        layer(1),
+    )
     # The sum of two ranks with four microbatches each.
     sparse.router.balance.values = {"load_balancing_loss": torch.tensor([4.0, 8.0])}
     use(sparse, 0)
@@ -263,12 +266,12 @@ def test_losses_are_means_over_microbatches_and_data_parallel_ranks(
 def test_an_evaluation_between_two_lines_is_a_line_of_its_own(
     one_rank: None, tmp_path: Path
 ) -> None:
-    log, sparse = RoutingLog(arguments(), tmp_path), layer(3)
+    log, sparse = RoutingMetrics(arguments(), tmp_path), layer(3)
     steps(log, sparse, 1, 3)
     evaluate(sparse, 2, 2, 2, 4, 4, 4)
-    log.after_evaluation([sparse], 3, again=False)
+    log.after_evaluation([sparse], 3, repeated=False)
     evaluate(sparse, 5)
-    log.after_evaluation([sparse], 3, again=True)
+    log.after_evaluation([sparse], 3, repeated=True)
     steps(log, sparse, 4, 4)
     first, evaluation, second = rows(tmp_path)
     assert [row["iteration"] for row in (first, evaluation, second)] == [2, 3, 4]
@@ -303,12 +306,12 @@ def used(folder: Path) -> list[tuple[int, str, int]]:
 
 def run(folder: Path, sparse: SparseFFN, first: int, last: int, block: int, **flags: Any) -> None:
     """A process: steps, with an evaluation after each second one."""
-    log = RoutingLog(arguments(**flags), folder)
+    log = RoutingMetrics(arguments(**flags), folder)
     for iteration in range(first, last + 1):
         steps(log, sparse, iteration, iteration)
         if iteration % 2 == 0:
             evaluate(sparse, block)
-            log.after_evaluation([sparse], iteration, again=False)
+            log.after_evaluation([sparse], iteration, repeated=False)
 
 
 def test_a_resumed_run_replaces_what_came_after_its_checkpoint(
@@ -330,24 +333,24 @@ def test_a_run_without_steps_replaces_its_evaluation_alone(one_rank: None, tmp_p
     sparse = layer(1)
     run(tmp_path, sparse, 1, 6, block=0)
     for skip_train, iteration, block in ((True, 2, 4), (False, 6, 7)):
-        log = RoutingLog(arguments(skip_train=skip_train), tmp_path)
+        log = RoutingMetrics(arguments(skip_train=skip_train), tmp_path)
         evaluate(sparse, block)
-        log.after_evaluation([sparse], iteration, again=False)
+        log.after_evaluation([sparse], iteration, repeated=False)
     assert used(tmp_path) == [(2, "e", 4), (4, "e", 0), (6, "e", 7)]
     assert len(rows(tmp_path)) == 6
 
 
 def test_lines_of_former_versions_are_evaluations(one_rank: None, tmp_path: Path) -> None:
     (tmp_path / "routing.jsonl").write_text('{"iteration": 2, "layer": 1}\n')
-    log, sparse = RoutingLog(arguments(), tmp_path), layer(1)
+    log, sparse = RoutingMetrics(arguments(), tmp_path), layer(1)
     evaluate(sparse, 1)
-    log.after_evaluation([sparse], 2, again=False)
+    log.after_evaluation([sparse], 2, repeated=False)
     assert used(tmp_path) == [(2, "e", 1)]
 
 
 def test_a_dense_run_has_no_lines(one_rank: None, tmp_path: Path) -> None:
-    recorder = Recorder(arguments(num_experts=None), tmp_path)
-    recorder.after_step([torch.nn.ReLU()], 4)
+    run_summary = RunSummary(arguments(num_experts=None), tmp_path)
+    run_summary.after_step([torch.nn.ReLU()], 4)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -373,7 +376,7 @@ def test_writers_get_what_was_asked_for(
 ) -> None:
     writer = Writer()
     monkeypatch.setattr(routing_metrics, f"get_{asked}_writer", lambda: writer)
-    log, sparse = RoutingLog(arguments(), tmp_path), layer(2)
+    log, sparse = RoutingMetrics(arguments(), tmp_path), layer(2)
     steps(log, sparse, 1, 4, block=2)
     assert list(writer.drawn) == [2, 4]
     assert writer.drawn[2]["routing/dead_share/layer_2"] == 6 / 8

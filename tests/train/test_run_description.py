@@ -1,4 +1,4 @@
-"""What `summary.json` says of the run beside its numbers."""
+"""The description of a run in `summary.json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 from megatron_sffn.patches import cpu
 from megatron_sffn.train.arguments import parse
-from megatron_sffn.train.run_description import SECTIONS, commit
+from megatron_sffn.train.run_description import CLONE, SECTIONS, commit
+from tests.support.paths import ROOT
 
 RUN = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 "
@@ -49,6 +50,10 @@ def test_the_commit_is_that_of_the_clone_and_says_whether_files_differ(tmp_path:
     assert commit(tmp_path / "site-packages") is None
 
 
-def test_no_commit_no_word(tmp_path: Path) -> None:
+def test_the_clone_of_the_package_is_found() -> None:
+    assert CLONE == ROOT
+
+
+def test_a_git_folder_without_commits_gives_no_commit(tmp_path: Path) -> None:
     (tmp_path / ".git").mkdir()  # of no use
     assert commit(tmp_path) is None

@@ -1,4 +1,4 @@
-"""What a run leaves: times and losses, and its summary."""
+"""The summary of a run: step times, losses, and `summary.json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.train import summary
 from megatron_sffn.train.run_description import SECTIONS, describe_run
-from megatron_sffn.train.summary import Recorder
+from megatron_sffn.train.summary import RunSummary
 from tests.support.ranks import run_ranks
 
 SFFN = SparseFFNConfig(router=ROUTERS["avg-k"](), active_cells=8, block_size=2, expansion=2)
@@ -86,76 +86,78 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def step(
-    recorder: Recorder, clock: Clock, seconds: float, samples: int = 4, microbatches: int = 3
+    run_summary: RunSummary, clock: Clock, seconds: float, samples: int = 4, microbatches: int = 3
 ) -> None:
     """A training step: its microbatches at the start, the optimizer at the end."""
     for _ in range(microbatches):
-        recorder.before_forward(True)
+        run_summary.before_forward(True)
         clock.now += seconds / microbatches
-    recorder.after_step([], microbatches)
-    recorder.args.consumed_train_samples += samples
-    recorder.args.curr_iteration += 1
+    run_summary.after_step([], microbatches)
+    run_summary.args.consumed_train_samples += samples
+    run_summary.args.curr_iteration += 1
 
 
 def test_a_step_lasts_from_its_first_microbatch_to_the_next_steps(
     clock: Clock, tmp_path: Path
 ) -> None:
-    recorder = Recorder(arguments(num_experts=None), tmp_path)
+    run_summary = RunSummary(arguments(num_experts=None), tmp_path)
     for seconds in (8.0, 2.0, 4.0, 1.0):
-        step(recorder, clock, seconds)
+        step(run_summary, clock, seconds)
     # The last is over when the next begins.
-    assert recorder.samples_per_second == pytest.approx([4 / 8.0, 4 / 2.0, 4 / 4.0])
+    assert run_summary.samples_per_second == pytest.approx([4 / 8.0, 4 / 2.0, 4 / 4.0])
 
 
 def test_the_rate_counts_the_samples_of_each_step(clock: Clock, tmp_path: Path) -> None:
-    recorder = Recorder(arguments(num_experts=None), tmp_path)
+    run_summary = RunSummary(arguments(num_experts=None), tmp_path)
     for samples in (2, 4, 8, 8):  # as under --step-batch-size-schedule
-        step(recorder, clock, 2.0, samples)
-    assert recorder.samples_per_second == pytest.approx([1.0, 2.0, 4.0])
-    assert recorder.summary(shape(None))["iterations"] == 4
+        step(run_summary, clock, 2.0, samples)
+    assert run_summary.samples_per_second == pytest.approx([1.0, 2.0, 4.0])
+    assert run_summary.summary(shape(None))["iterations"] == 4
 
 
 def test_an_evaluation_belongs_to_no_step(clock: Clock, tmp_path: Path) -> None:
-    recorder = Recorder(arguments(num_experts=None), tmp_path)
-    step(recorder, clock, 2.0)
-    step(recorder, clock, 3.0)
+    run_summary = RunSummary(arguments(num_experts=None), tmp_path)
+    step(run_summary, clock, 2.0)
+    step(run_summary, clock, 3.0)
     for _ in range(4):
-        recorder.before_forward(False)
+        run_summary.before_forward(False)
         clock.now += 50.0
-    step(recorder, clock, 4.0)
-    step(recorder, clock, 5.0)
-    assert recorder.samples_per_second == pytest.approx([4 / 2.0, 4 / 4.0])
+    step(run_summary, clock, 4.0)
+    step(run_summary, clock, 5.0)
+    assert run_summary.samples_per_second == pytest.approx([4 / 2.0, 4 / 4.0])
 
 
 # Evaluations
 
 
-def evaluate(recorder: Recorder, iteration: int, *sets: list[float], is_test: bool = False) -> None:
+def evaluate(
+    run_summary: RunSummary, iteration: int, *sets: list[float], is_test: bool = False
+) -> None:
     """An evaluation of microbatches with these mean losses, over 1, 2, 3, ... tokens."""
-    recorder.evaluations.begin(iteration, is_test=is_test)
+    run_summary.evaluations.begin(iteration, is_test=is_test)
     for losses in sets:
         for tokens, loss in enumerate(losses, start=1):
-            recorder.evaluations.add(torch.tensor([loss * tokens, tokens]))
-        recorder.after_evaluation([])
+            run_summary.evaluations.add(torch.tensor([loss * tokens, tokens]))
+        run_summary.after_evaluation([])
 
 
-def curve(recorder: Recorder) -> list[list[float]]:
-    return recorder.evaluations.summary()["validation_curve"]
+def curve(run_summary: RunSummary) -> list[list[float]]:
+    return run_summary.evaluations.summary()["validation_curve"]
 
 
 def test_the_loss_is_the_mean_over_tokens_of_one_evaluation(one_rank: None, tmp_path: Path) -> None:
-    recorder = Recorder(arguments(num_experts=None), tmp_path)
-    evaluate(recorder, 10, [6.0, 3.0])
-    evaluate(recorder, 20, [2.0])
-    assert curve(recorder) == [[10, (6 + 2 * 3) / 3], [20, 2.0]]
+    run_summary = RunSummary(arguments(num_experts=None), tmp_path)
+    evaluate(run_summary, 10, [6.0, 3.0])
+    evaluate(run_summary, 20, [2.0])
+    assert curve(run_summary) == [[10, (6 + 2 * 3) / 3], [20, 2.0]]
 
 
 def losses_of_two(shares: list[list[float]], folder: str) -> float:
-    recorder = Recorder(arguments(num_experts=None), Path(folder))
-    recorder.evaluations.begin(1, is_test=False)
-    recorder.evaluations.add(torch.tensor(shares[torch.distributed.get_rank()]))
-    recorder.after_evaluation([])
-    return recorder.evaluations.validations[0].loss
+    run_summary = RunSummary(arguments(num_experts=None), Path(folder))
+    run_summary.evaluations.begin(1, is_test=False)
+    run_summary.evaluations.add(torch.tensor(shares[torch.distributed.get_rank()]))
+    run_summary.after_evaluation([])
+    return run_summary.evaluations.validations[0].loss
 
 
 def test_the_loss_is_that_of_all_ranks(tmp_path: Path) -> None:
@@ -165,44 +167,44 @@ def test_the_loss_is_that_of_all_ranks(tmp_path: Path) -> None:
 
 
 def test_losses_do_not_lose_digits(one_rank: None, tmp_path: Path) -> None:
-    recorder = Recorder(arguments(num_experts=None), tmp_path)
-    recorder.evaluations.begin(1, is_test=False)
+    run_summary = RunSummary(arguments(num_experts=None), tmp_path)
+    run_summary.evaluations.begin(1, is_test=False)
     for _ in range(1000):
-        recorder.evaluations.add(torch.tensor([2.0**24 + 2, 2.0**24]))
-    recorder.after_evaluation([])
-    assert recorder.evaluations.validations[0].loss == 1 + 2.0**-23
+        run_summary.evaluations.add(torch.tensor([2.0**24 + 2, 2.0**24]))
+    run_summary.after_evaluation([])
+    assert run_summary.evaluations.validations[0].loss == 1 + 2.0**-23
 
 
 def test_several_validation_sets_have_a_loss_each_and_their_mean(
     one_rank: None, tmp_path: Path
 ) -> None:
     args = arguments(num_experts=None, full_validation=True, sffn_validation_batches=[3, 5])
-    recorder = Recorder(args, tmp_path)
-    evaluate(recorder, 4, [5.0], [6.0])
-    summary = recorder.summary(shape(None))
+    run_summary = RunSummary(args, tmp_path)
+    evaluate(run_summary, 4, [5.0], [6.0])
+    summary = run_summary.summary(shape(None))
     assert summary["validation_loss"] == 5.5
     assert summary["validation_losses"] == {"0": 5.0, "1": 6.0}
     args.validation_set_names = ["web", "code"]
-    assert recorder.summary(shape(None))["validation_losses"] == {"web": 5.0, "code": 6.0}
+    assert run_summary.summary(shape(None))["validation_losses"] == {"web": 5.0, "code": 6.0}
 
 
 def test_a_run_that_goes_on_keeps_the_curve_up_to_its_checkpoint(
     one_rank: None, tmp_path: Path
 ) -> None:
-    former = Recorder(arguments(num_experts=None), tmp_path)
+    former = RunSummary(arguments(num_experts=None), tmp_path)
     for iteration in (2, 4, 6):
         evaluate(former, iteration, [float(iteration)])
     # From step 4: what the former process did beyond is done again, here at other steps.
-    recorder = Recorder(arguments(num_experts=None, iteration=4), tmp_path)
-    evaluate(recorder, 7, [7.0])
-    evaluate(recorder, 7, [9.0], is_test=True)
-    assert curve(recorder) == [[2, 2.0], [4, 4.0], [7, 7.0]]
+    run_summary = RunSummary(arguments(num_experts=None, iteration=4), tmp_path)
+    evaluate(run_summary, 7, [7.0])
+    evaluate(run_summary, 7, [9.0], is_test=True)
+    assert curve(run_summary) == [[2, 2.0], [4, 4.0], [7, 7.0]]
     # An evaluation alone replaces its own step.
-    again = Recorder(arguments(num_experts=None, iteration=4, skip_train=True), tmp_path)
+    again = RunSummary(arguments(num_experts=None, iteration=4, skip_train=True), tmp_path)
     evaluate(again, 4, [4.5])
     assert curve(again) == [[2, 2.0], [4, 4.5], [7, 7.0]]
     # Another run in the same folder has a curve of its own.
-    anew = Recorder(arguments(num_experts=None), tmp_path)
+    anew = RunSummary(arguments(num_experts=None), tmp_path)
     evaluate(anew, 5, [1.0])
     assert curve(anew) == [[5, 1.0]]
 
@@ -212,19 +214,19 @@ def test_a_run_that_goes_on_keeps_the_curve_up_to_its_checkpoint(
 
 @pytest.mark.parametrize("do_test", [False, True])
 def test_summary(one_rank: None, clock: Clock, tmp_path: Path, do_test: bool) -> None:
-    recorder = Recorder(arguments(num_experts=None), tmp_path / "run")
+    run_summary = RunSummary(arguments(num_experts=None), tmp_path / "run")
     for seconds in (100.0, 2.0, 4.0, 3.0, 1.0):
-        step(recorder, clock, seconds)
-    evaluate(recorder, 4, [5.0])
-    evaluate(recorder, 5, [4.5])
-    evaluate(recorder, 5, [4.0])  # once more at the end
+        step(run_summary, clock, seconds)
+    evaluate(run_summary, 4, [5.0])
+    evaluate(run_summary, 5, [4.5])
+    evaluate(run_summary, 5, [4.0])  # once more at the end
     if do_test:
-        evaluate(recorder, 5, [7.0], is_test=True)
-    path = recorder.write_summary(shape())
+        evaluate(run_summary, 5, [7.0], is_test=True)
+    path = run_summary.write_summary(shape())
     assert path == tmp_path / "run" / "summary.json"
     summary = json.loads(path.read_text())
     assert summary.pop("versions").keys() == {"python", "megatron-sffn", "megatron-core", "torch"}
-    described = describe_run(recorder.args, shape())
+    described = describe_run(run_summary.args, shape())
     assert {name: summary.pop(name) for name in described} == described
     counts = count_parameters(shape())
     assert summary == {
@@ -263,7 +265,7 @@ def test_summary(one_rank: None, clock: Clock, tmp_path: Path, do_test: bool) ->
 
 def test_summary_of_a_dense_run_that_did_nothing(tmp_path: Path) -> None:
     args = arguments(sffn_router="dense", num_experts=None)
-    summary = Recorder(args, tmp_path).summary(shape(None))
+    summary = RunSummary(args, tmp_path).summary(shape(None))
     assert summary["active_cells"] == 8
     for name in ("block_size", "expansion", "num_blocks", "num_active_blocks"):
         assert summary[name] is None
@@ -274,14 +276,14 @@ def test_summary_of_a_dense_run_that_did_nothing(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_exploded_has_a_perplexity_all_the_same(one_rank: None, tmp_path: Path) -> None:
-    recorder = Recorder(arguments(num_experts=None), tmp_path)
-    evaluate(recorder, 1, [1e6])
-    assert math.isfinite(recorder.summary(shape())["validation_perplexity"])
+    run_summary = RunSummary(arguments(num_experts=None), tmp_path)
+    evaluate(run_summary, 1, [1e6])
+    assert math.isfinite(run_summary.summary(shape())["validation_perplexity"])
 
 
 def written_by(folder: str) -> tuple[bool, bool]:
-    recorder = Recorder(arguments(num_experts=None), Path(folder))
-    path = recorder.write_summary(shape())
+    run_summary = RunSummary(arguments(num_experts=None), Path(folder))
+    path = run_summary.write_summary(shape())
     torch.distributed.barrier()
     return path is not None, (Path(folder) / "summary.json").exists()
 

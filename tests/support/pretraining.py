@@ -1,24 +1,23 @@
-"""Real pretraining runs in forked ranks: the whole command, on real text."""
+"""A pytest plugin: real pretraining runs in forked ranks, with the whole command, on real text."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
-import socket
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import megatron.core.tokenizers.text  # noqa: F401  (2 s that no forked rank has to spend)
 import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_sffn.pretrain import main
 from tests.support.paths import ROOT
+from tests.support.processes import free_port
 from tests.support.ranks import fork
 
 MODEL = """
@@ -32,7 +31,7 @@ MODEL = """
 
 
 def write_bytes(prefix: Path, paths: list[Path]) -> str:
-    """Make a data set of the bytes of files, a document each; returns its prefix."""
+    """Write a data set of the bytes of files, one document per file; returns its prefix."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
     for path in paths:
         data = numpy.frombuffer(path.read_bytes(), dtype=numpy.uint8).astype(numpy.int64)
@@ -57,10 +56,10 @@ def fixed_text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """What a run printed.
+    """The output of a run.
 
     Args:
-        text: of the last rank, which prints Megatron's progress lines.
+        text: output of the last rank, which prints Megatron's progress lines.
     """
 
     text: str
@@ -71,21 +70,20 @@ class Log:
 
     @property
     def validation_loss(self) -> float:
-        """Of the last evaluation on the validation set."""
+        """The loss of the last evaluation on the validation set."""
         return float(re.findall(r"on validation set \| lm loss value: (\S+)", self.text)[-1])
 
 
 @pytest.fixture
 def pretrain(text: str, tmp_path: Path) -> Callable[..., Log]:
-    """`pretrain(ranks, flags)` runs the entry point and returns what it logged."""
+    """`pretrain(ranks, flags)` runs the entry point and returns its log."""
+    import megatron.core.tokenizers.text  # noqa: F401  (2 s that no forked rank has to spend)
 
     def run(ranks: int, flags: str, *, data: str = text) -> Log:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
 
         def body(rank: int, results: Path) -> str:
-            # The command's own filters count here, not pytest's.
+            # The filters of the command apply, not those of pytest.
             warnings.simplefilter("ignore")
             os.environ.update(
                 RANK=str(rank),
@@ -99,8 +97,8 @@ def pretrain(text: str, tmp_path: Path) -> Callable[..., Log]:
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            given = f"--data-path {data}" if data else ""  # else among the flags
-            sys.argv = ["pretrain", *shlex.split(f"{MODEL} {given} {flags}")]
+            data_flags = f"--data-path {data}" if data else ""  # otherwise `flags` has them
+            sys.argv = ["pretrain", *shlex.split(f"{MODEL} {data_flags} {flags}")]
             try:
                 main()
             except SystemExit as stop:
