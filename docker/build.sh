@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Builds an image, and for hosts without a GPU runs the quick start and tests in it.
+# Build an image; for hosts without a GPU, also run the quick start and tests in it.
 #
 #   docker/build.sh cpu [options of `build`]    megatron-sffn:cpu
 #   docker/build.sh gpu [options of `build`]    megatron-sffn:gpu
 #
-# Enters: docker, or else podman, or else buildah, which builds only; $IMAGE, $TESTS, $QUICKSTART
-# and $RUN_OPTIONS, below. Leaves: the image, and what it did on the terminal.
-# Choice: what runs in the image has no network, so that nothing can be missing from it, and
-# writes into folders that go with the container.
+# Inputs: docker, else podman, else buildah, which can only build; $IMAGE, $TESTS, $QUICKSTART and
+# $RUN_OPTIONS, below. Outputs: the image.
+# Design notes: runs in the image have no network, so that a missing package shows, and they write
+# into folders that are deleted with the container.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 kind=${1:-}
-image=${IMAGE:-megatron-sffn:$kind} # the name of what is built
-# Tests that run in it, arguments of the quick start (--train-iters 20), options of the engine's
-# `run` (--ulimit host).
+image=${IMAGE:-megatron-sffn:$kind} # the name of the image
+# Tests to run in the image, arguments of the quick start (such as --train-iters 20), options of the
+# engine's `run` (such as --ulimit host).
 read -ra tests <<<"${TESTS:-tests/nn/routers tests/integration}"
 read -ra quickstart <<<"${QUICKSTART:-}"
 read -ra run_options <<<"${RUN_OPTIONS:-}"
-# pip trusts the certificates of this host in the build, too; no layer keeps them.
+# In the build, pip trusts the certificates of this host; no layer keeps them.
 certificates=${PIP_CERT:-${SSL_CERT_FILE:-}}
 
 fail() {
@@ -28,7 +28,7 @@ fail() {
 
 say() { printf 'docker/build.sh: %s\n' "$*"; }
 
-# Prints the engine. A client without its daemon answers to --version, but not to info.
+# Print the engine. A client without its daemon answers --version, but not info.
 find_engine() {
     local engine
     for engine in docker podman; do
@@ -52,7 +52,7 @@ build() {
         --build-arg "VERSION=$version" --build-arg "REVISION=$revision" --tag "$name" "$@" .
 }
 
-# A health check is for what runs for days; podman needs systemd for it.
+# A health check is for containers that run for days, and podman needs systemd for it.
 run() {
     "$engine" run --rm --no-healthcheck --network none --shm-size 1g "${run_options[@]}" "$@"
 }
@@ -64,7 +64,7 @@ gpu) file=docker/Dockerfile ;;
 esac
 shift
 engine=$(find_engine)
-# Podman and buildah: their own format has no health check, and buildah keeps no layers by itself.
+# The default format of podman and buildah has no health check, and buildah keeps no layers by default.
 export BUILDAH_LAYERS=true
 format=() && [ "$engine" = docker ] || format=(--format docker)
 secret=() && [ -z "$certificates" ] || secret=(--secret "id=ca,src=$certificates")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes a base for Dockerfile.cpu of Debian's packages, where python:3.12-slim cannot be pulled:
+# Make a base image for Dockerfile.cpu from Debian's packages, where python:3.12-slim cannot be pulled:
 #
 #   docker/debian_base.sh && docker/build.sh cpu --build-arg BASE=localhost/debian-python
 #
-# Enters: root, debootstrap, docker or podman; $MIRROR of Debian. Leaves: localhost/debian-python,
-# Debian 13 with its Python 3.13 under the name of python, as python:3.13-slim-trixie has it.
+# Inputs: root, debootstrap, docker or podman; $MIRROR of Debian. Outputs: localhost/debian-python, with
+# Debian 13 and its Python 3.13 under the name python, as in python:3.13-slim-trixie.
 set -euo pipefail
 
 mirror=${MIRROR:-http://deb.debian.org/debian}

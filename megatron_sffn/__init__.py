@@ -1,29 +1,30 @@
 """Sparse feed-forward layers on Megatron, from one memory cell to a whole expert.
 
-The path of one token, file by file:
+The path of one token, in the order in which it meets the code:
 
-    pretrain.py       the entry point; platforms/cpu.py first, where there is no CUDA
-    arguments.py      flags become numbers: g, E, k, and from them B blocks of which K are active
-    megatron_flags.py what those numbers do to Megatron's own flags
-    layout.py         layouts of ranks that cannot work
-    checkpoints/      the checkpoint to go on from: whole, and of this model?
-    training.py       hands Megatron its model, batches and loss
-    data/gpt.py       the token leaves a .bin file as part of a batch
-    model.py          the transformer layers it passes, some of them sparse
-    initialize.py     their first weights, the same on every layout
-    layer.py          in a sparse one: route, dispatch, compute, combine
-    routers/          route: which K blocks?          -> Routing
-    expert_grid.py      which rank holds which cells of them
-    dispatch/         dispatch: to the ranks that hold them, once each, and back   -> Plan
-    memory.py         the tables of keys and values that the blocks are made of
-    ops/              compute: f(x Kᵀ) V of the chosen blocks
-    balance.py        losses and a bias that keep the blocks evenly used
-    statistics.py     how they were used: counts of every layer
-    routing_log.py    routing.jsonl, TensorBoard, W&B
-    results.py        summary.json
-    recording.py      which blocks which tokens chose, for analysis/, which draws it
-    accounting/       what all of it costs, in closed form
-    traffic.py        and what it sends between ranks
+    pretrain.py               the entry point of a run
+    patches/                  replaces names of torch and Megatron, before Megatron is imported
+    flags/                    turns flags into numbers: g, E, k, and from them B blocks and K active
+    checks/                   refuses flags, layouts, data and checkpoints that cannot work
+    train/                    gives Megatron's training loop our model, batches, loss and callbacks
+    data/loading/             reads the token from a .bin file as part of a batch
+    nn/layer_spec.py          puts sparse layers into the chosen transformer layers
+    nn/init.py, nn/reinit.py  draw the initial weights, the same on every layout
+    nn/layer.py               in a sparse layer: route, dispatch, compute, combine
+    nn/routers/               route: which K blocks?                        -> Routing
+    nn/load_balancing.py      auxiliary losses and the expert bias
+    nn/expert_grid.py         which rank holds which cells
+    nn/dispatch/              dispatch: to the ranks that hold the blocks, and back  -> Plan
+    nn/block_weights.py       the tables of keys and values
+    ops/                      compute: f(x Kᵀ) V of the chosen blocks
+    nn/routing_counters.py    counts how the blocks were used
+    train/                    writes routing.jsonl, TensorBoard scalars and summary.json
+    checkpoints/              saves, so that a run can resume, on another layout too
+
+Beside the path: `accounting/` and `nn/comm_volume.py` say in closed form what all of it costs and
+sends, `analysis/` draws the routing of a run, `doctor/` says whether training can start on a
+machine, `cli.py` is the command `megatron-sffn`, `utils/` has errors, files and hashes.
+`docs/architecture.md` has the pictures, `docs/glossary.md` the words and letters.
 """
 
 from __future__ import annotations

@@ -4,19 +4,19 @@
 #
 #   modern_1b.sh [flags]
 #
-# flags         of megatron_sffn.pretrain; they win over those below
+# flags         flags of megatron_sffn.pretrain; they override those below
 #
 # DATA          folder with tokenizer/ and the pairs train_text_document, valid_text_document
-# SAVE          folder of checkpoints and results; the same command continues from it
-# NNODES, GPUS_PER_NODE, NODE_RANK, MASTER_ADDR, MASTER_PORT    as torchrun; one node of 8 GPUs.
-#               The layout is for 8, 64 or 1,024 GPUs in all; any other number has the last one
-# TOY=1         5 steps of a small one, on mock data and 2 ranks, with or without GPUs
-# RUN           a command in place of torchrun's: RUN=echo shows the flags,
+# SAVE          folder of checkpoints and results; the same command resumes from it
+# NNODES, GPUS_PER_NODE, NODE_RANK, MASTER_ADDR, MASTER_PORT    as for torchrun; one node of 8 GPUs.
+#               The layout is for 8, 64 or 1,024 GPUs; other numbers take the last one
+# TOY=1         5 steps of a small model on mock data and 2 ranks, with or without GPUs
+# RUN           a command in place of torchrun: RUN=echo prints the flags,
 #               RUN="python tools/accounting.py --ranks 8" counts what they cost
 #
-# Avg-K, without gate and balance loss, is that of Liu et al. (EMNLP 2023, arXiv 2305.13999), who
-# find smaller blocks better; its mean over the gate keys of SwiGLU is ours. So are all sizes, the
-# batch and the schedule: usual ones of models of this kind, not tuned on this one.
+# Avg-K without a gate and a balance loss is that of Liu et al. (EMNLP 2023, arXiv 2305.13999), who
+# find smaller blocks better; the mean over SwiGLU's gate keys is ours. Sizes, batch and schedule are
+# ours, too: they are usual for models of this kind and not tuned on this one.
 set -euo pipefail
 
 DATA=${DATA:-data/corpus} SAVE=${SAVE:-runs/modern-1b}
@@ -45,12 +45,12 @@ TRAINING=(
 )
 LAYOUT=(
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-    # The scores of the attention are computed again; with fused attention, leave it out.
+    # Attention scores are recomputed; with fused attention, leave this out.
     --recompute-granularity selective
 )
 case $((NNODES * GPUS_PER_NODE)) in
     8) LAYOUT+=(--micro-batch-size 4) ;; # every GPU holds all blocks: no token travels
-    # The blocks are cut over the 8 GPUs of a node, and so is what their gradients send.
+    # The blocks, and so the traffic of their gradients, are cut over the 8 GPUs of a node.
     64) LAYOUT+=(--micro-batch-size 4 --expert-model-parallel-size 8) ;;
     *) LAYOUT+=(--micro-batch-size 1 --expert-model-parallel-size 8) ;; # 1,024, one sequence each
 esac

@@ -5,19 +5,19 @@
 #
 #   modern_30b.sh [flags]
 #
-# flags         of megatron_sffn.pretrain; they win over those below
+# flags         flags of megatron_sffn.pretrain; they override those below
 #
 # DATA          folder with tokenizer/ and the pairs train_text_document, valid_text_document
-# SAVE          folder of checkpoints and results; the same command continues from it
-# NNODES, GPUS_PER_NODE, NODE_RANK, MASTER_ADDR, MASTER_PORT    as torchrun; one node of 8 GPUs.
-#               The layout is for 8, 64 or 1,024 GPUs in all; any other number has the last one
-# TOY=1         5 steps of a small one, on mock data and 2 ranks, with or without GPUs
-# RUN           a command in place of torchrun's: RUN=echo shows the flags,
+# SAVE          folder of checkpoints and results; the same command resumes from it
+# NNODES, GPUS_PER_NODE, NODE_RANK, MASTER_ADDR, MASTER_PORT    as for torchrun; one node of 8 GPUs.
+#               The layout is for 8, 64 or 1,024 GPUs; other numbers take the last one
+# TOY=1         5 steps of a small model on mock data and 2 ranks, with or without GPUs
+# RUN           a command in place of torchrun: RUN=echo prints the flags,
 #               RUN="python tools/accounting.py --ranks 8" counts what they cost
 #
-# Sizes: Qwen3 technical report (2025, arXiv 2505.09388) and the published config.json. Avg-K,
-# without gate and balance loss, is that of Liu et al. (EMNLP 2023, arXiv 2305.13999); its mean over
-# the gate keys of SwiGLU is ours. So are batch and schedule: usual ones, not tuned on this model.
+# The sizes are from the Qwen3 technical report (2025, arXiv 2505.09388) and the published config.json.
+# Avg-K without a gate and a balance loss is that of Liu et al. (EMNLP 2023, arXiv 2305.13999); the
+# mean over SwiGLU's gate keys is ours. Batch and schedule are usual ones, not tuned on this model.
 set -euo pipefail
 
 DATA=${DATA:-data/corpus} SAVE=${SAVE:-runs/modern-30b}
@@ -48,7 +48,7 @@ LAYOUT=(
     # The blocks are cut over the 8 GPUs of a node.
     --expert-model-parallel-size 8
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-    # The scores of the attention are computed again; with fused attention, only "moe" is of use.
+    # Attention scores are recomputed; with fused attention, only "moe" is of use.
     --recompute-granularity selective --recompute-modules core_attn
 )
 case $((NNODES * GPUS_PER_NODE)) in

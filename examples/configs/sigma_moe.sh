@@ -6,23 +6,23 @@
 #   sigma_moe.sh MODEL sigma-moe|switch|s-base|dense [flags]
 #
 # MODEL         wt-s, wt-s-star, wt-m: WikiText-103; enwik8: its bytes
-# flags         of megatron_sffn.pretrain; they win over those below. The paper's other methods are
-#               flags, too: --sffn-router softmax-after, noisy-top-k, ... (docs/routers.md)
+# flags         flags of megatron_sffn.pretrain; they override those below. Flags also select
+#               the paper's other methods: --sffn-router softmax-after, ... (docs/routers.md)
 #
 # DATA          folder that `python -m examples.data wikitext-103` or `enwik8` made
-# SAVE          folder of checkpoints and results; the same command continues from it
-# NNODES, GPUS_PER_NODE, NODE_RANK, MASTER_ADDR, MASTER_PORT    as torchrun; one node of one GPU
-# TOY=1         5 steps of a small one, on mock data and 2 ranks, with or without GPUs
-# RUN           a command in place of torchrun's: RUN=echo shows the flags,
+# SAVE          folder of checkpoints and results; the same command resumes from it
+# NNODES, GPUS_PER_NODE, NODE_RANK, MASTER_ADDR, MASTER_PORT    as for torchrun; one node of one GPU
+# TOY=1         5 steps of a small model on mock data and 2 ranks, with or without GPUs
+# RUN           a command in place of torchrun: RUN=echo prints the flags,
 #               RUN="python tools/accounting.py --ranks 1" counts what they cost
 #
-# The paper's and its authors' (sweeps/ of github.com/RobertCsordas/moe): every number below, but
-# the micro batch, evaluations and checkpoints; their dense wt-s-star clips at 0.1. Ours: rotary
-# positions inside a sequence, where Transformer-XL has relative ones, with a projection and two
-# biases per layer, and the sequence before as memory; logits without a bias; a dense FFN without
-# biases or a dropout of its own, and a Switch without its dropout of cells; gates of Switch and
-# S-BASE that start as Megatron's; an S-BASE that balances (docs/routers.md); bf16 for fp16; 8,000
-# tokens of a byte-level BPE for SentencePiece's, and 256 bytes for the 204 that occur; Megatron's
+# From the paper and the authors' code (sweeps/ of github.com/RobertCsordas/moe): every number below,
+# except the micro batch, evaluations and checkpoints; their dense wt-s-star clips at 0.1.
+# Ours, and theirs in brackets: rotary positions inside a sequence (relative positions with a
+# projection and two biases per layer, and attention to the previous sequence); logits without a bias;
+# a dense FFN without biases or a dropout of its own; a Switch without dropout of cells; gates of
+# Switch and S-BASE that start as Megatron's; an S-BASE that balances (docs/routers.md); bf16 (fp16);
+# 8,000 tokens of a byte-level BPE (SentencePiece); 256 bytes (the 204 that occur); Megatron's
 # initial weights outside of the sparse layers.
 set -euo pipefail
 
@@ -61,10 +61,10 @@ case $NAME in
     *) ROUTER= ;;
 esac
 case $ROUTER in
-    # N_E experts of G = 128 cells, K = 4 of them for a token: E = N_E / 4.
+    # N_E experts of G = 128 cells, of which a token uses K = 4: E = N_E / 4.
     sigma-moe) MEMORY+=(--sffn-router sigma-moe --sffn-block-size 128 --ffn-hidden-size 512) ;;
-    # One of B = E experts of 512 cells. The authors' loss is 0.01 times a mean over the tokens of a
-    # step and the experts, which is 0.01 / B² times the usual B · Σ P F.
+    # A token uses one of B = E experts of 512 cells. The authors' loss is 0.01 times a mean over
+    # the tokens of a step and the experts, which is 0.01 / B² times the usual B · Σ P F.
     switch)
         MEMORY+=(--sffn-router switch --sffn-block-size 512 --ffn-hidden-size 512)
         MEMORY+=(--sffn-init sigma-moe-block --sffn-entropy-coeff 0 --sffn-block-dropout 0)

@@ -1,27 +1,29 @@
 #!/usr/bin/env bash
 # The grid of "Towards A Unified View of Sparse Feed-Forward Network in Pretraining Large Language
 # Model" (Liu et al., EMNLP 2023, arXiv 2305.13999): a dense model of 355 M parameters, and the same
-# with every sixth feed-forward layer sparse, by router, block size and expansion.
+# model with every sixth feed-forward layer sparse, by router, block size and expansion.
 #
 #   unified_sffn.sh dense [flags]
 #   unified_sffn.sh ROUTER BLOCK_SIZE EXPANSION [flags]
 #
-# ROUTER        avg-k, vanilla-m, switch, rand-hash; of single cells also lorkm, pkm-ffn, pkm
+# ROUTER        avg-k, vanilla-m, switch, rand-hash; with BLOCK_SIZE 1 also lorkm, pkm-ffn, pkm
 # BLOCK_SIZE    4096, 2048, 1024, 256, 64, 1
 # EXPANSION     4, 16
-# flags         of megatron_sffn.pretrain; they win over those below
+# flags         flags of megatron_sffn.pretrain; they override those below
 #
 # DATA          folder with tokenizer/ and the pairs train_text_document, valid_text_document
-# SAVE          folder of checkpoints and results; the same command continues from it
-# NNODES, GPUS_PER_NODE, NODE_RANK, MASTER_ADDR, MASTER_PORT    as torchrun; one node of 8 GPUs
-# TOY=1         5 steps of a small one, on mock data and 2 ranks, with or without GPUs
-# RUN           a command in place of torchrun's: RUN=echo shows the flags,
+# SAVE          folder of checkpoints and results; the same command resumes from it
+# NNODES, GPUS_PER_NODE, NODE_RANK, MASTER_ADDR, MASTER_PORT    as for torchrun; one node of 8 GPUs
+# TOY=1         5 steps of a small model on mock data and 2 ranks, with or without GPUs
+# RUN           a command in place of torchrun: RUN=echo prints the flags,
 #               RUN="python tools/accounting.py --ranks 8" counts what they cost
 #
-# The paper's: 24 layers of width 1,024, k = 4,096 active cells, sequences of 2,048, 60 B tokens,
-# GPT-2's vocabulary, the routers, block sizes and expansions. Our reading of it: which layers are
-# the sixth, GELU, and how product keys (pkm-ffn) and low rank (lorkm) become an FFN. Ours, after
-# GPT-3 Medium (Brown et al. 2020, table 2.1 and appendix B): batch, learning rate, schedule, Adam.
+# From the paper: 24 layers of width 1,024, k = 4,096 active cells, sequences of 2,048, 60 B tokens,
+# GPT-2's vocabulary, the routers, block sizes and expansions.
+# Our reading of the paper: which layers are sparse, GELU, and how product keys (pkm-ffn) and low rank
+# (lorkm) become an FFN.
+# Ours, after GPT-3 Medium (Brown et al. 2020, table 2.1 and appendix B): batch, learning rate,
+# schedule, Adam.
 set -euo pipefail
 
 ROUTER=${1:-} BLOCK_SIZE=1 EXPANSION=1
@@ -51,7 +53,7 @@ MEMORY=(
     --sffn-layers every:6
 )
 TRAINING=(
-    # 114,441 steps of 256 · 2,048 tokens are 60 B; 715 of them are GPT-3's 375 M of warm-up.
+    # 114,441 steps of 256 · 2,048 tokens are 60 B; 715 of the steps are GPT-3's warm-up of 375 M.
     --global-batch-size 256 --micro-batch-size 4 --train-iters 114441
     --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 715
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
@@ -73,7 +75,7 @@ OUTPUT=(
 
 if [[ ${TOY:-} ]]; then
     NNODES=1 GPUS_PER_NODE=2
-    # All widths are divided, the blocks' too.
+    # All widths are divided, that of the blocks too.
     MODEL+=(
         --num-layers 6 --hidden-size 64 --num-attention-heads 2 --ffn-hidden-size 64
         --seq-length 64 --max-position-embeddings 64

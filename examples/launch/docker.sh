@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# One training in containers on several hosts. The same command on each of them but for NODE_RANK:
+# One training in containers on several hosts. Start the same command on each, with its NODE_RANK:
 #
 #   export IMAGE=megatron-sffn:gpu DATA=/nfs/data RUNS=/nfs/runs NNODES=2 MASTER_ADDR=host-a
 #   NODE_RANK=0 examples/launch/docker.sh --train-data-path /data/corpus --save /runs/mine ...
 #   NODE_RANK=1 examples/launch/docker.sh --train-data-path /data/corpus --save /runs/mine ...
 #
-# Enters: the flags of `python -m megatron_sffn.pretrain`; the variables of static.sh, which runs in
-# the container, and
-#   IMAGE     what docker/build.sh has built, on each host
-#   DATA      a folder of the host, /data in the container, not written
-#   RUNS      a folder that all hosts share, /runs in the container, written as the user who calls
+# Inputs: the flags of `python -m megatron_sffn.pretrain`; the variables of static.sh, which runs in
+# the container; and
+#   IMAGE     the image that docker/build.sh has built, on each host
+#   DATA      a folder of the host, read-only in the container as /data
+#   RUNS      a folder that all hosts share, /runs in the container, written as the calling user
 #   ENV_FILE  variables of the ranks (default: nccl.env beside this script, without GPUs gloo.env)
 #   GPUS      for docker run --gpus (default: all; empty for none)
-# Leaves: what the training leaves. `docker stop` asks the ranks to save.
+# Outputs: those of the training. `docker stop` asks the ranks to save.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -24,15 +24,15 @@ for name in IMAGE DATA RUNS NNODES NODE_RANK MASTER_ADDR; do
 done
 
 options=(
-    # Names and ports of the host: what MASTER_ADDR means does not change in the container.
+    # Names and ports of the host, so that MASTER_ADDR means the same in the container.
     --network host
-    # NCCL and data loaders share memory between ranks; docker gives 64 MB.
+    # NCCL and data loaders share memory between ranks; docker's default is 64 MB.
     --ipc host
     # Pinned memory for GPUs and InfiniBand.
     --ulimit memlock=-1 --ulimit stack=67108864
-    # Signals reach torchrun, and there is time for a step and a checkpoint.
+    # torchrun gets signals, and time for a step and a checkpoint.
     --init --stop-timeout 600
-    # No one else's rights: files belong to who calls, and caches lie where that user may write.
+    # Files belong to the calling user, and caches lie where that user may write.
     --user "$(id -u):$(id -g)" --env HOME=/tmp
     --cap-drop ALL --security-opt no-new-privileges
 )

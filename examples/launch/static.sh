@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# One training on a fixed number of nodes. The same command on each of them but for NODE_RANK:
+# One training on a fixed number of nodes. Start the same command on each, with its NODE_RANK:
 #
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a examples/launch/static.sh --num-layers 12 ...
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=node-a examples/launch/static.sh --num-layers 12 ...
 #
-# Enters: the flags of `python -m megatron_sffn.pretrain`, and
+# Inputs: the flags of `python -m megatron_sffn.pretrain`, and
 #   NNODES         how many nodes there are
-#   NODE_RANK      which of them this one is, counted from 0
+#   NODE_RANK      the number of this node, counted from 0
 #   MASTER_ADDR    a name or address of node 0 that every node can reach
 #   MASTER_PORT    a free port of node 0, the same on every node (default: 29500)
 #   GPUS_PER_NODE  ranks of this node (default: its GPUs; without GPUs, its cores)
-#   NODE_ADDR      a name or address of this node, where its host name means nothing to the others
-# and the environment of nccl.env or gloo.env. Leaves: what the training leaves.
-# When a rank fails, all nodes end, and nothing starts them again: Slurm or Kubernetes does, or
-# elastic.sh.
+#   NODE_ADDR      a name or address of this node, if other nodes cannot resolve its host name
+# and the environment of nccl.env or gloo.env. Outputs: those of the training.
+# When a rank fails, all nodes end, and this script does not restart them; Slurm, Kubernetes and
+# elastic.sh do.
 set -euo pipefail
 
 for name in NNODES NODE_RANK MASTER_ADDR; do

@@ -1,0 +1,91 @@
+"""The pages of docs/ against the tree: links, paths, pictures, and codes of checks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from docs import draw_architecture
+from tests.support.paths import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+CURRENT_PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]
+"""The changelog is a history: it may name files that are gone."""
+
+TREES = ("megatron_sffn", "tests", "tools", "examples", "benchmarks", "docker", "docs")
+METHODS = (ROOT / "docs" / "methods.md").read_text()
+
+
+def name_of(page: Path) -> str:
+    """For the ids of tests."""
+    return str(page.relative_to(ROOT))
+
+
+def without_code(text: str) -> str:
+    """A page less its blocks of commands and output."""
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", without_code(page.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{name_of(page)}: {target}"
+        assert not anchor or anchor in anchors(file), f"{name_of(page)}: {target}"
+
+
+@pytest.mark.parametrize("page", CURRENT_PAGES, ids=name_of)
+def test_paths_in_code_font_exist(page: Path) -> None:
+    for path in re.findall(r"`([\w./*-]+)`", without_code(page.read_text())):
+        if path.startswith(tuple(f"{tree}/" for tree in TREES)):
+            assert list(ROOT.glob(path.rstrip("/"))), f"{name_of(page)}: {path}"
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in ROOT.glob("docs/*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index, page.name
+
+
+def test_the_pictures_are_those_of_the_code() -> None:
+    page = draw_architecture.PAGE.read_text()
+    assert page == draw_architecture.renewed(page), "run python -m docs.draw_architecture"
+
+
+def places() -> Iterator[tuple[str, str, str]]:
+    """Question, folder and answer of each row of the table "Where is …"."""
+    table = draw_architecture.PAGE.read_text().split("## Where is …")[1].split("\n## ")[0]
+    for row in re.findall(r"^\| (.*) \|$", table, flags=re.MULTILINE):
+        question, folder, answer = row.split(" | ")
+        if not question.startswith(("where is", "---")):
+            yield question, folder.strip("`"), answer
+
+
+@pytest.mark.parametrize(
+    ("folder", "answer"), [pytest.param(*place, id=question) for question, *place in places()]
+)
+def test_what_is_looked_for_lies_where_the_table_says(folder: str, answer: str) -> None:
+    assert (ROOT / folder).is_dir(), folder
+    for path, symbol in re.findall(r"`([\w/]+\.py)`(?:: `(\w+)`)?", answer):
+        file = ROOT / path if path.startswith(TREES) else ROOT / folder / path
+        assert file.exists(), path
+        assert not symbol or re.search(rf"(def|class) {symbol}\b", file.read_text()), symbol
+
+
+def test_every_code_of_a_check_is_defined() -> None:
+    defined = {code.lower() for code in re.findall(r"^\| ([A-Z]\d) \|", METHODS, re.MULTILINE)}
+    for file in ROOT.glob("tests/**/test_*.py"):
+        for name in re.findall(r"^def test_((?:[a-z]\d_)+)", file.read_text(), re.MULTILINE):
+            assert defined >= set(name.strip("_").split("_")), f"{file}: {name}"
