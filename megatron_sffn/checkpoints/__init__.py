@@ -2,7 +2,6 @@
 
     files.py            the folder of an iteration: which one to load, whether it is damaged
     pickle_scan.py      whether a checkpoint is data alone, or names code that would run on load
-    optimizer_state.py  whether a run can load the optimizer's state and the schedule
     disk_space.py       whether the next checkpoint fits the disk
     save.py             wraps Megatron's saves, so that a loadable checkpoint always exists
     rewrite.py          an atomic copy of a checkpoint with some tensors changed

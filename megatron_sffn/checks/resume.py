@@ -26,7 +26,7 @@ from megatron_sffn.checkpoints.files import (
     is_torch_dist,
     read_whole,
 )
-from megatron_sffn.checkpoints.optimizer_state import jump_of_the_rate, misfits
+from megatron_sffn.checks.optimizer_state import jump_of_the_rate, misfits
 from megatron_sffn.checks.pickles import check_data_only
 from megatron_sffn.checks.problem import Problem, run_checks
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
