@@ -13,6 +13,7 @@ import dataclasses
 import os
 import re
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -44,8 +45,27 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         "--moe-router-enable-expert-bias), parallelism and everything else have Megatron's flags "
         "(--help-all).",
     )
+    _add_model_flags(group.add_argument)
+    _add_router_flags(group.add_argument)
+    _add_compute_flags(group.add_argument)
+    _add_run_flags(group.add_argument)
+    for action in group._group_actions:
+        if action.default is not None and action.default is not False:
+            action.help = f"{action.help} (default: %(default)s)"
+    for action in parser._actions:
+        # Megatron 0.19 has a bare percent sign in a help text, which would make --help fail.
+        action.help = re.sub(r"%%|%(?!\()", "%%", action.help or "")
+    # argparse prints groups in their order: our group first, Megatron's forty groups after it.
+    parser._action_groups.remove(group)
+    parser._action_groups.insert(0, group)
+    parser.usage = USAGE
+    parser.description = "Pretrain a GPT with sparse feed-forward layers on Megatron."
+    help_in_two_steps(parser, group)
+
+
+def _add_model_flags(add: Callable[..., Any]) -> None:
+    """Flags of the model: its router, its blocks, and where its sparse layers are."""
     methods = "; ".join(f"{name}: {config.summary}" for name, config in ROUTERS.items())
-    add = group.add_argument
     add(
         "--sffn-router",
         default="avg-k",
@@ -84,6 +104,15 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         choices=list(INITIALIZATIONS),
         help=f"how keys and values are initialised: {tables} (default: as the router's paper)",
     )
+    add(
+        "--sffn-relu",
+        action="store_true",
+        help="ReLU in every FFN, sparse or dense (Megatron supports it, but has no flag for it)",
+    )
+
+
+def _add_router_flags(add: Callable[..., Any]) -> None:
+    """Flags of the routers, from the fields of their configs."""
     for option, item in router_flags().items():
         kwargs: dict[str, Any] = {"default": item.default, "help": item.metadata["help"]}
         if item.metadata["kind"] is bool:
@@ -91,6 +120,10 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         else:
             kwargs |= {"type": item.metadata["kind"], "choices": item.metadata["choices"]}
         add(option, **kwargs)
+
+
+def _add_compute_flags(add: Callable[..., Any]) -> None:
+    """Flags that leave the model as it is: how the blocks are computed and tokens exchanged."""
     add(
         "--sffn-backend",
         default=Backend.AUTO.value,
@@ -129,11 +162,10 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         "N chunks, and exchange each chunk while the blocks compute the previous one; smaller "
         "chunks make smaller GEMMs, so use 2 to 4 at most",
     )
-    add(
-        "--sffn-relu",
-        action="store_true",
-        help="ReLU in every FFN, sparse or dense (Megatron supports it, but has no flag for it)",
-    )
+
+
+def _add_run_flags(add: Callable[..., Any]) -> None:
+    """Flags of data, evaluation and checkpoints."""
     add(
         "--sffn-trust-checkpoint",
         action="store_true",
@@ -162,18 +194,6 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         "set every time, so that losses of steps, runs and checkpoints can be compared; next: the "
         "batches after those of the last evaluation, as Megatron does (--full-validation: all)",
     )
-    for action in group._group_actions:
-        if action.default is not None and action.default is not False:
-            action.help = f"{action.help} (default: %(default)s)"
-    for action in parser._actions:
-        # Megatron 0.19 has a bare percent sign in a help text, which would make --help fail.
-        action.help = re.sub(r"%%|%(?!\()", "%%", action.help or "")
-    # argparse prints groups in their order: our group first, Megatron's forty groups after it.
-    parser._action_groups.remove(group)
-    parser._action_groups.insert(0, group)
-    parser.usage = USAGE
-    parser.description = "Pretrain a GPT with sparse feed-forward layers on Megatron."
-    help_in_two_steps(parser, group)
 
 
 def router_flags() -> dict[str, dataclasses.Field[Any]]:

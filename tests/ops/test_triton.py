@@ -73,11 +73,11 @@ def test_numbers_on_a_gpu(size: str, case: str, dtype: str) -> None:
 @needs_triton
 @pytest.mark.skipif(is_host(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("choose_backend", ["1 of 1", "33 of 33", "1 of 300", "70 of 5000"])
+@pytest.mark.parametrize("route_case", ["1 of 1", "33 of 33", "1 of 300", "70 of 5000"])
 def test_route_topk_on_a_gpu(route_case: str, dtype: str) -> None:
     from tests.ops.triton_cases import differing
 
-    assert differing(choose_backend, dtype, "cuda") == {"ids": 0, "NaN": 0}
+    assert differing(route_case, dtype, "cuda") == {"ids": 0, "NaN": 0}
 
 
 @needs_triton
