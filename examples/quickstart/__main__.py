@@ -1,11 +1,11 @@
 """The quick start: `python -m examples.quickstart` (`make quickstart`).
 
-Enters: nothing but this machine. Leaves: a folder with two finished pretrainings, dense and Avg-K,
-and `report.html`, which compares them; the same table on the terminal.
+Outputs: a folder with two finished pretraining runs, dense and Avg-K, and `report.html`, which
+compares them; the same table on the terminal.
 
-Choice: every step knows its complete output and is skipped when that is there; a training goes on
-from its newest checkpoint. So the same command, run again after Ctrl-C, a crash or a reboot,
-continues where it was. `settings.json` guards that: a folder holds one experiment.
+Design notes: a step whose complete output exists is skipped, and a training run resumes from its
+newest checkpoint. So the same command resumes after Ctrl-C, a crash or a reboot. `settings.json`
+records the experiment of a folder, so that a folder holds only one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from examples.quickstart.runs import RUNS, TRAIN_ITERS, VOCAB_SIZE, Plan, Run
 from megatron_sffn.utils.errors import CommandParser, ConfigError, require, run_command
 
 INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C has ended."""
+"""Exit code after Ctrl-C."""
 SETTINGS = "settings.json"
 
 
 class Steps:
-    """Headings with a number and the time since the start."""
+    """Prints headings with a number and the time since the start."""
 
     def __init__(self, total: int) -> None:
         self._total, self._number, self._start = total, 0, time.monotonic()
@@ -51,7 +51,7 @@ class Steps:
 
 
 def log(message: str) -> None:
-    """One line of progress."""
+    """Print a line of progress."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -73,13 +73,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seed",
         type=int,
         default=os.environ.get("SEED") or 1234,
-        help="of the weights and of the order of the data (default: $SEED or 1234)",
+        help="seed of the weights and of the order of the data (default: $SEED or 1234)",
     )
     parser.add_argument(
         "--folder",
         type=Path,
         default=Path("runs/quickstart"),
-        help="gets all results (default: runs/quickstart)",
+        help="folder of all results (default: runs/quickstart)",
     )
     parser.add_argument(
         "--train-iters",
@@ -106,10 +106,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other quick starts out of a folder: two would overwrite each other's checkpoints.
+    """Lock a folder, because two quick starts would overwrite each other's checkpoints.
 
     Raises:
-        ConfigError: if one is in it already, or the folder cannot be written.
+        ConfigError: if another quick start uses the folder, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def settings_of(plan: Plan, kind: str) -> dict[str, object]:
-    """Everything that the results in a folder depend on."""
+    """The settings that determine the results in a folder."""
     return {
         "corpus": [kind, corpus.RECIPE],
         # The text of the standard library depends on it.
@@ -141,24 +141,24 @@ def settings_of(plan: Plan, kind: str) -> dict[str, object]:
 
 
 def claim_folder(plan: Plan, settings: dict[str, object], *, fresh: bool) -> None:
-    """Make sure that what lies in the folder belongs to this experiment.
+    """Make sure that the content of the folder belongs to this experiment.
 
     Raises:
-        ConfigError: if it belongs to another one and `fresh` is off; nothing is touched then.
+        ConfigError: if it belongs to another experiment and `fresh` is off; nothing is changed.
     """
     path = plan.folder / SETTINGS
-    # Without its mark the folder may be anyone's: nothing is removed then.
+    # A folder without settings.json may not be of a quick start, so nothing is removed from it.
     if fresh and path.exists():
         for name in ("data", *(run.name for run in RUNS)):
             shutil.rmtree(plan.folder / name, ignore_errors=True)
         for name in ("report.html", SETTINGS):
             (plan.folder / name).unlink(missing_ok=True)
     try:
-        found = json.loads(path.read_text())
+        saved_settings = json.loads(path.read_text())
     except (OSError, ValueError):
         return
-    if found != settings:
-        differing = next(key for key in settings if found.get(key) != settings[key])
+    if saved_settings != settings:
+        differing = next(key for key in settings if saved_settings.get(key) != settings[key])
         raise ConfigError(
             f"--folder {plan.folder} holds a quick start with other settings ({differing} differ); "
             "add --fresh to replace it, or give another --folder"
@@ -166,14 +166,14 @@ def claim_folder(plan: Plan, settings: dict[str, object], *, fresh: bool) -> Non
 
 
 def run_steps(plan: Plan, args: argparse.Namespace) -> None:
-    """Everything, in order."""
+    """Run all steps in order, except those whose output exists."""
     settings = settings_of(plan, args.corpus)
     claim_folder(plan, settings, fresh=args.fresh)
     steps = Steps(total=4 + len(RUNS))
 
     steps.begin(f"corpus: {args.corpus}")
     text = corpus.build_corpus(args.corpus, plan.folder / "corpus")
-    # Not earlier: a corpus that cannot be had leaves the folder free for another.
+    # Written only now: if a corpus cannot be built, the folder stays free for another one.
     (plan.folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
     folder = plan.folder / "data"
@@ -195,7 +195,7 @@ def run_steps(plan: Plan, args: argparse.Namespace) -> None:
             pretrain(plan, run)
 
     steps.begin("report")
-    # matplotlib and TensorBoard: seconds to import, and needed here only.
+    # Imported late, because matplotlib and TensorBoard take seconds to import.
     from examples.quickstart import report
 
     results = report.read_results(plan)
@@ -205,7 +205,7 @@ def run_steps(plan: Plan, args: argparse.Namespace) -> None:
 
 
 def pretrain(plan: Plan, run: Run) -> None:
-    """Train a model to its end, from its newest checkpoint if it has one."""
+    """Train a model to the last step; resume from its newest checkpoint if it has one."""
     log_file = plan.folder_of(run) / "train.log"
     launch(plan.command(run, sys.executable), log_file, title=run.title)
     if plan.summary(run) is None:
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     args = parse_arguments(argv)
     require("matplotlib", "the quick start", "plot")
-    # A closed terminal or a `kill` saves like Ctrl-C.
+    # A closed terminal and `kill` save a checkpoint, as Ctrl-C does.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     plan = Plan(folder=args.folder, seed=args.seed, train_iters=args.train_iters)

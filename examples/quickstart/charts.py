@@ -1,7 +1,7 @@
-"""The charts of the report: SVG text for a page, without scripts or fonts of their own.
+"""Plots the charts of the report as SVG elements, without scripts and fonts of their own.
 
-Enters: numbers. Leaves: `<svg>` elements. Choice: text and axes take the colour of the page
-(`currentColor`), so one drawing serves light and dark pages.
+Design notes: text and axes have the colour of the page's text (`currentColor`), so that a plot
+suits light and dark pages.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 INK = "#010203"
-"""Stands for the page's text colour while matplotlib draws."""
+"""Placeholder for the page's text colour while matplotlib plots."""
 COLOURS = ("#7a8899", "#d9622b")
 SMOOTHING = 0.9
-"""Weight of the past in the smoothed training loss: a mean over about 10 steps."""
+"""Weight of the earlier steps in the smoothed training loss: a mean over about 10 steps."""
 
 STYLE = {
     "svg.fonttype": "none",
@@ -41,7 +41,7 @@ STYLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Losses, and the steps they belong to."""
+    """Losses, and their steps."""
 
     steps: tuple[int, ...]
     losses: tuple[float, ...]
@@ -61,11 +61,11 @@ class Load:
     """How often the blocks of a layer were chosen in one evaluation.
 
     Args:
-        iteration: of the evaluation.
+        iteration: iteration of the evaluation.
         layer: counted from 1.
-        entropy: of the load over its maximum.
-        dead: blocks that no token chose.
-        tokens: per block.
+        entropy: entropy of the load, over its maximum.
+        dead: number of blocks that no token chose.
+        tokens: number of tokens of each block.
     """
 
     iteration: int
@@ -76,13 +76,13 @@ class Load:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Of each block, in multiples of an even share."""
+        """The load of each block, in multiples of an even load."""
         even = max(sum(self.tokens), 1) / len(self.tokens)
         return tuple(tokens / even for tokens in self.tokens)
 
 
 def losses(runs: Sequence[tuple[str, Curve, Curve]]) -> str:
-    """Training and validation loss of each run against the steps."""
+    """Plot training and validation loss of each run against the steps."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "losses"}):
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.subplots()
@@ -106,19 +106,19 @@ def losses(runs: Sequence[tuple[str, Curve, Curve]]) -> str:
             )
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats per token")
-        # The first steps fall from ln(vocabulary); the rest is what is worth seeing.
-        seen = [
+        # Losses fall from ln(vocabulary) in the first steps; the axis fits the later ones.
+        later_losses = [
             loss for _, training, _ in runs for loss in training.losses[len(training.losses) // 8 :]
         ]
-        seen += [loss for *_, validation in runs for loss in validation.losses]
-        axes.set_ylim(min(seen) - 0.1, max(seen) + 0.2)
+        later_losses += [loss for *_, validation in runs for loss in validation.losses]
+        axes.set_ylim(min(later_losses) - 0.1, max(later_losses) + 0.2)
         axes.set_xlim(0, None)
         axes.legend(frameon=False, ncols=2)
         return svg(figure, "Training and held-out loss of each run")
 
 
 def loads(layers: Sequence[Load]) -> str:
-    """The shares of the blocks of each layer, in falling order."""
+    """Plot the load of the blocks of each layer, in descending order."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "loads"}):
         columns = min(len(layers), 4)
         lines = -(-len(layers) // columns)
@@ -133,17 +133,17 @@ def loads(layers: Sequence[Load]) -> str:
             axes.set_xlabel(f"{len(load.shares)} blocks")
         for axes in panels[len(layers) :]:
             axes.set_axis_off()
-        panels[0].set_ylabel("× even share")
+        panels[0].set_ylabel("× even load")
         return svg(figure, "Load of the blocks of each layer")
 
 
 def svg(figure: Figure, title: str) -> str:
-    """A figure as an `<svg>` element in the page's own text colour."""
+    """A figure as an `<svg>` element in the page's text colour."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    # Ids are global in a page: each figure marks its own.
-    mark = re.sub(r"\W+", "-", title.lower())
-    text = re.sub(r'(id="|url\(#|href="#)', rf"\1{mark}-", text)
+    # Ids are global in a page, so the ids of each figure get a prefix.
+    prefix = re.sub(r"\W+", "-", title.lower())
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\1{prefix}-", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

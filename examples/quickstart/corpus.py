@@ -1,10 +1,13 @@
-"""Real text without a network: documents that are on this machine already.
+"""Builds a corpus of real text, without a network if possible.
 
-Enters: the kind of text. Leaves: `train.jsonl` and `valid.jsonl` with one document per line,
-`{"text": ..., "source": ...}`, and `corpus.json`, which says that the two are complete and of what.
-Choices: `stdlib` is the source text of the running Python's standard library, which every machine
-has; `debian-docs` is prose from documentation packages, for larger runs. A document's name alone
-decides its split, so it falls on the same side on every machine and in every version.
+Inputs: the kind of text. Outputs: `train.jsonl` and `valid.jsonl` with a document per line,
+`{"text": ..., "source": ...}`, and `corpus.json`, which is written last and records the source.
+
+Design notes:
+- `stdlib` is the source text of the running Python's standard library, which every machine has;
+  `debian-docs` is prose from documentation packages, for larger runs.
+- Only the name of a document determines its split, so that it is the same on every machine and in
+  every version.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
 KINDS = ("stdlib", "debian-docs")
 DEBIAN_PACKAGES = ("python3.11-doc", "linux-doc-6.1", "postgresql-doc-15")
 VALID_PERCENT = 5
-# Raise it when the text of an unchanged source would differ: older corpora are then built anew.
+# Increase this number if a change gives other text for the same source: corpora are then rebuilt.
 RECIPE = 1
 
 
@@ -43,7 +46,7 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Where a corpus is and what it holds: number of documents, bytes of text."""
+    """The files of a corpus, its number of documents, and its bytes of text."""
 
     train: Path
     valid: Path
@@ -52,7 +55,7 @@ class Corpus:
 
 
 def build_corpus(kind: str, folder: Path, *, packages: Sequence[str] = DEBIAN_PACKAGES) -> Corpus:
-    """Build a corpus in `folder`, or return the one that is there already.
+    """Build a corpus in `folder`, or return the complete one in it.
 
     Args:
         kind: `stdlib` or `debian-docs`.
@@ -63,27 +66,27 @@ def build_corpus(kind: str, folder: Path, *, packages: Sequence[str] = DEBIAN_PA
         Paths and sizes of a complete corpus.
 
     Raises:
-        ConfigError: the kind is unknown, or its text cannot be had on this machine.
+        ConfigError: the kind is unknown, or its text is not available on this machine.
     """
     if kind not in KINDS:
         raise ConfigError(f"corpus kind {kind!r} is unknown; choose one of: {', '.join(KINDS)}")
     origin = [platform.python_version()] if kind == "stdlib" else list(packages)
     parameters = {"kind": kind, "origin": origin, "recipe": RECIPE}
-    if found := _find(folder, parameters):
-        log(f"corpus {folder}: reused, {found.documents} documents")
-        return found
+    if corpus := _find(folder, parameters):
+        log(f"corpus {folder}: reused, {corpus.documents} documents")
+        return corpus
     if kind == "stdlib":
         return _write(folder, parameters, stdlib_documents(Path(os.__file__).parent))
     return _write(folder, parameters, debian_documents(folder / "packages", packages))
 
 
 def is_valid(source: str) -> bool:
-    """Whether a document is held out for validation: about 5 of 100 are."""
+    """True if a document is held out for validation: about 5 of 100 are."""
     return int(hashlib.sha256(source.encode()).hexdigest(), 16) % 100 < VALID_PERCENT
 
 
 def log(message: str) -> None:
-    """One line of progress."""
+    """Print a line of progress."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -93,12 +96,12 @@ def log(message: str) -> None:
 def _find(folder: Path, parameters: dict[str, object]) -> Corpus | None:
     try:
         manifest = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-        same = manifest["parameters"] == parameters and all(
+        is_current = manifest["parameters"] == parameters and all(
             (folder / name).stat().st_size == size for name, size in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError):
         return None
-    return _corpus(folder, manifest["documents"], manifest["bytes"]) if same else None
+    return _corpus(folder, manifest["documents"], manifest["bytes"]) if is_current else None
 
 
 def _corpus(folder: Path, documents: int, num_bytes: int) -> Corpus:
@@ -111,9 +114,9 @@ def _corpus(folder: Path, documents: int, num_bytes: int) -> Corpus:
 
 
 def _write(folder: Path, parameters: dict[str, object], documents: Iterable[Document]) -> Corpus:
-    """Write the files under temporary names; the manifest goes first and comes last."""
+    """Write the files atomically: remove the old manifest first, write the new one last."""
     names = ("train.jsonl", "valid.jsonl", "corpus.json")
-    made = not folder.exists()
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     partial = {name: folder / f"{name}.partial" for name in names}
     try:
@@ -138,7 +141,7 @@ def _write(folder: Path, parameters: dict[str, object], documents: Iterable[Docu
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
-        if made and not any(folder.iterdir()):
+        if is_new and not any(folder.iterdir()):
             folder.rmdir()
     log(f"corpus {folder}: {manifest['documents']} documents, {num_bytes / 1e6:.1f} MB")
     return _corpus(folder, sum(counts.values()), num_bytes)
@@ -147,10 +150,10 @@ def _write(folder: Path, parameters: dict[str, object], documents: Iterable[Docu
 def _write_documents(
     documents: Iterable[Document], train: Path, valid: Path
 ) -> tuple[dict[bool, int], int]:
-    """Returns the number of documents by `is_valid`, and the bytes of text."""
+    """Write both splits; returns the number of documents by `is_valid`, and the bytes of text."""
     counts = {False: 0, True: 0}
     num_bytes = 0
-    seen: set[bytes] = set()
+    digests: set[bytes] = set()
     with (
         train.open("w", encoding="utf-8") as train_file,
         valid.open("w", encoding="utf-8") as valid_file,
@@ -158,9 +161,9 @@ def _write_documents(
         for document in documents:
             content = document.text.encode()
             digest = hashlib.sha256(content).digest()
-            if not content.strip() or digest in seen:
+            if not content.strip() or digest in digests:
                 continue
-            seen.add(digest)
+            digests.add(digest)
             held_out = is_valid(document.source)
             record = {"text": document.text, "source": document.source}
             (valid_file if held_out else train_file).write(
@@ -168,15 +171,15 @@ def _write_documents(
             )
             counts[held_out] += 1
             num_bytes += len(content)
-            if len(seen) % 1000 == 0:
-                log(f"wrote {len(seen)} documents, {num_bytes / 1e6:.1f} MB")
+            if len(digests) % 1000 == 0:
+                log(f"wrote {len(digests)} documents, {num_bytes / 1e6:.1f} MB")
     return counts, num_bytes
 
 
 # --- the standard library
 
-# Installed packages, tests (twice as much text as all the rest, and absent on some systems), and
-# tables of numbers.
+# Installed packages; tests, which have twice as much text as all other folders and are absent on
+# some systems; tables of numbers.
 SKIPPED_FOLDERS = {
     "site-packages",
     "dist-packages",
@@ -201,14 +204,14 @@ def stdlib_documents(root: Path) -> Iterator[Document]:
 
 def _stdlib_files(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
-        # config-*: settings of the build, with paths of the machine it was built on.
+        # Folders config-* hold settings of the build, with paths of the machine that built it.
         folders[:] = [
             name
             for name in folders
             if name not in SKIPPED_FOLDERS and not name.startswith("config-")
         ]
         for name in files:
-            # topics.py is read by `_topics`; _sysconfigdata is what config-* is.
+            # `_topics` reads topics.py; _sysconfigdata holds settings of the build, too.
             if name.endswith((".py", ".txt", ".rst")) and not name.startswith(
                 ("_sysconfigdata", "topics.py")
             ):
@@ -216,10 +219,10 @@ def _stdlib_files(root: Path) -> Iterator[Path]:
 
 
 def _topics() -> Iterator[Document]:
-    """The chapters that `help("TOPIC")` prints: prose, kept as one table of string literals."""
+    """The chapters that `help("TOPIC")` prints: prose, which pydoc stores as string literals."""
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some systems leave it out
+    except ImportError:  # absent on some systems
         return
     for name in sorted(topics):
         yield Document(source=f"pydoc_data/topics/{name}", text=topics[name])
@@ -229,12 +232,12 @@ def _topics() -> Iterator[Document]:
 
 SOURCE_SUFFIXES = (".rst", ".txt", ".rst.gz", ".txt.gz")
 PAGE_SUFFIXES = (".html", ".html.gz")
-# Lists of links, with no text of their own.
+# These pages are lists of links without text.
 SKIPPED_PAGES = re.compile(r"(genindex|bookindex|py-modindex|search|changelog|copyright)[-.\w]*")
 
 
 def debian_documents(cache: Path, packages: Sequence[str]) -> Iterator[Document]:
-    """Texts of documentation packages, which are downloaded into `cache` unless they are there."""
+    """Texts of documentation packages; packages that `cache` lacks are downloaded into it."""
     for package in packages:
         archive = _download(package, cache)
         with tempfile.TemporaryDirectory(prefix="corpus-") as folder:
@@ -245,10 +248,10 @@ def debian_documents(cache: Path, packages: Sequence[str]) -> Iterator[Document]
 def _download(package: str, cache: Path) -> Path:
     if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", package):
         raise ConfigError(f"{package!r} is not a name of a Debian package; correct it")
-    if found := sorted(cache.glob(f"{package}_*.deb")):
-        return found[-1]
+    if archives := sorted(cache.glob(f"{package}_*.deb")):
+        return archives[-1]
     log(f"downloading {package}")
-    made = not cache.exists()
+    is_new = not cache.exists()
     cache.mkdir(parents=True, exist_ok=True)
     for stale in cache.glob(".partial-*"):
         shutil.rmtree(stale)
@@ -264,7 +267,7 @@ def _download(package: str, cache: Path) -> Path:
             (archive,) = Path(folder).glob("*.deb")
             return archive.replace(cache / archive.name)
     finally:
-        if made and not any(cache.iterdir()):
+        if is_new and not any(cache.iterdir()):
             cache.rmdir()
 
 
@@ -293,10 +296,10 @@ def _package_documents(package: str, root: Path) -> Iterator[Document]:
     files = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
     files = [path for path in files if not SKIPPED_PAGES.fullmatch(path.name)]
     sources = [path for path in files if path.name.endswith(SOURCE_SUFFIXES)]
-    # Where a package has the sources of its pages, the pages would repeat them.
-    chosen = sources or [path for path in files if path.name.endswith(PAGE_SUFFIXES)]
-    log(f"reading {package}: {len(chosen)} files")
-    for path in chosen:
+    # If a package has the sources of its pages, the pages would repeat their text.
+    paths = sources or [path for path in files if path.name.endswith(PAGE_SUFFIXES)]
+    log(f"reading {package}: {len(paths)} files")
+    for path in paths:
         content = path.read_bytes()
         try:
             text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
@@ -308,7 +311,7 @@ def _package_documents(package: str, root: Path) -> Iterator[Document]:
 
 
 def html_to_text(html: str) -> str:
-    """The text of a page: one line per block, `pre` as it is, no navigation."""
+    """The text of a page: a line per block element, `pre` unchanged, without navigation."""
     parser = _TextParser()
     parser.feed(html)
     parser.close()
@@ -317,7 +320,7 @@ def html_to_text(html: str) -> str:
 
 
 class _TextParser(HTMLParser):
-    # Tags that HTML never closes.
+    # Tags without an end tag in HTML.
     VOID = re.compile("area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr")
     BLOCK = re.compile(
         "address|article|aside|blockquote|br|dd|div|dl|dt|figure|h[1-6]|hr|li|main|ol|p|pre|section"
@@ -349,7 +352,7 @@ class _TextParser(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag in self._open:
-            # Closes what was left open inside: HTML allows <p> and <li> without an end.
+            # Close the elements inside, too: HTML allows <p> and <li> without an end tag.
             while self._open.pop() != tag:
                 pass
         if self._hidden_at is not None and len(self._open) <= self._hidden_at:

@@ -1,7 +1,7 @@
-"""Tokenizer and data sets of the quick start, made by the tools of this repository.
+"""Makes the tokenizer and the data sets of the quick start with the tools of this repository.
 
-Enters: a corpus. Leaves: `tokenizer/`, `train_text_document` and `valid_text_document` in a folder,
-and `complete.json`, written last, which says of what they were made.
+Inputs: a corpus. Outputs: `tokenizer/`, `train_text_document` and `valid_text_document` in a
+folder, and `complete.json`, which is written last and identifies the corpus and the tokenizer.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from pathlib import Path
 from examples.quickstart.corpus import Corpus
 
 HELD_OUT_BYTES = 400_000
-"""Each evaluation reads all of the held-out text: a large corpus gives only a part of its own."""
+"""Most bytes of held-out text, because each evaluation reads all of it."""
 
 
 class ToolFailedError(RuntimeError):
-    """A tool ended with an error, which it has printed itself."""
+    """A tool failed; it has printed its error."""
 
 
 def is_complete(folder: Path, corpus: Corpus, vocab_size: int) -> bool:
-    """Whether the folder holds everything that would be made of this corpus."""
+    """True if the folder has the tokenizer and the data sets of this corpus."""
     try:
-        found = json.loads((folder / "complete.json").read_text())
+        saved_identity = json.loads((folder / "complete.json").read_text())
     except (OSError, ValueError):
         return False
-    return bool(found == identity(corpus, vocab_size))
+    return bool(saved_identity == identity(corpus, vocab_size))
 
 
 def identity(corpus: Corpus, vocab_size: int) -> dict[str, object]:
-    """What tokenizer and data sets depend on."""
+    """The values that determine the tokenizer and the data sets."""
     manifest = corpus.train.with_name("corpus.json").read_bytes()
     return {"corpus": hashlib.sha256(manifest).hexdigest(), "vocab_size": vocab_size}
 
 
 def train_tokenizer(folder: Path, corpus: Corpus, vocab_size: int) -> None:
-    """Make `tokenizer/` of the training text."""
+    """Train `tokenizer/` on the training text."""
     (folder / "complete.json").unlink(missing_ok=True)
     run_tool(
         "train_tokenizer",
@@ -50,11 +50,11 @@ def train_tokenizer(folder: Path, corpus: Corpus, vocab_size: int) -> None:
 
 
 def make_datasets(folder: Path, corpus: Corpus, vocab_size: int) -> None:
-    """Make both data sets with the tokenizer, and declare the folder complete."""
+    """Make both data sets with the tokenizer, then write `complete.json`."""
     held_out = folder / "valid.jsonl"
     documents = corpus.valid.read_bytes().splitlines(keepends=True)
-    every = -(-sum(map(len, documents)) // HELD_OUT_BYTES)
-    held_out.write_bytes(b"".join(documents[::every]))
+    stride = -(-sum(map(len, documents)) // HELD_OUT_BYTES)
+    held_out.write_bytes(b"".join(documents[::stride]))
     for split, text in (("train", corpus.train), ("valid", held_out)):
         run_tool(
             "preprocess_data",

@@ -1,11 +1,11 @@
-"""A run as a process: start it, show where it is, and stop it so that it can continue.
+"""Starts a run as a process, shows its progress, and stops it so that it can resume.
 
-Enters: a command, and the file for what it prints. Leaves: that file, one line of progress on the
-terminal, and an exception if the run failed or was interrupted.
+Inputs: a command, and a log file. Outputs: the log, a line of progress on the terminal, and an
+exception if the run failed or was interrupted.
 
-Choice: the process writes to the file itself, and this one reads it: a run does not depend on the
-terminal. torchrun gets a session of its own, because a second SIGINT (Ctrl-C reaches the whole
-foreground group) would make it leave before its ranks have saved; here it gets exactly one.
+Design notes: the process writes its log itself, and this module reads it, so that a run does not
+depend on the terminal. torchrun gets its own session, because Ctrl-C sends SIGINT to the whole
+foreground group, and a second SIGINT would end torchrun before its ranks have saved.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import psutil
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
-"""Between two lines of progress where a line cannot be replaced."""
+"""Seconds between two lines of progress if a line cannot be replaced."""
 STOP_SECONDS = 120
-"""For the last step, an evaluation and a checkpoint, on a slow machine."""
+"""Time for the last step, an evaluation and a checkpoint on a slow machine."""
 QUOTED_LINES = 25
 
 STEP = re.compile(
@@ -40,14 +40,14 @@ EVALUATION = re.compile(
     r"validation\S* loss at iteration (?P<iteration>\d+)\b.*?lm loss PPL: (?P<perplexity>[-+.\dE]+)"
 )
 PHASES = (
-    # Megatron switches its checks off for an evaluation, and says no more before its end.
+    # Megatron switches its checks off for an evaluation, and prints nothing else before its end.
     (re.compile(r"RerunMode\.DISABLED"), "evaluating"),
     (re.compile(r"Evaluating iter (\d+/\d+)"), r"evaluating \1"),
     (re.compile(r"saving checkpoint at iteration"), "saving"),
     (re.compile(r"successfully saved checkpoint|RerunMode\.VALIDATE_RESULTS"), ""),
 )
-"""What a line says about what follows it."""
-# torchrun's own account of a failure follows the traceback of the rank that failed.
+"""Pattern of a log line -> the phase that begins with it."""
+# torchrun's report of a failure follows the traceback of the rank that failed.
 LAUNCHER_FAILED = re.compile(r"^[EW]\d{4} .*torch/distributed/elastic/", re.MULTILINE)
 
 
@@ -57,7 +57,7 @@ class RunFailedError(RuntimeError):
 
 @dataclass
 class Status:
-    """What a run's log has said so far; 0 and None where it has said nothing yet."""
+    """The progress of a run by its log; values are 0 or None until the log has them."""
 
     iteration: int = 0
     total: int = 0
@@ -68,40 +68,40 @@ class Status:
     phase: str = ""
 
     def read(self, line: str) -> None:
-        """Take in one line of the log."""
-        if found := STEP.search(line):
-            self.iteration, self.total = int(found["iteration"]), int(found["total"])
-            self.milliseconds, self.loss = float(found["milliseconds"]), float(found["loss"])
+        """Update the status from a line of the log."""
+        if match := STEP.search(line):
+            self.iteration, self.total = int(match["iteration"]), int(match["total"])
+            self.milliseconds, self.loss = float(match["milliseconds"]), float(match["loss"])
             self.phase = ""
-        elif found := EVALUATION.search(line):
-            self.evaluated_at = int(found["iteration"])
-            self.perplexity = float(found["perplexity"])
+        elif match := EVALUATION.search(line):
+            self.evaluated_at = int(match["iteration"])
+            self.perplexity = float(match["perplexity"])
         for pattern, phase in PHASES:
-            if found := pattern.search(line):
-                self.phase = found.expand(phase)
+            if match := pattern.search(line):
+                self.phase = match.expand(phase)
 
     def __str__(self) -> str:
-        """One line for the terminal."""
-        parts = []
+        """The status as a line for the terminal."""
+        phrases = []
         if self.loss is not None:
-            left = (self.total - self.iteration) * self.milliseconds / 1000
-            parts = [
+            seconds_left = (self.total - self.iteration) * self.milliseconds / 1000
+            phrases = [
                 f"iteration {self.iteration}/{self.total}",
                 f"loss {self.loss:.3f}",
                 f"{self.milliseconds:.0f} ms per iteration",
-                f"ETA {clock(left)}",
+                f"ETA {clock(seconds_left)}",
             ]
         if self.perplexity is not None:
-            parts.append(f"held-out perplexity {self.perplexity:.1f} at {self.evaluated_at}")
-        return ", ".join([*parts, self.phase] if self.phase else parts) or "starting the ranks"
+            phrases.append(f"held-out perplexity {self.perplexity:.1f} at {self.evaluated_at}")
+        return ", ".join([*phrases, self.phase] if self.phase else phrases) or "starting the ranks"
 
 
 class Display:
-    """One line of progress: replaced in place on a terminal, else repeated now and then.
+    """Shows progress: one line that is replaced on a terminal, else new lines from time to time.
 
     Args:
-        prefix: begins every line.
-        stream: to write to.
+        prefix: beginning of every line.
+        stream: the stream to write to.
     """
 
     def __init__(self, prefix: str, stream: TextIO) -> None:
@@ -110,13 +110,13 @@ class Display:
         self._text = ""
 
     def show(self, status: object, *, now: bool = False) -> None:
-        """Show a status; `now`: whatever the time."""
+        """Show a status; with `now` also if the last line is recent."""
         elapsed = time.monotonic() - self._start
         text = f"{self._prefix} {clock(elapsed)} | {status}"
         if text == self._text:
             return
         if self._live:
-            # A terminal may say that it has 0 columns.
+            # Some terminals report 0 columns.
             width = os.get_terminal_size(self._stream.fileno()).columns or 80
             self._stream.write(f"\r\033[K{text[: width - 1]}")
             self._stream.flush()
@@ -128,7 +128,7 @@ class Display:
         self._text = text
 
     def end(self) -> None:
-        """Leave the last status on the terminal."""
+        """End the line, so that the last status stays on the terminal."""
         if self._live:
             print(file=self._stream, flush=True)
 
@@ -142,9 +142,9 @@ def launch(command: Sequence[str], log: Path, *, title: str, stream: TextIO = sy
     """Run a training command to its end.
 
     Args:
-        command: of torchrun.
-        log: file that gets what the command prints, behind what it holds already.
-        title: of the run, for the terminal.
+        command: the torchrun command.
+        log: file to which the output of the command is appended.
+        title: title of the run on the terminal.
         stream: the terminal.
 
     Raises:
@@ -182,12 +182,12 @@ def launch(command: Sequence[str], log: Path, *, title: str, stream: TextIO = sy
 
 
 def environment() -> dict[str, str]:
-    """The environment of a run: the same on every machine, with or without GPUs."""
+    """The environment variables of a run, the same on every machine with or without GPUs."""
     return {
         **os.environ,
-        # Each rank has one core's worth of work; more threads would fight over the two.
+        # Each of the two ranks uses one core; more threads would compete for the cores.
         "OMP_NUM_THREADS": "1",
-        # Two ranks of NCCL need two GPUs.
+        # NCCL would need a GPU for each of the two ranks.
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONUNBUFFERED": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_SECONDS),
@@ -195,14 +195,14 @@ def environment() -> dict[str, str]:
 
 
 def follow(log: Path, start: int, process: subprocess.Popen[bytes]) -> Iterator[str]:
-    """The lines that a process adds to a file; an empty one while there is nothing new."""
+    """The lines that a process appends to a file, with an empty line after each poll."""
     with log.open("rb") as file:
         file.seek(start)
-        rest = b""
+        incomplete_line = b""
         ended = False
         while not ended:
             ended = process.poll() is not None
-            *lines, rest = (rest + file.read()).split(b"\n")
+            *lines, incomplete_line = (incomplete_line + file.read()).split(b"\n")
             for line in lines:
                 yield line.decode(errors="replace")
             yield ""
@@ -211,17 +211,17 @@ def follow(log: Path, start: int, process: subprocess.Popen[bytes]) -> Iterator[
 
 
 def stop(process: subprocess.Popen[bytes], stream: TextIO) -> None:
-    """End a run as Ctrl-C should: it saves after its step; a second Ctrl-C ends it at once."""
+    """Stop a run after its step and a checkpoint; a second Ctrl-C ends it at once."""
     if process.poll() is not None:
         return
     process.send_signal(signal.SIGINT)
-    # The terminal may be gone; the run must be stopped all the same.
+    # The run must be stopped even if the terminal was closed.
     with contextlib.suppress(OSError):
         print("\n  stopping after this step; again to stop at once", file=stream, flush=True)
     try:
         process.wait(STOP_SECONDS + 10)
     except (KeyboardInterrupt, subprocess.TimeoutExpired):
-        # The ranks have sessions of their own: ending torchrun alone would leave them behind.
+        # The ranks have their own sessions, so they would survive the end of torchrun.
         family = [*psutil.Process(process.pid).children(recursive=True), process]
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -230,9 +230,9 @@ def stop(process: subprocess.Popen[bytes], stream: TextIO) -> None:
 
 
 def last_lines(log: Path, start: int) -> str:
-    """The end of what a failed run printed, without torchrun's own account."""
+    """The end of the output of a failed run, without torchrun's report."""
     with log.open("rb") as file:
         file.seek(start)
         text = file.read().decode(errors="replace")
-    said = LAUNCHER_FAILED.split(text, maxsplit=1)[0].splitlines()
-    return "\n".join(said[-QUOTED_LINES:])
+    lines = LAUNCHER_FAILED.split(text, maxsplit=1)[0].splitlines()
+    return "\n".join(lines[-QUOTED_LINES:])

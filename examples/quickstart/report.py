@@ -1,7 +1,7 @@
-"""The report of the quick start: what was found, in a sentence, a table and charts.
+"""Writes the report of the quick start: a sentence, a table and charts.
 
-Enters: the folders of finished runs: `summary.json`, `routing.jsonl`, TensorBoard's events. Leaves:
-`report.html`, one file that needs nothing else, and the same table for the terminal.
+Inputs: the folders of finished runs, with `summary.json`, `routing.jsonl` and TensorBoard's events.
+Outputs: `report.html`, which needs no other file, and the same table for the terminal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from examples.quickstart.runs import RUNS, Plan, Run
 from megatron_sffn.utils.atomic_files import read_records
 
 SAME = 0.005
-"""Perplexities closer than this share are called the same: one seed cannot tell them apart."""
+"""Relative difference of perplexities below which one seed cannot show a difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,11 @@ class Result:
     """A finished run.
 
     Args:
-        run: which one.
-        summary: its `summary.json`.
+        run: its plan.
+        summary: the content of its `summary.json`.
         training: loss of each step.
         validation: loss of each evaluation.
-        loads: of each sparse layer at each evaluation, in time and then layer order.
+        loads: load of each sparse layer at each evaluation, by evaluation, then by layer.
     """
 
     run: Run
@@ -41,7 +41,7 @@ class Result:
 
     @property
     def perplexity(self) -> float:
-        """On all of the held-out text, after the last step."""
+        """The perplexity on all of the held-out text after the last step."""
         return float(self.summary["validation_perplexity"])
 
 
@@ -68,15 +68,17 @@ def read_curves(folder: Path) -> tuple[Curve, Curve]:
     """Training and validation loss from TensorBoard's events, of all starts of a run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # scalars: 0 keeps all of them. A step that was repeated after a kill counts once: the last.
+    # 0 scalars means no limit. If a step was repeated after a kill, its last event counts.
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
 
     def curve(tag: str) -> Curve:
         points = {event.step: event.value for event in events.Scalars(tag)}
-        return Curve(steps=tuple(sorted(points)), losses=tuple(points[at] for at in sorted(points)))
+        return Curve(
+            steps=tuple(sorted(points)), losses=tuple(points[step] for step in sorted(points))
+        )
 
     tags = events.Tags()["scalars"]
-    # With a name or number of the validation set behind it, if there could be several.
+    # Megatron adds the name or number of the validation set to the tag if there can be several.
     (validation,) = (
         tag for tag in tags if tag.startswith("lm loss validation") and "samples" not in tag
     )
@@ -102,7 +104,7 @@ def read_loads(path: Path) -> tuple[Load, ...]:
 
 
 def finding(results: Sequence[Result]) -> str:
-    """What the numbers say, in one sentence."""
+    """The result as a sentence."""
     dense, sparse = results
     perplexities = f"{sparse.perplexity:.1f} against {dense.perplexity:.1f} for the dense model"
     change = sparse.perplexity / dense.perplexity - 1
@@ -114,7 +116,7 @@ def finding(results: Sequence[Result]) -> str:
         f"{ratio(results, 'parameters_total'):.1f} times the parameters",
         f"{more(ratio(results, 'flops_per_token'))} FLOPs per token",
     ]
-    # Unknown for a run that was continued after its last step.
+    # The speed is unknown if a run was resumed after its last step.
     if all(result.summary["tokens_per_second"] for result in results):
         share = ratio(results, "tokens_per_second")
         traits.append(f"{share:.0%} of the tokens per second on this machine")
@@ -126,7 +128,7 @@ def finding(results: Sequence[Result]) -> str:
 
 
 def ratio(results: Sequence[Result], key: str) -> float:
-    """A number of the sparse run over that of the dense one."""
+    """A number of the sparse run divided by that of the dense run."""
     dense, sparse = results
     return float(sparse.summary[key]) / float(dense.summary[key])
 
@@ -182,13 +184,13 @@ def terminal_table(results: Sequence[Result]) -> str:
 def write(plan: Plan, results: Sequence[Result]) -> Path:
     """Write `report.html`; returns its path."""
     path = plan.folder / "report.html"
-    part = path.with_suffix(".part")
-    part.write_text(page(plan, results), encoding="utf-8")
-    return part.replace(path)
+    partial = path.with_suffix(".part")
+    partial.write_text(page(plan, results), encoding="utf-8")
+    return partial.replace(path)
 
 
 def page(plan: Plan, results: Sequence[Result]) -> str:
-    """The report as HTML, with everything it shows inside."""
+    """The report as HTML."""
     summary = results[0].summary
     versions = summary["versions"]
     commands = "\n\n".join(f"# {result.run.title}\n{plan.shown(result.run)}" for result in results)
@@ -214,40 +216,40 @@ def page(plan: Plan, results: Sequence[Result]) -> str:
 
 
 def load_section(result: Result) -> str:
-    """Charts and a table of the load of one run's blocks after its last step."""
-    last = max(load.iteration for load in result.loads)
-    now = [load for load in result.loads if load.iteration == last]
-    first: dict[int, Load] = {}
+    """Charts and a table of the load of a run's blocks after the last step."""
+    last_iteration = max(load.iteration for load in result.loads)
+    last_loads = [load for load in result.loads if load.iteration == last_iteration]
+    first_loads: dict[int, Load] = {}
     for load in result.loads:
-        first.setdefault(load.layer, load)
+        first_loads.setdefault(load.layer, load)
     lines = [
         ["layer", "entropy, first evaluation", "entropy, last", "busiest block", "dead blocks"]
     ]
     lines += [
         [
             str(load.layer),
-            f"{first[load.layer].entropy:.3f}",
+            f"{first_loads[load.layer].entropy:.3f}",
             f"{load.entropy:.3f}",
             f"{max(load.shares):.1f} × even",
             f"{load.dead} of {len(load.tokens)}",
         ]
-        for load in now
+        for load in last_loads
     ]
     return (
         f"<h2>Load of the blocks: {html.escape(result.run.title)}</h2>\n"
         "<p>How often each block was chosen on the held-out text after the last step, in "
-        "multiples of an even share, blocks in falling order. Entropy is 1 when all blocks are "
-        "used alike and 0 when one gets everything; a dead block was never chosen.</p>\n"
-        f"{charts.loads(now)}\n{html_table(lines)}"
+        "multiples of an even load, in descending order. Entropy is 1 if all blocks have the same "
+        "load and 0 if one block has all of it; a dead block was never chosen.</p>\n"
+        f"{charts.loads(last_loads)}\n{html_table(lines)}"
     )
 
 
 def html_table(lines: Sequence[Sequence[str]]) -> str:
-    """A table; the first line is its head."""
+    """A table, of which the first line is the head."""
     head, *body = [[html.escape(cell) for cell in line] for line in lines]
-    parts = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-    parts += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in body]
-    return "<table>\n" + "\n".join(parts) + "\n</table>"
+    html_lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    html_lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in body]
+    return "<table>\n" + "\n".join(html_lines) + "\n</table>"
 
 
 STYLE = """

@@ -1,8 +1,9 @@
-"""The two pretrainings of the quick start: their flags, their commands, and whether they are done.
+"""Defines the two pretraining runs of the quick start: flags, commands and results.
 
-Enters: a folder, a seed, a number of iterations. Leaves: the commands, which a user can copy.
-Choice: the runs share every flag but those of the feed-forward layer, and both give a token the
-same number of active cells, so that a difference in loss comes from the memory alone.
+Inputs: a folder, a seed, a number of iterations. Outputs: the commands, which a user can copy.
+
+Design notes: the runs differ only in the flags of the feed-forward layer, and a token has the same
+number of active cells in both, so that a difference of the losses is due to the sparse layers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ COMMON = (
     "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 256",
     "--seq-length 256 --max-position-embeddings 256 --position-embedding-type rope",
     "--normalization RMSNorm --disable-bias-linear --init-method-std 0.05",
-    # Less than one pass over the text: nothing to regularise.
+    # Training takes less than one epoch, so dropout is not needed.
     "--attention-dropout 0 --hidden-dropout 0",
     # Steps of 2048 tokens, half of them on each rank.
     "--micro-batch-size 4 --global-batch-size 8",
@@ -34,11 +35,11 @@ COMMON = (
     "--num-workers 0 --no-create-attention-mask-in-dataloader",
     # Ctrl-C saves at the end of the step and exits.
     "--exit-signal SIGINT",
-    # Of the checkpoints only the newest stays.
+    # Only the newest checkpoint is kept.
     "--save-interval 100 --save-retain-interval 1000000",
     "--log-interval 10",
 )
-"""Megatron's flags that both runs have, beside paths, seed and length."""
+"""Megatron's flags of both runs, except paths, seed and number of steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +47,9 @@ class Run:
     """One pretraining.
 
     Args:
-        name: of its folder.
-        title: in tables and charts.
-        flags: of the feed-forward layer and its placement.
+        name: name of its folder.
+        title: title in tables and charts.
+        flags: flags of the feed-forward layer and its parallelism.
     """
 
     name: str
@@ -69,11 +70,11 @@ RUNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the runs of one quick start share.
+    """The settings that the runs of a quick start have in common.
 
     Args:
-        folder: of everything the quick start writes.
-        seed: of weights and the order of the data.
+        folder: folder of all results.
+        seed: seed of the weights and of the order of the data.
         train_iters: steps of each run.
     """
 
@@ -82,17 +83,17 @@ class Plan:
     train_iters: int
 
     def folder_of(self, run: Run) -> Path:
-        """Where a run leaves its results."""
+        """The folder of a run's results."""
         return self.folder / run.name
 
     def flags(self, run: Run) -> list[str]:
-        """All flags of a run, one line of the command each."""
+        """All flags of a run, as lines of the command."""
         folder = shlex.quote(str(self.folder_of(run)))
         data = shlex.quote(str(self.folder / "data"))
         return [
             run.flags,
             *COMMON,
-            # Three evaluations: Megatron itself adds the last one, after the last step.
+            # This gives three evaluations: Megatron adds one after the last step.
             f"--train-iters {self.train_iters} --eval-interval {self.train_iters // 3 + 1}",
             f"--seed {self.seed}",
             f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {data}/tokenizer",
@@ -102,12 +103,12 @@ class Plan:
         ]
 
     def command(self, run: Run, python: str) -> list[str]:
-        """The command of a run, for `subprocess`, with the torchrun of this interpreter."""
+        """The command of a run for `subprocess`, with the torchrun of this interpreter."""
         flags = [word for line in self.flags(run) for word in shlex.split(line)]
         return [python, "-m", "torch.distributed.run", *shlex.split(LAUNCH), *flags]
 
     def shown(self, run: Run) -> str:
-        """The same command as a user types it."""
+        """The same command in the form that a user types."""
         start = LAUNCH.replace(" -m ", " \\\n    -m ")
         lines = [f"OMP_NUM_THREADS=1 .venv/bin/torchrun {start}", *self.flags(run)]
         return " \\\n    ".join(lines)
@@ -118,9 +119,9 @@ class Plan:
             summary = json.loads((self.folder_of(run) / "summary.json").read_text())
         except (OSError, ValueError):
             return None
-        wanted = {"iterations": self.train_iters, "seed": self.seed}
-        found = {key: summary.get(key) for key in wanted}
-        return summary if found == wanted else None
+        expected = {"iterations": self.train_iters, "seed": self.seed}
+        actual = {key: summary.get(key) for key in expected}
+        return summary if actual == expected else None
 
     def saved_iteration(self, run: Run) -> int:
         """The iteration of a run's newest checkpoint; 0 if there is none."""
@@ -131,5 +132,5 @@ class Plan:
             return 0
 
 
-# local-addr: the name of this machine need not resolve.
+# With --local-addr the host name of this machine does not have to resolve.
 LAUNCH = f"--standalone --local-addr 127.0.0.1 --nproc-per-node {RANKS} -m megatron_sffn.pretrain"
