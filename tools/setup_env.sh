@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Makes .venv with the project (editable, with its dev tools) at the versions of constraints.txt.
 #
-# Enters: nothing but $PYTHON, optional: the interpreter to use. Leaves: .venv, complete.
-# Choice: a stamp, written last, holds a checksum of what decides the install. A call that
-# finds it unchanged does nothing (milliseconds), so every make target can start here; an
-# environment without a stamp was cut short and is made anew.
+# Inputs: $PYTHON, optional: the interpreter to use. Outputs: .venv.
+# Design notes: a stamp, which is written last, holds a checksum of the files that determine the
+# install. If the checksum is unchanged, a call does nothing (milliseconds), so every make target can
+# start with it. An environment without a stamp is incomplete and is replaced.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,21 +18,21 @@ fail() {
     exit 1
 }
 
-# "checksum bytes folder": the folder, because console scripts hold its absolute path.
+# Prints "checksum bytes folder". Console scripts contain the absolute path of the folder.
 key() {
     printf '%s %s\n' "$(cat pyproject.toml constraints.txt tools/setup_env.sh | cksum)" "$(pwd -P)"
 }
 
-# Prints "3.12.1 /path/of/the/interpreter". Runs the candidate, because a name on PATH
-# proves nothing: pyenv's shims exist for versions that are not active. The base interpreter
-# is asked for, so that .venv never stands on another virtual environment, or on itself.
+# Prints "3.12.1 /path/of/the/interpreter". It runs the candidate, because pyenv has shims on PATH
+# for versions that are not active. It prints the base interpreter, so that .venv never depends on
+# another virtual environment, or on itself.
 probe() {
     "$1" -c 'import sys
 print("%d.%d.%d" % sys.version_info[:3], getattr(sys, "_base_executable", sys.executable))' \
         2>/dev/null </dev/null
 }
 
-# megatron-core has wheels for these two only.
+# megatron-core has wheels only for these two versions.
 supported() {
     case $1 in 3.12.* | 3.13.*) ;; *) return 1 ;; esac
 }
@@ -41,35 +41,35 @@ pyenv_pythons() {
     local root=${PYENV_ROOT:-${HOME:-}/.pyenv} version
     for version in "$root"/versions/*; do
         version=${version##*/}
-        # Final releases only: "3.13.0rc2", "3.13t" and named environments do not match.
+        # Only final releases match, but not "3.13.0rc2", "3.13t" and named environments.
         if [[ $version =~ ^3\.1[23]\.[0-9]+$ ]]; then printf '%s\n' "$version"; fi
     done | sort -t. -k2,2nr -k3,3nr | while read -r version; do
         printf '%s\n' "$root/versions/$version/bin/python"
     done
 }
 
-# Prints what probe prints, for the first interpreter that will do.
+# Prints the line of probe for the first supported interpreter.
 find_python() {
-    local found candidate
+    local probed candidate
     if [ -n "${PYTHON:-}" ]; then
-        found=$(probe "$PYTHON") ||
+        probed=$(probe "$PYTHON") ||
             fail "PYTHON=$PYTHON does not run; set it to a Python 3.12 or 3.13, or unset it."
-        supported "$found" ||
-            fail "PYTHON=$PYTHON is Python ${found%% *}, but 3.12 or 3.13 is needed; set it to one of them, or unset it."
-        printf '%s\n' "$found"
+        supported "$probed" ||
+            fail "PYTHON=$PYTHON is Python ${probed%% *}, but 3.12 or 3.13 is needed; set it to one of them, or unset it."
+        printf '%s\n' "$probed"
         return
     fi
     while read -r candidate; do
-        if found=$(probe "$candidate") && supported "$found"; then
-            printf '%s\n' "$found"
+        if probed=$(probe "$candidate") && supported "$probed"; then
+            printf '%s\n' "$probed"
             return
         fi
     done < <(printf '%s\n' python3.12 python3.13 python3 && pyenv_pythons)
     fail "no Python 3.12 or 3.13 found; install one (Debian, Ubuntu: apt-get install python3.12 python3.12-venv; anywhere: pyenv install 3.12) or set PYTHON to its path."
 }
 
-# Whether .venv was once installed to the end, in this folder. The argument is what find_python
-# printed for a PYTHON that is set, which then must be .venv's version; empty: any will do.
+# True if .venv was completely installed in this folder. If PYTHON is set, the argument is the line
+# that find_python printed for it, and .venv must have its version; if empty, any version is right.
 complete() {
     [ -x $venv/bin/python ] && [ -f $stamp ] && [[ $(cat $stamp) == *" $(pwd -P)" ]] &&
         { [ -z "$1" ] || grep -qx "version = ${1%% *}" $venv/pyvenv.cfg; }
@@ -92,10 +92,10 @@ make_venv() {
         fail "$python cannot make a virtual environment (log: $log); install its venv module (Debian, Ubuntu: apt-get install python${version%.*}-venv) and call again."
 }
 
-# The log gets everything; the terminal only what takes long.
+# Writes all output to the log, and only the slow steps to the terminal.
 install() {
     mkdir -p $venv/tmp
-    # pip unpacks in TMPDIR: here, on the disk that was checked, rather than in a small /tmp.
+    # pip unpacks in TMPDIR: use the disk whose free space was checked, because /tmp may be small.
     TMPDIR=$PWD/$venv/tmp $venv/bin/python -m pip install --disable-pip-version-check \
         --no-input --progress-bar off -c constraints.txt -e '.[dev]' 2>&1 |
         tee -a $log |
@@ -105,31 +105,31 @@ install() {
                  print "setup:   unpacking " NF - 3 " packages"; fflush() }'
 }
 
-# " (pip's own words)", or nothing when pip did not get as far as an error.
+# Prints " (error message of pip)", or nothing if the log has none.
 pip_error() {
     sed -n 's/^ *[Ee][Rr][Rr][Oo][Rr]: */ (/p' $log | sed -n '1s/[. ]*$/)/p'
 }
 
 main() {
-    local python="" wanted former=""
+    local python="" current_key former_key=""
     if [ -n "${PYTHON:-}" ]; then python=$(find_python); fi
-    wanted=$(key)
-    if complete "$python" && [ "$(cat $stamp)" = "$wanted" ]; then return; fi
+    current_key=$(key)
+    if complete "$python" && [ "$(cat $stamp)" = "$current_key" ]; then return; fi
 
-    # One set-up of this folder at a time. The lock is the kernel's: none is left behind,
-    # and a pip that outlived an interrupted call still holds it.
+    # Only one set-up of this folder runs at a time. The kernel releases the lock when the last
+    # process ends, so that a pip that survives an interrupted call still holds it.
     exec 9<pyproject.toml
     if command -v flock >/dev/null && ! flock -n 9; then
         printf 'setup: waiting for another set-up of this folder to end\n'
         flock 9
-        if complete "$python" && [ "$(cat $stamp)" = "$wanted" ]; then return; fi
+        if complete "$python" && [ "$(cat $stamp)" = "$current_key" ]; then return; fi
     fi
 
-    # pip ends an interrupt like a failure of its own, but may leave a package half replaced.
+    # After an interrupt pip exits as after an error, but a package may be partly replaced.
     trap 'fail "interrupted; call again to install anew."' INT
     if complete "$python"; then
         printf 'setup: the requirements changed, updating %s\n' "$venv"
-        former=$(cat $stamp)
+        former_key=$(cat $stamp)
         : >$log
     else
         if [ -z "$python" ]; then python=$(find_python); fi
@@ -137,12 +137,12 @@ main() {
     fi
     rm -f $stamp
     if ! install; then
-        # pip that fails by itself leaves whole packages, which the next call can update.
-        if [ -n "$former" ]; then printf '%s\n' "$former" >$stamp; fi
+        # If pip itself fails, all packages are complete, and the next call can update them.
+        if [ -n "$former_key" ]; then printf '%s\n' "$former_key" >$stamp; fi
         fail "pip could not install the requirements$(pip_error); repair the cause, often the network or pip's index settings, and call again (full log: $log)."
     fi
     rm -rf $venv/tmp
-    printf '%s\n' "$wanted" >$stamp
+    printf '%s\n' "$current_key" >$stamp
     printf 'setup: %s is ready\n' "$venv"
 }
 
