@@ -40,7 +40,7 @@ class Activations:
         """Tokens of this rank in norms, dropouts and residuals: split by sequence parallelism."""
         self.number_bytes = layout.bytes_per_number
         self.norm_upcasts = not (shape.layernorm or setup.cuda) and layout.half_precision
-        """Whether a norm keeps an fp32 copy of its input."""
+        """True if a norm keeps an fp32 copy of its input."""
         self.mask_bytes = 1 if setup.cuda else layout.bytes_per_number
         """Bytes of a number of a dropout mask: on the CPU the mask has the model's dtype."""
 

@@ -81,7 +81,7 @@ def microbatches_in_flight(layout: ParallelLayout, stage: Stage, num_microbatche
 
 
 def sparse_pattern(shape: ModelShape, layers: list[int] | None) -> tuple[bool, ...]:
-    """Whether each layer is sparse.
+    """True for each sparse layer, False for each dense one.
 
     Args:
         shape: of the model.

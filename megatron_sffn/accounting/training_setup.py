@@ -107,7 +107,7 @@ class TrainingSetup:
         return 4 * (self.moments + copies)
 
     def recomputes(self, module: str) -> bool:
-        """Whether selective recomputation drops the activations of this module."""
+        """True if selective recomputation drops the activations of this module."""
         return self.recompute == "selective" and module in self.recompute_modules
 
 

@@ -141,7 +141,7 @@ def _remedy(load: Path, but: Path | None = None) -> str:
 
 
 def is_torch_dist(folder: Path, *, detect: bool = False) -> bool:
-    """Whether an iteration is in the format that this module reads, complete or not.
+    """True if an iteration is in the format that this module reads, even if incomplete.
 
     Args:
         folder: the iteration's folder.

@@ -81,7 +81,7 @@ class Saves:
         return save
 
     def _is_saved(self, iteration: int) -> bool:
-        """Whether this run saved or loaded the iteration, and nothing has changed since."""
+        """True if this run saved or loaded the iteration, and nothing has changed since."""
         if self.args.save is None:
             return True  # Megatron saves before a rerun even if there is no folder to save in
         if get_rerun_state_machine().state is RerunState.WILL_RERUN_FROM_CHECKPOINT:

@@ -1,4 +1,4 @@
-"""Whether a run can resume from a checkpoint: same model, and an optimizer state that fits.
+"""Checks that a run can resume from a checkpoint: same model, and an optimizer state that fits.
 
 Inputs: the run's validated arguments, and the checkpoint that `--load` names. Outputs: notes on
 stdout about differences that do no harm.

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 PROBE_SECONDS = 300
-"""A probe that takes longer is taken to hang; the slowest one compiles for half a minute."""
+"""Seconds after which a probe counts as hanging; the slowest one compiles for half a minute."""
 
 SHOWN = 300
-"""Characters of a message that are shown."""
+"""Most characters of a message in the table."""
 
 OK, ABSENT, WRONG = "ok", "absent", "wrong"
-"""States of a finding; training can start without what is `ABSENT`."""
+"""States of a finding; training can start if an optional package is `ABSENT`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ PROCESSES = 1024
 """The limit counts threads, of which each rank has some tens."""
 
 SHARED_BYTES = {True: 1 << 30, False: 60 << 20}
-"""Whether there are GPUs -> bytes that NCCL and data workers need; Docker's default is 64 MB."""
+"""True with GPUs -> bytes that NCCL and data workers need; Docker's default is 64 MB."""
 
 MEMORY_BYTES = 2 << 30
 """RAM of two ranks that have imported torch and Megatron."""
@@ -39,13 +39,13 @@ LIMITS = {
 
 
 def has_gpus() -> bool:
-    """Whether the driver shows GPUs."""
+    """True if the driver shows GPUs."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-def disk(where: Callable[[], Path], remedy: str, name: str) -> Finding:
-    """Whether a folder can be written and has free space."""
-    folder = where()
+def disk(folder_of: Callable[[], Path], remedy: str, name: str) -> Finding:
+    """Check that a folder can be written and has free space."""
+    folder = folder_of()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     found = f"{folder}, {gigabytes(free)} free"
@@ -63,12 +63,12 @@ def gigabytes(size: float) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder in which torch keeps extensions."""
+    """The folder in which torch caches extensions."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache")
 
 
 def temporary_folder() -> Path:
-    """Python's first choice; Python itself falls back to other folders if it is not writable."""
+    """Python's first choice of a temporary folder; if it is not writable, a fallback is used."""
     return Path(os.environ.get("TMPDIR") or "/tmp")
 
 
@@ -98,10 +98,10 @@ def locked_memory(name: str) -> Finding:
 
 
 def core_files(name: str) -> Finding:
-    """Whether a crash leaves a core file."""
+    """The size limit of core files."""
     soft = resource.getrlimit(resource.RLIMIT_CORE)[0]
-    left = "no core file" if soft == 0 else "a core file, as large as a rank's memory"
-    return ok(name, f"a crash leaves {left}")
+    result = "no core file" if soft == 0 else "a core file, as large as a rank's memory"
+    return ok(name, f"a crash leaves {result}")
 
 
 def shared_memory(name: str) -> Finding:

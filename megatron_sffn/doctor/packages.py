@@ -65,7 +65,7 @@ def python(name: str) -> Finding:
 
 
 def requirements(name: str) -> Finding:
-    """Whether all required packages are installed in the required versions."""
+    """Check that all required packages are installed in the required versions."""
     try:
         needed = importlib.metadata.requires("megatron-sffn") or []
     except importlib.metadata.PackageNotFoundError:
@@ -99,16 +99,16 @@ def torch_build() -> dict[str, Any]:
     """The result of `probes.torch`.
 
     Raises:
-        ProbeError: if it cannot be imported.
+        ProbeError: if torch cannot be imported.
     """
-    with _ASKED_ONCE:
+    with _PROBE_LOCK:
         answer = _torch_answer()
     if isinstance(answer, ProbeError):
         raise answer
     return answer
 
 
-_ASKED_ONCE = threading.Lock()
+_PROBE_LOCK = threading.Lock()
 
 
 @cache
@@ -120,7 +120,7 @@ def _torch_answer() -> dict[str, Any] | ProbeError:
 
 
 def torch(name: str) -> Finding:
-    """Whether torch can be imported."""
+    """Check that torch can be imported."""
     try:
         build = torch_build()
     except ProbeError as error:
@@ -138,7 +138,7 @@ def _broken(name: str, package: str, error: ProbeError, remedy: str) -> Finding:
 
 
 def cuda(name: str) -> Finding:
-    """Whether torch's CUDA works with the driver."""
+    """Check that torch's CUDA works with the driver."""
     driver = driver_version()
     build = torch_build()
     if build["available"]:
@@ -199,7 +199,7 @@ def collectives(name: str) -> Finding:
 
 
 def megatron(name: str) -> Finding:
-    """Whether Megatron and its training loop can be imported."""
+    """Check that Megatron and its training loop can be imported."""
     try:
         probe("megatron")
     except ProbeError as error:
@@ -209,7 +209,7 @@ def megatron(name: str) -> Finding:
 
 
 def transformer_engine(name: str) -> Finding:
-    """Whether it is complete or absent: half-installed, it makes `import megatron.core` fail."""
+    """Check that Transformer Engine is complete or absent: a part of it breaks `megatron.core`."""
     version = version_of("transformer-engine")
     if version is None and importlib.util.find_spec("transformer_engine") is None:
         remedy = 'on a GPU machine: pip install --no-build-isolation "megatron-sffn[te]"'
@@ -218,7 +218,9 @@ def transformer_engine(name: str) -> Finding:
         probe("transformer_engine")
     except ProbeError as error:
         parts = {part: version_of(part) for part in TRANSFORMER_ENGINE_PARTS}
-        other = [f"{part} {has}" for part, has in parts.items() if has not in (None, version)]
+        other = [
+            f"{part} {number}" for part, number in parts.items() if number not in (None, version)
+        ]
         if other:
             found = f"{version}, but {', '.join(other)}: parts of two versions ({error})"
         elif parts["transformer-engine-torch"] is None:
@@ -235,7 +237,7 @@ def transformer_engine(name: str) -> Finding:
 
 
 def apex(name: str) -> Finding:
-    """Whether apex is NVIDIA's, or another package of the same name."""
+    """Check that apex is NVIDIA's and not another package of the same name."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return absent(
@@ -261,7 +263,7 @@ def apex(name: str) -> Finding:
 
 
 def dali(name: str) -> Finding:
-    """Whether NVIDIA DALI can be imported."""
+    """Check that NVIDIA DALI can be imported."""
     found = [
         f"{dist.metadata['Name']} {dist.version}"
         for dist in importlib.metadata.distributions()
@@ -278,7 +280,7 @@ def dali(name: str) -> Finding:
 
 
 def triton(name: str, on_gpu: bool = True) -> Finding:
-    """Whether a kernel compiles and runs; without a GPU, in Triton's interpreter."""
+    """Check that a kernel compiles and runs; without a GPU, in Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:
         return absent(name, "not installed", f"for --sffn-backend triton: {INSTALL}")
     compiled = torch_build()["available"] and on_gpu
@@ -292,7 +294,7 @@ def triton(name: str, on_gpu: bool = True) -> Finding:
 
 
 def kernels(name: str) -> Finding:
-    """Whether there is a C++ compiler, and our kernels for the CPU can be built."""
+    """Check that our C++ kernels for the CPU can be built."""
     compiler = os.environ.get("CXX", "c++")
     remedy = "install g++ 11 or newer, or set CXX to a compiler that knows C++20 and OpenMP"
     try:
@@ -307,13 +309,15 @@ def kernels(name: str) -> Finding:
     except ProbeError as error:
         return wrong(name, f"{compiler_name}; {error}", remedy)
     if not answer["loaded"]:
-        return wrong(name, answer["said"].split(";")[0], remedy)
+        return wrong(name, answer["message"].split(";")[0], remedy)
     how = "built now" if answer["built"] else "cached"
-    return ok(name, f"{answer['said'].replace('using C++ kernels', 'C++')}, {how}; {compiler_name}")
+    return ok(
+        name, f"{answer['message'].replace('using C++ kernels', 'C++')}, {how}; {compiler_name}"
+    )
 
 
 def extra(package: str, name: str) -> Finding:
-    """Whether an optional package is installed."""
+    """Check if an optional package is installed."""
     version = version_of(package)
     if version is not None and importlib.util.find_spec(package) is not None:
         return ok(name, version)

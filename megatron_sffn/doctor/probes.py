@@ -85,20 +85,20 @@ def triton() -> dict[str, Any]:
 
 
 def kernels() -> dict[str, Any]:
-    """Our C++ kernels: whether they can be loaded, and whether they were built now."""
+    """Load our C++ kernels, and build them if the cache has none."""
     import logging
 
     from megatron_sffn.ops import compiled
 
-    said: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger(compiled.__name__)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     loaded = compiled.kernels() is not None
-    return {"loaded": loaded, "said": said[-1], "built": loaded and len(said) > 1}
+    return {"loaded": loaded, "message": messages[-1], "built": loaded and len(messages) > 1}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from megatron_sffn.doctor.findings import Finding, ok, wrong
 from megatron_sffn.utils.errors import reason_in, run_command
 
 SECONDS = 600
-"""After this time the ranks are taken to hang."""
+"""Seconds after which the ranks count as hanging."""
 
 FLAGS = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32

@@ -157,7 +157,7 @@ def rows_per_token(sffn: SparseFFNConfig, layout: ParallelLayout) -> float:
 
 
 def regathers(sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout) -> bool:
-    """Whether the backward pass gathers the rows again instead of keeping R of them.
+    """True if the backward pass gathers the rows again instead of keeping R of them.
 
     The T rows of the rank's own tokens are kept instead (`--sffn-regather`). `auto` asks that this
     at least halves the bytes, since it costs one more exchange of rows beside the four of a step.

@@ -173,7 +173,7 @@ class SparseFFN(_SparseLayer):
 
     @cached_property
     def _regathers(self) -> bool:
-        """Whether the backward sends the rows again rather than keep them."""
+        """True if the backward pass sends the rows again instead of keeping them."""
         config, grid = self.config, self.experts.expert_grid
         layout = ParallelLayout(
             ep=grid.ep_size,

@@ -82,7 +82,7 @@ class ParallelLayout:
 
     @property
     def half_precision(self) -> bool:
-        """Whether numbers are narrower than fp32, so that fp32 master weights are copies."""
+        """True if numbers are narrower than fp32, so that fp32 master weights are copies."""
         return self.bytes_per_number < torch.float32.itemsize
 
     def megatron_sizes(self) -> dict[str, int | None]:

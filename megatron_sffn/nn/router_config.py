@@ -100,7 +100,7 @@ class RouterConfig:
     summary: ClassVar[str]
     """One line for `--help`."""
     needs_token_ids: ClassVar[bool] = False
-    """Whether the router reads the input ids."""
+    """True if the router reads the input ids."""
     megatron_flags: ClassVar[tuple[str, ...]] = ()
     """Megatron's MoE flags (dest) that act on this router, beside those of every layer."""
     per_block_weights: ClassVar[tuple[str, ...]] = ()

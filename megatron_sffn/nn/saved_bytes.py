@@ -42,7 +42,7 @@ class LayerCall:
 
     @property
     def upcasts_operands(self) -> bool:
-        """Whether scores keep fp32 copies of half-precision operands, as they do on a CPU."""
+        """True if scores keep fp32 copies of half-precision operands, as they do on a CPU."""
         return self.layout.half_precision and not self.cuda
 
     @property

@@ -73,5 +73,5 @@ def prepare() -> tuple[dict[str, Any], str]:
 
 
 def _is_installed(module: str | None) -> bool:
-    """Whether a module is installed; it is not imported."""
+    """True if a module is installed; it is not imported."""
     return module is not None and importlib.util.find_spec(module) is not None

@@ -47,7 +47,7 @@ _CPU = torch.device("cpu")
 
 
 def is_host() -> bool:
-    """Whether this process has no usable CUDA device (also true after `install()`)."""
+    """True if this process has no usable CUDA device (also true after `install()`)."""
     return hasattr(torch, _INSTALLED) or not torch.cuda.is_available()
 
 

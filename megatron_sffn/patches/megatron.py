@@ -29,7 +29,7 @@ def install() -> None:
 
 
 def _has_fused_optimizers() -> bool:
-    """Whether Megatron takes Adam and gradient clipping from Transformer Engine or apex."""
+    """True if Megatron takes Adam and gradient clipping from Transformer Engine or apex."""
     return any(map(importlib.util.find_spec, ("transformer_engine", "amp_C")))
 
 

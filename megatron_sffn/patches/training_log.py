@@ -37,7 +37,7 @@ COUNTERS = ("advanced iterations", "skipped iterations", "nan iterations")
 """Entries of Megatron's sums that are not losses."""
 
 _skipped: ContextVar[bool] = ContextVar("skipped", default=False)
-"""Whether the step that is being logged was skipped."""
+"""True if the step that is being logged was skipped."""
 
 
 def _log_each_step_once(original: Callable[..., Any]) -> Callable[..., Any]:

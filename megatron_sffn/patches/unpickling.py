@@ -73,7 +73,7 @@ def trust() -> None:
 
 
 def trusted() -> bool:
-    """Whether the limits are lifted; the variable is read as torch reads it."""
+    """True if the limits are lifted; the variable is read as torch reads it."""
     return os.environ.get(TRUST, "0").lower() in ("1", "y", "yes", "true")
 
 

@@ -42,7 +42,7 @@ class Evaluation:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all data sets have been read."""
+        """True after all data sets have been read."""
         return len(self.losses) == self.num_sets
 
     @property

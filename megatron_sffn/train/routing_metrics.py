@@ -131,7 +131,7 @@ class RoutingMetrics:
         self._write(records, iteration)
 
     def _is_due(self, iteration: int) -> bool:
-        """Whether lines are written after this step."""
+        """True if lines are written after this step."""
         args = self.args
         intervals = [args.log_interval, args.train_iters, args.exit_interval]
         if args.save:

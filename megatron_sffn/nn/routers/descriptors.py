@@ -39,7 +39,7 @@ class Mean(torch.nn.Module):
     """
 
     of_weights_alone: ClassVar[bool] = True
-    """Whether the descriptor depends on weights alone, so that it changes with them only."""
+    """True if the descriptor depends only on weights, so that it changes only with them."""
 
     def __init__(
         self, router: Router, *, group: Any, subset_cells: int | None = None, decay: float = 0.0
@@ -170,7 +170,7 @@ class MovingAverage(Mean):
 
     of_weights_alone = False
     all_started = False
-    """Whether all blocks have an average; the host asks the device once per step."""
+    """True if all blocks have an average; the host asks the device once per step."""
     average: Tensor
     started: Tensor
     sums: Tensor

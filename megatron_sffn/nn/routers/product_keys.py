@@ -44,7 +44,7 @@ class ProductKeysConfig(RouterConfig):
 
     @property
     def query_bias(self) -> bool:
-        """Whether the query has a bias."""
+        """True if the query has a bias."""
         return False
 
     @property

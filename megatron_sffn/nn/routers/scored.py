@@ -207,7 +207,7 @@ class ScoredConfig(RouterConfig):
 
     @property
     def scores_have_weights(self) -> bool:
-        """Whether the router has weights that act on nothing but the scores."""
+        """True if the router has weights that affect only the scores."""
         return False
 
     @override
@@ -282,7 +282,7 @@ class ScoredRouter(Router):
 
     @property
     def differentiates(self) -> bool:
-        """Whether a gradient passes through the scores."""
+        """True if a gradient passes through the scores."""
         return self.settings.gated_output or self.balance.differentiates
 
     @torch.no_grad()

@@ -120,7 +120,7 @@ def _cuts(pairs: Sorted, tiles_of_block: int, multiple: int) -> tuple[int, Tenso
 
 @triton.jit
 def cuts_of(begin: tl.tensor, end: tl.tensor, length: tl.tensor) -> tl.tensor:
-    """Whether the block with pairs [begin, end) is split; the indices of its first and last cut."""
+    """True if the block with pairs [begin, end) is split; the indices of its first and last cut."""
     return end - begin >= 2 * length, tl.cdiv(begin, length), (end - 1) // length
 
 
