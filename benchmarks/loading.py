@@ -1,4 +1,4 @@
-"""Time batches of Megatron's torch loader and of DALI's: `python -m benchmarks.loading`.
+"""Times batches of Megatron's torch loader and of DALI's: `python -m benchmarks.loading`.
 
 Inputs: a data set, or none to make one from the source of Python's library, one token per byte.
 Outputs: a table of tokens per second and of the wait for a batch between steps, and, with
@@ -7,10 +7,10 @@ Outputs: a table of tokens per second and of the wait for a batch between steps,
 Design notes:
 - Batches take the path of a run: Megatron's data sets, its sampler, its iterators, and the copy to
   the device that a step makes.
-- A step is a sleep: what a loader does meanwhile costs nothing, as on a GPU. If steps compute on
-  the same cores, compare tokens per second instead.
-- Nothing is timed before both loaders gave the same batches. Contenders take turns, `--rounds`
-  times, and the best round counts, because other load on a machine only adds time.
+- A step is a sleep, during which a loader works at no cost, as on a GPU. If steps compute on the
+  same cores, compare tokens per second instead.
+- Both loaders must give the same batches before anything is timed. Contenders take turns, and
+  the best of `--rounds` counts, because other load on a machine only adds time.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Timing:
     """The measurements of one round.
 
     Args:
-        tokens_per_second: of batches that are drawn one after the other.
+        tokens_per_second: speed of drawing batches without steps between them.
         first_ms: time to the first batch.
         wait_ms: wait for a batch between two steps.
     """
@@ -77,23 +77,23 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was measured of a contender; also the columns of the CSV file.
+    """The measurements of a contender; also the columns of the CSV file.
 
     Args:
-        date: of the command, ISO 8601, UTC.
-        commit: short; `-dirty` where files differ from it.
-        device: in words.
+        date: date of the command, ISO 8601, UTC.
+        commit: short hash; `-dirty` if files differ from it.
+        device: name of the device.
         torch: version.
         megatron_core: version.
         dali: version.
         seq_length: tokens of a sequence.
         micro_batch_size: sequences of a batch.
-        step_ms: of the pretended step.
-        loader: as in `Loader`, with the next.
-        workers: threads or processes.
-        tokens_per_second: as in `Timing`, with the next two.
-        first_ms: until the first batch.
-        wait_ms: for a batch between two steps.
+        step_ms: duration of the simulated step.
+        loader: see `Loader`.
+        workers: see `Loader`.
+        tokens_per_second: see `Timing`.
+        first_ms: see `Timing`.
+        wait_ms: see `Timing`.
     """
 
     date: str
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for turn in range(options.rounds):
             for loader in loaders:
                 print(f"round {turn + 1}: {loader}", file=sys.stderr, flush=True)
-                timing = timed(args, loader, options)
+                timing = time_round(args, loader, options)
                 best[loader] = max(best.get(loader, timing), timing, key=by_throughput)
     print(table(best, platform, options))
     if options.output:
@@ -139,7 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "dali": version_of("nvidia-dali-cuda130"),
         }
         sizes = {name: vars(options)[name] for name in SIZES}
-        rows = [Row(**common, **sizes, **asdict(one), **asdict(best[one])) for one in loaders]
+        rows = [
+            Row(**common, **sizes, **asdict(loader), **asdict(best[loader])) for loader in loaders
+        ]
         append(rows, options.output)
     return 0
 
@@ -206,7 +208,7 @@ def run_of(options: argparse.Namespace, folder: Path) -> Namespace:
     from megatron_sffn.train.arguments import parse
 
     batches = WARM_UP + 2 * options.batches
-    paths = options.data_path or [written(folder / "library")]
+    paths = options.data_path or [library_dataset(folder / "library")]
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
     sys.argv = [
         "pretrain",
@@ -235,7 +237,7 @@ MODEL = (
 """Flags of a model that is not built, with a vocabulary that is large enough for any id."""
 
 
-def written(prefix: Path) -> str:
+def library_dataset(prefix: Path) -> str:
     """Write a data set from Python's library, a document per file; return its prefix."""
     import numpy
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -275,19 +277,19 @@ def compare(args: Namespace) -> None:
         batches_of(args, Loader(loader=kind, workers=0)) for kind in ("dali", "torch")
     )
     for number in range(COMPARED):
-        mine, their = next(dali_batches), next(torch_batches)
-        if not all(torch.equal(value, their[name]) for name, value in mine.items()):
+        dali_batch, torch_batch = next(dali_batches), next(torch_batches)
+        if not all(torch.equal(value, torch_batch[name]) for name, value in dali_batch.items()):
             raise DisagreementError(f"batch {number} of DALI differs from that of torch's loader")
 
 
-def timed(args: Namespace, loader: Loader, options: argparse.Namespace) -> Timing:
+def time_round(args: Namespace, loader: Loader, options: argparse.Namespace) -> Timing:
     """Time one round of a contender."""
     import torch
 
     start = time.perf_counter()
     batches = batches_of(args, loader)
     next(batches)
-    first = time.perf_counter() - start
+    first_seconds = time.perf_counter() - start
     for _ in range(WARM_UP - 1):
         next(batches)
     torch.cuda.synchronize()
@@ -297,15 +299,17 @@ def timed(args: Namespace, loader: Loader, options: argparse.Namespace) -> Timin
     torch.cuda.synchronize()
     tokens = options.batches * options.micro_batch_size * options.seq_length
     rate = tokens / (time.perf_counter() - start)
-    waited = 0.0
+    wait_seconds = 0.0
     for _ in range(options.batches):
         time.sleep(options.step_ms / 1000)
         start = time.perf_counter()
         next(batches)
         torch.cuda.synchronize()
-        waited += time.perf_counter() - start
+        wait_seconds += time.perf_counter() - start
     return Timing(
-        tokens_per_second=rate, first_ms=1000 * first, wait_ms=1000 * waited / options.batches
+        tokens_per_second=rate,
+        first_ms=1000 * first_seconds,
+        wait_ms=1000 * wait_seconds / options.batches,
     )
 
 

@@ -38,7 +38,7 @@ class Platform:
 
     @property
     def start_method(self) -> str:
-        """How ranks start: a fork inherits the imported Megatron, but CUDA does not survive it."""
+        """The start method of ranks: fork inherits the imported Megatron, but CUDA needs spawn."""
         return "spawn" if self.devices else "fork"
 
     @classmethod

@@ -7,9 +7,9 @@ over seeds), FLOPs, throughput, and blocks that no held-out token used.
 Design notes:
 - Every run has the quick start's model and schedule on one rank; only the feed-forward layer
   differs, and nothing is tuned for a router.
-- Routers of single cells have no blocks of 64: they run once, at g = 1.
+- Routers of single cells run only at g = 1.
 - A finished run is a line of the results and is not repeated, so that the command can be resumed.
-  Of the run itself only the log is kept. With `--jobs` runs share the machine, so their throughput
+  Only the log of a run is kept. With `--jobs` runs share the machine, so their throughput
   is only comparable with that of other runs of the command.
 """
 
@@ -50,7 +50,7 @@ class Job:
     Args:
         router: name.
         block_size: g.
-        seed: of weights and of the order of the data.
+        seed: seed of the weights and of the order of the data.
     """
 
     router: str
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the run's folder."""
         return f"{self.router}-g{self.block_size}-seed{self.seed}"
 
     @property
@@ -83,25 +83,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         for g in _block_sizes(router)
     ]
     records = args.output / "results.jsonl"
-    done = {_key(record) for record in read_records(records)}
+    finished_keys = {_key(record) for record in read_records(records)}
     keys = {job: _key({**dataclasses.asdict(job), "iterations": args.train_iters}) for job in jobs}
-    todo = [job for job in jobs if keys[job] not in done]
-    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done", file=sys.stderr, flush=True)
+    missing_jobs = [job for job in jobs if keys[job] not in finished_keys]
+    print(
+        f"{len(jobs) - len(missing_jobs)} of {len(jobs)} runs are done", file=sys.stderr, flush=True
+    )
     start = time.monotonic()
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = pool.map(lambda job: _run(job, args), todo)
-        for number, (job, record) in enumerate(zip(todo, runs, strict=True), start=1):
+        runs = pool.map(lambda job: _run(job, args), missing_jobs)
+        for number, (job, record) in enumerate(zip(missing_jobs, runs, strict=True), start=1):
             if record is not None:
                 append_records(records, [record])
-            left = (time.monotonic() - start) / number * (len(todo) - number)
+            seconds_left = (time.monotonic() - start) / number * (len(missing_jobs) - number)
             state = "done" if record else f"failed, see {args.output / job.name}.log"
             print(
-                f"{number}/{len(todo)} {job.name} {state}, {left / 60:.0f} minutes left",
+                f"{number}/{len(missing_jobs)} {job.name} {state}, "
+                f"{seconds_left / 60:.0f} minutes left",
                 file=sys.stderr,
                 flush=True,
             )
-    asked = set(keys.values())
-    print(table([record for record in read_records(records) if _key(record) in asked]))
+    expected_keys = set(keys.values())
+    print(table([record for record in read_records(records) if _key(record) in expected_keys]))
     return 0
 
 
@@ -155,7 +158,7 @@ def _run(job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
     flags += [
         f"--train-iters {args.train_iters} --eval-interval {args.train_iters} --seed {job.seed}",
         "--tokenizer-type HuggingFaceTokenizer",
-        # The last one counts, because the run saves nothing before it ends.
+        # The last value counts: the run saves nothing before its end.
         "--save-interval 1000000",
     ]
     paths = {
@@ -167,10 +170,10 @@ def _run(job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
     }
     command = [sys.executable, "-m", "megatron_sffn.pretrain", *" ".join(flags).split()]
     command += [word for flag, path in paths.items() for word in (flag, str(path))]
-    with (args.output / f"{job.name}.log").open("w") as out:
+    with (args.output / f"{job.name}.log").open("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         code = subprocess.run(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
         ).returncode
     record = _record(job, folder) if code == 0 else None
     shutil.rmtree(folder)
@@ -186,10 +189,10 @@ def _record(job: Job, folder: Path) -> dict[str, Any]:
         if line["phase"] == "evaluation" and line["iteration"] == summary["iterations"]
         for tokens in line["tokens_per_block"]
     ]
-    kept = ("iterations", "validation_perplexity", "parameters_total", "flops_per_token")
+    names = ("iterations", "validation_perplexity", "parameters_total", "flops_per_token")
     return {
         **dataclasses.asdict(job),
-        **{name: summary[name] for name in (*kept, "tokens_per_second")},
+        **{name: summary[name] for name in (*names, "tokens_per_second")},
         "dead_share": blocks.count(0) / len(blocks) if blocks else None,
         "torch": torch.__version__,
     }

@@ -1,12 +1,12 @@
-"""Time what routing statistics cost in a step: `python -m benchmarks.routing_overhead`.
+"""Times the cost of routing statistics in a step: `python -m benchmarks.routing_overhead`.
 
 Inputs: the sizes of a layer. Outputs: per block size and router, the time to count a microbatch and
 to write a line of `routing.jsonl`, as shares of the layer's forward and backward pass.
 
 Design notes:
-- The layer alone is 100 %. A model has more around it, so the share of a step is smaller.
-- Shares of 1 % drown in the noise of two whole steps. So counting is timed by itself, on the
-  `Routing` of the step before it, in turns with steps with and without it.
+- The layer alone is 100 %. In a model the share of a step is smaller.
+- A share of 1 % is smaller than the noise of steps. So counting is timed by itself, on the
+  `Routing` of the step before it, in turns with steps with and without counting.
 - The fastest turn counts, because other load on a machine only adds time.
 """
 
@@ -98,7 +98,7 @@ def row(args: Namespace, block_size: int, router: str, folder: Path) -> str:
     device = torch.cuda.current_device()
     x, dy = torch.randn(2, args.tokens, 1, args.hidden_size).to(device)
     routings: list[Any] = []
-    layer.router.register_forward_hook(lambda module, given, made: routings.append(made))
+    layer.router.register_forward_hook(lambda module, inputs, routing: routings.append(routing))
 
     def step() -> None:
         routings.clear()
@@ -134,7 +134,7 @@ def row(args: Namespace, block_size: int, router: str, folder: Path) -> str:
 
 
 def log_arguments(num_blocks: int) -> Namespace:
-    """What the log reads of Megatron's arguments, for a line after each step."""
+    """The arguments of Megatron that the log reads, for a line after each step."""
     return Namespace(
         curr_iteration=0,
         num_experts=num_blocks,
@@ -150,7 +150,7 @@ def log_arguments(num_blocks: int) -> Namespace:
 
 
 def alternate(contenders: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """The fewest seconds of each, timed in turns so that other load affects all of them."""
+    """The fewest seconds of each contender, timed in turns, so that other load affects them all."""
     import torch
 
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -163,7 +163,7 @@ def alternate(contenders: dict[str, Callable[[], None]], repeats: int) -> dict[s
             # The first two turns are a warm-up.
             if repeat > 1:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: min(each) for name, each in seconds.items()}
+    return {name: min(turns) for name, turns in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Append rows of results to a CSV file; each benchmark has a dataclass of rows.
+"""Appends rows of results to a CSV file; each benchmark has a dataclass of rows.
 
 Design notes: a row is complete in itself, with device and versions. A column is a field of the
 dataclass, without the trailing underscore of a name that Python reserves.

@@ -1,4 +1,4 @@
-"""Time whole training steps of a sparse model over a dense one: `python -m benchmarks.steps`.
+"""Times whole training steps of a sparse model over a dense one: `python -m benchmarks.steps`.
 
 Inputs: sizes. Outputs: a table of ratios, ours beside Megatron's own dispatcher and experts
 (`--sffn-backend megatron`: same router, same B, K and g), over a dense model with the same number
@@ -50,7 +50,7 @@ class Step:
         backend: `ours`, `megatron` or `dense`.
         block_size: g; 0 for dense.
         expansion: E; 1 for dense.
-        tokens: of a step.
+        tokens: tokens of a step.
     """
 
     backend: str
@@ -76,19 +76,19 @@ class Row:
     """A run's step; also the columns of the CSV file.
 
     Args:
-        date: of the command, ISO 8601, UTC.
-        commit: short; `-dirty` where files differ from it.
-        device: in words.
+        date: date of the command, ISO 8601, UTC.
+        commit: short hash; `-dirty` if files differ from it.
+        device: name of the device.
         torch: version.
         megatron_core: version.
-        num_layers: all of them sparse, or none.
+        num_layers: number of layers, which are all sparse or all dense.
         hidden_size: D.
         active_cells: k.
-        backend: as in `Step`, with the next three.
+        backend: see `Step`.
         block_size: g.
         expansion: E.
-        tokens: of a step.
-        ms: of a step.
+        tokens: tokens of a step.
+        ms: milliseconds of a step.
     """
 
     date: str
@@ -112,18 +112,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     adapt()
     common = facts(Platform.here(), args.output)
     steps = steps_of(args)
-    took = dict.fromkeys(steps, float("inf"))
+    ms_of_step = dict.fromkeys(steps, float("inf"))
     for turn in range(args.rounds):
         for number, step in enumerate(steps, start=1):
             print(f"round {turn + 1}, {number}/{len(steps)} {step}", file=sys.stderr, flush=True)
-            took[step] = min(milliseconds(step, args), took[step])
-    print(comparison(took, args))
+            ms_of_step[step] = min(milliseconds(step, args), ms_of_step[step])
+    print(comparison(ms_of_step, args))
     print()
-    print(growth(took, args))
+    print(growth(ms_of_step, args))
     if args.output:
-        append([row_of(step, ms, args, common) for step, ms in took.items()], args.output)
+        append([row_of(step, ms, args, common) for step, ms in ms_of_step.items()], args.output)
     if args.plot:
-        plot(took, args)
+        plot(ms_of_step, args)
     return 0
 
 
@@ -171,7 +171,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-layers", type=int, default=4, help="all of them sparse (default: 4)")
     add("--hidden-size", type=int, default=256, help="D; k = 4 D active cells (default: 256)")
     add("--train-iters", type=int, default=8, help="steps of a run (default: 8)")
-    add("--rounds", type=int, default=2, help="runs of each (default: 2)")
+    add("--rounds", type=int, default=2, help="runs of each configuration (default: 2)")
     add("--output", type=Path, help="append the rows to this CSV file")
     add("--plot", type=Path, metavar="FILE.png", help="plot the growth")
     args = parser.parse_args(argv)
@@ -206,13 +206,13 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
     grown = [
         Step(backend="ours", block_size=g, expansion=e, tokens=t)
         for g in args.block_sizes
-        for e, t in places(args)
+        for e, t in growth_sizes(args)
     ]
     return list(dict.fromkeys([*dense, *compared, *grown]))
 
 
-def places(args: argparse.Namespace) -> list[tuple[int, int]]:
-    """E and tokens of the growth: every E, and the largest E with twice the tokens."""
+def growth_sizes(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """E and tokens of the growth table: every E, and the largest E with twice the tokens."""
     return [*((e, args.tokens) for e in args.expansions), (max(args.expansions), 2 * args.tokens)]
 
 
@@ -242,15 +242,15 @@ def milliseconds(step: Step, args: argparse.Namespace, extra: Sequence[str] = ()
             check=False,
         )
         if run.returncode:
-            last = (run.stderr.strip() or run.stdout.strip()).splitlines()[-1]
-            raise ConfigError(f"{step} did not train ({last}); try its flags alone: {command}")
+            last_line = (run.stderr.strip() or run.stdout.strip()).splitlines()[-1]
+            raise ConfigError(f"{step} did not train ({last_line}); try its flags alone: {command}")
         summary = json.loads((Path(folder) / "summary.json").read_text())
     return 1000 * step.tokens / float(summary["tokens_per_second"])
 
 
-def comparison(took: Mapping[Step, float], args: argparse.Namespace) -> str:
+def comparison(ms_of_step: Mapping[Step, float], args: argparse.Namespace) -> str:
     """The table of our and Megatron's steps over dense ones."""
-    dense = took[Step(backend="dense", tokens=args.tokens)]
+    dense = ms_of_step[Step(backend="dense", tokens=args.tokens)]
     lines = [
         f"a step of {args.tokens} tokens: {args.num_layers} layers, D = {args.hidden_size}, "
         f"k = {4 * args.hidden_size}, E = {args.expansion}; dense {dense:.0f} ms",
@@ -259,7 +259,9 @@ def comparison(took: Mapping[Step, float], args: argparse.Namespace) -> str:
     ]
     for g in args.block_sizes:
         our_ms, megatron_ms = (
-            took[Step(backend=name, block_size=g, expansion=args.expansion, tokens=args.tokens)]
+            ms_of_step[
+                Step(backend=name, block_size=g, expansion=args.expansion, tokens=args.tokens)
+            ]
             for name in ("ours", "megatron")
         )
         active = 4 * args.hidden_size // g
@@ -270,24 +272,26 @@ def comparison(took: Mapping[Step, float], args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def growth(took: Mapping[Step, float], args: argparse.Namespace) -> str:
+def growth(ms_of_step: Mapping[Step, float], args: argparse.Namespace) -> str:
     """The table of our steps over dense ones with as many tokens, at every E."""
-    heads = [f"E={e}" if t == args.tokens else f"E={e}, {t} tokens" for e, t in places(args)]
+    heads = [f"E={e}" if t == args.tokens else f"E={e}, {t} tokens" for e, t in growth_sizes(args)]
     lines = ["ours over dense of as many tokens, as the memory grows"]
     lines.append(f"{'g':>5} " + " ".join(f"{head:>16}" for head in heads))
     for g in args.block_sizes:
-        ratios = [over_dense(took, g, e, t) for e, t in places(args)]
+        ratios = [over_dense(ms_of_step, g, e, t) for e, t in growth_sizes(args)]
         lines.append(f"{g:>5} " + " ".join(f"{ratio:>16.2f}" for ratio in ratios))
     return "\n".join(lines)
 
 
-def over_dense(took: Mapping[Step, float], block_size: int, expansion: int, tokens: int) -> float:
+def over_dense(
+    ms_of_step: Mapping[Step, float], block_size: int, expansion: int, tokens: int
+) -> float:
     """The time of one of our steps over a dense one with as many tokens."""
     step = Step(backend="ours", block_size=block_size, expansion=expansion, tokens=tokens)
-    return took[step] / took[Step(backend="dense", tokens=tokens)]
+    return ms_of_step[step] / ms_of_step[Step(backend="dense", tokens=tokens)]
 
 
-def plot(took: Mapping[Step, float], args: argparse.Namespace) -> None:
+def plot(ms_of_step: Mapping[Step, float], args: argparse.Namespace) -> None:
     """Plot the step time over E, a line per block size."""
     import matplotlib
 
@@ -296,7 +300,7 @@ def plot(took: Mapping[Step, float], args: argparse.Namespace) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for g in args.block_sizes:
-        times = [over_dense(took, g, e, args.tokens) for e in args.expansions]
+        times = [over_dense(ms_of_step, g, e, args.tokens) for e in args.expansions]
         axes.plot(args.expansions, times, marker="o", label=f"g = {g}")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="E, memory cells over active cells", ylabel="time of a step over dense")

@@ -1,4 +1,4 @@
-"""Report how Triton compiles the kernels, without a GPU: `python -m benchmarks.triton_report`.
+"""Reports how Triton compiles the kernels, without a GPU: `python -m benchmarks.triton_report`.
 
 Inputs: a dtype, the cells per block, a compute capability. Outputs: for each kernel its registers,
 spills, shared memory and matrix instruction.
@@ -93,7 +93,7 @@ class Compiled:
 
 @dataclass(frozen=True, kw_only=True)
 class Specialised:
-    """What a launch compiles: the kernel with the types of its arguments, the options, and the key.
+    """The input of a compilation: the kernel with the types of its arguments, options and a key.
 
     Launches of a kernel with equal keys and options run the same code; a new key is compiled at its
     first launch.
@@ -188,7 +188,7 @@ def _all_launches(dtype: torch.dtype, cells: Sequence[int] | None, rows: int) ->
     for activation, size in itertools.product(FUSED, cells or FORMS["grouped"][1][:1]):
         yield from _fused_launches(activation, dtype, size, rows)
     scores = torch.zeros(rows, BLOCKS, dtype=dtype)
-    yield from _noted("route_topk", None, topk.route_topk, scores, BLOCKS // 16)
+    yield from _recorded("route_topk", None, topk.route_topk, scores, BLOCKS // 16)
 
 
 def _launches(
@@ -201,7 +201,7 @@ def _launches(
         (products.to_rows, (h, table, pairs, rows)),
         (products.to_table, (h, x, pairs)),
     ):
-        yield from _noted(f"{form} {product.__name__}", cells, product, *arguments)
+        yield from _recorded(f"{form} {product.__name__}", cells, product, *arguments)
 
 
 def _fused_launches(
@@ -216,7 +216,7 @@ def _fused_launches(
         (triton_fused.up_activated, (x, keys, pairs, gates, activation)),
         (triton_fused.down_backward_activated, (x, values, pairs, ups, gates, activation)),
     ):
-        yield from _noted(f"fused {activation}", cells, product, *arguments)
+        yield from _recorded(f"fused {activation}", cells, product, *arguments)
 
 
 def _operands(dtype: torch.dtype, cells: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Sorted]:
@@ -230,12 +230,14 @@ def _operands(dtype: torch.dtype, cells: int, rows: int) -> tuple[Tensor, Tensor
     return x, table, torch.zeros(rows, cells, dtype=dtype), pairs
 
 
-def _noted(op: str, cells: int | None, call: Callable[..., Any], *arguments: Any) -> list[Launch]:
+def _recorded(
+    op: str, cells: int | None, call: Callable[..., Any], *arguments: Any
+) -> list[Launch]:
     """The launches of a call, recorded instead of run."""
-    found: list[Launch] = []
+    launches: list[Launch] = []
 
     def note(start: triton_starts.Start) -> None:
-        found.append(
+        launches.append(
             Launch(
                 op=op,
                 cells=cells,
@@ -248,11 +250,11 @@ def _noted(op: str, cells: int | None, call: Callable[..., Any], *arguments: Any
 
     with triton_starts.handed_to(note):
         call(*arguments)
-    return found
+    return launches
 
 
 def specialised(launch: Launch, target: GPUTarget) -> Specialised:
-    """What Triton's own launcher would compile for a launch, and the key of its cache."""
+    """The compilation that Triton's launcher would start for a launch, and its key in the cache."""
     backend = make_backend(target)
     kernel = launch.kernel
     options = {
@@ -274,7 +276,7 @@ def specialised(launch: Launch, target: GPUTarget) -> Specialised:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """What one thread of the kernel in an object file uses: REG, STACK, LOCAL and others."""
+    """The resources of one thread of the kernel in an object file: REG, STACK, LOCAL and others."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

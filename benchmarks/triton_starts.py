@@ -1,7 +1,7 @@
-"""Pass the launches of Triton kernels to a function instead of the device, to compile or list them.
+"""Passes the launches of Triton kernels to a function instead of the device.
 
-Design notes: the function gets what the package's own launcher would pass to Triton, because a
-constant of another type would be another key of Triton's cache.
+Design notes: the function gets the arguments that the package's own launcher would pass to Triton,
+because a constant of another type would have another key in Triton's cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Start:
 
 @contextmanager
 def handed_to(take: Callable[[Start], None]) -> Iterator[None]:
-    """Within this context kernels are not launched; results keep what was in memory."""
+    """In this context `take` gets the launches and no kernel runs: results are not initialised."""
     with mock.patch.object(triton_launch, "_kernel", lambda name: _Kernel(name, take)):
         yield
 

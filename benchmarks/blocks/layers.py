@@ -28,7 +28,7 @@ from megatron_sffn.ops.block_ffn import op
 
 
 class Dense(nn.Module):
-    """`f(x Kᵀ) V` with k cells, in plain torch: the unit of all ratios."""
+    """`f(x Kᵀ) V` with k cells in plain torch, which is the unit of all ratios."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -36,8 +36,8 @@ class Dense(nn.Module):
         self.activation = problem.activation
         # The gate keys of all blocks come first, as in a gated dense FFN.
         halves = problem.keys[:active].chunk(2 if self.activation.gated else 1, dim=1)
-        self.keys = _own(torch.cat([half.flatten(0, 1) for half in halves]))
-        self.values = _own(problem.values[:active].flatten(0, 1))
+        self.keys = _parameter(torch.cat([keys_of_half.flatten(0, 1) for keys_of_half in halves]))
+        self.values = _parameter(problem.values[:active].flatten(0, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, D]` to the same."""
@@ -45,24 +45,24 @@ class Dense(nn.Module):
 
 
 class Sparse(nn.Module):
-    """A contender whose result is checked. This base class has the tables in our layout."""
+    """A contender whose result is checked, with the tables in our layout."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
-        self.keys = _own(problem.keys)
-        self.values = _own(problem.values)
-        self.gates = None if problem.gates is None else _own(problem.gates)
+        self.keys = _parameter(problem.keys)
+        self.values = _parameter(problem.values)
+        self.gates = None if problem.gates is None else _parameter(problem.gates)
         self.block_ids, self.activation = problem.block_ids, problem.activation
 
     def gradients(self) -> dict[str, Tensor]:
-        """Those of the tables and gates after a backward, in the shapes of the problem's."""
+        """The gradients of tables and gates after a backward pass, in the problem's shapes."""
         grads = {"keys": self.keys.grad, "values": self.values.grad}
         if self.gates is not None:
             grads["gates"] = self.gates.grad
         return {name: grad for name, grad in grads.items() if grad is not None}
 
 
-class Ours(Sparse):
+class BlockFFN(Sparse):
     """Our `block_ffn` with one of its backends."""
 
     def __init__(self, problem: Problem, backend: str) -> None:
@@ -90,12 +90,14 @@ class GroupedMM(Sparse):
         blocks, order = self.block_ids.flatten().sort(stable=True)
         rows = order // self.block_ids.shape[1]
         counts = torch.bincount(blocks, minlength=len(self.values))
-        ends = counts.cumsum(0, dtype=torch.int32)
-        ups = torch._grouped_mm(x[rows], self.keys.transpose(1, 2), offs=ends)
+        offsets = counts.cumsum(0, dtype=torch.int32)
+        ups = torch._grouped_mm(x[rows], self.keys.transpose(1, 2), offs=offsets)
         h = self.activation(ups)
         if self.gates is not None:
             h = h * self.gates.flatten()[order, None]
-        return torch.zeros_like(x).index_add(0, rows, torch._grouped_mm(h, self.values, offs=ends))
+        return torch.zeros_like(x).index_add(
+            0, rows, torch._grouped_mm(h, self.values, offs=offsets)
+        )
 
 
 TRANSFORMERS_ACTIVATIONS = {
@@ -126,8 +128,10 @@ class Transformers(nn.Module):
                 super().__init__()
                 self.num_experts = problem.num_blocks
                 self.act_fn = ACT2FN[TRANSFORMERS_ACTIVATIONS[problem.activation]]
-                self.register_parameter("gate_up_proj" if gated else "up_proj", _own(problem.keys))
-                self.down_proj = _own(problem.values.transpose(1, 2))
+                self.register_parameter(
+                    "gate_up_proj" if gated else "up_proj", _parameter(problem.keys)
+                )
+                self.down_proj = _parameter(problem.values.transpose(1, 2))
 
             def forward(self, *args: Any) -> Tensor:
                 raise AssertionError("the eager form of experts")
@@ -145,11 +149,11 @@ class Transformers(nn.Module):
 
     def gradients(self) -> dict[str, Tensor]:
         """As `Sparse.gradients`."""
-        named = dict(self.experts.named_parameters())
-        down = named.pop("down_proj").grad
-        (up,) = named.values()
-        assert up.grad is not None and down is not None
-        grads = {"keys": up.grad, "values": down.transpose(1, 2)}
+        parameters = dict(self.experts.named_parameters())
+        down_grad = parameters.pop("down_proj").grad
+        (up_proj,) = parameters.values()
+        assert up_proj.grad is not None and down_grad is not None
+        grads = {"keys": up_proj.grad, "values": down_grad.transpose(1, 2)}
         return grads if self.gates.grad is None else {**grads, "gates": self.gates.grad}
 
 
@@ -171,19 +175,20 @@ class Megatron(nn.Module):
             layer_number=1,
         )
         with torch.no_grad():
-            for (first, second), keys, values in zip(
+            for (fc1, fc2), keys, values in zip(
                 self.linears(), problem.keys, problem.values, strict=True
             ):
-                first.copy_(keys)
+                fc1.copy_(keys)
                 # Megatron's second linear maps G cells to D: its weight is [D, G].
-                second.copy_(values.T)
+                fc2.copy_(values.T)
 
     def linears(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """The two weights of every expert."""
+        """The weights of the two linear layers of every expert."""
         experts = self.layer.experts
         if hasattr(experts, "local_experts"):
             return [
-                (each.linear_fc1.weight, each.linear_fc2.weight) for each in experts.local_experts
+                (expert.linear_fc1.weight, expert.linear_fc2.weight)
+                for expert in experts.local_experts
             ]
         return [
             (getattr(experts.linear_fc1, name), getattr(experts.linear_fc2, name))
@@ -201,8 +206,8 @@ class Megatron(nn.Module):
         def stacked(weights: tuple[nn.Parameter, ...]) -> Tensor:
             return torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
 
-        first, second = zip(*self.linears(), strict=True)
-        grads = {"keys": stacked(first), "values": stacked(second).transpose(1, 2)}
+        fc1, fc2 = zip(*self.linears(), strict=True)
+        grads = {"keys": stacked(fc1), "values": stacked(fc2).transpose(1, 2)}
         router = self.layer.router
         if router.probabilities.grad is not None:
             grads["gates"] = router.probabilities.grad.gather(1, router.block_ids)
@@ -215,12 +220,12 @@ class GivenRouter(nn.Module):
     def __init__(self, problem: Problem) -> None:
         super().__init__()
         self.block_ids = problem.block_ids
-        nothing = problem.x.new_zeros(len(problem.x), problem.num_blocks)
+        zeros = problem.x.new_zeros(len(problem.x), problem.num_blocks)
         gates = problem.ones_or_gates
         self.probabilities = nn.Parameter(
-            nothing.scatter(1, self.block_ids, gates), requires_grad=problem.gates is not None
+            zeros.scatter(1, self.block_ids, gates), requires_grad=problem.gates is not None
         )
-        self.routing_map = nothing.bool().scatter(1, self.block_ids, True)
+        self.routing_map = zeros.bool().scatter(1, self.block_ids, True)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Do nothing: the routing does not depend on the layer."""
@@ -280,7 +285,7 @@ def peers() -> dict[str, Callable[[Problem], nn.Module]]:
     }
 
 
-def _own(tensor: Tensor) -> nn.Parameter:
+def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.clone(memory_format=torch.contiguous_format))
 
 

@@ -117,18 +117,18 @@ def reference(problem: Problem) -> dict[str, Tensor]:
     }
     outputs = []
     for start in range(0, len(problem.x), REFERENCE_TOKENS):
-        at = slice(start, start + REFERENCE_TOKENS)
-        gates = leaves["gates"][at] if "gates" in leaves else None
+        chunk = slice(start, start + REFERENCE_TOKENS)
+        gates = leaves["gates"][chunk] if "gates" in leaves else None
         y = op.block_ffn(
-            leaves["x"][at],
+            leaves["x"][chunk],
             leaves["keys"],
             leaves["values"],
-            problem.block_ids[at],
+            problem.block_ids[chunk],
             gates,
             activation=problem.activation,
             backend="naive",
         )
-        y.backward(problem.dy[at].double())
+        y.backward(problem.dy[chunk].double())
         outputs.append(y.detach())
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {"y": torch.cat(outputs), **grads}

@@ -64,8 +64,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Time of a sparse feed-forward layer with given routing, forward and "
         "forward + backward, in units of the dense FFN with the same number of active cells: ours, "
         "and the installed megatron-core, transformers and torch. A token uses k = --active-cells "
-        "of E·k cells, in blocks of g. Every result is compared with a float64 oracle first; what "
-        "is wrong gets no ratio.",
+        "of E·k cells, in blocks of g. Every result is compared with a float64 oracle first; a "
+        "wrong result gets no ratio.",
         epilog="example: --block-sizes 64 16 --expansions 4 --backends auto torch --no-output",
         allow_abbrev=False,
     )
@@ -78,7 +78,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=BACKENDS,
         default=["auto"],
-        help="our backends, a column each; auto is the fastest for the device (default: auto)",
+        help="our backends, with a column for each; auto is the fastest for the device (default: "
+        "auto)",
     )
     add("--threads", type=int, help="threads of torch (default: 1, with --device cuda torch's own)")
     add(
@@ -125,7 +126,7 @@ def _add_sizes(add: Any) -> None:
         type=int,
         nargs="+",
         default=[1024, 256, 64, 16, 1],
-        help="g, cells per block, a line of the table each; from large to small, so that slow "
+        help="g, cells per block, with a table line for each; from large to small, so that slow "
         "peers are predicted and skipped (default: 1024 256 64 16 1)",
     )
     add("--expansions", type=int, nargs="+", default=[4, 16], help="E (default: 4 16)")
@@ -177,24 +178,24 @@ def run(args: argparse.Namespace, platform: Platform) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     common = common_of(args, platform)
-    contenders = [*(ours(backend) for backend in args.backends), *layers.peers()]
+    contenders = [*(our_name(backend) for backend in args.backends), *layers.peers()]
     rows: list[Row] = []
     missing: list[Missing] = []
     for expansion in args.expansions:
         budget = Budget(seconds=args.budget)
         for block_size in args.block_sizes:
-            new_rows, without = measure(args, expansion, block_size, budget, common)
+            new_rows, new_missing = measure(args, expansion, block_size, budget, common)
             if args.output:
                 append(new_rows, args.output)
             rows += new_rows
-            missing += without
+            missing += new_missing
     print(table(rows, missing, contenders), flush=True)
     if args.plot:
         plot(rows, contenders, args.plot)
     return 0
 
 
-def ours(backend: str) -> str:
+def our_name(backend: str) -> str:
     """The name of one of our backends in the table."""
     return "ours" if backend == "auto" else f"ours {backend}"
 
@@ -222,13 +223,13 @@ def measure(
     expected = reference(problem)
     modules: dict[str, nn.Module] = {"dense": layers.Dense(problem)}
     for backend in args.backends:
-        modules[ours(backend)] = module = layers.Ours(problem, backend)
+        modules[our_name(backend)] = module = layers.BlockFFN(problem, backend)
         error = difference(module, problem, expected)
         if not error <= tolerance(problem):
             raise DisagreementError(
-                f"{ours(backend)} is wrong at g = {block_size}, E = {expansion}: it differs from "
-                f"the oracle by {error:.1e} of the norm, more than {tolerance(problem):.0e}; no "
-                "ratios are printed"
+                f"{our_name(backend)} is wrong at g = {block_size}, E = {expansion}: it differs "
+                f"from the oracle by {error:.1e} of the norm, more than {tolerance(problem):.0e}; "
+                "no ratios are printed"
             )
     missing = []
     for name, build in layers.peers().items():

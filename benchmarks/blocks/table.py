@@ -18,29 +18,29 @@ class Row:
     """One contender's pass at one size; also the columns of the CSV file.
 
     Args:
-        date: of the run, ISO 8601, UTC.
-        commit: short; `-dirty` where files differ from it; empty outside of git.
-        device: in words.
-        threads: of torch on the CPU.
-        torch: version, as the next ones; empty where a package is absent.
-        megatron_core: version.
-        transformer_engine: version.
-        transformers: version.
-        triton: version.
-        dtype: of tokens and tables.
+        date: date of the run, ISO 8601, UTC.
+        commit: short hash; `-dirty` if files differ from it; empty outside of git.
+        device: name of the device.
+        threads: threads of torch on the CPU.
+        torch: version of torch.
+        megatron_core: version; empty if the package is absent.
+        transformer_engine: version; empty if the package is absent.
+        transformers: version; empty if the package is absent.
+        triton: version; empty if the package is absent.
+        dtype: dtype of tokens and tables.
         activation: f.
-        gated: whether a gate multiplies each block's output.
+        gated: True if a gate multiplies each block's output.
         block_size: g.
         expansion: E.
         tokens: T.
         hidden_size: D.
         active_cells: k.
-        contender: who.
-        pass_: what was timed.
-        repeats: turns.
-        ms: their median.
-        ratio: of the medians, over the dense FFN's.
-        spread: of the turns, interquartile range over median.
+        contender: name of the module that was timed.
+        pass_: `forward`, or `forward + backward`.
+        repeats: number of turns.
+        ms: median time of a turn.
+        ratio: this median over the median of the dense FFN.
+        spread: interquartile range of the turns over their median.
     """
 
     date: str
@@ -85,15 +85,17 @@ def rows_of(
     rows = []
     for timed in PASSES:
         for name in dict.fromkeys(name for name, _ in seconds):
-            turns = seconds[name, timed]
-            middle = median(turns)
-            low, _, high = quantiles(turns) if len(turns) > 1 else (middle, middle, middle)
+            turn_seconds = seconds[name, timed]
+            middle = median(turn_seconds)
+            low, _, high = (
+                quantiles(turn_seconds) if len(turn_seconds) > 1 else (middle, middle, middle)
+            )
             rows.append(
                 Row(
                     **common,
                     contender=name,
                     pass_=timed,
-                    repeats=len(turns),
+                    repeats=len(turn_seconds),
                     ms=1000 * middle,
                     ratio=middle / median(seconds["dense", timed]),
                     spread=(high - low) / middle,
@@ -106,10 +108,10 @@ def table(rows: Sequence[Row], missing: Sequence[Missing], contenders: Sequence[
     """All rows as a table with a line per pass and size, and notes on missing ratios."""
     first = rows[0]
     cells = {(row.pass_, row.expansion, row.block_size, row.contender): row for row in rows}
-    ends = [name.rpartition(" ") for name in contenders]
+    name_parts = [name.rpartition(" ") for name in contenders]
     lines: list[Sequence[str]] = [
-        ("", "", "", "", "dense", *(start for start, _, _ in ends)),
-        ("pass", "g", "E", "T", "ms", *(end for _, _, end in ends)),
+        ("", "", "", "", "dense", *(first_line for first_line, _, _ in name_parts)),
+        ("pass", "g", "E", "T", "ms", *(second_line for _, _, second_line in name_parts)),
     ]
     units = [row for row in rows if row.contender == "dense"]
     for timed in PASSES:
@@ -147,20 +149,20 @@ def table(rows: Sequence[Row], missing: Sequence[Missing], contenders: Sequence[
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     """One line of the table: the pass on the left, numbers on the right."""
-    first, *numbers = cells
-    return " ".join([first.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])])
+    label, *numbers = cells
+    return " ".join([label.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])])
 
 
 def notes(missing: Sequence[Missing]) -> list[str]:
     """Each reason once, with the sizes that it applies to."""
     sizes: dict[tuple[str, str], list[Missing]] = {}
-    for each in missing:
-        sizes.setdefault((each.contender, each.reason), []).append(each)
+    for ratio in missing:
+        sizes.setdefault((ratio.contender, ratio.reason), []).append(ratio)
     return [
         f"- {contender}, "
-        + ", ".join(f"g = {size.block_size} E = {size.expansion}" for size in where)
+        + ", ".join(f"g = {size.block_size} E = {size.expansion}" for size in missing_ratios)
         + f": {reason}"
-        for (contender, reason), where in sizes.items()
+        for (contender, reason), missing_ratios in sizes.items()
     ]
 
 
@@ -189,7 +191,7 @@ def plot(rows: Sequence[Row], contenders: Sequence[str], path: Path) -> None:
     for timed, line in zip(PASSES, panels, strict=True):
         for expansion, axes in zip(expansions, line, strict=True):
             panel_rows = [row for row in rows if (row.pass_, row.expansion) == (timed, expansion)]
-            _draw(axes, panel_rows, contenders)
+            _plot_panel(axes, panel_rows, contenders)
             axes.set_title(f"{timed}, E = {expansion}")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
@@ -215,9 +217,11 @@ def plot(rows: Sequence[Row], contenders: Sequence[str], path: Path) -> None:
         pyplot.close(figure)
 
 
-def _draw(axes: Any, rows: Sequence[Row], contenders: Sequence[str]) -> None:
+def _plot_panel(axes: Any, rows: Sequence[Row], contenders: Sequence[str]) -> None:
     """Plot one line per contender, with the same colour and marker in every panel."""
     axes.axhline(1, color="gray", linestyle="--", linewidth=1)
     for name, marker in zip(contenders, cycle("osD^vPX*"), strict=False):
-        own = sorted((row.block_size, row.ratio) for row in rows if row.contender == name)
-        axes.plot([size for size, _ in own], [ratio for _, ratio in own], marker=marker, label=name)
+        points = sorted((row.block_size, row.ratio) for row in rows if row.contender == name)
+        axes.plot(
+            [size for size, _ in points], [ratio for _, ratio in points], marker=marker, label=name
+        )

@@ -25,7 +25,7 @@ from benchmarks.blocks.problem import Problem
 FORWARD, BOTH = "forward", "forward + backward"
 PASSES = (FORWARD, BOTH)
 CONTENDER_SECONDS = 20.0
-"""A contender stops after so many seconds at one size, but not before the fewest turns."""
+"""Seconds after which a contender stops at one size, but not before `FEWEST_TURNS`."""
 FEWEST_TURNS = 3
 STEPS_ON_GPU = 10
 """Passes in a row per turn: the host then launches kernels ahead of the device, as in training."""
@@ -35,7 +35,7 @@ COPIES = 6
 
 @dataclass
 class Budget:
-    """The limits of one step of a peer, over the block sizes of one expansion.
+    """The limit of one step of a peer, for the block sizes of one expansion.
 
     Args:
         seconds: the longest step that is allowed.
@@ -50,8 +50,8 @@ class Budget:
         pairs = problem.block_ids.numel()
         if COPIES * pairs * problem.x.shape[1] * problem.x.itemsize > free_memory(problem.x):
             return "its copies of tokens would need more memory than is free"
-        before, seconds = self.last.get(name, (pairs, 0.0))
-        if seconds * pairs / before > self.seconds:
+        last_pairs, seconds = self.last.get(name, (pairs, 0.0))
+        if seconds * pairs / last_pairs > self.seconds:
             return self.too_long
         return None
 
@@ -66,10 +66,10 @@ class Budget:
         return f"a step would take longer than --budget {self.seconds:g} (seconds)"
 
 
-def free_memory(where: Tensor) -> int:
+def free_memory(tensor: Tensor) -> int:
     """Bytes that can be allocated on a tensor's device."""
-    if where.is_cuda:
-        return torch.cuda.mem_get_info(where.device)[0]
+    if tensor.is_cuda:
+        return torch.cuda.mem_get_info(tensor.device)[0]
     return int(psutil.virtual_memory().available)
 
 
@@ -111,11 +111,11 @@ def alternate(
     }
     for turn in range(repeats + 1):
         for name, module in modules.items():
-            spent = sum(sum(seconds[name, timed]) for timed in PASSES) * steps
-            if spent > CONTENDER_SECONDS and turn > FEWEST_TURNS:
+            total_seconds = sum(sum(seconds[name, timed]) for timed in PASSES) * steps
+            if total_seconds > CONTENDER_SECONDS and turn > FEWEST_TURNS:
                 continue
             for timed in PASSES:
-                took = seconds_of(module, problem, timed, steps)
+                pass_seconds = seconds_of(module, problem, timed, steps)
                 if turn:
-                    seconds[name, timed].append(took)
+                    seconds[name, timed].append(pass_seconds)
     return seconds

@@ -1,8 +1,8 @@
 """Accept a GPU with one command: `python -m benchmarks.gpu {check,time,tune}`.
 
-check    does everything start, are results correct, where does the host wait for the device
-time     how fast is a layer, over a dense FFN and beside the peers
-tune     which tile sizes of the Triton kernels are the fastest
+check    checks that training starts and results are correct; lists where the host waits for the GPU
+time     times a layer, over a dense FFN and beside the peers
+tune     finds the fastest tile sizes of the Triton kernels
 
 Module by module:
     __main__.py    the command line

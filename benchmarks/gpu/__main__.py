@@ -16,10 +16,10 @@ example: on a machine with a GPU, one after the other, without a pause
   python -m benchmarks.gpu time --out gpu-results
   python -m benchmarks.gpu tune --out gpu-results
 
-example: does the program itself run here? No GPU is needed
+example: test the program itself, without a GPU
   python -m benchmarks.gpu check --out /tmp/dry --dry-run
 
-docs/gpu.md says how to bring what is needed to a machine without a network, and how to read it.
+docs/gpu.md explains how to install on a machine without a network, and how to read the results.
 """
 
 
@@ -71,11 +71,12 @@ def parse(argv: Sequence[str] | None) -> supervisor.Command:
     args = build_parser().parse_args(argv)
     if not args.seconds >= 10:
         raise ConfigError(f"--seconds {args.seconds:g} is too short; give at least 10")
-    known = [section.name for section in PLANS[args.command]]
+    section_names = [section.name for section in PLANS[args.command]]
     for name in args.only:
-        if name not in known:
+        if name not in section_names:
             raise ConfigError(
-                f"--only {name} is no section of {args.command}; choose from {', '.join(known)}"
+                f"--only {name} is no section of {args.command}; choose from "
+                f"{', '.join(section_names)}"
             )
     try:
         args.out.mkdir(parents=True, exist_ok=True)

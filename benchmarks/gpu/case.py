@@ -46,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """Where and how long the cases of a section run.
+    """The device, the folders and the deadline of the cases of a section.
 
     Args:
         dry: True for a dry run: tiny sizes, on the CPU.

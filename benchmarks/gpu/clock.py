@@ -51,7 +51,7 @@ class Measured:
 
 
 def measure(
-    call: Callable[[], Any], context: Context, *, seconds: float = 0.3, most: int = 20
+    call: Callable[[], Any], context: Context, *, seconds: float = 0.3, max_repeats: int = 20
 ) -> Measured:
     """Time a call.
 
@@ -59,20 +59,20 @@ def measure(
         call: the function to time; its result is dropped.
         context: of the section.
         seconds: limit for all repetitions; a longer call is repeated once.
-        most: the largest number of repetitions.
+        max_repeats: the largest number of repetitions.
     """
     context.synchronize()
     start = time.perf_counter()
     call()
     context.synchronize()
-    first = time.perf_counter() - start
+    call_seconds = time.perf_counter() - start
     # The first call may have compiled a kernel, so a second call estimates a repetition.
-    if first < seconds * 10:
+    if call_seconds < seconds * 10:
         start = time.perf_counter()
         call()
         context.synchronize()
-        first = time.perf_counter() - start
-    repeats = max(1, min(most, int(seconds / max(first, 1e-6))))
+        call_seconds = time.perf_counter() - start
+    repeats = max(1, min(max_repeats, int(seconds / max(call_seconds, 1e-6))))
     if context.dry:
         return Measured(ms=tuple(_on_host(call) for _ in range(min(repeats, 2))), peak=0)
     return _on_gpu(call, repeats)

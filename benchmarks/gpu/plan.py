@@ -45,6 +45,6 @@ PLANS: dict[str, tuple[Section, ...]] = {
 }
 
 
-def share(sections: tuple[Section, ...], left: float) -> float:
+def share(sections: tuple[Section, ...], seconds_left: float) -> float:
     """Seconds for the next section, if all remaining sections share the remaining time."""
-    return left * sections[0].seconds / sum(section.seconds for section in sections)
+    return seconds_left * sections[0].seconds / sum(section.seconds for section in sections)

@@ -1,7 +1,7 @@
 """Draw tokens, tables and routing of a layer on the device that computes.
 
 Inputs: the sizes of a layer, and a kind of load. Outputs: the `Problem` of `benchmarks.blocks`,
-whose oracle and peers serve here too.
+so that its oracle and peers can be used.
 
 Design notes: the K distinct blocks of a row are an arithmetic sequence modulo B with a random start
 and a random odd step, where B is a power of two. That is close enough to uniform, and needs no T ×
@@ -36,7 +36,7 @@ class Size:
         expansion: E.
         dtype: of tokens and tables.
         load: one of `LOADS`.
-        gated: whether a gate multiplies each block's output.
+        gated: True if a gate multiplies each block's output.
         activation: f.
     """
 
@@ -96,8 +96,7 @@ def draw_ids(size: Size, device: torch.device, generator: torch.Generator) -> Te
     assert blocks & (blocks - 1) == 0 and size.num_active <= blocks, (blocks, size.num_active)
 
     def integers() -> Tensor:
-        drawn = torch.randint(blocks, (size.tokens, 1), device=device, generator=generator)
-        return drawn
+        return torch.randint(blocks, (size.tokens, 1), device=device, generator=generator)
 
     places = torch.arange(size.num_active, device=device)
     ids = (integers() + (2 * integers() + 1) * places) % blocks

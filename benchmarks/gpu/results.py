@@ -33,10 +33,10 @@ class Store:
 
     def __init__(self, path: Path, command: str, *, dry: bool) -> None:
         self.path, self.command = path, command
-        former = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self.everything: dict[str, Any] = former
+        commands = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.everything: dict[str, Any] = commands
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        entry = former.setdefault(command, {"sections": {}})
+        entry = commands.setdefault(command, {"sections": {}})
         entry |= {"date": now, "dry_run": dry}
         self.sections: dict[str, Any] = entry["sections"]
 
@@ -107,11 +107,11 @@ def line(name: str, section: Mapping[str, Any]) -> str:
         words.append(f"{len(section['not_run'])} not run")
     if section["reason"] and "failed" not in states:
         words.append(section["reason"])
-    first = next((case for case in section["cases"] if case["state"] == "failed"), None)
-    if first is None and section["state"] == "skipped":
-        first = next(iter(section["cases"]), None)
-    if first is not None:
-        words.append(f"{first['case']}: {first['reason']}")
+    example = next((case for case in section["cases"] if case["state"] == "failed"), None)
+    if example is None and section["state"] == "skipped":
+        example = next(iter(section["cases"]), None)
+    if example is not None:
+        words.append(f"{example['case']}: {example['reason']}")
     return f"{TICKS[section['state']]} {name:12} {section['seconds']:.0f} s: {'; '.join(words)}"
 
 

@@ -1,4 +1,4 @@
-"""The rows of products.csv and layers.csv, and the columns that a run has in common."""
+"""Writes the rows of products.csv and layers.csv, and reads them back within a run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Row:
     """One time; also the columns of both files.
 
     Args:
-        date: of the run, ISO 8601, UTC.
-        commit: short; `-dirty` where files differ from it; empty outside of git.
+        date: date of the run, ISO 8601, UTC.
+        commit: short hash; `-dirty` if files differ from it; empty outside of git.
         device: name of the card.
         torch: version.
         megatron_core: version.
@@ -33,13 +33,13 @@ class Row:
         tokens: T.
         hidden_size: D.
         active_cells: k.
-        contender: who: a module, a backend, a router or a peer.
-        what: a product, or `forward + backward`.
-        repeats: how often it was timed.
+        contender: name of a module, a backend, a router or a peer.
+        what: name of a product, or `forward + backward`.
+        repeats: number of repetitions.
         ms: the median.
         spread: interquartile range over the median.
         ratio: over the dense product, or the dense FFN of k cells, of the same T and D.
-        peak_bytes: allocated at most while it ran.
+        peak_bytes: most bytes allocated while it ran.
     """
 
     date: str
@@ -76,7 +76,7 @@ def row_of(size: Size, measured: Any, *, contender: str, what: str, unit: float)
         size: of the problem.
         measured: the result of `clock.measure`.
         contender: a module, a backend, a router or a peer.
-        what: what was timed.
+        what: name of the timed pass or product.
         unit: milliseconds of the dense form.
     """
     return Row(
@@ -98,14 +98,14 @@ def row_of(size: Size, measured: Any, *, contender: str, what: str, unit: float)
 
 
 def write(rows: Sequence[Row], name: str, context: Context) -> None:
-    """Append rows to a CSV file of the results, and note them for `written`."""
+    """Append rows to a CSV file of the results, and record them for `rows_of_run`."""
     if rows:
         append(rows, context.out / name)
         with (context.scratch / name).with_suffix(".jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
 
 
-def written(name: str, context: Context) -> list[Row]:
+def rows_of_run(name: str, context: Context) -> list[Row]:
     """The rows that this run of the section has written, in all of its processes."""
     path = (context.scratch / name).with_suffix(".jsonl")
     return [Row(**fields) for fields in results.read_lines(path)]

@@ -1,4 +1,4 @@
-"""Build a sparse layer as Megatron would, in bf16, with process groups of size one."""
+"""Builds a sparse layer as Megatron does, in bf16, with process groups of size one."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def sparse_layer(
     """A layer in training mode.
 
     Args:
-        router: its name. A router that is not defined for these sizes gets those of the tests.
-        device: of its weights.
+        router: name of the router; one that is not defined for these sizes gets those of the tests.
+        device: device of the weights.
         width: D.
         active: k.
         g: cells per block.
         expansion: E.
-        backend: of `block_ffn`.
+        backend: backend of `block_ffn`.
     """
     from megatron_sffn.nn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
     from megatron_sffn.nn.layer import layer_class
@@ -43,7 +43,7 @@ def sparse_layer(
         add_bias_linear=False,
         params_dtype=torch.bfloat16,
         bf16=True,
-        # The product draws on the CPU, for equal bits everywhere: minutes at real sizes.
+        # Our initialisation draws on the CPU, for equal bits everywhere: minutes at real sizes.
         perform_initialization=False,
         sffn=SparseFFNConfig(
             active_cells=active,

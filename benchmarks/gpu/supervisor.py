@@ -33,13 +33,13 @@ from benchmarks.machine import ROOT
 from megatron_sffn.utils.errors import reason_in
 
 GRACE = 8.0
-"""Seconds from the last moment at which a case may start until its process is killed."""
+"""Seconds between the time limit of the cases and the kill of their process."""
 
 RESERVE = 3.0
 """Seconds reserved at the end, in which results are written and printed."""
 
 MOST_STARTS = 12
-"""Most restarts of a section whose cases end its process."""
+"""Most starts of a section whose cases end its process."""
 
 LEAST = 2.0
 """A section with fewer seconds is not started."""
@@ -66,12 +66,12 @@ class Command:
 
 def run(command: Command) -> dict[str, Any]:
     """Run all sections; return the entries of this command in results.json."""
-    end = time.monotonic() + command.seconds - RESERVE
+    deadline = time.monotonic() + command.seconds - RESERVE
     sections = [s for s in PLANS[command.name] if not command.only or s.name in command.only]
     store = results.Store(command.out / "results.json", command.name, dry=command.dry)
     log = command.out / "log.txt"
     for number, section in enumerate(sections):
-        limit = share(tuple(sections[number:]), end - time.monotonic())
+        limit = share(tuple(sections[number:]), deadline - time.monotonic())
         if limit < LEAST:
             store.add(section.name, results.not_started())
         else:
@@ -89,12 +89,12 @@ def _run_section(
     start = time.monotonic()
     records, reason = scratch / "records.jsonl", ""
     for _ in range(MOST_STARTS):
-        left = limit - (time.monotonic() - start)
-        if left < LEAST:
+        seconds_left = limit - (time.monotonic() - start)
+        if seconds_left < LEAST:
             reason = "its time was up before all cases had begun"
             break
-        before = len(results.begun(results.read_lines(records)))
-        code, last_output = _process(section, command, left, scratch, log)
+        begun_before = len(results.begun(results.read_lines(records)))
+        code, last_output = _process(section, command, seconds_left, scratch, log)
         if code == 0:
             reason = ""
             break
@@ -103,26 +103,31 @@ def _run_section(
             continue
         reason = f"its process ended with {_name(code)}: {last_output}"
         _close(records, reason)
-        if code is None or len(results.begun(results.read_lines(records))) <= before:
+        if code is None or len(results.begun(results.read_lines(records))) <= begun_before:
             break
     return results.entry(results.read_lines(records), reason, time.monotonic() - start)
 
 
 def _process(
-    section: Section, command: Command, left: float, scratch: Path, log: Path
+    section: Section, command: Command, seconds: float, scratch: Path, log: Path
 ) -> tuple[int | None, str]:
     """Run the process once; return its exit code, None if it was killed, and its last output."""
-    grace = min(GRACE, left / 4)
-    words = [sys.executable, "-m", "benchmarks.gpu.worker", section.name]
-    words += ["--out", str(command.out.resolve()), "--scratch", str(scratch)]
-    words += ["--records", str(scratch / "records.jsonl"), "--seconds", f"{left - grace:.1f}"]
-    words += ["--isolated"] * section.isolated + ["--dry-run"] * command.dry
+    grace = min(GRACE, seconds / 4)
+    arguments = [sys.executable, "-m", "benchmarks.gpu.worker", section.name]
+    arguments += ["--out", str(command.out.resolve()), "--scratch", str(scratch)]
+    arguments += [
+        "--records",
+        str(scratch / "records.jsonl"),
+        "--seconds",
+        f"{seconds - grace:.1f}",
+    ]
+    arguments += ["--isolated"] * section.isolated + ["--dry-run"] * command.dry
     with log.open("a", encoding="utf-8") as file:
-        file.write(f"\n==== {command.name} {section.name}, at most {left:.0f} s\n")
+        file.write(f"\n==== {command.name} {section.name}, at most {seconds:.0f} s\n")
         file.flush()
         begin = file.tell()
         process = subprocess.Popen(
-            words,
+            arguments,
             cwd=ROOT,
             env=environment(command.dry),
             stdin=subprocess.DEVNULL,
@@ -132,7 +137,7 @@ def _process(
         )
         with _ended(process):
             try:
-                code: int | None = process.wait(timeout=left)
+                code: int | None = process.wait(timeout=seconds)
             except subprocess.TimeoutExpired:
                 code = None
     with log.open(encoding="utf-8", errors="replace") as file:
@@ -142,7 +147,7 @@ def _process(
 
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Kill a process and all that it started, however the block ends."""
+    """Kill a process and all processes that it started when the block ends."""
     try:
         yield
     finally:
@@ -162,17 +167,17 @@ def environment(dry: bool) -> dict[str, str]:
     variables["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
     )
-    # Remove the shell's TRITON_INTERPRET: kernels on a GPU are compiled.
+    # Remove TRITON_INTERPRET of the shell, because kernels on a GPU are compiled.
     variables.pop("TRITON_INTERPRET", None)
     if dry:
-        # Without a compiler the C++ kernels are not built, which a GPU never runs.
+        # Without a compiler the C++ kernels are not built; a GPU never runs them.
         variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "CXX": "no-compiler"}
         variables["TORCH_EXTENSIONS_DIR"] = str(Path(tempfile.gettempdir()) / "sffn-no-extensions")
     return variables
 
 
 def _close(records: Path, reason: str) -> None:
-    """Note that the case that began last has failed, if its process died before it could say so."""
+    """Record that the case that began last has failed, if it has no result."""
     lines = results.read_lines(records)
     ended = {line["case"] for line in lines if "case" in line}
     for name in sorted(results.begun(lines) - ended):

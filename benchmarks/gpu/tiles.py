@@ -1,8 +1,8 @@
-"""Observe and replace the tables of tile sizes of the Triton kernels.
+"""Observes and replaces the tables of tile sizes of the Triton kernels.
 
 Design notes: the entry that a product looks up is found by replacing the table with one that
-records look-ups. Candidates are the present tiles and their neighbours, with one field changed at a
-time; every field of the record is tried, so that a new field needs no change here.
+records look-ups. Candidates are the current tiles and their neighbours, with one field changed at a
+time; all fields of the record are tried, so that a new field needs no change of this file.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron_sffn.ops import device
 from megatron_sffn.ops.block_ffn import triton_fused as fused
 from megatron_sffn.ops.block_ffn import triton_grouped
 
-MOST = 12
-"""Most candidates per entry, including the present tiles."""
+MOST_CANDIDATES = 12
+"""Most candidates per entry, including the current tiles."""
 
 Key = tuple[str, torch.dtype, str]
 """A key of `TILES`: device, dtype, kind."""
 
 
-class Remembering(dict[Key, Any]):
+class RecordingTable(dict[Key, Any]):
     """A table of tiles that records look-ups, and can answer them with a candidate.
 
     Args:
@@ -48,8 +48,8 @@ class Remembering(dict[Key, Any]):
         self.kinds.add(key[2])
         if self.candidate is not None:
             return self.candidate
-        line = super().get(key)
-        return super().__getitem__(("any", *key[1:])) if line is None else line
+        tiles = super().get(key)
+        return super().__getitem__(("any", *key[1:])) if tiles is None else tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """A description of the job."""
         return f"{self.module}.{self.product} g={self.cells}"
 
 
@@ -98,10 +98,10 @@ class Tuned:
         table: the replaced table of its module.
         call: runs the product.
         kind: the entry that it looks up.
-        tried: the candidates, of which the present tiles are the first.
+        tried: the candidates, of which the current tiles are the first.
     """
 
-    table: Remembering
+    table: RecordingTable
     call: Callable[[], Any]
     kind: str
     tried: list[Any]
@@ -115,28 +115,28 @@ def opened(job: Job, context: Context) -> Iterator[Tuned]:
         NotHere: if the product looks up no entry, or more than one.
     """
     module: Any = triton_grouped if job.module == forms.FUSED else forms.modules()[job.module]
-    former, table = module.TILES, Remembering(module.TILES)
+    original, table = module.TILES, RecordingTable(module.TILES)
     module.TILES = table
     try:
         call = call_of(job, context)
         call()
         if len(table.kinds) != 1:
             kinds = ", ".join(sorted(table.kinds)) or "none"
-            raise NotHere(f"{job.product} looks up other than one line of its table: {kinds}")
+            raise NotHere(f"{job.product} does not look up exactly one entry of its table: {kinds}")
         (kind,) = table.kinds
         dtype = forms.dtype_for(job.module, context)
-        present = former.get((card(), dtype, kind)) or former["any", dtype, kind]
-        tried = candidates(present)[: context.choose(MOST, 2)]
+        current = original.get((card(), dtype, kind)) or original["any", dtype, kind]
+        tried = candidates(current)[: context.choose(MOST_CANDIDATES, 2)]
         yield Tuned(table=table, call=call, kind=kind, tried=tried)
     finally:
-        module.TILES = former
+        module.TILES = original
 
 
-def candidates(present: Any) -> list[Any]:
+def candidates(current: Any) -> list[Any]:
     """Tiles and their neighbours: each whole number doubled and halved, stages changed by one."""
-    result = [present]
-    for field in dataclasses.fields(present):
-        value = getattr(present, field.name)
+    result = [current]
+    for field in dataclasses.fields(current):
+        value = getattr(current, field.name)
         if isinstance(value, bool):
             steps: tuple[Any, ...] = (not value,)
         elif not isinstance(value, int):
@@ -146,16 +146,16 @@ def candidates(present: Any) -> list[Any]:
         else:
             steps = (value * 2, value // 2)
         result += [
-            dataclasses.replace(present, **{field.name: step})
+            dataclasses.replace(current, **{field.name: step})
             for step in steps
             if isinstance(step, bool) or step >= 1
         ]
-    return result[:MOST]
+    return result[:MOST_CANDIDATES]
 
 
 def call_of(job: Job, context: Context) -> Callable[[], Any]:
     """The product of a job at a real size; each call derives everything from the pairs again."""
-    where = context.device
+    target = context.device
     tokens, width, active = context.choose((8192, 4096, 4096), (7, 16, 16))
     size = Size(
         tokens=tokens,
@@ -166,12 +166,12 @@ def call_of(job: Job, context: Context) -> Callable[[], Any]:
         dtype=forms.dtype_for(job.module, context),
         gated=False,
     )
-    problem = draw(size, where)
+    problem = draw(size, target)
     pairs = sorted_pairs(problem.block_ids, size.num_blocks)
-    h = torch.empty(len(pairs.rows), job.cells, dtype=size.dtype, device=where).normal_()
+    h = torch.empty(len(pairs.rows), job.cells, dtype=size.dtype, device=target).normal_()
     calls: dict[str, Callable[[], Any]]
     if job.module == forms.FUSED:
-        gates = torch.rand(len(pairs.rows), device=where)
+        gates = torch.rand(len(pairs.rows), device=target)
         x, dy, f = problem.x, problem.dy, size.activation
         # A product may return several results: take one that depends on the whole product.
         calls = {

@@ -2,7 +2,7 @@
 
 Inputs: the name of a section, and a file of JSON lines that a former process of the section may
 have begun. Outputs: lines appended to that file: the names of all cases; then two per case, one as
-it begins and one with its result. The file is true at any time, whatever happens to this process.
+it begins and one with its result. The file is correct at any time, even if this process is killed.
 
 Design notes: a case that the file has begun is not run again, so that the supervisor can restart a
 section after a case has ended its process. After an error of CUDA itself the process exits with
@@ -33,7 +33,7 @@ NEXT = 72
 """Exit code: the next case needs a fresh process."""
 
 LONGEST_CASE = 0.5
-"""Share of the section's time after which a case is given up."""
+"""Share of the section's time after which a case is stopped."""
 
 TRITON = "Triton Error [CUDA]"
 """The beginning of a CUDA error from Triton's launcher."""
@@ -110,20 +110,20 @@ def run_case(case: Any, context: Any, records: Path) -> bool:
     note(records, {"begun": case.name})
     print(f"-- {case.name}", flush=True)
     start, poisoned = time.monotonic(), False
-    ended: dict[str, Any] = {"case": case.name}
+    record: dict[str, Any] = {"case": case.name}
     try:
         values = case.run()
         context.synchronize()
-        ended |= {"state": "passed", "values": dict(values or {})}
+        record |= {"state": "passed", "values": dict(values or {})}
     except (NotHere, ConfigError) as reason:
         # A backend that cannot serve a size or a dtype refuses it in a sentence.
-        ended |= {"state": "skipped", "reason": sentence(reason)}
+        record |= {"state": "skipped", "reason": sentence(reason)}
     except Exception as error:  # an error of any package is the result of the case
         traceback.print_exc()
-        ended |= {"state": "failed", "reason": sentence(error)}
+        record |= {"state": "failed", "reason": sentence(error)}
         poisoned = is_of_cuda(error)
     sys.stderr.flush()
-    note(records, {**ended, "seconds": round(time.monotonic() - start, 3)})
+    note(records, {**record, "seconds": round(time.monotonic() - start, 3)})
     return poisoned
 
 

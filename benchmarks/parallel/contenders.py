@@ -1,4 +1,4 @@
-"""Measure one sparse layer, ours and Megatron's own, side by side in the processes of a run.
+"""Measures one sparse layer, ours and Megatron's, in the same processes.
 
 Inputs: the sizes of a layer, on every rank of a process group. Outputs: for each contender its
 times, forward and backward, and the bytes that its forward pass sends.
@@ -68,9 +68,9 @@ class Measured:
     closed_form: Mapping[str, float]
 
 
-def name_of(whose: str, dispatcher: str) -> str:
-    """The name of a contender: `whose` is "ours" or "Megatron"."""
-    return f"{whose} {dispatcher}"
+def name_of(owner: str, dispatcher: str) -> str:
+    """The name of a contender; `owner` is "ours" or "Megatron"."""
+    return f"{owner} {dispatcher}"
 
 
 class Dense(nn.Module):
@@ -170,9 +170,9 @@ def measure(sffn: SparseFFNConfig, *, hidden_size: int, tokens: int, repeats: in
         seconds = alternate({"dense": unit, **layers, **bare}, x, dy, repeats)
     sent, reported = {}, {}
     for name, layer in layers.items():
-        sent[name], own = bytes_of(layer, x)
-        if own is not None:
-            reported[name] = own
+        sent[name], layer_bytes = bytes_of(layer, x)
+        if layer_bytes is not None:
+            reported[name] = layer_bytes
     layout = ParallelLayout(
         ep=ranks,
         dtype=x.dtype,
@@ -204,10 +204,10 @@ def step(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 def disagreement_of(layers: Mapping[str, nn.Module], x: Tensor, dy: Tensor) -> float:
     """Largest difference of any layer's output or input gradient from the first layer's."""
     results = [step(layer, x, dy) for layer in layers.values()]
-    first, largest = results[0], 0.0
+    first_result, largest = results[0], 0.0
     for result in results[1:]:
-        for mine, reference in zip(result, first, strict=True):
-            error = (mine - reference).abs().max() / reference.abs().max()
+        for actual, reference in zip(result, first_result, strict=True):
+            error = (actual - reference).abs().max() / reference.abs().max()
             # Every comparison with NaN is false, but NaN has to count as wrong.
             largest = max(largest, float(error.nan_to_num(nan=float("inf"))))
     return largest
@@ -225,7 +225,7 @@ def alternate(
     round_seconds = _agreed_max(sum(turn().values()))
     affordable = max(FEWEST_REPEATS, int(CELL_SECONDS / round_seconds))
     turns = [turn() for _ in range(min(repeats, affordable))]
-    return {name: [each[name] for each in turns] for name in modules}
+    return {name: [seconds_of[name] for seconds_of in turns] for name in modules}
 
 
 def timed(module: nn.Module, x: Tensor, dy: Tensor) -> float:
@@ -257,8 +257,8 @@ def closed_form(
         "Megatron": comm_volume.megatron_bytes_per_token,
     }
     return {
-        name_of(whose, dispatcher): form(sffn, hidden_size, replace(layout, dispatcher=dispatcher))
-        for whose, form in forms.items()
+        name_of(owner, dispatcher): form(sffn, hidden_size, replace(layout, dispatcher=dispatcher))
+        for owner, form in forms.items()
         for dispatcher in DISPATCHERS
     }
 

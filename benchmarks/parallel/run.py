@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         measured = measure(ranks, args, platform)
         check_agreement(ranks, measured)
         rows = [
-            row_of(of_ranks, dispatcher, args, platform)
-            for of_ranks in measured
+            row_of(rank_results, dispatcher, args, platform)
+            for rank_results in measured
             for dispatcher in DISPATCHERS
         ]
         print(table(rows), flush=True)
@@ -74,9 +74,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         nargs="+",
         default=[1024, 256, 64, 16],
-        help="g, one or more table rows each (default: 1024 256 64 16)",
+        help="g, with table rows for each (default: 1024 256 64 16)",
     )
-    add("--ranks", type=int, nargs="+", default=[2, 4], help="a table each (default: 2 4)")
+    add(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[2, 4],
+        help="numbers of ranks, with a table for each (default: 2 4)",
+    )
     add(
         "--repeats",
         type=int,
@@ -152,7 +158,7 @@ def measure(ranks: int, args: argparse.Namespace, platform: Platform) -> list[li
         )
         # Safe to unpickle: our own ranks have just written it.
         results = [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(ranks)]
-    return [list(of_ranks) for of_ranks in zip(*results, strict=True)]
+    return [list(rank_results) for rank_results in zip(*results, strict=True)]
 
 
 def run_rank(rank: int, ranks: int, args: argparse.Namespace, folder: Path, backend: str) -> None:
@@ -202,8 +208,8 @@ def check_agreement(ranks: int, measured: Sequence[Sequence[Measured]]) -> None:
     """
     from benchmarks.parallel.contenders import TOLERANCE
 
-    for of_ranks in measured:
-        worst, size = of_ranks[0].disagreement, of_ranks[0].sffn.block_size
+    for rank_results in measured:
+        worst, size = rank_results[0].disagreement, rank_results[0].sffn.block_size
         if not worst <= TOLERANCE:
             raise DisagreementError(
                 f"on {ranks} ranks at g = {size} the layers differ by {worst:.1e} of the largest "
@@ -212,24 +218,26 @@ def check_agreement(ranks: int, measured: Sequence[Sequence[Measured]]) -> None:
 
 
 def row_of(
-    of_ranks: Sequence[Measured], dispatcher: str, args: argparse.Namespace, platform: Platform
+    rank_results: Sequence[Measured], dispatcher: str, args: argparse.Namespace, platform: Platform
 ) -> Row:
     """The measurements of all ranks at one block size and dispatcher, as a row."""
     import torch
 
     from benchmarks.parallel.contenders import DISPATCHERS, name_of
 
-    first = of_ranks[0]
-    time = {name: _median_of_slowest(name, of_ranks) for name in first.seconds}
-    sent = {name: mean(of.sent[name] for of in of_ranks) / args.tokens for name in first.sent}
+    first = rank_results[0]
+    time = {name: _median_of_slowest(name, rank_results) for name in first.seconds}
+    sent = {
+        name: mean(rank.sent[name] for rank in rank_results) / args.tokens for name in first.sent
+    }
     our_name, megatron_name = name_of("ours", dispatcher), name_of("Megatron", dispatcher)
-    fastest = min(time[name_of("Megatron", each)] for each in DISPATCHERS)
+    fastest = min(time[name_of("Megatron", name)] for name in DISPATCHERS)
     return Row(
         device=platform.device,
         transport=platform.backend,
         torch=torch.__version__,
         megatron_core=importlib.metadata.version("megatron-core"),
-        ranks=len(of_ranks),
+        ranks=len(rank_results),
         tokens=args.tokens,
         hidden_size=args.hidden_size,
         active_cells=args.active_cells,
@@ -255,9 +263,9 @@ def row_of(
     )
 
 
-def _median_of_slowest(name: str, of_ranks: Sequence[Measured]) -> float:
+def _median_of_slowest(name: str, rank_results: Sequence[Measured]) -> float:
     """The median over steps of the slowest rank, which ends the step."""
-    return median(map(max, zip(*(of.seconds[name] for of in of_ranks), strict=True)))
+    return median(map(max, zip(*(rank.seconds[name] for rank in rank_results), strict=True)))
 
 
 def command() -> int:

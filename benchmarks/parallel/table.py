@@ -111,7 +111,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def transport_notes(rows: Sequence[Row]) -> list[str]:
-    """What the bare exchange costs, and how much of that depends on bytes."""
+    """Lines about the cost of the bare exchange, and how much of it depends on bytes."""
     all_rows = median(row.rows_over_dense for row in rows)
     latency = median(row.latency_over_dense for row in rows)
     notes = [

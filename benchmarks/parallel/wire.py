@@ -1,9 +1,9 @@
-"""Count the bytes that collectives really send, whoever calls them.
+"""Counts the bytes that collectives send, in our layer and in Megatron's.
 
 Design notes: the functions of `torch.distributed` are replaced by ones that count and then call the
 original. So Megatron's layer, which reports nothing, is counted like ours; a collective that is not
-counted stops the run. The count is what an operation needs, as in `nn/comm_volume.py`; gloo's
-reduce-scatter is an all-reduce inside and sends twice that.
+counted stops the run. The count is the minimum of an operation, as in `nn/comm_volume.py`; gloo's
+reduce-scatter is implemented as an all-reduce and sends twice as much.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass
 class Sent:
-    """Bytes that this rank sent to others so far."""
+    """Bytes that this rank has sent to other ranks."""
 
     total: int = 0
 
@@ -54,7 +54,7 @@ _UNCOUNTED = ("all_gather", "all_reduce", "all_to_all", "broadcast", "reduce", "
 
 @contextmanager
 def counted() -> Iterator[Sent]:
-    """Count what this process sends through collectives inside the `with` block."""
+    """Count the bytes that this process sends through collectives inside the `with` block."""
     sent = Sent()
 
     def counting(original: Callable[..., Any], size: Callable[[Tensor, Any, Any], int]) -> Any:

@@ -58,9 +58,9 @@ def encode_batch(args: Namespace) -> dict[str, Any]:
             start = time.perf_counter()
             ids = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
             seconds += time.perf_counter() - start
-            for each in ids:
-                digest.update(numpy.array(each, dtype).tobytes())
-                tokens += len(each)
+            for text_ids in ids:
+                digest.update(numpy.array(text_ids, dtype).tobytes())
+                tokens += len(text_ids)
     return {"seconds": seconds, "tokens": tokens, "ids": digest.hexdigest()}
 
 
@@ -111,7 +111,7 @@ def megatron_lm(args: Namespace) -> dict[str, Any]:
     return result(args, time.perf_counter() - start)
 
 
-def ours(engine: str) -> Callable[[Namespace], dict[str, Any]]:
+def our_tool(engine: str) -> Callable[[Namespace], dict[str, Any]]:
     """`tools/preprocess_data.py` with an engine."""
 
     def run(args: Namespace) -> dict[str, Any]:
@@ -131,20 +131,20 @@ def ours(engine: str) -> Callable[[Namespace], dict[str, Any]]:
 
 
 def result(args: Namespace, seconds: float) -> dict[str, Any]:
-    """The report of a run that wrote files."""
+    """The report of a contender that wrote files."""
     prefix = f"{args.prefix}_text_document"
-    found: dict[str, Any] = {"seconds": seconds, "tokens": open_index(prefix).num_tokens}
-    for what, ending in (("ids", ".bin"), ("index", ".idx")):
+    report: dict[str, Any] = {"seconds": seconds, "tokens": open_index(prefix).num_tokens}
+    for content, ending in (("ids", ".bin"), ("index", ".idx")):
         with open(prefix + ending, "rb") as file:
-            found[what] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+            report[content] = hashlib.file_digest(file, "sha256").hexdigest()
+    return report
 
 
 CONTENDERS: dict[str, Callable[[Namespace], dict[str, Any]]] = {
     "encode_batch": encode_batch,
     UNIT: megatron_lm,
-    "ours, tokenizers": ours("tokenizers"),
-    "ours, gigatoken": ours("gigatoken"),
+    "ours, tokenizers": our_tool("tokenizers"),
+    "ours, gigatoken": our_tool("gigatoken"),
 }
 
 

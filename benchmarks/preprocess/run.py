@@ -1,15 +1,15 @@
-"""Time the ways from text to tokens: `python -m benchmarks.preprocess --sizes 50 500`.
+"""Times tokenization, ours and Megatron-LM's: `python -m benchmarks.preprocess --sizes 50 500`.
 
 Inputs: sizes in MB, and text, or none to use the Python sources of this environment. Outputs: a
 table of MB/s and peak memory, and, with `--output`, rows of a CSV file.
 
 Design notes:
-- Four ways read the same file: `encode_batch` of the library `tokenizers` on all cores, with the
-  texts parsed before and nothing written; Megatron-LM's, a pool of processes that call Megatron's
-  tokenizer per text, and one process that calls its `IndexedDatasetBuilder`; and
+- Four contenders read the same file: `encode_batch` of the library `tokenizers` on all cores, with
+  texts that are already parsed and without output; Megatron-LM's tool, a pool of processes that
+  call Megatron's tokenizer per text, and one process that calls its `IndexedDatasetBuilder`; and
   `tools/preprocess_data.py` with each engine.
-- Nothing is printed unless all made the same ids, and files of the same bytes.
-- Memory is that of all processes of a contender, with shared pages counted once (PSS).
+- Results are printed only if all contenders made the same ids, and files of the same bytes.
+- Memory is the sum over all processes of a contender, with shared pages counted once (PSS).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SAMPLE_SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was measured of a contender; also the columns of the CSV file.
+    """The measurements of a contender; also the columns of the CSV file.
 
     Args:
         date, commit, device, torch, megatron_core: see `benchmarks.machine.facts`.
@@ -49,9 +49,10 @@ class Row:
         contender: see the module.
         vocab_size: of the tokenizer.
         workers: processes, or threads.
-        megabytes: of JSON lines; of these `distinct` are not repeated.
-        documents, tokens: in them.
-        seconds: the least of the rounds.
+        megabytes: size of the JSON lines.
+        distinct: megabytes of them that are not repeated.
+        documents, tokens: number of documents and tokens.
+        seconds: time of the fastest round.
         peak_gb: largest memory of all processes.
     """
 
@@ -134,14 +135,14 @@ def measure(args: Namespace, folder: Path, megabytes: int) -> list[Row]:
     if not tokenizer.exists():
         train_tokenizer(tokenizer, text, args.vocab_size)
     best: dict[str, tuple[float, float]] = {}
-    made: dict[str, dict[str, Any]] = {}
+    reports: dict[str, dict[str, Any]] = {}
     for _ in range(args.rounds):
         for name in CONTENDERS:
             report, peak = run_contender(args, name, text, tokenizer, folder / "out")
-            made[name] = report
-            seconds, before = best.get(name, (float("inf"), 0.0))
-            best[name] = min(seconds, report["seconds"]), max(before, peak)
-    check(made)
+            reports[name] = report
+            seconds, former_peak = best.get(name, (float("inf"), 0.0))
+            best[name] = min(seconds, report["seconds"]), max(former_peak, peak)
+    check(reports)
     common = facts(Platform.here(), args.output)
     versions = {name: version_of(name) for name in ("tokenizers", "gigatoken")}
     return [
@@ -154,7 +155,7 @@ def measure(args: Namespace, folder: Path, megabytes: int) -> list[Row]:
             megabytes=text.stat().st_size / 1e6,
             distinct=distinct / 1e6,
             documents=documents,
-            tokens=made[name]["tokens"],
+            tokens=reports[name]["tokens"],
             seconds=seconds,
             peak_gb=peak / 1e9,
         )
@@ -162,12 +163,12 @@ def measure(args: Namespace, folder: Path, megabytes: int) -> list[Row]:
     ]
 
 
-def check(made: dict[str, dict[str, Any]]) -> None:
+def check(reports: dict[str, dict[str, Any]]) -> None:
     """Raise an error if contenders made different ids or files."""
-    for what in ("ids", "index"):
-        digests = {name: found[what] for name, found in made.items() if what in found}
+    for content in ("ids", "index"):
+        digests = {name: report[content] for name, report in reports.items() if content in report}
         if len(set(digests.values())) > 1:
-            raise DisagreementError(f"the contenders made different {what}: {digests}")
+            raise DisagreementError(f"the contenders made different {content}: {digests}")
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -1,9 +1,9 @@
-"""JSON lines of any size, and a tokenizer trained on them.
+"""Writes JSON lines of any size, and trains a tokenizer on them.
 
 Inputs: text, or none to use the Python sources of this environment, more than 300 MB.
 
 Design notes: text that is too short is repeated, which favours engines with a cache of words. So
-every result says how much of a file is distinct.
+every result has the size of the distinct text.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def write_text(path: Path, texts: Iterator[str], size: int) -> tuple[int, int]:
                 break
             written += file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
             documents += 1
-        distinct, once = written, documents
+        distinct, distinct_documents = written, documents
         if not distinct:
             raise ConfigError("--input holds no text; give files with text")
     while written < size:
         with path.open("rb") as source, path.open("ab") as file:
-            for _ in range(once):
+            for _ in range(distinct_documents):
                 if written >= size:
                     break
                 written += file.write(source.readline())

@@ -81,7 +81,7 @@ def test_all_contenders_agree(activation: Activation, gated: bool) -> None:
     problem = toy_problem(activation=activation, gated=gated)
     expected = reference(problem)
     assert expected.keys() == {"y", "x", "keys", "values"} | ({"gates"} if gated else set())
-    modules = [layers.Ours(problem, "auto")]
+    modules = [layers.BlockFFN(problem, "auto")]
     modules += [build(problem) for build in layers.peers().values()]
     assert len(modules) == 4
     for module in modules:
@@ -89,7 +89,7 @@ def test_all_contenders_agree(activation: Activation, gated: bool) -> None:
     # Dense has the same cells per token: one block per row that all tokens share.
     whole = toy_problem(activation=activation, gated=False, expansion=1)
     dense = layers.Dense(whole)(whole.x)
-    torch.testing.assert_close(dense, layers.Ours(whole, "naive")(whole.x))
+    torch.testing.assert_close(dense, layers.BlockFFN(whole, "naive")(whole.x))
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -119,9 +119,9 @@ def test_a_wrong_peer_has_no_ratio(
 def test_no_ratios_if_ours_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    original = layers.Ours.forward
+    original = layers.BlockFFN.forward
     monkeypatch.setattr(
-        layers.Ours, "forward", lambda self, x: original(self, x).index_fill(0, _last(x), 0)
+        layers.BlockFFN, "forward", lambda self, x: original(self, x).index_fill(0, _last(x), 0)
     )
     output = tmp_path / "rows.csv"
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The machine: its card and versions, and two speed limits: a copy and a dense matmul."""
+"""Reports the card and the versions, and measures two limits: a copy and a dense matmul."""
 
 from __future__ import annotations
 
@@ -28,24 +28,26 @@ def versions() -> dict[str, Any]:
     """Versions of Python, the packages and CUDA; Megatron's wheel must be installed."""
     import platform
 
-    found = {name: version_of(name) for name in PACKAGES}
-    if not found["megatron-core"]:
+    version_of_package = {name: version_of(name) for name in PACKAGES}
+    if not version_of_package["megatron-core"]:
         raise Failure("megatron-core is not installed; docs/gpu.md says how to bring its wheel")
-    words = ", ".join(f"{name} {number or 'absent'}" for name, number in found.items())
+    words = ", ".join(f"{name} {number or 'absent'}" for name, number in version_of_package.items())
     python = platform.python_version()
-    return {**found, "python": python, "cuda": torch.version.cuda, "print": [words]}
+    return {**version_of_package, "python": python, "cuda": torch.version.cuda, "print": [words]}
 
 
 def card(context: Context) -> dict[str, Any]:
-    """Name, capability and memory of the card, and what the driver says."""
+    """Name, capability and memory of the card, and the output of nvidia-smi."""
     tools = {name: shutil.which(name) or "" for name in ("nvidia-smi", "compute-sanitizer", "ncu")}
-    said = ""
+    smi_line = ""
     if tools["nvidia-smi"]:
-        asked = "name,driver_version,clocks.max.sm,power.limit,ecc.mode.current,memory.total"
-        words = [tools["nvidia-smi"], f"--query-gpu={asked}", "--format=csv,noheader"]
-        said = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False).stdout
+        fields = "name,driver_version,clocks.max.sm,power.limit,ecc.mode.current,memory.total"
+        command = [tools["nvidia-smi"], f"--query-gpu={fields}", "--format=csv,noheader"]
+        smi_line = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=False
+        ).stdout
     if context.dry:
-        return {"name": "cpu", "tools": tools, "nvidia_smi": said.strip()}
+        return {"name": "cpu", "tools": tools, "nvidia_smi": smi_line.strip()}
     properties = torch.cuda.get_device_properties()
     return {
         "name": properties.name,
@@ -53,8 +55,10 @@ def card(context: Context) -> dict[str, Any]:
         "bytes": properties.total_memory,
         "processors": properties.multi_processor_count,
         "tools": tools,
-        "nvidia_smi": said.strip(),
-        "print": [f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {said.strip()}"],
+        "nvidia_smi": smi_line.strip(),
+        "print": [
+            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {smi_line.strip()}"
+        ],
     }
 
 

@@ -17,7 +17,7 @@ from benchmarks.gpu import forms
 from benchmarks.gpu.case import Case, Context
 from benchmarks.gpu.clock import measure
 from benchmarks.gpu.problem import Size, draw
-from benchmarks.gpu.rows import row_of, write, written
+from benchmarks.gpu.rows import row_of, rows_of_run, write
 
 FILE = "layers.csv"
 WHAT = "forward + backward"
@@ -27,7 +27,7 @@ SHAPES = ((1024, 4), (256, 4), (64, 4), (16, 4), (1, 4), (1024, 16), (256, 16), 
 
 def cases(context: Context) -> list[Case]:
     """All backends at D = 4,096, then at D = 1,024, with a table after each."""
-    found = []
+    all_cases = []
     for width in context.choose((4096, 1024), (16,)):
         for g, expansion in context.choose(SHAPES, ((8, 2),)):
             for backend in forms.backends():
@@ -35,9 +35,11 @@ def cases(context: Context) -> list[Case]:
                     continue
                 size = size_of(width, g, expansion, forms.dtype_for(backend, context), context)
                 run = functools.partial(compare, backend, size, context)
-                found.append(Case(name=f"{backend}: {size.name}", run=run))
-        found.append(Case(name=f"table D={width}", run=functools.partial(table, width, context)))
-    return found
+                all_cases.append(Case(name=f"{backend}: {size.name}", run=run))
+        all_cases.append(
+            Case(name=f"table D={width}", run=functools.partial(table, width, context))
+        )
+    return all_cases
 
 
 def size_of(
@@ -56,15 +58,15 @@ def size_of(
 
 
 @functools.lru_cache(maxsize=1)
-def drawn(size: Size, device: torch.device) -> Problem:
+def cached_problem(size: Size, device: torch.device) -> Problem:
     """The problem of a size, cached for the next backend."""
     return draw(size, device)
 
 
 def compare(backend: str, size: Size, context: Context) -> dict[str, Any]:
     """Time one backend at one size."""
-    problem = drawn(size, context.device)
-    return time_module(layers.Ours(problem, backend), problem, size, context, contender=backend)
+    problem = cached_problem(size, context.device)
+    return time_module(layers.BlockFFN(problem, backend), problem, size, context, contender=backend)
 
 
 def time_module(
@@ -98,7 +100,7 @@ def dense_ms(tokens: int, width: int, active: int, dtype: torch.dtype, context: 
 
 def table(width: int, context: Context) -> dict[str, Any]:
     """The ratios of all rows of this section at one D, as a table."""
-    rows = [row for row in written(FILE, context) if row.hidden_size == width]
+    rows = [row for row in rows_of_run(FILE, context) if row.hidden_size == width]
     names = list(dict.fromkeys(row.contender for row in rows))
     ratios = {(row.block_size, row.expansion, row.contender): row.ratio for row in rows}
     sizes = list(dict.fromkeys((row.block_size, row.expansion) for row in rows))

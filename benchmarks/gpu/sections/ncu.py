@@ -29,13 +29,13 @@ METRICS = (
 def cases(context: Context) -> list[Case]:
     """Every target at wide and narrow blocks, then `route_topk`."""
     kernels = [name for name in targets() if name != ROUTE]
-    everything = [
+    all_cases = [
         Case(name=f"{name} g={g}", run=functools.partial(watch, name, g, context))
         for g in context.choose((256, 16, 1), (16,))
         for name in kernels
     ]
-    everything += [Case(name=ROUTE, run=functools.partial(watch, ROUTE, 16, context))]
-    return everything[: context.choose(len(everything), 1)]
+    all_cases += [Case(name=ROUTE, run=functools.partial(watch, ROUTE, 16, context))]
+    return all_cases[: context.choose(len(all_cases), 1)]
 
 
 def watch(name: str, g: int, context: Context) -> dict[str, Any]:
@@ -47,13 +47,13 @@ def watch(name: str, g: int, context: Context) -> dict[str, Any]:
     if path:
         watcher = [path, "--csv", "--clock-control", "none", "--metrics", ",".join(METRICS)]
         watcher += ["--kernel-name", "regex:.*_kernel$", "--launch-count", "8"]
-    done = watched("ncu", watcher, (name, *size), context)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
-    rest = [line for line in done.stdout.splitlines() if not line.startswith('"')]
-    print("\n".join(rest)[-4000:], flush=True)
-    if done.returncode or not lines:
-        said = [line for line in rest if "==ERROR==" in line]
-        raise NotHere(f"ncu does not run here: {(said or ['no metrics'])[0]}")
+    result = watched("ncu", watcher, (name, *size), context)
+    lines = [line for line in result.stdout.splitlines() if line.startswith('"')]
+    other_lines = [line for line in result.stdout.splitlines() if not line.startswith('"')]
+    print("\n".join(other_lines)[-4000:], flush=True)
+    if result.returncode or not lines:
+        errors = [line for line in other_lines if "==ERROR==" in line]
+        raise NotHere(f"ncu does not run here: {(errors or ['no metrics'])[0]}")
     with (context.out / "ncu.csv").open("a", encoding="utf-8") as file:
         file.write(f"# {name}, g = {g}\n" + "\n".join(lines) + "\n")
     return {"lines": len(lines)}

@@ -35,15 +35,15 @@ def kernel_cases(context: Context) -> Iterator[Case]:
     tolerances: dict[str, float] = tests.TOLERANCES
 
     def run(case: str, size: str, dtype: str) -> dict[str, Any]:
-        found = tests.errors(case, size, dtype, context.device.type)
-        for name, error in found.items():
+        errors = tests.errors(case, size, dtype, context.device.type)
+        for name, error in errors.items():
             if not error < tolerances[dtype]:  # NaN is a failure
                 raise Failure(f"{name} is {error:.2e} off, more than {tolerances[dtype]:.0e}")
-        return {"worst": max(found.values(), default=0.0)}
+        return {"worst": max(errors.values(), default=0.0)}
 
-    everything = list(itertools.product(tests.CASES, tests.SIZES, tests.DTYPES))
-    few = [("one row", "7x16", "fp32")]
-    for names in context.choose(everything, few):
+    all_names = list(itertools.product(tests.CASES, tests.SIZES, tests.DTYPES))
+    dry_names = [("one row", "7x16", "fp32")]
+    for names in context.choose(all_names, dry_names):
         yield Case(name=f"kernels: {', '.join(names)}", run=functools.partial(run, *names))
 
 
@@ -60,7 +60,7 @@ def size_cases(context: Context) -> Iterator[Case]:
     for tokens, g, expansion, load in shapes:
         for backend in forms.backends():
             if backend == "auto" or forms.too_slow(backend, g, context):
-                continue  # auto is one of the others
+                continue  # auto chooses one of the other backends
             size = Size(
                 tokens=tokens,
                 width=width,
@@ -97,7 +97,7 @@ def large_cases(context: Context) -> Iterator[Case]:
 def compare(backend: str, size: Size, context: Context) -> dict[str, Any]:
     """Check one backend at one size in three runs: once filled with NaN, and twice without."""
     problem, expected = problem_of(size, context.device)
-    module = layers.Ours(problem, backend)
+    module = layers.BlockFFN(problem, backend)
     error = 0.0
     for fill in (True, False):
         results = run_step(module, problem, fill)
@@ -109,8 +109,8 @@ def compare(backend: str, size: Size, context: Context) -> dict[str, Any]:
             )
     if context.dry and forms.is_interpreted(backend):
         return {"error": error}  # the interpreter is slow, and has one order only
-    again = run_step(module, problem, False)
-    different = [name for name in results if not torch.equal(results[name], again[name])]
+    repeated = run_step(module, problem, False)
+    different = [name for name in results if not torch.equal(results[name], repeated[name])]
     if different:
         raise Failure(f"{', '.join(different)} have other bits when computed again")
     return {"error": error}
@@ -123,7 +123,7 @@ def problem_of(size: Size, device: torch.device) -> tuple[Problem, dict[str, Ten
     return problem, reference(problem)
 
 
-def run_step(module: layers.Ours, problem: Problem, fill: bool) -> dict[str, Tensor]:
+def run_step(module: layers.BlockFFN, problem: Problem, fill: bool) -> dict[str, Tensor]:
     """Forward and backward; returns the output and all gradients.
 
     Args:
@@ -138,6 +138,6 @@ def run_step(module: layers.Ours, problem: Problem, fill: bool) -> dict[str, Ten
             y, dx = step(module, problem.x, problem.dy)
         finally:
             torch.use_deterministic_algorithms(False)
-    found = {"y": y, "x": dx, **module.gradients()}
+    tensors = {"y": y, "x": dx, **module.gradients()}
     module.zero_grad(set_to_none=True)
-    return found
+    return tensors

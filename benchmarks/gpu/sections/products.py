@@ -18,7 +18,7 @@ from benchmarks.gpu import forms
 from benchmarks.gpu.case import Case, Context, NotHere
 from benchmarks.gpu.clock import measure
 from benchmarks.gpu.problem import Size, draw, sorted_pairs
-from benchmarks.gpu.rows import Row, row_of, write, written
+from benchmarks.gpu.rows import Row, row_of, rows_of_run, write
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 
 FILE = "products.csv"
@@ -30,7 +30,7 @@ GROUPED, MASKED = "triton_grouped", "triton_masked"
 def cases(context: Context) -> list[Case]:
     """Every size with all modules; then the constants."""
     modules = [name for name in forms.modules() if name != "triton"]  # it only chooses a form
-    found = []
+    all_cases = []
     for g, expansion in context.choose(
         ((64, 4), (256, 4), (1024, 4), (16, 4), (1, 4), (64, 16), (256, 16), (16, 16), (1, 16)),
         ((8, 2),),
@@ -40,8 +40,8 @@ def cases(context: Context) -> list[Case]:
                 continue
             size = size_of(g, expansion, forms.dtype_for(name, context), context)
             run = functools.partial(compare, name, size, context)
-            found.append(Case(name=f"{name}: {size.name}", run=run))
-    return [*found, Case(name="constants", run=lambda: constants(written(FILE, context)))]
+            all_cases.append(Case(name=f"{name}: {size.name}", run=run))
+    return [*all_cases, Case(name="constants", run=lambda: constants(rows_of_run(FILE, context)))]
 
 
 def size_of(g: int, expansion: int, dtype: torch.dtype, context: Context) -> Size:
@@ -59,7 +59,7 @@ def size_of(g: int, expansion: int, dtype: torch.dtype, context: Context) -> Siz
 
 
 @functools.lru_cache(maxsize=1)
-def drawn(size: Size, device: torch.device) -> tuple[Problem, Sorted, Tensor]:
+def cached_problem(size: Size, device: torch.device) -> tuple[Problem, Sorted, Tensor]:
     """A problem, its pairs, and coefficients `[P, G]`, cached for the next module."""
     problem = draw(size, device)
     pairs = sorted_pairs(problem.block_ids, size.num_blocks)
@@ -77,7 +77,7 @@ def dense_ms(size: Size, context: Context) -> float:
 
 def compare(name: str, size: Size, context: Context) -> dict[str, Any]:
     """Time the three products of one module at one size; if one fails, the case fails."""
-    problem, pairs, coefficients = drawn(size, context.device)
+    problem, pairs, coefficients = cached_problem(size, context.device)
     module, unit = forms.modules()[name], dense_ms(size, context)
     calls: dict[str, Callable[[], Any]] = {
         "to_pairs": lambda: module.to_pairs(problem.x, problem.keys, pairs),

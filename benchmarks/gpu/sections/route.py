@@ -24,13 +24,13 @@ def cases(context: Context) -> list[Case]:
         ((256, 64, 4), (256, 1024, 128), (128, 8192, 512), (64, 131_072, 16_384), (7, 5000, 70)),
         ((3, 64, 4), (1, 5000, 70)),
     )
-    found = []
+    all_cases = []
     for backend in forms.backends():
         for tokens, blocks, active in sizes:
             run = functools.partial(compare, backend, tokens, blocks, active, context)
-            found.append(Case(name=f"{backend}: {active} of {blocks}", run=run))
-        found.append(Case(name=f"{backend}: NaN", run=functools.partial(nan, backend, context)))
-    return found
+            all_cases.append(Case(name=f"{backend}: {active} of {blocks}", run=run))
+        all_cases.append(Case(name=f"{backend}: NaN", run=functools.partial(nan, backend, context)))
+    return all_cases
 
 
 def compare(
@@ -71,11 +71,11 @@ def nan(backend: str, context: Context) -> dict[str, Any]:
     scores[3, 299], scores[5] = torch.nan, torch.nan
     ids = route_topk(scores, 5, backend=backend)
     for row in (3, 5):
-        chosen = ids[row].tolist()
-        if len(set(chosen)) < 5 or min(chosen) < 0 or max(chosen) >= 300:
-            raise Failure(f"a row with NaN gets ids {chosen}, not 5 distinct ones below 300")
-    others = [row for row in range(8) if row not in (3, 5)]
-    if not torch.equal(ids[others], expected[others]):
+        row_ids = ids[row].tolist()
+        if len(set(row_ids)) < 5 or min(row_ids) < 0 or max(row_ids) >= 300:
+            raise Failure(f"a row with NaN gets ids {row_ids}, not 5 distinct ones below 300")
+    other_rows = [row for row in range(8) if row not in (3, 5)]
+    if not torch.equal(ids[other_rows], expected[other_rows]):
         raise Failure("NaN in one row changes the ids of others")
     with mock.patch.dict(os.environ, SFFN_CHECK="1"), contextlib.suppress(FloatingPointError):
         route_topk(scores, 5, backend=backend)

@@ -1,4 +1,4 @@
-"""Forward and backward of whole sparse layers, with the router: what routing costs."""
+"""Times forward and backward of sparse layers with their routers, to show the cost of routing."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ ROUTERS = ("avg-k", "switch", "vanilla-m")
 def cases(context: Context) -> list[Case]:
     """Three routers at D = 4,096, then at D = 1,024."""
     adapt()
-    found = []
+    all_cases = []
     for width in context.choose((4096, 1024), (16,)):
         for g, expansion in context.choose(((64, 4), (256, 16), (1024, 4), (16, 4)), ((8, 2),)):
             for router in ROUTERS[: context.choose(3, 1)]:
                 run = functools.partial(compare, router, width, g, expansion, context)
-                found.append(Case(name=f"{router}: g={g} E={expansion} D={width}", run=run))
-        found.append(Case(name=f"table D={width}", run=functools.partial(table, width, context)))
-    return found
+                all_cases.append(Case(name=f"{router}: g={g} E={expansion} D={width}", run=run))
+        all_cases.append(
+            Case(name=f"table D={width}", run=functools.partial(table, width, context))
+        )
+    return all_cases
 
 
 def compare(router: str, width: int, g: int, expansion: int, context: Context) -> dict[str, Any]:

@@ -23,12 +23,12 @@ ERROR = 86
 
 def cases(context: Context) -> list[Case]:
     """Each target under each tool; one case in a dry run."""
-    everything = [
+    all_cases = [
         Case(name=f"{tool} {name}", run=functools.partial(watch, tool, name, context))
         for tool in TOOLS
         for name in targets()
     ]
-    return everything[: context.choose(len(everything), 1)]
+    return all_cases[: context.choose(len(all_cases), 1)]
 
 
 def watch(tool: str, name: str, context: Context) -> dict[str, Any]:
@@ -36,15 +36,15 @@ def watch(tool: str, name: str, context: Context) -> dict[str, Any]:
     path = shutil.which("compute-sanitizer")
     watcher = [path, "--tool", tool, "--error-exitcode", str(ERROR)] if path else []
     size = context.choose(CHUNKED, ("--tokens", "3", "--width", "16", "--active", "16"))
-    done = watched("compute-sanitizer", watcher, (name, *size), context)
+    result = watched("compute-sanitizer", watcher, (name, *size), context)
     with (context.out / "sanitizer.txt").open("a", encoding="utf-8") as file:
-        file.write(f"==== {tool} {name}: exit code {done.returncode}\n{done.stdout[-20000:]}\n")
+        file.write(f"==== {tool} {name}: exit code {result.returncode}\n{result.stdout[-20000:]}\n")
     # An illegal access makes the program fail; then the tool returns the program's exit code.
-    if done.returncode == ERROR or re.search(r"SUMMARY: [1-9]", done.stdout):
-        errors = [line for line in done.stdout.splitlines() if line.startswith("=========")]
+    if result.returncode == ERROR or re.search(r"SUMMARY: [1-9]", result.stdout):
+        errors = [line for line in result.stdout.splitlines() if line.startswith("=========")]
         raise Failure(f"{tool} found errors: {' '.join(errors[:2])}")
-    if done.returncode:
+    if result.returncode:
         # The program runs without the tool, so the container may forbid what the tool needs.
-        last = (done.stdout.strip() or "no output").splitlines()[-1]
-        raise NotHere(f"{tool} does not run here: {last}")
+        last_line = (result.stdout.strip() or "no output").splitlines()[-1]
+        raise NotHere(f"{tool} does not run here: {last_line}")
     return {}

@@ -83,7 +83,7 @@ def count(router: str, backend: str, context: Context) -> dict[str, Any]:
             end_step(layer)
 
         step(1)
-        with counted(context) as waits:
+        with waits_by_line(context) as waits:
             step(2)
     rows = [
         Row(router=router, backend=backend, line=line, count=number)
@@ -96,7 +96,7 @@ def count(router: str, backend: str, context: Context) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def counted(context: Context) -> Iterator[Counter[str]]:
+def waits_by_line(context: Context) -> Iterator[Counter[str]]:
     """Count the waits of a block by the line that caused them."""
     lines: Counter[str] = Counter()
 
@@ -132,12 +132,12 @@ class _Waiting(TorchDispatchMode):
 
 def calling_line() -> str:
     """The innermost line of the package, or else of Megatron or of torch's backward pass."""
-    frame, others = sys._getframe(1), []
+    frame, other_lines = sys._getframe(1), []
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(PACKAGE):
             return f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
         if "/megatron/" in name:
-            others.append(f"megatron/{name.rpartition('/megatron/')[2]}:{frame.f_lineno}")
+            other_lines.append(f"megatron/{name.rpartition('/megatron/')[2]}:{frame.f_lineno}")
         frame = frame.f_back  # type: ignore[assignment]
-    return others[0] if others else "torch"
+    return other_lines[0] if other_lines else "torch"

@@ -18,29 +18,29 @@ def cases(context: Context) -> list[Case]:
     return [
         Case(name=f"{name} D={width}", run=functools.partial(compare, name, width, context))
         for width in context.choose((4096, 1024), (16,))
-        for name in PEERS[context.choose(0, 2) :]  # section peers has started all of them
+        for name in PEERS[context.choose(0, 2) :]  # the section `peers` has started all of them
     ]
 
 
 def compare(name: str, width: int, context: Context) -> dict[str, Any]:
     """Time one peer at every size for which its copies of tokens fit in memory."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     ratios: list[str] = []
     for g, expansion in context.choose(((1024, 4), (256, 4), (64, 4), (256, 16)), ((8, 2),)):
         size = size_of(width, g, expansion, torch.bfloat16, context, gated=False)
         copies = COPIES * size.tokens * size.num_active * width * size.dtype.itemsize
         if not context.dry and copies > torch.cuda.mem_get_info()[0]:
-            found[size.name] = "its copies of tokens would need more memory than is free"
+            values[size.name] = "its copies of tokens would need more memory than is free"
             continue
         if context.left < 0:
-            found[size.name] = "its time was up"
+            values[size.name] = "its time was up"
             continue
         try:
             with peer_module(name, size, context) as (module, problem):
-                found[size.name] = time_module(module, problem, size, context, contender=name)
-            ratios.append(f"g={g} E={expansion} {found[size.name]['ratio']:.2f}")
+                values[size.name] = time_module(module, problem, size, context, contender=name)
+            ratios.append(f"g={g} E={expansion} {values[size.name]['ratio']:.2f}")
         except torch.OutOfMemoryError as error:
-            found[size.name] = str(error)[:200]
+            values[size.name] = str(error)[:200]
     if not ratios:
-        raise NotHere(f"no size could be timed: {found}")
-    return {**found, "print": [f"{name}, D = {width}: {', '.join(ratios)}"]}
+        raise NotHere(f"no size could be timed: {values}")
+    return {**values, "print": [f"{name}, D = {width}: {', '.join(ratios)}"]}

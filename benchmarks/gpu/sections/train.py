@@ -102,13 +102,13 @@ class Losses:
 
 def cases(context: Context) -> list[Case]:
     """The cases, most valuable first."""
-    found = [Case(name="resume and repeat", run=lambda: repeat(context))]
+    all_cases = [Case(name="resume and repeat", run=lambda: repeat(context))]
     for router in ROUTERS[: context.choose(len(ROUTERS), 1)]:
         run = functools.partial(compare, router, context)
-        found.append(Case(name=f"backends agree: {router}", run=run))
+        all_cases.append(Case(name=f"backends agree: {router}", run=run))
     if not context.dry:  # tests/test_doctor.py runs it without a GPU
-        found.append(Case(name="doctor's smoke test", run=smoke))
-    return found
+        all_cases.append(Case(name="doctor's smoke test", run=smoke))
+    return all_cases
 
 
 def smoke() -> dict[str, Any]:
@@ -123,7 +123,7 @@ def smoke() -> dict[str, Any]:
 
 
 def repeat(context: Context) -> dict[str, Any]:
-    """Train once, and once more in two parts, where the second resumes from a checkpoint."""
+    """Train once, and again in two halves, the second of which resumes from a checkpoint."""
     steps = context.choose(20, 4)
 
     def run(folder: str, stop: int) -> Losses:
@@ -139,26 +139,32 @@ def repeat(context: Context) -> dict[str, Any]:
         return train(planned, context)
 
     with ThreadPoolExecutor(2) as pool:
-        whole, first = pool.map(run, ("whole", "parts"), (steps, steps // 2))
-    check_steps("the whole run", whole, 1, steps)
-    check_steps("the first part", first, 1, steps // 2)
-    if whole.validation is None:
+        uninterrupted, first_half = pool.map(run, ("whole", "parts"), (steps, steps // 2))
+    check_steps("the whole run", uninterrupted, 1, steps)
+    check_steps("the first part", first_half, 1, steps // 2)
+    if uninterrupted.validation is None:
         raise Failure("the whole run left no validation loss in its summary.json")
-    if first.steps != {step: whole.steps[step] for step in first.steps}:
-        raise Failure(f"the same run twice has other losses: {first.steps} and {whole.steps}")
-    second = run("parts", steps)
+    if first_half.steps != {step: uninterrupted.steps[step] for step in first_half.steps}:
+        raise Failure(
+            f"the same run twice has other losses: {first_half.steps} and {uninterrupted.steps}"
+        )
+    resumed = run("parts", steps)
     # A run that did not resume from the checkpoint would have printed the first steps again.
-    check_steps("the resumed part", second, steps // 2 + 1, steps)
-    together = {**first.steps, **second.steps}
+    check_steps("the resumed part", resumed, steps // 2 + 1, steps)
+    joined_steps = {**first_half.steps, **resumed.steps}
     # Megatron's line of the second step after a start has the mean of the first two losses.
     mean = steps // 2 + 2
-    differ = [n for n in whole.steps if n != mean and together.get(n) != whole.steps[n]]
-    if differ or second.validation != whole.validation:
+    differ = [
+        n
+        for n in uninterrupted.steps
+        if n != mean and joined_steps.get(n) != uninterrupted.steps[n]
+    ]
+    if differ or resumed.validation != uninterrupted.validation:
         raise Failure(
-            f"a resumed run differs at steps {differ}: validation {second.validation}, not "
-            f"{whole.validation}"
+            f"a resumed run differs at steps {differ}: validation {resumed.validation}, not "
+            f"{uninterrupted.validation}"
         )
-    return {"losses": list(whole.steps.values()), "validation": whole.validation}
+    return {"losses": list(uninterrupted.steps.values()), "validation": uninterrupted.validation}
 
 
 def check_steps(name: str, losses: Losses, first: int, last: int) -> None:
@@ -171,9 +177,9 @@ def compare(router: str, context: Context) -> dict[str, Any]:
     """Check that every backend trains to the same losses, and to those of a CPU if stored."""
     steps = context.choose(20, 2)
     names = [name for name in forms.backends(oracle=True) if name != "auto"]
-    if context.dry:  # two are enough, one of them in Triton's interpreter
-        others = [name for name in names if name not in (forms.ORACLE, "torch")]
-        names = [*others[:1], *filter(forms.is_interpreted, others)]
+    if context.dry:  # two backends are enough, one of them in Triton's interpreter
+        fast_names = [name for name in names if name not in (forms.ORACLE, "torch")]
+        names = [*fast_names[:1], *filter(forms.is_interpreted, fast_names)]
     reasons: dict[str, str] = {}
 
     def run(name: str) -> Losses | None:
@@ -194,9 +200,11 @@ def compare(router: str, context: Context) -> dict[str, Any]:
             shutil.rmtree(planned.folder, ignore_errors=True)
 
     with ThreadPoolExecutor(context.choose(AT_A_TIME, 2)) as pool:
-        ended = dict(zip(names, pool.map(run, names), strict=True))
+        losses_of_run = dict(zip(names, pool.map(run, names), strict=True))
     losses = {
-        name: [float(loss) for loss in run.steps.values()] for name, run in ended.items() if run
+        name: [float(loss) for loss in run.steps.values()]
+        for name, run in losses_of_run.items()
+        if run
     }
     if CURVE.exists() and not context.dry:
         losses["stored CPU"] = json.loads(CURVE.read_text(encoding="utf-8"))[router]
@@ -210,14 +218,14 @@ def compare(router: str, context: Context) -> dict[str, Any]:
 
 def check_equal(losses: Mapping[str, Sequence[float]], steps: int) -> None:
     """Raise `Failure` unless all runs have equal losses at every step, within the tolerance."""
-    (first, expected), *others = losses.items()
+    (first_name, expected), *other_curves = losses.items()
     for name, curve in losses.items():
         if len(curve) != steps:
             raise Failure(f"{name} printed {len(curve)} losses of {steps} steps")
-    for name, curve in others:
+    for name, curve in other_curves:
         largest = max(abs(a - b) for a, b in zip(curve, expected, strict=True))
         if not largest < TOLERANCE:
-            raise Failure(f"losses of {name} and {first} differ by {largest:.1e}: {curve}")
+            raise Failure(f"losses of {name} and {first_name} differ by {largest:.1e}: {curve}")
 
 
 def train(run: Run, context: Context) -> Losses:
@@ -229,18 +237,18 @@ def train(run: Run, context: Context) -> Losses:
     """
     sizes = context.choose(GPU_SIZES, DRY_SIZES)
     command = [sys.executable, "-m", "megatron_sffn.pretrain", *run.flags(sizes)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    output = done.stdout + done.stderr
-    if done.returncode:
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    output = result.stdout + result.stderr
+    if result.returncode:
         print(" ".join(command), output[-6000:], sep="\n", flush=True)
-        kind = NotHere if done.returncode == 2 else Failure
-        raise kind(f"{run.router} with {run.backend}: {reason_in(done.stderr or output)}"[:250])
+        kind = NotHere if result.returncode == 2 else Failure
+        raise kind(f"{run.router} with {run.backend}: {reason_in(result.stderr or output)}"[:250])
     summary = run.folder / "summary.json"
-    found = re.findall(r"iteration\s+(\d+)/.*?lm loss: (\S+)", output)
+    matches = re.findall(r"iteration\s+(\d+)/.*?lm loss: (\S+)", output)
     validation = None
     if run.stop == run.steps and summary.exists():
         validation = json.loads(summary.read_text(encoding="utf-8"))["validation_loss"]
-    return Losses(steps={int(step): loss for step, loss in found}, validation=validation)
+    return Losses(steps={int(step): loss for step, loss in matches}, validation=validation)
 
 
 def store_curve() -> None:

@@ -32,7 +32,7 @@ from benchmarks.triton_starts import Start, handed_to
 LEAST_GAIN = 0.02
 """A candidate is proposed if it saves at least this share of the time."""
 
-SAME = 1e-2
+TOLERANCE = 1e-2
 """Largest relative difference of the results of two candidates."""
 
 COMPILING = 0.4
@@ -41,9 +41,9 @@ COMPILING = 0.4
 
 def cases(context: Context) -> list[Case]:
     """Compile everything, then one case per module, product and g."""
-    ahead = Case(name="compile ahead", run=lambda: compile_ahead(context))
+    compile_case = Case(name="compile ahead", run=lambda: compile_ahead(context))
     return [
-        ahead,
+        compile_case,
         *(Case(name=job.name, run=functools.partial(tune, job, context)) for job in jobs(context)),
     ]
 
@@ -51,24 +51,24 @@ def cases(context: Context) -> list[Case]:
 def tune(job: Job, context: Context) -> dict[str, Any]:
     """Time the candidates of an entry."""
     with opened(job, context) as tuned:
-        took, reasons = times(tuned, context)
-    if not took:
+        ms_of, reasons = times(tuned, context)
+    if not ms_of:
         raise NotHere(f"no candidate compiles: {reasons[:2]}")
-    best = min(took, key=lambda number: took[number])
-    if 0 in took and took[0] <= took[best] * (1 + LEAST_GAIN):
+    best = min(ms_of, key=lambda number: ms_of[number])
+    if 0 in ms_of and ms_of[0] <= ms_of[best] * (1 + LEAST_GAIN):
         best = 0
     dtype = forms.dtype_for(job.module, context)
     line = f'("{card()}", {dtype}, "{tuned.kind}"): {tuned.tried[best]},'
-    line += f"  # {job.name}: {took[best]:.3g} ms, now {took.get(0, float('nan')):.3g}"
-    timed = [{**dataclasses.asdict(tuned.tried[n]), "ms": ms} for n, ms in took.items()]
+    line += f"  # {job.name}: {ms_of[best]:.3g} ms, now {ms_of.get(0, float('nan')):.3g}"
+    timed = [{**dataclasses.asdict(tuned.tried[n]), "ms": ms} for n, ms in ms_of.items()]
     entry = {**dataclasses.asdict(job), "kind": tuned.kind, "line": line}
     add({**entry, "candidates": timed, "refused": reasons}, context.out / "tiles.json")
     return {"line": line, "print": [line] if best else []}
 
 
 def times(tuned: Tuned, context: Context) -> tuple[dict[int, float], list[str]]:
-    """Milliseconds by number of the candidate, and why others have none."""
-    took: dict[int, float] = {}
+    """Number of a candidate -> milliseconds, and the reasons why other candidates have none."""
+    ms_of: dict[int, float] = {}
     reasons: list[str] = []
     expected = None
     for number, candidate in enumerate(tuned.tried):
@@ -77,34 +77,34 @@ def times(tuned: Tuned, context: Context) -> tuple[dict[int, float], list[str]]:
             result = tuned.call().float()
             expected = result if expected is None else expected
             error = float((result - expected).norm() / expected.norm().clamp(min=1e-30))
-            if not error <= SAME:
+            if not error <= TOLERANCE:
                 reasons.append(f"{candidate}: differs from the first by {error:.1e}")
                 continue
-            took[number] = measure(tuned.call, context, seconds=0.05).median
+            ms_of[number] = measure(tuned.call, context, seconds=0.05).median
         except Exception as error:  # from the compiler: too many registers, too much shared memory
             if is_of_cuda(error):
                 raise
             reasons.append(" ".join(f"{candidate}: {type(error).__name__}: {error}".split())[:200])
-    return took, reasons
+    return ms_of, reasons
 
 
 def compile_ahead(context: Context) -> dict[str, Any]:
-    """Compile all candidates in several processes; what fails here fails again when it is timed.
+    """Compile all candidates in several processes; an error occurs again when a candidate is timed.
 
     Raises:
         Failure: if a process ended by itself with an exit code other than 0.
     """
     processes = context.choose(max((os.cpu_count() or 2) - 2, 1), 1)
     words = [sys.executable, "-m", "benchmarks.gpu.sections.tune"]
-    end = time.monotonic() + context.left * COMPILING
-    started = [
+    deadline = time.monotonic() + context.left * COMPILING
+    children = [
         subprocess.Popen([*words, str(n), str(processes), *["--dry-run"] * context.dry])
         for n in range(processes)
     ]
     crashed, stopped = [], 0
-    for process in started:
+    for process in children:
         try:
-            code = process.wait(timeout=max(end - time.monotonic(), 0.1))
+            code = process.wait(timeout=max(deadline - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
             process.terminate()
             process.wait()
@@ -117,7 +117,7 @@ def compile_ahead(context: Context) -> dict[str, Any]:
 
 
 def compile_share(number: int, processes: int, *, dry: bool) -> None:
-    """One of these processes: it compiles every n-th candidate, at its launch."""
+    """Compile every n-th candidate, in one of these processes, instead of launching it."""
     context = Context(dry=dry, out=Path(), scratch=Path(), deadline=float("inf"))
     count = 0
     with handed_to(warm_up):
@@ -152,9 +152,9 @@ def _compile(tuned: Tuned) -> None:
 def add(entry: dict[str, Any], path: Path) -> None:
     """Add an entry to a JSON list, and rewrite the file."""
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps([*entries, entry], indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps([*entries, entry], indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 if __name__ == "__main__":
