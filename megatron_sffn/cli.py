@@ -94,10 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = commands()
     if args.command not in known:
         similar = difflib.get_close_matches(args.command.replace("_", "-"), known, n=1)
-        meant = f"did you mean {similar[0]}? " if similar else ""
+        suggestion = f"did you mean {similar[0]}? " if similar else ""
         raise ConfigError(
-            f"{args.command!r} is no command of megatron-sffn; {meant}megatron-sffn --help lists "
-            "all commands"
+            f"{args.command!r} is no command of megatron-sffn; {suggestion}megatron-sffn --help "
+            "lists all commands"
         )
     os.execv(sys.executable, [sys.executable, "-m", module_of(known[args.command]), *args.flags])
 

@@ -1,4 +1,4 @@
-"""What a model costs, in closed form, before it is built.
+"""Computes the costs of a model in closed form, before it is built.
 
 Inputs: the model's sizes (`ModelShape`), which contain the sparse layer's config, and for memory
 the `ParallelLayout` and the `TrainingSetup`. Outputs: parameters, FLOPs, bytes of memory, and the

@@ -27,9 +27,9 @@ class Activations:
     """Activations of the parts of a model, in bytes per microbatch and rank.
 
     Args:
-        shape: of the model.
-        layout: of the ranks.
-        setup: of the training.
+        shape: shape of the model.
+        layout: layout of the ranks.
+        setup: setup of the training.
     """
 
     def __init__(self, shape: ModelShape, layout: ParallelLayout, setup: TrainingSetup) -> None:
@@ -54,7 +54,7 @@ class Activations:
         Args:
             rows: number of vectors that are normalised.
             width: of a vector.
-            input_is_kept: whether another operator keeps the input anyway.
+            input_is_kept: True if another operator keeps the input anyway.
         """
         vector = width * self.number_bytes
         if self.shape.layernorm:
@@ -105,7 +105,7 @@ class Activations:
         softmax_bytes = FP32 if upcasts else self.number_bytes
         per_score = softmax_bytes
         if upcasts or setup.attention_dropout:
-            per_score += self.number_bytes  # what is multiplied with the values is another tensor
+            per_score += self.number_bytes  # the factor of the values is a separate tensor
         if setup.attention_dropout:
             per_score += self.mask_bytes
         # With a sink, the softmax returns one column more than is used.
@@ -127,7 +127,7 @@ class Activations:
         return tensors * self.tokens * cells // self.layout.tp * self.number_bytes
 
     def layer(self, sparse: bool) -> float:
-        """Everything that one layer keeps."""
+        """All activations that one layer keeps."""
         shape, setup = self.shape, self.setup
         count = self.attention() + self.attention_scores() + self.mlp_norm_and_dropout()
         if not sparse:

@@ -32,7 +32,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What one configuration costs.
+    """The costs of one configuration.
 
     Args:
         parameters_total: of the model.
@@ -139,9 +139,9 @@ def same_lines(lines: Mapping[str, Mapping[int, float]]) -> list[list[str]]:
     groups: list[list[str]] = []
     for name, points in lines.items():
         for group in groups:
-            other = lines[group[0]]
-            if points.keys() == other.keys() and all(
-                math.isclose(points[size], other[size], rel_tol=0.01, abs_tol=1e-9)
+            group_points = lines[group[0]]
+            if points.keys() == group_points.keys() and all(
+                math.isclose(points[size], group_points[size], rel_tol=0.01, abs_tol=1e-9)
                 for size in points
             ):
                 group.append(name)
@@ -204,10 +204,10 @@ def _plot_lines(
     """One line per router, or per group of routers whose points agree.
 
     Args:
-        axes: of matplotlib.
+        axes: axes of matplotlib.
         costed: rows with their costs.
-        number: what is plotted of the costs.
-        plots_dense: whether the dense model, which has no block size, is a horizontal line.
+        number: function from the costs to the number to plot.
+        plots_dense: True to plot the dense model, which has no block size, as a horizontal line.
     """
     lines: dict[str, dict[int, float]] = {row.router: {} for row, _ in costed}
     for row, costs in costed:

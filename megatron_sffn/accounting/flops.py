@@ -3,8 +3,8 @@
 Inputs: a `ModelShape`. Outputs: exact counts of its matrix products.
 
 Design notes
-- One multiply-add is 2 FLOPs. Only matrix products count, and only work per token: what is computed
-  once for all tokens does not.
+- One multiply-add is 2 FLOPs. Only matrix products count, and only work per token, but not work
+  that is done once for all tokens.
 - The convention is that of arXiv 2305.13999, whose numbers it reproduces. Attention spans all of
   `seq_length` (no causal halving). The keys of the chosen blocks count once, although our layer
   computes them again after a router that scores cells. The selection counts three times in
@@ -62,7 +62,7 @@ def training_flops_per_token(shape: ModelShape, *, recompute: bool) -> int:
 
     Args:
         shape: of the model.
-        recompute: whether the layers run forward once more in the backward pass, as in Megatron's
+        recompute: True if the layers run forward once more in the backward pass, as in Megatron's
             full activation recomputation; the logits never do.
     """
     forward = flops_per_token(shape)

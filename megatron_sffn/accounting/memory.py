@@ -84,7 +84,7 @@ def memory_per_rank(
 
     Args:
         shape: of the model.
-        pattern: whether each layer is sparse.
+        pattern: True for each sparse layer.
         layout: of the ranks.
         setup: of the training.
     """
@@ -97,13 +97,15 @@ def memory_of_stage(
     shape: ModelShape, stage: Stage, layout: ParallelLayout, setup: TrainingSetup
 ) -> RankMemory:
     """Memory of a rank of one pipeline stage."""
-    held = held_parameters(shape, stage, layout)
-    parameters = held.cells + held.rest
+    local_parameters = held_parameters(shape, stage, layout)
+    parameters = local_parameters.cells + local_parameters.rest
     state_bytes = setup.state_bytes(layout)
     state = state_bytes * parameters
     if setup.distributed_optimizer:
-        shares = held.cells / layout.expert_dp + held.rest / layout.dp
-        state = round(state_bytes * shares)
+        sharded_parameters = (
+            local_parameters.cells / layout.expert_dp + local_parameters.rest / layout.dp
+        )
+        state = round(state_bytes * sharded_parameters)
     in_flight = microbatches_in_flight(layout, stage, setup.num_microbatches)
     activations, scores = _activations(Activations(shape, layout, setup), stage, in_flight)
     return RankMemory(
@@ -152,7 +154,7 @@ def router_tables(shape: ModelShape, stage: Stage) -> int:
 
 
 def _attention_held(shape: ModelShape, layout: ParallelLayout) -> int:
-    """The attention and both norms of a layer: a share of what TP splits, and all of the rest."""
+    """Parameters of attention and both norms: a share of those that TP splits, and all others."""
     projected, width = shape.projected_width, shape.hidden_size
     split = (projected + shape.query_width) * width
     split += projected if shape.bias or shape.qkv_bias else 0
@@ -163,7 +165,7 @@ def _attention_held(shape: ModelShape, layout: ParallelLayout) -> int:
 
 
 def _mlp_held(shape: ModelShape, layout: ParallelLayout) -> int:
-    """A dense MLP."""
+    """Parameters of a dense MLP."""
     split, replicated = shape.dense_cell * shape.ffn_hidden_size, 0
     if shape.bias:
         split += shape.keys_per_cell * shape.ffn_hidden_size
@@ -171,45 +173,47 @@ def _mlp_held(shape: ModelShape, layout: ParallelLayout) -> int:
     return split // layout.tp + replicated
 
 
-def _activations(kept: Activations, stage: Stage, in_flight: float) -> tuple[float, float]:
+def _activations(activations: Activations, stage: Stage, in_flight: float) -> tuple[float, float]:
     """Bytes of the activations of a stage, and how many of them are attention scores."""
-    setup = kept.setup
-    embedding = kept.embedding() * in_flight if stage.first else 0.0
-    head = float(kept.head()) if stage.last else 0.0
+    setup = activations.setup
+    embedding = activations.embedding() * in_flight if stage.first else 0.0
+    head = float(activations.head()) if stage.last else 0.0
     if setup.recompute == "full":
-        layers, working, scores = _full_recomputation(kept, stage, in_flight)
+        layers, working, scores = _full_recomputation(activations, stage, in_flight)
         return embedding + layers + max(head, working), scores
     drops_scores = setup.recomputes("core_attn")
-    scores = 0.0 if drops_scores else len(stage.layers) * kept.attention_scores() * in_flight
-    # What a recomputation brings back is there for one layer of one microbatch at a time.
-    layers, working = 0.0, float(kept.attention_scores() if drops_scores else 0)
+    scores = 0.0 if drops_scores else len(stage.layers) * activations.attention_scores() * in_flight
+    # Recomputed activations exist for one layer of one microbatch at a time.
+    layers, working = 0.0, float(activations.attention_scores() if drops_scores else 0)
     for sparse in stage.layers:
-        feed_forward = kept.layer(sparse) - kept.attention() - kept.attention_scores()
+        feed_forward = (
+            activations.layer(sparse) - activations.attention() - activations.attention_scores()
+        )
         if setup.recomputes("moe" if sparse else "mlp"):
-            inputs = kept.mlp_norm_and_dropout() + kept.hidden_states()
+            inputs = activations.mlp_norm_and_dropout() + activations.hidden_states()
             working = max(working, feed_forward - inputs)
             feed_forward = inputs
-        layers += (kept.attention() + feed_forward) * in_flight
+        layers += (activations.attention() + feed_forward) * in_flight
     # The last microbatch's head is freed before a layer is recomputed.
     return embedding + layers + scores + max(head, working), scores
 
 
 def _full_recomputation(
-    kept: Activations, stage: Stage, in_flight: float
+    activations: Activations, stage: Stage, in_flight: float
 ) -> tuple[float, float, float]:
-    """Bytes that stay, bytes that one recomputation brings back, and scores among both."""
-    count = kept.setup.recompute_layers
+    """Bytes that stay, bytes of one recomputation, and the attention scores among both."""
+    count = activations.setup.recompute_layers
     recomputed: list[tuple[bool, ...]] = []
     stored: tuple[bool, ...] = ()
     for chunk in stage.chunks:
-        if kept.setup.recompute_method == "uniform":
+        if activations.setup.recompute_method == "uniform":
             recomputed += [chunk[start : start + count] for start in range(0, len(chunk), count)]
         else:
             # The first layers of a chunk are recomputed one by one, the others are stored.
             recomputed += [(layer,) for layer in chunk[:count]]
             stored += chunk[count:]
-    inputs = len(recomputed) * kept.hidden_states()
-    layers = inputs + sum(map(kept.layer, stored))
-    largest = max(recomputed, key=lambda group: sum(map(kept.layer, group)), default=())
-    scores = (len(stored) * in_flight + len(largest)) * kept.attention_scores()
-    return layers * in_flight, sum(map(kept.layer, largest)), scores
+    inputs = len(recomputed) * activations.hidden_states()
+    layers = inputs + sum(map(activations.layer, stored))
+    largest = max(recomputed, key=lambda group: sum(map(activations.layer, group)), default=())
+    scores = (len(stored) * in_flight + len(largest)) * activations.attention_scores()
+    return layers * in_flight, sum(map(activations.layer, largest)), scores

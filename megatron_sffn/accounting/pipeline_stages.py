@@ -1,6 +1,6 @@
-"""Which layers each pipeline stage holds, and how many microbatches it has in flight.
+"""Computes the layers of each pipeline stage, and its number of microbatches in flight.
 
-Inputs: a `ParallelLayout`, and which layers of the model are sparse. Outputs: the `Stage`s, as
+Inputs: a `ParallelLayout`, and the pattern of sparse layers. Outputs: the `Stage`s, as
 Megatron distributes layers over pipeline stages.
 """
 
@@ -18,9 +18,9 @@ class Stage:
 
     Args:
         index: of the stage, from 0.
-        chunks: the stage's model chunks: for each layer of a chunk, whether it is sparse.
-        first: whether the stage has the embedding.
-        last: whether the stage has the final norm and the logits.
+        chunks: the stage's model chunks: True for each sparse layer of a chunk.
+        first: True if the stage has the embedding.
+        last: True if the stage has the final norm and the logits.
     """
 
     index: int
@@ -39,29 +39,29 @@ def pipeline_stages(layout: ParallelLayout, pattern: tuple[bool, ...]) -> list[S
 
     Args:
         layout: of the run.
-        pattern: whether each layer of the model is sparse.
+        pattern: True for each sparse layer of the model.
     """
     counts = _layers_per_stage(layout, len(pattern))
-    held: list[list[tuple[bool, ...]]] = [[] for _ in counts]
+    chunks_of_stage: list[list[tuple[bool, ...]]] = [[] for _ in counts]
     start = 0
     for _ in range(layout.virtual_stages):
         for stage, count in enumerate(counts):
             end = start + count // layout.virtual_stages
-            held[stage].append(pattern[start:end])
+            chunks_of_stage[stage].append(pattern[start:end])
             start = end
     return [
         Stage(index=index, chunks=tuple(chunks), first=index == 0, last=index == layout.pp - 1)
-        for index, chunks in enumerate(held)
+        for index, chunks in enumerate(chunks_of_stage)
     ]
 
 
 def _layers_per_stage(layout: ParallelLayout, num_layers: int) -> list[int]:
-    """Layers of each stage: equal shares, but for a first or last stage of a given size."""
-    given = [layout.first_stage_layers, layout.last_stage_layers]
-    fixed = sum(count for count in given if count is not None)
-    free = layout.pp - sum(count is not None for count in given)
+    """Layers of each stage: equal shares, unless the first or last stage has a fixed size."""
+    end_stages = [layout.first_stage_layers, layout.last_stage_layers]
+    fixed = sum(count for count in end_stages if count is not None)
+    free = layout.pp - sum(count is not None for count in end_stages)
     counts = [(num_layers - fixed) // max(1, free)] * layout.pp
-    for place, count in zip((0, -1), given, strict=True):
+    for place, count in zip((0, -1), end_stages, strict=True):
         counts[place] = counts[place] if count is None else count
     assert sum(counts) == num_layers, (counts, num_layers)
     return counts
@@ -70,8 +70,9 @@ def _layers_per_stage(layout: ParallelLayout, num_layers: int) -> list[int]:
 def microbatches_in_flight(layout: ParallelLayout, stage: Stage, num_microbatches: int) -> float:
     """The most microbatches whose activations of the whole stage a rank of the stage holds at once.
 
-    In the 1F1B schedule, one more than stages follow. In the interleaved schedule, a chunk's share
-    for each chunk that has run forward and not yet backward (Narayanan et al. 2021).
+    In the 1F1B schedule, it is the number of following stages plus one. In the interleaved
+    schedule, each chunk that has run forward and not yet backward counts with its share of the
+    stage (Narayanan et al. 2021).
     """
     following = layout.pp - stage.index - 1
     if layout.virtual_stages == 1:

@@ -29,18 +29,18 @@ class ModelShape:
         seq_length: tokens of a sequence.
         padded_vocab_size: rows of the embedding.
         num_query_groups: key-value heads; None for one per query head.
-        gated: SwiGLU, which gives every cell a second key.
-        bias: whether linear layers have biases; sparse layers never have.
-        qkv_bias: whether the query, key and value projection has a bias, also without `bias`.
+        gated: True for SwiGLU, which gives every cell a second key.
+        bias: True if linear layers have biases; sparse layers never have.
+        qkv_bias: True if the query, key and value projection has a bias, also without `bias`.
         layernorm: True for LayerNorm, which has a bias; False for RMSNorm, which has none.
-        qk_layernorm: whether queries and keys are normalised per head.
-        output_gate: whether attention's output is gated, by a projection as wide as the queries.
+        qk_layernorm: True if queries and keys are normalised per head.
+        output_gate: True if attention's output is gated, by a projection as wide as the queries.
         softmax_type: of attention, in Megatron's words: all but `vanilla` have a sink, a number
             beside a head's scores, which `learnable` trains.
         predicted_tokens: layers of multi-token prediction.
-        tied_embeddings: whether the logits use the embedding's weights.
+        tied_embeddings: True if the logits use the embedding's weights.
         learned_positions: rows of a learned position embedding; 0 for RoPE or none.
-        sparse_layers: how many of the layers are sparse.
+        sparse_layers: number of sparse layers.
         sffn: the sparse layer; None if all layers are dense.
     """
 

@@ -24,7 +24,7 @@ def saved_by_sparse_layer(call: LayerCall) -> float:
     local_blocks = sffn.num_blocks // layout.ep
     chunks = sffn.exchange_chunks if layout.expert_ranks > 1 else 1
     count = router.bytes + pairs * _per_pair(call)
-    # Where the pairs of each block begin, in each chunk.
+    # Offsets of the pairs of each block, in each chunk.
     count += chunks * INT64 * (local_blocks + 1)
     count += _derived(backend_of(call), rows, pairs, local_blocks, chunks)
     # The blocks' input rows stay: this rank's own rows, or the rows that arrived.
@@ -41,7 +41,7 @@ def saved_by_sparse_layer(call: LayerCall) -> float:
 
 
 def backend_of(call: LayerCall) -> str:
-    """The backend that computes the blocks: on a GPU, what `auto` chooses, in bf16 if half."""
+    """The backend of the blocks: on a GPU the choice of `auto`, for bf16 if half-precision."""
     sffn, layout = call.sffn, call.layout
     key_width = sffn.router.key_width(call.hidden_size)
     if sffn.backend == "masked" and not key_width:
@@ -72,14 +72,14 @@ def _derived(backend: str, rows: float, pairs: float, blocks: int, chunks: int) 
         chunks: in which they arrive.
     """
     block_of_pair = INT32 * pairs
-    by_row = INT32 * (pairs + rows + chunks)  # the pairs' order by row, and where rows begin
+    by_row = INT32 * (pairs + rows + chunks)  # the pairs' order by row, and offsets of rows
     match backend:
         case "masked":
             return block_of_pair
         case "bags":
             return block_of_pair + by_row
         case "grouped":
-            return by_row + INT32 * blocks * chunks  # where groups end
+            return by_row + INT32 * blocks * chunks  # ends of groups
         case "quack":
             return by_row
         case _:

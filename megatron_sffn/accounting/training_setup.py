@@ -1,6 +1,6 @@
-"""How a run trains: what memory depends on beside the model and the parallel layout.
+"""The training setup that memory depends on beside the model and the parallel layout.
 
-Inputs: Megatron's validated arguments; or the numbers themselves. Outputs: a `TrainingSetup`.
+Inputs: Megatron's validated arguments, or the numbers themselves. Outputs: a `TrainingSetup`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ class TrainingSetup:
         num_microbatches: of a step, per replica.
         gradient_bytes: of a gradient in Megatron's buffer.
         moments: numbers of the optimizer's state per parameter: 2 for Adam.
-        distributed_optimizer: whether the optimizer's state is sharded over data-parallel ranks.
+        distributed_optimizer: True if the optimizer's state is sharded over data-parallel ranks.
         recompute: None, `full` or `selective` (`--recompute-granularity`).
         recompute_modules: modules of selective recomputation: `core_attn`, `mlp`, `moe`.
         recompute_method: `uniform` or `block`, of full recomputation.
         recompute_layers: layers between two saved inputs (uniform), or recomputed in each chunk
             (block).
-        attention_dropout: whether attention has dropout.
-        hidden_dropout: whether hidden states have dropout.
-        softmax_in_fp32: whether attention's softmax is in fp32.
+        attention_dropout: True if attention has dropout.
+        hidden_dropout: True if hidden states have dropout.
+        softmax_in_fp32: True if attention's softmax is in fp32.
         rope_width: numbers of a head that RoPE rotates; 0 without RoPE.
         activation: name of the activation function.
         losses: load-balancing losses of the routers' scores that are on.
-        cuda: whether to count what torch's CUDA kernels save, instead of its CPU kernels.
+        cuda: True to count the tensors that torch's CUDA kernels save; False: its CPU kernels.
     """
 
     micro_batch_size: int = 1
@@ -112,7 +112,7 @@ class TrainingSetup:
 
 
 def _refuse_uncounted(args: Namespace) -> None:
-    """Refuse arguments whose memory has no closed form here."""
+    """Refuse arguments whose memory has no closed form in this package."""
     for dest in (
         "pipeline_model_parallel_layout",
         "account_for_embedding_in_pipeline_split",

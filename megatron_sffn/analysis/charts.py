@@ -64,13 +64,13 @@ def numbers(curves: Mapping[str, Mapping[int, Curve]], path: Path) -> None:
     """Plot every metric of training over the steps, with a line for each layer."""
     layers = sorted({layer for curve_of_layer in curves.values() for layer in curve_of_layer})
     colours = dict(zip(layers, _colours(len(layers)), strict=True))
-    drawn, zeros = without_zeros(curves)
+    plotted, zeros = without_zeros(curves)
     heading = "Routing during training"
     if zeros:
         absent = ", ".join(_title(name)[0] for name in zeros)
         heading += f"\n0 in every layer at every step: {absent}"
-    with _figure(path, heading, len(drawn), 3.0) as (figure, panels):
-        for axes, (name, curve_of_layer) in zip(panels, drawn.items(), strict=True):
+    with _figure(path, heading, len(plotted), 3.0) as (figure, panels):
+        for axes, (name, curve_of_layer) in zip(panels, plotted.items(), strict=True):
             title, unit = _title(name)
             for layer, curve in curve_of_layer.items():
                 mark = "." if len(curve.steps) == 1 else ""
@@ -193,26 +193,26 @@ def _drift_of_two(
 ) -> None:
     """Plot a bar for each layer: the share of blocks that the second checkpoint kept."""
     layers = sorted(to_next)
-    places = range(len(layers))
-    (first,), (second,) = to_last[layers[0]].steps, to_next[layers[0]].steps
-    title = f"Drift from step {first} to step {second}"
+    positions = range(len(layers))
+    (first_step,), (second_step,) = to_last[layers[0]].steps, to_next[layers[0]].steps
+    title = f"Drift from step {first_step} to step {second_step}"
     width = max(5.0, 1.5 + 0.4 * len(layers))
     with _figure(path, title, 1, 3.2, width=width) as (figure, (axes,)):
-        kept = axes.bar(places, [to_next[layer].values[0] for layer in layers], width=0.6)
-        ends = [(at - 0.4, at + 0.4) for at in places]
+        bars = axes.bar(positions, [to_next[layer].values[0] for layer in layers], width=0.6)
+        ends = [(position - 0.4, position + 0.4) for position in positions]
         by_chance = axes.hlines(
             [chance[layer] for layer in layers], *zip(*ends, strict=True), color="black", lw=1.2
         )
-        for at, layer in zip(places, layers, strict=True):
+        for position, layer in zip(positions, layers, strict=True):
             share = to_next[layer].values[0]
             top = max(share, chance[layer]) + 0.01
-            axes.text(at, top, f"{share:.0%}", ha="center", va="bottom", fontsize=8)
-        few = places[:: max(1, -(-len(layers) // 16))]
-        axes.set_xticks(few, labels=[str(layers[at]) for at in few])
+            axes.text(position, top, f"{share:.0%}", ha="center", va="bottom", fontsize=8)
+        ticks = positions[:: max(1, -(-len(layers) // 16))]
+        axes.set_xticks(ticks, labels=[str(layers[position]) for position in ticks])
         axes.set_xlabel("layer")
         axes.set_ylabel("share of a token's blocks")
         axes.set_ylim(0, 1.05)
-        handles, names = [kept, by_chance], ["kept", "by chance"]
+        handles, names = [bars, by_chance], ["kept", "by chance"]
         figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
 
 
@@ -316,8 +316,8 @@ def _of_blocks(blocks: int, rows: int) -> str:
 
 def _label_steps(axes: Any, steps: Sequence[int]) -> None:
     """Label about six columns with their steps."""
-    few = range(0, len(steps), max(1, -(-len(steps) // 6)))
-    axes.set_xticks(list(few), labels=[f"{steps[at]}" for at in few])
+    labelled = range(0, len(steps), max(1, -(-len(steps) // 6)))
+    axes.set_xticks(list(labelled), labels=[f"{steps[at]}" for at in labelled])
 
 
 def _square(axes: Any, layer: int, size: int) -> None:
@@ -337,8 +337,8 @@ def _colours(count: int) -> list[Any]:
 
 def _clip(text: str, most: int = 12) -> str:
     """A token's text as it can be plotted, shortened if it is long."""
-    drawn = shown(text, drawable=_has_glyph)
-    return drawn if len(drawn) <= most else drawn[: most - 1] + "…"
+    visible = shown(text, drawable=_has_glyph)
+    return visible if len(visible) <= most else visible[: most - 1] + "…"
 
 
 def _has_glyph(sign: str) -> bool:

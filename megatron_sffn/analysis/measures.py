@@ -38,31 +38,31 @@ def most_used(load: Ints, top: int) -> Ints:
     return order[load[order] > 0]
 
 
-def members(blocks: Ints, chosen: Ints, num_blocks: int) -> NDArray[numpy.bool_]:
-    """`[T, n]`, whether each token has each of the n chosen blocks."""
+def members(blocks: Ints, block_ids: Ints, num_blocks: int) -> NDArray[numpy.bool_]:
+    """`[T, n]`, True if a token has each of n blocks."""
     # Index -1, an empty place, reads the last entry, which stays -1.
     column_of = numpy.full(num_blocks + 1, -1)
-    column_of[chosen] = numpy.arange(len(chosen))
+    column_of[block_ids] = numpy.arange(len(block_ids))
     columns_TK = column_of[blocks]
-    is_member = numpy.zeros((len(blocks), len(chosen)), dtype=numpy.bool_)
+    is_member = numpy.zeros((len(blocks), len(block_ids)), dtype=numpy.bool_)
     tokens, places = numpy.nonzero(columns_TK >= 0)
     is_member[tokens, columns_TK[tokens, places]] = True
     return is_member
 
 
-def coactivation(blocks: Ints, chosen: Ints, num_blocks: int) -> Floats:
+def coactivation(blocks: Ints, block_ids: Ints, num_blocks: int) -> Floats:
     """How often two blocks have the same token, relative to chance.
 
     Args:
         blocks: `[T, K]`.
-        chosen: `[n]` blocks to compare, none of them dead.
+        block_ids: `[n]` blocks to compare, none of them dead.
         num_blocks: B.
 
     Returns:
         `[n, n]`: tokens with both blocks, divided by the tokens that independent blocks of the same
         load would share; 1 is chance, the diagonal is NaN.
     """
-    has = members(blocks, chosen, num_blocks).astype(numpy.float32)
+    has = members(blocks, block_ids, num_blocks).astype(numpy.float32)
     load = has.sum(axis=0, dtype=numpy.float64)
     ratio = (has.T @ has).astype(numpy.float64) * len(blocks) / numpy.outer(load, load)
     numpy.fill_diagonal(ratio, numpy.nan)
@@ -79,14 +79,14 @@ def alike_together(matrix: Floats) -> Ints:
     return numpy.argsort(vectors[:, -1], kind="stable")
 
 
-def token_counts(blocks: Ints, token_ids: Ints, chosen: Ints, num_blocks: int) -> Floats:
-    """`[n, V]`, how often each chosen block served each of the V token ids that occur."""
+def token_counts(blocks: Ints, token_ids: Ints, block_ids: Ints, num_blocks: int) -> Floats:
+    """`[n, V]`, how often each of n blocks served each of the V token ids that occur."""
     _, ids = numpy.unique(token_ids, return_inverse=True)
-    rows, columns = numpy.nonzero(members(blocks, chosen, num_blocks))
+    rows, columns = numpy.nonzero(members(blocks, block_ids, num_blocks))
     num_ids = int(ids.max()) + 1
     cells = columns * num_ids + ids[rows]
-    counts = numpy.bincount(cells, minlength=len(chosen) * num_ids)
-    return counts.reshape(len(chosen), num_ids).astype(numpy.float64)
+    counts = numpy.bincount(cells, minlength=len(block_ids) * num_ids)
+    return counts.reshape(len(block_ids), num_ids).astype(numpy.float64)
 
 
 def overlap(counts: Floats) -> Floats:
@@ -143,7 +143,7 @@ def kept_by_chance(before: Ints, after: Ints, num_blocks: int) -> float:
 
 
 def _maps(blocks: Ints, num_blocks: int) -> Iterator[NDArray[numpy.bool_]]:
-    """`[tokens, B]`, whether a token has a block, for a chunk of tokens at a time."""
+    """`[tokens, B]`, True if a token has a block, for a chunk of tokens at a time."""
     for start in range(0, len(blocks), CHUNK):
         chunk = blocks[start : start + CHUNK]
         # Column 0 is for empty places.

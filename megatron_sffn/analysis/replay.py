@@ -149,34 +149,34 @@ def without_rank(environment: os._Environ[str]) -> dict[str, str]:
 
 
 def checkpoints(
-    run: Path, wanted: Sequence[int] | None, say: Callable[[str], None]
+    run: Path, requested: Sequence[int] | None, say: Callable[[str], None]
 ) -> dict[int, Namespace]:
     """Iteration -> arguments of the checkpoints to replay, ascending.
 
     Args:
         run: the run's folder.
-        wanted: iterations; None for all that are complete.
+        requested: iterations; None for all complete ones.
         say: called with a line about each iteration that is not complete.
 
     Raises:
-        ConfigError: if there are none, if a wanted one is missing or damaged, or if they cannot be
-            replayed.
+        ConfigError: if there are none, if a requested one is missing or damaged, or if they cannot
+            be replayed.
     """
     saved = iterations(run)
     known = ", ".join(map(str, saved)) or "none"
-    for iteration in wanted or []:
+    for iteration in requested or []:
         if iteration not in saved:
             raise ConfigError(
                 f"--iterations {iteration} is no checkpoint in {run} (there are: {known}); use one "
                 "of those"
             )
     args_of = {}
-    for iteration in sorted(wanted or saved):
+    for iteration in sorted(requested or saved):
         folder = iteration_folder(run, iteration)
         problem = problem_of(folder) if is_torch_dist(folder) else "it is not in torch_dist format"
         if problem is None:
             args_of[iteration] = args_in(read_common(folder))
-        elif wanted:
+        elif requested:
             raise ConfigError(f"checkpoint {folder} cannot be replayed: {problem}; leave it out")
         else:
             say(f"iteration {iteration}: left out, {problem}")

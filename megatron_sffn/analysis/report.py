@@ -103,9 +103,9 @@ def _metrics(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]
         return []
     charts.numbers(curve_of, folder / "numbers.png")
     text = (
-        "What every step of training logged, a line for each layer. A healthy run has an entropy "
-        "that rises towards 1 and no dead blocks; a largest load that grows without end, or a gate "
-        "that falls to 0, is a router that collapses."
+        "The metrics of every step of training, with a line for each layer. In a healthy run the "
+        "entropy rises towards 1 and no block is dead. If the largest load keeps growing, or the "
+        "gates fall to 0, the router collapses."
     )
     return [Section(title="Training", text=text, pictures=("numbers.png",))]
 
@@ -116,10 +116,9 @@ def _loads(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) 
     charts.load_over_time(loads_of, folder / "load_over_time.png")
     charts.load_now(loads_of, folder / "load.png")
     text = (
-        "How many tokens each block gets in evaluation, in multiples of an even load: over time, "
-        "with the blocks in the order of their last load, and at the end. Rows that keep their "
-        "colour are blocks that found their place early; blue rows at the bottom are memory that "
-        "hardly works."
+        "The tokens of each block in evaluation, in multiples of an even load: over time, with the "
+        "blocks in the order of their last load, and at the end. Blocks whose rows keep their "
+        "colour found their role early; blocks with blue rows at the bottom are hardly used."
     )
     pictures = ("load_over_time.png", "load.png")
     return [Section(title="Load of the blocks", text=text, pictures=pictures)]
@@ -149,8 +148,8 @@ def _coactivation(
     recording, matrices = analysis.recordings[analysis.last], {}
     for layer in analysis.layers:
         blocks = recording.blocks[layer]
-        chosen = _most_used(recording, layer, analysis.top)
-        matrix = measures.coactivation(blocks, chosen, recording.num_blocks)
+        block_ids = _most_used(recording, layer, analysis.top)
+        matrix = measures.coactivation(blocks, block_ids, recording.num_blocks)
         order = measures.alike_together(matrix)
         matrices[layer] = matrix[order][:, order]
         pairs = matrix[~numpy.isnan(matrix)]
@@ -161,9 +160,9 @@ def _coactivation(
     title = f"Blocks chosen together, step {analysis.last}"
     charts.coactivation(matrices, title, folder / "coactivation.png")
     text = (
-        "How often two blocks have the same token, over what independent choices of the same load "
-        "would give: red pairs belong together, blue ones exclude each other. Red squares on the "
-        "diagonal are groups of blocks that act as one larger block."
+        "The number of tokens that two blocks have in common, over the number for independent "
+        "choices of the same load: red pairs are chosen together, blue pairs exclude each other. "
+        "Red squares on the diagonal are groups of blocks that act as one larger block."
     )
     return [Section(title="Co-activation", text=text, pictures=("coactivation.png",))]
 
@@ -175,8 +174,8 @@ def _token_overlap(
     recording, matrices = analysis.recordings[analysis.last], {}
     ids = recording.token_ids
     for layer in analysis.layers:
-        chosen = _most_used(recording, layer, analysis.top)
-        arguments = (chosen, recording.num_blocks)
+        block_ids = _most_used(recording, layer, analysis.top)
+        arguments = (block_ids, recording.num_blocks)
         counts = measures.token_counts(recording.blocks[layer], ids, *arguments)
         matrix = measures.overlap(counts)
         order = measures.alike_together(matrix)
@@ -190,9 +189,9 @@ def _token_overlap(
     title = f"Token ids in common, step {analysis.last}"
     charts.overlap(matrices, title, folder / "overlap.png")
     text = (
-        "How alike the token ids are that two blocks serve: the sum of the smaller shares over the "
-        "sum of the larger ones. Far below the value by chance, blocks have divided the vocabulary "
-        "among themselves; near it, they look at something else than the token itself."
+        "The similarity of the token ids of two blocks: the sum of the smaller shares over the sum "
+        "of the larger ones. If it is far below the value by chance, the blocks have divided the "
+        "vocabulary among themselves; if it is near, routing depends on more than the token id."
     )
     return [Section(title="Token overlap between blocks", text=text, pictures=("overlap.png",))]
 
@@ -229,18 +228,20 @@ def _drift(analysis: Analysis, folder: Path, layers: dict[int, dict[str, Any]]) 
     for layer in analysis.layers:
         blocks = [recording.blocks[layer] for recording in analysis.recordings.values()]
         num_blocks = analysis.recordings[steps[0]].num_blocks
-        kept = [measures.kept(before, after, num_blocks) for before, after in pairwise(blocks)]
-        shared = [measures.kept(before, blocks[-1], num_blocks) for before in blocks[:-1]]
-        to_next[layer] = Curve(steps=tuple(steps[1:]), values=tuple(kept))
-        to_last[layer] = Curve(steps=tuple(steps[:-1]), values=tuple(shared))
+        kept_shares = [
+            measures.kept(before, after, num_blocks) for before, after in pairwise(blocks)
+        ]
+        shared_with_last = [measures.kept(before, blocks[-1], num_blocks) for before in blocks[:-1]]
+        to_next[layer] = Curve(steps=tuple(steps[1:]), values=tuple(kept_shares))
+        to_last[layer] = Curve(steps=tuple(steps[:-1]), values=tuple(shared_with_last))
         chance[layer] = measures.kept_by_chance(blocks[-2], blocks[-1], num_blocks)
-        layers[layer]["kept"] = dict(zip(map(str, steps[1:]), kept, strict=True))
+        layers[layer]["kept"] = dict(zip(map(str, steps[1:]), kept_shares, strict=True))
         layers[layer]["kept_by_chance"] = chance[layer]
     charts.drift(to_last, to_next, chance, folder / "drift.png")
     text = (
-        "The same tokens through consecutive checkpoints: what share of a token's blocks it still "
-        "has. Towards the end of training that should rise; a layer that stays near chance has a "
-        "router that has not found a division of work."
+        "The share of its blocks that a token keeps from checkpoint to checkpoint. It should rise "
+        "towards the end of training; if a layer stays near chance, its router has not found a "
+        "stable division of the tokens."
     )
     return [Section(title="Drift", text=text, pictures=("drift.png",))]
 
@@ -278,7 +279,7 @@ def _page(analysis: Analysis, sections: Sequence[Section], summary: Mapping[str,
     """The page as HTML."""
     name = html.escape(str(analysis.run))
     introduction = (
-        f"{summary['num_blocks']:,} blocks a layer; checkpoints "
+        f"{summary['num_blocks']:,} blocks per layer; checkpoints "
         f"{', '.join(map(str, summary['iterations']))}, each with the same first "
         f"{summary['recorded_tokens']:,} validation tokens; layers are counted from 1."
     )

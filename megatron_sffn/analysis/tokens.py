@@ -65,12 +65,12 @@ def served(
     """
     ids_TK, num_blocks = recording.blocks[layer], recording.num_blocks
     load = load_of(ids_TK, num_blocks)
-    chosen = most_used(load, blocks)
+    block_ids = most_used(load, blocks)
     vocabulary, total = numpy.unique(recording.token_ids, return_counts=True)
-    counts = token_counts(ids_TK, recording.token_ids, chosen, num_blocks)
+    counts = token_counts(ids_TK, recording.token_ids, block_ids, num_blocks)
     overall_share = total / total.sum()
     rows = []
-    for block, count in zip(chosen, counts, strict=True):
+    for block, count in zip(block_ids, counts, strict=True):
         share = count / count.sum()
         ratio = share / overall_share
         gain = share * numpy.log(numpy.maximum(ratio, 1e-12))
@@ -134,7 +134,7 @@ def shown(text: str, *, drawable: Callable[[str], bool] = str.isascii) -> str:
 
     Args:
         text: text of a token.
-        drawable: whether the font has a glyph for a character.
+        drawable: True if the font has a glyph for a character.
     """
     visible = {" ": "␣", "\n": "↵", "\t": "⇥"}
     pieces = []

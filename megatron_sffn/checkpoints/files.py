@@ -80,7 +80,8 @@ def folder_to_load(load: Path, step: int | None) -> Path | None:
     name = tracked if tracked == "release" else iteration_folder(load, int(tracked)).name
     if not (load / name).is_dir():
         raise ConfigError(
-            f"{load / TRACKER} names {name}, which is not there ({_held(load)}); {_remedy(load)}"
+            f"{load / TRACKER} names {name}, which is not there ({_iterations_in(load)}); "
+            f"{_remedy(load)}"
         )
     return load / name
 
@@ -94,7 +95,7 @@ def _tracked(load: Path) -> str | None:
     if text != "release" and not re.fullmatch(r"\d+", text, re.ASCII):
         raise ConfigError(
             f"{tracker} says {text[:40]!r}, which is not the number of an iteration "
-            f"({_held(load)}); write the one to load into it"
+            f"({_iterations_in(load)}); write the one to load into it"
         )
     return text
 
@@ -110,16 +111,16 @@ def _folder_of_step(load: Path, step: int, tracked: str | None) -> Path:
     # Megatron treats --ckpt-step 0 as if it were not given.
     if step < 1 or not folder.is_dir():
         remedy = "use one of these" if iterations(load) else "check --load"
-        raise ConfigError(f"--ckpt-step {step} is not there ({_held(load)}); {remedy}")
+        raise ConfigError(f"--ckpt-step {step} is not there ({_iterations_in(load)}); {remedy}")
     return folder
 
 
-def _held(load: Path) -> str:
+def _iterations_in(load: Path) -> str:
     """The iterations in a folder, as part of a sentence."""
-    known = iterations(load)
-    last = "the last ones are " if len(known) > SHOWN else ""
-    shown = ", ".join(map(str, known[-SHOWN:])) or "none"
-    return f"iterations in {load}: {last}{shown}"
+    saved = iterations(load)
+    prefix = "the last ones are " if len(saved) > SHOWN else ""
+    shown = ", ".join(map(str, saved[-SHOWN:])) or "none"
+    return f"iterations in {load}: {prefix}{shown}"
 
 
 def last_whole(load: Path, but: Path | None = None) -> int | None:
@@ -136,8 +137,8 @@ def _remedy(load: Path, but: Path | None = None) -> str:
     iteration = last_whole(load, but)
     if iteration is not None:
         return f"use --ckpt-step {iteration}, the last one that is whole"
-    others = "no other iteration" if but is not None else "none"
-    return f"{others} there is whole: use another --load"
+    subject = "no other iteration" if but is not None else "none"
+    return f"{subject} there is whole: use another --load"
 
 
 def is_torch_dist(folder: Path, *, detect: bool = False) -> bool:

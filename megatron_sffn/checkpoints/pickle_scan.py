@@ -35,13 +35,13 @@ NOT_FROM_A_CHECKPOINT = frozenset({TRUST_FLAG, "--trust-remote-code", "--spec"})
 
 def without(command: Sequence[str], flags: frozenset[str]) -> list[str]:
     """A command line without some flags and their values."""
-    kept, is_dropped = [], False
+    words, is_dropped = [], False
     for word in command:
         if word.startswith("--"):
             is_dropped = word.split("=", 1)[0] in flags
         if not is_dropped:
-            kept.append(word)
-    return kept
+            words.append(word)
+    return words
 
 
 def foreign_code(folder: Path) -> Iterator[tuple[str, str]]:

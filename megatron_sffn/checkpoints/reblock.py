@@ -314,13 +314,13 @@ def _scaled(factor: float, table: Tensor) -> Tensor:
     Raises:
         ConfigError: if a number leaves the range of its dtype.
     """
-    after = (table.double() * factor).to(table.dtype)
-    if bool((table.isfinite() & ~after.isfinite()).any()):
+    scaled = (table.double() * factor).to(table.dtype)
+    if bool((table.isfinite() & ~scaled.isfinite()).any()):
         raise ConfigError(
             f"{table.abs().max().item():.4g} times {factor:g} is beyond the range of "
             f"{table.dtype}; convert a checkpoint of another precision"
         )
-    return after
+    return scaled
 
 
 def _repeat_or_average(parts: Fraction, factor: float, rows: Tensor) -> Tensor:

@@ -106,13 +106,17 @@ def rewrite(
             f"checkpoint {source} has its common state in {COMMON_STATE_FNAME} beside the shards, "
             "as before Megatron 0.19; load it and save it again first"
         )
-    with _new_folder(target, sum(item.length for item in metadata.storage_data.values())) as part:
-        new = _write_shards(source, part, metadata, changes, common, progress)
-        with _created(part / METADATA) as file:
-            pickle.dump(new, file)
-        _copy_others(source, part, metadata)
-        assert new.state_dict_metadata.keys() == metadata.state_dict_metadata.keys(), target
-        problem = problem_of(part)
+    with _new_folder(
+        target, sum(item.length for item in metadata.storage_data.values())
+    ) as partial_folder:
+        new_metadata = _write_shards(source, partial_folder, metadata, changes, common, progress)
+        with _created(partial_folder / METADATA) as file:
+            pickle.dump(new_metadata, file)
+        _copy_others(source, partial_folder, metadata)
+        assert new_metadata.state_dict_metadata.keys() == metadata.state_dict_metadata.keys(), (
+            target
+        )
+        problem = problem_of(partial_folder)
         assert problem is None, (target, problem)
     point_to(save, iteration)
     return target
@@ -134,8 +138,8 @@ def free_folder(save: Path, iteration: int) -> Path:
 def _new_folder(target: Path, size: int) -> Iterator[Path]:
     """A folder that is renamed to `target` when the block ends, or removed if the block fails."""
     save = target.parent
-    made = [path for path in (save, *save.parents) if not path.exists()]
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    new_parents = [path for path in (save, *save.parents) if not path.exists()]
+    partial_folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         save.mkdir(parents=True, exist_ok=True)
         for stale in save.glob(f".{target.name}.*.partial"):
@@ -146,16 +150,16 @@ def _new_folder(target: Path, size: int) -> Iterator[Path]:
                 f"--save {save} has {free / 1e9:.1f} GB free, but the checkpoint has "
                 f"{size / 1e9:.1f} GB; give a folder with more room"
             )
-        part.mkdir()
-        yield part
-        sync(part)
-        part.rename(target)
+        partial_folder.mkdir()
+        yield partial_folder
+        sync(partial_folder)
+        partial_folder.rename(target)
         sync(save)
     except OSError as error:
         raise ConfigError(f"{target} cannot be written ({error}); give another --save") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-        for path in made:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        for path in new_parents:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
 
@@ -171,7 +175,7 @@ def _created(path: Path) -> Iterator[IO[bytes]]:
 
 def _write_shards(
     source: Path,
-    part: Path,
+    folder: Path,
     metadata: Metadata,
     changes: Mapping[str, Change],
     common: dict[str, Any],
@@ -183,28 +187,30 @@ def _write_shards(
         files.setdefault(item.relative_path, []).append((index, item))
     storage = {}
     for name, pieces in sorted(files.items()):
-        with (source / name).open("rb") as old, _created(part / name) as new:
+        with (source / name).open("rb") as old_file, _created(folder / name) as new_file:
             for index, item in sorted(pieces, key=lambda piece: piece[1].offset):
-                start, change = new.tell(), changes.get(index.fqn)
-                old.seek(item.offset)
+                start, change = new_file.tell(), changes.get(index.fqn)
+                old_file.seek(item.offset)
                 if index.fqn == COMMON_STATE:
                     # Megatron wraps an object in a list.
-                    new.write(_bytes_of([common]))
+                    new_file.write(_bytes_of([common]))
                 elif change is None:
-                    _copy(old, new, item.length)
+                    _copy(old_file, new_file, item.length)
                 else:
-                    new.write(_changed(old.read(item.length), change))
+                    new_file.write(_changed(old_file.read(item.length), change))
                     index = _moved(index, change)
-                storage[index] = dataclasses.replace(item, offset=start, length=new.tell() - start)
+                storage[index] = dataclasses.replace(
+                    item, offset=start, length=new_file.tell() - start
+                )
                 progress(item.length)
-    known = {
+    entries = {
         key: _resized(entry, changes[key])
         if key in changes and isinstance(entry, TensorStorageMetadata)
         else entry
         for key, entry in metadata.state_dict_metadata.items()
     }
     # A new object, because Megatron adds the plans of all ranks to the original.
-    return dataclasses.replace(metadata, state_dict_metadata=known, storage_data=storage)
+    return dataclasses.replace(metadata, state_dict_metadata=entries, storage_data=storage)
 
 
 def _bytes_of(value: Any) -> bytes:
@@ -252,20 +258,20 @@ def _resized(entry: TensorStorageMetadata, change: Change) -> TensorStorageMetad
     return dataclasses.replace(entry, size=size, chunks=chunks)
 
 
-def _copy_others(source: Path, part: Path, metadata: Metadata) -> None:
+def _copy_others(source: Path, folder: Path, metadata: Metadata) -> None:
     """Copy the files beside the shards, Megatron's own file last, and write its manifest again."""
-    done = {item.relative_path for item in metadata.storage_data.values()}
-    done |= {METADATA, CONFIG_FNAME, INTEGRITY_FNAME}
+    written_names = {item.relative_path for item in metadata.storage_data.values()}
+    written_names |= {METADATA, CONFIG_FNAME, INTEGRITY_FNAME}
     for path in sorted(source.iterdir()):
         if path.is_dir():
-            shutil.copytree(path, part / path.name)
-        elif path.name not in done:
-            with path.open("rb") as old, _created(part / path.name) as file:
-                shutil.copyfileobj(old, file, COPIED)
-    with _created(part / CONFIG_FNAME) as file:
-        file.write((source / CONFIG_FNAME).read_bytes())
+            shutil.copytree(path, folder / path.name)
+        elif path.name not in written_names:
+            with path.open("rb") as old_file, _created(folder / path.name) as new_file:
+                shutil.copyfileobj(old_file, new_file, COPIED)
+    with _created(folder / CONFIG_FNAME) as new_file:
+        new_file.write((source / CONFIG_FNAME).read_bytes())
     if (source / INTEGRITY_FNAME).is_file():
-        save_integrity_manifest(str(part))
+        save_integrity_manifest(str(folder))
 
 
 def point_to(save: Path, iteration: int) -> None:

@@ -127,7 +127,7 @@ def _schedule(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
     for name, flag, value in _schedule_of(args):
         if name not in saved or saved[name] == value:
             continue
-        whose = (
+        choice = (
             "say whose counts: --override-opt-param-scheduler for this run's, "
             "--use-checkpoint-opt-param-scheduler for the checkpoint's"
         )
@@ -138,18 +138,18 @@ def _schedule(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
         ):
             yield (
                 f"--global-batch-size {batch} differs from the checkpoint's {old_batch}, and its "
-                f"schedule counts the samples of {flag}; give the same, or {whose}"
+                f"schedule counts the samples of {flag}; give the same, or {choice}"
             )
-        more = ""
+        suggestion = ""
         if name == "lr_decay_steps":
             last = _rate(saved, common["args"], saved["num_steps"])
-            more = (
+            suggestion = (
                 f"for more steps at its last rate add --override-opt-param-scheduler --lr {last:g} "
                 "--lr-decay-style constant --lr-warmup-iters 0, or "
             )
         yield (
             f"{flag} makes another schedule than the checkpoint's, {name} {value} instead of "
-            f"{saved[name]}; give the same, or {more}{whose}"
+            f"{saved[name]}; give the same, or {suggestion}{choice}"
         )
 
 
@@ -207,21 +207,21 @@ def _rate(schedule: dict[str, Any], args: Namespace, steps: int) -> float:
 
 def _schedule_of(args: Namespace) -> Iterator[tuple[str, str, Any]]:
     """The state of Megatron's scheduler for these flags, as name, flag and value."""
-    known = vars(args)
+    flags = vars(args)
     unit, batch = ("iters", args.global_batch_size) if args.train_iters else ("samples", 1)
-    total = known[f"train_{unit}"]
+    total = flags[f"train_{unit}"]
     if total is None:
         return
-    given = known[f"lr_decay_{unit}"]
-    decay = (total if given is None else given) * batch
+    decay_steps = flags[f"lr_decay_{unit}"]
+    decay = (total if decay_steps is None else decay_steps) * batch
     yield "max_lr", "--lr", args.lr
     yield "min_lr", "--min-lr", args.min_lr
     yield "lr_decay_style", "--lr-decay-style", args.lr_decay_style
-    yield "lr_decay_steps", f"--{'train' if given is None else 'lr-decay'}-{unit}", decay
+    yield "lr_decay_steps", f"--{'train' if decay_steps is None else 'lr-decay'}-{unit}", decay
     if args.lr_warmup_fraction is not None:
         yield "lr_warmup_steps", "--lr-warmup-fraction", args.lr_warmup_fraction * decay
     else:
-        yield "lr_warmup_steps", f"--lr-warmup-{unit}", known[f"lr_warmup_{unit}"] * batch
+        yield "lr_warmup_steps", f"--lr-warmup-{unit}", flags[f"lr_warmup_{unit}"] * batch
     yield "start_wd", "--weight-decay", args.start_weight_decay
     yield "end_wd", "--weight-decay", args.end_weight_decay
     yield "wd_incr_steps", f"--train-{unit}", total * batch

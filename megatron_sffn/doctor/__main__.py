@@ -19,9 +19,9 @@ from megatron_sffn.doctor.smoke import smoke
 from megatron_sffn.utils.errors import CommandParser, run_command
 
 DESCRIPTION = """\
-Look at this machine and this Python environment: can training start here? A line for each check
-says what was found: ok, absent (something optional is not there), or wrong; with a remedy below
-what is not ok. The exit code is 0 if nothing is wrong, else 1.
+Check whether training can start on this machine, in this Python environment. The table has a line
+for each check, with its state: ok, absent (an optional package or device is missing) or wrong. A
+remedy follows a state that is not ok. The exit code is 0 if nothing is wrong, else 1.
 """
 
 EXAMPLE = """\
@@ -66,7 +66,7 @@ def examine(with_smoke: bool) -> list[Finding]:
         remedy = "mend what is wrong above, then run doctor again"
         findings.append(absent("smoke test", "not run", remedy))
     elif with_smoke:
-        print("two ranks start ...", file=sys.stderr, flush=True)
+        print("starting two ranks ...", file=sys.stderr, flush=True)
         findings.append(guarded("smoke test", smoke))
     return findings
 
@@ -85,7 +85,7 @@ def table(findings: Sequence[Finding]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     args = build_parser().parse_args(argv)
-    print("looking at packages and machine ...", file=sys.stderr, flush=True)
+    print("checking packages and machine ...", file=sys.stderr, flush=True)
     findings = examine(args.smoke)
     bad = [finding.name for finding in findings if finding.state == WRONG]
     if args.json:

@@ -88,7 +88,7 @@ def probe(name: str, **environment: str) -> dict[str, Any]:
         ProbeError: if it failed or hung.
     """
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "megatron_sffn.doctor.probes", name],
             capture_output=True,
             text=True,
@@ -98,8 +98,8 @@ def probe(name: str, **environment: str) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         raise ProbeError(f"no answer within {PROBE_SECONDS} s") from None
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise ProbeError(lines[-1].strip()[:SHOWN] if lines else f"exit code {done.returncode}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        raise ProbeError(lines[-1].strip()[:SHOWN] if lines else f"exit code {result.returncode}")
+    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return answer

@@ -161,10 +161,10 @@ def driver_version() -> str | None:
     """The version of NVIDIA's kernel driver; None if there is none."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else None
+    return result.stdout.splitlines()[0] if result.returncode == 0 and result.stdout else None
 
 
 def gpus(name: str) -> Finding:
@@ -217,13 +217,15 @@ def transformer_engine(name: str) -> Finding:
     try:
         probe("transformer_engine")
     except ProbeError as error:
-        parts = {part: version_of(part) for part in TRANSFORMER_ENGINE_PARTS}
-        other = [
-            f"{part} {number}" for part, number in parts.items() if number not in (None, version)
+        version_of_part = {part: version_of(part) for part in TRANSFORMER_ENGINE_PARTS}
+        mismatched = [
+            f"{part} {number}"
+            for part, number in version_of_part.items()
+            if number not in (None, version)
         ]
-        if other:
-            found = f"{version}, but {', '.join(other)}: parts of two versions ({error})"
-        elif parts["transformer-engine-torch"] is None:
+        if mismatched:
+            found = f"{version}, but {', '.join(mismatched)}: parts of two versions ({error})"
+        elif version_of_part["transformer-engine-torch"] is None:
             found = f"{version}, half-installed, without its torch part ({error})"
         else:
             found = f"{version}, cannot be imported ({error})"
@@ -264,19 +266,23 @@ def apex(name: str) -> Finding:
 
 def dali(name: str) -> Finding:
     """Check that NVIDIA DALI can be imported."""
-    found = [
+    distributions = [
         f"{dist.metadata['Name']} {dist.version}"
         for dist in importlib.metadata.distributions()
         if (dist.metadata["Name"] or "").startswith("nvidia-dali-cuda")
     ]
-    if not found:
+    if not distributions:
         remedy = 'for --sffn-dataloader dali: pip install "megatron-sffn[dali]"'
         return absent(name, "not installed", remedy)
     try:
         probe("dali")
     except ProbeError as error:
-        return wrong(name, f"{found[0]}, {error}", f"pip install --force-reinstall {found[0]}")
-    return ok(name, found[0])
+        return wrong(
+            name,
+            f"{distributions[0]}, {error}",
+            f"pip install --force-reinstall {distributions[0]}",
+        )
+    return ok(name, distributions[0])
 
 
 def triton(name: str, on_gpu: bool = True) -> Finding:

@@ -16,16 +16,16 @@ from typing import Any, NoReturn
 from megatron_sffn.utils.errors import ConfigError
 
 
-def help_in_two_steps(parser: argparse.ArgumentParser, ours: Any) -> None:
+def help_in_two_steps(parser: argparse.ArgumentParser, our_group: Any) -> None:
     """Add `--help`, which prints one group, and `--help-all`, which prints all groups.
 
     Args:
-        parser: with all of its flags.
-        ours: the group of flags that `--help` prints.
+        parser: parser with all flags.
+        our_group: the group of flags that `--help` prints.
     """
     parser.add_argument("--help-all", action="help", help="print all flags, Megatron's too")
     short = copy.copy(parser)
-    short._action_groups = [ours]
+    short._action_groups = [our_group]
     short.epilog = (
         "Megatron's several hundred flags, which work as they do there (model sizes, data, "
         "optimizer, layout, checkpoints, logging): --help-all."
@@ -42,7 +42,7 @@ class _Help(argparse.Action):
         super().__init__(["-h", "--help"], argparse.SUPPRESS, nargs=0)
         self.printed = printed
 
-    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> NoReturn:
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         """Print it."""
         self.printed.print_help()
         parser.exit()

@@ -128,25 +128,31 @@ def _ranks_by_held_blocks(blocks: int, ep: int, groups: int) -> Counter[tuple[in
     )
 
 
-def _choices_by_own_blocks(held: tuple[int, ...], groups: int, group_topk: int) -> Counter[int]:
+def _choices_by_own_blocks(
+    blocks_per_group: tuple[int, ...], groups: int, group_topk: int
+) -> Counter[int]:
     """Blocks of a rank that are in the chosen groups -> number of such choices of groups.
 
     Args:
-        held: blocks that the rank holds of each group of which it holds some.
+        blocks_per_group: blocks that the rank holds of each group of which it holds some.
         groups: of all blocks.
         group_topk: groups of a token.
     """
     # (chosen groups, the rank's blocks in them) -> choices; groups of equal size at once.
     choices_by_state = Counter({(0, 0): 1})
-    for size, count in Counter(held).items():
+    for size, count in Counter(blocks_per_group).items():
         extended = Counter[tuple[int, int]]()
-        for (chosen, own), choices in choices_by_state.items():
-            for more in range(min(count, group_topk - chosen) + 1):
-                extended[chosen + more, own + more * size] += choices * math.comb(count, more)
+        for (num_chosen, own_blocks), choices in choices_by_state.items():
+            for num_more in range(min(count, group_topk - num_chosen) + 1):
+                extended[num_chosen + num_more, own_blocks + num_more * size] += (
+                    choices * math.comb(count, num_more)
+                )
         choices_by_state = extended
     choices_by_own = Counter[int]()
-    for (chosen, own), choices in choices_by_state.items():
-        choices_by_own[own] += choices * math.comb(groups - len(held), group_topk - chosen)
+    for (num_chosen, own_blocks), choices in choices_by_state.items():
+        choices_by_own[own_blocks] += choices * math.comb(
+            groups - len(blocks_per_group), group_topk - num_chosen
+        )
     return choices_by_own
 
 

@@ -108,8 +108,8 @@ class LoadBalancing(torch.nn.Module):
         A loss of the model is their sum over tensor- and context-parallel ranks and their mean over
         data-parallel ranks.
         """
-        taken, self.values = self.values, {}
-        return taken
+        values, self.values = self.values, {}
+        return values
 
     @override
     def forward(self, x: Tensor, scores: Tensor, block_ids: Tensor, num_sequences: int) -> Tensor:

@@ -79,10 +79,10 @@ class RoutingCounter(torch.nn.Module):
 
     def take(self) -> RoutingSums:
         """Return this rank's sums and reset them."""
-        taken = RoutingSums(load=self.load.clone(), sums=self.sums.clone())
+        totals = RoutingSums(load=self.load.clone(), sums=self.sums.clone())
         self.load.zero_()
         self.sums.zero_()
-        return taken
+        return totals
 
 
 class TrafficCounter(torch.nn.Module):
@@ -101,9 +101,9 @@ class TrafficCounter(torch.nn.Module):
 
     def take(self) -> tuple[int, int]:
         """Return this rank's tokens and bytes and reset them."""
-        taken = (self.tokens, self.bytes_sent)
+        totals = (self.tokens, self.bytes_sent)
         self.tokens = self.bytes_sent = 0
-        return taken
+        return totals
 
 
 def load_entropy(tokens_per_block: Tensor) -> float:

@@ -60,16 +60,16 @@ def prepare() -> tuple[dict[str, Any], str]:
     optimizer.install()
     unpickling.install()
     if cpu.is_host():
-        flags, why = cpu.HOST_FLAGS, "no CUDA device: training on the CPU"
+        flags, reason = cpu.HOST_FLAGS, "no CUDA device: training on the CPU"
     elif not _is_installed("transformer_engine"):
-        flags, why = WITHOUT_TRANSFORMER_ENGINE, "no Transformer Engine: Megatron's own modules"
+        flags, reason = WITHOUT_TRANSFORMER_ENGINE, "no Transformer Engine: Megatron's own modules"
     else:
         # Megatron computes the logits in a layer of its own, with Transformer Engine too.
         logits = "--no-gradient-accumulation-fusion"
-        flags, why = {logits: cpu.HOST_FLAGS[logits]}, "no apex of NVIDIA's"
+        flags, reason = {logits: cpu.HOST_FLAGS[logits]}, "no apex of NVIDIA's"
     if not cpu.is_host():
         flags = {text: flags[text] for text in flags if not _is_installed(FUSED_BY_APEX.get(text))}
-    return dict(flags.values()), f"{why}, with {' '.join(flags)}" if flags else ""
+    return dict(flags.values()), f"{reason}, with {' '.join(flags)}" if flags else ""
 
 
 def _is_installed(module: str | None) -> bool:

@@ -157,13 +157,13 @@ class Evaluations:
         """Losses for `summary.json`."""
         tests = [evaluation.loss for evaluation in self.finished if evaluation.is_test]
         last = self.validations[-1] if self.validations else None
-        named = None
+        loss_of_set = None
         if last is not None and last.num_sets > 1:
-            named = dict(zip(self._names(last), last.losses, strict=True))
+            loss_of_set = dict(zip(self._names(last), last.losses, strict=True))
         curve = [[line["iteration"], line["loss"]] for line in read_records(self.path)]
         return {
             "validation_loss": last.loss if last else None,
-            "validation_losses": named,
+            "validation_losses": loss_of_set,
             "test_loss": tests[-1] if tests else None,
             "validation_curve": curve,
         }

@@ -49,19 +49,19 @@ class RoutingTrace:
     def save(self, path: Path) -> None:
         """Write the file atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
+        temporary = path.with_name(path.name + ".part")
         arrays = {f"{BLOCKS_OF}{layer}": blocks for layer, blocks in self.blocks.items()}
         try:
-            with part.open("wb") as file:
+            with temporary.open("wb") as file:
                 numpy.savez_compressed(
                     file,
                     token_ids=self.token_ids,
                     num_blocks=numpy.array(self.num_blocks),
                     **arrays,  # type: ignore[arg-type]  # numpy's stub takes it for a flag
                 )
-            os.replace(part, path)
+            os.replace(temporary, path)
         finally:
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: Path) -> RoutingTrace:
@@ -100,17 +100,16 @@ class RoutingTracer:
         path = args.sffn_record_routing
         if path is None:
             return None
-        asked = f"--sffn-record-routing {path}"
+        flag = f"--sffn-record-routing {path}"
         if args.num_experts is None:
             raise ConfigError(
-                f"{asked} has nothing to record: --sffn-router dense chooses no blocks; leave it "
-                "out"
+                f"{flag} has nothing to record: --sffn-router dense chooses no blocks; leave it out"
             )
         if not args.skip_train:
-            raise ConfigError(f"{asked} records an evaluation; add --skip-train and --load")
+            raise ConfigError(f"{flag} records an evaluation; add --skip-train and --load")
         if args.world_size > 1:
             raise ConfigError(
-                f"{asked} records on one rank, not on {args.world_size}; start one, without "
+                f"{flag} records on one rank, not on {args.world_size}; start one, without "
                 "torchrun and without the flags of a layout"
             )
         return RoutingTracer(path=Path(path), num_blocks=args.num_experts)

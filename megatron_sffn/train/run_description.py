@@ -130,12 +130,12 @@ def commit(clone: Path) -> str | None:
         return None  # an installed package may lie inside the clone of another project
     command = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             [*command, "--exclude=*"], capture_output=True, text=True, check=True, timeout=60
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def _as_json(value: Any) -> Any:

@@ -111,8 +111,8 @@ def report(store: torch.distributed.Store, num_ranks: int) -> str:
             silent.append(rank)
     if silent:
         names = "; ".join(f"rank {r} ({store.get(f'rank {r}').decode()})" for r in silent[:SHOWN])
-        more = f" and {len(silent) - SHOWN} more" if len(silent) > SHOWN else ""
-        return f"{names}{more} does not answer: stopped, dead or cut off; the others wait for it"
+        omitted = f" and {len(silent) - SHOWN} more" if len(silent) > SHOWN else ""
+        return f"{names}{omitted} does not answer: stopped, dead or cut off; the others wait for it"
     listed = "; ".join(
         f"{_ranks(ranks)} at {place}"
         for place, ranks in sorted(places.items(), key=lambda item: len(item[1]))[:SHOWN]

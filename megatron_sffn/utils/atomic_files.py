@@ -94,12 +94,12 @@ def replace_records(
     """Add records to a file of JSON lines, sorted by iteration, and drop former ones.
 
     Args:
-        path: of the file, which need not exist.
+        path: path of the file, which need not exist.
         keep: True for a former record that stays.
         records: the new ones.
     """
-    kept = [record for record in read_records(path) if keep(record)]
-    records = sorted([*kept, *records], key=lambda record: record["iteration"])
+    kept_records = [record for record in read_records(path) if keep(record)]
+    records = sorted([*kept_records, *records], key=lambda record: record["iteration"])
     atomic_write_text(path, _lines(records))
 
 

@@ -7,7 +7,7 @@ Design notes:
 - Exact duplicates have the same 16 bytes of BLAKE2b of the text, after Unicode NFC and with all
   white space as single spaces. Near-duplicates are those of `minhash.py`.
 - The first of several duplicates stays, and documents are compared only with documents that stay,
-  so the result depends on nothing but the input and its order.
+  so the result depends only on the input and its order.
 - Workers hash the texts; one process looks them up, with all hashes in memory.
 """
 
@@ -93,7 +93,7 @@ class Signer:
         )
 
 
-class Seen:
+class KeptDocuments:
     """The documents that stay, with their files and lines."""
 
     def __init__(self, minhash: MinHash | None) -> None:
@@ -143,7 +143,7 @@ class Result:
     left_out_bytes: int = 0
 
     def count(self, signed: Signed, duplicate: dict[str, Any] | None) -> None:
-        """Count a document, with the result of `Seen.add`."""
+        """Count a document, with the result of `KeptDocuments.add`."""
         size = len(signed.line)
         if duplicate is None:
             self.kept += 1
@@ -180,20 +180,20 @@ def dedup(
     """
     files = [Path(f"{prefix}_duplicates.jsonl"), Path(f"{prefix}.jsonl")]
     result = Result(path=str(files[1]), report=str(files[0]))
-    seen = Seen(minhash)
+    kept_documents = KeptDocuments(minhash)
     sign = Signer(key=key, minhash=minhash)
     with (
         atomic_output(prefix, files, overwrite=overwrite) as folder,
         (folder / files[0].name).open("wb") as report,
-        (folder / files[1].name).open("wb", 1 << 20) as kept,
+        (folder / files[1].name).open("wb", 1 << 20) as output,
         closing(encode_in_order(sign, read_chunks(sources), workers)) as batches,
     ):
         for batch in batches:
             for signed in batch.documents:
-                duplicate = seen.add(signed)
+                duplicate = kept_documents.add(signed)
                 result.count(signed, duplicate)
                 if duplicate is None:
-                    kept.write(signed.line)
+                    output.write(signed.line)
                 else:
                     record = place(signed.path, signed.number) | duplicate
                     report.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))

@@ -84,14 +84,14 @@ class Parts:
         for number, bound in enumerate(self.bounds):
             # Each part gets a document, if there are enough of them.
             first, last = first + 1, len(distinct) - (len(self.bounds) - number)
-            wanted = bytes_before[-1] * (bound / 2 ** (8 * HASH_BYTES))
+            bytes_at_bound = bytes_before[-1] * (bound / 2 ** (8 * HASH_BYTES))
             if first <= last:
-                first += int(numpy.abs(bytes_before[first : last + 1] - wanted).argmin())
+                first += int(numpy.abs(bytes_before[first : last + 1] - bytes_at_bound).argmin())
             bounds.append(int(distinct[min(first, len(distinct) - 1)]) if len(distinct) else bound)
         return replace(self, bounds=tuple(bounds))
 
 
-def parse_parts(given: str, seed: int) -> Parts:
+def parse_parts(text: str, seed: int) -> Parts:
     """Parse parts such as `train=0.98,valid=0.01,test=0.01`.
 
     Raises:
@@ -100,22 +100,22 @@ def parse_parts(given: str, seed: int) -> Parts:
     """
     if not 0 <= seed < SEEDS:
         raise ConfigError(f"--seed {seed} is not within 0 and {SEEDS - 1}; give another number")
-    pairs = [item.partition("=") for item in given.split(",")]
+    pairs = [item.partition("=") for item in text.split(",")]
     names = tuple(name for name, _, _ in pairs)
     if not all(re.fullmatch(r"[\w-]+", name, re.ASCII) for name in names):
         raise ConfigError(
-            f"--parts {given} has a name that is not made of letters, digits, - and _; write "
+            f"--parts {text} has a name that is not made of letters, digits, - and _; write "
             "NAME=SHARE,NAME=SHARE"
         )
     if len(set(names)) < max(len(names), 2):
-        raise ConfigError(f"--parts {given} has no two different names; name each part once")
+        raise ConfigError(f"--parts {text} has no two different names; name each part once")
     try:
         shares = [Fraction(share) for _, _, share in pairs]
     except (ValueError, ZeroDivisionError):
         shares = [Fraction(0)]
     if min(shares) <= 0:
         raise ConfigError(
-            f"--parts {given} has a share that is no positive number; write NAME=SHARE,NAME=SHARE"
+            f"--parts {text} has a share that is no positive number; write NAME=SHARE,NAME=SHARE"
         )
     ends = [sum(shares[: at + 1]) / sum(shares) for at in range(len(shares) - 1)]
     return Parts(

@@ -32,8 +32,8 @@ def read_blends(args: Namespace) -> tuple[Blend | None, list[Blend | None] | Non
     """
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    named = _lists(args)
-    for flag, words in named.items():
+    lists_of_flags = _lists(args)
+    for flag, words in lists_of_flags.items():
         _check_list(flag, words)
     try:
         blend, blends = get_blend_and_blend_per_split(args)
@@ -124,15 +124,15 @@ def check_weights(flag: str, weights: Sequence[float]) -> None:
     Raises:
         ConfigError: one is not positive, or the sum is not finite.
     """
-    given = ", ".join(f"{weight:g}" for weight in weights)
+    listed = ", ".join(f"{weight:g}" for weight in weights)
     if not all(weight > 0 for weight in weights):
         raise ConfigError(
-            f"{flag} ({given}) has a weight that is not positive; leave out the data sets that are "
-            "not to be read"
+            f"{flag} ({listed}) has a weight that is not positive; leave out the data sets that "
+            "are not to be read"
         )
     if not math.isfinite(sum(weights)):
         raise ConfigError(
-            f"{flag} ({given}) has weights without a finite sum; give smaller numbers"
+            f"{flag} ({listed}) has weights without a finite sum; give smaller numbers"
         )
 
 

@@ -20,40 +20,40 @@ def open_datasets(inputs: Sequence[str]) -> list[list[Index]]:
     Raises:
         ConfigError: a file is missing or damaged, or a data set is named twice.
     """
-    groups = [[open_index(prefix) for prefix in find_datasets(given)] for given in inputs]
+    groups = [[open_index(prefix) for prefix in find_datasets(value)] for value in inputs]
     indices = [index for group in groups for index in group]
-    seen: set[str] = set()
+    real_paths: set[str] = set()
     for index in indices:
         real = os.path.realpath(index.bin)
-        if real in seen:
+        if real in real_paths:
             raise ConfigError(
                 f"--input names {index.prefix} twice; name each data set once, and give what is "
                 "to be read more often a larger weight in --data-path"
             )
-        seen.add(real)
+        real_paths.add(real)
     for index in indices:
         check_index(index)
     return groups
 
 
-def find_datasets(given: str) -> list[str]:
+def find_datasets(value: str) -> list[str]:
     """The prefixes that one value of `--input` names, sorted for a folder or a glob.
 
     Raises:
         ConfigError: no data set was found.
     """
-    if os.path.isdir(given):
-        paths = glob(os.path.join(escape(given), "*.bin")) + glob(
-            os.path.join(escape(given), "*.idx")
+    if os.path.isdir(value):
+        paths = glob(os.path.join(escape(value), "*.bin")) + glob(
+            os.path.join(escape(value), "*.idx")
         )
-    elif has_magic(given) and not os.path.exists(given + ".idx"):
-        paths = glob(given + ".bin") + glob(given + ".idx")
+    elif has_magic(value) and not os.path.exists(value + ".idx"):
+        paths = glob(value + ".bin") + glob(value + ".idx")
     else:
-        paths = [given + ".idx"]
+        paths = [value + ".idx"]
     prefixes = sorted({path[: -len(".bin")] for path in paths})
     if not prefixes:
         raise ConfigError(
-            f"--input {given} leads to no data set; give a folder with .bin and .idx files, or "
+            f"--input {value} leads to no data set; give a folder with .bin and .idx files, or "
             "their path without the ending, which may be a glob"
         )
     return prefixes

@@ -137,9 +137,9 @@ def _read_head(prefix: str) -> Index:
     with open(path, "rb") as file:
         head = file.read(HEAD.size).ljust(HEAD.size, b"\0")
     magic, version, code, sequences, bounds = HEAD.unpack(head)
-    again = "make the data set again with tools/preprocess_data.py"
+    remedy = "make the data set again with tools/preprocess_data.py"
     if (magic, version) != (MAGIC, VERSION) or code not in DTYPES:
-        raise ConfigError(f"data set index {path} is no index; {again}")
+        raise ConfigError(f"data set index {path} is no index; {remedy}")
     # 12 bytes for the length and offset of a sequence, 8 for the first sequence of a document.
     size, expected = os.path.getsize(path), HEAD.size + 12 * sequences + 8 * bounds
     if size == expected + sequences > expected:
@@ -148,7 +148,7 @@ def _read_head(prefix: str) -> Index:
             "of text"
         )
     if size != expected or not bounds:
-        raise ConfigError(f"data set index {path} is truncated; {again}")
+        raise ConfigError(f"data set index {path} is truncated; {remedy}")
     return Index(
         prefix=prefix,
         dtype=numpy.dtype(DTYPES[code]),
@@ -181,9 +181,9 @@ def check_index(index: Index) -> None:
         raise _damaged(index, "documents do not hold all sequences")
 
 
-def _damaged(index: Index, what: str) -> ConfigError:
+def _damaged(index: Index, fault: str) -> ConfigError:
     return ConfigError(
-        f"data set index {index.prefix}.idx is damaged, its {what}; make the data set again with "
+        f"data set index {index.prefix}.idx is damaged, its {fault}; make the data set again with "
         "tools/preprocess_data.py"
     )
 

@@ -166,18 +166,20 @@ def _data_ranges(file: FileIO, num_bytes: int) -> Iterator[tuple[int, int]]:
         yield first, last
 
 
-def _copy_bytes(source: FileIO, target: FileIO, left: int, progress: Callable[[int], None]) -> None:
+def _copy_bytes(
+    source: FileIO, target: FileIO, num_bytes: int, progress: Callable[[int], None]
+) -> None:
     copy: Callable[[int, int, int], int] = os.copy_file_range
-    while left:
+    while num_bytes:
         try:
-            done = copy(source.fileno(), target.fileno(), min(left, COPY_BYTES))
+            copied = copy(source.fileno(), target.fileno(), min(num_bytes, COPY_BYTES))
         except OSError as error:
             if copy is _send or error.errno not in COPY_UNSUPPORTED:
                 raise
-            done = 0
-        if done:
-            left -= done
-            progress(done)
+            copied = 0
+        if copied:
+            num_bytes -= copied
+            progress(copied)
         elif copy is _send:
             raise _changed(source)
         else:

@@ -158,13 +158,13 @@ def samples(indices: Sequence[Index], count: int, seed: int, most: int) -> list[
         most: most ids of each document.
     """
     total = sum(index.num_documents for index in indices)
-    chosen = sorted(random.Random(seed).sample(range(total), min(count, total)))
-    drawn = []
+    drawn_numbers = sorted(random.Random(seed).sample(range(total), min(count, total)))
+    documents = []
     for index in indices:
-        numbers = [number for number in chosen if number < index.num_documents]
-        drawn += [_sample(index, number, most) for number in numbers]
-        chosen = [number - index.num_documents for number in chosen[len(numbers) :]]
-    return drawn
+        numbers = [number for number in drawn_numbers if number < index.num_documents]
+        documents += [_sample(index, number, most) for number in numbers]
+        drawn_numbers = [number - index.num_documents for number in drawn_numbers[len(numbers) :]]
+    return documents
 
 
 def _sample(index: Index, number: int, most: int) -> Sample:

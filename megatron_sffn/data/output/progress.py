@@ -55,22 +55,22 @@ class Progress:
             of_total = "" if self._total is None else f" of {human_size(self._total)}"
             self.print(f"{human_size(done)}{of_total}, {self._rate() / 1e6:.1f} MB/s", done)
 
-    def print(self, what: str, done: int) -> None:
+    def print(self, state: str, done: int) -> None:
         """Print a line now.
 
         Args:
-            what: is done so far; share and time left are added to it.
-            done: bytes that are done, for these two.
+            state: the progress in words; share and time left are added to it.
+            done: bytes that are done, from which these two follow.
         """
         self._done, self._last_line = done, time.monotonic()
-        line = f"{self._verb} {what}"
+        line = f"{self._verb} {state}"
         if self._total is not None:
             time_left = human_time((self._total - done) / max(self._rate(), 1.0))
             line += f", {done / max(self._total, 1):.0%}, ETA {time_left}"
         say(line)
 
     def summary(self) -> str:
-        """What was done in how much time: `copied 4.3 GB in 3.2 s (1343.8 MB/s)`."""
+        """The work and its time: `copied 4.3 GB in 3.2 s (1343.8 MB/s)`."""
         return (
             f"{self._verb} {human_size(self._done)} in {self.seconds:.1f} s "
             f"({self._rate() / 1e6:.1f} MB/s)"

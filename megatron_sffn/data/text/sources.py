@@ -83,12 +83,12 @@ def find_sources(
         ConfigError: a path does not exist, a file is named twice, cannot be read, or lacks a key.
     """
     sources: dict[str, Source] = {}
-    for given in inputs:
-        for path, kind in _expand(given, say).items():
+    for value in inputs:
+        for path, kind in _expand(value, say).items():
             real = os.path.realpath(path) if path != STANDARD_INPUT else path
             if real in sources:
                 raise ConfigError(
-                    f"--input {given} leads to {path} a second time; name each file once"
+                    f"--input {value} leads to {path} a second time; name each file once"
                 )
             sources[real] = _source(path, kind)
     for source in sources.values():
@@ -108,23 +108,23 @@ def _check_keys(source: Source, keys: Sequence[str]) -> None:
         )
 
 
-def _expand(given: str, say: Callable[[str], None]) -> dict[str, str]:
+def _expand(value: str, say: Callable[[str], None]) -> dict[str, str]:
     """Path -> kind for the files that one value of `--input` names.
 
     The kind is empty where the name of the file gives it.
     """
-    if given == STANDARD_INPUT:
+    if value == STANDARD_INPUT:
         if sys.stdin is None:
             raise ConfigError("--input - is standard input, which is closed; pipe text into it")
-        return {given: ""}
-    if os.path.isdir(given):
-        return _files_below(given, say)
-    if os.path.exists(given):
-        return {given: ""}
-    if matches := sorted(path for path in glob(given, recursive=True) if os.path.isfile(path)):
+        return {value: ""}
+    if os.path.isdir(value):
+        return _files_below(value, say)
+    if os.path.exists(value):
+        return {value: ""}
+    if matches := sorted(path for path in glob(value, recursive=True) if os.path.isfile(path)):
         return dict.fromkeys(matches, "")
     raise ConfigError(
-        f"--input {given} does not exist; give a file, a folder, a glob such as 'part-*.jsonl', "
+        f"--input {value} does not exist; give a file, a folder, a glob such as 'part-*.jsonl', "
         "or - for standard input"
     )
 

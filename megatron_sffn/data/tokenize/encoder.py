@@ -116,7 +116,9 @@ class Encoder:
         sequences = document.sequences(self.keys)
         if self.split is None:
             return sequences
-        return [[part for text in texts for part in self.split(text)] for texts in sequences]
+        return [
+            [sequence for text in texts for sequence in self.split(text)] for texts in sequences
+        ]
 
     def _columns(self, documents: list[Texts], engine: Engine) -> list[Column]:
         return [

@@ -112,8 +112,8 @@ class EncoderSpec:
 
 def tokenizer_files(flags: argparse.Namespace) -> list[Path]:
     """The files that the tokenizer flags name, and the files in folders that they name."""
-    named = (flags.tokenizer_model, flags.vocab_file, flags.merge_file)
-    paths = [Path(path) for path in named if path]
+    names = (flags.tokenizer_model, flags.vocab_file, flags.merge_file)
+    paths = [Path(path) for path in names if path]
     files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
     return sorted(file for file in files if file.is_file())
 

@@ -191,11 +191,11 @@ def _write(
         if state.documents // job.log_interval > lines_reached and progress.is_due:
             lines_reached = state.documents // job.log_interval
             rate = (state.num_bytes - start.num_bytes) / progress.seconds
-            what = (
+            progress_text = (
                 f"{state.documents} documents, {human_size(state.num_bytes)} "
                 f"({rate / 1e6:.1f} MB/s), {sum(state.tokens) / 1e6:.2f} M tokens"
             )
-            progress.print(what, state.consumed)
+            progress.print(progress_text, state.consumed)
         if job.repeatable and time.monotonic() - last_save >= SAVE_SECONDS:
             run_state.save(output.sync())
             last_save = time.monotonic()

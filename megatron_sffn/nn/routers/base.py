@@ -97,9 +97,9 @@ class Router(torch.nn.Module):
             for name, parameter in self.named_parameters():
                 seed = seed_of(self.sffn.seed, layer_number, "router", name)
                 torch.default_generator.manual_seed(seed)
-                drawn = torch.empty(parameter.shape)
-                self.draw(name, drawn)
-                parameter.copy_(drawn)
+                initial = torch.empty(parameter.shape)
+                self.draw(name, initial)
+                parameter.copy_(initial)
 
     def topk(self, scores: Tensor, count: int) -> Tensor:
         """Ids `[T, count]` of the largest of the scores `[T, n]`, by the layer's backend."""
