@@ -145,7 +145,7 @@ def report(
         dtype: a key of `DTYPES`.
         cells: N, cells per block; None for those of `FORMS`.
         targets: compute capabilities, such as 90.
-        ops: of `OPS`.
+        ops: names of `OPS`.
 
     Raises:
         ConfigError: in Triton's interpreter, which compiles nothing.

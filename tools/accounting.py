@@ -1,4 +1,4 @@
-"""What a model costs, before anything is built: parameters, FLOPs, memory, bytes between ranks.
+"""Computes the costs of a model before it is built: parameters, FLOPs, memory, traffic.
 
 Inputs: the flags of `megatron_sffn.pretrain`, a number of ranks, and the routers and block sizes to
 compare. Outputs: a table, JSON or CSV with a row for each router and block size; a plot.
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Count what a model costs, without building it: parameters, FLOPs per token, memory of the fullest
-rank, and bytes that a token sends. Beside the options below it takes every flag of
-`python -m megatron_sffn.pretrain` (whose --help-all lists them), and needs of these the model's
-sizes and --vocab-size (or --padded-vocab-size), since it reads no tokenizer. --micro-batch-size is
-1 if not given.
+rank, and bytes sent per token. It takes the options below and every flag of `python -m
+megatron_sffn.pretrain` (see its --help-all). The sizes of the model and --vocab-size (or
+--padded-vocab-size) are required, because no tokenizer is read. The default of --micro-batch-size
+is 1.
 """
 
 EPILOG = """\
@@ -82,8 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--device",
         choices=("cpu", "cuda"),
-        help="whose torch kernels keep activations, and gloo or nccl between ranks (default: what "
-        "this machine has)",
+        help="device of the run: CPU kernels of torch and gloo, or CUDA kernels and nccl (default: "
+        "the device of this machine)",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, with all parts of a number")
@@ -198,11 +198,13 @@ def costs_of(
         pipeline_stage=memory.stage,
         microbatches_in_flight=memory.in_flight,
         dispatcher=None if sffn is None else args.moe_token_dispatcher_type,
-        sent_per_token_and_layer=None if sffn is None else sent(sffn, args.hidden_size, layout),
+        sent_per_token_and_layer=None
+        if sffn is None
+        else bytes_sent(sffn, args.hidden_size, layout),
     )
 
 
-def sent(sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout) -> float | None:
+def bytes_sent(sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout) -> float | None:
     """Bytes sent per token by a sparse layer's forward pass; None if no formula is known."""
     from megatron_sffn.nn.comm_volume import (
         DISPATCHERS,

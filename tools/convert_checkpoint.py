@@ -132,10 +132,10 @@ def reblock(args: Namespace, training_flags: Sequence[str]) -> None:
     iteration = files.iteration_of(source)
     target = rewrite.free_folder(args.save, iteration)
     plan = plan_reblocking(metadata, saved, args.block_size)
-    before = None
+    loss_before = None
     if args.evaluate:
         evaluation = Evaluation(args, saved, training_flags)
-        before = evaluation.loss_of(source, plan.before.block_size)
+        loss_before = evaluation.loss_of(source, plan.before.block_size)
     start = time.monotonic()
     size = sum(item.length for item in metadata.storage_data.values())
     with tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="writing") as bar:
@@ -149,9 +149,12 @@ def reblock(args: Namespace, training_flags: Sequence[str]) -> None:
         )
     print(f"{source} -> {target}, {size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
     print(described(plan), flush=True)
-    if before is not None:
-        after = evaluation.loss_of(target, plan.after.block_size)
-        print(f"validation loss  before {before:.4f}  after {after:.4f}  ({after - before:+.4f})")
+    if loss_before is not None:
+        loss_after = evaluation.loss_of(target, plan.after.block_size)
+        print(
+            f"validation loss  before {loss_before:.4f}  after {loss_after:.4f}  "
+            f"({loss_after - loss_before:+.4f})"
+        )
 
 
 def _source(load: Path, step: int | None) -> Path:
@@ -176,14 +179,14 @@ def described(plan: Reblocking) -> str:
     """The report: the sizes, a table of all entries of the checkpoint, and the consequence."""
     before, after = plan.before, plan.after
     rows = [("what", "number", "what happened")]
-    rows += [(kind, str(number), what) for (kind, what), number in sorted(plan.account.items())]
+    rows += [(kind, str(number), effect) for (kind, effect), number in sorted(plan.account.items())]
     width = max(len(row[0]) for row in rows)
     return "\n".join(
         [
             f"block size {before.block_size} -> {after.block_size}: {after.num_blocks} blocks "
             f"instead of {before.num_blocks}, {after.num_active_blocks} per token instead of "
             f"{before.num_active_blocks}, {after.num_cells} cells as before",
-            *(f"  {kind:{width}}  {number:>6}  {what}" for kind, number, what in rows),
+            *(f"  {kind:{width}}  {number:>6}  {effect}" for kind, number, effect in rows),
             plan.consequence,
         ]
     )
@@ -265,8 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the arguments of the command line."""
     silence()
     words = list(sys.argv[1:] if argv is None else argv)
-    end = words.index("--") if "--" in words else len(words)
-    args = build_parser().parse_args(words[:end])
+    separator = words.index("--") if "--" in words else len(words)
+    args = build_parser().parse_args(words[:separator])
     if args.nproc_per_node is not None and args.nproc_per_node < 1:
         raise ConfigError(
             f"--nproc-per-node {args.nproc_per_node} must be at least 1; give a positive number"
@@ -275,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_sffn.patches import prepare
 
     prepare()
-    reblock(args, words[end + 1 :])
+    reblock(args, words[separator + 1 :])
     return 0
 
 

@@ -232,19 +232,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     loaded = encoder_spec.load()
     try:
         with workers(args, encoder_spec, loaded) as work:
-            done = preprocess(
+            state = preprocess(
                 job, lambda sample: encoder_spec.encoder(loaded, sample, say), work, say
             )
     except KeyboardInterrupt:  # preprocess has told the user
         return 130
     seconds = time.monotonic() - start
-    for prefix, tokens in zip(job.prefixes, done.tokens, strict=True):
+    for prefix, tokens in zip(job.prefixes, state.tokens, strict=True):
         print(
-            f"{prefix}: {done.documents} documents, {tokens} tokens "
-            f"of {human_size(done.num_bytes)} in {seconds:.1f} s"
+            f"{prefix}: {state.documents} documents, {tokens} tokens "
+            f"of {human_size(state.num_bytes)} in {seconds:.1f} s"
         )
-    if done.skipped:
-        print(f"{job.report}: {done.skipped} documents left out ({list_reasons(job.report)})")
+    if state.skipped:
+        print(f"{job.report}: {state.skipped} documents left out ({list_reasons(job.report)})")
     return 0
 
 

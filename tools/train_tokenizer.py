@@ -63,15 +63,15 @@ def read_texts(sources: Sequence[Source], key: str) -> Iterator[str]:
         for chunk in read_chunks([replace(source, kind="lines")]):
             if chunk.fault:
                 raise DocumentError(chunk.fault)
-            piece = Document(path=source.name, unit="", number=None, content=chunk.content)
-            yield from piece.texts([key])
+            text_document = Document(path=source.name, unit="", number=None, content=chunk.content)
+            yield from text_document.texts([key])
 
 
 class Sample:
     """Yields texts, keeps the first ones to measure compression, and prints progress."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        """Nothing is read before the first iteration."""
+        """Wrap the texts; none is read before the first iteration."""
         self._texts = texts
         self.kept: list[str] = []
         self.num_bytes = 0
@@ -115,9 +115,9 @@ def bytes_as_tokens() -> Tokenizer:
     """A tokenizer whose ids are the UTF-8 bytes of a text."""
     # Byte-level tokenizers write a visible byte as its character, and others as replacements.
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in visible]
+    invisible = [byte for byte in range(256) if byte not in visible]
     vocab = {chr(byte): byte for byte in visible}
-    vocab |= {chr(256 + number): byte for number, byte in enumerate(others)}
+    vocab |= {chr(256 + number): byte for number, byte in enumerate(invisible)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

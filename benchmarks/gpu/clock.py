@@ -28,7 +28,7 @@ class Measured:
     """The milliseconds of a call.
 
     Args:
-        ms: of every repetition.
+        ms: milliseconds of every repetition.
         peak: the most bytes allocated while it ran, without the buffer of the clock; 0 in a dry
             run.
     """
@@ -57,7 +57,7 @@ def measure(
 
     Args:
         call: the function to time; its result is dropped.
-        context: of the section.
+        context: context of the section.
         seconds: limit for all repetitions; a longer call is repeated once.
         max_repeats: the largest number of repetitions.
     """

@@ -10,7 +10,7 @@ class Section:
     """One part of a command, which runs in its own process.
 
     Args:
-        name: of the module `benchmarks.gpu.sections.<name>`, which has `cases(context)`.
+        name: name of the module `benchmarks.gpu.sections.<name>`, which has `cases(context)`.
         seconds: nominal; a section gets its share of the remaining time.
         isolated: True if each case gets a fresh process, because a failed device assertion in
             another package ends CUDA for the whole process.

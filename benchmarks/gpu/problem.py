@@ -34,7 +34,7 @@ class Size:
         active: k, cells that a token uses.
         cells: g of a block.
         expansion: E.
-        dtype: of tokens and tables.
+        dtype: dtype of tokens and tables.
         load: one of `LOADS`.
         gated: True if a gate multiplies each block's output.
         activation: f.

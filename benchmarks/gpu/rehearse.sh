@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The dry runs of benchmarks.gpu under the versions of a GPU machine: make gpu-rehearsal.
 #
-# Inputs: nothing but $PYTHON, optional: a Python 3.12. Outputs: .venv-torch211, made once, and what
-# the test of the dry runs prints. What is installed is what docs/gpu.md expects on such a machine,
-# and the wheels that it says to bring, without their dependencies: an import of anything else fails
-# here.
-# numpy: the interpreter of Triton 3.6 does not know newer ones.
+# Inputs: $PYTHON, optional: a Python 3.12. Outputs: .venv-torch211, made once, and the output of the
+# test of the dry runs. The environment has the packages that docs/gpu.md expects on such a machine,
+# and the wheels that it tells to bring, without their dependencies: an import of any other package
+# fails.
+# numpy is limited, because the interpreter of Triton 3.6 does not know newer versions.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -34,7 +34,7 @@ if [ "$(cat $stamp 2>/dev/null)" != "$key" ]; then
     "$python" -m venv $venv
     mkdir $venv/tmp
     pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input)
-    # Compiled when imported: most of it never is.
+    # Modules are compiled when they are imported, and most of them never are.
     TMPDIR=$PWD/$venv/tmp "${pip[@]}" --no-compile "${installed[@]}"
     "${pip[@]}" --no-deps "${brought[@]}"
     printf '%s\n' "$key" >$stamp

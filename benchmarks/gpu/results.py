@@ -26,7 +26,7 @@ class Store:
     """results.json: command -> section -> its entry.
 
     Args:
-        path: of the file; the entries of other commands stay.
+        path: path of the file; the entries of other commands stay.
         command: the command whose sections are added.
         dry: True for a dry run.
     """
@@ -119,8 +119,8 @@ def closing(sections: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """The last lines of a command: all failures, and the notes of the sections.
 
     Args:
-        sections: of the command.
-        names: of the sections that it ran.
+        sections: sections of the command.
+        names: names of the sections that it ran.
     """
     lines: list[str] = []
     for name in names:

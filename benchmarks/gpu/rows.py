@@ -27,7 +27,7 @@ class Row:
         torch: version.
         megatron_core: version.
         triton: version.
-        dtype: of tokens and tables.
+        dtype: dtype of tokens and tables.
         block_size: g.
         expansion: E.
         tokens: T.
@@ -73,7 +73,7 @@ def row_of(size: Size, measured: Any, *, contender: str, what: str, unit: float)
     """A row of the files.
 
     Args:
-        size: of the problem.
+        size: size of the problem.
         measured: the result of `clock.measure`.
         contender: a module, a backend, a router or a peer.
         what: name of the timed pass or product.

@@ -28,7 +28,7 @@ def watched(
         tool: name.
         watcher: the tool's command; empty if it is not installed.
         small: arguments of the program.
-        context: of the section.
+        context: context of the section.
 
     Raises:
         Failure: if the program fails without the tool.

@@ -47,7 +47,7 @@ class Row:
         date, commit, device, torch, megatron_core: see `benchmarks.machine.facts`.
         tokenizers, gigatoken: versions.
         contender: see the module.
-        vocab_size: of the tokenizer.
+        vocab_size: vocabulary size of the tokenizer.
         workers: processes, or threads.
         megabytes: size of the JSON lines.
         distinct: megabytes of them that are not repeated.

@@ -129,11 +129,11 @@ def tokenize(args: argparse.Namespace, key: str, folder: Path) -> None:
         )
 
 
-def check_parts(given: str) -> None:
-    """Refuse parts with other names, for which training has no flag."""
-    if set(parse_parts(given, seed=0).names) != set(published.PARTS):
+def check_parts(parts: str) -> None:
+    """Refuse names of parts for which training has no flag."""
+    if set(parse_parts(parts, seed=0).names) != set(published.PARTS):
         raise ConfigError(
-            f"--parts {given} does not name {', '.join(published.PARTS)}, each once; give their "
+            f"--parts {parts} does not name {', '.join(published.PARTS)}, each once; give their "
             "shares, such as train=0.98,valid=0.01,test=0.01"
         )
 

@@ -28,7 +28,7 @@ import numpy
 from megatron_sffn.data.indexed.format import IndexWriter
 from megatron_sffn.utils.errors import ConfigError
 
-PIECE = 1 << 20
+CHUNK_BYTES = 1 << 20
 PARTS = ("train", "valid", "test")
 
 WIKITEXT_103: Mapping[str, Mapping[str, str]] = {
@@ -106,9 +106,9 @@ def take(path: Path, name: str, sha1: str, folder: Path) -> Path:
     """
     digest = hashlib.sha1(usedforsecurity=False)
     with opened(path, name) as source, (folder / name).open("wb") as copy:
-        while piece := source.read(PIECE):
-            digest.update(piece)
-            copy.write(piece)
+        while chunk := source.read(CHUNK_BYTES):
+            digest.update(chunk)
+            copy.write(chunk)
     if digest.hexdigest() != sha1:
         raise ConfigError(
             f"{name} of {path} has the SHA-1 {digest.hexdigest()}, but the published file has "

@@ -58,7 +58,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """How often the blocks of a layer were chosen in one evaluation.
+    """The load of the blocks of a layer in one evaluation.
 
     Args:
         iteration: iteration of the evaluation.

@@ -53,7 +53,7 @@ class Activations:
 
         Args:
             rows: number of vectors that are normalised.
-            width: of a vector.
+            width: width of a vector.
             input_is_kept: True if another operator keeps the input anyway.
         """
         vector = width * self.number_bytes

@@ -35,8 +35,8 @@ class Costs:
     """The costs of one configuration.
 
     Args:
-        parameters_total: of the model.
-        parameters_active: with K instead of B blocks in each sparse layer.
+        parameters_total: all parameters of the model.
+        parameters_active: parameters with K instead of B blocks in each sparse layer.
         flops_forward: per token.
         flops_training: per token.
         over_dense: forward FLOPs over those of the dense model, minus 1.
@@ -46,7 +46,7 @@ class Costs:
         router_tables: bytes on the fullest rank that routers hold beside their weights.
         activations: bytes on the fullest rank.
         attention_scores: the part of the activations that are the attention's `s²` scores.
-        pipeline_stage: of the fullest rank, from 0.
+        pipeline_stage: pipeline stage of the fullest rank, from 0.
         microbatches_in_flight: on the fullest rank.
         dispatcher: value of `--moe-token-dispatcher-type`; None for a dense model.
         sent_per_token_and_layer: bytes sent by a sparse layer's forward pass; None for a dense
@@ -158,7 +158,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     Args:
         rows: to plot; rows without costs are left out.
-        path: of the PNG file.
+        path: path of the PNG file.
 
     Raises:
         ConfigError: if the file cannot be written.

@@ -61,7 +61,7 @@ def training_flops_per_token(shape: ModelShape, *, recompute: bool) -> int:
     """FLOPs of forward and backward (two forwards) for one token.
 
     Args:
-        shape: of the model.
+        shape: shape of the model.
         recompute: True if the layers run forward once more in the backward pass, as in Megatron's
             full activation recomputation; the logits never do.
     """

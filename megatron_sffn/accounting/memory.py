@@ -83,10 +83,10 @@ def memory_per_rank(
     """Memory of the fullest rank.
 
     Args:
-        shape: of the model.
+        shape: shape of the model.
         pattern: True for each sparse layer.
-        layout: of the ranks.
-        setup: of the training.
+        layout: layout of the ranks.
+        setup: setup of the training.
     """
     stages = pipeline_stages(layout, pattern)
     ranks = [memory_of_stage(shape, stage, layout, setup) for stage in stages]

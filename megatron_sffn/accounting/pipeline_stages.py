@@ -17,7 +17,7 @@ class Stage:
     """The layers of one pipeline stage.
 
     Args:
-        index: of the stage, from 0.
+        index: index of the stage, from 0.
         chunks: the stage's model chunks: True for each sparse layer of a chunk.
         first: True if the stage has the embedding.
         last: True if the stage has the final norm and the logits.
@@ -38,7 +38,7 @@ def pipeline_stages(layout: ParallelLayout, pattern: tuple[bool, ...]) -> list[S
     """The stages of a model, chunk after chunk as Megatron distributes them.
 
     Args:
-        layout: of the run.
+        layout: layout of the run.
         pattern: True for each sparse layer of the model.
     """
     counts = _layers_per_stage(layout, len(pattern))
@@ -85,7 +85,7 @@ def sparse_pattern(shape: ModelShape, layers: list[int] | None) -> tuple[bool, .
     """True for each sparse layer, False for each dense one.
 
     Args:
-        shape: of the model.
+        shape: shape of the model.
         layers: Megatron's `moe_layer_freq`; None if all layers are dense.
     """
     if shape.sffn is None or layers is None:

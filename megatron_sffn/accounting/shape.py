@@ -35,8 +35,8 @@ class ModelShape:
         layernorm: True for LayerNorm, which has a bias; False for RMSNorm, which has none.
         qk_layernorm: True if queries and keys are normalised per head.
         output_gate: True if attention's output is gated, by a projection as wide as the queries.
-        softmax_type: of attention, in Megatron's words: all but `vanilla` have a sink, a number
-            beside a head's scores, which `learnable` trains.
+        softmax_type: Megatron's name of attention's softmax: all but `vanilla` have a sink, a
+            number beside a head's scores, which `learnable` trains.
         predicted_tokens: layers of multi-token prediction.
         tied_embeddings: True if the logits use the embedding's weights.
         learned_positions: rows of a learned position embedding; 0 for RoPE or none.

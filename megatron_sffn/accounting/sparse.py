@@ -65,11 +65,12 @@ def _derived(backend: str, rows: float, pairs: float, blocks: int, chunks: int) 
     """Index tensors that a backend derives from the pairs in the forward pass and keeps.
 
     Args:
-        backend: of the blocks; `Sorted.derived` of the others is empty or not counted (`triton`).
+        backend: backend of the blocks; for others, `Sorted.derived` is empty or not counted
+            (`triton`).
         rows: R.
         pairs: P.
-        blocks: of this rank.
-        chunks: in which they arrive.
+        blocks: number of blocks of this rank.
+        chunks: number of chunks in which rows arrive.
     """
     block_of_pair = INT32 * pairs
     by_row = INT32 * (pairs + rows + chunks)  # the pairs' order by row, and offsets of rows

@@ -22,8 +22,8 @@ def table(shape: ModelShape, layout: ParallelLayout | None = None) -> str:
     """The costs of a model.
 
     Args:
-        shape: of the model.
-        layout: of the run; if blocks are split over several ranks, the bytes sent are shown.
+        shape: shape of the model.
+        layout: layout of the run; if blocks are split over several ranks, the bytes sent are shown.
     """
     parameters, sffn = count_parameters(shape), shape.sffn
     title = f"feed-forward: dense, {shape.ffn_hidden_size} cells in {shape.num_layers} layers"

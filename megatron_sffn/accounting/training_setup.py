@@ -18,8 +18,8 @@ class TrainingSetup:
 
     Args:
         micro_batch_size: sequences of a microbatch.
-        num_microbatches: of a step, per replica.
-        gradient_bytes: of a gradient in Megatron's buffer.
+        num_microbatches: number of microbatches of a step, per replica.
+        gradient_bytes: bytes of a gradient in Megatron's buffer.
         moments: numbers of the optimizer's state per parameter: 2 for Adam.
         distributed_optimizer: True if the optimizer's state is sharded over data-parallel ranks.
         recompute: None, `full` or `selective` (`--recompute-granularity`).
@@ -61,7 +61,7 @@ class TrainingSetup:
 
         Args:
             args: validated.
-            layout: of the same arguments.
+            layout: layout of the same arguments.
             activation: `gelu`, `relu`, `squared_relu` or `swiglu`.
             cuda: see the class.
 

@@ -45,7 +45,7 @@ def without(command: Sequence[str], flags: frozenset[str]) -> list[str]:
 
 
 def foreign_code(folder: Path) -> Iterator[tuple[str, str]]:
-    """Find what would run as code if an iteration were loaded.
+    """Find names whose code would run if an iteration were loaded.
 
     Yields:
         File, relative to the folder, and the name in it that is not data.

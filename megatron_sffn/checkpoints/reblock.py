@@ -70,7 +70,7 @@ class Reblocking:
 
     @property
     def consequence(self) -> str:
-        """How the model's loss changes, in one sentence."""
+        """A sentence about the change of the model's loss."""
         router = self.before.router
         if router.per_block_weights and self.after.block_size < self.before.block_size:
             shared = "share its probability and the values grow by as much"

@@ -68,8 +68,8 @@ class SplitSource:
 
     Args:
         split: training, validation or test.
-        prefixes: of the data sets.
-        weights: of the data sets in the blend; None if they are not weighted.
+        prefixes: prefixes of the data sets.
+        weights: weights of the data sets in the blend; None if they are not weighted.
         share: where the split begins and ends in each data set, within 0 and 1.
     """
 
@@ -124,7 +124,7 @@ class DataSource:
 
 
 def split_shares(split: str | None) -> list[tuple[float, float] | None]:
-    """Where each split begins and ends in a data set that all splits share.
+    """The range of each split in a data set that all splits share.
 
     Raises:
         AssertionError, FloatingPointError, TypeError, ValueError: if `split` cannot be read.
@@ -290,7 +290,7 @@ def check_dataset(prefix: str, vocab_size: int) -> Index:
 
     Args:
         prefix: path without the ending.
-        vocab_size: of the tokenizer that is to read it.
+        vocab_size: vocabulary size of the tokenizer that is to read it.
 
     Returns:
         Its index.

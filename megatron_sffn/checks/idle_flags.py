@@ -290,7 +290,7 @@ def idle_flags(parser: ArgumentParser) -> dict[str, Idle]:
     for group in parser._action_groups:
         for action in group._group_actions:
             dest, flag = action.dest, max(action.option_strings, key=len, default="")
-            # Of two flags with one dest, the first has the default.
+            # If two flags have the same dest, the first has the default.
             if dest in ACTS_ON_PRETRAINING or dest in idle:
                 continue
             if reason := _reason_without_effect(group.title, dest):

@@ -1,4 +1,4 @@
-"""Checkpoints whose pickles name code that would run when they are loaded.
+"""Refuses checkpoints whose pickles name code that would run when they are loaded.
 
 Inputs: the folder of an iteration.
 """

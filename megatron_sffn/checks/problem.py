@@ -49,7 +49,7 @@ def run_checks(checks: Iterable[Check], *inputs: Any) -> None:
 
     Args:
         checks: take the same inputs.
-        inputs: of each check.
+        inputs: inputs of each check.
 
     Raises:
         ConfigError: for the first problem.

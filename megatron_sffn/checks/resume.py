@@ -103,7 +103,7 @@ class Checkpoint:
     """The iteration that a run loads.
 
     Args:
-        folder: of the iteration.
+        folder: folder of the iteration.
         common: everything in it but the shards.
     """
 
@@ -302,7 +302,7 @@ def _activation(args: Namespace) -> str:
     return " ".join(flags) or "GELU (none of --swiglu, --squared-relu, --sffn-relu)"
 
 
-# What may differ, within limits
+# Settings that may differ, within limits
 
 
 def attention_span(

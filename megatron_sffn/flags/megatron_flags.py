@@ -168,7 +168,7 @@ def dtype_of(args: Namespace) -> torch.dtype:
 
 
 def derive_evaluation(args: Namespace) -> None:
-    """Set when evaluations run and what they read.
+    """Set the times and the data of evaluations.
 
     Without `--eval-interval` the only evaluation is at the end, as Megatron's help says; Megatron's
     code would divide by None. Under `--full-validation` Megatron overwrites `--eval-iters`, and

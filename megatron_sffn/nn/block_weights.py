@@ -47,7 +47,7 @@ class BlockWeights(MegatronModule):
 
     Args:
         num_local_blocks: B / ep.
-        config: of the model.
+        config: config of the model.
         pg_collection: Megatron's process groups; `tp_ep`, `ep`, `expt_tp` and `expt_dp` are used.
         name: Megatron's name of the module instance; not used.
     """
@@ -162,9 +162,9 @@ class BlockWeights(MegatronModule):
 
         Args:
             parameter: `[B / ep, len(names) · G / etp, width]`.
-            prefix: of the names in the checkpoint.
-            names: of the checkpoint's tables `[M, width]`; a block of `parameter` has the rows of
-                the first one, then those of the second.
+            prefix: prefix of the names in the checkpoint.
+            names: names of the checkpoint's tables `[M, width]`; a block of `parameter` has the
+                rows of the first table, then those of the second.
             sharded_offsets: position of the layer among the layers, as Megatron gives it.
         """
         grid, num_layer_axes = self.expert_grid, len(sharded_offsets)
@@ -229,7 +229,7 @@ class _CPUTable:
     Args:
         parameter: `[B / ep, vectors_per_cell · G / etp, width]`; on a CPU it is drawn in place.
         vectors_per_cell: 2 for the keys of SwiGLU, else 1.
-        init_method: how a block is drawn.
+        init_method: draws the values of a block.
     """
 
     def __init__(

@@ -135,8 +135,8 @@ def _choices_by_own_blocks(
 
     Args:
         blocks_per_group: blocks that the rank holds of each group of which it holds some.
-        groups: of all blocks.
-        group_topk: groups of a token.
+        groups: number of groups.
+        group_topk: number of groups of a token.
     """
     # (chosen groups, the rank's blocks in them) -> choices; groups of equal size at once.
     choices_by_state = Counter({(0, 0): 1})

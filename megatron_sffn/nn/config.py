@@ -84,11 +84,11 @@ class SparseFFNConfig:
         shared_blocks: S, how many of the k/g active blocks are the same for every token. They are
             further cells, not among the M cells.
         backend: implementation that computes the blocks.
-        initialization: how keys and values are initialised (`--sffn-init`); None for the router's
+        initialization: initialisation of keys and values (`--sffn-init`); None for the router's
             default.
-        seed: of the initial values, which do not depend on the layout.
-        regather: whether the backward pass gathers the rows of other ranks again instead of keeping
-            them (a key of `REGATHER`).
+        seed: seed of the initial values, which do not depend on the layout.
+        regather: key of `REGATHER`: when the backward pass gathers the rows of other ranks again
+            instead of keeping them.
         node_size: ranks of a node, if tokens cross to each node once (`alltoall` only); 0 to send
             tokens straight to each rank.
         exchange_chunks: number of chunks in which a rank's tokens are sent, one after the other,

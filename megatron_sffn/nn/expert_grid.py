@@ -1,4 +1,4 @@
-"""Which rank holds which cells: blocks are split over EP ranks, cells of a block over ETP ranks.
+"""The grid of ranks that hold the cells: EP ranks split the blocks, ETP ranks the cells of a block.
 
 Inputs: Megatron's process groups. Outputs: an `ExpertGrid`, by which block weights are sharded,
 scores and descriptors gathered, and tokens dispatched.

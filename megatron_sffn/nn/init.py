@@ -33,7 +33,7 @@ at random."""
 
 @dataclass(frozen=True)
 class InitialValue:
-    """How one kind of weight is drawn.
+    """The initial distribution of one kind of weight.
 
     Args:
         distribution: `normal` and `uniform` have mean zero; `zeros`; the others are methods of
@@ -131,9 +131,9 @@ def dense_weight_init(name: str, num_axes: int, config: TransformerConfig) -> In
     """The init method of a dense weight; None if Megatron sets it to a constant.
 
     Args:
-        name: of the weight in a checkpoint.
-        num_axes: of the weight.
-        config: of the model.
+        name: name of the weight in a checkpoint.
+        num_axes: number of axes of the weight.
+        config: config of the model.
     """
     if name.endswith(SOFTMAX_OFFSET):
         weight = SOFTMAX_OFFSET

@@ -50,7 +50,7 @@ class _SparseLayer(MoELayer):
     """Base of both layers: the router slot, the counters, and how input ids reach the router.
 
     Args:
-        config: of the model, with `config.sffn` set.
+        config: config of the model, with `config.sffn` set.
         layer_number: counted from 1 over all pipeline stages; it seeds the initial weights.
             Megatron may set it later. A layer without process groups takes 1 for None.
         pg_collection: Megatron's process groups; None for the global ones. If torch.distributed

@@ -25,7 +25,7 @@ def layer_pattern(text: str, num_layers: int) -> list[int]:
     Args:
         text: `every:n` for the layers i with (i + 1) % n == 0; `every:n:i` for i, i + n, ...;
             `first:n`; `last:n`; or a list of indices from 0, such as `5,11,17,23`.
-        num_layers: of the model.
+        num_layers: number of layers of the model.
 
     Returns:
         Megatron's `moe_layer_freq`: 1 for each sparse layer, 0 for each dense layer.

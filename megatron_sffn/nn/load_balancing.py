@@ -50,7 +50,7 @@ class LoadBalancing(torch.nn.Module):
     """The auxiliary losses and the expert bias of one router.
 
     Args:
-        config: of the model, with Megatron's flags of load balancing.
+        config: config of the model, with Megatron's flags of load balancing.
         pg_collection: Megatron's process groups; `tp_cp` and `tp_dp_cp` are used.
         entropy_coefficient: coefficient of the entropy loss.
     """

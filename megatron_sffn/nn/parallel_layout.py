@@ -27,9 +27,9 @@ class ParallelLayout:
         cp: context-parallel size.
         ep: expert-parallel size: the blocks are split over so many ranks.
         etp: expert-tensor-parallel size: the cells of a block are split over so many ranks.
-        sequence_parallel: whether tensor-parallel ranks split the tokens outside of the matrices.
+        sequence_parallel: True if tensor-parallel ranks split the tokens outside of the matrices.
         dispatcher: value of `--moe-token-dispatcher-type`.
-        dtype: of weights and activations.
+        dtype: dtype of weights and activations.
         comm_backend: backend of the process groups, `nccl` or `gloo`.
         router_groups: equal groups of consecutive blocks (`--moe-router-num-groups`), which bound
             the ranks that a token reaches.

@@ -30,7 +30,7 @@ def reinit_dense_weights(seed: int, chunks: list[Any]) -> list[Any]:
     """Draw the dense weights again; a pre-wrap hook of Megatron.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         chunks: the model chunks of this rank.
 
     Returns:

@@ -44,7 +44,7 @@ def flag(
         choices: the values that are allowed.
         least: the smallest value that is allowed.
         most: the largest value that is allowed.
-        training_only: whether the flag acts in training only, so that a trained model does not
+        training_only: True if the flag acts in training only, so that a trained model does not
             depend on it.
     """
     return field(
@@ -67,9 +67,9 @@ class RouterTestNumbers:
 
     Args:
         options: fields of the router's config that make it small and deterministic.
-        single_cells: whether the router is defined for blocks of one cell only.
-        square_memory: whether the number of cells M must be a square.
-        gated_activation: whether the router is defined for gated activations such as SwiGLU.
+        single_cells: True if the router is defined for blocks of one cell only.
+        square_memory: True if the number of cells M must be a square.
+        gated_activation: True if the router is defined for gated activations such as SwiGLU.
         flags: flags of a small training run.
         paper_flags: flags of the regularisation with which the router's paper trains it.
     """
@@ -178,7 +178,7 @@ class RouterConfig:
         Args:
             sffn: the layer.
             hidden_size: D.
-            gated: whether a cell has a gate key and an up key (SwiGLU).
+            gated: True if a cell has a gate key and an up key (SwiGLU).
         """
         return 0
 
@@ -193,9 +193,9 @@ class RouterConfig:
         return 0
 
     def saved_bytes(self, call: LayerCall) -> SavedBytes:
-        """What the router keeps for the backward pass of one microbatch on one rank.
+        """Bytes that the router keeps for the backward pass of one microbatch on one rank.
 
-        Without its queries, which the layer counts as the blocks' input rows.
+        Its queries are excluded, because the layer counts them as the blocks' input rows.
 
         Raises:
             NotImplementedError: if the router has no formula, so that it never counts as zero.

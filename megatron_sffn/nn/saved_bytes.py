@@ -1,4 +1,4 @@
-"""Records for counting what a sparse layer keeps for the backward pass.
+"""Records for counting the bytes that a sparse layer keeps for the backward pass.
 
 Inputs: the sizes of one call of a sparse layer (`LayerCall`). Outputs: bytes (`SavedBytes`). Each
 router's config has the formula for its own tensors (`RouterConfig.saved_bytes`).
@@ -25,11 +25,11 @@ class LayerCall:
         sffn: the layer.
         hidden_size: D.
         tokens: T.
-        layout: of the run.
+        layout: layout of the run.
         activation: name of the activation function.
         losses: Megatron's load-balancing losses that are on.
-        cuda: whether the call runs on a GPU: on the scores' operands, and on the backend that
-            `auto` chooses.
+        cuda: True if the call runs on a GPU, which changes the kept operands of the scores and the
+            backend that `auto` chooses.
     """
 
     sffn: SparseFFNConfig
@@ -53,11 +53,11 @@ class LayerCall:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedBytes:
-    """What stays for the backward pass.
+    """The bytes that are kept for the backward pass.
 
     Args:
-        bytes: of tensors of its own.
-        tokens: whether the layer's input `[T, D]` stays too; the layer counts it once.
+        bytes: bytes of its own tensors.
+        tokens: True if the layer's input `[T, D]` stays too; the layer counts it once.
     """
 
     bytes: int = 0

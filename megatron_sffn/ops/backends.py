@@ -37,7 +37,7 @@ def triton_for(load: Callable[[], Any], tensor: Tensor) -> Any:
             one of the module's `DTYPES`.
     """
     try:
-        # Not imported at the top of the op: it takes a second, and a CPU run never needs it.
+        # Imported late, because it takes a second, and a CPU run never needs it.
         kernels = load()
     except ModuleNotFoundError as error:
         if error.name != "triton":

@@ -1,7 +1,7 @@
-"""What hardware a tensor is on.
+"""The hardware that a tensor is on.
 
-Design notes: backends are chosen by these answers. All of `ops/` asks through this module, so that
-a test can simulate a CUDA machine on the CPU by replacing these functions.
+Design notes: backends are chosen by these functions. All of `ops/` uses this module, so that a test
+can simulate a CUDA machine on the CPU by replacing them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def capability(tensor: Tensor) -> tuple[int, int]:
 
 def name(tensor: Tensor) -> str:
     """Name of a tensor's device, such as "NVIDIA H100 80GB HBM3"; "cpu" for a CPU."""
-    # Not `get_device_name`: torch.compile breaks the graph there, but takes device properties as
+    # `get_device_name` would break the graph of torch.compile, which takes device properties as
     # constants.
     return torch.cuda.get_device_properties(tensor.device).name if is_gpu(tensor) else "cpu"
 

@@ -74,7 +74,7 @@ class HostStream:
     """A CUDA stream on a host, where all work is done when its call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Accept what `torch.cuda.Stream` accepts."""
+        """Accept the arguments of `torch.cuda.Stream`."""
 
     def wait_stream(self, stream: HostStream) -> None:
         """Nothing is pending."""
@@ -94,7 +94,7 @@ class HostEvent:
     """A CUDA event on a host: it has always happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Accept what `torch.cuda.Event` accepts."""
+        """Accept the arguments of `torch.cuda.Event`."""
 
     def record(self, stream: HostStream | None = None) -> None:
         """Nothing is pending."""

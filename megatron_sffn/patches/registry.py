@@ -24,7 +24,7 @@ class Patch:
     Args:
         target: dotted name of the attribute that is replaced.
         needed_by: dotted name of the Megatron or torch function or class whose code uses it.
-        why: what would go wrong without it, as a clause.
+        why: the failure without it, as a clause.
         until: the change in Megatron or torch that makes it unnecessary, as a clause.
         make: builds the replacement; None if the run that applies the patch passes its own.
     """
@@ -65,7 +65,7 @@ def resolve(dotted: str) -> tuple[Any, str]:
 
 
 _APPLIED: dict[str, tuple[Any, Make]] = {}
-"""Target -> the original, and what built the replacement that this process has."""
+"""Target -> the original, and the maker of the replacement in this process."""
 
 
 def apply(patch: Patch, make: Make | None = None) -> None:

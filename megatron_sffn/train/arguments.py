@@ -81,7 +81,7 @@ def add_reshardable_flag(parser: ArgumentParser) -> None:
 
 
 def _read(add_flags: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
-    """Parse the command line; what Megatron's parser refuses becomes a sentence."""
+    """Parse the command line; an error of Megatron's parser becomes a sentence."""
     try:
         with as_sentence("accept these flags"):
             args: Namespace = parse_args(add_flags)
@@ -94,7 +94,7 @@ def _read(add_flags: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
 
 
 def _validate(args: Namespace, sffn: SparseFFNConfig | None) -> None:
-    """Megatron's rules for namespace and config; what it refuses becomes a sentence."""
+    """Apply Megatron's rules to namespace and config; its errors become sentences."""
     with as_sentence("accept these flags"):
         losses = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
         validate_args(args)

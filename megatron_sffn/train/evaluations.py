@@ -30,7 +30,7 @@ class Evaluation:
 
     Args:
         iteration: steps that the model was trained.
-        is_test: whether the test set is evaluated.
+        is_test: True if the test set is evaluated.
         num_sets: data sets that are read, one after the other.
         losses: for each data set, the mean over its tokens.
     """
@@ -99,7 +99,7 @@ class Evaluations:
 
         Args:
             iteration: steps that the model was trained.
-            is_test: whether the test set is evaluated.
+            is_test: True if the test set is evaluated.
         """
         several = self.args.full_validation and not is_test
         num_sets = len(self.args.sffn_validation_batches) if several else 1

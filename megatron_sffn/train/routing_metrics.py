@@ -116,7 +116,7 @@ class RoutingMetrics:
         Args:
             model: this rank's model chunks.
             iteration: steps that the model was trained.
-            repeated: whether the file has an evaluation of this step already; it keeps the first.
+            repeated: True if the file has an evaluation of this step already; it keeps the first.
         """
         table = layer_sums(model, self.args, training=False)
         if repeated:

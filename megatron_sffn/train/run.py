@@ -125,8 +125,8 @@ def finish_step(
         run_summary: gets the counters of the step.
         nan_check: runs first, since Megatron's own checks of the gradients may end one rank alone.
         model: this rank's model chunks.
-        args: of Megatron's `finalize_model_grads`.
-        kwargs: of Megatron's `finalize_model_grads`.
+        args: arguments of Megatron's `finalize_model_grads`.
+        kwargs: keyword arguments of Megatron's `finalize_model_grads`.
     """
     nan_check.after_step(model)
     finish_gradients(model, *args, **kwargs)
@@ -152,8 +152,8 @@ def finish_gradients(model: list[torch.nn.Module], *args: Any, **kwargs: Any) ->
 
     Args:
         model: this rank's model chunks.
-        args: of Megatron's `finalize_model_grads`.
-        kwargs: of Megatron's `finalize_model_grads`.
+        args: arguments of Megatron's `finalize_model_grads`.
+        kwargs: keyword arguments of Megatron's `finalize_model_grads`.
     """
     finalize_model_grads(model, *args, **kwargs)
     for chunk in model:
@@ -184,7 +184,7 @@ def forward_step(
         run_summary: times the step.
         watchdog: notes the progress.
         nan_check: gets the loss of every microbatch.
-        needs_token_ids: whether the sparse layers read the input ids. The ids are then passed as
+        needs_token_ids: True if the sparse layers read the input ids. The ids are then passed as
             Megatron's `padding_mask`: it is the only argument with a number per token that reaches
             the MLP of every stage and of every recomputation, in any order of microbatches.
         batches: this stage's data iterator, if it has one.
@@ -226,7 +226,7 @@ def loss_of(
         run_summary: gets the loss of evaluated microbatches.
         nan_check: gets the loss of every microbatch.
         loss_mask: `[b, s]`, 1 for tokens that count.
-        training: whether this is a training step.
+        training: True if this is a training step.
         output: `[b, s]`, the loss of each token.
 
     Returns:

@@ -11,7 +11,7 @@ import signal
 from argparse import Namespace
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""What a scheduler sends when it stops a job, or warns that it will."""
+"""Signals of schedulers that stop a job, or warn that they will."""
 
 
 def exit_on_signals(args: Namespace) -> None:

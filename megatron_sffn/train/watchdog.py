@@ -97,7 +97,7 @@ class Watchdog:
 
 
 def report(store: torch.distributed.Store, num_ranks: int) -> str:
-    """Which rank hangs, by the answers in the store.
+    """A sentence that names the rank that hangs, by the answers in the store.
 
     Args:
         store: has `rank N` for every rank, and `place N` for each rank that answered.

@@ -28,7 +28,7 @@ def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
     Several processes may replace the same file at the same time.
 
     Args:
-        path: of the file, whose folder exists.
+        path: path of the file, whose folder exists.
         durable: wait until the content and the name are on the disk, so that the file also
             survives a crash of the machine.
     """

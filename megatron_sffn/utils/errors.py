@@ -53,7 +53,7 @@ class CommandParser(argparse.ArgumentParser):
     """Parser of a command: no abbreviated flags, raw help text, errors as `ConfigError`.
 
     Args:
-        options: of argparse's parser.
+        options: options of argparse's parser.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -50,8 +50,8 @@ def peer_module(name: str, size: Size, context: Context) -> Iterator[tuple[Any, 
 
     Args:
         name: one of `PEERS`.
-        size: of the problem.
-        context: of the section.
+        size: size of the problem.
+        context: context of the section.
     """
     adapt()
     from benchmarks.blocks import layers

@@ -62,9 +62,9 @@ class Run:
     Args:
         router: name.
         backend: name.
-        steps: of the learning-rate schedule.
+        steps: steps of the learning-rate schedule.
         stop: the step after which it stops; equal to `steps` to train to the end.
-        folder: of its checkpoints; a run resumes from those that exist.
+        folder: folder of its checkpoints; a run resumes from those that exist.
         bf16: True for bf16, False for fp32.
     """
 

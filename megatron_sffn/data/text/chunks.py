@@ -50,7 +50,7 @@ READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where reading resumes.
+    """A position from which reading resumes.
 
     Args:
         file: number of the source, from 0.
@@ -258,7 +258,7 @@ def _complete_lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def _skip_line(stream: BinaryIO) -> tuple[int, bytes]:
-    """Skip to the end of a line; returns the number of skipped bytes, and what follows them."""
+    """Skip to the end of a line; returns the number of skipped bytes, and the bytes after them."""
     skipped = 0
     while piece := stream.read1(CHUNK_BYTES):  # type: ignore[attr-defined]
         if line_end := piece.find(b"\n") + 1:

@@ -1,7 +1,7 @@
 """Finds the texts for which two tokenizers of one model may give different ids.
 
 Inputs: a trusted and a faster function from texts to ids, and the strings that they may treat
-differently. Outputs: for any text, whether everything in it was compared and is equal.
+differently. Outputs: for any text, an answer to whether all of it was compared and is equal.
 
 Design notes:
 - A sample of the input proves nothing about the rest. The possible differences are finite: the
@@ -72,7 +72,7 @@ def _by_text(ids: Ids, lengths: Lengths) -> list[Ids]:
 
 
 class Equality:
-    """Which characters and strings two tokenizers treat in the same way.
+    """The characters and strings that two tokenizers treat in the same way.
 
     Args:
         words: the pair, with ids that show how texts are normalized and split into words.

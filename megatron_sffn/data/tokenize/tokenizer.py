@@ -95,7 +95,7 @@ def load_tokenizer(args: argparse.Namespace, *, need_eod: bool = False) -> Token
 
 
 def difference_from_file(tokenizer: Tokenizer, model: str | None) -> str | None:
-    """How the ids of a tokenizer differ from those of its `tokenizer.json`.
+    """Find a difference between the ids of a tokenizer and those of its `tokenizer.json`.
 
     Some classes of transformers 5 take only vocabulary and merges from the file, and build their
     own normalizer, pre-tokenizer and post-processor, whatever the file has.

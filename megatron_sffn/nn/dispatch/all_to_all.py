@@ -169,7 +169,7 @@ def _row_exchanges(
         row_to_token: `_PermutedPairs.row_to_token`.
         counts: the exchanged counts.
         tokens_per_chunk: number of this rank's tokens in each chunk.
-        group: of the ranks.
+        group: process group of the ranks.
     """
     # Rows lie rank after rank and, for each rank, chunk after chunk.
     splits = [count for by_chunk in counts.rows_sent for count in by_chunk]

@@ -17,7 +17,7 @@ class PairExchange:
     """The all-to-all of the pairs of one call.
 
     Args:
-        group: of the ranks.
+        group: process group of the ranks.
         order: `[sum(send_splits)]` int32, the index in `[P, etp_size]` of each sent pair. Pairs lie
             rank after rank and, for each rank, chunk after chunk.
         etp_size: number of ranks that each pair goes to.

@@ -53,7 +53,7 @@ class RowExchange(Protocol):
         """Send rows `[T, C]`; the collective receives rows `[R, C]`."""
 
     def start_combine(self, rows_RC: Tensor) -> AsyncCollective:
-        """Send rows `[R, C]` back; `sum_per_token` adds up what the collective receives."""
+        """Send rows `[R, C]` back; `sum_per_token` adds up the rows that arrive."""
 
     def sum_per_token(self, returned: Tensor) -> Tensor:
         """Add up the returned rows of each token, to `[T, C]`."""
@@ -64,7 +64,7 @@ class AllToAllRows:
     """Send each row only to the ranks that need it (`alltoall`).
 
     Args:
-        group: of the ranks.
+        group: process group of the ranks.
         num_tokens: T.
         row_to_token: `[sum(send_splits)]` int32, the token of each sent row, rank after rank.
         send_splits: number of rows sent to each rank.
@@ -115,7 +115,7 @@ class AllGatherRows:
     """Send every row to every rank (`allgather`); all ranks have the same number of rows.
 
     Args:
-        group: of the ranks.
+        group: process group of the ranks.
     """
 
     group: Any
@@ -153,7 +153,7 @@ def start_all_to_all(
 
     Args:
         rows: `[sum(send_splits), ...]`.
-        group: of the ranks.
+        group: process group of the ranks.
         send_splits: number of rows for each rank; None for equal splits, sent and received.
         recv_splits: number of rows from each rank; None with `send_splits`.
     """

@@ -135,7 +135,7 @@ class AvgKRouter(ScoredRouter):
 
     @override
     def post_route(self, x: Tensor, routing: Routing) -> Routing:
-        # Not in a forward pass that will be recomputed: each microbatch is observed once.
+        # A forward pass that will be recomputed is skipped, so that a microbatch is observed once.
         if self.training and torch.is_grad_enabled():
             self.descriptor.observe(x, routing.block_ids)
         return routing

@@ -53,7 +53,7 @@ class Router(torch.nn.Module):
     """Base of all routers.
 
     Args:
-        config: of the model; its `sffn` holds the layer's numbers.
+        config: config of the model; its `sffn` holds the layer's numbers.
         pg_collection: Megatron's process groups; `tp_ep`, `ep` and `expt_tp` say where blocks are.
         is_mtp_layer: part of Megatron's router interface; not used.
     """

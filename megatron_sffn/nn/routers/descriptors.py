@@ -203,7 +203,7 @@ class MovingAverage(Mean):
     def observe(self, x: Tensor, block_ids: Tensor) -> None:
         num_blocks = len(self.counts)
         ids, order = block_ids.flatten().sort(stable=True)
-        # Where the tokens of each block begin; the empty slots (id -1) come first.
+        # Offsets of the tokens of each block; the empty slots (id -1) come first.
         bag_ids = torch.arange(-1, num_blocks + 1, device=ids.device)
         offsets = torch.searchsorted(ids, bag_ids)
         # Tokens of a block are added in a fixed order, unlike with atomic additions.

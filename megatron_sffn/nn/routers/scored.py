@@ -168,10 +168,10 @@ class ScoredConfig(RouterConfig):
         return SavedBytes(bytes=bytes_, tokens=scores.tokens)
 
     def saved_by_scores(self, call: LayerCall) -> SavedBytes:
-        """What the method keeps of its own score where scores are differentiated.
+        """Bytes that the method keeps for its score if scores are differentiated.
 
         Raises:
-            NotImplementedError: if the method does not say.
+            NotImplementedError: if the method has no formula.
         """
         raise NotImplementedError(f"{type(self).__name__} has no formula for saved_by_scores")
 
@@ -299,7 +299,7 @@ class ScoredRouter(Router):
             group_topk = self.config.moe_router_group_topk
             allowed = in_best_groups(selection, active, num_groups, group_topk, self.topk)
             selection = selection.masked_fill(~allowed, -torch.inf)
-            # Where too few blocks are left, top-K takes unavailable ones, from any group.
+            # If too few blocks are left, top-K takes unavailable ones, from any group.
             unavailable = None if unavailable is None else unavailable | ~allowed
         ids = self.topk(selection, active)
         return ids, None if unavailable is None else unavailable.gather(1, ids)

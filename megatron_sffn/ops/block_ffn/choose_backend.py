@@ -201,7 +201,7 @@ def choose(shape: Shape, tensor: Tensor) -> tuple[str, str]:
 
 
 def choose_on_hopper(shape: Shape, dtype: torch.dtype) -> str:
-    """What `choose` would return on a GPU of capability 9.0, for estimates made without one."""
+    """The result of `choose` on a GPU of capability 9.0, for estimates on other machines."""
     if not shape.key_width:
         return "bags"
     fits = dtype is torch.bfloat16 and grouped.refusal_of_widths(_widths(shape)) is None

@@ -115,7 +115,7 @@ def choose(product: str, dtype: torch.dtype, pairs: Sorted, num_rows: int, cells
 
     Args:
         product: a key of `SECONDS_PER_BYTE`.
-        dtype: of the table.
+        dtype: dtype of the table.
         pairs: sorted by block.
         num_rows: R.
         cells: N, cells per block.

@@ -104,7 +104,7 @@ def terms(matrix: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor | flo
     """Split a matrix in half-precision terms: the matrix is the sum of term · factor.
 
     Args:
-        matrix: of `dtype`, which gives one term, or of fp32, which gives two.
+        matrix: matrix of `dtype`, which gives one term, or of fp32, which gives two.
         dtype: bf16, whose factors are all 1, or fp16.
 
     Returns:
