@@ -62,9 +62,9 @@ def coactivation(blocks: Ints, block_ids: Ints, num_blocks: int) -> Floats:
         `[n, n]`: tokens with both blocks, divided by the tokens that independent blocks of the same
         load would share; 1 is chance, the diagonal is NaN.
     """
-    has = members(blocks, block_ids, num_blocks).astype(numpy.float32)
-    load = has.sum(axis=0, dtype=numpy.float64)
-    ratio = (has.T @ has).astype(numpy.float64) * len(blocks) / numpy.outer(load, load)
+    is_member = members(blocks, block_ids, num_blocks).astype(numpy.float32)
+    load = is_member.sum(axis=0, dtype=numpy.float64)
+    ratio = (is_member.T @ is_member).astype(numpy.float64) * len(blocks) / numpy.outer(load, load)
     numpy.fill_diagonal(ratio, numpy.nan)
     return ratio
 

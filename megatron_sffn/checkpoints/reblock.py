@@ -299,8 +299,8 @@ class _Rules:
             )
 
 
-def _unknown(key: str, why: str) -> str:
-    return f"tensor {key} {why}; nothing was written, since it could not be cut without a guess"
+def _unknown(key: str, reason: str) -> str:
+    return f"tensor {key} {reason}; nothing was written, since it could not be cut without a guess"
 
 
 def _times(factor: Fraction) -> str:

@@ -121,10 +121,10 @@ class Saves:
 def _save_failed(folder: Path, needed: int, problem: str) -> str:
     """The error message of a save that did not happen."""
     last = last_whole(folder.parent)
-    kept = "no iteration is there" if last is None else f"iteration {last} is the last one there"
+    saved = "no iteration is there" if last is None else f"iteration {last} is the last one there"
     return (
         f"checkpoint {folder} needs {amount(needed)}, but --save {folder.parent} {problem}; "
-        f"{kept}: make room, and give the same command with --load to go on from it"
+        f"{saved}: make room, and give the same command with --load to go on from it"
     )
 
 

@@ -295,8 +295,8 @@ def triton(name: str, on_gpu: bool = True) -> Finding:
     except ProbeError as error:
         remedy = "install gcc, with which Triton builds its launcher, and check TRITON_CACHE_DIR"
         return wrong(name, f"{version_of('triton')}, {error}", remedy)
-    how = "on the GPU" if compiled else "in the interpreter"
-    return ok(name, f"{answer['version']}, a kernel ran {how}")
+    device = "on the GPU" if compiled else "in the interpreter"
+    return ok(name, f"{answer['version']}, a kernel ran {device}")
 
 
 def kernels(name: str) -> Finding:
@@ -316,9 +316,9 @@ def kernels(name: str) -> Finding:
         return wrong(name, f"{compiler_name}; {error}", remedy)
     if not answer["loaded"]:
         return wrong(name, answer["message"].split(";")[0], remedy)
-    how = "built now" if answer["built"] else "cached"
+    origin = "built now" if answer["built"] else "cached"
     return ok(
-        name, f"{answer['message'].replace('using C++ kernels', 'C++')}, {how}; {compiler_name}"
+        name, f"{answer['message'].replace('using C++ kernels', 'C++')}, {origin}; {compiler_name}"
     )
 
 

@@ -106,9 +106,9 @@ def visit_probability(sffn: SparseFFNConfig, layout: ParallelLayout) -> float:
     allowed = group_topk * (blocks // groups)
     # In integers: C(65536, 4096) has 6,600 digits, and Python still rounds the quotient correctly.
     missed = sum(
-        ranks * choices * math.comb(allowed - own, active)
-        for held, ranks in _ranks_by_held_blocks(blocks, layout.ep, groups).items()
-        for own, choices in _choices_by_own_blocks(held, groups, group_topk).items()
+        ranks * choices * math.comb(allowed - own_blocks, active)
+        for held_blocks, ranks in _ranks_by_held_blocks(blocks, layout.ep, groups).items()
+        for own_blocks, choices in _choices_by_own_blocks(held_blocks, groups, group_topk).items()
     )
     all_choices = math.comb(groups, group_topk) * math.comb(allowed, active)
     return 1 - missed / (layout.ep * all_choices)

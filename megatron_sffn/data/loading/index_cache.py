@@ -196,8 +196,8 @@ def complete(
     missing = [index_set for index_set in sets if not index_set.is_complete()]
     threads = request.config.num_dataset_builder_threads
     with _without_save_warnings(), ThreadPoolExecutor(threads) as pool:
-        for written, index_set in enumerate(pool.map(_write, missing), 1):
-            report(written, len(missing), index_set)
+        for num_written, index_set in enumerate(pool.map(_write, missing), 1):
+            report(num_written, len(missing), index_set)
     return len(sets), len(missing)
 
 

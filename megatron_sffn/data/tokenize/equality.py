@@ -127,8 +127,8 @@ class Equality:
     def _are_equal(self, contents: Sequence[bytes]) -> bool:
         """True if the characters beyond ASCII are treated equally; compares new characters."""
         # Most characters of most texts are ASCII, which are known to be equal.
-        rest = b"".join(content.translate(None, ASCII) for content in contents)
-        text = rest.decode("utf-8", "surrogatepass")
+        non_ascii = b"".join(content.translate(None, ASCII) for content in contents)
+        text = non_ascii.decode("utf-8", "surrogatepass")
         for start in range(0, len(text), SLICE):
             piece = text[start : start + SLICE].encode("utf-32-le", "surrogatepass")
             codes = numpy.frombuffer(piece, numpy.uint32)
@@ -175,18 +175,20 @@ def differing_strings(tokens: Pair, strings: Sequence[str]) -> list[str]:
     for string in strings:
         forms = dict.fromkeys((string, unicodedata.normalize("NFD", string)))
         for form in forms:
-            once = f"{form}a{form}b {form} c{spaces}{form}{spaces}\n{form}1{form}{form}.{form}"
-            texts[f"a{once}"] = texts[once] = texts[form] = string
+            in_context = (
+                f"{form}a{form}b {form} c{spaces}{form}{spaces}\n{form}1{form}{form}.{form}"
+            )
+            texts[f"a{in_context}"] = texts[in_context] = texts[form] = string
     different = sorted({texts[text] for text in tokens.differing(list(texts))})
-    rest = [string for string in strings if string not in set(different)]
-    if rest:
-        # Tokens that overlap or are adjacent.
+    equal_strings = [string for string in strings if string not in set(different)]
+    if equal_strings:
+        # Compare tokens that overlap or are adjacent.
         random = Random(0)
         mixed = []
-        for _ in range(min(2 * len(rest), 2000)):
-            several = random.choices(rest, k=4)
-            several[1] = several[1][: random.randrange(len(several[1]) + 1)]
-            mixed.append("".join(several))
+        for _ in range(min(2 * len(equal_strings), 2000)):
+            tokens_in_row = random.choices(equal_strings, k=4)
+            tokens_in_row[1] = tokens_in_row[1][: random.randrange(len(tokens_in_row[1]) + 1)]
+            mixed.append("".join(tokens_in_row))
         for text in tokens.differing(mixed):
             raise UnusableError(f"differs where added tokens meet, as in {text[:60]!a}")
     return different
@@ -204,8 +206,10 @@ def _contexts(char: str, *, normalizes: bool) -> str:
 
     With `normalizes` they also depend on its order among combining marks, and on its compositions.
     """
-    around = "".join(f"{other}{char}{other}" for other in ("a", " A", " 1", " .", "\n", "\u00a0"))
-    text = f"{char}{around} '{char}s {char}'s {char}{char} {char} \r{char}\t{char}"
+    between_neighbours = "".join(
+        f"{neighbour}{char}{neighbour}" for neighbour in ("a", " A", " 1", " .", "\n", "\u00a0")
+    )
+    text = f"{char}{between_neighbours} '{char}s {char}'s {char}{char} {char} \r{char}\t{char}"
     if normalizes:
         bases = "".join(f"{base}{char} " for base in _bases()[char])
         marks = f"a\u0345{char}\u0334{char}\u0316\u0301{char}\u0327 \u1100{char}\uac00{char}"

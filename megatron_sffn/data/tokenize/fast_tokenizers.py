@@ -114,8 +114,8 @@ def _exceptions(engine: Engine) -> list[str]:
     if not isinstance(engine, GigatokenEngine) or not (strings := engine.doubtful_strings):
         return []
     shown = ", ".join(ascii(string[:20]) for string in strings[:SHOWN_STRINGS])
-    more = f" or {len(strings) - SHOWN_STRINGS} more" if len(strings) > SHOWN_STRINGS else ""
-    return [f"texts with {shown}{more} go to Megatron's tokenizer"]
+    omitted = f" or {len(strings) - SHOWN_STRINGS} more" if len(strings) > SHOWN_STRINGS else ""
+    return [f"texts with {shown}{omitted} go to Megatron's tokenizer"]
 
 
 def _added_tokens(tokenizer: Tokenizer) -> list[str]:

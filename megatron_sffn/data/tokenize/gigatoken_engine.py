@@ -157,8 +157,10 @@ def _pre_tokenizers(content: dict[str, Any]) -> Pair:
     from gigatoken import Tokenizer as Gigatoken
     from tokenizers import Tokenizer as Backend
 
-    none = dict.fromkeys(("post_processor", "truncation", "padding"))
-    text = json.dumps({**content, **none, "added_tokens": [], "model": _split_showing_model()})
+    removed_sections = dict.fromkeys(("post_processor", "truncation", "padding"))
+    text = json.dumps(
+        {**content, **removed_sections, "added_tokens": [], "model": _split_showing_model()}
+    )
     backend = Backend.from_str(text)
 
     def trusted(texts: Sequence[str]) -> tuple[Ids, Lengths]:
@@ -171,9 +173,16 @@ def _pre_tokenizers(content: dict[str, Any]) -> Pair:
 def _split_showing_model() -> dict[str, Any]:
     """A byte-level BPE that merges every pair of bytes between which a split is possible."""
     letters = _letters_of_bytes()
-    first, last = range(0xC2, 0xF5), range(0x80, 0xC0)
-    sides = ((NEIGHBOURS, first), (last, NEIGHBOURS), (last, first), (NEIGHBOURS, NEIGHBOURS))
-    pairs = [(letters[left], letters[right]) for side in sides for left, right in product(*side)]
+    lead_bytes, continuation_bytes = range(0xC2, 0xF5), range(0x80, 0xC0)
+    neighbour_sets = (
+        (NEIGHBOURS, lead_bytes),
+        (continuation_bytes, NEIGHBOURS),
+        (continuation_bytes, lead_bytes),
+        (NEIGHBOURS, NEIGHBOURS),
+    )
+    pairs = [
+        (letters[left], letters[right]) for sets in neighbour_sets for left, right in product(*sets)
+    ]
     vocabulary = dict.fromkeys([*letters, *("".join(pair) for pair in pairs)])
     return {
         "type": "BPE",
@@ -192,8 +201,8 @@ def _split_showing_model() -> dict[str, Any]:
 def _letters_of_bytes() -> list[str]:
     """GPT-2's letter for each byte: the byte itself where it is printable."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    replacements = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(replacements)) for byte in range(256)]
 
 
 def _sentence_piece_strings(tokenizer: Tokenizer, tokens: Pair) -> set[str]:

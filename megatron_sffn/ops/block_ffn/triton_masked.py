@@ -78,7 +78,7 @@ def to_pairs(rows: Tensor, table: Tensor, pairs: Sorted) -> Tensor:
         x=rows,
         table=table,
         result=result,
-        **_where(pairs, num_rows, cells, block_c),
+        **_index_arguments(pairs, num_rows, cells, block_c),
         D=width,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
@@ -103,7 +103,7 @@ def to_rows(coefficients: Tensor, table: Tensor, pairs: Sorted, num_rows: int) -
         coefficients=coefficients,
         table=table,
         result=result,
-        **_where(pairs, num_rows, cells, block_c),
+        **_index_arguments(pairs, num_rows, cells, block_c),
         D=width,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
@@ -130,7 +130,7 @@ def to_table(
         coefficients=coefficients,
         x=rows,
         result=result,
-        **_where(pairs, num_rows, cells, block_c),
+        **_index_arguments(pairs, num_rows, cells, block_c),
         D=width,
         ADD=into is not None,
         BLOCK_R=tiles.inner,
@@ -145,7 +145,7 @@ def _tiles(tensor: Tensor, kind: str, cells: int) -> Tiles:
     return triton_tiles.choose(TILES, tensor, kind if cells % SHORT == 0 else f"{kind}, short runs")
 
 
-def _where(pairs: Sorted, num_rows: int, cells: int, block_c: int) -> dict[str, Any]:
+def _index_arguments(pairs: Sorted, num_rows: int, cells: int, block_c: int) -> dict[str, Any]:
     """The kernels' arguments for the index.
 
     Args:
