@@ -66,7 +66,7 @@ CASES = {
 }
 
 
-def rehearse(case: Case, backend: str, dtype: torch.dtype, on: str) -> None:
+def check_case(case: Case, backend: str, dtype: torch.dtype, on: str) -> None:
     """Forward and backward of a new layer; its results must have the right device and dtype."""
     fields = {"params_dtype": dtype, "moe_router_dtype": "fp32", "perform_initialization": False}
     fields |= dict(case.megatron)
@@ -114,7 +114,9 @@ def main() -> dict[str, str]:
     swiglu = Case(router="sigma-moe", swiglu=True, block_size=8)
     backend_plans = itertools.product([("swiglu", swiglu)], BACKENDS.items(), DEVICES)
     plans += [
-        (case, backend, dtype, on) for case, (backend, of), on in backend_plans for dtype in of
+        (case, backend, dtype, on)
+        for case, (backend, names), on in backend_plans
+        for dtype in names
     ]
     # Triton's products have two forms, and no form has all three products in the case before.
     coarse = Case(router="sigma-moe", swiglu=True, block_size=16, expansion=64)
@@ -129,7 +131,7 @@ def main() -> dict[str, str]:
         get_moe_metrics_tracker().clear()
         try:
             with mode:
-                rehearse(case, backend, DTYPES[dtype], on)
+                check_case(case, backend, DTYPES[dtype], on)
         except Exception as error:
             if "-v" in sys.argv:
                 traceback.print_exc()

@@ -89,18 +89,18 @@ def recorded(step: Callable[[], object]) -> dict[str, int]:
     waits = Waits()
     with played_gpu(), pytest.MonkeyPatch.context() as patch, _Operations(waits):
         for owner, name in COPIES:
-            patch.setattr(owner, name, _noting(waits, getattr(owner, name)))
+            patch.setattr(owner, name, _recording(waits, getattr(owner, name)))
         step()
     return dict(waits.counts)
 
 
-def _noting(waits: Waits, function: Callable[..., Any]) -> Callable[..., Any]:
+def _recording(waits: Waits, function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, which also records a wait."""
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
+    def recording(*args: Any, **kwargs: Any) -> Any:
         # A new tensor without a device stays on the host.
         if isinstance(args[0], torch.Tensor) or kwargs.get("device") is not None:
             waits.note()
         return function(*args, **kwargs)
 
-    return noting
+    return recording
