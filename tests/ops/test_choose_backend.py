@@ -1,4 +1,4 @@
-"""What `auto` chooses on a GPU, which these tests simulate by replacing `ops/device.py`."""
+"""The choice of `auto` on a GPU, which these tests simulate by replacing `ops/device.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 
 
 def shape(g: int, spread: float, *, tokens: int = 16384, width: int = 4096) -> Shape:
-    """T tokens with 4·D active cells each, of E times as many."""
+    """T tokens with 4·D active cells each, in a layer with `spread` times as many cells."""
     active = max(1, 4 * width // g)
     return Shape(
         rows=tokens,
@@ -76,10 +76,10 @@ def test_auto_for_values_without_keys_and_without_pairs_and_its_log_line(
 ) -> None:
     play_gpu(monkeypatch, capability=(8, 6), name="a GPU")
     tensor = torch.empty(0, dtype=HALF)
-    alone = Shape(rows=8, pairs=32, blocks=512, cells=1, width=64, key_width=0)
-    assert choose_backend.choose(alone, tensor)[0] == "bags"
-    nothing = Shape(rows=0, pairs=0, blocks=64, cells=64, width=64, key_width=64)
-    assert choose_backend.choose(nothing, tensor)[0] in ("masked", "torch")
+    only_values = Shape(rows=8, pairs=32, blocks=512, cells=1, width=64, key_width=0)
+    assert choose_backend.choose(only_values, tensor)[0] == "bags"
+    no_pairs = Shape(rows=0, pairs=0, blocks=64, cells=64, width=64, key_width=64)
+    assert choose_backend.choose(no_pairs, tensor)[0] in ("masked", "torch")
     monkeypatch.setattr(choose_backend, "_logged", set())
     with caplog.at_level(logging.INFO, logger="megatron_sffn"):
         for spread in (4, 5, 6):
