@@ -1,4 +1,4 @@
-"""Bytes of activations in closed form against those that torch keeps."""
+"""Bytes of activations in closed form equal the bytes that torch keeps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, bui
 from tests.accounting.saved import kept_bytes
 from tests.support.cuda_operators import CUDA_OPERATORS
 from tests.support.ranks import run_ranks
-from tests.support.waits import played_gpu
+from tests.support.waits import simulated_gpu
 
 # Megatron gives these warnings about its own calls.
 pytestmark = [
@@ -207,7 +207,7 @@ def test_scores_of_a_gpu_keep_half_precision_operands(
     layer = sparse(router, options, backend=Backend.MASKED)
     shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=layer)
     on_cpu = measured(shape, "gelu", True)
-    with played_gpu():
+    with simulated_gpu():
         on_gpu = measured(shape, "gelu", True)
     host, gpu = (
         saved_by_sparse_layer(

@@ -310,7 +310,7 @@ def test_sparse_layers_have_the_activation_of_the_flag(
 
 
 def test_relu_is_not_fused_with_the_bias_on_a_gpu_host(read: Read) -> None:
-    # Megatron refuses the fusion, which is on by default where there is CUDA.
+    # Megatron refuses the fusion, which is on by default on a machine with CUDA.
     args = read("--sffn-relu")
     args.bias_gelu_fusion = True
     assert transformer_config(args, sffn_config(args)).bias_activation_fusion is False
@@ -901,12 +901,12 @@ class Started:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Started]]:
-    """The commands, all running at once."""
+    """Start all commands at the same time."""
     launch = "torch.distributed.run --standalone --nproc-per-node 2 -m"
     world = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     running = {}
     for name, (*_, flags) in PROCESSES.items():
-        # Where there is CUDA, the local implementation is not the default.
+        # On a machine with CUDA the local implementation is not the default.
         command = f"megatron_sffn.pretrain {flags} --transformer-impl local"
         if name == "two ranks":
             command = f"{launch} {command}"

@@ -16,7 +16,7 @@ PP2 = "--pipeline-model-parallel-size 2"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 RUN = "--num-layers 4 --train-iters 3 --split 90,10,0 --log-interval 2 --save-interval 1000"
 # The second pipeline stage has both sparse layers, the first none. (The loss over the whole step
-# and that of entropy look at the microbatches of all ranks at once: they know the layout.)
+# and the entropy loss use the microbatches of all ranks at once, so they depend on the layout.)
 FLAGS = f"""
     {RUN} --sffn-router switch --sffn-layers 2,3 --moe-z-loss-coeff 0.001
     --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01

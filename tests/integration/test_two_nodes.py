@@ -34,7 +34,7 @@ WITH_PYTEST = ("setpriv", "--pdeathsig", "KILL")
 
 @pytest.fixture
 def nodes() -> Iterator[list[int]]:
-    """Two processes, each in a network namespace of its own, joined by a cable named `cable`.
+    """Two processes in their own network namespaces, joined by a cable named `cable`.
 
     The namespaces and the cable go with the last process in them.
     """

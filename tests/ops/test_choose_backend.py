@@ -16,7 +16,7 @@ from megatron_sffn.nn.config import (
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.ops.block_ffn import Pairs, choose_backend
 from megatron_sffn.ops.block_ffn.choose_backend import Shape
-from tests.support.played_gpu import play_gpu
+from tests.support.simulated_gpu import simulate_gpu
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 
@@ -66,7 +66,7 @@ def test_auto_chooses_the_backend_with_the_least_estimate(
     backend: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    play_gpu(monkeypatch, capability=capability, name="a GPU")
+    simulate_gpu(monkeypatch, capability=capability, name="a GPU")
     best, reason = choose_backend.choose(shape(g, spread), torch.empty(0, dtype=dtype))
     assert best == backend, (reason, choose_backend.estimates(shape(g, spread), dtype))
 
@@ -74,7 +74,7 @@ def test_auto_chooses_the_backend_with_the_least_estimate(
 def test_auto_for_values_without_keys_and_without_pairs_and_its_log_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    play_gpu(monkeypatch, capability=(8, 6), name="a GPU")
+    simulate_gpu(monkeypatch, capability=(8, 6), name="a GPU")
     tensor = torch.empty(0, dtype=HALF)
     only_values = Shape(rows=8, pairs=32, blocks=512, cells=1, width=64, key_width=0)
     assert choose_backend.choose(only_values, tensor)[0] == "bags"
@@ -94,7 +94,7 @@ def test_auto_is_estimated_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> Non
     ids = torch.arange(6, dtype=torch.int32)
     call = (x, *tables, Pairs(rows=ids, blocks=ids))
     assert choose_backend.resolve("auto", *call) == "auto"
-    play_gpu(monkeypatch)
+    simulate_gpu(monkeypatch)
     assert (
         choose_backend.resolve("auto", *call)
         == choose_backend.choose(

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_sffn.ops.scores import naive, op, scores
 from tests.support.cuda_operators import CUDA_OPERATORS
-from tests.support.played_gpu import play_gpu
+from tests.support.simulated_gpu import simulate_gpu
 
 T, B, D = 37, 19, 250
 HALF = [torch.bfloat16, torch.float16]
@@ -19,7 +19,7 @@ HALF = [torch.bfloat16, torch.float16]
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulate the arithmetic of a GPU on the CPU."""
     assert CUDA_OPERATORS
-    play_gpu(monkeypatch)
+    simulate_gpu(monkeypatch)
 
 
 def operands(x_dtype: torch.dtype, weight_dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_sffn.ops import Activation, block_ffn
 from megatron_sffn.ops.block_ffn import Pairs, bags, block_ffn_pairs, grouped, masked
 from megatron_sffn.utils.errors import ConfigError
-from tests.support.played_gpu import play_gpu
+from tests.support.simulated_gpu import simulate_gpu
 
 D, R = 24, 37
 BACKENDS = ("grouped", "masked", "bags", "torch")
@@ -157,7 +157,7 @@ def run_on_meta(backend: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("backend", ["grouped", "masked", "bags"])
 def test_the_host_never_waits_for_a_gpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    play_gpu(monkeypatch)
+    simulate_gpu(monkeypatch)
     assert all(tensor.grad.shape == tensor.shape for tensor in run_on_meta(backend))
     with pytest.raises(RuntimeError, match="meta"):  # the loop reads where blocks begin
         run_on_meta("torch")
@@ -172,7 +172,7 @@ def test_the_branches_for_a_gpu_compute_the_same(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The branches for a GPU, with the CPU's operators."""
-    play_gpu(monkeypatch)
+    simulate_gpu(monkeypatch)
     torch.manual_seed(0)
     pairs = load("skewed", 6)
     tensors = [torch.randn(R, D), torch.randn(6, 8, D) / 5, torch.randn(6, 8, D)]

@@ -1,4 +1,4 @@
-"""Megatron's MoE layer, its own class with its own router, dispatcher and experts, against ours.
+"""Our layer agrees with Megatron's MoE layer, with its own router, dispatcher and experts.
 
 Where our layer differs, by design:
 - `--sffn-gate sigmoid` is sigma-MoE's, whose scores do not compete: Megatron divides the sigmoids
@@ -36,7 +36,7 @@ SOFTMAX_FIRST = {"moe_router_pre_softmax": True}
 
 
 def megatron_layer(layer: Any, **fields: Any) -> MoELayer:
-    """Megatron's unmodified layer with the weights of ours.
+    """Megatron's unmodified layer with the weights of our layer.
 
     Args:
         layer: ours, with SwiGLU blocks.

@@ -44,7 +44,7 @@ def test_scores_do_not_compete_and_dropout_and_entropy_act_as_in_the_paper() -> 
     def authors(x: Tensor, keys: Tensor, values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logits = x @ weight.T
         scores = logits.sigmoid()
-        # An expert that is dropped for a token has a score of 0 there; the others keep theirs.
+        # An expert that is dropped for a token has a score of 0; other experts keep their scores.
         scores = scores * (torch.rand_like(scores) >= dropout)
         mean = logits.softmax(dim=1).mean(dim=0)
         loss = gamma * (mean * mean.log()).sum()

@@ -37,10 +37,10 @@ def simulate_cuda_machine() -> None:
     cpu.install()
     cpu.is_host = lambda: False  # before any module imports the name
 
-    from tests.support.played_gpu import play_gpu
+    from tests.support.simulated_gpu import simulate_gpu
 
     assert CUDA_OPERATORS
-    play_gpu(pytest.MonkeyPatch())
+    simulate_gpu(pytest.MonkeyPatch())
 
     import megatron.core.tokenizers.text
     import megatron.training  # noqa: F401  (seconds that no forked rank has to spend)

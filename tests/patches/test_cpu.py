@@ -249,7 +249,7 @@ def test_the_rng_tracker_has_streams_of_its_own() -> None:
     torch.rand(100)
     with tracker.fork():
         second = torch.rand(4)
-    # Its numbers follow each other, whatever is drawn outside. Seed: 1 + 2718 + TP rank.
+    # Draws outside the stream do not change its numbers. Seed: 1 + 2718 + TP rank.
     stream = torch.Generator().manual_seed(2719)
     assert torch.equal(first, torch.rand(4, generator=stream))
     assert torch.equal(second, torch.rand(4, generator=stream))

@@ -321,8 +321,8 @@ def join(results: list[dict[str, Any]]) -> Trained:
     return Trained(
         losses=results[0]["losses"],
         grad_norms=results[0]["grad_norms"],
-        grads=whole_tensors([part for result in results for part in result["grads"]]),
-        weights=whole_tensors([part for result in results for part in result["weights"]]),
+        grads=whole_tensors([shard for result in results for shard in result["grads"]]),
+        weights=whole_tensors([shard for result in results for shard in result["weights"]]),
         balance=balance,
     )
 

@@ -31,8 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_sffn.nn.layer import layer_class
 from megatron_sffn.nn.routers import s_base
-from tests.support.played_gpu import play_gpu
 from tests.support.router_cases import BATCH, SPARSE, VOCAB, Case, S, config_of
+from tests.support.simulated_gpu import simulate_gpu
 
 D = 16
 """Width of the layers; some backends need a multiple of 16."""
@@ -95,9 +95,9 @@ def check_case(case: Case, backend: str, dtype: torch.dtype, on: str) -> None:
 
 
 @contextlib.contextmanager
-def played_gpu() -> Iterator[None]:
+def simulated_gpu() -> Iterator[None]:
     """One rank, and the answers of an H100 wherever torch would ask the driver."""
-    play_gpu(pytest.MonkeyPatch(), is_gpu=lambda tensor: tensor.device.type != "cpu")
+    simulate_gpu(pytest.MonkeyPatch(), is_gpu=lambda tensor: tensor.device.type != "cpu")
     # The host reads the error every few iterations; stop before the first time.
     s_base.MAX_ITERATIONS = s_base.ITERATIONS_PER_CHECK - 1
     with tempfile.TemporaryDirectory() as folder:
@@ -140,6 +140,6 @@ def main() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    with played_gpu():
+    with simulated_gpu():
         failed = main()
     print(json.dumps(failed, indent=1))

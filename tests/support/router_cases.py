@@ -1,4 +1,4 @@
-"""Sparse layers in float64 with the same weights on any layout, and what they compute."""
+"""Sparse layers in float64 with the same weights on any layout, and their results."""
 
 from __future__ import annotations
 

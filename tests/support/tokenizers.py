@@ -148,11 +148,11 @@ KINDS: dict[str, Callable[[Path], Flags]] = {
 KINDS |= {"tiktoken": tiktoken, "null": null}
 
 
-def arguments(flags: Flags, **others: Any) -> argparse.Namespace:
+def arguments(flags: Flags, **changes: Any) -> argparse.Namespace:
     """Megatron's namespace with the tokenizer's flags."""
     parser = argparse.ArgumentParser()
     ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
-    return argparse.Namespace(**{**vars(parser.parse_args(flags)), **others})
+    return argparse.Namespace(**{**vars(parser.parse_args(flags)), **changes})
 
 
 def write_as_megatron(

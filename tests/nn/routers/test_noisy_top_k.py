@@ -79,9 +79,9 @@ def test_both_weights_learn(build) -> None:
     router = build(NoisyTopKConfig())
     router(x, keys).gates.square().sum().backward()
     assert all(weight.grad.abs().sum() > 0 for weight in router.parameters())
-    silent = build(NoisyTopKConfig(noise=0.0))
-    silent(x, keys).gates.square().sum().backward()
-    assert (silent.noise_weight.grad == 0).all()
+    without_noise = build(NoisyTopKConfig(noise=0.0))
+    without_noise(x, keys).gates.square().sum().backward()
+    assert (without_noise.noise_weight.grad == 0).all()
 
 
 def test_the_load_balancing_loss_has_the_coefficient_of_switch() -> None:

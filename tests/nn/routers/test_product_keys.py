@@ -216,13 +216,13 @@ def test_weights_start_with_their_documented_distributions(one_rank: None, name:
     layer = SparseFFN(config, layer_number=1)
     router, values = layer.router, layer.experts.values
     layers, cells = 2, 64**2
-    spread = {
+    stds = {
         "pkm": (1 / math.sqrt(32) / math.sqrt(3), D**-0.5, 0.02),
         "pkm-relu": (math.sqrt(2 / (layers * 64)), math.sqrt(2 / (layers * cells)), None),
         "pkm-ffn": (0.02, 0.02 / math.sqrt(2 * layers), 0.02),
     }[name]
-    query = spread[2] or math.sqrt(2 / (layers * D))
-    for weight, std in ((router.subkeys, spread[0]), (values, spread[1]), (router.query, query)):
+    query = stds[2] or math.sqrt(2 / (layers * D))
+    for weight, std in ((router.subkeys, stds[0]), (values, stds[1]), (router.query, query)):
         assert weight.std().item() == pytest.approx(std, abs=5 * std / math.sqrt(weight.numel()))
     if name == "pkm":
         bound = 1 / math.sqrt(32)

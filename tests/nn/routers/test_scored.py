@@ -156,11 +156,11 @@ def test_m3_survivors_are_not_rescaled(build) -> None:
     torch.testing.assert_close(routing.gates[survived], gates[survived], rtol=1e-10, atol=1e-12)
 
 
-def poisoned(name: str, value: float, where: str):
+def poisoned(name: str, value: float, source: str):
     """A layer and hidden states; one number of them or of the score's weights is wrong."""
     layer = built(name)
     hidden, ids, _ = router_cases.inputs()
-    if where == "tokens":
+    if source == "tokens":
         hidden[2, 1, 3] = value
     else:
         weights = [w for w in (*layer.router.parameters(), layer.experts.keys) if w is not None]
@@ -169,13 +169,13 @@ def poisoned(name: str, value: float, where: str):
     return layer, hidden, ids
 
 
-@pytest.mark.parametrize("where", ["tokens", "weights"])
+@pytest.mark.parametrize("source", ["tokens", "weights"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", [name for name in router_cases.SPARSE if name != "rand-hash"])
 def test_scores_that_are_nan_or_infinite_are_flagged(
-    one_rank: None, name: str, value: float, where: str
+    one_rank: None, name: str, value: float, source: str
 ) -> None:
-    layer, hidden, ids = poisoned(name, value, where)
+    layer, hidden, ids = poisoned(name, value, source)
     for mode in (True, False):
         layer.train(mode).router.score_flag.zero_()
         layer(hidden, padding_mask=ids)[0].sum().backward()

@@ -30,7 +30,7 @@ LOSSES: tuple[dict[str, Any], ...] = (
 )
 """No loss, two losses that differentiate scores, and a bias, which does not."""
 LEAST = 1e-9
-"""Gradients below are rounding: those of the grid are above 1e-6."""
+"""Smaller gradients are rounding errors: true gradients of the grid are above 1e-6."""
 
 
 def configurations(name: str) -> list[tuple[RouterConfig, dict[str, Any]]]:
