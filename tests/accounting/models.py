@@ -1,4 +1,4 @@
-"""Shapes of models to count, and Megatron's GPT built to a shape."""
+"""Shapes of models to count, and Megatron's GPT of a given shape."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ SINGLE_KEY = [name for name in SPARSE if not ROUTERS[name].test_numbers.gated_ac
 
 
 def sparse(router: str = "avg-k", options: dict[str, Any] | None = None, **numbers: Any) -> Any:
-    """A small sparse layer with numbers for which the router is defined, and with given numbers."""
+    """A small sparse layer; sizes that are not passed are sizes that the router accepts."""
     test_numbers = ROUTERS[router].test_numbers
-    usual = test_numbers.layer(active_cells=48, block_size=6, expansion=3)
+    defaults = test_numbers.layer(active_cells=48, block_size=6, expansion=3)
     return SparseFFNConfig(
         router=ROUTERS[router](**{**test_numbers.options, **(options or {})}),
-        **{"backend": Backend.CPU, **usual, **numbers},
+        **{"backend": Backend.CPU, **defaults, **numbers},
     )
 
 
@@ -89,9 +89,9 @@ def config_of(
     """Megatron's config of this shape, with its local modules.
 
     Args:
-        shape: of the model.
-        dtype: of everything.
-        megatron: other fields of its config.
+        shape: sizes of the model.
+        dtype: of weights and activations.
+        megatron: other fields of Megatron's config.
     """
     return SparseFFNTransformerConfig(
         **{

@@ -42,14 +42,14 @@ def kept_bytes(function: Callable[[], Any], parameters: Iterable[Tensor]) -> int
 
 def _derived(root: Any) -> Iterator[Tensor]:
     """The tensors in `Sorted.derived` of all nodes of a graph."""
-    waiting, seen = [root], {root}
-    while waiting:
-        node = waiting.pop()
+    pending, visited = [root], {root}
+    while pending:
+        node = pending.pop()
         for record in getattr(node, "derived", {}).values():
             yield from _tensors(record)
-        following = {parent for parent, _ in node.next_functions if parent is not None} - seen
-        seen |= following
-        waiting += following
+        parents = {parent for parent, _ in node.next_functions if parent is not None} - visited
+        visited |= parents
+        pending += parents
 
 
 def _tensors(record: Any) -> Iterator[Tensor]:

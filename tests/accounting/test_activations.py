@@ -1,4 +1,4 @@
-"""Bytes of activations in closed form against those that torch keeps."""
+"""Bytes of activations in closed form equal the bytes that torch keeps."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, bui
 from tests.accounting.saved import kept_bytes
 from tests.support.cuda_operators import CUDA_OPERATORS
 from tests.support.ranks import run_ranks
-from tests.support.waits import played_gpu
+from tests.support.waits import simulated_gpu
 
-# Megatron's own, of calls within Megatron.
+# Megatron gives these warnings about its own calls.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning:megatron"),
     pytest.mark.filterwarnings("ignore:.*tp_group is None:DeprecationWarning:megatron"),
@@ -46,25 +46,25 @@ def measured(shape: ModelShape, activation: str, half: bool, **megatron: Any) ->
     dtype = torch.bfloat16 if half else torch.float32
     megatron = {"activation_func": ACTIVATIONS[activation][0]} | megatron
     model = build(shape, dtype, **megatron)
-    arguments, named = batch(shape, SAMPLES)
+    arguments, kwargs = batch(shape, SAMPLES)
     masks = shape.seq_length**2  # the attention mask is an input
-    size = kept_bytes(lambda: model(*arguments, **named, labels=arguments[0]), model.parameters())
+    size = kept_bytes(lambda: model(*arguments, **kwargs, labels=arguments[0]), model.parameters())
     return size - masks
 
 
-def counted(
+def closed_form(
     shape: ModelShape, activation: str, half: bool, layout: ParallelLayout, **setup: Any
 ) -> float:
     """The bytes of `measured` in closed form."""
     setup = {"softmax_in_fp32": True, "rope_width": shape.kv_channels} | setup
-    kept = Activations(
+    sizes = Activations(
         shape,
         dataclasses.replace(layout, dtype=torch.bfloat16 if half else torch.float32),
         TrainingSetup(micro_batch_size=SAMPLES, activation=activation, **setup),
     )
-    dense = (shape.num_layers - shape.sparse_layers) * kept.layer(False)
-    blocks = shape.sparse_layers * kept.layer(True) if shape.sparse_layers else 0
-    return kept.embedding() + dense + blocks + kept.head()
+    dense_bytes = (shape.num_layers - shape.sparse_layers) * sizes.layer(False)
+    sparse_bytes = shape.sparse_layers * sizes.layer(True) if shape.sparse_layers else 0
+    return sizes.embedding() + dense_bytes + sparse_bytes + sizes.head()
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -78,7 +78,7 @@ def test_dense_models_keep_the_bytes_of_the_closed_form(
     activation = "swiglu" if shape.gated else "gelu"
     size = measured(shape, activation, half, hidden_dropout=dropout, attention_dropout=dropout)
     rotated = 0 if shape.learned_positions else shape.kv_channels
-    assert size == counted(
+    assert size == closed_form(
         shape,
         activation,
         half,
@@ -105,7 +105,7 @@ def test_routers_keep_the_bytes_of_the_closed_form(
     gated = ACTIVATIONS[activation][1]
     shape = dataclasses.replace(SMALL, gated=gated, sparse_layers=4, sffn=sparse(router))
     size = measured(shape, activation, half)
-    assert size == counted(shape, activation, half, ParallelLayout())
+    assert size == closed_form(shape, activation, half, ParallelLayout())
 
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -136,9 +136,9 @@ def test_ablations_of_routers_keep_the_bytes_of_the_closed_form(
 ) -> None:
     shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=sparse(router, options))
     size = measured(shape, "gelu", half)
-    # A moving average keeps a bool per block until each of them has started.
-    left_out = 4 * 24 if options.get("descriptor") == "ema" else 0
-    assert size - left_out == counted(shape, "gelu", half, ParallelLayout())
+    # A moving average keeps a bool per block until the averages of all blocks have started.
+    started_flags = 4 * 24 if options.get("descriptor") == "ema" else 0
+    assert size - started_flags == closed_form(shape, "gelu", half, ParallelLayout())
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 48])
@@ -164,7 +164,7 @@ def test_block_sizes_shared_blocks_and_losses_keep_the_bytes_of_the_closed_form(
     if "z_loss" in losses:
         balance["moe_z_loss_coeff"] = 0.01
     size = measured(shape, "gelu", False, **balance)
-    assert size == counted(shape, "gelu", False, ParallelLayout(), losses=frozenset(losses))
+    assert size == closed_form(shape, "gelu", False, ParallelLayout(), losses=frozenset(losses))
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -183,11 +183,11 @@ def test_backends_keep_the_indices_that_they_derive_from_pairs(
     layer = sparse(router, backend=Backend(backend), **sizes)
     shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=layer)
     size = measured(shape, "gelu", half)
-    assert size == counted(shape, "gelu", half, ParallelLayout())
+    assert size == closed_form(shape, "gelu", half, ParallelLayout())
     # The C++ kernels derive nothing.
-    without = dataclasses.replace(shape, sffn=dataclasses.replace(layer, backend=Backend.CPU))
+    cpp_shape = dataclasses.replace(shape, sffn=dataclasses.replace(layer, backend=Backend.CPU))
     pairs = SAMPLES * shape.seq_length * layer.num_active_blocks
-    assert size - counted(without, "gelu", half, ParallelLayout()) >= 4 * 4 * pairs
+    assert size - closed_form(cpp_shape, "gelu", half, ParallelLayout()) >= 4 * 4 * pairs
 
 
 GPU_SCORES: list[tuple[str, dict[str, Any]]] = [
@@ -207,7 +207,7 @@ def test_scores_of_a_gpu_keep_half_precision_operands(
     layer = sparse(router, options, backend=Backend.MASKED)
     shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=layer)
     on_cpu = measured(shape, "gelu", True)
-    with played_gpu():
+    with simulated_gpu():
         on_gpu = measured(shape, "gelu", True)
     host, gpu = (
         saved_by_sparse_layer(
@@ -223,7 +223,7 @@ def test_scores_of_a_gpu_keep_half_precision_operands(
         )
         for cuda in (False, True)
     )
-    # All else is Megatron's, which has not noticed.
+    # Megatron's own modules do not see the simulated GPU.
     assert on_cpu - on_gpu == 4 * (host - gpu)
     assert (host > gpu) == (router != "switch")
 
@@ -243,12 +243,14 @@ def test_fewer_rows_arrive_under_group_limited_routing() -> None:
     free_rows, pairs = rows_and_pairs(call)
     rows, same_pairs = rows_and_pairs(limited)
     assert rows == pytest.approx(1200, rel=1e-3) and free_rows > 1590 and pairs == same_pairs
-    kept, kept_free = (saved_by_sparse_layer(one_call) for one_call in (limited, call))
+    limited_bytes, free_bytes = (
+        saved_by_sparse_layer(layer_call) for layer_call in (limited, call)
+    )
     # A row of 24 numbers, and the token behind it.
-    assert kept_free - kept == pytest.approx((free_rows - rows) * (24 * 4 + 4))
+    assert free_bytes - limited_bytes == pytest.approx((free_rows - rows) * (24 * 4 + 4))
 
 
-def test_auto_on_a_gpu_is_what_the_estimate_says() -> None:
+def test_auto_on_a_gpu_is_the_backend_with_the_least_estimate() -> None:
     sizes = {
         # block size, expansion, bf16
         "grouped": (512, 16, True),
@@ -295,7 +297,7 @@ EXCHANGED = [
 ]
 
 
-def on_ranks(shapes: list[ModelShape], layout: ParallelLayout, half: bool) -> list[int]:
+def measured_on_rank(shapes: list[ModelShape], layout: ParallelLayout, half: bool) -> list[int]:
     """Bytes that each of the models keeps on this rank."""
     warnings.simplefilter("ignore")
     torch.manual_seed(torch.distributed.get_rank())
@@ -327,7 +329,7 @@ def test_every_layout_keeps_the_bytes_of_the_closed_form(name: str, half: bool) 
     shapes = [dataclasses.replace(small, sparse_layers=4, sffn=layer) for layer in layers]
     ranks = run_ranks(
         layout.world_size,
-        on_ranks,
+        measured_on_rank,
         shapes,
         layout,
         half,
@@ -336,50 +338,50 @@ def test_every_layout_keeps_the_bytes_of_the_closed_form(name: str, half: bool) 
     for index, shape in enumerate(shapes):
         size = sum(rank[index] for rank in ranks) / layout.world_size
         # Routing is not quite uniform: some tokens miss a rank.
-        assert counted(shape, "gelu", half, layout) == pytest.approx(size, rel=2e-3), shape.sffn
+        assert closed_form(shape, "gelu", half, layout) == pytest.approx(size, rel=2e-3), shape.sffn
 
 
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
 RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
-    ({**FULL, "recompute_method": "uniform"}, lambda kept: 4 * kept.hidden_states()),
+    ({**FULL, "recompute_method": "uniform"}, lambda sizes: 4 * sizes.hidden_states()),
     (
         {**FULL, "recompute_method": "block"},
-        lambda kept: kept.hidden_states() + 2 * kept.layer(True) + kept.layer(False),
+        lambda sizes: sizes.hidden_states() + 2 * sizes.layer(True) + sizes.layer(False),
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-        lambda kept: (
-            2 * kept.layer(False)
+        lambda sizes: (
+            2 * sizes.layer(False)
             + 2
             * (
-                kept.attention()
-                + kept.attention_scores()
-                + kept.mlp_norm_and_dropout()
-                + kept.hidden_states()
+                sizes.attention()
+                + sizes.attention_scores()
+                + sizes.mlp_norm_and_dropout()
+                + sizes.hidden_states()
             )
         ),
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-        lambda kept: (
-            2 * kept.layer(True)
+        lambda sizes: (
+            2 * sizes.layer(True)
             + 2
             * (
-                kept.attention()
-                + kept.attention_scores()
-                + kept.mlp_norm_and_dropout()
-                + kept.hidden_states()
+                sizes.attention()
+                + sizes.attention_scores()
+                + sizes.mlp_norm_and_dropout()
+                + sizes.hidden_states()
             )
         ),
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        lambda kept: 2 * kept.layer(False) + 2 * kept.layer(True) - 4 * kept.attention_scores(),
+        lambda sizes: 2 * sizes.layer(False) + 2 * sizes.layer(True) - 4 * sizes.attention_scores(),
     ),
 ]
 
 
-# Megatron's, of fused attention, which is not here.
+# Megatron warns about fused attention, which is not installed.
 @pytest.mark.filterwarnings("ignore:If you are using transformer_engine:UserWarning:megatron")
 @pytest.mark.parametrize(("flags", "layers"), RECOMPUTED)
 def test_recomputation_keeps_the_bytes_of_the_closed_form(
@@ -388,9 +390,9 @@ def test_recomputation_keeps_the_bytes_of_the_closed_form(
     # Layers 1 and 3, from 0, are sparse.
     shape = dataclasses.replace(SMALL, sparse_layers=2, sffn=sparse("switch"))
     size = measured(shape, "gelu", False, **flags)
-    kept = Activations(
+    sizes = Activations(
         shape,
         ParallelLayout(),
         TrainingSetup(micro_batch_size=SAMPLES, rope_width=shape.kv_channels),
     )
-    assert layers(kept) + kept.embedding() + kept.head() == pytest.approx(size, rel=0.02)
+    assert layers(sizes) + sizes.embedding() + sizes.head() == pytest.approx(size, rel=0.02)

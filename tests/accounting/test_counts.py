@@ -19,7 +19,7 @@ from megatron_sffn.nn.routers.vanilla_m import KeyTableConfig
 from megatron_sffn.ops.block_ffn import cpu
 from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, paper, sparse
 
-# Megatron's own, of calls within Megatron.
+# Megatron gives these warnings about its own calls.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning:megatron"),
     pytest.mark.filterwarnings("ignore:.*tp_group is None:DeprecationWarning:megatron"),
@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 
-def training(shape: ModelShape) -> float:
+def training_zflops(shape: ModelShape) -> float:
     """ZFLOPs of the paper's 60 B tokens, with activation recomputation."""
     return 60e9 * accounting.training_flops_per_token(shape, recompute=True) / 1e21
 
@@ -45,28 +45,30 @@ PAPER_TABLE = [
 
 @pytest.mark.parametrize(("block_size", "gate", "total", "percent"), PAPER_TABLE)
 @pytest.mark.parametrize("router", ["avg-k", "switch"])
-def test_the_papers_table_of_block_sizes(
+def test_every_block_size_has_the_flops_of_the_papers_table(
     router: str, block_size: int, gate: int, total: str, percent: str
 ) -> None:
     shape = paper(router, block_size)
-    over = 100 * (training(shape) / training(accounting.dense_equivalent(shape)) - 1)
+    overhead = 100 * (
+        training_zflops(shape) / training_zflops(accounting.dense_equivalent(shape)) - 1
+    )
     assert accounting.flops_per_token(shape).router == 4 * gate
-    assert f"{training(shape):.4f}" == total
-    assert f"{over:.{len(percent.partition('.')[2])}f}" == percent
+    assert f"{training_zflops(shape):.4f}" == total
+    assert f"{overhead:.{len(percent.partition('.')[2])}f}" == percent
 
 
 @pytest.mark.parametrize(("expansion", "total"), [(16, "0.3326"), (4, "0.2360")])
 @pytest.mark.parametrize("block_size", [1, 256])
-def test_the_papers_flops_of_vanilla_m(block_size: int, expansion: int, total: str) -> None:
-    assert f"{training(paper('vanilla-m', block_size, expansion)):.4f}" == total
+def test_vanilla_m_has_the_flops_of_the_paper(block_size: int, expansion: int, total: str) -> None:
+    assert f"{training_zflops(paper('vanilla-m', block_size, expansion)):.4f}" == total
 
 
-def test_the_papers_formulas_of_low_rank_and_product_keys() -> None:
+def test_low_rank_and_product_keys_have_the_flops_of_the_papers_formulas() -> None:
     low_rank, width, cells = paper("lorkm", 1), 1024, 65_536
     formula = 2 * width * 128 + 2 * 128 * cells + 2 * width * 4096
     assert per_layer(low_rank) == formula
-    # One head of 256 numbers: both halves meet sqrt(M) sub-keys of 128 numbers. M = 65,536 has
-    # too few of them for k = 4096, so E is 4096 here.
+    # One head of 256 numbers: each half is multiplied with sqrt(M) sub-keys of 128 numbers.
+    # M = 65,536 has too few sub-keys for k = 4096, so E is 4096.
     keys = paper("pkm-ffn", 1, 4096)
     assert per_layer(keys) == 2 * width * 256 + 2 * 256 * 4096 + 2 * width * 4096
 
@@ -74,8 +76,8 @@ def test_the_papers_formulas_of_low_rank_and_product_keys() -> None:
 def per_layer(shape: ModelShape) -> int:
     """FLOPs of the feed-forward and the router of one sparse layer."""
     flops, dense = accounting.flops_per_token(shape), accounting.dense_equivalent(shape)
-    others = accounting.flops_per_token(dense).feed_forward * 20 // 24
-    return (flops.feed_forward - others + flops.router) // 4
+    other_layers = accounting.flops_per_token(dense).feed_forward * 20 // 24
+    return (flops.feed_forward - other_layers + flops.router) // 4
 
 
 def test_the_dense_model_has_the_flops_of_narayanans_formula() -> None:
@@ -83,7 +85,7 @@ def test_the_dense_model_has_the_flops_of_narayanans_formula() -> None:
     formula = 96 * 24 * h**2 * (1 + s / (6 * h) + v / (16 * 24 * h))
     assert accounting.training_flops_per_token(dense, recompute=True) == pytest.approx(formula)
     assert accounting.flops_per_token(dense).total == 24 * 24 * h**2 + 24 * 4 * s * h + 2 * h * v
-    assert f"{training(dense):.4f}" == "0.2118"
+    assert f"{training_zflops(dense):.4f}" == "0.2118"
 
 
 def test_a_hash_router_has_no_flops() -> None:
@@ -111,7 +113,7 @@ def test_block_compute_depends_on_neither_block_size_nor_expansion(
     assert block_compute == (25_165_824 if gated else 16_777_216)
 
 
-def test_shared_blocks_are_beside_the_memory_and_among_the_active() -> None:
+def test_shared_blocks_add_parameters_and_count_as_active() -> None:
     shape = paper("avg-k", 256)
     assert shape.sffn is not None
     shared = dataclasses.replace(shape, sffn=dataclasses.replace(shape.sffn, shared_blocks=3))
@@ -121,13 +123,13 @@ def test_shared_blocks_are_beside_the_memory_and_among_the_active() -> None:
     assert accounting.flops_per_token(shared) == accounting.flops_per_token(shape)
 
 
-def test_without_recomputation_training_is_three_forwards() -> None:
+def test_training_without_recomputation_costs_three_forward_passes() -> None:
     shape = paper()
     forward = accounting.flops_per_token(shape).total
     assert accounting.training_flops_per_token(shape, recompute=False) == 3 * forward
 
 
-BUILT: dict[str, dict[str, Any]] = {
+MODELS: dict[str, dict[str, Any]] = {
     **DENSE,
     "dense-predicts-2": {"predicted_tokens": 2, "tied_embeddings": False, "bias": False},
     "avg-k-every-2": {"sparse_layers": 2, "sffn": sparse(), "learned_positions": 20},
@@ -164,29 +166,31 @@ for router in SPARSE:
         for gated in (False,) if router in SINGLE_KEY else (False, True):
             name = f"{router}{'-swiglu' if gated else ''}{'-shared' if shared else ''}"
             layer = sparse(router, shared_blocks=shared)
-            BUILT[name] = {"sparse_layers": 2, "sffn": layer, "gated": gated}
+            MODELS[name] = {"sparse_layers": 2, "sffn": layer, "gated": gated}
 
-# Weights that the descriptor's einsum multiplies, once for all tokens.
-DESCRIBED = ["avg-k-learned-descriptor"]
+# The FLOPs of its descriptor are spent once for all tokens, so they are not counted per token.
+LEARNED_DESCRIPTOR = ["avg-k-learned-descriptor"]
 
 
-@pytest.mark.parametrize("name", BUILT)
-def test_parameters_are_those_of_the_built_model(name: str, one_rank: None) -> None:
-    shape = dataclasses.replace(SMALL, **BUILT[name])
+@pytest.mark.parametrize("name", MODELS)
+def test_counted_parameters_are_those_of_the_built_model(name: str, one_rank: None) -> None:
+    shape = dataclasses.replace(SMALL, **MODELS[name])
     count = accounting.count_parameters(shape)
     assert count.total == sum(parameter.numel() for parameter in build(shape).parameters())
 
 
-@pytest.mark.parametrize("name", BUILT)
-def test_active_parameters_leave_out_the_other_blocks(name: str) -> None:
-    shape = dataclasses.replace(SMALL, **BUILT[name])
+@pytest.mark.parametrize("name", MODELS)
+def test_active_parameters_leave_out_the_inactive_blocks(name: str) -> None:
+    shape = dataclasses.replace(SMALL, **MODELS[name])
     count, sffn = accounting.count_parameters(shape), shape.sffn
     if sffn is None:
         assert count.active == count.total
         return
-    others = (sffn.num_blocks - sffn.num_active_blocks) * sffn.block_size
+    inactive_cells = (sffn.num_blocks - sffn.num_active_blocks) * sffn.block_size
     keys = (2 if shape.gated else 1) * sffn.router.key_width(shape.hidden_size)
-    assert count.total - count.active == shape.sparse_layers * others * (keys + shape.hidden_size)
+    assert count.total - count.active == shape.sparse_layers * inactive_cells * (
+        keys + shape.hidden_size
+    )
 
 
 def recomputed_keys(shape: ModelShape) -> int:
@@ -199,34 +203,34 @@ def recomputed_keys(shape: ModelShape) -> int:
     return 2 * keys * sffn.chosen_cells * shape.sparse_layers
 
 
-@pytest.mark.parametrize("name", [name for name in BUILT if name not in DESCRIBED])
-def test_flops_are_those_of_the_built_model(name: str, one_rank: None) -> None:
-    shape = dataclasses.replace(SMALL, **BUILT[name])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in LEARNED_DESCRIPTOR])
+def test_counted_forward_flops_are_those_of_the_built_model(name: str, one_rank: None) -> None:
+    shape = dataclasses.replace(SMALL, **MODELS[name])
     # Without gradients: the counter's hooks trip over tensors that are sliced under no_grad.
     model = build(shape).eval().requires_grad_(False)
-    arguments, named = batch(shape)
-    # A counter knows only the operators that are there when it is made.
+    arguments, kwargs = batch(shape)
+    # A counter knows only the operators that exist when it is created.
     cpu.products(torch.float32, cells=1)
     with FlopCounterMode(display=False) as counter:
-        model(*arguments, **named)
+        model(*arguments, **kwargs)
     counts = {
         module: sum(flops.values()) / arguments[0].numel()
         for module, flops in counter.get_flop_counts().items()
     }
 
-    def of(suffix: str) -> float:
+    def flops_of(suffix: str) -> float:
         return sum(flops for module, flops in counts.items() if module.endswith(suffix))
 
     expected = accounting.flops_per_token(shape)
-    twice = recomputed_keys(shape)
-    assert of(".self_attention") == expected.attention
-    assert of(".router") == expected.router + twice
-    assert of(".mlp") + of(".eh_proj") - of(".router") == expected.feed_forward
-    assert of(".output_layer") == expected.logits
-    assert counts["Global"] == expected.total + twice
+    recomputed = recomputed_keys(shape)
+    assert flops_of(".self_attention") == expected.attention
+    assert flops_of(".router") == expected.router + recomputed
+    assert flops_of(".mlp") + flops_of(".eh_proj") - flops_of(".router") == expected.feed_forward
+    assert flops_of(".output_layer") == expected.logits
+    assert counts["Global"] == expected.total + recomputed
 
 
-def in_place(total: Any, left: Any, right: Any, out_shape: Any = None, **scales: Any) -> int:
+def addmm_flops(total: Any, left: Any, right: Any, out_shape: Any = None, **scales: Any) -> int:
     """FLOPs of `addmm_`, which the counter does not know, from shapes."""
     return 2 * left[0] * left[1] * right[1]
 
@@ -242,9 +246,9 @@ class _NoModules:
 
 
 @contextmanager
-def counted() -> Iterator[FlopCounterMode]:
-    """A counter of forward and backward pass, in-place products too."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+def flop_counter() -> Iterator[FlopCounterMode]:
+    """Count the FLOPs of the forward and backward pass, in-place products included."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
     counter.mod_tracker = _NoModules()
     with counter:
         yield counter
@@ -256,7 +260,7 @@ WITHOUT_GRADIENT = [name for name in SPARSE if not ROUTERS[name]().gated_output]
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("router", SPARSE)
-def test_training_flops_are_those_of_the_built_model(
+def test_counted_training_flops_are_those_of_the_built_model(
     router: str, recompute: bool, one_rank: None
 ) -> None:
     shape = dataclasses.replace(SMALL, sparse_layers=2, sffn=sparse(router))
@@ -266,18 +270,18 @@ def test_training_flops_are_those_of_the_built_model(
         "recompute_num_layers": 1,
     }
     model = build(shape, **(full if recompute else {}))
-    arguments, named = batch(shape)
-    with counted() as counter:
-        model(*arguments, **named, labels=arguments[0]).sum().backward()
+    arguments, kwargs = batch(shape)
+    with flop_counter() as counter:
+        model(*arguments, **kwargs, labels=arguments[0]).sum().backward()
     measured = counter.get_total_flops() / arguments[0].numel()
-    forward, twice, noise = accounting.flops_per_token(shape), recomputed_keys(shape), 0
+    forward, recomputed, noise = accounting.flops_per_token(shape), recomputed_keys(shape), 0
     if router == "noisy-top-k":
         noise = 2 * 2 * shape.hidden_size * shape.sffn.num_blocks
     convention = accounting.training_flops_per_token(shape, recompute=recompute)
     passes = 4 if recompute else 3
-    exact = convention + passes * (twice + noise)
+    exact = convention + passes * (recomputed + noise)
     if router in WITHOUT_GRADIENT:
-        scores = forward.router + twice
+        scores = forward.router + recomputed
         if router == "lorkm":
             # The projection has a gradient from the cells.
             scores -= 2 * 2 * shape.hidden_size * shape.sffn.router.rank

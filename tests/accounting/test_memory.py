@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state against those of built models; pipeline stages."""
+"""Counted bytes of weights, gradients and optimizer state equal those of built models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def layout_with_sp(**sizes: Any) -> ParallelLayout:
 
 
 LAYOUTS = {
-    "one": layout_with_sp(),
+    "one rank": layout_with_sp(),
     "EP2": layout_with_sp(world_size=2, ep=2),
     "DP4 EP2": layout_with_sp(world_size=4, ep=2),
     "TP2 folded EP2": layout_with_sp(world_size=2, tp=2, ep=2),
@@ -56,8 +56,8 @@ SHAPES: dict[str, ModelShape] = {
 }
 
 
-def held(shape: ModelShape, layout: ParallelLayout, distributed: bool) -> dict[str, Any]:
-    """This rank's parameters, and bytes of weights, gradients and optimizer, after a step."""
+def measured_memory(shape: ModelShape, layout: ParallelLayout, distributed: bool) -> dict[str, Any]:
+    """Parameters of this rank, and bytes of weights, gradients and optimizer state after a step."""
     warnings.simplefilter("ignore")
     config = config_of(
         shape,
@@ -102,7 +102,8 @@ def held(shape: ModelShape, layout: ParallelLayout, distributed: bool) -> dict[s
         "weights": sum(parameter.nbytes for parameter in weights),
         "gradients": sum(parameter.main_grad.nbytes for parameter in weights),
         "optimizer": sum(
-            state_bytes(one, layout.half_precision) for one in optimizer.chained_optimizers
+            state_bytes(inner_optimizer, layout.half_precision)
+            for inner_optimizer in optimizer.chained_optimizers
         ),
     }
 
@@ -117,15 +118,15 @@ def state_bytes(optimizer: Any, half: bool) -> int:
         if name.startswith("exp_avg")
     ]
     if half:
-        tensors += [one for group in inner.param_groups for one in group["params"]]
+        tensors += [weight for group in inner.param_groups for weight in group["params"]]
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def all_held(
+def measured_memories(
     shapes: list[ModelShape], layout: ParallelLayout, distributed: bool
 ) -> list[dict[str, Any]]:
-    """Call `held` for several models in one world."""
-    return [held(shape, layout, distributed) for shape in shapes]
+    """Call `measured_memory` for several models in one world."""
+    return [measured_memory(shape, layout, distributed) for shape in shapes]
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -139,7 +140,7 @@ def test_a_rank_holds_the_bytes_of_the_closed_form(
     setup = TrainingSetup(gradient_bytes=4, distributed_optimizer=distributed)
     ranks = run_ranks(
         layout.world_size,
-        all_held,
+        measured_memories,
         list(SHAPES.values()),
         layout,
         distributed,
@@ -163,7 +164,7 @@ def test_a_rank_holds_the_bytes_of_the_closed_form(
                 assert {rank["optimizer"] for rank in stage_ranks} == {memory.optimizer}
 
 
-def at(shape: ModelShape, layout: ParallelLayout, **setup: Any) -> list[RankMemory]:
+def memory_of_stages(shape: ModelShape, layout: ParallelLayout, **setup: Any) -> list[RankMemory]:
     """Memory of each stage."""
     training = TrainingSetup(**setup)
     return [
@@ -186,7 +187,7 @@ def test_stages_have_the_layers_that_megatron_gives_them() -> None:
     ]
 
 
-def test_microbatches_in_flight() -> None:
+def test_early_stages_and_interleaved_chunks_have_more_microbatches_in_flight() -> None:
     layout = ParallelLayout(world_size=4, pp=4)
     stages = pipeline_stages(layout, (False,) * 8)
     assert [microbatches_in_flight(layout, stage, 16) for stage in stages] == [4, 3, 2, 1]
@@ -205,39 +206,52 @@ def test_microbatches_in_flight() -> None:
 
 def test_recomputation_keeps_inputs_and_one_layer() -> None:
     shape, layout = SHAPES["avg-k"], ParallelLayout()
-    kept = Activations(shape, layout, TrainingSetup())
-    (whole,) = at(shape, layout)
-    layers = 3 * kept.layer(True) + kept.layer(False)
-    ends = kept.embedding() + kept.head()
-    assert whole.activations == ends + layers
-    largest = max(kept.layer(True), kept.layer(False))
-    (full,) = at(shape, layout, recompute="full")
-    assert full.activations == kept.embedding() + 4 * kept.hidden_states() + max(
-        largest, kept.head()
+    sizes = Activations(shape, layout, TrainingSetup())
+    (plain,) = memory_of_stages(shape, layout)
+    layers = 3 * sizes.layer(True) + sizes.layer(False)
+    ends = sizes.embedding() + sizes.head()
+    assert plain.activations == ends + layers
+    largest = max(sizes.layer(True), sizes.layer(False))
+    (full,) = memory_of_stages(shape, layout, recompute="full")
+    assert full.activations == sizes.embedding() + 4 * sizes.hidden_states() + max(
+        largest, sizes.head()
     )
-    (some,) = at(shape, layout, recompute="full", recompute_method="block", recompute_layers=2)
-    assert some.activations == kept.embedding() + 2 * kept.hidden_states() + 2 * kept.layer(
-        True
-    ) + max(largest, kept.head())
-    (scores,) = at(shape, layout, recompute="selective", recompute_modules=("core_attn",))
-    assert scores.activations == layers - 4 * kept.attention_scores() + ends
-    assert scores.attention_scores == 0 and whole.attention_scores == 4 * kept.attention_scores()
-    (blocks,) = at(shape, layout, recompute="selective", recompute_modules=("moe",))
-    assert whole.activations - blocks.activations == pytest.approx(
+    (two_layers,) = memory_of_stages(
+        shape, layout, recompute="full", recompute_method="block", recompute_layers=2
+    )
+    assert (
+        two_layers.activations
+        == sizes.embedding()
+        + 2 * sizes.hidden_states()
+        + 2 * sizes.layer(True)
+        + max(largest, sizes.head())
+    )
+    (without_scores,) = memory_of_stages(
+        shape, layout, recompute="selective", recompute_modules=("core_attn",)
+    )
+    assert without_scores.activations == layers - 4 * sizes.attention_scores() + ends
+    assert (
+        without_scores.attention_scores == 0
+        and plain.attention_scores == 4 * sizes.attention_scores()
+    )
+    (without_blocks,) = memory_of_stages(
+        shape, layout, recompute="selective", recompute_modules=("moe",)
+    )
+    assert plain.activations - without_blocks.activations == pytest.approx(
         3
         * (
-            kept.layer(True)
-            - kept.attention()
-            - kept.attention_scores()
-            - kept.mlp_norm_and_dropout()
+            sizes.layer(True)
+            - sizes.attention()
+            - sizes.attention_scores()
+            - sizes.mlp_norm_and_dropout()
         )
-        - 3 * kept.hidden_states()
+        - 3 * sizes.hidden_states()
     )
 
 
-def test_the_fullest_rank_is_that_of_the_largest_stage() -> None:
+def test_the_fullest_rank_is_on_the_largest_stage() -> None:
     shape, layout = SHAPES["lorkm"], ParallelLayout(world_size=2, pp=2)
-    first, last = at(shape, layout, num_microbatches=8)
+    first, last = memory_of_stages(shape, layout, num_microbatches=8)
     assert first.in_flight == 2 and last.in_flight == 1
     fullest = memory_per_rank(shape, PATTERN, layout, TrainingSetup(num_microbatches=8))
     assert fullest == max(first, last, key=lambda rank: rank.total)
@@ -248,12 +262,12 @@ def test_blocks_and_optimizer_are_sharded_over_thousands_of_ranks() -> None:
     pattern = sparse_pattern(shape, [int((i + 1) % 6 == 0) for i in range(24)])
     setup = TrainingSetup(distributed_optimizer=True, rope_width=64)
     layout = ParallelLayout(world_size=4096, ep=1024, dtype=torch.bfloat16)
-    one = memory_per_rank(shape, pattern, ParallelLayout(dtype=torch.bfloat16), setup)
-    many = memory_per_rank(shape, pattern, layout, setup)
+    one_rank = memory_per_rank(shape, pattern, ParallelLayout(dtype=torch.bfloat16), setup)
+    sharded = memory_per_rank(shape, pattern, layout, setup)
     # One block of 64 cells per layer instead of 1,024 blocks.
-    assert one.parameters - many.parameters == 4 * 1023 * 64 * 2 * 1024
-    cells, rest = 4 * 64 * 2 * 1024, many.parameters - 4 * 64 * 2 * 1024
-    assert many.optimizer == round(12 * (cells / 4 + rest / 4096))
+    assert one_rank.parameters - sharded.parameters == 4 * 1023 * 64 * 2 * 1024
+    cells, other_parameters = 4 * 64 * 2 * 1024, sharded.parameters - 4 * 64 * 2 * 1024
+    assert sharded.optimizer == round(12 * (cells / 4 + other_parameters / 4096))
 
 
 @pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
@@ -266,26 +280,26 @@ def test_routers_hold_the_tables_of_the_closed_form(
 ) -> None:
     shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=sparse(router, options))
     model = build(shape, padded_vocab_size=shape.padded_vocab_size)
-    arguments, named = batch(shape)
-    model(*arguments, **named)
+    arguments, kwargs = batch(shape)
+    model(*arguments, **kwargs)
     layers = list(sparse_layers(model))
     tables = [layer.router._table for layer in layers if router == "rand-hash"]
     buffers = [buffer for layer in layers for buffer in layer.router.buffers()]
-    # Without the scalars: every router has a flag for NaN.
+    # Scalars do not count: every router has one, a flag for NaN.
     size = sum(table.nbytes for table in (*tables, *buffers) if table.numel() > 1)
     (stage,) = pipeline_stages(ParallelLayout(), (True,) * 4)
     assert router_tables(shape, stage) == size
     assert (size > 0) == (router == "rand-hash" or bool(options))
-    without, with_tables = (
+    without_tables, with_tables = (
         memory_of_stage(model, stage, ParallelLayout(), TrainingSetup())
         for model in (dataclasses.replace(shape, sffn=sparse("avg-k")), shape)
     )
-    assert with_tables.state - without.state == size
+    assert with_tables.state - without_tables.state == size
 
 
-def test_a_table_that_is_too_large_is_not_made() -> None:
+def test_a_hash_table_that_is_too_large_is_not_built() -> None:
     layer = sparse("rand-hash")
-    fits = layer.router.held_bytes(layer, 24, LARGEST_TABLE // (2 * layer.num_active_blocks))
-    assert 0.99 * LARGEST_TABLE < fits <= LARGEST_TABLE
+    table_bytes = layer.router.held_bytes(layer, 24, LARGEST_TABLE // (2 * layer.num_active_blocks))
+    assert 0.99 * LARGEST_TABLE < table_bytes <= LARGEST_TABLE
     assert layer.router.held_bytes(layer, 24, LARGEST_TABLE) == 0
     assert layer.router.held_bytes(layer, 24, None) == 0

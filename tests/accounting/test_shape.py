@@ -1,4 +1,4 @@
-"""The sizes of a model, from Megatron's arguments."""
+"""A `ModelShape` has the sizes in Megatron's arguments."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:Deprecation
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "changes",
     [
         {"sparse_layers": 1},
         {"sffn": sparse()},
         {"sparse_layers": 5, "sffn": sparse()},
     ],
 )
-def test_sparse_layers_and_their_config_come_together(wrong: dict[str, Any]) -> None:
+def test_sparse_layers_and_their_config_come_together(changes: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
-        dataclasses.replace(SMALL, **wrong)
+        dataclasses.replace(SMALL, **changes)
 
 
 COMMAND = (
@@ -52,7 +52,7 @@ COMMAND = (
     ],
 )
 @pytest.mark.parametrize("layer", [None, sparse()])
-def test_the_shape_is_that_of_megatrons_arguments(
+def test_the_shape_has_the_sizes_of_megatrons_arguments(
     flags: str,
     changes: dict[str, Any],
     layer: SparseFFNConfig | None,

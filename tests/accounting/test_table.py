@@ -13,7 +13,7 @@ from megatron_sffn.nn.parallel_layout import ParallelLayout
 from tests.accounting.models import paper
 
 
-def test_the_table_of_a_run() -> None:
+def test_the_table_shows_parameters_flops_and_sent_bytes() -> None:
     shape = paper(block_size=64)
     assert (
         accounting.table(shape, ParallelLayout(ep=4, dtype=torch.bfloat16))
@@ -28,8 +28,10 @@ sparse feed-forward: avg-k, 64 of 1024 blocks of 64 cells (E = 16) in 4 of 24 la
     with Megatron's allgather           27.6 kB"""
     )
     baseline = dataclasses.replace(shape.sffn, backend=Backend.MEGATRON)
-    theirs = accounting.table(dataclasses.replace(shape, sffn=baseline), ParallelLayout(ep=4))
-    assert "sent" not in theirs and "Megatron's alltoall" in theirs
+    megatron_table = accounting.table(
+        dataclasses.replace(shape, sffn=baseline), ParallelLayout(ep=4)
+    )
+    assert "sent" not in megatron_table and "Megatron's alltoall" in megatron_table
     shared = accounting.table(
         dataclasses.replace(shape, sffn=dataclasses.replace(shape.sffn, shared_blocks=2))
     )
@@ -52,5 +54,5 @@ sparse feed-forward: avg-k, 64 of 1024 blocks of 64 cells (E = 16) in 4 of 24 la
     ("number", "text"),
     [(0, "0 "), (999, "999 "), (1000, "1.0 k"), (12_345_678, "12.3 M"), (2.5e15, "2500.0 T")],
 )
-def test_human_numbers(number: float, text: str) -> None:
+def test_numbers_have_one_decimal_and_a_prefix(number: float, text: str) -> None:
     assert accounting.human(number) == text

@@ -23,7 +23,7 @@ from benchmarks.gpu.sections import layers, train
 from benchmarks.gpu.supervisor import Command, environment
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.paths import ROOT
-from tests.support.played_gpu import play_gpu
+from tests.support.simulated_gpu import simulate_gpu
 
 FILES = {
     "results.json",
@@ -300,7 +300,7 @@ def test_the_watched_programs_start_every_kernel(monkeypatch: pytest.MonkeyPatch
     from benchmarks import triton_starts
     from benchmarks.gpu import small
 
-    play_gpu(monkeypatch)
+    simulate_gpu(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     started: list[triton_starts.Start] = []
     with triton_starts.handed_to(started.append):

@@ -33,7 +33,7 @@ from megatron_sffn.train.arguments import parse
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.pretraining import MODEL
 
-# Python 3.13 says it of Megatron's own flags.
+# Python 3.13 warns about Megatron's own flags.
 pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
 
 
@@ -79,7 +79,7 @@ def change_args(folder: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`check(load, flags, ranks)`: the look, by a run with these flags."""
+    """`check(load, flags, ranks)` checks the checkpoint for a run with these flags."""
 
     def run(load: Path | None, flags: str = "", ranks: int = 2, *, model: str = "") -> None:
         environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "RANK": "0", "WORLD_SIZE": str(ranks)}
@@ -89,16 +89,16 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         command += [] if load is None else ["--load", str(load)]
         monkeypatch.setattr(sys, "argv", ["pretrain", *command])
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Megatron's, on flags that it switches on or off
+            warnings.simplefilter("ignore")  # Megatron warns about flags that it switches
             args = parse(dict(cpu.HOST_FLAGS.values()))
         check_checkpoint(args, sffn_config(args))
 
     return run
 
 
-def refused(*parts: str) -> Any:
-    """`pytest.raises` for one sentence that holds these parts in this order."""
-    return pytest.raises(ConfigError, match="(?s)" + ".*".join(map(re.escape, parts)))
+def refused(*phrases: str) -> Any:
+    """`pytest.raises` for one sentence that holds these phrases in this order."""
+    return pytest.raises(ConfigError, match="(?s)" + ".*".join(map(re.escape, phrases)))
 
 
 # Which iteration
@@ -133,7 +133,7 @@ def test_an_iteration_without_a_checkpoint_is_refused(check, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "parts"),
+    ("text", "phrases"),
     [
         ("7", ("names iter_0000007, which is not there", "2, 4", "use --ckpt-step 4")),
         ("release", ("names release, which is not there", "use --ckpt-step 4")),
@@ -144,15 +144,15 @@ def test_an_iteration_without_a_checkpoint_is_refused(check, tmp_path: Path) -> 
     ],
 )
 def test_a_tracker_without_a_valid_iteration_is_refused(
-    check, load, text: str, parts: tuple[str, ...]
+    check, load, text: str, phrases: tuple[str, ...]
 ) -> None:
     folder = load()
     (folder / "latest_checkpointed_iteration.txt").write_bytes(text.encode("latin1"))
-    with refused(*parts):
+    with refused(*phrases):
         check(folder)
 
 
-def test_a_release_is_loaded_whatever_the_flag_says(check, load) -> None:
+def test_a_release_is_loaded_and_a_flag_for_another_iteration_is_refused(check, load) -> None:
     folder = load(use_distributed_optimizer=True)  # its optimizer's state is not loaded
     (folder / "iter_0000004").rename(folder / "release")
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
@@ -239,7 +239,7 @@ def test_other_formats_are_left_to_megatron(check, load) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "here", "there"),
+    ("flags", "run_flag", "saved_flag"),
     [
         ("--num-layers 4", "--num-layers 4", "--num-layers 2"),
         ("--hidden-size 64 --sffn-active-cells 128", "--hidden-size 64", "--hidden-size 32"),
@@ -283,10 +283,10 @@ def test_other_formats_are_left_to_megatron(check, load) -> None:
         ("--no-position-embedding", "--no-position-embedding", "no --no-position-embedding"),
     ],
 )
-def test_another_model_is_refused(check, load, flags: str, here: str, there: str) -> None:
+def test_another_model_is_refused(check, load, flags: str, run_flag: str, saved_flag: str) -> None:
     folder = load()
-    sentence = f"this run has {here}, but the checkpoint {folder}/iter_0000004 was saved with "
-    with refused(sentence + there, "use that, or load another checkpoint"):
+    sentence = f"this run has {run_flag}, but the checkpoint {folder}/iter_0000004 was saved with "
+    with refused(sentence + saved_flag, "use that, or load another checkpoint"):
         check(folder, flags, 1)
 
 
@@ -321,7 +321,7 @@ def test_another_model_is_refused(check, load, flags: str, here: str, there: str
         ),
     ],
 )
-def test_another_model_is_refused_whatever_was_saved(
+def test_another_model_is_refused_for_every_saved_router(
     check, load, changes: dict[str, Any], model: str, sentence: str
 ) -> None:
     with refused(sentence):
@@ -329,21 +329,21 @@ def test_another_model_is_refused_whatever_was_saved(
 
 
 @pytest.mark.parametrize(
-    ("flags", "ours", "theirs"),
+    ("flags", "run_flag", "saved_flag"),
     [
         ("--rotary-base 500", "--rotary-base 500", "--rotary-base 10000"),
         ("--rotary-percent 0.5", "--rotary-percent 0.5", "--rotary-percent 1.0"),
         ("--window-size 8,0", "--window-size 8,0", "no --window-size"),
     ],
 )
-def test_another_reach_of_attention_needs_finetune(check, load, flags, ours, theirs) -> None:
+def test_another_attention_span_needs_finetune(check, load, flags, run_flag, saved_flag) -> None:
     folder = load()
-    with refused(f"this run has {ours}, but the checkpoint was saved with {theirs}"):
+    with refused(f"this run has {run_flag}, but the checkpoint was saved with {saved_flag}"):
         check(folder, flags, 1)
     check(folder, f"{flags} --finetune", 1)
 
 
-def test_layers_may_be_written_another_way(check, load, capsys) -> None:
+def test_the_same_layers_in_another_notation_pass(check, load, capsys) -> None:
     check(load(), "--sffn-layers 0,1 --sffn-active-cells 128", 1)
     assert capsys.readouterr().out == ""
 
@@ -371,8 +371,8 @@ def test_another_layout_passes(check, load, capsys, ranks: int, layout: str) -> 
 def test_another_block_size_of_the_same_memory_prints_a_note(check, load, capsys) -> None:
     folder = load()
     check(folder, "--sffn-block-size 16")
-    remark = "block size 8 of the checkpoint -> 16: same memory, other blocks\n"
-    assert capsys.readouterr().out == remark
+    note = "block size 8 of the checkpoint -> 16: same memory, other blocks\n"
+    assert capsys.readouterr().out == note
     change_args(folder / "iter_0000004", sffn_router="rand-hash")
     check(folder, "--sffn-block-size 16 --sffn-router rand-hash")
     assert capsys.readouterr().out.endswith("; the hash draws them anew, so the loss jumps\n")
@@ -448,7 +448,7 @@ def test_a_flag_that_is_newer_than_the_checkpoint_has_its_default(check, load) -
         ),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_but_not_its_weights(
+def test_an_optimizer_state_that_does_not_fit_is_refused_but_not_the_weights(
     check, load, changes: dict[str, Any], flags: str, sentence: str
 ) -> None:
     folder = load(**changes)
@@ -469,7 +469,9 @@ def test_a_state_that_does_not_fit_is_refused_but_not_its_weights(
         ({"bf16": True}, "--fp16"),
     ],
 )
-def test_a_state_that_fits_passes(check, load, changes: dict[str, Any], flags: str) -> None:
+def test_an_optimizer_state_that_fits_passes(
+    check, load, changes: dict[str, Any], flags: str
+) -> None:
     check(load(**changes), flags, 4)
 
 
@@ -488,8 +490,8 @@ def test_another_schedule_needs_an_override_flag(check, load, flags: str, senten
     folder = load()
     with refused(sentence, "--override-opt-param-scheduler"):
         check(folder, flags)
-    for word in ("--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"):
-        check(folder, f"{flags} {word}")
+    for override in ("--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"):
+        check(folder, f"{flags} {override}")
 
 
 # The command
@@ -505,7 +507,7 @@ def test_the_command_refuses_before_anything_starts(pretrain, load, tmp_path: Pa
     assert not (tmp_path / "new").exists()
 
 
-def test_a_checkpoint_knows_its_command(load, text: str) -> None:
+def test_a_checkpoint_holds_the_command_of_its_run(load, text: str) -> None:
     args = args_in(read_common(load() / "iter_0000004"))
     assert args.sffn_command[:2] == ["--num-layers", "2"]
     assert text in args.sffn_command
@@ -523,11 +525,11 @@ def test_a_jump_of_the_learning_rate_prints_a_note(check, load, capsys) -> None:
 
 
 def test_random_numbers_of_each_rank_need_as_many_ranks(check, load) -> None:
-    own = "--data-parallel-random-init"
+    flag = "--data-parallel-random-init"
     folder = load(data_parallel_random_init=True, data_parallel_size=1)
     with refused("of which there are 2 here and 1 in the checkpoint; add --no-load-rng"):
-        check(folder, own, 2)
+        check(folder, flag, 2)
     with refused("this run has no --data-parallel-random-init, but"):
         check(folder, "", 1)
-    check(folder, own, 1)
-    check(folder, f"{own} --no-load-rng", 2)
+    check(folder, flag, 1)
+    check(folder, f"{flag} --no-load-rng", 2)

@@ -23,7 +23,7 @@ Arguments = Callable[..., Namespace]
 
 @pytest.fixture(autouse=True)
 def rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it Megatron's logging warns that it does not know the rank."""
+    """Set the rank: Megatron's logging warns if it does not know it."""
     monkeypatch.setenv("RANK", "0")
 
 
@@ -42,7 +42,7 @@ def change(path: str, edit: Callable[[bytes], bytes]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [numpy.uint8, numpy.uint16, numpy.int32, numpy.int64])
-def test_a_good_set_passes(write: Write, dtype: Any) -> None:
+def test_a_valid_data_set_passes(write: Write, dtype: Any) -> None:
     index = check_dataset(write("set", [0, 1, 99], [5], [6, 7], dtype=dtype), VOCAB)
     assert index.num_tokens == 6
 
@@ -76,7 +76,7 @@ def test_tokens_that_do_not_fit_the_index_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("edit", "what"),
+    ("edit", "problem"),
     [
         (lambda data: b"", "no index"),
         (lambda data: b"MMIDIDX", "no index"),
@@ -90,11 +90,13 @@ def test_tokens_that_do_not_fit_the_index_are_refused(
     ids=["empty", "head", "garbage", "version", "dtype", "tail", "body", "longer"],
 )
 def test_a_damaged_index_is_refused(
-    write: Write, edit: Callable[[bytes], bytes], what: str
+    write: Write, edit: Callable[[bytes], bytes], problem: str
 ) -> None:
     prefix = write()
     change(prefix + ".idx", edit)
-    with pytest.raises(ConfigError, match=rf"{prefix}\.idx is {what}; make .*preprocess_data\.py"):
+    with pytest.raises(
+        ConfigError, match=rf"{prefix}\.idx is {problem}; make .*preprocess_data\.py"
+    ):
         check_dataset(prefix, VOCAB)
 
 
@@ -105,15 +107,16 @@ def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("documents", "found"),
+    ("documents", "id_range"),
     [(([100, 1], [2, 3]), "1 to 100"), (([1, 2], [3, 100]), "1 to 100"), (([4, -1],), "-1 to 4")],
 )
 def test_ids_outside_the_vocabulary_are_refused(
-    write: Write, documents: tuple[list[int], ...], found: str
+    write: Write, documents: tuple[list[int], ...], id_range: str
 ) -> None:
     prefix = write("set", *documents, dtype=numpy.int32)
     with pytest.raises(
-        ConfigError, match=rf"{prefix} holds token ids {found}, .* 100 ids; use .*--tokenizer-model"
+        ConfigError,
+        match=rf"{prefix} holds token ids {id_range}, .* 100 ids; use .*--tokenizer-model",
     ):
         check_dataset(prefix, VOCAB)
 
@@ -130,7 +133,7 @@ def test_both_ends_of_a_large_data_set_are_checked(
 
 @pytest.fixture(scope="module")
 def validated() -> Namespace:
-    """Of a run on sequences of two tokens, without data yet."""
+    """The namespace of a run on sequences of two tokens, without data."""
     return namespace("--seq-length 2 --micro-batch-size 1 --train-iters 1 --eval-iters 0")
 
 
@@ -138,10 +141,10 @@ def validated() -> Namespace:
 def arguments(validated: Namespace) -> Arguments:
     """`arguments(dest=value)`: the namespace of that run with other flags."""
 
-    def make(**given: Any) -> Namespace:
-        if "data_path" in given or "data_args_path" in given:
-            given = {"split": "1,0,0", **given}
-        return Namespace(**{**vars(validated), **given})
+    def make(**flags: Any) -> Namespace:
+        if "data_path" in flags or "data_args_path" in flags:
+            flags = {"split": "1,0,0", **flags}
+        return Namespace(**{**vars(validated), **flags})
 
     return make
 
@@ -155,10 +158,10 @@ def test_mock_data_needs_no_data_set(arguments: Arguments) -> None:
     check_data(arguments(mock_data=True, eval_iters=5))
 
 
-@pytest.mark.parametrize("given", [{}, {"mock_data": True}])
-def test_a_run_without_a_tokenizer_is_refused(arguments: Arguments, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("flags", [{}, {"mock_data": True}])
+def test_a_run_without_a_tokenizer_is_refused(arguments: Arguments, flags: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"--tokenizer-type is not given .* use:"):
-        check_data(arguments(tokenizer_type=None, **given))
+        check_data(arguments(tokenizer_type=None, **flags))
 
 
 def test_a_missing_folder_of_the_tokenizer_is_refused(arguments: Arguments, tmp_path: Path) -> None:
@@ -176,7 +179,7 @@ def test_every_data_set_of_a_blend_is_checked(
 ) -> None:
     good, also_good, bad = write("good"), write("also-good"), write("bad", [1, 1000])
 
-    def given(*prefixes: str) -> Namespace:
+    def blend_args(*prefixes: str) -> Namespace:
         blend = [word for prefix in prefixes for word in ("0.5", prefix)]
         blend = blend if weighted else list(prefixes)
         if flag in ("data_path", "train_data_path"):
@@ -186,9 +189,9 @@ def test_every_data_set_of_a_blend_is_checked(
         file.write_text(" ".join(blend) if flag == "data_args_path" else json.dumps(splits))
         return arguments(**{flag: str(file)})
 
-    check_data(given(good, also_good))
+    check_data(blend_args(good, also_good))
     with pytest.raises(ConfigError, match=f"{bad} holds token ids 1 to 1000"):
-        check_data(given(good, bad))
+        check_data(blend_args(good, bad))
 
 
 @pytest.mark.parametrize("flag", ["train_data_path", "valid_data_path", "test_data_path"])
@@ -245,8 +248,8 @@ def test_lists_that_cannot_be_read_are_refused(
     file = tmp_path / "list"
     if content is not None:
         file.write_text(content)
-    named = f"--{flag.replace('_', '-')} {file}"
-    with pytest.raises(ConfigError, match=sentence.replace("FILE", named)) as error:
+    flag_and_file = f"--{flag.replace('_', '-')} {file}"
+    with pytest.raises(ConfigError, match=sentence.replace("FILE", flag_and_file)) as error:
         check_data(arguments(**{flag: str(file)}))
     assert "\n" not in str(error.value)
 
@@ -259,33 +262,33 @@ def test_weights_for_some_data_sets_only_are_refused(arguments: Arguments) -> No
 def test_a_data_set_that_is_trained_on_and_held_out_gives_a_warning(
     arguments: Arguments, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one, other = write("one"), write("other")
-    check_data(arguments(train_data_path=[one], valid_data_path=[other]))
+    train, valid = write("train"), write("valid")
+    check_data(arguments(train_data_path=[train], valid_data_path=[valid]))
     assert capsys.readouterr().err == ""
-    roundabout = f"{tmp_path}/../{tmp_path.name}/one"
-    check_data(arguments(train_data_path=["1", one, "1", other], valid_data_path=[roundabout]))
+    same_path = f"{tmp_path}/../{tmp_path.name}/train"
+    check_data(arguments(train_data_path=["1", train, "1", valid], valid_data_path=[same_path]))
     assert (
-        f"warning: data set {roundabout} is in --train-data-path and in --valid-data-path, so"
+        f"warning: data set {same_path} is in --train-data-path and in --valid-data-path, so"
         in (capsys.readouterr().err)
     )
 
 
-def test_flags_of_document_ends_without_such_ends_give_a_warning(
+def test_flags_about_document_ends_give_a_warning_if_the_data_has_none(
     arguments: Arguments, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with_ends, without = write("with", [1, 2, END], [3]), write("without", [1, 2, 3])
+    with_ends, without_ends = write("with", [1, 2, END], [3]), write("without", [1, 2, 3])
     check_data(arguments(data_path=[with_ends], eod_mask_loss=True))
-    check_data(arguments(data_path=[without]))
+    check_data(arguments(data_path=[without_ends]))
     assert capsys.readouterr().err == ""
-    check_data(arguments(data_path=[without], eod_mask_loss=True, reset_attention_mask=True))
+    check_data(arguments(data_path=[without_ends], eod_mask_loss=True, reset_attention_mask=True))
     assert (
-        f"warning: data set {without} does not hold the end-of-document id {END} in its first and "
-        "last tokens, and --reset-attention-mask, --eod-mask-loss act at it alone; make it with "
-        "--append-eod\n" == capsys.readouterr().err
+        f"warning: data set {without_ends} does not hold the end-of-document id {END} in its first "
+        "and last tokens, and --reset-attention-mask, --eod-mask-loss act at it alone; make it "
+        "with --append-eod\n" == capsys.readouterr().err
     )
 
 
-def test_nothing_is_written(arguments: Arguments, write: Write, tmp_path: Path) -> None:
+def test_the_checks_write_nothing(arguments: Arguments, write: Write, tmp_path: Path) -> None:
     prefix = write()
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     check_data(arguments(data_path=[prefix]))
@@ -299,7 +302,7 @@ def test_flags_without_an_effect_are_refused(arguments: Arguments, dest: str) ->
         check_data(arguments(**{dest: True, "mock_data": True}))
 
 
-def test_batches_of_a_caller_are_refused(arguments: Arguments) -> None:
+def test_an_external_dataloader_is_refused(arguments: Arguments) -> None:
     with pytest.raises(ConfigError, match=r"--dataloader-type external .*; use single or cyclic"):
         check_data(arguments(dataloader_type="external", mock_data=True))
 
@@ -314,7 +317,7 @@ def test_a_run_without_a_length_is_refused(arguments: Arguments) -> None:
 
 
 TEN = [[1, 2, 3]] * 10
-"""Documents of as many tokens as a sequence of two needs."""
+"""Ten documents, each long enough for one sequence of two tokens."""
 
 
 @pytest.mark.parametrize("split", ["8,1,1", "90,10,0", "100", "0.8,0.1,0.1"])
@@ -325,7 +328,7 @@ def test_shares_with_a_sequence_in_each_split_pass(
 
 
 @pytest.mark.parametrize(
-    ("split", "what"),
+    ("split", "purpose"),
     [
         ("98,1,1", "validation"),
         ("969, 30, 1", "validation"),
@@ -334,11 +337,12 @@ def test_shares_with_a_sequence_in_each_split_pass(
     ],
 )
 def test_a_share_without_a_document_is_refused(
-    arguments: Arguments, write: Write, split: str, what: str
+    arguments: Arguments, write: Write, split: str, purpose: str
 ) -> None:
     prefix = write("ten", *TEN)
     with pytest.raises(
-        ConfigError, match=rf"--split {split} leaves for {what}, .*{prefix}, 0 tokens, .* needs 3"
+        ConfigError,
+        match=rf"--split {split} leaves for {purpose}, .*{prefix}, 0 tokens, .* needs 3",
     ):
         check_data(arguments(data_path=[prefix], split=split))
 
@@ -377,7 +381,7 @@ def test_weights_of_full_validation_are_refused(arguments: Arguments, write: Wri
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("flags", "sentence"),
     [
         ({"eval_iters": 5}, "--eval-iters 5 reads it; {share}, or use --eval-iters 0"),
         (
@@ -387,15 +391,15 @@ def test_weights_of_full_validation_are_refused(arguments: Arguments, write: Wri
     ],
 )
 def test_evaluation_without_data_is_refused(
-    arguments: Arguments, write: Write, given: dict[str, Any], sentence: str
+    arguments: Arguments, write: Write, flags: dict[str, Any], sentence: str
 ) -> None:
     prefix = write("ten", *TEN)
-    check_data(arguments(data_path=[prefix], split="9,1,0", **given))
+    check_data(arguments(data_path=[prefix], split="9,1,0", **flags))
     share = sentence.format(share="give it a share, such as --split 98,1,1")
     with pytest.raises(ConfigError, match=f"--split 100,0,0 leaves nothing .*, but {share}"):
-        check_data(arguments(data_path=[prefix], split="100,0,0", **given))
+        check_data(arguments(data_path=[prefix], split="100,0,0", **flags))
     with pytest.raises(ConfigError, match=r"--valid-data-path is not given, but --.*; give it, or"):
-        check_data(arguments(train_data_path=[prefix], **given))
+        check_data(arguments(train_data_path=[prefix], **flags))
 
 
 def test_training_without_data_is_refused(arguments: Arguments, write: Write) -> None:

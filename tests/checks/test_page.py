@@ -1,4 +1,4 @@
-"""docs/checks.md lists every check with a sentence that the check really says."""
+"""docs/checks.md lists every check with an error sentence that the check really gives."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from megatron_sffn.utils.errors import ConfigError
 from tests.support.paths import ROOT
 from tests.support.preprocess_runs import VOCAB, namespace, write_dataset
 
-# Python 3.13 says it of Megatron's own flags.
+# Python 3.13 warns about Megatron's own flags.
 pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
 
 PAGE = ROOT / "docs" / "checks.md"
@@ -50,7 +50,7 @@ MODULES = (
     pickles,
     disk,
 )
-"""In the order of the page, which is the order in which a run goes through them."""
+"""In the order of the page, which is the order in which a run executes them."""
 
 MODEL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 "
@@ -116,7 +116,7 @@ def refused_data(name: str, folder: Path) -> str:
     run = "--seq-length 2 --micro-batch-size 1 --train-iters 1 --eval-iters 0"
     good = dataset("text", *[[1, 2, 3]] * 10)
     paths = {"data_path": [good], "split": "98,1,1"}
-    given: dict[str, Any] = {
+    changes: dict[str, Any] = {
         "data_flags": {"dataloader_type": "external"},
         "dali": {"sffn_dataloader": "dali"},
         "vocabulary": {"padded_vocab_size": VOCAB - 1},
@@ -132,7 +132,7 @@ def refused_data(name: str, folder: Path) -> str:
         },
     }[name]
     with pytest.raises(ConfigError) as refusal:
-        data.check_data(Namespace(**{**vars(namespace(run)), **given}))
+        data.check_data(Namespace(**{**vars(namespace(run)), **changes}))
     return str(refusal.value).replace(str(folder), "data")
 
 
@@ -183,9 +183,9 @@ def refused_save(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(disk, "free_bytes", lambda folder: 10_000)
     monkeypatch.setattr(disk, "is_host", lambda: True)
     run = namespace("--seq-length 2 --micro-batch-size 1 --train-iters 1 --eval-iters 0")
-    given = {"save": "runs/mine", "async_save": name == "asynchronous_saves"}
+    changes = {"save": "runs/mine", "async_save": name == "asynchronous_saves"}
     with pytest.raises(ConfigError) as refusal:
-        disk.check_saves(Namespace(**{**vars(run), **given}), None)
+        disk.check_saves(Namespace(**{**vars(run), **changes}), None)
     return str(refusal.value)
 
 
@@ -224,7 +224,7 @@ def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
-def test_the_page_lists_every_check_with_what_it_says(
+def test_the_page_lists_every_check_with_its_error_sentence(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = f"megatron_sffn/checks/{module.__name__.rpartition('.')[2]}.py"
@@ -245,24 +245,24 @@ def test_the_page_has_every_module_with_checks() -> None:
 
 
 def test_every_check_is_run() -> None:
-    first_alone = {flags.yaml_file, resume.step_without_load}
+    run_separately = {flags.yaml_file, resume.step_without_load}
     for module in MODULES:
         run = {*module.CHECKS, *vars(module).get("SPARSE_CHECKS", ())}
         run |= {*vars(module).get("DATA_SET_CHECKS", ())}
-        assert set(checks_of(module)) - first_alone == run
+        assert set(checks_of(module)) - run_separately == run
 
 
 def test_a_problem_is_one_sentence() -> None:
     problem = Problem("--lr", 2.0, "is too large", "lower it")
     assert str(problem) == "--lr 2.0 is too large; lower it"
-    switch = Problem("--swiglu", True, ", but not there", "use that", lead="this run has ")
-    assert str(switch) == "this run has --swiglu, but not there; use that"
+    with_lead = Problem("--swiglu", True, ", but not there", "use that", lead="this run has ")
+    assert str(with_lead) == "this run has --swiglu, but not there; use that"
 
 
 def test_the_first_problem_ends_the_checks() -> None:
-    def first(limit: int) -> Iterable[Problem]:
+    def failing_check(limit: int) -> Iterable[Problem]:
         yield Problem("--lr", 2, f"is more than {limit}", "lower it")
         raise AssertionError
 
     with pytest.raises(ConfigError, match=r"^--lr 2 is more than 1; lower it$"):
-        run_checks([lambda limit: (), first], 1)
+        run_checks([lambda limit: (), failing_check], 1)

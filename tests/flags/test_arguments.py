@@ -1,4 +1,4 @@
-"""The command line: what --help says, what follows from the flags, and what is refused."""
+"""The command line: its help, the settings that follow from flags, and refused flags."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_sffn.utils import errors
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.processes import HANGS
 
-# Python 3.13 says it of Megatron's own flags.
+# Python 3.13 warns about Megatron's own flags.
 pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
 
 MODEL = (
@@ -90,8 +90,8 @@ def test_help_shows_our_flags_first_and_megatrons_after_them(help_text: str) -> 
     assert headings[0] == "sparse feed-forward layers"
     assert len(headings) > 30
     flags = re.findall(r"^  (--[\w-]+)", help_text, re.MULTILINE)
-    ours = [flag for flag in flags if flag.startswith("--sffn-")]
-    assert flags[: len(ours)] == ours
+    sffn_flags = [flag for flag in flags if flag.startswith("--sffn-")]
+    assert flags[: len(sffn_flags)] == sffn_flags
     assert {"--num-layers", "--moe-aux-loss-coeff", "--save", "--data-path"} <= set(flags)
     assert "torchrun --nproc-per-node N -m megatron_sffn.pretrain" in help_text
 
@@ -310,14 +310,14 @@ def test_sparse_layers_have_the_activation_of_the_flag(
 
 
 def test_relu_is_not_fused_with_the_bias_on_a_gpu_host(read: Read) -> None:
-    # Megatron refuses the fusion, which is on by default where there is CUDA.
+    # Megatron refuses the fusion, which is on by default on a machine with CUDA.
     args = read("--sffn-relu")
     args.bias_gelu_fusion = True
     assert transformer_config(args, sffn_config(args)).bias_activation_fusion is False
 
 
 def plain(value: Any) -> Any:
-    """A config's value for a golden file; None for those that have no stable text."""
+    """A config's value for a golden file; None for a value without a stable text."""
     if isinstance(value, torch.dtype):
         return str(value)
     if dataclasses.is_dataclass(value):
@@ -345,7 +345,7 @@ def test_the_resolved_config_is_the_golden_one(
     sffn = sffn_config(args)
     assert sffn is not None
     config = transformer_config(args, sffn)
-    # What neither we, nor the host, nor a flag has set has Megatron's default.
+    # Fields that are set by no flag, by no host default and not by us have Megatron's default.
     default = TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=4)
     changed = {
         field.name: plain(getattr(config, field.name))
@@ -384,7 +384,7 @@ REFUSED = [
     ("--sffn-aggregator sum", 1, "--sffn-aggregator", "'sum'", "mean-abs", "--help"),
     ("--sffn-gate relu", 1, "--sffn-gate", "'relu'", "sigmoid", "--help"),
     ("--sffn-backend cuda", 1, "--sffn-backend", "'cuda'", "auto", "--help"),
-    # Before the way of exchange is chosen by their closed form.
+    # Refused before the closed form of the traffic chooses the dispatcher.
     (
         "--distributed-backend nccl --expert-model-parallel-size 2 --moe-router-num-groups 0 "
         "--moe-router-group-topk 1",
@@ -513,7 +513,7 @@ REFUSED = [
     ("--num-experts 4", 1, "--num-experts 4", "leave it out"),
     ("--num-experts 4 --sffn-router dense", 1, "--num-experts 4", "--sffn-router dense", "use"),
     ("--moe-ffn-hidden-size 64", 1, "--moe-ffn-hidden-size 64", "leave it out"),
-    # Megatron's defaults: given all the same.
+    # Flags that are passed with Megatron's default.
     ("--moe-router-topk 2", 1, "--moe-router-topk 2", "leave it out"),
     ("--moe-layer-freq 1", 1, "--moe-layer-freq 1", "leave it out"),
     ("--moe-router-pre-softmax", 1, "--moe-router-pre-softmax", "leave it out"),
@@ -800,7 +800,7 @@ def test_a_bad_command_line_is_refused_in_one_sentence(
         ("--transformer-impl transformer_engine", "use --transformer-impl local"),
     ],
 )
-def test_transformer_engine_is_needed(
+def test_flags_of_transformer_engine_are_refused_without_it(
     read: Read, monkeypatch: pytest.MonkeyPatch, flag: str, remedy: str
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -817,16 +817,16 @@ def test_a_missing_size_is_refused(read: Read, missing: str) -> None:
 def test_every_flag_of_megatrons_moe_has_a_class_or_is_refused(
     read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One that a later Megatron adds does nothing here until somebody says what it should do.
+    # A flag that a later Megatron adds is refused until the package knows what it should do.
     from megatron.training import arguments
 
-    def with_another(parser: Any) -> Any:
+    def with_new_flag(parser: Any) -> Any:
         parser = original(parser)
         parser.add_argument("--moe-from-the-future", type=int, default=3)
         return parser
 
     original = arguments.add_megatron_arguments
-    monkeypatch.setattr(arguments, "add_megatron_arguments", with_another)
+    monkeypatch.setattr(arguments, "add_megatron_arguments", with_new_flag)
     assert read().moe_from_the_future == 3
     with pytest.raises(ConfigError, match=r"--moe-from-the-future 3 is not available .* leave"):
         read("--moe-from-the-future 3")
@@ -848,7 +848,7 @@ def test_a_flag_that_sparse_layers_cannot_serve_is_refused_by_name(read: Read, f
         read(flags)
 
 
-def test_a_flag_that_asks_for_nothing_is_accepted(read: Read) -> None:
+def test_a_flag_that_switches_a_feature_off_is_accepted(read: Read) -> None:
     assert read("--cuda-graph-impl none").cuda_graph_impl == "none"
 
 
@@ -901,12 +901,12 @@ class Started:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Started]]:
-    """The commands, all running at once."""
+    """Start all commands at the same time."""
     launch = "torch.distributed.run --standalone --nproc-per-node 2 -m"
     world = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     running = {}
     for name, (*_, flags) in PROCESSES.items():
-        # Where there is CUDA, the local implementation is not the default.
+        # On a machine with CUDA the local implementation is not the default.
         command = f"megatron_sffn.pretrain {flags} --transformer-impl local"
         if name == "two ranks":
             command = f"{launch} {command}"
@@ -921,39 +921,39 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Star
         )
         running[name] = Started(process=process, folder=folder)
     yield running
-    for one in running.values():
-        one.process.terminate()  # torchrun passes it on to its ranks
-        one.process.communicate(timeout=HANGS)
+    for command_run in running.values():
+        command_run.process.terminate()  # torchrun passes it on to its ranks
+        command_run.process.communicate(timeout=HANGS)
 
 
 @pytest.mark.parametrize("name", [name for name in PROCESSES if name != "two ranks"])
-def test_the_process_says_one_line_and_leaves_nothing(
+def test_a_refused_command_prints_one_line_and_writes_nothing(
     started: dict[str, Started], name: str
 ) -> None:
-    one, (rule, remedy, _) = started[name], PROCESSES[name]
-    _, stderr = one.process.communicate(timeout=HANGS)
-    assert one.process.returncode == 2
+    run, (rule, remedy, _) = started[name], PROCESSES[name]
+    _, stderr = run.process.communicate(timeout=HANGS)
+    assert run.process.returncode == 2
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1, stderr
     assert rule in stderr
     assert remedy in stderr
-    assert list(one.folder.iterdir()) == []
+    assert list(run.folder.iterdir()) == []
 
 
-def test_torchrun_ends_its_report_with_the_sentence(started: dict[str, Started]) -> None:
-    one, (rule, remedy, _) = started["two ranks"], PROCESSES["two ranks"]
-    _, stderr = one.process.communicate(timeout=HANGS)
-    assert one.process.returncode != 0
+def test_torchrun_ends_its_report_with_the_error_sentence(started: dict[str, Started]) -> None:
+    run, (rule, remedy, _) = started["two ranks"], PROCESSES["two ranks"]
+    _, stderr = run.process.communicate(timeout=HANGS)
+    assert run.process.returncode != 0
     last, border = stderr.splitlines()[-2:]
     assert last.startswith("  traceback : error: --"), stderr
     assert rule in last
     assert remedy in last
     assert set(border) == {"="}
     assert re.search(r"exitcode  : 2 .*\n.*\n  traceback : error: --", stderr), stderr
-    # At the head of the report, where the rank itself says it, and at its end.
+    # The rank prints it before the report, and torchrun at the end of the report.
     assert stderr.count(rule) == 2
     assert "To enable traceback" not in stderr
-    assert list(one.folder.iterdir()) == []
+    assert list(run.folder.iterdir()) == []
 
 
 def complain() -> None:
@@ -961,13 +961,13 @@ def complain() -> None:
 
 
 @pytest.mark.parametrize(("rank", "waits"), [(None, []), ("0", []), ("1", [30.0]), ("7", [30.0])])
-def test_only_the_first_rank_of_a_node_prints_the_sentence(
+def test_only_the_first_rank_of_a_node_prints_the_error_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     rank: str | None,
     waits: list[float],
 ) -> None:
-    # torchrun stops them while they wait; a rank that only itself saw the error speaks after it.
+    # torchrun stops waiting ranks; a rank that alone saw the error prints it after the wait.
     waited: list[float] = []
     monkeypatch.setattr(errors.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", "8")  # on the second node; each node has a torchrun of its own

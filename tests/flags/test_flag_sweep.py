@@ -14,7 +14,7 @@ from tests.flag_values import NEEDS, NO_EFFECT, VALUES
 from tests.support.paths import ROOT
 from tests.support.processes import HANGS
 
-# Megatron's own, of its parser.
+# Megatron's parser gives this warning.
 pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
 
 RESULTS = json.loads(GOLDEN.read_text())

@@ -1,4 +1,4 @@
-"""Megatron's checkpoints: saved on one layout, continued on another as if nothing had happened."""
+"""A run resumes from Megatron's checkpoints on another layout as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def saved(pretrain: Callable[..., Log], tmp_path: Path) -> Callable[..., tuple[L
     """`saved(layout, flags)`: an undisturbed run, and the flags that load its iteration 3."""
 
     def run(layout: str, flags: str) -> tuple[Log, str]:
-        ranks, cut = LAYOUTS[layout]
-        log = pretrain(ranks, f"{FLAGS} {cut} {flags} --save {tmp_path}/saved")
+        ranks, layout_flags = LAYOUTS[layout]
+        log = pretrain(ranks, f"{FLAGS} {layout_flags} {flags} --save {tmp_path}/saved")
         return log, f"{FLAGS} {flags} --load {tmp_path}/saved --ckpt-step 3"
 
     return run
@@ -68,74 +68,76 @@ def saved(pretrain: Callable[..., Log], tmp_path: Path) -> Callable[..., tuple[L
         ("PP2", ["EP2", "PP2"], f"--sffn-layers 3 {DISTRIBUTED}"),
     ],
 )
-def test_another_layout_goes_on_with_the_same_run(
+def test_another_layout_resumes_the_same_run(
     pretrain, saved, source: str, targets: list[str], flags: str
 ) -> None:
     log, load = saved(source, flags)
     tolerance = 2e-2 if "bf16" in flags else 1e-3
     for target in targets:
-        ranks, cut = LAYOUTS[target]
-        continued = pretrain(ranks, f"{load} {cut}")
-        # The first two losses come as their mean: gradient norms stand for each.
-        norms = continued.values("grad norm")
+        ranks, layout_flags = LAYOUTS[target]
+        resumed = pretrain(ranks, f"{load} {layout_flags}")
+        # Megatron logs the first two losses as their mean, so gradient norms are compared instead.
+        norms = resumed.values("grad norm")
         assert norms == pytest.approx(log.values("grad norm")[3:], rel=tolerance), target
-        assert continued.values("lm loss")[-1] == pytest.approx(
+        assert resumed.values("lm loss")[-1] == pytest.approx(
             log.values("lm loss")[-1], rel=tolerance
         )
 
 
 @pytest.mark.parametrize("flags", [slow(""), DISTRIBUTED])
-def test_the_same_layout_goes_on_bit_by_bit(pretrain, saved, flags: str) -> None:
+def test_the_same_layout_resumes_bit_by_bit(pretrain, saved, flags: str) -> None:
     log, load = saved("TP2 PP2 EP2", flags)
-    ranks, cut = LAYOUTS["TP2 PP2 EP2"]
-    continued = pretrain(ranks, f"{load} {cut}")
-    assert continued.values("grad norm") == log.values("grad norm")[3:]
-    assert continued.values("lm loss")[-1] == log.values("lm loss")[-1]
+    ranks, layout_flags = LAYOUTS["TP2 PP2 EP2"]
+    resumed = pretrain(ranks, f"{load} {layout_flags}")
+    assert resumed.values("grad norm") == log.values("grad norm")[3:]
+    assert resumed.values("lm loss")[-1] == log.values("lm loss")[-1]
 
 
 @pytest.mark.parametrize("flags", [slow(""), DISTRIBUTED])
-def test_another_learning_rate(pretrain, saved, flags: str) -> None:
-    """The run's or the checkpoint's, as is said; in both groups, of dense weights and of tables."""
+def test_a_resumed_run_has_the_learning_rate_that_a_flag_chooses(
+    pretrain, saved, flags: str
+) -> None:
+    """A flag chooses the rate of the run or of the checkpoint, for dense weights and tables."""
     log, load = saved("EP2", flags)
     assert log.values("learning rate") == [3e-3] * 6
     load = f"{load} {EP2} --lr 1e-3"
-    anew = pretrain(2, f"{load} --override-opt-param-scheduler")
-    assert anew.values("learning rate") == [1e-3] * 3
-    assert anew.values("grad norm")[0] == log.values("grad norm")[3]
-    assert anew.values("grad norm")[1] != log.values("grad norm")[4]
-    same = pretrain(2, f"{load} --use-checkpoint-opt-param-scheduler")
-    assert same.values("learning rate") == [3e-3] * 3
-    assert same.values("grad norm") == log.values("grad norm")[3:]
+    overridden = pretrain(2, f"{load} --override-opt-param-scheduler")
+    assert overridden.values("learning rate") == [1e-3] * 3
+    assert overridden.values("grad norm")[0] == log.values("grad norm")[3]
+    assert overridden.values("grad norm")[1] != log.values("grad norm")[4]
+    from_checkpoint = pretrain(2, f"{load} --use-checkpoint-opt-param-scheduler")
+    assert from_checkpoint.values("learning rate") == [3e-3] * 3
+    assert from_checkpoint.values("grad norm") == log.values("grad norm")[3:]
 
 
-def test_a_checkpoint_of_skipped_steps_goes_on(pretrain) -> None:
+def test_a_run_resumes_after_skipped_steps(pretrain) -> None:
     # At first the loss scale overflows, and Adam has taken no step when the run is saved.
     flags = f"{FLAGS} {SWITCH} --fp16"
-    whole = pretrain(1, flags)
+    undisturbed = pretrain(1, flags)
     pretrain(1, f"{flags} --save cut --exit-interval 3")
-    rest = pretrain(1, f"{flags} --load cut")
-    assert rest.values("loss scale") == whole.values("loss scale")[3:]
+    resumed = pretrain(1, f"{flags} --load cut")
+    assert resumed.values("loss scale") == undisturbed.values("loss scale")[3:]
 
 
 def test_moments_that_were_never_used_are_saved_as_zeros(pretrain) -> None:
     # The loss scale fits from step 5 on: the steps after a checkpoint of step 3 are real ones.
     flags = f"{FLAGS} {SWITCH} --fp16 --initial-loss-scale 1048576"
-    whole = pretrain(1, f"{flags} --train-iters 12")
+    undisturbed = pretrain(1, f"{flags} --train-iters 12")
     pretrain(1, f"{flags} --train-iters 12 --save run --exit-interval 3")
-    rest = pretrain(1, f"{flags} --train-iters 12 --load run")
-    assert 0 < sum(whole.values("number of skipped iterations")) < 12
-    assert rest.values("grad norm")[-3:] == whole.values("grad norm")[-3:]
-    assert rest.values("lm loss")[-1] == whole.values("lm loss")[-1]
+    resumed = pretrain(1, f"{flags} --train-iters 12 --load run")
+    assert 0 < sum(undisturbed.values("number of skipped iterations")) < 12
+    assert resumed.values("grad norm")[-3:] == undisturbed.values("grad norm")[-3:]
+    assert resumed.values("lm loss")[-1] == undisturbed.values("lm loss")[-1]
 
 
-def test_checkpoints_in_torchs_own_format_go_on(pretrain) -> None:
+def test_a_run_resumes_from_a_checkpoint_in_torchs_own_format(pretrain) -> None:
     flags = f"{FLAGS} {SWITCH} --ckpt-format torch"
-    whole = pretrain(1, f"{flags} --save run")
-    rest = pretrain(1, f"{flags} --load run --ckpt-step 3")
-    assert rest.values("grad norm") == whole.values("grad norm")[3:]
+    undisturbed = pretrain(1, f"{flags} --save run")
+    resumed = pretrain(1, f"{flags} --load run --ckpt-step 3")
+    assert resumed.values("grad norm") == undisturbed.values("grad norm")[3:]
 
 
-def test_another_learning_rate_beside_a_decoupled_one(pretrain) -> None:
+def test_a_resumed_run_can_change_the_learning_rate_beside_a_decoupled_rate(pretrain) -> None:
     flags = f"{FLAGS} {SWITCH} --decoupled-lr 1e-2"
     pretrain(1, f"{flags} --save run")
     load = f"{flags} --load run --ckpt-step 3 --lr 1e-3 --override-opt-param-scheduler"

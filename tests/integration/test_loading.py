@@ -1,4 +1,4 @@
-"""Loading in whole runs: DALI, caches of each node, and when evaluation has data."""
+"""Loading in real runs: DALI, an index cache per node, and data for evaluation."""
 
 from __future__ import annotations
 
@@ -35,33 +35,37 @@ def test_dali_trains_the_same_model_also_after_a_resume(
         return pretrain(ranks, flags, data=blend)
 
     torch = run("torch", "--eval-interval 3")
-    whole = run("dali", "--eval-interval 3 --sffn-dataloader dali")
+    dali = run("dali", "--eval-interval 3 --sffn-dataloader dali")
     for name in ("lm loss", "grad norm", "lm loss value"):
-        assert whole.values(name) == torch.values(name), name
+        assert dali.values(name) == torch.values(name), name
     assert len(torch.values("lm loss")) == 6
     assert len(torch.values("lm loss value")) == 4  # twice while it trains, validation, test
     run("parts", "--eval-interval 3 --sffn-dataloader dali --exit-interval 3 --num-workers 2")
-    rest = run("parts", "--eval-interval 3 --sffn-dataloader dali --num-workers 2")
-    assert rest.values("grad norm") == torch.values("grad norm")[3:]
-    assert rest.values("lm loss value") == torch.values("lm loss value")[1:]
+    resumed = run("parts", "--eval-interval 3 --sffn-dataloader dali --num-workers 2")
+    assert resumed.values("grad norm") == torch.values("grad norm")[3:]
+    assert resumed.values("lm loss value") == torch.values("lm loss value")[1:]
 
 
 @needs_dali
-def test_dali_on_stages_that_read_and_stages_that_do_not(pretrain) -> None:
+def test_dali_trains_the_same_model_on_several_pipeline_stages(pretrain) -> None:
     layout = (
         f"{RUN} --num-layers 4 --pipeline-model-parallel-size 2 "
         "--num-layers-per-virtual-pipeline-stage 1 --tensor-model-parallel-size 2 "
         "--sequence-parallel --sffn-router rand-hash"
     )
-    torch, dali = (pretrain(4, f"{layout} --sffn-dataloader {one}") for one in ("torch", "dali"))
+    torch, dali = (
+        pretrain(4, f"{layout} --sffn-dataloader {loader}") for loader in ("torch", "dali")
+    )
     for name in ("lm loss", "lm loss value"):
         assert dali.values(name) == torch.values(name), name
 
 
-def test_without_an_interval_it_is_evaluated_after_training(pretrain, monkeypatch) -> None:
-    without = MODEL.replace("--eval-interval 1000", "")
-    assert without != MODEL
-    monkeypatch.setitem(pretrain.__globals__, "MODEL", without)
+def test_a_run_without_an_evaluation_interval_is_evaluated_after_training(
+    pretrain, monkeypatch
+) -> None:
+    model = MODEL.replace("--eval-interval 1000", "")
+    assert model != MODEL
+    monkeypatch.setitem(pretrain.__globals__, "MODEL", model)
     log = pretrain(1, RUN)
     assert log.text.count("validation loss at iteration") == 2  # validation, test
     assert "validation loss at iteration 6 on validation set" in log.text
@@ -74,14 +78,16 @@ def test_evaluation_without_data_is_refused_at_the_start(pretrain, tmp_path: Pat
     assert len(pretrain(1, "--train-iters 2 --split 100,0,0 --eval-iters 0").values("lm loss")) == 2
 
 
-def test_nodes_without_a_shared_disk(pretrain, monkeypatch, tmp_path: Path) -> None:
-    def on_a_node() -> None:
+def test_nodes_without_a_shared_disk_write_equal_index_caches(
+    pretrain, monkeypatch, tmp_path: Path
+) -> None:
+    def main_on_node() -> None:
         node, local = divmod(int(os.environ["RANK"]), 2)
         os.environ["LOCAL_RANK"] = str(local)
         sys.argv += ["--data-cache-path", f"node{node}"]
         main()
 
-    monkeypatch.setitem(pretrain.__globals__, "main", on_a_node)
+    monkeypatch.setitem(pretrain.__globals__, "main", main_on_node)
     assert len(pretrain(4, RUN).values("lm loss")) == 6
     caches = [
         {path.name: path.read_bytes() for path in (tmp_path / f"node{node}").iterdir()}
@@ -92,7 +98,7 @@ def test_nodes_without_a_shared_disk(pretrain, monkeypatch, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("data", ["1 {a} 3 {b}", "{a} {b}"])
-def test_a_run_finds_what_the_tool_wrote(
+def test_a_run_reuses_the_index_cache_that_the_tool_wrote(
     pretrain, text: str, fixed_text: str, tmp_path: Path, data: str
 ) -> None:
     data = data.format(a=text, b=fixed_text)

@@ -18,9 +18,9 @@ EP2 = "--expert-model-parallel-size 2"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 
 
-def test_golden_loss_curve(pretrain, golden, fixed_text: str) -> None:
+def test_the_loss_curve_is_the_golden_one(pretrain, golden, fixed_text: str) -> None:
     log = pretrain(1, "--train-iters 20 --split 50,50,0", data=fixed_text)
-    # The last digits of a sum belong to the processor, and a near tie may go the other way.
+    # The last digits of a sum depend on the processor, and a near tie may go the other way.
     golden("loss_avg_k", [round(loss, 4) for loss in log.values("lm loss")], tolerance=0.02)
 
 
@@ -69,11 +69,11 @@ def test_a_layout_trains_the_same_model(pretrain, ranks: int, layout: str) -> No
 SHORT = "--train-iters 5 --split 90,10,0"
 
 
-def assert_same_run(log: Log, one: Log) -> None:
+def assert_same_run(log: Log, expected: Log) -> None:
     """Losses to 4 digits, as the model is fp32 and Megatron's cross-entropy too."""
     for name in ("lm loss", "grad norm"):
-        assert log.values(name) == pytest.approx(one.values(name), rel=2e-3), name
-    assert log.validation_loss == pytest.approx(one.validation_loss, rel=1e-4)
+        assert log.values(name) == pytest.approx(expected.values(name), rel=2e-3), name
+    assert log.validation_loss == pytest.approx(expected.validation_loss, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -111,30 +111,30 @@ def test_input_ids_reach_the_sparse_layers_of_every_stage(
     ],
     ids=["dense", "untied", "Megatron's experts", "Avg-K before Megatron's experts", "sinks"],
 )
-def test_the_baselines_too_are_the_same_on_every_layout(
+def test_baselines_are_the_same_on_every_layout(
     pretrain, model: str, ranks: int, layout: str
 ) -> None:
     flags = f"{SHORT} --num-layers 4 {model}"
     assert_same_run(pretrain(ranks, f"{flags} {layout}"), pretrain(1, flags))
 
 
-def test_descriptors_kept_for_a_step_are_those_of_its_weights(pretrain, monkeypatch) -> None:
+def test_descriptors_cached_for_a_step_are_those_of_its_weights(pretrain, monkeypatch) -> None:
     flags = f"{SHORT} --eval-interval 2"
-    kept = pretrain(1, flags)
+    cached = pretrain(1, flags)
     monkeypatch.setattr("megatron_sffn.train.run.set_weights_version", lambda *args: None)
     fresh = pretrain(1, flags)
-    assert kept.values("lm loss") == fresh.values("lm loss")
-    assert kept.values("lm loss value") == fresh.values("lm loss value")
-    assert kept.validation_loss == fresh.validation_loss
+    assert cached.values("lm loss") == fresh.values("lm loss")
+    assert cached.values("lm loss value") == fresh.values("lm loss value")
+    assert cached.validation_loss == fresh.validation_loss
 
 
-def test_bias_and_losses_of_balance_are_the_same_on_every_layout(pretrain) -> None:
+def test_expert_bias_and_auxiliary_losses_are_the_same_on_every_layout(pretrain) -> None:
     balanced = (
         f"{SHORT} --sffn-router switch --moe-router-load-balancing-type seq_aux_loss "
         "--moe-aux-loss-coeff 0.1 --moe-z-loss-coeff 0.01 "
         "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.01"
     )
-    log, one = (
+    log, one_rank = (
         pretrain(
             4,
             f"{balanced} {TP2} --pipeline-model-parallel-size 2 {EP2} --recompute-granularity full "
@@ -142,18 +142,18 @@ def test_bias_and_losses_of_balance_are_the_same_on_every_layout(pretrain) -> No
         ),
         pretrain(1, balanced),
     )
-    assert_same_run(log, one)
+    assert_same_run(log, one_rank)
     for name in ("seq_load_balancing_loss", "z_loss"):
-        assert len(one.values(name)) == 5
-        assert log.values(name) == pytest.approx(one.values(name), rel=2e-3), name
-    # No column for a loss that is not there, and a line on what Switch's gates add up to.
-    assert "| load_balancing_loss" not in one.text
-    assert one.text.count("note: --sffn-router switch: the gates of the") == 1
+        assert len(one_rank.values(name)) == 5
+        assert log.values(name) == pytest.approx(one_rank.values(name), rel=2e-3), name
+    # There is no column for a loss that is off, and one line about the sum of Switch's gates.
+    assert "| load_balancing_loss" not in one_rank.text
+    assert one_rank.text.count("note: --sffn-router switch: the gates of the") == 1
 
 
 @pytest.mark.parametrize("precision", ["--bf16", "--fp16 --initial-loss-scale 1024"])
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-def test_half_precision(pretrain, precision: str, dispatcher: str) -> None:
+def test_models_in_half_precision_learn(pretrain, precision: str, dispatcher: str) -> None:
     layout = f"{TP2} --expert-model-parallel-size 2 --expert-tensor-parallel-size 2"
     log = pretrain(
         4,
@@ -165,7 +165,7 @@ def test_half_precision(pretrain, precision: str, dispatcher: str) -> None:
     assert log.values("number of nan iterations") == [0.0] * 12
 
 
-def test_scores_that_are_no_numbers_name_layer_router_and_step(pretrain, monkeypatch) -> None:
+def test_the_error_of_nan_scores_names_layer_router_and_step(pretrain, monkeypatch) -> None:
     calls = []
 
     def diverging(x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -192,14 +192,14 @@ def test_a_resumed_run_continues_bit_by_bit_with_dropout(pretrain, tmp_path: Pat
         f"--train-iters 6 --split 90,10,0 {EP2} --attention-dropout 0.1 --hidden-dropout 0.1 "
         "--save-interval 3"
     )
-    whole = pretrain(2, f"{flags} --save {tmp_path / 'whole'}")
-    parts = f"{flags} --save {tmp_path / 'parts'} --load {tmp_path / 'parts'}"
-    first = pretrain(2, f"{parts} --exit-interval 3")
-    second = pretrain(2, parts)
-    assert len(first.values("grad norm")) == 3
-    assert second.values("grad norm") == whole.values("grad norm")[3:]
-    assert second.values("lm loss") == whole.values("lm loss")[3:]
-    assert second.validation_loss == whole.validation_loss
+    undisturbed = pretrain(2, f"{flags} --save {tmp_path / 'whole'}")
+    resumable = f"{flags} --save {tmp_path / 'parts'} --load {tmp_path / 'parts'}"
+    first_run = pretrain(2, f"{resumable} --exit-interval 3")
+    resumed = pretrain(2, resumable)
+    assert len(first_run.values("grad norm")) == 3
+    assert resumed.values("grad norm") == undisturbed.values("grad norm")[3:]
+    assert resumed.values("lm loss") == undisturbed.values("lm loss")[3:]
+    assert resumed.validation_loss == undisturbed.validation_loss
     summaries = [
         json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "parts")
     ]
@@ -210,17 +210,17 @@ def test_a_resumed_run_continues_bit_by_bit_with_dropout(pretrain, tmp_path: Pat
 
 def test_the_weights_of_two_ranks_are_evaluated_on_one(pretrain, tmp_path: Path) -> None:
     flags = "--train-iters 3 --split 90,10,0 --save-interval 3"
-    two = pretrain(2, f"{flags} {EP2} --save {tmp_path}")
-    one = pretrain(1, f"{flags} --load {tmp_path} --skip-train --no-load-optim --no-load-rng")
-    assert one.validation_loss == pytest.approx(two.validation_loss, rel=1e-5)
+    trained = pretrain(2, f"{flags} {EP2} --save {tmp_path}")
+    evaluated = pretrain(1, f"{flags} --load {tmp_path} --skip-train --no-load-optim --no-load-rng")
+    assert evaluated.validation_loss == pytest.approx(trained.validation_loss, rel=1e-5)
 
 
 def assert_describes_the_run(summary: dict[str, Any], text: str) -> None:
-    """All that a comparison needs, as the flags of `MODEL` and of the test have it."""
+    """The summary has what a comparison needs, with the values of `MODEL` and of the test."""
     command = shlex.split(summary["command"])
     assert command[:3] == ["python", "-m", "megatron_sffn.pretrain"]
     assert command[-2:] == ["--clip-grad", "0.5"]
-    wanted = {
+    expected = {
         "model": {
             "num_layers": 2,
             "hidden_size": 32,
@@ -243,12 +243,14 @@ def assert_describes_the_run(summary: dict[str, Any], text: str) -> None:
         "tokenizer": {"tokenizer_type": "NullTokenizer", "vocab_size": 256},
         "started_from": {"load": None},
     }
-    for section, values in wanted.items():
+    for section, values in expected.items():
         assert {name: summary[section][name] for name in values} == values
     assert summary["seed"] == 7
 
 
-def test_what_a_run_leaves(pretrain, text: str, tmp_path: Path) -> None:
+def test_a_run_writes_its_summary_and_its_routing_statistics(
+    pretrain, text: str, tmp_path: Path
+) -> None:
     log = pretrain(2, f"--train-iters 4 --split 80,10,10 {EP2} --seed 7 --clip-grad 0.5")
     folder = tmp_path / "runs" / "avg-k-g8-E4-seed7"
     summary = json.loads((folder / "summary.json").read_text())

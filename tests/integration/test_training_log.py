@@ -18,7 +18,7 @@ BALANCED = (
 )
 
 
-def test_every_line_after_a_start_or_a_resume_is_of_its_own_step(
+def test_every_line_after_a_start_or_a_resume_has_the_losses_of_its_own_step(
     pretrain: Run, tmp_path: Path
 ) -> None:
     flags = f"{BALANCED} --train-iters 4 --save-interval 4"
@@ -30,7 +30,7 @@ def test_every_line_after_a_start_or_a_resume_is_of_its_own_step(
         resumed = [value for run in runs for value in run.values(name)]
         assert resumed == undisturbed.values(name)
         assert len(resumed) == 4
-    # With an interval of two steps the line is the mean of both, and the first one is said at once.
+    # With an interval of two steps a line has their mean, and the first step has a line of its own.
     wide = pretrain(1, f"{flags} --log-interval 2 --save {tmp_path / 'wide'}").values("lm loss")
     steps = undisturbed.values("lm loss")
     means = [steps[0], (steps[0] + steps[1]) / 2, (steps[2] + steps[3]) / 2]
@@ -49,8 +49,8 @@ def test_skipped_steps_count_in_no_loss(pretrain: Run) -> None:
     wide = pretrain(1, f"{flags} --log-interval 6")
     for name in ("lm loss", "load_balancing_loss"):
         [last] = wide.values(name)[-1:]
-        each = log.values(name)[-sum(not one for one in skipped[6:]) :]
-        assert last == pytest.approx(sum(each) / len(each), rel=1e-5), name
+        losses = log.values(name)[-sum(not step_was_skipped for step_was_skipped in skipped[6:]) :]
+        assert last == pytest.approx(sum(losses) / len(losses), rel=1e-5), name
 
 
 def test_the_norm_of_parameters_is_the_same_with_an_overlapped_gather(pretrain: Run) -> None:

@@ -28,13 +28,13 @@ ADDRESSES = ("198.18.0.1", "198.18.0.2")  # of the range for tests of networks, 
 FLAGS = "--train-iters 5 --split 90,10,0"
 # Both kinds of exchange inside a sparse layer cross the cable: blocks lie on all four ranks.
 LAYOUT = "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4"
-# What follows ends with pytest, even when pytest is killed.
+# A command with this prefix ends with pytest, even when pytest is killed.
 WITH_PYTEST = ("setpriv", "--pdeathsig", "KILL")
 
 
 @pytest.fixture
 def nodes() -> Iterator[list[int]]:
-    """Two processes, each in a network namespace of its own, joined by a cable named `cable`.
+    """Two processes in their own network namespaces, joined by a cable named `cable`.
 
     The namespaces and the cable go with the last process in them.
     """
@@ -68,41 +68,49 @@ def nodes() -> Iterator[list[int]]:
 
 
 def inside(node: int) -> list[str]:
-    """Begin of a command that runs in a node."""
+    """The prefix of a command that runs in a node."""
     return [*WITH_PYTEST, "nsenter", f"--net=/proc/{node}/ns/net"]
 
 
 @contextmanager
 def started(
-    nodes: list[int], script: str, own: list[dict[str, str]], flags: str, at: Path
+    nodes: list[int], script: str, variables: list[dict[str, str]], flags: str, folder: Path
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """A script of examples/launch on nodes, `own` being what only one of them is told.
+    """Run a script of examples/launch on all nodes, and end it with the block.
 
-    Leaves torchrun's processes, and `node0.log` and so on in the folder `at`; ends with the block.
+    Args:
+        nodes: from the fixture.
+        script: name of the script.
+        variables: environment variables of each node.
+        flags: of the training command, beside `MODEL`.
+        folder: gets the output of the nodes, `node0.log` and `node1.log`.
+
+    Yields:
+        The torchrun process of each node.
     """
-    # As docs/cluster.md says: the file's variables, and those of this network by hand.
+    # As docs/cluster.md says: variables from the file, and those of this network by hand.
     command = ["bash", "-c", 'set -a; . "$0"; set +a; exec "$@"', LAUNCH / "gloo.env"]
     command += [LAUNCH / script, *shlex.split(f"{MODEL} {flags}")]
     processes = []
     try:
         for rank, node in enumerate(nodes):
-            variables = {
+            environment = {
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                 "GLOO_SOCKET_IFNAME": "cable",
                 "MASTER_ADDR": ADDRESSES[0],
                 "NODE_ADDR": ADDRESSES[rank],
                 "NNODES": "2",
                 "GPUS_PER_NODE": "2",
-                **own[rank],
+                **variables[rank],
             }
-            with (at / f"node{rank}.log").open("wb") as output:
+            with (folder / f"node{rank}.log").open("wb") as output:
                 processes.append(
                     subprocess.Popen(
                         [*inside(node), *command],
                         stdout=output,
                         stderr=subprocess.STDOUT,
-                        cwd=at,
-                        env=os.environ | variables,
+                        cwd=folder,
+                        env=os.environ | environment,
                     )
                 )
         yield processes
@@ -111,17 +119,19 @@ def started(
             kill_all(process)
 
 
-def train(nodes: list[int], script: str, own: list[dict[str, str]], flags: str, at: Path) -> Log:
+def train(
+    nodes: list[int], script: str, variables: list[dict[str, str]], flags: str, folder: Path
+) -> Log:
     """Run a script to its end on all nodes."""
-    with started(nodes, script, own, flags, at) as processes:
+    with started(nodes, script, variables, flags, folder) as processes:
         codes = [process.wait(HANGS) for process in processes]
-    logs = [(at / f"node{rank}.log").read_text() for rank in range(len(nodes))]
+    logs = [(folder / f"node{rank}.log").read_text() for rank in range(len(nodes))]
     assert codes == [0, 0], "\n".join(log[-3000:] for log in logs)
     return Log(text=logs[-1])
 
 
 @pytest.mark.parametrize(
-    ("script", "own", "flags"),
+    ("script", "variables", "flags"),
     [
         ("static.sh", [{"NODE_RANK": "0"}, {"NODE_RANK": "1"}], FLAGS),
         slow(
@@ -134,37 +144,45 @@ def train(nodes: list[int], script: str, own: list[dict[str, str]], flags: str, 
     ids=["static", "c10d"],
 )
 def test_two_nodes_train_the_model_of_one_node(
-    nodes, pretrain, text: str, tmp_path: Path, script: str, own: list[dict[str, str]], flags: str
+    nodes,
+    pretrain,
+    text: str,
+    tmp_path: Path,
+    script: str,
+    variables: list[dict[str, str]],
+    flags: str,
 ) -> None:
-    log = train(nodes, script, own, f"--data-path {text} {LAYOUT} {flags}", tmp_path)
-    node, rank = pretrain(4, f"{FLAGS} {LAYOUT}"), pretrain(1, FLAGS)
+    log = train(nodes, script, variables, f"--data-path {text} {LAYOUT} {flags}", tmp_path)
+    one_node, one_rank = pretrain(4, f"{FLAGS} {LAYOUT}"), pretrain(1, FLAGS)
     for name in ("lm loss", "grad norm"):
         assert len(log.values(name)) == 5
-        assert log.values(name) == node.values(name), name
-        assert log.values(name) == pytest.approx(rank.values(name), rel=2e-3), name
-    assert log.validation_loss == node.validation_loss
-    assert log.validation_loss == pytest.approx(rank.validation_loss, rel=1e-4)
+        assert log.values(name) == one_node.values(name), name
+        assert log.values(name) == pytest.approx(one_rank.values(name), rel=2e-3), name
+    assert log.validation_loss == one_node.validation_loss
+    assert log.validation_loss == pytest.approx(one_rank.validation_loss, rel=1e-4)
 
 
 @pytest.mark.slow
-def test_a_node_that_is_lost(nodes, pretrain, text: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_without_a_node_that_is_lost(
+    nodes, pretrain, text: str, tmp_path: Path
+) -> None:
     """One node loses its power; the other goes on alone, and ends with the same model."""
     flags = "--train-iters 24 --split 90,10,0 --expert-model-parallel-size 2"
     saved = f"--data-path {text} {flags} --save run --load run --save-interval 8"
     # 6 seconds to miss a node in place of 15, and 8 to wait for others in place of 30.
-    soon = "keep_alive_interval=2,keep_alive_max_attempt=3,last_call_timeout=8"
-    own = [
-        {"RUN_ID": "x", "NNODES": "1:2", "IS_MASTER": f"{master},{soon}"}
+    timeouts = "keep_alive_interval=2,keep_alive_max_attempt=3,last_call_timeout=8"
+    variables = [
+        {"RUN_ID": "x", "NNODES": "1:2", "IS_MASTER": f"{master},{timeouts}"}
         for master in ("true", "false")
     ]
-    with started(nodes, "elastic.sh", own, saved, tmp_path) as processes:
+    with started(nodes, "elastic.sh", variables, saved, tmp_path) as processes:
         log = (tmp_path / "node1.log").read_text
         wait_until(lambda: bool(re.search(r"iteration +10/", log())), HANGS, log)
         kill_all(processes[1])
         assert processes[0].wait(HANGS) == 0, (tmp_path / "node0.log").read_text()[-3000:]
     alone = Log(text=(tmp_path / "node0.log").read_text())
-    whole = pretrain(1, flags.replace("--expert-model-parallel-size 2", ""))
+    one_rank = pretrain(1, flags.replace("--expert-model-parallel-size 2", ""))
     norms = alone.values("grad norm")
     assert len(norms) in (8, 16), "it went on from a checkpoint"
-    assert norms == pytest.approx(whole.values("grad norm")[-len(norms) :], rel=2e-3)
-    assert alone.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
+    assert norms == pytest.approx(one_rank.values("grad norm")[-len(norms) :], rel=2e-3)
+    assert alone.validation_loss == pytest.approx(one_rank.validation_loss, rel=1e-4)

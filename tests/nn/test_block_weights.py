@@ -15,7 +15,7 @@ from megatron_sffn.nn.init import block_weight_init
 from megatron_sffn.nn.layer import SparseFFN
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.utils.hashing import seed_of
-from tests.support.engine import whole
+from tests.support.engine import whole_tensors
 from tests.support.ranks import run_ranks
 from tests.support.router_cases import Case, D, build, draw
 
@@ -44,7 +44,7 @@ def test_a_checkpoint_holds_tables_of_cells(ranks: int, ep: int, etp: int, swigl
     groups = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
     results = run_ranks(ranks, saved, case, **groups)
     assert all(is_restored for *_, is_restored in results)
-    tables = whole([shard for shards, *_ in results for shard in shards])
+    tables = whole_tensors([shard for shards, *_ in results for shard in shards])
     ((_, expected, _),) = run_ranks(1, saved, case)
     blocks = M // 4
     assert torch.equal(tables["layer.values"], expected["values"].view(M, D))
@@ -96,7 +96,7 @@ def test_a_checkpoint_loaded_with_another_block_size_has_the_same_cells(swiglu: 
 def test_a_checkpoint_holds_narrow_keys_or_none(router: str, ranks: int) -> None:
     results = run_ranks(ranks, saved, Case(router=router), expert_model_parallel_size=ranks)
     assert all(is_restored for *_, is_restored in results)
-    tables = whole([shard for shards, *_ in results for shard in shards])
+    tables = whole_tensors([shard for shards, *_ in results for shard in shards])
     ((_, expected, _),) = run_ranks(1, saved, Case(router=router))
     assert {f"layer.{name}" for name in expected} == set(tables)
     assert set(expected) == ({"values"} if router == "pkm" else {"keys", "values"})

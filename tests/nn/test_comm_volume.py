@@ -38,7 +38,7 @@ def test_the_bytes_of_an_exchange_are_those_of_an_enumeration_of_all_choices(
     gated = sparse("switch", active_cells=6 * active, block_size=6, expansion=blocks // active)
     # The token sits on the first rank of the grid; every choice of its blocks is equally likely.
     choices = [
-        [(i * ranks // blocks, part) for i in choice for part in range(slices)]
+        [(i * ranks // blocks, slice_index) for i in choice for slice_index in range(slices)]
         for choice in combinations(range(blocks), active)
     ]
     rows = sum(len(set(owners) - {(0, 0)}) for owners in choices) / len(choices)
@@ -47,18 +47,18 @@ def test_the_bytes_of_an_exchange_are_those_of_an_enumeration_of_all_choices(
     if ranks * slices == 1:
         assert comm_volume.exchanged_bytes_per_token(layer, width, layout) == 0
         return
-    ours = comm_volume.exchanged_bytes_per_token(layer, width, layout)
-    assert ours == pytest.approx(2 * rows * width * 2 + pairs * 2)
+    sent = comm_volume.exchanged_bytes_per_token(layer, width, layout)
+    assert sent == pytest.approx(2 * rows * width * 2 + pairs * 2)
     with_gates = comm_volume.exchanged_bytes_per_token(gated, width, layout)
     assert with_gates == pytest.approx(2 * rows * width * 2 + pairs * (2 + 4))
     other_ranks = ranks * slices - 1
-    by_all_gather = dataclasses.replace(layout, dispatcher="allgather")
-    gathered = comm_volume.exchanged_bytes_per_token(gated, width, by_all_gather)
+    gather_layout = dataclasses.replace(layout, dispatcher="allgather")
+    gathered = comm_volume.exchanged_bytes_per_token(gated, width, gather_layout)
     assert gathered == other_ranks * (2 * width * 2 + active * (2 + 4))
 
 
 def choices_in_groups(blocks: int, active: int, groups: int, chosen: int) -> list[tuple[int, ...]]:
-    """All choices of K blocks within all choices of groups: each of the list is equally likely."""
+    """All choices of K blocks within all choices of groups, all equally likely."""
     size = blocks // groups
     return [
         choice
@@ -72,7 +72,7 @@ def choices_in_groups(blocks: int, active: int, groups: int, chosen: int) -> lis
 def test_bytes_of_group_limited_routing_are_those_of_an_enumeration(
     groups: int, chosen: int, ranks: int
 ) -> None:
-    # Groups and ranks have the same bounds, or many in one, or bounds that cross.
+    # The bounds of groups are those of ranks, or a rank holds several groups, or the bounds cross.
     blocks, active, width = 12, 4, 24
     layer = sparse(active_cells=6 * active, block_size=6, expansion=blocks // active)
     choices = choices_in_groups(blocks, active, groups, chosen)
@@ -90,9 +90,9 @@ def test_bytes_of_group_limited_routing_are_those_of_an_enumeration(
     # As two nodes.
     on_nodes = dataclasses.replace(layer, node_size=ranks // 2)
     nodes = sum(len({i * 2 // blocks for i in choice}) for choice in choices) / len(choices)
-    between = comm_volume.bytes_between_nodes_per_token(on_nodes, width, layout)
+    node_bytes = comm_volume.bytes_between_nodes_per_token(on_nodes, width, layout)
     if ranks > 2:
-        assert between == pytest.approx((2 * nodes * width * 2 + active * 2) / 2)
+        assert node_bytes == pytest.approx((2 * nodes * width * 2 + active * 2) / 2)
 
 
 def test_groups_as_many_as_ranks_bound_the_ranks_that_a_token_reaches() -> None:
@@ -142,20 +142,20 @@ def test_megatron_sends_a_copy_per_block() -> None:
     sent = comm_volume.megatron_bytes_per_token
     assert sent(layer, 24, remote) == 2 * 16 * 3 / 4 * 24 * 2
     # Each ETP rank of the block gets the copies too.
-    cut = ParallelLayout(etp=2, dtype=torch.bfloat16)
-    assert sent(layer, 24, cut) == 2 * 16 * 24 * 2
+    etp_layout = ParallelLayout(etp=2, dtype=torch.bfloat16)
+    assert sent(layer, 24, etp_layout) == 2 * 16 * 24 * 2
     # Or the token once, with a bool and an fp32 for each of the 32 blocks.
-    by_all_gather = dataclasses.replace(remote, dispatcher="allgather")
-    assert sent(layer, 24, by_all_gather) == 3 * (2 * 24 * 2 + 32 * 5)
+    gather_layout = dataclasses.replace(remote, dispatcher="allgather")
+    assert sent(layer, 24, gather_layout) == 3 * (2 * 24 * 2 + 32 * 5)
 
 
 def test_the_bytes_of_the_papers_smallest_block_on_4096_ranks() -> None:
     layer = sparse(active_cells=4096, block_size=1, expansion=16)
     layout = ParallelLayout(ep=4096, dtype=torch.bfloat16)
-    ours = comm_volume.exchanged_bytes_per_token(layer, 1024, layout)
+    sent = comm_volume.exchanged_bytes_per_token(layer, 1024, layout)
     # 16 of the 65,536 cells on each rank, 4096 of them chosen: (15/16)^16 of the ranks stay out.
     rows = 4095 * (1 - (15 / 16) ** 16)
-    assert ours == pytest.approx(2 * rows * 1024 * 2 + 4095 * 2, rel=1e-3)
+    assert sent == pytest.approx(2 * rows * 1024 * 2 + 4095 * 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -267,23 +267,26 @@ def test_a_token_crosses_to_each_node_once() -> None:
     for result in results:
         assert result["own count"] == pytest.approx(result["counted"], rel=1e-12)
     # Each token has 4 of 12 blocks, of which a node has 6 and a rank 3.
-    node, rank = 1 - math.comb(6, 4) / math.comb(12, 4), 1 - math.comb(9, 4) / math.comb(12, 4)
+    node_share, rank_share = (
+        1 - math.comb(6, 4) / math.comb(12, 4),
+        1 - math.comb(9, 4) / math.comb(12, 4),
+    )
     row, pair = 2 * D * 2, 2
-    between = node * row + 4 / 2 * pair
-    expected = between + 2 * rank * row + 4 / 2 * pair
+    node_bytes = node_share * row + 4 / 2 * pair
+    expected = node_bytes + 2 * rank_share * row + 4 / 2 * pair
     layer = sparse(active_cells=16, block_size=4, expansion=3, node_size=2)
     layout = ParallelLayout(ep=4, dtype=torch.bfloat16)
-    assert comm_volume.bytes_between_nodes_per_token(layer, D, layout) == pytest.approx(between)
+    assert comm_volume.bytes_between_nodes_per_token(layer, D, layout) == pytest.approx(node_bytes)
     assert comm_volume.exchanged_bytes_per_token(layer, D, layout) == pytest.approx(expected)
     # The run is in float64.
     layer = dataclasses.replace(layer, router=ROUTERS["rand-hash"]())
-    wide = dataclasses.replace(layout, dtype=torch.float64)
-    expected = comm_volume.exchanged_bytes_per_token(layer, D, wide)
+    float64_layout = dataclasses.replace(layout, dtype=torch.float64)
+    expected = comm_volume.exchanged_bytes_per_token(layer, D, float64_layout)
     counted = sum(result["counted"] for result in results) / 4
     assert counted == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
     flat = dataclasses.replace(layer, node_size=0)
     assert comm_volume.cheapest_dispatcher(layer, D, layout) == "alltoall"
-    assert comm_volume.exchanged_bytes_per_token(flat, D, wide) < expected
+    assert comm_volume.exchanged_bytes_per_token(flat, D, float64_layout) < expected
 
 
 def sent_in_groups(by_score: bool) -> float:
@@ -314,6 +317,6 @@ def test_group_limited_routing_sends_the_bytes_of_the_closed_form() -> None:
     uniform = sum(run_ranks(4, sent_in_groups, False)) / 4
     assert uniform == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
     # Scores choose groups with several good blocks, so that tokens use both of their groups.
-    scored = sum(run_ranks(4, sent_in_groups, True)) / 4
-    assert expected < scored < 1.1 * expected
-    assert scored < 0.8 * comm_volume.exchanged_bytes_per_token(layer, D, free)
+    scored_bytes = sum(run_ranks(4, sent_in_groups, True)) / 4
+    assert expected < scored_bytes < 1.1 * expected
+    assert scored_bytes < 0.8 * comm_volume.exchanged_bytes_per_token(layer, D, free)

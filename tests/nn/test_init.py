@@ -26,7 +26,7 @@ ROUTER_ROWS = [
 ]
 
 
-def built(router: str) -> SparseFFN:
+def sparse_layer(router: str) -> SparseFFN:
     """A layer of 1,024 cells and width 64."""
     single_cells = router == "top-k-act" or ROUTERS[router]().key_width(64) == 0
     config = SparseFFNTransformerConfig(
@@ -61,7 +61,7 @@ def test_every_value_of_sffn_init_has_keys_and_values() -> None:
 
 @pytest.mark.parametrize(("router", "weight"), ROUTER_ROWS)
 def test_a_router_draws_what_its_row_says(one_rank: None, router: str, weight: str) -> None:
-    layer = built(router)
+    layer = sparse_layer(router)
     drawn = dict(layer.router.named_parameters())[weight].detach()
     assert_drawn(drawn, INITIAL_VALUES[f"router {router}", weight], layer.config)
 
@@ -70,7 +70,7 @@ def test_a_router_draws_what_its_row_says(one_rank: None, router: str, weight: s
 def test_weights_without_a_row_are_drawn_by_megatrons_init_method(
     one_rank: None, router: str
 ) -> None:
-    layer = built(router)
+    layer = sparse_layer(router)
     if type(layer.router).draw is not Router.draw:
         return
     for _, weight in layer.router.named_parameters():
@@ -91,7 +91,7 @@ def test_weights_without_a_row_are_drawn_by_megatrons_init_method(
 def test_dense_weights_are_drawn_by_the_row_of_their_kind(
     one_rank: None, name: str, num_axes: int, row: str | None
 ) -> None:
-    config = built("avg-k").config
+    config = sparse_layer("avg-k").config
     config.embedding_init_method_std = 0.5
     config.embedding_init_method = lambda weight: torch.nn.init.normal_(weight, std=0.5)
     init_method = dense_weight_init(name, num_axes, config)

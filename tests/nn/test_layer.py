@@ -172,15 +172,15 @@ def test_initial_block_weights_have_megatrons_std() -> None:
     assert layer.experts.keys.std().item() == pytest.approx(0.5, rel=0.1)
     # Megatron scales the output projection by 1 / sqrt(2 · layers).
     assert layer.experts.values.std().item() == pytest.approx(0.5 / 2, rel=0.1)
-    other = SparseFFN(config_of(Case(router="avg-k")), layer_number=2)
-    assert not torch.equal(layer.experts.keys, other.experts.keys)
+    layer_2 = SparseFFN(config_of(Case(router="avg-k")), layer_number=2)
+    assert not torch.equal(layer.experts.keys, layer_2.experts.keys)
     assert not torch.equal(layer.experts.keys[0], layer.experts.keys[1])
 
 
 def test_tokens_reach_the_router_in_the_order_of_the_hidden_states() -> None:
     layer = build(Case(router="rand-hash"))
     hidden, ids, _ = inputs()
-    seen = []
-    layer.router.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    router_ids = []
+    layer.router.register_forward_pre_hook(lambda module, args: router_ids.append(args[2]))
     layer(hidden, padding_mask=ids)
-    assert torch.equal(seen[0].view(hidden.shape[:2]), ids.T)
+    assert torch.equal(router_ids[0].view(hidden.shape[:2]), ids.T)

@@ -204,7 +204,7 @@ def test_layers_are_numbered_over_all_pipeline_stages(layers: str) -> None:
 
 
 def two_chunks_of(layers: str) -> list[Any]:
-    """The layers of both model chunks of this rank."""
+    """The layers of the two model chunks of this rank."""
     chunks = [
         build(layers, vp_stage=stage, virtual_pipeline_model_parallel_size=2) for stage in range(2)
     ]

@@ -51,12 +51,12 @@ def unscaled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def with_losses(router: RouterConfig | None = None, **numbers: Any) -> Any:
     """A router of 12 blocks, 4 of them active, in training mode."""
     router = router or SwitchConfig()
-    built = router.router_class()(
+    built_router = router.router_class()(
         config=transformer(router, **numbers),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
-    built.set_layer_number(1)
-    return built
+    built_router.set_layer_number(1)
+    return built_router
 
 
 def config_with(kind: str, weight: float = 0.3) -> tuple[RouterConfig, dict[str, Any]]:

@@ -28,7 +28,7 @@ from megatron_sffn.nn.routing_counters import SUMS, RoutingCounter, TrafficCount
         ([2**40, 2**40], 1.0),
     ],
 )
-def test_load_entropy(tokens: list[int], entropy: float) -> None:
+def test_load_entropy_is_its_formula(tokens: list[int], entropy: float) -> None:
     result = load_entropy(torch.tensor(tokens))
     assert result == pytest.approx(entropy, abs=1e-12)
     assert json.dumps(round(result, 6))[0] != "-", "minus zero in a file looks like an error"
@@ -45,9 +45,9 @@ def test_load_entropy_is_between_0_and_1_and_depends_on_neither_order_nor_scale(
 
 
 def load_and_sums(counter: RoutingCounter) -> tuple[list[int], dict[str, float]]:
-    taken = counter.take()
-    assert taken.load.dtype == torch.long and taken.sums.dtype == torch.float64
-    return taken.load.tolist(), dict(zip(SUMS, taken.sums.tolist(), strict=True))
+    counts = counter.take()
+    assert counts.load.dtype == torch.long and counts.sums.dtype == torch.float64
+    return counts.load.tolist(), dict(zip(SUMS, counts.sums.tolist(), strict=True))
 
 
 def test_a_routing_is_counted_without_its_empty_places() -> None:
@@ -76,13 +76,13 @@ def test_sums_accumulate_until_they_are_taken() -> None:
     counter = RoutingCounter(3)
     counter(Routing(block_ids=torch.tensor([[0], [2]])))
     counter(Routing(block_ids=torch.tensor([[2]]), gates=torch.tensor([[0.5]])))
-    taken = counter.take()
-    assert taken.load.tolist() == [1, 0, 2]
-    assert taken.sums.tolist() == [3, 0.5, 0.25, 0, 0, 0]
+    first_counts = counter.take()
+    assert first_counts.load.tolist() == [1, 0, 2]
+    assert first_counts.sums.tolist() == [3, 0.5, 0.25, 0, 0, 0]
     load, sums = load_and_sums(counter)
     assert load == [0, 0, 0] and not any(sums.values())
     counter(Routing(block_ids=torch.tensor([[1]])))
-    assert taken.load.tolist() == [1, 0, 2], "a later count has changed sums that were taken"
+    assert first_counts.load.tolist() == [1, 0, 2], "a later count has changed sums that were taken"
     assert counter.take().load.tolist() == [0, 1, 0]
 
 

@@ -13,7 +13,7 @@ ACTIVATIONS = list(Activation)
 T, D, M = 13, 6, 24
 
 
-def make(
+def tensors(
     g: int, activation: Activation = Activation.GELU, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x `[T, D]`, keys and values of M cells in blocks of g."""
@@ -24,7 +24,7 @@ def make(
     return x, keys, values
 
 
-def choose(num_blocks: int, active: int, tokens: int = T) -> Tensor:
+def random_ids(num_blocks: int, active: int, tokens: int = T) -> Tensor:
     return torch.rand(tokens, num_blocks).topk(active, dim=1).indices
 
 
@@ -42,31 +42,36 @@ def dense(x: Tensor, keys: Tensor, values: Tensor, activation: Activation) -> Te
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("g", [1, 2, 3, 4, 6, 8, 12, 24])
 def test_f1_f2_all_blocks_are_the_dense_ffn(g: int, activation: Activation, backend: str) -> None:
-    x, keys, values = make(g, activation)
-    everything = torch.arange(M // g).expand(T, -1)
-    y = block_ffn(x, keys, values, everything, activation=activation, backend=backend)
+    x, keys, values = tensors(g, activation)
+    all_ids = torch.arange(M // g).expand(T, -1)
+    y = block_ffn(x, keys, values, all_ids, activation=activation, backend=backend)
     torch.testing.assert_close(y, dense(x, keys, values, activation), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_f4_order_of_blocks_and_of_cells_does_not_matter(backend: str) -> None:
-    x, keys, values = make(4)
-    ids, gates = choose(6, 3), torch.rand(T, 3, dtype=x.dtype)
+    x, keys, values = tensors(4)
+    ids, gates = random_ids(6, 3), torch.rand(T, 3, dtype=x.dtype)
     y = block_ffn(x, keys, values, ids, gates, backend=backend)
-    moved = torch.randperm(6)
+    block_order = torch.randperm(6)
     y_blocks = block_ffn(
-        x, keys[moved], values[moved], moved.argsort()[ids], gates, backend=backend
+        x,
+        keys[block_order],
+        values[block_order],
+        block_order.argsort()[ids],
+        gates,
+        backend=backend,
     )
     torch.testing.assert_close(y_blocks, y, rtol=1e-10, atol=1e-12)
-    cells = torch.randperm(4)
-    y_cells = block_ffn(x, keys[:, cells], values[:, cells], ids, gates, backend=backend)
+    cell_order = torch.randperm(4)
+    y_cells = block_ffn(x, keys[:, cell_order], values[:, cell_order], ids, gates, backend=backend)
     torch.testing.assert_close(y_cells, y, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_f5_a_token_does_not_depend_on_its_batch(backend: str) -> None:
-    x, keys, values = make(4)
-    ids = choose(6, 2)
+    x, keys, values = tensors(4)
+    ids = random_ids(6, 2)
     y = block_ffn(x, keys, values, ids, backend=backend)
     order = torch.randperm(T)
     shuffled = block_ffn(x[order], keys, values, ids[order], backend=backend)
@@ -77,7 +82,7 @@ def test_f5_a_token_does_not_depend_on_its_batch(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_f6_unselected_cells_get_exactly_no_gradient(backend: str) -> None:
-    x, keys, values = (t.requires_grad_() for t in make(4))
+    x, keys, values = (t.requires_grad_() for t in tensors(4))
     block_ffn(x, keys, values, torch.tensor([[0, 2]] * T), backend=backend).sum().backward()
     for table in (keys, values):
         assert table.grad is not None
@@ -93,20 +98,20 @@ def test_f7_output_and_gradients_are_those_of_the_masked_dense_ffn(
     backend: str, g: int, activation: Activation, gated_output: bool
 ) -> None:
     blocks = M // g
-    ids = choose(blocks, max(1, blocks // 3))
+    ids = random_ids(blocks, max(1, blocks // 3))
     gates = torch.rand(ids.shape, dtype=torch.float64) if gated_output else None
     results = []
-    for which in (backend, "formula"):
-        x, keys, values = (t.requires_grad_() for t in make(g, activation))
+    for method in (backend, "formula"):
+        x, keys, values = (t.requires_grad_() for t in tensors(g, activation))
         factors = None if gates is None else gates.clone().requires_grad_()
-        if which == "formula":
+        if method == "formula":
             weight = torch.ones(ids.shape, dtype=x.dtype) if factors is None else factors
             mask = torch.zeros(T, blocks, dtype=x.dtype).scatter(1, ids, weight)
             up = torch.stack([x @ keys[i].T for i in range(blocks)], dim=1)
             coefficients = activation(up) * mask[:, :, None]
             y = coefficients.flatten(1) @ values.flatten(0, 1)
         else:
-            y = block_ffn(x, keys, values, ids, factors, activation=activation, backend=which)
+            y = block_ffn(x, keys, values, ids, factors, activation=activation, backend=method)
         (y * torch.arange(D, dtype=y.dtype)).sum().backward()
         grads = [t.grad for t in (x, keys, values)] + ([] if factors is None else [factors.grad])
         results.append([y.detach(), *grads])
@@ -117,12 +122,12 @@ def test_f7_output_and_gradients_are_those_of_the_masked_dense_ffn(
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_hand_written_backward_is_the_derivative(activation: Activation, backend: str) -> None:
-    x, keys, values = make(3, activation)
+    x, keys, values = tensors(3, activation)
     inputs = [
         t[:4].clone().requires_grad_() if t is x else t.requires_grad_() for t in (x, keys, values)
     ]
     gates = torch.rand(4, 2, dtype=x.dtype, requires_grad=True)
-    ids = choose(8, 2, tokens=4)
+    ids = random_ids(8, 2, tokens=4)
     # These inputs are away from the kink of ReLU, where finite differences are wrong.
     assert torch.autograd.gradcheck(
         lambda x, k, v, g: block_ffn(x, k, v, ids, g, activation=activation, backend=backend),
@@ -147,12 +152,14 @@ def pairs_of(case: str) -> Pairs:
     "case", ["all to one block", "no pair at all", "one row has every block", "ragged"]
 )
 @pytest.mark.parametrize("scratch", [1, 1 << 20])
-def test_edges_against_the_oracle(case: str, scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edge_cases_agree_with_the_oracle(
+    case: str, scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch_backend, "SCRATCH_BYTES", scratch)
     monkeypatch.setattr(torch_backend, "SMALLEST_PIECE", 3)
     results = []
     for backend in BACKENDS:
-        x, keys, values = (t.requires_grad_() for t in make(4))
+        x, keys, values = (t.requires_grad_() for t in tensors(4))
         y = block_ffn_pairs(x, keys, values, pairs_of(case), backend=backend)
         y.square().sum().backward()
         results.append([y.detach(), x.grad, keys.grad, values.grad])
@@ -164,7 +171,7 @@ def test_edges_against_the_oracle(case: str, scratch: int, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("g", [1, 2, 3, 7, 16, 33, 100])
 @pytest.mark.parametrize("rows, width", [(2500, 40), (300, 301), (2, 16)])
-def test_sizes_that_fill_no_tile_and_cross_every_bound(
+def test_sizes_that_do_not_fit_tiles_agree_with_the_oracle(
     rows: int, width: int, g: int, dtype: torch.dtype
 ) -> None:
     """One block has all rows, one has none, the others have some."""
@@ -175,14 +182,14 @@ def test_sizes_that_fill_no_tile_and_cross_every_bound(
     is_pair = torch.rand(rows, blocks) < torch.linspace(0.0, 0.1, blocks)
     is_pair[:, 3] = True
     is_pair[rows // 2] = False
-    places = is_pair.nonzero().int()
-    pairs = Pairs(rows=places[:, 0].contiguous(), blocks=places[:, 1].contiguous())
-    gates = torch.rand(len(places), dtype=torch.float64)
+    indices = is_pair.nonzero().int()
+    pairs = Pairs(rows=indices[:, 0].contiguous(), blocks=indices[:, 1].contiguous())
+    gates = torch.rand(len(indices), dtype=torch.float64)
     results = []
-    for backend, width_of in (("torch", torch.float64), ("cpu", dtype)):
-        inputs = [t.to(dtype).to(width_of).requires_grad_() for t in (x, keys, values, gates)]
+    for backend, compute_dtype in (("torch", torch.float64), ("cpu", dtype)):
+        inputs = [t.to(dtype).to(compute_dtype).requires_grad_() for t in (x, keys, values, gates)]
         y = block_ffn_pairs(*inputs[:3], pairs, inputs[3], backend=backend)
-        (y * x.to(dtype).to(width_of)).sum().backward()
+        (y * x.to(dtype).to(compute_dtype)).sum().backward()
         results.append([y.detach(), *(t.grad for t in inputs)])
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     for exact, actual in zip(*results, strict=True):
@@ -190,8 +197,8 @@ def test_sizes_that_fill_no_tile_and_cross_every_bound(
         assert error < tolerance, f"relative error {error:.2e}"
 
 
-def test_no_tokens() -> None:
-    _, keys, values = make(4)
+def test_no_tokens_give_no_output() -> None:
+    _, keys, values = tensors(4)
     x = torch.zeros(0, D, dtype=keys.dtype, requires_grad=True)
     y = block_ffn(x, keys, values, torch.zeros(0, 2, dtype=torch.long))
     y.sum().backward()
@@ -206,11 +213,11 @@ def test_narrow_dtypes_stay_near_the_float64_oracle(
 ) -> None:
     monkeypatch.setattr(cpu, "FEW_CELLS", few_cells)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
-    ids = choose(12, 5)
+    ids = random_ids(12, 5)
     results = []
     for backend, width in (("naive", torch.float64), ("cpu", dtype)):
         # The oracle starts from the rounded inputs, whose rounding is not an error of the op.
-        inputs = [t.to(dtype).to(width).requires_grad_() for t in make(2, activation)]
+        inputs = [t.to(dtype).to(width).requires_grad_() for t in tensors(2, activation)]
         y = block_ffn(*inputs, ids, activation=activation, backend=backend)
         assert y.dtype == width
         y.backward(torch.ones_like(y))
@@ -221,8 +228,8 @@ def test_narrow_dtypes_stay_near_the_float64_oracle(
 
 
 def test_results_are_the_same_bits_every_time() -> None:
-    x, keys, values = make(2, dtype=torch.float32)
-    ids = choose(12, 5)
+    x, keys, values = tensors(2, dtype=torch.float32)
+    ids = random_ids(12, 5)
     first = block_ffn(x, keys, values, ids)
     assert all(torch.equal(block_ffn(x, keys, values, ids), first) for _ in range(3))
 
@@ -248,10 +255,10 @@ def test_results_are_the_same_bits_every_time() -> None:
 def test_arguments_that_do_not_fit_are_refused(
     backend: str, change: dict[str, object], words: tuple[str, ...]
 ) -> None:
-    x, keys, values = make(4)
-    fitting = {"x": x, "keys": keys, "values": values, "block_ids": choose(6, 2)}
+    x, keys, values = tensors(4)
+    valid = {"x": x, "keys": keys, "values": values, "block_ids": random_ids(6, 2)}
     with pytest.raises(ConfigError) as caught:
-        block_ffn(**{**fitting, "backend": backend, **change})
+        block_ffn(**{**valid, "backend": backend, **change})
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -267,7 +274,7 @@ def test_ids_are_checked_on_request(
     backend: str, ids: list[list[int]], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SFFN_CHECK", "1")
-    x, keys, values = make(4)
+    x, keys, values = tensors(4)
     block_ffn(x[:2], keys, values, torch.tensor([[0, 5], [-1, -1]]), backend=backend)
     with pytest.raises(ConfigError) as caught:
         block_ffn(x[:2], keys, values, torch.tensor(ids), backend=backend)
@@ -276,7 +283,7 @@ def test_ids_are_checked_on_request(
 
 def test_pairs_are_checked_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFFN_CHECK", "1")
-    x, keys, values = make(4)
+    x, keys, values = tensors(4)
     for rows, words in (
         ([0, 13], "row 13 is not in"),
         ([-1, 0], "row -1"),
@@ -289,6 +296,6 @@ def test_pairs_are_checked_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_an_id_without_a_block_never_reaches_memory(backend: str) -> None:
-    x, keys, values = make(4)
+    x, keys, values = tensors(4)
     with pytest.raises(IndexError):
         block_ffn(x, keys, values, torch.tensor([[0, 6]] * T), backend=backend)

@@ -1,4 +1,4 @@
-"""What `auto` chooses on a GPU, which these tests simulate by replacing `ops/device.py`."""
+"""The choice of `auto` on a GPU, which these tests simulate by replacing `ops/device.py`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megatron_sffn.nn.config import (
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.ops.block_ffn import Pairs, choose_backend
 from megatron_sffn.ops.block_ffn.choose_backend import Shape
-from tests.support.played_gpu import play_gpu
+from tests.support.simulated_gpu import simulate_gpu
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 
 
 def shape(g: int, spread: float, *, tokens: int = 16384, width: int = 4096) -> Shape:
-    """T tokens with 4·D active cells each, of E times as many."""
+    """T tokens with 4·D active cells each, in a layer with `spread` times as many cells."""
     active = max(1, 4 * width // g)
     return Shape(
         rows=tokens,
@@ -66,7 +66,7 @@ def test_auto_chooses_the_backend_with_the_least_estimate(
     backend: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    play_gpu(monkeypatch, capability=capability, name="a GPU")
+    simulate_gpu(monkeypatch, capability=capability, name="a GPU")
     best, reason = choose_backend.choose(shape(g, spread), torch.empty(0, dtype=dtype))
     assert best == backend, (reason, choose_backend.estimates(shape(g, spread), dtype))
 
@@ -74,12 +74,12 @@ def test_auto_chooses_the_backend_with_the_least_estimate(
 def test_auto_for_values_without_keys_and_without_pairs_and_its_log_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    play_gpu(monkeypatch, capability=(8, 6), name="a GPU")
+    simulate_gpu(monkeypatch, capability=(8, 6), name="a GPU")
     tensor = torch.empty(0, dtype=HALF)
-    alone = Shape(rows=8, pairs=32, blocks=512, cells=1, width=64, key_width=0)
-    assert choose_backend.choose(alone, tensor)[0] == "bags"
-    nothing = Shape(rows=0, pairs=0, blocks=64, cells=64, width=64, key_width=64)
-    assert choose_backend.choose(nothing, tensor)[0] in ("masked", "torch")
+    only_values = Shape(rows=8, pairs=32, blocks=512, cells=1, width=64, key_width=0)
+    assert choose_backend.choose(only_values, tensor)[0] == "bags"
+    no_pairs = Shape(rows=0, pairs=0, blocks=64, cells=64, width=64, key_width=64)
+    assert choose_backend.choose(no_pairs, tensor)[0] in ("masked", "torch")
     monkeypatch.setattr(choose_backend, "_logged", set())
     with caplog.at_level(logging.INFO, logger="megatron_sffn"):
         for spread in (4, 5, 6):
@@ -94,7 +94,7 @@ def test_auto_is_estimated_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> Non
     ids = torch.arange(6, dtype=torch.int32)
     call = (x, *tables, Pairs(rows=ids, blocks=ids))
     assert choose_backend.resolve("auto", *call) == "auto"
-    play_gpu(monkeypatch)
+    simulate_gpu(monkeypatch)
     assert (
         choose_backend.resolve("auto", *call)
         == choose_backend.choose(

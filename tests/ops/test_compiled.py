@@ -43,9 +43,9 @@ def test_of_two_processes_one_compiles_for_the_default_instruction_set(tmp_path:
     outputs = [run.communicate(timeout=HANGS) for run in runs]
     assert [output for output, _ in outputs] == ["with kernels\n"] * 2, outputs
     compiled = sum("compiling" in errors for _, errors in outputs)
-    assert compiled == 1, "one compiles, the other one waits"
-    kept = sorted(path.suffix for path in (tmp_path / "megatron_sffn").iterdir())
-    assert kept == [".lock", ".so"], "nothing else stays"
+    assert compiled == 1, "one process compiles, and the other waits"
+    suffixes = sorted(path.suffix for path in (tmp_path / "megatron_sffn").iterdir())
+    assert suffixes == [".lock", ".so"], "nothing else stays"
 
 
 def test_without_a_compiler_torch_computes_with_one_warning(tmp_path: Path) -> None:

@@ -56,12 +56,12 @@ def errors_of_microbatches(backend: str) -> list[tuple[float, float]]:
     batches = [(torch.randn(64, 16), torch.rand(64, 8).topk(3).indices) for _ in range(16)]
     start = torch.randn(2, 8, 4, 16).bfloat16()
     grads = {}
-    for way in ("float64", "autograd", "main_grad"):
-        dtype = torch.float64 if way == "float64" else torch.bfloat16
+    for method in ("float64", "autograd", "main_grad"):
+        dtype = torch.float64 if method == "float64" else torch.bfloat16
         tables = [Parameter(table.to(dtype)) for table in start]
         sums = [torch.zeros(table.shape, dtype=torch.float64) for table in tables]
         for table in tables:
-            if way == "main_grad":
+            if method == "main_grad":
                 table.main_grad = torch.zeros(table.shape)
                 table.grad_added_to_main_grad = False
                 main_grad.add_to_main_grad(table)
@@ -69,13 +69,13 @@ def errors_of_microbatches(backend: str) -> list[tuple[float, float]]:
             y = block_ffn(x.bfloat16().to(dtype), *tables, ids, backend=backend)
             y.backward(x.bfloat16().to(dtype))
             for total, table in zip(sums, tables, strict=True):
-                if way != "main_grad":
+                if method != "main_grad":
                     total += table.grad
                 table.grad = None
-        if way == "main_grad":
+        if method == "main_grad":
             assert all(table.grad_added_to_main_grad for table in tables)
             sums = [table.main_grad for table in tables]
-        grads[way] = sums
+        grads[method] = sums
     return [
         (error(added, exact), error(summed, exact))
         for added, summed, exact in zip(
@@ -85,7 +85,7 @@ def errors_of_microbatches(backend: str) -> list[tuple[float, float]]:
 
 
 def test_main_grad_is_not_used_where_a_gradient_would_be_lost() -> None:
-    """A bf16 buffer, no DDP, or an owner that has not promised anything."""
+    """Cases: a bf16 buffer, no DDP, or an owner that has not enabled `main_grad`."""
     table = Parameter(torch.zeros(2, 3, 4).bfloat16())
     assert main_grad.buffer_of(table) is None
     table.main_grad, table.grad_added_to_main_grad = torch.zeros(2, 3, 4), False
@@ -111,7 +111,7 @@ def test_gates_and_their_gradients_are_not_rounded_to_bf16(backend: str) -> None
     exact.backward(x.double())
     y.backward(x)
     assert actual_gates.grad is not None and actual_gates.grad.dtype == torch.float32
-    # What the roundings of h and of the up projections leave; the sum itself is not rounded.
+    # The error is that of rounding h and the up projections; the sum itself is not rounded.
     assert error(actual_gates.grad, exact_gates.grad) < 4e-3
-    one = block_ffn(x, keys, values, ids, torch.ones(64, 1), backend=backend)
-    assert (y != one).any(), "a gate of 1.0005 was rounded to 1"
+    ungated = block_ffn(x, keys, values, ids, torch.ones(64, 1), backend=backend)
+    assert (y != ungated).any(), "a gate of 1.0005 was rounded to 1"

@@ -20,7 +20,7 @@ from megatron_sffn.ops.block_ffn import choose_backend, grouped, quack
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.utils.errors import ConfigError
 from tests.ops.test_torch_backends import D, R, load
-from tests.support.played_gpu import play_gpu
+from tests.support.simulated_gpu import simulate_gpu
 
 
 def gemm(
@@ -118,7 +118,7 @@ def test_unsupported_inputs_are_refused_and_alternatives_named(
     x, table = torch.zeros(3, 16), torch.zeros(2, 8, 16)
     with pytest.raises(ConfigError, match="backend quack computes on a GPU"):
         block_ffn(x, table, table, torch.zeros(3, 1, dtype=torch.long), backend="quack")
-    play_gpu(monkeypatch, capability=(7, 5), name="an old GPU")
+    simulate_gpu(monkeypatch, capability=(7, 5), name="an old GPU")
     shape = choose_backend.Shape(rows=3, pairs=3, blocks=2, cells=8, width=16, key_width=16)
     for dtype, words in ((torch.float32, "or float16, but"), (torch.float16, "an old GPU has 7.5")):
         assert words in choose_backend.refusal("quack", shape, x.to(dtype))

@@ -12,7 +12,7 @@ from megatron_sffn.utils.errors import ConfigError
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("levels", [2, 5, 1000])
 @pytest.mark.parametrize(("blocks", "active"), [(1, 1), (7, 1), (16, 5), (33, 32), (64, 64)])
-def test_against_the_oracle_with_and_without_ties(
+def test_ids_are_those_of_the_oracle_with_and_without_ties(
     blocks: int, active: int, levels: int, dtype: torch.dtype, backend: str
 ) -> None:
     torch.manual_seed(levels)
@@ -29,7 +29,7 @@ def test_a8_ties_go_to_the_lowest_index(backend: str) -> None:
     assert route_topk(scores, 2, backend=backend).tolist() == [[0, 1], [0, 1], [0, 2]]
 
 
-def test_infinite_scores_are_scores() -> None:
+def test_infinite_scores_are_ranked_like_other_scores() -> None:
     scores = torch.tensor([[-torch.inf, 1.0, torch.inf, 0.0]])
     assert route_topk(scores, 2).tolist() == [[1, 2]]
 
@@ -50,7 +50,7 @@ def test_rows_with_nan_get_distinct_ids_and_the_others_the_right_ones(
     assert (ids.diff(dim=1) > 0).all() and ids.min() >= 0 and ids.max() < 9
 
 
-def test_nan_is_refused_where_the_environment_asks_for_checks(
+def test_nan_is_refused_if_the_environment_asks_for_checks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SFFN_CHECK", "1")
@@ -60,13 +60,13 @@ def test_nan_is_refused_where_the_environment_asks_for_checks(
 
 def test_slices_of_rows_give_the_same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.randint(3, (20, 9)).float()
-    at_once = route_topk(scores, 4, backend="torch")
+    expected = route_topk(scores, 4, backend="torch")
     monkeypatch.setattr(threshold, "SCRATCH_NUMBERS", 3 * 9 + 1)
-    assert torch.equal(route_topk(scores, 4, backend="torch"), at_once)
-    assert torch.equal(at_once, route_topk(scores, 4, backend="naive"))
+    assert torch.equal(route_topk(scores, 4, backend="torch"), expected)
+    assert torch.equal(expected, route_topk(scores, 4, backend="naive"))
 
 
-def test_no_tokens() -> None:
+def test_no_tokens_give_no_ids() -> None:
     assert route_topk(torch.zeros(0, 8), 3).shape == (0, 3)
 
 

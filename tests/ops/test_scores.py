@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_sffn.ops.scores import naive, op, scores
 from tests.support.cuda_operators import CUDA_OPERATORS
-from tests.support.played_gpu import play_gpu
+from tests.support.simulated_gpu import simulate_gpu
 
 T, B, D = 37, 19, 250
 HALF = [torch.bfloat16, torch.float16]
@@ -19,7 +19,7 @@ HALF = [torch.bfloat16, torch.float16]
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulate the arithmetic of a GPU on the CPU."""
     assert CUDA_OPERATORS
-    play_gpu(monkeypatch)
+    simulate_gpu(monkeypatch)
 
 
 def operands(x_dtype: torch.dtype, weight_dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
@@ -82,7 +82,7 @@ def test_fp32_weights_are_split_in_two_terms(dtype: torch.dtype, scale: float) -
 
 
 @pytest.mark.usefixtures("gpu")
-def test_fp32_tokens_with_half_precision_weights() -> None:
+def test_fp32_tokens_are_precise_with_half_precision_weights() -> None:
     inputs = operands(torch.float32, torch.bfloat16)
     actual, expected = results(scores, *inputs), exact(*inputs)
     assert error(actual["scores"], expected["scores"]) < 2.0**-17
@@ -121,8 +121,8 @@ def test_a_cpu_uses_the_oracle(dtype: torch.dtype) -> None:
     ],
 )
 def test_the_host_never_waits(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
-    # Fake tensors raise where a number is asked for. `meta` stands for the GPU: torch's backward
-    # pass asks the driver for the streams of a CUDA device.
+    # Fake tensors raise an error if the host reads a number. `meta` stands for the GPU: torch's
+    # backward pass asks the driver for the streams of a CUDA device.
     with FakeTensorMode(allow_non_fake_inputs=False):
         x = torch.empty(T, D, dtype=dtype, device="meta", requires_grad=True)
         weight = torch.empty(B, D, dtype=weight_dtype, device="meta", requires_grad=True)

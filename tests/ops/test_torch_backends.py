@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_sffn.ops import Activation, block_ffn
 from megatron_sffn.ops.block_ffn import Pairs, bags, block_ffn_pairs, grouped, masked
 from megatron_sffn.utils.errors import ConfigError
-from tests.support.played_gpu import play_gpu
+from tests.support.simulated_gpu import simulate_gpu
 
 D, R = 24, 37
 BACKENDS = ("grouped", "masked", "bags", "torch")
@@ -51,17 +51,19 @@ def compute(
     return [y.detach(), *grads]
 
 
-def agree(backend: str, dtype: torch.dtype, tensors: list[Tensor], pairs: Pairs, name: str) -> None:
+def assert_agree(
+    backend: str, dtype: torch.dtype, tensors: list[Tensor], pairs: Pairs, name: str
+) -> None:
     # The oracle starts from the rounded inputs, whose rounding is not an error of the op.
     rounded = [tensor.to(dtype) for tensor in tensors[:3]] + tensors[3:]
     for activation in [Activation(name)]:
         actual = compute(backend, dtype, rounded, pairs, activation)
         exact = compute("naive", torch.float64, rounded, pairs, activation)
-        for which, got, expected in zip(
+        for tensor_name, result, expected in zip(
             ("y", "x", "keys", "values", "gates"), actual, exact, strict=False
         ):
-            error = (got.double() - expected).norm() / expected.norm().clamp(min=1e-30)
-            assert error < TOLERANCES[dtype], (backend, dtype, name, which, f"{error:.1e}")
+            error = (result.double() - expected).norm() / expected.norm().clamp(min=1e-30)
+            assert error < TOLERANCES[dtype], (backend, dtype, name, tensor_name, f"{error:.1e}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -84,7 +86,7 @@ def test_output_and_every_gradient_are_those_of_the_oracle(backend: str, g: int)
                 torch.randn(blocks, g * activation.keys_per_cell, D) * D**-0.5,
                 torch.randn(blocks, g, D),
             ] + ([torch.rand(len(pairs.rows))] if gated else [])
-            agree(backend, dtype, [t.double() for t in tensors], pairs, activation)
+            assert_agree(backend, dtype, [t.double() for t in tensors], pairs, activation)
 
 
 @pytest.mark.parametrize("backend", ["grouped", "masked", "bags"])
@@ -100,21 +102,23 @@ def test_pieces_of_scratch_do_not_change_the_result(
     monkeypatch.setattr(module, "SCRATCH_BYTES", scratch)
     if backend == "grouped":
         monkeypatch.setattr(grouped, "MOST_GROUPS", 2)
-    agree(backend, torch.float32, tensors, pairs, Activation.GELU)
+    assert_agree(backend, torch.float32, tensors, pairs, Activation.GELU)
 
 
 @pytest.mark.parametrize("backend", ["masked", "bags", "torch"])
-def test_values_without_keys_when_a_row_has_a_cell_twice(backend: str) -> None:
+def test_values_without_keys_agree_with_the_oracle_when_a_row_has_a_cell_twice(
+    backend: str,
+) -> None:
     torch.manual_seed(0)
     rows = torch.arange(R, dtype=torch.int32).repeat_interleave(4)
     pairs = Pairs(rows=rows, blocks=torch.randint(7, (len(rows),), dtype=torch.int32))
     results = []
-    for which in (backend, "naive"):
+    for name in (backend, "naive"):
         torch.manual_seed(1)
         values = torch.randn(7, 1, D, dtype=torch.float64, requires_grad=True)
         gates = torch.randn(len(rows), dtype=torch.float64, requires_grad=True)
         x = torch.zeros(R, D, dtype=torch.float64)
-        y = block_ffn_pairs(x, None, values, pairs, gates, backend=which)
+        y = block_ffn_pairs(x, None, values, pairs, gates, backend=name)
         y.square().sum().backward()
         results.append([y.detach(), values.grad, gates.grad])
     for actual, exact in zip(*results, strict=True):
@@ -139,7 +143,7 @@ def test_gradients_of_tables_are_added_to_a_buffer(backend: str) -> None:
     torch.testing.assert_close(buffer, expected)
 
 
-def on_a_gpu(backend: str) -> list[Tensor]:
+def run_on_meta(backend: str) -> list[Tensor]:
     """Forward and backward with meta tensors: an error if the host reads a number."""
     cells = 1 if backend == "bags" else 8
     like = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
@@ -153,14 +157,14 @@ def on_a_gpu(backend: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("backend", ["grouped", "masked", "bags"])
 def test_the_host_never_waits_for_a_gpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    play_gpu(monkeypatch)
-    assert all(tensor.grad.shape == tensor.shape for tensor in on_a_gpu(backend))
-    with pytest.raises(RuntimeError, match="meta"):  # the loop has to read where blocks begin
-        on_a_gpu("torch")
+    simulate_gpu(monkeypatch)
+    assert all(tensor.grad.shape == tensor.shape for tensor in run_on_meta(backend))
+    with pytest.raises(RuntimeError, match="meta"):  # the loop reads where blocks begin
+        run_on_meta("torch")
     monkeypatch.setattr(grouped, "MOST_GROUPS", 2)
     if backend == "grouped":
         with pytest.raises(RuntimeError, match="meta"):
-            on_a_gpu(backend)
+            run_on_meta(backend)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
@@ -168,12 +172,12 @@ def test_the_branches_for_a_gpu_compute_the_same(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The branches for a GPU, with the CPU's operators."""
-    play_gpu(monkeypatch)
+    simulate_gpu(monkeypatch)
     torch.manual_seed(0)
     pairs = load("skewed", 6)
     tensors = [torch.randn(R, D), torch.randn(6, 8, D) / 5, torch.randn(6, 8, D)]
     tensors = [tensor.double() for tensor in [*tensors, torch.rand(len(pairs.rows))]]
-    agree(backend, torch.bfloat16, tensors, pairs, Activation.GELU)
+    assert_agree(backend, torch.bfloat16, tensors, pairs, Activation.GELU)
 
 
 def test_a_row_that_is_not_finite_leaves_other_rows_unchanged() -> None:

@@ -33,7 +33,7 @@ interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @needs_triton
-def test_numbers_in_the_interpreter() -> None:
+def test_kernels_agree_with_the_oracles_in_the_interpreter() -> None:
     from tests.ops.triton_cases import CHOSEN, FORMS, TOLERANCES, interpreted
 
     process = subprocess.run(
@@ -63,7 +63,7 @@ def test_numbers_in_the_interpreter() -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", ["some", "all to one block", "no pairs", "one row", "many rows"])
 @pytest.mark.parametrize("size", ["1x48", "7x16", "16x48", "136x80"])
-def test_numbers_on_a_gpu(size: str, case: str, dtype: str) -> None:
+def test_kernels_agree_with_the_oracles_on_a_gpu(size: str, case: str, dtype: str) -> None:
     from tests.ops.triton_cases import TOLERANCES, errors
 
     for name, error in errors(case, size, dtype, "cuda").items():
@@ -74,10 +74,10 @@ def test_numbers_on_a_gpu(size: str, case: str, dtype: str) -> None:
 @pytest.mark.skipif(is_host(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("route_case", ["1 of 1", "33 of 33", "1 of 300", "70 of 5000"])
-def test_route_topk_on_a_gpu(route_case: str, dtype: str) -> None:
-    from tests.ops.triton_cases import differing
+def test_route_topk_agrees_with_the_oracle_on_a_gpu(route_case: str, dtype: str) -> None:
+    from tests.ops.triton_cases import differing_shares
 
-    assert differing(route_case, dtype, "cuda") == {"ids": 0, "NaN": 0}
+    assert differing_shares(route_case, dtype, "cuda") == {"ids": 0, "NaN": 0}
 
 
 @needs_triton
@@ -108,7 +108,7 @@ class OnGPU:
 
 
 @needs_triton
-def test_tables_on_a_gpu() -> None:
+def test_the_triton_backend_accepts_tables_on_a_gpu() -> None:
     from megatron_sffn.ops.block_ffn import triton
 
     for dtype in triton.DTYPES:

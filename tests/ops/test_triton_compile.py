@@ -41,12 +41,13 @@ REPORTS = (
     ("--dtypes bf16 --targets 120 --ops grouped fused", 14),
     ("--dtypes fp32 --targets 80 --ops grouped masked route_topk --cells 16", 10),
 )
-"""Command lines of the report, and the kernels that each has: all of one GPU, then what differs."""
+"""Command lines of the report and their numbers of kernels: all kernels of one GPU, and the kernels
+that differ on other GPUs."""
 
 
 def test_machine_code_spills_nothing_and_uses_matrix_units(tmp_path: Path) -> None:
-    # Not in this process, which has been made to believe in a GPU; one for all, since each takes
-    # seconds to start.
+    # This process simulates a GPU, so another one compiles; one for all reports, since a process
+    # takes seconds to start.
     program = "import sys; from benchmarks.triton_report import main\n"
     program += "for line in sys.argv[1:]: main(line.split())"
     process = subprocess.run(
@@ -110,7 +111,7 @@ def test_kernels_compiled_ahead_are_found_at_their_launch(monkeypatch: pytest.Mo
     from benchmarks.gpu.sections import tune
     from megatron_sffn.ops.block_ffn import triton_grouped
 
-    met: list[tuple[str, list[tuple[str, str]]]] = []
+    launches: list[tuple[str, list[tuple[str, str]]]] = []
 
     def run(kernel: Any, *_: Any, grid: Any, warmup: bool, **arguments: Any) -> None:
         constants = [
@@ -118,25 +119,25 @@ def test_kernels_compiled_ahead_are_found_at_their_launch(monkeypatch: pytest.Mo
             for name, argument in arguments.items()
             if not isinstance(argument, torch.Tensor)
         ]
-        met.append((kernel.fn.__name__, constants))
+        launches.append((kernel.fn.__name__, constants))
 
     monkeypatch.setattr(triton.JITFunction, "run", run)
     x, table, h, pairs = triton_report._operands(torch.bfloat16, 16, 2048)
 
     def starts() -> list[tuple[str, list[tuple[str, str]]]]:
-        met.clear()
+        launches.clear()
         triton_grouped.to_pairs(x, table, pairs)
         triton_grouped.to_rows(h, table, pairs, 2048)
         triton_grouped.to_table(h, x, pairs, into=table.float())
-        return sorted((name, sorted(constants)) for name, constants in met)
+        return sorted((name, sorted(constants)) for name, constants in launches)
 
     launched = starts()
     with triton_starts.handed_to(tune.warm_up):
         ahead = starts()
-    noted: list[triton_starts.Start] = []
-    with triton_starts.handed_to(noted.append):
+    starts_noted: list[triton_starts.Start] = []
+    with triton_starts.handed_to(starts_noted.append):
         starts()
     assert ahead == launched
     assert {("GATHER", "1"), ("ADD", "1")} <= {fixed for _, start in launched for fixed in start}
-    assert len(noted) == len(launched)
-    assert not any(isinstance(a, bool) for start in noted for a in start.arguments.values())
+    assert len(starts_noted) == len(launched)
+    assert not any(isinstance(a, bool) for start in starts_noted for a in start.arguments.values())

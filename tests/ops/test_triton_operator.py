@@ -1,4 +1,4 @@
-"""The operator that launches Triton kernels: what torch sees of it, and which widths it refuses."""
+"""The operator that launches Triton kernels: torch's checks of it, and the widths it refuses."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def test_torch_compile_and_opcheck_pass_for_every_kernel() -> None:
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    wrong = json.loads(process.stdout)
-    assert wrong.pop("change") == 0
-    kernels = {kernel.partition("(")[0] for kernel in wrong}
-    # Declared in one place for each: where a kernel is started.
+    errors = json.loads(process.stdout)
+    assert errors.pop("change") == 0
+    kernels = {kernel.partition("(")[0] for kernel in errors}
+    # Each kernel has one call that launches it.
     launched = {
         *("triton:select", "triton_index:index", "triton_grouped:sum", "triton_grouped:multiply"),
         *("triton_fused:up", "triton_fused:down_backward"),
@@ -41,18 +41,20 @@ def test_torch_compile_and_opcheck_pass_for_every_kernel() -> None:
         *(f"triton_masked:{product}" for product in ("to_pairs", "to_rows", "to_table")),
     }
     assert kernels == {f"{kernel}_kernel" for kernel in launched}
-    assert {kernel: errors for kernel, errors in wrong.items() if errors} == {}
+    assert {
+        kernel: kernel_errors for kernel, kernel_errors in errors.items() if kernel_errors
+    } == {}
 
 
 @needs_triton
 def test_unsupported_widths_are_refused() -> None:
     x, ids = torch.zeros(3, 24), torch.zeros(3, 1, dtype=torch.long)
     keys, values = torch.zeros(2, 5, 24), torch.zeros(2, 5, 16)
-    for wrong, table in (("keys is 24", values), ("values is 24", keys)):
+    for sizes, table in (("keys is 24", values), ("values is 24", keys)):
         with pytest.raises(ConfigError) as caught:
             rows = x[:, : 24 if table is values else 16]
             block_ffn(rows, keys[..., : rows.shape[1]], table, ids, backend="triton")
         assert str(caught.value) == (
-            f"backend triton needs multiples of 16, and the width of {wrong}; use auto, masked or "
+            f"backend triton needs multiples of 16, and the width of {sizes}; use auto, masked or "
             "torch"
         )

@@ -51,7 +51,7 @@ CASES = [
 ]
 
 
-def made(pairs: Pairs, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def values_and_gates(pairs: Pairs, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     values = torch.randn(B, D, dtype=torch.float64).to(dtype).requires_grad_()
     gates = torch.randn(len(pairs.rows), dtype=torch.float64).to(dtype).requires_grad_()
     return values, gates
@@ -60,31 +60,31 @@ def made(pairs: Pairs, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_gradients_are_those_of_the_formula(case: str) -> None:
     pairs = pairs_of(case)
-    values, gates = made(pairs)
+    values, gates = values_and_gates(pairs)
     weights = torch.randn(R, D, dtype=torch.float64)
     rows = [torch.zeros(D, dtype=torch.float64) for _ in range(R)]
     for gate, row, block in zip(gates, pairs.rows, pairs.blocks, strict=True):
         rows[row] = rows[row] + gate * values[block]
     expected = torch.stack(rows)
-    formula = (torch.zeros_like(values), torch.zeros_like(gates))
+    expected_grads = (torch.zeros_like(values), torch.zeros_like(gates))
     if len(gates):
-        formula = torch.autograd.grad((expected * weights).sum(), (values, gates))
+        expected_grads = torch.autograd.grad((expected * weights).sum(), (values, gates))
     for op in (weighted_values, in_torch, naive):
         y = op(R, values, pairs, gates)
         torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
-        actual = torch.autograd.grad((y * weights).sum(), (values, gates))
-        for a, b in zip(actual, formula, strict=True):
+        actual_grads = torch.autograd.grad((y * weights).sum(), (values, gates))
+        for a, b in zip(actual_grads, expected_grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
         used = torch.zeros(B, dtype=torch.bool)
         used[pairs.blocks] = True
         assert (y[~torch.isin(torch.arange(R), pairs.rows)] == 0).all()
-        assert (actual[0][~used] == 0).all()
+        assert (actual_grads[0][~used] == 0).all()
 
 
 @pytest.mark.parametrize("op", [weighted_values, in_torch])
-def test_the_derivative(op: Callable[..., Tensor]) -> None:
+def test_the_backward_pass_is_the_derivative(op: Callable[..., Tensor]) -> None:
     pairs = pairs_of("ragged")
-    values, gates = made(pairs)
+    values, gates = values_and_gates(pairs)
     assert torch.autograd.gradcheck(lambda v, g: op(R, v, pairs, g), (values, gates))
 
 
@@ -112,9 +112,9 @@ def test_narrow_dtypes_stay_near_the_float64_oracle(dtype: torch.dtype) -> None:
 
 
 def test_gates_in_fp32_weigh_values_in_half_precision() -> None:
-    # As a router gives them.
+    # Routers give gates in fp32.
     pairs = pairs_of("as many each")
-    values, _ = made(pairs, torch.bfloat16)
+    values, _ = values_and_gates(pairs, torch.bfloat16)
     gates = torch.randn(len(pairs.rows), requires_grad=True)
     y = weighted_values(R, values, pairs, gates)
     assert y.dtype == torch.bfloat16
@@ -122,9 +122,9 @@ def test_gates_in_fp32_weigh_values_in_half_precision() -> None:
     assert gates.grad.dtype == torch.float32 and values.grad.dtype == torch.bfloat16
 
 
-def test_no_rows() -> None:
+def test_no_rows_give_no_output() -> None:
     pairs = pairs_of("none at all")
-    values, gates = made(pairs)
+    values, gates = values_and_gates(pairs)
     y = weighted_values(0, values, pairs, gates)
     assert y.shape == (0, D)
     y.sum().backward()
@@ -149,6 +149,6 @@ def test_block_ffn_accepts_values_without_keys(backend: str) -> None:
 
 def test_values_without_keys_need_gates() -> None:
     pairs = pairs_of("ragged")
-    values, _ = made(pairs)
+    values, _ = values_and_gates(pairs)
     with pytest.raises(ConfigError, match="coefficients"):
         block_ffn_pairs(values[:R, :0], None, values[:, None], pairs)

@@ -56,12 +56,12 @@ TOLERANCES = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}
 
 
 def main() -> None:
-    """Print `{case: {what: error}}` for everything that the interpreter can run."""
+    """Print `{case: {name: error}}` for everything that the interpreter can run."""
     assert triton.INTERPRETED, "set TRITON_INTERPRET=1"
     # With the tiles of an H100, which are the largest.
     with mock.patch.object(device, "capability", lambda _: (9, 0)):
         by_case = {", ".join(case): errors(*case, "cpu") for case in interpreted()}
-    by_case |= {", ".join(case): differing(*case, "cpu") for case in CHOSEN}
+    by_case |= {", ".join(case): differing_shares(*case, "cpu") for case in CHOSEN}
     json.dump(by_case, sys.stdout)
 
 
@@ -108,7 +108,7 @@ def _errors(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str, 
     return by_name
 
 
-def differing(choice: str, dtype: str, device: str) -> dict[str, float]:
+def differing_shares(choice: str, dtype: str, device: str) -> dict[str, float]:
     """The share of ids that differ from the oracle's, and of invalid ids in rows with NaN."""
     blocks, active = CHOICES[choice]
     torch.manual_seed(blocks)
@@ -118,16 +118,16 @@ def differing(choice: str, dtype: str, device: str) -> dict[str, float]:
     ids = route_topk(scores, active, backend="triton")
     assert ids.dtype == torch.int64
     assert route_topk(scores[:0], active, backend="triton").shape == (0, active)
-    spoilt = scores.clone()
-    spoilt[:, ::2] = torch.nan
-    chosen = topk.route_topk(spoilt, active)
+    with_nan = scores.clone()
+    with_nan[:, ::2] = torch.nan
+    chosen = topk.route_topk(with_nan, active)
     assert (chosen.diff(dim=1) > 0).all() and chosen.min() >= 0 and chosen.max() < blocks
-    bad = 0
+    invalid = 0
     for number in (torch.nan, -torch.nan):
         scores[-1, -1] = number
         (row,) = route_topk(scores[-1:], active, backend="triton").tolist()
-        bad += sorted(set(row)) != row or row[0] < 0 or row[-1] >= blocks
-    return {"ids": (ids != expected).double().mean().item(), "NaN": bad / 2}
+        invalid += sorted(set(row)) != row or row[0] < 0 or row[-1] >= blocks
+    return {"ids": (ids != expected).double().mean().item(), "NaN": invalid / 2}
 
 
 def _scores(blocks: int) -> Tensor:
@@ -148,26 +148,26 @@ def _products(case: str, size: str, dtype: torch.dtype, device: str) -> dict[str
     x, table = _random(dtype, device, rows, width), _random(dtype, device, B, cells, width)
     h = _random(dtype, device, len(order), cells)
     by_name = {}
-    for name, arguments, rest in (
+    for name, arguments, pairs_and_rows in (
         ("to_pairs", (x, table), (by_block,)),
         ("to_rows", (h, table), (by_block, rows)),
         ("to_table", (h, x), (by_block,)),
     ):
-        exact = getattr(torch_backend, name)(*(t.double() for t in arguments), *rest)
+        exact = getattr(torch_backend, name)(*(t.double() for t in arguments), *pairs_and_rows)
         for form, products in FORMS.items():
-            actual = getattr(products, name)(*arguments, *rest)
+            actual = getattr(products, name)(*arguments, *pairs_and_rows)
             if device != "cpu":  # the interpreter has one order only
-                again = getattr(products, name)(*arguments, *rest)
-                assert torch.equal(actual, again), (
+                second_run = getattr(products, name)(*arguments, *pairs_and_rows)
+                assert torch.equal(actual, second_run), (
                     f"{form} {name} depends on the order of execution"
                 )
             assert actual.dtype == dtype
             by_name[f"{form} {name}"] = _error(actual, exact)
             if name == "to_table":
                 start = _random(torch.float32, device, B, cells, width)
-                into = start.clone()
-                assert products.to_table(*arguments, *rest, into=into) is into
-                by_name[f"{form} {name}, added"] = _error(into, start.double() + exact)
+                buffer = start.clone()
+                assert products.to_table(*arguments, *pairs_and_rows, into=buffer) is buffer
+                by_name[f"{form} {name}, added"] = _error(buffer, start.double() + exact)
     return by_name
 
 
@@ -265,8 +265,8 @@ def _pairs(case: str, device: str) -> Pairs:
     else:
         is_pair[:] = False
         is_pair[:, 3] = case == "all to one block"
-    places = is_pair.nonzero().int().to(device)
-    return Pairs(rows=places[:, 0].contiguous(), blocks=places[:, 1].contiguous())
+    indices = is_pair.nonzero().int().to(device)
+    return Pairs(rows=indices[:, 0].contiguous(), blocks=indices[:, 1].contiguous())
 
 
 def _random(dtype: torch.dtype, device: str, *shape: int) -> Tensor:
@@ -274,7 +274,7 @@ def _random(dtype: torch.dtype, device: str, *shape: int) -> Tensor:
 
 
 def _error(actual: Tensor, exact: Tensor) -> float:
-    """The relative error; absolute if all is zero; NaN if something was not written."""
+    """The relative error; absolute if the exact tensor is zero; NaN if a number was not written."""
     norm = exact.norm().item()
     return (actual.double() - exact).norm().item() / (norm or 1.0)
 

@@ -45,8 +45,8 @@ class Starts(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is OPERATOR:
-            # With the names, because a pointer that is null is not among them. Copies, because a
-            # second start would change nothing in what the first has written.
+            # The names are part of the key, because a null pointer is not among them. The tensors
+            # are copies, because a second launch would not change what the first has written.
             name = f"{args[0].rpartition('.')[2]}({args[4]})"
             if name not in self.arguments:
                 self.arguments[name] = tree_map_only(Tensor, Tensor.clone, args)
@@ -56,21 +56,21 @@ class Starts(TorchDispatchMode):
 def main() -> None:
     """Print `{kernel: errors}` and `{"change": largest difference}`."""
     assert triton_launch.INTERPRETED, "set TRITON_INTERPRET=1"
-    # Of torch, about itself; and the tests read what a process writes.
+    # torch warns about itself, and the test reads the output of this process.
     warnings.simplefilter("ignore")
-    wrong: dict[str, str | float] = {}
+    errors: dict[str, str | float] = {}
     with Starts() as starts:
         for sizes in FORMS.values():
             layer(*numbers(*sizes))[0].backward()
         layer(*numbers(*FORMS["grouped"]), gated=False)[0].backward()
         add_to_table(*FORMS["grouped"])
     for kernel, arguments in starts.arguments.items():
-        # Not its test under AOTAutograd, which takes long, and which `change` makes of all.
+        # Without the slow test under AOTAutograd, which `change` does for all kernels.
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         checks = torch.library.opcheck(OPERATOR, arguments, test_utils=tests, raise_exception=False)
-        wrong[kernel] = "; ".join(f"{k}: {v}" for k, v in checks.items() if v != "SUCCESS")
-    wrong["change"] = change(*numbers(*FORMS["grouped"]))
-    json.dump(wrong, sys.stdout)
+        errors[kernel] = "; ".join(f"{k}: {v}" for k, v in checks.items() if v != "SUCCESS")
+    errors["change"] = change(*numbers(*FORMS["grouped"]))
+    json.dump(errors, sys.stdout)
 
 
 def layer(

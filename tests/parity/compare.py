@@ -1,4 +1,4 @@
-"""The same tokens and weights through two layers: outputs and every gradient side by side.
+"""Compare two layers on the same tokens and weights: outputs and every gradient.
 
 A reference is given as a function of the tokens and its weights as leaves in our layout: keys
 `[B, G, D]` (`[B, 2G, D]` with the gate keys first, for a gated activation), values `[B, G, D]`.
@@ -16,12 +16,12 @@ from tests.support.router_cases import inputs, tables
 
 
 def weights_of(layer: Any) -> dict[str, Tensor]:
-    """The weights of one of our layers, by short names: keys, values, and the router's own."""
+    """The weights of one of our layers, by short names: keys, values, and the router's weights."""
     return tables(layer) | dict(layer.router.named_parameters())
 
 
 def copies_of(layer: Any) -> dict[str, Tensor]:
-    """Copies of these weights as leaves, for a formula."""
+    """Copies of the weights of `weights_of` as leaves, for a formula."""
     return {
         name: weight.detach().clone().requires_grad_() for name, weight in weights_of(layer).items()
     }
@@ -33,8 +33,8 @@ def outcome(
     """Output, gradient of the tokens, and gradients of the weights, for one fixed loss.
 
     Args:
-        forward: `[S, BATCH, D]` to the same; what it adds to the loss is attached to its output, or
-            differentiated by itself.
+        forward: `[S, BATCH, D]` to the same; an auxiliary loss is attached to the output, or
+            `forward` differentiates it.
         weights: called after the backward pass: name -> gradient in our layout.
     """
     hidden, _, factors = inputs()
@@ -46,7 +46,7 @@ def outcome(
     return {"output": y.detach(), "gradient of tokens": x.grad, **gradients}
 
 
-def ours(layer: Any, ids: Tensor | None = None) -> dict[str, Tensor]:
+def sffn_outcome(layer: Any, ids: Tensor | None = None) -> dict[str, Tensor]:
     """`outcome` of one of our layers."""
 
     def gradients() -> dict[str, Tensor | None]:
@@ -61,8 +61,8 @@ def formula(
     """`outcome` of a formula.
 
     Args:
-        forward: tokens `[T, D]` and the weights by name to outputs `[T, D]`, or to these and a loss
-            that is added.
+        forward: tokens `[T, D]` and the weights by name to outputs `[T, D]`, or to outputs and a
+            loss that is added.
         weights: leaves, from `copies_of`.
     """
 
@@ -77,14 +77,14 @@ def formula(
 
 
 def assert_same(
-    mine: Mapping[str, Tensor], reference: Mapping[str, Tensor], *, tolerance: float = 1e-10
+    actual: Mapping[str, Tensor], reference: Mapping[str, Tensor], *, tolerance: float = 1e-10
 ) -> None:
-    """All of it agrees, and none of it is zero."""
-    assert mine.keys() == reference.keys()
+    """All tensors agree, and none of them is zero."""
+    assert actual.keys() == reference.keys()
     for name, value in reference.items():
         assert value.abs().max() > 1e-6, name
         torch.testing.assert_close(
-            mine[name],
+            actual[name],
             value,
             rtol=tolerance,
             atol=tolerance * float(value.abs().max()),

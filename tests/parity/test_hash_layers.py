@@ -1,8 +1,8 @@
 """Hash layers (Roller et al. 2021, arXiv 2106.04426): the expert of a token is that of its id.
 
-Where ours differs, by design: for several active blocks the paper's MultiHash takes a slice of each
-of K experts and concatenates them to one; P1's RandHash, and ours, adds up K whole blocks that are
-distinct.
+Where our layer differs, by design: for several active blocks the paper's MultiHash takes a slice of
+each of K experts and concatenates the slices; P1's RandHash, and our layer, adds up K distinct
+blocks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.parity.compare import assert_same, copies_of, formula, ours
+from tests.parity.compare import assert_same, copies_of, formula, sffn_outcome
 from tests.support.router_cases import VOCAB, Case, build, inputs
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -36,4 +36,4 @@ def test_the_experts_of_a_token_are_those_of_its_id(g: int) -> None:
             outputs.append(torch.stack(expert_outputs).sum(dim=0))
         return torch.stack(outputs)
 
-    assert_same(ours(layer, ids), formula(roller, copies_of(layer)))
+    assert_same(sffn_outcome(layer, ids), formula(roller, copies_of(layer)))

@@ -1,11 +1,11 @@
-"""Megatron's MoE layer, its own class with its own router, dispatcher and experts, against ours.
+"""Our layer agrees with Megatron's MoE layer, with its own router, dispatcher and experts.
 
-Where ours differs, by design:
+Where our layer differs, by design:
 - `--sffn-gate sigmoid` is sigma-MoE's, whose scores do not compete: Megatron divides the sigmoids
   of the K chosen experts by their sum, and takes the same shares of all sigmoids for its balance
-  losses, where ours takes the softmax.
-- Of a limited capacity, ours compares 8 bits of a probability and takes the first token of equal
-  ones (`--moe-token-drop-policy probs`).
+  losses, where our layer takes the softmax.
+- With a limited capacity, our layer compares 8 bits of a probability and takes the first of equal
+  tokens (`--moe-token-drop-policy probs`).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from tests.parity.compare import assert_same, ours, outcome
+from tests.parity.compare import assert_same, outcome, sffn_outcome
 from tests.support.router_cases import FLOAT64, Case, D, build, copy_tables, draw, inputs
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 FP32 = 5e-6
-"""Relative tolerance: Megatron's probabilities are in fp32, whatever the dtype is."""
+"""Relative tolerance: Megatron's probabilities are in fp32, whatever the dtype of the layer is."""
 
 SOFTMAX_FIRST = {"moe_router_pre_softmax": True}
 
 
 def megatron_layer(layer: Any, **fields: Any) -> MoELayer:
-    """Megatron's unmodified layer with the weights of ours.
+    """Megatron's unmodified layer with the weights of our layer.
 
     Args:
         layer: ours, with SwiGLU blocks.
@@ -61,23 +61,23 @@ def megatron_layer(layer: Any, **fields: Any) -> MoELayer:
         **FLOAT64,
         **{"moe_router_load_balancing_type": "none", **fields},
     )
-    theirs = MoELayer(
+    reference = MoELayer(
         config,
         MoESubmodules(
             experts=partial(SequentialMLP, submodules=mlp),
             shared_experts=partial(SharedExpertMLP, submodules=mlp),
         ),
     )
-    theirs.set_layer_number(1)
-    copy_tables(layer, theirs)
+    reference.set_layer_number(1)
+    copy_tables(layer, reference)
     with torch.no_grad():
-        theirs.router.weight.copy_(layer.router.weight)
+        reference.router.weight.copy_(layer.router.weight)
         if sffn.shared_blocks:
-            theirs.shared_experts.load_state_dict(layer.shared_experts.state_dict())
-    return theirs
+            reference.shared_experts.load_state_dict(layer.shared_experts.state_dict())
+    return reference
 
 
-def theirs(layer: MoELayer) -> dict[str, Tensor]:
+def megatron_outcome(layer: MoELayer) -> dict[str, Tensor]:
     """`outcome` of Megatron's layer, in our layout of weights."""
     mlps = layer.experts.local_experts
 
@@ -91,10 +91,10 @@ def theirs(layer: MoELayer) -> dict[str, Tensor]:
     return outcome(lambda x: layer(x)[0], gradients)
 
 
-def our_layer(
+def sffn_layer(
     gate: str, balance: dict[str, Any] | None = None, *, g: int = 4, shared: int = 0
 ) -> Any:
-    """Ours with a gate network of Switch's, and Megatron's own flags of balance."""
+    """Our layer with Switch's gate network and Megatron's flags of load balancing."""
     router = "sigma-moe" if gate == "sigmoid" else "switch"
     flags = {"moe_router_load_balancing_type": "none", **(balance or {})}
     return build(
@@ -123,24 +123,24 @@ BALANCE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("gate", "fields"), [("softmax", SOFTMAX_FIRST), ("softmax-chosen", {})], ids=["first", "after"]
 )
-def test_softmax_before_or_after_the_choice_with_balance_losses(
+def test_softmax_before_or_after_the_choice_and_balance_losses_agree(
     gate: str, fields: dict[str, Any], balance: str
 ) -> None:
-    layer = our_layer(gate, BALANCE[balance])
+    layer = sffn_layer(gate, BALANCE[balance])
     reference = megatron_layer(layer, **fields, **BALANCE[balance])
-    # Two microbatches: the global loss counts both, and gradients add up.
+    # Two microbatches: the global loss counts the tokens of both, and gradients add up.
     for _ in range(2):
-        assert_same(ours(layer), theirs(reference), tolerance=FP32)
+        assert_same(sffn_outcome(layer), megatron_outcome(reference), tolerance=FP32)
 
 
-# Megatron's own, of a call within Megatron.
+# Megatron gives this warning about a call of its own.
 @pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning")
-def test_shared_experts_and_groups_of_experts() -> None:
+def test_shared_experts_and_groups_of_experts_agree() -> None:
     # 12 groups of one block would be no limit; of 3 groups of 4 the best two hold all 2 blocks.
     groups = {"moe_router_num_groups": 3, "moe_router_group_topk": 2}
-    layer = our_layer("softmax-chosen", groups, shared=2)
+    layer = sffn_layer("softmax-chosen", groups, shared=2)
     reference = megatron_layer(layer, **groups)
-    assert_same(ours(layer), theirs(reference), tolerance=FP32)
+    assert_same(sffn_outcome(layer), megatron_outcome(reference), tolerance=FP32)
     for name, weight in layer.shared_experts.named_parameters():
         grad = dict(reference.shared_experts.named_parameters())[name].grad
         torch.testing.assert_close(weight.grad, grad, rtol=FP32, atol=FP32)
@@ -148,22 +148,22 @@ def test_shared_experts_and_groups_of_experts() -> None:
 
 def test_the_bias_of_experts_acts_on_the_choice_alone() -> None:
     flags = {"moe_router_enable_expert_bias": True}
-    layer = our_layer("sigmoid", flags, g=16)
+    layer = sffn_layer("sigmoid", flags, g=16)
     reference = megatron_layer(layer, **flags, moe_router_score_function="sigmoid")
-    plain = ours(layer)["output"]
+    plain = sffn_outcome(layer)["output"]
     layer.zero_grad()
     for router in (layer.router.balance, reference.router):
         router.local_tokens_per_expert.zero_()
         router.expert_bias.copy_(torch.tensor([-0.4, 0.3, 0.1]))
-    mine = ours(layer)
-    assert_same(mine, theirs(reference), tolerance=FP32)
-    assert (mine["output"] - plain).abs().max() > 0.01
+    actual = sffn_outcome(layer)
+    assert_same(actual, megatron_outcome(reference), tolerance=FP32)
+    assert (actual["output"] - plain).abs().max() > 0.01
     counts = layer.router.balance.local_tokens_per_expert
     assert torch.equal(counts, reference.router.local_tokens_per_expert)
 
 
 def test_sigmoid_scores_do_not_compete_where_megatrons_are_divided_by_their_sum() -> None:
-    layer = our_layer("sigmoid")
+    layer = sffn_layer("sigmoid")
     reference = megatron_layer(layer, moe_router_score_function="sigmoid")
     hidden, _, _ = inputs()
     scores = (hidden.flatten(0, 1) @ layer.router.weight.T).sigmoid()
@@ -176,7 +176,7 @@ def test_sigmoid_scores_do_not_compete_where_megatrons_are_divided_by_their_sum(
 @pytest.mark.parametrize("factor", [0.5, -1.0])
 def test_a_capacity_drops_the_least_probable_tokens_of_a_full_expert(factor: float) -> None:
     flags = {"moe_expert_capacity_factor": factor, "moe_token_drop_policy": "probs"}
-    layer = our_layer("softmax", flags)
+    layer = sffn_layer("softmax", flags)
     with torch.no_grad():
         # Wide scores: no two probabilities of a block that decide agree in 8 bits.
         layer.router.weight.copy_(3 * draw(7, 12, D))
@@ -187,10 +187,10 @@ def test_a_capacity_drops_the_least_probable_tokens_of_a_full_expert(factor: flo
         moe_router_load_balancing_type="aux_loss",
         moe_token_dispatcher_type="alltoall",
     )
-    mine = ours(layer)
-    assert_same(mine, theirs(reference), tolerance=FP32)
+    actual = sffn_outcome(layer)
+    assert_same(actual, megatron_outcome(reference), tolerance=FP32)
     # With a negative capacity, Megatron's "no limit", none is dropped.
-    plain = our_layer("softmax")
+    plain = sffn_layer("softmax")
     plain.load_state_dict(layer.state_dict())
-    dropped = (mine["output"] - ours(plain)["output"]).abs().max()
+    dropped = (actual["output"] - sffn_outcome(plain)["output"]).abs().max()
     assert (dropped > 0.01) == (factor > 0)

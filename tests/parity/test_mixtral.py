@@ -1,8 +1,8 @@
 """Mixtral's sparse block, by transformers' own class: `--sffn-gate softmax-chosen`, SwiGLU.
 
-Where ours differs, by design, from its balance loss: theirs lets the shares of the choices add up
-to K, ours to 1 (as Megatron's); theirs takes the means over the tokens of all layers together, ours
-is a loss of each layer, added up.
+Where our balance loss differs, by design: Mixtral's shares of the choices add up to K, ours to 1
+(as Megatron's); Mixtral takes means over the tokens of all layers together, we add up the losses of
+the layers.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from transformers.models.mixtral.modeling_mixtral import (
     load_balancing_loss_func,
 )
 
-from tests.parity.compare import assert_same, ours
+from tests.parity.compare import assert_same, sffn_outcome
 from tests.parity.transformers_blocks import (
     FP32,
     SIZES,
+    block_outcome,
     eager,
     sparse_layer,
-    theirs,
     with_weights_of,
 )
 from tests.support.router_cases import draw
@@ -32,31 +32,31 @@ ACTIVE, BLOCKS = 4, 12
 WEIGHT = 0.05
 
 
-def test_mixtral_with_its_balance_loss() -> None:
+def test_mixtrals_block_and_balance_loss_compute_the_same() -> None:
     config = eager(MixtralConfig(**SIZES, intermediate_size=4, num_local_experts=BLOCKS))
-    # Their coefficient times K is ours.
+    # Our coefficient is Mixtral's times K.
     layer = sparse_layer("softmax-chosen", balance=WEIGHT * ACTIVE)
     block = with_weights_of(layer, MixtralSparseMoeBlock(config))
-    reference = theirs(
+    reference = block_outcome(
         block, lambda logits: WEIGHT * load_balancing_loss_func((logits,), BLOCKS, ACTIVE)
     )
-    assert_same(ours(layer), reference, tolerance=FP32)
+    assert_same(sffn_outcome(layer), reference, tolerance=FP32)
 
 
-def test_its_balance_loss_pools_layers() -> None:
+def test_mixtrals_balance_loss_pools_layers() -> None:
     layers = (draw(1, 50, BLOCKS), draw(2, 50, BLOCKS) + draw(3, BLOCKS))
     shares, probabilities = [], []
     for logits in layers:
         chosen = torch.zeros_like(logits).scatter(1, logits.topk(ACTIVE).indices, 1.0)
         shares.append(chosen.mean(dim=0) / ACTIVE)
         probabilities.append(logits.softmax(dim=1).mean(dim=0))
-    ours_of_each = [
+    losses = [
         BLOCKS * (share * mean).sum() for share, mean in zip(shares, probabilities, strict=True)
     ]
-    for logits, of_layer in zip(layers, ours_of_each, strict=True):
+    for logits, loss in zip(layers, losses, strict=True):
         alone = load_balancing_loss_func((logits,), BLOCKS, ACTIVE)
-        assert float(alone) == pytest.approx(ACTIVE * float(of_layer), rel=FP32)
+        assert float(alone) == pytest.approx(ACTIVE * float(loss), rel=FP32)
     pooled = BLOCKS * ACTIVE * (torch.stack(shares).mean(0) * torch.stack(probabilities).mean(0))
     together = load_balancing_loss_func(layers, BLOCKS, ACTIVE)
     assert float(together) == pytest.approx(float(pooled.sum()), rel=FP32)
-    assert float(together) != pytest.approx(ACTIVE * float(sum(ours_of_each)) / 2, rel=0.05)
+    assert float(together) != pytest.approx(ACTIVE * float(sum(losses)) / 2, rel=0.05)

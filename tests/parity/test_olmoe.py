@@ -10,22 +10,22 @@ import pytest
 from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-from tests.parity.compare import assert_same, ours
+from tests.parity.compare import assert_same, sffn_outcome
 from tests.parity.transformers_blocks import (
     FP32,
     SIZES,
+    block_outcome,
     eager,
     sparse_layer,
-    theirs,
     with_weights_of,
 )
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
-def test_olmoe() -> None:
+def test_olmoes_block_computes_the_same() -> None:
     config = OlmoeConfig(**SIZES, intermediate_size=4, num_experts=12)
     assert config.norm_topk_prob is False
     layer = sparse_layer("softmax")
     block = with_weights_of(layer, OlmoeSparseMoeBlock(eager(config)))
-    assert_same(ours(layer), theirs(block), tolerance=FP32)
+    assert_same(sffn_outcome(layer), block_outcome(block), tolerance=FP32)

@@ -10,13 +10,13 @@ import pytest
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from tests.parity.compare import assert_same, ours
+from tests.parity.compare import assert_same, sffn_outcome
 from tests.parity.transformers_blocks import (
     FP32,
     SIZES,
+    block_outcome,
     eager,
     sparse_layer,
-    theirs,
     with_weights_of,
 )
 
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.mark.parametrize(("norm_topk_prob", "gate"), [(True, "softmax-chosen"), (False, "softmax")])
-def test_qwen3_moe(norm_topk_prob: bool, gate: str) -> None:
+def test_qwen3_moes_block_computes_the_same(norm_topk_prob: bool, gate: str) -> None:
     config = Qwen3MoeConfig(
         **SIZES, moe_intermediate_size=4, num_experts=12, norm_topk_prob=norm_topk_prob
     )
     layer = sparse_layer(gate)
     block = with_weights_of(layer, Qwen3MoeSparseMoeBlock(eager(config)))
-    assert_same(ours(layer), theirs(block), tolerance=FP32)
+    assert_same(sffn_outcome(layer), block_outcome(block), tolerance=FP32)

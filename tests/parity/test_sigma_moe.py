@@ -1,8 +1,8 @@
 """sigma-MoE and the methods its paper compares (arXiv 2310.10837), by its authors' formulas.
 
 Where our layer differs, by design:
-- their Switch loss is a mean over tokens and experts, ours Fedus et al.'s, B² times as large;
-- their S-BASE subtracts prices in an iteration that should add them: ours is Clark et al.'s.
+- their Switch loss is a mean over tokens and experts, ours is Fedus et al.'s, B² times as large;
+- their S-BASE subtracts prices in an iteration that should add them, ours is Clark et al.'s.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sffn.nn.routers.s_base import balancing_prices
-from tests.parity.compare import assert_same, copies_of, formula, ours
+from tests.parity.compare import assert_same, copies_of, formula, sffn_outcome
 from tests.support.router_cases import Case, build, draw
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -44,33 +44,33 @@ def test_scores_do_not_compete_and_dropout_and_entropy_act_as_in_the_paper() -> 
     def authors(x: Tensor, keys: Tensor, values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logits = x @ weight.T
         scores = logits.sigmoid()
-        # An expert that is dropped for a token has a score of 0 there; the others keep theirs.
+        # An expert that is dropped for a token has a score of 0; other experts keep their scores.
         scores = scores * (torch.rand_like(scores) >= dropout)
         mean = logits.softmax(dim=1).mean(dim=0)
         loss = gamma * (mean * mean.log()).sum()
         return experts(x, keys, values, scores * chosen(scores, 4)), loss
 
     torch.manual_seed(4)
-    mine = ours(layer)
+    actual = sffn_outcome(layer)
     torch.manual_seed(4)
-    assert_same(mine, formula(authors, copies_of(layer)))
+    assert_same(actual, formula(authors, copies_of(layer)))
 
 
 @pytest.mark.parametrize("router", ["softmax-before", "softmax-after"])
-def test_softmax_before_and_after_the_choice(router: str) -> None:
+def test_softmax_before_and_after_the_choice_acts_as_in_the_paper(router: str) -> None:
     layer = build(Case(router=router, megatron=NO_LOSS))
 
     def authors(x: Tensor, keys: Tensor, values: Tensor, weight: Tensor) -> Tensor:
         logits = x @ weight.T
-        among = chosen(logits, 4)
+        is_chosen = chosen(logits, 4)
         if router == "softmax-after":
-            logits = logits.masked_fill(among == 0, -math.inf)
-        return experts(x, keys, values, logits.softmax(dim=1) * among)
+            logits = logits.masked_fill(is_chosen == 0, -math.inf)
+        return experts(x, keys, values, logits.softmax(dim=1) * is_chosen)
 
-    assert_same(ours(layer), formula(authors, copies_of(layer)))
+    assert_same(sffn_outcome(layer), formula(authors, copies_of(layer)))
 
 
-def test_its_switch_loss_is_ours_divided_by_the_square_of_the_blocks() -> None:
+def test_the_authors_switch_loss_is_ours_divided_by_the_square_of_the_blocks() -> None:
     gamma, num_blocks = 0.01, 3  # K = 1, as its baseline has it
     loss = (
         ("moe_router_load_balancing_type", "aux_loss"),
@@ -81,48 +81,48 @@ def test_its_switch_loss_is_ours_divided_by_the_square_of_the_blocks() -> None:
 
     def authors(x: Tensor, keys: Tensor, values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         probabilities = (x @ weight.T).softmax(dim=1)
-        among = chosen(probabilities, 1)
-        share = among.sum(dim=0) / among.sum()
+        is_chosen = chosen(probabilities, 1)
+        share = is_chosen.sum(dim=0) / is_chosen.sum()
         # The mean over tokens and experts.
-        return experts(x, keys, values, probabilities * among), gamma * (
+        return experts(x, keys, values, probabilities * is_chosen), gamma * (
             probabilities * share
         ).mean()
 
     reference = formula(authors, copies_of(layer))
-    assert_same(ours(layer), reference)
-    # The loss shows: without it the router's gradient is another.
+    assert_same(sffn_outcome(layer), reference)
+    # The loss has an effect: without it the router's gradient differs.
     layer.router.balance.weights.clear()
     layer.zero_grad()
-    plain = ours(layer)["weight"]
+    plain = sffn_outcome(layer)["weight"]
     assert (plain - reference["weight"]).abs().max() > 1e-6
 
 
-def authors_plan(logits: Tensor, turns: int = 3) -> Tensor:
-    """`[T, B]` what S-BASE's authors' iteration makes of logits; its prices change their sign."""
+def authors_plan(logits: Tensor, iterations: int = 3) -> Tensor:
+    """`[T, B]` logits after the iteration of S-BASE's authors; its prices change their sign."""
     tokens, blocks = logits.shape
-    of_blocks = logits.new_zeros(blocks)
-    for _ in range(turns):
-        of_tokens = math.log(tokens) - (logits - of_blocks).logsumexp(dim=1)
-        of_blocks = math.log(blocks) - (logits - of_tokens[:, None]).logsumexp(dim=0)
-    return logits + of_blocks + of_tokens[:, None]
+    block_prices = logits.new_zeros(blocks)
+    for _ in range(iterations):
+        token_prices = math.log(tokens) - (logits - block_prices).logsumexp(dim=1)
+        block_prices = math.log(blocks) - (logits - token_prices[:, None]).logsumexp(dim=0)
+    return logits + block_prices + token_prices[:, None]
 
 
-def test_s_base_has_its_gate_but_a_choice_that_balances() -> None:
+def test_s_base_has_the_authors_gate_but_a_choice_that_balances() -> None:
     layer = build(Case(router="s-base", megatron=NO_LOSS))
 
     def authors(x: Tensor, keys: Tensor, values: Tensor, weight: Tensor) -> Tensor:
         logits = x @ weight.T
-        # Theirs is `authors_plan(logits)` while training.
+        # The authors' choice in training is `authors_plan(logits)`.
         choice = logits + balancing_prices(logits.detach()) if layer.training else logits
         return experts(x, keys, values, logits.sigmoid() * chosen(choice, 4))
 
     for training in (True, False):
         layer.train(training).zero_grad()
-        assert_same(ours(layer), formula(authors, copies_of(layer)))
+        assert_same(sffn_outcome(layer), formula(authors, copies_of(layer)))
 
 
 @pytest.mark.parametrize("active", [1, 4])
-def test_its_s_base_leaves_blocks_that_hardly_work(active: int) -> None:
+def test_the_authors_s_base_leaves_blocks_that_hardly_work(active: int) -> None:
     # 2,048 tokens, 16 blocks; some blocks are preferred by all tokens.
     logits = 3 * (draw(1, 2048, 16) + draw(2, 16))
 

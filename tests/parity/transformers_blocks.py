@@ -1,6 +1,6 @@
-"""The sparse blocks of Hugging Face's transformers beside ours, with the same weights.
+"""The sparse blocks of Hugging Face's transformers, with the weights of our layers.
 
-All of them compute probabilities in fp32 whatever the dtype is, so that float64 layers agree to
+All blocks compute probabilities in fp32 whatever the dtype is, so that float64 layers agree to
 fp32's precision.
 """
 
@@ -27,7 +27,7 @@ SIZES = {
     "num_experts_per_tok": 4,
     "hidden_act": "silu",
 }
-"""Of their configs; ours has 12 blocks of 4 cells, 4 of them active."""
+"""Fields of their configs; our layer has 12 blocks of 4 cells, 4 of them active."""
 
 
 def sparse_layer(gate: str, balance: float = 0.0) -> Any:
@@ -38,7 +38,7 @@ def sparse_layer(gate: str, balance: float = 0.0) -> Any:
 
 
 def with_weights_of(layer: Any, block: Any) -> Any:
-    """Their block in float64 with our weights: their second matrix of an expert is `[D, G]`."""
+    """Their block in float64 with our weights; the second matrix of an expert is `[D, G]`."""
     block = block.double()
     weights = {
         "gate.weight": layer.router.weight,
@@ -49,12 +49,12 @@ def with_weights_of(layer: Any, block: Any) -> Any:
     return block
 
 
-def theirs(block: Any, loss: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-    """`outcome` of their block, which has the batch first.
+def block_outcome(block: Any, loss: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """`outcome` of a block of transformers, whose inputs have the batch first.
 
     Args:
         block: from `with_weights_of`.
-        loss: of the router's logits `[T, B]`, added to the other.
+        loss: a function of the router's logits `[T, B]`, added to the other loss.
     """
 
     def forward(x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def theirs(block: Any, loss: Callable[[Tensor], Tensor] | None = None) -> dict[s
 
 
 def eager(config: Any) -> Any:
-    """Their config, with experts as their modelling file has them, not as a fused kernel."""
+    """A config with the experts of its modelling file, not a fused kernel."""
     config._experts_implementation = "eager"
     torch.manual_seed(0)
     return config

@@ -1,6 +1,6 @@
-"""What a dense and a sparse layer are made of in Megatron's Transformer Engine spec, in JSON.
+"""Print the modules of a dense and a sparse layer in Megatron's Transformer Engine spec, as JSON.
 
-A program, because Megatron asks once, as it is imported, whether that engine is there. With the
+This is a program, because Megatron looks for the engine only once, when it is imported. With the
 argument `stand-in` it finds a package that has all of the engine's names and computes nothing.
 """
 
@@ -47,7 +47,7 @@ class Finder(MetaPathFinder, Loader):
 
 
 def layers() -> list[dict[str, str]]:
-    """Names of what stands in the two layers."""
+    """Names of the modules of the two layers."""
     from megatron_sffn.patches import prepare
 
     prepare()
@@ -73,7 +73,7 @@ def layers() -> list[dict[str, str]]:
         transformer_impl="transformer_engine",
         sffn=SparseFFNConfig(router=ROUTERS["avg-k"](), active_cells=24, block_size=6, expansion=2),
     )
-    found = [
+    submodules = [
         layer.submodules for layer in block_spec(GPTModelConfig(transformer=config)).layer_specs
     ]
     return [
@@ -82,7 +82,7 @@ def layers() -> list[dict[str, str]]:
             "norm": layer.pre_mlp_layernorm.__name__,
             "mlp": layer.mlp.func.__qualname__,
         }
-        for layer in found
+        for layer in submodules
     ]
 
 

@@ -1,8 +1,8 @@
-"""A CUDA machine played on the CPU, to rehearse what the product does there.
+"""Simulate a CUDA machine on the CPU, to test what the package does on one.
 
-The names of `torch.cuda` answer for the CPU (`patches/cpu.py`), and the product is told that this
+The names of `torch.cuda` answer for the CPU (`patches/cpu.py`), and the package is told that this
 is a CUDA machine with an H100: it takes its CUDA branches, and replaces only what it replaces on
-every machine. Collectives go over gloo, which the command line has to say.
+every machine. Collectives go over gloo, which the command line has to request.
 
 Inputs: a line of JSON per run on stdin, `{"ranks": 2, "flags": [...], "folder": ..., "without":
 target or null}`; `without` names a replacement that is left out. Outputs: a line of JSON per run on
@@ -30,17 +30,17 @@ from tests.support.cuda_operators import CUDA_OPERATORS
 from tests.support.processes import HANGS, free_port
 
 
-def play_cuda_machine() -> None:
-    """Let this process believe that it has a GPU."""
+def simulate_cuda_machine() -> None:
+    """Make this process take itself for one with a GPU."""
     from megatron_sffn.patches import cpu
 
     cpu.install()
-    cpu.is_host = lambda: False  # before any module takes the name over
+    cpu.is_host = lambda: False  # before any module imports the name
 
-    from tests.support.played_gpu import play_gpu
+    from tests.support.simulated_gpu import simulate_gpu
 
     assert CUDA_OPERATORS
-    play_gpu(pytest.MonkeyPatch())
+    simulate_gpu(pytest.MonkeyPatch())
 
     import megatron.core.tokenizers.text
     import megatron.training  # noqa: F401  (seconds that no forked rank has to spend)
@@ -68,8 +68,11 @@ def run(ranks: int, flags: list[str], folder: str, without: str | None) -> dict[
             os.environ["MASTER_ADDR"] = "127.0.0.1"
             rank_main(flags, folder, log, without)
         children[pid] = rank
-    code, spokesman = wait(children)
-    return {"code": code, "log": logs[ranks - 1 if spokesman is None else spokesman].read_text()}
+    code, failed_rank = wait(children)
+    return {
+        "code": code,
+        "log": logs[ranks - 1 if failed_rank is None else failed_rank].read_text(),
+    }
 
 
 def wait(children: dict[int, int]) -> tuple[int | None, int | None]:
@@ -95,7 +98,7 @@ def wait(children: dict[int, int]) -> tuple[int | None, int | None]:
 
 
 def rank_main(flags: list[str], folder: str, log: Path, without: str | None) -> None:
-    """What a forked rank does; it does not return."""
+    """Pretrain in a forked rank; does not return."""
     warnings.simplefilter("ignore")
     os.chdir(folder)
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -121,6 +124,6 @@ def rank_main(flags: list[str], folder: str, log: Path, without: str | None) -> 
 
 
 if __name__ == "__main__":
-    play_cuda_machine()
+    simulate_cuda_machine()
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), flush=True)

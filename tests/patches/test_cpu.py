@@ -59,11 +59,11 @@ print(json.dumps({"replaced": replaced, "again": values() == after, "host": cpu.
 
 
 def test_every_name_exists_in_a_fresh_process_and_is_replaced_once() -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=HANGS, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout.splitlines()[-1]) == {
         "replaced": TARGETS,
         "again": True,
         "host": True,
@@ -83,14 +83,14 @@ OF_TORCH = {
 
 @pytest.mark.parametrize("row", ROWS, ids=TARGETS)
 def test_the_code_that_needs_a_patch_uses_the_replaced_name(row: Patch) -> None:
-    holder, _, name = row.target.rpartition(".")
+    owner, _, name = row.target.rpartition(".")
     uses = {
         "torch.cuda": rf"torch\.cuda\.{name}\b",
         "torch": rf"torch\.{name}\((?s:.){{0,200}}?device=",
         "torch.Tensor": rf"\.{name}\(",
         "torch.nn.Module": rf"\.{name}\(",
         "torch.utils.data.DataLoader": r"\biter\(",
-    }.get(holder, rf"\b{name}\b")
+    }.get(owner, rf"\b{name}\b")
     try:
         user: Any = importlib.import_module(row.needed_by)
     except ImportError:
@@ -104,7 +104,7 @@ def test_the_code_that_needs_a_patch_uses_the_replaced_name(row: Patch) -> None:
 
 @pytest.fixture
 def not_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process as if nothing had been installed; what is replaced comes back after the test."""
+    """This process as if nothing had been installed; the patches come back after the test."""
     monkeypatch.delattr(torch, cpu._INSTALLED)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
@@ -119,13 +119,17 @@ def row(target: str, make: Callable[[Any], Any]) -> Patch:
 
 
 @pytest.mark.parametrize(
-    "gone",
+    "missing",
     ["torch.cuda.gone", "torch.gone.deeper", "megatron.core.gone.name", "no_such_package.name"],
 )
 @pytest.mark.usefixtures("not_installed")
-def test_a_name_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
-    monkeypatch.setattr(cpu, "PATCHES", (row(gone, lambda original: original),))
-    with pytest.raises(ConfigError, match=rf"^{gone}, .* for megatron\.a\.b, .*; install") as error:
+def test_a_name_that_does_not_exist_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setattr(cpu, "PATCHES", (row(missing, lambda original: original),))
+    with pytest.raises(
+        ConfigError, match=rf"^{missing}, .* for megatron\.a\.b, .*; install"
+    ) as error:
         cpu.install()
     assert "constraints.txt" in str(error.value)
 
@@ -168,19 +172,19 @@ def test_the_device_is_the_cpu() -> None:
 def test_factories_make_cpu_tensors_of_the_same_values(name: str, device: Any) -> None:
     shape = [1.5, 2.5] if name == "tensor" else (2, 3)
     torch.manual_seed(3)
-    made = getattr(torch, name)(shape, device=device, dtype=torch.float64, requires_grad=True)
+    actual = getattr(torch, name)(shape, device=device, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(3)
     expected = getattr(torch, name)(shape, dtype=torch.float64)
-    assert made.device == torch.device("cpu")
-    assert made.requires_grad
-    assert torch.equal(made, expected)
+    assert actual.device == torch.device("cpu")
+    assert actual.requires_grad
+    assert torch.equal(actual, expected)
 
 
 def test_factories_leave_other_devices_alone() -> None:
     assert torch.zeros(2, device="meta").device.type == "meta"
 
 
-def test_cuda_of_a_tensor_and_a_module_stays() -> None:
+def test_the_cuda_method_of_a_tensor_or_module_returns_it_unchanged() -> None:
     tensor, module = torch.ones(2), torch.nn.Linear(2, 2)
     assert tensor.cuda(non_blocking=True) is tensor
     assert module.cuda(0) is module
@@ -195,7 +199,7 @@ def test_cuda_of_a_tensor_and_a_module_stays() -> None:
         (torch.float16, "torch.cuda.HalfTensor"),
     ],
 )
-def test_type_answers_the_names_of_the_mixed_precision_optimizers(
+def test_type_returns_the_names_that_mixed_precision_optimizers_expect(
     dtype: torch.dtype, name: str
 ) -> None:
     assert torch.zeros(1, dtype=dtype).type() == name
@@ -224,7 +228,7 @@ def test_memory_reports_are_zero() -> None:
     assert torch.cuda.memory_stats()["reserved_bytes.all.current"] == 0
 
 
-def test_the_cuda_generator_is_the_cpus() -> None:
+def test_the_cuda_generator_is_that_of_the_cpu() -> None:
     torch.cuda.manual_seed(7)
     state, first = torch.cuda.get_rng_state(), torch.rand(4)
     torch.manual_seed(7)
@@ -245,14 +249,16 @@ def test_the_rng_tracker_has_streams_of_its_own() -> None:
     torch.rand(100)
     with tracker.fork():
         second = torch.rand(4)
-    # Its numbers follow each other, whatever is drawn outside. Seed: 1 + 2718 + TP rank.
+    # Draws outside the stream do not change its numbers. Seed: 1 + 2718 + TP rank.
     stream = torch.Generator().manual_seed(2719)
     assert torch.equal(first, torch.rand(4, generator=stream))
     assert torch.equal(second, torch.rand(4, generator=stream))
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_the_trackers_remark_is_dropped_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_trackers_warning_is_dropped_and_no_other_message(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     module = logging.getLogger("megatron.core.tensor_parallel.random")
     with get_cuda_rng_tracker().fork():
         torch.rand(4)
@@ -281,7 +287,7 @@ def test_a_loader_that_fails_keeps_the_generator_too() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_split_sizes_become_numbers() -> None:
+def test_split_sizes_move_to_numpy() -> None:
     sizes = token_dispatcher.maybe_move_tensor_to_cpu(
         torch.tensor([3, 1]), as_numpy=True, record_stream=True
     )

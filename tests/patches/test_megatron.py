@@ -51,7 +51,7 @@ def test_a_norm_marks_its_parameters_for_the_sum_over_tp(
         tensor_model_parallel_size=2,
         sequence_parallel=sequence_parallel,
     )
-    config.persist_layer_norm = True  # asks for apex's kernel, which has no part in torch's norm
+    config.persist_layer_norm = True  # asks for apex's kernel, which torch's norm ignores
     norm = WrappedTorchNorm(config, 8, 1e-3)
     assert type(norm) is getattr(torch.nn, normalization)
     assert norm.eps == 1e-3
@@ -66,8 +66,8 @@ def test_adam_is_fused_and_takes_the_same_steps(kind: type[torch.optim.Adam]) ->
     for fused in (None, False):
         weight = torch.nn.Parameter(torch.linspace(-1, 1, 101, dtype=torch.float64))
         optimizer = kind([weight], lr=0.1, weight_decay=0.01, fused=fused)
-        for turn in range(3):
-            weight.grad = (weight.detach() + turn).sin()
+        for step in range(3):
+            weight.grad = (weight.detach() + step).sin()
             optimizer.step()
         steps[optimizer.defaults["fused"]] = weight.detach()
     torch.testing.assert_close(steps[True], steps[False], rtol=1e-13, atol=1e-13)
@@ -75,19 +75,19 @@ def test_adam_is_fused_and_takes_the_same_steps(kind: type[torch.optim.Adam]) ->
     assert not kind([weight], capturable=True).defaults["fused"]
 
 
-def test_gradients_are_clipped_where_they_lie() -> None:
+def test_gradients_are_clipped_in_place() -> None:
     weights = [torch.nn.Parameter(torch.zeros(5)) for _ in range(2)]
     gradients = [torch.arange(5.0), torch.ones(5)]
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient.clone()
-    before = [weight.grad.data_ptr() for weight in weights]
+    pointers = [weight.grad.data_ptr() for weight in weights]
     clip_grads.clip_grad_by_total_norm_fp32(weights, max_norm=1.0, total_norm=4.0)
-    for weight, gradient, place in zip(weights, gradients, before, strict=True):
+    for weight, gradient, pointer in zip(weights, gradients, pointers, strict=True):
         torch.testing.assert_close(weight.grad, gradient / (4.0 + 1e-6))
-        assert weight.grad.data_ptr() == place
+        assert weight.grad.data_ptr() == pointer
 
 
-def test_the_index_helper_is_compiled_only_where_it_is_not(
+def test_the_index_helper_is_compiled_only_if_it_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     datasets_utils.compile_helpers()  # Megatron's own exits here: the wheel has no Makefile

@@ -14,30 +14,30 @@ from megatron_sffn.patches.registry import resolve
 ROWS = optimizer.PATCHES
 
 
-def test_installed_once() -> None:
+def test_installing_the_optimizer_again_replaces_nothing() -> None:
     before = [getattr(*resolve(row.target)) for row in ROWS]
     optimizer.install()
     assert [getattr(*resolve(row.target)) for row in ROWS] == before
 
 
 def state(*steps: int | None) -> dict[str, Any]:
-    """What the distributed optimizer finds in a checkpoint: one group for each step."""
+    """The state of the distributed optimizer in a checkpoint, with a group for each step."""
     groups = [{} if step is None else {"step": step} for step in steps]
     return {"optimizer": {"param_groups": groups}, "param_state": {}}
 
 
 def plain(step: int | None) -> dict[str, Any]:
-    """The same of the other optimizers."""
+    """The state of the other optimizers in a checkpoint."""
     return {"param_groups": [{}], "state": {} if step is None else {"common_step": step}}
 
 
-def each(step: int) -> dict[str, Any]:
-    """The same with a step for each parameter."""
+def per_parameter(step: int) -> dict[str, Any]:
+    """The state of an optimizer that has a step for each parameter."""
     return {"param_groups": [{}], "state": {0: {"step": step}}}
 
 
 @pytest.mark.parametrize(
-    ("found", "loaded"),
+    ("saved", "loaded"),
     [
         ({0: state(7, 7), 1: state(0)}, {0: state(7, 7), 1: state(7)}),
         ({0: state(7), 1: state(None)}, {0: state(7), 1: state(7)}),
@@ -47,17 +47,17 @@ def each(step: int) -> dict[str, Any]:
         ({0: plain(None), 1: plain(None)}, {0: plain(0), 1: plain(0)}),
         # As --ckpt-format torch has them.
         ([plain(7), plain(None)], [plain(7), plain(7)]),
-        ([each(7)], [each(7) | {"state": {0: {"step": 7}, "common_step": 7}}]),
+        ([per_parameter(7)], [per_parameter(7) | {"state": {0: {"step": 7}, "common_step": 7}}]),
     ],
 )
-def test_optimizers_without_a_step_get_that_of_the_others(found: Any, loaded: Any) -> None:
-    seen = []
-    load = optimizer._with_steps_and_rates(lambda self, state_dict: seen.append(state_dict))
-    load(SimpleNamespace(chained_optimizers=[]), found)
-    assert seen == [loaded]
+def test_optimizers_without_a_step_get_the_step_of_the_others(saved: Any, loaded: Any) -> None:
+    calls = []
+    load = optimizer._with_steps_and_rates(lambda self, state_dict: calls.append(state_dict))
+    load(SimpleNamespace(chained_optimizers=[]), saved)
+    assert calls == [loaded]
 
 
-def test_every_parameter_counts_for_itself() -> None:
+def test_every_parameter_has_its_own_step_counter() -> None:
     shared = torch.tensor(3.0)
     parameters = [torch.zeros(2, requires_grad=True) for _ in range(2)]
     adam = torch.optim.AdamW(parameters)

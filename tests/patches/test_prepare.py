@@ -12,7 +12,7 @@ APEX = set(patches.FUSED_BY_APEX.values())
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
-    """`machine(modules, cuda=)` pretends that these are installed."""
+    """`machine(modules, cuda=)` pretends that these modules are installed."""
 
     def pretend(modules: set[str], *, cuda: bool = True) -> None:
         monkeypatch.setattr(cpu, "is_host", lambda: not cuda)
@@ -41,12 +41,12 @@ def test_cuda_without_transformer_engine_keeps_nccl(machine) -> None:
     assert "gloo" not in line
 
 
-def test_what_apex_has_fused_is_used(machine) -> None:
+def test_the_fused_kernels_of_apex_are_used(machine) -> None:
     machine(APEX)
     defaults, line = patches.prepare()
     assert defaults["transformer_impl"] == "local"
-    kept = {"gradient_accumulation_fusion", "masked_softmax_fusion", "no_persist_layer_norm"}
-    assert not kept & defaults.keys()
+    fused_flags = {"gradient_accumulation_fusion", "masked_softmax_fusion", "no_persist_layer_norm"}
+    assert not fused_flags & defaults.keys()
     assert not any(text in line for text in patches.FUSED_BY_APEX)
 
 

@@ -1,4 +1,4 @@
-"""The way of a CUDA machine, rehearsed on the CPU: training starts, computes the same, resumes."""
+"""The path of a CUDA machine, simulated on the CPU: training starts, resumes, and is the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_sffn.patches.cpu import is_host
 from tests.support.paths import ROOT
 from tests.support.pretraining import MODEL, Log
 
-pytestmark = pytest.mark.skipif(not is_host(), reason="this machine has CUDA: nothing to play")
+pytestmark = pytest.mark.skipif(not is_host(), reason="this machine has CUDA: nothing to simulate")
 
 EP2 = "--expert-model-parallel-size 2"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -28,7 +28,7 @@ SHORT = "--train-iters 4 --split 90,10,0"
 
 @pytest.fixture(scope="module")
 def cuda_machine() -> Iterator[subprocess.Popen[str]]:
-    """The program that plays it, which has imported Megatron once."""
+    """The program that simulates a CUDA machine, which has imported Megatron once."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
     with subprocess.Popen(
@@ -48,12 +48,12 @@ def rehearse(
     text: str,
     tmp_path: Path,
 ) -> Callable[..., Any]:
-    """`rehearse(ranks, flags)` pretrains there, and returns the log."""
+    """`rehearse(ranks, flags)` pretrains on that machine, and returns the log."""
 
     def run(ranks: int, flags: str, *, without: str | None = None, fails: bool = False) -> Log:
         words = shlex.split(f"{MODEL} --data-path {text} --distributed-backend gloo {flags}")
-        order = {"ranks": ranks, "flags": words, "folder": str(tmp_path), "without": without}
-        print(json.dumps(order), file=cuda_machine.stdin, flush=True)
+        request = {"ranks": ranks, "flags": words, "folder": str(tmp_path), "without": without}
+        print(json.dumps(request), file=cuda_machine.stdin, flush=True)
         answer = json.loads(cuda_machine.stdout.readline())
         assert answer["code"] is not None, f"the ranks hang\n{answer['log'][-3000:]}"
         assert (answer["code"] != 0) == fails, answer["log"][-3000:]
@@ -62,7 +62,7 @@ def rehearse(
     return run
 
 
-def test_it_goes_the_way_of_a_machine_without_transformer_engine(rehearse) -> None:
+def test_the_run_takes_the_path_of_a_machine_without_transformer_engine(rehearse) -> None:
     log = rehearse(1, SHORT).text
     assert "no Transformer Engine: Megatron's own modules, with --transformer-impl local" in log
     assert "training on the CPU" not in log
@@ -79,7 +79,7 @@ def test_it_goes_the_way_of_a_machine_without_transformer_engine(rehearse) -> No
     ],
     ids=["avg-k", "vanilla-m TP2", "rand-hash EP2", "switch EP2", "sigma-moe TP2 EP2"],
 )
-def test_it_trains_the_model_of_a_host(
+def test_the_run_trains_the_model_of_a_cpu_host(
     rehearse,
     pretrain,
     ranks: int,
@@ -102,18 +102,18 @@ def test_it_trains_the_model_of_a_host(
     ],
     ids=["bf16", "bf16 EP2 distributed optimizer", "fp16 TP2", "fp16 EP2 distributed optimizer"],
 )
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
+def test_a_resumed_run_continues_bit_by_bit(
     rehearse, ranks: int, flags: str, tmp_path: Path
 ) -> None:
     flags += " --train-iters 6 --split 90,10,0 --save-interval 3"
-    whole = rehearse(ranks, f"{flags} --save {tmp_path / 'whole'}")
+    undisturbed = rehearse(ranks, f"{flags} --save {tmp_path / 'whole'}")
     saving = f"{flags} --save {tmp_path / 'cut'} --load {tmp_path / 'cut'}"
     rehearse(ranks, f"{saving} --exit-interval 3")
     resumed = rehearse(ranks, saving)
     for name in ("lm loss", "grad norm"):
-        assert len(whole.values(name)) == 6
-        assert resumed.values(name) == whole.values(name)[3:]
-    assert resumed.validation_loss == whole.validation_loss
+        assert len(undisturbed.values(name)) == 6
+        assert resumed.values(name) == undisturbed.values(name)[3:]
+    assert resumed.validation_loss == undisturbed.validation_loss
 
 
 LR = "--use-checkpoint-opt-param-scheduler"
@@ -162,8 +162,8 @@ def test_without_a_replacement_training_fails(rehearse, target: str, tmp_path: P
     ranks, flags, error = NEEDED_FOR[target]
     saving = f"{SHORT} --save {tmp_path / 'run'} --load {tmp_path / 'run'} --save-interval 2"
     if target.startswith("megatron.core.optimizer"):
-        same = flags.replace(f"--lr 1e-3 {LR}", "")
-        rehearse(ranks, f"{saving} {same} --exit-interval 2")
+        flags_to_save = flags.replace(f"--lr 1e-3 {LR}", "")
+        rehearse(ranks, f"{saving} {flags_to_save} --exit-interval 2")
     log = rehearse(ranks, f"{saving} {flags}", without=target, fails=True)
     assert error in log.text, log.text[-3000:]
     rehearse(ranks, f"{saving} {flags}")

@@ -11,7 +11,7 @@ import numpy
 import pytest
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Megatron's, of every accelerator library it misses
+    warnings.simplefilter("ignore")  # Megatron warns about every missing accelerator library
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 
@@ -22,7 +22,9 @@ def write_pair(
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for sequences in documents:
         ids = [token for sequence in sequences for token in sequence]
-        builder.add_document(numpy.array(ids, dtype=dtype), [len(one) for one in sequences])
+        builder.add_document(
+            numpy.array(ids, dtype=dtype), [len(sequence) for sequence in sequences]
+        )
     builder.finalize(f"{prefix}.idx")
     return str(prefix)
 
@@ -37,16 +39,16 @@ def random_documents(count: int, *, seed: int = 0, vocab: int = 100) -> list[lis
 
 
 def merged_by_megatron(prefix: Path, prefixes: Sequence[str], dtype: Any = numpy.uint16) -> str:
-    """What `IndexedDatasetBuilder.add_index` makes of them; returns the prefix."""
+    """Merge data sets with `IndexedDatasetBuilder.add_index`; returns the new prefix."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RANK", "0")  # Megatron's logging warns if it does not know the rank
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-        for one in prefixes:
-            builder.add_index(one)
+        for source in prefixes:
+            builder.add_index(source)
         builder.finalize(f"{prefix}.idx")
     return str(prefix)
 
 
 def content(prefix: str | Path) -> dict[str, bytes]:
-    """The bytes of both files."""
+    """The bytes of the two files of a data set."""
     return {ending: Path(f"{prefix}{ending}").read_bytes() for ending in (".bin", ".idx")}

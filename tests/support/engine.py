@@ -1,8 +1,8 @@
 """Megatron's real training step on any layout: model, schedule, gradient reduction, optimizer.
 
-What one rank computes is the oracle. Weights, gradients and results come back whole, put together
-from the parts of all ranks by what Megatron's checkpoints know of them; parts that several ranks
-hold must agree.
+The results of one rank are the oracle. Weights and gradients are joined from the shards of all
+ranks, with the offsets that Megatron's checkpoints record; shards that several ranks hold must
+agree.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from megatron_sffn.train.run import finish_gradients
 
 LAYERS, WIDTH, SEQUENCE, VOCAB = 4, 16, 8, 32
 SAMPLES = 8
-"""Of a global batch; a microbatch is one sample."""
+"""Samples of a global batch; a microbatch is one sample."""
 STEPS = 3
-"""In the second Adam's moments, biases and moving averages act; in the third what they changed."""
+"""Adam's moments, biases and moving averages act in the second step, their results in the third."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout(ParallelLayout):
-    """A parallel layout in float64, and what else must not change the model.
+    """A parallel layout in float64, with other settings that must not change the model.
 
     Args:
         recompute: None, `full`, or a module of selective recomputation.
@@ -75,7 +75,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a run computed, whole.
+    """Results of a run, joined from all ranks.
 
     Args:
         losses: of each step.
@@ -94,7 +94,7 @@ class Trained:
 
 
 def train(variant: Variant, layout: Layout) -> dict[str, Any]:
-    """Train `STEPS` steps on this rank; its parts of the results, for `join`."""
+    """Train `STEPS` steps on this rank; returns its share of the results, for `join`."""
     chunks = build(variant, layout)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -133,9 +133,9 @@ def train(variant: Variant, layout: Layout) -> dict[str, Any]:
             micro_batch_size=1,
             forward_only=False,
         )
-        losses.append(whole_loss(sums))
+        losses.append(mean_loss(sums))
         if number == 0 and not layout.distributed_optimizer:
-            grads = parts(chunks, "main_grad")
+            grads = local_shards(chunks, "main_grad")
         optimizer.prepare_grads()
         norms.append(float(optimizer.get_grad_norm()))
         optimizer.step_with_ready_grads()
@@ -152,7 +152,7 @@ def train(variant: Variant, layout: Layout) -> dict[str, Any]:
         "losses": losses,
         "grad_norms": norms,
         "grads": grads,
-        "weights": parts(chunks, None),
+        "weights": local_shards(chunks, None),
         "balance": biases,
     }
 
@@ -192,7 +192,7 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
         **layout.megatron_sizes(),
         sequence_parallel=layout.tp > 1,
         moe_token_dispatcher_type=layout.dispatcher,
-        # A dense layer among them: stages differ.
+        # With a dense layer among them, stages differ.
         moe_layer_freq=[1, 0, 1, 1],
         transformer_impl="local",
         bias_dropout_fusion=False,
@@ -254,7 +254,7 @@ def forward(step: int, batches: Any, model: Any) -> tuple[Tensor, Any]:
     float64 shows. The runs of the whole command have it.
     """
     ids, targets = next(batches)
-    # The oracle promises nothing: it computes descriptors anew for every microbatch.
+    # The oracle has no version of the weights: it computes descriptors anew for every microbatch.
     alone = torch.distributed.get_world_size() == 1
     set_weights_version(model, None if alone else step)
     positions = torch.arange(SEQUENCE)[None]
@@ -263,54 +263,54 @@ def forward(step: int, batches: Any, model: Any) -> tuple[Tensor, Any]:
 
 
 def loss_of(targets: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Megatron's loss function, of this TP rank's slice of the vocabulary."""
-    each = VOCAB // parallel_state.get_tensor_model_parallel_world_size()
-    first = parallel_state.get_tensor_model_parallel_rank() * each
-    wanted = targets[:, :, first : first + each].to(logits.dtype)
-    loss = (logits - wanted).square().sum() / (SEQUENCE * VOCAB)
+    """Megatron's loss function, for this TP rank's slice of the vocabulary."""
+    width = VOCAB // parallel_state.get_tensor_model_parallel_world_size()
+    first = parallel_state.get_tensor_model_parallel_rank() * width
+    local_targets = targets[:, :, first : first + width].to(logits.dtype)
+    loss = (logits - local_targets).square().sum() / (SEQUENCE * VOCAB)
     return loss, {"loss": loss.detach().clone()}
 
 
-def whole_loss(sums: list[dict[str, Tensor]]) -> float:
+def mean_loss(sums: list[dict[str, Tensor]]) -> float:
     """The mean over all samples: stages without a loss, and replicas, add up."""
-    mine = sum((one["loss"].double() for one in sums), torch.zeros(()).double())
-    # Every TP rank has a part of each sample's loss; CP is 1.
-    total = mine.clone()
+    local_sum = sum((microbatch["loss"].double() for microbatch in sums), torch.zeros(()).double())
+    # Every TP rank holds part of the loss of each sample; CP is 1.
+    total = local_sum.clone()
     torch.distributed.all_reduce(total)
     return float(total) / SAMPLES
 
 
-Part = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
+Shard = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
 
 
-def parts(chunks: list[Any], attribute: str | None) -> list[Part]:
-    """This rank's parts of every weight, or of what is kept in an attribute of each.
+def local_shards(chunks: list[Any], attribute: str | None) -> list[Shard]:
+    """This rank's shards of every weight, or of an attribute of every weight.
 
     Returns:
-        Name, shape of the whole, offset in it, and the part.
+        Name, shape of the whole tensor, offset in it, and the shard.
     """
-    found = []
+    shards = []
     for chunk in chunks:
         weights = {id(parameter): parameter for parameter in chunk.parameters()}
-        for part in nested_values(chunk.module.sharded_state_dict()):
-            if not isinstance(part, ShardedTensor | ShardedTensorFactory):
+        for sharded in nested_values(chunk.module.sharded_state_dict()):
+            if not isinstance(sharded, ShardedTensor | ShardedTensorFactory):
                 continue
-            parameter = weights.get(id(part.data))
+            parameter = weights.get(id(sharded.data))
             if parameter is None:
                 continue  # a buffer
             value = parameter if attribute is None else getattr(parameter, attribute)
             value = value.detach().view(parameter.shape).clone()
-            part = replace(part, data=value)
-            pieces = part.build() if isinstance(part, ShardedTensorFactory) else part
+            sharded = replace(sharded, data=value)
+            pieces = sharded.build() if isinstance(sharded, ShardedTensorFactory) else sharded
             for piece in nested_values({"": pieces}):
                 axes = piece.prepend_axis_num
                 data = piece.data.reshape((1,) * axes + piece.local_shape)
-                found.append((piece.key, piece.global_shape, piece.global_offset, data))
-    return found
+                shards.append((piece.key, piece.global_shape, piece.global_offset, data))
+    return shards
 
 
 def join(results: list[dict[str, Any]]) -> Trained:
-    """Put the parts of all ranks together."""
+    """Join the results of all ranks."""
     for result in results[1:]:
         for name in ("losses", "grad_norms"):
             torch.testing.assert_close(result[name], results[0][name], rtol=1e-12, atol=0)
@@ -321,31 +321,31 @@ def join(results: list[dict[str, Any]]) -> Trained:
     return Trained(
         losses=results[0]["losses"],
         grad_norms=results[0]["grad_norms"],
-        grads=whole([part for result in results for part in result["grads"]]),
-        weights=whole([part for result in results for part in result["weights"]]),
+        grads=whole_tensors([shard for result in results for shard in result["grads"]]),
+        weights=whole_tensors([shard for result in results for shard in result["weights"]]),
         balance=balance,
     )
 
 
-def whole(found: list[Part]) -> dict[str, Tensor]:
-    """Whole tensors by name; every number is there, and where several ranks have it, it agrees."""
+def whole_tensors(shards: list[Shard]) -> dict[str, Tensor]:
+    """Join shards to tensors by name; no number may be missing, and equal shards must agree."""
     tensors: dict[str, Tensor] = {}
-    for name, shape, offset, data in found:
+    for name, shape, offset, data in shards:
         tensor = tensors.setdefault(name, torch.full(shape, torch.nan, dtype=data.dtype))
-        place = tensor[tuple(slice(i, i + n) for i, n in zip(offset, data.shape, strict=True))]
-        known = ~place.isnan()
-        torch.testing.assert_close(place[known], data[known], rtol=1e-10, atol=1e-12, msg=name)
-        place.copy_(data)
+        region = tensor[tuple(slice(i, i + n) for i, n in zip(offset, data.shape, strict=True))]
+        known = ~region.isnan()
+        torch.testing.assert_close(region[known], data[known], rtol=1e-10, atol=1e-12, msg=name)
+        region.copy_(data)
     for name, tensor in tensors.items():
-        assert not tensor.isnan().any(), f"a part of {name} is on no rank"
+        assert not tensor.isnan().any(), f"a shard of {name} is on no rank"
     return tensors
 
 
 def run(layout: Layout, variants: list[Variant]) -> list[dict[str, Any]]:
     """`train` of each layer in one world."""
-    # Megatron's own, of its experimental models and its dense MLP.
+    # Megatron warns about its experimental models and its dense MLP.
     warnings.simplefilter("ignore")
-    torch.set_default_dtype(layout.dtype)  # torch's norms take it
+    torch.set_default_dtype(layout.dtype)  # torch's norms use it
     replicas = parallel_state.get_data_parallel_world_size()
     init_num_microbatches_calculator(0, None, SAMPLES, 1, replicas)
     try:

@@ -31,8 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_sffn.nn.layer import layer_class
 from megatron_sffn.nn.routers import s_base
-from tests.support.played_gpu import play_gpu
 from tests.support.router_cases import BATCH, SPARSE, VOCAB, Case, S, config_of
+from tests.support.simulated_gpu import simulate_gpu
 
 D = 16
 """Width of the layers; some backends need a multiple of 16."""
@@ -66,7 +66,7 @@ CASES = {
 }
 
 
-def rehearse(case: Case, backend: str, dtype: torch.dtype, on: str) -> None:
+def check_case(case: Case, backend: str, dtype: torch.dtype, on: str) -> None:
     """Forward and backward of a new layer; its results must have the right device and dtype."""
     fields = {"params_dtype": dtype, "moe_router_dtype": "fp32", "perform_initialization": False}
     fields |= dict(case.megatron)
@@ -95,9 +95,9 @@ def rehearse(case: Case, backend: str, dtype: torch.dtype, on: str) -> None:
 
 
 @contextlib.contextmanager
-def played_gpu() -> Iterator[None]:
+def simulated_gpu() -> Iterator[None]:
     """One rank, and the answers of an H100 wherever torch would ask the driver."""
-    play_gpu(pytest.MonkeyPatch(), is_gpu=lambda tensor: tensor.device.type != "cpu")
+    simulate_gpu(pytest.MonkeyPatch(), is_gpu=lambda tensor: tensor.device.type != "cpu")
     # The host reads the error every few iterations; stop before the first time.
     s_base.MAX_ITERATIONS = s_base.ITERATIONS_PER_CHECK - 1
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,9 @@ def main() -> dict[str, str]:
     swiglu = Case(router="sigma-moe", swiglu=True, block_size=8)
     backend_plans = itertools.product([("swiglu", swiglu)], BACKENDS.items(), DEVICES)
     plans += [
-        (case, backend, dtype, on) for case, (backend, of), on in backend_plans for dtype in of
+        (case, backend, dtype, on)
+        for case, (backend, names), on in backend_plans
+        for dtype in names
     ]
     # Triton's products have two forms, and no form has all three products in the case before.
     coarse = Case(router="sigma-moe", swiglu=True, block_size=16, expansion=64)
@@ -129,7 +131,7 @@ def main() -> dict[str, str]:
         get_moe_metrics_tracker().clear()
         try:
             with mode:
-                rehearse(case, backend, DTYPES[dtype], on)
+                check_case(case, backend, DTYPES[dtype], on)
         except Exception as error:
             if "-v" in sys.argv:
                 traceback.print_exc()
@@ -138,6 +140,6 @@ def main() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    with played_gpu():
+    with simulated_gpu():
         failed = main()
     print(json.dumps(failed, indent=1))

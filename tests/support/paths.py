@@ -1,8 +1,8 @@
-"""Where the clone is."""
+"""The folder of this clone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The folder of the clone."""
+"""The root of the repository."""

@@ -30,7 +30,7 @@ MODEL = (
 
 
 def write_dataset(prefix: Path, documents: Iterable[list[int]], dtype: Any = numpy.uint16) -> str:
-    """Make a data set of lists of ids, a document each; returns its prefix."""
+    """Write a data set with a document for each list of ids; returns its prefix."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for document in documents:
         builder.add_document(numpy.array(document), [len(document)])
@@ -47,7 +47,7 @@ def random_documents(count: int, seed: int) -> list[list[int]]:
 def namespace(flags: str, *, rank: int = 0, ranks: int = 1) -> Namespace:
     """Megatron's validated namespace of a run."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python 3.13's, of Megatron's own flags
+        warnings.simplefilter("ignore")  # Python 3.13 warns about Megatron's own flags
         patch.setattr(sys, "argv", ["pretrain", *shlex.split(f"{MODEL} {flags}")])
         patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", ranks)):

@@ -1,4 +1,4 @@
-"""Processes that a test has started: what it waits for, and their end."""
+"""Wait for processes that a test has started, and end them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from collections.abc import Callable
 import psutil
 
 HANGS = 900.0
-"""Seconds after which what a test waits for will not come: it ends a hang, and is no deadline. The
-slowest thing waited for takes a minute on two free cores, and ten times as long on shared ones."""
+"""Seconds after which a wait counts as a hang. It is no deadline: the slowest wait takes a minute
+on two free cores, and ten times as long on shared ones."""
 
 
 def free_port() -> int:
@@ -30,10 +30,10 @@ def free_port() -> int:
 
 
 def wait_until(done: Callable[[], bool], seconds: float, log: Callable[[], str]) -> None:
-    """Wait for something.
+    """Wait until `done()` is true.
 
     Raises:
-        AssertionError: with the end of a log, if it does not come.
+        AssertionError: with the end of a log, after `seconds`.
     """
     deadline = time.monotonic() + seconds
     while not done():
@@ -45,6 +45,6 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     """End a launcher and its ranks, which have sessions of their own."""
     if process.poll() is None:
         for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            with contextlib.suppress(psutil.NoSuchProcess):  # the process has just ended
                 member.kill()
         process.wait()

@@ -39,7 +39,7 @@ def run_ranks(
         layout: arguments of `initialize_model_parallel`.
 
     Returns:
-        What each rank returned, in the order of ranks; must be picklable.
+        The results of all ranks, in the order of ranks; they must be picklable.
 
     Raises:
         AssertionError: with the traceback of the first rank that failed, or that hung.
@@ -62,7 +62,7 @@ def run_ranks(
 
 
 def fork(world_size: int, body: Callable[[int, Path], Any]) -> list[Any]:
-    """Call `body(rank, folder)` in forked processes and collect what they return."""
+    """Call `body(rank, folder)` in forked processes and collect the results."""
     assert FORKS_ARE_SAFE, "gloo's threads do not survive a fork: this test must run earlier"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

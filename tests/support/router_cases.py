@@ -1,4 +1,4 @@
-"""Sparse layers in float64 with the same weights on any layout, and what they compute."""
+"""Sparse layers in float64 with the same weights on any layout, and their results."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def config_of(case: Case) -> SparseFFNTransformerConfig:
         balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
     test_numbers = ROUTERS[case.router].test_numbers
     numbers = test_numbers.layer(active_cells=16, block_size=4, expansion=3)
-    given = {"block_size": case.block_size, "expansion": case.expansion}
+    sizes = {"block_size": case.block_size, "expansion": case.expansion}
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
     return SparseFFNTransformerConfig(
         num_layers=2,
@@ -75,7 +75,7 @@ def config_of(case: Case) -> SparseFFNTransformerConfig:
         sffn=SparseFFNConfig(
             router=ROUTERS[case.router](**{**test_numbers.options, **dict(case.options)}),
             backend=case.backend,
-            **numbers | {name: number for name, number in given.items() if number},
+            **numbers | {name: number for name, number in sizes.items() if number},
             **dict(case.sffn),
         ),
         **{**FLOAT64, **activation, **balance, **dict(case.megatron)},
@@ -97,13 +97,13 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states `[S, BATCH, D]`, input ids `[BATCH, S]`, and the weights of a loss."""
+    """Hidden states `[S, BATCH, D]`, input ids `[BATCH, S]`, and the factors of a linear loss."""
     ids = torch.randint(VOCAB, (BATCH, S), generator=torch.Generator().manual_seed(3))
     return draw(1, S, BATCH, D), ids, draw(2, S, BATCH, D)
 
 
 def run(case: Case, ids: Tensor | None = None) -> dict[str, Tensor]:
-    """Forward and backward pass of a layer on this rank's part of the inputs.
+    """Forward and backward pass of a layer on this rank's slice of the inputs.
 
     Args:
         case: the layer.
@@ -114,27 +114,27 @@ def run(case: Case, ids: Tensor | None = None) -> dict[str, Tensor]:
         weights and of the router's weights, summed over ranks.
     """
     layer = build(case).train(case.training)
-    hidden, drawn, weights = inputs()
-    ids = drawn if ids is None else ids
-    samples = _part(BATCH, parallel_state.get_data_parallel_group())
+    hidden, default_ids, weights = inputs()
+    ids = default_ids if ids is None else ids
+    samples = _local_slice(BATCH, parallel_state.get_data_parallel_group())
     # Sequence parallelism splits s over TP ranks; ids stay whole, the layer splits them itself.
-    steps = _part(S, parallel_state.get_tensor_model_parallel_group())
-    x = hidden[steps, samples].clone().requires_grad_()
+    positions = _local_slice(S, parallel_state.get_tensor_model_parallel_group())
+    x = hidden[positions, samples].clone().requires_grad_()
     y, bias = layer(x, padding_mask=ids[samples])
     assert bias is None
-    (y * weights[steps, samples]).sum().backward()
-    result = {"y": _whole(y.detach()), "dx": _whole(x.grad)}
+    (y * weights[positions, samples]).sum().backward()
+    result = {"y": _gather_whole(y.detach()), "dx": _gather_whole(x.grad)}
     replicas = parallel_state.get_expert_data_parallel_group()
     for name, table in tables(layer).items():
         grad = table.grad.clone()
         torch.distributed.all_reduce(grad, group=replicas)
         grid = layer.experts.expert_grid
-        parts = [torch.empty_like(grad) for _ in range(grid.num_ranks)]
-        torch.distributed.all_gather(parts, grad, group=grid.group)
+        shards = [torch.empty_like(grad) for _ in range(grid.num_ranks)]
+        torch.distributed.all_gather(shards, grad, group=grid.group)
         # From [ep, etp, B / ep, keys of a cell, G / etp, D] to [B, keys of a cell, G, D].
         width = grad.shape[2]
         shape = (grid.ep_size, grid.etp_size, len(grad), -1, grid.num_local_cells, width)
-        table = torch.stack(parts).view(shape).permute(0, 2, 3, 1, 4, 5)
+        table = torch.stack(shards).view(shape).permute(0, 2, 3, 1, 4, 5)
         result[f"d{name}"] = table.reshape(grid.num_blocks, -1, width)
     for name, weight in layer.router.named_parameters():
         if weight.grad is None:
@@ -146,12 +146,12 @@ def run(case: Case, ids: Tensor | None = None) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def copy_tables(ours: Any, megatron: Any) -> None:
+def copy_tables(layer: Any, megatron_layer: Any) -> None:
     """Copy this rank's blocks of our layer into the experts of a layer of Megatron's."""
-    for block, mlp in enumerate(megatron.experts.local_experts):
-        mlp.linear_fc1.weight.copy_(ours.experts.keys[block])
+    for block, mlp in enumerate(megatron_layer.experts.local_experts):
+        mlp.linear_fc1.weight.copy_(layer.experts.keys[block])
         # Megatron's second linear maps G cells to D: its weight is [D, G].
-        mlp.linear_fc2.weight.copy_(ours.experts.values[block].T)
+        mlp.linear_fc2.weight.copy_(layer.experts.values[block].T)
 
 
 def tables(layer: Any) -> dict[str, Tensor]:
@@ -159,18 +159,18 @@ def tables(layer: Any) -> dict[str, Tensor]:
     return dict(layer.experts.named_parameters())
 
 
-def _part(size: int, group: Any) -> slice:
+def _local_slice(size: int, group: Any) -> slice:
     per_rank = size // group.size()
     return slice(group.rank() * per_rank, (group.rank() + 1) * per_rank)
 
 
-def _whole(part: Tensor) -> Tensor:
-    """Join the parts of all ranks: TP ranks along s, DP ranks along the batch."""
+def _gather_whole(shard: Tensor) -> Tensor:
+    """Gather the shards of all ranks: TP ranks along s, DP ranks along the batch."""
     for group, dim in (
         (parallel_state.get_tensor_model_parallel_group(), 0),
         (parallel_state.get_data_parallel_group(), 1),
     ):
-        parts = [torch.empty_like(part.contiguous()) for _ in range(group.size())]
-        torch.distributed.all_gather(parts, part.contiguous(), group=group)
-        part = torch.cat(parts, dim=dim)
-    return part
+        shards = [torch.empty_like(shard.contiguous()) for _ in range(group.size())]
+        torch.distributed.all_gather(shards, shard.contiguous(), group=group)
+        shard = torch.cat(shards, dim=dim)
+    return shard

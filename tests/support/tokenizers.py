@@ -33,19 +33,19 @@ Flags = list[str]
 
 
 def byte_level(folder: Path, vocab_size: int = 400) -> Flags:
-    """What `tools/train_tokenizer.py` makes."""
+    """A tokenizer of `tools/train_tokenizer.py`."""
     trained = train_tokenizer.train(TEXTS * 3, vocab_size=vocab_size, min_frequency=2)
     train_tokenizer.save(trained, folder / "tokenizer")
     return hugging_face(folder / "tokenizer")
 
 
 def json_file(folder: Path) -> Flags:
-    """The file in the folder."""
+    """The same tokenizer, named by its file instead of its folder."""
     return hugging_face(Path(byte_level(folder)[-1]) / "tokenizer.json")
 
 
 def surrounded(folder: Path) -> Flags:
-    """One that puts an id before and one behind every text, as Llama's does before."""
+    """A tokenizer that adds an id before and after every text; Llama's adds one before."""
     flags = byte_level(folder)
     path = Path(flags[-1]) / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
@@ -58,7 +58,7 @@ def surrounded(folder: Path) -> Flags:
 
 
 def large(folder: Path) -> Flags:
-    """One with more ids than 16 bits count."""
+    """A tokenizer with more ids than fit in 16 bits."""
     flags = byte_level(folder)
     path = Path(flags[-1]) / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -68,7 +68,7 @@ def large(folder: Path) -> Flags:
 
 
 def bytes_as_ids(folder: Path) -> Flags:
-    """What `tools/train_tokenizer.py --bytes` makes."""
+    """A tokenizer of `tools/train_tokenizer.py --bytes`."""
     train_tokenizer.save(train_tokenizer.bytes_as_tokens(), folder / "bytes")
     return hugging_face(folder / "bytes")
 
@@ -78,11 +78,11 @@ def hugging_face(path: Path) -> Flags:
 
 
 def gpt2(folder: Path) -> Flags:
-    """The vocabulary and the merges, as GPT-2 has them."""
-    made = json.loads((Path(byte_level(folder)[-1]) / "tokenizer.json").read_text())
+    """The vocabulary and the merges in the files of GPT-2's format."""
+    content = json.loads((Path(byte_level(folder)[-1]) / "tokenizer.json").read_text())
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    vocab.write_text(json.dumps(made["model"]["vocab"]))
-    pairs = [" ".join(pair) for pair in made["model"]["merges"]]
+    vocab.write_text(json.dumps(content["model"]["vocab"]))
+    pairs = [" ".join(pair) for pair in content["model"]["merges"]]
     merges.write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
     return [
         *("--tokenizer-type", "GPT2BPETokenizer"),
@@ -99,7 +99,7 @@ def unigram(folder: Path) -> Flags:
 
 
 def lossy(folder: Path) -> Flags:
-    """One that takes several spaces for one."""
+    """A tokenizer that reads several spaces as one."""
     return _sentence_piece(folder, model_type="bpe")
 
 
@@ -122,7 +122,7 @@ def _sentence_piece(folder: Path, **options: Any) -> Flags:
 
 
 def tiktoken(folder: Path) -> Flags:
-    """Megatron's form of it: a JSON list of tokens with their bytes."""
+    """TikToken in Megatron's format: a JSON list of tokens with their bytes."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"wo", b"rd", b"word", b" word", b"  "]
     entries = [
         {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": ""}
@@ -137,7 +137,7 @@ def tiktoken(folder: Path) -> Flags:
 
 
 def null(folder: Path) -> Flags:
-    """Numbers, written out."""
+    """A tokenizer whose texts are the ids, in digits."""
     return ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]
 
 
@@ -148,21 +148,21 @@ KINDS: dict[str, Callable[[Path], Flags]] = {
 KINDS |= {"tiktoken": tiktoken, "null": null}
 
 
-def arguments(flags: Flags, **others: Any) -> argparse.Namespace:
-    """Megatron's namespace, as far as the tokenizer is concerned."""
+def arguments(flags: Flags, **changes: Any) -> argparse.Namespace:
+    """Megatron's namespace with the tokenizer's flags."""
     parser = argparse.ArgumentParser()
     ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
-    return argparse.Namespace(**{**vars(parser.parse_args(flags)), **others})
+    return argparse.Namespace(**{**vars(parser.parse_args(flags)), **changes})
 
 
 def write_as_megatron(
     prefix: Path, documents: Iterable[list[str]], tokenizer: Any, *, append_eod: bool
 ) -> None:
-    """A data set by Megatron's builder, driven as Megatron-LM's tool does.
+    """Write a data set with Megatron's builder, as Megatron-LM's tool does.
 
     Args:
         prefix: of the files.
-        documents: sequences of each.
+        documents: the sequences of each document.
         tokenizer: built by Megatron.
         append_eod: end each document with the end-of-document id.
     """

@@ -1,6 +1,6 @@
 """Record the operations that would make the host wait for a GPU, on a machine without one.
 
-`recorded()` simulates a GPU (`played_gpu.py`): the package takes its CUDA branches with real
+`recorded()` simulates a GPU (`simulated_gpu.py`): the package takes its CUDA branches with real
 tensors on the CPU. Every operation whose result the host reads, or whose output shape depends on
 the data, is recorded with the innermost function of our package.
 """
@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_sffn
-from tests.support.played_gpu import play_gpu
+from tests.support.simulated_gpu import simulate_gpu
 
 PACKAGE = Path(megatron_sffn.__file__).parent
 
@@ -77,30 +77,30 @@ def would_wait(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def played_gpu() -> Iterator[None]:
+def simulated_gpu() -> Iterator[None]:
     """Within this context the package takes all tensors for tensors on an H100."""
     with pytest.MonkeyPatch.context() as patch:
-        play_gpu(patch)
+        simulate_gpu(patch)
         yield
 
 
 def recorded(step: Callable[[], object]) -> dict[str, int]:
     """The waits of a step: `file:function` of the package -> how often."""
     waits = Waits()
-    with played_gpu(), pytest.MonkeyPatch.context() as patch, _Operations(waits):
+    with simulated_gpu(), pytest.MonkeyPatch.context() as patch, _Operations(waits):
         for owner, name in COPIES:
-            patch.setattr(owner, name, _noting(waits, getattr(owner, name)))
+            patch.setattr(owner, name, _recording(waits, getattr(owner, name)))
         step()
     return dict(waits.counts)
 
 
-def _noting(waits: Waits, function: Callable[..., Any]) -> Callable[..., Any]:
+def _recording(waits: Waits, function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, which also records a wait."""
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
+    def recording(*args: Any, **kwargs: Any) -> Any:
         # A new tensor without a device stays on the host.
         if isinstance(args[0], torch.Tensor) or kwargs.get("device") is not None:
             waits.note()
         return function(*args, **kwargs)
 
-    return noting
+    return recording

@@ -1,4 +1,4 @@
-"""Numbers of a layer's routing, when they become lines, and who gets to see them."""
+"""Routing statistics of a layer, the steps at which they are written, and the writers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SFFN = SparseFFNConfig(router=ROUTERS["avg-k"](), active_cells=8, block_size=2, 
 BLOCKS = SFFN.num_blocks
 
 
-def arguments(**given: Any) -> Namespace:
+def arguments(**changes: Any) -> Namespace:
     """Megatron's namespace before the first step."""
     values = {
         "curr_iteration": 0,
@@ -48,7 +48,7 @@ def arguments(**given: Any) -> Namespace:
         "save_interval": None,
         "skip_train": False,
     }
-    return Namespace(**values | given)
+    return Namespace(**values | changes)
 
 
 def layer(number: int) -> SparseFFN:
@@ -71,7 +71,7 @@ def use(sparse: SparseFFN, *blocks: int, gates: bool = False, scores: bool = Fal
 
 
 def evaluate(sparse: SparseFFN, *blocks: int) -> None:
-    """The same, as evaluation does."""
+    """Count a token for each of these blocks, as evaluation does."""
     sparse.evaluated(routing(blocks, gates=False, scores=False))
 
 
@@ -84,8 +84,8 @@ def routing(blocks: tuple[int, ...], *, gates: bool, scores: bool) -> Routing:
     )
 
 
-def sums(**given: float) -> dict[str, float]:
-    return dict.fromkeys(SUMS, 0.0) | given
+def sums(**changes: float) -> dict[str, float]:
+    return dict.fromkeys(SUMS, 0.0) | changes
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -95,9 +95,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 # Numbers
 
 
-def test_numbers_of_an_even_load() -> None:
-    found = describe(torch.full((8,), 5.0), sums(tokens=10, scores=40, negative_scores=10))
-    assert found == {
+def test_an_even_load_has_an_entropy_of_1_and_no_dead_blocks() -> None:
+    numbers = describe(torch.full((8,), 5.0), sums(tokens=10, scores=40, negative_scores=10))
+    assert numbers == {
         "tokens": 10,
         "load_entropy": pytest.approx(1),
         "dead_blocks": 0,
@@ -112,37 +112,37 @@ def test_numbers_of_an_even_load() -> None:
     }
 
 
-def test_numbers_of_a_load_on_one_block() -> None:
-    found = describe(torch.tensor([0.0, 12.0, 0.0, 0.0]), sums(tokens=16, empty_places=4))
-    assert (found["load_entropy"], found["dead_blocks"], found["dead_share"]) == (0, 3, 0.75)
-    assert (found["load_p50"], found["load_max"]) == (0, 4)
-    assert found["load_p95"] == pytest.approx(0.85 * 4)
-    assert found["empty_share"] == 0.25
-    assert found["negative_share"] is None
+def test_a_load_on_one_block_has_an_entropy_of_0() -> None:
+    numbers = describe(torch.tensor([0.0, 12.0, 0.0, 0.0]), sums(tokens=16, empty_places=4))
+    assert (numbers["load_entropy"], numbers["dead_blocks"], numbers["dead_share"]) == (0, 3, 0.75)
+    assert (numbers["load_p50"], numbers["load_max"]) == (0, 4)
+    assert numbers["load_p95"] == pytest.approx(0.85 * 4)
+    assert numbers["empty_share"] == 0.25
+    assert numbers["negative_share"] is None
 
 
 @pytest.mark.parametrize("gates", [[0.2, 0.4, 0.9], [1e-9, 1e-9], [1.0]])
-def test_mean_and_deviation_of_gates(gates: list[float]) -> None:
+def test_mean_and_deviation_of_gates_follow_from_their_sums(gates: list[float]) -> None:
     values = torch.tensor(gates, dtype=torch.float64)
     load = torch.tensor([len(gates), 0])
     squares = float(values.square().sum())
-    found = describe(load, sums(tokens=9, gates=float(values.sum()), squared_gates=squares))
-    assert found["gate_mean"] == pytest.approx(float(values.mean()))
-    assert found["gate_std"] == pytest.approx(float(values.std(correction=0)), abs=1e-9)
+    numbers = describe(load, sums(tokens=9, gates=float(values.sum()), squared_gates=squares))
+    assert numbers["gate_mean"] == pytest.approx(float(values.mean()))
+    assert numbers["gate_std"] == pytest.approx(float(values.std(correction=0)), abs=1e-9)
 
 
-def test_everything_dropped_divides_by_nothing() -> None:
-    found = describe(torch.zeros(4), sums(tokens=3, empty_places=3))
-    assert (found["empty_share"], found["dead_share"], found["load_max"]) == (1, 1, 0)
-    assert all(value is None or math.isfinite(value) for value in found.values())
+def test_numbers_are_finite_if_every_choice_was_dropped() -> None:
+    numbers = describe(torch.zeros(4), sums(tokens=3, empty_places=3))
+    assert (numbers["empty_share"], numbers["dead_share"], numbers["load_max"]) == (1, 1, 0)
+    assert all(value is None or math.isfinite(value) for value in numbers.values())
 
 
-def test_thousands_of_blocks() -> None:
+def test_numbers_are_right_for_thousands_of_blocks() -> None:
     load = torch.zeros(65536)
     load[: 65536 // 2] = 2
-    found = describe(load, sums(tokens=65536))
-    assert found["load_entropy"] == pytest.approx(15 / 16)
-    assert (found["load_p95"], found["dead_share"]) == (2, 0.5)
+    numbers = describe(load, sums(tokens=65536))
+    assert numbers["load_entropy"] == pytest.approx(15 / 16)
+    assert (numbers["load_p95"], numbers["dead_share"]) == (2, 0.5)
 
 
 def table_of(load: list[int], losses: list[float], dense: int = 0) -> Tensor:
@@ -151,7 +151,7 @@ def table_of(load: list[int], losses: list[float], dense: int = 0) -> Tensor:
     return torch.stack([torch.zeros_like(row)] * dense + [row])
 
 
-def test_layers_without_tokens_and_losses_without_a_weight_are_not_there() -> None:
+def test_layers_without_tokens_and_losses_without_a_weight_are_left_out() -> None:
     numbers = layer_numbers(table_of([1, 3], [1.25, 0, 0, 0, -0.1234567], dense=2), 2)
     assert list(numbers) == [3]
     assert numbers[3]["layer"] == 3
@@ -160,7 +160,7 @@ def test_layers_without_tokens_and_losses_without_a_weight_are_not_there() -> No
     assert not {"z_loss", "seq_load_balancing_loss"} & numbers[3].keys()
 
 
-def test_scalars_of_each_layer_and_their_mean() -> None:
+def test_the_scalars_are_those_of_each_layer_and_their_mean() -> None:
     numbers = {
         2: {"layer": 2, "load_entropy": 0.5, "gate_mean": None, "z_loss": 1.0},
         6: {"layer": 6, "load_entropy": 1.0, "gate_mean": None, "z_loss": 3.0},
@@ -181,16 +181,16 @@ def test_scalars_of_each_layer_and_their_mean() -> None:
 # Sums
 
 
-def test_sums_of_the_layers_of_all_chunks(one_rank: None) -> None:
+def test_sums_include_the_layers_of_all_chunks(one_rank: None) -> None:
     first, third = layer(1), layer(3)
     use(first, 0, 0, 7, gates=True, scores=True)
     use(third, 5)
     evaluate(third, 2, 2)
     first.router.balance.values = {"z_loss": torch.tensor(4.0)}
     model = [torch.nn.ModuleList([first]), torch.nn.ModuleList([torch.nn.ReLU(), third])]
-    found = layer_sums(model, arguments(), training=True)
-    assert found[:, :BLOCKS].tolist() == [[2, 0, 0, 0, 0, 0, 0, 1], [0] * 8, [0] * 5 + [1, 0, 0]]
-    named = dict(zip(SUMS, found[0, BLOCKS : BLOCKS + len(SUMS)].tolist(), strict=True))
+    table = layer_sums(model, arguments(), training=True)
+    assert table[:, :BLOCKS].tolist() == [[2, 0, 0, 0, 0, 0, 0, 1], [0] * 8, [0] * 5 + [1, 0, 0]]
+    named = dict(zip(SUMS, table[0, BLOCKS : BLOCKS + len(SUMS)].tolist(), strict=True))
     assert named == {
         "tokens": 3,
         "gates": pytest.approx(0.5 + 0.5 + 1.2),
@@ -199,7 +199,7 @@ def test_sums_of_the_layers_of_all_chunks(one_rank: None) -> None:
         "scores": 3,
         "empty_places": 0,
     }
-    assert found[0, -len(LOSSES) :].tolist() == [0, 0, 0, 4, 0]
+    assert table[0, -len(LOSSES) :].tolist() == [0, 0, 0, 4, 0]
     assert layer_sums(model, arguments(), training=True).sum() == 0
     assert layer_sums(model, arguments(), training=False)[2, 2] == 2
 
@@ -238,14 +238,14 @@ def steps(log: RoutingMetrics, sparse: SparseFFN, first: int, last: int, block: 
         ({"log_interval": 4, "save_interval": 3, "save": "here"}, [(3, 3), (4, 1), (6, 2)]),
     ],
 )
-def test_lines_hold_all_steps_since_the_last(
+def test_a_line_holds_all_steps_since_the_last_line(
     one_rank: None, tmp_path: Path, flags: dict[str, Any], expected: list[tuple[int, int]]
 ) -> None:
     log = RoutingMetrics(arguments(**flags), tmp_path)
     steps(log, layer(1), 1, 7)
-    found = rows(tmp_path) if expected else []
-    assert [(row["iteration"], row["steps"]) for row in found] == expected
-    assert all(row["tokens"] == 2 * row["steps"] for row in found)
+    lines = rows(tmp_path) if expected else []
+    assert [(row["iteration"], row["steps"]) for row in lines] == expected
+    assert all(row["tokens"] == 2 * row["steps"] for row in lines)
     assert expected or not list(tmp_path.iterdir())
 
 
@@ -295,7 +295,7 @@ def test_an_evaluation_between_two_lines_is_a_line_of_its_own(
     }
 
 
-def used(folder: Path) -> list[tuple[int, str, int]]:
+def most_used_blocks(folder: Path) -> list[tuple[int, str, int]]:
     """Iteration, phase and number of the most used block of each line."""
     return [
         (row["iteration"], row["phase"][:1], row["tokens_per_block"].index(1))
@@ -314,19 +314,21 @@ def run(folder: Path, sparse: SparseFFN, first: int, last: int, block: int, **fl
             log.after_evaluation([sparse], iteration, repeated=False)
 
 
-def test_a_resumed_run_replaces_what_came_after_its_checkpoint(
+def test_a_resumed_run_replaces_the_lines_after_its_checkpoint(
     one_rank: None, tmp_path: Path
 ) -> None:
     sparse = layer(1)
     run(tmp_path, sparse, 1, 7, block=0)
     # From the checkpoint of step 4, evaluated and logged before it was saved.
     run(tmp_path, sparse, 5, 8, block=3)
-    assert used(tmp_path) == [(2, "e", 0), (4, "e", 0), (6, "e", 3), (8, "e", 3)]
+    assert most_used_blocks(tmp_path) == [(2, "e", 0), (4, "e", 0), (6, "e", 3), (8, "e", 3)]
     phases = [(row["iteration"], row["phase"]) for row in rows(tmp_path)]
-    assert phases == [(at, phase) for at in (2, 4, 6, 8) for phase in ("training", "evaluation")]
+    assert phases == [
+        (iteration, phase) for iteration in (2, 4, 6, 8) for phase in ("training", "evaluation")
+    ]
     # From scratch.
     run(tmp_path, sparse, 1, 2, block=5)
-    assert used(tmp_path) == [(2, "e", 5)]
+    assert most_used_blocks(tmp_path) == [(2, "e", 5)]
 
 
 def test_a_run_without_steps_replaces_its_evaluation_alone(one_rank: None, tmp_path: Path) -> None:
@@ -336,7 +338,7 @@ def test_a_run_without_steps_replaces_its_evaluation_alone(one_rank: None, tmp_p
         log = RoutingMetrics(arguments(skip_train=skip_train), tmp_path)
         evaluate(sparse, block)
         log.after_evaluation([sparse], iteration, repeated=False)
-    assert used(tmp_path) == [(2, "e", 4), (4, "e", 0), (6, "e", 7)]
+    assert most_used_blocks(tmp_path) == [(2, "e", 4), (4, "e", 0), (6, "e", 7)]
     assert len(rows(tmp_path)) == 6
 
 
@@ -345,7 +347,7 @@ def test_lines_of_former_versions_are_evaluations(one_rank: None, tmp_path: Path
     log, sparse = RoutingMetrics(arguments(), tmp_path), layer(1)
     evaluate(sparse, 1)
     log.after_evaluation([sparse], 2, repeated=False)
-    assert used(tmp_path) == [(2, "e", 1)]
+    assert most_used_blocks(tmp_path) == [(2, "e", 1)]
 
 
 def test_a_dense_run_has_no_lines(one_rank: None, tmp_path: Path) -> None:
@@ -358,27 +360,27 @@ def test_a_dense_run_has_no_lines(one_rank: None, tmp_path: Path) -> None:
 
 
 class Writer:
-    """Stands in for both."""
+    """Stands in for the writers of TensorBoard and of W&B."""
 
     def __init__(self) -> None:
-        self.drawn: dict[int, dict[str, float]] = {}
+        self.scalars_by_step: dict[int, dict[str, float]] = {}
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.drawn.setdefault(step, {})[name] = value
+        self.scalars_by_step.setdefault(step, {})[name] = value
 
     def log(self, values: dict[str, float], step: int) -> None:
-        self.drawn[step] = values
+        self.scalars_by_step[step] = values
 
 
-@pytest.mark.parametrize("asked", ["tensorboard", "wandb"])
-def test_writers_get_what_was_asked_for(
-    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_tensorboard_and_wandb_get_the_scalars_of_each_line(
+    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     writer = Writer()
-    monkeypatch.setattr(routing_metrics, f"get_{asked}_writer", lambda: writer)
+    monkeypatch.setattr(routing_metrics, f"get_{kind}_writer", lambda: writer)
     log, sparse = RoutingMetrics(arguments(), tmp_path), layer(2)
     steps(log, sparse, 1, 4, block=2)
-    assert list(writer.drawn) == [2, 4]
-    assert writer.drawn[2]["routing/dead_share/layer_2"] == 6 / 8
-    assert writer.drawn[2]["routing/dead_share"] == 6 / 8
-    assert not any("gate" in name for name in writer.drawn[2])
+    assert list(writer.scalars_by_step) == [2, 4]
+    assert writer.scalars_by_step[2]["routing/dead_share/layer_2"] == 6 / 8
+    assert writer.scalars_by_step[2]["routing/dead_share"] == 6 / 8
+    assert not any("gate" in name for name in writer.scalars_by_step[2])

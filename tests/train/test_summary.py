@@ -22,7 +22,7 @@ from tests.support.ranks import run_ranks
 SFFN = SparseFFNConfig(router=ROUTERS["avg-k"](), active_cells=8, block_size=2, expansion=2)
 
 
-def arguments(**given: Any) -> Namespace:
+def arguments(**changes: Any) -> Namespace:
     """Megatron's namespace in the middle of a run."""
     values = {
         **{name: None for names in SECTIONS.values() for name in names},
@@ -48,7 +48,7 @@ def arguments(**given: Any) -> Namespace:
         "data_parallel_size": 4,
         "seed": 11,
     }
-    return Namespace(**values | given)
+    return Namespace(**values | changes)
 
 
 def shape(sffn: SparseFFNConfig | None = SFFN) -> ModelShape:
@@ -80,9 +80,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(summary.time, "perf_counter", made)
-    return made
+    fake_clock = Clock()
+    monkeypatch.setattr(summary.time, "perf_counter", fake_clock)
+    return fake_clock
 
 
 def step(
@@ -103,7 +103,7 @@ def test_a_step_lasts_from_its_first_microbatch_to_the_next_steps(
     run_summary = RunSummary(arguments(num_experts=None), tmp_path)
     for seconds in (8.0, 2.0, 4.0, 1.0):
         step(run_summary, clock, seconds)
-    # The last is over when the next begins.
+    # A step ends when the next begins, so the last step has no rate yet.
     assert run_summary.samples_per_second == pytest.approx([4 / 8.0, 4 / 2.0, 4 / 4.0])
 
 
@@ -152,7 +152,7 @@ def test_the_loss_is_the_mean_over_tokens_of_one_evaluation(one_rank: None, tmp_
     assert curve(run_summary) == [[10, (6 + 2 * 3) / 3], [20, 2.0]]
 
 
-def losses_of_two(shares: list[list[float]], folder: str) -> float:
+def loss_of_two_ranks(shares: list[list[float]], folder: str) -> float:
     run_summary = RunSummary(arguments(num_experts=None), Path(folder))
     run_summary.evaluations.begin(1, is_test=False)
     run_summary.evaluations.add(torch.tensor(shares[torch.distributed.get_rank()]))
@@ -161,9 +161,9 @@ def losses_of_two(shares: list[list[float]], folder: str) -> float:
 
 
 def test_the_loss_is_that_of_all_ranks(tmp_path: Path) -> None:
-    assert run_ranks(2, losses_of_two, [[8.0, 2.0], [1.0, 1.0]], str(tmp_path)) == [3.0, 3.0]
+    assert run_ranks(2, loss_of_two_ranks, [[8.0, 2.0], [1.0, 1.0]], str(tmp_path)) == [3.0, 3.0]
     # The first pipeline stage has no loss.
-    assert run_ranks(2, losses_of_two, [[0.0, 0.0], [6.0, 3.0]], str(tmp_path)) == [2.0, 2.0]
+    assert run_ranks(2, loss_of_two_ranks, [[0.0, 0.0], [6.0, 3.0]], str(tmp_path)) == [2.0, 2.0]
 
 
 def test_losses_do_not_lose_digits(one_rank: None, tmp_path: Path) -> None:
@@ -188,32 +188,34 @@ def test_several_validation_sets_have_a_loss_each_and_their_mean(
     assert run_summary.summary(shape(None))["validation_losses"] == {"web": 5.0, "code": 6.0}
 
 
-def test_a_run_that_goes_on_keeps_the_curve_up_to_its_checkpoint(
-    one_rank: None, tmp_path: Path
-) -> None:
-    former = RunSummary(arguments(num_experts=None), tmp_path)
+def test_a_resumed_run_keeps_the_curve_up_to_its_checkpoint(one_rank: None, tmp_path: Path) -> None:
+    first_run = RunSummary(arguments(num_experts=None), tmp_path)
     for iteration in (2, 4, 6):
-        evaluate(former, iteration, [float(iteration)])
-    # From step 4: what the former process did beyond is done again, here at other steps.
-    run_summary = RunSummary(arguments(num_experts=None, iteration=4), tmp_path)
-    evaluate(run_summary, 7, [7.0])
-    evaluate(run_summary, 7, [9.0], is_test=True)
-    assert curve(run_summary) == [[2, 2.0], [4, 4.0], [7, 7.0]]
+        evaluate(first_run, iteration, [float(iteration)])
+    # Resumed from step 4: later evaluations of the first run are repeated, at another step.
+    resumed = RunSummary(arguments(num_experts=None, iteration=4), tmp_path)
+    evaluate(resumed, 7, [7.0])
+    evaluate(resumed, 7, [9.0], is_test=True)
+    assert curve(resumed) == [[2, 2.0], [4, 4.0], [7, 7.0]]
     # An evaluation alone replaces its own step.
-    again = RunSummary(arguments(num_experts=None, iteration=4, skip_train=True), tmp_path)
-    evaluate(again, 4, [4.5])
-    assert curve(again) == [[2, 2.0], [4, 4.5], [7, 7.0]]
+    evaluation_only = RunSummary(
+        arguments(num_experts=None, iteration=4, skip_train=True), tmp_path
+    )
+    evaluate(evaluation_only, 4, [4.5])
+    assert curve(evaluation_only) == [[2, 2.0], [4, 4.5], [7, 7.0]]
     # Another run in the same folder has a curve of its own.
-    anew = RunSummary(arguments(num_experts=None), tmp_path)
-    evaluate(anew, 5, [1.0])
-    assert curve(anew) == [[5, 1.0]]
+    new_run = RunSummary(arguments(num_experts=None), tmp_path)
+    evaluate(new_run, 5, [1.0])
+    assert curve(new_run) == [[5, 1.0]]
 
 
 # summary.json
 
 
 @pytest.mark.parametrize("do_test", [False, True])
-def test_summary(one_rank: None, clock: Clock, tmp_path: Path, do_test: bool) -> None:
+def test_the_summary_has_losses_counts_and_the_layout(
+    one_rank: None, clock: Clock, tmp_path: Path, do_test: bool
+) -> None:
     run_summary = RunSummary(arguments(num_experts=None), tmp_path / "run")
     for seconds in (100.0, 2.0, 4.0, 3.0, 1.0):
         step(run_summary, clock, seconds)
@@ -263,7 +265,7 @@ def test_summary(one_rank: None, clock: Clock, tmp_path: Path, do_test: bool) ->
     assert counts.active < counts.total
 
 
-def test_summary_of_a_dense_run_that_did_nothing(tmp_path: Path) -> None:
+def test_the_summary_of_a_dense_run_without_steps_has_no_losses(tmp_path: Path) -> None:
     args = arguments(sffn_router="dense", num_experts=None)
     summary = RunSummary(args, tmp_path).summary(shape(None))
     assert summary["active_cells"] == 8
@@ -275,7 +277,7 @@ def test_summary_of_a_dense_run_that_did_nothing(tmp_path: Path) -> None:
     assert summary["parameters_active"] == summary["parameters_total"]
 
 
-def test_a_loss_that_exploded_has_a_perplexity_all_the_same(one_rank: None, tmp_path: Path) -> None:
+def test_a_loss_that_exploded_has_a_finite_perplexity(one_rank: None, tmp_path: Path) -> None:
     run_summary = RunSummary(arguments(num_experts=None), tmp_path)
     evaluate(run_summary, 1, [1e6])
     assert math.isfinite(run_summary.summary(shape())["validation_perplexity"])
@@ -288,5 +290,5 @@ def written_by(folder: str) -> tuple[bool, bool]:
     return path is not None, (Path(folder) / "summary.json").exists()
 
 
-def test_rank_0_writes(tmp_path: Path) -> None:
+def test_rank_0_alone_writes_the_summary(tmp_path: Path) -> None:
     assert run_ranks(2, written_by, str(tmp_path)) == [(True, True), (False, True)]

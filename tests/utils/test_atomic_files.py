@@ -1,4 +1,4 @@
-"""Files that are never half written, and lines that are read without a half one."""
+"""Atomic writes never leave half a file, and half a line at the end of a file is not read."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def test_atomic_write_text_that_fails_leaves_the_former_text(
     path = tmp_path / "file.json"
     atomic_write_text(path, "one\n")
 
-    def full(*args: Any) -> None:
+    def raise_disk_full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    def half(part: Path, text: str) -> None:
-        part.write_bytes(text.encode()[:1])
-        full()
+    def write_one_byte(partial: Path, text: str) -> None:
+        partial.write_bytes(text.encode()[:1])
+        raise_disk_full()
 
     if failing == "write":
-        monkeypatch.setattr(Path, "write_text", half)
+        monkeypatch.setattr(Path, "write_text", write_one_byte)
     else:
-        monkeypatch.setattr(os, "replace", full)
+        monkeypatch.setattr(os, "replace", raise_disk_full)
     with pytest.raises(OSError, match="No space left"):
         atomic_write_text(path, "two\n")
     assert path.read_text() == "one\n"
@@ -52,42 +52,46 @@ def test_atomic_write_text_that_fails_leaves_the_former_text(
 
 def test_a_partial_file_is_removed_an_hour_after_its_last_write(tmp_path: Path) -> None:
     path = tmp_path / "[a]*.json"  # characters that a glob would read
-    young, stale = tmp_path / f"{path.name}.1234.part", tmp_path / f"{path.name}.5678.part"
-    for partial in (young, stale):
+    recent, stale = tmp_path / f"{path.name}.1234.part", tmp_path / f"{path.name}.5678.part"
+    for partial in (recent, stale):
         partial.touch()
     os.utime(stale, (0, 0))
     with atomic_write(path, durable=True) as file:
         file.write("text")
-    assert sorted(tmp_path.iterdir()) == sorted([path, young])
+    assert sorted(tmp_path.iterdir()) == sorted([path, recent])
     assert path.read_text() == "text"
 
 
-def test_lines_grow_at_the_end(tmp_path: Path) -> None:
+def test_appended_records_go_to_the_end_of_the_same_file(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     assert read_records(path) == []
     append_records(path, [{"iteration": 1}, {"iteration": 2}])
     inode = path.stat().st_ino
     append_records(path, [{"iteration": 3}])
-    assert [one["iteration"] for one in read_records(path)] == [1, 2, 3]
+    assert [record["iteration"] for record in read_records(path)] == [1, 2, 3]
     assert path.stat().st_ino == inode
 
 
 @pytest.mark.parametrize("cut", range(1, 17))
-def test_a_line_that_a_kill_cut_is_not_read_and_goes_with_the_next_replacement(
+def test_a_line_cut_by_a_kill_is_not_read_and_goes_with_the_next_replacement(
     tmp_path: Path, cut: int
 ) -> None:
-    path, whole = tmp_path / "lines.jsonl", '{"iteration": 2}\n'
+    path, line = tmp_path / "lines.jsonl", '{"iteration": 2}\n'
     append_records(path, [{"iteration": 1}])
     with path.open("a") as file:
-        file.write(whole[:cut])
+        file.write(line[:cut])
     assert read_records(path) == [{"iteration": 1}]
     replace_records(path, lambda record: True, [{"iteration": 3}])
     assert path.read_text() == '{"iteration": 1}\n{"iteration": 3}\n'
 
 
-def test_replaced_lines_are_dropped_and_new_ones_find_their_place(tmp_path: Path) -> None:
+def test_replaced_records_are_dropped_and_new_records_are_inserted_in_order(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
-    append_records(path, [{"iteration": at, "old": True} for at in (1, 2, 2, 4)])
-    replace_records(path, lambda one: one["iteration"] != 2, [{"iteration": 2, "old": False}])
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(one["iteration"], one["old"]) for one in found] == [(1, True), (2, False), (4, True)]
+    append_records(path, [{"iteration": iteration, "old": True} for iteration in (1, 2, 2, 4)])
+    replace_records(path, lambda record: record["iteration"] != 2, [{"iteration": 2, "old": False}])
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(record["iteration"], record["old"]) for record in records] == [
+        (1, True),
+        (2, False),
+        (4, True),
+    ]

@@ -16,7 +16,7 @@ def test_seeds_are_fixed_for_ever() -> None:
     assert seed_of(1234, 1) == 4291818746
 
 
-def test_names_have_seeds_of_their_own_that_generators_take_whole() -> None:
+def test_different_names_have_different_seeds_of_32_bits() -> None:
     names = list(itertools.product(range(50), range(50), ("router", "subset")))
     seeds = {seed_of(*name) for name in names}
     assert len(seeds) >= len(names) - 1
@@ -26,26 +26,26 @@ def test_names_have_seeds_of_their_own_that_generators_take_whole() -> None:
 
 
 def test_subsets_are_fixed_for_ever() -> None:
-    found = hashed_subsets(torch.tensor([0, 1, 50256]), size=256, count=4, key=42)
-    assert found.tolist() == [[98, 133, 146, 242], [145, 200, 204, 213], [43, 128, 213, 231]]
+    subsets = hashed_subsets(torch.tensor([0, 1, 50256]), size=256, count=4, key=42)
+    assert subsets.tolist() == [[98, 133, 146, 242], [145, 200, 204, 213], [43, 128, 213, 231]]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 65_536, 65_537])
 def test_subsets_are_distinct_and_in_range(size: int) -> None:
     for count in {1, min(size, 7), min(size, 64)}:
-        found = hashed_subsets(torch.arange(200), size=size, count=count, key=7)
-        assert found.shape == (200, count) and found.dtype == torch.long
-        assert (found.diff(dim=1) > 0).all(), "ascending, hence distinct"
-        assert found.min() >= 0 and found.max() < size
+        subsets = hashed_subsets(torch.arange(200), size=size, count=count, key=7)
+        assert subsets.shape == (200, count) and subsets.dtype == torch.long
+        assert (subsets.diff(dim=1) > 0).all(), "ascending, hence distinct"
+        assert subsets.min() >= 0 and subsets.max() < size
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 100])
-def test_all_of_them_are_a_permutation(size: int) -> None:
-    found = hashed_subsets(torch.arange(20), size=size, count=size, key=3)
-    assert (found == torch.arange(size)).all()
+def test_a_subset_of_full_size_holds_every_number(size: int) -> None:
+    subsets = hashed_subsets(torch.arange(20), size=size, count=size, key=3)
+    assert (subsets == torch.arange(size)).all()
 
 
-def test_a_name_does_not_depend_on_the_others() -> None:
+def test_the_subset_of_a_name_does_not_depend_on_other_names() -> None:
     names = torch.tensor([5, 2**40, 7, 0])
     together = hashed_subsets(names, size=50, count=5, key=1)
     for index, name in enumerate(names):
@@ -54,10 +54,10 @@ def test_a_name_does_not_depend_on_the_others() -> None:
     assert hashed_subsets(names[:0], size=50, count=5, key=1).shape == (0, 5)
 
 
-def chi_square(found: torch.Tensor, expected: float, variance: float) -> float:
-    """Of counts with this mean and variance, in standard deviations from its own mean."""
-    statistic = float(((found.double() - expected) ** 2).sum() / variance)
-    return (statistic - len(found)) / (2 * len(found)) ** 0.5
+def chi_square(counts: torch.Tensor, expected: float, variance: float) -> float:
+    """The chi-square statistic of counts, in standard deviations from its own mean."""
+    statistic = float(((counts.double() - expected) ** 2).sum() / variance)
+    return (statistic - len(counts)) / (2 * len(counts)) ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,10 @@ def chi_square(found: torch.Tensor, expected: float, variance: float) -> float:
         (500, 10),
     ],
 )
-def test_every_number_and_every_pair_comes_up_as_often(size: int, count: int) -> None:
+def test_all_numbers_and_all_pairs_are_equally_frequent(size: int, count: int) -> None:
     names = 20_000
-    found = hashed_subsets(torch.arange(names), size=size, count=count, key=42_000_127)
-    counts = torch.bincount(found.flatten(), minlength=size)
+    subsets = hashed_subsets(torch.arange(names), size=size, count=count, key=42_000_127)
+    counts = torch.bincount(subsets.flatten(), minlength=size)
     share = count / size
     # The counts sum to a constant: with the variance of free ones, the statistic is a bit larger.
     variance = names * share * (1 - share) * size / (size - 1)
@@ -87,9 +87,9 @@ def test_every_number_and_every_pair_comes_up_as_often(size: int, count: int) ->
     if count == 1:
         return
     share = count * (count - 1) / (size * (size - 1))
-    member = torch.zeros(names, size).scatter(1, found, 1.0)
-    together = (member.T @ member)[torch.ones(size, size).triu(1).bool()]
-    assert chi_square(together, names * share, names * share * (1 - share)) < 5
+    membership = torch.zeros(names, size).scatter(1, subsets, 1.0)
+    pair_counts = (membership.T @ membership)[torch.ones(size, size).triu(1).bool()]
+    assert chi_square(pair_counts, names * share, names * share * (1 - share)) < 5
 
 
 def test_keys_and_neighbouring_names_make_independent_maps() -> None:
@@ -98,6 +98,6 @@ def test_keys_and_neighbouring_names_make_independent_maps() -> None:
         hashed_subsets(torch.arange(names), size=size, count=1, key=key)[:, 0] for key in (1, 2)
     )
     for a, b in ((first, second), (first[:-1], first[1:]), (first[:-16], first[16:])):
-        same = (a == b).sum().item()
+        matches = (a == b).sum().item()
         expected = len(a) / size
-        assert abs(same - expected) < 5 * expected**0.5, same
+        assert abs(matches - expected) < 5 * expected**0.5, matches

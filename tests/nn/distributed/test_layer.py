@@ -77,8 +77,8 @@ def computed(name: str | None, dispatcher: str) -> dict[str, list[dict[str, torc
     cases = [
         without_balance(router, ("moe_token_dispatcher_type", dispatcher)) for router in routers
     ]
-    parts = zip(*run_ranks(world_size, run_all, cases, **sizes), strict=True)
-    return {router: list(ranks) for router, ranks in zip(routers, parts, strict=True)}
+    results = zip(*run_ranks(world_size, run_all, cases, **sizes), strict=True)
+    return {router: list(ranks) for router, ranks in zip(routers, results, strict=True)}
 
 
 def fits(router: str, name: str | None) -> bool:
@@ -123,8 +123,8 @@ def test_dispatch_over_nodes_computes_the_results_of_one_rank(name: str) -> None
     (expected,) = run_ranks(1, run_all, [*flat, flat[0]])
     expected = [*expected[: len(flat)], *expected]
     for results in run_ranks(8, run_all, [*flat, *on_nodes], **sizes):
-        for result, of_one_rank in zip(results, expected, strict=True):
-            assert_same([result], of_one_rank)
+        for result, one_rank_result in zip(results, expected, strict=True):
+            assert_same([result], one_rank_result)
 
 
 def chunked_and_unchunked(name: str) -> list[tuple[Case, Case]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_sffn.ops.block_ffn import main_grad
-from tests.support.engine import Layout, Variant, build, forward, parts, samples
+from tests.support.engine import Layout, Variant, build, forward, local_shards, samples
 from tests.support.ranks import run_ranks
 
 VARIANTS = {
@@ -55,7 +55,7 @@ def _step(variant: Variant, layout: Layout) -> dict[str, Any]:
     tables = {n: p for n, p in chunk.named_parameters() if n.endswith(("experts.keys", "values"))}
     marked = {name for name, table in tables.items() if table.grad_added_to_main_grad}
     return {
-        "grads": parts([chunk], "main_grad"),
+        "grads": local_shards([chunk], "main_grad"),
         "tables": set(tables),
         "marked": marked,
         "remaining": [name for name, weight in chunk.named_parameters() if weight.grad is not None],

@@ -48,13 +48,13 @@ RECOMPUTED = {
 }
 
 
-THOROUGH = ["avg-k", "vanilla-m", "rand-hash", "switch"]
+ROUTERS_OF_ALL_LAYOUTS = ["avg-k", "vanilla-m", "rand-hash", "switch"]
 """Routers that are tested on all layouts; the other routers share their code."""
-SOME = ["TP2 EP2 folded", "TP2 ETP2", "PP2 VPP2 EP2 moe", "TP2 PP2 full"]
-"""Layouts for all routers: each kind of parallelism, both dispatchers, and recomputation."""
+LAYOUTS_OF_ALL_ROUTERS = ["TP2 EP2 folded", "TP2 ETP2", "PP2 VPP2 EP2 moe", "TP2 PP2 full"]
+"""Layouts of all routers: every kind of parallelism, both dispatchers, and recomputation."""
 
 
-FAST = {*SOME, "TP2 PP2 EP4", "EP2 x DP2"}
+FAST = {*LAYOUTS_OF_ALL_ROUTERS, "TP2 PP2 EP4", "EP2 x DP2"}
 """Layouts of `make test`; the others are for `make test-slow`."""
 
 
@@ -64,7 +64,8 @@ def tested_pairs(layouts: dict[str, Layout]) -> list[tuple[str, str]]:
         (name, router)
         for name, layout in layouts.items()
         for router in SPARSE
-        if (router in THOROUGH or name in SOME) and not (router in SINGLE_CELLS and layout.etp > 1)
+        if (router in ROUTERS_OF_ALL_LAYOUTS or name in LAYOUTS_OF_ALL_ROUTERS)
+        and not (router in SINGLE_CELLS and layout.etp > 1)
     ]
 
 
@@ -80,8 +81,11 @@ def cases(layouts: dict[str, Layout]) -> list[Any]:
 def trained(layout: Layout, variants: tuple[Variant, ...]) -> dict[Variant, Trained]:
     """Train several variants on a layout, in one set of processes."""
     results = run_ranks(layout.world_size, run, layout, list(variants), **layout.megatron_sizes())
-    parts = zip(*results, strict=True)
-    return {variant: join(list(ranks)) for variant, ranks in zip(variants, parts, strict=True)}
+    results_by_variant = zip(*results, strict=True)
+    return {
+        variant: join(list(ranks))
+        for variant, ranks in zip(variants, results_by_variant, strict=True)
+    }
 
 
 def trained_router(name: str, router: str, layouts: dict[str, Layout]) -> Trained:
@@ -221,5 +225,8 @@ VARIANTS = {
 @pytest.mark.parametrize("name", ["EP2 ETP2", slow("TP2 PP2 full")])
 def test_ablations_do_not_depend_on_the_layout(name: str, variant: str) -> None:
     layout, variants = (LAYOUTS | RECOMPUTED)[name], tuple(VARIANTS.values())
-    actual, expected = (trained(on, variants)[VARIANTS[variant]] for on in (layout, Layout()))
+    actual, expected = (
+        trained(trained_layout, variants)[VARIANTS[variant]]
+        for trained_layout in (layout, Layout())
+    )
     assert_same(actual, expected, 1e-8, 1e-10)

@@ -1,4 +1,4 @@
-"""What the router tests share: a small layer's config, and routers over one rank."""
+"""Helpers of the router tests: the config of a small layer, and routers on one rank."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def build(one_rank: None) -> Callable[..., Any]:
     """`build(router_config, **numbers)`: the router of layer 1."""
 
     def make(router: RouterConfig, **numbers: Any) -> Any:
-        built = router.router_class()(
+        built_router = router.router_class()(
             config=transformer(router, **numbers),
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
-        built.set_layer_number(1)
-        return built
+        built_router.set_layer_number(1)
+        return built_router
 
     return make

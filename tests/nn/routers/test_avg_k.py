@@ -43,11 +43,11 @@ def test_a2_single_cells_are_vanilla_m(build, activation: str) -> None:
     # GELU is not monotone below 0: the two agree where 12 cells are positive.
     enough = ((x @ keys[:, 0].T) > 0).sum(1) >= 12
     assert 0 < enough.sum() < T
-    where = enough if activation == "gelu" else torch.ones_like(enough)
-    torch.testing.assert_close(ys[0][where], ys[1][where], rtol=1e-10, atol=1e-12)
+    compared = enough if activation == "gelu" else torch.ones_like(enough)
+    torch.testing.assert_close(ys[0][compared], ys[1][compared], rtol=1e-10, atol=1e-12)
 
 
-def test_a3_the_state_is_the_memory_alone(one_rank: None) -> None:
+def test_a3_the_state_has_the_block_weights_only(one_rank: None) -> None:
     layer = SparseFFN(transformer(AvgKConfig()), layer_number=1)
     assert set(layer.state_dict()) == {"experts.keys", "experts.values"}
 
@@ -108,8 +108,8 @@ def test_a6_scaling_all_keys_keeps_the_selection(build) -> None:
 
 def test_a8_ties_go_to_the_lowest_block(build) -> None:
     x, keys, _ = tables()
-    same = keys[:1].expand(B, -1, -1).contiguous()
-    assert (build(AvgKConfig())(x, same, None).block_ids == torch.arange(4)).all()
+    equal_keys = keys[:1].expand(B, -1, -1).contiguous()
+    assert (build(AvgKConfig())(x, equal_keys, None).block_ids == torch.arange(4)).all()
 
 
 def tied_choice() -> torch.Tensor:

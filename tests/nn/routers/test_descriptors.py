@@ -1,4 +1,4 @@
-"""What describes a block: each against its formula, and the same vector on every rank."""
+"""Block descriptors agree with their formulas, and are the same vectors on every rank."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.support.router_cases import BATCH, Case, D, S
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 BLOCKS, G = 12, 4
-"""Of the layers of `router_cases`; numbers of the first cells alone would not tell G apart."""
+"""Sizes of the layers of `router_cases`."""
 
 
 def subset_of(block: int, cells: int) -> list[int]:
-    """The cells that `subset` has of a block of layer 1, among G."""
+    """The cells of a block of layer 1 that the descriptor `subset` averages."""
     key = seed_of(1234, 1, "subset")
     return hashed_subsets(torch.tensor([block]), size=G, count=cells, key=key)[0].tolist()
 
@@ -52,8 +52,10 @@ def by_hand(kind: str, keys: Tensor, cells: int = 1) -> Tensor:
     return torch.stack(rows)
 
 
-def described(kind: str, swiglu: bool, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's descriptors, what blocks its tokens choose, and its gate keys."""
+def descriptors_of_rank(
+    kind: str, swiglu: bool, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's descriptors, the blocks that its tokens choose, and its gate keys."""
     torch.manual_seed(0)
     case = Case(
         router="avg-k",
@@ -63,7 +65,7 @@ def described(kind: str, swiglu: bool, options: dict[str, Any]) -> tuple[Tensor,
     layer = router_cases.build(case)
     with torch.no_grad():
         for weight in layer.router.parameters():
-            weight.zero_()  # as `draw` has it
+            weight.zero_()  # their initial value
     grid = layer.experts.expert_grid
     keys = layer.experts.keys[:, : grid.num_local_cells]
     vectors = layer.router.descriptor(keys, 1)
@@ -75,16 +77,22 @@ KINDS = [*((kind, {}) for kind in DESCRIPTORS), ("subset", {"subset_cells": 3})]
 LAYOUTS = [(2, 2, 1), (2, 1, 2), (4, 2, 2)]
 
 
-def all_described() -> list[tuple[Tensor, Tensor, Tensor]]:
-    """`described` of every kind, then again with SwiGLU."""
-    return [described(*kind[:1], swiglu, kind[1]) for swiglu in (False, True) for kind in KINDS]
+def all_descriptors() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`descriptors_of_rank` of every kind, then again with SwiGLU."""
+    return [
+        descriptors_of_rank(*kind[:1], swiglu, kind[1])
+        for swiglu in (False, True)
+        for kind in KINDS
+    ]
 
 
 @cache
-def on(ranks: int, expert: int, cells: int) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
-    """`all_described` of every rank of a layout."""
+def descriptors_on(
+    ranks: int, expert: int, cells: int
+) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+    """`all_descriptors` of every rank of a layout."""
     groups = {"expert_model_parallel_size": expert, "expert_tensor_parallel_size": cells}
-    return run_ranks(ranks, all_described, **groups)
+    return run_ranks(ranks, all_descriptors, **groups)
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -92,16 +100,16 @@ def on(ranks: int, expert: int, cells: int) -> list[list[tuple[Tensor, Tensor, T
 def test_a_descriptor_is_its_formula_on_every_rank(number: int, swiglu: bool) -> None:
     kind, options = KINDS[number]
     number += swiglu * len(KINDS)
-    ((one, chosen, keys),) = (rank[number] for rank in on(1, 1, 1))
+    ((one_rank_vectors, chosen, keys),) = (rank[number] for rank in descriptors_on(1, 1, 1))
     assert keys.shape == (BLOCKS, G, D)
     expected = by_hand(kind, keys, options.get("subset_cells", 1))
-    torch.testing.assert_close(one, expected, **CLOSE)
+    torch.testing.assert_close(one_rank_vectors, expected, **CLOSE)
     assert torch.equal(chosen, route_topk(router_cases.draw(8, 30, D) @ expected.T, 4))
     for layout in LAYOUTS:
-        first, *others = (rank[number] for rank in on(*layout))
-        torch.testing.assert_close(first[0], one, **CLOSE)
+        first, *other_ranks = (rank[number] for rank in descriptors_on(*layout))
+        torch.testing.assert_close(first[0], one_rank_vectors, **CLOSE)
         assert torch.equal(first[1], chosen)
-        for vectors, ids, _ in others:
+        for vectors, ids, _ in other_ranks:
             assert torch.equal(vectors, first[0]), "not the same bits everywhere"
             assert torch.equal(ids, chosen)
 
@@ -125,14 +133,14 @@ def run_all(cases: list[Case]) -> list[dict[str, Tensor]]:
 
 
 def test_the_gradient_of_a_gate_reaches_the_keys_and_the_weights_of_all_ranks() -> None:
-    (one,) = run_ranks(1, run_all, GATED)
+    (one_rank_results,) = run_ranks(1, run_all, GATED)
     groups = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
     for results in run_ranks(4, run_all, GATED, **groups):
-        for case, result, expected in zip(GATED, results, one, strict=True):
+        for case, result, expected in zip(GATED, results, one_rank_results, strict=True):
             assert result.keys() == expected.keys()
-            for name, of_one in expected.items():
+            for name, expected_value in expected.items():
                 torch.testing.assert_close(
-                    result[name], of_one, rtol=1e-9, atol=1e-11, msg=f"{case}: {name}"
+                    result[name], expected_value, rtol=1e-9, atol=1e-11, msg=f"{case}: {name}"
                 )
             if case.options[0][1] == "learned":
                 assert expected["drouter.descriptor.weight"].abs().min() > 0
@@ -152,13 +160,13 @@ def test_learned_weights_are_a_softmax_of_a_number_per_cell(build: Callable[...,
     routing = router(x, keys)
     expected = scores.sigmoid().gather(1, routing.block_ids)
     torch.testing.assert_close(routing.gates, expected, **CLOSE)
-    (ours,) = torch.autograd.grad(routing.gates.square().sum(), weight)
+    (actual,) = torch.autograd.grad(routing.gates.square().sum(), weight)
     (formula,) = torch.autograd.grad(expected.square().sum(), weight)
-    torch.testing.assert_close(ours, formula, **CLOSE)
-    assert ours.abs().sum() > 0
+    torch.testing.assert_close(actual, formula, **CLOSE)
+    assert actual.abs().sum() > 0
 
 
-def test_the_longest_key_of_equal_ones_is_the_first(build: Callable[..., Any]) -> None:
+def test_the_first_of_equally_long_keys_is_the_longest(build: Callable[..., Any]) -> None:
     router = build(AvgKConfig(descriptor="max-norm"), block_size=4)
     keys = torch.eye(6).double()[:4].expand(6, 4, 6)
     expected = torch.eye(6).double()[:1].expand(6, 6)
@@ -194,7 +202,7 @@ def test_ema_moves_by_its_formula(build: Callable[..., Any], decay: float) -> No
                 before = expected[block] if seen[block] else mean
                 expected[block] = decay * before + (1 - decay) * mean
                 seen[block] = True
-        assert step > 0 or not seen.all(), "some block must be nobody's at first"
+        assert step > 0 or not seen.all(), "in the first step some block must have no token"
     assert router.descriptor(keys, 1).dtype == torch.float64
 
 
@@ -213,12 +221,14 @@ def test_ema_ignores_blocks_that_no_token_chose_and_tokens_of_evaluation(
     assert torch.equal(router.descriptor(keys, 1), mean)
     ids = router(x[:1], keys).block_ids[0]
     router.end_step()
-    moved = router.descriptor(keys, 1)
-    others = [block for block in range(12) if block not in ids]
-    assert torch.equal(moved[others], mean[others])
-    torch.testing.assert_close(moved[ids], x[:1].expand(4, -1), rtol=1e-5, atol=1e-7)
-    # Later keys describe the blocks that nobody has chosen yet.
-    torch.testing.assert_close(router.descriptor(2 * keys, 1)[others], 2 * mean[others], **CLOSE)
+    average = router.descriptor(keys, 1)
+    other_blocks = [block for block in range(12) if block not in ids]
+    assert torch.equal(average[other_blocks], mean[other_blocks])
+    torch.testing.assert_close(average[ids], x[:1].expand(4, -1), rtol=1e-5, atol=1e-7)
+    # Blocks that no token has chosen yet are described by the current keys.
+    torch.testing.assert_close(
+        router.descriptor(2 * keys, 1)[other_blocks], 2 * mean[other_blocks], **CLOSE
+    )
 
 
 def test_ema_leaves_out_blocks_that_were_dropped(build: Callable[..., Any]) -> None:
@@ -229,8 +239,8 @@ def test_ema_leaves_out_blocks_that_were_dropped(build: Callable[..., Any]) -> N
     assert torch.equal(router.descriptor(keys, 1), by_hand("mean", keys))
 
 
-def moved() -> Tensor:
-    """The averages after two steps of two microbatches each, of this rank's part of the tokens."""
+def moving_average() -> Tensor:
+    """The averages after two steps of two microbatches each, of this rank's tokens."""
     layer = router_cases.build(
         Case(router="avg-k", options=(("descriptor", "ema"), ("decay", 0.7)))
     )
@@ -255,11 +265,11 @@ def moved() -> Tensor:
     ],
 )
 def test_ema_is_the_same_on_any_layout(ranks: int, layout: dict[str, int]) -> None:
-    (one,) = run_ranks(1, moved)
-    results = run_ranks(ranks, moved, **layout)
+    (expected,) = run_ranks(1, moving_average)
+    results = run_ranks(ranks, moving_average, **layout)
     for result in results:
         assert torch.equal(result, results[0])
-        torch.testing.assert_close(result, one, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_ema_stays_in_fp32_in_half_precision_models(build: Callable[..., Any]) -> None:
@@ -321,15 +331,15 @@ def test_learned_weights_learn_from_a_load_balancing_loss_alone(one_rank: None) 
 
 
 @pytest.mark.parametrize("g", [1, 2, 8])
-def test_a_subset_has_a_quarter_of_the_cells_unless_told(g: int, one_rank: None) -> None:
+def test_a_subset_has_a_quarter_of_the_cells_by_default(g: int, one_rank: None) -> None:
     config = transformer(AvgKConfig(descriptor="subset"), block_size=g)
     assert isinstance(config.sffn, SparseFFNConfig)
     router = AvgKRouter(
         config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
     )
     keys = F.one_hot(torch.arange(g) % 6, 6).double().expand(24 // g, g, 6)
-    # Of one-hot keys the mean says which were in it.
-    found = router.descriptor(keys, 1)
-    torch.testing.assert_close(found.sum(dim=1), torch.ones(24 // g).double(), **CLOSE)
+    # The mean of one-hot keys shows which keys it averages.
+    vectors = router.descriptor(keys, 1)
+    torch.testing.assert_close(vectors.sum(dim=1), torch.ones(24 // g).double(), **CLOSE)
     cells = max(1, g // 4)
-    assert ((found * cells - (found * cells).round()).abs() < 1e-12).all()
+    assert ((vectors * cells - (vectors * cells).round()).abs() < 1e-12).all()

@@ -1,6 +1,6 @@
 """The framework (methods F1-F7), for every router: layers on one rank, in float64.
 
-The oracle (F7) is written without blocks, dispatch or top-K of ours: all M coefficients, a mask.
+The oracle (F7) uses none of our blocks, dispatch or top-K: it has all M coefficients and a mask.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ IN_BLOCKS = [name for name in SPARSE if name not in SINGLE_CELLS]
 
 
 def sizes(routers: list[str], *block_sizes: int) -> list[tuple[str, int]]:
-    """Routers with the block sizes they have."""
+    """Pairs of a router and a block size that it supports."""
     return [(name, g) for name in routers for g in block_sizes if g == 1 or name in IN_BLOCKS]
 
 
@@ -37,9 +37,9 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def without_losses(router: str, **fields: Any) -> Case:
-    """A layer in which a token knows nothing of the others: no loss; S-BASE's choice in eval."""
-    none = (("moe_router_load_balancing_type", "none"),)
-    return Case(router=router, megatron=none, training=router != "s-base", **fields)
+    """A layer in which tokens are independent: no auxiliary loss; S-BASE's choice of evaluation."""
+    no_loss = (("moe_router_load_balancing_type", "none"),)
+    return Case(router=router, megatron=no_loss, training=router != "s-base", **fields)
 
 
 def tokens() -> tuple[Tensor, Tensor]:
@@ -50,23 +50,23 @@ def tokens() -> tuple[Tensor, Tensor]:
 
 def run(layer: Any, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """`[T, D]` outputs, `[T, K]` block ids and gates of a layer."""
-    seen: list[Any] = []
+    routings: list[Any] = []
     counter = layer.trained if layer.training else layer.evaluated
-    hook = counter.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = counter.register_forward_pre_hook(lambda module, args: routings.append(args[0]))
     y, bias = layer(hidden, padding_mask=ids)
     hook.remove()
     assert bias is None
-    return y.flatten(0, 1), seen[0].block_ids, seen[0].gates
+    return y.flatten(0, 1), routings[0].block_ids, routings[0].gates
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """`[T, B]` 1 where a score is among the largest of its row; without ties."""
+    """Mask `[T, B]`: 1 where a score is among the largest of its row, if there are no ties."""
     least = scores.sort(dim=1, descending=True).values[:, count - 1 : count]
     return (scores >= least).to(scores.dtype)
 
 
 def product_coefficients(name: str, layer: Any, x: Tensor) -> Tensor:
-    """`[T, M]` what multiplies each value, all heads together; by enumeration of all sums."""
+    """Coefficients `[T, M]` of the values, summed over heads, by enumeration of all sums."""
     router = layer.router
     heads, _, side, half = router.subkeys.shape
     total = x.new_zeros(len(x), side * side)
@@ -152,14 +152,16 @@ def test_f7_output_and_every_gradient_are_those_of_the_masked_dense_ffn(
     leaves = dict(layer.named_parameters())
     x = hidden.clone().requires_grad_()
     y, chosen, _ = run(layer, x, ids)
-    ours = torch.autograd.grad((y * weights).sum(), [x, *leaves.values()], allow_unused=True)
-    again = hidden.clone().requires_grad_()
-    expected = oracle(router, layer, again.flatten(0, 1), chosen)
-    formula = torch.autograd.grad(
-        (expected * weights).sum(), [again, *leaves.values()], allow_unused=True
+    actual_grads = torch.autograd.grad(
+        (y * weights).sum(), [x, *leaves.values()], allow_unused=True
+    )
+    oracle_x = hidden.clone().requires_grad_()
+    expected = oracle(router, layer, oracle_x.flatten(0, 1), chosen)
+    expected_grads = torch.autograd.grad(
+        (expected * weights).sum(), [oracle_x, *leaves.values()], allow_unused=True
     )
     torch.testing.assert_close(y, expected, **CLOSE)
-    for name, a, b in zip(["x", *leaves], ours, formula, strict=True):
+    for name, a, b in zip(["x", *leaves], actual_grads, expected_grads, strict=True):
         if a is None or b is None:  # the noise, whose factor is 0 here
             assert a is b or not (b if a is None else a).any(), name
             continue
@@ -172,7 +174,7 @@ def test_f1_f2_f3_all_blocks_without_a_gate_are_the_dense_ffn(
     router: str, g: int, swiglu: bool
 ) -> None:
     if router == "pkm-ffn":
-        swiglu = False  # it has no second key for a cell, and says so
+        swiglu = False  # it has no second key for a cell, and refuses SwiGLU
     # E = 1: M = k = 16 cells, and b = B.
     layer = router_cases.build(without_losses(router, block_size=g, expansion=1, swiglu=swiglu))
     hidden, ids = tokens()
@@ -181,19 +183,19 @@ def test_f1_f2_f3_all_blocks_without_a_gate_are_the_dense_ffn(
     keys, values = layer.experts()
     if router == "pkm-ffn":
         c, c2 = layer.router.subkeys[0]
-        whole = torch.cat((c.repeat_interleave(4, dim=0), c2.repeat(4, 1)), dim=1)
-        dense = F.gelu(x @ layer.router.query.T @ whole.T) @ values.flatten(0, 1)
+        full_keys = torch.cat((c.repeat_interleave(4, dim=0), c2.repeat(4, 1)), dim=1)
+        dense = F.gelu(x @ layer.router.query.T @ full_keys.T) @ values.flatten(0, 1)
     else:
         queries = x @ layer.router.down.T if router == "lorkm" else x
-        parts = keys.chunk(2, dim=1) if swiglu else (keys,)
-        up = torch.cat([queries @ part.flatten(0, 1).T for part in parts], dim=1)
+        key_tables = keys.chunk(2, dim=1) if swiglu else (keys,)
+        up = torch.cat([queries @ key_table.flatten(0, 1).T for key_table in key_tables], dim=1)
         dense = layer.activation(up) @ values.flatten(0, 1)
     torch.testing.assert_close(y, dense, **CLOSE)
 
 
 @torch.no_grad()
 def permute_blocks(layer: Any, patch: pytest.MonkeyPatch) -> Tensor:
-    """Permute blocks with all that belongs to them; returns which block stands where now."""
+    """Permute blocks and their weights in the router; returns the old index of each block."""
     router, grid = layer.router, layer.experts.expert_grid
     order = torch.randperm(grid.num_blocks)
     if isinstance(router, ProductKeysRouter):
@@ -221,10 +223,10 @@ def test_f4_the_order_of_blocks_does_not_matter(
     before, chosen, _ = run(layer, *tokens())
     torch.manual_seed(0)
     order = permute_blocks(layer, monkeypatch)
-    after, moved, _ = run(layer, *tokens())
+    after, permuted, _ = run(layer, *tokens())
     torch.testing.assert_close(after, before, **CLOSE)
-    assert not torch.equal(moved.sort(dim=1).values, chosen.sort(dim=1).values)
-    assert torch.equal(order[moved].sort(dim=1).values, chosen.sort(dim=1).values)
+    assert not torch.equal(permuted.sort(dim=1).values, chosen.sort(dim=1).values)
+    assert torch.equal(order[permuted].sort(dim=1).values, chosen.sort(dim=1).values)
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -235,14 +237,14 @@ def test_f4_the_order_of_cells_in_a_block_does_not_matter(router: str, swiglu: b
     before, chosen, _ = run(layer, *tokens())
     torch.manual_seed(0)
     with torch.no_grad():
-        for block in range(12):  # an order of its own for each
+        for block in range(12):  # each block gets its own order
             order = torch.randperm(4)
             for table in layer.experts.parameters():
                 cells = table[block].view(-1, 4, table.shape[2])
                 table[block] = cells[:, order].flatten(0, 1)
-    after, again, _ = run(layer, *tokens())
+    after, ids_after, _ = run(layer, *tokens())
     torch.testing.assert_close(after, before, **CLOSE)
-    assert torch.equal(again, chosen)
+    assert torch.equal(ids_after, chosen)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -256,9 +258,9 @@ def test_f5_a_token_has_exactly_b_distinct_blocks(router: str, training: bool) -
     assert ids.shape == (S * BATCH, sffn.num_active_blocks)
     assert ids.min() >= 0 and ids.max() < sffn.num_blocks
     for row in ids.tolist():
-        each = len(row) // heads
+        per_head = len(row) // heads
         for head in range(heads):
-            assert len(set(row[head * each : (head + 1) * each])) == each
+            assert len(set(row[head * per_head : (head + 1) * per_head])) == per_head
     assert (gates is not None) == sffn.router.gated_output
     assert gates is None or gates.shape == ids.shape
 
@@ -271,21 +273,21 @@ def test_f5_a_token_does_not_depend_on_its_batch_or_order(router: str) -> None:
     y, chosen, _ = run(layer, hidden, ids)
     y, chosen = y.view(S, BATCH, D), chosen.view(S, BATCH, -1)
 
-    def same(positions: Tensor, sequences: Tensor) -> None:
-        """Some tokens of some sequences, in any order, alone."""
-        part, where, _ = run(
+    def assert_same(positions: Tensor, sequences: Tensor) -> None:
+        """Assert that these tokens of these sequences alone have the same results."""
+        outputs, block_ids, _ = run(
             layer, hidden[positions][:, sequences], ids[sequences][:, positions].contiguous()
         )
         torch.testing.assert_close(
-            part.view(len(positions), len(sequences), D), y[positions][:, sequences], **CLOSE
+            outputs.view(len(positions), len(sequences), D), y[positions][:, sequences], **CLOSE
         )
         expected = chosen[positions][:, sequences].flatten(0, 1)
-        assert torch.equal(where.sort(dim=1).values, expected.sort(dim=1).values)
+        assert torch.equal(block_ids.sort(dim=1).values, expected.sort(dim=1).values)
 
     torch.manual_seed(0)
-    same(torch.randperm(S), torch.randperm(BATCH))
-    same(torch.tensor([3]), torch.tensor([2]))
-    same(torch.arange(S - 2), torch.arange(1, BATCH))
+    assert_same(torch.randperm(S), torch.randperm(BATCH))
+    assert_same(torch.tensor([3]), torch.tensor([2]))
+    assert_same(torch.arange(S - 2), torch.arange(1, BATCH))
 
 
 @pytest.mark.parametrize("router", SPARSE)
@@ -293,16 +295,18 @@ def test_f6_cells_that_no_token_chose_get_exactly_no_gradient(router: str) -> No
     case = without_losses(router)
     layer = router_cases.build(case).train(case.training)
     hidden, ids = tokens()
-    y, chosen, _ = run(layer, hidden[:1], ids[:, :1])  # few tokens, so that blocks stay over
+    y, chosen, _ = run(
+        layer, hidden[:1], ids[:, :1]
+    )  # few tokens, so that some blocks are not chosen
     y.square().sum().backward()
     used = torch.zeros(layer.router.sffn.num_blocks, dtype=torch.bool)
     used[chosen.flatten()] = True
     assert used.any() and not used.all()
     for table in layer.experts.parameters():
         assert (table.grad[~used] == 0).all()
-        # ReLU alone gives zero to chosen ones, too.
-        alive = table.grad[used].flatten(1).any(dim=1)
-        assert alive.all() or (router == "pkm-relu" and alive.any())
+        # Only ReLU gives chosen cells a gradient of zero, too.
+        has_gradient = table.grad[used].flatten(1).any(dim=1)
+        assert has_gradient.all() or (router == "pkm-relu" and has_gradient.any())
 
 
 def test_every_router_is_in_these_tests() -> None:

@@ -15,7 +15,7 @@ from tests.support.ranks import run_ranks
 from tests.support.router_cases import Case
 
 GROUPS = (("moe_router_num_groups", 4), ("moe_router_group_topk", 2))
-"""Of the 12 blocks of `router_cases`, of which a token chooses 4: 4 groups of 3, 2 for a token."""
+"""The 12 blocks of `router_cases` in 4 groups of 3; a token chooses 4 blocks in 2 groups."""
 
 
 def choose(scores: Tensor, active: int, groups: int, group_topk: int) -> Tensor:
@@ -44,7 +44,7 @@ def test_equal_groups_and_blocks_are_taken_in_order() -> None:
 
 
 def groups_of_tokens(case: Case) -> tuple[Tensor, Tensor]:
-    """Ids `[T, K]` of a layer's tokens, and how many groups of 3 blocks each of them reaches."""
+    """Ids `[T, K]` of a layer's tokens, and the number of groups of 3 blocks of each token."""
     layer = router_cases.build(case).train(case.training)
     hidden, ids, _ = router_cases.inputs()
     tokens = hidden.reshape(-1, router_cases.D)
@@ -61,11 +61,13 @@ SCORED = ["avg-k", "vanilla-m", "switch", "sigma-moe", "softmax-after", "s-base"
 
 @pytest.mark.parametrize("router", SCORED)
 def test_a_token_stays_in_its_groups(router: str) -> None:
-    ((ids, free),) = run_ranks(1, groups_of_tokens, Case(router=router))
-    ((limited_ids, limited),) = run_ranks(1, groups_of_tokens, Case(router=router, megatron=GROUPS))
+    ((ids, free_groups),) = run_ranks(1, groups_of_tokens, Case(router=router))
+    ((limited_ids, limited_groups),) = run_ranks(
+        1, groups_of_tokens, Case(router=router, megatron=GROUPS)
+    )
     assert ids.shape == limited_ids.shape
-    assert free.max() > 2
-    assert limited.max() == 2
+    assert free_groups.max() > 2
+    assert limited_groups.max() == 2
 
 
 def test_bias_and_dropped_blocks_stay_in_the_groups_too() -> None:
@@ -82,10 +84,10 @@ def test_bias_and_dropped_blocks_stay_in_the_groups_too() -> None:
 @pytest.mark.parametrize("router", ["avg-k", "sigma-moe"])
 def test_two_expert_ranks_compute_the_layer_of_one(router: str) -> None:
     case = Case(router=router, megatron=GROUPS)
-    (one,) = run_ranks(1, router_cases.run, case)
-    for part in run_ranks(2, router_cases.run, case, expert_model_parallel_size=2):
-        for name, value in one.items():
-            torch.testing.assert_close(part[name], value, rtol=1e-10, atol=1e-12, msg=name)
+    (expected,) = run_ranks(1, router_cases.run, case)
+    for result in run_ranks(2, router_cases.run, case, expert_model_parallel_size=2):
+        for name, value in expected.items():
+            torch.testing.assert_close(result[name], value, rtol=1e-10, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize(

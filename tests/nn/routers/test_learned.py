@@ -56,7 +56,7 @@ def test_the_attention_network_is_its_formula(build, width: int | None) -> None:
 
 @pytest.mark.parametrize("network", ["linear", "mlp", "attention"])
 @pytest.mark.parametrize("name", LEARNED)
-def test_parameters_and_gradients_of_every_network(build, name: str, network: str) -> None:
+def test_every_network_has_its_parameters_and_gradients(build, name: str, network: str) -> None:
     x, keys, _ = tables()
     config = ROUTERS[name](network=network, network_width=None if network == "linear" else 5)
     router = filled(build(config))
@@ -65,8 +65,8 @@ def test_parameters_and_gradients_of_every_network(build, name: str, network: st
     assert count == (B * D if network == "linear" else B * 5 + 5 * D) + extra
     assert count == config.parameters(router.sffn, D)
     router(x, keys).gates.square().sum().backward()
-    for of, weight in router.named_parameters():
-        assert weight.grad is not None and weight.grad.abs().sum() > 0, of
+    for weight_name, weight in router.named_parameters():
+        assert weight.grad is not None and weight.grad.abs().sum() > 0, weight_name
 
 
 @pytest.mark.parametrize("network", ["linear", "mlp", "attention"])
@@ -83,9 +83,9 @@ def test_gradients_of_the_scores_are_those_of_the_formula(build, network: str) -
         scores = x @ router.hidden.T @ router.weight.T / math.sqrt(D)
     expected = scores.sigmoid().gather(1, routing.block_ids)
     torch.testing.assert_close(routing.gates, expected, **CLOSE)
-    ours = torch.autograd.grad(routing.gates.square().sum(), leaves)
-    formula = torch.autograd.grad(expected.square().sum(), leaves)
-    for a, b in zip(ours, formula, strict=True):
+    actual_grads = torch.autograd.grad(routing.gates.square().sum(), leaves)
+    expected_grads = torch.autograd.grad(expected.square().sum(), leaves)
+    for a, b in zip(actual_grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
 
 

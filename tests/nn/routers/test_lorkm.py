@@ -28,18 +28,18 @@ def filled(config, **numbers) -> SparseFFN:
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("g", [1, 4])
-def test_p4_with_an_identity_for_a_projection_it_is_vanilla_m(
+def test_p4_lorkm_with_an_identity_projection_is_vanilla_m(
     one_rank: None, g: int, swiglu: bool, aggregator: str
 ) -> None:
     numbers = {"block_size": g}
     if swiglu:
         numbers |= {"activation_func": F.silu, "gated_linear_unit": True}
-    ours = filled(LoRKMConfig(rank=D, aggregator=aggregator), **numbers)
-    theirs = filled(VanillaMConfig(aggregator=aggregator), **numbers)
+    lorkm = filled(LoRKMConfig(rank=D, aggregator=aggregator), **numbers)
+    vanilla_m = filled(VanillaMConfig(aggregator=aggregator), **numbers)
     with torch.no_grad():
-        ours.router.down.copy_(torch.eye(D))
+        lorkm.router.down.copy_(torch.eye(D))
     results = []
-    for layer in (ours, theirs):
+    for layer in (lorkm, vanilla_m):
         x = torch.randn(T, 1, D, generator=torch.Generator().manual_seed(1)).double()
         x.requires_grad_()
         y, _ = layer(x)
@@ -66,12 +66,12 @@ def test_top_k_activation_keeps_the_largest_activations(one_rank: None, activati
     x = torch.randn(T, D).double()
     keys, values = (table[:, 0] for table in layer.experts())
     coefficients = f(x @ keys.T)
-    # In place of all others zeros: below zero for GELU these are no smaller, so keep by rank.
-    least = coefficients.sort(dim=1, descending=True).values[:, 7:8]
-    kept = coefficients * (coefficients >= least)
-    torch.testing.assert_close(layer(x[:, None])[0][:, 0], kept @ values, **CLOSE)
-    others = filled(VanillaMConfig(), block_size=1, activation_func=f)
-    torch.testing.assert_close(others(x[:, None])[0], layer(x[:, None])[0], **CLOSE)
+    # All other activations become zero. Some of GELU's are negative, so the test keeps by rank.
+    threshold = coefficients.sort(dim=1, descending=True).values[:, 7:8]
+    largest = coefficients * (coefficients >= threshold)
+    torch.testing.assert_close(layer(x[:, None])[0][:, 0], largest @ values, **CLOSE)
+    vanilla_m = filled(VanillaMConfig(), block_size=1, activation_func=f)
+    torch.testing.assert_close(vanilla_m(x[:, None])[0], layer(x[:, None])[0], **CLOSE)
 
 
 def test_top_k_activation_has_blocks_of_one_cell() -> None:

@@ -23,9 +23,9 @@ TESTS = {
     "pretraining": ["tests/integration/test_pretrain.py"],
 }
 CHOSEN = {"layouts": "toy and (EP2 or TP2) and not EP4 and not PP2 and not x"}
-"""Kind of tests -> the tests that are run, as pytest's -k has it: by default, all of the router."""
+"""Kind of tests -> pytest's -k expression for them; by default all tests of the router."""
 FEWEST = {"framework": 9, "layouts": 6, "accounting": 16, "pretraining": 1}
-"""Kind of tests -> tests that there are at least for every router."""
+"""Kind of tests -> the least number of tests of a router."""
 
 
 @pytest.mark.parametrize("kind", TESTS)
@@ -45,14 +45,14 @@ def test_a_new_router_passes_the_tests_of_every_router(kind: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class WithoutFormula(RouterConfig):
-    """A router that does not say what it keeps for the backward pass."""
+    """A router without a formula for the bytes it keeps for the backward pass."""
 
     name = "without-formula"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WithoutScoreFormula(ScoredConfig):
-    """A router with scores that does not say what they keep."""
+    """A router with scores, without a formula for the bytes that they keep."""
 
     name = "without-score-formula"
     default_gate = "sigmoid"

@@ -62,13 +62,13 @@ def test_weights_start_at_zero_so_that_the_noise_alone_decides(build) -> None:
     torch.manual_seed(1)
     ids = router(x, keys).block_ids
     assert torch.equal(ids, route_topk(n * F.softplus(torch.zeros(1).double()), 4))
-    many = torch.cat([router(x, keys).block_ids for _ in range(200)]).flatten()
-    counts = torch.bincount(many, minlength=B).double()
-    expected = len(many) / B
+    chosen = torch.cat([router(x, keys).block_ids for _ in range(200)]).flatten()
+    counts = torch.bincount(chosen, minlength=B).double()
+    expected = len(chosen) / B
     assert ((counts - expected).abs() < 5 * expected**0.5).all()
 
 
-def test_with_a_network_its_last_layer_alone_starts_at_zero(build) -> None:
+def test_only_the_last_layer_of_a_network_starts_at_zero(build) -> None:
     router = build(NoisyTopKConfig(network="mlp"))
     assert (router.weight == 0).all() and (router.noise_weight == 0).all()
     assert router.hidden.std() > 0
@@ -79,10 +79,10 @@ def test_both_weights_learn(build) -> None:
     router = build(NoisyTopKConfig())
     router(x, keys).gates.square().sum().backward()
     assert all(weight.grad.abs().sum() > 0 for weight in router.parameters())
-    silent = build(NoisyTopKConfig(noise=0.0))
-    silent(x, keys).gates.square().sum().backward()
-    assert (silent.noise_weight.grad == 0).all()
+    without_noise = build(NoisyTopKConfig(noise=0.0))
+    without_noise(x, keys).gates.square().sum().backward()
+    assert (without_noise.noise_weight.grad == 0).all()
 
 
-def test_the_load_balancing_loss_is_switchs() -> None:
+def test_the_load_balancing_loss_has_the_coefficient_of_switch() -> None:
     assert NoisyTopKConfig.balance_coefficient == 0.01

@@ -53,38 +53,38 @@ def all_sums(router, x: Tensor) -> Tensor:
 
 
 def brute_force(scores: list[float], count: int) -> set[int]:
-    """Indices of the largest; of equal ones the lowest."""
+    """Indices of the largest scores; of equal scores the lowest indices."""
     return set(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
 
 
 @pytest.mark.parametrize("integers", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_p1_the_choice_is_that_among_all_sums(build, name: str, integers: bool) -> None:
+def test_p1_the_best_of_all_sums_are_chosen(build, name: str, integers: bool) -> None:
     router = build(CONFIGS[name], **NUMBERS)
     x = fill(router, integers=integers)
     sums, ids = all_sums(router, x), router(x, None).block_ids
     heads = sums.shape[1]
-    each = 12 // heads
-    found, ties = ids.view(T, heads, each), 0
+    per_head = 12 // heads
+    ids_by_head, ties = ids.view(T, heads, per_head), 0
     for t, head in itertools.product(range(T), range(heads)):
         flat = sums[t, head].flatten().tolist()
-        assert set(found[t, head].tolist()) == brute_force(flat, each)
+        assert set(ids_by_head[t, head].tolist()) == brute_force(flat, per_head)
         ranked = sorted(flat, reverse=True)
-        ties += ranked[each - 1] == ranked[each]
+        ties += ranked[per_head - 1] == ranked[per_head]
     assert (ties > T * heads / 2) if integers else ties == 0
 
 
-@pytest.mark.parametrize("each", [1, 2, 6, 7, 20, 36])
-def test_p1_the_choice_is_right_for_any_number_of_chosen_cells(build, each: int) -> None:
-    # More than the 6 sub-keys of a half, too.
+@pytest.mark.parametrize("per_head", [1, 2, 6, 7, 20, 36])
+def test_p1_the_choice_is_right_for_any_number_of_chosen_cells(build, per_head: int) -> None:
+    # Some numbers are larger than the 6 sub-keys of a half.
     numbers = {"block_size": 1, "active_cells": 36, "expansion": 1}
     router = build(PKMFFNConfig(key_size=2 * HALF), **numbers)
-    router.cells_per_head = each
+    router.cells_per_head = per_head
     x = fill(router, integers=True)
     sums = all_sums(router, x).flatten(1)
     for row, chosen in zip(sums.tolist(), router(x, None).block_ids.tolist(), strict=True):
-        assert set(chosen) == brute_force(row, each)
-        assert len(chosen) == each
+        assert set(chosen) == brute_force(row, per_head)
+        assert len(chosen) == per_head
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -93,29 +93,29 @@ def test_p2_values_and_gradients_use_one_index_map(one_rank: None, name: str) ->
     x = fill(layer.router)
     with torch.no_grad():
         layer.router.subkeys.mul_(0.01)
-        # A cell of its own for each head, so far ahead that a softmax gives it everything.
-        wanted = [(4, 1), (2, 5)][: layer.router.subkeys.shape[0]]
+        # Each head has one cell so far ahead that a softmax gives it a weight of 1.
+        pairs = [(4, 1), (2, 5)][: layer.router.subkeys.shape[0]]
         layer.router.query.zero_()
         if layer.router.query_bias is None:
             layer.router.query[:, 0] = 1.0
             x[:, 0] = 1.0
         else:
             layer.router.query_bias.fill_(1.0)
-        for head, (i, j) in enumerate(wanted):
+        for head, (i, j) in enumerate(pairs):
             layer.router.subkeys[head, 0, i] = 100.0
             layer.router.subkeys[head, 1, j] = 1000.0
         layer.experts.values.copy_(
             torch.arange(36.0)[:, None, None].expand_as(layer.experts.values)
         )
-    seen = []
-    layer.trained.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    routings = []
+    layer.trained.register_forward_pre_hook(lambda module, args: routings.append(args[0]))
     y, _ = layer(x[:, None])
-    cells = [i * SIDE + j for i, j in wanted]
-    ids = seen[0].block_ids.view(T, len(wanted), -1)
-    gates = seen[0].gates.view_as(ids)
+    cells = [i * SIDE + j for i, j in pairs]
+    ids = routings[0].block_ids.view(T, len(pairs), -1)
+    gates = routings[0].gates.view_as(ids)
     for head, cell in enumerate(cells):
         assert (ids[:, head] == cell).any(dim=1).all()
-    # With values equal to their index, the output says which rows were summed.
+    # With values equal to their index, the output shows which rows were summed.
     expected = (gates * ids).sum(dim=(1, 2))
     torch.testing.assert_close(y[:, 0], expected[:, None].expand(T, D), **CLOSE)
     if name == "pkm":
@@ -124,10 +124,10 @@ def test_p2_values_and_gradients_use_one_index_map(one_rank: None, name: str) ->
         )
     y.sum().backward()
     grads = layer.experts.values.grad[:, 0, 0]
-    by_hand = torch.zeros(36, dtype=torch.float64).index_add(
+    expected_grads = torch.zeros(36, dtype=torch.float64).index_add(
         0, ids.flatten(), gates.detach().flatten()
     )
-    torch.testing.assert_close(grads, by_hand, **CLOSE)
+    torch.testing.assert_close(grads, expected_grads, **CLOSE)
     assert set(grads.topk(len(cells)).indices.tolist()) == set(cells)
 
 
@@ -158,9 +158,9 @@ def test_p3_with_all_cells_the_relu_form_is_the_dense_ffn_of_joined_keys(
     y, _ = layer(x[:, None])
     dense = F.relu(query @ keys.T) @ layer.experts.values[:, 0]
     torch.testing.assert_close(y[:, 0], dense, **CLOSE)
-    ours = torch.autograd.grad((y[:, 0] * weights).sum(), leaves)
-    formula = torch.autograd.grad((dense * weights).sum(), leaves)
-    for a, b in zip(ours, formula, strict=True):
+    actual_grads = torch.autograd.grad((y[:, 0] * weights).sum(), leaves)
+    expected_grads = torch.autograd.grad((dense * weights).sum(), leaves)
+    for a, b in zip(actual_grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
@@ -168,16 +168,16 @@ def test_heads_that_choose_one_cell_add_up(one_rank: None) -> None:
     layer = SparseFFN(transformer(CONFIGS["pkm"], **NUMBERS), layer_number=1)
     x = fill(layer.router)
     with torch.no_grad():
-        for of in (layer.router.query, layer.router.query_bias, layer.router.subkeys):
-            first, second = of.chunk(2)
+        for weight in (layer.router.query, layer.router.query_bias, layer.router.subkeys):
+            first, second = weight.chunk(2)
             second.copy_(first)
     y, _ = layer(x[:, None])
     routing = layer.router(x, None)
-    ids, gates = (part.view(T, 2, -1) for part in (routing.block_ids, routing.gates))
+    ids, gates = (by_token.view(T, 2, -1) for by_token in (routing.block_ids, routing.gates))
     assert torch.equal(ids[:, 0], ids[:, 1])
     values = layer.experts.values[:, 0]
-    once = (gates[:, 0, :, None] * values[ids[:, 0]]).sum(1)
-    torch.testing.assert_close(y[:, 0], 2 * once, **CLOSE)
+    one_head = (gates[:, 0, :, None] * values[ids[:, 0]]).sum(1)
+    torch.testing.assert_close(y[:, 0], 2 * one_head, **CLOSE)
 
 
 def test_pkm_ffn_has_the_models_activation_and_no_softmax(build) -> None:
@@ -216,13 +216,13 @@ def test_weights_start_with_their_documented_distributions(one_rank: None, name:
     layer = SparseFFN(config, layer_number=1)
     router, values = layer.router, layer.experts.values
     layers, cells = 2, 64**2
-    spread = {
+    stds = {
         "pkm": (1 / math.sqrt(32) / math.sqrt(3), D**-0.5, 0.02),
         "pkm-relu": (math.sqrt(2 / (layers * 64)), math.sqrt(2 / (layers * cells)), None),
         "pkm-ffn": (0.02, 0.02 / math.sqrt(2 * layers), 0.02),
     }[name]
-    query = spread[2] or math.sqrt(2 / (layers * D))
-    for weight, std in ((router.subkeys, spread[0]), (values, spread[1]), (router.query, query)):
+    query = stds[2] or math.sqrt(2 / (layers * D))
+    for weight, std in ((router.subkeys, stds[0]), (values, stds[1]), (router.query, query)):
         assert weight.std().item() == pytest.approx(std, abs=5 * std / math.sqrt(weight.numel()))
     if name == "pkm":
         bound = 1 / math.sqrt(32)
@@ -232,7 +232,7 @@ def test_weights_start_with_their_documented_distributions(one_rank: None, name:
         assert (router.query_bias == 0).all()
 
 
-def test_a_memory_of_product_keys_has_values_alone(one_rank: None) -> None:
+def test_blocks_of_product_keys_have_values_only(one_rank: None) -> None:
     for name, config in CONFIGS.items():
         layer = SparseFFN(transformer(config, **NUMBERS), layer_number=1)
         names = {"experts.values", "router.query", "router.subkeys"}

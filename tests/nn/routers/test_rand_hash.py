@@ -25,8 +25,8 @@ def test_r1_an_id_has_the_same_blocks_at_every_position_and_in_every_mode(build)
     assert torch.equal(routing.block_ids[1], routing.block_ids[4])
     router.eval()
     assert torch.equal(router(x, keys, ids).block_ids, routing.block_ids)
-    again = build(RandHashConfig())
-    assert torch.equal(again(torch.zeros_like(x), keys, ids).block_ids, routing.block_ids)
+    second_router = build(RandHashConfig())
+    assert torch.equal(second_router(torch.zeros_like(x), keys, ids).block_ids, routing.block_ids)
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,10 @@ def test_r2_the_map_is_even() -> None:
     for a in range(6):
         for b in range(6):
             pairs.index_put_((ids[:, a], ids[:, b]), torch.ones(VOCAB), accumulate=True)
-    together = pairs[~torch.eye(48, dtype=torch.bool)]
+    pair_counts = pairs[~torch.eye(48, dtype=torch.bool)]
     # Two blocks meet in 5000·6·5/(48·47) = 66 ids; a structured map would leave gaps.
-    assert together.min() > 66 - 6 * 8.2
-    assert together.max() < 66 + 6 * 8.2
+    assert pair_counts.min() > 66 - 6 * 8.2
+    assert pair_counts.max() < 66 + 6 * 8.2
 
 
 def test_r3_the_router_has_no_parameter_and_no_gate(one_rank: None) -> None:
@@ -107,8 +107,8 @@ def test_a_table_of_the_vocabulary_is_the_map(
     expected = build(RandHashConfig())(x, keys, ids).block_ids
     router = build(RandHashConfig(), padded_vocab_size=100)
     for _ in range(2):
-        found = router(x, keys, ids).block_ids
-        assert torch.equal(found, expected) and found.dtype == torch.int64
+        actual = router(x, keys, ids).block_ids
+        assert torch.equal(actual, expected) and actual.dtype == torch.int64
     assert (router._table is not None) is makes_table
     assert not router.state_dict()
     router.set_layer_number(2)

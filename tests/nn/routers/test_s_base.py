@@ -43,7 +43,7 @@ def test_the_choice_in_training_is_balanced(build) -> None:
     assert unevenness(routing.block_ids) < 1.5
     ids = routing.block_ids.sort(dim=1).values
     assert (ids.diff(dim=1) > 0).all()
-    # The gate is of the scores, not of the plan.
+    # The gate is a function of the scores, not of the plan.
     gates = (x @ router.weight.T).sigmoid().gather(1, routing.block_ids)
     torch.testing.assert_close(routing.gates, gates, rtol=1e-10, atol=1e-12)
 
@@ -68,11 +68,11 @@ def test_the_plan_gives_every_block_the_same_weight(build, scale: float) -> None
 def test_the_plan_is_that_of_sinkhorns_algorithm(build) -> None:
     router, x = skewed(build)
     scores = x @ router.weight.detach().T
-    scores = scores / 4  # theirs takes for ever where scores are sharp
-    theirs = sinkhorn(scores - scores.amax(dim=1, keepdim=True), tol=1e-6)
-    ours = (scores + balancing_prices(scores)).softmax(dim=1) / TOKENS
-    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-9)
-    assert torch.equal(route_topk(theirs, 1), route_topk(ours, 1))
+    scores = scores / 4  # Megatron's hardly converges if scores are sharp
+    expected = sinkhorn(scores - scores.amax(dim=1, keepdim=True), tol=1e-6)
+    plan = (scores + balancing_prices(scores)).softmax(dim=1) / TOKENS
+    torch.testing.assert_close(plan, expected, rtol=2e-2, atol=1e-9)
+    assert torch.equal(route_topk(expected, 1), route_topk(plan, 1))
 
 
 def test_prices_stop_changing_before_the_last_iteration(build, monkeypatch) -> None:
@@ -84,7 +84,7 @@ def test_prices_stop_changing_before_the_last_iteration(build, monkeypatch) -> N
 
 
 @pytest.mark.parametrize("scale", [10.0, 1e3, 1e6])
-def test_large_logits_stay_finite_and_end(build, scale: float) -> None:
+def test_large_logits_give_finite_gates_and_valid_ids(build, scale: float) -> None:
     router, x = skewed(build)
     routing = router((scale * x).float(), torch.zeros(B, 2, D))
     assert routing.gates.isfinite().all()
@@ -104,12 +104,12 @@ def choices() -> torch.Tensor:
     layer = router_cases.build(Case(router="s-base"))
     hidden, _, _ = router_cases.inputs()
     group = torch.distributed.group.WORLD
-    part = hidden.chunk(group.size())[group.rank()]
-    return layer.router(part.flatten(0, 1), layer.experts.keys).block_ids
+    local_hidden = hidden.chunk(group.size())[group.rank()]
+    return layer.router(local_hidden.flatten(0, 1), layer.experts.keys).block_ids
 
 
 @pytest.mark.parametrize("tensor", [2])
 def test_tensor_parallel_ranks_make_one_plan(tensor: int) -> None:
-    (one,) = run_ranks(1, choices)
-    parts = run_ranks(tensor, choices, tensor_model_parallel_size=tensor)
-    assert torch.equal(torch.cat(parts), one)
+    (expected,) = run_ranks(1, choices)
+    rank_ids = run_ranks(tensor, choices, tensor_model_parallel_size=tensor)
+    assert torch.equal(torch.cat(rank_ids), expected)

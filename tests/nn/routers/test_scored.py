@@ -1,4 +1,4 @@
-"""What all routers with scores share: gates, block dropout (M3), refusal of what is no number."""
+"""All routers with scores: gates, block dropout (M3), and the flag for NaN and infinite scores."""
 
 import math
 
@@ -19,7 +19,7 @@ SCORED = [name for name, config in ROUTERS.items() if issubclass(config, ScoredC
 
 
 def score_by_hand(name: str, router, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """`[T, B]` of the methods whose score is made of keys."""
+    """Scores `[T, B]` of the methods whose score is computed from keys."""
     if name == "avg-k":
         return torch.stack([(x @ block.T).mean(1) for block in keys], dim=1)
     query = x @ router.down.T if name == "lorkm" else x
@@ -28,7 +28,7 @@ def score_by_hand(name: str, router, x: torch.Tensor, keys: torch.Tensor) -> tor
 
 @pytest.mark.parametrize("gate", ["none", "sigmoid", "softmax"])
 @pytest.mark.parametrize("name", ["avg-k", "vanilla-m", "lorkm"])
-def test_a_gate_is_the_score_squashed_and_is_differentiated(build, name: str, gate: str) -> None:
+def test_a_gate_is_a_differentiable_function_of_the_score(build, name: str, gate: str) -> None:
     x, keys, _ = (t.requires_grad_() for t in tables())
     options = {"rank": x.shape[1]} if name == "lorkm" else {}
     router = build(ROUTERS[name](gate=gate, **options))
@@ -44,9 +44,9 @@ def test_a_gate_is_the_score_squashed_and_is_differentiated(build, name: str, ga
     expected = factors.gather(1, ids)
     torch.testing.assert_close(routing.gates, expected, rtol=1e-10, atol=1e-12)
     leaves = (x, keys, *router.parameters())
-    ours = torch.autograd.grad(routing.gates.square().sum(), leaves)
-    formula = torch.autograd.grad(expected.square().sum(), leaves)
-    for a, b in zip(ours, formula, strict=True):
+    actual_grads = torch.autograd.grad(routing.gates.square().sum(), leaves)
+    expected_grads = torch.autograd.grad(expected.square().sum(), leaves)
+    for a, b in zip(actual_grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
@@ -62,13 +62,15 @@ def built(name: str, **options):
 
 def routed(layer) -> tuple[torch.Tensor, torch.Tensor]:
     """The ids that a layer chooses for 24 tokens, and its output."""
-    seen = []
+    ids_seen = []
     counter = layer.trained if layer.training else layer.evaluated
-    hook = counter.register_forward_pre_hook(lambda module, args: seen.append(args[0].block_ids))
+    hook = counter.register_forward_pre_hook(
+        lambda module, args: ids_seen.append(args[0].block_ids)
+    )
     hidden, ids, _ = router_cases.inputs()
     y, _ = layer(hidden, padding_mask=ids)
     hook.remove()
-    return seen[0], y
+    return ids_seen[0], y
 
 
 @pytest.mark.parametrize("name", SCORED)
@@ -81,8 +83,8 @@ def test_m3_blocks_are_dropped_in_training_only(one_rank: None, name: str) -> No
     torch.manual_seed(1)
     ids = routed(dropping)[0]
     assert not torch.equal(ids, routed(dropping)[0]), "each microbatch draws anew"
-    kept = ids[(ids >= 0).all(dim=1)]
-    assert len(kept) and (kept.sort(dim=1).values.diff(dim=1) > 0).all()
+    full_rows = ids[(ids >= 0).all(dim=1)]
+    assert len(full_rows) and (full_rows.sort(dim=1).values.diff(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
@@ -97,16 +99,19 @@ def test_m3_a_block_is_dropped_at_its_rate(build, rate: float) -> None:
         dropped = tokens - int((ids == block).any(dim=1).sum())
         sigma = math.sqrt(tokens * rate * (1 - rate))
         assert abs(dropped - tokens * rate) < 5 * sigma, block
-    # Independently: two are dropped together as often as chance has it.
-    both = ((ids != 0).all(dim=1) & (ids != 1).all(dim=1)).sum()
+    # Blocks are dropped independently: the rate of two together is the product of their rates.
+    both_dropped = ((ids != 0).all(dim=1) & (ids != 1).all(dim=1)).sum()
     sigma = math.sqrt(tokens * rate**2 * (1 - rate**2))
-    assert abs(int(both) - tokens * rate**2) < 5 * sigma
-    # The next best take the places, in order: what is chosen are the best of those not dropped.
+    assert abs(int(both_dropped) - tokens * rate**2) < 5 * sigma
+    # The next best blocks take the free places: the best of the blocks that are not dropped.
     filled = (ids >= 0).sum(dim=1)
-    left = torch.distributions.Binomial(12, torch.tensor(1 - rate))
-    short = left.log_prob(torch.arange(4.0)).exp().sum().item()
-    found = int((filled < 4).sum())
-    assert abs(found - tokens * short) <= 5 * math.sqrt(tokens * short * (1 - short)) + 1
+    remaining = torch.distributions.Binomial(12, torch.tensor(1 - rate))
+    short_share = remaining.log_prob(torch.arange(4.0)).exp().sum().item()
+    short_tokens = int((filled < 4).sum())
+    assert (
+        abs(short_tokens - tokens * short_share)
+        <= 5 * math.sqrt(tokens * short_share * (1 - short_share)) + 1
+    )
 
 
 def test_m3_the_best_of_the_remaining_blocks_are_chosen(build, monkeypatch) -> None:
@@ -117,8 +122,8 @@ def test_m3_the_best_of_the_remaining_blocks_are_chosen(build, monkeypatch) -> N
     ids = router(x, keys, None).block_ids
     scores = x @ keys.mean(1).T
     for t in range(len(x)):
-        left = [b for b in range(12) if drawn[t, b] >= 0.6]
-        best = sorted(left, key=lambda b: -float(scores[t, b]))[:4]
+        remaining = [b for b in range(12) if drawn[t, b] >= 0.6]
+        best = sorted(remaining, key=lambda b: -float(scores[t, b]))[:4]
         assert sorted(ids[t].tolist()) == sorted(best + [-1] * (4 - len(best)))
 
 
@@ -146,16 +151,16 @@ def test_m3_survivors_are_not_rescaled(build) -> None:
     x, keys, _ = tables()
     torch.manual_seed(0)
     routing = build(AvgKConfig(block_dropout=0.5, gate="sigmoid"))(x, keys, None)
-    there = routing.block_ids >= 0
+    survived = routing.block_ids >= 0
     gates = (x @ keys.mean(1).T).sigmoid().gather(1, routing.block_ids.clamp(min=0))
-    torch.testing.assert_close(routing.gates[there], gates[there], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(routing.gates[survived], gates[survived], rtol=1e-10, atol=1e-12)
 
 
-def poisoned(name: str, value: float, where: str):
-    """A layer and hidden states; one number of these or of the weights of a score is wrong."""
+def poisoned(name: str, value: float, source: str):
+    """A layer and hidden states; one number of them or of the score's weights is wrong."""
     layer = built(name)
     hidden, ids, _ = router_cases.inputs()
-    if where == "tokens":
+    if source == "tokens":
         hidden[2, 1, 3] = value
     else:
         weights = [w for w in (*layer.router.parameters(), layer.experts.keys) if w is not None]
@@ -164,13 +169,13 @@ def poisoned(name: str, value: float, where: str):
     return layer, hidden, ids
 
 
-@pytest.mark.parametrize("where", ["tokens", "weights"])
+@pytest.mark.parametrize("source", ["tokens", "weights"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", [name for name in router_cases.SPARSE if name != "rand-hash"])
 def test_scores_that_are_nan_or_infinite_are_flagged(
-    one_rank: None, name: str, value: float, where: str
+    one_rank: None, name: str, value: float, source: str
 ) -> None:
-    layer, hidden, ids = poisoned(name, value, where)
+    layer, hidden, ids = poisoned(name, value, source)
     for mode in (True, False):
         layer.train(mode).router.score_flag.zero_()
         layer(hidden, padding_mask=ids)[0].sum().backward()

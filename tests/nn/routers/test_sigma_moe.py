@@ -27,17 +27,17 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 def layer(router=None, **numbers) -> SparseFFN:
     """A layer of ReLU cells, whose gate has weights as large as the tokens."""
-    built = SparseFFN(transformer(router or SigmaMoEConfig(), **RELU, **numbers), layer_number=1)
+    sffn = SparseFFN(transformer(router or SigmaMoEConfig(), **RELU, **numbers), layer_number=1)
     torch.manual_seed(0)
     with torch.no_grad():
-        for weight in built.parameters():
+        for weight in sffn.parameters():
             weight.normal_()
-    return built
+    return sffn
 
 
-def experts_by_hand(of: SparseFFN, x: Tensor) -> list[Tensor]:
+def experts_by_hand(sffn: SparseFFN, x: Tensor) -> list[Tensor]:
     """`ReLU(x W1_e) W2_e` of every expert, `[T, D]` each."""
-    return [F.relu(x @ w1.T) @ w2 for w1, w2 in zip(*of.experts(), strict=True)]
+    return [F.relu(x @ w1.T) @ w2 for w1, w2 in zip(*sffn.experts(), strict=True)]
 
 
 @pytest.mark.parametrize("g", [1, 2, 8])
@@ -53,7 +53,7 @@ def test_m1_with_all_experts_the_output_is_the_sum_of_sigmoids_times_experts(
     torch.testing.assert_close(sigma(x[:, None])[0][:, 0], expected, **CLOSE)
 
 
-def test_m1_with_a_zero_gate_it_is_half_of_the_dense_ffn(one_rank: None) -> None:
+def test_m1_the_output_with_a_zero_gate_is_half_of_the_dense_ffn(one_rank: None) -> None:
     sigma = layer(expansion=1)
     with torch.no_grad():
         sigma.router.weight.zero_()
@@ -82,13 +82,15 @@ def test_m2_one_experts_selector_leaves_other_scores_alone(build) -> None:
     with torch.no_grad():
         router.weight[2] += 5.0
     after = router(x, keys).gates
-    others = [0, 1, 3]
-    assert torch.equal(after[:, others], before[:, others])
+    other_experts = [0, 1, 3]
+    assert torch.equal(after[:, other_experts], before[:, other_experts])
     assert (after[:, 2] != before[:, 2]).all()
 
 
 @pytest.mark.parametrize("config", [SoftmaxBeforeConfig, SoftmaxAfterConfig])
-def test_softmax_before_and_after_the_choice(build, config) -> None:
+def test_softmax_before_and_after_the_choice_have_the_gates_of_their_formulas(
+    build, config
+) -> None:
     x, keys, _ = tables()
     router = build(config())
     with torch.no_grad():
@@ -96,8 +98,8 @@ def test_softmax_before_and_after_the_choice(build, config) -> None:
     routing = router(x, keys)
     weights = (x @ router.weight.T).exp()
     ids = route_topk(weights, 4)
-    over = weights if config is SoftmaxBeforeConfig else weights.gather(1, ids)
-    expected = weights.gather(1, ids) / over.sum(dim=1, keepdim=True)
+    competing = weights if config is SoftmaxBeforeConfig else weights.gather(1, ids)
+    expected = weights.gather(1, ids) / competing.sum(dim=1, keepdim=True)
     assert torch.equal(routing.block_ids, ids)
     torch.testing.assert_close(routing.gates, expected, **CLOSE)
     sums = routing.gates.sum(dim=1)
@@ -108,8 +110,8 @@ def test_softmax_before_and_after_the_choice(build, config) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Authors:
-    """A model of the paper's table, with Transformer-XL's weights that Megatron has no use for."""
+class PaperModel:
+    """A model of the paper's table, with the weights of Transformer-XL that Megatron lacks."""
 
     width: int
     layers: int
@@ -127,11 +129,11 @@ class Authors:
 
     @property
     def output_bias(self) -> int:
-        """Of the logits."""
+        """The bias of the logits."""
         return self.vocabulary
 
     def build(self) -> GPTModel:
-        """Megatron's GPT with rotary positions in their place; its weights stay untouched."""
+        """Megatron's GPT, with rotary positions instead; its weights are not initialised."""
         config = SparseFFNTransformerConfig(
             num_layers=self.layers,
             hidden_size=self.width,
@@ -164,10 +166,10 @@ class Authors:
 
 
 SMALL = {"width": 412, "layers": 16, "heads": 10, "head_width": 41, "vocabulary": 8000}
-AUTHORS = {
-    "WT-S": Authors(**SMALL, experts=16, millions=47.26),
-    "WT-S*": Authors(**SMALL, experts=128, millions=237.0),
-    "WT-M": Authors(
+PAPER_MODELS = {
+    "WT-S": PaperModel(**SMALL, experts=16, millions=47.26),
+    "WT-S*": PaperModel(**SMALL, experts=128, millions=237.0),
+    "WT-M": PaperModel(
         width=1024,
         layers=18,
         heads=16,
@@ -176,7 +178,7 @@ AUTHORS = {
         experts=32,
         millions=262.46,
     ),
-    "enwik8": Authors(
+    "enwik8": PaperModel(
         width=512,
         layers=12,
         heads=8,
@@ -191,16 +193,16 @@ AUTHORS = {
 @pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning:megatron")
 @pytest.mark.filterwarnings("ignore:.*tp_group is None:DeprecationWarning:megatron")
 @pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", AUTHORS)
-def test_m8_parameters_of_the_papers_models(one_rank: None, name: str) -> None:
-    authors = AUTHORS[name]
-    built = sum(weight.numel() for weight in authors.build().parameters())
-    total = built + authors.relative_positions + authors.output_bias
-    assert abs(total / 1e6 - authors.millions) <= 0.01, total
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_m8_the_papers_models_have_its_numbers_of_parameters(one_rank: None, name: str) -> None:
+    model = PAPER_MODELS[name]
+    built = sum(weight.numel() for weight in model.build().parameters())
+    total = built + model.relative_positions + model.output_bias
+    assert abs(total / 1e6 - model.millions) <= 0.01, total
     if name == "WT-S":
         assert total == 47_260_216
-    # Neither of the two corrections is what makes the number right.
-    assert abs(built / 1e6 - authors.millions) > 1
+    # Without the two corrections the number would be wrong.
+    assert abs(built / 1e6 - model.millions) > 1
 
 
 def paper_layer(experts: int = 16, g: int = 128, **numbers) -> SparseFFN:
@@ -224,7 +226,7 @@ def paper_layer(experts: int = 16, g: int = 128, **numbers) -> SparseFFN:
 
 
 def assert_std(weight: Tensor, expected: float) -> None:
-    """Within five standard errors of a normal distribution's spread, and without a mean."""
+    """The std is within five standard errors of the expected one, and the mean is near zero."""
     weight = weight.detach().double()
     error = expected / math.sqrt(2 * weight.numel())
     assert abs(weight.std().item() - expected) < 5 * error, (weight.std(), expected)
@@ -240,18 +242,22 @@ def test_m5_weights_start_with_the_papers_standard_deviations(one_rank: None) ->
     assert_std(paper.router.weight, stds[0])
     norms = paper.router.weight.detach().double().norm(dim=1)
     torch.testing.assert_close(norms, norms[:1].expand(16), rtol=1e-5, atol=0)
-    # Of rows that all point their own way.
+    # The rows have different directions.
     cosines = F.normalize(paper.router.weight.detach(), dim=1)
     assert (cosines @ cosines.T - torch.eye(16)).abs().max() < 0.3
 
 
 @pytest.mark.parametrize("initialization", ["sigma-moe", "sigma-moe-block"])
-def test_m6_the_same_cells_in_finer_blocks(one_rank: None, initialization: str) -> None:
+def test_m6_the_same_cells_in_finer_blocks_start_with_the_std_of_the_formula(
+    one_rank: None, initialization: str
+) -> None:
     for experts, g in ((4, 512), (16, 128), (64, 32)):
-        cut = paper_layer(experts, g, initialization=initialization)
-        cells = 2048 if initialization == "sigma-moe" else g  # the ablation: of an expert
-        assert_std(cut.experts.values, math.sqrt(2 / (16 * cells)))
-        assert_std(cut.experts.keys, math.sqrt(2 / (16 * 412)))
+        fine = paper_layer(experts, g, initialization=initialization)
+        cells = (
+            2048 if initialization == "sigma-moe" else g
+        )  # the ablation counts the cells of an expert
+        assert_std(fine.experts.values, math.sqrt(2 / (16 * cells)))
+        assert_std(fine.experts.keys, math.sqrt(2 / (16 * 412)))
 
 
 @pytest.mark.parametrize("config", [SigmaMoEConfig, SoftmaxBeforeConfig, SoftmaxAfterConfig])

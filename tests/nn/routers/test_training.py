@@ -1,7 +1,7 @@
 """The router's own weights are trained, or the configuration is refused: every router, on a grid.
 
-Which combinations of active blocks, gate and balance loss have a gradient is not repeated from the
-code: each is built, differentiated, and compared with whether it is refused.
+The test does not repeat the rule of the code: it builds and differentiates every combination of
+active blocks, gate and balance loss, and compares the gradient with whether the code refuses it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ LOSSES: tuple[dict[str, Any], ...] = (
     {"moe_z_loss_coeff": 0.1},
     {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 1e-3},
 )
-"""None, two that differentiate scores, and a bias, which does not."""
+"""No loss, two losses that differentiate scores, and a bias, which does not."""
 LEAST = 1e-9
-"""Gradients below are rounding: those of the grid are above 1e-6."""
+"""Smaller gradients are rounding errors: true gradients of the grid are above 1e-6."""
 
 
 def configurations(name: str) -> list[tuple[RouterConfig, dict[str, Any]]]:
     """Router configs and numbers of a layer with one, two, or all of its blocks active."""
-    found: list[tuple[RouterConfig, dict[str, Any]]] = []
+    configs: list[tuple[RouterConfig, dict[str, Any]]] = []
     test_numbers = ROUTERS[name].test_numbers
     options = {**test_numbers.options, **({"noise": 1.0} if name == "noisy-top-k" else {})}
     cells = 1 if test_numbers.single_cells else 2
@@ -45,8 +45,8 @@ def configurations(name: str) -> list[tuple[RouterConfig, dict[str, Any]]]:
             for heads in (1, 2, 4) if "heads" in options else (None,):
                 fields = options if heads is None else {**options, "heads": heads}
                 if heads is None or active % heads == 0:
-                    found.append((ROUTERS[name](**fields), numbers))
-        return found
+                    configs.append((ROUTERS[name](**fields), numbers))
+        return configs
     descriptors = ({}, {"descriptor": "learned"}) if name == "avg-k" else ({},)
     entropies = (0.0, 0.1)
     for (active, expansion), gate, losses, entropy, descriptor in itertools.product(
@@ -54,8 +54,8 @@ def configurations(name: str) -> list[tuple[RouterConfig, dict[str, Any]]]:
     ):
         fields = {**options, **descriptor, "gate": gate, "entropy_coefficient": entropy}
         numbers = {"active_cells": active * cells, "block_size": cells, "expansion": expansion}
-        found.append((ROUTERS[name](**fields), numbers | losses))
-    return found
+        configs.append((ROUTERS[name](**fields), numbers | losses))
+    return configs
 
 
 def tokens_and_keys(sffn: SparseFFNConfig) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -74,7 +74,7 @@ def largest_gradients(router: Any) -> dict[str, float]:
         for weight in router.parameters():
             weight.copy_(torch.randn(weight.shape))
     routing = router(x, keys, token_ids)
-    # As a layer: what the blocks give depends on the queries, and is weighed by the gates.
+    # As in a layer, the outputs of the blocks depend on the queries and are weighted by the gates.
     queries = x if routing.queries is None else routing.queries
     outputs: Tensor = values[routing.block_ids] * (1 + queries.sum(dim=1)[:, None, None])
     if routing.gates is not None:
@@ -115,14 +115,14 @@ def test_a_routers_weights_get_a_gradient_or_the_configuration_is_refused(
         assert min(gradients.values(), default=math.inf) > LEAST, f"{case}: {gradients}"
         trained += 1
     assert trained, "every router can be trained"
-    never = name in ("rand-hash", "pkm-relu", "pkm-ffn")
-    assert bool(refused) != never
+    is_never_refused = name in ("rand-hash", "pkm-relu", "pkm-ffn")
+    assert bool(refused) != is_never_refused
 
 
 def test_noise_that_is_off_leaves_only_its_own_weights_untrained(build: Any) -> None:
     router = build(ROUTERS["noisy-top-k"](noise=0.0))
     gradients = largest_gradients(router)
-    # They take no part in the model then.
+    # The model does not use them then.
     assert gradients["noise_weight"] == 0 and gradients["weight"] > LEAST
 
 

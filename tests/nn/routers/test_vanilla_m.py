@@ -19,13 +19,15 @@ def test_v1_all_single_cells_are_the_dense_ffn(build) -> None:
     torch.testing.assert_close(y, dense, rtol=1e-10, atol=1e-12)
 
 
-def test_v2_the_rank_is_the_mean_of_post_activations(build) -> None:
+def test_v2_the_score_is_the_mean_of_post_activations(build) -> None:
     x, keys, _ = tables()
     post = F.gelu(torch.einsum("td,bgd->tbg", x, keys)).mean(2)
     assert torch.equal(build(VanillaMConfig())(x, keys, None).block_ids, route_topk(post, 4))
 
 
-def test_v2_without_a_nonlinearity_it_chooses_avg_ks_blocks(build, monkeypatch) -> None:
+def test_v2_without_a_nonlinearity_the_router_chooses_the_blocks_of_avg_k(
+    build, monkeypatch
+) -> None:
     x, keys, _ = tables()
     monkeypatch.setattr(vanilla_m.Activation, "__call__", lambda self, up: up)
     chosen = build(VanillaMConfig())(x, keys, None).block_ids
@@ -41,7 +43,7 @@ def test_v3_under_relu_the_mean_is_the_mean_of_magnitudes(build) -> None:
     assert torch.equal(*ids)
 
 
-def test_v4_single_cells_under_relu_all_aggregators_agree(build) -> None:
+def test_v4_all_aggregators_agree_on_single_cells_under_relu(build) -> None:
     x, keys, values = tables(blocks=24, cells=1)
     ys = []
     for name in AGGREGATORS:
@@ -54,7 +56,7 @@ def test_v4_single_cells_under_relu_all_aggregators_agree(build) -> None:
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_every_aggregator_is_what_its_name_says(build, name: str) -> None:
+def test_every_aggregator_computes_what_its_name_says(build, name: str) -> None:
     x, keys, _ = tables()
     post = F.gelu(torch.einsum("td,bgd->tbg", x, keys))
     score = {
@@ -67,11 +69,11 @@ def test_every_aggregator_is_what_its_name_says(build, name: str) -> None:
     assert torch.equal(ids, route_topk(score, 4))
 
 
-def test_a_few_blocks_at_a_time_choose_the_same(build, monkeypatch) -> None:
+def test_scoring_a_few_blocks_at_a_time_chooses_the_same_blocks(build, monkeypatch) -> None:
     x, keys, _ = tables()
-    whole = build(VanillaMConfig())(x, keys, None).block_ids
+    expected = build(VanillaMConfig())(x, keys, None).block_ids
     monkeypatch.setattr(vanilla_m, "SCRATCH_NUMBERS", 5 * T * G)
-    assert torch.equal(build(VanillaMConfig())(x, keys, None).block_ids, whole)
+    assert torch.equal(build(VanillaMConfig())(x, keys, None).block_ids, expected)
 
 
 def test_swiglu_uses_gate_and_up_keys(build) -> None:

@@ -12,7 +12,7 @@ from megatron_sffn.ops import device
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-def play_gpu(
+def simulate_gpu(
     patch: pytest.MonkeyPatch,
     *,
     capability: tuple[int, int] = (9, 0),
