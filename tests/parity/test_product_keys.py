@@ -18,16 +18,18 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 def test_product_keys_compute_the_papers_formulas() -> None:
     layer = build(Case(router="pkm"))
+    settings = layer.router.sffn.router
+    heads, key_size = settings.heads, settings.key_size
     with torch.no_grad():
-        layer.router.query_bias.copy_(torch.linspace(-0.5, 0.5, 12))
-    heads, per_head = 2, 8  # 16 active cells
+        layer.router.query_bias.copy_(torch.linspace(-0.5, 0.5, heads * key_size))
+    per_head = 8  # of 16 active cells
     side = 16  # of 256 values
 
     def lample(
         x: Tensor, values: Tensor, query: Tensor, query_bias: Tensor, subkeys: Tensor
     ) -> Tensor:
         outputs = torch.zeros_like(x)
-        queries = (x @ query.T + query_bias).unflatten(1, (heads, 6))
+        queries = (x @ query.T + query_bias).unflatten(1, (heads, key_size))
         for head in range(heads):
             row_query, column_query = queries[:, head].chunk(2, dim=1)
             # The best scores of each half, and the best sums of these scores.
