@@ -48,13 +48,14 @@ def test_a_mistyped_command_is_refused_with_a_suggestion(mistyped: str, hint: st
     with pytest.raises(ConfigError) as error:
         cli.main([mistyped, "--save", "x"])
     assert str(error.value) == (
-        f"{mistyped!r} is no command of megatron-sffn; {hint}megatron-sffn --help lists all commands"
+        f"{mistyped!r} is no command of megatron-sffn; {hint}"
+        "megatron-sffn --help lists all commands"
     )
 
 
 def test_the_command_starts_without_slow_imports() -> None:
     code = (
-        "import sys; from megatron_sffn import console; cli.main(['--version']); "
+        "import sys; from megatron_sffn import cli; cli.main(['--version']); "
         "print(*sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'numpy', "
         "'megatron', 'multiprocessing'}))"
     )

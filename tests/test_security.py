@@ -171,13 +171,13 @@ def test_training_refuses_a_checkpoint_with_code(
 ) -> None:
     write, place = HOSTILE_FILES[name]
     write(load / "iter_0000002", Code(code_folder))
-    new = load.parent / "new"
+    new_run = load.parent / "new"
     sentence = f"ConfigError: checkpoint {load}/iter_0000002 names {place}, which is code"
     with pytest.raises(AssertionError, match=sentence) as refusal:
-        pretrain(1, f"{FLAGS} --load {load} --save {new} --auto-detect-ckpt-format")
+        pretrain(1, f"{FLAGS} --load {load} --save {new_run} --auto-detect-ckpt-format")
     assert "add --sffn-trust-checkpoint if you trust" in str(refusal.value)
     assert not code_folder.exists()
-    assert not new.exists()
+    assert not new_run.exists()
 
 
 def test_no_loading_flag_lets_code_run(pretrain, load: Path, code_folder) -> None:

@@ -159,7 +159,7 @@ def test_the_budget_refuses_steps_that_are_too_long_or_too_large(
     assert budget.refusal("peer", fine) == "a step would take longer than --budget 10 (seconds)"
     assert budget.refusal("another", fine) is None
     assert budget.note("another", coarse, 11.0) == budget.too_long
-    monkeypatch.setattr(timing, "free_memory", lambda where: 1000)
+    monkeypatch.setattr(timing, "free_memory", lambda device: 1000)
     assert budget.refusal("third", coarse) == (
         "its copies of tokens would need more memory than is free"
     )

@@ -79,8 +79,8 @@ def test_no_ratio_is_printed_if_the_layers_disagree(
 ) -> None:
     original = contenders.megatron_layer
 
-    def wrong_layer(config, ours):
-        layer = original(config, ours)
+    def wrong_layer(config, our_layer):
+        layer = original(config, our_layer)
         layer.experts.local_experts[0].linear_fc1.weight.data *= 1.01
         return layer
 

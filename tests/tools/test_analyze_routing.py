@@ -44,16 +44,16 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_on_four_ranks_can_be_analyzed(run: Path, tmp_path: Path, capsys: Any) -> None:
-    files_before, out = read_files(run), tmp_path / "out"
-    arguments = [str(run), "--out", str(out), "--tokens", "300", "--top", "5"]
+    files_before, output = read_files(run), tmp_path / "out"
+    arguments = [str(run), "--out", str(output), "--tokens", "300", "--top", "5"]
     assert analyze_routing.main(arguments) == 0
     stdout = capsys.readouterr().out
     assert "iteration 2: replaying 300 tokens" in stdout
-    assert stdout.endswith(f"page: {out}/index.html\n")
+    assert stdout.endswith(f"page: {output}/index.html\n")
     # The files of the run do not change.
     assert read_files(run) == files_before
     first_trace, second_trace = (
-        RoutingTrace.load(path) for path in sorted((out / "recordings").iterdir())
+        RoutingTrace.load(path) for path in sorted((output / "recordings").iterdir())
     )
     assert (first_trace.token_ids == second_trace.token_ids).all()
     assert list(first_trace.blocks) == [2, 4]
@@ -63,7 +63,7 @@ def test_a_run_on_four_ranks_can_be_analyzed(run: Path, tmp_path: Path, capsys: 
     assert first_trace.blocks[2].max() < first_trace.num_blocks == 64
     assert (numpy.diff(first_trace.blocks[2], axis=1) > 0).all()
     assert (first_trace.blocks[2] != second_trace.blocks[2]).any()
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((output / "summary.json").read_text())
     assert summary["recorded_tokens"] == 300
     layer_summary = summary["layers"]["4"]
     assert layer_summary["kept_by_chance"] < layer_summary["kept"]["4"] < 1
@@ -71,7 +71,7 @@ def test_a_run_on_four_ranks_can_be_analyzed(run: Path, tmp_path: Path, capsys: 
     # A second analysis, of one layer and one checkpoint, replays nothing.
     assert analyze_routing.main([*arguments, "--layers", "4", "--iterations", "4"]) == 0
     assert "replaying" not in capsys.readouterr().out
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((output / "summary.json").read_text())
     assert (list(summary["layers"]), summary["iterations"]) == (["4"], [4])
 
 

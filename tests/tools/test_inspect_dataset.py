@@ -81,25 +81,27 @@ def test_the_statistics_are_exact(
     record = json.loads((tmp_path / "out.json").read_text())
     assert (record["documents"], record["tokens"]) == (300, len(IDS))
     assert record["sequences"] == sum(map(len, DOCUMENTS))
-    assert [one["documents"] for one in record["data_sets"]] == [123, 177]
-    assert [one["dtype"] for one in record["data_sets"]] == ["uint16", "int32"]
+    assert [entry["documents"] for entry in record["data_sets"]] == [123, 177]
+    assert [entry["dtype"] for entry in record["data_sets"]] == ["uint16", "int32"]
     assert record["tokens_per_document"] == {
         "min": min(LENGTHS),
         "median": statistics.median(LENGTHS),
         "mean": pytest.approx(statistics.mean(LENGTHS)),
         "max": max(LENGTHS),
     }
-    for one in record["lengths"]:
-        inside = [length for length in LENGTHS if one["from"] <= length <= one["to"]]
-        assert (one["documents"], one["tokens"]) == (len(inside), sum(inside))
-    assert sum(one["documents"] for one in record["lengths"]) == 300
+    for entry in record["lengths"]:
+        inside = [length for length in LENGTHS if entry["from"] <= length <= entry["to"]]
+        assert (entry["documents"], entry["tokens"]) == (len(inside), sum(inside))
+    assert sum(entry["documents"] for entry in record["lengths"]) == 300
     counts = Counter(IDS)
     ids = record["ids"]
     assert (ids["smallest"], ids["largest"]) == (min(IDS), max(IDS))
     assert (ids["distinct"], ids["vocab_size"]) == (len(counts), None)
     expected = sorted(counts, key=lambda token: (-counts[token], token))[:5]
-    assert [one["id"] for one in ids["most_frequent"]] == expected
-    assert [one["count"] for one in ids["most_frequent"]] == [counts[one] for one in expected]
+    assert [entry["id"] for entry in ids["most_frequent"]] == expected
+    assert [entry["count"] for entry in ids["most_frequent"]] == [
+        counts[entry] for entry in expected
+    ]
     stdout = capsys.readouterr().out
     assert (
         f"together: 300 documents, {record['sequences']} sequences, {len(IDS):,} tokens" in stdout

@@ -129,7 +129,7 @@ def test_existing_files_are_not_written_again(folder: Path, make_request: MakeRe
     reports = []
     blend = make_request("1", str(folder / "a"), "1", str(folder / "b"), **flags)
     complete(
-        blend, lambda done, missing, index_set: reports.append((done, missing, index_set.title))
+        blend, lambda number, missing, index_set: reports.append((number, missing, index_set.title))
     )
     assert {path: path.stat().st_mtime_ns for path in mtimes} == mtimes
     assert [line[:2] for line in reports] == [(n, 9) for n in range(1, 10)]

@@ -139,9 +139,9 @@ def test_a_truncated_archive_is_read_up_to_its_end(tmp_path: Path, compression: 
     path.write_bytes(
         COMPRESSIONS[compression].compress(lines)[: 200_000 if compression != ".bz2" else -5]
     )
-    other = write_file(tmp_path / "b.jsonl")
-    all_chunks = read_all(str(path), other)
-    *chunks, last, _ = all_chunks[: -len(read_all(other)) + 1]
+    other_path = write_file(tmp_path / "b.jsonl")
+    all_chunks = read_all(str(path), other_path)
+    *chunks, last, _ = all_chunks[: -len(read_all(other_path)) + 1]
     num_lines = last.number - 1
     assert b"".join(chunk.content for chunk in chunks) == b"".join(
         lines.splitlines(keepends=True)[:num_lines]
@@ -211,8 +211,8 @@ def test_a_file_of_another_format_is_a_fault(
     tmp_path: Path, name: str, content: bytes, sentence: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    other = write_file(tmp_path / "b.jsonl")
-    first, *other_chunks = read_all(str(tmp_path / name), other)
+    other_path = write_file(tmp_path / "b.jsonl")
+    first, *other_chunks = read_all(str(tmp_path / name), other_path)
     assert f"{name} {sentence}" in str(first.fault)
     assert texts_of(other_chunks) == TEXTS
 
