@@ -1,4 +1,4 @@
-"""What all tests share: the host platform, one rank, and golden files."""
+"""Shared by all tests: the host platform, a single rank, and golden files."""
 
 import os
 
@@ -31,7 +31,7 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 
 from tests.support import ranks  # noqa: E402
 
-# A shell's background job ignores Ctrl-C, and so would all that is started here.
+# A background job of a shell ignores Ctrl-C, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.support.pretraining"]
@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork ranks first: gloo's threads, once started here, do not survive a fork."""
+    """Run tests that fork ranks first: gloo's threads, once started, do not survive a fork."""
     items.sort(key=lambda item: "one_rank" in getattr(item, "fixturenames", ()))
 
 
@@ -56,10 +56,10 @@ def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
         path = GOLDEN / f"{name}.json"
         if request.config.getoption("--update-golden"):
             path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-        expected, found = json.loads(path.read_text()), json.loads(json.dumps(value))
+        expected, actual = json.loads(path.read_text()), json.loads(json.dumps(value))
         if tolerance:
             expected = pytest.approx(expected, abs=tolerance)
-        assert found == expected, (
+        assert actual == expected, (
             f"{path} differs; if that is meant: pytest --update-golden, and review the diff"
         )
 
@@ -75,6 +75,6 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     yield
-    destroy_moe_metrics_tracker()  # it has the number of layers of the first model
+    destroy_moe_metrics_tracker()  # it keeps the number of layers of the first model
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()

@@ -1,13 +1,13 @@
-"""Every flag of `--help`, tried once: what it does to a run of two steps on one rank.
+"""Try every flag of `--help` once, in a run of two steps on one rank.
 
     python -m tests.flag_sweep                    # all flags, about an hour of one core
     python -m tests.flag_sweep --only 'moe|lr'    # flags that match
 
-Outputs: `tests/golden/flags.json`, which has a class and the observation for each flag:
+Outputs: `tests/golden/flags.json`, which has a class and an observation for each flag:
 
-- `works`: the run computes, prints or writes something else than without the flag;
+- `works`: the run computes, prints or writes something else than a run without the flag;
 - `refused`: one sentence and exit code 2, before anything starts;
-- `no effect`: nothing differs; the reason is in `NO_EFFECT`, or it is a bug;
+- `no effect`: nothing differs; either `NO_EFFECT` has the reason, or it is a bug;
 - `failed`: anything else, such as a traceback.
 """
 
@@ -36,7 +36,7 @@ DEFAULTS = prepare()[0]
 
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
-import megatron_sffn.train.run  # noqa: E402, F401  (2 s that no child has to spend)
+import megatron_sffn.train.run  # noqa: E402, F401  (saves 2 s in every child)
 from megatron_sffn.flags.sffn_flags import add_sffn_flags  # noqa: E402
 from megatron_sffn.pretrain import main as pretrain  # noqa: E402
 from megatron_sffn.utils.errors import run_command  # noqa: E402
@@ -59,7 +59,7 @@ class Outcome:
         code: exit code; None if the run did not end.
         text: printed text, without times, paths and the list of arguments.
         files: names of the files that it wrote.
-        sentence: of a refusal, or the last line of a traceback.
+        sentence: the sentence of a refusal, or the last line of a traceback.
     """
 
     code: int | None
@@ -69,17 +69,17 @@ class Outcome:
 
 
 def run(flags: str, data: str) -> Outcome:
-    """Start a run in a process of its own and in an empty folder."""
+    """Run the command in a new process and in an empty folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pid = os.fork()
         if pid == 0:
-            _train(folder, f"{MODEL} --data-path {data} {RUN} {flags}")
+            _run_command(folder, f"{MODEL} --data-path {data} {RUN} {flags}")
         deadline, status = time.monotonic() + SECONDS, None
         while status is None and time.monotonic() < deadline:
-            done, ended = os.waitpid(pid, os.WNOHANG)
-            if done:
-                status = os.waitstatus_to_exitcode(ended)
+            ended_pid, wait_status = os.waitpid(pid, os.WNOHANG)
+            if ended_pid:
+                status = os.waitstatus_to_exitcode(wait_status)
             time.sleep(0.01)
         if status is None:
             os.killpg(pid, signal.SIGKILL)
@@ -93,11 +93,14 @@ def run(flags: str, data: str) -> Outcome:
     lines = [line for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ") or "Error" in line]
     return Outcome(
-        code=status, text=_comparable(log), files=names, sentence=(errors or lines or [""])[-1]
+        code=status,
+        text=_without_varying_text(log),
+        files=names,
+        sentence=(errors or lines or [""])[-1],
     )
 
 
-def _train(folder: Path, flags: str) -> None:
+def _run_command(folder: Path, flags: str) -> None:
     """Run the command in this child process."""
     os.setsid()
     os.chdir(folder)
@@ -120,8 +123,8 @@ def _train(folder: Path, flags: str) -> None:
         os._exit(code if isinstance(code, int) else 1)
 
 
-def _comparable(log: str) -> str:
-    """The printed text that two equal runs share."""
+def _without_varying_text(log: str) -> str:
+    """The printed text without lines that differ between equal runs."""
     log = re.sub(r"-+ arguments -+.*?-+ end of arguments -+", "", log, flags=re.S)
     lines = []
     for line in log.splitlines():
@@ -144,12 +147,12 @@ def flag_of(action: Action) -> str:
     """The option string to try: the longest one that changes the default."""
     names = action.option_strings
     if isinstance(action, argparse.BooleanOptionalAction):
-        off = ("--no-", "--disable-")
-        names = [name for name in names if name.startswith(off) == bool(action.default)]
+        negations = ("--no-", "--disable-")
+        names = [name for name in names if name.startswith(negations) == bool(action.default)]
     return max(names, key=len)
 
 
-def given(action: Action) -> str:
+def command_for(action: Action) -> str:
     """The flag with a value other than its default, and the flags that it needs."""
     flag = flag_of(action)
     needs = NEEDS.get(flag, "")
@@ -179,11 +182,13 @@ def classify(base: Outcome, outcome: Outcome) -> str:
 def main() -> None:
     """Try the flags, and write the table after each flag."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="regular expression of flags")
+    parser.add_argument(
+        "--only", default="", help="try only flags that match this regular expression"
+    )
     parser.add_argument("--out", type=Path, default=GOLDEN)
     options = parser.parse_args()
     table = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
-    base: dict[str, Outcome] = {}
+    base_runs: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as name:
         data = write_bytes(Path(name) / "text", [Path(__file__)] * 20)
         for action in actions():
@@ -191,17 +196,17 @@ def main() -> None:
             if not re.search(options.only, flag):
                 continue
             needs = NEEDS.get(flag, "")
-            if needs not in base:
-                base[needs] = run(needs, data)
-            command = given(action)
+            if needs not in base_runs:
+                base_runs[needs] = run(needs, data)
+            command = command_for(action)
             outcome = run(command, data)
-            kind = classify(base[needs], outcome)
+            kind = classify(base_runs[needs], outcome)
             entry = {"tried": command.strip(), "class": kind}
             if kind in ("refused", "failed"):
                 sentence = outcome.sentence.removeprefix("error: ").replace(data, "DATA")
                 entry["sentence"] = sentence[:400]
             if kind == "no effect":
-                reasons = (why for why, flags in NO_EFFECT.items() if flag in flags.split())
+                reasons = (reason for reason, flags in NO_EFFECT.items() if flag in flags.split())
                 entry["reason"] = next(reasons, "")
             table[flag] = entry
             print(f"{kind:10} {command}  {entry.get('sentence', '')[:150]}", flush=True)

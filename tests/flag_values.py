@@ -18,7 +18,7 @@ VALUES = {
     "--sffn-init": "sigma-moe",
     "--window-size": "2,0",
 }
-"""Flag -> the value to try, where a value made from the flag's type does not fit."""
+"""Flag -> the value to try, where a value derived from the flag's type does not fit."""
 
 TENSORBOARD = "--tensorboard-dir events"
 NEEDS = {
@@ -47,7 +47,7 @@ NEEDS = {
     "--start-eval-at-iter": "--eval-interval 1",
     "--use-rope-scaling": "--init-method-std 0.5",
 }
-"""Flag -> flags that it needs in order to act; the run to compare with has only these."""
+"""Flag -> flags that it needs to have an effect; the run to compare with has only these."""
 
 NO_EFFECT = {
     "it is how a run on one rank of a host is anyway": """

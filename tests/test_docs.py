@@ -1,4 +1,4 @@
-"""The pages of docs/ against the tree: links, paths, pictures, and codes of checks."""
+"""The pages of docs/ match the tree: links, paths, pictures, and codes of checks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TREES = ("megatron_sffn", "tests", "tools", "examples", "benchmarks", "docker", 
 METHODS = (ROOT / "docs" / "methods.md").read_text()
 
 
-def name_of(page: Path) -> str:
-    """For the ids of tests."""
+def page_id(page: Path) -> str:
+    """The path of a page, for test ids."""
     return str(page.relative_to(ROOT))
 
 
 def without_code(text: str) -> str:
-    """A page less its blocks of commands and output."""
+    """The text of a page without its code blocks."""
     return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
@@ -35,22 +35,22 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_to_files_and_headings(page: Path) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_to_existing_files_and_headings(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        assert file.exists(), f"{name_of(page)}: {target}"
-        assert not anchor or anchor in anchors(file), f"{name_of(page)}: {target}"
+        assert file.exists(), f"{page_id(page)}: {target}"
+        assert not anchor or anchor in anchors(file), f"{page_id(page)}: {target}"
 
 
-@pytest.mark.parametrize("page", CURRENT_PAGES, ids=name_of)
+@pytest.mark.parametrize("page", CURRENT_PAGES, ids=page_id)
 def test_paths_in_code_font_exist(page: Path) -> None:
     for path in re.findall(r"`([\w./*-]+)`", without_code(page.read_text())):
         if path.startswith(tuple(f"{tree}/" for tree in TREES)):
-            assert list(ROOT.glob(path.rstrip("/"))), f"{name_of(page)}: {path}"
+            assert list(ROOT.glob(path.rstrip("/"))), f"{page_id(page)}: {path}"
 
 
 def test_the_index_lists_every_page() -> None:
@@ -59,12 +59,12 @@ def test_the_index_lists_every_page() -> None:
         assert page.name == "README.md" or f"({page.name})" in index, page.name
 
 
-def test_the_pictures_are_those_of_the_code() -> None:
+def test_the_pictures_match_the_code() -> None:
     page = draw_architecture.PAGE.read_text()
     assert page == draw_architecture.renewed(page), "run python -m docs.draw_architecture"
 
 
-def places() -> Iterator[tuple[str, str, str]]:
+def table_rows() -> Iterator[tuple[str, str, str]]:
     """Question, folder and answer of each row of the table "Where is …"."""
     table = draw_architecture.PAGE.read_text().split("## Where is …")[1].split("\n## ")[0]
     for row in re.findall(r"^\| (.*) \|$", table, flags=re.MULTILINE):
@@ -74,9 +74,9 @@ def places() -> Iterator[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "answer"), [pytest.param(*place, id=question) for question, *place in places()]
+    ("folder", "answer"), [pytest.param(*row, id=question) for question, *row in table_rows()]
 )
-def test_what_is_looked_for_lies_where_the_table_says(folder: str, answer: str) -> None:
+def test_the_folders_files_and_symbols_of_the_table_exist(folder: str, answer: str) -> None:
     assert (ROOT / folder).is_dir(), folder
     for path, symbol in re.findall(r"`([\w/]+\.py)`(?:: `(\w+)`)?", answer):
         file = ROOT / path if path.startswith(TREES) else ROOT / folder / path
@@ -84,7 +84,7 @@ def test_what_is_looked_for_lies_where_the_table_says(folder: str, answer: str) 
         assert not symbol or re.search(rf"(def|class) {symbol}\b", file.read_text()), symbol
 
 
-def test_every_code_of_a_check_is_defined() -> None:
+def test_every_code_in_a_test_name_is_defined() -> None:
     defined = {code.lower() for code in re.findall(r"^\| ([A-Z]\d) \|", METHODS, re.MULTILINE)}
     for file in ROOT.glob("tests/**/test_*.py"):
         for name in re.findall(r"^def test_((?:[a-z]\d_)+)", file.read_text(), re.MULTILINE):

@@ -1,4 +1,4 @@
-"""doctor as a process: here, and in environments that are really broken."""
+"""The doctor runs as a process, in this environment and in broken ones."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from tests.support.paths import ROOT
 Lines = dict[str, dict[str, str]]
 
 
-def run(*flags: str, before: Callable[[], None] | None = None, **environment: str) -> Any:
-    """The command, in this environment with some variables."""
+def run(*flags: str, preexec: Callable[[], None] | None = None, **environment: str) -> Any:
+    """Run the command with additional environment variables."""
     return subprocess.run(
         [sys.executable, "-m", "megatron_sffn.doctor", *flags],
         cwd=ROOT,
         env={**os.environ, **environment},
-        preexec_fn=before,
+        preexec_fn=preexec,
         capture_output=True,
         text=True,
     )
 
 
-def lines_of(done: Any) -> Lines:
-    """Name -> line, of what `--json` printed."""
-    return {line["name"]: line for line in json.loads(done.stdout)["checks"]}
+def lines_of(process: Any) -> Lines:
+    """Name -> line in the output of `--json`."""
+    return {line["name"]: line for line in json.loads(process.stdout)["checks"]}
 
 
 @pytest.fixture(scope="module")
-def whole() -> Any:
+def full_run() -> Any:
     """All checks, in this environment."""
     return run("--json")
 
 
-def test_training_can_start_here(whole: Any) -> None:
-    assert whole.returncode == 0, whole.stdout
-    assert json.loads(whole.stdout)["ready"] is True
-    lines = lines_of(whole)
+def test_all_checks_pass_in_this_environment(full_run: Any) -> None:
+    assert full_run.returncode == 0, full_run.stdout
+    assert json.loads(full_run.stdout)["ready"] is True
+    lines = lines_of(full_run)
     assert list(lines) == [*packages.CHECKS, *machine.CHECKS, "smoke test"]
     assert {line["state"] for line in lines.values()} <= {OK, ABSENT}
     for line in lines.values():
@@ -56,31 +56,31 @@ def test_training_can_start_here(whole: Any) -> None:
         assert lines[name]["state"] == OK, lines[name]
 
 
-def test_two_ranks_train_in_the_smoke_test(whole: Any) -> None:
-    found = lines_of(whole)["smoke test"]["found"]
-    assert "a sum, and 2 steps of a sparse model, validation loss 4." in found
+def test_the_smoke_test_trains_on_two_ranks(full_run: Any) -> None:
+    finding = lines_of(full_run)["smoke test"]["found"]
+    assert "a sum, and 2 steps of a sparse model, validation loss 4." in finding
 
 
-def test_ranks_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_ranks_fail_the_smoke_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smoke, "SECONDS", 1)
     line = smoke.smoke("smoke test")
     assert (line.state, line.found) == (WRONG, "2 ranks did not end within 1 s")
 
 
-def test_ranks_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_ranks_fail_the_smoke_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-network")
     line = smoke.smoke("smoke test")
     assert line.state == WRONG
     assert "no-network" in line.found
 
 
-def test_the_table_has_a_line_for_each_check_and_a_remedy_below() -> None:
-    found = [
+def test_the_table_has_a_line_for_each_check_and_its_remedy_below() -> None:
+    checks = [
         findings.ok("torch", "2.13"),
         findings.absent("apex", "not installed", "none needed"),
         findings.wrong("open files", "64", "ulimit -n 65536"),
     ]
-    assert doctor.table(found) == (
+    assert doctor.table(checks) == (
         "check       state   found\n"
         "torch       ok      2.13\n"
         "apex        absent  not installed\n"
@@ -90,10 +90,10 @@ def test_the_table_has_a_line_for_each_check_and_a_remedy_below() -> None:
     )
 
 
-# Broken packages: folders that come first on the path
+# Broken packages, in folders that come first in the path
 
 
-def package(site: Path, name: str, version: str, modules: dict[str, str]) -> None:
+def install(site: Path, name: str, version: str, modules: dict[str, str]) -> None:
     """Install a distribution into a folder."""
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
@@ -107,53 +107,55 @@ EMPTY_TE = (
     "raise RuntimeError('Found empty `transformer-engine` meta package installed. Install "
     "`transformer-engine` with framework extensions')\n"
 )
-"""What Transformer Engine says, in its words."""
+"""The error of Transformer Engine without its torch part."""
 
 
-def test_broken_packages_are_lines_of_the_table(tmp_path: Path) -> None:
-    package(tmp_path, "transformer-engine", "2.9.0", {"transformer_engine/__init__.py": EMPTY_TE})
-    package(tmp_path, "apex", "0.9.10", {"apex/__init__.py": "", "apex/interfaces.py": ""})
-    package(tmp_path, "ray", "1.0", {})  # of which pip has left the metadata alone
-    done = run("--no-smoke", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 1
-    lines = {line[:18].strip(): line for line in done.stdout.splitlines()}
-    assert "wrong   2.9.0, half-installed, without its torch part (" in done.stdout
+def test_broken_packages_are_reported_in_the_table(tmp_path: Path) -> None:
+    install(tmp_path, "transformer-engine", "2.9.0", {"transformer_engine/__init__.py": EMPTY_TE})
+    install(tmp_path, "apex", "0.9.10", {"apex/__init__.py": "", "apex/interfaces.py": ""})
+    install(tmp_path, "ray", "1.0", {})  # pip has left only the metadata
+    process = run("--no-smoke", PYTHONPATH=str(tmp_path))
+    assert process.returncode == 1
+    lines = {line[:18].strip(): line for line in process.stdout.splitlines()}
+    assert "wrong   2.9.0, half-installed, without its torch part (" in process.stdout
     assert "Found empty `transformer-engine` meta package" in lines["Transformer Engine"]
-    assert '-> pip install --no-build-isolation "transformer-engine[pytorch]==2.9.0"' in done.stdout
+    assert (
+        '-> pip install --no-build-isolation "transformer-engine[pytorch]==2.9.0"' in process.stdout
+    )
     assert "wrong   0.9.10, not NVIDIA's: a package of the index" in lines["apex"]
-    assert "-> pip uninstall apex; " in done.stdout
-    # Without doctor that is all one would see.
+    assert "-> pip uninstall apex; " in process.stdout
+    # Without the doctor, a user would see only this error.
     assert "wrong   0.19" in lines["Megatron"]
     assert "RuntimeError: Found empty `transformer-engine`" in lines["Megatron"]
-    assert done.stdout.splitlines()[-1] == "wrong here: Transformer Engine, apex, Megatron"
+    assert process.stdout.splitlines()[-1] == "wrong here: Transformer Engine, apex, Megatron"
 
 
-def test_parts_of_two_versions_of_transformer_engine_are_named(tmp_path: Path) -> None:
-    package(tmp_path, "transformer-engine", "2.9.0", {"transformer_engine/__init__.py": EMPTY_TE})
-    package(tmp_path, "transformer-engine-torch", "2.8.0", {})
-    done = run("--no-smoke", PYTHONPATH=str(tmp_path))
-    said = "wrong   2.9.0, but transformer-engine-torch 2.8.0: parts of two versions ("
-    assert said in done.stdout
+def test_parts_of_two_versions_of_transformer_engine_are_reported(tmp_path: Path) -> None:
+    install(tmp_path, "transformer-engine", "2.9.0", {"transformer_engine/__init__.py": EMPTY_TE})
+    install(tmp_path, "transformer-engine-torch", "2.8.0", {})
+    process = run("--no-smoke", PYTHONPATH=str(tmp_path))
+    line = "wrong   2.9.0, but transformer-engine-torch 2.8.0: parts of two versions ("
+    assert line in process.stdout
 
 
-def test_training_beside_a_broken_package_names_it_and_the_doctor(tmp_path: Path) -> None:
-    package(tmp_path, "transformer-engine", "2.9.0", {"transformer_engine/__init__.py": EMPTY_TE})
+def test_training_with_a_broken_package_names_it_and_the_doctor(tmp_path: Path) -> None:
+    install(tmp_path, "transformer-engine", "2.9.0", {"transformer_engine/__init__.py": EMPTY_TE})
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "megatron_sffn.pretrain"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith(
         "error: megatron cannot be imported (Found empty `transformer-engine` meta package"
     )
-    assert "python -m megatron_sffn.doctor says which package to mend" in done.stderr
+    assert "python -m megatron_sffn.doctor says which package to mend" in process.stderr
 
 
-def test_a_torch_that_cannot_be_imported_ends_nothing(tmp_path: Path) -> None:
+def test_other_checks_run_if_torch_cannot_be_imported(tmp_path: Path) -> None:
     broken = "raise ImportError('libcudart.so.13: cannot open shared object file')\n"
-    package(tmp_path, "torch", "2.1.0", {"torch/__init__.py": broken})
-    done = run("--json", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 1
-    lines = lines_of(done)
+    install(tmp_path, "torch", "2.1.0", {"torch/__init__.py": broken})
+    process = run("--json", PYTHONPATH=str(tmp_path))
+    assert process.returncode == 1
+    lines = lines_of(process)
     assert lines["torch"]["state"] == WRONG
     assert lines["torch"]["found"] == (
         "2.1.0, ImportError: libcudart.so.13: cannot open shared object file"
@@ -167,54 +169,57 @@ def test_a_torch_that_cannot_be_imported_ends_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that comes first on the path of this process and of its probes."""
+    """A folder that comes first in the path of this process and of its children."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return tmp_path
 
 
-def test_a_whole_transformer_engine(site: Path) -> None:
+def test_a_complete_transformer_engine_is_ok_and_a_broken_one_wrong(site: Path) -> None:
     modules = {"transformer_engine/__init__.py": "", "transformer_engine/pytorch.py": ""}
-    package(site, "transformer-engine", "2.9.0", modules)
-    package(site, "transformer-engine-torch", "2.9.0", {})
-    found = packages.transformer_engine("Transformer Engine")
-    assert (found.state, found.found) == (OK, "2.9.0, with its torch part")
+    install(site, "transformer-engine", "2.9.0", modules)
+    install(site, "transformer-engine-torch", "2.9.0", {})
+    finding = packages.transformer_engine("Transformer Engine")
+    assert (finding.state, finding.found) == (OK, "2.9.0, with its torch part")
     (site / "transformer_engine" / "pytorch.py").write_text("import nothing_of_this_name\n")
-    found = packages.transformer_engine("Transformer Engine")
-    assert (found.state, "cannot be imported (ModuleNotFoundError" in found.found) == (WRONG, True)
+    finding = packages.transformer_engine("Transformer Engine")
+    assert (finding.state, "cannot be imported (ModuleNotFoundError" in finding.found) == (
+        WRONG,
+        True,
+    )
 
 
 def test_nvidias_apex_needs_its_extensions(site: Path) -> None:
-    package(site, "apex", "0.1", {"apex/__init__.py": "", "apex/multi_tensor_apply/a.py": ""})
-    found = packages.apex("apex")
-    assert (found.state, found.found) == (WRONG, "0.1, NVIDIA's, without its CUDA extensions")
+    install(site, "apex", "0.1", {"apex/__init__.py": "", "apex/multi_tensor_apply/a.py": ""})
+    finding = packages.apex("apex")
+    assert (finding.state, finding.found) == (WRONG, "0.1, NVIDIA's, without its CUDA extensions")
     (site / "amp_C.py").write_text("")
     assert packages.apex("apex").state == OK
 
 
-def test_a_broken_dali(site: Path) -> None:
-    package(site, "nvidia-dali-cuda130", "9.9", {"nvidia/dali/__init__.py": "raise OSError('x')\n"})
+def test_a_broken_dali_is_wrong(site: Path) -> None:
+    install(site, "nvidia-dali-cuda130", "9.9", {"nvidia/dali/__init__.py": "raise OSError('x')\n"})
     (site / "nvidia" / "__init__.py").write_text("")
-    found = packages.dali("DALI")
-    assert (found.state, found.found) == (WRONG, "nvidia-dali-cuda130 9.9, OSError: x")
+    finding = packages.dali("DALI")
+    assert (finding.state, finding.found) == (WRONG, "nvidia-dali-cuda130 9.9, OSError: x")
 
 
-def test_another_python(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_supported_python_versions_are_ok(monkeypatch: pytest.MonkeyPatch) -> None:
     for version, state in (((3, 11), WRONG), ((3, 12), OK), ((3, 13), OK), ((3, 14), WRONG)):
         monkeypatch.setattr(sys, "version_info", (*version, 0))
         assert packages.python("Python").state == state
 
 
-def test_a_missing_requirement(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_requirements_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = ["not-there-at-all", "torch>=99", 'not-there; extra == "dev"', "numpy"]
     monkeypatch.setattr("importlib.metadata.requires", lambda name: needed)
-    found = packages.requirements("requirements")
-    assert found.state == WRONG
-    assert found.found.startswith("not-there-at-all is missing, torch ")
-    assert found.found.endswith("is not >=99")
+    finding = packages.requirements("requirements")
+    assert finding.state == WRONG
+    assert finding.found.startswith("not-there-at-all is missing, torch ")
+    assert finding.found.endswith("is not >=99")
 
 
-# What a machine can lack that this one may not
+# Missing parts of a machine
 
 
 GPU = {"name": "NVIDIA H100", "bytes": 80 << 30, "capability": [9, 0]}
@@ -223,7 +228,7 @@ BUILD |= {"nccl": "2.29.7", "architectures": ["sm_80", "sm_90"]}
 
 
 @pytest.mark.parametrize(
-    ("check", "changes", "driver", "state", "found"),
+    ("check", "changes", "driver", "state", "expected"),
     [
         (packages.cuda, {}, "580.65", OK, "driver 580.65, CUDA 13.0 of torch"),
         (packages.cuda, {"available": False}, None, ABSENT, "no NVIDIA driver"),
@@ -237,32 +242,34 @@ BUILD |= {"nccl": "2.29.7", "architectures": ["sm_80", "sm_90"]}
         (packages.collectives, {"nccl": None, "gpus": []}, "", OK, "gloo"),
     ],
 )
-def test_what_torch_says(
-    monkeypatch, check: Any, changes: Any, driver: str | None, state: str, found: str
+def test_checks_of_gpus_follow_the_build_of_torch(
+    monkeypatch, check: Any, changes: Any, driver: str | None, state: str, expected: str
 ) -> None:
     monkeypatch.setattr(packages, "torch_build", lambda: {**BUILD, **changes})
     monkeypatch.setattr(packages, "driver_version", lambda: driver)
     line = check("name")
     assert line.state == state
-    assert line.found.startswith(found)
+    assert line.found.startswith(expected)
 
 
-def test_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_failing_compiler_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-compiler")
-    found = packages.kernels("C++ kernels")
-    assert (found.state, "no compiler (no-compiler)" in found.found) == (ABSENT, True)
+    finding = packages.kernels("C++ kernels")
+    assert (finding.state, "no compiler (no-compiler)" in finding.found) == (ABSENT, True)
     compiler = tmp_path / "cxx"
     compiler.write_text(
         "#!/bin/sh\n[ $1 = --version ] && echo one && exit\necho 'error: old' >&2\nexit 1\n"
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    found = packages.kernels("C++ kernels")
-    assert (found.state, "cannot be built (error: old)" in found.found) == (WRONG, True)
+    finding = packages.kernels("C++ kernels")
+    assert (finding.state, "cannot be built (error: old)" in finding.found) == (WRONG, True)
 
 
-def test_a_check_that_fails_is_a_line() -> None:
+def test_a_failing_check_becomes_a_line() -> None:
     line = guarded("name", lambda name: 1 / 0)  # type: ignore[arg-type, return-value]
     assert line.state == WRONG
     assert line.found == "cannot be looked at (ZeroDivisionError: division by zero)"
@@ -271,21 +278,25 @@ def test_a_check_that_fails_is_a_line() -> None:
 # Limits and disks
 
 
-def test_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    def few() -> None:
+def test_a_low_limit_of_open_files_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lower_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 
-    # Its own checks are of the machine alone, so that this is fast.
+    # Only one check of the machine runs, which is fast.
     code = "from megatron_sffn.doctor import machine; print(machine.limit('open files'))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, preexec_fn=few, capture_output=True, text=True
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        preexec_fn=lower_limit,
+        capture_output=True,
+        text=True,
     )
-    assert "state='wrong', found='256, at most 256', remedy='ulimit -n 65536; " in done.stdout
+    assert "state='wrong', found='256, at most 256', remedy='ulimit -n 65536; " in process.stdout
 
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Any:
-    """A file system without room."""
+    """A full file system."""
     if os.getuid() != 0:
         pytest.skip("mounting a file system needs root")
     mounted = subprocess.run(
@@ -300,20 +311,20 @@ def full_disk(tmp_path: Path) -> Any:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_a_full_disk(full_disk: Path) -> None:
+def test_a_full_disk_is_wrong(full_disk: Path) -> None:
     line = machine.disk(lambda: full_disk, "set TMPDIR", "disk: temporary")
     assert line.state == WRONG
     assert "0.0 GB free, cannot be written (No space left on device)" in line.found
 
 
-def test_a_folder_that_is_not_there_yet_is_judged_by_its_parent(tmp_path: Path) -> None:
+def test_a_missing_folder_is_checked_by_its_parent(tmp_path: Path) -> None:
     assert machine.disk(lambda: tmp_path / "new" / "newer", "remedy", "name").state == OK
 
 
 @pytest.mark.parametrize("flags", [["--nonsense"], ["there"]])
-def test_bad_input_is_one_sentence(flags: list[str]) -> None:
-    done = run(*flags)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+def test_bad_input_is_reported_in_one_sentence(flags: list[str]) -> None:
+    process = run(*flags)
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1
+    assert process.stdout == ""

@@ -1,4 +1,4 @@
-"""The wheel: built, installed into an empty environment, used from a folder that is no clone."""
+"""The wheel is built, installed into an empty environment, and used outside of a clone."""
 
 from __future__ import annotations
 
@@ -29,54 +29,56 @@ RUN = """
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the tree, as setuptools leaves a folder in the tree that it builds."""
+    """A wheel that is built from a copy of the tree, because setuptools leaves a folder there."""
     source = tmp_path_factory.mktemp("source")
-    built = tmp_path_factory.mktemp("wheel")
+    wheel_folder = tmp_path_factory.mktemp("wheel")
     for name in ("megatron_sffn", "tools"):
-        leave = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=leave)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip("wheel", "--no-build-isolation", "--wheel-dir", built, source)
-    (path,) = built.glob("*.whl")
+    pip("wheel", "--no-build-isolation", "--wheel-dir", wheel_folder, source)
+    (path,) = wheel_folder.glob("*.whl")
     return path
 
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel alone, whose dependencies are this one's."""
+    """An environment with the wheel, which uses the dependencies of this environment."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     pip("--python", folder / "bin" / "python", "install", wheel)
     (packages,) = folder.glob("lib/python*/site-packages")
-    # A folder named in a .pth file is searched; what lies in its own .pth files, such as the
-    # clone, is not.
+    # Python searches a folder of a .pth file, but ignores its own .pth files, such as that of the
+    # clone.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
     return folder
 
 
-def pip(*words: object) -> None:
-    """Without the network."""
-    command = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check", *words]
+def pip(*arguments: object) -> None:
+    """Run pip without the network."""
+    command = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check", *arguments]
     command += ["--no-deps", "--no-index"]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(
+        [str(argument) for argument in command], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
 
 
-def outside(environment: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run_outside(environment: Path, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """Run a command of the environment in another folder."""
-    left = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     path = os.pathsep.join([str(environment / "bin"), os.environ["PATH"]])
     return subprocess.run(
-        [str(environment / "bin" / words[0]), *words[1:]],
+        [str(environment / "bin" / command[0]), *command[1:]],
         cwd=folder,
-        env={**left, "PATH": path, "OMP_NUM_THREADS": "1"},
+        env={**variables, "PATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
 
 
-def test_the_wheel_holds_sources_tools_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_only_sources_and_tools(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {
         str(path.relative_to(ROOT))
@@ -88,13 +90,16 @@ def test_the_wheel_holds_sources_tools_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith(".cpp") for name in names)
 
 
-def test_apex_is_in_no_extra_and_kept_out() -> None:
+def test_no_extra_installs_apex_and_the_constraints_forbid_it() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    named = [*project["dependencies"], *(one for extra in extras.values() for one in extra)]
-    assert "apex" not in {Requirement(one).name for one in named}
+    requirements = [
+        *project["dependencies"],
+        *(requirement for extra in extras.values() for requirement in extra),
+    ]
+    assert "apex" not in {Requirement(requirement).name for requirement in requirements}
     assert {"te", "dali", "ray", "plot", "wandb", "dev"} <= extras.keys()
     assert "apex<0" in (ROOT / "constraints.txt").read_text().splitlines()
 
@@ -110,48 +115,52 @@ def test_pip_refuses_apex_under_the_constraints(tmp_path: Path) -> None:
     command += ["--ignore-installed", "--find-links", str(tmp_path), "apex"]
     assert subprocess.run(command, capture_output=True).returncode == 0
     constraints = ["-c", str(ROOT / "constraints.txt")]
-    done = subprocess.run([*command, *constraints], capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "(constraint) apex<0" in done.stdout
+    process = subprocess.run([*command, *constraints], capture_output=True, text=True)
+    assert process.returncode != 0
+    assert "(constraint) apex<0" in process.stdout
 
 
-@pytest.mark.parametrize("words", [["megatron-sffn"], ["python", "-m", "megatron_sffn"]])
+@pytest.mark.parametrize("arguments", [["megatron-sffn"], ["python", "-m", "megatron_sffn"]])
 def test_the_console_script_lists_every_tool(
-    environment: Path, tmp_path: Path, words: list[str]
+    environment: Path, tmp_path: Path, arguments: list[str]
 ) -> None:
-    done = outside(environment, tmp_path, *words)
-    assert done.returncode == 0, done.stderr
-    assert all(f"\n  {name} " in done.stdout for name in ["doctor", "pretrain", *TOOLS])
+    process = run_outside(environment, tmp_path, *arguments)
+    assert process.returncode == 0, process.stderr
+    assert all(f"\n  {name} " in process.stdout for name in ["doctor", "pretrain", *TOOLS])
 
 
 @pytest.mark.parametrize("tool", ["doctor", *TOOLS])
 def test_every_tool_starts_outside_the_clone(environment: Path, tmp_path: Path, tool: str) -> None:
-    done = outside(environment, tmp_path, "megatron-sffn", tool, "--help")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: ")
+    process = run_outside(environment, tmp_path, "megatron-sffn", tool, "--help")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("usage: ")
 
 
-@pytest.mark.parametrize("words", [["nonsense"], ["accounting", "--nonsense"]])
-def test_bad_input_is_one_sentence(environment: Path, tmp_path: Path, words: list[str]) -> None:
-    done = outside(environment, tmp_path, "megatron-sffn", *words)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+@pytest.mark.parametrize("arguments", [["nonsense"], ["accounting", "--nonsense"]])
+def test_bad_input_is_reported_in_one_sentence(
+    environment: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    process = run_outside(environment, tmp_path, "megatron-sffn", *arguments)
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1
 
 
-def test_the_installed_package_trains(environment: Path, tmp_path: Path) -> None:
-    where = outside(environment, tmp_path, "python", "-c", "import megatron_sffn as m; print(m)")
-    assert str(environment) in where.stdout, where
-    done = outside(
+def test_the_installed_package_can_train(environment: Path, tmp_path: Path) -> None:
+    location = run_outside(
+        environment, tmp_path, "python", "-c", "import megatron_sffn as m; print(m)"
+    )
+    assert str(environment) in location.stdout, location
+    process = run_outside(
         environment,
         tmp_path,
         *("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "megatron_sffn.pretrain", *RUN.split()),
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     assert json.loads((tmp_path / "saved" / "summary.json").read_text())["iterations"] == 5
-    # A tool reads what the run left.
-    converted = outside(
+    # A tool reads the checkpoint of the run.
+    converted = run_outside(
         environment,
         tmp_path,
         *("megatron-sffn", "convert-checkpoint", "reblock", "--load", "saved"),

@@ -1,4 +1,4 @@
-"""How the pretraining command starts: alone, or as one of the processes of a launcher."""
+"""The pretraining command starts as a single process or as a rank of a launcher."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @pytest.mark.parametrize("variable", pretrain.WORLD_SIZES)
 def test_processes_of_another_launcher_are_refused(tmp_path: Path, variable: str) -> None:
-    outside = {name: value for name, value in os.environ.items() if name not in WORLD}
+    environment = {name: value for name, value in os.environ.items() if name not in WORLD}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "megatron_sffn.pretrain", "--save", "run"],
             cwd=tmp_path,
-            env={**outside, variable: "2", "SLURM_PROCID": str(number)},
+            env={**environment, variable: "2", "SLURM_PROCID": str(number)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -39,11 +39,11 @@ def test_processes_of_another_launcher_are_refused(tmp_path: Path, variable: str
 
 @pytest.mark.parametrize("variable", pretrain.WORLD_SIZES)
 @pytest.mark.parametrize(("rank", "processes"), [("1", "2"), (None, "1"), (None, "")])
-def test_one_process_and_ranks_of_torchrun_start(
+def test_a_single_process_and_ranks_of_torchrun_can_start(
     monkeypatch: pytest.MonkeyPatch, variable: str, rank: str | None, processes: str
 ) -> None:
     for name in WORLD:
-        monkeypatch.setenv(name, rank or "unset")  # so that pytest takes back what is set
+        monkeypatch.setenv(name, rank or "unset")  # so that pytest restores it
     if rank is None:
         del os.environ["RANK"]
     monkeypatch.setenv(variable, processes)

@@ -1,4 +1,4 @@
-"""The README's lines, as they are, in a process that has nothing else."""
+"""The code of the README runs unchanged in a new process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tests.support.paths import ROOT
 
 CHECKS = """
 assert not torch.distributed.is_initialized()
-twice = SparseFFN(config), layer
-assert all(torch.equal(*pair) for pair in zip(*(one.parameters() for one in twice)))
+layers = SparseFFN(config), layer
+assert all(torch.equal(*pair) for pair in zip(*(layer.parameters() for layer in layers)))
 x = torch.randn(32, 2, 128, requires_grad=True)
 out, _ = layer(x)
 assert out.isfinite().all() and out.abs().sum() > 0
@@ -35,15 +35,15 @@ for change in ({"shared_blocks": 1}, {"backend": "megatron"}):
 """
 
 
-def test_the_library_runs_as_the_readme_shows() -> None:
+def test_the_library_example_of_the_readme_runs() -> None:
     section = (ROOT / "README.md").read_text().split("### As a library")[1].split("\n## ")[0]
     lines = "".join(re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL))
     assert "layer = SparseFFN(config)" in lines
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", lines + CHECKS + REFUSED],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr

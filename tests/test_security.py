@@ -1,4 +1,4 @@
-"""A checkpoint runs no code, a tokenizer neither, and secrets stay where they are."""
+"""Checkpoints and tokenizers run no code, and no output contains secrets."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ SECRETS = {
 
 
 class Code:
-    """Unpickled, it makes a folder: what a hostile file does is only harmless."""
+    """An object that makes a folder when it is unpickled, in place of hostile code."""
 
-    def __init__(self, made: Path) -> None:
-        self.made = made
+    def __init__(self, code_folder: Path) -> None:
+        self.code_folder = code_folder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.makedirs, (str(self.made), 0o777, True)
+        return os.makedirs, (str(self.code_folder), 0o777, True)
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +65,20 @@ def load(pretrain, originals: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Path:
-    """The folder that hostile code would make."""
+def code_folder(tmp_path: Path) -> Path:
+    """The folder that exists if the code ran."""
     return tmp_path / "made"
 
 
-def packed(value: Any, **options: Any) -> bytes:
-    """As torch.save writes it."""
+def save_to_bytes(value: Any, **options: Any) -> bytes:
+    """The bytes that torch.save writes."""
     buffer = io.BytesIO()
     torch.save(value, buffer, **options)
     return buffer.getvalue()
 
 
-def plant(folder: Path, key: str, data: bytes) -> None:
-    """Other bytes for the objects of a key among the shards."""
+def replace_objects(folder: Path, key: str, data: bytes) -> None:
+    """Replace the bytes of the objects of a key in the shards."""
     metadata = read_metadata(folder)
     for index, item in metadata.storage_data.items():
         if index.fqn.startswith(key):
@@ -95,18 +95,18 @@ def in_common_file(folder: Path, code: Code) -> None:
 
 
 def in_common_state(folder: Path, code: Code) -> None:
-    plant(folder, COMMON_STATE, packed([{**read_common(folder), "more": code}]))
+    replace_objects(folder, COMMON_STATE, save_to_bytes([{**read_common(folder), "more": code}]))
 
 
 def in_newer_pickle(folder: Path, code: Code) -> None:
-    plant(folder, COMMON_STATE, packed([code], pickle_protocol=4))
+    replace_objects(folder, COMMON_STATE, save_to_bytes([code], pickle_protocol=4))
 
 
 def in_random_numbers(folder: Path, code: Code) -> None:
-    plant(folder, "rng_state", packed([code]))
+    replace_objects(folder, "rng_state", save_to_bytes([code]))
 
 
-def in_metadata(folder: Path, code: Code) -> None:
+def as_metadata(folder: Path, code: Code) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(code))
 
 
@@ -116,33 +116,33 @@ def inside_metadata(folder: Path, code: Code) -> None:
 
 
 def in_legacy_file(folder: Path, code: Code) -> None:
-    ranked = legacy(folder)
-    torch.save({"args": None, "more": code}, ranked / "model_optim_rng.pt")
+    rank_folder = make_legacy(folder)
+    torch.save({"args": None, "more": code}, rank_folder / "model_optim_rng.pt")
 
 
 def in_legacy_optimizer(folder: Path, code: Code) -> None:
-    ranked = legacy(folder)
-    torch.save({"args": None}, ranked / "model_optim_rng.pt")
-    torch.save({"more": code}, ranked / "distrib_optim.pt")
+    rank_folder = make_legacy(folder)
+    torch.save({"args": None}, rank_folder / "model_optim_rng.pt")
+    torch.save({"more": code}, rank_folder / "distrib_optim.pt")
 
 
 def in_legacy_bare_pickle(folder: Path, code: Code) -> None:
-    (legacy(folder) / "model_optim_rng.pt").write_bytes(pickle.dumps(code))
+    (make_legacy(folder) / "model_optim_rng.pt").write_bytes(pickle.dumps(code))
 
 
-def legacy(folder: Path) -> Path:
-    """An iteration in the format `torch`."""
+def make_legacy(folder: Path) -> Path:
+    """Replace an iteration by one in the format `torch`; returns the folder of its first rank."""
     shutil.rmtree(folder)
     (folder / "mp_rank_00").mkdir(parents=True)
     return folder / "mp_rank_00"
 
 
-HOSTILE = {
+HOSTILE_FILES = {
     "common.pt": (in_common_file, "os.makedirs in common.pt"),
     "common state": (in_common_state, r"os.makedirs in __\d_0.distcp"),
     "newer pickle": (in_newer_pickle, r"what torch's checkpoints never hold in __\d_0.distcp"),
     "random numbers": (in_random_numbers, r"os.makedirs in __\d_0.distcp"),
-    "metadata": (in_metadata, "os.makedirs in .metadata"),
+    "metadata": (as_metadata, "os.makedirs in .metadata"),
     "inside metadata": (inside_metadata, "os.makedirs in .metadata"),
     "legacy": (in_legacy_file, "os.makedirs in mp_rank_00/model_optim_rng.pt"),
     "legacy optimizer": (in_legacy_optimizer, "os.makedirs in mp_rank_00/distrib_optim.pt"),
@@ -153,31 +153,35 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_code_is_named_with_its_place_and_not_run(load: Path, made: Path, name: str) -> None:
-    write, place = HOSTILE[name]
+@pytest.mark.parametrize("name", HOSTILE_FILES)
+def test_code_in_a_checkpoint_is_named_with_its_file_and_not_run(
+    load: Path, code_folder: Path, name: str
+) -> None:
+    write, place = HOSTILE_FILES[name]
     folder = load / "iter_0000002"
-    write(folder, Code(made))
+    write(folder, Code(code_folder))
     with pytest.raises(ConfigError, match=f"checkpoint {folder} names {place}, which is code"):
         check_data_only(folder)
-    assert not made.exists()
+    assert not code_folder.exists()
 
 
 @pytest.mark.parametrize("name", ["common state", "metadata", "legacy"])
-def test_training_refuses_it(pretrain, load: Path, made: Path, name: str) -> None:
-    write, place = HOSTILE[name]
-    write(load / "iter_0000002", Code(made))
-    new = load.parent / "new"
+def test_training_refuses_a_checkpoint_with_code(
+    pretrain, load: Path, code_folder: Path, name: str
+) -> None:
+    write, place = HOSTILE_FILES[name]
+    write(load / "iter_0000002", Code(code_folder))
+    new_run = load.parent / "new"
     sentence = f"ConfigError: checkpoint {load}/iter_0000002 names {place}, which is code"
     with pytest.raises(AssertionError, match=sentence) as refusal:
-        pretrain(1, f"{FLAGS} --load {load} --save {new} --auto-detect-ckpt-format")
+        pretrain(1, f"{FLAGS} --load {load} --save {new_run} --auto-detect-ckpt-format")
     assert "add --sffn-trust-checkpoint if you trust" in str(refusal.value)
-    assert not made.exists()
-    assert not new.exists()
+    assert not code_folder.exists()
+    assert not new_run.exists()
 
 
-def test_whatever_the_flags_say_of_it(pretrain, load: Path, made) -> None:
-    in_common_state(load / "iter_0000002", Code(made))
+def test_no_loading_flag_lets_code_run(pretrain, load: Path, code_folder) -> None:
+    in_common_state(load / "iter_0000002", Code(code_folder))
     for flags in (
         f"--load {load} --ckpt-format torch",
         f"--pretrained-checkpoint {load} --load {load / 'none'}",
@@ -185,63 +189,65 @@ def test_whatever_the_flags_say_of_it(pretrain, load: Path, made) -> None:
     ):
         with pytest.raises(AssertionError, match=r"names os.makedirs in __\d_0.distcp"):
             pretrain(1, f"{FLAGS} {flags}")
-    assert not made.exists()
+    assert not code_folder.exists()
 
 
 @pytest.mark.parametrize("name", ["common state", "random numbers", "inside metadata"])
-def test_it_runs_where_the_user_says_so(pretrain, load: Path, made, name: str) -> None:
-    """And so the code of these tests is code: without the limits it runs."""
-    HOSTILE[name][0](load / "iter_0000002", Code(made))
+def test_code_runs_if_the_user_trusts_the_checkpoint(
+    pretrain, load: Path, code_folder, name: str
+) -> None:
+    """This also shows that the code of these tests runs when nothing refuses it."""
+    HOSTILE_FILES[name][0](load / "iter_0000002", Code(code_folder))
     flags = f"{FLAGS} {EP2} --load {load} --sffn-trust-checkpoint"
-    if name == "random numbers":  # these objects hold nothing but code
+    if name == "random numbers":  # the objects are only code, so loading fails after it ran
         with pytest.raises(AssertionError):
             pretrain(2, flags)
     else:
         pretrain(2, flags)
-    assert made.is_dir()
+    assert code_folder.is_dir()
 
 
-def test_reading_has_the_same_limits_without_a_look_before(load: Path, made) -> None:
+def test_reading_without_the_scan_refuses_code_too(load: Path, code_folder) -> None:
     folder = load / "iter_0000002"
-    in_common_state(folder, Code(made))
+    in_common_state(folder, Code(code_folder))
     with (
         pytest.warns(UserWarning, match=r"torch\.distributed is disabled"),
         pytest.raises(CheckpointException, match="Weights only load failed"),
     ):
         load_common_state_dict(str(folder))
-    inside_metadata(folder, Code(made))
+    inside_metadata(folder, Code(code_folder))
     with pytest.raises(unpickling.ForeignCode, match=r"os.makedirs"):
         FileSystemReader(folder).read_metadata()
-    assert not made.exists()
+    assert not code_folder.exists()
 
 
-def test_what_megatron_saves_is_data(load: Path) -> None:
+def test_a_checkpoint_of_megatron_holds_only_data(load: Path) -> None:
     check_data_only(load / "iter_0000002")
 
 
-def test_a_damaged_file_is_no_code(load: Path) -> None:
+def test_a_damaged_file_does_not_count_as_code(load: Path) -> None:
     folder = load / "iter_0000002"
-    plant(folder, COMMON_STATE, bytes(500))
+    replace_objects(folder, COMMON_STATE, bytes(500))
     check_data_only(folder)
     (folder / ".metadata").write_bytes(b"nothing")
     check_data_only(folder)
 
 
 @pytest.mark.parametrize("row", unpickling.PATCHES, ids=lambda row: row.target)
-def test_the_named_code_uses_what_is_replaced(row: Any) -> None:
+def test_every_patched_function_is_used_where_the_registry_says(row: Any) -> None:
     owner, user = resolve(row.needed_by)
     name = row.target.rpartition(".")[2]
     code = inspect.getsource(getattr(owner, user))
     assert f" {name}.load(" in code or f".{name}(" in code
 
 
-def test_installed_once() -> None:
-    before = [getattr(*resolve(row.target)) for row in unpickling.PATCHES]
+def test_installing_the_patches_twice_changes_nothing() -> None:
+    functions = [getattr(*resolve(row.target)) for row in unpickling.PATCHES]
     unpickling.install()
-    assert [getattr(*resolve(row.target)) for row in unpickling.PATCHES] == before
+    assert [getattr(*resolve(row.target)) for row in unpickling.PATCHES] == functions
 
 
-def test_metadata_may_name_what_torch_has(tmp_path: Path) -> None:
+def test_names_allowed_in_metadata_exist(tmp_path: Path) -> None:
     for module, names in unpickling.METADATA_NAMES.items():
         if module == "pathlib._local" and sys.version_info < (3, 13):
             continue
@@ -255,7 +261,7 @@ def test_metadata_may_name_what_torch_has(tmp_path: Path) -> None:
 # The command line in a checkpoint
 
 
-def test_a_checkpoint_gives_no_permissions() -> None:
+def test_permissions_in_the_command_of_a_checkpoint_are_removed() -> None:
     command = "--sffn-trust-checkpoint --lr 1 --spec a b --trust-remote-code --seed 2 --spec=a"
     assert without(command.split(), NOT_FROM_A_CHECKPOINT) == ["--lr", "1", "--seed", "2"]
 
@@ -272,66 +278,70 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
-    """Of a command that ended with exit code 2."""
-    assert done.returncode == 2, done.stderr
-    (sentence,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert "Traceback" not in done.stderr
+def error_sentence(process: subprocess.CompletedProcess[str]) -> str:
+    """The error of a command that ended with exit code 2."""
+    assert process.returncode == 2, process.stderr
+    (sentence,) = (line for line in process.stderr.splitlines() if line.startswith("error: "))
+    assert "Traceback" not in process.stderr
     return sentence
 
 
-def test_the_commands_refuse_with_one_sentence(load: Path, made, text: str) -> None:
-    in_common_state(load / "iter_0000002", Code(made))
+def test_the_commands_refuse_code_with_one_sentence(load: Path, code_folder, text: str) -> None:
+    in_common_state(load / "iter_0000002", Code(code_folder))
     convert = [ROOT / "tools" / "convert_checkpoint.py", "reblock", "--load", load]
     convert += ["--save", load.parent / "finer", "--block-size", "4"]
-    assert " names os.makedirs in __" in one_sentence(run(*convert))
+    assert " names os.makedirs in __" in error_sentence(run(*convert))
     flags = shlex.split(f"{MODEL} {FLAGS} --data-path {text} --load {load}")
     trained = run("-m", "megatron_sffn.pretrain", *flags)
-    assert " names os.makedirs in __" in one_sentence(trained)
-    assert not made.exists()
+    assert " names os.makedirs in __" in error_sentence(trained)
+    assert not code_folder.exists()
     assert not (load.parent / "finer").exists()
 
 
-def test_the_tool_reads_it_where_the_user_says_so(load: Path, made, monkeypatch) -> None:
-    in_common_state(load / "iter_0000002", Code(made))
-    monkeypatch.setenv(unpickling.TRUST, "0")  # which the flag sets, and this takes back
+def test_the_tool_reads_code_if_the_user_trusts_the_checkpoint(
+    load: Path, code_folder, monkeypatch
+) -> None:
+    in_common_state(load / "iter_0000002", Code(code_folder))
+    monkeypatch.setenv(
+        unpickling.TRUST, "0"
+    )  # so that pytest restores it after the flag has set it
     flags = f"reblock --load {load} --save {load.parent}/finer --block-size 4 --no-evaluate"
     assert convert_checkpoint.main([*flags.split(), "--sffn-trust-checkpoint"]) == 0
-    assert made.is_dir()
+    assert code_folder.is_dir()
 
 
 # Tokenizers
 
 
 @pytest.fixture
-def tokenizer(made: Path, tmp_path: Path) -> Path:
+def tokenizer(code_folder: Path, tmp_path: Path) -> Path:
     """A folder with a tokenizer whose code makes a folder."""
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     (folder / "tokenizer_config.json").write_text(
         '{"auto_map": {"AutoTokenizer": ["code.Tokenizer", null]}, "tokenizer_class": "Tokenizer"}'
     )
-    (folder / "code.py").write_text(f"import os\nos.mkdir({str(made)!r})\n")
+    (folder / "code.py").write_text(f"import os\nos.mkdir({str(code_folder)!r})\n")
     return folder
 
 
-def test_a_tokenizers_code_runs_only_when_it_is_asked_for(
-    pretrain, made, tokenizer: Path, monkeypatch, tmp_path: Path
+def test_code_of_a_tokenizer_runs_only_on_request(
+    pretrain, code_folder, tokenizer: Path, monkeypatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     flags = f"{FLAGS} --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}"
     with pytest.raises(AssertionError, match=r"ConfigError: .* cannot be loaded"):
         pretrain(1, flags)
-    assert not made.exists()
+    assert not code_folder.exists()
     with pytest.raises(AssertionError, match=r"ConfigError: .* cannot be loaded"):
         pretrain(1, f"{flags} --trust-remote-code")
-    assert made.is_dir()
+    assert code_folder.is_dir()
 
 
 # Secrets
 
 
-def test_secrets_are_in_nothing_that_a_run_leaves(pretrain, monkeypatch, tmp_path: Path) -> None:
+def test_no_output_of_a_run_contains_secrets(pretrain, monkeypatch, tmp_path: Path) -> None:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     log = pretrain(2, f"{FLAGS} {EP2} --save {tmp_path}/run --tensorboard-dir {tmp_path}/run/tb")
@@ -341,10 +351,10 @@ def test_secrets_are_in_nothing_that_a_run_leaves(pretrain, monkeypatch, tmp_pat
     assert any(name.startswith("events.out") for name in names)
     report = tmp_path / "run" / "report"
     analyze = [ROOT / "tools" / "analyze_routing.py", tmp_path / "run", "--out", report]
-    done = run(*analyze, "--tokens", "512", "--iterations", "2")
-    assert done.returncode == 0, done.stderr
-    left = [log.text, done.stdout, done.stderr]
-    left += [path.read_bytes().decode("latin1") for path in report.rglob("*") if path.is_file()]
-    left += [path.read_bytes().decode("latin1") for path in files]
+    process = run(*analyze, "--tokens", "512", "--iterations", "2")
+    assert process.returncode == 0, process.stderr
+    texts = [log.text, process.stdout, process.stderr]
+    texts += [path.read_bytes().decode("latin1") for path in report.rglob("*") if path.is_file()]
+    texts += [path.read_bytes().decode("latin1") for path in files]
     for value in SECRETS.values():
-        assert not any(value in one for one in left)
+        assert not any(value in text for text in texts)

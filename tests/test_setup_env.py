@@ -1,7 +1,7 @@
 """tools/setup_env.sh, with fake interpreters: nothing is downloaded or installed.
 
-A fake python answers the three calls the script makes of a real one (its version, `-m venv`,
-`-m pip`) and writes them down, so that a test can tell what would have been installed.
+A fake python answers the three calls of the script (its version, `-m venv`, `-m pip`) and records
+every `-m pip`, so that a test can tell what would have been installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 from tests.support.processes import HANGS
 
 SCRIPT = ROOT / "tools" / "setup_env.sh"
-# All that the script may use: a PATH of links to these hides the machine's own pythons.
+# The commands that the script may use. A PATH of links to them hides the pythons of the machine.
 COMMANDS = "awk bash cat cksum cp dirname flock grep mkdir rm sed sh sleep sort tee".split()  # noqa: SIM905
 
 FAKE_PYTHON = """#!/bin/sh
@@ -39,7 +39,7 @@ esac
 
 @dataclass(frozen=True)
 class Checkout:
-    """A project with the real script, and a PATH that holds only what a test puts there."""
+    """A project with the real script and a PATH that holds only the files of a test."""
 
     root: Path
     bin: Path
@@ -92,24 +92,24 @@ def checkout(tmp_path: Path) -> Checkout:
     for name in COMMANDS:
         if path := shutil.which(name):
             (bin_ / name).symlink_to(path)
-    write_command(bin_ / "df", df(free_gb=100))  # whatever this machine's disk has
+    write_command(bin_ / "df", df_script(free_gb=100))  # independent of the disk of this machine
     return Checkout(root, bin_, home)
 
 
-def df(free_gb: int) -> str:
+def df_script(free_gb: int) -> str:
     return f"#!/bin/sh\necho head\necho disk 1 1 {free_gb * 1024 * 1024} 1% /\n"
 
 
-def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -> None:
+def assert_one_sentence(result: subprocess.CompletedProcess[str], *phrases: str) -> None:
     assert result.returncode != 0
     (line,) = result.stderr.splitlines()
     assert line.startswith("setup: ") and line.endswith(".")
-    for word in words:
-        assert word in line
+    for phrase in phrases:
+        assert phrase in line
 
 
 @pytest.mark.parametrize(
-    ("present", "chosen"),
+    ("installed", "expected"),
     [
         ({"python3.12": "3.12.1", "python3.13": "3.13.0", "python3": "3.12.9"}, "3.12.1"),
         ({"python3.13": "3.13.0", "python3": "3.12.9"}, "3.13.0"),
@@ -129,15 +129,17 @@ def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -
         ),
     ],
 )
-def test_search_order(checkout: Checkout, present: dict[str, str], chosen: str) -> None:
-    for name, version in present.items():
+def test_the_newest_supported_python_in_search_order_is_used(
+    checkout: Checkout, installed: dict[str, str], expected: str
+) -> None:
+    for name, version in installed.items():
         checkout.python(name, version)
     result = checkout.setup()
     assert (result.returncode, result.stderr) == (0, "")
-    assert checkout.installs() == [chosen]
+    assert checkout.installs() == [expected]
 
 
-def test_pyenv_root_and_shims_that_do_not_run(checkout: Checkout) -> None:
+def test_broken_pyenv_shims_are_skipped(checkout: Checkout) -> None:
     shim = "#!/bin/sh\necho 'pyenv: python3.12: command not found' >&2\nexit 127\n"
     write_command(checkout.bin / "python3.12", shim)
     checkout.python("elsewhere/versions/3.12.1/bin/python", "3.12.1")
@@ -146,7 +148,7 @@ def test_pyenv_root_and_shims_that_do_not_run(checkout: Checkout) -> None:
     assert checkout.installs() == ["3.12.1"]
 
 
-def test_named_python_comes_first(checkout: Checkout) -> None:
+def test_a_named_python_is_used_first(checkout: Checkout) -> None:
     checkout.python("python3.12", "3.12.1")
     named = checkout.python("opt/python", "3.13.0")
     assert checkout.setup(PYTHON=str(named)).returncode == 0
@@ -154,52 +156,58 @@ def test_named_python_comes_first(checkout: Checkout) -> None:
 
 
 @pytest.mark.parametrize("version", ["3.11.7", "3.14.0"])
-def test_named_python_of_another_version(checkout: Checkout, version: str) -> None:
+def test_a_named_python_of_an_unsupported_version_is_refused(
+    checkout: Checkout, version: str
+) -> None:
     checkout.python("python3.12", "3.12.1")
     checkout.python("other", version)
     assert_one_sentence(checkout.setup(PYTHON="other"), "PYTHON=other", version, "3.12 or 3.13")
     assert not (checkout.root / ".venv").exists()
 
 
-def test_named_python_does_not_run(checkout: Checkout) -> None:
+def test_a_named_python_that_does_not_run_is_refused(checkout: Checkout) -> None:
     checkout.python("python3.12", "3.12.1")
     assert_one_sentence(checkout.setup(PYTHON="/none"), "PYTHON=/none does not run")
 
 
-def test_no_python(checkout: Checkout) -> None:
+def test_a_missing_python_is_reported(checkout: Checkout) -> None:
     checkout.python("python3", "3.11.7")
     assert_one_sentence(checkout.setup(), "no Python 3.12 or 3.13", "apt-get install", "pyenv")
     assert not (checkout.root / ".venv").exists()
 
 
-def test_too_little_disk(checkout: Checkout) -> None:
+def test_too_little_disk_space_is_reported(checkout: Checkout) -> None:
     checkout.python("python3.12", "3.12.1")
-    write_command(checkout.bin / "df", df(free_gb=3))
+    write_command(checkout.bin / "df", df_script(free_gb=3))
     assert_one_sentence(checkout.setup(), "3 GB are free", "8 GB")
     assert checkout.installs() == []
     assert not (checkout.root / ".venv").exists()
 
 
-def test_no_venv_module(checkout: Checkout) -> None:
+def test_a_missing_venv_module_is_reported(checkout: Checkout) -> None:
     no_venv = "#!/bin/sh\n[ $1 = -c ] && echo 3.12.1 $0 || { echo No module named venv; exit 1; }\n"
     write_command(checkout.bin / "python3.12", no_venv)
     assert_one_sentence(checkout.setup(), "virtual environment", "python3.12-venv", "setup.log")
 
 
-def test_second_call_installs_nothing(checkout: Checkout) -> None:
+def test_a_second_call_installs_nothing(checkout: Checkout) -> None:
     checkout.python("python3.12", "3.12.1")
-    first = checkout.setup()
-    assert "minutes" in first.stdout and "GB" in first.stdout
-    assert "torch" in first.stdout and "tqdm" not in first.stdout, "only what takes long is shown"
-    write_command(checkout.bin / "df", df(free_gb=0))  # asked only before an install
+    first_call = checkout.setup()
+    assert "minutes" in first_call.stdout and "GB" in first_call.stdout
+    assert "torch" in first_call.stdout and "tqdm" not in first_call.stdout, (
+        "only what takes long is shown"
+    )
+    write_command(checkout.bin / "df", df_script(free_gb=0))  # called only before an install
     (checkout.bin / "python3.12").unlink()
-    second = checkout.setup()
-    assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
+    second_call = checkout.setup()
+    assert (second_call.returncode, second_call.stdout, second_call.stderr) == (0, "", "")
     assert len(checkout.installs()) == 1
 
 
-def test_named_python_must_be_that_of_the_environment(checkout: Checkout) -> None:
-    python312, python313 = (checkout.python(f"python3.{v}", f"3.{v}.1") for v in (12, 13))
+def test_another_named_python_replaces_the_environment(checkout: Checkout) -> None:
+    python312, python313 = (
+        checkout.python(f"python3.{minor}", f"3.{minor}.1") for minor in (12, 13)
+    )
     checkout.setup()
     checkout.setup(PYTHON=str(python312))
     assert checkout.installs() == ["3.12.1"]
@@ -212,30 +220,30 @@ def test_named_python_must_be_that_of_the_environment(checkout: Checkout) -> Non
 def test_changed_requirements_update_in_place(checkout: Checkout, name: str) -> None:
     checkout.python("python3.12", "3.12.1")
     checkout.setup()
-    kept = checkout.root / ".venv" / "kept"
-    kept.touch()
+    existing_file = checkout.root / ".venv" / "kept"
+    existing_file.touch()
     with (checkout.root / name).open("a") as file:
         file.write("# changed\n")
     assert "updating" in checkout.setup().stdout
     assert checkout.setup().stdout == ""
     assert len(checkout.installs()) == 2
-    assert kept.exists()
+    assert existing_file.exists()
 
 
-def test_failed_install_is_said_and_repaired(checkout: Checkout) -> None:
+def test_a_failed_install_is_reported_and_the_next_call_repairs_it(checkout: Checkout) -> None:
     checkout.python("python3.12", "3.12.1")
     result = checkout.setup(PIP_ERROR="No matching distribution found for torch")
     assert_one_sentence(result, "No matching distribution found for torch", ".venv/setup.log")
     assert "tqdm" in (checkout.root / ".venv/setup.log").read_text(), "the log has everything"
-    left = checkout.root / ".venv" / "half-installed"
-    left.touch()
+    leftover = checkout.root / ".venv" / "half-installed"
+    leftover.touch()
     assert checkout.setup().returncode == 0
-    assert not left.exists()
+    assert not leftover.exists()
     assert checkout.setup().stdout == ""
     assert len(checkout.installs()) == 2
 
 
-def test_failed_update_is_tried_again_in_place(checkout: Checkout) -> None:
+def test_a_failed_update_is_repeated_in_place(checkout: Checkout) -> None:
     checkout.python("python3.12", "3.12.1")
     checkout.setup()
     (checkout.root / "constraints.txt").write_text("torch<0\n")
@@ -244,30 +252,32 @@ def test_failed_update_is_tried_again_in_place(checkout: Checkout) -> None:
     assert len(checkout.installs()) == 3
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_update_is_repaired(checkout: Checkout, sent: signal.Signals) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+def test_the_next_call_repairs_an_interrupted_update(
+    checkout: Checkout, signal_number: signal.Signals
+) -> None:
     checkout.python("python3.12", "3.12.1")
     checkout.setup()
-    # Like pip, it takes an interrupt as a failure: trap and exit.
-    slow = FAKE_PYTHON.format(version="3.12.1").replace(
+    # Like pip, the fake exits with an error after an interrupt.
+    slow_python = FAKE_PYTHON.format(version="3.12.1").replace(
         'echo "Down', "trap 'exit 1' INT; sleep 9999 #"
     )
-    write_command(checkout.root / ".venv" / "bin" / "python", slow)
+    write_command(checkout.root / ".venv" / "bin" / "python", slow_python)
     (checkout.root / "constraints.txt").write_text("changed\n")
     with checkout.start() as process:
         while len(checkout.installs()) < 2:
             time.sleep(0.01)
-        time.sleep(0.05)  # let it reach its trap
-        os.killpg(process.pid, sent)
+        time.sleep(0.05)  # until the trap is set
+        os.killpg(process.pid, signal_number)
         _, stderr = process.communicate(timeout=HANGS)
     assert process.returncode != 0
-    assert "interrupted" in stderr or sent == signal.SIGKILL
+    assert "interrupted" in stderr or signal_number == signal.SIGKILL
     assert "replacing" in checkout.setup().stdout
     assert checkout.setup().stdout == ""
     assert len(checkout.installs()) == 3
 
 
-def test_moved_checkout_is_installed_again(checkout: Checkout) -> None:
+def test_a_moved_checkout_is_installed_again(checkout: Checkout) -> None:
     checkout.python("python3.12", "3.12.1")
     checkout.setup()
     moved = replace(checkout, root=checkout.root.rename(checkout.root.parent / "moved"))
@@ -277,12 +287,12 @@ def test_moved_checkout_is_installed_again(checkout: Checkout) -> None:
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="without flock, set-ups are not kept apart")
 def test_two_calls_at_once_install_once(checkout: Checkout) -> None:
-    slow = FAKE_PYTHON.format(version="3.12.1").replace('echo "Down', "sleep 0.2 #")
-    write_command(checkout.bin / "python3.12", slow)
-    with checkout.start() as first, checkout.start() as second:
-        assert (first.wait(timeout=HANGS), second.wait(timeout=HANGS)) == (0, 0)
+    slow_python = FAKE_PYTHON.format(version="3.12.1").replace('echo "Down', "sleep 0.2 #")
+    write_command(checkout.bin / "python3.12", slow_python)
+    with checkout.start() as first_call, checkout.start() as second_call:
+        assert (first_call.wait(timeout=HANGS), second_call.wait(timeout=HANGS)) == (0, 0)
     assert len(checkout.installs()) == 1
 
 
-def test_script_is_executable() -> None:
+def test_the_script_is_executable() -> None:
     assert os.access(SCRIPT, os.X_OK)

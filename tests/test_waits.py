@@ -1,7 +1,7 @@
-"""Where the host waits for a GPU in a step of one layer. The tables may only shrink.
+"""The host waits for a GPU only where these tables say. They may only shrink.
 
-The default path never waits. The exceptions are in `ALLOWED` and docs/backends.md. With several
-ranks the host waits for counts: `BETWEEN_RANKS` and docs/parallelism.md.
+The default path never waits. The exceptions are in `ALLOWED_WAITS` and docs/backends.md. With
+several ranks the host waits for counts: see `RANK_CASES` and docs/parallelism.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.support.ranks import run_ranks
 from tests.support.router_cases import SPARSE, VOCAB, Case
 
 
-def switch(**megatron: Any) -> Case:
+def switch_case(**megatron: Any) -> Case:
     """A layer with router switch and these fields of Megatron's config."""
     return Case(router="switch", megatron=tuple({"moe_aux_loss_coeff": 0.1, **megatron}.items()))
 
@@ -36,11 +36,11 @@ def switch(**megatron: Any) -> Case:
 CASES = {
     **{name: Case(router=name, megatron=(("padded_vocab_size", VOCAB),)) for name in SPARSE},
     "rand-hash, vocabulary not known": Case(router="rand-hash"),
-    "switch, loss per sequence": switch(moe_router_load_balancing_type="seq_aux_loss"),
-    "switch, global loss": switch(moe_router_load_balancing_type="global_aux_loss"),
-    "switch, z loss": switch(moe_z_loss_coeff=0.1),
-    "switch, bias": switch(moe_router_enable_expert_bias=True),
-    "switch, capacity": switch(moe_expert_capacity_factor=1.0, moe_token_drop_policy="probs"),
+    "switch, loss per sequence": switch_case(moe_router_load_balancing_type="seq_aux_loss"),
+    "switch, global loss": switch_case(moe_router_load_balancing_type="global_aux_loss"),
+    "switch, z loss": switch_case(moe_z_loss_coeff=0.1),
+    "switch, bias": switch_case(moe_router_enable_expert_bias=True),
+    "switch, capacity": switch_case(moe_expert_capacity_factor=1.0, moe_token_drop_policy="probs"),
     "sigma-moe, entropy": Case(router="sigma-moe", options=(("entropy_coefficient", 0.1),)),
     "sigma-moe, dropout": Case(router="sigma-moe", options=(("block_dropout", 0.1),)),
     **{
@@ -53,9 +53,9 @@ CASES = {
     },
 }
 
-EMPTY_PLACES = {"ops/block_ffn/pairs.py:pairs_of_ids": 1}
-ALLOWED: dict[str, dict[str, int]] = {
-    # The hash walks until all ids are in range, and the host asks for the number of ids.
+WAITS_FOR_EMPTY_PLACES = {"ops/block_ffn/pairs.py:pairs_of_ids": 1}
+ALLOWED_WAITS: dict[str, dict[str, int]] = {
+    # The hash repeats until all ids are in range, and the host reads the number of ids.
     "rand-hash, vocabulary not known": {
         "nn/routers/rand_hash.py:forward": 1,
         "utils/hashing.py:hashed_subsets": 4,
@@ -63,9 +63,9 @@ ALLOWED: dict[str, dict[str, int]] = {
     # The host reads the error of Sinkhorn once in 10 iterations.
     "s-base": {"nn/routers/s_base.py:balancing_prices": 1},
     # The number of empty places depends on the tokens.
-    "switch, capacity": EMPTY_PLACES,
-    "sigma-moe, dropout": EMPTY_PLACES,
-    # The loop over blocks needs to know where they begin.
+    "switch, capacity": WAITS_FOR_EMPTY_PLACES,
+    "sigma-moe, dropout": WAITS_FOR_EMPTY_PLACES,
+    # The loop over blocks needs their offsets.
     "backend torch": {"ops/block_ffn/torch_backend.py:_host_offsets": 1},
 }
 """Case -> `file:function` -> waits of one forward and backward pass."""
@@ -84,10 +84,10 @@ def test_a_step_waits_only_where_the_table_says(one_rank: None, name: str) -> No
     step()
     layer.router.end_step()
     set_weights_version(layer, "another")
-    assert waits.recorded(step) == ALLOWED.get(name, {})
+    assert waits.recorded(step) == ALLOWED_WAITS.get(name, {})
 
 
-def between_ranks(dispatcher: str, **sffn: Any) -> Case:
+def expert_parallel_case(dispatcher: str, **sffn: Any) -> Case:
     """A layer with expert parallelism."""
     return Case(
         router="switch",
@@ -96,25 +96,25 @@ def between_ranks(dispatcher: str, **sffn: Any) -> Case:
     )
 
 
-BETWEEN_RANKS: dict[str, tuple[Case, int]] = {
-    "alltoall": (between_ranks("alltoall"), 1),
-    "alltoall in chunks": (between_ranks("alltoall", exchange_chunks=4), 1),
-    "alltoall, rows sent again": (between_ranks("alltoall", regather="on"), 1),
-    "alltoall on two nodes": (between_ranks("alltoall", node_size=2), 2),
+RANK_CASES: dict[str, tuple[Case, int]] = {
+    "alltoall": (expert_parallel_case("alltoall"), 1),
+    "alltoall in chunks": (expert_parallel_case("alltoall", exchange_chunks=4), 1),
+    "alltoall, rows sent again": (expert_parallel_case("alltoall", regather="on"), 1),
+    "alltoall on two nodes": (expert_parallel_case("alltoall", node_size=2), 2),
     "alltoall on two nodes in chunks": (
-        between_ranks("alltoall", node_size=2, exchange_chunks=4),
+        expert_parallel_case("alltoall", node_size=2, exchange_chunks=4),
         2,
     ),
-    "allgather": (between_ranks("allgather"), 1),
-    "allgather, rows sent again": (between_ranks("allgather", regather="on"), 1),
+    "allgather": (expert_parallel_case("allgather"), 1),
+    "allgather, rows sent again": (expert_parallel_case("allgather", regather="on"), 1),
 }
 """Exchange -> a layer, and the waits for counts in one forward and backward pass, with EP 4."""
 
 
 def waits_between_ranks() -> dict[str, dict[str, int]]:
-    """The waits of a step of each layer on this rank."""
+    """Case -> the waits of a step on this rank."""
     result = {}
-    for name, (case, _) in BETWEEN_RANKS.items():
+    for name, (case, _) in RANK_CASES.items():
         layer = router_cases.build(case).train()
         hidden, ids, weights = router_cases.inputs()
 
@@ -128,10 +128,10 @@ def waits_between_ranks() -> dict[str, dict[str, int]]:
     return result
 
 
-def test_an_exchange_waits_for_counts_once_a_level_whatever_the_chunks() -> None:
-    expected = {name: {"ops/streams.py:wait": n} for name, (_, n) in BETWEEN_RANKS.items()}
-    for of_rank in run_ranks(4, waits_between_ranks, expert_model_parallel_size=4):
-        assert of_rank == expected
+def test_an_exchange_waits_for_counts_once_per_level_for_any_number_of_chunks() -> None:
+    expected = {name: {"ops/streams.py:wait": number} for name, (_, number) in RANK_CASES.items()}
+    for rank_waits in run_ranks(4, waits_between_ranks, expert_model_parallel_size=4):
+        assert rank_waits == expected
 
 
 def test_the_nan_check_at_the_end_of_a_step_waits_once(one_rank: None) -> None:
@@ -147,9 +147,9 @@ def test_the_nan_check_at_the_end_of_a_step_waits_once(one_rank: None) -> None:
         check.after_step([model])
 
 
-def test_the_recorder_sees_every_operation_that_would_wait() -> None:
+def test_the_recorder_detects_every_operation_that_waits() -> None:
     x = torch.tensor([3, 1, 2])
-    seen = {
+    waiting = {
         "item": lambda: x[0].item(),
         "bool": lambda: bool(x[0] > 2),
         "if": lambda: 1 if x.sum() else 0,
@@ -168,7 +168,7 @@ def test_the_recorder_sees_every_operation_that_would_wait() -> None:
         "new": lambda: torch.tensor(3, device="cpu"),
         "check": lambda: check_pairs_of(x),
     }
-    silent = {
+    not_waiting = {
         "repeats of a known size": lambda: x.repeat_interleave(x, output_size=6),
         "index": lambda: x[x - 1],
         "scatter": lambda: x.clone().scatter_add_(0, x - 1, x),
@@ -177,8 +177,8 @@ def test_the_recorder_sees_every_operation_that_would_wait() -> None:
         "topk": lambda: x.topk(2),
         "shape": lambda: len(x) + x.numel(),
     }
-    assert [name for name, call in seen.items() if not waits.recorded(call)] == []
-    assert [name for name, call in silent.items() if waits.recorded(call)] == []
+    assert [name for name, call in waiting.items() if not waits.recorded(call)] == []
+    assert [name for name, call in not_waiting.items() if waits.recorded(call)] == []
 
 
 def check_pairs_of(ids: torch.Tensor) -> None:
@@ -190,12 +190,12 @@ def check_pairs_of(ids: torch.Tensor) -> None:
 
 
 def test_every_router_runs_on_fake_tensors_of_a_gpu() -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.support.fake_gpu"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {}
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == {}

@@ -1,4 +1,4 @@
-"""`benchmarks.gpu`: the three commands run without a GPU, and the supervisor outlives a case."""
+"""`benchmarks.gpu`: the commands run without a GPU, and the supervisor survives failing cases."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_sffn.utils.errors import ConfigError
 from tests.support.paths import ROOT
 from tests.support.simulated_gpu import simulate_gpu
 
-FILES = {
+ALL_FILES = {
     "results.json",
     "log.txt",
     "syncs.csv",
@@ -35,24 +35,24 @@ FILES = {
     "tiles.json",
     "ncu.csv",
 }
-"""All that the three commands may leave."""
+"""Names of all files that the three commands may write."""
 
 
-SKIPPED = {
+SKIPPED_CASES = {
     "ops: grouped: g=1 E=4 T=7 D=16 bfloat16",
     "sanitizer: memcheck triton_grouped",
     "ncu: triton_grouped g=16",
 }
-"""Cases that a machine without a GPU and its tools cannot run, besides all of backend quack."""
+"""Cases that need a GPU or its tools; those of backend quack also need them."""
 
 
 @pytest.mark.skipif(
     torch.__version__ >= TorchVersion("2.12"),
     reason="make gpu-rehearsal runs it, under the versions of a GPU machine",
 )
-def test_dry_runs_pass_every_section(tmp_path: Path) -> None:
-    flags = ["--dry-run", "--seconds", "3600"]  # a section has its share, on a busy machine, too
-    started = {
+def test_dry_runs_of_all_commands_pass_every_section(tmp_path: Path) -> None:
+    flags = ["--dry-run", "--seconds", "3600"]  # enough for every section, also on a busy machine
+    processes = {
         command: subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu", command, "--out", tmp_path / command, *flags],
             cwd=ROOT,
@@ -62,39 +62,39 @@ def test_dry_runs_pass_every_section(tmp_path: Path) -> None:
         )
         for command in PLANS
     }
-    left: set[str] = set()
+    file_names: set[str] = set()
     skipped: set[str] = set()
     try:
-        for command, process in started.items():
+        for command, process in processes.items():
             output, _ = process.communicate(timeout=1200)
             log = (tmp_path / command / "log.txt").read_text()
             assert process.returncode == 0, f"{output}\n{log[-6000:]}"
-            left |= {path.name for path in (tmp_path / command).iterdir()}
-            ended = [line for line in output.splitlines() if line.startswith(("✓", "–"))]
-            assert [line.split()[1] for line in ended] == [
+            file_names |= {path.name for path in (tmp_path / command).iterdir()}
+            section_lines = [line for line in output.splitlines() if line.startswith(("✓", "–"))]
+            assert [line.split()[1] for line in section_lines] == [
                 section.name for section in PLANS[command]
             ]
-            closing = output.split("\n\n", 1)[1].splitlines()
-            assert len(closing) <= results.MOST_LINES
+            last_lines = output.split("\n\n", 1)[1].splitlines()
+            assert len(last_lines) <= results.MOST_LINES
             entry = json.loads((tmp_path / command / "results.json").read_text())[command]
             assert entry["dry_run"] is True
             for name, section in entry["sections"].items():
-                tools = name in ("sanitizer", "ncu")  # which a machine without a GPU lacks
-                assert section["state"] == ("skipped" if tools else "passed"), name
+                needs_tools = name in ("sanitizer", "ncu")  # a machine without a GPU lacks them
+                assert section["state"] == ("skipped" if needs_tools else "passed"), name
                 skipped |= {
                     f"{name}: {case['case']}"
                     for case in section["cases"]
                     if case["state"] == "skipped" and not case["case"].startswith("quack")
                 }
     finally:
-        for process in started.values():
+        for process in processes.values():
             process.kill()
             process.communicate()
-    assert skipped == SKIPPED
-    assert left == FILES - {"sanitizer.txt", "ncu.csv"}  # which only the tools fill
+    assert skipped == SKIPPED_CASES
+    assert file_names == ALL_FILES - {"sanitizer.txt", "ncu.csv"}  # only the tools write them
 
 
-SECTION = """
+SECTION_SOURCE = """
 import os, signal, time
 from benchmarks.gpu.case import Case, Failure, NotHere
 
@@ -129,10 +129,10 @@ def cases(context):
 
 
 def run_section(names: str, seconds: float, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the cases above as a section of its own, which lies in a folder that is searched, too."""
+    """Run the cases above as a section, from a folder that is added to the path of sections."""
     for name in ("more", "out", "scratch"):
         (folder / name).mkdir()
-    (folder / "more" / "broken.py").write_text(SECTION)
+    (folder / "more" / "broken.py").write_text(SECTION_SOURCE)
     hook = f"import benchmarks.gpu.sections as s; s.__path__.append({str(folder / 'more')!r})"
     hook = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {hook}"
     (folder / "sitecustomize.py").write_text(hook)
@@ -144,7 +144,7 @@ def run_section(names: str, seconds: float, folder: Path, monkeypatch: pytest.Mo
     return supervisor._run_section(section, command, seconds, folder / "scratch", log)
 
 
-def test_a_case_that_ends_its_process_costs_itself_only(
+def test_the_cases_after_one_that_kills_its_process_still_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = "wrong absent poisoned killed right"
@@ -165,7 +165,7 @@ def test_a_case_that_ends_its_process_costs_itself_only(
     assert "wrong: 2 is not 3" in line
 
 
-def test_an_error_of_cuda_costs_the_process_and_a_refused_launch_does_not(
+def test_a_cuda_error_restarts_the_process_and_a_refused_launch_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = "right-1 refused right-2 launch right-3"
@@ -177,16 +177,14 @@ def test_an_error_of_cuda_costs_the_process_and_a_refused_launch_does_not(
     assert first == second != third
 
 
-def test_cases_that_no_process_has_begun_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cases_that_did_not_run_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "MOST_STARTS", 1)
     entry = run_section("killed right", 300, tmp_path, monkeypatch)
     assert [case["case"] for case in entry["cases"]] == ["killed"]
     assert entry["not_run"] == ["right"]
 
 
-def test_a_line_that_was_cut_short_costs_itself_only(tmp_path: Path) -> None:
+def test_the_lines_after_a_truncated_line_are_read(tmp_path: Path) -> None:
     records = tmp_path / "records.jsonl"
     worker.note(records, {"begun": "a"})
     with records.open("a") as file:
@@ -195,34 +193,36 @@ def test_a_line_that_was_cut_short_costs_itself_only(tmp_path: Path) -> None:
     assert results.read_lines(records) == [{"begun": "a"}, {"begun": "b"}]
 
 
-def test_a_case_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
     entry = run_section("slow", 8, tmp_path, monkeypatch)
     assert entry["state"] == "failed"
-    # Given up by its own process, or, on a machine that is busy, ended from outside.
+    # The process of the case ends it, or the supervisor does on a busy machine.
     reason = " ".join([entry["reason"], *(case["reason"] for case in entry["cases"])])
     assert "was given up" in reason or "its time" in reason
     assert time.monotonic() - start < 500, "the case sleeps for 1,000 s"
 
 
-def test_sections_share_the_time_that_is_left() -> None:
-    plan = tuple(Section(name=str(n), seconds=seconds) for n, seconds in enumerate((10, 30, 60)))
+def test_sections_share_the_remaining_time() -> None:
+    plan = tuple(
+        Section(name=str(number), seconds=seconds) for number, seconds in enumerate((10, 30, 60))
+    )
     assert share(plan, 100) == 10
     assert share(plan[1:], 45) == 15
     assert share(plan[2:], 45) == 45
 
 
-def test_results_of_one_command_stay_when_another_runs(tmp_path: Path) -> None:
+def test_results_of_a_command_are_kept_when_another_one_runs(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     passed = {"case": "a", "state": "passed", "seconds": 1, "values": {}}
     results.Store(path, "check", dry=False).add("env", results.entry([passed], "", 1.0))
     results.Store(path, "time", dry=False).add("layers", results.not_started())
-    everything = json.loads(path.read_text())
-    assert everything["check"]["sections"]["env"]["state"] == "passed"
-    assert everything["time"]["sections"]["layers"]["state"] == "cut"
+    commands = json.loads(path.read_text())
+    assert commands["check"]["sections"]["env"]["state"] == "passed"
+    assert commands["time"]["sections"]["layers"]["state"] == "cut"
 
 
-def test_a_section_that_could_run_nothing_has_not_passed() -> None:
+def test_a_section_passes_only_if_all_its_planned_cases_ran() -> None:
     skipped = {"case": "a", "state": "skipped", "seconds": 0, "reason": "absent"}
     passed = {"case": "b", "state": "passed", "seconds": 0}
     assert results.entry([skipped], "", 1.0)["state"] == "skipped"
@@ -232,7 +232,7 @@ def test_a_section_that_could_run_nothing_has_not_passed() -> None:
     assert results.entry([], "exit code 1", 1.0)["state"] == "failed"
 
 
-def test_a_dry_run_sees_no_gpu_and_a_real_one_has_no_interpreter(
+def test_only_a_dry_run_hides_the_gpu_and_uses_the_interpreter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -246,46 +246,50 @@ def context_of(folder: Path) -> Context:
     return Context(dry=True, out=folder, scratch=folder, deadline=float("inf"))
 
 
-def test_a_training_that_printed_no_losses_has_not_resumed(
+def test_missing_losses_fail_the_resume_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def repeat(printed: dict[tuple[str, int], range], validation: float | None = 1.0) -> None:
-        def trained(run: train.Run, _: Context) -> train.Losses:
-            # Both parts write to one folder; the second one goes on to the end.
+        def fake_train(run: train.Run, _: Context) -> train.Losses:
+            # Both parts write to one folder; the second part resumes and runs to the end.
             steps = printed[run.folder.name, run.stop]
-            return train.Losses(steps={n: f"{n}" for n in steps}, validation=validation)
+            return train.Losses(steps={step: f"{step}" for step in steps}, validation=validation)
 
-        monkeypatch.setattr(train, "train", trained)
+        monkeypatch.setattr(train, "train", fake_train)
         train.repeat(context_of(tmp_path))
 
-    right = {("whole", 4): range(1, 5), ("parts", 2): range(1, 3), ("parts", 4): range(3, 5)}
-    repeat(right)
-    for run in right:
+    complete_steps = {
+        ("whole", 4): range(1, 5),
+        ("parts", 2): range(1, 3),
+        ("parts", 4): range(3, 5),
+    }
+    repeat(complete_steps)
+    for run in complete_steps:
         with pytest.raises(Failure, match="printed losses of steps"):
-            repeat({**right, run: range(0)})
+            repeat({**complete_steps, run: range(0)})
     with pytest.raises(Failure, match=r"the resumed part printed losses of steps \[1, 2, 3, 4\]"):
-        repeat({**right, ("parts", 4): range(1, 5)})
+        repeat({**complete_steps, ("parts", 4): range(1, 5)})
     with pytest.raises(Failure, match="no validation loss"):
-        repeat(right, None)
+        repeat(complete_steps, None)
 
 
-def test_one_backend_agrees_with_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trained(run: train.Run, _: Context) -> train.Losses:
+def test_comparing_a_single_backend_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake_train(run: train.Run, _: Context) -> train.Losses:
         if run.backend.startswith("triton"):
             raise NotHere("no such backend")
         return train.Losses(steps={1: "2.5", 2: "2.4"}, validation=2.4)
 
-    monkeypatch.setattr(train, "train", trained)
+    monkeypatch.setattr(train, "train", fake_train)
     with pytest.raises(Failure, match="alone trains"):
         train.compare("switch", context_of(tmp_path))
 
 
-def test_rows_of_a_process_that_has_ended_are_in_the_table(tmp_path: Path) -> None:
+def test_the_table_includes_rows_of_earlier_processes(tmp_path: Path) -> None:
     context = context_of(tmp_path)
     size = layers.size_of(16, 8, 2, torch.float32, context)
     for contender, ms in (("torch", 3.0), ("triton", 5.0)):
-        took = Measured(ms=(ms,), peak=0)
-        row = rows.row_of(size, took, contender=contender, what=layers.WHAT, unit=2.0)
+        measured = Measured(ms=(ms,), peak=0)
+        row = rows.row_of(size, measured, contender=contender, what=layers.WHAT, unit=2.0)
         rows.write([row], layers.FILE, context)
     assert layers.table(16, context)["print"][1:] == [
         "   g  E     torch    triton",
@@ -294,7 +298,7 @@ def test_rows_of_a_process_that_has_ended_are_in_the_table(tmp_path: Path) -> No
     assert len(layers.table(1024, context)["print"]) == 2
 
 
-def test_the_watched_programs_start_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_small_programs_start_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import JITFunction
 
     from benchmarks import triton_starts
@@ -314,13 +318,13 @@ def test_the_watched_programs_start_every_kernel(monkeypatch: pytest.MonkeyPatch
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
     assert {start.kernel.fn.__name__ for start in started} == kernels
-    sums = [s for s in started if s.kernel.fn.__name__ == "sum_chunks_kernel"]
-    # The tokens of the small case all have block 0.
-    assert sums and all(2 * s.arguments["length"] <= 197 for s in sums)
+    sum_starts = [start for start in started if start.kernel.fn.__name__ == "sum_chunks_kernel"]
+    # All tokens of the small case have block 0.
+    assert sum_starts and all(2 * start.arguments["length"] <= 197 for start in sum_starts)
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "flags, message",
     [
         ("check --out {out} --seconds 3", "--seconds 3 is too short"),
         ("tune --out {out} --only env", "--only env is no section of tune; choose from tune, ncu"),
@@ -328,9 +332,9 @@ def test_the_watched_programs_start_every_kernel(monkeypatch: pytest.MonkeyPatch
         ("probe --out {out}", "probe"),
     ],
 )
-def test_bad_input(flags: str, words: str, tmp_path: Path) -> None:
+def test_bad_input_is_refused(flags: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    words_ = flags.format(out=tmp_path / "out", file=tmp_path / "file").split()
-    with pytest.raises(ConfigError) as caught:
-        main(words_)
-    assert words in str(caught.value)
+    command = flags.format(out=tmp_path / "out", file=tmp_path / "file").split()
+    with pytest.raises(ConfigError) as error_info:
+        main(command)
+    assert message in str(error_info.value)

@@ -1,4 +1,4 @@
-"""The benchmark of a layer between ranks, at toy size: its rows, its bytes, what it refuses."""
+"""The benchmark of a layer on several ranks at toy size: rows, bytes, and bad input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOY = (
 
 @pytest.fixture
 def rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
-    """The CSV file of two toy runs, the second of one block size."""
+    """The CSV rows of two toy runs, the second with one block size."""
     path = tmp_path / "rows.csv"
     for arguments in (TOY, f"{TOY} --block-sizes 8"):
         assert parallel.main([*arguments.split(), "--output", str(path)]) == 0
@@ -35,52 +35,56 @@ def rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, s
         return list(csv.DictReader(file))
 
 
-def test_rows_and_bytes(rows: list[dict[str, str]]) -> None:
-    found = [(row["block_size"], row["dispatcher"]) for row in rows]
-    kinds = [(size, way) for size in ("32", "8") for way in ("alltoall", "allgather")]
-    assert found == [*kinds, *kinds[2:]]
+def test_rows_have_ratios_and_the_bytes_of_the_closed_form(rows: list[dict[str, str]]) -> None:
+    cases = [(row["block_size"], row["dispatcher"]) for row in rows]
+    kinds = [(size, dispatcher) for size in ("32", "8") for dispatcher in ("alltoall", "allgather")]
+    assert cases == [*kinds, *kinds[2:]]
     for row in rows:
         assert list(row) == COLUMNS
         ratios = {name: float(row[name]) for name in COLUMNS if "_over_" in name}
         assert len(ratios) == 7
         assert all(ratio > 0 for ratio in ratios.values()), ratios
         assert int(row["repeats"]) == 2
-        ours, theirs = float(row["ours_bytes"]), float(row["megatron_bytes"])
+        our_bytes, megatron_bytes = float(row["ours_bytes"]), float(row["megatron_bytes"])
         if row["dispatcher"] == "allgather":
-            # D = 16 both ways, K ids of 2 bytes and gates; or a mask and probabilities of all B.
+            # Both send D = 16 both ways; ours also K ids of 2 bytes and gates, Megatron a mask and
+            # probabilities of all B blocks.
             active, blocks = int(row["active_blocks"]), int(row["blocks"])
-            assert ours == float(row["ours_closed_form"]) == 2 * 16 * 4 + active * (2 + 4)
-            assert theirs == float(row["megatron_closed_form"]) == 2 * 16 * 4 + blocks * 5
+            assert our_bytes == float(row["ours_closed_form"]) == 2 * 16 * 4 + active * (2 + 4)
+            assert megatron_bytes == float(row["megatron_closed_form"]) == 2 * 16 * 4 + blocks * 5
         else:
-            # Routing is near uniform, and Megatron's probabilities and counts are not in its form.
-            assert ours == pytest.approx(float(row["ours_closed_form"]), rel=0.2)
-            assert theirs == pytest.approx(float(row["megatron_closed_form"]), rel=0.2)
+            # Routing is nearly uniform, and the closed form leaves out Megatron's probabilities and
+            # counts.
+            assert our_bytes == pytest.approx(float(row["ours_closed_form"]), rel=0.2)
+            assert megatron_bytes == pytest.approx(float(row["megatron_closed_form"]), rel=0.2)
     for size in ("32", "8"):
         chosen = [row["chosen"] for row in rows if row["block_size"] == size]
         assert chosen.count("True") == len(chosen) / 2
 
 
-def test_ours_reports_what_the_collectives_send() -> None:
+def test_our_layer_reports_the_bytes_that_the_collectives_send() -> None:
     args = parallel.parse_arguments(TOY.split())
-    for of_ranks in parallel.measure(2, args, Platform.here()):
-        for measured in of_ranks:
-            gathered, exact = (contenders.name_of("ours", way) for way in ("allgather", "alltoall"))
+    for results_of_ranks in parallel.measure(2, args, Platform.here()):
+        for measured in results_of_ranks:
+            gathered, exact = (
+                contenders.name_of("ours", dispatcher) for dispatcher in ("allgather", "alltoall")
+            )
             assert measured.reported[gathered] == measured.sent[gathered]
-            # The exchange of counts, a pair of int64, is left out of the report.
+            # The report leaves out the exchange of counts, which are two int64.
             assert measured.reported[exact] + 16 == measured.sent[exact]
 
 
-def test_no_ratios_of_layers_that_disagree(
+def test_no_ratio_is_printed_if_the_layers_disagree(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = contenders.megatron_layer
 
-    def wrong(config, ours):
-        layer = original(config, ours)
+    def wrong_layer(config, our_layer):
+        layer = original(config, our_layer)
         layer.experts.local_experts[0].linear_fc1.weight.data *= 1.01
         return layer
 
-    monkeypatch.setattr(contenders, "megatron_layer", wrong)
+    monkeypatch.setattr(contenders, "megatron_layer", wrong_layer)
     monkeypatch.setattr(sys, "argv", ["parallel", *TOY.split()])
     assert parallel.command() == 1
     streams = capsys.readouterr()
@@ -102,22 +106,22 @@ def test_no_ratios_of_layers_that_disagree(
         (f"--output {__file__}", r"has other columns; give another path"),
     ],
 )
-def test_bad_flags(arguments: str, message: str) -> None:
+def test_bad_flags_are_refused(arguments: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parallel.main(arguments.split())
 
 
-def test_too_few_gpus() -> None:
-    two = Platform(device="H", backend="nccl", devices=2)
-    assert two.start_method == "spawn"
-    parallel.check_devices(2, two)
+def test_too_few_gpus_are_refused() -> None:
+    two_gpus = Platform(device="H", backend="nccl", devices=2)
+    assert two_gpus.start_method == "spawn"
+    parallel.check_devices(2, two_gpus)
     with pytest.raises(ConfigError, match=r"--ranks 4 is more than this machine's 2 GPUs; give"):
-        parallel.check_devices(4, two)
+        parallel.check_devices(4, two_gpus)
 
 
-def test_bad_flags_are_one_sentence_and_exit_code_2() -> None:
+def test_bad_flags_end_the_command_with_one_sentence_and_exit_code_2() -> None:
     command = [sys.executable, "-m", "benchmarks.parallel", "--block-sizes", "48"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: --block-sizes 48 does not divide")
-    assert done.stderr.count("\n") == 1
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith("error: --block-sizes 48 does not divide")
+    assert process.stderr.count("\n") == 1

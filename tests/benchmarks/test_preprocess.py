@@ -1,4 +1,4 @@
-"""The benchmark of tokenizing: its text, and that it is silent when contenders disagree."""
+"""The benchmark of tokenizing makes its text and refuses contenders that disagree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.preprocess import run, text
 from megatron_sffn.utils.errors import ConfigError
 
 
-def test_text_of_any_size(tmp_path: Path) -> None:
+def test_texts_are_repeated_up_to_any_size(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     texts = ["ä" * 100, "b" * 50, "c"]
     documents, distinct = text.write_text(path, iter(texts), 2000)
@@ -25,19 +25,19 @@ def test_text_of_any_size(tmp_path: Path) -> None:
         text.write_text(path, iter([]), 10)
 
 
-def test_text_of_this_environment() -> None:
+def test_the_environment_has_enough_text() -> None:
     texts = text.texts_of(None)
     assert sum(len(next(texts)) for _ in range(100)) > 100_000
 
 
-def test_contenders_that_disagree() -> None:
-    made = {
+def test_contenders_that_disagree_are_refused() -> None:
+    results = {
         "encode_batch": {"ids": "a", "seconds": 1.0},
         "Megatron-LM": {"ids": "a", "index": "b", "seconds": 2.0},
         "ours": {"ids": "a", "index": "b", "seconds": 3.0},
     }
-    run.check(made)
+    run.check(results)
     with pytest.raises(DisagreementError, match="different ids"):
-        run.check({**made, "ours": {"ids": "c", "index": "b"}})
+        run.check({**results, "ours": {"ids": "c", "index": "b"}})
     with pytest.raises(DisagreementError, match="different index"):
-        run.check({**made, "ours": {"ids": "a", "index": "c"}})
+        run.check({**results, "ours": {"ids": "a", "index": "c"}})

@@ -1,4 +1,4 @@
-"""Prototypes of kernels: their numbers in Triton's interpreter, in a process of its own."""
+"""Prototypes of kernels compute the right numbers in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ for name, rows, blocks, tile in (
 ):
     for dtype in (torch.float32, torch.float16):
         torch.manual_seed(rows)
-        met = torch.rand(rows, blocks) < 0.7
-        met[:, 1] = False  # a block without rows
-        met[1::4] = False  # rows without a block
-        met[0, 0] = True
-        places = met.nonzero().int()
-        order, offsets = sort_by_block(places[:, 1].contiguous(), blocks)
-        pairs = Sorted(rows=places[order.long(), 0], offsets=offsets)
+        mask = torch.rand(rows, blocks) < 0.7
+        mask[:, 1] = False  # a block without rows
+        mask[1::4] = False  # rows without a block
+        mask[0, 0] = True
+        indices = mask.nonzero().int()
+        order, offsets = sort_by_block(indices[:, 1].contiguous(), blocks)
+        pairs = Sorted(rows=indices[order.long(), 0], offsets=offsets)
         h = torch.randn(len(order), 24).to(dtype)
         table = torch.randn(blocks, 24, 48).to(dtype)
-        exact = torch_backend.to_rows(h.double(), table.double(), pairs, rows)
-        ours = to_rows(h, table, pairs, rows, tile)
-        assert torch.equal(ours, to_rows(h, table, pairs, rows, tile)), "other bits"
-        assert ours.dtype == dtype
-        errors[f"{name}, {dtype}"] = ((ours.double() - exact).norm() / exact.norm()).item()
+        expected = torch_backend.to_rows(h.double(), table.double(), pairs, rows)
+        actual = to_rows(h, table, pairs, rows, tile)
+        assert torch.equal(actual, to_rows(h, table, pairs, rows, tile)), "other bits"
+        assert actual.dtype == dtype
+        errors[f"{name}, {dtype}"] = ((actual.double() - expected).norm() / expected.norm()).item()
         index = starts(pairs, rows, tile.tokens)
         assert torch.equal(index[0], offsets[:-1]) and torch.equal(index[-1], offsets[1:])
 print(json.dumps(errors))
@@ -48,7 +48,7 @@ print(json.dumps(errors))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_token_stationary_sums_equal_the_oracle_with_the_same_bits_twice() -> None:
+def test_token_stationary_sums_equal_the_oracle_and_are_deterministic() -> None:
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         cwd=ROOT,

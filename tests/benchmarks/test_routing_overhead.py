@@ -1,4 +1,4 @@
-"""The benchmark of the statistics runs, and says shares."""
+"""The benchmark of the routing statistics runs and prints percentages."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tests.support.paths import ROOT
 from tests.support.processes import HANGS
 
 
-def test_a_small_table() -> None:
-    small = "--tokens 16 --hidden-size 8 --active-cells 8 --block-sizes 4 1 --repeats 2"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.routing_overhead", *small.split()],
+def test_the_benchmark_prints_the_overhead_in_percent() -> None:
+    flags = "--tokens 16 --hidden-size 8 --active-cells 8 --block-sizes 4 1 --repeats 2"
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.routing_overhead", *flags.split()],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=HANGS,
     )
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[4:]]
+    assert process.returncode == 0, process.stderr
+    rows = [line.split() for line in process.stdout.splitlines()[4:]]
     assert [row[:4] for row in rows] == [
         ["4", "16", "2", "avg-k"],
         ["4", "16", "2", "switch"],

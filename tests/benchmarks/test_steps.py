@@ -1,4 +1,4 @@
-"""`benchmarks.steps`: a real run behind every number, and tables that say what was measured."""
+"""`benchmarks.steps` measures real runs and prints tables of ratios."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from megatron_sffn.utils.errors import ConfigError
 TOY = "--tokens 256 --num-layers 1 --hidden-size 32 --train-iters 2 --block-sizes 64 16"
 
 
-def args_of(flags: str = "") -> steps.argparse.Namespace:
+def make_args(flags: str = "") -> steps.argparse.Namespace:
     return steps.parse_arguments(f"{TOY} --expansion 4 --expansions 2 4 {flags}".split())
 
 
 @pytest.mark.parametrize("backend", ["ours", "megatron"])
-def test_a_step_is_a_real_run(backend: str) -> None:
+def test_a_step_is_measured_in_a_real_run(backend: str) -> None:
     step = Step(backend=backend, block_size=16, expansion=2, tokens=256)
-    assert 0 < steps.milliseconds(step, args_of()) < 60_000
+    assert 0 < steps.milliseconds(step, make_args()) < 60_000
 
 
-def test_a_run_that_fails_says_why() -> None:
+def test_a_failing_run_is_reported_with_its_error() -> None:
     step = Step(backend="ours", block_size=48, expansion=2, tokens=256)
     with pytest.raises(ConfigError, match="--sffn-block-size 48"):
-        steps.milliseconds(step, args_of())
+        steps.milliseconds(step, make_args())
 
 
-def test_tables_and_rows(tmp_path: Path) -> None:
-    args = args_of(f"--plot {tmp_path / 'steps.png'}")
+def test_tables_and_rows_show_the_ratios(tmp_path: Path) -> None:
+    args = make_args(f"--plot {tmp_path / 'steps.png'}")
     runs = steps.steps_of(args)
-    # dense of T and 2T; ours and Megatron's at E = 4; ours at E = 2, and at E = 4 with 2T.
+    # The dense FFN with T and 2T tokens; ours and Megatron's with E = 4; ours with E = 2, and with
+    # E = 4 and 2T.
     assert len(runs) == len(set(runs)) == 2 + 2 * 2 + 2 * 2
-    took = {run: 100.0 if run.backend == "dense" else 10.0 * run.block_size for run in runs}
-    took[Step(backend="megatron", block_size=64, expansion=4, tokens=256)] = 960.0
-    took[Step(backend="ours", block_size=16, expansion=2, tokens=256)] = 125.0
-    lines = steps.comparison(took, args).splitlines()
+    milliseconds = {run: 100.0 if run.backend == "dense" else 10.0 * run.block_size for run in runs}
+    milliseconds[Step(backend="megatron", block_size=64, expansion=4, tokens=256)] = 960.0
+    milliseconds[Step(backend="ours", block_size=16, expansion=2, tokens=256)] = 125.0
+    lines = steps.comparison(milliseconds, args).splitlines()
     assert lines[2].split() == ["64", "2", "8", "6.40", "9.60", "1.50"]
-    lines = steps.growth(took, args).splitlines()
+    lines = steps.growth(milliseconds, args).splitlines()
     assert lines[-1].split() == ["16", "1.25", "1.60", "1.60"]
-    steps.plot(took, args)
+    steps.plot(milliseconds, args)
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
     row = steps.row_of(runs[0], 2.5, args, dict.fromkeys(list(Row.__annotations__)[:5], "x"))
     assert (row.backend, row.active_cells, row.ms) == ("dense", 128, 2.5)
@@ -57,6 +58,6 @@ def test_tables_and_rows(tmp_path: Path) -> None:
         ("--plot steps.pdf", "--plot steps.pdf"),
     ],
 )
-def test_bad_input(flags: str, words: str) -> None:
+def test_bad_input_is_refused(flags: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        args_of(flags)
+        make_args(flags)

@@ -1,4 +1,4 @@
-"""docker/: what can be said of the images without building them."""
+"""docker/: checks of the images that need no build."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ FILES = ["docker/Dockerfile", "docker/Dockerfile.cpu"]
 BUILD = ROOT / "docker" / "build.sh"
 
 
-def stages(file: str) -> dict[str, list[tuple[str, str]]]:
-    """Stage -> its instructions with their arguments, behind those of the stage it starts from."""
+def stages_of(file: str) -> dict[str, list[tuple[str, str]]]:
+    """Stage -> its instructions with arguments, after those of its base stage."""
     text = "\n".join(
         line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")
     )
-    found: dict[str, list[tuple[str, str]]] = {}
+    result: dict[str, list[tuple[str, str]]] = {}
     stage: list[tuple[str, str]] = []
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         instruction, _, arguments = line.partition(" ")
         if instruction == "FROM":
             base, _, name = arguments.partition(" AS ")
-            stage = found[name] = list(found.get(base, []))
+            stage = result[name] = list(result.get(base, []))
         elif instruction:
             stage.append((instruction, arguments))
-    return found
+    return result
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_image_has_a_user_a_health_check_and_labels(file: str) -> None:
-    *_, (name, image) = stages(file).items()
+    *_, (name, image) = stages_of(file).items()
     assert name == "image", "`docker build` without --target makes the last stage"
     last = dict(image)
     assert last["USER"].isdecimal(), "Kubernetes checks runAsNonRoot by number"
@@ -50,10 +50,10 @@ def test_the_image_has_a_user_a_health_check_and_labels(file: str) -> None:
 @pytest.mark.parametrize(
     ("file", "stage"), [("docker/Dockerfile", "runtime"), ("docker/Dockerfile.cpu", "requirements")]
 )
-def test_requirements_lie_below_the_source(file: str, stage: str) -> None:
+def test_requirements_are_installed_in_a_layer_below_the_source(file: str, stage: str) -> None:
     kinds = [
         "requirements" if "--requirement requirements.txt" in arguments else "source"
-        for instruction, arguments in stages(file)[stage]
+        for instruction, arguments in stages_of(file)[stage]
         if "--requirement requirements.txt" in arguments
         or (instruction == "COPY" and re.search(r"megatron_sffn|examples|tools", arguments))
     ]
@@ -62,10 +62,10 @@ def test_requirements_lie_below_the_source(file: str, stage: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_pip_takes_nothing_but_what_is_pinned(file: str) -> None:
+def test_pip_installs_only_pinned_packages(file: str) -> None:
     installs = [
         arguments
-        for stage in stages(file).values()
+        for stage in stages_of(file).values()
         for instruction, arguments in stage
         if instruction == "RUN" and re.search(r"\bpip (install|wheel)\b", arguments)
     ]
@@ -75,13 +75,13 @@ def test_pip_takes_nothing_but_what_is_pinned(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_context_holds_what_is_copied_and_little_else(file: str) -> None:
-    _, everything, *lines = (ROOT / ".dockerignore").read_text().splitlines()
-    assert everything == "*"
+def test_the_build_context_holds_only_files_that_are_copied(file: str) -> None:
+    _, first_pattern, *lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert first_pattern == "*"
     names = {line[1:] for line in lines if line.startswith("!")}
     copied = {
         source
-        for stage in stages(file).values()
+        for stage in stages_of(file).values()
         for instruction, arguments in stage
         if instruction == "COPY" and not arguments.startswith("--from")
         for source in arguments.split()[:-1]
@@ -98,10 +98,10 @@ def test_the_context_holds_what_is_copied_and_little_else(file: str) -> None:
 
 
 def build(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Call docker/build.sh where there is nothing but what is in a folder, and what it needs."""
+    """Call docker/build.sh with a PATH that has only a folder and the commands it needs."""
     for name in ("bash", "dirname", "git", "sed"):
-        if not (path / name).exists() and (real := shutil.which(name)):
-            (path / name).symlink_to(real)
+        if not (path / name).exists() and (command := shutil.which(name)):
+            (path / name).symlink_to(command)
     environment = {
         "PATH": str(path),
         "TESTS": "tests/nn/routers tests/ops",
@@ -112,8 +112,8 @@ def build(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def stand_in(path: Path, name: str, *, works: bool = True) -> None:
-    """An engine that says what it was asked, and whose daemon runs or not."""
+def write_engine(path: Path, name: str, *, works: bool = True) -> None:
+    """Write a fake container engine that prints its arguments; `works`: its daemon runs."""
     (path / name).write_text(
         f"#!{shutil.which('bash')}\ncase $1 in info) {'true' if works else 'false'} ;; "
         f'*) echo "{name} $*" ;; esac\n'
@@ -122,15 +122,15 @@ def stand_in(path: Path, name: str, *, works: bool = True) -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["tpu"]])
-def test_a_kind_of_image_that_is_not_there(tmp_path: Path, arguments: list[str]) -> None:
+def test_an_unknown_kind_of_image_is_refused(tmp_path: Path, arguments: list[str]) -> None:
     result = build(tmp_path, *arguments)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert f"'{''.join(arguments)}' is neither cpu nor gpu; give one of them." in line
 
 
-def test_without_an_engine_it_says_what_to_install(tmp_path: Path) -> None:
-    stand_in(tmp_path, "docker", works=False)
+def test_without_an_engine_the_script_says_what_to_install(tmp_path: Path) -> None:
+    write_engine(tmp_path, "docker", works=False)
     result = build(tmp_path, "cpu")
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
@@ -138,34 +138,34 @@ def test_without_an_engine_it_says_what_to_install(tmp_path: Path) -> None:
     assert "apt-get install podman" in line
 
 
-def test_docker_without_a_daemon_leaves_it_to_podman(tmp_path: Path) -> None:
-    stand_in(tmp_path, "docker", works=False)
-    stand_in(tmp_path, "podman")
+def test_podman_is_used_when_docker_has_no_daemon(tmp_path: Path) -> None:
+    write_engine(tmp_path, "docker", works=False)
+    write_engine(tmp_path, "podman")
     result = build(tmp_path, "cpu", "--isolation", "chroot")
     assert (result.returncode, result.stderr) == (0, "")
-    asked = [line for line in result.stdout.splitlines() if line.startswith("podman ")]
-    assert [line.split()[1] for line in asked] == ["build", "build", "run", "run", "run"]
+    calls = [line for line in result.stdout.splitlines() if line.startswith("podman ")]
+    assert [line.split()[1] for line in calls] == ["build", "build", "run", "run", "run"]
     # Podman's own format drops the health check.
-    assert all("--format docker" in line and "--isolation chroot" in line for line in asked[:2])
-    wanted = [
+    assert all("--format docker" in line and "--isolation chroot" in line for line in calls[:2])
+    expected = [
         "doctor --no-smoke",
         "quickstart --train-iters 20",
         "/tests/nn/routers /opt/megatron-sffn/tests/ops",
     ]
-    for line, end in zip(asked[2:], wanted, strict=True):
+    for line, end in zip(calls[2:], expected, strict=True):
         assert "--network none" in line
         assert line.endswith(end)
 
 
-def test_the_gpu_image_is_built_only(tmp_path: Path) -> None:
-    stand_in(tmp_path, "docker")
+def test_the_gpu_image_is_built_and_not_run(tmp_path: Path) -> None:
+    write_engine(tmp_path, "docker")
     result = build(tmp_path, "gpu", "--build-arg", "BASE=other")
     assert (result.returncode, result.stderr) == (0, "")
-    (asked,) = (line for line in result.stdout.splitlines() if line.startswith("docker build"))
-    assert "--file docker/Dockerfile " in asked
-    assert "--build-arg BASE=other" in asked
-    assert "--format" not in asked
+    (call,) = (line for line in result.stdout.splitlines() if line.startswith("docker build"))
+    assert "--file docker/Dockerfile " in call
+    assert "--build-arg BASE=other" in call
+    assert "--format" not in call
 
 
-def test_the_script_can_be_run() -> None:
+def test_the_script_is_executable() -> None:
     assert os.access(BUILD, os.X_OK)

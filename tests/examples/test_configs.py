@@ -1,4 +1,4 @@
-"""The configurations of examples/configs: built at full size on fake ranks, trained at toy size."""
+"""Configurations of examples/configs: built at full size on fake ranks, trained at toy size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import megatron.core.tokenizers.text  # noqa: F401  (takes seconds: once, not in every rank)
+import megatron.core.tokenizers.text  # noqa: F401  (once, not in every rank: it takes seconds)
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -47,14 +47,14 @@ UNIFIED, SIGMA, SMALL, LARGE = (
 
 ONE_CELL = ("lorkm", "pkm-ffn", "pkm")
 ROUTERS = ("avg-k", "vanilla-m", "switch", "rand-hash", *ONE_CELL)
-GRID = [
+GRID_ARGUMENTS = [
     (router, str(g), str(expansion))
     for router in ROUTERS
     for g in ((1,) if router in ONE_CELL else (4096, 2048, 1024, 256, 64, 1))
     for expansion in (4, 16)
 ]
-PAPERS = {
-    UNIFIED: [("dense",), *GRID],
+PAPER_ARGUMENTS = {
+    UNIFIED: [("dense",), *GRID_ARGUMENTS],
     SIGMA: [
         (model, router)
         for model in ("wt-s", "wt-s-star", "wt-m", "enwik8")
@@ -63,39 +63,39 @@ PAPERS = {
 }
 """Script -> the arguments of each of its configurations."""
 
-GPU = {(LARGE, 8): 141e9}
-"""Bytes of a GPU, where it is not one of 80 GB."""
+GPU_BYTES = {(LARGE, 8): 141e9}
+"""Bytes of a GPU, where it does not have 80 GB."""
 
 SETTINGS = ("DATA", "SAVE", "NNODES", "GPUS_PER_NODE", "NODE_RANK", "TOY", "RUN")
-CLEAN = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-"""The environment without what the scripts read."""
+CLEAN_ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+"""The environment without the variables that the scripts read."""
 
 pytestmark = [
-    # Megatron's own, of a call within Megatron, and of a case that its next line excludes.
+    # Megatron itself causes both warnings.
     pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:If you are using transformer_engine:UserWarning:megatron"),
 ]
 
 
 def command(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A configuration with a command of ours in place of torchrun's: it prints a flag per line."""
+    """Run a script with `printf` in place of torchrun: it prints one flag per line."""
     return subprocess.run(
         [FOLDER / script, *arguments],
-        env={**CLEAN, "RUN": "printf %s\\n", **environment},
+        env={**CLEAN_ENVIRONMENT, "RUN": "printf %s\\n", **environment},
         capture_output=True,
         text=True,
     )
 
 
 def arguments_of(script: str, *arguments: str, ranks: int = 1) -> Namespace:
-    """What the parser of a run makes of a configuration, as the first rank of `ranks` GPUs."""
+    """The parsed arguments of a configuration on the first rank of `ranks` GPUs."""
     flags = command(script, *arguments, NNODES=str(max(1, ranks // 8))).stdout.splitlines()
     return parsed(flags, Namespace(ranks=ranks, device="cuda"))[0]
 
 
 @contextmanager
 def fake_rank(rank: int, args: Namespace) -> Iterator[None]:
-    """Megatron's groups as this rank of the whole world sees them; nobody is at their other end."""
+    """Megatron's process groups of one rank of the full world; no other rank exists."""
     store = FakeStore()
     torch.distributed.init_process_group("fake", store, rank=rank, world_size=args.world_size)
     parallel_state.initialize_model_parallel(
@@ -114,8 +114,8 @@ def fake_rank(rank: int, args: Namespace) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def held(rank: int, args: Namespace) -> Counter[str]:
-    """Parameters of a rank, built as a run builds them but without storage, by who has others."""
+def parameters_on_rank(rank: int, args: Namespace) -> Counter[str]:
+    """Parameters of a rank, built without storage, by the parallelism that shards them."""
     config, count = model_config(args, sffn_config(args), None, None), Counter()
     config.transformer.perform_initialization = False
     with fake_rank(rank, args), FakeTensorMode(), warnings.catch_warnings():
@@ -127,94 +127,100 @@ def held(rank: int, args: Namespace) -> Counter[str]:
         )
     for chunk in chunks:
         for parameter in chunk.parameters():
-            cells = not getattr(parameter, "allreduce", True)
-            cut = getattr(parameter, "tensor_model_parallel", False)
-            count["expert" if cells else "tensor" if cut else "all"] += parameter.numel()
+            is_expert = not getattr(parameter, "allreduce", True)
+            is_sharded = getattr(parameter, "tensor_model_parallel", False)
+            count["expert" if is_expert else "tensor" if is_sharded else "all"] += parameter.numel()
     return count
 
 
-def parameters_on_ranks(args: Namespace) -> int:
-    """Parameters of the whole model, from those of the first and last rank of every stage."""
+def parameters_of_all_ranks(args: Namespace) -> int:
+    """Parameters of the model, from those of the first and last rank of every stage."""
     stages, total = args.pipeline_model_parallel_size, 0
-    each = args.world_size // stages
-    for first in range(0, args.world_size, each):
-        here = held(first, args)
-        assert each == 1 or held(first + each - 1, args) == here
-        total += here["expert"] * args.expert_model_parallel_size
-        total += here["tensor"] * args.tensor_model_parallel_size + here["all"]
+    ranks_per_stage = args.world_size // stages
+    for first_rank in range(0, args.world_size, ranks_per_stage):
+        count = parameters_on_rank(first_rank, args)
+        assert (
+            ranks_per_stage == 1
+            or parameters_on_rank(first_rank + ranks_per_stage - 1, args) == count
+        )
+        total += count["expert"] * args.expert_model_parallel_size
+        total += count["tensor"] * args.tensor_model_parallel_size + count["all"]
     return total
 
 
-def counted(args: Namespace) -> dict[str, int]:
-    """Total and active parameters, in closed form; the total is that of the built model."""
+def count_and_check(args: Namespace) -> dict[str, int]:
+    """Total and active parameters in closed form; the built model must have the total."""
     parameters = count_parameters(ModelShape.of_args(args, sffn_config(args)))
-    assert parameters_on_ranks(args) == parameters.total
+    assert parameters_of_all_ranks(args) == parameters.total
     return {"total": parameters.total, "active": parameters.active}
 
 
-@pytest.mark.parametrize("script", PAPERS)
-def test_parameters_of_the_papers_models_at_full_size(golden, script: str) -> None:
-    counts = {" ".join(each): counted(arguments_of(script, *each)) for each in PAPERS[script]}
+@pytest.mark.parametrize("script", PAPER_ARGUMENTS)
+def test_parameters_of_the_papers_models_match_the_golden_file(golden, script: str) -> None:
+    counts = {
+        " ".join(arguments): count_and_check(arguments_of(script, *arguments))
+        for arguments in PAPER_ARGUMENTS[script]
+    }
     golden(f"parameters_{script.removesuffix('.sh')}", counts)
 
 
 @pytest.mark.parametrize("script", [SMALL, LARGE])
-def test_parameters_of_the_modern_models_over_the_ranks_of_every_layout(
-    golden, script: str
-) -> None:
-    counts = [counted(arguments_of(script, ranks=ranks)) for ranks in (8, 64, 1024)]
+def test_parameters_of_the_modern_models_are_the_same_on_every_layout(golden, script: str) -> None:
+    counts = [count_and_check(arguments_of(script, ranks=ranks)) for ranks in (8, 64, 1024)]
     assert counts[1:] == counts[:-1]
     golden(f"parameters_{script.removesuffix('.sh')}", counts[0])
 
 
 @pytest.mark.parametrize("ranks", [8, 64, 1024])
 @pytest.mark.parametrize("script", [SMALL, LARGE])
-def test_a_layout_fits_its_gpus(script: str, ranks: int) -> None:
+def test_every_layout_fits_the_memory_of_its_gpus(script: str, ranks: int) -> None:
     args = arguments_of(script, ranks=ranks)
     sffn = sffn_config(args)
     costs = costs_of(args, sffn, ModelShape.of_args(args, sffn), cuda=True)
-    needed = costs.weights + costs.gradients + costs.optimizer + costs.activations
-    # The rest is for what only exists while a kernel runs, and for ranks that get more tokens.
-    assert needed < 0.75 * GPU.get((script, ranks), 80e9), needed
-    # A step has whole microbatches on every replica, and no fewer than stages.
-    count = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    assert count >= args.pipeline_model_parallel_size
+    peak_bytes = costs.weights + costs.gradients + costs.optimizer + costs.activations
+    # The rest is for temporary buffers of kernels, and for ranks that receive more tokens.
+    assert peak_bytes < 0.75 * GPU_BYTES.get((script, ranks), 80e9), peak_bytes
+    # Every replica has at least as many microbatches in a step as there are stages.
+    num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    assert num_microbatches >= args.pipeline_model_parallel_size
 
 
-MILLIONS = {
+PAPER_PARAMETERS = {
     ("wt-s", "sigma-moe"): (47.26, 0.01),
     ("wt-s-star", "sigma-moe"): (237.0, 0.01),
     ("wt-m", "sigma-moe"): (262.46, 0.01),
     ("enwik8", "sigma-moe"): (41.24, 0.01),
-    # Widths that the authors chose for as many parameters, which they meet to 20 thousand.
+    # The authors chose the widths for equal parameters, which match to 20 thousand.
     ("wt-s", "dense"): (47.26, 0.01),
     ("wt-m", "dense"): (262.46, 0.02),
     ("enwik8", "dense"): (41.24, 0.01),
 }
-"""Parameters of the paper's models, and how near ours come; wt-s-star has no figure of its own."""
+"""Millions of parameters in the paper, and our tolerance; the paper has no dense wt-s-star."""
 
 
-@pytest.mark.parametrize(("model", "router"), MILLIONS)
-def test_sigma_moes_models_are_the_papers_but_for_what_is_named(model: str, router: str) -> None:
+@pytest.mark.parametrize(("model", "router"), PAPER_PARAMETERS)
+def test_sigma_moe_models_have_the_papers_parameters_after_known_corrections(
+    model: str, router: str
+) -> None:
     args = arguments_of(SIGMA, model, router)
-    ours = count_parameters(ModelShape.of_args(args, sffn_config(args))).total
-    inner = args.num_attention_heads * args.kv_channels
+    total = count_parameters(ModelShape.of_args(args, sffn_config(args))).total
+    attention_width = args.num_attention_heads * args.kv_channels
     vocabulary = 204 if model == "enwik8" else 8000
-    missing = args.num_layers * (args.hidden_size + 2) * inner  # relative positions
+    missing = args.num_layers * (args.hidden_size + 2) * attention_width  # relative positions
     missing += vocabulary  # the bias of the logits
     missing -= 2 * args.hidden_size * (args.padded_vocab_size - vocabulary)
     if router == "dense":
         missing += args.num_layers * (args.ffn_hidden_size + args.hidden_size)  # the FFN's biases
-    millions, tolerance = MILLIONS[model, router]
-    assert abs((ours + missing) / 1e6 - millions) <= tolerance, ours + missing
-    # None of the corrections is what makes the number right.
-    assert abs(ours / 1e6 - millions) > 1
+    millions, tolerance = PAPER_PARAMETERS[model, router]
+    assert abs((total + missing) / 1e6 - millions) <= tolerance, total + missing
+    # Without the corrections the numbers differ.
+    assert abs(total / 1e6 - millions) > 1
 
 
 @pytest.mark.parametrize("model", ["wt-s", "wt-s-star", "wt-m", "enwik8"])
-def test_sigma_moes_baselines_have_its_losses(model: str) -> None:
+def test_sigma_moe_baselines_have_the_papers_losses(model: str) -> None:
     switch = arguments_of(SIGMA, model, "switch")
-    # Its authors' loss is a mean over tokens and experts, ours B · Σ P F: B² times as large.
+    # The authors' loss is a mean over tokens and experts; ours, B · Σ P F, is B² times as large.
     assert (switch.moe_router_topk, switch.moe_ffn_hidden_size) == (1, 512)
     (coefficient,) = switch.moe_aux_loss_coeff
     assert switch.moe_router_load_balancing_type == ["global_aux_loss"]
@@ -224,7 +230,7 @@ def test_sigma_moes_baselines_have_its_losses(model: str) -> None:
     assert (base.num_experts, base.moe_router_topk) == (sigma.num_experts, 4)
     assert base.sffn_block_dropout == sigma.sffn_block_dropout
     assert base.sffn_entropy_coeff == {"wt-s": 1e-4}.get(model, sigma.sffn_entropy_coeff)
-    # Equal parameters, but for the gate's rows.
+    # Equal parameters, except for the gate's rows.
     totals = [
         count_parameters(ModelShape.of_args(args, sffn_config(args))).total
         for args in (sigma, base, switch)
@@ -241,7 +247,7 @@ def test_the_grid_is_trained_on_60_billion_tokens() -> None:
     assert [i for i, sparse in enumerate(args.moe_layer_freq) if sparse] == [5, 11, 17, 23]
 
 
-def test_flags_at_the_end_win() -> None:
+def test_flags_at_the_end_override_those_of_the_script() -> None:
     args = arguments_of(UNIFIED, "avg-k", "64", "16", "--lr", "1e-3", "--num-layers", "12")
     assert (args.lr, args.num_layers, args.seq_length) == (1e-3, 12, 2048)
 
@@ -257,30 +263,30 @@ def test_flags_at_the_end_win() -> None:
         (SIGMA, ("wt-s", "pkm")),
     ],
 )
-def test_a_configuration_that_there_is_not(script: str, arguments: tuple[str, ...]) -> None:
-    done = command(script, *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(rf"error: '{' '.join(arguments)}' does not begin with .*\n", done.stderr)
+def test_an_unknown_configuration_is_refused(script: str, arguments: tuple[str, ...]) -> None:
+    process = command(script, *arguments)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert re.fullmatch(rf"error: '{' '.join(arguments)}' does not begin with .*\n", process.stderr)
 
 
-def test_numbers_that_do_not_fit_are_refused_by_the_run() -> None:
+def test_the_run_refuses_sizes_that_do_not_divide() -> None:
     with pytest.raises(ConfigError, match="--sffn-block-size 48 does not divide"):
         arguments_of(UNIFIED, "avg-k", "48", "16")
 
 
-def test_all_scripts_start_a_run_alike() -> None:
-    ends = {path.read_text().partition("\nLAUNCH=(")[2] for path in FOLDER.glob("*.sh")}
-    assert len(ends) == 1 and ends != {""}
+def test_all_scripts_share_the_code_that_starts_a_run() -> None:
+    launch_code = {path.read_text().partition("\nLAUNCH=(")[2] for path in FOLDER.glob("*.sh")}
+    assert len(launch_code) == 1 and launch_code != {""}
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def train(flags: list[str], folder: Path) -> Log:
-    """Run the entry point on 2 ranks in a folder; returns what the last one printed."""
+    """Run the entry point on 2 ranks in a folder; returns the log of the last rank."""
     port = free_port()
 
     def body(rank: int, results: Path) -> str:
@@ -303,12 +309,12 @@ def train(flags: list[str], folder: Path) -> Log:
 def assert_trained(log: Log) -> None:
     losses = log.values("lm loss")
     assert len(losses) == 5
-    # Of 1,024 ids, untrained.
+    # An untrained model of 1,024 ids has this loss.
     assert losses[0] == pytest.approx(math.log(1024), abs=0.5)
     assert losses[-1] < losses[0] - 0.03
 
 
-TOYS = [
+TOY_CONFIGURATIONS = [
     (UNIFIED, ("dense",)),
     *(
         slow(UNIFIED, (router, "1" if router in ONE_CELL else "256", "16"))
@@ -316,27 +322,29 @@ TOYS = [
         if router != "avg-k"
     ),
     (UNIFIED, ("avg-k", "256", "16")),
-    (SIGMA, PAPERS[SIGMA][0]),
-    *(slow(SIGMA, each) for each in PAPERS[SIGMA][1:]),
+    (SIGMA, PAPER_ARGUMENTS[SIGMA][0]),
+    *(slow(SIGMA, arguments) for arguments in PAPER_ARGUMENTS[SIGMA][1:]),
     (SMALL, ()),
     slow(LARGE, ()),
 ]
-"""Every configuration; of the grid, one of each router."""
+"""Every configuration, except that the grid has only one per router."""
 
 
-@pytest.mark.parametrize(("script", "arguments"), TOYS)
-def test_five_steps_at_toy_size(script: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("script", "arguments"), TOY_CONFIGURATIONS)
+def test_every_configuration_trains_five_steps_at_toy_size(
+    script: str, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
     flags = command(script, *arguments, TOY="1").stdout.splitlines()
     assert_trained(train(flags, tmp_path))
 
 
 @pytest.mark.slow
-def test_five_steps_with_the_one_command(tmp_path: Path) -> None:
-    done = subprocess.run(
+def test_the_script_alone_trains_five_steps(tmp_path: Path) -> None:
+    process = subprocess.run(
         [FOLDER / SMALL],
         cwd=tmp_path,
         env={
-            **CLEAN,
+            **CLEAN_ENVIRONMENT,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "TOY": "1",
             "MASTER_PORT": str(free_port()),
@@ -344,5 +352,5 @@ def test_five_steps_with_the_one_command(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert_trained(Log(text=done.stdout))
+    assert process.returncode == 0, process.stderr
+    assert_trained(Log(text=process.stdout))

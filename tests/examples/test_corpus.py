@@ -1,4 +1,4 @@
-"""The corpus: real text, one split on every machine, reused when complete, never half-written."""
+"""The corpus is real text, has the same split on every machine, and is written atomically."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ sys.modules[spec.name] = corpus  # dataclasses look their module up
 spec.loader.exec_module(corpus)
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read_lines(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -41,8 +41,8 @@ def stdlib(tmp_path_factory):
     return corpus.build_corpus("stdlib", folder)
 
 
-def test_stdlib(stdlib):
-    train, valid = read(stdlib.train), read(stdlib.valid)
+def test_the_stdlib_corpus_holds_every_document_once(stdlib):
+    train, valid = read_lines(stdlib.train), read_lines(stdlib.valid)
     assert sorted(path.name for path in stdlib.train.parent.iterdir()) == [
         "corpus.json", "train.jsonl", "valid.jsonl",
     ]  # fmt: skip
@@ -59,10 +59,10 @@ def test_stdlib(stdlib):
     assert not any(corpus.is_valid(record["source"]) for record in train)
 
 
-def test_split_never_changes():
-    # Fixed for ever: a corpus of another machine or year holds out the same documents.
-    names = [f"folder/file{i}.py" for i in range(100)]
-    assert [i for i, name in enumerate(names) if corpus.is_valid(name)] == [
+def test_a_document_is_always_assigned_to_the_same_split():
+    # This split must never change, so that every machine holds out the same documents.
+    names = [f"folder/file{number}.py" for number in range(100)]
+    assert [number for number, name in enumerate(names) if corpus.is_valid(name)] == [
         10,
         12,
         23,
@@ -74,13 +74,13 @@ def test_split_never_changes():
     ]
 
 
-def test_reuse_and_rebuild(stdlib, tmp_path, monkeypatch):
+def test_a_complete_corpus_is_reused_and_a_damaged_one_is_rebuilt(stdlib, tmp_path, monkeypatch):
     folder = tmp_path / "copy"
     shutil.copytree(stdlib.train.parent, folder)
     (folder / "mine").write_text("kept")
-    before = (folder / "train.jsonl").stat()
+    stat_before = (folder / "train.jsonl").stat()
     assert corpus.build_corpus("stdlib", folder).documents == stdlib.documents
-    assert (folder / "train.jsonl").stat().st_ino == before.st_ino
+    assert (folder / "train.jsonl").stat().st_ino == stat_before.st_ino
 
     os.truncate(folder / "valid.jsonl", 10)
     rebuilt = corpus.build_corpus("stdlib", folder)
@@ -95,7 +95,7 @@ def test_reuse_and_rebuild(stdlib, tmp_path, monkeypatch):
     assert (folder / "train.jsonl").stat().st_ino != inode
 
 
-def test_failure_leaves_nothing(tmp_path):
+def test_a_failure_leaves_no_file(tmp_path):
     def documents():
         yield corpus.Document(source="a", text="x")
         raise ConfigError("stop")
@@ -107,18 +107,20 @@ def test_failure_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_kind(tmp_path):
+def test_an_unknown_kind_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="'web' is unknown; choose one of: stdlib, debian-docs"):
         corpus.build_corpus("web", tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg")
-def test_debian_package(tmp_path):
+def test_a_debian_package_gives_the_text_of_its_pages(tmp_path):
     pages = tmp_path / "root" / "usr" / "share" / "doc" / "some-doc"
     pages.mkdir(parents=True)
-    for i in range(60):
-        (pages / f"page{i}.html").write_text(f"<title>t</title><p>page {i} &amp; more</p>")
+    for number in range(60):
+        (pages / f"page{number}.html").write_text(
+            f"<title>t</title><p>page {number} &amp; more</p>"
+        )
     (pages / "copy.html").write_text("<p>page 1 &amp; more</p>")
     (pages / "genindex-all.html").write_text("<p>links</p>")
     control = tmp_path / "root" / "DEBIAN" / "control"
@@ -133,15 +135,15 @@ def test_debian_package(tmp_path):
         check=True,
         capture_output=True,
     )
-    built = corpus.build_corpus("debian-docs", tmp_path / "corpus", packages=["some-doc"])
-    records = read(built.train) + read(built.valid)
+    built_corpus = corpus.build_corpus("debian-docs", tmp_path / "corpus", packages=["some-doc"])
+    records = read_lines(built_corpus.train) + read_lines(built_corpus.valid)
     assert sorted(record["text"] for record in records) == sorted(
-        f"page {i} & more\n" for i in range(60)
+        f"page {number} & more\n" for number in range(60)
     )
     assert records[0]["source"].startswith("some-doc/usr/share/doc/")
 
 
-def test_debian_sources_replace_pages(tmp_path):
+def test_the_sources_of_debian_pages_replace_the_pages(tmp_path):
     (tmp_path / "page.html").write_text("<p>page</p>")
     (tmp_path / "page.rst.txt").write_text("page *source*")
     (tmp_path / "bad.txt").write_bytes(b"\xff")
@@ -158,7 +160,7 @@ def test_debian_sources_replace_pages(tmp_path):
         ("exit 0", ["--config=x"], "is not a name of a Debian package"),
     ],
 )  # fmt: skip
-def test_debian_failures(tmp_path, monkeypatch, script, packages, message):
+def test_debian_failures_are_reported(tmp_path, monkeypatch, script, packages, message):
     tools = tmp_path / "bin"
     tools.mkdir()
     if script is not None:
@@ -170,7 +172,7 @@ def test_debian_failures(tmp_path, monkeypatch, script, packages, message):
     assert list(tmp_path.iterdir()) == [tools]
 
 
-def test_html_to_text():
+def test_html_becomes_plain_text():
     html = """<html><head><title>no</title><style>p {}</style></head><body>
     <div class="related navigation">no <br> no</div>
     <h1>Title<a class="headerlink" href="#t">¶</a></h1>

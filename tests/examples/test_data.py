@@ -1,4 +1,4 @@
-"""Data sets of what users have: every corpus from its files to batches that Megatron can read."""
+"""Every kind of corpus becomes data sets that Megatron can read."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from megatron_sffn.data.indexed.format import open_index
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.paths import ROOT
 
-# Other tests may have left threads in this process; the workers of these use none of them.
+# Other tests may have left threads running; the workers of these tests do not use them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tools run in this process: each start of another one costs seconds of imports."""
+    """Run tools in this process, because a new process needs seconds for imports."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
@@ -44,8 +44,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "run_tool", run_tool)
 
 
-def check(output: Path, vocab_size: int, key: str = "text") -> dict[str, int]:
-    """Megatron can read all parts; returns their documents."""
+def check_parts(output: Path, vocab_size: int, key: str = "text") -> dict[str, int]:
+    """Check that Megatron can read all parts; returns their numbers of documents."""
     for part in published.PARTS:
         check_dataset(f"{output}/{part}_{key}_document", vocab_size)
     assert not output.with_name(f"{output.name}.partial").exists()
@@ -55,10 +55,12 @@ def check(output: Path, vocab_size: int, key: str = "text") -> dict[str, int]:
     }
 
 
-PARTS = ("--parts", "train=0.6,valid=0.2,test=0.2", "--vocab-size", "300")
+PART_FLAGS = ("--parts", "train=0.6,valid=0.2,test=0.2", "--vocab-size", "300")
 
 
-def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_files_becomes_a_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "notes"
     (folder / "deep" / ".hidden").mkdir(parents=True)
     for number in range(40):
@@ -70,17 +72,17 @@ def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "nul.bin").write_bytes(b"a\0b")
     (folder / "empty").touch()
     (folder / "deep" / ".hidden" / "x.md").write_text("hidden")
-    sources = {one.source: one.text for one in folder_documents(folder, ())}
+    sources = {document.source: document.text for document in folder_documents(folder, ())}
     assert len(sources) == 44 and sources["deep/3.md"] == "# Note 3\n\nIts text: 3\n"
     assert (sources["page.html"], sources["bom.txt"]) == ("page & more\n", "marked")
-    assert {one.source for one in folder_documents(folder, [".md"])} == {
+    assert {document.source for document in folder_documents(folder, [".md"])} == {
         name for name in sources if name.endswith(".md")
     }
 
     output = tmp_path / "out"
-    assert main(["folder", str(folder), "--output", str(output), *PARTS]) == 0
-    documents = check(output, 300)
-    assert sum(documents.values()) == 42  # without the copy and the empty one
+    assert main(["folder", str(folder), "--output", str(output), *PART_FLAGS]) == 0
+    documents = check_parts(output, 300)
+    assert sum(documents.values()) == 42  # without the copy and the empty file
     assert sorted(path.name for path in output.iterdir()) == sorted(
         ["tokenizer"]
         + [
@@ -89,28 +91,28 @@ def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             for name in (f"{part}.jsonl", f"{part}_text_document.bin", f"{part}_text_document.idx")
         ]
     )
-    flags = capsys.readouterr().out
-    assert f"--valid-data-path {output}/valid_text_document" in flags
-    assert f"--tokenizer-model {output}/tokenizer" in flags
+    stdout = capsys.readouterr().out
+    assert f"--valid-data-path {output}/valid_text_document" in stdout
+    assert f"--tokenizer-model {output}/tokenizer" in stdout
 
-    # With the tokenizer of another corpus.
+    # A second data set can use the tokenizer of the first one.
     flags = ["--tokenizer", str(output / "tokenizer"), "--output", str(tmp_path / "again")]
-    assert main(["folder", str(folder), *flags, *PARTS]) == 0
-    assert check(tmp_path / "again", 300) == documents
+    assert main(["folder", str(folder), *flags, *PART_FLAGS]) == 0
+    assert check_parts(tmp_path / "again", 300) == documents
     assert not (tmp_path / "again" / "tokenizer").exists()
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet_files_become_a_data_set(tmp_path: Path) -> None:
     for number in range(2):
         rows = {"content": [f"row {number} {row}" for row in range(30)], "id": list(range(30))}
         pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / f"{number}.parquet")
-    flags = ["--json-key", "content", "--output", str(tmp_path / "out"), *PARTS]
+    flags = ["--json-key", "content", "--output", str(tmp_path / "out"), *PART_FLAGS]
     assert main(["parquet", f"{tmp_path}/*.parquet", *flags]) == 0
-    assert sum(check(tmp_path / "out", 300, "content").values()) == 60
+    assert sum(check_parts(tmp_path / "out", 300, "content").values()) == 60
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg")
-def test_debian_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debian_docs_become_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = tmp_path / "root" / "usr" / "share" / "doc" / "some-doc"
     pages.mkdir(parents=True)
     for number in range(40):
@@ -127,9 +129,9 @@ def test_debian_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tools / "apt-get").write_text(f"#!/bin/sh\ncp {archive} .\n")
     (tools / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    flags = ["--packages", "some-doc", "--output", str(tmp_path / "out"), *PARTS]
+    flags = ["--packages", "some-doc", "--output", str(tmp_path / "out"), *PART_FLAGS]
     assert main(["debian-docs", *flags]) == 0
-    assert sum(check(tmp_path / "out", 300).values()) == 40
+    assert sum(check_parts(tmp_path / "out", 300).values()) == 40
 
 
 # --- WikiText-103
@@ -144,7 +146,7 @@ WIKI = {
 
 @pytest.fixture
 def wikitext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with small files, which take the place of the published ones."""
+    """A folder with small files that replace the published ones."""
     folder = tmp_path / "wikitext-103"
     folder.mkdir()
     for name, text in WIKI.items():
@@ -156,7 +158,7 @@ def wikitext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield folder
 
 
-def packed(folder: Path) -> Path:
+def zip_folder(folder: Path) -> Path:
     path = folder.with_suffix(".zip")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in folder.iterdir():
@@ -164,13 +166,13 @@ def packed(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_wikitext(tmp_path: Path, wikitext: Path, pack: bool) -> None:
-    path = packed(wikitext) if pack else wikitext
+@pytest.mark.parametrize("zipped", [False, True])
+def test_wikitext_keeps_its_published_parts(tmp_path: Path, wikitext: Path, zipped: bool) -> None:
+    path = zip_folder(wikitext) if zipped else wikitext
     flags = ["--output", str(tmp_path / "out"), "--vocab-size", "300"]
     assert main(["wikitext-103", str(path), *flags]) == 0
-    # A title with a = at its end or start is one of a section.
-    assert check(tmp_path / "out", 300) == {"train": 30, "valid": 1, "test": 1}
+    # A title that begins or ends with = is the title of a section.
+    assert check_parts(tmp_path / "out", 300) == {"train": 30, "valid": 1, "test": 1}
     parts = json.loads((tmp_path / "out" / "parts.json").read_text())
     for part, text in zip(published.PARTS, WIKI.values(), strict=True):
         lines = (tmp_path / "out" / f"{part}.jsonl").read_text().splitlines()
@@ -180,44 +182,48 @@ def test_wikitext(tmp_path: Path, wikitext: Path, pack: bool) -> None:
 
 
 def test_articles_begin_with_their_titles(wikitext: Path) -> None:
-    found = list(published.articles(wikitext / "wiki.train.tokens"))
-    assert [text.splitlines()[1] for text in found] == [f" = Title {n} = " for n in range(30)]
+    articles = list(published.articles(wikitext / "wiki.train.tokens"))
+    assert [text.splitlines()[1] for text in articles] == [
+        f" = Title {number} = " for number in range(30)
+    ]
 
 
 # --- enwik8
 
-SMALL = bytes(range(256)) * 4
+ENWIK8_BYTES = bytes(range(256)) * 4
 
 
 @pytest.fixture
 def enwik8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small file, which takes the place of the published one."""
+    """A small file that replaces the published one."""
     path = tmp_path / "given" / "enwik8"
     path.parent.mkdir()
-    path.write_bytes(SMALL)
-    small = published.Enwik8(sha1=hashlib.sha1(SMALL).hexdigest(), sizes=(900, 100, 24))
-    monkeypatch.setattr(published, "ENWIK8", small)
+    path.write_bytes(ENWIK8_BYTES)
+    published_file = published.Enwik8(
+        sha1=hashlib.sha1(ENWIK8_BYTES).hexdigest(), sizes=(900, 100, 24)
+    )
+    monkeypatch.setattr(published, "ENWIK8", published_file)
     return path
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "archive"])
-def test_enwik8(tmp_path: Path, enwik8: Path, kind: str) -> None:
+def test_enwik8_keeps_its_published_parts(tmp_path: Path, enwik8: Path, kind: str) -> None:
     path = {"file": enwik8, "folder": enwik8.parent, "archive": enwik8.with_suffix(".zip")}[kind]
     if kind == "archive":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(enwik8, "enwik8")
     output = tmp_path / "out"
     assert main(["enwik8", str(path), "--output", str(output)]) == 0
-    assert check(output, 258) == {"train": 1, "valid": 1, "test": 1}
+    assert check_parts(output, 258) == {"train": 1, "valid": 1, "test": 1}
     parts = [
         numpy.fromfile(output / f"{part}_text_document.bin", numpy.uint16)
         for part in published.PARTS
     ]
     assert [len(part) for part in parts] == [900, 100, 24]
-    assert numpy.concatenate(parts).astype(numpy.uint8).tobytes() == SMALL
+    assert numpy.concatenate(parts).astype(numpy.uint8).tobytes() == ENWIK8_BYTES
 
 
-def test_the_published_numbers() -> None:
+def test_the_published_sizes_and_digests_are_consistent() -> None:
     assert sum(published.ENWIK8.sizes) == 10**8
     digests = [published.ENWIK8.sha1] + [
         sha1 for files in published.WIKITEXT_103.values() for sha1 in files.values()
@@ -225,7 +231,7 @@ def test_the_published_numbers() -> None:
     assert len(set(digests)) == 7 and all(len(bytes.fromhex(sha1)) == 20 for sha1 in digests)
 
 
-# --- what is refused
+# --- Bad input
 
 
 @pytest.mark.parametrize(
@@ -250,7 +256,7 @@ def test_the_published_numbers() -> None:
         ("enwik8 damaged.zip", r"damaged\.zip is damaged .*; download it again"),
     ],
 )
-def test_bad_input(
+def test_bad_input_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -265,15 +271,15 @@ def test_bad_input(
         archive.writestr("enwik8", "content" * 99)
     content = Path("damaged.zip").read_bytes()
     Path("damaged.zip").write_bytes(content.replace(b"content", b"another", 1))
-    before = sorted(tmp_path.rglob("*"))
-    given = arguments.split()
+    files_before = sorted(tmp_path.rglob("*"))
+    command = arguments.split()
     with pytest.raises(ConfigError, match=message) as error:
-        main(given if "--output" in given else [*given, "--output", "out"])
+        main(command if "--output" in command else [*command, "--output", "out"])
     assert "\n" not in str(error.value)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == files_before
 
 
-def test_a_tool_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_tool_leaves_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str, *arguments: str) -> None:
         raise data.ToolFailedError(f"tools/{name}.py ended with exit code 2")
 
@@ -284,8 +290,8 @@ def test_a_tool_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
-def test_the_command() -> None:
-    """Its help, in a process of its own; the tools are tested as processes in tests/tools."""
+def test_the_command_prints_its_help() -> None:
+    """Only the help runs in a new process; tests/tools tests the tools as processes."""
     command = [sys.executable, "-m", "examples.data", "--help"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "wikitext-103" in result.stdout and "enwik8 enwik8.zip" in result.stdout

@@ -1,6 +1,6 @@
-"""examples/launch: what the scripts ask of torchrun, Slurm, docker and Kubernetes.
+"""examples/launch: the commands of the scripts for torchrun, Slurm, docker and Kubernetes.
 
-tests/integration/test_two_nodes.py runs two of them on two nodes.
+tests/integration/test_two_nodes.py runs two of the scripts on two nodes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ BIN = Path(sys.executable).parent
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_it_can_be_called(script: Path) -> None:
+def test_every_script_is_executable(script: Path) -> None:
     assert os.access(script, os.X_OK)
 
 
-def call(
+def call_script(
     script: str, *flags: str, tools: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script with a torchrun that says how it was called, and tools that stand before it."""
+    """Run a script; commands in the folder `tools` come first in PATH."""
     path = os.environ["PATH"] if tools is None else f"{tools}:{os.environ['PATH']}"
     return subprocess.run(
         [LAUNCH / script, *flags],
@@ -68,8 +68,8 @@ DOCKER = {**STATIC, "IMAGE": "image", "DATA": "/nfs/data", "RUNS": "/nfs/runs"}
         for name in variables
     ],
 )
-def test_a_variable_that_is_missing(script: str, variables: dict[str, str], name: str) -> None:
-    result = call(script, **{key: value for key, value in variables.items() if key != name})
+def test_a_missing_variable_is_reported(script: str, variables: dict[str, str], name: str) -> None:
+    result = call_script(script, **{key: value for key, value in variables.items() if key != name})
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: {name} is not set; see the head of ")
@@ -77,27 +77,27 @@ def test_a_variable_that_is_missing(script: str, variables: dict[str, str], name
 
 @pytest.mark.parametrize("script", ["elastic.sh", "slurm.sh"])
 @pytest.mark.parametrize("missing", ["--save", "--load"])
-def test_what_starts_again_needs_checkpoints(script: str, missing: str) -> None:
+def test_a_launcher_that_restarts_runs_requires_checkpoints(script: str, missing: str) -> None:
     flags = [flag for flag in ("--save", "--load") if flag != missing]
-    result = call(script, *(f"{flag}=folder" for flag in flags), **ELASTIC)
+    result = call_script(script, *(f"{flag}=folder" for flag in flags), **ELASTIC)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: {missing} is not among the flags, but ")
 
 
-def executable(path: Path, text: str) -> Path:
+def write_executable(path: Path, text: str) -> Path:
     path.write_text(f"#!/usr/bin/env bash\n{text}")
     path.chmod(0o755)
     return path
 
 
 def torchrun_arguments(output: str) -> Any:
-    """What torchrun's own parser makes of the command that `echo` has printed."""
+    """The arguments in the output of a fake torchrun, by torchrun's own parser."""
     return get_args_parser().parse_args(output.split())
 
 
 @pytest.mark.parametrize(
-    ("script", "variables", "wanted"),
+    ("script", "variables", "expected"),
     [
         (
             "static.sh",
@@ -124,41 +124,41 @@ def torchrun_arguments(output: str) -> Any:
         ),
     ],
 )
-def test_torchrun_is_asked_for(
-    tmp_path: Path, script: str, variables: dict[str, str], wanted: dict[str, object]
+def test_the_script_passes_its_variables_to_torchrun(
+    tmp_path: Path, script: str, variables: dict[str, str], expected: dict[str, object]
 ) -> None:
-    executable(tmp_path / "torchrun", 'echo "$@"')
+    write_executable(tmp_path / "torchrun", 'echo "$@"')
     flags = ("--save=a", "--load=a", "--lr", "1e-3")
-    result = call(script, *flags, tools=tmp_path, **variables)
+    result = call_script(script, *flags, tools=tmp_path, **variables)
     assert (result.returncode, result.stderr) == (0, "")
     args = torchrun_arguments(result.stdout)
-    assert {name: getattr(args, name) for name in wanted} == wanted
+    assert {name: getattr(args, name) for name in expected} == expected
     assert args.module and args.training_script == "megatron_sffn.pretrain"
     assert args.training_script_args == list(flags)
 
 
 @pytest.mark.parametrize("file", ENVIRONMENTS, ids=lambda path: path.name)
-def test_every_variable_is_explained_and_docker_reads_what_the_shell_reads(file: Path) -> None:
+def test_environment_files_are_commented_and_read_alike_by_docker_and_shell(file: Path) -> None:
     explained = False
-    found = {}
+    values = {}
     for line in file.read_text().splitlines():
         if match := re.fullmatch(r"#?([A-Z_]+)=(\S+)", line):
             assert explained, f"{line} has no line above it that says what it does"
             if line[0] != "#":
-                found[match[1]] = match[2]
+                values[match[1]] = match[2]
         else:
             assert not line or line.startswith("# "), line
             explained = line.startswith("# ")
-    assert found
+    assert values
     shell = f"set -a; . {file}; env"
     output = subprocess.run(["bash", "-c", shell], env={}, capture_output=True, text=True).stdout
-    assert found.items() <= dict(line.split("=", 1) for line in output.splitlines()).items()
+    assert values.items() <= dict(line.split("=", 1) for line in output.splitlines()).items()
 
 
 @pytest.mark.parametrize(("gpus", "file"), [({}, "nccl.env"), ({"GPUS": ""}, "gloo.env")])
 def test_docker_runs_the_static_launcher(tmp_path: Path, gpus: dict[str, str], file: str) -> None:
-    executable(tmp_path / "docker", 'printf "%s\\n" "$@"')
-    result = call("docker.sh", "--lr", "1e-3", tools=tmp_path, **DOCKER, **gpus)
+    write_executable(tmp_path / "docker", 'printf "%s\\n" "$@"')
+    result = call_script("docker.sh", "--lr", "1e-3", tools=tmp_path, **DOCKER, **gpus)
     assert (result.returncode, result.stderr) == (0, "")
     words = result.stdout.splitlines()
     options, command = words[: words.index("image")], words[words.index("image") + 1 :]
@@ -181,11 +181,11 @@ def test_docker_runs_the_static_launcher(tmp_path: Path, gpus: dict[str, str], f
 
 @pytest.fixture
 def job() -> dict[str, Any]:
-    """The job as the API server gets it."""
+    """The job as the API server receives it."""
     return dict(yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text()))
 
 
-def test_the_job_is_what_the_operator_takes(job: dict[str, Any]) -> None:
+def test_the_job_meets_the_rules_of_the_operator(job: dict[str, Any]) -> None:
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     master, worker = (job["spec"]["pytorchReplicaSpecs"][name] for name in ("Master", "Worker"))
     assert master["template"] == worker["template"]
@@ -195,18 +195,18 @@ def test_the_job_is_what_the_operator_takes(job: dict[str, Any]) -> None:
     assert container["resources"]["limits"]["nvidia.com/gpu"] == int(job["spec"]["nprocPerNode"])
     assert pod["securityContext"]["runAsNonRoot"]
     assert not container["securityContext"]["allowPrivilegeEscalation"]
-    mounted = {mount["name"] for mount in container["volumeMounts"]}
-    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
     values = [variable["value"] for variable in container["env"]]
     assert all(isinstance(value, str) for value in values), "Kubernetes refuses numbers"
 
 
-def test_torchrun_learns_from_the_operator_what_it_needs(
+def test_torchrun_takes_its_arguments_from_the_operators_variables(
     job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     container = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
     replicas = sum(spec["replicas"] for spec in job["spec"]["pytorchReplicaSpecs"].values())
-    # As setPodEnv of the training operator does for the only worker.
+    # The function setPodEnv of the training operator sets these for the only worker.
     for name, value in {
         "PET_NNODES": str(replicas),
         "PET_NPROC_PER_NODE": job["spec"]["nprocPerNode"],
@@ -242,17 +242,17 @@ def test_the_command_line_of_the_job_is_accepted(
 # Slurm
 
 
-def test_slurm_reads_the_options_above_the_first_command() -> None:
-    head, _ = (LAUNCH / "slurm.sh").read_text().split("set -euo pipefail", 1)
-    options = re.findall(r"^#SBATCH (--\S+)$", head, re.MULTILINE)
+def test_slurm_options_stand_above_the_first_command() -> None:
+    header, _ = (LAUNCH / "slurm.sh").read_text().split("set -euo pipefail", 1)
+    options = re.findall(r"^#SBATCH (--\S+)$", header, re.MULTILINE)
     assert {"--signal=B:USR1@600", "--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= {
         *options
     }
-    assert "#SBATCH" not in (LAUNCH / "slurm.sh").read_text().removeprefix(head)
+    assert "#SBATCH" not in (LAUNCH / "slurm.sh").read_text().removeprefix(header)
 
 
-# One node. srun starts the step in the background of nothing else, as Slurm does on each node;
-# scancel signals its processes, not the batch script.
+# Fake commands of Slurm for one node: srun starts the step, and scancel signals its processes,
+# not the batch script.
 SRUN = """
 [ "$1 $2" = "--wait 120" ] || exit 9
 shift 2
@@ -280,9 +280,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], lo
 
 
 @pytest.mark.slow
-def test_the_job_saves_before_its_time_is_up_and_goes_on_in_the_next(tmp_path: Path) -> None:
+def test_a_job_saves_before_its_time_limit_and_resumes_in_the_next_job(tmp_path: Path) -> None:
     for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
-        executable(tmp_path / name, text)
+        write_executable(tmp_path / name, text)
     flags = (
         f"{MODEL} --mock-data --train-iters 100000 --save run --load run --save-interval 100000 "
         "--expert-model-parallel-size 2 --eval-iters 0"
@@ -319,10 +319,10 @@ def test_the_job_saves_before_its_time_is_up_and_goes_on_in_the_next(tmp_path: P
     assert f"at iteration {iterations[0]}" in log.read_text()
 
 
-def test_a_job_that_fails_stays_failed(tmp_path: Path) -> None:
+def test_a_failing_job_is_not_requeued(tmp_path: Path) -> None:
     for name, text in (("srun", "exit 3"), ("scontrol", SCONTROL)):
-        executable(tmp_path / name, text)
+        write_executable(tmp_path / name, text)
     slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "nodes", "STATE": str(tmp_path)}
-    result = call("slurm.sh", "--save=a", "--load=a", tools=tmp_path, **slurm)
+    result = call_script("slurm.sh", "--save=a", "--load=a", tools=tmp_path, **slurm)
     assert result.returncode == 3
     assert not (tmp_path / "scontrol-asked").exists()

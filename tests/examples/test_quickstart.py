@@ -1,4 +1,4 @@
-"""The quick start: what it reports, what it skips, and that an interrupted run goes on exactly."""
+"""The quick start reports results, skips finished runs, and resumes an interrupted run exactly."""
 
 import io
 import json
@@ -50,11 +50,11 @@ def result_of(run, perplexity: float, **numbers) -> Result:
 
 
 def write_run(plan: Plan, run, perplexity: float, **numbers) -> None:
-    """A finished run's folder, as training leaves it after one interruption."""
+    """Write the folder of a finished run that was interrupted once."""
     folder = plan.folder_of(run)
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps(summary_of(perplexity, **numbers)))
-    # The first start was killed after step 8; the second continued from step 6.
+    # The first start was killed after step 8; the second resumed from step 6.
     for start, stop, offset in ((1, 9, 1.0), (7, 13, 0.0)):
         with SummaryWriter(str(folder / "tensorboard"), filename_suffix=str(start)) as writer:
             for step in range(start, stop):
@@ -87,16 +87,16 @@ def plan(tmp_path):
     return plan
 
 
-def test_report(plan):
+def test_the_report_holds_all_results_and_loads_nothing(plan):
     results = report.read_results(plan)
     page = report.write(plan, results).read_text()
-    # Offline: nothing is loaded from anywhere. xmlns and metadata are names, not addresses.
+    # The page works offline. The URLs of xmlns and metadata are names and not loaded.
     assert not re.search(r'(src|href)="(?!#)|url\((?!#)|@import|<script|<link', page)
     assert page.count("<svg") == 2 and "#010203" not in page
-    ids = re.findall(r'id="([^"]+)"', page)
-    assert len(ids) == len(set(ids))
+    html_ids = re.findall(r'id="([^"]+)"', page)
+    assert len(html_ids) == len(set(html_ids))
     assert report.finding(results) in page
-    # The commands are longer than the page is wide.
+    # The commands are longer than a line of the page.
     assert max(map(len, page.partition("<pre>")[2].splitlines())) > 100
     assert "white-space: pre-wrap; overflow-wrap: anywhere" in page
     for text in (
@@ -112,17 +112,17 @@ def test_report(plan):
     assert sorted(path.name for path in plan.folder.iterdir()) == ["avg-k", "dense", "report.html"]
 
 
-def test_curves_join_the_starts_of_a_run(plan):
+def test_curves_join_the_log_of_all_starts_of_a_run(plan):
     training, validation = report.read_curves(plan.folder_of(DENSE) / "tensorboard")
     assert training.steps == tuple(range(1, 13))
-    # Steps 7 and 8 ran twice, and count as the second start saw them.
+    # Steps 7 and 8 ran twice, and the second start counts.
     assert training.losses == tuple(8 - step / 4 + (step < 7) for step in range(1, 13))
     assert validation == Curve(steps=(6, 12), losses=(5.5, 4.0))
     constant = Curve(steps=(1, 2, 3), losses=(2.0, 2.0, 2.0))
     assert constant.smoothed() == pytest.approx(constant.losses)
 
 
-def test_loads(plan):
+def test_loads_are_shares_of_the_mean_load(plan):
     loads = report.read_loads(plan.folder_of(AVG_K) / "routing.jsonl")
     assert [(load.iteration, load.layer) for load in loads] == [(6, 1), (6, 2), (12, 1), (12, 2)]
     assert loads[0].shares == (2.0, 10 / 15, 0.0, 20 / 15)
@@ -135,7 +135,7 @@ def test_loads(plan):
     ("perplexity", "verdict"),
     [(75.0, "25.0% lower"), (110.0, "10.0% higher"), (100.2, "no difference")],
 )
-def test_finding(perplexity, verdict):
+def test_the_finding_compares_the_two_models(perplexity, verdict):
     numbers = {"parameters_total": 3_900_000, "flops_per_token": 3_210_000}
     results = [result_of(DENSE, 100.0), result_of(AVG_K, perplexity, **numbers)]
     sentence = report.finding(results)
@@ -147,14 +147,14 @@ def test_finding(perplexity, verdict):
     assert report.finding([results[0], fewer]).endswith(" and 10% fewer FLOPs per token.")
 
 
-def test_terminal_table():
+def test_the_terminal_table_is_aligned():
     table = report.terminal_table([result_of(DENSE, 120.0), result_of(AVG_K, 90.0)])
-    head, dense, sparse = table.splitlines()
-    assert len({len(head), len(dense), len(sparse)}) == 1
-    assert head.split("  ")[0] == "model" and dense.startswith("dense ")
+    header, dense, sparse = table.splitlines()
+    assert len({len(header), len(dense), len(sparse)}) == 1
+    assert header.split("  ")[0] == "model" and dense.startswith("dense ")
     assert dense.split()[-2:] == ["120.0", "10,000"]
-    continued = result_of(AVG_K, 90.0, tokens_per_second=None)
-    assert report.terminal_table([continued, continued]).endswith(" unknown")
+    resumed = result_of(AVG_K, 90.0, tokens_per_second=None)
+    assert report.terminal_table([resumed, resumed]).endswith(" unknown")
 
 
 STEP_LINE = (
@@ -167,7 +167,7 @@ EVALUATION_LINE = (
 )
 
 
-def test_status():
+def test_the_status_follows_the_log():
     status = Status()
     assert str(status) == "starting the ranks"
     status.read("  seed ...................... 1234")
@@ -184,7 +184,7 @@ def test_status():
     assert "loss nan" in str(status)
 
 
-def test_display_repeats_lines_now_and_then():
+def test_the_display_prints_a_changed_status_at_intervals():
     stream = io.StringIO()
     display = Display("  dense", stream)
     display.show("starting", now=True)
@@ -195,16 +195,16 @@ def test_display_repeats_lines_now_and_then():
     assert stream.getvalue() == "  dense 0:00 | starting\n  dense 0:00 | done\n"
 
 
-def test_launch_quotes_the_end_of_a_failed_run(tmp_path):
+def test_a_failed_run_is_reported_with_the_end_of_its_log(tmp_path):
     log = tmp_path / "run" / "train.log"
-    said = "print('before'); print('the reason'); raise SystemExit(3)"
+    script = "print('before'); print('the reason'); raise SystemExit(3)"
     with pytest.raises(RunFailedError, match=r"(?s)exit code 3.*train\.log:\nbefore\nthe reason$"):
-        launch([sys.executable, "-c", said], log, title="dense", stream=io.StringIO())
+        launch([sys.executable, "-c", script], log, title="dense", stream=io.StringIO())
     launch([sys.executable, "-c", "print('again')"], log, title="dense", stream=io.StringIO())
     assert log.read_text() == "before\nthe reason\nagain\n"
 
 
-def test_skips_what_is_done(plan):
+def test_only_a_finished_run_of_the_same_plan_is_skipped(plan):
     assert plan.summary(DENSE) is not None
     assert Plan(folder=plan.folder, seed=8, train_iters=12).summary(DENSE) is None
     assert Plan(folder=plan.folder, seed=7, train_iters=13).summary(DENSE) is None
@@ -224,13 +224,13 @@ def claim(plan: Plan, kind: str = "stdlib", *, fresh: bool = False) -> None:
 def test_a_folder_holds_one_experiment(plan):
     claim(plan)
     claim(plan)
-    other = Plan(folder=plan.folder, seed=8, train_iters=12)
-    for claimed, kind in ((other, "stdlib"), (plan, "debian-docs")):
+    other_plan = Plan(folder=plan.folder, seed=8, train_iters=12)
+    for second_plan, kind in ((other_plan, "stdlib"), (plan, "debian-docs")):
         with pytest.raises(ConfigError, match="add --fresh to replace it"):
-            claim(claimed, kind)
+            claim(second_plan, kind)
     assert plan.summary(DENSE) is not None
     (plan.folder / "mine.txt").write_text("stays")
-    claim(other, fresh=True)
+    claim(other_plan, fresh=True)
     assert sorted(path.name for path in plan.folder.iterdir()) == ["mine.txt", "settings.json"]
 
 
@@ -248,7 +248,7 @@ def test_held_out_text_of_a_large_corpus_is_thinned(tmp_path, monkeypatch):
         assert data.is_complete(folder, text, VOCAB_SIZE)
 
 
-def test_one_at_a_time(tmp_path):
+def test_a_folder_is_locked_while_it_is_in_use(tmp_path):
     folder = tmp_path / "new" / "out"
     with (
         quickstart.locked(folder),
@@ -263,7 +263,7 @@ def test_one_at_a_time(tmp_path):
         pass
 
 
-def test_fresh_leaves_a_folder_that_is_not_its_own(plan):
+def test_fresh_keeps_a_folder_without_settings(plan):
     claim(plan, fresh=True)
     assert plan.summary(DENSE) is not None
 
@@ -277,12 +277,12 @@ def test_fresh_leaves_a_folder_that_is_not_its_own(plan):
         ["--folder", __file__],
     ],
 )
-def test_bad_flags(flags):
+def test_bad_flags_are_refused(flags):
     with pytest.raises(ConfigError, match=flags[0]):
         quickstart.parse_arguments(flags)
 
 
-def test_environment_gives_the_defaults(monkeypatch):
+def test_environment_variables_give_the_defaults(monkeypatch):
     monkeypatch.setenv("SEED", "5")
     monkeypatch.setenv("CORPUS", "debian-docs")
     args = quickstart.parse_arguments([])
@@ -291,11 +291,11 @@ def test_environment_gives_the_defaults(monkeypatch):
     assert quickstart.parse_arguments([]).seed == 1234
 
 
-# --- the real thing, on 2 ranks
+# --- Real runs on 2 ranks
 
 
 def tiny_corpus(folder: Path) -> corpus.Corpus:
-    """A corpus that the quick start takes for the one it would make itself, but for its size."""
+    """A small corpus that the quick start accepts as its own."""
     parameters = {"kind": "stdlib", "origin": [platform.python_version()], "recipe": corpus.RECIPE}
     texts = sorted((ROOT / "megatron_sffn").rglob("*.py")) * 3
     documents = [
@@ -305,7 +305,7 @@ def tiny_corpus(folder: Path) -> corpus.Corpus:
     return corpus._write(folder, parameters, documents)
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start_quickstart(folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "examples.quickstart"]
     return subprocess.Popen(
         [*command, "--folder", str(folder), "--train-iters", "12", "--seed", "7"],
@@ -317,7 +317,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+def wait_for_end(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
         output, _ = process.communicate(timeout=HANGS)
     finally:
@@ -326,41 +326,43 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_interrupted_run_continues_exactly(tmp_path):
+def test_an_interrupted_run_resumes_exactly(tmp_path):
     plan = Plan(folder=tmp_path / "out", seed=7, train_iters=12)
     tiny_corpus(plan.folder / "corpus")
     write_run(plan, DENSE, 120.0)
     log = plan.folder_of(AVG_K) / "train.log"
 
-    process = start(plan.folder)
+    process = start_quickstart(plan.folder)
     deadline = time.monotonic() + HANGS
     while process.poll() is None and time.monotonic() < deadline:
         if log.exists() and "iteration        1/      12" in log.read_text():
             process.send_signal(signal.SIGINT)
             break
         time.sleep(0.05)
-    code, output = finish(process)
+    code, output = wait_for_end(process)
     assert code == quickstart.INTERRUPTED, output
-    saved = plan.saved_iteration(AVG_K)
-    assert 1 <= saved < 12, output
-    assert f"Avg-K is saved at iteration {saved} of 12" in output
+    saved_iteration = plan.saved_iteration(AVG_K)
+    assert 1 <= saved_iteration < 12, output
+    assert f"Avg-K is saved at iteration {saved_iteration} of 12" in output
     assert plan.summary(AVG_K) is None
 
-    code, output = finish(start(plan.folder))
+    code, output = wait_for_end(start_quickstart(plan.folder))
     assert code == 0, output
-    assert f"Avg-K, continued from iteration {saved}" in output and "there already" in output
+    assert (
+        f"Avg-K, continued from iteration {saved_iteration}" in output and "there already" in output
+    )
     assert "Avg-K reached a held-out perplexity" in output
     assert (plan.folder / "report.html").exists()
-    continued = plan.summary(AVG_K)
+    resumed_summary = plan.summary(AVG_K)
     assert data.is_complete(
         plan.folder / "data", corpus.build_corpus("stdlib", plan.folder / "corpus"), VOCAB_SIZE
     )
 
     plan.folder_of(AVG_K).rename(tmp_path / "continued")
-    code, output = finish(start(plan.folder))
+    code, output = wait_for_end(start_quickstart(plan.folder))
     assert code == 0, output
-    undisturbed = plan.summary(AVG_K)
-    assert undisturbed["validation_loss"] == continued["validation_loss"]
+    undisturbed_summary = plan.summary(AVG_K)
+    assert undisturbed_summary["validation_loss"] == resumed_summary["validation_loss"]
     curves = [
         report.read_curves(folder / "tensorboard")
         for folder in (plan.folder_of(AVG_K), tmp_path / "continued")

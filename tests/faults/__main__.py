@@ -1,6 +1,7 @@
 """The fault table: `python -m tests.faults [--kills 30] [--folder DIR]`.
 
-Does to real runs what the tests do, and prints what each fault cost; about 5 minutes on 2 cores.
+Causes the faults of the tests in real runs and prints what each one cost, in about 5 minutes on 2
+cores.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def main() -> int:
     """Print the table; the exit code is the number of faults that a run did not survive."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument(
-        "--kills", type=int, default=30, help="of the undisturbed_job job (default: 30)"
+        "--kills", type=int, default=30, help="number of kills of the job (default: 30)"
     )
     parser.add_argument("--folder", type=Path, help="keep the runs here (default: a temporary one)")
     args = parser.parse_args()
@@ -31,9 +32,9 @@ def main() -> int:
 
     from tests.faults import scenarios
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        undisturbed_job = scenarios.undisturbed(folder / "undisturbed_job")
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        folder = args.folder or Path(temporary_folder)
+        undisturbed_job = scenarios.undisturbed(folder / "undisturbed")
         faults: dict[str, tuple[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
             "SIGKILL of the job": (
                 args.kills,
@@ -59,9 +60,9 @@ def main() -> int:
         }
         print(f"{'fault':<22}{'tries':>6}{'survived':>10}{'lost steps':>12}  ", flush=True)
         failed = 0
-        for name, (tries, scenario, given, options) in faults.items():
+        for name, (tries, scenario, arguments, options) in faults.items():
             try:
-                outcome = scenario(folder / name.replace(" ", "-"), *given, **options)
+                outcome = scenario(folder / name.replace(" ", "-"), *arguments, **options)
             except (AssertionError, PermissionError) as error:
                 failed += 1
                 print(f"{name:<22}{tries:>6}{'no':>10}{'':>12}  {error}", flush=True)

@@ -1,4 +1,4 @@
-"""The run without a fault, with which the others are compared."""
+"""The run without a fault, to which the other runs are compared."""
 
 import pytest
 
@@ -8,5 +8,5 @@ from tests.faults.scenarios import undisturbed
 
 @pytest.fixture(scope="session")
 def undisturbed_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """The undisturbed run; it has ended."""
+    """The run without a fault, after its end."""
     return undisturbed(tmp_path_factory.mktemp("undisturbed"))

@@ -1,4 +1,4 @@
-"""Real runs that can be killed, stopped and signalled: a process per rank, with a log of its own.
+"""Real runs that can be killed, stopped and signalled: one process and one log per rank.
 
 Megatron is imported once, in the parent; a rank is forked from it and starts in 0.1 s.
 """
@@ -32,14 +32,14 @@ from tests.support.processes import HANGS, free_port, kill_all, wait_until
 
 EP2 = "--expert-model-parallel-size 2"
 RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""For torchrun, whose ranks otherwise find the addresses of killed ones after a restart."""
+"""Environment of torchrun; without it, restarted ranks find the addresses of killed ranks."""
 
 FLAGS = f"{MODEL} --mock-data --split 90,10,0"
 
 
 @dataclass
 class Job:
-    """Ranks that run.
+    """The ranks of a run.
 
     Args:
         folder: of the logs.
@@ -51,42 +51,42 @@ class Job:
     codes: dict[int, int] = field(default_factory=dict)
 
     def log(self, rank: int = -1) -> str:
-        """What a rank has printed; the last one prints Megatron's progress lines."""
+        """The output of a rank; the last rank prints Megatron's progress lines."""
         path = self.folder / f"log{range(len(self.pids))[rank]}"
         return path.read_text() if path.exists() else ""
 
     def wait_for(self, pattern: str, rank: int = -1, seconds: float = HANGS) -> None:
-        """Wait until a rank has printed something."""
+        """Wait until the log of a rank matches a pattern."""
         wait_until(lambda: bool(re.search(pattern, self.log(rank))), seconds, self.log)
 
     def send(self, number: signal.Signals, rank: int | None = None) -> None:
-        """Send a signal to a rank, or to all, and to the processes that they have started."""
-        for one, pid in enumerate(self.pids):
-            if one not in self.codes and rank in (None, one):
+        """Send a signal to one rank or all ranks, and to the processes that they have started."""
+        for index, pid in enumerate(self.pids):
+            if index not in self.codes and rank in (None, index):
                 os.killpg(pid, number)
 
     def wait(self, seconds: float = HANGS, rank: int | None = None) -> list[int]:
-        """Exit codes of a rank, or of all; that of a signal is its number, negative."""
-        chosen = list(range(len(self.pids))) if rank is None else [rank]
-        wait_until(lambda: self._have_ended(chosen), seconds, self.log)
-        return [self.codes[one] for one in chosen]
+        """Wait for one rank or all ranks; returns exit codes, for a signal its negative number."""
+        waited_ranks = list(range(len(self.pids))) if rank is None else [rank]
+        wait_until(lambda: self._have_ended(waited_ranks), seconds, self.log)
+        return [self.codes[index] for index in waited_ranks]
 
     def runs(self) -> bool:
-        """Whether a rank still runs."""
+        """True while a rank runs."""
         return not self._have_ended(list(range(len(self.pids))))
 
-    def _have_ended(self, chosen: list[int]) -> bool:
+    def _have_ended(self, waited_ranks: list[int]) -> bool:
         for rank, pid in enumerate(self.pids):
             if rank not in self.codes:
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
+                ended_pid, status = os.waitpid(pid, os.WNOHANG)
+                if ended_pid:
                     self.codes[rank] = os.waitstatus_to_exitcode(status)
-        return all(rank in self.codes for rank in chosen)
+        return all(rank in self.codes for rank in waited_ranks)
 
 
 @contextlib.contextmanager
 def job(num_ranks: int, flags: str, folder: Path) -> Iterator[Job]:
-    """Start the command; what still runs when the block ends is killed.
+    """Start the command; ranks that still run when the block ends are killed.
 
     Args:
         num_ranks: of the job.
@@ -99,11 +99,16 @@ def job(num_ranks: int, flags: str, folder: Path) -> Iterator[Job]:
     sys.stdout.flush()
     pids = []
     for rank in range(num_ranks):
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": num_ranks,
+            "MASTER_PORT": port,
+        }
         pid = os.fork()
         if pid == 0:
-            _rank(flags, folder, {name: str(value) for name, value in world.items()})
-        # Done here, too, so that it is done before the first signal.
+            _run_rank(flags, folder, {name: str(value) for name, value in environment.items()})
+        # The parent sets the group, too, so that it exists before the first signal.
         os.setpgid(pid, pid)
         pids.append(pid)
     running = Job(folder=folder, pids=pids)
@@ -115,7 +120,7 @@ def job(num_ranks: int, flags: str, folder: Path) -> Iterator[Job]:
 
 
 class Agent:
-    """The command under torchrun, on 2 ranks; what still runs when the block ends is killed.
+    """The command under torchrun on 2 ranks; processes that still run at the end are killed.
 
     Args:
         flags: beside `FLAGS`.
@@ -144,11 +149,11 @@ class Agent:
         kill_all(self.process)
 
     def log(self) -> str:
-        """What torchrun and the ranks have printed."""
+        """The output of torchrun and the ranks."""
         return self.path.read_text()
 
     def wait_for(self, pattern: str) -> None:
-        """Wait until somebody has printed something."""
+        """Wait until the log matches a pattern."""
         wait_until(lambda: bool(re.search(pattern, self.log())), HANGS, self.log)
 
     def wait(self) -> int:
@@ -157,21 +162,27 @@ class Agent:
 
     def ranks(self) -> list[psutil.Process]:
         """Processes of the ranks, in no order."""
-        return [one for one in self.process.children() if "megatron_sffn.pretrain" in one.cmdline()]
+        return [
+            process
+            for process in self.process.children()
+            if "megatron_sffn.pretrain" in process.cmdline()
+        ]
 
 
-def _rank(flags: str, folder: Path, world: dict[str, str]) -> NoReturn:
-    """A forked rank: the command, as a process of its own would run it."""
+def _run_rank(flags: str, folder: Path, environment: dict[str, str]) -> NoReturn:
+    """Run the command in a forked rank as in a new process."""
     code = 1
     try:
         os.setpgid(0, 0)
-        output = os.open(folder / f"log{world['RANK']}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        output = os.open(
+            folder / f"log{environment['RANK']}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+        )
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        os.environ.update(world, MASTER_ADDR="127.0.0.1")
+        os.environ.update(environment, MASTER_ADDR="127.0.0.1")
         os.chdir(folder)
-        # The command's own filters and handlers count here, not pytest's.
+        # The filters and handlers of the command apply, not those of pytest.
         warnings.simplefilter("ignore")
         logging.getLogger().handlers.clear()
         sys.argv = ["pretrain", *shlex.split(f"{FLAGS} {flags}")]
@@ -183,15 +194,15 @@ def _rank(flags: str, folder: Path, world: dict[str, str]) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        # Neither pytest's nor torch's exit handlers belong to a forked rank; but then nobody else
-        # ends the processes that Megatron's checkpoint writer has started.
+        # A forked rank must not run the exit handlers of pytest and torch, so it has to end the
+        # processes of Megatron's checkpoint writer itself.
         for process in multiprocessing.active_children():
             process.terminate()
         os._exit(code)
 
 
 class SmallDisk:
-    """A small disk in memory, for as long as the block.
+    """A small disk in memory, which exists inside a `with` block.
 
     Args:
         folder: where it is.
@@ -218,17 +229,17 @@ class SmallDisk:
 
     def _mount(self, options: str) -> None:
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise PermissionError(done.stderr)
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode:
+            raise PermissionError(process.stderr)
 
 
-def column(log: str, name: str) -> dict[int, str]:
-    """What the progress lines say of each step under a name, such as `grad norm`."""
-    found = re.findall(rf"iteration +(\d+)/.*? {name}: +(\S+) \|", log)
-    return {int(iteration): value for iteration, value in found}
+def progress_column(log: str, name: str) -> dict[int, str]:
+    """Step -> the value with a name, such as `grad norm`, in its progress line."""
+    matches = re.findall(rf"iteration +(\d+)/.*? {name}: +(\S+) \|", log)
+    return {int(iteration): value for iteration, value in matches}
 
 
 def validation_loss(log: str) -> str:
-    """Of the evaluation at the end of the run."""
+    """The validation loss of the evaluation at the end of the run."""
     return re.findall(r"on validation set \| lm loss value: (\S+)", log)[-1]

@@ -1,4 +1,4 @@
-"""The pretraining command, in which ranks meet a RuntimeError at their third batch.
+"""The pretraining command, with a RuntimeError at the third batch of some ranks.
 
 Inputs: the flags of `megatron_sffn.pretrain`, and RAISING_RANKS, such as `0,1`, in the environment.
 """
@@ -24,13 +24,13 @@ def main() -> int:
 
     next_batch, batches = run.next_batch, itertools.count(1)
 
-    def raising(*args: Any, **kwargs: Any) -> Any:
+    def raise_or_next_batch(*args: Any, **kwargs: Any) -> Any:
         rank = os.environ.get("RANK", "0")
         if next(batches) == 3 and rank in os.environ["RAISING_RANKS"].split(","):
             raise RuntimeError(SENTENCE)
         return next_batch(*args, **kwargs)
 
-    run.next_batch = raising
+    run.next_batch = raise_or_next_batch
     return pretrain.main()
 
 

@@ -1,4 +1,4 @@
-"""A disk that is full, or fails, while a run saves."""
+"""The disk is full or fails while a run saves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from megatron_sffn.checkpoints.disk_space import bytes_per_parameter
 from megatron_sffn.checkpoints.files import args_in, read_common
 from tests.faults.jobs import EP2, Job, SmallDisk, job
-from tests.faults.scenarios import failing_write, full_disk, in_folder, size_of
+from tests.faults.scenarios import failing_write, full_disk, resuming_flags, size_of
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, undisturbed_job: Job) -> None:
@@ -28,7 +28,7 @@ def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path: Path) -> 
     try:
         with (
             SmallDisk(tmp_path / "disk", 1 << 17),
-            job(2, in_folder(tmp_path / "disk" / "run"), tmp_path / "log") as run,
+            job(2, resuming_flags(tmp_path / "disk" / "run"), tmp_path / "log") as run,
         ):
             assert run.wait(rank=0) == [2], run.log(0)
             assert not list((tmp_path / "disk").iterdir())
@@ -39,7 +39,7 @@ def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("flags", "each"),
+    ("flags", "num_bytes"),
     [
         ("", 12),
         ("--bf16", 14),
@@ -49,12 +49,14 @@ def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path: Path) -> 
         ("--optimizer sgd", 8),
     ],
 )
-def test_the_closed_form_is_the_size_of_a_checkpoint(tmp_path: Path, flags: str, each: int) -> None:
+def test_the_closed_form_gives_the_size_of_a_checkpoint(
+    tmp_path: Path, flags: str, num_bytes: int
+) -> None:
     flags = f"{EP2} --train-iters 1 --save-interval 9 --hidden-size 256 {flags} --save {tmp_path}"
     with job(2, flags, tmp_path) as run:
         assert run.wait() == [0, 0], run.log()
     args = args_in(read_common(tmp_path / "iter_0000001"))
-    assert bytes_per_parameter(args) == each
+    assert bytes_per_parameter(args) == num_bytes
     parameters = json.loads((tmp_path / "summary.json").read_text())["parameters_total"]
     size = size_of(tmp_path / "iter_0000001")
-    assert each * parameters < size < 1.05 * each * parameters
+    assert num_bytes * parameters < size < 1.05 * num_bytes * parameters

@@ -1,4 +1,4 @@
-"""Kills: of the undisturbed job, and of one rank."""
+"""The whole job or one rank is killed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from tests.faults.jobs import Job
 from tests.faults.scenarios import INTERVAL, killed_job, killed_rank
 
 
-def test_a_job_that_is_killed_at_any_moment_goes_on(tmp_path: Path, undisturbed_job: Job) -> None:
+def test_a_job_that_is_killed_at_any_moment_resumes(tmp_path: Path, undisturbed_job: Job) -> None:
     assert killed_job(tmp_path, undisturbed_job, kills=30, seed=1).lost <= INTERVAL
 
 
-def test_torchrun_starts_again_after_a_rank_was_killed(
+def test_torchrun_restarts_all_ranks_after_one_was_killed(
     tmp_path: Path, undisturbed_job: Job
 ) -> None:
     assert killed_rank(tmp_path, undisturbed_job).lost <= INTERVAL

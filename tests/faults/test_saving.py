@@ -1,4 +1,4 @@
-"""A folder that is written again, and the tracker file: what no kill is sure to hit."""
+"""Repeated saves and the tracker file, in states that a random kill may not reach."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLAGS = f"{EP2} --train-iters 4 --save-interval 2"
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with iterations 2 and 4."""
     folder = tmp_path_factory.mktemp("two")
     with job(2, f"{FLAGS} --save {folder / 'run'}", folder) as run:
@@ -23,25 +23,27 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_a_finished_run_that_is_started_again_saves_nothing(two: Path, tmp_path: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in two.rglob("iter_*/*")}
-    # The last iteration of this one is no multiple of the interval: Megatron saves at the end.
-    flags = f"{EP2} --train-iters 4 --save-interval 3 --save {two} --load {two}"
+def test_a_finished_run_that_is_started_again_saves_nothing(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    mtimes = {path: path.stat().st_mtime_ns for path in run_folder.rglob("iter_*/*")}
+    # Here the last iteration is no multiple of the interval: Megatron would save at the end.
+    flags = f"{EP2} --train-iters 4 --save-interval 3 --save {run_folder} --load {run_folder}"
     with job(2, flags, tmp_path) as run:
         assert run.wait() == [0, 0], run.log()
-    assert {path: path.stat().st_mtime_ns for path in two.rglob("iter_*/*")} == before
+    assert {path: path.stat().st_mtime_ns for path in run_folder.rglob("iter_*/*")} == mtimes
 
 
-def test_the_tracker_never_names_the_folder_that_is_emptied(two: Path) -> None:
-    empty_folder(two / "iter_0000004")
-    assert folder_to_load(two, None) == two / "iter_0000002"
-    assert last_whole(two) == 2
-    empty_folder(two / "iter_0000002")
-    assert folder_to_load(two, None) is None
-    assert not any((two / "iter_0000002").iterdir())
+def test_the_tracker_never_names_a_folder_that_is_being_emptied(run_folder: Path) -> None:
+    empty_folder(run_folder / "iter_0000004")
+    assert folder_to_load(run_folder, None) == run_folder / "iter_0000002"
+    assert last_whole(run_folder) == 2
+    empty_folder(run_folder / "iter_0000002")
+    assert folder_to_load(run_folder, None) is None
+    assert not any((run_folder / "iter_0000002").iterdir())
 
 
-def test_a_save_in_another_process_needs_a_gpu(tmp_path: Path) -> None:
+def test_async_save_is_refused_without_a_gpu(tmp_path: Path) -> None:
     flags = f"{FLAGS} --save run --async-save --use-persistent-ckpt-worker"
     with job(1, flags.replace(EP2, ""), tmp_path) as run:
         assert run.wait() == [2], run.log()
@@ -49,7 +51,7 @@ def test_a_save_in_another_process_needs_a_gpu(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_kill_does_not_leave_an_empty_tracker(tmp_path: Path) -> None:
+def test_an_interrupted_write_keeps_the_old_tracker(tmp_path: Path) -> None:
     (tmp_path / TRACKER).write_text("2")
     with (
         pytest.raises(KeyboardInterrupt),

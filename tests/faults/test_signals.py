@@ -1,4 +1,4 @@
-"""Signals of a scheduler: the run saves and leaves."""
+"""After a signal of a scheduler the run saves and exits."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from pathlib import Path
 import pytest
 
 from tests.faults.jobs import Job, job
-from tests.faults.scenarios import STEPS, asked_to_stop, in_folder, torchrun_asked_to_stop
+from tests.faults.scenarios import STEPS, asked_to_stop, resuming_flags, torchrun_asked_to_stop
 
 
 @pytest.mark.parametrize(
     ("number", "rank"), [(signal.SIGTERM, None), (signal.SIGUSR1, 1), (signal.SIGUSR2, 0)]
 )
-def test_a_signal_saves_and_leaves(
+def test_after_a_signal_the_run_saves_and_exits(
     tmp_path: Path, undisturbed_job: Job, number: signal.Signals, rank: int | None
 ) -> None:
     assert asked_to_stop(tmp_path, undisturbed_job, number, rank).lost == 0
 
 
-def test_processes_that_load_data_get_the_signal_too(tmp_path: Path, undisturbed_job: Job) -> None:
+def test_a_signal_to_data_workers_does_not_lose_steps(tmp_path: Path, undisturbed_job: Job) -> None:
     flags = "--num-workers 2"
     assert asked_to_stop(tmp_path, undisturbed_job, signal.SIGTERM, flags=flags).lost == 0
 
 
-def test_torchrun_passes_the_signal_on(tmp_path: Path) -> None:
+def test_torchrun_passes_a_signal_to_the_ranks(tmp_path: Path) -> None:
     assert torchrun_asked_to_stop(tmp_path).lost == 0
 
 
-def test_no_step_is_missing_in_the_lines_about_routing(tmp_path: Path) -> None:
-    flags = f"{in_folder(tmp_path / 'run')} --log-interval 8"
+def test_routing_lines_cover_every_step_after_a_signal(tmp_path: Path) -> None:
+    flags = f"{resuming_flags(tmp_path / 'run')} --log-interval 8"
     with job(2, flags, tmp_path) as run:
         run.wait_for("successfully saved", rank=0)
         run.send(signal.SIGTERM)
@@ -39,5 +39,5 @@ def test_no_step_is_missing_in_the_lines_about_routing(tmp_path: Path) -> None:
     with job(2, flags, tmp_path) as run:
         assert run.wait() == [0, 0], run.log()
     lines = map(json.loads, (tmp_path / "run" / "routing.jsonl").read_text().splitlines())
-    steps = [one["steps"] for one in lines if one["phase"] == "training" and one["layer"] == 1]
+    steps = [line["steps"] for line in lines if line["phase"] == "training" and line["layer"] == 1]
     assert sum(steps) == STEPS

@@ -1,4 +1,4 @@
-"""Runs a function on several ranks: forked processes over a file store.
+"""Runs a function on several ranks: forked processes that meet at a TCP store.
 
 A fork starts in 0.1 s, because Megatron is imported once, in the parent.
 """
@@ -21,7 +21,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from tests.support.processes import HANGS
+from tests.support.processes import HANGS, free_port
 
 FORKS_ARE_SAFE = True
 """Until this process starts a process group of its own (see tests/conftest.py)."""
@@ -45,8 +45,10 @@ def run_ranks(
         AssertionError: with the traceback of the first rank that failed, or that hung.
     """
 
+    port = free_port()
+
     def body(rank: int, folder: Path) -> Any:
-        store = torch.distributed.FileStore(str(folder / "store"), world_size)
+        store = torch.distributed.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
         torch.distributed.init_process_group(
             "gloo",
             store=store,

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of tools: processes, a tokenizer, and files of unusual text."""
+"""Fixtures for the tests of tools: processes, a tokenizer, and files of unusual text."""
 
 import json
 import os
@@ -20,7 +20,7 @@ StartTool = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Texts that a careless tokenizer changes."""
+    """Texts that a lossy tokenizer changes."""
     return tokenizers.TEXTS
 
 
@@ -40,11 +40,11 @@ def write_lines() -> WriteLines:
 
 @pytest.fixture(scope="session")
 def start_tool() -> StartTool:
-    """Starts a tool as a process group of its own."""
+    """Starts a tool in a new process group."""
 
-    def start(name: str, *arguments: object) -> "subprocess.Popen[str]":
+    def start(name: str, *flags: object) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)],
+            [sys.executable, str(ROOT / "tools" / name), *map(str, flags)],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -65,10 +65,10 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build_tokenizer() -> Callable[[Path], object]:
     """Loads a folder the way `--tokenizer-type HuggingFaceTokenizer` does."""
 
-    def build(folder: Path) -> object:
+    def load(folder: Path) -> object:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Megatron's, of every accelerator library it misses
+            warnings.simplefilter("ignore")  # Megatron warns about missing accelerator libraries
             flags = tokenizers.hugging_face(folder)
             return load_tokenizer(tokenizers.arguments(flags), need_eod=True)
 
-    return build
+    return load

@@ -1,4 +1,4 @@
-"""The command that writes index files: its output and its errors."""
+"""The command that writes index files: output and errors."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ from tools import build_index_cache
 RUN = f"{MODEL} --seq-length 16 --micro-batch-size 1 --train-iters 20 --eval-iters 2"
 
 
-def test_the_tool_prints_each_written_set(start_tool: Any, tmp_path: Path) -> None:
+def test_the_tool_prints_each_set_of_index_files_that_it_writes(
+    start_tool: Any, tmp_path: Path
+) -> None:
     a, b = (write_dataset(tmp_path / name, random_documents(150, ord(name))) for name in "ab")
     cache = tmp_path / "cache"
     flags = f"--ranks 8 {RUN} --data-path 1 {a} 3 {b} --split 80,10,10 --data-cache-path {cache}"
     process = start_tool("build_index_cache.py", *flags.split())
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 0, err
-    assert re.fullmatch(rf"9 sets of index files in {cache}, 9 of them new \(\d+\.\d s\)\n", out), (
-        out
-    )
+    stdout, stderr = process.communicate(timeout=HANGS)
+    assert process.returncode == 0, stderr
+    assert re.fullmatch(
+        rf"9 sets of index files in {cache}, 9 of them new \(\d+\.\d s\)\n", stdout
+    ), stdout
     splits = ("train", "valid", "test")
     titles = [f"{split} of {path}" for split in splits for path in (a, b)]
     titles += [f"{split}, blend of 2" for split in splits]
     written = [f"written {number} of 9: {title}" for number, title in enumerate(titles, 1)]
-    assert err.splitlines() == written
+    assert stderr.splitlines() == written
     assert len(list(cache.iterdir())) == 3 * (4 + 4 + 3)
-    again = in_a_fork(flags)
-    assert re.search(r"9 sets .*, 0 of them new", again), again
+    second_stdout = run_in_a_fork(flags)
+    assert re.search(r"9 sets .*, 0 of them new", second_stdout), second_stdout
 
 
-def in_a_fork(flags: str) -> str:
-    """What the tool prints, or the sentence that it ends with; it changes the process it is in."""
+def run_in_a_fork(flags: str) -> str:
+    """Run the tool in a fork, because it changes global state; returns its output or error."""
 
     def body(rank: int, folder: Path) -> str:
         warnings.simplefilter("ignore")
@@ -53,8 +55,8 @@ def in_a_fork(flags: str) -> str:
             return f"error: {error}"
         return printed.getvalue()
 
-    (said,) = fork(1, body)
-    return str(said)
+    (message,) = fork(1, body)
+    return str(message)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +78,8 @@ def in_a_fork(flags: str) -> str:
 )
 def test_wrong_flags_are_refused(tmp_path: Path, flags: str, sentence: str) -> None:
     a = write_dataset(tmp_path / "a", random_documents(150, 1))
-    before = sorted(tmp_path.rglob("*"))
-    said = in_a_fork(f"{RUN} {flags.format(a=a)}")
-    assert said.startswith("error: ")
-    assert sentence in said
-    assert sorted(tmp_path.rglob("*")) == before
+    files_before = sorted(tmp_path.rglob("*"))
+    message = run_in_a_fork(f"{RUN} {flags.format(a=a)}")
+    assert message.startswith("error: ")
+    assert sentence in message
+    assert sorted(tmp_path.rglob("*")) == files_before

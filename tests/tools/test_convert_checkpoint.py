@@ -1,4 +1,4 @@
-"""Another block size: every tensor accounted for, training that goes on, nothing half-written."""
+"""Another block size: every tensor is converted, training resumes, writes are atomic."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ EP2 = "--expert-model-parallel-size 2"
 ONE_RANK = (
     "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --expert-model-parallel-size 1"
 )
-# Few blocks and large weights, so that the sparse layers count in the loss.
-LOUD = "--sffn-router switch --sffn-block-size 16 --init-method-std 0.3"
-SWITCH = f"{LOUD} --swiglu --sffn-layers every:2 --moe-router-enable-expert-bias"
-DISTRIBUTED = f"{LOUD} --bf16 --use-distributed-optimizer"
+# Few blocks and large weights, so that the sparse layers matter for the loss.
+LARGE_WEIGHTS = "--sffn-router switch --sffn-block-size 16 --init-method-std 0.3"
+SWITCH = f"{LARGE_WEIGHTS} --swiglu --sffn-layers every:2 --moe-router-enable-expert-bias"
+DISTRIBUTED = f"{LARGE_WEIGHTS} --bf16 --use-distributed-optimizer"
 RUNS = {  # ranks, model, layout
     "switch": (4, SWITCH, f"{TP2} {PP2} {EP2}"),
     "bf16": (2, DISTRIBUTED, EP2),
@@ -56,7 +56,7 @@ RUNS = {  # ranks, model, layout
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run of 4 steps, with checkpoints of 2 and 4."""
+    """A run of 4 steps with checkpoints at steps 2 and 4."""
 
     folder: Path
     model: str
@@ -65,28 +65,28 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, Run]:
-    """What `run` has made so far."""
+    """The runs that `run` has trained so far, by name."""
     return {}
 
 
 @pytest.fixture
 def run(pretrain, runs, tmp_path_factory) -> Callable[[str], Run]:
-    """`run(name)`: one of `RUNS`, trained when it is first asked for; not to be changed."""
+    """`run(name)`: one of `RUNS`, trained on first use; tests must not change it."""
 
-    def get(name: str) -> Run:
+    def trained(name: str) -> Run:
         if name not in runs:
-            ranks, model, layout = RUNS[name]
+            num_ranks, model, layout = RUNS[name]
             folder = tmp_path_factory.mktemp("run")
-            log = pretrain(ranks, f"{FLAGS} {model} {layout} --save {folder}")
+            log = pretrain(num_ranks, f"{FLAGS} {model} {layout} --save {folder}")
             runs[name] = Run(folder=folder, model=model, log=log)
         return runs[name]
 
-    return get
+    return trained
 
 
 @pytest.fixture
-def copy(run, tmp_path: Path) -> Callable[[str], Path]:
-    """`copy(name)`: the folder of a run, to be changed."""
+def copy_run(run, tmp_path: Path) -> Callable[[str], Path]:
+    """`copy_run(name)`: a copy of the folder of a run, which a test may change."""
     return lambda name: Path(shutil.copytree(run(name).folder, tmp_path / "copy"))
 
 
@@ -97,23 +97,23 @@ def convert(load: Path, save: Path, block_size: int, *flags: str) -> Path:
     return save / "iter_0000002"
 
 
-def pieces(folder: Path) -> dict[tuple[str, Any], bytes]:
-    """Everything in the shards of a checkpoint, as it lies there."""
-    found = {}
+def read_pieces(folder: Path) -> dict[tuple[str, Any], bytes]:
+    """Name and offset of every entry in the shards of a checkpoint -> its bytes."""
+    pieces = {}
     for index, item in read_metadata(folder).storage_data.items():
         with (folder / item.relative_path).open("rb") as file:
             file.seek(item.offset)
-            found[index.fqn, index.offset] = file.read(item.length)
-    return found
+            pieces[index.fqn, index.offset] = file.read(item.length)
+    return pieces
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, whole, as torch puts them together."""
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, unsharded, as torch loads them."""
     known = read_metadata(folder).state_dict_metadata.items()
     state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in known
-        if isinstance(entry, TensorStorageMetadata)
+        key: torch.empty(saved.size, dtype=saved.properties.dtype)
+        for key, saved in known
+        if isinstance(saved, TensorStorageMetadata)
     }
     torch.distributed.checkpoint.load(
         state,
@@ -124,8 +124,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """Every file below a folder, hashed."""
+def hash_files(folder: Path) -> dict[str, str]:
+    """Relative path of every file below a folder -> its hash."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -136,41 +136,45 @@ def contents(folder: Path) -> dict[str, str]:
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 
-# The same memory
+# Routers without a gate
 
 
-def test_tables_are_copied_byte_by_byte(run, tmp_path: Path, capsys) -> None:
+def test_block_weights_are_copied_byte_by_byte(run, tmp_path: Path, capsys) -> None:
     source = run("avg-k").folder
-    untouched = contents(source)
+    source_files = hash_files(source)
     target = convert(source, tmp_path / "new", 32)
-    assert contents(source) == untouched
+    assert hash_files(source) == source_files
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "iter_0000002",
         "latest_checkpointed_iteration.txt",
     ]
     assert (tmp_path / "new" / "latest_checkpointed_iteration.txt").read_text() == "2"
-    old, new = pieces(source / "iter_0000002"), pieces(target)
-    assert old.keys() == new.keys()
-    assert {key[0] for key in old if old[key] != new[key]} == {COMMON_STATE}
-    before, after = read_common(source / "iter_0000002"), read_common(target)
-    args, new_args = vars(before.pop("args")), vars(after.pop("args"))
-    assert str(before) == str(after)
-    changed = {name: new_args[name] for name in args if args[name] != new_args[name]}
+    source_pieces, target_pieces = read_pieces(source / "iter_0000002"), read_pieces(target)
+    assert source_pieces.keys() == target_pieces.keys()
+    assert {key[0] for key in source_pieces if source_pieces[key] != target_pieces[key]} == {
+        COMMON_STATE
+    }
+    source_common, target_common = read_common(source / "iter_0000002"), read_common(target)
+    source_args, target_args = vars(source_common.pop("args")), vars(target_common.pop("args"))
+    assert str(source_common) == str(target_common)
+    changed = {
+        name: target_args[name] for name in source_args if source_args[name] != target_args[name]
+    }
     assert changed == {
         "sffn_block_size": 32,
         "num_experts": 16,
         "moe_router_topk": 4,
         "moe_ffn_hidden_size": 32,
-        "sffn_command": [*args["sffn_command"], "--sffn-block-size", "32"],
+        "sffn_command": [*source_args["sffn_command"], "--sffn-block-size", "32"],
     }
-    printed = capsys.readouterr().out
-    assert "block size 8 -> 32: 16 blocks instead of 64, 4 per token instead of 16" in printed
-    assert re.search(r"^  keys, exp_avg_sq +4  the same$", printed, re.MULTILINE)
-    assert "the choice is among other blocks; the loss may change" in printed
+    stdout = capsys.readouterr().out
+    assert "block size 8 -> 32: 16 blocks instead of 64, 4 per token instead of 16" in stdout
+    assert re.search(r"^  keys, exp_avg_sq +4  the same$", stdout, re.MULTILINE)
+    assert "the choice is among other blocks; the loss may change" in stdout
 
 
 @pytest.mark.parametrize("block_size", [2, 64])
-def test_training_goes_on_in_other_blocks_on_another_layout(
+def test_training_resumes_with_other_blocks_on_another_layout(
     run, pretrain, tmp_path: Path, block_size: int
 ) -> None:
     convert(run("avg-k").folder, tmp_path / "new", block_size)
@@ -181,93 +185,102 @@ def test_training_goes_on_in_other_blocks_on_another_layout(
     assert log.validation_loss == pytest.approx(run("avg-k").log.validation_loss, abs=0.05)
 
 
-# Switch
+# Routers with a gate
 
 
 @pytest.mark.parametrize(
     ("name", "layout", "tolerance"),
     [("switch", (2, EP2), 1e-4), ("switch", (2, PP2), 1e-4), ("bf16", (2, TP2), 5e-3)],
 )
-def test_finer_blocks_of_a_gate_are_the_same_function(
+def test_a_gated_run_resumes_with_finer_blocks_and_the_same_loss(
     run, pretrain, tmp_path: Path, name: str, layout: tuple[int, str], tolerance: float
 ) -> None:
-    source = run(name)
-    convert(source.folder, tmp_path / "new", 2)
-    ranks, cut = layout
+    source_run = run(name)
+    convert(source_run.folder, tmp_path / "new", 2)
+    num_ranks, layout_flags = layout
     load = f"--load {tmp_path}/new --sffn-block-size 2"
-    log = pretrain(ranks, f"{FLAGS} {source.model} {cut} {load}")
-    losses = source.log.values("lm loss")
+    log = pretrain(num_ranks, f"{FLAGS} {source_run.model} {layout_flags} {load}")
+    losses = source_run.log.values("lm loss")
     assert log.values("lm loss")[0] == pytest.approx(losses[2], abs=tolerance)
-    # From there on the values move less, relatively: the gate and the keys as before.
-    assert log.validation_loss == pytest.approx(source.log.validation_loss, abs=0.05)
+    # Later updates are smaller relative to the larger values than before.
+    assert log.validation_loss == pytest.approx(source_run.log.validation_loss, abs=0.05)
 
 
 @pytest.mark.parametrize("block_size", [32, 64])
-def test_coarser_blocks_of_a_gate_can_be_trained(
+def test_a_gated_run_resumes_with_coarser_blocks(
     run, pretrain, tmp_path: Path, block_size: int
 ) -> None:
-    source = run("switch")
-    convert(source.folder, tmp_path / "new", block_size)
+    source_run = run("switch")
+    convert(source_run.folder, tmp_path / "new", block_size)
     load = f"--load {tmp_path}/new --sffn-block-size {block_size}"
     log = pretrain(2, f"{FLAGS} {SWITCH} {EP2} {load}")
-    assert log.validation_loss == pytest.approx(source.log.validation_loss, abs=0.1)
+    assert log.validation_loss == pytest.approx(source_run.log.validation_loss, abs=0.1)
 
 
 @pytest.mark.parametrize("name", ["switch", "bf16"])
-def test_there_and_back_restores_every_bit(run, tmp_path: Path, name: str) -> None:
-    source = run(name).folder
-    fine = convert(source, tmp_path / "fine", 1)
-    back = convert(tmp_path / "fine", tmp_path / "back", 16)
-    old, between, new = tensors(source / "iter_0000002"), tensors(fine), tensors(back)
-    assert old.keys() == between.keys() == new.keys()
-    assert all(torch.equal(old[key], new[key]) for key in old)
-    touched = {key for key in old if not _equal(old[key], between[key])}
-    assert touched == {key for key in old if re.search(r"router|experts\.values", key)}
-    before, after = (
-        vars(args_in(read_common(source / "iter_0000002"))),
-        vars(args_in(read_common(back))),
+def test_splitting_and_merging_blocks_restores_every_bit(run, tmp_path: Path, name: str) -> None:
+    source_folder = run(name).folder
+    fine_folder = convert(source_folder, tmp_path / "fine", 1)
+    restored_folder = convert(tmp_path / "fine", tmp_path / "back", 16)
+    source, fine, restored = (
+        load_tensors(source_folder / "iter_0000002"),
+        load_tensors(fine_folder),
+        load_tensors(restored_folder),
     )
-    assert before.pop("sffn_command") != after.pop("sffn_command")
-    assert before == after
+    assert source.keys() == fine.keys() == restored.keys()
+    assert all(torch.equal(source[key], restored[key]) for key in source)
+    changed = {key for key in source if not _equal(source[key], fine[key])}
+    assert changed == {key for key in source if re.search(r"router|experts\.values", key)}
+    source_args, restored_args = (
+        vars(args_in(read_common(source_folder / "iter_0000002"))),
+        vars(args_in(read_common(restored_folder))),
+    )
+    assert source_args.pop("sffn_command") != restored_args.pop("sffn_command")
+    assert source_args == restored_args
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+def _equal(tensor: torch.Tensor, other_tensor: torch.Tensor) -> bool:
+    return tensor.shape == other_tensor.shape and torch.equal(tensor, other_tensor)
 
 
-def test_what_becomes_of_a_gate_and_its_values(run, tmp_path: Path) -> None:
+def test_gates_values_and_their_moments_are_rescaled(run, tmp_path: Path) -> None:
     source = run("switch").folder
-    old, new = tensors(source / "iter_0000002"), tensors(convert(source, tmp_path / "new", 8))
-    layer, first, second = "decoder.layers.1.mlp.", "exp_avg.", "exp_avg_sq."
+    source_tensors, target_tensors = (
+        load_tensors(source / "iter_0000002"),
+        load_tensors(convert(source, tmp_path / "new", 8)),
+    )
+    layer, exp_avg, exp_avg_sq = "decoder.layers.1.mlp.", "exp_avg.", "exp_avg_sq."
     for state, key, factor in [
         ("", "router.weight", 1),
-        (first, "router.weight", 1 / 2),
-        (second, "router.weight", 1 / 4),
+        (exp_avg, "router.weight", 1 / 2),
+        (exp_avg_sq, "router.weight", 1 / 4),
         ("", "router.balance.expert_bias", 1 / 2),
         ("", "experts.values", 2),
-        (first, "experts.values", 1 / 2),
-        (second, "experts.values", 1 / 4),
+        (exp_avg, "experts.values", 1 / 2),
+        (exp_avg_sq, "experts.values", 1 / 4),
         ("", "experts.gate_keys", 1),
-        (first, "experts.keys", 1),
+        (exp_avg, "experts.keys", 1),
     ]:
         name = f"{f'optimizer.state.{state}' if state else ''}{layer}{key}"
-        expected = old[name] * factor
+        expected = source_tensors[name] * factor
         if key.startswith("router"):
             expected = expected.repeat_interleave(2, dim=0)
-        assert torch.equal(new[name], expected), name
-    joined = tensors(convert(source, tmp_path / "coarse", 32))
-    pairs = old[f"{layer}router.weight"].unflatten(0, (-1, 2))
-    torch.testing.assert_close(joined[f"{layer}router.weight"], pairs.mean(dim=1))
-    pairs = old[f"optimizer.state.exp_avg_sq.{layer}router.weight"].unflatten(0, (-1, 2))
+        assert torch.equal(target_tensors[name], expected), name
+    coarse_tensors = load_tensors(convert(source, tmp_path / "coarse", 32))
+    pairs = source_tensors[f"{layer}router.weight"].unflatten(0, (-1, 2))
+    torch.testing.assert_close(coarse_tensors[f"{layer}router.weight"], pairs.mean(dim=1))
+    pairs = source_tensors[f"optimizer.state.exp_avg_sq.{layer}router.weight"].unflatten(0, (-1, 2))
     name = f"optimizer.state.exp_avg_sq.{layer}router.weight"
-    torch.testing.assert_close(joined[name], 2 * pairs.sum(dim=1))
-    pairs = old[f"{layer}router.balance.expert_bias"].unflatten(0, (-1, 2))
-    torch.testing.assert_close(joined[f"{layer}router.balance.expert_bias"], pairs.sum(dim=1))
+    torch.testing.assert_close(coarse_tensors[name], 2 * pairs.sum(dim=1))
+    pairs = source_tensors[f"{layer}router.balance.expert_bias"].unflatten(0, (-1, 2))
+    torch.testing.assert_close(
+        coarse_tensors[f"{layer}router.balance.expert_bias"], pairs.sum(dim=1)
+    )
 
 
-def test_the_loss_before_and_after(run, tmp_path: Path, capsys) -> None:
+def test_the_tool_prints_the_loss_before_and_after(run, tmp_path: Path, capsys) -> None:
     source = run("switch").folder
-    untouched = contents(source)
+    source_files = hash_files(source)
     arguments = f"reblock --load {source} --save {tmp_path}/new --block-size 4"
     arguments += f" --nproc-per-node 1 -- {ONE_RANK}"
     convert_checkpoint.main(arguments.split())
@@ -276,8 +289,8 @@ def test_the_loss_before_and_after(run, tmp_path: Path, capsys) -> None:
     assert numbers is not None, line
     assert float(numbers[1]) == pytest.approx(run("switch").log.validation_loss, abs=2e-4)
     assert abs(float(numbers[3])) <= 1e-4
-    assert contents(source) == untouched
-    assert len(contents(tmp_path / "new")) == 6 + 1
+    assert hash_files(source) == source_files
+    assert len(hash_files(tmp_path / "new")) == 6 + 1
 
 
 # Plans, without a run
@@ -285,58 +298,63 @@ def test_the_loss_before_and_after(run, tmp_path: Path, capsys) -> None:
 LAYER = "decoder.layers.0.mlp."
 
 
-GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+GATE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "switch": lambda scores: scores.softmax(dim=-1),
     "sigma-moe": torch.sigmoid,
     "softmax-after": lambda scores: scores,
 }
-"""Router -> what its scores `[T, B]` become; softmax-after then renormalises over the chosen."""
+"""Router -> gates from its scores `[T, B]`; softmax-after then takes a softmax over the top k."""
 
 
 def plan(
-    block_size: int, *, g: int = 8, k: int = 24, router: str = "switch", **extra: Any
+    block_size: int, *, g: int = 8, k: int = 24, router: str = "switch", **extra_shapes: Any
 ) -> tuple[reblock.Reblocking, dict[str, TensorStorageMetadata]]:
-    """Another block size for a made-up checkpoint of a layer; `extra`: tensor -> shape or None."""
+    """Plan a new block size for a made-up checkpoint of a layer.
+
+    `extra_shapes`: tensor -> its shape, or None to leave it out.
+    """
     cells, width = 2 * k, 4
     shapes: dict[str, Any] = {f"experts.{name}": [cells, width] for name in ("keys", "values")}
-    if router in GATES:
+    if router in GATE_FUNCTIONS:
         shapes["router.weight"] = [cells // g, width]
     states = ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
     shapes = {
         f"{state}decoder.layers.0.mlp.{name}": shapes[name] for state in states for name in shapes
     }
-    shapes = {key: shape for key, shape in {**shapes, **extra}.items() if shape is not None}
-    known = {key: entry(shape) for key, shape in shapes.items()}
-    saved = Namespace(
+    shapes = {key: shape for key, shape in {**shapes, **extra_shapes}.items() if shape is not None}
+    metadata = {key: tensor_metadata(shape) for key, shape in shapes.items()}
+    checkpoint_args = Namespace(
         **{"sffn_router": router, "sffn_block_size": g, "sffn_expansion": 2},
         **{"sffn_active_cells": k, "sffn_layers": "0", "sffn_backend": "auto", "seed": 1},
         **{"num_layers": 2, "hidden_size": width, "ffn_hidden_size": k, "swiglu": False},
     )
-    return reblock.plan_reblocking(Metadata(known), saved, block_size), known
+    return reblock.plan_reblocking(Metadata(metadata), checkpoint_args, block_size), metadata
 
 
-def entry(shape: list[int]) -> TensorStorageMetadata:
-    """A tensor in one piece."""
-    whole = ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=torch.Size(shape))
-    return TensorStorageMetadata(TensorProperties(), torch.Size(shape), [whole])
+def tensor_metadata(shape: list[int]) -> TensorStorageMetadata:
+    """Metadata of an unsharded tensor."""
+    chunk = ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=torch.Size(shape))
+    return TensorStorageMetadata(TensorProperties(), torch.Size(shape), [chunk])
 
 
 @pytest.mark.parametrize("router_dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("router", GATES)
+@pytest.mark.parametrize("router", GATE_FUNCTIONS)
 @pytest.mark.parametrize("parts", [2, 3, 24])
 def test_finer_blocks_compute_the_same_function(
     parts: int, router: str, router_dtype: torch.dtype
 ) -> None:
     torch.manual_seed(1)
-    done, known = plan(24 // parts, g=24, k=48, router=router)
-    tables = {key: torch.randn(known[key].size, dtype=torch.float64) for key in known}
+    reblocking, metadata = plan(24 // parts, g=24, k=48, router=router)
+    tables = {key: torch.randn(metadata[key].size, dtype=torch.float64) for key in metadata}
     x = torch.randn(50, 4, dtype=torch.float64)
     outputs = []
-    for g, change in ((24, False), (24 // parts, True)):
-        if change:
-            tables.update({key: done.changes[key].piece(tables[key]) for key in done.changes})
+    for g, finer in ((24, False), (24 // parts, True)):
+        if finer:
+            tables.update(
+                {key: reblocking.changes[key].piece(tables[key]) for key in reblocking.changes}
+            )
         gate = tables[f"{LAYER}router.weight"]
-        scores = GATES[router]((x @ gate.T).to(router_dtype)).double()
+        scores = GATE_FUNCTIONS[router]((x @ gate.T).to(router_dtype)).double()
         gates, ids = scores.topk(48 // g)
         if router == "softmax-after":
             gates = gates.softmax(dim=-1)
@@ -347,37 +365,37 @@ def test_finer_blocks_compute_the_same_function(
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
 
 
-def test_three_parts_there_and_back() -> None:
+def test_splitting_into_three_and_merging_restores_the_weights() -> None:
     torch.manual_seed(1)
-    fine, known = plan(8, g=24)
-    back, _ = plan(24, g=8)
+    fine, metadata = plan(8, g=24)
+    coarse, _ = plan(24, g=8)
     for key in fine.changes:
-        table = torch.randn(known[key].size)
-        again = back.changes[key].piece(fine.changes[key].piece(table))
-        torch.testing.assert_close(again, table, rtol=1e-6, atol=0)
+        table = torch.randn(metadata[key].size)
+        restored = coarse.changes[key].piece(fine.changes[key].piece(table))
+        torch.testing.assert_close(restored, table, rtol=1e-6, atol=0)
 
 
 def test_shared_blocks_keep_their_cells() -> None:
-    before = SparseFFNConfig(
+    config = SparseFFNConfig(
         router=ROUTERS["switch"](), active_cells=24, block_size=8, expansion=2, shared_blocks=1
     )
-    after = reblock._other_blocks(before, 2)
-    assert (after.shared_blocks, after.shared_cells) == (4, 8)
+    reblocked = reblock._other_blocks(config, 2)
+    assert (reblocked.shared_blocks, reblocked.shared_cells) == (4, 8)
     with pytest.raises(ConfigError, match=r"does not divide the 8 cells of .* 1 shared blocks"):
-        reblock._other_blocks(before, 12)
+        reblock._other_blocks(config, 12)
 
 
 def test_every_tensor_is_accounted_for() -> None:
     for router in ("switch", "sigma-moe", "avg-k", "vanilla-m", "rand-hash"):
-        done, known = plan(4, router=router)
-        assert done.account.total() == len(known)
-        assert bool(done.changes) == (router in GATES)
-        assert done.consequence.startswith(f"{router}: ")
-    assert "the loss jumps" in done.consequence
+        reblocking, metadata = plan(4, router=router)
+        assert reblocking.account.total() == len(metadata)
+        assert bool(reblocking.changes) == (router in GATE_FUNCTIONS)
+        assert reblocking.consequence.startswith(f"{router}: ")
+    assert "the loss jumps" in reblocking.consequence
 
 
 @pytest.mark.parametrize(
-    ("extra", "sentence"),
+    ("extra_shapes", "sentence"),
     [
         ({f"{LAYER}experts.scales": [48, 4]}, "experts.scales is not one that this tool knows"),
         ({f"{LAYER}router.bias": [6]}, "router.bias is not one that this tool knows"),
@@ -397,12 +415,14 @@ def test_every_tensor_is_accounted_for() -> None:
         ),
     ],
 )
-def test_what_is_not_understood_is_refused(extra: dict[str, Any], sentence: str) -> None:
+def test_unknown_tensors_and_wrong_shapes_are_refused(
+    extra_shapes: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(ConfigError, match=re.escape(sentence)):
-        plan(4, **extra)
+        plan(4, **extra_shapes)
 
 
-def test_other_tensors_of_a_gate_are_not_those_of_a_memory_alone() -> None:
+def test_gate_tensors_are_refused_for_a_router_without_a_gate() -> None:
     with pytest.raises(ConfigError, match=r"router.weight is not one that this tool knows"):
         plan(4, router="avg-k", **{f"{LAYER}router.weight": [6, 4]})
     plan(4, router="avg-k", **{"chained_0.optimizer.distributed.bucket_idx_0.param": [100]})
@@ -421,42 +441,42 @@ def test_other_tensors_of_a_gate_are_not_those_of_a_memory_alone() -> None:
         ({"block_size": 4, "router": "dense"}, "--sffn-router dense has no blocks"),
     ],
 )
-def test_a_block_size_that_cannot_be(numbers: dict[str, Any], sentence: str) -> None:
+def test_impossible_block_sizes_are_refused(numbers: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         plan(**numbers)
 
 
-def test_a_memory_without_a_gate_takes_any_divisor() -> None:
-    done, _ = plan(32, g=48, k=96, router="avg-k")
-    assert done.after.num_active_blocks == 3
+def test_a_router_without_a_gate_accepts_every_divisor() -> None:
+    reblocking, _ = plan(32, g=48, k=96, router="avg-k")
+    assert reblocking.after.num_active_blocks == 3
 
 
 def test_values_beyond_the_range_of_their_dtype_are_refused() -> None:
-    done, _ = plan(4)
-    change = done.changes[f"{LAYER}experts.values"]
+    reblocking, _ = plan(4)
+    change = reblocking.changes[f"{LAYER}experts.values"]
     infinite = torch.tensor([float("inf"), 2.0], dtype=torch.float16)
     assert change.piece(infinite).tolist() == [float("inf"), 4.0]
     with pytest.raises(ConfigError, match=r"4e\+04 times 2 is beyond the range of torch.float16"):
         change.piece(torch.tensor([40000.0], dtype=torch.float16))
 
 
-# Complete, or not at all
+# Atomic writes
 
 
-@pytest.mark.parametrize("place", ["_copy_others", "_changed", "sync"])
+@pytest.mark.parametrize("function", ["_copy_others", "_changed", "sync"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_nothing_is_left_of_what_failed(
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException
+def test_a_failed_conversion_leaves_no_file(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: BaseException
 ) -> None:
     def fail(*_: Any) -> None:
         raise error
 
     source, save = run("switch").folder, tmp_path / "deep" / "new"
-    monkeypatch.setattr(rewrite, place, fail)
-    with pytest.raises((ConfigError, KeyboardInterrupt)) as caught:
+    monkeypatch.setattr(rewrite, function, fail)
+    with pytest.raises((ConfigError, KeyboardInterrupt)) as error_info:
         convert(source, save, 4)
     if isinstance(error, OSError):
-        assert "cannot be written ([Errno 28] No space left on device)" in str(caught.value)
+        assert "cannot be written ([Errno 28] No space left on device)" in str(error_info.value)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     convert(source, save, 4)
@@ -478,8 +498,8 @@ def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_cleans_up(
     assert not partial.exists()
 
 
-def test_a_folder_with_other_iterations(copy, run, tmp_path: Path) -> None:
-    folder = copy("avg-k")
+def test_a_folder_with_other_iterations_can_be_the_target(copy_run, run, tmp_path: Path) -> None:
+    folder = copy_run("avg-k")
     shutil.rmtree(folder / "iter_0000002")
     convert(run("avg-k").folder, folder, 4)
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "2"
@@ -488,8 +508,8 @@ def test_a_folder_with_other_iterations(copy, run, tmp_path: Path) -> None:
         convert(run("avg-k").folder, folder, 4)
 
 
-def test_what_lies_beside_the_shards_is_kept(copy, tmp_path: Path) -> None:
-    source = copy("avg-k")
+def test_other_files_of_a_checkpoint_are_copied(copy_run, tmp_path: Path) -> None:
+    source = copy_run("avg-k")
     (source / "iter_0000002" / "note.txt").write_text("mine")
     (source / "iter_0000002" / "modelopt_state").mkdir()
     (source / "iter_0000002" / "modelopt_state" / "data").write_text("theirs")
@@ -500,7 +520,9 @@ def test_what_lies_beside_the_shards_is_kept(copy, tmp_path: Path) -> None:
     verify_integrity_manifest(str(target))
 
 
-def test_a_disk_that_is_too_small(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_refused(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=1000))
     with pytest.raises(ConfigError, match=r"has 0.0 GB free, but the checkpoint has 0.0 GB"):
         convert(run("avg-k").folder, tmp_path / "new", 4)
@@ -510,7 +532,7 @@ def test_a_disk_that_is_too_small(run, tmp_path: Path, monkeypatch: pytest.Monke
 # Bad input
 
 
-def test_a_folder_without_checkpoints(tmp_path: Path) -> None:
+def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
     arguments = f"reblock --load {tmp_path} --save {tmp_path}/new --block-size 4"
     with pytest.raises(ConfigError, match=r"has no latest_checkpointed_iteration.txt; give"):
         convert_checkpoint.main(arguments.split())
@@ -518,8 +540,8 @@ def test_a_folder_without_checkpoints(tmp_path: Path) -> None:
         convert(tmp_path, tmp_path / "new", 4)
 
 
-def test_a_damaged_checkpoint(copy, tmp_path: Path) -> None:
-    folder = copy("avg-k")
+def test_a_damaged_checkpoint_is_refused(copy_run, tmp_path: Path) -> None:
+    folder = copy_run("avg-k")
     (folder / "iter_0000002" / "__0_0.distcp").unlink()
     with pytest.raises(ConfigError, match=r"__0_0.distcp is missing; use --ckpt-step 4"):
         convert(folder, tmp_path / "new", 4)
@@ -529,26 +551,26 @@ def test_a_damaged_checkpoint(copy, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_a_checkpoint_in_an_older_form_is_refused(copy, tmp_path: Path) -> None:
-    folder = copy("avg-k")
-    with_args(folder, seed=2)
+def test_a_checkpoint_in_an_older_format_is_refused(copy_run, tmp_path: Path) -> None:
+    folder = copy_run("avg-k")
+    replace_args(folder, seed=2)
     with pytest.raises(ConfigError, match=r"common.pt beside the shards, as before Megatron 0.19"):
         convert(folder, tmp_path / "new", 4)
     assert not (tmp_path / "new").exists()
 
 
-def test_an_unknown_tensor_in_a_real_checkpoint(copy, tmp_path: Path) -> None:
-    folder = copy("avg-k")
+def test_an_unknown_tensor_in_a_real_checkpoint_is_refused(copy_run, tmp_path: Path) -> None:
+    folder = copy_run("avg-k")
     metadata = read_metadata(folder / "iter_0000002")
-    metadata.state_dict_metadata["decoder.layers.3.mlp.router.temperature"] = entry([1])
+    metadata.state_dict_metadata["decoder.layers.3.mlp.router.temperature"] = tensor_metadata([1])
     (folder / "iter_0000002" / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ConfigError, match=r"layers.3.mlp.router.temperature is not one"):
         convert(folder, tmp_path / "new", 4)
     assert not (tmp_path / "new").exists()
 
 
-def with_args(folder: Path, **changes: Any) -> None:
-    """Save other arguments in iteration 2; ... removes one."""
+def replace_args(folder: Path, **changes: Any) -> None:
+    """Change the arguments that iteration 2 holds; the value ... removes one."""
     common = read_common(folder / "iter_0000002")
     args = {**vars(common["args"]), **changes}
     common["args"] = Namespace(**{name: value for name, value in args.items() if value is not ...})
@@ -566,12 +588,12 @@ def with_args(folder: Path, **changes: Any) -> None:
         ({}, "-- --sffn-gate often", "invalid choice: 'often'"),
     ],
 )
-def test_what_cannot_be_converted_or_evaluated(
-    copy, tmp_path: Path, changes: dict[str, Any], flags: str, sentence: str
+def test_checkpoints_that_cannot_be_converted_or_evaluated_are_refused(
+    copy_run, tmp_path: Path, changes: dict[str, Any], flags: str, sentence: str
 ) -> None:
-    folder = copy("avg-k")
+    folder = copy_run("avg-k")
     if changes:
-        with_args(folder, **changes)
+        replace_args(folder, **changes)
     arguments = f"reblock --load {folder} --save {tmp_path}/new --block-size 4 --ckpt-step 2"
     with pytest.raises(ConfigError, match=sentence):
         convert_checkpoint.main(f"{arguments} {flags}".split())
@@ -579,10 +601,12 @@ def test_what_cannot_be_converted_or_evaluated(
 
 
 @pytest.mark.parametrize("command", ["reblock", "regranulate"])
-def test_the_help_of_reblock_teaches_also_under_its_former_name(capsys, command: str) -> None:
-    with pytest.raises(SystemExit) as stop:
+def test_the_help_of_reblock_shows_an_example_also_under_its_former_name(
+    capsys, command: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
         convert_checkpoint.main([command, "--help"])
-    printed = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert "example: from blocks of 64 cells to blocks of 16" in printed
-    assert io.StringIO(printed).readline().startswith("usage: convert_checkpoint.py reblock")
+    stdout = capsys.readouterr().out
+    assert exit_info.value.code == 0
+    assert "example: from blocks of 64 cells to blocks of 16" in stdout
+    assert io.StringIO(stdout).readline().startswith("usage: convert_checkpoint.py reblock")

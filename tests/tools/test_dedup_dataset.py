@@ -1,4 +1,4 @@
-"""Removal of duplicates: which documents stay, the report, and errors."""
+"""Removal of duplicates: the remaining documents, the report, and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.processes import HANGS
 
-# Other tests may have left threads in this process; the workers of these use none of them.
+# Other tests may have left threads running; the workers of these tests do not use them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 rensa = pytest.importorskip("rensa", reason="rensa is not installed")
@@ -29,29 +29,29 @@ def run(*arguments: object) -> int:
     return dedup_dataset.main([str(argument) for argument in arguments])
 
 
-def write(path: Path, texts: Iterable[str]) -> Path:
+def write_lines(path: Path, texts: Iterable[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 
-def texts_of(path: Path) -> list[str]:
+def read_texts(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_bytes().splitlines()]
 
 
-def report_of(path: Path) -> list[dict[str, Any]]:
+def read_report(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def changed(text: str, words: int) -> str:
+def change_words(text: str, words: int) -> str:
     """The text with some of its words replaced."""
-    parts = text.split()
-    for at in range(0, len(parts), len(parts) // words):
-        parts[at] = "other"
-    return " ".join(parts)
+    text_words = text.split()
+    for position in range(0, len(text_words), len(text_words) // words):
+        text_words[position] = "other"
+    return " ".join(text_words)
 
 
 def test_the_command_removes_duplicates(tmp_path: Path, start_tool: Any) -> None:
-    first = write(tmp_path / "a.jsonl", ["one", "two words", "one"])
+    first = write_lines(tmp_path / "a.jsonl", ["one", "two words", "one"])
     second = tmp_path / "b.jsonl.gz"
     second.write_bytes(
         gzip.compress(b'{"id": 7, "text": " two \\n  words\\t"}\n\n{"id": 8, "text": "three"}\n')
@@ -59,15 +59,15 @@ def test_the_command_removes_duplicates(tmp_path: Path, start_tool: Any) -> None
     process = start_tool(
         "dedup_dataset.py", "--input", first, second, "--output-prefix", tmp_path / "out"
     )
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 0, err
-    assert "out.jsonl: 3 documents of 5" in out
-    assert "out_duplicates.jsonl: 2 exact and 0 near-duplicates" in out
-    # Lines that stay are the same bytes.
+    stdout, stderr = process.communicate(timeout=HANGS)
+    assert process.returncode == 0, stderr
+    assert "out.jsonl: 3 documents of 5" in stdout
+    assert "out_duplicates.jsonl: 2 exact and 0 near-duplicates" in stdout
+    # The remaining lines keep their bytes.
     lines = first.read_bytes().splitlines(keepends=True)
     expected = b"".join(lines[:2]) + b'{"id": 8, "text": "three"}\n'
     assert (tmp_path / "out.jsonl").read_bytes() == expected
-    assert report_of(tmp_path / "out_duplicates.jsonl") == [
+    assert read_report(tmp_path / "out_duplicates.jsonl") == [
         {
             "file": str(first),
             "line": 3,
@@ -85,7 +85,7 @@ def test_the_command_removes_duplicates(tmp_path: Path, start_tool: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "same"),
+    ("first", "second", "duplicate"),
     [
         ("e\u0301", "\u00e9", True),  # composed or not
         ("a\r\nb", "a b", True),
@@ -96,24 +96,26 @@ def test_the_command_removes_duplicates(tmp_path: Path, start_tool: Any) -> None
         ("a.", "a", False),
     ],
 )
-def test_exact_duplicates_are_removed(tmp_path: Path, one: str, other: str, same: bool) -> None:
-    source = write(tmp_path / "a.jsonl", [one, other])
+def test_exact_duplicates_are_removed(
+    tmp_path: Path, first: str, second: str, duplicate: bool
+) -> None:
+    source = write_lines(tmp_path / "a.jsonl", [first, second])
     assert run("--input", source, "--output-prefix", tmp_path / "out", "--workers", 1) == 0
-    assert texts_of(tmp_path / "out.jsonl") == ([one] if same else [one, other])
+    assert read_texts(tmp_path / "out.jsonl") == ([first] if duplicate else [first, second])
 
 
 def test_near_duplicates_are_removed(tmp_path: Path) -> None:
-    slightly, much = changed(LONG[3], 4), changed(LONG[5], 60)
-    texts = [*LONG[:10], slightly, much, slightly, LONG[3], "short", "", "Short", ""]
-    source = write(tmp_path / "a.jsonl", texts)
+    near, distant = change_words(LONG[3], 4), change_words(LONG[5], 60)
+    texts = [*LONG[:10], near, distant, near, LONG[3], "short", "", "Short", ""]
+    source = write_lines(tmp_path / "a.jsonl", texts)
     assert run("--input", source, "--output-prefix", tmp_path / "out", "--near") == 0
-    assert texts_of(tmp_path / "out.jsonl") == [*LONG[:10], much, "short", ""]
-    found = [
-        (one["line"], one["reason"], one["of"]["line"])
-        for one in report_of(tmp_path / "out_duplicates.jsonl")
+    assert read_texts(tmp_path / "out.jsonl") == [*LONG[:10], distant, "short", ""]
+    duplicates = [
+        (record["line"], record["reason"], record["of"]["line"])
+        for record in read_report(tmp_path / "out_duplicates.jsonl")
     ]
-    # A copy of one that is left out is again near to the one that stays.
-    assert found == [
+    # A copy of a removed document is again a near duplicate of the first document.
+    assert duplicates == [
         (11, "near", 4),
         (13, "near", 4),
         (14, "exact", 4),
@@ -125,30 +127,32 @@ def test_near_duplicates_are_removed(tmp_path: Path) -> None:
 def test_workers_do_not_change_the_result(tmp_path: Path) -> None:
     rng = random.Random(1)
     texts = [
-        changed(text, rng.choice([2, 3, 40, 80])) if rng.random() < 0.5 else text
+        change_words(text, rng.choice([2, 3, 40, 80])) if rng.random() < 0.5 else text
         for text in rng.choices(LONG, k=1500)
     ]
     for number in range(3):
-        write(tmp_path / f"part{number}.jsonl", texts[number::3])
+        write_lines(tmp_path / f"part{number}.jsonl", texts[number::3])
     for name, workers in (("one", 1), ("three", 3)):
         flags = ("--output-prefix", tmp_path / name, "--near", "--workers", workers)
         assert run("--input", tmp_path / "part*.jsonl", *flags) == 0
     for ending in (".jsonl", "_duplicates.jsonl"):
-        one, three = ((tmp_path / f"{name}{ending}").read_bytes() for name in ("one", "three"))
-        assert one == three
-    kept = len(texts_of(tmp_path / "one.jsonl"))
-    assert kept + len(report_of(tmp_path / "one_duplicates.jsonl")) == 1500
-    assert 60 < kept < 200
+        one_worker, three_workers = (
+            (tmp_path / f"{name}{ending}").read_bytes() for name in ("one", "three")
+        )
+        assert one_worker == three_workers
+    num_kept = len(read_texts(tmp_path / "one.jsonl"))
+    assert num_kept + len(read_report(tmp_path / "one_duplicates.jsonl")) == 1500
+    assert 60 < num_kept < 200
 
 
-def test_text_files_are_read(tmp_path: Path) -> None:
+def test_text_files_are_deduplicated(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     for name, text in {"a": "one", "b": "two", "c": "one"}.items():
         (folder / f"{name}.txt").write_text(text)
     assert run("--input", folder, "--output-prefix", tmp_path / "out") == 0
-    assert texts_of(tmp_path / "out.jsonl") == ["one", "two"]
-    assert report_of(tmp_path / "out_duplicates.jsonl") == [
+    assert read_texts(tmp_path / "out.jsonl") == ["one", "two"]
+    assert read_report(tmp_path / "out_duplicates.jsonl") == [
         {
             "file": str(folder / "c.txt"),
             "line": None,
@@ -178,13 +182,13 @@ def test_bad_input_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write(Path("good.jsonl"), ["a", "b"])
+    write_lines(Path("good.jsonl"), ["a", "b"])
     Path("bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     Path("empty.jsonl").touch()
     Path("cut.jsonl.gz").write_bytes(gzip.compress(Path("good.jsonl").read_bytes() * 99)[:-9])
-    before = sorted(tmp_path.rglob("*"))
-    base = ["--input", "good.jsonl", "--output-prefix", "out"]
+    files_before = sorted(tmp_path.rglob("*"))
+    valid_flags = ["--input", "good.jsonl", "--output-prefix", "out"]
     with pytest.raises(ConfigError, match=message) as error:
-        run(*base, *flags.split())
+        run(*valid_flags, *flags.split())
     assert "\n" not in str(error.value)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == files_before

@@ -29,7 +29,7 @@ IDS = [token for document in DOCUMENTS for sequence in document for token in seq
 
 @pytest.fixture(autouse=True)
 def rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it Megatron's logging warns that it does not know the rank."""
+    """Set RANK: Megatron's logging warns when it is not set."""
     monkeypatch.setenv("RANK", "0")
 
 
@@ -37,39 +37,42 @@ def run(*arguments: object) -> int:
     return inspect_dataset.main([str(argument) for argument in arguments])
 
 
-def test_the_command_shows_a_data_set(
+def test_the_command_prints_and_plots_a_data_set(
     tmp_path: Path, start_tool: Any, tokenizer_folder: Path
 ) -> None:
     from tokenizers import Tokenizer
 
     texts = ["plain words, and some more plain words", "1234567890"]
-    ids = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    prefix = write_pair(tmp_path / "a", [[ids.encode(text).ids] for text in texts])
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    prefix = write_pair(tmp_path / "a", [[tokenizer.encode(text).ids] for text in texts])
     process = start_tool(
         "inspect_dataset.py", "--input", prefix, "--samples", 9,
         "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png",
         "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder,
     )  # fmt: skip
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 0, err
-    assert "Transformer Engine" not in err
-    assert "2 documents, 2 sequences" in out and "tokens per document: min" in out
-    assert all(text in out for text in texts)
+    stdout, stderr = process.communicate(timeout=HANGS)
+    assert process.returncode == 0, stderr
+    assert "Transformer Engine" not in stderr
+    assert "2 documents, 2 sequences" in stdout and "tokens per document: min" in stdout
+    assert all(text in stdout for text in texts)
     record = json.loads((tmp_path / "a.json").read_text())
     assert [sample["text"] for sample in record["samples"]] == texts
-    assert record["ids"]["vocab_size"] == ids.get_vocab_size()
+    assert record["ids"]["vocab_size"] == tokenizer.get_vocab_size()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "a.bin", "a.idx", "a.json", "a.png",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("piece", [1, 64, 1 << 20])
-def test_the_numbers_are_exact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], piece: int
+@pytest.mark.parametrize("piece_size", [1, 64, 1 << 20])
+def test_the_statistics_are_exact(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    piece_size: int,
 ) -> None:
     for module in (index_format, stats):
-        monkeypatch.setattr(module, "PIECE", piece)
+        monkeypatch.setattr(module, "PIECE", piece_size)
     prefixes = [
         write_pair(tmp_path / "a", DOCUMENTS[:123]),
         write_pair(tmp_path / "b", DOCUMENTS[123:], numpy.int32),
@@ -78,38 +81,42 @@ def test_the_numbers_are_exact(
     record = json.loads((tmp_path / "out.json").read_text())
     assert (record["documents"], record["tokens"]) == (300, len(IDS))
     assert record["sequences"] == sum(map(len, DOCUMENTS))
-    assert [one["documents"] for one in record["data_sets"]] == [123, 177]
-    assert [one["dtype"] for one in record["data_sets"]] == ["uint16", "int32"]
+    assert [entry["documents"] for entry in record["data_sets"]] == [123, 177]
+    assert [entry["dtype"] for entry in record["data_sets"]] == ["uint16", "int32"]
     assert record["tokens_per_document"] == {
         "min": min(LENGTHS),
         "median": statistics.median(LENGTHS),
         "mean": pytest.approx(statistics.mean(LENGTHS)),
         "max": max(LENGTHS),
     }
-    for one in record["lengths"]:
-        inside = [length for length in LENGTHS if one["from"] <= length <= one["to"]]
-        assert (one["documents"], one["tokens"]) == (len(inside), sum(inside))
-    assert sum(one["documents"] for one in record["lengths"]) == 300
+    for entry in record["lengths"]:
+        inside = [length for length in LENGTHS if entry["from"] <= length <= entry["to"]]
+        assert (entry["documents"], entry["tokens"]) == (len(inside), sum(inside))
+    assert sum(entry["documents"] for entry in record["lengths"]) == 300
     counts = Counter(IDS)
     ids = record["ids"]
     assert (ids["smallest"], ids["largest"]) == (min(IDS), max(IDS))
     assert (ids["distinct"], ids["vocab_size"]) == (len(counts), None)
     expected = sorted(counts, key=lambda token: (-counts[token], token))[:5]
-    assert [one["id"] for one in ids["most_frequent"]] == expected
-    assert [one["count"] for one in ids["most_frequent"]] == [counts[one] for one in expected]
-    out = capsys.readouterr().out
-    assert f"together: 300 documents, {record['sequences']} sequences, {len(IDS):,} tokens" in out
+    assert [entry["id"] for entry in ids["most_frequent"]] == expected
+    assert [entry["count"] for entry in ids["most_frequent"]] == [
+        counts[entry] for entry in expected
+    ]
+    stdout = capsys.readouterr().out
+    assert (
+        f"together: 300 documents, {record['sequences']} sequences, {len(IDS):,} tokens" in stdout
+    )
 
 
 @pytest.mark.parametrize("lengths", [[1], [0, 0, 5], [0, 0, 0, 2], [7, 7], [1, 2, 3, 1000], [4, 8]])
-def test_lengths_of_few_documents_are_exact(tmp_path: Path, lengths: list[int]) -> None:
+def test_the_statistics_of_few_documents_are_exact(tmp_path: Path, lengths: list[int]) -> None:
     documents = [[[1] * length] if length else [] for length in lengths]
-    found = document_lengths([open_index(write_pair(tmp_path / "a", documents))])
-    assert (found.documents, found.tokens) == (len(lengths), sum(lengths))
-    assert found.median == statistics.median(lengths)
-    bins = found.bins()
+    actual = document_lengths([open_index(write_pair(tmp_path / "a", documents))])
+    assert (actual.documents, actual.tokens) == (len(lengths), sum(lengths))
+    assert actual.median == statistics.median(lengths)
+    bins = actual.bins()
     assert bins[0]["from"] <= min(lengths) and max(lengths) <= bins[-1]["to"]
-    assert all(one["to"] + 1 == other["from"] for one, other in pairwise(bins))
+    assert all(bin_["to"] + 1 == next_bin["from"] for bin_, next_bin in pairwise(bins))
 
 
 def test_samples_are_drawn_at_random(tmp_path: Path) -> None:
@@ -119,15 +126,17 @@ def test_samples_are_drawn_at_random(tmp_path: Path) -> None:
     ]
     drawn = samples(indices, 40, 1, 10**9)
     assert drawn == samples(indices, 40, 1, 10**9) != samples(indices, 40, 2, 10**9)
-    places = [(one.prefix[-1], one.number) for one in drawn]
-    assert len(set(places)) == 40 and places == sorted(places)
-    assert {name for name, _ in places} == {"a", "b"}
-    for one in drawn:
-        document = DOCUMENTS[one.number + (100 if one.prefix.endswith("b") else 0)]
-        assert one.ids == [token for sequence in document for token in sequence]
-        assert one.length == len(one.ids)
+    positions = [(sample.prefix[-1], sample.number) for sample in drawn]
+    assert len(set(positions)) == 40 and positions == sorted(positions)
+    assert {name for name, _ in positions} == {"a", "b"}
+    for sample in drawn:
+        document = DOCUMENTS[sample.number + (100 if sample.prefix.endswith("b") else 0)]
+        assert sample.ids == [token for sequence in document for token in sequence]
+        assert sample.length == len(sample.ids)
     assert len(samples(indices, 10**6, 1, 3)) == 300
-    assert [len(one.ids) for one in samples(indices, 300, 1, 3)] == [min(n, 3) for n in LENGTHS]
+    assert [len(sample.ids) for sample in samples(indices, 300, 1, 3)] == [
+        min(length, 3) for length in LENGTHS
+    ]
 
 
 def test_memory_does_not_grow_with_the_data(
@@ -198,8 +207,8 @@ def test_bad_input_is_refused(
     Path("foreign.idx").write_bytes(b"something else" * 10)
     index = Path("damaged.idx").read_bytes()
     Path("damaged.idx").write_bytes(index[:-8] + bytes(8))
-    before = sorted(tmp_path.rglob("*"))
+    files_before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match=message) as error:
         run(*flags.split())
     assert "\n" not in str(error.value)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == files_before

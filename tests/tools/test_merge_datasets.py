@@ -1,4 +1,4 @@
-"""Merged data sets have Megatron's bytes, in any size and little memory, and appear atomically."""
+"""Merged data sets equal Megatron's byte for byte, need little memory, and appear atomically."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.processes import HANGS
 
 @pytest.fixture(autouse=True)
 def rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it Megatron's logging warns that it does not know the rank."""
+    """Set RANK: Megatron's logging warns when it is not set."""
     monkeypatch.setenv("RANK", "0")
 
 
@@ -38,7 +38,7 @@ def run(*arguments: object) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of data sets, one of them without tokens, and something else."""
+    """A folder of data sets, one of them without tokens, and another file."""
     folder = tmp_path_factory.mktemp("data") / "shards"
     folder.mkdir()
     (folder / "README").write_text("not a data set")
@@ -55,12 +55,12 @@ def shards(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def merged(folder: Path, shards: list[str]) -> dict[str, bytes]:
-    """What Megatron makes of them."""
+    """The merged data set that Megatron writes."""
     return content(merged_by_megatron(folder.with_name("megatron"), shards))
 
 
 @pytest.mark.parametrize("dtype", [numpy.uint16, numpy.int32])
-def test_the_bytes_are_megatrons(tmp_path: Path, start_tool: Any, dtype: Any) -> None:
+def test_a_merged_data_set_equals_megatrons(tmp_path: Path, start_tool: Any, dtype: Any) -> None:
     prefixes = [
         write_pair(tmp_path / name, random_documents(20, seed=seed), dtype)
         for seed, name in enumerate("cab")
@@ -69,23 +69,23 @@ def test_the_bytes_are_megatrons(tmp_path: Path, start_tool: Any, dtype: Any) ->
     process = start_tool(
         "merge_datasets.py", "--input", *prefixes, "--output-prefix", tmp_path / "ours"
     )
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 0, err
+    stdout, stderr = process.communicate(timeout=HANGS)
+    assert process.returncode == 0, stderr
     assert content(tmp_path / "ours") == expected
     index = open_index(f"{tmp_path}/ours")
-    assert f"ours: 60 documents, {index.num_tokens} tokens" in out and "of 3 data sets" in out
+    assert f"ours: 60 documents, {index.num_tokens} tokens" in stdout and "of 3 data sets" in stdout
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("piece", [1, 7])
-def test_indices_in_pieces_are_merged(
+@pytest.mark.parametrize("piece_size", [1, 7])
+def test_indices_can_be_merged_in_pieces(
     tmp_path: Path,
     shards: list[str],
     merged: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
-    piece: int,
+    piece_size: int,
 ) -> None:
-    monkeypatch.setattr(indexed, "PIECE", piece)
+    monkeypatch.setattr(indexed, "PIECE", piece_size)
     assert run("--input", *shards, "--output-prefix", tmp_path / "out") == 0
     assert content(tmp_path / "out") == merged
 
@@ -103,8 +103,8 @@ def test_folders_and_globs_are_merged(
     assert content(tmp_path / "out") == merged
 
 
-def test_sets_beyond_four_gigabytes_are_merged(tmp_path: Path) -> None:
-    # Of holes: it takes no room on the disk. Two sequences, for a length is an int32.
+def test_data_sets_beyond_four_gigabytes_are_merged(tmp_path: Path) -> None:
+    # A sparse file needs no disk space. It has two sequences because a length is an int32.
     lengths = numpy.array([2**31 - 1, 10], numpy.int32)
     writer = IndexWriter(numpy.dtype("u2"), tmp_path)
     writer.add_sequences(lengths)
@@ -125,42 +125,44 @@ def test_sets_beyond_four_gigabytes_are_merged(tmp_path: Path) -> None:
     check_index(open_index(f"{tmp_path}/out"))
 
 
-def test_memory_does_not_grow_with_documents(
+def test_memory_does_not_grow_with_the_number_of_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(indexed, "PIECE", 1 << 12)
-    number = 300_000
+    num_documents = 300_000
     writer = IndexWriter(numpy.dtype("u2"), tmp_path)
-    writer.add_sequences(numpy.ones(number, numpy.int32))
-    writer.end_documents(numpy.arange(1, number + 1))
+    writer.add_sequences(numpy.ones(num_documents, numpy.int32))
+    writer.end_documents(numpy.arange(1, num_documents + 1))
     writer.finish(tmp_path / "many.idx")
-    (tmp_path / "many.bin").write_bytes(bytes(2 * number))
+    (tmp_path / "many.bin").write_bytes(bytes(2 * num_documents))
     tracemalloc.start()
     assert run("--input", tmp_path / "many", "--output-prefix", tmp_path / "out") == 0
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert content(tmp_path / "out") == content(tmp_path / "many")
-    # The index has 20 bytes for each document.
+    # The index has 20 bytes per document.
     assert peak < 1_000_000 < os.path.getsize(tmp_path / "out.idx") / 5
 
 
-def test_more_sets_than_open_files_are_merged(tmp_path: Path) -> None:
+def test_more_data_sets_than_open_files_are_merged(tmp_path: Path) -> None:
     prefixes = [write_pair(tmp_path / f"{number:03}", [[[number]]]) for number in range(60)]
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    in_use = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, hard))
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 20, hard_limit))
     try:
         assert run("--input", tmp_path, "--output-prefix", tmp_path / "out") == 0
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard_limit))
     assert len(prefixes) == open_index(f"{tmp_path}/out").num_documents
 
 
-def test_weights_must_fit_the_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_fit_the_tokens_are_added_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     a, b = write_pair(tmp_path / "a", [[[1] * 30]]), write_pair(tmp_path / "b", [[[2] * 60]])
     assert run("--input", "0.1", a, "0.2", b, "--output-prefix", tmp_path / "out") == 0
     assert f"in a blend: 0.3 {tmp_path}/out" in capsys.readouterr().out
-    # Written with few digits, and of a whole folder.
+    # Rounded weights are accepted, and a weight of a folder.
     assert run("--input", "0.334", a, "0.666", b, "--output-prefix", tmp_path / "round") == 0
     (tmp_path / "more").mkdir()
     c = write_pair(tmp_path / "more" / "c", [[[1] * 10]])
@@ -218,11 +220,11 @@ def test_bad_inputs_are_refused(
     Path("half").mkdir()
     write_pair(Path("half/c"), [[[1]]])
     Path("half/c.bin").unlink()
-    before = sorted(tmp_path.rglob("*"))
+    files_before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match=message) as error:
         run("--input", *inputs.split(), "--output-prefix", "out", "--overwrite")
     assert "\n" not in str(error.value)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == files_before
 
 
 def test_bad_outputs_are_refused(tmp_path: Path, shards: list[str]) -> None:
@@ -247,7 +249,7 @@ def test_existing_files_are_replaced_on_request(
     assert content(tmp_path / "out") == merged
 
 
-LIMITED = """
+LIMITED_SCRIPT = """
 import json, resource, signal, sys
 import merge_datasets
 from megatron_sffn.utils.errors import run_command
@@ -260,11 +262,11 @@ run_command(lambda: merge_datasets.main(arguments))
 
 
 def run_limited(limit: int, *arguments: object, kill: bool) -> subprocess.CompletedProcess[str]:
-    """The tool in a process that may write `limit` bytes to a file; more is an error, or kills."""
-    given = json.dumps([kill, limit, [str(argument) for argument in arguments]])
+    """Run the tool in a process that may write `limit` bytes per file; more fails or kills it."""
+    settings = json.dumps([kill, limit, [str(argument) for argument in arguments]])
     root = Path(merge_datasets.__file__).parents[1]
     return subprocess.run(
-        [sys.executable, "-c", LIMITED, given],
+        [sys.executable, "-c", LIMITED_SCRIPT, settings],
         env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tools'}"},
         capture_output=True,
         text=True,
@@ -272,7 +274,7 @@ def run_limited(limit: int, *arguments: object, kill: bool) -> subprocess.Comple
     )
 
 
-def test_a_kill_at_any_byte_leaves_no_data_set(
+def test_a_kill_at_any_byte_leaves_no_output(
     tmp_path: Path, shards: list[str], merged: dict[str, bytes]
 ) -> None:
     flags = ("--input", *shards, "--output-prefix", tmp_path / "out")
@@ -298,21 +300,21 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path, shards: list[str]) -> None:
 
 def test_a_second_run_of_a_prefix_is_refused(tmp_path: Path, shards: list[str]) -> None:
     indices = [open_index(shard) for shard in shards]
-    messages = []
+    results = []
 
-    def second(num_bytes: int) -> None:
+    def start_second_run(num_bytes: int) -> None:
         process = run_limited(
             1 << 30, "--input", shards[0], "--output-prefix", tmp_path / "out", kill=False
         )
-        messages.append((process.returncode, process.stderr))
+        results.append((process.returncode, process.stderr))
 
-    merge(indices[:1], str(tmp_path / "out"), progress=second)
-    assert len(messages) == 1 and messages[0][0] == 2
-    assert "out.bin.partial is being written by another run; wait for its end" in messages[0][1]
+    merge(indices[:1], str(tmp_path / "out"), progress=start_second_run)
+    assert len(results) == 1 and results[0][0] == 2
+    assert "out.bin.partial is being written by another run; wait for its end" in results[0][1]
     assert content(tmp_path / "out") == content(shards[0])
 
 
-def test_a_set_that_changes_during_the_merge_is_refused(tmp_path: Path) -> None:
+def test_a_data_set_that_changes_during_the_merge_is_refused(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "a", [[[1] * 100]])
     indices = [open_index(prefix)]
     os.truncate(prefix + ".bin", 50)
@@ -321,19 +323,19 @@ def test_a_set_that_changes_during_the_merge_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
 
 
-@pytest.mark.parametrize("answer", [OSError(errno.EXDEV, "Invalid cross-device link"), 0])
-def test_a_fallback_copies_where_the_file_system_cannot(
+@pytest.mark.parametrize("result", [OSError(errno.EXDEV, "Invalid cross-device link"), 0])
+def test_a_fallback_copies_without_copy_file_range(
     tmp_path: Path,
     shards: list[str],
     merged: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
-    answer: OSError | int,
+    result: OSError | int,
 ) -> None:
-    def refuse(*arguments: object) -> int:
-        if isinstance(answer, OSError):
-            raise answer
-        return answer
+    def copy_nothing(*arguments: object) -> int:
+        if isinstance(result, OSError):
+            raise result
+        return result
 
-    monkeypatch.setattr(os, "copy_file_range", refuse)
+    monkeypatch.setattr(os, "copy_file_range", copy_nothing)
     assert run("--input", *shards, "--output-prefix", tmp_path / "out") == 0
     assert content(tmp_path / "out") == merged

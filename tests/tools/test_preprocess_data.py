@@ -1,4 +1,4 @@
-"""Data sets have the bytes of Megatron's builder, whatever the input and the engine."""
+"""Data sets equal those of Megatron's builder for every kind of input and every engine."""
 
 import bz2
 import gzip
@@ -27,13 +27,24 @@ from tests.support import tokenizers
 from tests.support.processes import HANGS
 from tests.support.tokenizers import arguments, write_as_megatron
 
-# Other tests may have left threads in this process; the workers of these use none of them.
+# Other tests may have left threads running; the workers of these tests do not use them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-def flags(source: object, prefix: Path, tokenizer: object, *more: object) -> list[str]:
-    named = tokenizer if isinstance(tokenizer, list) else tokenizers.hugging_face(tokenizer)
-    values = ["--input", source, "--output-prefix", prefix, "--workers", 1, *named, *more]
+def command_for(source: object, prefix: Path, tokenizer: object, *extra: object) -> list[str]:
+    tokenizer_flags = (
+        tokenizer if isinstance(tokenizer, list) else tokenizers.hugging_face(tokenizer)
+    )
+    values = [
+        "--input",
+        source,
+        "--output-prefix",
+        prefix,
+        "--workers",
+        1,
+        *tokenizer_flags,
+        *extra,
+    ]
     return [str(value) for value in values]
 
 
@@ -60,10 +71,10 @@ def tokenizer(build_tokenizer, tokenizer_folder):
 
 @pytest.fixture
 def documents(texts):
-    """Of very different lengths, with empty ones."""
+    """Documents of very different lengths, some of them empty."""
     rng = random.Random(0)
-    made = [" ".join(rng.choices(texts, k=rng.choice([1, 5, 100]))) for _ in range(300)]
-    return ["", *made[:10], "", "", *made[10:], ""]
+    random_texts = [" ".join(rng.choices(texts, k=rng.choice([1, 5, 100]))) for _ in range(300)]
+    return ["", *random_texts[:10], "", "", *random_texts[10:], ""]
 
 
 @pytest.fixture
@@ -75,16 +86,22 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.parametrize("append_eod", [True, False])
 @pytest.mark.parametrize("kind", [*tokenizers.KINDS, "large"])
-def test_bytes_are_those_of_megatrons_builder(tmp_path, kind, append_eod, texts, write_lines):
-    named = getattr(tokenizers, kind)(tmp_path)
-    written = ["1 2", "3", "999 0", "5"] if kind == "null" else ["", *texts, "", *texts, ""]
-    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in written])
-    more = ["--append-eod"] if append_eod else []
-    assert preprocess_data.main(flags(source, tmp_path / "ours", named, *more)) == 0
+def test_a_data_set_equals_that_of_megatrons_builder(
+    tmp_path, kind, append_eod, texts, write_lines
+):
+    tokenizer_flags = getattr(tokenizers, kind)(tmp_path)
+    data_texts = ["1 2", "3", "999 0", "5"] if kind == "null" else ["", *texts, "", *texts, ""]
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in data_texts])
+    extra = ["--append-eod"] if append_eod else []
+    assert (
+        preprocess_data.main(command_for(source, tmp_path / "ours", tokenizer_flags, *extra)) == 0
+    )
 
-    tokenizer = load_tokenizer(arguments(named))
-    theirs = tmp_path / "theirs_text_document"
-    write_as_megatron(theirs, [[text] for text in written], tokenizer, append_eod=append_eod)
+    tokenizer = load_tokenizer(arguments(tokenizer_flags))
+    megatron_prefix = tmp_path / "theirs_text_document"
+    write_as_megatron(
+        megatron_prefix, [[text] for text in data_texts], tokenizer, append_eod=append_eod
+    )
     assert files_of(tmp_path, "ours") == files_of(tmp_path, "theirs")
     prefix = str(tmp_path / "ours_text_document")
     check_dataset(prefix, tokenizer.vocab_size)
@@ -93,61 +110,65 @@ def test_bytes_are_those_of_megatrons_builder(tmp_path, kind, append_eod, texts,
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("engine", ["auto", "tokenizers", "megatron"])
-def test_engines_and_workers_make_the_same_files(
+def test_all_engines_and_numbers_of_workers_write_the_same_files(
     tmp_path, documents, engine, tokenizer, tokenizer_folder, write_lines
 ):
-    records = [{"text": text, "title": text[:9] + str(i)} for i, text in enumerate(documents)]
+    records = [
+        {"text": text, "title": text[:9] + str(number)} for number, text in enumerate(documents)
+    ]
     source = write_lines(tmp_path / "a.jsonl", records)
     for key in ("text", "title"):
-        written = [[record[key]] for record in records]
-        write_as_megatron(tmp_path / f"m_{key}_document", written, tokenizer, append_eod=True)
+        sequences = [[record[key]] for record in records]
+        write_as_megatron(tmp_path / f"m_{key}_document", sequences, tokenizer, append_eod=True)
     for processes in (1, 2, 5):
-        more = ["--append-eod", "--json-keys", "text", "title", "--engine", engine]
-        given = flags(source, tmp_path / "out", tokenizer_folder, *more, "--workers", processes)
-        assert preprocess_data.main([*given, "--overwrite"]) == 0
+        extra = ["--append-eod", "--json-keys", "text", "title", "--engine", engine]
+        command = command_for(
+            source, tmp_path / "out", tokenizer_folder, *extra, "--workers", processes
+        )
+        assert preprocess_data.main([*command, "--overwrite"]) == 0
         assert files_of(tmp_path, "out") == files_of(tmp_path, "m")
 
 
-def test_the_command_makes_a_data_set(
+def test_the_command_writes_a_data_set(
     tmp_path, documents, tokenizer_folder, write_lines, start_tool
 ):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in documents])
-    more = ["--partitions", 4, "--keep-sequential-samples", "--keep-newlines", "--log-interval", 9]
-    given = flags(source, tmp_path / "two", tokenizer_folder, *more)
-    del given[given.index("--workers") : given.index("--workers") + 2]
-    process = start_tool("preprocess_data.py", *given)
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 0, err
-    assert f"two_text_document: {len(documents)} documents" in out
-    assert "MB/s" in err and "M tokens, " in err and "%, ETA 0:00:0" in err
-    assert "ids by gigatoken, which gave those of Megatron's tokenizer on" in err
-    assert "--keep-newlines concerns --split-sentences" in err
-    assert len(err.splitlines()) < 8
-    plain = flags(source, tmp_path / "one", tokenizer_folder)
-    assert preprocess_data.main(plain) == 0
+    extra = ["--partitions", 4, "--keep-sequential-samples", "--keep-newlines", "--log-interval", 9]
+    command = command_for(source, tmp_path / "two", tokenizer_folder, *extra)
+    del command[command.index("--workers") : command.index("--workers") + 2]
+    process = start_tool("preprocess_data.py", *command)
+    stdout, stderr = process.communicate(timeout=HANGS)
+    assert process.returncode == 0, stderr
+    assert f"two_text_document: {len(documents)} documents" in stdout
+    assert "MB/s" in stderr and "M tokens, " in stderr and "%, ETA 0:00:0" in stderr
+    assert "ids by gigatoken, which gave those of Megatron's tokenizer on" in stderr
+    assert "--keep-newlines concerns --split-sentences" in stderr
+    assert len(stderr.splitlines()) < 8
+    plain_command = command_for(source, tmp_path / "one", tokenizer_folder)
+    assert preprocess_data.main(plain_command) == 0
     assert files_of(tmp_path, "one") == files_of(tmp_path, "two")
     assert sorted(files_of(tmp_path, "one")) == ["_text_document.bin", "_text_document.idx"]
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_every_kind_of_input_gives_the_same(tmp_path, documents, tokenizer_folder):
-    documents = [text.replace("\0", "") for text in documents]  # which .txt may not hold
+def test_every_kind_of_input_gives_the_same_files(tmp_path, documents, tokenizer_folder):
+    documents = [text.replace("\0", "") for text in documents]  # a .txt file may not hold it
     content = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in documents)
-    half = content.index(b"\n", len(content) // 2) + 1
+    middle = content.index(b"\n", len(content) // 2) + 1
     inputs = tmp_path / "in"
     inputs.mkdir()
-    for name, written in {
+    for name, data in {
         "plain/a.jsonl": content,
         "crlf/a.jsonl": b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"),
         "gz/a.jsonl.gz": gzip.compress(content),
         "bz2/a.json.bz2": bz2.compress(content),
         "xz/a.ndjson.xz": lzma.compress(content),
         "zst/a.jsonl.zst": zstd.compress(content),
-        "parts/a1.jsonl": content[:half],
-        "parts/deep/a2.jsonl.gz": gzip.compress(content[half:]),
+        "parts/a1.jsonl": content[:middle],
+        "parts/deep/a2.jsonl.gz": gzip.compress(content[middle:]),
     }.items():
         (inputs / name).parent.mkdir(parents=True, exist_ok=True)
-        (inputs / name).write_bytes(written)
+        (inputs / name).write_bytes(data)
     (inputs / "texts").mkdir()
     for number, text in enumerate(documents):
         (inputs / "texts" / f"{number:04}.txt").write_bytes(text.encode())
@@ -155,14 +176,17 @@ def test_every_kind_of_input_gives_the_same(tmp_path, documents, tokenizer_folde
     table = pyarrow.table({"n": list(range(len(documents))), "text": documents})
     parquet.write_table(table, inputs / "rows" / "a.parquet", row_group_size=100)
 
-    assert preprocess_data.main(flags(inputs / "plain", tmp_path / "plain", tokenizer_folder)) == 0
+    assert (
+        preprocess_data.main(command_for(inputs / "plain", tmp_path / "plain", tokenizer_folder))
+        == 0
+    )
     expected = files_of(tmp_path, "plain")
     for folder in sorted(set(os.listdir(inputs)) - {"plain"}):
-        given = flags(inputs / folder, tmp_path / folder, tokenizer_folder, "--workers", 2)
-        assert preprocess_data.main(given) == 0
+        command = command_for(inputs / folder, tmp_path / folder, tokenizer_folder, "--workers", 2)
+        assert preprocess_data.main(command) == 0
         assert files_of(tmp_path, folder) == expected, folder
-    glob = flags(inputs / "parts" / "**" / "*", tmp_path / "glob", tokenizer_folder)
-    assert preprocess_data.main(glob) == 0
+    glob_command = command_for(inputs / "parts" / "**" / "*", tmp_path / "glob", tokenizer_folder)
+    assert preprocess_data.main(glob_command) == 0
     assert files_of(tmp_path, "glob") == expected
 
 
@@ -170,40 +194,40 @@ def test_standard_input_and_pipes_are_read(
     tmp_path, documents, tokenizer_folder, write_lines, monkeypatch, capsys
 ):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in documents])
-    assert preprocess_data.main(flags(source, tmp_path / "file", tokenizer_folder)) == 0
+    assert preprocess_data.main(command_for(source, tmp_path / "file", tokenizer_folder)) == 0
     capsys.readouterr()
     with source.open("rb") as file, monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", file)
-        given = flags("-", tmp_path / "stdin", tokenizer_folder, "--log-interval", 1)
-        assert preprocess_data.main(given) == 0
-    err = capsys.readouterr().err
-    assert "M tokens" in err and "ETA" not in err
+        command = command_for("-", tmp_path / "stdin", tokenizer_folder, "--log-interval", 1)
+        assert preprocess_data.main(command) == 0
+    stderr = capsys.readouterr().err
+    assert "M tokens" in stderr and "ETA" not in stderr
     reader, writer = os.pipe()
     with subprocess.Popen(["cat", str(source)], stdout=writer):
         os.close(writer)
-        given = flags(f"/dev/fd/{reader}", tmp_path / "pipe", tokenizer_folder)
-        assert preprocess_data.main(given) == 0
+        command = command_for(f"/dev/fd/{reader}", tmp_path / "pipe", tokenizer_folder)
+        assert preprocess_data.main(command) == 0
     os.close(reader)
     assert files_of(tmp_path, "stdin") == files_of(tmp_path, "pipe") == files_of(tmp_path, "file")
 
 
-def test_lists_are_documents_of_several_sequences(
+def test_lists_become_documents_of_several_sequences(
     tmp_path, tokenizer, tokenizer_folder, write_lines
 ):
     lists = [["one", "", "two words"], "three", [], "", ["four"], [""]]
     source = write_lines(tmp_path / "a.jsonl", [{"text": value} for value in lists])
-    given = flags(source, tmp_path / "ours", tokenizer_folder, "--append-eod")
-    assert preprocess_data.main(given) == 0
-    written = [value if isinstance(value, list) else [value] for value in lists]
-    write_as_megatron(tmp_path / "m_text_document", written, tokenizer, append_eod=True)
+    command = command_for(source, tmp_path / "ours", tokenizer_folder, "--append-eod")
+    assert preprocess_data.main(command) == 0
+    sequences = [value if isinstance(value, list) else [value] for value in lists]
+    write_as_megatron(tmp_path / "m_text_document", sequences, tokenizer, append_eod=True)
     assert files_of(tmp_path, "ours") == files_of(tmp_path, "m")
     dataset = IndexedDataset(str(tmp_path / "ours_text_document"))
     assert np.diff(dataset.document_indices).tolist() == [2, 1, 0, 0, 1, 0]
 
 
-@pytest.mark.parametrize("keep", [[], ["--keep-newlines"]])
+@pytest.mark.parametrize("newline_flags", [[], ["--keep-newlines"]])
 def test_documents_are_split_into_sentences(
-    tmp_path, keep, tokenizer, tokenizer_folder, write_lines, monkeypatch, texts, capsys
+    tmp_path, newline_flags, tokenizer, tokenizer_folder, write_lines, monkeypatch, texts, capsys
 ):
     import nltk.data
     from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
@@ -215,19 +239,21 @@ def test_documents_are_split_into_sentences(
     folder.chmod(0o700)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
     save_punkt_params(PunktTrainer("A man. A plan! A canal?").get_params(), str(folder / "english"))
-    written = ["One. Two!\n\nThree?  Four", "", "  ", *texts]
-    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in written])
-    more = ["--append-eod", "--split-sentences", *keep]
-    assert preprocess_data.main(flags(source, tmp_path / "ours", tokenizer_folder, *more)) == 0
-    split = load_splitter("english", keep_newlines=bool(keep))
-    sentences = [split(text) for text in written]
-    assert len(sentences[0]) == 4 and sentences[0][1] == ("Two!\n\n" if keep else "Two!")
+    data_texts = ["One. Two!\n\nThree?  Four", "", "  ", *texts]
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in data_texts])
+    extra = ["--append-eod", "--split-sentences", *newline_flags]
+    assert (
+        preprocess_data.main(command_for(source, tmp_path / "ours", tokenizer_folder, *extra)) == 0
+    )
+    split = load_splitter("english", keep_newlines=bool(newline_flags))
+    sentences = [split(text) for text in data_texts]
+    assert len(sentences[0]) == 4 and sentences[0][1] == ("Two!\n\n" if newline_flags else "Two!")
     write_as_megatron(tmp_path / "m_text_sentence", sentences, tokenizer, append_eod=True)
     assert files_of(tmp_path, "ours") == files_of(tmp_path, "m")
     assert "ours_text_sentence: 11 documents" in capsys.readouterr().out
 
 
-BAD = {
+FAULTY_LINES = {
     b'{"text": "x"': "is not JSON (Expecting ',' delimiter at character 12)",
     b'{"text": "\xff"}': "is not JSON (it is not UTF-8 at byte 10)",
     b'{"text": "a\x00"}': "is not JSON (it holds a NUL at byte 11)",
@@ -240,61 +266,72 @@ BAD = {
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("bad", BAD)
-def test_a_bad_document_stops(tmp_path, bad, processes, tokenizer_folder, write_lines):
-    source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}, bad, {"text": "c"}])
-    given = flags(source, tmp_path / "out", tokenizer_folder, "--workers", processes)
+@pytest.mark.parametrize("faulty_line", FAULTY_LINES)
+def test_a_faulty_document_stops_the_run(
+    tmp_path, faulty_line, processes, tokenizer_folder, write_lines
+):
+    source = write_lines(
+        tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}, faulty_line, {"text": "c"}]
+    )
+    command = command_for(source, tmp_path / "out", tokenizer_folder, "--workers", processes)
     with pytest.raises(ConfigError) as error:
-        preprocess_data.main(given)
-    assert str(error.value).startswith(f"line 3 of {source} {BAD[bad]}")
+        preprocess_data.main(command)
+    assert str(error.value).startswith(f"line 3 of {source} {FAULTY_LINES[faulty_line]}")
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == [source]
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("processes", [1, 2])
-def test_bad_documents_are_left_out_and_reported(
+def test_faulty_documents_are_left_out_and_reported(
     tmp_path, processes, documents, tokenizer, tokenizer_folder, write_lines, capsys
 ):
-    good = [{"text": text} for text in documents]
-    lines: list[object] = list(good)
-    for number, bad in enumerate(BAD):
-        lines.insert(number * 43, bad)
+    records = [{"text": text} for text in documents]
+    lines: list[object] = list(records)
+    for number, faulty_line in enumerate(FAULTY_LINES):
+        lines.insert(number * 43, faulty_line)
     source = write_lines(tmp_path / "a.jsonl", lines)
-    cut = tmp_path / "b.jsonl.gz"
-    cut.write_bytes(gzip.compress(b'{"text": "in the archive"}\n' * 5)[:-5])
-    last = tmp_path / "c.txt"
-    last.write_bytes(b"last")
-    more = ["--input", source, cut, last, "--on-error", "skip", "--append-eod"]
-    given = flags(source, tmp_path / "out", tokenizer_folder, "--workers", processes, *more)
-    assert preprocess_data.main(given) == 0
+    truncated = tmp_path / "b.jsonl.gz"
+    truncated.write_bytes(gzip.compress(b'{"text": "in the archive"}\n' * 5)[:-5])
+    text_file = tmp_path / "c.txt"
+    text_file.write_bytes(b"last")
+    extra = ["--input", source, truncated, text_file, "--on-error", "skip", "--append-eod"]
+    command = command_for(
+        source, tmp_path / "out", tokenizer_folder, "--workers", processes, *extra
+    )
+    assert preprocess_data.main(command) == 0
 
     report = read_report(tmp_path / "out_errors.jsonl")
     expected = [
         {"file": str(source), "line": number * 43 + 1, "reason": reason}
-        for number, reason in enumerate(BAD.values())
+        for number, reason in enumerate(FAULTY_LINES.values())
     ]
     assert report[:-1] == expected
-    assert report[-1]["file"] == str(cut) and report[-1]["line"] is None
+    assert report[-1]["file"] == str(truncated) and report[-1]["line"] is None
     assert report[-1]["reason"].startswith("is truncated or damaged after line 5 (")
-    out = capsys.readouterr().out
-    assert f"out_text_document: {len(documents) + 6} documents" in out
-    assert "out_errors.jsonl: 8 documents left out (3 is not JSON, 1 " in out
-    written = [[text] for text in [*documents, *["in the archive"] * 5, "last"]]
-    write_as_megatron(tmp_path / "m_text_document", written, tokenizer, append_eod=True)
-    ours = files_of(tmp_path, "out")
-    del ours["_errors.jsonl"]
-    assert ours == files_of(tmp_path, "m")
+    stdout = capsys.readouterr().out
+    assert f"out_text_document: {len(documents) + 6} documents" in stdout
+    assert "out_errors.jsonl: 8 documents left out (3 is not JSON, 1 " in stdout
+    sequences = [[text] for text in [*documents, *["in the archive"] * 5, "last"]]
+    write_as_megatron(tmp_path / "m_text_document", sequences, tokenizer, append_eod=True)
+    files = files_of(tmp_path, "out")
+    del files["_errors.jsonl"]
+    assert files == files_of(tmp_path, "m")
 
 
 def test_documents_that_the_tokenizer_refuses_are_reported(tmp_path, write_lines):
-    named = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
-    numbers = ["1 2", "one", "3 70000", "4 5 6", "7 -1"]
-    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in numbers])
+    tokenizer_flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
+    id_texts = ["1 2", "one", "3 70000", "4 5 6", "7 -1"]
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in id_texts])
     with pytest.raises(ConfigError, match=r"line 2 .* cannot be encoded .*'one'\); remove it"):
-        preprocess_data.main(flags(source, tmp_path / "out", named))
+        preprocess_data.main(command_for(source, tmp_path / "out", tokenizer_flags))
     assert list(tmp_path.iterdir()) == [source]
-    assert preprocess_data.main(flags(source, tmp_path / "out", named, "--on-error", "skip")) == 0
+    assert (
+        preprocess_data.main(
+            command_for(source, tmp_path / "out", tokenizer_flags, "--on-error", "skip")
+        )
+        == 0
+    )
     report = read_report(tmp_path / "out_errors.jsonl")
     assert [record["line"] for record in report] == [2, 3, 5]
     assert "ids 3 to 70000 are outside the vocabulary of 100" in report[1]["reason"]
@@ -303,29 +340,29 @@ def test_documents_that_the_tokenizer_refuses_are_reported(tmp_path, write_lines
 
 
 def test_a_line_that_is_too_long_is_reported(tmp_path, tokenizer_folder, write_lines, monkeypatch):
-    long = "word " * 20_000_000
-    source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": long}, {"text": "b"}])
-    given = flags(source, tmp_path / "out", tokenizer_folder, "--workers", 2)
-    assert preprocess_data.main(given) == 0
+    long_text = "word " * 20_000_000
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": long_text}, {"text": "b"}])
+    command = command_for(source, tmp_path / "out", tokenizer_folder, "--workers", 2)
+    assert preprocess_data.main(command) == 0
     dataset = IndexedDataset(str(tmp_path / "out_text_document"))
     assert len(dataset) == 3 and dataset.sequence_lengths[1] > 10_000_000
     monkeypatch.setattr(text_chunks, "LONGEST_DOCUMENT", 1_000_000)
     with pytest.raises(ConfigError, match=f"line 2 of {source} is longer than 1000000 bytes; cut"):
-        preprocess_data.main([*given, "--overwrite"])
-    assert preprocess_data.main([*given, "--overwrite", "--on-error", "skip"]) == 0
+        preprocess_data.main([*command, "--overwrite"])
+    assert preprocess_data.main([*command, "--overwrite", "--on-error", "skip"]) == 0
     assert len(IndexedDataset(str(tmp_path / "out_text_document"))) == 2
 
 
-def test_a_tokenizer_that_changes_text_is_a_warning(tmp_path, write_lines, capsys):
-    named = tokenizers.sentence_piece(tmp_path)
+def test_a_tokenizer_that_changes_text_causes_a_warning(tmp_path, write_lines, capsys):
+    tokenizer_flags = tokenizers.sentence_piece(tmp_path)
     source = write_lines(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "two  spaces"}])
-    assert preprocess_data.main(flags(source, tmp_path / "out", named)) == 0
+    assert preprocess_data.main(command_for(source, tmp_path / "out", tokenizer_flags)) == 0
     assert "warning" not in capsys.readouterr().err
-    named = tokenizers.lossy(tmp_path)
-    assert preprocess_data.main(flags(source, tmp_path / "lossy", named)) == 0
-    err = capsys.readouterr().err
+    tokenizer_flags = tokenizers.lossy(tmp_path)
+    assert preprocess_data.main(command_for(source, tmp_path / "lossy", tokenizer_flags)) == 0
+    stderr = capsys.readouterr().err
     warning = "warning: the tokenizer changes text, ' spaces' comes back as 'spaces'"
-    assert err.splitlines().count(warning) == 1
+    assert stderr.splitlines().count(warning) == 1
 
 
 @pytest.mark.parametrize(
@@ -348,34 +385,34 @@ def test_a_tokenizer_that_changes_text_is_a_warning(tmp_path, write_lines, capsy
 )  # fmt: skip
 def test_bad_arguments_are_refused(tmp_path, arguments, message, tokenizer_folder, write_lines):
     source = write_lines(tmp_path / "a.jsonl", [{"text": "one two"}])
-    base = flags(source, tmp_path / "out", tokenizer_folder)
+    valid_flags = command_for(source, tmp_path / "out", tokenizer_folder)
     with pytest.raises(ConfigError, match=message) as error:
-        preprocess_data.main([*base, *arguments])
+        preprocess_data.main([*valid_flags, *arguments])
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, tokenizer_folder, write_lines):
+def test_an_unwritable_folder_is_reported_in_one_sentence(tmp_path, tokenizer_folder, write_lines):
     source = write_lines(tmp_path / "a.jsonl", [{"text": "one two"}])
     (tmp_path / "out.partial").write_text("a file")
     with pytest.raises(ConfigError, match=r"out.partial cannot be written \(.*\); give another"):
-        preprocess_data.main(flags(source, tmp_path / "out", tokenizer_folder))
+        preprocess_data.main(command_for(source, tmp_path / "out", tokenizer_folder))
 
 
 @pytest.mark.parametrize("records", [[], [{"text": ""}, {"text": ""}]])
 def test_input_without_text_is_refused(tmp_path, records, tokenizer_folder, write_lines):
     source = write_lines(tmp_path / "a.jsonl", records)
     with pytest.raises(ConfigError, match=f"holds {len(records)} documents and no text under 'te"):
-        preprocess_data.main(flags(source, tmp_path / "out", tokenizer_folder))
+        preprocess_data.main(command_for(source, tmp_path / "out", tokenizer_folder))
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_input_of_faulty_documents_is_refused(tmp_path, tokenizer_folder, write_lines):
+def test_input_of_only_faulty_documents_is_refused(tmp_path, tokenizer_folder, write_lines):
     source = write_lines(tmp_path / "a.jsonl", [{"body": "a"}] * 3)
     sentence = r"no text under 'text', and all 3 were left out \(3 has no key 'text'\); give files"
     with pytest.raises(ConfigError, match=sentence):
         preprocess_data.main(
-            flags(source, tmp_path / "out", tokenizer_folder, "--on-error", "skip")
+            command_for(source, tmp_path / "out", tokenizer_folder, "--on-error", "skip")
         )
     assert list(tmp_path.iterdir()) == [source]
 
@@ -383,7 +420,7 @@ def test_input_of_faulty_documents_is_refused(tmp_path, tokenizer_folder, write_
 def test_a_closed_standard_input_is_refused(tmp_path, tokenizer_folder, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ConfigError, match="--input - is standard input, which is closed; pipe"):
-        preprocess_data.main(flags("-", tmp_path / "out", tokenizer_folder))
+        preprocess_data.main(command_for("-", tmp_path / "out", tokenizer_folder))
 
 
 def test_a_missing_tokenizer_is_refused(tmp_path, write_lines):
@@ -392,20 +429,22 @@ def test_a_missing_tokenizer_is_refused(tmp_path, write_lines):
         preprocess_data.main(["--input", str(source), "--output-prefix", str(tmp_path / "out")])
 
 
-def test_the_report_is_not_read_as_input(tmp_path, tokenizer_folder, write_lines):
+def test_a_report_among_the_inputs_is_refused(tmp_path, tokenizer_folder, write_lines):
     write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
-    given = flags(tmp_path, tmp_path / "out", tokenizer_folder, "--on-error", "skip", "--overwrite")
-    assert preprocess_data.main(given) == 0
+    command = command_for(
+        tmp_path, tmp_path / "out", tokenizer_folder, "--on-error", "skip", "--overwrite"
+    )
+    assert preprocess_data.main(command) == 0
     assert (tmp_path / "out_errors.jsonl").read_bytes() == b""
     with pytest.raises(ConfigError, match=r"leads to .*out_errors.jsonl, the report of this very"):
-        preprocess_data.main(given)
+        preprocess_data.main(command)
 
 
-def test_the_sample_is_of_several_files(tmp_path, tokenizer_folder, write_lines):
+def test_the_sample_comes_from_several_files(tmp_path, tokenizer_folder, write_lines):
     for number in range(20):
         write_lines(tmp_path / f"{number:02}.jsonl", [{"text": f"file {number}"}])
     args = preprocess_data.build_parser().parse_args(
-        flags(tmp_path, tmp_path / "out", tokenizer_folder)
+        command_for(tmp_path, tmp_path / "out", tokenizer_folder)
     )
     sample = preprocess.sample_texts(preprocess_data.describe(args), [])
     assert sample == [f"file {number}" for number in range(0, 20, 3)]

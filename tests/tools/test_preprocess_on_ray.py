@@ -1,4 +1,4 @@
-"""A Ray cluster of two machines makes the files of one, also after losses."""
+"""A Ray cluster writes the files of a single machine, also after it loses a machine."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ RAY = str(Path(sys.executable).with_name("ray"))
 
 
 class Machine:
-    """A machine as far as Ray knows, with one CPU; Ray itself stays out of this process."""
+    """A Ray node with one CPU, in processes of its own; this process does not import Ray."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
         one_cpu = ["--num-cpus=1", "--object-store-memory=100000000"]
-        several = ["--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
+        local_ports = ["--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
         self._process = psutil.Popen(
-            [RAY, "start", "--chunk", "--disable-usage-stats", *one_cpu, *several, *flags],
+            [RAY, "start", "--chunk", "--disable-usage-stats", *one_cpu, *local_ports, *flags],
             env={**os.environ, "RAY_TMPDIR": str(folder)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -42,12 +42,12 @@ class Machine:
         wait_for(self._process.stdout, "Ray runtime started.")
 
     def workers(self) -> list[psutil.Process]:
-        """Its processes that encode."""
+        """The processes that encode."""
         processes = self._process.children(recursive=True)
-        return [one for one in processes if one.cmdline()[:1] == ["ray::_encode"]]
+        return [process for process in processes if process.cmdline()[:1] == ["ray::_encode"]]
 
     def vanish(self) -> None:
-        """Lose its power."""
+        """Kill all processes at once, like a power failure."""
         if self._process.poll() is None:
             processes = [self._process, *self._process.children(recursive=True)]
             for process in processes:
@@ -57,8 +57,8 @@ class Machine:
             self._process.stdout.close()
 
 
-class Machines(list[Machine]):
-    """Those of a cluster, the head first."""
+class Cluster(list[Machine]):
+    """The machines of a cluster, the head first."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, port = folder, free_port()
@@ -71,8 +71,8 @@ class Machines(list[Machine]):
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -82,19 +82,19 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.1)
 
 
-def wait_for(stream: IO[str], words: str) -> str:
-    """What a process says until it says `words`."""
-    said = ""
+def wait_for(stream: IO[str], pattern: str) -> str:
+    """Read the output of a process until a line contains `pattern`."""
+    output = ""
     for line in stream:
-        said += line
-        if words in line:
-            return said
-    raise AssertionError(said)
+        output += line
+        if pattern in line:
+            return output
+    raise AssertionError(output)
 
 
 @pytest.fixture
 def start(start_tool: Any) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts the tool, or a script like it; a test that fails leaves none."""
+    """Starts the tool or a similar script; the process is killed when the test ends."""
     with ExitStack() as stack:
 
         def start(script: str | Path, *arguments: object) -> subprocess.Popen[str]:
@@ -107,17 +107,19 @@ def start(start_tool: Any) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 @pytest.fixture(scope="module")
-def machines() -> Iterator[Machines]:
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # names of sockets
-        made = Machines(Path(folder))
-        yield made
-        for machine in reversed(made):
+def cluster() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir="/tmp"
+    ) as folder:  # names of sockets must be short
+        cluster = Cluster(Path(folder))
+        yield cluster
+        for machine in reversed(cluster):
             machine.vanish()
 
 
 @pytest.fixture
 def command(tmp_path: Path, tokenizer_folder: Path, texts: list[str]) -> list[str]:
-    """Of 20 MB of words, which is work for some seconds."""
+    """Flags of a run over 20 MB of words, which takes some seconds."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnop", k=6)) for _ in range(20_000)]
     with (tmp_path / "a.jsonl").open("w") as file:
@@ -133,7 +135,7 @@ def command(tmp_path: Path, tokenizer_folder: Path, texts: list[str]) -> list[st
     ]
 
 
-def prefix(tmp_path: Path, name: str) -> list[str]:
+def output_flags(tmp_path: Path, name: str) -> list[str]:
     return ["--output-prefix", str(tmp_path / name)]
 
 
@@ -142,39 +144,39 @@ def files_of(folder: Path, name: str) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def expected(tmp_path: Path, command: list[str]) -> dict[str, bytes]:
-    assert preprocess_data.main([*command, *prefix(tmp_path, "here"), "--workers", "2"]) == 0
+def expected_files(tmp_path: Path, command: list[str]) -> dict[str, bytes]:
+    assert preprocess_data.main([*command, *output_flags(tmp_path, "here"), "--workers", "2"]) == 0
     return files_of(tmp_path, "here")
 
 
 def test_files_are_the_same_after_losing_a_machine_and_a_worker(
     tmp_path: Path,
     command: list[str],
-    expected: dict[str, bytes],
-    machines: Machines,
+    expected_files: dict[str, bytes],
+    cluster: Cluster,
     start: Any,
 ) -> None:
-    at = ["--engine", "megatron", "--ray", machines.address]
-    process = start("preprocess_data.py", *command, *prefix(tmp_path, "ray"), *at)
-    said = wait_for(process.stderr, "processed ")
-    assert f"2 CPUs on 2 machines of the Ray cluster {machines.address}" in said
-    machines.pop().vanish()
-    wait_until(machines[0].workers)
-    for worker in machines[0].workers():
+    ray_flags = ["--engine", "megatron", "--ray", cluster.address]
+    process = start("preprocess_data.py", *command, *output_flags(tmp_path, "ray"), *ray_flags)
+    log = wait_for(process.stderr, "processed ")
+    assert f"2 CPUs on 2 machines of the Ray cluster {cluster.address}" in log
+    cluster.pop().vanish()
+    wait_until(cluster[0].workers)
+    for worker in cluster[0].workers():
         worker.kill()
-    machines.add()
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 0, err
-    assert "ray_text_document: 6000 documents" in out and "6 documents left out" in out
-    assert files_of(tmp_path, "ray") == expected
-    assert err.splitlines()[-1].count(" MB on ") >= 2, "more than one machine takes part"
+    cluster.add()
+    stdout, stderr = process.communicate(timeout=HANGS)
+    assert process.returncode == 0, stderr
+    assert "ray_text_document: 6000 documents" in stdout and "6 documents left out" in stdout
+    assert files_of(tmp_path, "ray") == expected_files
+    assert stderr.splitlines()[-1].count(" MB on ") >= 2, "more than one machine takes part"
 
 
 def test_a_failed_command_resumes_without_ray(
     tmp_path: Path,
     command: list[str],
-    expected: dict[str, bytes],
-    machines: Machines,
+    expected_files: dict[str, bytes],
+    cluster: Cluster,
     start: Any,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -188,54 +190,54 @@ def test_a_failed_command_resumes_without_ray(
         "preprocess.SAVE_SECONDS = 0\n"
         "run_command(preprocess_data.main)\n"
     )
-    at = ["--engine", "megatron", "--ray", machines.address]
-    process = start(script, *command, *prefix(tmp_path, "ray"), *at)
+    ray_flags = ["--engine", "megatron", "--ray", cluster.address]
+    process = start(script, *command, *output_flags(tmp_path, "ray"), *ray_flags)
     wait_for(process.stderr, "M tokens, ")
     wait_for(process.stderr, "M tokens, ")  # a save follows each line
-    for machine in machines:
+    for machine in cluster:
         for worker in machine.workers():
             worker.kill()
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 2, out
-    assert "error: Ray gave up the text from line " in err.splitlines()[-1]
+    stdout, stderr = process.communicate(timeout=HANGS)
+    assert process.returncode == 2, stdout
+    assert "error: Ray gave up the text from line " in stderr.splitlines()[-1]
     assert files_of(tmp_path, "ray") == {}
-    assert preprocess_data.main([*command, *prefix(tmp_path, "ray"), "--workers", "1"]) == 0
+    assert preprocess_data.main([*command, *output_flags(tmp_path, "ray"), "--workers", "1"]) == 0
     assert "resuming in" in capfd.readouterr().err
-    assert files_of(tmp_path, "ray") == expected
+    assert files_of(tmp_path, "ray") == expected_files
 
 
-def test_another_tokenizer_on_a_machine_is_refused(
-    tmp_path: Path, command: list[str], machines: Machines, start: Any, tokenizer_folder: Path
+def test_a_machine_with_another_tokenizer_is_refused(
+    tmp_path: Path, command: list[str], cluster: Cluster, start: Any, tokenizer_folder: Path
 ) -> None:
-    """The file changes after it was read here, as it would differ on another disk."""
+    """The tokenizer changes after this machine has read it, as if another disk had another one."""
     folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     command[command.index(str(tokenizer_folder))] = str(folder)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     command[command.index(str(tmp_path / "a.jsonl"))] = str(pipe)
-    given = [*command, *prefix(tmp_path, "ray"), "--ray", machines.address]
-    process = start("preprocess_data.py", *given)
-    with pipe.open("wb") as file:  # which waits until the command reads
+    ray_command = [*command, *output_flags(tmp_path, "ray"), "--ray", cluster.address]
+    process = start("preprocess_data.py", *ray_command)
+    with pipe.open("wb") as file:  # open() returns when the command reads
         (folder / "added.txt").write_text("more")
         file.write(b'{"text": "first"}\n')
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 2, out
-    assert err.splitlines()[-1].startswith("error: on ")
-    assert "): the tokenizer is another than where the command was given; copy its files" in err
+    stdout, stderr = process.communicate(timeout=HANGS)
+    assert process.returncode == 2, stdout
+    assert stderr.splitlines()[-1].startswith("error: on ")
+    assert "): the tokenizer is another than where the command was given; copy its files" in stderr
     assert not files_of(tmp_path, "ray") and not (tmp_path / "ray.partial").exists()
 
 
 def test_bad_arguments_are_refused(
-    tmp_path: Path, command: list[str], machines: Machines, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, command: list[str], cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = [*command, *prefix(tmp_path, "ray")]
-    before = set(tmp_path.iterdir())
+    valid_command = [*command, *output_flags(tmp_path, "ray")]
+    files_before = set(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=r"--workers 2 counts .* --ray auto uses all CPUs of a"):
-        preprocess_data.main([*given, "--ray", "--workers", "2"])
+        preprocess_data.main([*valid_command, "--ray", "--workers", "2"])
     for address in ("127.0.0.1:1", "somewhere", "localhost:port"):
         with pytest.raises(ConfigError, match=f"--ray {address} leads to no cluster .*; start one"):
-            preprocess_data.main([*given, "--ray", address])
+            preprocess_data.main([*valid_command, "--ray", address])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--ray needs ray, which is not installed; pip install"):
-        preprocess_data.main([*given, "--ray"])
-    assert set(tmp_path.iterdir()) == before
+        preprocess_data.main([*valid_command, "--ray"])
+    assert set(tmp_path.iterdir()) == files_before

@@ -27,7 +27,7 @@ TEXTS = [f"document {number} é 日本\n" * (1 + number % 7) for number in range
 
 @pytest.fixture(autouse=True)
 def rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it Megatron's logging warns that it does not know the rank."""
+    """Set RANK: Megatron's logging warns when it is not set."""
     monkeypatch.setenv("RANK", "0")
 
 
@@ -35,28 +35,28 @@ def run(*arguments: object) -> int:
     return split_dataset.main([str(argument) for argument in arguments])
 
 
-def write(path: Path, records: Iterable[dict[str, Any]]) -> Path:
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def texts_of(folder: Path, prefix: str, names: Sequence[str]) -> dict[str, list[str]]:
+def read_texts(folder: Path, prefix: str, names: Sequence[str]) -> dict[str, list[str]]:
     return {
-        name: [record["text"] for record in read(folder / f"{prefix}_{name}.jsonl")]
+        name: [record["text"] for record in read_lines(folder / f"{prefix}_{name}.jsonl")]
         for name in names
     }
 
 
-NAMES = ("train", "valid", "test")
-PARTS = ("--parts", "train=0.8,valid=0.1,test=0.1")
+PART_NAMES = ("train", "valid", "test")
+PART_FLAGS = ("--parts", "train=0.8,valid=0.1,test=0.1")
 
 
 @pytest.mark.parametrize("tokenized", [False, True])
-def test_parts_have_their_shares_of_bytes(tmp_path: Path, tokenized: bool) -> None:
+def test_parts_have_the_requested_shares_of_bytes(tmp_path: Path, tokenized: bool) -> None:
     rng = random.Random(0)
     lengths = [int(10 ** rng.uniform(1, 4)) for _ in range(400)]
     if tokenized:
@@ -65,26 +65,26 @@ def test_parts_have_their_shares_of_bytes(tmp_path: Path, tokenized: bool) -> No
         flags = ("--tokenized",)
     else:
         records = [{"text": f"{number} " + "x" * length} for number, length in enumerate(lengths)]
-        source, flags = write(tmp_path / "a.jsonl", [*records, *records[:50]]), ()
-    command = ["--input", source, *flags, *PARTS, "--by", "bytes"]
+        source, flags = write_lines(tmp_path / "a.jsonl", [*records, *records[:50]]), ()
+    command = ["--input", source, *flags, *PART_FLAGS, "--by", "bytes"]
     assert run(*command, "--output-prefix", tmp_path / "out") == 0
     ending = "bin" if tokenized else "jsonl"
-    sizes = [(tmp_path / f"out_{name}.{ending}").stat().st_size for name in NAMES]
+    sizes = [(tmp_path / f"out_{name}.{ending}").stat().st_size for name in PART_NAMES]
     shares = [size / sum(sizes) for size in sizes]
     assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
     if not tokenized:
-        # Copies stay together, and nothing is lost.
-        parts = texts_of(tmp_path, "out", NAMES)
+        # Copies are in the same part, and no document is lost.
+        parts = read_texts(tmp_path, "out", PART_NAMES)
         assert sum(map(len, parts.values())) == 450
-        assert len({text for part in parts.values() for text in set(part)}) == 400
-        assert sum(len(set(part)) for part in parts.values()) == 400
+        assert len({text for texts in parts.values() for text in set(texts)}) == 400
+        assert sum(len(set(texts)) for texts in parts.values()) == 400
 
 
 def test_a_part_of_few_large_documents_is_not_empty(tmp_path: Path) -> None:
     records = [{"text": "x" * 10**number} for number in range(1, 6)]
-    source = write(tmp_path / "a.jsonl", records)
+    source = write_lines(tmp_path / "a.jsonl", records)
     for seed in range(5):
-        given = (
+        flags = (
             "--by",
             "bytes",
             "--seed",
@@ -93,74 +93,79 @@ def test_a_part_of_few_large_documents_is_not_empty(tmp_path: Path) -> None:
             "--output-prefix",
             tmp_path / "out",
         )
-        assert run("--input", source, *PARTS, *given) == 0
+        assert run("--input", source, *PART_FLAGS, *flags) == 0
 
 
 def test_a_closed_pipe_on_stdout_ends_the_tool(tmp_path: Path, start_tool: Any) -> None:
-    source = write(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
     process = start_tool(
-        "split_dataset.py", "--input", source, "--output-prefix", tmp_path / "out", *PARTS
+        "split_dataset.py", "--input", source, "--output-prefix", tmp_path / "out", *PART_FLAGS
     )
     process.stdout.close()
-    with process.stderr as errors:
-        assert errors.read() == ""
+    with process.stderr as stderr:
+        assert stderr.read() == ""
     assert process.wait() == 141
     assert (tmp_path / "out_test.jsonl").exists()
 
 
 def test_the_command_splits_text(tmp_path: Path, start_tool: Any) -> None:
-    source = write(tmp_path / "a.jsonl", [{"text": text, "n": [1]} for text in TEXTS])
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text, "n": [1]} for text in TEXTS])
     process = start_tool(
-        "split_dataset.py", "--input", source, "--output-prefix", tmp_path / "out", *PARTS
+        "split_dataset.py", "--input", source, "--output-prefix", tmp_path / "out", *PART_FLAGS
     )
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 0, err
-    parts = {name: (tmp_path / f"out_{name}.jsonl").read_bytes() for name in NAMES}
-    # Lines are the same bytes, in the same order, each in one part.
-    lines = [part.splitlines(keepends=True) for part in parts.values()]
-    order = {line: at for at, line in enumerate(source.read_bytes().splitlines(keepends=True))}
-    places = [[order.pop(line) for line in part] for part in lines]
-    assert not order and all(part == sorted(part) for part in places)
-    shares = [len(part) / len(TEXTS) for part in places]
+    stdout, stderr = process.communicate(timeout=HANGS)
+    assert process.returncode == 0, stderr
+    parts = {name: (tmp_path / f"out_{name}.jsonl").read_bytes() for name in PART_NAMES}
+    # Every line is in one part, unchanged and in the same order.
+    lines = [part_lines.splitlines(keepends=True) for part_lines in parts.values()]
+    order = {
+        line: position
+        for position, line in enumerate(source.read_bytes().splitlines(keepends=True))
+    }
+    positions = [[order.pop(line) for line in part_lines] for part_lines in lines]
+    assert not order and all(part_lines == sorted(part_lines) for part_lines in positions)
+    shares = [len(part_lines) / len(TEXTS) for part_lines in positions]
     assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.05)
-    for name, part in zip(NAMES, lines, strict=True):
-        assert f"out_{name}.jsonl: {len(part)} documents ({len(part) / 400:.2%})" in out
+    for name, part_lines in zip(PART_NAMES, lines, strict=True):
+        assert (
+            f"out_{name}.jsonl: {len(part_lines)} documents ({len(part_lines) / 400:.2%})" in stdout
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "a.jsonl", "out_test.jsonl", "out_train.jsonl", "out_valid.jsonl",
     ]  # fmt: skip
 
 
-def test_the_parts_never_change() -> None:
-    # Fixed for ever: a corpus of another machine or year holds out the same documents.
+def test_a_document_is_always_assigned_to_the_same_part() -> None:
+    # This assignment must never change, so that every machine holds out the same documents.
     parts = parse_parts("train=0.8,valid=0.1,test=0.1", 0)
-    found = [parts.of(f"document {number}".encode()) for number in range(40)]
-    assert "".join(map(str, found)) == "0000020000001200010010000000022120000002"
-    other = parse_parts("train=0.8,valid=0.1,test=0.1", 1)
-    assert [other.of(f"document {number}".encode()) for number in range(40)] != found
-    # Relative, exact, in any notation.
-    for same in ("train=8,valid=1,test=1", "train=4/5,valid=1/10,test=1/10"):
-        assert parse_parts(same, 0) == parts
+    actual = [parts.of(f"document {number}".encode()) for number in range(40)]
+    assert "".join(map(str, actual)) == "0000020000001200010010000000022120000002"
+    other_seed = parse_parts("train=0.8,valid=0.1,test=0.1", 1)
+    assert [other_seed.of(f"document {number}".encode()) for number in range(40)] != actual
+    # Shares are relative and exact, in any notation.
+    for spelling in ("train=8,valid=1,test=1", "train=4/5,valid=1/10,test=1/10"):
+        assert parse_parts(spelling, 0) == parts
 
 
-def test_content_alone_decides(tmp_path: Path) -> None:
-    """Other files, order, format, keys, compression, copies: the same documents are held out."""
+def test_the_part_of_a_document_depends_only_on_its_content(tmp_path: Path) -> None:
+    """Other files, order, format, keys, compression and copies hold out the same documents."""
     shuffled = random.Random(0).sample(TEXTS, len(TEXTS))
-    first = write(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
-    assert run("--input", first, "--output-prefix", tmp_path / "a", *PARTS) == 0
+    first = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    assert run("--input", first, "--output-prefix", tmp_path / "a", *PART_FLAGS) == 0
 
     rows = pyarrow.table({"n": list(range(100)), "body": shuffled[:100]})
     pyarrow.parquet.write_table(rows, tmp_path / "b1.parquet")
     lines = "".join(json.dumps({"id": 1, "body": text}) + "\n" for text in shuffled[100:])
     (tmp_path / "b2.jsonl.gz").write_bytes(gzip.compress((lines * 2).encode()))
-    flags = ("--json-key", "body", "--output-prefix", tmp_path / "b", *PARTS)
+    flags = ("--json-key", "body", "--output-prefix", tmp_path / "b", *PART_FLAGS)
     assert run("--input", tmp_path / "b*", *flags) == 0
 
-    for name in NAMES:
-        here = {record["text"] for record in read(tmp_path / f"a_{name}.jsonl")}
-        there = read(tmp_path / f"b_{name}.jsonl")
-        assert {record["body"] for record in there} == here
-        assert len(there) == 2 * len(here) - sum("n" in record for record in there)
-        assert all(set(record) in ({"n", "body"}, {"id", "body"}) for record in there)
+    for name in PART_NAMES:
+        expected = {record["text"] for record in read_lines(tmp_path / f"a_{name}.jsonl")}
+        records = read_lines(tmp_path / f"b_{name}.jsonl")
+        assert {record["body"] for record in records} == expected
+        assert len(records) == 2 * len(expected) - sum("n" in record for record in records)
+        assert all(set(record) in ({"n", "body"}, {"id", "body"}) for record in records)
 
 
 def test_text_files_are_split(tmp_path: Path) -> None:
@@ -169,8 +174,8 @@ def test_text_files_are_split(tmp_path: Path) -> None:
     for number, text in enumerate(TEXTS[:60]):
         (folder / f"{number:02}.txt").write_text(text, newline="")
     assert run("--input", folder, "--output-prefix", tmp_path / "out", "--parts", "a=1,b=1") == 0
-    found = texts_of(tmp_path, "out", "ab")
-    assert sorted(found["a"] + found["b"]) == sorted(TEXTS[:60])
+    texts = read_texts(tmp_path, "out", "ab")
+    assert sorted(texts["a"] + texts["b"]) == sorted(TEXTS[:60])
 
 
 @pytest.mark.parametrize("dtype", [numpy.uint16, numpy.int32])
@@ -182,20 +187,20 @@ def test_data_sets_are_split(
         write_pair(tmp_path / "a", documents[:200], dtype),
         write_pair(tmp_path / "b", documents[200:] + documents[:50], dtype),
     ]
-    flags = ("--tokenized", "--output-prefix", tmp_path / "out", *PARTS)
+    flags = ("--tokenized", "--output-prefix", tmp_path / "out", *PART_FLAGS)
     assert run("--input", *prefixes, *flags) == 0
-    out = capsys.readouterr().out
-    parts = parse_parts(PARTS[1], 0)
-    for part, name in enumerate(NAMES):
-        chosen = [
+    stdout = capsys.readouterr().out
+    parts = parse_parts(PART_FLAGS[1], 0)
+    for number, name in enumerate(PART_NAMES):
+        part_documents = [
             document
             for document in documents + documents[:50]
-            if parts.of(numpy.array(list(chain.from_iterable(document)), dtype).tobytes()) == part
+            if parts.of(numpy.array(list(chain.from_iterable(document)), dtype).tobytes()) == number
         ]
-        expected = write_pair(tmp_path / f"expected_{name}", chosen, dtype)
+        expected = write_pair(tmp_path / f"expected_{name}", part_documents, dtype)
         assert content(tmp_path / f"out_{name}") == content(expected)
-        assert f"out_{name}: {len(chosen)} documents" in out
-        assert len(IndexedDataset(f"{tmp_path}/out_{name}")) == sum(map(len, chosen))
+        assert f"out_{name}: {len(part_documents)} documents" in stdout
+        assert len(IndexedDataset(f"{tmp_path}/out_{name}")) == sum(map(len, part_documents))
 
 
 @pytest.mark.parametrize(
@@ -245,18 +250,18 @@ def test_bad_input_is_refused(
     write_pair(Path("wide"), [[[1]]], numpy.int32)
     rows = pyarrow.table({"text": ["a"], "raw": [b"\xff"]})
     pyarrow.parquet.write_table(rows, "raw.parquet")
-    before = sorted(tmp_path.rglob("*"))
-    base = ["--input", "good.jsonl", "--output-prefix", "out"]
+    files_before = sorted(tmp_path.rglob("*"))
+    valid_flags = ["--input", "good.jsonl", "--output-prefix", "out"]
     with pytest.raises(ConfigError, match=message) as error:
-        run(*base, *flags.split())
+        run(*valid_flags, *flags.split())
     assert "\n" not in str(error.value)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == files_before
 
 
 def test_existing_files_are_replaced_on_request(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
     (tmp_path / "out_train.jsonl").write_text("old")
-    flags = ("--input", source, "--output-prefix", tmp_path / "out", *PARTS)
+    flags = ("--input", source, "--output-prefix", tmp_path / "out", *PART_FLAGS)
     assert run(*flags, "--overwrite") == 0
-    found = texts_of(tmp_path, "out", NAMES)
-    assert sorted(chain.from_iterable(found.values())) == sorted(TEXTS)
+    texts = read_texts(tmp_path, "out", PART_NAMES)
+    assert sorted(chain.from_iterable(texts.values())) == sorted(TEXTS)

@@ -1,4 +1,4 @@
-"""Trained tokenizers load in Megatron and lose no text; bad input leaves no file."""
+"""Megatron loads trained tokenizers, which lose no text; bad input leaves no file."""
 
 import gzip
 
@@ -18,48 +18,48 @@ def test_a_second_run_gives_the_same_files(tmp_path, texts, write_lines, start_t
     arguments = ["--input", source, "--json-key", "body", "--vocab-size", 300]
     arguments += ["--output", tmp_path / "new" / "tok"]
     process = start_tool("train_tokenizer.py", *arguments)
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 0, err
-    assert "300 ids" in out and "bytes per token" in out
-    assert "trained on" in err
+    stdout, stderr = process.communicate(timeout=HANGS)
+    assert process.returncode == 0, stderr
+    assert "300 ids" in stdout and "bytes per token" in stdout
+    assert "trained on" in stderr
 
     folder = tmp_path / "new" / "tok"
-    first = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert sorted(first) == ["tokenizer.json", "tokenizer_config.json"]
+    first_files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(first_files) == ["tokenizer.json", "tokenizer_config.json"]
     (folder / "notes").write_text("mine")
     stale = folder.with_name(".tok.0.partial")
     stale.mkdir()
 
     assert train_tokenizer.main([str(argument) for argument in arguments]) == 0
-    assert {name: (folder / name).read_bytes() for name in first} == first
+    assert {name: (folder / name).read_bytes() for name in first_files} == first_files
     arguments[arguments.index(300)] = 310
     assert train_tokenizer.main([str(argument) for argument in arguments]) == 0
-    assert (folder / "tokenizer.json").read_bytes() != first["tokenizer.json"]
+    assert (folder / "tokenizer.json").read_bytes() != first_files["tokenizer.json"]
     assert (folder / "notes").read_text() == "mine"
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_megatron_loads_it(tokenizer_folder, build_tokenizer, texts):
+def test_megatron_loads_a_trained_tokenizer(tokenizer_folder, build_tokenizer, texts):
     tokenizer = build_tokenizer(tokenizer_folder)
-    raw = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    assert tokenizer.vocab_size == raw.get_vocab_size() > train_tokenizer.SMALLEST_VOCAB
-    assert tokenizer.eod == raw.token_to_id("<|endoftext|>") == 0
-    assert tokenizer.pad == raw.token_to_id("<|padding|>") == 1
+    trained = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    assert tokenizer.vocab_size == trained.get_vocab_size() > train_tokenizer.SMALLEST_VOCAB
+    assert tokenizer.eod == trained.token_to_id("<|endoftext|>") == 0
+    assert tokenizer.pad == trained.token_to_id("<|padding|>") == 1
     for text in [*texts, "", "".join(texts), "\U0010ffff\u0378"]:
         ids = tokenizer.tokenize(text)
-        assert ids == raw.encode(text).ids
+        assert ids == trained.encode(text).ids
         assert tokenizer.detokenize(ids) == text
         assert not {0, 1} & set(ids)
 
 
-def test_all_bytes_are_tokens(tokenizer_folder):
-    raw = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    ids = {raw.token_to_id(symbol) for symbol in pre_tokenizers.ByteLevel.alphabet()}
+def test_every_byte_is_a_token_of_a_trained_tokenizer(tokenizer_folder):
+    trained = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    ids = {trained.token_to_id(symbol) for symbol in pre_tokenizers.ByteLevel.alphabet()}
     assert len(ids) == 256 and None not in ids
 
 
 @pytest.mark.parametrize("ending", [".txt", ".txt.gz"])
-def test_plain_text_keeps_line_ends(tmp_path, ending):
+def test_line_ends_of_plain_text_are_kept(tmp_path, ending):
     text = "one\r\n\r\ntwo\n\n\nthree " * 100_000
     path = tmp_path / f"a{ending}"
     path.write_bytes(gzip.compress(text.encode()) if ending == ".txt.gz" else text.encode())
@@ -80,7 +80,7 @@ def test_every_kind_of_input_is_read(tmp_path, texts, write_lines):
     assert list(train_tokenizer.read_texts(sources, "body")) == [*texts * 4, "plain"]
 
 
-def test_bytes_are_tokens(tmp_path, build_tokenizer, texts, capsys):
+def test_a_byte_tokenizer_has_the_bytes_as_ids(tmp_path, build_tokenizer, texts, capsys):
     assert train_tokenizer.main(["--bytes", "--output", str(tmp_path / "bytes")]) == 0
     assert "bytes: 258 ids, one per byte and two more" in capsys.readouterr().out
     tokenizer = build_tokenizer(tmp_path / "bytes")
@@ -117,15 +117,15 @@ def test_bad_input_is_refused(tmp_path, name, content, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("flags", "message"),
     [
         (["--input", "no"], "--input no does not exist"),
         (["--input", "."], "--input . is a folder without text"),
         ([], "--input is not given, and a tokenizer is trained on text; give files"),
     ],
 )
-def test_missing_input_is_refused(tmp_path, monkeypatch, given, message):
+def test_missing_input_is_refused(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
-        train_tokenizer.main([*given, "--output", "tok"])
+        train_tokenizer.main([*flags, "--output", "tok"])
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Index files: byte for byte those of Megatron, and every entry is checked."""
+"""Index files equal Megatron's byte for byte, and every entry is checked."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ DOCUMENTS = [[[1, 2], [3]], [], [[4, 5, 6]], [[7]]]
 
 @pytest.fixture(autouse=True)
 def rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it Megatron's logging warns that it does not know the rank."""
+    """Set RANK: Megatron's logging warns when it is not set."""
     monkeypatch.setenv("RANK", "0")
 
 
 @pytest.fixture(params=[1, 3, 1 << 20])
-def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries in memory at once: results must not depend on them."""
+def piece_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set how many entries are in memory at once; results must not depend on it."""
     monkeypatch.setattr(index_format, "PIECE", request.param)
 
 
-def test_types_are_megatrons() -> None:
+def test_dtype_codes_are_those_of_megatron() -> None:
     ids = {code for code in DType if not code.name.startswith("float")}
     assert {code.value: numpy.dtype(code.name).str for code in ids} == {
         code: numpy.dtype(name).str for code, name in DTYPES.items()
@@ -39,7 +39,7 @@ def test_types_are_megatrons() -> None:
 
 
 @pytest.mark.parametrize("dtype", [numpy.uint8, numpy.uint16, numpy.int32, numpy.int64])
-def test_an_index_is_what_megatron_wrote(tmp_path: Path, dtype: Any) -> None:
+def test_an_index_of_megatron_is_read(tmp_path: Path, dtype: Any) -> None:
     index = open_index(write_pair(tmp_path / "a", DOCUMENTS, dtype))
     check_index(index)
     assert (index.num_documents, index.num_sequences, index.num_tokens) == (4, 4, 7)
@@ -62,17 +62,17 @@ def test_an_index_without_sequences_can_be_read(
     assert index.offsets(0, len(documents)).tolist() == [0] * (len(documents) + 1)
 
 
-def test_no_file_stays_open(tmp_path: Path) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    indices = [open_index(write_pair(tmp_path / f"{n}", DOCUMENTS)) for n in range(5)]
+def test_reading_an_index_leaves_no_file_open(tmp_path: Path) -> None:
+    open_files_before = len(list(Path("/proc/self/fd").iterdir()))
+    indices = [open_index(write_pair(tmp_path / f"{number}", DOCUMENTS)) for number in range(5)]
     for index in indices:
         check_index(index)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_files_before
 
 
-@pytest.mark.usefixtures("piece")
+@pytest.mark.usefixtures("piece_size")
 @pytest.mark.parametrize("dtype", [numpy.uint16, numpy.int32])
-def test_a_written_index_is_megatrons(tmp_path: Path, dtype: Any) -> None:
+def test_a_written_index_equals_megatrons(tmp_path: Path, dtype: Any) -> None:
     prefix = write_pair(tmp_path / "a", random_documents(50), dtype)
     index = open_index(prefix)
     check_index(index)
@@ -85,7 +85,7 @@ def test_a_written_index_is_megatrons(tmp_path: Path, dtype: Any) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx", "b.idx"]
 
 
-def change(path: str, edit: Callable[[bytes], bytes]) -> None:
+def edit_file(path: str, edit: Callable[[bytes], bytes]) -> None:
     Path(path).write_bytes(edit(Path(path).read_bytes()))
 
 
@@ -98,7 +98,7 @@ def test_a_missing_file_is_refused(tmp_path: Path, ending: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "what"),
+    ("edit", "problem"),
     [
         (lambda data: b"", "no index"),
         (lambda data: b"MMIDIDX", "no index"),
@@ -114,15 +114,15 @@ def test_a_missing_file_is_refused(tmp_path: Path, ending: str) -> None:
     ids=["empty", "head", "garbage", "version", "dtype", "floats", "tail", "body", "longer", "no"],
 )
 def test_an_unusable_index_is_refused(
-    tmp_path: Path, edit: Callable[[bytes], bytes], what: str
+    tmp_path: Path, edit: Callable[[bytes], bytes], problem: str
 ) -> None:
     prefix = write_pair(tmp_path / "a", DOCUMENTS)
-    change(prefix + ".idx", edit)
-    with pytest.raises(ConfigError, match=rf"a\.idx is {what}; make .*preprocess_data\.py"):
+    edit_file(prefix + ".idx", edit)
+    with pytest.raises(ConfigError, match=rf"a\.idx is {problem}; make .*preprocess_data\.py"):
         open_index(prefix)
 
 
-def test_a_multimodal_set_is_refused(tmp_path: Path) -> None:
+def test_a_multimodal_data_set_is_refused(tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(f"{tmp_path}/a.bin", dtype=numpy.uint16, multimodal=True)
     builder.add_document(numpy.array([1, 2, 3]), [1, 2], [0, 1])
     builder.finalize(f"{tmp_path}/a.idx")
@@ -135,38 +135,38 @@ def test_ids_that_do_not_fit_the_index_are_refused(
     tmp_path: Path, edit: Callable[[bytes], bytes]
 ) -> None:
     prefix = write_pair(tmp_path / "a", DOCUMENTS)
-    change(prefix + ".bin", edit)
-    sizes = f"has {len(edit(bytes(14)))} bytes, but its index says 14"
-    with pytest.raises(ConfigError, match=rf"a\.bin {sizes}; .*preprocess_data\.py"):
+    edit_file(prefix + ".bin", edit)
+    message = f"has {len(edit(bytes(14)))} bytes, but its index says 14"
+    with pytest.raises(ConfigError, match=rf"a\.bin {message}; .*preprocess_data\.py"):
         open_index(prefix)
 
 
-def entry(place: int, dtype: str, value: int) -> Callable[[bytes], bytes]:
-    """Replaces one number of an index."""
+def replace_entry(offset: int, dtype: str, value: int) -> Callable[[bytes], bytes]:
+    """An edit that replaces one number of an index."""
     raw = numpy.array([value], dtype).tobytes()
-    return lambda data: data[:place] + raw + data[place + len(raw) :]
+    return lambda data: data[:offset] + raw + data[offset + len(raw) :]
 
 
 # The index of DOCUMENTS: 4 lengths from 34 on, 4 pointers from 50, 5 documents from 82.
-@pytest.mark.usefixtures("piece")
+@pytest.mark.usefixtures("piece_size")
 @pytest.mark.parametrize(
-    ("edit", "what"),
+    ("edit", "problem"),
     [
-        (entry(38, "<i4", 2), "sequences do not follow"),
-        (entry(38, "<i4", -1), "sequences do not follow"),
-        (entry(58, "<i8", 6), "sequences do not follow"),
-        (entry(50, "<i8", 2), "sequences do not follow"),
-        (entry(82, "<i8", 1), "do not hold all"),
-        (entry(82, "<i8", -1), "not in the order"),
-        (entry(114, "<i8", 3), "do not hold all"),
-        (entry(98, "<i8", 1), "not in the order"),
+        (replace_entry(38, "<i4", 2), "sequences do not follow"),
+        (replace_entry(38, "<i4", -1), "sequences do not follow"),
+        (replace_entry(58, "<i8", 6), "sequences do not follow"),
+        (replace_entry(50, "<i8", 2), "sequences do not follow"),
+        (replace_entry(82, "<i8", 1), "do not hold all"),
+        (replace_entry(82, "<i8", -1), "not in the order"),
+        (replace_entry(114, "<i8", 3), "do not hold all"),
+        (replace_entry(98, "<i8", 1), "not in the order"),
     ],
 )
 def test_wrong_entries_are_refused(
-    tmp_path: Path, edit: Callable[[bytes], bytes], what: str
+    tmp_path: Path, edit: Callable[[bytes], bytes], problem: str
 ) -> None:
     prefix = write_pair(tmp_path / "a", DOCUMENTS)
-    change(prefix + ".idx", edit)
+    edit_file(prefix + ".idx", edit)
     index = open_index(prefix)
-    with pytest.raises(ConfigError, match=rf"a\.idx is damaged, its .*{what}.*; make"):
+    with pytest.raises(ConfigError, match=rf"a\.idx is damaged, its .*{problem}.*; make"):
         check_index(index)

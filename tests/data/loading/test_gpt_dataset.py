@@ -1,4 +1,4 @@
-"""The flags that reach Megatron's data sets."""
+"""Flags reach Megatron's data sets."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 from tests.support.preprocess_runs import namespace
 
 RUN = "--seq-length 16 --micro-batch-size 1 --train-iters 1"
-OWN = "--train-data-path a --valid-data-path b --data-cache-path cache"
+PATHS_PER_SPLIT = "--train-data-path a --valid-data-path b --data-cache-path cache"
 
 
 @pytest.fixture(autouse=True)
 def rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it Megatron's logging warns that it does not know the rank."""
+    """Set RANK: Megatron's logging warns when it is not set."""
     monkeypatch.setenv("RANK", "0")
 
 
@@ -28,10 +28,10 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("--data-path a --split 8,1,1", "split", "8,1,1"),
         ("--data-path 1 a 2 b --seed 7", "blend", (["a", "b"], [1.0, 2.0])),
-        (OWN, "blend_per_split", [(["a"], None), (["b"], None), None]),
-        (OWN, "path_to_cache", "cache"),
-        (f"{OWN} --dataloader-fast-cache-load", "fast_cache_load", True),
-        (f"{OWN} --dataloader-defer-npy-index-mmap", "defer_npy_index_mmap", True),
+        (PATHS_PER_SPLIT, "blend_per_split", [(["a"], None), (["b"], None), None]),
+        (PATHS_PER_SPLIT, "path_to_cache", "cache"),
+        (f"{PATHS_PER_SPLIT} --dataloader-fast-cache-load", "fast_cache_load", True),
+        (f"{PATHS_PER_SPLIT} --dataloader-defer-npy-index-mmap", "defer_npy_index_mmap", True),
         ("--mock-data --mid-level-dataset-surplus 0.1", "mid_level_dataset_surplus", 0.1),
         ("--mock-data --allow-ambiguous-pad-tokens", "allow_ambiguous_pad_tokens", True),
         ("--mock-data --num-dataset-builder-threads 3", "num_dataset_builder_threads", 3),
@@ -57,13 +57,15 @@ def test_a_flag_reaches_the_data_sets(flags: str, field: str, value: Any) -> Non
         ("--eval-iters 3 --full-validation", (9, None, 3)),
     ],
 )
-def test_an_evaluation_decides_how_much_is_built_for_it(flags: str, sizes: Any) -> None:
-    args = namespace(f"{RUN} {OWN} {flags}")
+def test_evaluation_flags_decide_how_many_samples_are_built(flags: str, sizes: Any) -> None:
+    args = namespace(f"{RUN} {PATHS_PER_SPLIT} {flags}")
     assert dataset_request(args, load_tokenizer(args), (9, 8, 7)).sizes == sizes
 
 
 def test_sizes_in_a_file_reach_the_data_sets(tmp_path: Path) -> None:
     (tmp_path / "sizes.json").write_text(json.dumps({"a": [3, 4]}))
-    args = namespace(f"{RUN} {OWN} --per-dataset-sequences-path {tmp_path / 'sizes.json'}")
+    args = namespace(
+        f"{RUN} {PATHS_PER_SPLIT} --per-dataset-sequences-path {tmp_path / 'sizes.json'}"
+    )
     request = dataset_request(args, load_tokenizer(args), (0, 0, 0))
     assert request.config.sequences_per_dataset == {"a": [3, 4]}

@@ -1,4 +1,4 @@
-"""Documents: their texts, and one sentence for each faulty document."""
+"""Documents give their texts, and a faulty document is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_sffn.data.text.documents import Document, DocumentError, documents
 from megatron_sffn.data.text.sources import find_sources
 
 
-def line(content: bytes) -> Document:
+def line_document(content: bytes) -> Document:
     return Document(path="a.jsonl", unit="line", number=3, content=content)
 
 
@@ -23,7 +23,7 @@ def line(content: bytes) -> Document:
         (b'{"text": "a"}', "a"),
         (b'{"text": ""}', ""),
         (b'  {"other": [1], "text": "a\\u0000\\n\xc3\xa9 \\ud83e\\udd99"}\r', "a\0\né 🦙"),
-        # What Megatron-LM's `json` takes, and orjson does not.
+        # Megatron-LM's `json` accepts these, and orjson does not.
         (b'{"text": "a", "score": NaN, "big": 1e999}', "a"),
         (b'{"text": "a", "note": "\\ud83d"}', "a"),
         (b'{"text": "a", "id": 123456789012345678901234567890}', "a"),
@@ -31,13 +31,13 @@ def line(content: bytes) -> Document:
     ],
 )
 def test_lines_are_documents(content: bytes, text: str) -> None:
-    assert line(content).texts(["text"]) == [text]
-    assert line(content).sequences(["text"]) == [[text]]
-    assert line(content).record()["text"] == text
+    assert line_document(content).texts(["text"]) == [text]
+    assert line_document(content).sequences(["text"]) == [[text]]
+    assert line_document(content).record()["text"] == text
 
 
 def test_several_keys_and_lists_are_read() -> None:
-    document = line(b'{"b": "two", "a": ["one", "", "more"], "c": []}')
+    document = line_document(b'{"b": "two", "a": ["one", "", "more"], "c": []}')
     assert document.sequences(["a", "b", "c"]) == [["one", "", "more"], ["two"], []]
     assert document.texts(["b"]) == ["two"]
     with pytest.raises(DocumentError, match="holds list under 'a', not a string"):
@@ -67,9 +67,9 @@ def test_several_keys_and_lists_are_read() -> None:
     ],
     ids=lambda value: value[:20] if isinstance(value, bytes) else "",
 )
-def test_faulty_lines_are_one_sentence(content: bytes, reason: str) -> None:
+def test_faulty_lines_are_reported_in_one_sentence(content: bytes, reason: str) -> None:
     with pytest.raises(DocumentError, match=rf"^line 3 of a\.jsonl {reason}") as error:
-        line(content).sequences(["text"])
+        line_document(content).sequences(["text"])
     assert "\n" not in str(error.value)
     fault = error.value.fault
     assert (fault.path, fault.number) == ("a.jsonl", 3)
@@ -84,7 +84,9 @@ def test_faulty_lines_are_one_sentence(content: bytes, reason: str) -> None:
         ("a".encode("utf-16-le"), "holds a NUL at byte 1, which no text has"),
     ],
 )
-def test_faulty_texts_are_one_sentence(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_faulty_texts_are_reported_in_one_sentence(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(content)
     with pytest.raises(DocumentError, match=f"^{path} {reason}"):
@@ -92,7 +94,7 @@ def test_faulty_texts_are_one_sentence(tmp_path: Path, content: bytes, reason: s
             document.texts(["text"])
 
 
-def test_a_text_is_found_under_any_key(tmp_path: Path) -> None:
+def test_a_text_file_has_its_text_under_any_key(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\ntwo")
     (document,) = read_documents(find_sources([str(path)], ["body"]))
@@ -110,7 +112,9 @@ def test_rows_are_documents(tmp_path: Path, kind: pyarrow.DataType) -> None:
     parquet.write_table(pyarrow.table({"text": pyarrow.array(values, kind), "n": values}), path)
     documents = list(read_documents(find_sources([str(path)], ["text"]), columns=["text"]))
     assert [document.texts(["text"]) for document in documents[:2]] == [["é"], [""]]
-    assert [str(document) for document in documents[:2]] == [f"row {n} of {path}" for n in (1, 2)]
+    assert [str(document) for document in documents[:2]] == [
+        f"row {number} of {path}" for number in (1, 2)
+    ]
     assert documents[0].record().keys() == {"text"}
     with pytest.raises(DocumentError, match=f"row 3 of {path} holds null under 'text'"):
         documents[2].texts(["text"])
@@ -121,21 +125,21 @@ def test_rows_are_documents(tmp_path: Path, kind: pyarrow.DataType) -> None:
     assert first.record().keys() == {"text", "n"}
 
 
-def test_a_row_that_is_not_unicode_is_one_sentence(tmp_path: Path) -> None:
+def test_a_row_that_is_not_unicode_is_reported_in_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     offsets = pyarrow.array([b"ok", b"caf\xe9", b"e\0nd"]).buffers()
     column = pyarrow.Array.from_buffers(pyarrow.string(), 3, offsets)
     parquet.write_table(pyarrow.table({"text": column}), path)
     first, second, third = read_documents(find_sources([str(path)], ["text"]))
     assert first.texts(["text"]) + third.texts(["text"]) == ["ok", "e\0nd"]
-    for ask in (lambda: second.texts(["text"]), second.record):
+    for read_row in (lambda: second.texts(["text"]), second.record):
         with pytest.raises(
             DocumentError, match=rf"row 2 of {path} is not UTF-8 \(.* at byte 3\); convert it"
         ):
-            ask()
+            read_row()
 
 
-def test_a_first_line_of_plain_text_suggests_another_ending() -> None:
+def test_a_first_line_of_plain_text_suggests_another_file_ending() -> None:
     document = Document(path="a", unit="line", number=1, content=b"plain")
     with pytest.raises(DocumentError, match=r"; a file that is one text has a name .* in \.txt"):
         document.record()
@@ -162,7 +166,7 @@ def test_a_truncated_file_ends_the_stream_with_an_error(tmp_path: Path) -> None:
         next(documents)
 
 
-def test_a_faulty_document_does_not_hide_others(tmp_path: Path) -> None:
+def test_documents_after_a_faulty_one_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{\n{"text": "b"}\n')
     (chunk,) = read_chunks(find_sources([str(path)], ["text"]))

@@ -1,4 +1,4 @@
-"""Sentences are those of Megatron-LM's tool with the same Punkt model."""
+"""Sentences equal those of Megatron-LM's tool with the same Punkt model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXT = 'Mr. Smith came. "Late!"  He left,\n\nbut why?  Dr. Jones (3.5 m away...)
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PunktSentenceTokenizer:
-    """A Punkt model where NLTK looks for it."""
+    """A Punkt model in a folder where NLTK searches."""
     import nltk.data
 
     folder = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab"
@@ -37,41 +37,41 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PunktSentenceToken
     return PunktSentenceTokenizer(params)
 
 
-def test_sentences_are_those_of_megatron_lm(model: PunktSentenceTokenizer) -> None:
-    found = load_splitter("english", keep_newlines=False)(TEXT)
-    assert found == model.tokenize(TEXT)
-    assert found[:2] == ["Mr. Smith came.", '"Late!"']
+def test_sentences_equal_those_of_megatron_lm(model: PunktSentenceTokenizer) -> None:
+    actual = load_splitter("english", keep_newlines=False)(TEXT)
+    assert actual == model.tokenize(TEXT)
+    assert actual[:2] == ["Mr. Smith came.", '"Late!"']
     assert load_splitter("english", keep_newlines=False)("") == []
 
 
 def test_newlines_are_kept(model: PunktSentenceTokenizer) -> None:
-    found = load_splitter("english", keep_newlines=True)(TEXT + "\n")
-    assert found[0] == "Mr. Smith came. "
-    assert found[2] == "He left,\n\nbut why?  "
+    actual = load_splitter("english", keep_newlines=True)(TEXT + "\n")
+    assert actual[0] == "Mr. Smith came. "
+    assert actual[2] == "He left,\n\nbut why?  "
 
 
 def test_newlines_are_kept_as_megatron_lm_keeps_them(model: PunktSentenceTokenizer) -> None:
-    class Theirs(PunktLanguageVars):
+    class MegatronLanguageVars(PunktLanguageVars):
         _period_context_fmt = (
             r"\S*%(SentEndChars)s\s*(?=(?P<after_tok>%(NonWord)s|(?P<next_tok>\S+)))"
         )
 
-    theirs = PunktSentenceTokenizer(model._params, lang_vars=Theirs())
-    ours = load_splitter("english", keep_newlines=True)
+    megatron_splitter = PunktSentenceTokenizer(model._params, lang_vars=MegatronLanguageVars())
+    split = load_splitter("english", keep_newlines=True)
     rng = random.Random(0)
     words = ["One", "two", ".", "!", "?", "...", "Mr.", "e.g.", "3.14", ")", "(", '"', ",", "\n\n"]
     for _ in range(500):
         text = "".join(rng.choice(words) + rng.choice(["", " ", "\n"]) for _ in range(20))
-        assert ours(text) == theirs.tokenize(text)
+        assert split(text) == megatron_splitter.tokenize(text)
 
 
-def test_long_words_take_linear_time(model: PunktSentenceTokenizer) -> None:
+def test_splitting_long_words_takes_linear_time(model: PunktSentenceTokenizer) -> None:
     start = time.process_time()
     load_splitter("english", keep_newlines=True)("x" * 100_000 + " end. Next")
-    assert time.process_time() - start < 5  # the square of the length would be a minute
+    assert time.process_time() - start < 5  # quadratic time would be a minute
 
 
-def test_long_texts_are_split_in_pieces(
+def test_long_texts_are_split_into_pieces(
     model: PunktSentenceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sentences, "PIECE_CHARACTERS", 7)
@@ -80,12 +80,12 @@ def test_long_texts_are_split_in_pieces(
 
 @pytest.mark.usefixtures("model")
 @pytest.mark.parametrize("language", ["klingon", "../english", ""])
-def test_a_missing_model_is_one_sentence(language: str) -> None:
+def test_a_missing_model_is_reported_in_one_sentence(language: str) -> None:
     with pytest.raises(ConfigError, match=f"--lang {language} has no Punkt model .* NLTK_DATA"):
         load_splitter(language, keep_newlines=False)
 
 
-def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nltk", None)
     with pytest.raises(ConfigError, match=r"needs nltk, .* install 'megatron-sffn\[sentences\]'"):
         load_splitter("english", keep_newlines=False)

@@ -25,7 +25,7 @@ QWEN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 NEWER_MARKS = [chr(code) for code in (0x7FD, 0x899, 0x89A, 0x89B, 0x8CF, 0x1ACC)]
-"""Combining marks that the tokenizers library puts in another order, or in none."""
+"""Combining marks that the tokenizers library sorts in another order, or does not sort."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,28 +35,28 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
 
 
-def qwen_like(folder: Path, added: list[AddedToken] | None = None) -> Flags:
-    """A byte-level BPE with the normal form and the pattern of Qwen's tokenizers."""
-    made = Tokenizer(models.BPE())
-    made.normalizer = normalizers.NFC()
+def write_qwen_like(folder: Path, added: list[AddedToken] | None = None) -> Flags:
+    """Write a byte-level BPE with the normalization and the pattern of Qwen's tokenizers."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN), "isolated")
-    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=["<|endoftext|>"],
         show_progress=False,
     )
-    made.train_from_iterator(TEXTS * 3, trainer)
-    made.add_tokens(added or [])
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    tokenizer.add_tokens(added or [])
     folder.mkdir(exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     return hugging_face(folder)
 
 
-def sentence_piece(folder: Path, **options: Any) -> Flags:
-    """A SentencePiece model with symbols of every kind."""
+def train_sentencepiece(folder: Path, **options: Any) -> Flags:
+    """Train a SentencePiece model with symbols of every kind."""
     (folder / "text").write_text("\n".join(text.replace("\0", "") for text in TEXTS * 20))
     options = {"model_type": "bpe", "byte_fallback": True, "vocab_size": 330} | options
     sentencepiece.SentencePieceTrainer.train(
@@ -72,13 +72,13 @@ def sentence_piece(folder: Path, **options: Any) -> Flags:
 
 
 def marked_texts(tokens: list[str]) -> list[str]:
-    """Texts in which tokens occur in other text, beside each other and cut off."""
+    """Texts in which tokens occur within words, next to each other and cut off."""
     texts = [f"see {token} here {token}{token}x, {token[:-1]} done" for token in tokens]
     return [*texts, "".join(tokens), " ".join(tokens)]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "null"])
-def test_every_special_token_that_comes_late_has_the_ids_of_megatron(
+def test_special_tokens_that_no_sample_showed_have_the_ids_of_megatron(
     tmp_path: Path, kind: str
 ) -> None:
     tokenizer = load_tokenizer(arguments(KINDS[kind](tmp_path)))
@@ -89,24 +89,24 @@ def test_every_special_token_that_comes_late_has_the_ids_of_megatron(
 
 
 def test_sentencepiece_tokens_that_are_not_text_have_the_right_ids(tmp_path: Path) -> None:
-    flags = sentence_piece(tmp_path, **EXACT)
-    tokenizer, said = load_tokenizer(arguments(flags)), []
-    engine = choose_engine(tokenizer, ["ordinary text"], "auto", said.append)
+    flags = train_sentencepiece(tmp_path, **EXACT)
+    tokenizer, log = load_tokenizer(arguments(flags)), []
+    engine = choose_engine(tokenizer, ["ordinary text"], "auto", log.append)
     assert isinstance(engine, GigatokenEngine)
-    assert "texts with '</s>', '<s>', '<sep>', '<unk>' or 3 more go to Megatron's" in said[0]
+    assert "texts with '</s>', '<s>', '<sep>', '<unk>' or 3 more go to Megatron's" in log[0]
     model = sentencepiece.SentencePieceProcessor(model_file=flags[-1])
     pieces = [model.id_to_piece(number) for number in range(model.get_piece_size())]
     texts = [*marked_texts(["<s>", "</s>", "<unk>", "[INST]", "<x>", "<sep>", "@@"]), *pieces]
     encoded = [model.encode(text) for text in texts]
     assert ids_of(engine, texts) == encoded
-    # Never the control symbols, which would end documents within the text.
+    # No control symbols, which would end documents within the text.
     assert not {1, 2} & set(encoded[0] + encoded[1])
-    # gigatoken alone has them.
+    # gigatoken alone gives control symbols.
     assert 1 in engine._encode(["see <s> here"])[0]
 
 
 def test_special_tokens_of_legacy_flags_have_the_right_ids(tmp_path: Path) -> None:
-    flags = sentence_piece(tmp_path, **EXACT)
+    flags = train_sentencepiece(tmp_path, **EXACT)
     flags += ["--tokenizer-sentencepiece-legacy", "--tokenizer-special-tokens", "<s>", "<new>"]
     tokenizer = load_tokenizer(arguments(flags))
     engine = choose_engine(tokenizer, ["ordinary text"], "auto", lambda line: None)
@@ -114,17 +114,17 @@ def test_special_tokens_of_legacy_flags_have_the_right_ids(tmp_path: Path) -> No
     assert ids_of(engine, texts) == [tokenizer.tokenize(text) for text in texts]
 
 
-def test_a_model_that_normalizes_is_left_to_sentencepiece(tmp_path: Path) -> None:
-    tokenizer, said = load_tokenizer(arguments(sentence_piece(tmp_path))), []
-    engine = choose_engine(tokenizer, ["ordinary text"], "auto", said.append)
-    assert "gigatoken normalizes text in its own way (the model's rule is nmt_nfkc)" in said[0]
+def test_a_model_that_normalizes_is_encoded_by_sentencepiece(tmp_path: Path) -> None:
+    tokenizer, log = load_tokenizer(arguments(train_sentencepiece(tmp_path))), []
+    engine = choose_engine(tokenizer, ["ordinary text"], "auto", log.append)
+    assert "gigatoken normalizes text in its own way (the model's rule is nmt_nfkc)" in log[0]
     assert ids_of(engine, ["see <s> here </s> done"]) == [
         tokenizer.tokenize("see <s> here </s> done")
     ]
 
 
 def test_marks_and_characters_of_newer_unicode_have_the_right_ids(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(arguments(qwen_like(tmp_path / "qwen")))
+    tokenizer = load_tokenizer(arguments(write_qwen_like(tmp_path / "qwen")))
     engine = choose_engine(tokenizer, ["ordinary text"], "auto", lambda line: None)
     assert isinstance(engine, GigatokenEngine)
     texts = [f"e{mark}\u0301 {mark}{mark}a\u0327{mark}" for mark in NEWER_MARKS]
@@ -132,15 +132,15 @@ def test_marks_and_characters_of_newer_unicode_have_the_right_ids(tmp_path: Path
     # Composed in Unicode 16, and not before.
     texts += ["\U00011382\U000113c9", "\U000113c9"]
     texts += ["plain", "é e\u0301 \u1112\u1161\u11ab 한글 日本語 が か\u3099"]
-    right = [tokenizer.tokenize(text) for text in texts]
-    assert ids_of(engine, texts) == right
-    assert [ids_of(engine, [text])[0] for text in texts] == right
-    # gigatoken alone orders the first in another way.
-    assert engine._encode(texts[:1])[0].tolist() != right[0]
+    expected = [tokenizer.tokenize(text) for text in texts]
+    assert ids_of(engine, texts) == expected
+    assert [ids_of(engine, [text])[0] for text in texts] == expected
+    # gigatoken alone sorts the marks of the first text in another order.
+    assert engine._encode(texts[:1])[0].tolist() != expected[0]
 
 
 def test_random_characters_have_the_right_ids(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(arguments(qwen_like(tmp_path / "qwen")))
+    tokenizer = load_tokenizer(arguments(write_qwen_like(tmp_path / "qwen")))
     engine = choose_engine(tokenizer, ["ordinary text"], "auto", lambda line: None)
     rng = random.Random(0)
     scripts = [range(start, start + 0x80) for start in range(0, 0x3100, 0x180)]
@@ -149,7 +149,7 @@ def test_random_characters_have_the_right_ids(tmp_path: Path) -> None:
         "".join(map(chr, rng.choices([*script, 0x20, 0x301, 0x61], k=60))) for script in scripts
     ]
     assert ids_of(engine, texts) == [tokenizer.tokenize(text) for text in texts]
-    # Most are gigatoken's.
+    # gigatoken encodes most of them.
     assigned = [text for text in texts if all(unicodedata.category(char) != "Cn" for char in text)]
     assert len(engine._equality.doubtful([text.encode() for text in assigned])) < len(assigned) / 2
 
@@ -157,40 +157,40 @@ def test_random_characters_have_the_right_ids(tmp_path: Path) -> None:
 def test_a_flagged_token_among_many_has_the_right_ids(tmp_path: Path) -> None:
     added = [AddedToken(f"<|x{number}|>") for number in range(310)]
     added += [AddedToken("late", single_word=True), AddedToken("wide", lstrip=True, rstrip=True)]
-    tokenizer = load_tokenizer(arguments(qwen_like(tmp_path / "many", added)))
+    tokenizer = load_tokenizer(arguments(write_qwen_like(tmp_path / "many", added)))
     engine = choose_engine(tokenizer, ["ordinary text"], "auto", lambda line: None)
     assert isinstance(engine, GigatokenEngine)
     texts = ["latex", "late", "too late.", "a \n wide\u3000 b", "<|x309|><|x30|>9|>"]
     assert ids_of(engine, texts) == [tokenizer.tokenize(text) for text in texts]
 
 
-def refusal(folder: Path, made: Tokenizer) -> str:
-    """Why gigatoken is not used for a tokenizer."""
+def refusal_of(folder: Path, tokenizer: Tokenizer) -> str:
+    """The sentence with which gigatoken refuses a tokenizer."""
     folder.mkdir()
-    made.save(str(folder / "tokenizer.json"))
-    with pytest.raises(UnusableError) as caught:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(UnusableError) as error:
         GigatokenEngine(load_tokenizer(arguments(hugging_face(folder))))
-    return str(caught.value)
+    return str(error.value)
 
 
-def test_settings_that_gigatoken_ignores_are_refused(tmp_path: Path) -> None:
-    file = Path(qwen_like(tmp_path / "qwen")[-1]) / "tokenizer.json"
-    bare = Tokenizer.from_file(str(file))
-    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    assert "cuts text into other words" in refusal(tmp_path / "uncut", bare)
-    digits = Tokenizer.from_file(str(file))
-    digits.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Punctuation(), digits.pre_tokenizer]
+def test_tokenizers_with_settings_that_gigatoken_ignores_are_refused(tmp_path: Path) -> None:
+    file = Path(write_qwen_like(tmp_path / "qwen")[-1]) / "tokenizer.json"
+    uncut = Tokenizer.from_file(str(file))
+    uncut.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert "cuts text into other words" in refusal_of(tmp_path / "uncut", uncut)
+    punctuation = Tokenizer.from_file(str(file))
+    punctuation.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation(), punctuation.pre_tokenizer]
     )
-    assert "cuts text into other words" in refusal(tmp_path / "punctuation", digits)
-    dropping = Tokenizer.from_file(str(file))
-    dropping.model.dropout = 0.1
-    assert "cannot follow BPE dropout (0.1)" in refusal(tmp_path / "dropout", dropping)
+    assert "cuts text into other words" in refusal_of(tmp_path / "punctuation", punctuation)
+    dropout = Tokenizer.from_file(str(file))
+    dropout.model.dropout = 0.1
+    assert "cannot follow BPE dropout (0.1)" in refusal_of(tmp_path / "dropout", dropout)
 
 
 def test_ids_of_two_engines_keep_the_order_of_the_texts() -> None:
-    texts = numpy.array([5, 5, 5, 1, 2, 3]), numpy.array([3, 2, 0, 0, 1])
-    others = numpy.array([7, 8, 9]), numpy.array([1, 2])
-    ids, lengths = replace_texts(texts, others, [0, 3])
+    fast_results = numpy.array([5, 5, 5, 1, 2, 3]), numpy.array([3, 2, 0, 0, 1])
+    slow_results = numpy.array([7, 8, 9]), numpy.array([1, 2])
+    ids, lengths = replace_texts(fast_results, slow_results, [0, 3])
     assert ids.tolist() == [7, 1, 2, 8, 9, 3]
     assert lengths.tolist() == [1, 2, 0, 2, 1]

@@ -52,11 +52,11 @@ def ids_of(engine: Any, texts: list[str]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_fastest_gives_the_ids_of_megatron(tmp_path: Path, kind: str) -> None:
-    tokenizer, said = load(tmp_path, kind), []
-    engine = choose_engine(tokenizer, [], "auto", said.append)
+def test_the_fastest_engine_gives_the_ids_of_megatron(tmp_path: Path, kind: str) -> None:
+    tokenizer, log = load(tmp_path, kind), []
+    engine = choose_engine(tokenizer, [], "auto", log.append)
     assert engine.name == FASTEST[kind]
-    assert len(said) == 1 and "\n" not in said[0]
+    assert len(log) == 1 and "\n" not in log[0]
     rng = random.Random(0)
     texts = ["".join(rng.choices("".join(TEXTS), k=rng.randrange(200))) for _ in range(50)]
     if kind == "null":
@@ -76,7 +76,7 @@ def test_special_tokens_and_empty_texts_have_the_right_ids(
     assert ids_of(engine, texts) == [list(tokenizer.tokenize(text)) for text in texts]
 
 
-def test_special_tokens_can_be_left_out(tmp_path: Path) -> None:
+def test_special_tokens_can_be_excluded(tmp_path: Path) -> None:
     flags = [*tokenizers.surrounded(tmp_path), "--tokenizer-hf-no-include-special-tokens"]
     tokenizer = load_tokenizer(arguments(flags))
     for name in ("gigatoken", "tokenizers"):
@@ -84,33 +84,33 @@ def test_special_tokens_can_be_left_out(tmp_path: Path) -> None:
         assert ids_of(engine, TEXTS) == [tokenizer.tokenize(text) for text in TEXTS]
 
 
-def fallback(tmp_path: Path, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Which engine is used for a tokenizer, and what is said of it."""
+def choose_for(tmp_path: Path, tokenizer: Tokenizer) -> tuple[str, str]:
+    """The engine that is chosen for a tokenizer, and the log line about it."""
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    said: list[str] = []
+    log: list[str] = []
     loaded = load_tokenizer(arguments(tokenizers.hugging_face(folder)))
-    return choose_engine(loaded, TEXTS, "auto", said.append).name, "; ".join(said)
+    return choose_engine(loaded, TEXTS, "auto", log.append).name, "; ".join(log)
 
 
-def test_a_vocabulary_without_all_bytes_is_not_for_gigatoken(tmp_path: Path) -> None:
+def test_gigatoken_is_not_used_for_a_vocabulary_without_all_bytes(tmp_path: Path) -> None:
     letters = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "[U]": 2}, merges=[], unk_token="[U]"))
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    name, said = fallback(tmp_path, letters)
-    assert name == "tokenizers" and "ids by tokenizers" in said
+    name, log = choose_for(tmp_path, letters)
+    assert name == "tokenizers" and "ids by tokenizers" in log
 
 
-def test_another_model_is_for_the_tokenizers_engine(tmp_path: Path) -> None:
+def test_the_tokenizers_library_encodes_models_that_gigatoken_cannot(tmp_path: Path) -> None:
     words = Tokenizer(models.WordLevel({"plain": 0, "[U]": 1}, unk_token="[U]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.normalizer = normalizers.Lowercase()
-    name, said = fallback(tmp_path, words)
-    assert name == "tokenizers" and "ids by tokenizers" in said
+    name, log = choose_for(tmp_path, words)
+    assert name == "tokenizers" and "ids by tokenizers" in log
 
 
-class _Wrong(MegatronEngine):
-    """An engine that fails on one text of the input."""
+class WrongEngine(MegatronEngine):
+    """An engine that gives wrong ids for one text of the input."""
 
     name = "gigatoken"
 
@@ -121,26 +121,26 @@ class _Wrong(MegatronEngine):
         return ids, lengths
 
 
-def test_a_difference_on_the_sample_refuses_an_engine(
+def test_an_engine_that_differs_on_the_sample_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fast_tokenizers.MAKERS, "gigatoken", _Wrong)
-    tokenizer, said = load(tmp_path, "byte_level"), []
-    assert choose_engine(tokenizer, ["text"], "auto", said.append).name == "gigatoken"
+    monkeypatch.setitem(fast_tokenizers.MAKERS, "gigatoken", WrongEngine)
+    tokenizer, log = load(tmp_path, "byte_level"), []
+    assert choose_engine(tokenizer, ["text"], "auto", log.append).name == "gigatoken"
     sample = ["text", "the odd text"]
-    assert choose_engine(tokenizer, sample, "auto", said.append).name == "tokenizers"
-    right = tokenizer.tokenize("the odd text")
-    wrong = [*right[:-1], right[-1] + 1]
-    assert said[1].endswith(f"gigatoken gives {wrong[:8]} for 'the odd text', not {right[:8]}")
+    assert choose_engine(tokenizer, sample, "auto", log.append).name == "tokenizers"
+    expected = tokenizer.tokenize("the odd text")
+    actual = [*expected[:-1], expected[-1] + 1]
+    assert log[1].endswith(f"gigatoken gives {actual[:8]} for 'the odd text', not {expected[:8]}")
     with pytest.raises(ConfigError, match=r"--engine gigatoken .* gives .* 'the odd text', not"):
         choose_engine(tokenizer, sample, "gigatoken", print)
 
 
-def test_a_missing_engine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_engine_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    tokenizer, said = load(tmp_path, "byte_level"), []
-    assert choose_engine(tokenizer, TEXTS, "auto", said.append).name == "tokenizers"
-    assert "gigatoken is not installed (pip install gigatoken)" in said[0]
+    tokenizer, log = load(tmp_path, "byte_level"), []
+    assert choose_engine(tokenizer, TEXTS, "auto", log.append).name == "tokenizers"
+    assert "gigatoken is not installed (pip install gigatoken)" in log[0]
     with pytest.raises(ConfigError, match=r"--engine gigatoken cannot stand .*is not installed"):
         choose_engine(tokenizer, TEXTS, "gigatoken", print)
 
@@ -150,13 +150,13 @@ def test_an_unusable_engine_is_refused(tmp_path: Path) -> None:
         choose_engine(load(tmp_path, "unigram"), TEXTS, "tokenizers", print)
 
 
-def loads_of_new_words(folder: Path) -> int:
-    """How often gigatoken is loaded anew over 200,000 words that it has not met."""
+def count_loads_of_new_words(folder: Path) -> int:
+    """How often gigatoken is loaded again while it encodes 200,000 new words."""
     gigatoken_engine.GROWTH_BYTES = 5 << 20
     tokenizer = load(folder, "byte_level")
     engine = GigatokenEngine(tokenizer)
-    load_anew, loads = engine._load, []
-    engine._load = lambda: loads.append(1) or load_anew()
+    original_load, loads = engine._load, []
+    engine._load = lambda: loads.append(1) or original_load()
     rng = random.Random(0)
     for _ in range(20):
         words = " ".join("".join(rng.choices("abcdefghijkl", k=10)) for _ in range(10_000))
@@ -166,6 +166,6 @@ def loads_of_new_words(folder: Path) -> int:
 
 
 def test_gigatoken_is_loaded_anew_when_it_grows(tmp_path: Path) -> None:
-    # In a process of its own: what this one has freed is taken again without growth.
+    # In a new process: this one would reuse memory that it has freed, and would not grow.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert 1 <= pool.submit(loads_of_new_words, tmp_path).result() < 20
+        assert 1 <= pool.submit(count_loads_of_new_words, tmp_path).result() < 20

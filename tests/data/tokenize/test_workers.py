@@ -1,4 +1,4 @@
-"""Workers give results in the order of the chunks, and few chunks are in flight."""
+"""Workers give results in the order of the chunks, and read few chunks ahead."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_sffn.data.tokenize import workers
 from megatron_sffn.data.tokenize.workers import bundled, encode_in_order
 from megatron_sffn.utils.errors import ConfigError
 
-# Other tests may have left threads in this process; the workers of these use none of them.
+# Other tests may have left threads running; the workers of these tests do not use them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 SOURCE = Source(path="a", kind="lines", compression="", size=None, modified=0)
@@ -26,9 +26,9 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "AHEAD_BYTES", 40)
 
 
-def chunks_of(sizes: Sequence[int], taken: list[int]) -> Iterator[TextChunk]:
+def chunks_of(sizes: Sequence[int], read_numbers: list[int]) -> Iterator[TextChunk]:
     for number, size in enumerate(sizes, start=1):
-        taken.append(number)
+        read_numbers.append(number)
         content, end = b"x" * size, Position(number=number)
         yield TextChunk(source=SOURCE, number=number, content=content, end=end, consumed=0)
 
@@ -40,20 +40,20 @@ def encode_numbers(chunks: Sequence[TextChunk]) -> list[int]:
 
 
 def test_results_keep_the_order_and_nothing_is_read_too_early() -> None:
-    taken: list[int] = []
-    results = encode_in_order(encode_numbers, chunks_of([10] * 12, taken), workers=2)
+    read_numbers: list[int] = []
+    results = encode_in_order(encode_numbers, chunks_of([10] * 12, read_numbers), workers=2)
     numbers = [next(results)]
-    assert len(taken) == 9  # eight on the way, and one that waits for the first
+    assert len(read_numbers) == 9  # eight in flight, and one that waits for the first
     numbers += results
     assert numbers == [[number] for number in range(1, 13)]
 
 
-def test_a_long_chunk_is_in_flight_alone() -> None:
-    taken: list[int] = []
-    results = encode_in_order(encode_numbers, chunks_of([1000] * 5, taken), workers=2)
+def test_a_long_chunk_is_encoded_alone() -> None:
+    read_numbers: list[int] = []
+    results = encode_in_order(encode_numbers, chunks_of([1000] * 5, read_numbers), workers=2)
     for number in range(1, 5):
         assert next(results) == [number]
-        assert len(taken) == number + 1
+        assert len(read_numbers) == number + 1
     assert list(results) == [[5]]
 
 
@@ -77,13 +77,13 @@ def test_an_error_in_a_worker_is_raised() -> None:
         list(encode_in_order(encode, chunks_of([10] * 9, []), workers=2))
 
 
-def test_a_killed_worker_is_one_sentence() -> None:
-    def die(chunks: Sequence[TextChunk]) -> list[int]:
+def test_a_killed_worker_is_reported_in_one_sentence() -> None:
+    def encode_or_die(chunks: Sequence[TextChunk]) -> list[int]:
         if chunks[0].number == 13:
             os._exit(1)
         return encode_numbers(chunks)
 
-    results = encode_in_order(die, chunks_of([10] * 13, []), workers=2)
+    results = encode_in_order(encode_or_die, chunks_of([10] * 13, []), workers=2)
     with pytest.raises(
         ConfigError, match=r"one of the --workers 2 processes was killed, .*; use f"
     ):
