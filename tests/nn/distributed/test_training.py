@@ -58,7 +58,7 @@ FAST = {*LAYOUTS_OF_ALL_ROUTERS, "TP2 PP2 EP4", "EP2 x DP2"}
 """Layouts of `make test`; the others are for `make test-slow`."""
 
 
-def tested_pairs(layouts: dict[str, Layout]) -> list[tuple[str, str]]:
+def pairs_to_test(layouts: dict[str, Layout]) -> list[tuple[str, str]]:
     """The (layout, router) pairs that are tested."""
     return [
         (name, router)
@@ -70,10 +70,10 @@ def tested_pairs(layouts: dict[str, Layout]) -> list[tuple[str, str]]:
 
 
 def cases(layouts: dict[str, Layout]) -> list[Any]:
-    """`tested_pairs` as parameters of a test, marked slow unless the layout is in `FAST`."""
+    """`pairs_to_test` as parameters of a test, marked slow unless the layout is in `FAST`."""
     return [
         pytest.param(name, router) if name in FAST else slow(name, router)
-        for name, router in tested_pairs(layouts)
+        for name, router in pairs_to_test(layouts)
     ]
 
 
@@ -90,7 +90,7 @@ def trained(layout: Layout, variants: tuple[Variant, ...]) -> dict[Variant, Trai
 
 def trained_router(name: str, router: str, layouts: dict[str, Layout]) -> Trained:
     """The result of a router; all routers of a layout train in one set of processes."""
-    pairs = tested_pairs(layouts)
+    pairs = pairs_to_test(layouts)
     variants = tuple(Variant(name_of_router) for layout, name_of_router in pairs if layout == name)
     return trained(layouts[name], variants)[Variant(router)]
 
