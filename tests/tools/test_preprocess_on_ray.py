@@ -33,7 +33,7 @@ class Machine:
         one_cpu = ["--num-cpus=1", "--object-store-memory=100000000"]
         local_ports = ["--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
         self._process = psutil.Popen(
-            [RAY, "start", "--chunk", "--disable-usage-stats", *one_cpu, *local_ports, *flags],
+            [RAY, "start", "--block", "--disable-usage-stats", *one_cpu, *local_ports, *flags],
             env={**os.environ, "RAY_TMPDIR": str(folder)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

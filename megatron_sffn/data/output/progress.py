@@ -25,14 +25,22 @@ class Progress:
         total: all bytes; None if their number is unknown.
         done: bytes that an earlier run has done, which do not count for the rate.
         line_seconds: least time between two lines.
+        at_once: True if the first line need not wait for `line_seconds`.
     """
 
     def __init__(
-        self, verb: str, total: int | None, *, done: int = 0, line_seconds: float = LINE_SECONDS
+        self,
+        verb: str,
+        total: int | None,
+        *,
+        done: int = 0,
+        line_seconds: float = LINE_SECONDS,
+        at_once: bool = False,
     ) -> None:
         self._verb, self._total, self._line_seconds = verb, total, line_seconds
         self._done_before = self._done = done
-        self._start = self._last_line = time.monotonic()
+        self._start = time.monotonic()
+        self._last_line = float("-inf") if at_once else self._start
 
     @property
     def seconds(self) -> float:

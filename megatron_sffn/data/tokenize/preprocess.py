@@ -178,7 +178,11 @@ def _write(
 ) -> None:
     """Write the ids as they come, save the state of the run, and print progress."""
     progress = Progress(
-        "processed", total_size(job.sources), done=start.consumed, line_seconds=LINE_SECONDS
+        "processed",
+        total_size(job.sources),
+        done=start.consumed,
+        line_seconds=LINE_SECONDS,
+        at_once=True,
     )
     lines_reached = start.documents // job.log_interval
     last_save = time.monotonic()
