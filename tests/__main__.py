@@ -1,7 +1,7 @@
 """Run the tests in as many pytest processes as there are processors, four at most.
 
-Inputs: flags of pytest. Outputs: the report of each process, one below the other; exit code 1 if any
-test failed. The first process reports while it runs.
+Inputs: flags of pytest. Outputs: the report of each process, one below the other; exit code 1 if
+any test failed. The first process reports while it runs.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """A pytest plugin: several pytest processes share one run, module by module.
 
-Inputs: `SHARED_RUN`, the folder in which the processes of a run claim modules. Outputs: each process
-runs the modules that it claimed.
+Inputs: `SHARED_RUN`, the folder in which the processes of a run claim modules. Outputs: each
+process runs the modules that it claimed.
 
-Design notes: every process collects all tests, and claims the next module when it is about to finish
-the last one, so that none waits while another has work. pytest-xdist does not serve here: its
-workers have threads, and tests fork their ranks.
+Design notes: every process collects all tests, and claims the next module when it is about to
+finish the last one, so that none waits while another has work. pytest-xdist does not serve here:
+its workers have threads, and tests fork their ranks.
 """
 
 from __future__ import annotations
