@@ -8,7 +8,7 @@ CPP := $(wildcard megatron_sffn/ops/*/*.cpp)
 SHELL_FILES := .ci/run $(wildcard docker/*.sh examples/*/*.sh tools/*.sh benchmarks/*/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart bench bench-gpu bench-steps bench-parallel gpu-rehearsal test test-slow \
+.PHONY: help env quickstart bench bench-gpu bench-steps bench-parallel gpu-rehearsal test test-fast test-slow \
 	check format clean
 
 help: ## List the targets
@@ -38,10 +38,13 @@ bench-parallel: env ## Time and bytes of a layer on 2 and 4 ranks, ours and Mega
 	@$(BIN)/python -m benchmarks.parallel $(ARGS)
 
 test: env ## Run the tests that need no GPU (ARGS=...)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m tests --durations 15 $(ARGS)
 
-test-slow: env ## Run the long ones as well: every layout, configuration and launcher (ARGS=...)
-	@$(BIN)/python -m pytest -m "" $(ARGS)
+test-fast: env ## Run those of the modules that take a few seconds each (ARGS=...)
+	@$(BIN)/python -m tests -m "not slow and not long" $(ARGS)
+
+test-slow: env ## Run all: every layout, configuration and launcher, too (ARGS=...)
+	@$(BIN)/python -m tests -m "" $(ARGS)
 
 # Cheapest first, so that a slip shows at once.
 check: env ## Lint, format, import direction and types

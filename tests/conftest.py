@@ -36,7 +36,60 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.support.pretraining"]
 
-GOLDEN = Path(__file__).parent / "golden"
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
+
+LONG_MODULES = [
+    "nn/distributed/test_training",
+    "faults/test_kills",
+    "integration/test_pretrain",
+    "patches/test_rehearsal",
+    "data/tokenize/test_preprocess",
+    "nn/routers/test_new_router",
+    "integration/test_checkpoints",
+    "examples/test_configs",
+    "tools/test_convert_checkpoint",
+    "accounting/test_activations",
+    "faults/test_signals",
+    "tools/test_analyze_routing",
+    "test_packaging",
+    "ops/test_triton_compile",
+    "integration/test_evaluation",
+    "faults/test_disk",
+    "nn/distributed/test_layer",
+    "test_doctor",
+    "data/loading/test_dali",
+    "checkpoints/test_checkpoints",
+    "flags/test_arguments",
+    "tools/test_preprocess_on_ray",
+    "faults/test_numbers",
+    "test_security",
+    "nn/test_comm_volume",
+    "integration/test_routing",
+    "tools/test_preprocess_data",
+    "benchmarks/test_steps",
+    "integration/test_loading",
+    "integration/test_two_nodes",
+    "ops/test_triton_operator",
+    "accounting/test_counts",
+    "ops/test_triton",
+    "test_waits",
+    "data/tokenize/test_fast_tokenizers",
+    "analysis/test_report",
+    "accounting/test_memory",
+    "integration/test_training_log",
+    "faults/test_failures",
+    "nn/distributed/test_main_grad",
+    "flags/test_flag_sweep",
+    "benchmarks/test_routing_overhead",
+    "tools/test_build_index_cache",
+    "benchmarks/test_blocks",
+    "data/loading/test_index_cache",
+    "nn/distributed/test_load_balancing",
+    "examples/test_data",
+    "faults/test_hang",
+]
+"""Modules that take more than 12 seconds, the longest first; `make test-fast` leaves them out."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,8 +97,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests that fork ranks first: gloo's threads, once started, do not survive a fork."""
-    items.sort(key=lambda item: "one_rank" in getattr(item, "fixturenames", ()))
+    """Mark the long modules, and sort the tests.
+
+    Tests that fork ranks come first: gloo's threads, once started here, do not survive a fork. Of
+    these the longest modules come first, so that processes that share a run end at the same time.
+    """
+    position = {TESTS / f"{name}.py": index for index, name in enumerate(LONG_MODULES)}
+    for item in items:
+        if item.path in position:
+            item.add_marker("long")
+    items.sort(
+        key=lambda item: (
+            "one_rank" in getattr(item, "fixturenames", ()),
+            position.get(item.path, len(position)),
+        )
+    )
 
 
 @pytest.fixture

@@ -56,6 +56,8 @@ LAYOUTS_OF_ALL_ROUTERS = ["TP2 EP2 folded", "TP2 ETP2", "PP2 VPP2 EP2 moe", "TP2
 
 FAST = {*LAYOUTS_OF_ALL_ROUTERS, "TP2 PP2 EP4", "EP2 x DP2"}
 """Layouts of `make test`; the others are for `make test-slow`."""
+FAST_OF_ALL_ROUTERS = {"TP2 EP2 folded", "PP2 VPP2 EP2 moe"}
+"""Layouts of `make test` for the routers that are not on all layouts."""
 
 
 def pairs_to_test(layouts: dict[str, Layout]) -> list[tuple[str, str]]:
@@ -69,10 +71,15 @@ def pairs_to_test(layouts: dict[str, Layout]) -> list[tuple[str, str]]:
     ]
 
 
+def is_fast(name: str, router: str) -> bool:
+    """True if `make test` trains the router on this layout."""
+    return name in (FAST if router in ROUTERS_OF_ALL_LAYOUTS else FAST_OF_ALL_ROUTERS)
+
+
 def cases(layouts: dict[str, Layout]) -> list[Any]:
-    """`pairs_to_test` as parameters of a test, marked slow unless the layout is in `FAST`."""
+    """`pairs_to_test` as parameters of a test, marked slow unless they are fast."""
     return [
-        pytest.param(name, router) if name in FAST else slow(name, router)
+        pytest.param(name, router) if is_fast(name, router) else slow(name, router)
         for name, router in pairs_to_test(layouts)
     ]
 
@@ -89,9 +96,13 @@ def trained(layout: Layout, variants: tuple[Variant, ...]) -> dict[Variant, Trai
 
 
 def trained_router(name: str, router: str, layouts: dict[str, Layout]) -> Trained:
-    """The result of a router; all routers of a layout train in one set of processes."""
-    pairs = pairs_to_test(layouts)
-    variants = tuple(Variant(name_of_router) for layout, name_of_router in pairs if layout == name)
+    """The result of a router; the fast and the slow cases of a layout train together."""
+    fast = is_fast(name, router)
+    variants = tuple(
+        Variant(other_router)
+        for layout, other_router in pairs_to_test(layouts)
+        if layout == name and is_fast(name, other_router) == fast
+    )
     return trained(layouts[name], variants)[Variant(router)]
 
 
