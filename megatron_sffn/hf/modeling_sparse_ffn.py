@@ -17,6 +17,7 @@ torch.compile can trace, or loop over the blocks that are chosen.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,14 +160,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def eager_attention(
-    module: nn.Module,
+    module: "SparseFFNAttention",
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention `[b, s, heads, head_dim]` from `[b, heads, s, head_dim]`, and its weights."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -275,6 +276,8 @@ class SparseFFNRouter(nn.Module):
 class ScoredRouter(SparseFFNRouter):
     """Choose the K blocks of largest score; a method implements `score`."""
 
+    expert_bias: Tensor
+
     def __init__(self, config: SparseFFNGPTConfig) -> None:
         super().__init__(config)
         if config.expert_bias:
@@ -350,6 +353,9 @@ class LearnedRouter(ScoredRouter):
 class AvgKRouter(ScoredRouter):
     """The dot product with a descriptor of each block, which follows from its keys."""
 
+    descriptor_cells: Tensor
+    descriptor_average: Tensor
+    descriptor_started: Tensor
     _descriptors: Tensor | None = None
     """Descriptors of the current weights; dropped when the module is trained, loaded or moved."""
 
@@ -370,11 +376,11 @@ class AvgKRouter(ScoredRouter):
         self._descriptors = None
         return super().train(mode)
 
-    def _apply(self, *args, **kwargs):
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._descriptors = None
         return super()._apply(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._descriptors = None
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -443,6 +449,8 @@ class KeyTableRouter(ScoredRouter):
 
 class HashRouter(SparseFFNRouter):
     """A fixed map from token ids to blocks: rand-hash."""
+
+    map: Tensor
 
     def __init__(self, config: SparseFFNGPTConfig) -> None:
         super().__init__(config)
@@ -550,7 +558,9 @@ class SparseFFNBlocks(nn.Module):
 
     def first_keys(self) -> Tensor:
         """The keys `[B, G, C]` that describe the blocks: gate keys where cells have them."""
-        return self.by_block(self.keys if self.gate_keys is None else self.gate_keys)
+        keys = self.keys if self.gate_keys is None else self.gate_keys
+        assert keys is not None, "blocks without keys are not scored by them"
+        return self.by_block(keys)
 
     def coefficients(self, queries: Tensor, multiply: Callable[..., Tensor] = F.linear) -> Tensor:
         """Coefficients `[T, M]` of all cells."""
@@ -600,16 +610,20 @@ class SparseFFNBlocks(nn.Module):
     def _looped(self, queries: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         """One block after the other, for the tokens that chose it."""
         update = gates.new_zeros(len(ids), self.values.shape[1])
-        values, tables = self.by_block(self.values), [self.keys, self.gate_keys]
-        keys, gate_keys = (None if table is None else self.by_block(table) for table in tables)
+        values, keys = self.by_block(self.values), None
+        if self.keys is not None:
+            keys = self.by_block(self.keys)
         for block in ids.unique().tolist():
             tokens, place = (ids == block).nonzero(as_tuple=True)
-            rows, up = queries[tokens], gates[tokens, place, None].expand(-1, len(values[block]))
-            if gate_keys is not None:
-                up = up * self.activation(rows @ gate_keys[block].T) * (rows @ keys[block].T)
-            elif keys is not None:
-                up = up * self.activation(rows @ keys[block].T)
-            update.index_add_(0, tokens, up @ values[block])
+            rows, weights = queries[tokens], gates[tokens, place, None]
+            if keys is not None:
+                up = rows @ keys[block].T
+                if self.gate_keys is None:
+                    up = self.activation(up)
+                else:
+                    up = self.activation(rows @ self.by_block(self.gate_keys)[block].T) * up
+                weights = weights * up
+            update.index_add_(0, tokens, weights @ values[block])
         return update
 
 
@@ -623,6 +637,7 @@ class SparseFFNDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         width = config.hidden_size
         self.self_attn = SparseFFNAttention(config, layer_idx)
+        self.mlp: nn.Module
         if layer_idx in (config.sparse_layers or []):
             self.mlp = SparseFFNBlocks(config)
         else:
@@ -696,7 +711,7 @@ class SparseFFNGPTModel(SparseFFNGPTPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run all layers; the arguments are those of every decoder in transformers."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -767,7 +782,7 @@ class SparseFFNGPTForCausalLM(SparseFFNGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `[b, s, V]`, and the loss where `labels` are given."""
         outputs = self.model(

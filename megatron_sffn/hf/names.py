@@ -31,7 +31,6 @@ class Sizes:
         num_query_groups: heads of keys and values.
         num_blocks: B; 0 for a dense model.
         gated: whether the activation has a gate (SwiGLU).
-        shared: whether sparse layers have shared blocks.
     """
 
     num_layers: int
@@ -39,7 +38,6 @@ class Sizes:
     num_query_groups: int
     num_blocks: int = 0
     gated: bool = False
-    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,17 +86,16 @@ def _halve_behind_half(parts: list[Tensor], sizes: Sizes) -> Tensor:
     return values / 2
 
 
-def _with_empty_shared(gate: Tensor, sizes: Sizes) -> list[Tensor]:
-    """Qwen2-MoE always has a shared expert: one without cells."""
-    width = gate.shape[1]
-    empty = gate.new_zeros(0, width)
-    return [gate, empty, empty.clone(), gate.new_zeros(width, 0), gate.new_zeros(1, width)]
+def _halves(tensor: Tensor) -> list[Tensor]:
+    """Gate rows and up rows; both are empty where there are none."""
+    half = len(tensor) // 2
+    return [tensor[:half], tensor[half:]]
 
 
 RESHAPES: dict[str, Reshape] = {
     "same": Reshape(lambda x, _: [x], lambda parts, _: parts[0]),
     "qkv": Reshape(_split_qkv, _join_qkv),
-    "halves": Reshape(lambda x, _: list(x.chunk(2)), lambda parts, _: torch.cat(parts)),
+    "halves": Reshape(lambda x, _: _halves(x), lambda parts, _: torch.cat(parts)),
     "blocks": Reshape(
         lambda x, sizes: list(x.chunk(sizes.num_blocks)), lambda parts, _: torch.cat(parts)
     ),
@@ -107,7 +104,6 @@ RESHAPES: dict[str, Reshape] = {
         lambda parts, _: torch.cat([block.T for block in parts]),
     ),
     "behind a gate of one half": Reshape(_double_behind_half, _halve_behind_half),
-    "with an empty shared expert": Reshape(_with_empty_shared, lambda parts, _: parts[0]),
 }
 """Name -> reshape. `blocks` cuts a table of cells `[M, C]` into B blocks `[G, C]`; transposed, as
 the second linear layer of an expert, `[C, G]`."""
@@ -239,15 +235,10 @@ def _qwen2_moe(sizes: Sizes) -> list[Row]:
     shared, theirs = f"{OURS}mlp.shared_experts.", f"{THEIRS}mlp.shared_expert."
     first = tuple(f"{theirs}{part}_proj.weight" for part in ("gate", "up"))
     last = (f"{theirs}down_proj.weight", f"{THEIRS}mlp.shared_expert_gate.weight")
-    gate = Row(
-        f"{OURS}mlp.router.weight",
-        (f"{THEIRS}mlp.gate.weight", *first, *last),
-        "with an empty shared expert",
-    )
     return [
         *_llama(sizes),
         *NAMED_AS_QWEN,
-        _gate("mlp.gate") if sizes.shared else gate,
+        _gate("mlp.gate"),
         Row(f"{shared}linear_fc1.weight", first, "halves"),
         Row(f"{shared}linear_fc2.weight", last, "behind a gate of one half"),
     ]
@@ -392,7 +383,9 @@ def to_checkpoint(
                 absent = missing[0] if missing else f"number {len(names)} of {row.theirs[0]}"
                 raise ConfigError(f"tensor {absent} is missing; give a folder with all shards")
             parts = [left.pop(name) for name in names]
-            renamed[row.ours.format(layer=layer)] = RESHAPES[row.reshape].join(parts, sizes)
+            whole = RESHAPES[row.reshape].join(parts, sizes)
+            if whole.numel():  # an export has empty tensors where a class demands shared experts
+                renamed[row.ours.format(layer=layer)] = whole
     if left:
         raise ConfigError(
             f"tensor {min(left)} is not one of architecture {architecture}; give a model of it"
