@@ -373,8 +373,8 @@ def choose_architecture(settings: Settings, wanted: str) -> tuple[str, str]:
         return exact[0], f"{CLASSES[exact[0]].name} of transformers computes the same"
     nearest = _nearest(settings)
     return SPARSE_FFN, (
-        f"no class of transformers computes the same; the nearest, {CLASSES[nearest].name}, "
-        f"{obstacles[nearest]}"
+        f"no class of transformers computes the same; the nearest is {CLASSES[nearest].name}, "
+        f"which {obstacles[nearest]}"
     )
 
 
