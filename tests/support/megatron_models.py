@@ -15,9 +15,10 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder
+from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch import Tensor
 
-from megatron_sffn.checkpoints.files import TRACKER, iteration_folder
+from megatron_sffn.checkpoints.files import TRACKER, folder_to_load, iteration_folder
 from megatron_sffn.flags.sffn_flags import sffn_config
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.patches import cpu
@@ -36,6 +37,9 @@ MODEL = f"""
     --sffn-block-size 4 --sffn-expansion 4 --sffn-layers 1
 """
 """A dense layer, then a sparse one of 64 cells, of which a token uses 16."""
+
+
+WITH_BIASES = "WITH-BIASES"
 
 
 def flags_of(router: str) -> str:
@@ -66,7 +70,10 @@ class Saved:
 
 
 def save_models(folder: Path, flags: list[str]) -> list[Saved]:
-    """Make a checkpoint for each of the flags that follow `MODEL`, on one rank."""
+    """Make a checkpoint for each of the flags that follow `MODEL`, on one rank.
+
+    No flag undoes `--disable-bias-linear`, so `WITH_BIASES` in the flags takes it out of `MODEL`.
+    """
     (saved,) = run_ranks(1, _save_models, folder, flags)
     return saved
 
@@ -76,27 +83,59 @@ def _save_models(folder: Path, flags: list[str]) -> list[Saved]:
     return [_save(folder / str(number), text) for number, text in enumerate(flags)]
 
 
-def _arguments(flags: str) -> Namespace:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pretrain", *shlex.split(f"{MODEL} {flags}")])
-        patch.setenv("RANK", "0")
-        patch.setenv("WORLD_SIZE", "1")
-        args = parse(dict(cpu.HOST_FLAGS.values()))
-    args.padded_vocab_size = VOCAB
-    return args
+def logits_of(load: Path, flags: str, ids: Tensor) -> Tensor:
+    """Megatron's logits on one rank with the last checkpoint of a run.
+
+    Args:
+        load: folder of the run.
+        flags: of the model and the tokenizer.
+        ids: `[b, s]`.
+    """
+    (logits,) = run_ranks(1, _logits_of, load, flags, ids)
+    return logits
 
 
 @torch.no_grad()
-def _save(load: Path, flags: str) -> Saved:
-    args = _arguments(flags)
+def _logits_of(load: Path, flags: str, ids: Tensor) -> Tensor:
+    warnings.simplefilter("ignore")
+    model = _build(_arguments(flags))
+    folder = folder_to_load(load, None)
+    loaded = dist_checkpointing.load(model.sharded_state_dict(), str(folder))
+    model.load_state_dict(loaded, strict=False)
+    return model(ids, torch.arange(ids.shape[1]).expand_as(ids), None, padding_mask=ids).float()
+
+
+def _build(args: Namespace) -> Any:
+    """Megatron's model in evaluation mode."""
     config: Any = model_config(args, sffn_config(args), None, None)
-    config.vocab_size = VOCAB
+    config.vocab_size = args.padded_vocab_size
     (model,) = GPTModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         wrap_with_ddp=False,
         data_parallel_random_init=False,
     )
-    model.eval()
+    return model.eval()
+
+
+def _arguments(flags: str) -> Namespace:
+    words = shlex.split(flags)
+    if WITH_BIASES in words:
+        words = [word for word in words if word not in (WITH_BIASES, "--disable-bias-linear")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain", *words])
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "1")
+        args = parse(dict(cpu.HOST_FLAGS.values()))
+    args.padded_vocab_size = calculate_padded_vocab_size(
+        args.vocab_size, args.make_vocab_size_divisible_by, 1, False
+    )
+    return args
+
+
+@torch.no_grad()
+def _save(load: Path, flags: str) -> Saved:
+    args = _arguments(f"{MODEL} {flags}")
+    model = _build(args)
     draw = torch.Generator().manual_seed(5)
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
