@@ -15,7 +15,8 @@ from tests.support.pretraining import MODEL, Log
 
 TRAINED = (
     "--train-iters 3 --save-interval 3 --eval-iters 0 --split 1,0,0 --num-layers 4 "
-    "--ffn-hidden-size 32 --init-method-std 0.1 --sffn-layers every:2 --sffn-shared-blocks 1 --num-attention-heads 4 "
+    "--ffn-hidden-size 32 --init-method-std 0.1 --sffn-layers every:2 "
+    "--sffn-shared-blocks 1 --num-attention-heads 4 "
     "--group-query-attention --num-query-groups 2"
 )
 LAYOUT = (
