@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,38 @@ def atomic_write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as partial:
         partial.write_text(text)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` when the `with` block ends without an error.
+
+    Args:
+        path: of the folder; its parent is created if necessary.
+        overwrite: replace an existing folder.
+
+    Raises:
+        FileExistsError: if `path` is a file, or a folder with files that may not be replaced.
+    """
+    holds_files = path.is_dir() and any(path.iterdir())
+    if (path.exists() and not path.is_dir()) or (holds_files and not overwrite):
+        raise FileExistsError(str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(stale, ignore_errors=True)
+    token = secrets.token_hex(4)
+    partial = path.with_name(f".{path.name}.{token}.partial")
+    former = path.with_name(f".{path.name}.{token}.former.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        if path.is_dir():
+            path.rename(former)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

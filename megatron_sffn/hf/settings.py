@@ -1,0 +1,163 @@
+"""The settings of a checkpoint's model, and those that no exported class has.
+
+Inputs: the arguments in a checkpoint. Outputs: what architectures, names and the model card ask of
+them; one sentence for a setting that changes the model in a way that cannot be exported.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sffn.flags.megatron_flags import ACTIVATIONS
+from megatron_sffn.flags.names import flag_of, stated
+from megatron_sffn.flags.sffn_flags import saved_config
+from megatron_sffn.hf.names import Sizes
+from megatron_sffn.nn.config import SparseFFNConfig
+from megatron_sffn.nn.layer_spec import layer_pattern
+from megatron_sffn.nn.routers.learned import LearnedConfig
+from megatron_sffn.nn.routers.scored import ScoredConfig
+from megatron_sffn.utils.errors import ConfigError
+
+NOT_EXPORTED: dict[str, tuple[Any, ...]] = {
+    "softmax_type": ("vanilla", None),
+    "experimental_attention_variant": (None,),
+    "multi_latent_attention": (False, None),
+    "attention_output_gate": (False, None),
+    "qk_l2_norm": (False, None),
+    "window_size": (None,),
+    "no_rope_freq": (None,),
+    "apply_residual_connection_post_layernorm": (False, None),
+    "activation_func_clamp_value": (None,),
+    "glu_linear_offset": (0.0, None),
+    "use_mup": (False, None),
+    "heterogeneous_layers_config_path": (None,),
+    "heterogeneous_layers_config_encoded_json": (None,),
+    "hybrid_layer_pattern": (None,),
+    "spec": (None,),
+}
+"""Flags (dest) that change the model in a way no exported class has -> the values that do not."""
+
+POSITIONS = {"rope": "rope", "learned_absolute": "learned", "none": "none"}
+"""Value of `--position-embedding-type` that is exported -> its name in our configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A model, by the arguments of its checkpoint.
+
+    Args:
+        args: of the checkpoint.
+        sffn: its sparse layers; None for a dense model.
+        sparse_layers: their indices, from 0.
+    """
+
+    args: Namespace
+    sffn: SparseFFNConfig | None
+    sparse_layers: tuple[int, ...]
+
+    @property
+    def num_query_groups(self) -> int:
+        """Heads of keys and values."""
+        grouped = self.args.group_query_attention
+        return int(self.args.num_query_groups if grouped else self.args.num_attention_heads)
+
+    @property
+    def activation(self) -> str:
+        """Activation of the sparse layers, as `Activation` names it, or `quick_geglu`."""
+        names = {"swiglu": "swiglu", "squared_relu": "squared_relu", "quick_geglu": "quick_geglu"}
+        for dest in ACTIVATIONS:
+            if vars(self.args).get(dest):
+                return names.get(dest, "relu")
+        return "gelu"
+
+    @property
+    def dense_activation(self) -> str:
+        """Activation of the dense layers: Megatron fuses bias and GELU in the form with tanh."""
+        args = self.args
+        fused = self.activation == "gelu" and args.add_bias_linear and args.bias_gelu_fusion
+        return "gelu_tanh" if fused else self.activation
+
+    @property
+    def gated(self) -> bool:
+        """Whether a cell has a gate key."""
+        return self.activation in ("swiglu", "quick_geglu")
+
+    @property
+    def position_embedding(self) -> str:
+        """`rope`, `learned` or `none`."""
+        name = POSITIONS[self.args.position_embedding_type]
+        return "none" if name == "learned" and not self.args.add_position_embedding else name
+
+    @property
+    def context(self) -> int:
+        """Positions that the model knows."""
+        return int(self.args.max_position_embeddings or self.args.seq_length)
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the reshapes of its tensors need."""
+        return Sizes(
+            num_layers=self.args.num_layers,
+            num_heads=self.args.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            num_blocks=0 if self.sffn is None else self.sffn.num_blocks,
+            gated=self.gated,
+        )
+
+    @property
+    def gate(self) -> str | None:
+        """The gate of a linear gate network; None for other routers."""
+        router = None if self.sffn is None else self.sffn.router
+        is_linear = isinstance(router, LearnedConfig) and router.network == "linear"
+        return router.gate if is_linear and isinstance(router, ScoredConfig) else None
+
+    @property
+    def biased(self) -> bool:
+        """Whether the routers have an expert bias."""
+        scored = self.sffn is not None and isinstance(self.sffn.router, ScoredConfig)
+        return scored and bool(self.args.moe_router_enable_expert_bias)
+
+
+def settings_of(saved: Namespace, *, without_capacity: bool = False) -> Settings:
+    """The settings of a checkpoint.
+
+    Args:
+        saved: its arguments.
+        without_capacity: leave the capacity of Switch's blocks out.
+
+    Raises:
+        ConfigError: if a setting changes the model in a way that no exported class has.
+    """
+    defaults = {"sffn_router": "dense", "sffn_layers": "every:1", "sffn_relu": False}
+    args = Namespace(**{**defaults, **vars(saved)})
+    values = vars(args)
+    for dest, harmless in NOT_EXPORTED.items():
+        if values.get(dest) not in harmless:
+            raise ConfigError(
+                f"{stated(flag_of(dest), values[dest])} cannot be exported, since no exported "
+                f"class computes it; the nearest is a model trained without {flag_of(dest)}"
+            )
+    if args.position_embedding_type not in POSITIONS:
+        raise ConfigError(
+            f"--position-embedding-type {args.position_embedding_type} cannot be exported; the "
+            f"nearest is a model trained with rope"
+        )
+    capacity = values.get("moe_expert_capacity_factor")
+    if args.sffn_router != "dense" and capacity is not None and not without_capacity:
+        raise ConfigError(
+            f"--moe-expert-capacity-factor {capacity} drops tokens by what else is in their batch, "
+            "which no exported class does; add --without-capacity to export a model that drops none"
+        )
+    sffn = saved_config(args)
+    if sffn is None and values.get("num_experts"):
+        raise ConfigError(
+            f"--num-experts {values['num_experts']} are experts of plain Megatron; export a "
+            "checkpoint that megatron_sffn.pretrain saved"
+        )
+    pattern = [0] * args.num_layers
+    if sffn is not None:
+        pattern = layer_pattern(args.sffn_layers, args.num_layers)
+    sparse = tuple(layer for layer, is_sparse in enumerate(pattern) if is_sparse)
+    return Settings(args=args, sffn=sffn, sparse_layers=sparse)

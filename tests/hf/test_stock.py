@@ -1,0 +1,111 @@
+"""Stock classes: unmodified transformers computes Megatron's logits where our package is absent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sffn.hf.export import export
+from megatron_sffn.hf.settings import settings_of
+from megatron_sffn.utils.errors import ConfigError
+from tests.support.megatron_models import WITH_BIASES, save_models
+
+LLAMA = "--swiglu --normalization RMSNorm"
+GROUPED = "--group-query-attention --num-query-groups 2"
+EXPECTED = [
+    (f"--sffn-router dense {LLAMA}", "llama"),
+    (f"--sffn-router dense {LLAMA} --use-rope-scaling --kv-channels 16", "llama"),
+    (f"--sffn-router dense {LLAMA} --add-qkv-bias", "qwen2"),
+    (f"--sffn-router dense {LLAMA} --qk-layernorm", "qwen3"),
+    ("--sffn-router dense", "starcoder2"),
+    (f"--sffn-router dense --squared-relu {GROUPED}", "starcoder2"),
+    (f"--sffn-router softmax-after {LLAMA} --qk-layernorm", "qwen3_moe"),
+    (f"--sffn-router softmax-before {LLAMA} --qk-layernorm", "qwen3_moe"),
+    (f"--sffn-router softmax-after {LLAMA} --sffn-layers every:1", "mixtral"),
+    (f"--sffn-router softmax-after {LLAMA}", "qwen2_moe"),
+    (f"--sffn-router switch {LLAMA} --untie-embeddings-and-output-weights", "qwen2_moe"),
+    (f"--sffn-router softmax-before {LLAMA} --sffn-shared-blocks 2 --add-qkv-bias", "qwen2_moe"),
+    (f"--sffn-router sigma-moe {LLAMA}", "glm4_moe"),
+    (f"--sffn-router s-base {LLAMA} --rotary-percent 0.5 --qk-layernorm", "glm4_moe"),
+    (
+        f"--sffn-router sigma-moe {LLAMA} --sffn-shared-blocks 2 --moe-router-enable-expert-bias "
+        "--sffn-layers every:1 --moe-router-num-groups 4 --moe-router-group-topk 1",
+        "glm4_moe",
+    ),
+]
+BIASED = [
+    ("--sffn-router dense --rotary-percent 0.5", "gpt_neox"),
+    (f"--sffn-router dense {LLAMA}", "llama"),
+    (f"--sffn-router dense --sffn-relu {GROUPED}", "starcoder2"),
+]
+"""Models with biases of linear layers."""
+
+COMPARE = """
+import sys, warnings
+sys.modules["megatron_sffn"] = sys.modules["megatron"] = None  # an import of them is an error
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # absent shared experts
+import torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), (folder, info)
+    assert type(model).__module__.startswith("transformers.models."), type(model)
+    ids, expected = torch.load(f"{folder}/expected.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5, msg=folder)
+print("equal")
+"""
+
+
+def test_transformers_alone_computes_what_megatron_computes(tmp_path: Path) -> None:
+    biased = [f"{WITH_BIASES} {flags}" for flags, _ in BIASED]
+    architectures = [name for _, name in (*EXPECTED, *BIASED)]
+    models = save_models(tmp_path, [*(flags for flags, _ in EXPECTED), *biased])
+    folders = []
+    for saved, architecture in zip(models, architectures, strict=True):
+        folder = tmp_path / f"{saved.load.name}-{architecture}"
+        exported = export(saved.load, folder)
+        assert exported.architecture == architecture, exported.reason
+        assert not (folder / "modeling_sparse_ffn.py").exists()
+        torch.save((saved.ids, saved.logits), folder / "expected.pt")
+        folders.append(str(folder))
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-I", "-c", COMPARE, *folders]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.endswith("equal\n"), done.stderr[-3000:]
+
+
+def test_a_class_that_is_not_exact_is_refused_with_the_setting_and_what_is(tmp_path: Path) -> None:
+    (saved,) = save_models(tmp_path, [f"--sffn-router sigma-moe {LLAMA}"])
+    with pytest.raises(ConfigError, match="Qwen3MoeForCausalLM has a linear gate network with"):
+        export(saved.load, tmp_path / "out", architecture="qwen3_moe")
+    with pytest.raises(ConfigError, match=r"use glm4_moe or sparse_ffn$"):
+        export(saved.load, tmp_path / "out", architecture="llama")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"window_size": (4, 0)}, "--window-size 4,0 cannot be exported"),
+        ({"softmax_type": "learnable"}, "--softmax-type learnable cannot be exported"),
+        ({"use_mup": True}, "--use-mup cannot be exported"),
+        ({"position_embedding_type": "yarn"}, "--position-embedding-type yarn cannot"),
+        ({"moe_expert_capacity_factor": 1.0}, "add --without-capacity"),
+        ({"num_experts": 8, "sffn_router": "dense"}, "experts of plain Megatron"),
+    ],
+)
+def test_a_setting_without_a_class_is_refused(change: dict[str, object], sentence: str) -> None:
+    from argparse import Namespace
+
+    saved = Namespace(
+        **{"position_embedding_type": "rope", "num_layers": 2, "sffn_router": "switch", **change}
+    )
+    with pytest.raises(ConfigError, match=sentence):
+        settings_of(saved)
