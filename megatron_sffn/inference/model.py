@@ -24,13 +24,14 @@ import io
 import os
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_sffn.inference.options import DTYPES, LAYOUT_FLAGS
 from megatron_sffn.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,17 +39,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_sffn.data.tokenize.tokenizer import Tokenizer
-
-DTYPES = {"fp32": (), "bf16": ("--bf16",), "fp16": ("--fp16",)}
-"""Value of `--dtype` -> Megatron's flags."""
-
-LAYOUT_FLAGS = {
-    "tensor_model_parallel_size": "TP: ranks that share every dense matrix",
-    "pipeline_model_parallel_size": "PP: stages of layers",
-    "expert_model_parallel_size": "EP: ranks that share the blocks of every sparse layer",
-    "expert_tensor_parallel_size": "ETP: ranks that share the cells of every block",
-}
-"""Flag (dest) -> its help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,44 +59,8 @@ class Source:
         return int(self.args.seq_length)
 
 
-def add_flags(parser: ArgumentParser) -> None:
-    """Add the flags that name a checkpoint and a layout, the same for all commands."""
-    add = parser.add_argument_group("the model").add_argument
-    add("--load", type=Path, required=True, metavar="DIR", help="folder of the run")
-    add(
-        "--ckpt-step",
-        type=int,
-        metavar="N",
-        help="iteration to load (default: the one that training would load)",
-    )
-    add(
-        "--tokenizer-model",
-        metavar="PATH",
-        help="the run's tokenizer, if it is at another place than in the run",
-    )
-    add(
-        "--dtype",
-        choices=list(DTYPES),
-        help="dtype of weights and activations (default: as in the run)",
-    )
-    add(
-        "--sffn-trust-checkpoint",
-        action="store_true",
-        help="read a checkpoint that names code other than torch's and Megatron's classes, as old "
-        "checkpoints do, and let this code run",
-    )
-    layout = parser.add_argument_group(
-        "layout",
-        "With torchrun; the layout of the run does not matter. The product of TP and PP "
-        "divides the number of ranks, and so does the product of EP, ETP and PP.",
-    )
-    for dest, text in LAYOUT_FLAGS.items():
-        flag = f"--{dest.replace('_', '-')}"
-        layout.add_argument(flag, type=int, default=1, metavar="N", help=f"{text} (default: 1)")
-
-
 def find_checkpoint(options: Namespace) -> Source:
-    """The checkpoint that the flags of `add_flags` name.
+    """The checkpoint that the flags of `options.add_model_flags` name.
 
     Raises:
         ConfigError: there is none, it is damaged, it names code, or was not saved by this package.
@@ -259,7 +213,8 @@ def initialize(args: Namespace) -> None:
 
     localize_tokenizer(args)
     args.exit_signal_handler = False
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for package in ("megatron", "megatron_sffn"):
+        logging.getLogger(package).setLevel(logging.ERROR)
     with quiet():
         set_global_variables(args)
         initialize_megatron()
@@ -343,6 +298,8 @@ class InferenceModel:
     @cached_property
     def eod(self) -> int | None:
         """Id of the end of a document; None if the tokenizer has none."""
+        from megatron_sffn.data.tokenize.tokenizer import eod_of
+
         return eod_of(self.tokenizer)
 
     @cached_property
@@ -443,15 +400,6 @@ class InferenceModel:
         parts = [torch.empty_like(output) for _ in range(replicas.size())]
         torch.distributed.all_gather(parts, output, group=replicas)
         return torch.cat(parts)[: len(tokens)].cpu()
-
-
-def eod_of(tokenizer: Tokenizer) -> int | None:
-    """Id of a tokenizer's end of a document; None if it has none."""
-    try:
-        eod = tokenizer.eod
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
-    return None if eod is None or eod < 0 else int(eod)
 
 
 def is_output_rank() -> bool:

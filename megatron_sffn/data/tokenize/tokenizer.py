@@ -94,6 +94,15 @@ def load_tokenizer(args: argparse.Namespace, *, need_eod: bool = False) -> Token
     return tokenizer
 
 
+def eod_of(tokenizer: Tokenizer) -> int | None:
+    """Id of a tokenizer's end of a document; None if it has none."""
+    try:
+        eod = tokenizer.eod
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return None if eod is None or eod < 0 else int(eod)
+
+
 def difference_from_file(tokenizer: Tokenizer, model: str | None) -> str | None:
     """How the ids of a tokenizer differ from those of its `tokenizer.json`.
 
