@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 OnToken = Callable[[int, int], None]
 """Called with the number of the prompt and its next token."""
 
+IsEnd = Callable[[int, list[int]], bool]
+"""Called with the number of the prompt and its new tokens."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
@@ -52,6 +55,7 @@ def generate(
     limits: Sequence[int] | None = None,
     use_cache: bool = True,
     on_token: OnToken | None = None,
+    is_end: IsEnd = lambda number, tokens: False,
 ) -> list[Continuation]:
     """Continue a batch of prompts; all ranks call it together.
 
@@ -62,6 +66,7 @@ def generate(
         limits: new tokens of each prompt; None for `sampling.max_new_tokens` of all.
         use_cache: False computes all tokens again for each new one, as a check of the cache.
         on_token: called for every new token, in order.
+        is_end: whether a continuation ends with its last token; the same on all ranks.
     """
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.utils import InferenceMode
@@ -95,7 +100,9 @@ def generate(
                 generated[number].append(token)
                 if on_token is not None:
                     on_token(number, token)
-                if len(generated[number]) == limits[number]:
+                if is_end(number, generated[number]):
+                    reasons[number] = "stop"
+                elif len(generated[number]) == limits[number]:
                     reasons[number] = "length"
             start, end = end, end + 1
     return [

@@ -17,22 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sffn.data.tokenize.tokenizer import Tokenizer, load_tokenizer
+from megatron_sffn.inference.checkpoint_args import checked_args, find_checkpoint
 from megatron_sffn.inference.generate import Continuation, generate
-from megatron_sffn.inference.model import (
-    InferenceModel,
-    checked_args,
-    find_checkpoint,
-    finish,
-    is_output_rank,
-    load_model,
-    quiet,
-)
+from megatron_sffn.inference.model import InferenceModel, finish, is_output_rank, load_model
 from megatron_sffn.inference.prompts import (
     TextStream,
     check_length,
     continuation_text,
     prompt_ids,
 )
+from megatron_sffn.inference.quiet import quiet
 from megatron_sffn.inference.sampling import Sampling
 from megatron_sffn.utils.atomic_files import atomic_write_text
 from megatron_sffn.utils.errors import ConfigError

@@ -96,11 +96,20 @@ def load_tokenizer(args: argparse.Namespace, *, need_eod: bool = False) -> Token
 
 def eod_of(tokenizer: Tokenizer) -> int | None:
     """Id of a tokenizer's end of a document; None if it has none."""
+    return _special_id(tokenizer, "eod")
+
+
+def bos_of(tokenizer: Tokenizer) -> int | None:
+    """Id of a tokenizer's beginning of a text; None if it has none."""
+    return _special_id(tokenizer, "bos")
+
+
+def _special_id(tokenizer: Tokenizer, name: str) -> int | None:
     try:
-        eod = tokenizer.eod
-    except (AttributeError, NotImplementedError, TypeError):
+        token = getattr(tokenizer, name)
+    except Exception:  # each tokenizer library raises its own errors
         return None
-    return None if eod is None or eod < 0 else int(eod)
+    return None if token is None or token < 0 else int(token)
 
 
 def difference_from_file(tokenizer: Tokenizer, model: str | None) -> str | None:
