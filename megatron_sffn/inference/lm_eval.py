@@ -17,6 +17,7 @@ from typing import Any, override
 
 import lm_eval
 import numpy
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
@@ -218,11 +219,15 @@ def evaluate_tasks(
         task_manager=manager,
         log_samples=False,
     )
-    assert results is not None, "every rank is the first one of lm-eval"
-    return {
-        task: {name: value for name, value in metrics.items() if _is_number(name, value)}
-        for task, metrics in results["results"].items()
-    }
+    metrics = [
+        {
+            task: {name: value for name, value in of_task.items() if _is_number(name, value)}
+            for task, of_task in (results or {"results": {}})["results"].items()
+        }
+    ]
+    # lm-eval gives the results to the first rank alone.
+    torch.distributed.broadcast_object_list(metrics, src=0)
+    return metrics[0]
 
 
 def _is_number(name: str, value: Any) -> bool:

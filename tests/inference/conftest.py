@@ -46,8 +46,9 @@ def trained(
         if router not in folders:
             folder = tmp_path_factory.mktemp(router)
             flags = (
-                f"{MODELS[router]} --train-iters 2 --lr 1e-3 --save run --save-interval 2 --split 90,10,0 "
-                f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {bytes_tokenizer}"
+                f"{MODELS[router]} --train-iters 2 --lr 1e-3 --save run --save-interval 2 "
+                "--split 90,10,0 --tokenizer-type HuggingFaceTokenizer "
+                f"--tokenizer-model {bytes_tokenizer}"
             )
             run_pretraining(1, flags, data=text, folder=folder)
             folders[router] = folder / "run"
