@@ -34,7 +34,7 @@ from tests.support import ranks  # noqa: E402
 # A shell's background job ignores Ctrl-C, and so would all that is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ["tests.support.pretraining"]
+pytest_plugins = ["tests.support.pretraining", "tests.support.checkpoints"]
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -15,8 +15,8 @@ import torch
 from megatron_sffn.inference.eval_data import open_data
 from megatron_sffn.inference.evaluate import evaluate, windows
 from megatron_sffn.utils.errors import ConfigError
-from tests.inference.conftest import MODELS
 from tests.support import tokenizers
+from tests.support.checkpoints import MODELS
 from tests.support.pretraining import run_pretraining, write_bytes
 from tests.support.slow import slow
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sffn.inference.generate import generate
 from megatron_sffn.inference.sampling import Sampling
-from tests.inference.conftest import MODELS
+from tests.support.checkpoints import MODELS
 from tests.support.slow import slow
 
 TP2 = "--tensor-model-parallel-size 2"

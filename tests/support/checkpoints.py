@@ -1,4 +1,4 @@
-"""Checkpoints of real runs, and how tests use them on any layout."""
+"""A pytest plugin: checkpoints of real runs, and models made of them on any layout."""
 
 from __future__ import annotations
 
