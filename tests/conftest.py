@@ -34,7 +34,7 @@ from tests.support import ranks  # noqa: E402
 # A background job of a shell ignores Ctrl-C, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ["tests.support.pretraining"]
+pytest_plugins = ["tests.support.pretraining", "tests.support.checkpoints"]
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"

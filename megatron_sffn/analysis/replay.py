@@ -32,34 +32,13 @@ from megatron_sffn.checkpoints.files import (
     problem_of,
     read_common,
 )
-from megatron_sffn.checkpoints.pickle_scan import NOT_FROM_A_CHECKPOINT, without
+from megatron_sffn.checkpoints.pickle_scan import without
+from megatron_sffn.checkpoints.run_command import LAYOUT, RESULTS, flags_of
 from megatron_sffn.train.routing_trace import RoutingTrace
 from megatron_sffn.utils.errors import ConfigError, reason_in
 
-LAYOUT = """
-    tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size
-    expert-model-parallel-size expert-tensor-parallel-size sequence-parallel
-    hierarchical-context-parallel-sizes cp-comm-type num-layers-per-virtual-pipeline-stage
-    num-virtual-stages-per-pipeline-rank microbatch-group-size-per-virtual-pipeline-stage
-    pipeline-model-parallel-layout decoder-first-pipeline-num-layers
-    decoder-last-pipeline-num-layers account-for-embedding-in-pipeline-split
-    account-for-loss-in-pipeline-split overlap-p2p-communication-warmup-flush
-    no-overlap-p2p-communication use-distributed-optimizer num-distributed-optimizer-instances
-    overlap-grad-reduce overlap-param-gather overlap-param-gather-with-optimizer-step
-    use-precision-aware-optimizer tp-comm-overlap overlap-moe-expert-parallel-comm
-    defer-embedding-wgrad-compute delay-wgrad-compute
-"""
-"""Flags of layouts with several ranks, which the replay removes."""
-
-RESULTS = """
-    load ckpt-step save save-interval save-retain-interval async-save non-persistent-save-interval
-    non-persistent-ckpt-type tensorboard-dir wandb-project wandb-exp-name wandb-save-dir
-    wandb-entity eval-iters eval-micro-batch-size eval-global-batch-size full-validation
-    multiple-validation-sets validation-set-names skip-train sffn-record-routing
-"""
-"""Flags of checkpoints, results and evaluation, which the replay sets itself or removes."""
-
-REMOVED = NOT_FROM_A_CHECKPOINT.union(f"--{name}" for name in (LAYOUT + RESULTS).split())
+REMOVED = flags_of(LAYOUT, RESULTS)
+"""Flags that the replay sets itself or removes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ def train(args: Namespace) -> None:
     with as_sentence("start with these flags", is_over=lambda: run_summary.has_started):
         pretrain(
             pretrain_cfg_container_from_args(
-                args, model_config(args, sffn, run_summary, nan_check)
+                args, model_config(args, sffn, partial(finish_step, run_summary, nan_check))
             ),
             datasets_provider(on_every_stage=needs_token_ids),
             ModelType.encoder_or_decoder,
@@ -98,12 +98,20 @@ def train(args: Namespace) -> None:
 
 
 def model_config(
-    args: Namespace, sffn: SparseFFNConfig | None, run_summary: RunSummary, nan_check: NanCheck
+    args: Namespace,
+    sffn: SparseFFNConfig | None,
+    finalize_grads: Callable[..., None] | None = None,
 ) -> GPTModelConfig:
-    """Megatron's model config, with our layer spec if the model is sparse."""
+    """Megatron's model config, with our layer spec if the model is sparse.
+
+    Args:
+        args: Megatron's validated namespace.
+        sffn: the sparse layer; None for the dense baseline.
+        finalize_grads: Megatron's `finalize_model_grads_func`; None without training.
+    """
     config = transformer_config(args, sffn)
     # Megatron does not overwrite a hook that is set. It calls it once per step, on all ranks.
-    config.finalize_model_grads_func = partial(finish_step, run_summary, nan_check)
+    config.finalize_model_grads_func = finalize_grads
     model: GPTModelConfig = gpt_config_from_args(args, config=config)
     model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 ignores the flag: 8
     model.pre_wrap_hooks.append(partial(reinit_dense_weights, args.seed))

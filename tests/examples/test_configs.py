@@ -116,7 +116,7 @@ def fake_rank(rank: int, args: Namespace) -> Iterator[None]:
 
 def parameters_on_rank(rank: int, args: Namespace) -> Counter[str]:
     """Parameters of a rank, built without storage, by the parallelism that shards them."""
-    config, count = model_config(args, sffn_config(args), None, None), Counter()
+    config, count = model_config(args, sffn_config(args)), Counter()
     config.transformer.perform_initialization = False
     with fake_rank(rank, args), FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the command's own filters count here

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_sffn.pretrain import main
+from tests.support.jobs import run_as_job
 from tests.support.paths import ROOT
-from tests.support.processes import free_port
-from tests.support.ranks import fork
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 64
@@ -74,43 +72,25 @@ class Log:
         return float(re.findall(r"on validation set \| lm loss value: (\S+)", self.text)[-1])
 
 
+def run_pretraining(ranks: int, flags: str, *, data: str, folder: Path) -> Log:
+    """Run the entry point on forked ranks, with a folder as working directory; returns its log."""
+    import megatron.core.tokenizers.text  # noqa: F401  (2 s that no forked rank has to spend)
+
+    data_flags = f"--data-path {data}" if data else ""  # otherwise `flags` has them
+
+    def body() -> None:
+        sys.argv = ["pretrain", *shlex.split(f"{MODEL} {data_flags} {flags}")]
+        main()
+
+    outputs = run_as_job(ranks, body, folder=folder, merge=True)
+    return Log(text=outputs[-1].stdout)
+
+
 @pytest.fixture
 def pretrain(text: str, tmp_path: Path) -> Callable[..., Log]:
     """`pretrain(ranks, flags)` runs the entry point and returns its log."""
-    import megatron.core.tokenizers.text  # noqa: F401  (2 s that no forked rank has to spend)
 
     def run(ranks: int, flags: str, *, data: str = text) -> Log:
-        port = free_port()
-
-        def body(rank: int, results: Path) -> str:
-            # The filters of the command apply, not those of pytest.
-            warnings.simplefilter("ignore")
-            os.environ.update(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(ranks),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-            )
-            os.chdir(tmp_path)
-            output = os.open(results / f"log{rank}", os.O_CREAT | os.O_WRONLY)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            data_flags = f"--data-path {data}" if data else ""  # otherwise `flags` has them
-            sys.argv = ["pretrain", *shlex.split(f"{MODEL} {data_flags} {flags}")]
-            try:
-                main()
-            except SystemExit as stop:
-                # Megatron leaves this way at --exit-interval and on signals.
-                assert not stop.code, stop.code
-            except BaseException as error:
-                sys.stdout.flush()
-                log = (results / f"log{rank}").read_text()
-                raise RuntimeError(f"{type(error).__name__}: {error}\n{log[-3000:]}") from error
-            sys.stdout.flush()
-            return (results / f"log{rank}").read_text()
-
-        return Log(text=fork(ranks, body)[-1])
+        return run_pretraining(ranks, flags, data=data, folder=tmp_path)
 
     return run

@@ -143,7 +143,7 @@ def _files_below(folder: str, say: Callable[[str], None]) -> dict[str, str]:
     kinds = dict.fromkeys(sorted(texts), "")
     if not texts:
         without_ending = [path for path in sorted(non_texts) if not os.path.splitext(path)[1]]
-        kinds = {path: kind for path in without_ending if (kind := _kind_of_content(path))}
+        kinds = {path: kind for path in without_ending if (kind := kind_of_content(path))}
     if not kinds:
         raise ConfigError(
             f"--input {folder} is a folder without text; it may hold files that end in "
@@ -176,7 +176,7 @@ def _walk(folder: str) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in files if not name.startswith("."))
 
 
-def _kind_of_content(path: str) -> str:
+def kind_of_content(path: str) -> str:
     """Kind of a file by its first bytes; empty if they are not text."""
     if not os.path.isfile(path):
         return ""
@@ -190,6 +190,11 @@ def _kind_of_content(path: str) -> str:
         if error.start < len(head) - 3:  # otherwise the head ends within a character
             return ""
     return "lines" if head.lstrip().startswith(b"{") else "text"
+
+
+def kind_of_ending(path: str) -> str:
+    """Kind of a file by the ending of its name; empty where the ending is unknown."""
+    return _ending(os.path.basename(path))[0]
 
 
 def _ending(name: str) -> tuple[str, str]:

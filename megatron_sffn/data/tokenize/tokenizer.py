@@ -94,6 +94,24 @@ def load_tokenizer(args: argparse.Namespace, *, need_eod: bool = False) -> Token
     return tokenizer
 
 
+def eod_of(tokenizer: Tokenizer) -> int | None:
+    """Id of a tokenizer's end of a document; None if it has none."""
+    return _special_id(tokenizer, "eod")
+
+
+def bos_of(tokenizer: Tokenizer) -> int | None:
+    """Id of a tokenizer's beginning of a text; None if it has none."""
+    return _special_id(tokenizer, "bos")
+
+
+def _special_id(tokenizer: Tokenizer, name: str) -> int | None:
+    try:
+        token = getattr(tokenizer, name)
+    except Exception:  # each tokenizer library raises its own errors
+        return None
+    return None if token is None or token < 0 else int(token)
+
+
 def difference_from_file(tokenizer: Tokenizer, model: str | None) -> str | None:
     """Find a difference between the ids of a tokenizer and those of its `tokenizer.json`.
 
