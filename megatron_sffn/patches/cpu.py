@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_sffn.patches.registry import Make, Patch, apply
 
@@ -64,6 +65,9 @@ def install() -> None:
     # torch then asks for huge pages: to allocate a gradient of E·k cells in small pages takes as
     # long as to compute it (benchmarks/NOTES.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # `with torch.device(...)` looks its factories up at the first use, and would find the wrapped
+    # ones: transformers then leaves buffers of a loaded model uninitialised.
+    _device_constructors()
     setattr(torch, _INSTALLED, True)
     for patch in PATCHES:
         apply(patch)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from megatron_sffn.hf.export import export
 from tests.support.megatron_models import logits_of
 from tests.support.pretraining import MODEL, Log
+from tests.support.transformers_alone import check_with_transformers_alone
 
 TRAINED = (
     "--train-iters 3 --save-interval 3 --eval-iters 0 --split 1,0,0 --num-layers 4 "
@@ -50,6 +51,9 @@ def test_tp2_pp2_ep2(
     expected = logits_of(load, f"{MODEL} {TRAINED} {flags} --mock-data", ids)
     exported = export(load, tmp_path / "hf")
     assert (exported.architecture, exported.iteration) == (architecture, 3)
+    if architecture != "sparse_ffn":
+        check_with_transformers_alone(tmp_path, {tmp_path / "hf": (ids, expected)})
+        export(load, tmp_path / "hf", architecture="sparse_ffn", overwrite=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     with torch.no_grad():
         logits = model(ids).logits

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_sffn.hf.export import export
 from megatron_sffn.hf.settings import settings_of
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.megatron_models import WITH_BIASES, save_models
+from tests.support.transformers_alone import check_with_transformers_alone
 
 LLAMA = "--swiglu --normalization RMSNorm"
 GROUPED = "--group-query-attention --num-query-groups 2"
@@ -45,40 +42,19 @@ BIASED = [
 ]
 """Models with biases of linear layers."""
 
-COMPARE = """
-import sys, warnings
-sys.modules["megatron_sffn"] = sys.modules["megatron"] = None  # an import of them is an error
-warnings.simplefilter("error")
-warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # absent shared experts
-import torch
-from transformers import AutoModelForCausalLM
-for folder in sys.argv[1:]:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), (folder, info)
-    assert type(model).__module__.startswith("transformers.models."), type(model)
-    ids, expected = torch.load(f"{folder}/expected.pt")
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5, msg=folder)
-print("equal")
-"""
-
 
 def test_transformers_alone_computes_what_megatron_computes(tmp_path: Path) -> None:
     biased = [f"{WITH_BIASES} {flags}" for flags, _ in BIASED]
     architectures = [name for _, name in (*EXPECTED, *BIASED)]
     models = save_models(tmp_path, [*(flags for flags, _ in EXPECTED), *biased])
-    folders = []
+    folders = {}
     for saved, architecture in zip(models, architectures, strict=True):
         folder = tmp_path / f"{saved.load.name}-{architecture}"
         exported = export(saved.load, folder)
         assert exported.architecture == architecture, exported.reason
         assert not (folder / "modeling_sparse_ffn.py").exists()
-        torch.save((saved.ids, saved.logits), folder / "expected.pt")
-        folders.append(str(folder))
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-I", "-c", COMPARE, *folders]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout.endswith("equal\n"), done.stderr[-3000:]
+        folders[folder] = (saved.ids, saved.logits)
+    check_with_transformers_alone(tmp_path, folders)
 
 
 def test_a_class_that_is_not_exact_is_refused_with_the_setting_and_what_is(tmp_path: Path) -> None:

@@ -296,3 +296,9 @@ def test_split_sizes_move_to_numpy() -> None:
     tensor = torch.tensor([2])
     assert token_dispatcher.maybe_move_tensor_to_cpu(tensor) is tensor
     assert token_dispatcher.maybe_move_tensor_to_cpu([3, 1], as_numpy=True) == [3, 1]
+
+
+def test_a_device_context_still_applies_to_wrapped_factories() -> None:
+    # transformers builds models under `torch.device("meta")` before it loads their weights.
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta

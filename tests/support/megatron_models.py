@@ -102,7 +102,13 @@ def _logits_of(load: Path, flags: str, ids: Tensor) -> Tensor:
     folder = folder_to_load(load, None)
     loaded = dist_checkpointing.load(model.sharded_state_dict(), str(folder))
     model.load_state_dict(loaded, strict=False)
-    return model(ids, torch.arange(ids.shape[1]).expand_as(ids), None, padding_mask=ids).float()
+    return _forward(model, ids, flags)
+
+
+def _forward(model: Any, ids: Tensor, flags: str) -> Tensor:
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    token_ids = ids if "rand-hash" in flags else None
+    return model(ids, positions, None, padding_mask=token_ids).float()
 
 
 def _build(args: Namespace) -> Any:
@@ -145,12 +151,11 @@ def _save(load: Path, flags: str) -> Saved:
         if name.endswith("started"):
             tensor.copy_(torch.arange(len(tensor))[:, None] % 2)
     ids = torch.randint(VOCAB, (2, LENGTH), generator=draw)
-    positions = torch.arange(LENGTH).expand_as(ids)
-    logits = model(ids, positions, None, padding_mask=ids if "rand-hash" in flags else None)
+    logits = _forward(model, ids, flags)
     target = iteration_folder(load, ITERATION)
     target.mkdir(parents=True)
     args.curr_iteration, args.consumed_train_samples = ITERATION, 7
     state = {**model.sharded_state_dict(), "args": args, "iteration": ITERATION}
     dist_checkpointing.save(state, str(target))
     (load / TRACKER).write_text(str(ITERATION))
-    return Saved(load=load, ids=ids, logits=logits.float())
+    return Saved(load=load, ids=ids, logits=logits)
