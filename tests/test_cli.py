@@ -54,7 +54,7 @@ def test_a_mistyped_command_is_one_sentence_with_the_nearest_one(typed: str, mea
 
 def test_it_answers_without_importing_what_is_slow() -> None:
     code = (
-        "import sys; from megatron_sffn import console; cli.main(['--version']); "
+        "import sys; from megatron_sffn import cli; cli.main(['--version']); "
         "print(*sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'numpy', "
         "'megatron', 'multiprocessing'}))"
     )
