@@ -21,6 +21,8 @@ The path of one token, in the order in which it meets the code:
     train/                    writes routing.jsonl, TensorBoard scalars and summary.json
     checkpoints/              saves, so that a run can resume, on another layout too
 
+After training, `inference/` makes a model of a checkpoint on any layout, generates and evaluates.
+
 Beside the path: `accounting/` and `nn/comm_volume.py` say in closed form what all of it costs and
 sends, `analysis/` draws the routing of a run, `doctor/` says whether training can start on a
 machine, `cli.py` is the command `megatron-sffn`, `utils/` has errors, files and hashes.

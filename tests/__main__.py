@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+from contextlib import ExitStack
 
 MOST_PROCESSES = 4
 """Each may start eight ranks."""
@@ -18,24 +18,23 @@ MOST_PROCESSES = 4
 
 def main() -> int:
     """Start the processes, wait for all of them, and print what they reported."""
-    count = min(MOST_PROCESSES, os.cpu_count() or 1)
     command = [sys.executable, "-m", "pytest", "-p", "tests.support.shared_run", *sys.argv[1:]]
-    with tempfile.TemporaryDirectory() as name:
-        claims = Path(name, "claims")
-        claims.mkdir()
-        environment = {**os.environ, "SHARED_RUN": str(claims)}
-        reports = [Path(name, f"report{index}") for index in range(1, count)]
-        processes = [subprocess.Popen(command, env=environment)]
-        for report in reports:
-            with report.open("w") as output:
-                processes.append(subprocess.Popen(command, env=environment, stdout=output))
+    with tempfile.TemporaryDirectory() as claims, ExitStack() as stack:
+        processes, reports = [], []
+        for process in range(min(MOST_PROCESSES, os.cpu_count() or 1)):
+            environment = {"SHARED_RUN": claims, "SHARED_RUN_PROCESS": str(process)}
+            report = stack.enter_context(tempfile.TemporaryFile("w+")) if process else None
+            reports.append(report)
+            processes.append(
+                subprocess.Popen(command, env={**os.environ, **environment}, stdout=report)
+            )
         try:
             codes = [process.wait() for process in processes]
         except KeyboardInterrupt:
-            # Ctrl-C has reached every process.
-            codes = [process.wait() for process in processes]
-        for report in reports:
-            print(report.read_text(), flush=True)
+            codes = [process.wait() for process in processes]  # Ctrl-C has reached all of them
+        for report in filter(None, reports):
+            report.seek(0)
+            print(report.read(), flush=True)
     return int(any(codes))
 
 

@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # noqa: E402
 
 from tests.support import ranks  # noqa: E402
+from tests.support.shared_run import starts_process_group  # noqa: E402
 
 # A background job of a shell ignores Ctrl-C, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -99,8 +100,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the long modules, and sort the tests.
 
-    Tests that fork ranks come first: gloo's threads, once started here, do not survive a fork. Of
-    these the longest modules come first, so that processes that share a run end at the same time.
+    Tests that fork ranks come first: gloo's threads, once started here, do not survive a fork.
+    Within both kinds the longest modules come first (see `tests.support.shared_run`).
     """
     position = {TESTS / f"{name}.py": index for index, name in enumerate(LONG_MODULES)}
     for item in items:
@@ -108,7 +109,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("long")
     items.sort(
         key=lambda item: (
-            "one_rank" in getattr(item, "fixturenames", ()),
+            starts_process_group(item),
             position.get(item.path, len(position)),
         )
     )

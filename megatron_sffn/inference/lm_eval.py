@@ -21,10 +21,11 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_sffn.data.tokenize.tokenizer import bos_of
 from megatron_sffn.inference.eval_data import text_ids
-from megatron_sffn.inference.evaluate import Window, scores_of, windows
+from megatron_sffn.inference.evaluate import Window, scores_of
 from megatron_sffn.inference.generate import generate
 from megatron_sffn.inference.model import InferenceModel
 from megatron_sffn.inference.prompts import continuation_text, prompt_ids
@@ -90,12 +91,12 @@ class CheckpointLM(TemplateLM):
 
     @override
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        context = self.model.context
         totals = []
         for request in requests:
-            ids = numpy.array(text_ids(self.model.tokenizer, request.args[0]))
-            pieces = list(windows(ids, context, context)) if len(ids) > 1 else []
-            totals.append(sum(total for total, _ in self._scores(pieces)))
+            first, *ids = text_ids(self.model.tokenizer, request.args[0]) or [self.eot_token_id]
+            pieces = get_rolling_token_windows(ids, first, self.model.context, context_len=1)
+            pairs = [(None, *make_disjoint_window(piece)) for piece in pieces]
+            totals.append(sum(total for total, _ in self._loglikelihood_tokens(pairs)))
         return totals
 
     def _scores(self, scored: Sequence[Window]) -> list[tuple[float, bool]]:

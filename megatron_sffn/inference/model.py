@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,6 +61,9 @@ def initialize(args: Namespace) -> None:
         set_global_variables(args)
         initialize_megatron()
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # Megatron's writes to stdout, which is for results
 
 
 def build_model(args: Namespace) -> Any:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from megatron_sffn.inference.eval_data import open_data
-from megatron_sffn.inference.evaluate import evaluate
 from megatron_sffn.utils.errors import ConfigError
+from tests.support.jobs import run_as_job
 
 pytest.importorskip("lm_eval", reason="pip install 'megatron-sffn[eval]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of thirty packages
@@ -47,6 +47,7 @@ generation_kwargs: {until: ["%s"], max_gen_toks: 12}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 QUESTIONS = ["def f(x", "import os, ", "#", ""]
+CONTEXT = 64
 TEXTS = [f"class Name{number}:\n    pass\n" * 5 for number in range(5)]
 LAYOUTS = (
     (1, ""),
@@ -64,8 +65,6 @@ def write_task(folder: Path, name: str, body: str, documents: list[dict[str, Any
 
 def answers(model: Any, question: str) -> tuple[str, int]:
     """Greedy text, and the likelier of two choices, computed without lm-eval."""
-    import torch
-
     from megatron_sffn.inference.generate import generate
     from megatron_sffn.inference.sampling import Sampling
 
@@ -77,6 +76,14 @@ def answers(model: Any, question: str) -> tuple[str, int]:
         score, _ = model.score(ids[:, :-1], ids[:, 1:])
         losses.append(float(score[0, -len(choice) :].sum()))
     return model.tokenizer.detokenize(made.tokens), losses.index(min(losses))
+
+
+def text_loss(model: Any, text: str) -> float:
+    """Nats of a text in two windows: the first ones, and those that end with the text."""
+    ids = torch.tensor([model.eod, *text.encode()])
+    first, _ = model.score(ids[None, :CONTEXT], ids[None, 1 : CONTEXT + 1])
+    last, _ = model.score(ids[None, -CONTEXT - 1 : -1], ids[None, -CONTEXT:])
+    return float(first.sum() + last[0, CONTEXT + 1 - len(ids) :].sum())
 
 
 def test_tasks_of_local_files_have_the_numbers_of_the_model(use, trained, tmp_path: Path) -> None:
@@ -98,15 +105,24 @@ def test_tasks_of_local_files_have_the_numbers_of_the_model(use, trained, tmp_pa
         names = ["choice", "rolling", "generation"]
         options = argparse.Namespace(tasks=names, batch_size=3, num_fewshot=None, limit=None)
         metrics = evaluate_tasks(model, find_tasks(names, tmp_path), options)
-        data = open_data(str(tmp_path / "rolling.jsonl"), model.tokenizer, "text")
-        own = evaluate(model, data, stride=model.context, batch_size=3)
-        return metrics, own.total / math.log(2) / own.num_bytes
+        nats = sum(text_loss(model, text) for text in TEXTS)
+        return metrics, nats / math.log(2) / sum(len(text) for text in TEXTS)
 
     for ranks, layout in LAYOUTS:
         metrics, bits = use(trained("avg-k"), results, layout, ranks)
         assert metrics["choice"]["acc,none"] == 1
         assert metrics["generation"]["exact_match,none"] == 1
         assert metrics["rolling"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_the_command_prints_nothing_but_the_results(trained, tmp_path: Path) -> None:
+    from tools import eval as tool
+
+    write_task(tmp_path, "rolling", ROLLING, [{"text": text} for text in TEXTS])
+    flags = ["--load", str(trained("avg-k")), "--tasks", "rolling", "--include-path", str(tmp_path)]
+    (output,) = run_as_job(1, lambda: tool.main([*flags, "--json"]), folder=tmp_path)
+    metrics = json.loads(output.stdout)["tasks"]["rolling"]
+    assert metrics.keys() == {"bits_per_byte,none"}
 
 
 def test_an_unknown_task_is_one_sentence(tmp_path: Path) -> None:
