@@ -118,7 +118,7 @@ def export(
         saved = Namespace(**{**vars(saved), "tokenizer_model": tokenizer})
     settings = settings_of(saved, without_capacity=without_capacity)
     architecture, reason = choose_architecture(settings, architecture)
-    tokenizer_files, eod, notes = _tokenizer_of(saved)
+    tokenizer_files, eod, vocab_size, notes = _tokenizer_of(saved)
     if without_capacity and vars(saved).get("moe_expert_capacity_factor") is not None:
         notes.append(
             f"The capacity factor {saved.moe_expert_capacity_factor} of training is left out: no "
@@ -140,8 +140,7 @@ def export(
         with atomic_folder(output, overwrite=overwrite) as partial:
             write_shards(tensors, partial, max_shard_size)
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            generation = GenerationConfig(eos_token_id=eod, max_length=settings.context)
-            generation.save_pretrained(partial)
+            generation_config(settings, eod, vocab_size).save_pretrained(partial)
             for path in tokenizer_files:
                 shutil.copyfile(path, partial / path.name)
             if architecture == SPARSE_FFN:
@@ -300,8 +299,20 @@ def config_of(
     return described
 
 
-def _tokenizer_of(saved: Namespace) -> tuple[list[Path], int | None, list[str]]:
-    """The files of the tokenizer, the id that ends a document, and notes."""
+def generation_config(
+    settings: Settings, eod: int | None, vocab_size: int | None
+) -> GenerationConfig:
+    """Defaults of `generate`: where a text ends, and no id that is padding of the vocabulary."""
+    padding = range(vocab_size or settings.args.padded_vocab_size, settings.args.padded_vocab_size)
+    return GenerationConfig(
+        eos_token_id=eod, max_length=settings.context, suppress_tokens=list(padding) or None
+    )
+
+
+def _tokenizer_of(
+    saved: Namespace,
+) -> tuple[list[Path], int | None, int | None, list[str]]:
+    """The files of the tokenizer, the id that ends a document, the number of ids, and notes."""
     args = Namespace(**vars(saved))
     asked = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
     paths: list[Path] = []
@@ -309,7 +320,7 @@ def _tokenizer_of(saved: Namespace) -> tuple[list[Path], int | None, list[str]]:
         localize_tokenizer(args)
         tokenizer = load_tokenizer(saved)
     except ConfigError as error:
-        return [], None, [f"No tokenizer is in this folder: {error}."]
+        return [], None, None, [f"No tokenizer is in this folder: {error}."]
     try:
         eod = tokenizer.eod
     except (AttributeError, NotImplementedError, TypeError):
@@ -324,4 +335,4 @@ def _tokenizer_of(saved: Namespace) -> tuple[list[Path], int | None, list[str]]:
             f"No tokenizer is in this folder: transformers has no files for {asked}; ids are those "
             "of the run."
         )
-    return paths, eod, notes
+    return paths, eod, tokenizer.vocab_size, notes

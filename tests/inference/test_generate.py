@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from megatron_sffn.hf.export import export
 from megatron_sffn.inference.generate import generate
 from megatron_sffn.inference.sampling import Sampling
 from tests.support.checkpoints import MODELS
@@ -107,3 +111,15 @@ def test_the_end_of_a_document_ends_the_text(use, trained) -> None:
     greedy, end, tokens, reason = use(trained("avg-k"), made)
     assert tokens == greedy[:end]
     assert reason == "stop"
+
+
+@pytest.mark.parametrize("router", MODELS)
+def test_the_export_generates_the_same_tokens(use, trained, router: str, tmp_path: Path) -> None:
+    expected = use(trained(router), batch)["cache"]
+    export(trained(router), tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
+        ids = model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
+        assert ids[0, len(prompt) :].tolist() == tokens
