@@ -113,7 +113,7 @@ def _forward(model: Any, ids: Tensor, flags: str) -> Tensor:
 
 def _build(args: Namespace) -> Any:
     """Megatron's model in evaluation mode."""
-    config: Any = model_config(args, sffn_config(args), None, None)
+    config: Any = model_config(args, sffn_config(args))
     config.vocab_size = args.padded_vocab_size
     (model,) = GPTModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
