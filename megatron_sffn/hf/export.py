@@ -26,13 +26,13 @@ from transformers import AutoConfig, GenerationConfig
 
 from megatron_sffn.checkpoints import files
 from megatron_sffn.checkpoints.tensors import by_layer, read_tensors
-from megatron_sffn.checks.pickles import check_data_only
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer, localize_tokenizer
 from megatron_sffn.hf import modeling_sparse_ffn
 from megatron_sffn.hf.architectures import CLASSES, choose_architecture, config_fields
 from megatron_sffn.hf.model_card import model_card
 from megatron_sffn.hf.names import SPARSE_FFN, to_architecture
 from megatron_sffn.hf.settings import Settings, settings_of
+from megatron_sffn.inference.checkpoint_args import Source, read_source
 from megatron_sffn.nn.config import Backend, SparseFFNConfig
 from megatron_sffn.nn.routers.avg_k import AvgKConfig
 from megatron_sffn.nn.routers.rand_hash import RandHashConfig
@@ -113,7 +113,8 @@ def export(
     Raises:
         ConfigError: if the checkpoint is damaged or cannot be exported exactly; nothing is written.
     """
-    folder, saved = read_source(load, step)
+    source = source_of(load, step)
+    folder, saved = source.folder, source.args
     if tokenizer is not None:
         saved = Namespace(**{**vars(saved), "tokenizer_model": tokenizer})
     settings = settings_of(saved, without_capacity=without_capacity)
@@ -158,31 +159,19 @@ def export(
     return exported
 
 
-def read_source(load: Path, step: int | None) -> tuple[Path, Namespace]:
+def source_of(load: Path, step: int | None) -> Source:
     """The iteration of a run, and its arguments.
 
     Raises:
-        ConfigError: if there is none, or it is damaged or names code.
+        ConfigError: if there is none, or it is damaged, names code, or has no arguments.
     """
-    folder = files.folder_to_load(load, step)
-    if folder is None:
+    source = read_source(load, step)
+    if "num_layers" not in vars(source.args):
         raise ConfigError(
-            f"--load {load} has no {files.TRACKER}; give the folder that a run was saved in, or "
-            "--ckpt-step N"
-        )
-    if not files.is_torch_dist(folder):
-        raise ConfigError(
-            f"checkpoint {folder} is not in the torch_dist format; save it with --ckpt-format "
-            "torch_dist, which is the default"
-        )
-    check_data_only(folder)
-    saved = files.args_in(files.read_whole(folder))
-    if "num_layers" not in vars(saved):
-        raise ConfigError(
-            f"checkpoint {folder} does not hold the arguments of its run; give one that "
+            f"checkpoint {source.folder} does not hold the arguments of its run; give one that "
             "megatron_sffn.pretrain saved"
         )
-    return folder, saved
+    return source
 
 
 # Tensors

@@ -65,24 +65,34 @@ def find_checkpoint(options: Namespace) -> Source:
     """
     if options.sffn_trust_checkpoint:
         trust()
-    load: Path = options.load
-    folder = files.folder_to_load(load, options.ckpt_step)
+    source = read_source(options.load, options.ckpt_step)
+    if "sffn_command" not in vars(source.args):
+        raise ConfigError(
+            f"checkpoint {source.folder} does not hold the command line of its run, which has the "
+            "flags of the model; give one that megatron_sffn.pretrain or megatron-sffn import saved"
+        )
+    return source
+
+
+def read_source(load: Path, step: int | None) -> Source:
+    """The iteration that a run would load, or that `step` names, and the arguments of its run.
+
+    Raises:
+        ConfigError: there is none, it is damaged, or it names code.
+    """
+    folder = files.folder_to_load(load, step)
     if folder is None:
-        missing = "does not exist" if not load.is_dir() else f"has no {files.TRACKER}"
-        raise ConfigError(f"--load {load} {missing}; give the folder that a run was saved in")
+        missing = f"has no {files.TRACKER}" if load.is_dir() else "does not exist"
+        raise ConfigError(
+            f"--load {load} {missing}; give the folder that a run was saved in, or --ckpt-step N"
+        )
     if not files.is_torch_dist(folder):
         raise ConfigError(
             f"checkpoint {folder} is not in the torch_dist format; save it with --ckpt-format "
             "torch_dist, which is the default"
         )
     check_data_only(folder)
-    args = files.args_in(files.read_whole(folder))
-    if "sffn_command" not in vars(args):
-        raise ConfigError(
-            f"checkpoint {folder} does not hold the command line of its run, which has the flags "
-            "of the model; give one that megatron_sffn.pretrain or megatron-sffn import saved"
-        )
-    return Source(folder=folder, args=args)
+    return Source(folder=folder, args=files.args_in(files.read_whole(folder)))
 
 
 def model_flags(saved: Namespace) -> list[str]:

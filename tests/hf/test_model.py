@@ -186,7 +186,7 @@ def test_the_command_never_overwrites_in_silence(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--load", "nowhere"], "--load nowhere has no latest_checkpointed_iteration.txt"),
+        (["--load", "nowhere"], "--load nowhere does not exist"),
         (["--ckpt-step", "7"], "--ckpt-step 7 is not there"),
         (["--max-shard-size", "big"], "--max-shard-size big is no size"),
     ],
