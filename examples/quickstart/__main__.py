@@ -1,7 +1,7 @@
 """The quick start: `python -m examples.quickstart` (`make quickstart`).
 
 Outputs: a folder with two finished pretraining runs, dense and Avg-K, and `report.html`, which
-compares them; the same table on the terminal.
+compares them; the same table on the terminal, ten generated lines, and the commands to go on.
 
 Design notes: a step whose complete output exists is skipped, and a training run resumes from its
 newest checkpoint. So the same command resumes after Ctrl-C, a crash or a reboot. `settings.json`
@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from examples.quickstart import corpus, data
+from examples.quickstart import corpus, data, samples
 from examples.quickstart.launch import RunFailedError, clock, launch
 from examples.quickstart.runs import RUNS, TRAIN_ITERS, VOCAB_SIZE, Plan, Run
 from megatron_sffn.utils.errors import CommandParser, ConfigError, require, run_command
@@ -169,7 +169,7 @@ def run_steps(plan: Plan, args: argparse.Namespace) -> None:
     """Run all steps in order, except those whose output exists."""
     settings = settings_of(plan, args.corpus)
     claim_folder(plan, settings, fresh=args.fresh)
-    steps = Steps(total=4 + len(RUNS))
+    steps = Steps(total=5 + len(RUNS))
 
     steps.begin(f"corpus: {args.corpus}")
     text = corpus.build_corpus(args.corpus, plan.folder / "corpus")
@@ -194,14 +194,20 @@ def run_steps(plan: Plan, args: argparse.Namespace) -> None:
         if not done:
             pretrain(plan, run)
 
+    steps.begin("generated text")
+    prompts = samples.PROMPTS[args.corpus]
+    texts = [generated(plan, run, prompts) for run in RUNS]
+
     steps.begin("report")
     # Imported late, because matplotlib and TensorBoard take seconds to import.
     from examples.quickstart import report
 
     results = report.read_results(plan)
-    page = report.write(plan, results)
+    page = report.write(plan, results, texts)
     log(f"finished in {steps.elapsed}")
-    print(f"\n{report.terminal_table(results)}\n\n{report.finding(results)}\n\nreport: {page}")
+    print(f"\n{report.terminal_table(results)}\n\n{report.finding(results)}\n")
+    print(samples.terminal_lines(plan, RUNS[-1], texts[-1]))
+    print(f"\nreport: {page}\ngo on:\n{samples.next_commands(plan, RUNS[-1], prompts[0])}")
 
 
 def pretrain(plan: Plan, run: Run) -> None:
@@ -210,6 +216,17 @@ def pretrain(plan: Plan, run: Run) -> None:
     launch(plan.command(run, sys.executable), log_file, title=run.title)
     if plan.summary(run) is None:
         raise RunFailedError(f"the {run.title} run ended without its summary; see {log_file}")
+
+
+def generated(plan: Plan, run: Run, prompts: Sequence[str]) -> list[samples.Sample]:
+    """The texts of a finished run; generated, unless they exist."""
+    found = samples.read_samples(plan, run, prompts)
+    if found is None:
+        samples.generate_samples(plan, run, prompts)
+        found = samples.read_samples(plan, run, prompts)
+    if found is None:
+        raise data.ToolFailedError(f"tools/generate.py wrote other prompts for the {run.title} run")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

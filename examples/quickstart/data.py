@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from examples.quickstart.corpus import Corpus
@@ -66,17 +67,22 @@ def make_datasets(folder: Path, corpus: Corpus, vocab_size: int) -> None:
     (folder / "complete.json").write_text(json.dumps(identity(corpus, vocab_size)) + "\n")
 
 
-def run_tool(name: str, *arguments: str) -> None:
+def run_tool(name: str, *arguments: str, environment: Mapping[str, str] = os.environ) -> None:
     """Run a tool, whose output goes to the terminal.
+
+    Args:
+        name: of its file in `tools/`.
+        arguments: its arguments.
+        environment: its environment variables, to which the path of this repository is added.
 
     Raises:
         ToolFailedError: if it failed.
     """
     root = Path(__file__).resolve().parents[2]
-    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(root), *filter(None, [environment.get("PYTHONPATH")])]
     command = [sys.executable, "-m", f"tools.{name}", *arguments]
     result = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, check=False
+        command, env={**environment, "PYTHONPATH": os.pathsep.join(paths)}, check=False
     )
     if result.returncode:
         raise ToolFailedError(f"tools/{name}.py ended with exit code {result.returncode}")

@@ -1,6 +1,7 @@
 """Writes the report of the quick start: a sentence, a table and charts.
 
-Inputs: the folders of finished runs, with `summary.json`, `routing.jsonl` and TensorBoard's events.
+Inputs: the folders of finished runs, with `summary.json`, `routing.jsonl` and TensorBoard's events,
+and their generated text.
 Outputs: `report.html`, which needs no other file, and the same table for the terminal.
 """
 
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.quickstart import charts
+from examples.quickstart import charts, samples
 from examples.quickstart.charts import Curve, Load
 from examples.quickstart.runs import RUNS, Plan, Run
+from examples.quickstart.samples import Sample
 from megatron_sffn.utils.atomic_files import read_records
 
 SAME = 0.005
@@ -181,16 +183,16 @@ def terminal_table(results: Sequence[Result]) -> str:
 # --- the page
 
 
-def write(plan: Plan, results: Sequence[Result]) -> Path:
+def write(plan: Plan, results: Sequence[Result], texts: Sequence[Sequence[Sample]]) -> Path:
     """Write `report.html`; returns its path."""
     path = plan.folder / "report.html"
     partial = path.with_suffix(".part")
-    partial.write_text(page(plan, results), encoding="utf-8")
+    partial.write_text(page(plan, results, texts), encoding="utf-8")
     return partial.replace(path)
 
 
-def page(plan: Plan, results: Sequence[Result]) -> str:
-    """The report as HTML."""
+def page(plan: Plan, results: Sequence[Result], texts: Sequence[Sequence[Sample]]) -> str:
+    """The report as HTML; `texts` are the generated texts of each run."""
     summary = results[0].summary
     versions = summary["versions"]
     commands = "\n\n".join(f"# {result.run.title}\n{plan.shown(result.run)}" for result in results)
@@ -210,9 +212,23 @@ def page(plan: Plan, results: Sequence[Result]) -> str:
             [(result.run.title, result.training, result.validation) for result in results]
         ),
         load="\n".join(load_section(result) for result in results if result.loads),
+        texts=text_table(results, texts),
+        text_setting=html.escape(f"Temperature {samples.TEMPERATURE}, seed {plan.seed}."),
         commands=html.escape(commands),
+        next_commands=html.escape(
+            samples.next_commands(plan, results[-1].run, texts[-1][0].prompt)
+        ),
         folder=html.escape(str(plan.folder)),
     )
+
+
+def text_table(results: Sequence[Result], texts: Sequence[Sequence[Sample]]) -> str:
+    """The prompts and what each model wrote after them, as a table."""
+    lines = [["prompt", *(result.run.title for result in results)]]
+    lines += [
+        [line[0].prompt, *(sample.shown for sample in line)] for line in zip(*texts, strict=True)
+    ]
+    return html_table(lines).replace("<table>", '<table class="texts">')
 
 
 def load_section(result: Result) -> str:
@@ -264,6 +280,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; font-size: .85rem; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
+table.texts td, table.texts th { text-align: left; font-family: ui-monospace, monospace;
+  font-size: .8rem; overflow-wrap: anywhere; }
 svg { display: block; width: 100%; height: auto; margin: .6rem 0; }
 pre { background: var(--soft); padding: .9rem 1rem; border-radius: .4rem; font-size: .8rem;
   line-height: 1.45; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -286,7 +304,13 @@ TEMPLATE = """<!doctype html>
 <h2>Loss</h2>
 {losses}
 {load}
+<h2>Generated text</h2>
+<p>The rest of the line that each model wrote after a prompt. {text_setting}</p>
+{texts}
 <h2>How to go on</h2>
+<p>Generate with the Avg-K model, evaluate it on the held-out text, and export it for
+transformers:</p>
+<pre>{next_commands}</pre>
 <p>These commands trained the two models. For a run of your own change <code>--save</code>,
 <code>--load</code> and <code>--tensorboard-dir</code>, and then what you like:
 <code>--sffn-router</code> has more methods, <code>.venv/bin/python -m megatron_sffn.pretrain

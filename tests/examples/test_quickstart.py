@@ -15,11 +15,12 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from examples.quickstart import __main__ as quickstart
-from examples.quickstart import corpus, data, report
+from examples.quickstart import corpus, data, report, samples
 from examples.quickstart.charts import Curve, Load
 from examples.quickstart.launch import Display, RunFailedError, Status, launch
 from examples.quickstart.report import Result
 from examples.quickstart.runs import RUNS, VOCAB_SIZE, Plan
+from examples.quickstart.samples import PROMPTS, Sample
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.paths import ROOT
 from tests.support.processes import HANGS
@@ -41,6 +42,9 @@ def summary_of(perplexity: float, **numbers) -> dict:
         "layout": {"world_size": 2},
         "versions": {"python": "3", "megatron-sffn": "0", "megatron-core": "0", "torch": "2"},
     } | numbers
+
+
+TEXTS = [[Sample(prompt=prompt, text=" <x>") for prompt in PROMPTS["stdlib"]]] * 2
 
 
 def result_of(run, perplexity: float, **numbers) -> Result:
@@ -89,7 +93,7 @@ def plan(tmp_path):
 
 def test_the_report_holds_all_results_and_loads_nothing(plan):
     results = report.read_results(plan)
-    page = report.write(plan, results).read_text()
+    page = report.write(plan, results, TEXTS).read_text()
     # The page works offline. The URLs of xmlns and metadata are names and not loaded.
     assert not re.search(r'(src|href)="(?!#)|url\((?!#)|@import|<script|<link', page)
     assert page.count("<svg") == 2 and "#010203" not in page
@@ -97,6 +101,7 @@ def test_the_report_holds_all_results_and_loads_nothing(plan):
     assert len(html_ids) == len(set(html_ids))
     assert report.finding(results) in page
     # The commands are longer than a line of the page.
+    assert page.count("<td> &lt;x&gt;</td>") == 20 and "megatron-sffn export --load" in page
     assert max(map(len, page.partition("<pre>")[2].splitlines())) > 100
     assert "white-space: pre-wrap; overflow-wrap: anywhere" in page
     for text in (
@@ -215,6 +220,38 @@ def test_only_a_finished_run_of_the_same_plan_is_skipped(plan):
     assert plan.saved_iteration(DENSE) == 6
 
 
+def write_samples(plan: Plan, run, prompts) -> None:
+    """Write texts as `tools/generate.py` does."""
+    lines = [json.dumps({"prompt": prompt, "text": " a \nb"}) for prompt in prompts]
+    (plan.folder_of(run) / "samples.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+def test_text_is_generated_once_and_gives_a_line_per_prompt(plan, monkeypatch):
+    prompts = PROMPTS["stdlib"]
+    commands = []
+
+    def run_tool(*command, environment):
+        commands.append((*command, environment["OMP_NUM_THREADS"]))
+        write_samples(plan, AVG_K, prompts)
+
+    monkeypatch.setattr(samples, "run_tool", run_tool)
+    write_samples(plan, AVG_K, PROMPTS["debian-docs"])
+    for _ in range(2):
+        texts = quickstart.generated(plan, AVG_K, prompts)
+    ((name, _, folder, *_, threads),) = commands
+    assert (name, folder, threads) == ("generate", str(plan.folder_of(AVG_K)), "1")
+    heading, *lines = samples.terminal_lines(plan, AVG_K, texts).splitlines()
+    assert "temperature 0.7, seed 7" in heading
+    assert len(lines) == 10 and lines[0] == "  import | a"
+    assert len(Sample(prompt="ab", text="c" * 200).shown) == samples.LINE_WIDTH - 2
+
+
+def test_every_corpus_has_ten_prompts_that_end_with_a_whole_token():
+    assert PROMPTS.keys() == set(corpus.KINDS)
+    for prompts in PROMPTS.values():
+        assert len(set(prompts)) == 10 and all(prompt == prompt.strip() for prompt in prompts)
+
+
 def claim(plan: Plan, kind: str = "stdlib", *, fresh: bool = False) -> None:
     settings = quickstart.settings_of(plan, kind)
     quickstart.claim_folder(plan, settings, fresh=fresh)
@@ -330,6 +367,7 @@ def test_an_interrupted_run_resumes_exactly(tmp_path):
     plan = Plan(folder=tmp_path / "out", seed=7, train_iters=12)
     tiny_corpus(plan.folder / "corpus")
     write_run(plan, DENSE, 120.0)
+    write_samples(plan, DENSE, PROMPTS["stdlib"])
     log = plan.folder_of(AVG_K) / "train.log"
 
     process = start_quickstart(plan.folder)
@@ -353,6 +391,9 @@ def test_an_interrupted_run_resumes_exactly(tmp_path):
     )
     assert "Avg-K reached a held-out perplexity" in output
     assert (plan.folder / "report.html").exists()
+    generated_lines = output.partition("Avg-K continues")[2].partition("\n\n")[0].splitlines()[1:]
+    assert len(generated_lines) == 10, output
+    assert f"megatron-sffn eval --load {plan.folder_of(AVG_K)}" in output
     resumed_summary = plan.summary(AVG_K)
     assert data.is_complete(
         plan.folder / "data", corpus.build_corpus("stdlib", plan.folder / "corpus"), VOCAB_SIZE
