@@ -141,7 +141,9 @@ def test_the_nan_check_at_the_end_of_a_step_waits_once(one_rank: None) -> None:
     check = NanCheck(args)
     for loss in (1.0, 2.0):
         check.note_loss(torch.full((), loss))
-    assert waits.recorded(lambda: check.after_step([model])) == {"train/nan_check.py:_look": 1}
+    assert waits.recorded(lambda: check.after_step([model])) == {
+        "train/nan_check.py:_check_scores": 1
+    }
     model[1].router.score_flag.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="step 5, layer 1, router avg-k: scores are NaN"):
         check.after_step([model])

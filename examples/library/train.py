@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,10 @@ def sparse_config(router: str) -> SparseFFNTransformerConfig:
     sffn = SparseFFNConfig(active_cells=128, router=ROUTERS[router], block_size=32, expansion=4)
     # The auxiliary loss has a coefficient here, and is in no line of the loop: a layer attaches it
     # to its output, and `loss.backward()` adds its gradient.
-    balanced = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
+    balanced: dict[str, Any] = {
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.01,
+    }
     return SparseFFNTransformerConfig(
         num_layers=LAYERS,
         hidden_size=WIDTH,
@@ -48,7 +52,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """Update hidden states `[b, s, D]` of the input ids `[b, s]`."""
         qkv = self.qkv(self.norms[0](x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*qkv, is_causal=True)
+        query, key, value = qkv
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         # The layer has Megatron's order, [s, b, D]; `padding_mask` brings ids to routers by hash.
         update, _ = self.ffn(self.norms[1](x).transpose(0, 1), padding_mask=ids)
