@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from megatron_sffn.inference.options import add_model_flags
-from tests.support import tokenizers
 from tests.support.jobs import run_as_job
 from tests.support.pretraining import run_pretraining
 
@@ -32,6 +31,9 @@ MODELS = {
 @pytest.fixture(scope="session")
 def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tokenizer whose ids are bytes, as the data sets of `text` have them."""
+    # Imports packages that a GPU machine may be without, where this plugin is loaded, too.
+    from tests.support import tokenizers
+
     return tokenizers.bytes_as_ids(tmp_path_factory.mktemp("tokenizer"))[-1]
 
 
