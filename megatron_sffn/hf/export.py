@@ -26,7 +26,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from megatron_sffn.checkpoints import files
 from megatron_sffn.checkpoints.tensors import by_layer, read_tensors
-from megatron_sffn.data.tokenize.tokenizer import load_tokenizer, localize_tokenizer
+from megatron_sffn.data.tokenize.tokenizer import eod_of, load_tokenizer, localize_tokenizer
 from megatron_sffn.hf import modeling_sparse_ffn
 from megatron_sffn.hf.architectures import CLASSES, choose_architecture, config_fields
 from megatron_sffn.hf.model_card import model_card
@@ -35,10 +35,10 @@ from megatron_sffn.hf.settings import Settings, settings_of
 from megatron_sffn.inference.checkpoint_args import Source, read_source
 from megatron_sffn.nn.config import Backend, SparseFFNConfig
 from megatron_sffn.nn.routers.avg_k import AvgKConfig
-from megatron_sffn.nn.routers.rand_hash import RandHashConfig
+from megatron_sffn.nn.routers.descriptors import subsets_of_cells
+from megatron_sffn.nn.routers.rand_hash import RandHashConfig, blocks_of_ids
 from megatron_sffn.utils.atomic_files import atomic_folder
 from megatron_sffn.utils.errors import ConfigError
-from megatron_sffn.utils.hashing import hashed_subsets, seed_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Value of `--dtype` -> dtype."""
@@ -225,18 +225,15 @@ def derived_buffers(settings: Settings, sffn: SparseFFNConfig) -> dict[str, Tens
     for layer in settings.sparse_layers:
         prefix, number = f"model.layers.{layer}.mlp.router", layer + 1
         if isinstance(router, RandHashConfig):
-            buffers[f"{prefix}.map"] = hashed_subsets(
-                torch.arange(settings.args.padded_vocab_size),
-                size=sffn.num_blocks,
-                count=sffn.num_active_blocks,
-                key=router.seed * 1_000_003 + (0 if router.shared else number),
-            ).int()
+            ids = torch.arange(settings.args.padded_vocab_size)
+            buffers[f"{prefix}.map"] = blocks_of_ids(ids, sffn, number).int()
         elif isinstance(router, AvgKConfig) and router.descriptor == "subset":
-            buffers[f"{prefix}.descriptor_cells"] = hashed_subsets(
+            buffers[f"{prefix}.descriptor_cells"] = subsets_of_cells(
                 torch.arange(sffn.num_blocks),
-                size=sffn.block_size,
-                count=config_fields(settings, SPARSE_FFN)["descriptor_cells"],
-                key=seed_of(sffn.seed, number, "subset"),
+                sffn.block_size,
+                router.subset_cells,
+                seed=sffn.seed,
+                layer_number=number,
             )
     return buffers
 
@@ -310,11 +307,6 @@ def _tokenizer_of(
         tokenizer = load_tokenizer(saved)
     except ConfigError as error:
         return [], None, None, [f"No tokenizer is in this folder: {error}."]
-    try:
-        eod = tokenizer.eod
-    except (AttributeError, NotImplementedError, TypeError):
-        eod = None
-    eod = None if eod is None or eod < 0 else int(eod)
     folder = Path(args.tokenizer_model or "")
     if args.tokenizer_type == "HuggingFaceTokenizer" and folder.is_dir():
         paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
@@ -324,4 +316,4 @@ def _tokenizer_of(
             f"No tokenizer is in this folder: transformers has no files for {asked}; ids are those "
             "of the run."
         )
-    return paths, eod, tokenizer.vocab_size, notes
+    return paths, eod_of(tokenizer), tokenizer.vocab_size, notes

@@ -8,6 +8,7 @@ from megatron_sffn.flags.sffn_flags import ffn_hidden_size
 from megatron_sffn.hf.settings import Settings
 from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.routers.avg_k import AvgKConfig
+from megatron_sffn.nn.routers.descriptors import subset_size
 from megatron_sffn.nn.routers.learned import LearnedConfig
 from megatron_sffn.nn.routers.lorkm import LoRKMConfig
 from megatron_sffn.nn.routers.product_keys import ProductKeysConfig
@@ -76,9 +77,11 @@ def _sparse_layers(settings: Settings, sffn: SparseFFNConfig) -> dict[str, Any]:
             "group_topk": args.moe_router_group_topk or 1,
         }
     if isinstance(router, AvgKConfig):
-        cells = router.subset_cells or max(1, sffn.block_size // 4)
+        is_subset = router.descriptor == "subset"
         fields["descriptor"] = router.descriptor
-        fields["descriptor_cells"] = cells if router.descriptor == "subset" else 0
+        fields["descriptor_cells"] = (
+            subset_size(sffn.block_size, router.subset_cells) if is_subset else 0
+        )
     if isinstance(router, KeyTableConfig):
         fields["aggregator"] = router.aggregation
     if isinstance(router, LoRKMConfig):

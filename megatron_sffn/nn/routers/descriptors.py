@@ -125,6 +125,28 @@ class MaxNorm(Mean):
         return keys[torch.arange(len(keys), device=keys.device), longest]
 
 
+def subset_size(block_size: int, subset_cells: int | None) -> int:
+    """Cells of a block that are averaged; `subset_cells` is `--sffn-descriptor-cells`."""
+    return min(subset_cells or max(1, block_size // 4), block_size)
+
+
+def subsets_of_cells(
+    block_ids: Tensor,
+    block_size: int,
+    subset_cells: int | None,
+    *,
+    seed: int,
+    layer_number: int | None,
+) -> Tensor:
+    """`[B, cells]` the averaged cells of blocks `[B]`, counted from 0 within each block."""
+    return hashed_subsets(
+        block_ids,
+        size=block_size,
+        count=subset_size(block_size, subset_cells),
+        key=seed_of(seed, layer_number, "subset"),
+    )
+
+
 class Subset(Weighted):
     """The mean of a fixed random subset of a block's cells."""
 
@@ -140,11 +162,12 @@ class Subset(Weighted):
     def _draw_weights(self, keys: Tensor, layer_number: int | None) -> Tensor:
         """`[B / ep, G / etp]`: 1 for a cell of the subset, else 0."""
         grid = self.expert_grid
-        cells = hashed_subsets(
+        cells = subsets_of_cells(
             torch.arange(grid.num_blocks, device=keys.device),
-            size=grid.block_size,
-            count=min(self.subset_cells or max(1, grid.block_size // 4), grid.block_size),
-            key=seed_of(self.seed, layer_number, "subset"),
+            grid.block_size,
+            self.subset_cells,
+            seed=self.seed,
+            layer_number=layer_number,
         )
         weights = keys.new_zeros(grid.num_blocks, grid.block_size, dtype=score_dtype(keys))
         return grid.local_cells(weights.scatter_(1, cells, 1.0))

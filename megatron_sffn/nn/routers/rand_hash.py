@@ -63,6 +63,20 @@ def table_dtype(num_blocks: int) -> torch.dtype:
     return torch.int16 if num_blocks <= torch.iinfo(torch.int16).max else torch.int32
 
 
+def blocks_of_ids(ids: Tensor, sffn: SparseFFNConfig, layer_number: int | None) -> Tensor:
+    """The map: `[N, K]` int64 blocks of `[N]` ids in a layer, which counts from 1."""
+    settings = sffn.router
+    assert isinstance(settings, RandHashConfig)
+    layer = 0 if settings.shared else layer_number
+    assert layer is not None, "rand-hash needs the layer number"
+    return hashed_subsets(
+        ids,
+        size=sffn.num_blocks,
+        count=sffn.num_active_blocks,
+        key=settings.seed * 1_000_003 + layer,
+    )
+
+
 class RandHashRouter(Router):
     """Blocks by a keyed permutation of the token id. Arguments as `Router`."""
 
@@ -96,16 +110,7 @@ class RandHashRouter(Router):
 
     def _hash(self, ids: Tensor) -> Tensor:
         """`[N, K]` int64 blocks of `[N]` ids."""
-        settings = self.sffn.router
-        assert isinstance(settings, RandHashConfig)
-        layer = 0 if settings.shared else self.layer_number
-        assert layer is not None, "rand-hash needs the layer number"
-        return hashed_subsets(
-            ids,
-            size=self.sffn.num_blocks,
-            count=self.sffn.num_active_blocks,
-            key=settings.seed * 1_000_003 + layer,
-        )
+        return blocks_of_ids(ids, self.sffn, self.layer_number)
 
     def _held_bytes(self) -> int:
         """Bytes of the table; 0 if V is not known, or the table would be too large."""
