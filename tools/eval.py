@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sffn.flags.names import flag_of
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
 from megatron_sffn.utils.warning_filters import silence
 
@@ -104,8 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for dest in ("batch_size", "limit"):
         number = getattr(options, dest)
         if number is not None and number < 1:
-            flag = f"--{dest.replace('_', '-')}"
-            raise ConfigError(f"{flag} {number} must be at least 1; give a positive number")
+            raise ConfigError(
+                f"{flag_of(dest)} {number} must be at least 1; give a positive number"
+            )
 
     from megatron_sffn.patches import prepare
     from megatron_sffn.pretrain import one_rank_without_torchrun

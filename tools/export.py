@@ -37,15 +37,11 @@ ARCHITECTURES = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
+    from megatron_sffn.inference.options import add_checkpoint_flags
+
     parser = CommandParser(description=DESCRIPTION, epilog=EXAMPLE)
     add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="DIR", help="folder of the run")
-    add(
-        "--ckpt-step",
-        type=int,
-        metavar="N",
-        help="iteration to export (default: the one that training would load)",
-    )
+    add_checkpoint_flags(add)
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     add("--overwrite", action="store_true", help="replace an existing folder")
     add(
@@ -56,31 +52,15 @@ def build_parser() -> argparse.ArgumentParser:
         "else sparse_ffn; another one is refused where it is not exact (default: auto)",
     )
     add(
-        "--dtype",
-        choices=("fp32", "bf16", "fp16"),
-        help="dtype of the weights (default: as in the checkpoint)",
-    )
-    add(
         "--max-shard-size",
         default="5GB",
         metavar="SIZE",
         help="largest size of a file of weights, such as 500MB (default: 5GB)",
     )
     add(
-        "--tokenizer-model",
-        metavar="PATH",
-        help="the run's tokenizer, if it is at another place than in the run",
-    )
-    add(
         "--without-capacity",
         action="store_true",
         help="export a model with --moe-expert-capacity-factor as one that drops no token",
-    )
-    add(
-        "--sffn-trust-checkpoint",
-        action="store_true",
-        help="read a checkpoint that names code other than torch's and Megatron's classes, as old "
-        "checkpoints do, and let this code run",
     )
     return parser
 

@@ -30,6 +30,7 @@ from megatron_sffn.checkpoints.run_command import (
 )
 from megatron_sffn.checks.pickles import check_data_only
 from megatron_sffn.checks.resume import check_checkpoint
+from megatron_sffn.flags.names import flag_of
 from megatron_sffn.flags.sffn_flags import sffn_config
 from megatron_sffn.inference.options import DTYPES, LAYOUT_FLAGS
 from megatron_sffn.inference.quiet import quiet
@@ -141,11 +142,12 @@ def parse_flags(flags: Sequence[str], layout: Namespace) -> Namespace:
     sizes = {dest: getattr(layout, dest) for dest in LAYOUT_FLAGS}
     for dest, size in sizes.items():
         if size < 1:
-            flag = f"--{dest.replace('_', '-')}"
-            raise ConfigError(f"{flag} {size} must be at least 1; give the number of its ranks")
+            raise ConfigError(
+                f"{flag_of(dest)} {size} must be at least 1; give the number of its ranks"
+            )
     words = [*flags]
     for dest, size in sizes.items():
-        words += [f"--{dest.replace('_', '-')}", str(size)]
+        words += [flag_of(dest), str(size)]
     tp, pp = sizes["tensor_model_parallel_size"], sizes["pipeline_model_parallel_size"]
     if tp > 1:
         words.append("--sequence-parallel")  # as our checks demand of training
