@@ -18,7 +18,6 @@ every activation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -60,7 +59,7 @@ class DenseToSparse:
         """
         if dense.sffn is not None:
             raise ConfigError(
-                f"--sffn-router {self.router} makes a dense model sparse, but this model has sparse "
+                f"--sffn-router {self.router} makes a dense model sparse, but this one has sparse "
                 "layers; import it without the flag, and cut its blocks anew with "
                 "megatron-sffn convert-checkpoint reblock"
             )
@@ -245,8 +244,3 @@ def shared_rows(gate: Tensor, how: DenseToSparse) -> Tensor:
     """New rows of a gate `[B, D]`, in which the blocks of a copy have the same row."""
     copies = how.copies or len(gate)
     return gate[:copies].repeat_interleave(len(gate) // copies, dim=0)
-
-
-def is_gate_row(name: str, layers: Sequence[int]) -> bool:
-    """Whether a tensor of the checkpoint is the weight of a gate network."""
-    return any(name == f"decoder.layers.{layer}.mlp.router.weight" for layer in layers)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 from megatron.training.checkpointing import (
@@ -45,7 +46,7 @@ from megatron_sffn.hf.model_flags import (
     flags_of_fields,
     known_architecture,
 )
-from megatron_sffn.hf.names import LAYER_NUMBER, SPARSE_FFN, to_checkpoint
+from megatron_sffn.hf.names import SPARSE_FFN, to_checkpoint
 from megatron_sffn.hf.settings import Settings, settings_of
 from megatron_sffn.inference.checkpoint_args import find_checkpoint, model_flags, parse_flags
 from megatron_sffn.inference.model import build_model, finish, initialize
@@ -302,8 +303,7 @@ def _save(read: Model, save: Path, how: DenseToSparse | None) -> int:
     """Build the model, fill it, and save it; returns the number of its numbers."""
     initialize(read.args)
     model = build_model(read.args)
-    fresh = how if how is not None and how.copies is not None else None
-    parameters = fill(model, read, fresh, may_be_new=how is not None)
+    parameters = Filler(read, how).fill(unwrap_model(model))
     try:
         with atomic_folder(save) as partial, quiet():
             _write(model, read.args, iteration_folder(partial, ITERATION))
@@ -318,72 +318,86 @@ def _save(read: Model, save: Path, how: DenseToSparse | None) -> int:
     return parameters
 
 
-@torch.no_grad()
-def fill(model: Any, read: Model, copies: DenseToSparse | None, *, may_be_new: bool) -> int:
-    """Give a model its weights.
+class Filler:
+    """Gives a model its weights by the names of its shards in a checkpoint.
 
     Args:
-        model: Megatron's, on one rank.
         read: the model that was read.
-        copies: how an FFN was copied, for the rows of the new gates.
-        may_be_new: whether routers keep their initial values.
-
-    Returns:
-        The number of numbers in all tensors.
-
-    Raises:
-        ConfigError: if a tensor is missing, too many, or of another shape.
+        how: form of a dense model that becomes sparse, whose routers may be new.
     """
-    unwrapped = unwrap_model(model)
-    left, filled = dict(read.tensors), {}
-    for key, entry in unwrapped.sharded_state_dict().items():
-        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
-            continue
-        assert entry.data is not None, key
-        name = _checkpoint_name(key, entry.key)
-        tensor = _take(left, name, entry.key)
+
+    def __init__(self, read: Model, how: DenseToSparse | None) -> None:
+        self.tensors, self.how = read.tensors, how
+        self.left = {*read.tensors}
+
+    @torch.no_grad()
+    def fill(self, model: Any) -> int:
+        """Fill Megatron's model on one rank; returns the number of its numbers.
+
+        Raises:
+            ConfigError: if a tensor is missing, too many, or of another shape.
+        """
+        filled = {}
+        for key, entry in model.sharded_state_dict().items():
+            if isinstance(entry, ShardedTensor):
+                filled[key] = self._value(entry)
+            elif isinstance(entry, ShardedTensorFactory):
+                shards = dict_list_map_inplace(self._value, entry.build())
+                filled[key] = entry.merge_fn(shards)
+        if self.left:
+            raise ConfigError(
+                f"tensor {min(self.left)} has no place in a model of these flags; give a model "
+                "without it"
+            )
+        missing, unexpected = model.load_state_dict(filled, strict=False)
+        # A tied output layer is the embedding.
+        known = ("_extra_state", "output_layer.weight")
+        missing = [name for name in missing if not name.endswith(known)]
+        assert not missing and not unexpected, (missing, unexpected)
+        return sum(tensor.numel() for tensor in filled.values())
+
+    def _value(self, shard: ShardedTensor) -> Tensor:
+        """The numbers of a shard."""
+        stacked, layers = STACKED.fullmatch(shard.key), shard.prepend_axis_num
+        name = shard.key
+        if stacked is not None:
+            name = f"{stacked[1]}{shard.global_offset[0]}.{stacked[2]}"
+        tensor = self._tensor(name)
         if tensor is None:
-            if not (TRAINED_ANEW.fullmatch(name) or (may_be_new and ".mlp.router." in name)):
-                raise ConfigError(f"tensor {name} is missing; give a model with all shards")
-            tensor = entry.data
-            if copies is not None and dense_to_sparse.is_gate_row(
-                name, read.settings.sparse_layers
-            ):
-                tensor = dense_to_sparse.shared_rows(tensor, copies)
-        if tensor.shape != entry.data.shape:
+            return self._initial(name, shard)
+        shape = tuple(shard.global_shape[layers:])
+        if tensor.shape != shape:
             raise ConfigError(
                 f"tensor {name} has the shape {tuple(tensor.shape)}, and the configuration needs "
-                f"{tuple(entry.data.shape)}; give a model whose config.json fits its weights"
+                f"{shape}; give a model whose config.json fits its weights"
             )
-        filled[key] = tensor.to(entry.data.dtype)
-    if left:
-        raise ConfigError(
-            f"tensor {min(left)} has no place in a model of these flags; give a model without it"
-        )
-    missing, unexpected = unwrapped.load_state_dict(filled, strict=False)
-    missing = [name for name in missing if not name.endswith("_extra_state")]
-    assert not unexpected, unexpected
-    assert not [name for name in missing if "output_layer" not in name], missing
-    return sum(tensor.numel() for tensor in filled.values())
+        sizes = zip(shard.global_offset[layers:], shard.local_shape, strict=True)
+        part = tensor[tuple(slice(start, start + size) for start, size in sizes)]
+        return part.to(shard.dtype)
+
+    def _tensor(self, name: str) -> Tensor | None:
+        """A tensor by its name, or by that of the same norm at another place; None if absent."""
+        names = [name]
+        for alone, fused in NORM_NAMES.items():
+            names += [name.replace(alone, fused), name.replace(fused, alone)]
+        found = next((name for name in names if name in self.tensors), None)
+        if found is None:
+            return None
+        self.left.discard(found)
+        return self.tensors[found]
+
+    def _initial(self, name: str, shard: ShardedTensor) -> Tensor:
+        """The initial value of a router's tensor, which the model that was read does not have."""
+        if not (TRAINED_ANEW.fullmatch(name) or (self.how and ".mlp.router." in name)):
+            raise ConfigError(f"tensor {name} is missing; give a model with all shards")
+        assert shard.data is not None, name
+        if self.how and self.how.copies is not None and name.endswith(".mlp.router.weight"):
+            return dense_to_sparse.shared_rows(shard.data, self.how)
+        return shard.data
 
 
 TRAINED_ANEW = re.compile(r"decoder\.layers\.\d+\.mlp\.router\.noise_weight")
 """Tensors that act in training only, which no Hugging Face folder has."""
-
-
-def _checkpoint_name(key: str, name: str) -> str:
-    """The name in a checkpoint, every layer by itself, of an entry of the sharded state."""
-    stacked, layer = STACKED.fullmatch(name), LAYER_NUMBER.search(key)
-    return name if stacked is None or layer is None else f"{stacked[1]}{layer[0]}.{stacked[2]}"
-
-
-def _take(left: dict[str, Tensor], name: str, key: str) -> Tensor | None:
-    """Take a tensor by its name, or by that of the same norm at another place."""
-    for mine, other in NORM_NAMES.items():
-        for one, two in ((mine, other), (other, mine)):
-            if name not in left and one in name and name.replace(one, two) in left:
-                return left.pop(name.replace(one, two))
-    return left.pop(name, None)
 
 
 def _write(model: Any, args: Namespace, folder: Path) -> None:
