@@ -11,6 +11,7 @@ do not carry over is refused by its name.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,6 +89,9 @@ def known_architecture(fields: Fields) -> tuple[str, Fields]:
         ConfigError: if there is none.
     """
     model_type = fields["model_type"]
+    heads, width = fields["num_attention_heads"], fields["hidden_size"]
+    if "head_dim" in fields and fields["head_dim"] is None:
+        fields = {**fields, "head_dim": width // heads}
     if model_type in SAME_AS:
         architecture, change = SAME_AS[model_type]
         return architecture, {**change(dict(fields)), "model_type": architecture}
@@ -341,7 +345,7 @@ def _own_router(fields: Fields) -> Iterator[Any]:
         )
     router = ROUTERS[name]
     yield from ("--sffn-router", name)
-    own_flags = {item.metadata["flag"] for item in router.__dataclass_fields__.values()}
+    own_flags = {item.metadata["flag"] for item in dataclasses.fields(router)}
     for field, flag in OF_ROUTERS.items():
         if flag in own_flags:
             yield from (flag, fields[field])
@@ -376,7 +380,11 @@ def check_exact(architecture: str, fields: Fields, settings: Settings) -> None:
     """
     if architecture in CLASSES:
         obstacle = CLASSES[architecture].obstacle(settings)
-        assert obstacle is None, (architecture, obstacle)
+        if obstacle is not None:
+            raise ConfigError(
+                f"an import of architecture {architecture} {obstacle}, which this config.json does "
+                "not describe; give a model where it does"
+            )
     described = AutoConfig.for_model(architecture, **config_fields(settings, architecture))
     ours = described.to_dict()
     for name in sorted(ours.keys() & fields.keys() - IRRELEVANT):
