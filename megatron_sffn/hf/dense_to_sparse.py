@@ -78,8 +78,9 @@ class DenseToSparse:
                     f"FFN's {width} cells"
                 )
             size = width
-        expansion = _memory_expansion(width, active)
-        if self.copies is not None:
+        if self.copies is None:
+            expansion = _memory_expansion(width, active)
+        else:
             expansion = _copies_expansion(width, active, size, self.copies)
         words = ("--sffn-router", self.router, "--sffn-layers", self.layers)
         numbers = ("--sffn-block-size", size, "--sffn-active-cells", active)
@@ -88,7 +89,12 @@ class DenseToSparse:
 
 def _memory_expansion(width: int, active: int) -> int:
     """E of a memory of `width` cells."""
-    if active < 1 or (width % active and active < width):
+    if active > width:
+        raise ConfigError(
+            f"--sffn-active-cells {active} is more than the FFN's {width} cells; give at most "
+            "these, or --upcycle C for copies of the FFN"
+        )
+    if active < 1 or width % active:
         below = max((k for k in range(1, max(active, 2)) if width % k == 0), default=1)
         above = min(k for k in range(max(active, 1), width + 1) if width % k == 0)
         raise ConfigError(
@@ -134,6 +140,12 @@ def check(how: DenseToSparse, sparse: Settings) -> str:
     """
     sffn = sparse.sffn
     assert sffn is not None
+    cells = int(sparse.args.ffn_hidden_size) * (how.copies or 1)
+    if sffn.num_cells != cells:
+        raise ConfigError(
+            f"the flags of the sparse layers describe {sffn.num_cells} cells, but the FFN gives "
+            f"{cells}; leave out --sffn-expansion, which follows from --sffn-active-cells"
+        )
     if how.copies is None:
         return _check_memory(how, sffn, sparse)
     return _check_copies(how, sffn)
@@ -145,11 +157,6 @@ def _gate(sffn: SparseFFNConfig) -> str:
 
 
 def _check_memory(how: DenseToSparse, sffn: SparseFFNConfig, sparse: Settings) -> str:
-    if sffn.expansion * sffn.active_cells != sparse.args.ffn_hidden_size:
-        raise ConfigError(
-            f"--sffn-active-cells {sffn.active_cells} is more than the FFN's "
-            f"{sparse.args.ffn_hidden_size} cells; give at most these, or --upcycle C for copies"
-        )
     has_weights = bool(sffn.router.weights(sffn, sparse.args.hidden_size))
     if has_weights or _gate(sffn) != "none" or sffn.shared_blocks:
         reason = "weights of its own" if has_weights else f"--sffn-gate {_gate(sffn)}"

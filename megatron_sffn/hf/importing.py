@@ -5,9 +5,10 @@ torch_dist format, which commands and training load on every layout, with the fl
 and its tokenizer in it.
 
 Design notes:
-- Everything is refused before Megatron starts. The model is built on one rank by
-  `inference/model.py`, takes the weights by the names in its sharded state, and is saved by
-  Megatron's own functions into a folder that is renamed as a whole.
+- Flags, configuration and tokenizer are checked before Megatron starts, and all tensors before
+  anything is written. The model is built on one rank by `inference/model.py`, takes the weights by
+  the names in its sharded state, and is saved by Megatron's own functions into a folder that is
+  renamed as a whole.
 - The iteration is 1, since Megatron does not load iteration 0.
 """
 
@@ -302,9 +303,9 @@ def _made_sparse(dense: Model, how: DenseToSparse, further: Sequence[str]) -> Mo
 def _save(read: Model, save: Path, how: DenseToSparse | None) -> int:
     """Build the model, fill it, and save it; returns the number of its numbers."""
     initialize(read.args)
-    model = build_model(read.args)
-    parameters = Filler(read, how).fill(unwrap_model(model))
     try:
+        model = build_model(read.args)
+        parameters = Filler(read, how).fill(unwrap_model(model))
         with atomic_folder(save) as partial, quiet():
             _write(model, read.args, iteration_folder(partial, ITERATION))
             (partial / TRACKER).write_text(str(ITERATION))
@@ -314,7 +315,8 @@ def _save(read: Model, save: Path, how: DenseToSparse | None) -> int:
         raise ConfigError(
             f"--save {save} cannot be written ({error}); give a folder that can"
         ) from error
-    finish()
+    finally:
+        finish()
     return parameters
 
 
