@@ -35,7 +35,7 @@ example: the same from a dense run, by 8 copies of which a token uses 2
       --sffn-router softmax-after --upcycle 8 --sffn-active-cells 22016
 """
 
-PASSED_ON = ("--sffn-", "--moe-", "--seed")
+PASSED_ON = ("--sffn-", "--moe-", "--seed", "--init-method-std")
 """Beginnings of further flags that go into the checkpoint's model."""
 
 
@@ -68,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group(
         "dense to sparse",
-        "Other flags of the sparse layers, --sffn-... and --moe-... of pretrain, are passed on.",
+        "Other flags of the sparse layers (--sffn-... and --moe-... of pretrain, --seed and "
+        "--init-method-std of new gates) go into the model as well.",
     ).add_argument
     add(
         "--sffn-router",

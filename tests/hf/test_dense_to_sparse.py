@@ -53,7 +53,7 @@ def test_a_dense_run_becomes_sparse_with_the_same_logits(
     dense: list[Saved], tmp_path: Path, number: int
 ) -> None:
     saved, imported = dense[number], {}
-    for index, words in enumerate(EXACT):
+    for index, words in enumerate(EXACT if number == 0 else EXACT[::3]):
         flags = ["--load", str(saved.load), "--save", f"run{index}", *words.split()]
         printed = run_import(tmp_path, *flags)
         assert "computes the function of the dense one" in printed
