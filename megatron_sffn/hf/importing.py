@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sffn.checkpoints.files import TRACKER, iteration_folder
+from megatron_sffn.checkpoints.pickle_scan import without
 from megatron_sffn.checkpoints.tensors import STACKED, by_layer
 from megatron_sffn.checkpoints.tensors import read_tensors as read_checkpoint
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
@@ -59,6 +60,12 @@ from megatron_sffn.utils.errors import ConfigError
 ITERATION = 1
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+OF_SPARSE_LAYERS = frozenset(
+    f"--sffn-{name}"
+    for name in ("router", "layers", "block-size", "active-cells", "expansion", "shared-blocks")
+)
+"""Flags that a dense model has for nothing."""
 
 NORM_NAMES = {
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -283,7 +290,7 @@ def _read_run(load: Path, step: int | None, tokenizer: Path | None, dtype: str |
 
 def _made_sparse(dense: Model, how: DenseToSparse, further: Sequence[str]) -> Model:
     """A dense model with sparse layers."""
-    flags = [*dense.flags, *how.flags(dense.settings), *further]
+    flags = [*without(dense.flags, OF_SPARSE_LAYERS), *how.flags(dense.settings), *further]
     args = _parse(flags)
     args.padded_vocab_size = dense.args.padded_vocab_size
     settings = settings_of(args)
