@@ -49,6 +49,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", BASE),
     "qwen3": ("Qwen3", {**BASE, "head_dim": 16}),
     "gpt_neox": ("GPTNeoX", {**WITHOUT_GROUPS, "use_parallel_residual": False}),
+    "starcoder2": (
+        "Starcoder2",
+        {**BASE, "sliding_window": None, "tie_word_embeddings": True, "hidden_act": "gelu"},
+    ),
     "qwen3_moe": (
         "Qwen3Moe",
         {**MOE, "head_dim": 16, "num_experts": 8, "norm_topk_prob": True, "mlp_only_layers": [0]},
