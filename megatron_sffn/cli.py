@@ -22,6 +22,9 @@ from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
 
 PACKAGE = Path(__file__).parent
 
+RENAMED = {"import_model": "import"}
+"""File of tools/ -> its command, where the file cannot have the command's name."""
+
 EXAMPLE = """\
 training is started by torchrun: torchrun --nproc-per-node N -m megatron_sffn.pretrain ...
 a command's own flags: megatron-sffn COMMAND --help
@@ -30,7 +33,10 @@ a command's own flags: megatron-sffn COMMAND --help
 
 def commands() -> dict[str, Path]:
     """Command -> the file that implements it."""
-    tools = {path.stem.replace("_", "-"): path for path in (PACKAGE / "tools").glob("*.py")}
+    tools = {
+        RENAMED.get(path.stem, path.stem).replace("_", "-"): path
+        for path in (PACKAGE / "tools").glob("*.py")
+    }
     doctor = {"doctor": PACKAGE / "doctor" / "__main__.py"}
     return {**doctor, "pretrain": PACKAGE / "pretrain.py", **dict(sorted(tools.items()))}
 

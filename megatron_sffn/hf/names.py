@@ -248,7 +248,7 @@ def _gpt_neox(sizes: Sizes) -> list[Row]:
     theirs = "gpt_neox.layers.{layer}."
     return [
         Row("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",)),
-        Row("output_layer.weight", ("lm_head.weight",)),
+        Row("output_layer.weight", ("embed_out.weight",)),
         *_with_bias(Row("decoder.final_layernorm.weight", ("gpt_neox.final_layer_norm.weight",))),
         *_norms(theirs, "input_layernorm", "post_attention_layernorm"),
         *_with_bias(

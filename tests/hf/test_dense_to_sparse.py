@@ -1,0 +1,127 @@
+"""Dense models that become sparse compute the same function where all of it is active."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sffn.checkpoints.files import folder_to_load
+from megatron_sffn.checkpoints.tensors import by_layer, read_tensors
+from tests.hf.test_import import BATCH, flags_in, make_model, refusal, run_import
+from tests.support.megatron_models import Saved, _logits_of, save_models
+from tests.support.ranks import run_ranks
+
+DENSE = ["--sffn-router dense --swiglu", "--sffn-router dense --squared-relu"]
+EXACT = [
+    "--sffn-router avg-k --sffn-block-size 4",
+    "--sffn-router vanilla-m --sffn-block-size 1 --sffn-aggregator max --sffn-layers 1",
+    "--sffn-router softmax-after --upcycle 4 --sffn-active-cells 32",
+    "--sffn-router softmax-after --upcycle 4 --sffn-block-size 4",
+    "--sffn-router rand-hash --upcycle 4",
+]
+"""Ways in which the function is the dense one's."""
+NEAR = [
+    "--sffn-router avg-k --sffn-block-size 1 --sffn-active-cells 8",
+    "--sffn-router switch --upcycle 4 --init-method-std 1e-4",
+    "--sffn-router sigma-moe --upcycle 4 --sffn-block-size 4 --sffn-active-cells 32",
+]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> list[Saved]:
+    """Dense checkpoints whose FFNs have 16 cells."""
+    return save_models(tmp_path_factory.mktemp("dense"), DENSE)
+
+
+def logits_of_all(imported: dict[Path, str], ids: Tensor) -> dict[Path, Tensor]:
+    """Megatron's logits of checkpoints, by their flags."""
+
+    def body() -> list[Tensor]:
+        warnings.simplefilter("ignore")
+        return [_logits_of(load, f"{flags} {BATCH}", ids) for load, flags in imported.items()]
+
+    (results,) = run_ranks(1, body)
+    return dict(zip(imported, results, strict=True))
+
+
+@pytest.mark.parametrize("number", range(len(DENSE)))
+def test_a_dense_run_becomes_sparse_with_the_same_logits(
+    dense: list[Saved], tmp_path: Path, number: int
+) -> None:
+    saved, imported = dense[number], {}
+    for index, words in enumerate(EXACT if number == 0 else EXACT[::3]):
+        flags = ["--load", str(saved.load), "--save", f"run{index}", *words.split()]
+        printed = run_import(tmp_path, *flags)
+        assert "computes the function of the dense one" in printed
+        imported[tmp_path / f"run{index}"] = flags_in(printed)
+    for load, logits in logits_of_all(imported, saved.ids).items():
+        torch.testing.assert_close(
+            logits, saved.logits, rtol=1e-5, atol=1e-5, msg=lambda text, load=load: f"{load} {text}"
+        )
+
+
+def test_fewer_active_cells_compute_a_part_and_other_gates_start_near(
+    dense: list[Saved], tmp_path: Path
+) -> None:
+    saved, imported = dense[0], {}
+    for index, words in enumerate(NEAR):
+        flags = ["--load", str(saved.load), "--save", f"run{index}", *words.split()]
+        printed = run_import(tmp_path, *flags)
+        assert ("computes a part" if index == 0 else "starts near") in printed
+        imported[tmp_path / f"run{index}"] = flags_in(printed)
+    part, switch, _ = logits_of_all(imported, saved.ids).values()
+    assert not torch.allclose(part, saved.logits, atol=1e-3)
+    # With a gate of scores near 0 every probability is near 1/B.
+    torch.testing.assert_close(switch, saved.logits, rtol=0, atol=0.02)
+    tensors = by_layer(read_tensors(folder_to_load(tmp_path / "run2", None)))
+    gate = tensors["decoder.layers.0.mlp.router.weight"]
+    copies = gate.unflatten(0, (4, 4))
+    assert torch.equal(copies, copies[:, :1].expand_as(copies))
+    assert len(torch.unique(gate, dim=0)) == 4
+
+
+def test_a_model_of_transformers_becomes_sparse(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ids, expected = make_model(tmp_path / "llama", "qwen3")
+    words = "--sffn-router avg-k --sffn-block-size 16 --moe-aux-loss-coeff 0"
+    printed = run_import(tmp_path, "--model", "llama", "--save", "run", *words.split())
+    (logits,) = logits_of_all({tmp_path / "run": flags_in(printed)}, ids).values()
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+BAD = [
+    ("", "is a checkpoint already; give --sffn-router"),
+    ("--sffn-router avg-k", "--sffn-router avg-k needs --sffn-block-size g; give a divisor of"),
+    (
+        "--sffn-router avg-k --sffn-block-size 1 --sffn-active-cells 5",
+        "--sffn-active-cells 5 does not divide the FFN's 16 cells; the nearest that do are 4 and 8",
+    ),
+    ("--sffn-router avg-k --sffn-block-size 4 --sffn-active-cells 32", "more than the FFN's 16"),
+    ("--sffn-router avg-k --sffn-block-size 3", "--sffn-block-size 3 does not divide"),
+    ("--sffn-router sigma-moe --sffn-block-size 4", "has weights of its own"),
+    ("--sffn-router avg-k --sffn-gate sigmoid --sffn-block-size 4", "has --sffn-gate sigmoid"),
+    ("--sffn-router avg-k --upcycle 4", "--upcycle 4 needs a router that chooses whole copies"),
+    ("--sffn-router rand-hash --upcycle 4 --sffn-block-size 4", "--upcycle 4 needs a router"),
+    ("--sffn-router switch --upcycle 1", "--upcycle 1 makes no copies"),
+    ("--sffn-router switch --upcycle 3 --sffn-active-cells 32", "no multiple of the 2 copies"),
+    ("--sffn-router switch --upcycle 4 --sffn-active-cells 24", "no multiple of the FFN's 16"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")  # Megatron's own
+@pytest.mark.parametrize(("words", "sentence"), BAD)
+def test_what_cannot_become_sparse_is_refused_in_a_sentence(
+    dense: list[Saved], tmp_path: Path, words: str, sentence: str
+) -> None:
+    text = refusal(tmp_path, "--load", str(dense[0].load), *words.split())
+    assert sentence in text, text
+
+
+def test_flags_of_sparse_layers_need_a_router(tmp_path: Path) -> None:
+    text = refusal(tmp_path, "--model", "m", "--upcycle", "4")
+    assert "--upcycle 4 makes a dense model sparse, which needs --sffn-router" in text

@@ -1,0 +1,323 @@
+"""Imports compute the logits of transformers; what cannot be held exactly is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_sffn.hf.export import export
+from megatron_sffn.utils.errors import ConfigError
+from tests.support.jobs import run_as_job
+from tests.support.megatron_models import Saved, _logits_of, flags_of, save_models
+from tests.support.ranks import run_ranks
+
+BASE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "intermediate_size": 48,
+}
+WITHOUT_GROUPS = {name: value for name, value in BASE.items() if name != "num_key_value_heads"}
+MOE = {**BASE, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {**BASE, "attention_bias": True, "mlp_bias": True}),
+    "llama-3": ("Llama", {**BASE, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {**BASE, "sliding_window": None, "head_dim": 16}),
+    "qwen2": ("Qwen2", BASE),
+    "qwen3": ("Qwen3", {**BASE, "head_dim": 16}),
+    "gpt_neox": ("GPTNeoX", {**WITHOUT_GROUPS, "use_parallel_residual": False}),
+    "starcoder2": (
+        "Starcoder2",
+        {**BASE, "sliding_window": None, "tie_word_embeddings": True, "hidden_act": "gelu"},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**MOE, "head_dim": 16, "num_experts": 8, "norm_topk_prob": True, "mlp_only_layers": [0]},
+    ),
+    "mixtral": ("Mixtral", {**BASE, "num_local_experts": 8, "num_experts_per_tok": 4}),
+    "olmoe": (
+        "Olmoe",
+        {
+            **BASE,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            **MOE,
+            "n_routed_experts": 9,
+            "n_shared_experts": 1,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 1,
+            "head_dim": 16,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+}
+"""Name -> the class of transformers without its end, and its settings."""
+CHANGED = {"mistral": "llama", "olmoe": "qwen3_moe", "llama-3": "llama"}
+"""Name -> the architecture of the export, where it is another."""
+
+
+def make_model(folder: Path, name: str) -> tuple[Tensor, Tensor]:
+    """Save a model of random weights; returns ids and its logits."""
+    family, settings = CONFIGS[name]
+    config = getattr(transformers, f"{family}Config")(**settings)
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.dim() == 1:  # norms, biases, and the bias that chooses experts
+                tensor += torch.randn_like(tensor) * 0.1
+        ids = torch.randint(96, (2, 24))
+        logits = model(ids).logits
+    model.save_pretrained(folder)
+    return ids, logits
+
+
+def run_import(folder: Path, *words: str) -> str:
+    """Run the command in a process of its own; returns what it printed."""
+
+    def body() -> None:
+        from tools import import_model
+
+        import_model.main([*words])
+
+    (output,) = run_as_job(1, body, folder=folder)
+    return output.stdout
+
+
+def flags_in(printed: str) -> str:
+    """The model's flags that the command printed."""
+    return next(line for line in printed.splitlines() if line.startswith("  --"))
+
+
+BATCH = "--micro-batch-size 1 --global-batch-size 1 --train-iters 1"
+
+
+def check_logits(imported: dict[Path, tuple[str, Tensor, Tensor]]) -> None:
+    """Compare Megatron's logits of checkpoints: folder -> flags, ids, and expected logits."""
+
+    def body() -> list[Tensor]:
+        warnings.simplefilter("ignore")
+        return [
+            _logits_of(load, f"{flags} {BATCH}", ids) for load, (flags, ids, _) in imported.items()
+        ]
+
+    (results,) = run_ranks(1, body)
+    for (load, (_, _, expected)), logits in zip(imported.items(), results, strict=True):
+        torch.testing.assert_close(
+            logits,
+            expected,
+            rtol=1e-5,
+            atol=1e-5,
+            msg=lambda text, name=load.name: f"{name}: {text}",
+        )
+
+
+def files_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face folder."""
+    return {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of every architecture."""
+    folder = tmp_path_factory.mktemp("models")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in CONFIGS:
+            torch.save(make_model(folder / name, name), folder / f"{name}.pt")
+    return folder
+
+
+def test_imports_compute_what_transformers_computes_and_export_the_same_bits(
+    models: Path, tmp_path: Path
+) -> None:
+    imported = {}
+    for name in CONFIGS:
+        printed = run_import(tmp_path, "--model", str(models / name), "--save", f"runs/{name}")
+        ids, logits = torch.load(models / f"{name}.pt")
+        imported[tmp_path / "runs" / name] = flags_in(printed), ids, logits
+    check_logits(imported)
+    for name in CONFIGS:
+        exported = export(tmp_path / "runs" / name, tmp_path / "hf" / name)
+        assert exported.architecture == CHANGED.get(name, name), exported.reason
+        before, after = files_of(models / name), files_of(tmp_path / "hf" / name)
+        assert before.keys() == after.keys(), name
+        assert all(torch.equal(before[key], after[key]) for key in before), name
+
+
+OWN = [
+    "--sffn-router sigma-moe --sffn-shared-blocks 2 --sffn-gate-network mlp --squared-relu",
+    "--sffn-router rand-hash --swiglu --position-embedding-type learned_absolute",
+    "--sffn-router avg-k --sffn-descriptor subset --normalization RMSNorm --sffn-relu",
+    f"{flags_of('lorkm')} --sffn-aggregator max --rotary-percent 0.5",
+    "--sffn-router softmax-after --swiglu --normalization RMSNorm --add-qkv-bias "
+    "--group-query-attention --num-query-groups 2",
+]
+
+
+def test_exports_of_ours_come_back_bit_for_bit(tmp_path: Path) -> None:
+    models: list[Saved] = save_models(tmp_path, OWN)
+    imported = {}
+    for number, saved in enumerate(models):
+        for folder, source in (("hf", saved.load), ("again", tmp_path / f"runs/{number}")):
+            if folder == "again":
+                words = ("--model", f"hf/{number}", "--save", f"runs/{number}")
+                imported[source] = flags_in(run_import(tmp_path, *words)), saved.ids, saved.logits
+            export(source, tmp_path / folder / str(number), architecture="auto")
+        first, second = tmp_path / "hf" / str(number), tmp_path / "again" / str(number)
+        configs = [json.loads((path / "config.json").read_text()) for path in (first, second)]
+        before, after = files_of(first), files_of(second)
+        assert before.keys() == after.keys(), OWN[number]
+        assert all(torch.equal(before[key], after[key]) for key in before), OWN[number]
+        eos = "eos_token_id"  # of NullTokenizer, whose last id is another one
+        assert {**configs[0], eos: 0} == {**configs[1], eos: 0}, OWN[number]
+    check_logits(imported)
+
+
+def test_reblock_cuts_the_experts_of_an_import(models: Path, tmp_path: Path) -> None:
+    from tools import convert_checkpoint
+
+    printed = run_import(tmp_path, "--model", str(models / "mixtral"), "--save", "runs/mixtral")
+    words = f"reblock --load {tmp_path}/runs/mixtral --save {tmp_path}/cut --block-size 4"
+    words += " --no-evaluate"
+    convert_checkpoint.main(shlex.split(words))
+    ids, logits = torch.load(models / "mixtral.pt")
+    flags = f"{flags_in(printed)} --sffn-block-size 4"
+    check_logits({tmp_path / "cut": (flags, ids, logits)})
+
+
+# Bad input
+
+
+def refusal(folder: Path, *words: str) -> str:
+    """The sentence of the command, which leaves nothing behind."""
+    from tools import import_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "1")
+        with pytest.raises(ConfigError) as error:
+            import_model.main([*words, "--save", "new/run"])
+    assert not (folder / "new").exists()
+    return str(error.value)
+
+
+@pytest.fixture
+def llama(models: Path, tmp_path: Path) -> Path:
+    """A copy of the Llama in two shards."""
+    source, folder = models / "llama", tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    tensors = files_of(source)
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, folder / f"model-{number}.safetensors")
+        weight_map |= dict.fromkeys(part, f"model-{number}.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def remove_shard(folder: Path) -> None:
+    (folder / "model-1.safetensors").unlink()
+
+
+def cut_shard(folder: Path) -> None:
+    path = folder / "model-1.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def changed(**fields: Any) -> Callable[[Path], None]:
+    return lambda folder: change_config(folder, **fields)
+
+
+BAD = [
+    (lambda folder: (folder / "config.json").unlink(), r"llama has no config\.json"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+    (remove_shard, "shard llama/model-1.safetensors is missing"),
+    (cut_shard, "model-1.safetensors is damaged"),
+    (changed(model_type="bert"), "model_type bert is no architecture that can be imported"),
+    (changed(model_type="martian"), "model_type martian is no architecture"),
+    (changed(hidden_act="gelu"), "config.json says hidden_act gelu, which no model of ours has"),
+    (
+        changed(rope_parameters={**LLAMA_3, "low_freq_factor": 2.0}),
+        "config.json says rope_parameters",
+    ),
+    (changed(num_hidden_layers=1), r"tensor model\.layers\.1\..* is not one of architecture llama"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")  # Megatron's own
+@pytest.mark.parametrize(("spoil", "sentence"), BAD, ids=[text[:30] for _, text in BAD])
+def test_a_folder_that_cannot_be_imported_is_refused_in_a_sentence(
+    llama: Path, spoil: Callable[[Path], None], sentence: str
+) -> None:
+    spoil(llama)
+    text = refusal(llama.parent, "--model", "llama")
+    assert re.search(sentence, text), text
+    assert "\n" not in text
+
+
+@pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")  # Megatron's own
+def test_other_obstacles_are_refused_in_a_sentence(
+    models: Path, llama: Path, tmp_path: Path, bytes_tokenizer: str
+) -> None:
+    folder = llama.parent
+    assert "--model none is no folder" in refusal(folder, "--model", "none")
+    change_config(llama, vocab_size=8)
+    text = refusal(folder, "--model", "llama", "--tokenizer-model", bytes_tokenizer)
+    assert "but the embedding has 8 rows" in text
+    change_config(llama, vocab_size=96, num_attention_heads=4, model_type="olmoe")
+    assert "over all 4 heads together" in refusal(folder, "--model", "llama")
+    mixtral = ("--model", str(models / "mixtral"), "--sffn-router", "avg-k")
+    assert "but this one has sparse layers" in refusal(folder, *mixtral)
+
+
+def test_a_folder_without_an_index_of_its_shards_lacks_tensors(llama: Path) -> None:
+    (llama / "model.safetensors.index.json").unlink()
+    (llama / "model-1.safetensors").rename(llama / "model.safetensors")
+    with pytest.raises(AssertionError, match=r"ConfigError: tensor .* is missing; give a (fol|mo)"):
+        run_import(llama.parent, "--model", "llama", "--save", "new/run")
+    assert not (llama.parent / "new").exists()
