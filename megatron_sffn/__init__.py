@@ -25,7 +25,8 @@ After training, `inference/` makes a model of a checkpoint on any layout, genera
 
 Beside the path: `accounting/` and `nn/comm_volume.py` say in closed form what all of it costs and
 sends, `analysis/` draws the routing of a run, `doctor/` says whether training can start on a
-machine, `cli.py` is the command `megatron-sffn`, `utils/` has errors, files and hashes.
+machine, `nn/standalone.py` is the layer for a plain PyTorch model, `cli.py` is the command
+`megatron-sffn`, `utils/` has errors, files and hashes.
 `docs/architecture.md` has the pictures, `docs/glossary.md` the words and letters.
 """
 
@@ -38,13 +39,21 @@ from megatron_sffn.utils.errors import ConfigError
 if TYPE_CHECKING:
     from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
     from megatron_sffn.nn.layer import SparseFFN
+    from megatron_sffn.nn.standalone import StandaloneSparseFFN
 
-__all__ = ["ConfigError", "SparseFFN", "SparseFFNConfig", "SparseFFNTransformerConfig"]
+__all__ = [
+    "ConfigError",
+    "SparseFFN",
+    "SparseFFNConfig",
+    "SparseFFNTransformerConfig",
+    "StandaloneSparseFFN",
+]
 
 _HOMES = {
     "SparseFFN": "megatron_sffn.nn.layer",
     "SparseFFNConfig": "megatron_sffn.nn.config",
     "SparseFFNTransformerConfig": "megatron_sffn.nn.config",
+    "StandaloneSparseFFN": "megatron_sffn.nn.standalone",
 }
 
 
