@@ -26,6 +26,7 @@ from megatron_sffn.data.text.chunks import read_chunks
 from megatron_sffn.data.text.documents import documents_of
 from megatron_sffn.data.text.sources import Source, find_sources, kind_of_content, kind_of_ending
 from megatron_sffn.data.tokenize.tokenizer import Tokenizer, bos_of, eod_of
+from megatron_sffn.inference.prompts import encode
 from megatron_sffn.utils.errors import ConfigError
 
 Ids = NDArray[Any]
@@ -81,7 +82,7 @@ class TextData(Data):
     def streams(self) -> Iterator[Stream]:
         """A stream for each text that has tokens."""
         for text in self._texts():
-            ids = text_ids(self.tokenizer, text)
+            ids = text_ids(self.tokenizer, text, f"a text of --data {self.name}")
             if len(ids) > 1:
                 yield Stream(ids=numpy.array(ids), num_bytes=len(text.encode()))
 
@@ -99,10 +100,10 @@ def _with_kind(source: Source) -> Source:
     return dataclasses.replace(source, kind=kind)
 
 
-def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a document, with the token that precedes its first."""
+def text_ids(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
+    """The ids of a document, with the token that precedes its first; `name` is for errors."""
     eod = eod_of(tokenizer)
-    ids = [int(token) for token in tokenizer.tokenize(text)]
+    ids = encode(tokenizer, text, name)
     if ids and ids[-1] == eod:
         ids.pop()
     if eod is None or (ids and ids[0] in (eod, bos_of(tokenizer))):

@@ -28,9 +28,12 @@ from megatron_sffn.inference.eval_data import text_ids
 from megatron_sffn.inference.evaluate import Window, scores_of
 from megatron_sffn.inference.generate import generate
 from megatron_sffn.inference.model import InferenceModel
-from megatron_sffn.inference.prompts import continuation_text, prompt_ids
+from megatron_sffn.inference.prompts import continuation_text, encode, prompt_ids
 from megatron_sffn.inference.sampling import Sampling
 from megatron_sffn.utils.errors import ConfigError
+
+TEXT = "a text of --tasks"
+"""Name of a text in errors."""
 
 NEW_TOKENS = 256
 """New tokens of a request that does not say how many, as for lm-eval's own models."""
@@ -65,7 +68,7 @@ class CheckpointLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        ids = [int(token) for token in self.model.tokenizer.tokenize(string)]
+        ids = encode(self.model.tokenizer, string, TEXT)
         if ids and ids[-1] == self.model.eod:
             ids.pop()
         if add_special_tokens is False and ids and ids[0] == self._bos:
@@ -93,7 +96,8 @@ class CheckpointLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         totals = []
         for request in requests:
-            first, *ids = text_ids(self.model.tokenizer, request.args[0]) or [self.eot_token_id]
+            ids = text_ids(self.model.tokenizer, request.args[0], TEXT)
+            first, *ids = ids or [self.eot_token_id]
             pieces = get_rolling_token_windows(ids, first, self.model.context, context_len=1)
             pairs = [(None, *make_disjoint_window(piece)) for piece in pieces]
             totals.append(sum(total for total, _ in self._loglikelihood_tokens(pairs)))

@@ -12,6 +12,26 @@ from megatron_sffn.data.tokenize.tokenizer import Tokenizer, eod_of
 from megatron_sffn.utils.errors import ConfigError
 
 
+def encode(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
+    """The ids of a text, as the tokenizer gives them.
+
+    Args:
+        tokenizer: of the run.
+        text: numbers for Megatron's NullTokenizer.
+        name: of the text in an error.
+
+    Raises:
+        ConfigError: the tokenizer reads ids only, and this is other text.
+    """
+    try:
+        return [int(token) for token in tokenizer.tokenize(text)]
+    except ValueError as error:
+        raise ConfigError(
+            f"{name} is no list of ids, which is what the tokenizer of this run reads; give "
+            "numbers with spaces between them"
+        ) from error
+
+
 def prompt_ids(tokenizer: Tokenizer, text: str, name: str = "--prompt") -> list[int]:
     """The ids of a prompt; an empty prompt is the beginning of a document.
 
@@ -32,13 +52,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str, name: str = "--prompt") -> list[
             )
         return [eod]
     shown = f"{name} {text[:40]!r}{'...' if len(text) > 40 else ''}"
-    try:
-        ids = [int(token) for token in tokenizer.tokenize(text)]
-    except ValueError as error:
-        raise ConfigError(
-            f"{shown} is no list of ids, which is what the tokenizer of this run reads; give "
-            "numbers with spaces between them"
-        ) from error
+    ids = encode(tokenizer, text, shown)
     unknown = [token for token in ids if not 0 <= token < tokenizer.vocab_size]
     if unknown:
         raise ConfigError(

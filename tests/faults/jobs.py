@@ -56,8 +56,19 @@ class Job:
         return path.read_text() if path.exists() else ""
 
     def wait_for(self, pattern: str, rank: int = -1, seconds: float = HANGS) -> None:
-        """Wait until the log of a rank matches a pattern."""
-        wait_until(lambda: bool(re.search(pattern, self.log(rank))), seconds, self.log)
+        """Wait until the log of a rank matches a pattern.
+
+        Raises:
+            AssertionError: all ranks have ended, or time is over, and no line matches.
+        """
+
+        def matches() -> bool:
+            over = not self.runs()  # before the log is read: a rank may write its last lines here
+            found = bool(re.search(pattern, self.log(rank)))
+            assert found or not over, f"the ranks ended without {pattern!r}:\n{self.log()[-3000:]}"
+            return found
+
+        wait_until(matches, seconds, self.log)
 
     def send(self, number: signal.Signals, rank: int | None = None) -> None:
         """Send a signal to one rank or all ranks, and to the processes that they have started."""

@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 
+from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 from megatron_sffn.inference.eval_data import open_data
 from megatron_sffn.inference.evaluate import evaluate, windows
 from megatron_sffn.utils.errors import ConfigError
@@ -153,9 +154,15 @@ def test_bad_data_is_one_sentence(tmp_path: Path, bytes_tokenizer: str) -> None:
             list(open_data(name, tokenizer_, "text").streams())
 
 
-def _tokenizer(kind: list[Any], **flags: Any) -> Any:
-    from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
+def test_a_text_without_ids_is_refused_where_the_tokenizer_reads_ids_only(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("two words")
+    tokenizer = _tokenizer(["NullTokenizer", None], vocab_size=90)
+    data = open_data(str(tmp_path / "a.txt"), tokenizer, "text")
+    with pytest.raises(ConfigError, match=r"a text of --data .*a.txt is no list of ids, which is"):
+        list(data.streams())
 
+
+def _tokenizer(kind: list[Any], **flags: Any) -> Any:
     args = tokenizers.arguments([])
     args.tokenizer_type, args.tokenizer_model = kind
     vars(args).update(flags)
