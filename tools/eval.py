@@ -24,7 +24,7 @@ EXAMPLE = """\
 example: texts, every token with at least half of the context before it
   megatron-sffn eval --load runs/mine --data book.txt web.jsonl --stride 1024
 
-example: a data set, as Megatron evaluates it, on two expert parallel ranks
+example: a data set, on two expert parallel ranks
   torchrun --nproc-per-node 2 -m megatron_sffn.tools.eval --load runs/mine \\
       --data data/validation_text_document --expert-model-parallel-size 2
 

@@ -18,6 +18,7 @@ from examples.quickstart.charts import Curve, Load
 from examples.quickstart.runs import RUNS, Plan, Run
 from examples.quickstart.samples import Sample
 from megatron_sffn.utils.atomic_files import read_records
+from megatron_sffn.utils.text_table import text_table
 
 SAME = 0.005
 """Relative difference of perplexities below which one seed cannot show a difference."""
@@ -169,15 +170,7 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
 
 def terminal_table(results: Sequence[Result]) -> str:
     """The table as aligned text."""
-    lines = [list(COLUMNS), *rows(results)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return text_table([COLUMNS, *rows(results)])
 
 
 # --- the page
@@ -212,7 +205,7 @@ def page(plan: Plan, results: Sequence[Result], texts: Sequence[Sequence[Sample]
             [(result.run.title, result.training, result.validation) for result in results]
         ),
         load="\n".join(load_section(result) for result in results if result.loads),
-        texts=text_table(results, texts),
+        texts=generated_text(results, texts),
         text_setting=html.escape(f"Temperature {samples.TEMPERATURE}, seed {plan.seed}."),
         commands=html.escape(commands),
         next_commands=html.escape(
@@ -222,7 +215,7 @@ def page(plan: Plan, results: Sequence[Result], texts: Sequence[Sequence[Sample]
     )
 
 
-def text_table(results: Sequence[Result], texts: Sequence[Sequence[Sample]]) -> str:
+def generated_text(results: Sequence[Result], texts: Sequence[Sequence[Sample]]) -> str:
     """The prompts and what each model wrote after them, as a table."""
     lines = [["prompt", *(result.run.title for result in results)]]
     lines += [

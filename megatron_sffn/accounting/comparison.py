@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_sffn.accounting.table import human
 from megatron_sffn.utils.errors import ConfigError
+from megatron_sffn.utils.text_table import text_table
 
 COLUMNS = (
     ("", "router"),
@@ -105,16 +106,8 @@ class Row:
 def comparison(rows: Sequence[Row]) -> str:
     """The table, then the reasons of rows without costs."""
     lines = [*zip(*COLUMNS, strict=True), *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
     reasons = [f"{' '.join(row.name).strip()}: {row.reason}" for row in rows if row.reason]
-    return "\n".join([*text, *([""] if reasons else []), *reasons])
+    return "\n".join([text_table(lines), *([""] if reasons else []), *reasons])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ import torch
 
 from megatron_sffn.inference.eval_data import Data, Ids
 from megatron_sffn.utils.errors import ConfigError
+from megatron_sffn.utils.text_table import text_table
 
 if TYPE_CHECKING:
     from megatron_sffn.inference.model import InferenceModel
@@ -173,8 +174,4 @@ def table(records: Iterable[dict[str, Any]]) -> str:
                 "-" if bits is None else f"{bits:.4f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    )
+    return text_table(rows)

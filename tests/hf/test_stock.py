@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sffn.hf.architectures import CLASSES
 from megatron_sffn.hf.export import export
+from megatron_sffn.hf.names import SPARSE_FFN
 from megatron_sffn.hf.settings import settings_of
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.megatron_models import WITH_BIASES, save_models
 from tests.support.transformers_alone import check_with_transformers_alone
+from tools.export import ARCHITECTURES
 
 LLAMA = "--swiglu --normalization RMSNorm"
 GROUPED = "--group-query-attention --num-query-groups 2"
@@ -37,6 +40,7 @@ EXPECTED = [
 ]
 BIASED = [
     ("--sffn-router dense --rotary-percent 0.5", "gpt_neox"),
+    ("--sffn-router dense --untie-embeddings-and-output-weights", "gpt_neox"),
     (f"--sffn-router dense {LLAMA}", "llama"),
     (f"--sffn-router dense --sffn-relu {GROUPED}", "starcoder2"),
 ]
@@ -55,6 +59,10 @@ def test_transformers_alone_computes_what_megatron_computes(tmp_path: Path) -> N
         assert not (folder / "modeling_sparse_ffn.py").exists()
         folders[folder] = (saved.ids, saved.logits)
     check_with_transformers_alone(tmp_path, folders)
+
+
+def test_the_command_knows_all_architectures() -> None:
+    assert sorted(ARCHITECTURES) == sorted(["auto", SPARSE_FFN, *CLASSES])
 
 
 def test_a_class_that_is_not_exact_is_refused_with_the_setting_and_what_is(tmp_path: Path) -> None:
