@@ -28,6 +28,7 @@ prepare()
 from megatron.core import parallel_state  # noqa: E402  (imported on an adapted platform)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # noqa: E402
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
 
 from tests.support import ranks  # noqa: E402
 from tests.support.shared_run import starts_process_group  # noqa: E402
@@ -134,8 +135,8 @@ def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 @pytest.fixture(autouse=True)
-def job_variables() -> Iterator[None]:
-    """A test leaves the variables of a job as they were; commands set them in their process."""
+def process_state() -> Iterator[None]:
+    """A test leaves the variables of a job, and what ranks inherit from Megatron, as they were."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.get(name) for name in names}
     yield
@@ -144,6 +145,8 @@ def job_variables() -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+    # A backward pass of an auxiliary loss sets it, in a shape that Megatron's start refuses.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 @pytest.fixture(scope="module")
