@@ -32,10 +32,16 @@ from megatron.core.inference.communication_utils import (
     send_to_next_pipeline_rank,
 )
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training.checkpointing import load_checkpoint
-from megatron.training.global_vars import get_tokenizer, set_global_variables
+from megatron.training.global_vars import (
+    destroy_global_vars,
+    get_tokenizer,
+    set_global_variables,
+)
 from megatron.training.initialize import initialize_megatron
 from torch import Tensor
 
@@ -247,6 +253,10 @@ def is_output_rank() -> bool:
 
 
 def finish() -> None:
-    """End the process groups."""
+    """End Megatron in this process, which can start it again with another model."""
     if torch.distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+    destroy_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+    destroy_global_vars()

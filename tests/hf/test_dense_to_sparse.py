@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,8 @@ from torch import Tensor
 
 from megatron_sffn.checkpoints.files import folder_to_load
 from megatron_sffn.checkpoints.tensors import by_layer, read_tensors
-from tests.hf.test_import import BATCH, flags_in, make_model, refusal, run_import
-from tests.support.megatron_models import Saved, _logits_of, save_models
-from tests.support.ranks import run_ranks
+from tests.hf.test_import import check_logits, flags_of_model, make_model, refusal, run_imports
+from tests.support.megatron_models import Saved, logits_of_all, save_models
 
 DENSE = ["--sffn-router dense --swiglu", "--sffn-router dense --squared-relu"]
 EXACT = [
@@ -24,8 +24,8 @@ EXACT = [
     "--sffn-router rand-hash --upcycle 4",
 ]
 """Ways in which the function is the dense one's."""
+
 NEAR = [
-    "--sffn-router avg-k --sffn-block-size 1 --sffn-active-cells 8",
     "--sffn-router switch --upcycle 4 --init-method-std 1e-4",
     "--sffn-router sigma-moe --upcycle 4 --sffn-block-size 4 --sffn-active-cells 32",
 ]
@@ -37,47 +37,45 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> list[Saved]:
     return save_models(tmp_path_factory.mktemp("dense"), DENSE)
 
 
-def logits_of_all(imported: dict[Path, str], ids: Tensor) -> dict[Path, Tensor]:
-    """Megatron's logits of checkpoints, by their flags."""
-
-    def body() -> list[Tensor]:
-        warnings.simplefilter("ignore")
-        return [_logits_of(load, f"{flags} {BATCH}", ids) for load, flags in imported.items()]
-
-    (results,) = run_ranks(1, body)
-    return dict(zip(imported, results, strict=True))
+def make_sparse(
+    folder: Path, dense: Saved, words: Sequence[str], sentence: str
+) -> dict[str, Tensor]:
+    """Megatron's logits of a dense run that became sparse in several ways, each as it is told."""
+    commands = [f"--load {dense.load} --save {index} {text}" for index, text in enumerate(words)]
+    models = {}
+    for index, printed in enumerate(run_imports(folder, commands)):
+        assert sentence in printed, words[index]
+        models[folder / str(index)] = flags_of_model(printed), dense.ids
+    return dict(zip(words, logits_of_all(models).values(), strict=True))
 
 
 @pytest.mark.parametrize("number", range(len(DENSE)))
 def test_a_dense_run_becomes_sparse_with_the_same_logits(
     dense: list[Saved], tmp_path: Path, number: int
 ) -> None:
-    saved, imported = dense[number], {}
-    for index, words in enumerate(EXACT if number == 0 else EXACT[::3]):
-        flags = ["--load", str(saved.load), "--save", f"run{index}", *words.split()]
-        printed = run_import(tmp_path, *flags)
-        assert "computes the function of the dense one" in printed
-        imported[tmp_path / f"run{index}"] = flags_in(printed)
-    for load, logits in logits_of_all(imported, saved.ids).items():
+    words = EXACT if number == 0 else EXACT[::3]
+    sentence = "computes the function of the dense one"
+    for text, logits in make_sparse(tmp_path, dense[number], words, sentence).items():
         torch.testing.assert_close(
-            logits, saved.logits, rtol=1e-5, atol=1e-5, msg=lambda text, load=load: f"{load} {text}"
+            logits,
+            dense[number].logits,
+            rtol=1e-5,
+            atol=1e-5,
+            msg=lambda message, text=text: f"{text}: {message}",
         )
 
 
-def test_fewer_active_cells_compute_a_part_and_other_gates_start_near(
-    dense: list[Saved], tmp_path: Path
-) -> None:
-    saved, imported = dense[0], {}
-    for index, words in enumerate(NEAR):
-        flags = ["--load", str(saved.load), "--save", f"run{index}", *words.split()]
-        printed = run_import(tmp_path, *flags)
-        assert ("computes a part" if index == 0 else "starts near") in printed
-        imported[tmp_path / f"run{index}"] = flags_in(printed)
-    part, switch, _ = logits_of_all(imported, saved.ids).values()
-    assert not torch.allclose(part, saved.logits, atol=1e-3)
+def test_fewer_active_cells_compute_a_part(dense: list[Saved], tmp_path: Path) -> None:
+    words = "--sffn-router avg-k --sffn-block-size 1 --sffn-active-cells 8"
+    logits = make_sparse(tmp_path, dense[0], [words], "computes a part")[words]
+    assert not torch.allclose(logits, dense[0].logits, atol=1e-3)
+
+
+def test_other_gates_start_near(dense: list[Saved], tmp_path: Path) -> None:
+    logits = make_sparse(tmp_path, dense[0], NEAR, "starts near")
     # With a gate of scores near 0 every probability is near 1/B.
-    torch.testing.assert_close(switch, saved.logits, rtol=0, atol=0.02)
-    tensors = by_layer(read_tensors(folder_to_load(tmp_path / "run2", None)))
+    torch.testing.assert_close(logits[NEAR[0]], dense[0].logits, rtol=0, atol=0.02)
+    tensors = by_layer(read_tensors(folder_to_load(tmp_path / "1", None)))
     gate = tensors["decoder.layers.0.mlp.router.weight"]
     copies = gate.unflatten(0, (4, 4))
     assert torch.equal(copies, copies[:, :1].expand_as(copies))
@@ -87,11 +85,10 @@ def test_fewer_active_cells_compute_a_part_and_other_gates_start_near(
 def test_a_model_of_transformers_becomes_sparse(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ids, expected = make_model(tmp_path / "llama", "qwen3")
+        ids, expected = make_model(tmp_path / "qwen3", "qwen3")
     words = "--sffn-router avg-k --sffn-block-size 16 --moe-aux-loss-coeff 0"
-    printed = run_import(tmp_path, "--model", "llama", "--save", "run", *words.split())
-    (logits,) = logits_of_all({tmp_path / "run": flags_in(printed)}, ids).values()
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    (printed,) = run_imports(tmp_path, [f"--model qwen3 --save run {words}"])
+    check_logits({tmp_path / "run": (flags_of_model(printed), ids, expected)})
 
 
 BAD = [

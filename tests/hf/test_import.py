@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import shlex
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,7 @@ from torch import Tensor
 from megatron_sffn.hf.export import export
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.jobs import run_as_job
-from tests.support.megatron_models import Saved, _logits_of, flags_of, save_models
-from tests.support.ranks import run_ranks
+from tests.support.megatron_models import Saved, flags_of, logits_of_all, save_models
 
 BASE = {
     "vocab_size": 96,
@@ -103,39 +104,36 @@ def make_model(folder: Path, name: str) -> tuple[Tensor, Tensor]:
     return ids, logits
 
 
-def run_import(folder: Path, *words: str) -> str:
-    """Run the command in a process of its own; returns what it printed."""
+def run_imports(folder: Path, commands: Sequence[str]) -> list[str]:
+    """Run the command with each of several lists of words; returns what each run printed."""
 
-    def body() -> None:
+    def body() -> list[str]:
         from tools import import_model
 
-        import_model.main([*words])
+        printed = []
+        for words in commands:
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                import_model.main(shlex.split(words))
+            printed.append(output.getvalue())
+        return printed
 
     (output,) = run_as_job(1, body, folder=folder)
-    return output.stdout
+    printed: list[str] = output.result
+    return printed
 
 
-def flags_in(printed: str) -> str:
-    """The model's flags that the command printed."""
-    return next(line for line in printed.splitlines() if line.startswith("  --"))
+def flags_of_model(printed: str) -> str:
+    """Flags of the model, as the command printed them, and what else Megatron needs."""
+    flags = next(line for line in printed.splitlines() if line.startswith("  --"))
+    return f"{flags} --micro-batch-size 1 --global-batch-size 1 --train-iters 1"
 
 
-BATCH = "--micro-batch-size 1 --global-batch-size 1 --train-iters 1"
-
-
-def check_logits(imported: dict[Path, tuple[str, Tensor, Tensor]]) -> None:
+def check_logits(imported: Mapping[Path, tuple[str, Tensor, Tensor]]) -> None:
     """Compare Megatron's logits of checkpoints: folder -> flags, ids, and expected logits."""
-
-    def body() -> list[Tensor]:
-        warnings.simplefilter("ignore")
-        return [
-            _logits_of(load, f"{flags} {BATCH}", ids) for load, (flags, ids, _) in imported.items()
-        ]
-
-    (results,) = run_ranks(1, body)
-    for (load, (_, _, expected)), logits in zip(imported.items(), results, strict=True):
+    logits = logits_of_all({load: (flags, ids) for load, (flags, ids, _) in imported.items()})
+    for load, (_, _, expected) in imported.items():
         torch.testing.assert_close(
-            logits,
+            logits[load],
             expected,
             rtol=1e-5,
             atol=1e-5,
@@ -166,11 +164,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_imports_compute_what_transformers_computes_and_export_the_same_bits(
     models: Path, tmp_path: Path
 ) -> None:
+    commands = [f"--model {models / name} --save runs/{name}" for name in CONFIGS]
     imported = {}
-    for name in CONFIGS:
-        printed = run_import(tmp_path, "--model", str(models / name), "--save", f"runs/{name}")
+    for name, printed in zip(CONFIGS, run_imports(tmp_path, commands), strict=True):
         ids, logits = torch.load(models / f"{name}.pt")
-        imported[tmp_path / "runs" / name] = flags_in(printed), ids, logits
+        imported[tmp_path / "runs" / name] = flags_of_model(printed), ids, logits
     check_logits(imported)
     for name in CONFIGS:
         exported = export(tmp_path / "runs" / name, tmp_path / "hf" / name)
@@ -192,14 +190,15 @@ OWN = [
 
 def test_exports_of_ours_come_back_bit_for_bit(tmp_path: Path) -> None:
     models: list[Saved] = save_models(tmp_path, OWN)
-    imported = {}
     for number, saved in enumerate(models):
-        for folder, source in (("hf", saved.load), ("again", tmp_path / f"runs/{number}")):
-            if folder == "again":
-                words = ("--model", f"hf/{number}", "--save", f"runs/{number}")
-                imported[source] = flags_in(run_import(tmp_path, *words)), saved.ids, saved.logits
-            export(source, tmp_path / folder / str(number), architecture="auto")
-        first, second = tmp_path / "hf" / str(number), tmp_path / "again" / str(number)
+        export(saved.load, tmp_path / f"hf/{number}")
+    commands = [f"--model hf/{number} --save runs/{number}" for number in range(len(OWN))]
+    imported = {}
+    for number, printed in enumerate(run_imports(tmp_path, commands)):
+        load, saved = tmp_path / f"runs/{number}", models[number]
+        imported[load] = flags_of_model(printed), saved.ids, saved.logits
+        export(load, tmp_path / f"again/{number}")
+        first, second = tmp_path / f"hf/{number}", tmp_path / f"again/{number}"
         configs = [json.loads((path / "config.json").read_text()) for path in (first, second)]
         before, after = files_of(first), files_of(second)
         assert before.keys() == after.keys(), OWN[number]
@@ -212,12 +211,12 @@ def test_exports_of_ours_come_back_bit_for_bit(tmp_path: Path) -> None:
 def test_reblock_cuts_the_experts_of_an_import(models: Path, tmp_path: Path) -> None:
     from tools import convert_checkpoint
 
-    printed = run_import(tmp_path, "--model", str(models / "mixtral"), "--save", "runs/mixtral")
+    (printed,) = run_imports(tmp_path, [f"--model {models / 'mixtral'} --save runs/mixtral"])
     words = f"reblock --load {tmp_path}/runs/mixtral --save {tmp_path}/cut --block-size 4"
     words += " --no-evaluate"
     convert_checkpoint.main(shlex.split(words))
     ids, logits = torch.load(models / "mixtral.pt")
-    flags = f"{flags_in(printed)} --sffn-block-size 4"
+    flags = f"{flags_of_model(printed)} --sffn-block-size 4"
     check_logits({tmp_path / "cut": (flags, ids, logits)})
 
 
@@ -319,5 +318,5 @@ def test_a_folder_without_an_index_of_its_shards_lacks_tensors(llama: Path) -> N
     (llama / "model.safetensors.index.json").unlink()
     (llama / "model-1.safetensors").rename(llama / "model.safetensors")
     with pytest.raises(AssertionError, match=r"ConfigError: tensor .* is missing; give a (fol|mo)"):
-        run_import(llama.parent, "--model", "llama", "--save", "new/run")
+        run_imports(llama.parent, ["--model llama --save new/run"])
     assert not (llama.parent / "new").exists()

@@ -6,6 +6,7 @@ import shlex
 import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,22 @@ def logits_of(load: Path, flags: str, ids: Tensor) -> Tensor:
         flags: of the model and the tokenizer.
         ids: `[b, s]`.
     """
-    (logits,) = run_ranks(1, _logits_of, load, flags, ids)
+    return logits_of_all({load: (flags, ids)})[load]
+
+
+def logits_of_all(models: Mapping[Path, tuple[str, Tensor]]) -> dict[Path, Tensor]:
+    """The same for several runs: folder -> flags and ids."""
+
+    def body() -> dict[Path, Tensor]:
+        warnings.simplefilter("ignore")
+        return {load: _logits_of(load, flags, ids) for load, (flags, ids) in models.items()}
+
+    (logits,) = run_ranks(1, body)
     return logits
 
 
 @torch.no_grad()
 def _logits_of(load: Path, flags: str, ids: Tensor) -> Tensor:
-    warnings.simplefilter("ignore")
     model = _build(_arguments(flags))
     folder = folder_to_load(load, None)
     loaded = dist_checkpointing.load(model.sharded_state_dict(), str(folder))
