@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {note}")
     source = args.load or args.model
     print(f"{imported.architecture or 'checkpoint'} {source} -> {args.save}, ", end="")
-    print(f"{imported.parameters:,} numbers")
+    print(f"{imported.parameters:,} parameters")
     print("flags of the model, which megatron-sffn's commands read from the checkpoint:")
     print(f"  {' '.join(imported.flags)}")
     print(f"training from it: pretrain with these flags and --load {args.save} --finetune")

@@ -81,7 +81,7 @@ class Imported:
     Args:
         architecture: `model_type` of the folder; None for a checkpoint.
         flags: of the model.
-        parameters: numbers in all tensors.
+        parameters: elements of all tensors.
         notes: what the user should know, in sentences.
     """
 
@@ -308,7 +308,7 @@ def _made_sparse(dense: Model, how: DenseToSparse, further: Sequence[str]) -> Mo
 
 
 def _save(read: Model, save: Path, how: DenseToSparse | None) -> int:
-    """Build the model, fill it, and save it; returns the number of its numbers."""
+    """Build the model, fill it, and save it; returns its number of parameters."""
     initialize(read.args)
     try:
         model = build_model(read.args)
@@ -341,7 +341,7 @@ class Filler:
 
     @torch.no_grad()
     def fill(self, model: Any) -> int:
-        """Fill Megatron's model on one rank; returns the number of its numbers.
+        """Fill Megatron's model on one rank; returns its number of parameters.
 
         Raises:
             ConfigError: if a tensor is missing, too many, or of another shape.
@@ -366,7 +366,7 @@ class Filler:
         return sum(tensor.numel() for tensor in filled.values())
 
     def _value(self, shard: ShardedTensor) -> Tensor:
-        """The numbers of a shard."""
+        """The part of a tensor that a shard is."""
         stacked, layers = STACKED.fullmatch(shard.key), shard.prepend_axis_num
         name = shard.key
         if stacked is not None:

@@ -85,7 +85,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has the files of a tokenizer."""
+    """True if a folder has the files of a tokenizer."""
     return any((folder / name).is_file() for name in VOCABULARIES)
 
 
