@@ -74,7 +74,7 @@ class Export:
         architecture: `model_type` of the folder.
         reason: why this architecture, in a clause.
         iteration: of the checkpoint.
-        parameters: numbers in all tensors.
+        parameters: elements of all tensors.
         notes: what the user should know, in sentences.
     """
 
