@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {note}")
     print(
         f"iteration {exported.iteration} of {args.load} -> {args.output}, "
-        f"{exported.parameters:,} numbers"
+        f"{exported.parameters:,} parameters"
     )
     return 0
 

@@ -17,11 +17,15 @@ from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.scored import ScoredConfig
 from megatron_sffn.utils.atomic_files import read_records
+from megatron_sffn.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_sffn.hf.export import Export
 
 UNKNOWN = "unknown"
+
+EVALUATION = "eval.json"
+"""File in the folder of a run: the output of `megatron-sffn eval --output`."""
 
 DATA_FLAGS = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
 """Flags (dest) that name the data of training."""
@@ -45,6 +49,7 @@ def model_card(settings: Settings, run: Path, exported: Export) -> str:
         f"## Model\n\n{_table(_model_rows(settings, exported))}\n"
         f"## How it routes\n\n{_routing(settings)}\n\n"
         f"## Training\n\n{_table(_training_rows(settings, run, exported.iteration))}\n"
+        f"## Evaluation\n\n{_evaluation(run, exported.iteration)}\n"
         + (f"## Notes\n\n{notes}" if notes else "")
     )
 
@@ -80,7 +85,7 @@ def _model_rows(settings: Settings, exported: Export) -> list[tuple[str, Any]]:
         ("parameters, total", f"{parameters.total:,}"),
         ("parameters, active per token", f"{parameters.active:,}"),
         ("FLOPs per token, forward", f"{flops_per_token(shape).total:,}"),
-        ("numbers in this folder", f"{exported.parameters:,}"),
+        ("parameters in this folder", f"{exported.parameters:,}"),
         ("layers", f"{args.num_layers}, of which sparse: {len(settings.sparse_layers)}"),
         ("sparse layers, from 0", ", ".join(map(str, settings.sparse_layers)) or "none"),
         ("hidden size", args.hidden_size),
@@ -135,18 +140,51 @@ def _training_rows(settings: Settings, run: Path, iteration: int) -> list[tuple[
         ("optimizer", args.optimizer),
         ("precision", str(args.params_dtype).removeprefix("torch.")),
         ("seed", args.seed),
-        ("training loss", None),
     ]
     validation, perplexity = None, None
     for record in read_records(run / "validation.jsonl"):
         if record["iteration"] == iteration:
             validation = f"{record['loss']:.4f}"
-    summary = run / "summary.json"
-    if summary.is_file():
-        results = json.loads(summary.read_text())
-        if results.get("iterations") == iteration and results.get("validation_perplexity"):
-            perplexity = f"{results['validation_perplexity']:.2f}"
+    results = _read_json(run / "summary.json")
+    if results.get("iterations") == iteration and results.get("validation_perplexity"):
+        perplexity = f"{results['validation_perplexity']:.2f}"
     return [*rows, ("validation loss", validation), ("validation perplexity", perplexity)]
+
+
+def _evaluation(run: Path, iteration: int) -> str:
+    """What `megatron-sffn eval` measured of this iteration and wrote to the folder of the run."""
+    results = _read_json(run / EVALUATION)
+    if results.get("iteration") != iteration:
+        return f"{UNKNOWN.capitalize()}: no `{EVALUATION}` of `megatron-sffn eval` is in the run.\n"
+    lines = [
+        f"`megatron-sffn eval`, {results['dtype']}, windows of {results['context']} tokens, a new "
+        f"one every {results['stride']}.\n",
+        "| | metric | value |",
+        "|---|---|---|",
+    ]
+    for record in results["results"]:
+        for name in ("loss", "perplexity", "bits_per_byte"):
+            if record[name] is not None:
+                name_of_data = Path(record["data"]).name
+                lines.append(f"| {name_of_data} | {name.replace('_', ' ')} | {record[name]:.4f} |")
+    for task, metrics in results.get("tasks", {}).items():
+        lines += [f"| {task} | {name} | {value:.4f} |" for name, value in metrics.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of a run; empty if there is no file.
+
+    Raises:
+        ConfigError: if the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error}); write it again or remove it") from error
+    return content
 
 
 def _words(entry: Any) -> list[str]:

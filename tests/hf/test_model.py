@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sffn.hf.export import export
+from megatron_sffn.utils.errors import ConfigError
 from tests.support.megatron_models import ITERATION, Saved, flags_of, save_models
 from tools.export import main
 
@@ -149,6 +151,27 @@ def test_weights_are_sharded_and_described(exports: dict[str, tuple[Saved, Path]
         assert text in card
 
 
+def test_the_card_has_what_eval_measured_of_the_iteration(
+    exports: dict[str, tuple[Saved, Path]], tmp_path: Path
+) -> None:
+    run = shutil.copytree(exports["sigma-moe"][0].load, tmp_path / "run")
+    measured = {"data": "books/a.txt", "loss": 1.5, "perplexity": 4.4817, "bits_per_byte": None}
+    results = {"dtype": "float32", "context": 64, "stride": 32, "results": [measured]}
+    results["tasks"] = {"choose": {"acc,none": 0.25}}
+    for iteration, rows in (
+        (3, ["| a.txt | loss | 1.5000 |", "| choose | acc,none | 0.2500 |"]),
+        (2, ["no `eval.json` of `megatron-sffn eval` is in the run"]),
+    ):
+        (run / "eval.json").write_text(json.dumps({**results, "iteration": iteration}))
+        export(run, tmp_path / str(iteration))
+        card = (tmp_path / str(iteration) / "README.md").read_text()
+        assert all(row in card for row in rows) and "bits per byte" not in card
+    (run / "eval.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"eval\.json is no JSON .*; write it again or remove it"):
+        export(run, tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
+
+
 def test_half_precision_keeps_the_biases_of_the_choice_in_fp32(
     exports: dict[str, tuple[Saved, Path]], tmp_path: Path
 ) -> None:
@@ -168,8 +191,6 @@ def test_the_command_never_overwrites_in_silence(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from megatron_sffn.utils.errors import ConfigError
-
     load, output = exports["avg-k"][0].load, tmp_path / "model"
     flags = ["--load", str(load), "--output", str(output)]
     assert main(flags) == 0
@@ -194,8 +215,6 @@ def test_the_command_never_overwrites_in_silence(
 def test_bad_input_leaves_nothing(
     exports: dict[str, tuple[Saved, Path]], tmp_path: Path, flags: list[str], sentence: str
 ) -> None:
-    from megatron_sffn.utils.errors import ConfigError
-
     load = ["--load", str(exports["avg-k"][0].load), "--output", str(tmp_path / "model")]
     with pytest.raises(ConfigError, match=sentence):
         main([*load, *flags])
