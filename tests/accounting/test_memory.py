@@ -25,6 +25,7 @@ from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.rand_hash import LARGEST_TABLE
 from tests.accounting.models import SMALL, batch, build, config_of, paper, sparse
 from tests.support.ranks import run_ranks
+from tests.support.slow import slow
 
 PATTERN = (True, False, True, True)
 """Which layers are sparse: with a dense layer among them, stages differ."""
@@ -129,8 +130,9 @@ def measured_memories(
     return [measured_memory(shape, layout, distributed) for shape in shapes]
 
 
-@pytest.mark.parametrize("distributed", [False, True])
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    ("half", "distributed"), [(False, False), (True, True), slow(False, True), slow(True, False)]
+)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_rank_holds_the_bytes_of_the_closed_form(
     name: str, half: bool, distributed: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.routers.groups import in_best_groups
 from tests.support.ranks import run_ranks
-from tests.support.router_cases import BATCH, SINGLE_CELLS, SPARSE, Case, D, build, config_of, draw
+from tests.support.router_cases import BATCH, SINGLE_CELLS, SPARSE, Case, D, build, draw
 
 
 def sparse(router: str = "avg-k", **numbers: Any) -> SparseFFNConfig:
@@ -180,8 +181,25 @@ def test_the_all_gather_is_chosen_where_almost_every_rank_is_visited(
     assert comm_volume.cheapest_dispatcher(layer, 1024, gloo) == "alltoall"
 
 
-def sent(case: Case) -> dict[str, float]:
-    """Bytes per token that the collectives of a layer's evaluation send to other ranks."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sent:
+    """What a rank sends to other ranks in a layer's evaluation.
+
+    Args:
+        sffn: config of the layer.
+        counted: bytes per token of the collectives.
+        own_count: the same, as the layer counts them.
+        tokens: number of tokens.
+    """
+
+    sffn: SparseFFNConfig
+    counted: float
+    own_count: float
+    tokens: int
+
+
+def sent(case: Case) -> Sent:
+    """What this rank sends in an evaluation of a layer."""
     layer = build(case).eval()
     # Descriptors are gathered once per optimizer step, not per microbatch.
     layer.router.weights_version = 0
@@ -199,11 +217,17 @@ def sent(case: Case) -> dict[str, float]:
     groups = [grid.group] if grid.node_groups is None else grid.node_groups
     counts = sum(16 * (group.size() - 1) for group in groups)
     counts = counts if "alltoall" in dict(case.megatron).values() else 0
-    return {
-        "counted": (collectives.total - counts) / tokens,
-        "own count": own_count / tokens,
-        "tokens": tokens,
-    }
+    return Sent(
+        sffn=layer.config.sffn,
+        counted=(collectives.total - counts) / tokens,
+        own_count=own_count / tokens,
+        tokens=tokens,
+    )
+
+
+def sent_by_all(cases: list[Case]) -> list[Sent]:
+    """`sent` of several layers, one after the other."""
+    return [sent(case) for case in cases]
 
 
 LAYOUTS = {
@@ -213,39 +237,48 @@ LAYOUTS = {
 }
 
 
+def routers_of(name: str) -> list[str]:
+    """Routers that fit a layout: a block of a single cell is not split."""
+    return [router for router in SPARSE if name == "EP2" or router not in SINGLE_CELLS]
+
+
+@cache
+def sent_by_routers(name: str, dispatcher: str) -> dict[str, tuple[Sent, ...]]:
+    """`sent` of each router on each rank of a layout."""
+    layout, routers = LAYOUTS[name], routers_of(name)
+    # g = 8: K = 2 of B = 6 blocks, so that many tokens visit one rank only.
+    cases = [
+        Case(
+            router=router,
+            block_size=None if router in SINGLE_CELLS else 8,
+            megatron=(("moe_token_dispatcher_type", dispatcher),),
+        )
+        for router in routers
+    ]
+    ranks = run_ranks(layout.world_size, sent_by_all, cases, **layout.megatron_sizes())
+    return dict(zip(routers, zip(*ranks, strict=True), strict=True))
+
+
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize(
-    ("router", "name"),
-    [
-        (router, name)
-        for router in SPARSE
-        for name in LAYOUTS
-        # A block of a single cell is not split.
-        if name == "EP2" or router not in SINGLE_CELLS
-    ],
+    ("router", "name"), [(router, name) for name in LAYOUTS for router in routers_of(name)]
 )
 def test_collectives_send_the_bytes_of_the_closed_form(
     router: str, name: str, dispatcher: str
 ) -> None:
     layout = dataclasses.replace(LAYOUTS[name], dispatcher=dispatcher)
-    # g = 8: K = 2 of B = 6 blocks, so that many tokens visit one rank only.
-    case = Case(
-        router=router,
-        block_size=None if router in SINGLE_CELLS else 8,
-        megatron=(("moe_token_dispatcher_type", dispatcher),),
-    )
-    results = run_ranks(layout.world_size, sent, case, **layout.megatron_sizes())
-    counted = sum(result["counted"] for result in results) / layout.world_size
-    (config,) = run_ranks(1, config_of, case)
+    results = sent_by_routers(name, dispatcher)[router]
+    counted = sum(result.counted for result in results) / layout.world_size
+    layer = results[0].sffn
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comm_volume, "SCORE_BYTES", 8)
         patch.setattr("megatron_sffn.nn.routers.vanilla_m.SCORE_BYTES", 8)
-        expected = comm_volume.exchanged_bytes_per_token(config.sffn, D, layout)
-        selection = config.sffn.router.exchanged_bytes(config.sffn, D, layout)
+        expected = comm_volume.exchanged_bytes_per_token(layer, D, layout)
+        selection = layer.router.exchanged_bytes(layer, D, layout)
     for result in results:
-        assert result["tokens"] == 4096
+        assert result.tokens == 4096
         # The layer's own count is that of the collectives, without the selection's bytes.
-        assert result["own count"] + selection == pytest.approx(result["counted"], rel=1e-12)
+        assert result.own_count + selection == pytest.approx(result.counted, rel=1e-12)
     if dispatcher == "allgather":
         assert counted == expected
     elif router == "rand-hash":
@@ -265,7 +298,7 @@ def test_a_token_crosses_to_each_node_once() -> None:
     )
     results = run_ranks(4, sent, case, expert_model_parallel_size=4)
     for result in results:
-        assert result["own count"] == pytest.approx(result["counted"], rel=1e-12)
+        assert result.own_count == pytest.approx(result.counted, rel=1e-12)
     # Each token has 4 of 12 blocks, of which a node has 6 and a rank 3.
     node_share, rank_share = (
         1 - math.comb(6, 4) / math.comb(12, 4),
@@ -282,7 +315,7 @@ def test_a_token_crosses_to_each_node_once() -> None:
     layer = dataclasses.replace(layer, router=ROUTERS["rand-hash"]())
     float64_layout = dataclasses.replace(layout, dtype=torch.float64)
     expected = comm_volume.exchanged_bytes_per_token(layer, D, float64_layout)
-    counted = sum(result["counted"] for result in results) / 4
+    counted = sum(result.counted for result in results) / 4
     assert counted == pytest.approx(expected, rel=4 / math.sqrt(4096 * 4))
     flat = dataclasses.replace(layer, node_size=0)
     assert comm_volume.cheapest_dispatcher(layer, D, layout) == "alltoall"

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.support.paths import ROOT
+from tests.support.slow import slow
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -35,23 +36,31 @@ SPILLS = {("3.6", "route_topk: select", "fp32"): 8}
 
 REPORTS = (
     ("--dtypes bf16 --targets 90", 23),
+    ("--dtypes bf16 --targets 100 120 --ops grouped --cells 256", 10),
+)
+"""Command lines of the report and their numbers of kernels: all kernels of one GPU, and those with
+the largest tiles on the other GPUs with matrix units."""
+
+OTHER_REPORTS = (
     # Fused kernels are cut as for 90, and need fewer registers.
     ("--dtypes bf16 --targets 100 --ops grouped masked", 18),
     # The instructions of 80, with less shared memory.
     ("--dtypes bf16 --targets 120 --ops grouped fused", 14),
     ("--dtypes fp32 --targets 80 --ops grouped masked route_topk --cells 16", 10),
 )
-"""Command lines of the report and their numbers of kernels: all kernels of one GPU, and the kernels
-that differ on other GPUs."""
+"""The kernels that differ on other GPUs, which take half a minute to compile."""
 
 
-def test_machine_code_spills_nothing_and_uses_matrix_units(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reports", [REPORTS, slow(OTHER_REPORTS)], ids=["fast", "slow"])
+def test_machine_code_spills_nothing_and_uses_matrix_units(
+    reports: tuple[tuple[str, int], ...], tmp_path: Path
+) -> None:
     # This process simulates a GPU, so another one compiles; one for all reports, since a process
     # takes seconds to start.
     program = "import sys; from benchmarks.triton_report import main\n"
     program += "for line in sys.argv[1:]: main(line.split())"
     process = subprocess.run(
-        [sys.executable, "-c", program, *(line for line, _ in REPORTS)],
+        [sys.executable, "-c", program, *(line for line, _ in reports)],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
@@ -63,7 +72,7 @@ def test_machine_code_spills_nothing_and_uses_matrix_units(tmp_path: Path) -> No
         process.stdout,
         re.MULTILINE,
     )
-    assert len(lines) == sum(count for _, count in REPORTS), process.stdout
+    assert len(lines) == sum(count for _, count in reports), process.stdout
     version = ".".join(importlib.metadata.version("triton").split(".")[:2])
     for kernel, target, dtype, cells, registers, spills, shared, instruction in lines:
         line = f"{kernel}, sm_{target}, {dtype}, {cells} cells, Triton {version}"

@@ -36,8 +36,8 @@ from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.train.run import finish_gradients
 
 LAYERS, WIDTH, SEQUENCE, VOCAB = 4, 16, 8, 32
-SAMPLES = 8
-"""Samples of a global batch; a microbatch is one sample."""
+SAMPLES = 4
+"""Samples of a global batch; a microbatch is one sample, so there are at most 4 DP ranks."""
 STEPS = 3
 """Adam's moments, biases and moving averages act in the second step, their results in the third."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from tests.support.router_cases import (
     inputs,
     run,
 )
+from tests.support.slow import slow
 
 
 def layout(tp: int = 1, ep: int = 1, etp: int = 1) -> dict[str, int]:
@@ -52,6 +54,10 @@ LAYOUTS = {
     "EP2 ETP2": (4, layout(ep=2, etp=2)),
     "TP2 EP2 ETP2": (4, layout(tp=2, ep=2, etp=2)),
 }
+
+
+COVERED = ["EP4", "ETP2 x DP2", "EP2 ETP2"]
+"""Layouts for `make test-slow`: others have the same dimensions, with TP or EP beside them."""
 
 
 def without_balance(router: str, *megatron: tuple[str, object], **fields: object) -> Case:
@@ -88,7 +94,13 @@ def fits(router: str, name: str | None) -> bool:
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize(
-    ("name", "router"), [(name, r) for name in LAYOUTS for r in SPARSE if fits(r, name)]
+    ("name", "router"),
+    [
+        slow(name, router) if name in COVERED else (name, router)
+        for name in LAYOUTS
+        for router in SPARSE
+        if fits(router, name)
+    ],
 )
 def test_every_layout_computes_the_results_of_one_rank(
     name: str, router: str, dispatcher: str
@@ -110,7 +122,8 @@ NODES = {
 """Layout of 8 ranks, as 2 nodes of 4 -> (a block size that it can split, its group sizes)."""
 
 
-@pytest.mark.parametrize("name", NODES)
+# With and without ETP, rows go the same way; with ETP, more ranks need a row.
+@pytest.mark.parametrize("name", [slow("TP2 EP8"), "TP2 EP4 ETP2"])
 def test_dispatch_over_nodes_computes_the_results_of_one_rank(name: str) -> None:
     block_size, sizes = NODES[name]
     routers, flag = ["switch", "lorkm", "rand-hash"], ("moe_token_dispatcher_type", "alltoall")
@@ -173,30 +186,41 @@ def test_chunks_compute_the_results_of_the_whole_microbatch(name: str) -> None:
             assert_same([chunked], unchunked)
 
 
-@pytest.mark.parametrize("aggregator", ["mean-abs", "max", "min"])
-def test_aggregators_agree_if_the_cells_of_a_block_lie_on_several_ranks(aggregator: str) -> None:
-    case = Case(router="vanilla-m", options=(("aggregator", aggregator),))
-    assert_same(run_ranks(4, run, case, **layout(ep=2, etp=2)), run_ranks(1, run, case)[0])
+OPTIONS = {
+    **{
+        f"aggregator {aggregator}": Case(router="vanilla-m", options=(("aggregator", aggregator),))
+        for aggregator in ("mean-abs", "max", "min")
+    },
+    # Gradients of scores reach the keys of other ranks.
+    **{
+        f"{router} {gate}": Case(router=router, options=(("gate", gate),))
+        for router in ("avg-k", "vanilla-m", "lorkm")
+        for gate in ("sigmoid", "softmax")
+    },
+    **{f"{router} swiglu": without_balance(router, swiglu=True) for router in ("avg-k", "switch")},
+    "max-norm": Case(router="avg-k", options=(("descriptor", "max-norm"),)),
+    "subset": Case(router="avg-k", options=(("descriptor", "subset"), ("subset_cells", 2))),
+    "mlp": Case(router="sigma-moe", options=(("network", "mlp"), ("network_width", 6))),
+}
 
 
-@pytest.mark.parametrize("router", ["avg-k", "vanilla-m", "lorkm"])
-@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
-def test_gradients_of_scores_reach_the_keys_of_other_ranks(router: str, gate: str) -> None:
-    case = Case(router=router, options=(("gate", gate),))
-    assert_same(run_ranks(4, run, case, **layout(ep=2, etp=2)), run_ranks(1, run, case)[0])
+@cache
+def computed_options(world_size: int, ep: int, etp: int) -> dict[str, list[dict[str, Any]]]:
+    """Results of each of `OPTIONS` on every rank of a layout."""
+    ranks = run_ranks(world_size, run_all, list(OPTIONS.values()), **layout(ep=ep, etp=etp))
+    return dict(zip(OPTIONS, map(list, zip(*ranks, strict=True)), strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_agree_with_one_rank_if_the_cells_of_a_block_lie_on_several_ranks(
+    name: str,
+) -> None:
+    assert_same(computed_options(4, 2, 2)[name], computed_options(1, 1, 1)[name][0])
 
 
 def test_swiglu_agrees_with_one_rank_for_single_cells_on_two_ranks() -> None:
     case = Case(router="vanilla-m", block_size=1, swiglu=True)
     assert_same(run_ranks(2, run, case, **layout(ep=2)), run_ranks(1, run, case)[0])
-
-
-@pytest.mark.parametrize("router", ["avg-k", "switch"])
-def test_swiglu_agrees_with_one_rank_if_the_cells_of_a_block_lie_on_several_ranks(
-    router: str,
-) -> None:
-    case = without_balance(router, swiglu=True)
-    assert_same(run_ranks(4, run, case, **layout(ep=2, etp=2)), run_ranks(1, run, case)[0])
 
 
 def descriptors() -> torch.Tensor:
@@ -229,8 +253,21 @@ def run_both_layers(router: str, dispatcher: str) -> list[list[torch.Tensor]]:
         x = hidden.clone().requires_grad_()
         y, _ = layer(x, padding_mask=ids)
         (y * weights).sum().backward()
-        results.append([y.detach(), x.grad])
+        # A copy, because Megatron's all-gather dispatcher uses the memory of this gradient again.
+        results.append([y.detach(), x.grad.clone()])
     return results
+
+
+def run_both_layers_of_all(dispatcher: str) -> dict[str, list[list[torch.Tensor]]]:
+    """`run_both_layers` of each router that has Megatron's keys."""
+    return {router: run_both_layers(router, dispatcher) for router in WHOLE_KEYS}
+
+
+@cache
+def both_layers(name: str, dispatcher: str) -> list[dict[str, list[list[torch.Tensor]]]]:
+    """`run_both_layers_of_all` on every rank of a layout."""
+    world_size, sizes = LAYOUTS[name]
+    return run_ranks(world_size, run_both_layers_of_all, dispatcher, **sizes)
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
@@ -239,9 +276,8 @@ def run_both_layers(router: str, dispatcher: str) -> list[list[torch.Tensor]]:
 def test_megatrons_dispatchers_agree_with_sparse_ffn(
     router: str, name: str, dispatcher: str
 ) -> None:
-    world_size, sizes = LAYOUTS[name]
-    for sparse, megatron in run_ranks(world_size, run_both_layers, router, dispatcher, **sizes):
-        for actual, expected in zip(sparse, megatron, strict=True):
+    for rank_results in both_layers(name, dispatcher):
+        for actual, expected in zip(*rank_results[router], strict=True):
             # Megatron's probabilities are fp32.
             torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
