@@ -268,8 +268,9 @@ def transformer_config(args: Namespace, sffn: SparseFFNConfig | None) -> SparseF
     """
     described = Namespace(**{**vars(args), "sffn": sffn})
     if args.sffn_relu:
-        # Megatron fuses the bias with GELU only, and would refuse.
-        described.activation_func, described.bias_gelu_fusion = F.relu, False
+        described.activation_func = F.relu
+    if args.sffn_relu or args.squared_relu:
+        described.bias_gelu_fusion = False  # Megatron would refuse to fuse another activation
     config: SparseFFNTransformerConfig = core_transformer_config_from_args(
         described, SparseFFNTransformerConfig
     )

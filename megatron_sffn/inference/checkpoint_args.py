@@ -101,6 +101,8 @@ def model_flags(saved: Namespace) -> list[str]:
     flags = without(saved.sffn_command, flags_of(LAYOUT, RESULTS, DATA, TRAINING, MACHINE))
     # `reblock` changes the block size in the arguments, not in the command line.
     flags += ["--sffn-block-size", str(saved.sffn_block_size)]
+    if not saved.bias_gelu_fusion:  # with it, dense layers compute GELU by tanh
+        flags.append("--no-bias-gelu-fusion")
     if saved.sffn_backend == "megatron":  # the one backend with weights of another form
         flags += ["--sffn-backend", "megatron"]
     return flags

@@ -35,7 +35,6 @@ HOST_FLAGS: dict[str, tuple[str, Any]] = {
     "--distributed-backend gloo": ("distributed_backend", "gloo"),
     "--no-masked-softmax-fusion": ("masked_softmax_fusion", False),
     "--no-gradient-accumulation-fusion": ("gradient_accumulation_fusion", False),
-    "--no-bias-gelu-fusion": ("bias_gelu_fusion", False),
     "--no-bias-swiglu-fusion": ("bias_swiglu_fusion", False),
     "--no-bias-dropout-fusion": ("bias_dropout_fusion", False),
     "--no-persist-layer-norm": ("no_persist_layer_norm", True),

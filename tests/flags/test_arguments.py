@@ -309,11 +309,11 @@ def test_sparse_layers_have_the_activation_of_the_flag(
     assert (config.activation_func.__name__, config.gated_linear_unit) == (name, gated)
 
 
-def test_relu_is_not_fused_with_the_bias_on_a_gpu_host(read: Read) -> None:
-    # Megatron refuses the fusion, which is on by default on a machine with CUDA.
-    args = read("--sffn-relu")
-    args.bias_gelu_fusion = True
-    assert transformer_config(args, sffn_config(args)).bias_activation_fusion is False
+@pytest.mark.parametrize("flag", ["--sffn-relu", "--squared-relu"])
+def test_only_gelu_is_fused_with_the_bias(read: Read, flag: str) -> None:
+    for flags, fused in ((flag, False), ("", True), ("--no-bias-gelu-fusion", False)):
+        args = read(flags)
+        assert transformer_config(args, sffn_config(args)).bias_activation_fusion is fused
 
 
 def plain(value: Any) -> Any:

@@ -50,10 +50,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", BASE),
     "qwen3": ("Qwen3", {**BASE, "head_dim": 16}),
     "gpt_neox": ("GPTNeoX", {**WITHOUT_GROUPS, "use_parallel_residual": False}),
-    "starcoder2": (
-        "Starcoder2",
-        {**BASE, "sliding_window": None, "tie_word_embeddings": True, "hidden_act": "gelu"},
-    ),
+    "starcoder2": ("Starcoder2", {**BASE, "sliding_window": None, "tie_word_embeddings": True}),
+    "starcoder2-gelu": ("Starcoder2", {**BASE, "sliding_window": None, "hidden_act": "gelu"}),
     "qwen3_moe": (
         "Qwen3Moe",
         {**MOE, "head_dim": 16, "num_experts": 8, "norm_topk_prob": True, "mlp_only_layers": [0]},
@@ -84,7 +82,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Name -> the class of transformers without its end, and its settings."""
-CHANGED = {"mistral": "llama", "olmoe": "qwen3_moe", "llama-3": "llama"}
+CHANGED = {
+    "mistral": "llama",
+    "olmoe": "qwen3_moe",
+    "llama-3": "llama",
+    "starcoder2-gelu": "starcoder2",
+}
 """Name -> the architecture of the export, where it is another."""
 
 

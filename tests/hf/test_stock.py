@@ -42,7 +42,9 @@ BIASED = [
     ("--sffn-router dense --rotary-percent 0.5", "gpt_neox"),
     ("--sffn-router dense --untie-embeddings-and-output-weights", "gpt_neox"),
     (f"--sffn-router dense {LLAMA}", "llama"),
+    ("--sffn-router dense --no-bias-gelu-fusion", "gpt_neox"),
     (f"--sffn-router dense --sffn-relu {GROUPED}", "starcoder2"),
+    (f"--sffn-router dense {GROUPED}", "starcoder2"),
 ]
 """Models with biases of linear layers."""
 
