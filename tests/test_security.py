@@ -30,6 +30,7 @@ from megatron_sffn.tools import convert_checkpoint
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.paths import ROOT
 from tests.support.pretraining import MODEL
+from tests.support.slow import slow
 
 FLAGS = "--train-iters 2 --save-interval 1 --split 90,10,0 --eval-iters 1"
 EP2 = "--expert-model-parallel-size 2"
@@ -192,7 +193,7 @@ def test_no_loading_flag_lets_code_run(pretrain, load: Path, code_folder) -> Non
     assert not code_folder.exists()
 
 
-@pytest.mark.parametrize("name", ["common state", "random numbers", "inside metadata"])
+@pytest.mark.parametrize("name", ["common state", slow("random numbers"), slow("inside metadata")])
 def test_code_runs_if_the_user_trusts_the_checkpoint(
     pretrain, load: Path, code_folder, name: str
 ) -> None:

@@ -315,7 +315,7 @@ def assert_trained(log: Log) -> None:
 
 
 TOY_CONFIGURATIONS = [
-    (UNIFIED, ("dense",)),
+    slow(UNIFIED, ("dense",)),
     *(
         slow(UNIFIED, (router, "1" if router in ONE_CELL else "256", "16"))
         for router in ROUTERS

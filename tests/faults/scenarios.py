@@ -23,7 +23,7 @@ from tests.support.processes import HANGS, wait_until
 INTERVAL = 5
 """Steps between saves."""
 
-STEPS = 24
+STEPS = 14
 """Steps of a run; its last save lies between two intervals."""
 
 RUN = f"{EP2} --train-iters {STEPS} --save-interval {INTERVAL} --hidden-dropout 0.1"

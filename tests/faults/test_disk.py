@@ -11,6 +11,7 @@ from megatron_sffn.checkpoints.disk_space import bytes_per_parameter
 from megatron_sffn.checkpoints.files import args_in, read_common
 from tests.faults.jobs import EP2, Job, SmallDisk, job
 from tests.faults.scenarios import failing_write, full_disk, resuming_flags, size_of
+from tests.support.slow import slow
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, undisturbed_job: Job) -> None:
@@ -42,11 +43,11 @@ def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path: Path) -> 
     ("flags", "num_bytes"),
     [
         ("", 12),
-        ("--bf16", 14),
-        ("--use-distributed-optimizer", 16),
+        slow("--bf16", 14),
+        slow("--use-distributed-optimizer", 16),
         ("--bf16 --use-distributed-optimizer", 14),
         ("--no-save-optim", 4),
-        ("--optimizer sgd", 8),
+        slow("--optimizer sgd", 8),
     ],
 )
 def test_the_closed_form_gives_the_size_of_a_checkpoint(

@@ -14,13 +14,14 @@ import pytest
 from tests.faults.jobs import FLAGS, ROOT
 from tests.faults.raising import SENTENCE
 from tests.support.processes import HANGS
+from tests.support.slow import slow
 
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2"
 
 
 @pytest.mark.parametrize(
-    ("launcher", "raising_ranks", "num_ranks"), [("", "0", 1), (TORCHRUN, "1", 2)]
+    ("launcher", "raising_ranks", "num_ranks"), [slow("", "0", 1), (TORCHRUN, "1", 2)]
 )
 def test_a_failing_rank_ends_its_data_workers_and_torchrun_names_the_rank(
     tmp_path: Path, launcher: str, raising_ranks: str, num_ranks: int

@@ -11,7 +11,7 @@ from tests.faults.scenarios import INTERVAL, killed_job, killed_rank
 from tests.support.slow import slow
 
 
-@pytest.mark.parametrize("kills", [10, slow(30)])
+@pytest.mark.parametrize("kills", [5, slow(30)])
 def test_a_job_that_is_killed_at_any_moment_resumes(
     kills: int, tmp_path: Path, undisturbed_job: Job
 ) -> None:

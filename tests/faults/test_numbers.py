@@ -13,6 +13,7 @@ from megatron_sffn.checkpoints.files import iteration_folder, read_common, read_
 from megatron_sffn.checkpoints.rewrite import Change, rewrite
 from megatron_sffn.train import nan_check
 from tests.faults.jobs import EP2, Job, job, progress_column
+from tests.support.slow import slow
 
 DENSE = "--sffn-router dense"
 DIVERGING = "--train-iters 6 --lr 1e38"
@@ -40,7 +41,7 @@ def rewrite_norm(
     return folder
 
 
-@pytest.mark.parametrize("flags", ["", "--save saved --save-interval 9"])
+@pytest.mark.parametrize("flags", [slow(""), "--save saved --save-interval 9"])
 def test_a_nan_loss_makes_megatron_rerun_the_step_and_exit(tmp_path: Path, flags: str) -> None:
     run, codes = run_to_the_end(tmp_path, f"{DENSE} {DIVERGING} {flags}")
     assert codes == [16, 16], run.log()  # EXIT_CODE_RESUME_TO_DISAMBIGUATE
@@ -69,7 +70,7 @@ SCORES = "step 2, layer 1, router avg-k: scores are NaN or infinite; the hidden 
 @pytest.mark.parametrize(
     "flags",
     [
-        "--overlap-grad-reduce",
+        slow("--overlap-grad-reduce"),
         "--rerun-mode disabled --recompute-granularity full --recompute-method uniform "
         "--recompute-num-layers 1",
     ],
@@ -96,7 +97,7 @@ def test_a_spike_is_reported_and_training_goes_on(
     assert ("Spiky loss" in run.log()) is reported, run.log()
 
 
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("value", [torch.inf, slow(torch.nan)])
 def test_weights_with_nan_or_infinity_end_the_run_at_the_first_step(
     tmp_path: Path, value: float
 ) -> None:

@@ -12,16 +12,16 @@ from tests.faults.jobs import Job, job
 from tests.faults.scenarios import STEPS, asked_to_stop, resuming_flags, torchrun_asked_to_stop
 
 
-@pytest.mark.parametrize(
-    ("number", "rank"), [(signal.SIGTERM, None), (signal.SIGUSR1, 1), (signal.SIGUSR2, 0)]
-)
-def test_after_a_signal_the_run_saves_and_exits(
-    tmp_path: Path, undisturbed_job: Job, number: signal.Signals, rank: int | None
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGUSR1, 1), (signal.SIGUSR2, 0)])
+def test_after_a_signal_to_one_rank_all_ranks_save_and_exit(
+    tmp_path: Path, undisturbed_job: Job, number: signal.Signals, rank: int
 ) -> None:
     assert asked_to_stop(tmp_path, undisturbed_job, number, rank).lost == 0
 
 
-def test_a_signal_to_data_workers_does_not_lose_steps(tmp_path: Path, undisturbed_job: Job) -> None:
+def test_after_a_signal_to_ranks_and_data_workers_the_run_saves_and_exits(
+    tmp_path: Path, undisturbed_job: Job
+) -> None:
     flags = "--num-workers 2"
     assert asked_to_stop(tmp_path, undisturbed_job, signal.SIGTERM, flags=flags).lost == 0
 

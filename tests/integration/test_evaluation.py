@@ -81,10 +81,9 @@ def test_the_whole_validation_set_is_read_once_on_every_layout(pretrain, tmp_pat
     )
     assert in_log == pytest.approx(expected, rel=1e-6)
     load = f"{SWITCH} --split 96,2,2 --load run --skip-train"
-    for ranks, layout in LAYOUTS:
-        for batch in (4, 12):
-            pretrain(ranks, f"{load} --full-validation --eval-global-batch-size {batch} {layout}")
-            assert summary(tmp_path)["validation_loss"] == pytest.approx(expected, rel=1e-5)
+    for (ranks, layout), batch in zip(LAYOUTS, (4, 12), strict=True):
+        pretrain(ranks, f"{load} --full-validation --eval-global-batch-size {batch} {layout}")
+        assert summary(tmp_path)["validation_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_validation_set_has_its_own_loss(pretrain, text: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from megatron_sffn.pretrain import main
 from tests.support.pretraining import MODEL, Log
 from tests.support.ranks import fork
+from tests.support.slow import slow
 from tools import build_index_cache
 
 RUN = "--train-iters 6 --split 80,10,10"
@@ -97,7 +98,7 @@ def test_nodes_without_a_shared_disk_write_equal_index_caches(
     assert caches[0] == caches[1]
 
 
-@pytest.mark.parametrize("data", ["1 {a} 3 {b}", "{a} {b}"])
+@pytest.mark.parametrize("data", ["1 {a} 3 {b}", slow("{a} {b}")])
 def test_a_run_reuses_the_index_cache_that_the_tool_wrote(
     pretrain, text: str, fixed_text: str, tmp_path: Path, data: str
 ) -> None:

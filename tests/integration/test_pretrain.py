@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,23 @@ import torch
 
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.avg_k import AvgKRouter
-from tests.support.pretraining import Log
+from tests.support.pretraining import Log, run_pretraining
+from tests.support.slow import slow
 
 EP2 = "--expert-model-parallel-size 2"
+FP16 = "--fp16 --initial-loss-scale 1024"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+
+
+@pytest.fixture(scope="module")
+def pretrain_one_rank(text: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Log]:
+    """`pretrain_one_rank(flags)`: the log of a run on one rank, trained on first use."""
+
+    @functools.cache
+    def run(flags: str) -> Log:
+        return run_pretraining(1, flags, data=text, folder=tmp_path_factory.mktemp("one_rank"))
+
+    return run
 
 
 def test_the_loss_curve_is_the_golden_one(pretrain, golden, fixed_text: str) -> None:
@@ -27,7 +42,13 @@ def test_the_loss_curve_is_the_golden_one(pretrain, golden, fixed_text: str) -> 
 ONE_CELL = "--sffn-block-size 1 --sffn-expansion 8"
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+FAST_ROUTERS = ("avg-k", "switch", "pkm")
+"""One each that scores by keys, by a gate network, and by product keys."""
+
+
+@pytest.mark.parametrize(
+    "router", [name if name in FAST_ROUTERS else slow(name) for name in ROUTERS]
+)
 def test_every_router_learns_on_two_ranks(pretrain, router: str) -> None:
     numbers = ROUTERS[router].test_numbers
     flags = f"--sffn-router {router} {ONE_CELL if numbers.single_cells else ''} {numbers.flags}"
@@ -42,10 +63,10 @@ def test_every_router_learns_on_two_ranks(pretrain, router: str) -> None:
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        (2, EP2),
-        (2, TP2),
+        slow(2, EP2),
+        slow(2, TP2),
         (2, "--pipeline-model-parallel-size 2"),
-        (4, f"{TP2} --expert-model-parallel-size 4"),
+        slow(4, f"{TP2} --expert-model-parallel-size 4"),
         (2, f"{EP2} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
         (2, f"{EP2} --recompute-granularity selective --recompute-modules moe"),
         (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
@@ -62,8 +83,10 @@ def test_every_router_learns_on_two_ranks(pretrain, router: str) -> None:
         "TP2 EP2 ETP2",
     ],
 )
-def test_a_layout_trains_the_same_model(pretrain, ranks: int, layout: str) -> None:
-    assert_same_run(pretrain(ranks, f"{SHORT} {layout}"), pretrain(1, SHORT))
+def test_a_layout_trains_the_same_model(
+    pretrain, pretrain_one_rank, ranks: int, layout: str
+) -> None:
+    assert_same_run(pretrain(ranks, f"{SHORT} {layout}"), pretrain_one_rank(SHORT))
 
 
 SHORT = "--train-iters 5 --split 90,10,0"
@@ -79,28 +102,29 @@ def assert_same_run(log: Log, expected: Log) -> None:
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        (4, "--pipeline-model-parallel-size 4"),
+        slow(4, "--pipeline-model-parallel-size 4"),
+        # A virtual stage of the first rank lies in the middle of the model.
         (
             2,
             "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         ),
-        (4, f"{TP2} --pipeline-model-parallel-size 2 {EP2}"),
+        slow(4, f"{TP2} --pipeline-model-parallel-size 2 {EP2}"),
     ],
     ids=["PP4", "PP2 VPP2 full", "TP2 PP2 EP2"],
 )
 def test_input_ids_reach_the_sparse_layers_of_every_stage(
-    pretrain, ranks: int, layout: str
+    pretrain, pretrain_one_rank, ranks: int, layout: str
 ) -> None:
     hashed = f"{SHORT} --num-layers 4 --sffn-router rand-hash"
-    assert_same_run(pretrain(ranks, f"{hashed} {layout}"), pretrain(1, hashed))
+    assert_same_run(pretrain(ranks, f"{hashed} {layout}"), pretrain_one_rank(hashed))
 
 
 @pytest.mark.parametrize(
     ("model", "ranks", "layout"),
     [
         ("--sffn-router dense --swiglu", 4, f"{TP2} --pipeline-model-parallel-size 2"),
-        ("--sffn-router dense --untie-embeddings-and-output-weights", 2, TP2),
+        slow("--sffn-router dense --untie-embeddings-and-output-weights", 2, TP2),
         ("--sffn-router switch --sffn-backend megatron --swiglu", 2, EP2),
         ("--sffn-router avg-k --sffn-backend megatron", 4, f"{TP2} {EP2}"),
         (
@@ -151,8 +175,15 @@ def test_expert_bias_and_auxiliary_losses_are_the_same_on_every_layout(pretrain)
     assert one_rank.text.count("note: --sffn-router switch: the gates of the") == 1
 
 
-@pytest.mark.parametrize("precision", ["--bf16", "--fp16 --initial-loss-scale 1024"])
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize(
+    ("precision", "dispatcher"),
+    [
+        ("--bf16", "allgather"),
+        slow("--bf16", "alltoall"),
+        slow(FP16, "allgather"),
+        (FP16, "alltoall"),
+    ],
+)
 def test_models_in_half_precision_learn(pretrain, precision: str, dispatcher: str) -> None:
     layout = f"{TP2} --expert-model-parallel-size 2 --expert-tensor-parallel-size 2"
     log = pretrain(

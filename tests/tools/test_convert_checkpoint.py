@@ -35,6 +35,7 @@ from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.ops.block_ffn import block_ffn
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.pretraining import Log
+from tests.support.slow import slow
 
 FLAGS = "--num-layers 4 --train-iters 4 --save-interval 2 --split 90,10,0"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -173,7 +174,7 @@ def test_block_weights_are_copied_byte_by_byte(run, tmp_path: Path, capsys) -> N
     assert "the choice is among other blocks; the loss may change" in stdout
 
 
-@pytest.mark.parametrize("block_size", [2, 64])
+@pytest.mark.parametrize("block_size", [2, slow(64)])
 def test_training_resumes_with_other_blocks_on_another_layout(
     run, pretrain, tmp_path: Path, block_size: int
 ) -> None:
@@ -190,7 +191,7 @@ def test_training_resumes_with_other_blocks_on_another_layout(
 
 @pytest.mark.parametrize(
     ("name", "layout", "tolerance"),
-    [("switch", (2, EP2), 1e-4), ("switch", (2, PP2), 1e-4), ("bf16", (2, TP2), 5e-3)],
+    [("switch", (2, EP2), 1e-4), slow("switch", (2, PP2), 1e-4), ("bf16", (2, TP2), 5e-3)],
 )
 def test_a_gated_run_resumes_with_finer_blocks_and_the_same_loss(
     run, pretrain, tmp_path: Path, name: str, layout: tuple[int, str], tolerance: float
@@ -206,7 +207,7 @@ def test_a_gated_run_resumes_with_finer_blocks_and_the_same_loss(
     assert log.validation_loss == pytest.approx(source_run.log.validation_loss, abs=0.05)
 
 
-@pytest.mark.parametrize("block_size", [32, 64])
+@pytest.mark.parametrize("block_size", [slow(32), 64])
 def test_a_gated_run_resumes_with_coarser_blocks(
     run, pretrain, tmp_path: Path, block_size: int
 ) -> None:
@@ -585,7 +586,7 @@ def replace_args(folder: Path, **changes: Any) -> None:
         ({"sffn_router": "dense"}, "--no-evaluate", "dense has no blocks to cut anew"),
         ({"sffn_command": ...}, "", "does not hold the command line of its run"),
         ({}, "--nproc-per-node 0", "--nproc-per-node 0 must be at least 1"),
-        ({}, "-- --sffn-gate often", "invalid choice: 'often'"),
+        ({}, "--nproc-per-node 1 -- --sffn-gate often", "invalid choice: 'often'"),
     ],
 )
 def test_checkpoints_that_cannot_be_converted_or_evaluated_are_refused(

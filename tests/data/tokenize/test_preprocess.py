@@ -29,6 +29,7 @@ from megatron_sffn.data.tokenize.encoder import Column
 from megatron_sffn.utils.errors import ConfigError
 from tests.support import tokenizers
 from tests.support.processes import HANGS
+from tests.support.slow import slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -51,7 +52,7 @@ def command(tmp_path: Path) -> list[str]:
     rng = random.Random(0)
     for name in ("a.jsonl", "b.jsonl"):
         with (tmp_path / name).open("w") as file:
-            for number in range(300):
+            for number in range(150):
                 text = " ".join(rng.choices(tokenizers.TEXTS, k=rng.randrange(30)))
                 file.write("{bad\n" if number % 50 == 7 else json.dumps({"text": text}) + "\n")
     tokenizer = tokenizers.byte_level(tmp_path)
@@ -127,7 +128,7 @@ def test_runs_killed_at_random_moments_resume(
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("saves", [0, 1, 7, 40])
+@pytest.mark.parametrize("saves", [0, slow(1), slow(7), 40])
 def test_the_same_command_resumes(
     tmp_path: Path,
     command: list[str],
@@ -154,8 +155,8 @@ def test_the_same_command_resumes(
         f"resuming in {tmp_path / 'out.partial'}, after {saved_state['documents']} docu"
         in output.err
     )
-    assert "out_text_document: 588 documents" in output.out
-    assert "12 documents left out (12 is not JSON)" in output.out
+    assert "out_text_document: 294 documents" in output.out
+    assert "6 documents left out (6 is not JSON)" in output.out
     assert files_of(tmp_path) == expected_files
 
 
@@ -179,7 +180,7 @@ def test_renames_that_a_kill_interrupted_are_completed(
     assert process.exitcode == -signal.SIGKILL
     assert sorted(files_of(tmp_path)) == ["out_text_document.bin", "out_text_document.idx"]
     assert preprocess_data.main(command) == 0
-    assert "out_text_document: 588 documents" in capfd.readouterr().out
+    assert "out_text_document: 294 documents" in capfd.readouterr().out
     assert files_of(tmp_path) == expected_files
     assert not (tmp_path / "out.partial").exists()
 
@@ -362,7 +363,7 @@ def test_a_run_resumes_after_a_killed_worker(
     encode, main_process = Encoder.__call__, os.getpid()
 
     def encode_or_die(encoder: Encoder, chunks: Any) -> Any:
-        if chunks[0].number > 100 and os.getpid() != main_process:
+        if chunks[0].number > 50 and os.getpid() != main_process:
             os.kill(os.getpid(), signal.SIGKILL)
         return encode(encoder, chunks)
 
