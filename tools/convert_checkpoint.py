@@ -49,6 +49,15 @@ example: evaluate on 1 rank a run on 8 ranks; flags after -- are added to the ru
       --block-size 16 --nproc-per-node 1 -- --expert-model-parallel-size 1
 """
 
+NAMES_OF_DATA = frozenset(
+    f"--{name}"
+    for name in (
+        *("data-path", "train-data-path", "valid-data-path", "data-args-path"),
+        *("per-split-data-args-path", "mock-data", "sffn-validation-data"),
+    )
+)
+"""Flags of which a run that can be evaluated has one."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The tool's flags; one subcommand for each conversion."""
@@ -213,6 +222,11 @@ class Evaluation:
                 "so it cannot be evaluated; add --no-evaluate"
             )
         self.command = without(saved.sffn_command, NOT_FROM_A_CHECKPOINT)
+        if not NAMES_OF_DATA & {word.partition("=")[0] for word in (*self.command, *training_flags)}:
+            raise ConfigError(
+                f"the checkpoint in --load {args.load} names no data, as imports do not, so it "
+                "cannot be evaluated; add --no-evaluate, or data after --"
+            )
         self.ranks: int = args.nproc_per_node or saved.world_size
         self.training_flags = training_flags
 

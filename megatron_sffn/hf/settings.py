@@ -81,7 +81,7 @@ class Settings:
 
     @property
     def gated(self) -> bool:
-        """Whether a cell has a gate key."""
+        """True if a cell has a gate key."""
         return self.activation in ("swiglu", "quick_geglu")
 
     @property
@@ -115,7 +115,7 @@ class Settings:
 
     @property
     def biased(self) -> bool:
-        """Whether the routers have an expert bias."""
+        """True if the routers have an expert bias."""
         scored = self.sffn is not None and isinstance(self.sffn.router, ScoredConfig)
         return scored and bool(self.args.moe_router_enable_expert_bias)
 

@@ -236,5 +236,5 @@ def evaluate_tasks(
 
 
 def _is_number(name: str, value: Any) -> bool:
-    """Whether a metric is a number, which lm-eval's names of tasks and N/A are not."""
+    """True if a metric is a number, which lm-eval's names of tasks and N/A are not."""
     return name not in ("alias", "name", "sample_len") and isinstance(value, int | float)

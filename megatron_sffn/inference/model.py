@@ -147,7 +147,7 @@ class InferenceModel:
 
     @cached_property
     def needs_token_ids(self) -> bool:
-        """Whether the sparse layers read the input ids."""
+        """True if the sparse layers read the input ids."""
         sffn = sffn_config(self.args)
         return sffn is not None and sffn.router.needs_token_ids
 
@@ -248,7 +248,7 @@ class InferenceModel:
 
 
 def is_output_rank() -> bool:
-    """Whether this rank prints and writes the results."""
+    """True if this rank prints and writes the results."""
     return os.environ.get("RANK", "0") == "0"
 
 

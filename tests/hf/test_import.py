@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sffn.hf.export import export
 from megatron_sffn.utils.errors import ConfigError
@@ -209,6 +210,31 @@ def test_exports_of_ours_come_back_bit_for_bit(tmp_path: Path) -> None:
         eos = "eos_token_id"  # of NullTokenizer, whose last id is another one
         assert {**configs[0], eos: 0} == {**configs[1], eos: 0}, OWN[number]
     check_logits(imported)
+
+
+def test_an_import_reads_and_writes_text_with_the_tokenizer_of_its_folder(
+    tmp_path: Path, bytes_tokenizer: str
+) -> None:
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(**{**BASE, "vocab_size": 300})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    AutoTokenizer.from_pretrained(bytes_tokenizer).save_pretrained(tmp_path / "llama")
+    (printed,) = run_imports(tmp_path, ["--model llama --save run"])
+    assert f"--tokenizer-model {tmp_path / 'llama'} " in printed
+
+    def generate_text() -> None:
+        from tools import generate
+
+        generate.main(shlex.split("--load run --prompt 'def f(' --max-new-tokens 8 --json --temperature 0"))
+
+    (output,) = run_as_job(1, generate_text, folder=tmp_path)
+    export(tmp_path / "run", tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    prompt = tokenizer("def f(", return_tensors="pt").input_ids
+    written = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    text = tokenizer.decode(written[0, prompt.shape[1] :])
+    assert json.loads(output.stdout)["text"] == text
 
 
 def test_reblock_cuts_the_experts_of_an_import(models: Path, tmp_path: Path) -> None:

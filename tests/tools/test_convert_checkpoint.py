@@ -585,6 +585,7 @@ def replace_args(folder: Path, **changes: Any) -> None:
         ({"sffn_backend": "megatron"}, "--no-evaluate", "saved with --sffn-backend megatron"),
         ({"sffn_router": "dense"}, "--no-evaluate", "dense has no blocks to cut anew"),
         ({"sffn_command": ...}, "", "does not hold the command line of its run"),
+        ({"sffn_command": ["--bf16"]}, "", "names no data, as imports do not, so it cannot be"),
         ({}, "--nproc-per-node 0", "--nproc-per-node 0 must be at least 1"),
         ({}, "--nproc-per-node 1 -- --sffn-gate often", "invalid choice: 'often'"),
     ],
