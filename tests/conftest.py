@@ -153,8 +153,10 @@ def process_state() -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    # A backward pass of an auxiliary loss sets it, in a shape that Megatron's start refuses.
+    # An auxiliary loss sets both: the scale in a shape that Megatron's start refuses, the tracker
+    # for the number of layers of the first model.
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    destroy_moe_metrics_tracker()
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,5 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     yield
-    destroy_moe_metrics_tracker()  # it keeps the number of layers of the first model
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()

@@ -222,7 +222,9 @@ class Evaluation:
                 "so it cannot be evaluated; add --no-evaluate"
             )
         self.command = without(saved.sffn_command, NOT_FROM_A_CHECKPOINT)
-        if not NAMES_OF_DATA & {word.partition("=")[0] for word in (*self.command, *training_flags)}:
+        if not NAMES_OF_DATA & {
+            word.partition("=")[0] for word in (*self.command, *training_flags)
+        }:
             raise ConfigError(
                 f"the checkpoint in --load {args.load} names no data, as imports do not, so it "
                 "cannot be evaluated; add --no-evaluate, or data after --"

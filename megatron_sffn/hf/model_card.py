@@ -6,7 +6,6 @@ Outputs: the text of `README.md`. What is not known is said to be unknown.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,7 @@ from megatron_sffn.hf.settings import Settings
 from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.scored import ScoredConfig
-from megatron_sffn.utils.atomic_files import read_records
-from megatron_sffn.utils.errors import ConfigError
+from megatron_sffn.utils.atomic_files import read_json_object, read_records
 
 if TYPE_CHECKING:
     from megatron_sffn.hf.export import Export
@@ -145,7 +143,7 @@ def _training_rows(settings: Settings, run: Path, iteration: int) -> list[tuple[
     for record in read_records(run / "validation.jsonl"):
         if record["iteration"] == iteration:
             validation = f"{record['loss']:.4f}"
-    results = _read_json(run / "summary.json")
+    results = read_json_object(run / "summary.json")
     if results.get("iterations") == iteration and results.get("validation_perplexity"):
         perplexity = f"{results['validation_perplexity']:.2f}"
     return [*rows, ("validation loss", validation), ("validation perplexity", perplexity)]
@@ -153,7 +151,7 @@ def _training_rows(settings: Settings, run: Path, iteration: int) -> list[tuple[
 
 def _evaluation(run: Path, iteration: int) -> str:
     """What `megatron-sffn eval` measured of this iteration and wrote to the folder of the run."""
-    results = _read_json(run / EVALUATION)
+    results = read_json_object(run / EVALUATION)
     if results.get("iteration") != iteration:
         return f"{UNKNOWN.capitalize()}: no `{EVALUATION}` of `megatron-sffn eval` is in the run.\n"
     lines = [
@@ -170,21 +168,6 @@ def _evaluation(run: Path, iteration: int) -> str:
     for task, metrics in results.get("tasks", {}).items():
         lines += [f"| {task} | {name} | {value:.4f} |" for name, value in metrics.items()]
     return "\n".join(lines) + "\n"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of a run; empty if there is no file.
-
-    Raises:
-        ConfigError: if the file is damaged.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON ({error}); write it again or remove it") from error
-    return content
 
 
 def _words(entry: Any) -> list[str]:

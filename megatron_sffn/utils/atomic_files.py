@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_sffn.utils.errors import ConfigError
+
 STALE_SECONDS = 3600.0
 """A partial file that nobody wrote to for so long was left by a kill."""
 
@@ -113,6 +115,21 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return []
     *lines, _ = path.read_text().split("\n")
     return [json.loads(line) for line in lines]
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a file of a run; empty if there is no file.
+
+    Raises:
+        ConfigError: if the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error}); write it again or remove it") from error
+    return content
 
 
 def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:

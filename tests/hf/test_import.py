@@ -225,7 +225,8 @@ def test_an_import_reads_and_writes_text_with_the_tokenizer_of_its_folder(
     def generate_text() -> None:
         from tools import generate
 
-        generate.main(shlex.split("--load run --prompt 'def f(' --max-new-tokens 8 --json --temperature 0"))
+        words = "--load run --prompt 'def f(' --max-new-tokens 8 --temperature 0 --json"
+        generate.main(shlex.split(words))
 
     (output,) = run_as_job(1, generate_text, folder=tmp_path)
     export(tmp_path / "run", tmp_path / "hf")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,10 +13,7 @@ from megatron.core.distributed.finalize_model_grads import (
     reset_model_temporary_tensors,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_logging import (
-    destroy_moe_metrics_tracker,
-    get_moe_metrics_tracker,
-)
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
@@ -37,15 +34,6 @@ T, B, K, D = 16, 12, 4, 6
 """T·K is a power of two, so that shares of it are exact in fp32."""
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 KEYS = torch.zeros(B, 2, D, dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def unscaled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Remove the loss scale that Megatron keeps from the step of another test."""
-    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
-    get_moe_metrics_tracker().clear()
-    yield
-    get_moe_metrics_tracker().clear()
 
 
 def with_losses(router: RouterConfig | None = None, **numbers: Any) -> Any:
@@ -274,7 +262,6 @@ def test_the_gradient_is_multiplied_by_megatrons_loss_scale(
 
 
 def test_loss_values_accumulate_until_they_are_taken_and_reach_megatrons_log() -> None:
-    destroy_moe_metrics_tracker()  # its tables have the sizes of the first model of the process
     config, flags = config_with("aux_loss")
     router = with_losses(config, **flags)
     microbatches = [logits(seed) for seed in range(3)]
