@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings = [str(difference) for difference in differences(runs)]
     warnings += [f"{folder} has no {SUMMARY} and is left out: unfinished" for folder in unfinished]
     if len(runs) > 1 and single_seeds(runs):
-        warnings.append("every run has settings of its own: nothing tells how far seeds spread")
+        warnings.append("no setting was trained with two seeds, so that a difference may be chance")
     if args.json:
         summaries = {run.name: run.summary for run in runs}
         print(json.dumps({"runs": summaries, "warnings": warnings}, indent=2))

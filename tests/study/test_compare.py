@@ -65,7 +65,7 @@ def test_every_difference_that_matters_is_a_warning(
         "speeds differ by number of ranks: 1 in x/run; 64 in y/run",
         "versions differ by torch",
         f"{tmp_path}/half has no summary.json and is left out: unfinished",
-        "every run has settings of its own",
+        "no setting was trained with two seeds",
     ]
     assert len(warnings) == len(beginnings), warnings
     for warning, beginning in zip(warnings, beginnings, strict=True):
