@@ -14,6 +14,7 @@ from megatron_sffn.checkpoints.files import folder_to_load
 from megatron_sffn.checkpoints.tensors import by_layer, read_tensors
 from tests.hf.test_import import check_logits, flags_of_model, make_model, refusal, run_imports
 from tests.support.megatron_models import Saved, logits_of_all, save_models
+from tests.support.slow import slow
 
 DENSE = ["--sffn-router dense --swiglu", "--sffn-router dense --squared-relu"]
 EXACT = [
@@ -49,7 +50,7 @@ def make_sparse(
     return dict(zip(words, logits_of_all(models).values(), strict=True))
 
 
-@pytest.mark.parametrize("number", range(len(DENSE)))
+@pytest.mark.parametrize("number", [0, slow(1)])
 def test_a_dense_run_becomes_sparse_with_the_same_logits(
     dense: list[Saved], tmp_path: Path, number: int
 ) -> None:

@@ -74,7 +74,7 @@ def saved(
         slow("EP2", ["TP2 ETP2"], "--sffn-descriptor ema --sffn-gate softmax"),
         # The first stage has no sparse layer, so no optimizer state of tables either.
         slow("PP2", ["EP2", "PP2"], "--sffn-layers 3"),
-        ("PP2", ["EP2", "PP2"], f"--sffn-layers 3 {DISTRIBUTED}"),
+        slow("PP2", ["EP2", "PP2"], f"--sffn-layers 3 {DISTRIBUTED}"),
     ],
 )
 def test_another_layout_resumes_the_same_run(

@@ -47,6 +47,8 @@ def test_dali_trains_the_same_model_also_after_a_resume(
     assert resumed.values("lm loss value") == torch.values("lm loss value")[1:]
 
 
+# Fast: the same model after a resume; and PP2 with torch's loader.
+@pytest.mark.slow
 @needs_dali
 def test_dali_trains_the_same_model_on_several_pipeline_stages(pretrain) -> None:
     layout = (

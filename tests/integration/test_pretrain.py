@@ -129,7 +129,7 @@ def test_input_ids_reach_the_sparse_layers_of_every_stage(
         ("--sffn-router dense --swiglu", 4, f"{TP2} --pipeline-model-parallel-size 2"),
         slow("--sffn-router dense --untie-embeddings-and-output-weights", 2, TP2),
         ("--sffn-router switch --sffn-backend megatron --swiglu", 2, EP2),
-        ("--sffn-router avg-k --sffn-backend megatron", 4, f"{TP2} {EP2}"),
+        slow("--sffn-router avg-k --sffn-backend megatron", 4, f"{TP2} {EP2}"),
         (
             "--num-attention-heads 4 --softmax-type learnable --init-method-std 0.5",
             4,

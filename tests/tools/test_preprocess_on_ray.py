@@ -149,6 +149,8 @@ def expected_files(tmp_path: Path, command: list[str]) -> dict[str, bytes]:
     return files_of(tmp_path, "here")
 
 
+# It takes a minute; the next test compares files that Ray has written as well.
+@pytest.mark.slow
 def test_files_are_the_same_after_losing_a_machine_and_a_worker(
     tmp_path: Path,
     command: list[str],
