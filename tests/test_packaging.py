@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from megatron_sffn.cli import commands
 from tests.support.paths import ROOT
 
-TOOLS = sorted(path.stem.replace("_", "-") for path in (ROOT / "tools").glob("*.py"))
+TOOLS = [name for name in commands() if name != "pretrain"]
 RUN = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32
     --max-position-embeddings 32 --position-embedding-type rope --disable-bias-linear
@@ -125,10 +126,10 @@ def test_the_console_script_lists_every_tool(
 ) -> None:
     process = run_outside(environment, tmp_path, *arguments)
     assert process.returncode == 0, process.stderr
-    assert all(f"\n  {name} " in process.stdout for name in ["doctor", "pretrain", *TOOLS])
+    assert all(f"\n  {name} " in process.stdout for name in commands())
 
 
-@pytest.mark.parametrize("tool", ["doctor", *TOOLS])
+@pytest.mark.parametrize("tool", TOOLS)
 def test_every_tool_starts_outside_the_clone(environment: Path, tmp_path: Path, tool: str) -> None:
     process = run_outside(environment, tmp_path, "megatron-sffn", tool, "--help")
     assert process.returncode == 0, process.stderr

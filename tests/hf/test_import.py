@@ -20,9 +20,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sffn.hf.export import export
+from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.utils.errors import ConfigError
+from tests.hf.test_export import combinations
 from tests.support.jobs import run_as_job
 from tests.support.megatron_models import Saved, flags_of, logits_of_all, save_models
+from tests.support.slow import slow
 
 BASE = {
     "vocab_size": 96,
@@ -192,11 +195,22 @@ OWN = [
 ]
 
 
-def test_exports_of_ours_come_back_bit_for_bit(tmp_path: Path) -> None:
-    models: list[Saved] = save_models(tmp_path, OWN)
+def flags_of_all_settings(router: str) -> list[str]:
+    """Flags of all combinations of settings that a router has."""
+    choices = [choice for choice in combinations() if choice[0] == router]
+    return [" ".join([flags_of(router), *settings]) for _, *settings in choices]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [OWN, *(slow(flags_of_all_settings(router)) for router in ROUTERS)],
+    ids=["other settings", *ROUTERS],
+)
+def test_exports_of_ours_come_back_bit_for_bit(tmp_path: Path, flags: list[str]) -> None:
+    models: list[Saved] = save_models(tmp_path, flags)
     for number, saved in enumerate(models):
         export(saved.load, tmp_path / f"hf/{number}")
-    commands = [f"--model hf/{number} --save runs/{number}" for number in range(len(OWN))]
+    commands = [f"--model hf/{number} --save runs/{number}" for number in range(len(flags))]
     imported = {}
     for number, printed in enumerate(run_imports(tmp_path, commands)):
         load, saved = tmp_path / f"runs/{number}", models[number]
@@ -205,10 +219,10 @@ def test_exports_of_ours_come_back_bit_for_bit(tmp_path: Path) -> None:
         first, second = tmp_path / f"hf/{number}", tmp_path / f"again/{number}"
         configs = [json.loads((path / "config.json").read_text()) for path in (first, second)]
         before, after = files_of(first), files_of(second)
-        assert before.keys() == after.keys(), OWN[number]
-        assert all(torch.equal(before[key], after[key]) for key in before), OWN[number]
+        assert before.keys() == after.keys(), flags[number]
+        assert all(torch.equal(before[key], after[key]) for key in before), flags[number]
         eos = "eos_token_id"  # of NullTokenizer, whose last id is another one
-        assert {**configs[0], eos: 0} == {**configs[1], eos: 0}, OWN[number]
+        assert {**configs[0], eos: 0} == {**configs[1], eos: 0}, flags[number]
     check_logits(imported)
 
 
