@@ -157,6 +157,13 @@ def files_of(folder: Path) -> dict[str, Tensor]:
     }
 
 
+def assert_same_tensors(before: Path, after: Path, name: str) -> None:
+    """Two Hugging Face folders have the same tensors, bit for bit; `name` is for the message."""
+    expected, actual = files_of(before), files_of(after)
+    assert expected.keys() == actual.keys(), name
+    assert all(torch.equal(expected[key], actual[key]) for key in expected), name
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model of every architecture."""
@@ -180,9 +187,7 @@ def test_imports_compute_what_transformers_computes_and_export_the_same_bits(
     for name in CONFIGS:
         exported = export(tmp_path / "runs" / name, tmp_path / "hf" / name)
         assert exported.architecture == CHANGED.get(name, name), exported.reason
-        before, after = files_of(models / name), files_of(tmp_path / "hf" / name)
-        assert before.keys() == after.keys(), name
-        assert all(torch.equal(before[key], after[key]) for key in before), name
+        assert_same_tensors(models / name, tmp_path / "hf" / name, name)
 
 
 OWN = [
@@ -218,9 +223,7 @@ def test_exports_of_ours_come_back_bit_for_bit(tmp_path: Path, flags: list[str])
         export(load, tmp_path / f"again/{number}")
         first, second = tmp_path / f"hf/{number}", tmp_path / f"again/{number}"
         configs = [json.loads((path / "config.json").read_text()) for path in (first, second)]
-        before, after = files_of(first), files_of(second)
-        assert before.keys() == after.keys(), flags[number]
-        assert all(torch.equal(before[key], after[key]) for key in before), flags[number]
+        assert_same_tensors(first, second, flags[number])
         eos = "eos_token_id"  # of NullTokenizer, whose last id is another one
         assert {**configs[0], eos: 0} == {**configs[1], eos: 0}, flags[number]
     check_logits(imported)
