@@ -252,6 +252,15 @@ class MegatronBackedFFN(_SparseLayer):
         return self.postprocess(self.combine(output), shared)
 
 
+def setting_that_needs_groups(sffn: SparseFFNConfig) -> str | None:
+    """The setting that makes a layer use Megatron's own modules, which need its process groups."""
+    if sffn.shared_blocks:
+        return f"shared_blocks={sffn.shared_blocks}"
+    if sffn.backend is Backend.MEGATRON:
+        return f"backend={sffn.backend.value!r}"
+    return None
+
+
 def _groups_of_this_process(sffn: SparseFFNConfig) -> ProcessGroupCollection | None:
     """Process groups of a layer that was given none: None for Megatron's global ones.
 
@@ -262,10 +271,8 @@ def _groups_of_this_process(sffn: SparseFFNConfig) -> ProcessGroupCollection | N
         return None
     if torch.distributed.is_initialized():
         reason = "torch.distributed is initialised, but Megatron's process groups are not"
-    elif sffn.shared_blocks:
-        reason = f"shared_blocks={sffn.shared_blocks} needs Megatron's process groups"
-    elif sffn.backend is Backend.MEGATRON:
-        reason = f"backend={sffn.backend.value!r} needs Megatron's process groups"
+    elif setting := setting_that_needs_groups(sffn):
+        reason = f"{setting} needs Megatron's process groups"
     else:
         return one_rank_groups()
     raise ConfigError(

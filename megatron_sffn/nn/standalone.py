@@ -17,9 +17,14 @@ import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from torch import Tensor
 
-from megatron_sffn.nn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
 from megatron_sffn.nn.expert_grid import one_rank_groups
-from megatron_sffn.nn.layer import SparseFFN, end_step, sparse_layers
+from megatron_sffn.nn.layer import (
+    SparseFFN,
+    end_step,
+    setting_that_needs_groups,
+    sparse_layers,
+)
 from megatron_sffn.nn.routers.dense import DenseConfig
 from megatron_sffn.ops import Activation
 from megatron_sffn.utils.errors import ConfigError
@@ -153,12 +158,10 @@ def _check(sffn: SparseFFNConfig, activation: str, layer_number: int, num_layers
         raise ConfigError(
             "--sffn-router dense is Megatron's own MLP, not a sparse layer; use torch.nn.Linear"
         )
-    if sffn.shared_blocks or sffn.backend is Backend.MEGATRON:
-        name = "shared_blocks" if sffn.shared_blocks else "backend"
-        value = sffn.shared_blocks or str(sffn.backend)
+    if setting := setting_that_needs_groups(sffn):
         raise ConfigError(
-            f"{name}={value!r} needs Megatron's process groups, which a standalone layer does not "
-            "have; leave it out, or train with megatron_sffn.pretrain"
+            f"{setting} needs Megatron's process groups, which a standalone layer does not have; "
+            "leave it out, or train with megatron_sffn.pretrain"
         )
     if activation not in list(Activation):
         raise ConfigError(
