@@ -53,7 +53,7 @@ NAMES_OF_DATA = frozenset(
     f"--{name}"
     for name in (
         *("data-path", "train-data-path", "valid-data-path", "data-args-path"),
-        *("per-split-data-args-path", "mock-data", "sffn-validation-data"),
+        *("per-split-data-args-path", "mock-data"),
     )
 )
 """Flags of which a run that can be evaluated has one."""

@@ -33,13 +33,14 @@ COLUMNS = {
 }
 """Key of `summary.json` -> heading of its column."""
 
-COUNTS = (
-    *("parameters_total", "parameters_active", "flops_per_token", "tokens", "tokens_per_second"),
-)
+COUNTS = ("parameters_total", "parameters_active", "flops_per_token", "tokens", "tokens_per_second")
 """Keys of numbers that are shown with a prefix."""
 
 EVALUATION = (
-    *("valid_data_path", "sffn_eval_iters", "eval_global_batch_size", "full_validation"),
+    "valid_data_path",
+    "sffn_eval_iters",
+    "eval_global_batch_size",
+    "full_validation",
     "sffn_validation_data",
 )
 """Settings of the section `data` that choose what an evaluation reads."""
@@ -80,11 +81,8 @@ def results_table(runs: Sequence[Run]) -> str:
         value = run.summary["validation_loss"]
         return float("inf") if value is None else float(value)
 
-    rows = [[_cell(run, key) for key in COLUMNS] for run in sorted(runs, key=loss)]
-    names = [run.name for run in sorted(runs, key=loss)]
-    return text_table(
-        [["run", *COLUMNS.values()], *([name, *row] for name, row in zip(names, rows, strict=True))]
-    )
+    rows = [[run.name, *(_cell(run, key) for key in COLUMNS)] for run in sorted(runs, key=loss)]
+    return text_table([["run", *COLUMNS.values()], *rows])
 
 
 def _cell(run: Run, key: str) -> str:
