@@ -11,15 +11,12 @@ and refuses what a run refuses. All numbers are closed forms of `megatron_sffn.a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import dataclasses
-import io
 import json
-import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,8 +149,9 @@ def row_of(flags: list[str], options: Namespace) -> tuple[Row, str]:
     from megatron_sffn.accounting import ModelShape
     from megatron_sffn.accounting.comparison import Row
     from megatron_sffn.flags.sffn_flags import sffn_config
+    from megatron_sffn.train.first_rank import parse_as_first_rank
 
-    args, cuda = parsed(flags, options)
+    args, cuda = parse_as_first_rank(flags, options.ranks, device=options.device)
     sffn = sffn_config(args)
     shape = ModelShape.of_args(args, sffn)
     row = Row(
@@ -219,49 +217,6 @@ def bytes_sent(sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout) 
     of_megatron = sffn.backend == "megatron"
     count = megatron_bytes_per_token if of_megatron else exchanged_bytes_per_token
     return count(sffn, hidden_size, layout)
-
-
-def parsed(flags: list[str], options: Namespace) -> tuple[Namespace, bool]:
-    """The run's arguments with a padded vocabulary size, and whether to count for CUDA."""
-    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
-
-    from megatron_sffn.patches import prepare
-    from megatron_sffn.patches.cpu import is_host
-    from megatron_sffn.train.arguments import parse
-
-    defaults, _ = prepare()
-    cuda = options.device == "cuda" or (options.device is None and not is_host())
-    defaults = {"micro_batch_size": 1, **defaults}
-    defaults["distributed_backend"] = "nccl" if cuda else "gloo"
-    with as_command(flags, options.ranks):
-        args = parse(defaults)
-        if args.padded_vocab_size is None:
-            if args.vocab_size is None:
-                raise ConfigError(
-                    "--vocab-size is missing, and no tokenizer is read here; give --vocab-size N, "
-                    "or --padded-vocab-size N"
-                )
-            args.padded_vocab_size = vocab_size_with_padding(args.vocab_size, args, False)
-    return args, cuda
-
-
-@contextlib.contextmanager
-def as_command(flags: list[str], ranks: int) -> Iterator[None]:
-    """Let this process look like the first rank of a run, without its output."""
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
-    argv, saved_environ = sys.argv, {name: os.environ.get(name) for name in world}
-    sys.argv = ["pretrain", *flags]
-    os.environ.update(world)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        sys.argv = argv
-        for name, value in saved_environ.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def described(args: Namespace, shape: ModelShape, *, cuda: bool) -> str:

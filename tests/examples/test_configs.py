@@ -29,13 +29,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_sffn.accounting import ModelShape, count_parameters
 from megatron_sffn.flags.sffn_flags import sffn_config
 from megatron_sffn.pretrain import main
+from megatron_sffn.train.first_rank import parse_as_first_rank
 from megatron_sffn.train.run import model_config
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.paths import ROOT
 from tests.support.pretraining import Log
 from tests.support.ranks import fork
 from tests.support.slow import slow
-from tools.accounting import costs_of, parsed
+from tools.accounting import costs_of
 
 FOLDER = ROOT / "examples" / "configs"
 UNIFIED, SIGMA, SMALL, LARGE = (
@@ -90,7 +91,7 @@ def command(script: str, *arguments: str, **environment: str) -> subprocess.Comp
 def arguments_of(script: str, *arguments: str, ranks: int = 1) -> Namespace:
     """The parsed arguments of a configuration on the first rank of `ranks` GPUs."""
     flags = command(script, *arguments, NNODES=str(max(1, ranks // 8))).stdout.splitlines()
-    return parsed(flags, Namespace(ranks=ranks, device="cuda"))[0]
+    return parse_as_first_rank(flags, ranks, device="cuda")[0]
 
 
 @contextmanager
@@ -237,7 +238,7 @@ def test_sigma_moe_baselines_have_the_papers_losses(model: str) -> None:
     ]
     assert totals[0] == totals[1] == pytest.approx(totals[2], rel=0.003)
     toy = command(SIGMA, model, "switch", TOY="1").stdout.splitlines()
-    assert parsed(toy, Namespace(ranks=2, device="cpu"))[0].moe_router_topk == 1
+    assert parse_as_first_rank(toy, 2, device="cpu")[0].moe_router_topk == 1
 
 
 def test_the_grid_is_trained_on_60_billion_tokens() -> None:
