@@ -24,8 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from examples.quickstart import corpus, data, samples
-from examples.quickstart.launch import RunFailedError, clock, launch
-from examples.quickstart.runs import RUNS, TRAIN_ITERS, VOCAB_SIZE, Plan, Run
+from examples.quickstart.runs import RUNS, TRAIN_ITERS, VOCAB_SIZE, Plan, Run, environment
+from megatron_sffn.study.launch import RunFailedError, clock, launch
 from megatron_sffn.utils.errors import CommandParser, ConfigError, require, run_command
 
 INTERRUPTED = 130
@@ -213,7 +213,7 @@ def run_steps(plan: Plan, args: argparse.Namespace) -> None:
 def pretrain(plan: Plan, run: Run) -> None:
     """Train a model to the last step; resume from its newest checkpoint if it has one."""
     log_file = plan.folder_of(run) / "train.log"
-    launch(plan.command(run, sys.executable), log_file, title=run.title)
+    launch(plan.command(run, sys.executable), log_file, environment(), title=run.title)
     if plan.summary(run) is None:
         raise RunFailedError(f"the {run.title} run ended without its summary; see {log_file}")
 

@@ -9,9 +9,12 @@ number of active cells in both, so that a difference of the losses is due to the
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_sffn.study.launch import STOP_SECONDS
 
 RANKS = 2
 VOCAB_SIZE = 4096
@@ -134,3 +137,16 @@ class Plan:
 
 # With --local-addr the host name of this machine does not have to resolve.
 LAUNCH = f"--standalone --local-addr 127.0.0.1 --nproc-per-node {RANKS} -m megatron_sffn.pretrain"
+
+
+def environment() -> dict[str, str]:
+    """The environment variables of a run, the same on every machine with or without GPUs."""
+    return {
+        **os.environ,
+        # Each of the two ranks uses one core; more threads would compete for the cores.
+        "OMP_NUM_THREADS": "1",
+        # NCCL would need a GPU for each of the two ranks.
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_SECONDS),
+    }

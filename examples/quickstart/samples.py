@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from examples.quickstart.data import run_tool
-from examples.quickstart.launch import environment
-from examples.quickstart.runs import Plan, Run
+from examples.quickstart.runs import Plan, Run, environment
 from megatron_sffn.utils.atomic_files import read_records
 
 TEMPERATURE = 0.7

@@ -17,10 +17,10 @@ from torch.utils.tensorboard import SummaryWriter
 from examples.quickstart import __main__ as quickstart
 from examples.quickstart import corpus, data, report, samples
 from examples.quickstart.charts import Curve, Load
-from examples.quickstart.launch import Display, RunFailedError, Status, launch
 from examples.quickstart.report import Result
 from examples.quickstart.runs import RUNS, VOCAB_SIZE, Plan
 from examples.quickstart.samples import PROMPTS, Sample
+from megatron_sffn.study.launch import Display, RunFailedError, Status, launch
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.paths import ROOT
 from tests.support.processes import HANGS
@@ -204,8 +204,9 @@ def test_a_failed_run_is_reported_with_the_end_of_its_log(tmp_path):
     log = tmp_path / "run" / "train.log"
     script = "print('before'); print('the reason'); raise SystemExit(3)"
     with pytest.raises(RunFailedError, match=r"(?s)exit code 3.*train\.log:\nbefore\nthe reason$"):
-        launch([sys.executable, "-c", script], log, title="dense", stream=io.StringIO())
-    launch([sys.executable, "-c", "print('again')"], log, title="dense", stream=io.StringIO())
+        launch([sys.executable, "-c", script], log, os.environ, title="dense", stream=io.StringIO())
+    again = [sys.executable, "-c", "print('again')"]
+    launch(again, log, os.environ, title="dense", stream=io.StringIO())
     assert log.read_text() == "before\nthe reason\nagain\n"
 
 

@@ -1,4 +1,4 @@
-"""Starts a run as a process, shows its progress, and stops it so that it can resume.
+"""Starts runs as processes, shows their progress, and stops them so that they can resume.
 
 Inputs: a command, and a log file. Outputs: the log, a line of progress on the terminal, and an
 exception if the run failed or was interrupted.
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -138,12 +138,97 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def launch(command: Sequence[str], log: Path, *, title: str, stream: TextIO = sys.stderr) -> None:
-    """Run a training command to its end.
+class TrainingProcess:
+    """A training command that runs in a session of its own, and its progress by its log.
+
+    Args:
+        command: the command.
+        log: file to which the output of the command is appended.
+        environment: its environment variables.
+        keep_open: file descriptors that the process inherits, such as a lock.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str],
+        *,
+        keep_open: Sequence[int] = (),
+    ) -> None:
+        self.status = Status()
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._start = output.tell()
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                pass_fds=keep_open,
+            )
+        self._position = self._start
+        self._incomplete_line = b""
+
+    def poll(self) -> int | None:
+        """Read what the log has got since the last call; the exit code if the process has ended."""
+        code = self._process.poll()
+        with self.log.open("rb") as file:
+            file.seek(self._position)
+            *lines, self._incomplete_line = (self._incomplete_line + file.read()).split(b"\n")
+            self._position = file.tell()
+        for line in lines:
+            self.status.read(line.decode(errors="replace"))
+        return code
+
+    def last_lines(self) -> str:
+        """The end of the process's output, without torchrun's report of a failure."""
+        with self.log.open("rb") as file:
+            file.seek(self._start)
+            text = file.read().decode(errors="replace")
+        lines = LAUNCHER_FAILED.split(text, maxsplit=1)[0].splitlines()
+        return "\n".join(lines[-QUOTED_LINES:])
+
+    def ask_to_stop(self) -> None:
+        """Let the run save a checkpoint after its step, and end."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+
+    def wait_until_stopped(self) -> None:
+        """Wait for the end of a run that was asked to stop; Ctrl-C or too long a wait kills it."""
+        try:
+            self._process.wait(STOP_SECONDS + 10)
+        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+            self.kill()
+
+    def kill(self) -> None:
+        """End the process and its ranks at once."""
+        # The ranks have their own sessions, so they would survive the end of torchrun.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self._process.pid)
+            for member in [*parent.children(recursive=True), parent]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+        self._process.wait()
+
+
+def launch(
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    *,
+    title: str,
+    stream: TextIO = sys.stderr,
+) -> None:
+    """Run a training command to its end, with its progress on the terminal.
 
     Args:
         command: the torchrun command.
         log: file to which the output of the command is appended.
+        environment: environment variables of the command.
         title: title of the run on the terminal.
         stream: the terminal.
 
@@ -151,88 +236,24 @@ def launch(command: Sequence[str], log: Path, *, title: str, stream: TextIO = sy
         RunFailedError: if the command failed.
         KeyboardInterrupt: after the ranks have saved and ended.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
     display = Display(f"  {title}", stream)
-    with log.open("ab") as output:
-        start = output.tell()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment(),
-            start_new_session=True,
-        )
+    process = TrainingProcess(command, log, environment)
     try:
-        status = Status()
-        display.show(status, now=True)
-        for line in follow(log, start, process):
-            status.read(line)
-            display.show(status)
-        display.show(status, now=True)
+        display.show(process.status, now=True)
+        while (code := process.poll()) is None:
+            display.show(process.status)
+            time.sleep(POLL_SECONDS)
+        display.show(process.status, now=True)
         display.end()
     except BaseException:
-        stop(process, stream)
+        process.ask_to_stop()
+        # The run must be stopped even if the terminal was closed.
+        with contextlib.suppress(OSError):
+            print("\n  stopping after this step; again to stop at once", file=stream, flush=True)
+        process.wait_until_stopped()
         raise
-    if process.returncode:
+    if code:
         raise RunFailedError(
-            f"the {title} run ended with exit code {process.returncode}; the end of {log}:\n"
-            f"{last_lines(log, start)}"
+            f"the {title} run ended with exit code {code}; the end of {log}:\n"
+            f"{process.last_lines()}"
         )
-
-
-def environment() -> dict[str, str]:
-    """The environment variables of a run, the same on every machine with or without GPUs."""
-    return {
-        **os.environ,
-        # Each of the two ranks uses one core; more threads would compete for the cores.
-        "OMP_NUM_THREADS": "1",
-        # NCCL would need a GPU for each of the two ranks.
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONUNBUFFERED": "1",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_SECONDS),
-    }
-
-
-def follow(log: Path, start: int, process: subprocess.Popen[bytes]) -> Iterator[str]:
-    """The lines that a process appends to a file, with an empty line after each poll."""
-    with log.open("rb") as file:
-        file.seek(start)
-        incomplete_line = b""
-        ended = False
-        while not ended:
-            ended = process.poll() is not None
-            *lines, incomplete_line = (incomplete_line + file.read()).split(b"\n")
-            for line in lines:
-                yield line.decode(errors="replace")
-            yield ""
-            if not ended:
-                time.sleep(POLL_SECONDS)
-
-
-def stop(process: subprocess.Popen[bytes], stream: TextIO) -> None:
-    """Stop a run after its step and a checkpoint; a second Ctrl-C ends it at once."""
-    if process.poll() is not None:
-        return
-    process.send_signal(signal.SIGINT)
-    # The run must be stopped even if the terminal was closed.
-    with contextlib.suppress(OSError):
-        print("\n  stopping after this step; again to stop at once", file=stream, flush=True)
-    try:
-        process.wait(STOP_SECONDS + 10)
-    except (KeyboardInterrupt, subprocess.TimeoutExpired):
-        # The ranks have their own sessions, so they would survive the end of torchrun.
-        family = [*psutil.Process(process.pid).children(recursive=True), process]
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait()
-
-
-def last_lines(log: Path, start: int) -> str:
-    """The end of the output of a failed run, without torchrun's report."""
-    with log.open("rb") as file:
-        file.seek(start)
-        text = file.read().decode(errors="replace")
-    lines = LAUNCHER_FAILED.split(text, maxsplit=1)[0].splitlines()
-    return "\n".join(lines[-QUOTED_LINES:])
