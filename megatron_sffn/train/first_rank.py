@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
+from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
 from megatron_sffn.patches import prepare
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.train.arguments import parse
@@ -22,7 +23,7 @@ from megatron_sffn.utils.errors import ConfigError
 
 
 def parse_as_first_rank(
-    flags: Sequence[str], ranks: int, *, device: str | None = None
+    flags: Sequence[str], ranks: int, *, device: str | None = None, read_tokenizer: bool = False
 ) -> tuple[Namespace, bool]:
     """Parse and check the flags of a run of `ranks` ranks.
 
@@ -30,6 +31,8 @@ def parse_as_first_rank(
         flags: command line of the run. The default of `--micro-batch-size` is 1.
         ranks: world size.
         device: "cpu" or "cuda"; None for that of this machine.
+        read_tokenizer: True to take the size of the vocabulary from the tokenizer if no flag has
+            it.
 
     Returns:
         Megatron's namespace with a padded vocabulary size, and True if the run is one on CUDA.
@@ -44,6 +47,8 @@ def parse_as_first_rank(
     with _as_first_rank(flags, ranks):
         args = parse(defaults)
         if args.padded_vocab_size is None:
+            if args.vocab_size is None and read_tokenizer:
+                args.vocab_size = load_tokenizer(args).vocab_size
             if args.vocab_size is None:
                 raise ConfigError(
                     "--vocab-size is missing, and no tokenizer is read here; give --vocab-size N, "

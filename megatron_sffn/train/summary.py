@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import resource
 import statistics
 import time
 from argparse import Namespace
@@ -25,6 +26,7 @@ import torch
 
 from megatron_sffn.accounting import ModelShape, count_parameters, flops_per_token
 from megatron_sffn.nn.layer import sparse_layers
+from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.train.evaluations import Evaluations
 from megatron_sffn.train.routing_metrics import RoutingMetrics
 from megatron_sffn.train.routing_trace import RoutingTracer
@@ -49,6 +51,7 @@ class RunSummary:
     evaluations: Evaluations = field(init=False)
     samples_per_second: list[float] = field(default_factory=list)
     sent_bytes_per_token: float | None = None
+    peak_memory_bytes: int | None = None
     has_started: bool = False
     routing: RoutingMetrics = field(init=False)
     _step: tuple[int, int, float] | None = None
@@ -118,6 +121,7 @@ class RunSummary:
 
     def write_summary(self, shape: ModelShape) -> Path | None:
         """Write `summary.json` on rank 0 when the run has ended; returns its path there."""
+        self.peak_memory_bytes = _peak_memory_bytes()
         if torch.distributed.get_rank() != 0:
             return None
         path = self.folder / "summary.json"
@@ -150,6 +154,7 @@ class RunSummary:
                 if self.samples_per_second
                 else None
             ),
+            "peak_memory_bytes": self.peak_memory_bytes,
             "layout": {
                 "world_size": args.world_size,
                 "tensor": args.tensor_model_parallel_size,
@@ -177,6 +182,17 @@ def _version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _peak_memory_bytes() -> int:
+    """The most memory that a rank has held: of its GPU, or of its process on a CPU."""
+    if is_host():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    else:
+        peak = torch.cuda.max_memory_allocated()
+    most = torch.tensor([peak], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def sent_bytes_per_token(model: list[torch.nn.Module]) -> float | None:

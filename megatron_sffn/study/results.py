@@ -1,0 +1,185 @@
+"""The results of a study as tables.
+
+Inputs: the folders of a study's runs. Outputs: `results.csv` and `results.parquet` with a row for
+each finished run, `losses.csv` and `losses.parquet` with a row for each loss of these runs.
+
+Design notes: the tables are made anew from the runs' own files whenever a run ends, so that a kill
+loses nothing. Training losses come from TensorBoard's events, where the later of two equal steps
+counts: a resumed run repeats the steps after its checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+
+from megatron_sffn.study.foresee import Forecast
+from megatron_sffn.study.runs import SUMMARY
+from megatron_sffn.train.routing_metrics import EVALUATION
+from megatron_sffn.utils.atomic_files import atomic_path, read_json_object, read_records
+
+TENSORBOARD = "tensorboard"
+"""Folder of TensorBoard's events in that of a run."""
+TAIL = 0.1
+"""Share of the training steps whose mean loss is the tail average."""
+TAIL_EVALUATIONS = 3
+"""Number of evaluations in the tail average of the validation loss."""
+SUMMARY_COLUMNS = (
+    "router",
+    "block_size",
+    "expansion",
+    "active_cells",
+    "num_blocks",
+    "num_active_blocks",
+    "seed",
+    "iterations",
+    "tokens",
+    "validation_loss",
+    "validation_perplexity",
+    "parameters_total",
+    "parameters_active",
+    "flops_per_token",
+    "sent_bytes_per_token",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "commit",
+)
+"""Keys of a summary that are columns of the results."""
+
+
+def write_tables(folder: Path, forecasts: Sequence[Forecast], runs: Mapping[str, Path]) -> int:
+    """Write the tables of a study; returns the number of finished runs.
+
+    Args:
+        folder: of the study.
+        forecasts: of all runs.
+        runs: name of a run -> its folder.
+    """
+    results, losses = [], []
+    for forecast in forecasts:
+        run_folder = runs[forecast.run.name]
+        summary = read_json_object(run_folder / SUMMARY)
+        if summary:
+            run_losses = list(_losses(forecast.run.name, run_folder, summary, forecast))
+            results.append(_row(forecast, run_folder, summary, run_losses))
+            losses += run_losses
+    if results:
+        _write(folder / "results", results)
+        _write(folder / "losses", losses)
+    return len(results)
+
+
+def _row(
+    forecast: Forecast,
+    folder: Path,
+    summary: Mapping[str, Any],
+    losses: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The row of a finished run."""
+    run, rate = forecast.run, summary.get("tokens_per_second")
+    training = [loss["loss"] for loss in losses if loss["set"] == "training"]
+    validation = [loss["loss"] for loss in losses if loss["set"] == "validation"]
+    versions = {f"version_{name}": value for name, value in summary.get("versions", {}).items()}
+    return {
+        "run": run.name,
+        "point": run.point,
+        **{name: summary.get(name) for name in SUMMARY_COLUMNS},
+        "lr": (summary.get("optimizer") or {}).get("lr"),
+        "hidden_size": (summary.get("model") or {}).get("hidden_size"),
+        "num_layers": (summary.get("model") or {}).get("num_layers"),
+        "training_flops": forecast.flops,
+        "seconds": summary["tokens"] / rate if rate else None,
+        "training_loss_tail": _tail(training, max(1, round(TAIL * len(training)))),
+        "validation_loss_tail": _tail(validation, TAIL_EVALUATIONS),
+        **_balance(folder),
+        **_of_sets(summary),
+        **versions,
+        **{
+            flag.replace("-", "_"): None if value is None else str(value)
+            for flag, value in run.settings.items()
+            if flag not in ("seed", "lr")
+        },
+    }
+
+
+def _tail(losses: Sequence[float], count: int) -> float | None:
+    """The mean of the last losses; None if there are none."""
+    return fmean(losses[-count:]) if losses else None
+
+
+def _of_sets(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Loss and perplexity of each validation set, if there are several."""
+    columns = {}
+    for name, loss in (summary.get("validation_losses") or {}).items():
+        columns[f"loss_{name}"] = loss
+        columns[f"perplexity_{name}"] = math.exp(min(loss, 700))
+    return columns
+
+
+def _balance(folder: Path) -> dict[str, float | None]:
+    """Balance of the last evaluation, as a mean over the sparse layers."""
+    records = [
+        record
+        for record in read_records(folder / "routing.jsonl")
+        if record.get("phase") == EVALUATION
+    ]
+    last = max((record["iteration"] for record in records), default=None)
+    layers = [record for record in records if record["iteration"] == last]
+    return {
+        "load_entropy": fmean(layer["load_entropy"] for layer in layers) if layers else None,
+        "dead_blocks": fmean(layer["dead_share"] for layer in layers) if layers else None,
+    }
+
+
+def _losses(
+    name: str, folder: Path, summary: Mapping[str, Any], forecast: Forecast
+) -> Iterable[dict[str, Any]]:
+    """The losses of a run over its steps."""
+    per_step = forecast.tokens / forecast.train_iters
+
+    def record(kind: str, iteration: int, loss: float) -> dict[str, Any]:
+        tokens = round(iteration * per_step)
+        return {"run": name, "set": kind, "iteration": iteration, "tokens": tokens, "loss": loss}
+
+    written_at = (folder / SUMMARY).stat().st_mtime_ns
+    for iteration, loss in sorted(_training_losses(folder / TENSORBOARD, written_at).items()):
+        yield record("training", iteration, loss)
+    for iteration, loss in summary.get("validation_curve") or []:
+        yield record("validation", iteration, loss)
+
+
+@cache
+def _training_losses(events: Path, written_at: int) -> dict[int, float]:
+    """Step -> training loss, from TensorBoard's events, read once per run.
+
+    Args:
+        events: folder of the events.
+        written_at: time of the run's summary, so that a run that is trained anew is read anew.
+    """
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    if "lm loss" not in accumulator.Tags()["scalars"]:
+        return {}
+    return {event.step: event.value for event in accumulator.Scalars("lm loss")}
+
+
+def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write records as CSV and as Parquet; a record without a column has no value there."""
+    names = dict.fromkeys(name for record in records for name in record)
+    table = pyarrow.table({name: [record.get(name) for record in records] for name in names})
+    with atomic_path(path.with_suffix(".csv")) as file:
+        pyarrow.csv.write_csv(table, file)
+    with atomic_path(path.with_suffix(".parquet")) as file:
+        pyarrow.parquet.write_table(table, file)

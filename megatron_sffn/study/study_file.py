@@ -1,0 +1,223 @@
+"""Reads a study: a YAML file that lists the runs of an experiment.
+
+Inputs: the file. Outputs: a `Study`, and a `StudyRun` for each combination of a point with a seed
+and a learning rate.
+
+Design notes: a flag whose value is a list stands for one run per value, and a mapping with several
+lists for every combination. So a grid is one entry of `points`, and a list of models several.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_sffn.utils.errors import ConfigError
+
+KEYS = ("folder", "flags", "points", "each", "ranks", "parallel", "match", "target-flops")
+MATCHES = ("active", "parameters")
+LABELS = {
+    "sffn-router": "",
+    "sffn-block-size": "g",
+    "sffn-expansion": "E",
+    "ffn-hidden-size": "k",
+    "num-layers": "L",
+    "hidden-size": "D",
+    "seed": "seed",
+    "lr": "lr",
+}
+"""Flag -> what stands before its value in the name of a run; of other flags it is `flag=`."""
+NOT_IN_POINT = ("seed", "lr")
+"""Flags of runs that are compared as one point: its seeds and its ladder of learning rates."""
+SET_BY_SWEEP = ("save", "load", "tensorboard-dir", "exit-signal")
+"""Flags with a value for each run, which `sweep` gives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRun:
+    """One run of a study.
+
+    Args:
+        name: of its folder; unique in the study.
+        point: the name without seed and learning rate.
+        settings: flag without dashes -> value, of the flags in which the runs differ.
+        flags: command line of the run, without the flags that `sweep` sets.
+    """
+
+    name: str
+    point: str
+    settings: Mapping[str, Any]
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The content of a study's file.
+
+    Args:
+        folder: of all results, relative to the working directory.
+        runs: all runs, in the order in which they are started.
+        ranks: number of ranks of each run.
+        parallel: number of runs at the same time.
+        match: "active": runs keep their flags, so that a token has as many active cells in all of
+            them. "parameters": dense runs get the total parameters of the first sparse run.
+        target_flops: training FLOPs of each run, which determine its steps; None if flags do.
+    """
+
+    folder: Path
+    runs: tuple[StudyRun, ...]
+    ranks: int = 1
+    parallel: int = 1
+    match: str = "active"
+    target_flops: float | None = None
+
+
+def read_study(path: Path) -> Study:
+    """Read and check the file of a study.
+
+    Raises:
+        ConfigError: if the file cannot be read, a key is unknown or missing, or a value is of the
+            wrong kind.
+    """
+    content = _content(path)
+    for key in content:
+        if key not in KEYS:
+            nearest = difflib.get_close_matches(str(key), KEYS, n=1)
+            remedy = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(KEYS)}"
+            raise ConfigError(f"{path}: the key {key} is unknown; {remedy}")
+    for key in ("folder", "flags", "points"):
+        if not content.get(key):
+            raise ConfigError(f"{path}: the key {key} is missing; docs/studies.md has an example")
+    match, target = content.get("match", "active"), content.get("target-flops")
+    if match not in MATCHES:
+        raise ConfigError(f"{path}: match {match} is unknown; choose of {', '.join(MATCHES)}")
+    flags = _common_flags(path, content["flags"])
+    if target is not None and "--train-iters" in flags:
+        raise ConfigError(
+            f"{path}: target-flops {target} determines the steps of each run, but flags has "
+            "--train-iters too; remove one of them"
+        )
+    return Study(
+        folder=Path(str(content["folder"])),
+        runs=_runs(path, flags, content["points"], content.get("each", {})),
+        ranks=_count(path, content, "ranks"),
+        parallel=_count(path, content, "parallel"),
+        match=match,
+        target_flops=None if target is None else _flops(path, target),
+    )
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The YAML of a file, which has to be a mapping."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); give the YAML file of a study"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML ({' '.join(str(error).split())}); mend it") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} has no keys; docs/studies.md has an example")
+    return content
+
+
+def _common_flags(path: Path, text: Any) -> tuple[str, ...]:
+    """The flags of every run, as words."""
+    if not isinstance(text, str):
+        raise ConfigError(f"{path}: flags has to be text, as on a command line; write flags: |")
+    words = tuple(shlex.split(text, comments=True))
+    for word in words:
+        _check_flag(path, word.removeprefix("--").partition("=")[0])
+    return words
+
+
+def _check_flag(path: Path, name: str) -> None:
+    if name in SET_BY_SWEEP:
+        raise ConfigError(f"{path}: --{name} differs from run to run and is set for you; remove it")
+
+
+def _count(path: Path, content: Mapping[str, Any], key: str) -> int:
+    """A positive number of the file; 1 if it is not given."""
+    value = content.get(key, 1)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{path}: {key} {value} is no positive whole number; give at least 1")
+    return value
+
+
+def _flops(path: Path, value: Any) -> float:
+    """A number of FLOPs; YAML reads 1e15 as text."""
+    try:
+        flops = float(value)
+    except (TypeError, ValueError):
+        flops = 0.0
+    if not flops > 0:
+        raise ConfigError(f"{path}: target-flops {value} is no positive number; write 1e15")
+    return flops
+
+
+def _runs(path: Path, flags: Sequence[str], points: Any, each: Any) -> tuple[StudyRun, ...]:
+    """A run for each point, seed and learning rate."""
+    if not isinstance(points, list):
+        raise ConfigError(f"{path}: points has to be a list; begin each point with a dash")
+    runs: dict[str, StudyRun] = {}
+    for point in points:
+        for settings in _combinations(path, {**_mapping(path, point), **_mapping(path, each)}):
+            run = _run(flags, settings)
+            if run.name in runs:
+                raise ConfigError(f"{path}: the run {run.name} is listed twice; remove one of them")
+            runs[run.name] = run
+    return tuple(runs.values())
+
+
+def _mapping(path: Path, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{path}: {value!r} has to be flags with their values; write for example "
+            "{sffn-router: avg-k, sffn-block-size: [4, 16]}"
+        )
+    return {str(flag).removeprefix("--"): setting for flag, setting in value.items()}
+
+
+def _combinations(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of the values of lists."""
+    for flag, value in settings.items():
+        _check_flag(path, flag)
+        if value == [] or isinstance(value, dict):
+            raise ConfigError(f"{path}: {flag} has no value that a flag takes; give one or a list")
+    lists = [value if isinstance(value, list) else [value] for value in settings.values()]
+    return [dict(zip(settings, values, strict=True)) for values in itertools.product(*lists)]
+
+
+def _run(common: Sequence[str], settings: Mapping[str, Any]) -> StudyRun:
+    """The run of a combination."""
+    words = list(common)
+    for flag, value in settings.items():
+        if value is True:
+            words.append(f"--{flag}")
+        elif value is not None and value is not False:
+            words += [f"--{flag}", *shlex.split(str(value))]
+    point = {flag: value for flag, value in settings.items() if flag not in NOT_IN_POINT}
+    return StudyRun(
+        name=_name(settings), point=_name(point) or "all", settings=settings, flags=tuple(words)
+    )
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    """The settings as the name of a folder."""
+    parts = []
+    for flag, value in settings.items():
+        if value is True:
+            parts.append(flag.removeprefix("sffn-"))
+        elif value is not None and value is not False:
+            label = LABELS.get(flag, f"{flag.removeprefix('sffn-')}=")
+            parts.append(label + re.sub(r"[^\w.+-]+", "_", str(value)))
+    return "-".join(parts)
