@@ -71,6 +71,7 @@ LONG_MODULES = [
     "checkpoints/test_checkpoints",
     "flags/test_arguments",
     "tools/test_preprocess_on_ray",
+    "study/test_sweep",
     "nn/distributed/test_load_balancing",
     "faults/test_numbers",
     "test_security",

@@ -22,7 +22,7 @@ from megatron_sffn.checks.data import check_data
 from megatron_sffn.flags.sffn_flags import sffn_config
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.study.study_file import Study, StudyRun
-from megatron_sffn.train.first_rank import parse_as_first_rank
+from megatron_sffn.train.first_rank import as_first_rank, parse_as_first_rank
 from megatron_sffn.train.run_description import SECTIONS
 from megatron_sffn.utils.errors import ConfigError
 
@@ -106,7 +106,8 @@ def _forecast(run: StudyRun, study: Study, checked_data: set[str]) -> Forecast:
             )
         data = repr([vars(args).get(name) for name in DATA])
         if data not in checked_data:
-            check_data(args)
+            with as_first_rank(run.flags, study.ranks):
+                check_data(args)
             checked_data.add(data)
     except ConfigError as error:
         return Forecast(run=run, reason=str(error))

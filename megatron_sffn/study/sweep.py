@@ -289,10 +289,11 @@ def _check_flags(folder: Path, forecast: Forecast) -> None:
     """Refuse to go on with a run whose flags were others before."""
     path, flags = folder / FLAGS, f"{shlex.join(forecast.run.flags)}\n"
     if path.exists() and (before := path.read_text()) != flags:
-        changed = set(shlex.split(before)) ^ set(shlex.split(flags))
+        now = flags.strip().split(" --")
+        changed = [flag for flag in before.strip().split(" --") if flag not in now]
         raise ConfigError(
-            f"{folder} was trained with other flags ({' '.join(sorted(changed))}); remove it, or "
-            "give the study another folder"
+            f"{folder} was trained with other flags ({' '.join(changed) or 'fewer'}); remove it, "
+            "or give the study another folder"
         )
 
 

@@ -44,7 +44,7 @@ def parse_as_first_rank(
     cuda = device == "cuda" or (device is None and not is_host())
     defaults = {"micro_batch_size": 1, **defaults}
     defaults["distributed_backend"] = "nccl" if cuda else "gloo"
-    with _as_first_rank(flags, ranks):
+    with as_first_rank(flags, ranks):
         args = parse(defaults)
         if args.padded_vocab_size is None:
             if args.vocab_size is None and read_tokenizer:
@@ -59,7 +59,7 @@ def parse_as_first_rank(
 
 
 @contextlib.contextmanager
-def _as_first_rank(flags: Sequence[str], ranks: int) -> Iterator[None]:
+def as_first_rank(flags: Sequence[str], ranks: int) -> Iterator[None]:
     """Let this process look like the first rank of a run, without its output."""
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
     argv, saved_environ = sys.argv, {name: os.environ.get(name) for name in world}

@@ -1,0 +1,134 @@
+"""A sweep of real runs: killed and resumed, it gives the table of an undisturbed one."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_sffn.study.foresee import Forecast, valid_forecasts
+from megatron_sffn.study.study_file import Study, read_study
+from megatron_sffn.study.sweep import RunState, Sweep, run_folder, state_of
+from megatron_sffn.utils.errors import ConfigError
+from tests.study.conftest import WriteStudy
+from tests.support.processes import kill_all, wait_until
+from tools import sweep
+
+# Of Python 3.13's argparse, for a flag of Megatron's.
+pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
+
+STEPS = 60
+FLAGS = f"--train-iters {STEPS} --eval-interval 20 --save-interval 10"
+POINTS = [{"sffn-router": ["dense", "avg-k"]}]
+MEASURED = ("tokens_per_second", "seconds", "peak_memory_bytes")
+"""Columns that differ from run to run."""
+
+
+def table(folder: Path, name: str) -> list[dict[str, str]]:
+    """The rows of a table of results, without what was measured."""
+    with (folder / name).open() as file:
+        rows = list(csv.DictReader(file))
+    return [{key: row[key] for key in row if key not in MEASURED} for row in rows]
+
+
+@contextmanager
+def started(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A sweep in a process of its own, with its output beside the study's file."""
+    command = [sys.executable, "-m", "tools.sweep", str(path)]
+    with path.with_suffix(".log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        kill_all(process)
+
+
+def wait_for_step(study: Study, forecast: Forecast, step: int, path: Path) -> None:
+    """Wait until a run has trained some steps."""
+    wait_until(
+        lambda: state_of(study, forecast).status.iteration >= step,
+        300,
+        lambda: path.with_suffix(".log").read_text(),
+    )
+
+
+def test_a_sweep_killed_twice_gives_the_table_of_an_undisturbed_one(
+    write_study: WriteStudy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed = write_study(POINTS, flags=FLAGS, file="undisturbed.yaml", parallel=2)
+    assert sweep.main([str(undisturbed), "run"]) == 0
+    results = tmp_path / "results"
+    expected = {name: table(results, name) for name in ("results.csv", "losses.csv")}
+    assert [row["router"] for row in expected["results.csv"]] == ["dense", "avg-k"]
+    assert len(expected["losses.csv"]) == 2 * (STEPS + STEPS // 20)
+
+    path = write_study(POINTS, flags=FLAGS, folder=str(tmp_path / "killed"), parallel=1)
+    study = read_study(path)
+    dense, avg_k = valid_forecasts(study)
+    with started(path) as process:
+        wait_for_step(study, dense, 12, path)
+        kill_all(process)
+    assert state_of(study, dense).name in ("waiting", "finished")
+    with started(path) as process:
+        wait_for_step(study, avg_k, 12, path)
+        with pytest.raises(ConfigError, match="in use by another sweep"):
+            sweep.main([str(path), "run"])
+        assert state_of(study, avg_k).name in ("running", "finished")
+        assert sweep.main([str(path), "stop"]) == 0
+        assert process.wait(300) in (0, sweep.INTERRUPTED)
+    assert sweep.main([str(path), "stop"]) == 1
+    capsys.readouterr()
+    assert sweep.main([str(path), "run"]) == 0
+    assert "2 of 2 runs have finished" in capsys.readouterr().out
+    assert {name: table(tmp_path / "killed", name) for name in expected} == expected
+    assert sweep.main([str(path), "status"]) == 0
+    assert "2 finished; 0:00:00 left" in capsys.readouterr().out
+
+
+def test_a_run_that_outlives_its_sweep_is_waited_for_and_not_started_twice(
+    write_study: WriteStudy,
+) -> None:
+    path = write_study([{"sffn-router": "dense"}], flags=FLAGS)
+    study = read_study(path)
+    (forecast,) = valid_forecasts(study)
+    with started(path) as process:
+        wait_for_step(study, forecast, 1, path)
+        runs = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert any(run.is_running() for run in runs)
+        assert state_of(study, forecast).name in ("running", "finished")
+        assert Sweep(study, [forecast]).run() == []
+    log = (run_folder(study, forecast) / "train.log").read_text()
+    assert log.count("[after training is done]") == 1
+    assert state_of(study, forecast) == RunState(
+        name="finished", status=state_of(study, forecast).status
+    )
+
+
+def test_a_failed_run_is_named_with_its_reason_and_tried_again(
+    write_study: WriteStudy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study([{"sffn-router": "dense"}], flags="--train-iters 2")
+    (forecast,) = valid_forecasts(study := read_study(path))
+    damaged = run_folder(study, forecast) / "latest_checkpointed_iteration.txt"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("no number")
+    assert sweep.main([str(path), "run"]) == 1
+    assert "error: dense failed; see " in capsys.readouterr().err
+    assert state_of(study, forecast).name == "failed" and state_of(study, forecast).reason
+    assert sweep.main([str(path), "status"]) == 0
+    assert "dense failed: " in capsys.readouterr().out
+    damaged.unlink()
+    assert sweep.main([str(path), "run"]) == 0
+    changed = write_study([{"sffn-router": "dense"}], flags="--train-iters 3")
+    with pytest.raises(ConfigError, match=r"was trained with other flags \(train-iters 2\)"):
+        sweep.main([str(changed), "run"])
