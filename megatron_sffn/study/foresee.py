@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -46,6 +46,7 @@ class Forecast:
         train_iters: steps.
         tokens: tokens of all steps.
         flops: training FLOPs of all steps: three times those of the forward pass.
+        args: Megatron's namespace of the run.
         floor_seconds: time of these FLOPs at the rate of this machine's dense products.
     """
 
@@ -57,6 +58,7 @@ class Forecast:
     tokens: int = 0
     flops: float = 0.0
     floor_seconds: float = 0.0
+    args: Namespace = field(default_factory=Namespace)
 
 
 def foresee(study: Study) -> list[Forecast]:
@@ -118,6 +120,7 @@ def _forecast(run: StudyRun, study: Study, checked_data: set[str]) -> Forecast:
     )
     return Forecast(
         run=run,
+        args=args,
         parameters_total=parameters.total,
         parameters_active=parameters.active,
         train_iters=args.train_iters,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ import pyarrow.parquet
 
 from megatron_sffn.study.foresee import Forecast
 from megatron_sffn.study.runs import SUMMARY
+from megatron_sffn.study.text_bytes import bits_per_byte, validation_prefixes
 from megatron_sffn.train.routing_metrics import EVALUATION
 from megatron_sffn.utils.atomic_files import atomic_path, read_json_object, read_records
 
@@ -101,7 +103,7 @@ def _row(
         "training_loss_tail": _tail(training, max(1, round(TAIL * len(training)))),
         "validation_loss_tail": _tail(validation, TAIL_EVALUATIONS),
         **_balance(folder),
-        **_of_sets(summary),
+        **_of_sets(summary, forecast.args),
         **versions,
         **{
             flag.replace("-", "_"): None if value is None else str(value)
@@ -116,12 +118,18 @@ def _tail(losses: Sequence[float], count: int) -> float | None:
     return fmean(losses[-count:]) if losses else None
 
 
-def _of_sets(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Loss and perplexity of each validation set, if there are several."""
-    columns = {}
-    for name, loss in (summary.get("validation_losses") or {}).items():
-        columns[f"loss_{name}"] = loss
-        columns[f"perplexity_{name}"] = math.exp(min(loss, 700))
+def _of_sets(summary: Mapping[str, Any], args: Namespace) -> dict[str, float | None]:
+    """Bits per byte, and loss, perplexity and bits per byte of each set if there are several."""
+    prefixes, mean = validation_prefixes(args), summary.get("validation_loss")
+    sets = summary.get("validation_losses") or {}
+    if len(prefixes) == 1 and mean is not None:
+        return {"bits_per_byte": bits_per_byte(mean, prefixes[0], args)}
+    columns: dict[str, float | None] = {}
+    if len(sets) == len(prefixes):
+        for (name, loss), prefix in zip(sets.items(), prefixes, strict=True):
+            columns[f"loss_{name}"] = loss
+            columns[f"perplexity_{name}"] = math.exp(min(loss, 700))
+            columns[f"bits_per_byte_{name}"] = bits_per_byte(loss, prefix, args)
     return columns
 
 
