@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
     parser = CommandParser(
         prog="megatron-sffn sweep",
-        usage="megatron-sffn sweep STUDY.yaml [dry-run|run|status|stop|results] [--follow]",
+        usage="megatron-sffn sweep STUDY.yaml [dry-run|run|status|stop|results] [flags]",
         description=DESCRIPTION,
         epilog=EXAMPLE,
     )
@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "action", nargs="?", default="run", choices=list(ACTIONS), help="see above (default: run)"
     )
+    parser.add_argument("--size", help="one of the file's sizes (default: its first)")
     parser.add_argument("--follow", action="store_true", help="status: print it again and again")
     return parser
 
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from megatron_sffn.study.study_file import read_study
 
-    study = read_study(args.study)
+    study = read_study(args.study, args.size)
     if args.action in ("dry-run", "run", "status", "results"):
         from megatron_sffn.patches import prepare
 

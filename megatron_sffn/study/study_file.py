@@ -22,7 +22,10 @@ import yaml
 
 from megatron_sffn.utils.errors import ConfigError
 
-KEYS = ("folder", "flags", "points", "each", "ranks", "parallel", "match", "target-flops")
+KEYS = (
+    *("folder", "flags", "points", "each", "ranks", "parallel", "match", "target-flops"),
+    *("include", "sizes"),
+)
 MATCHES = ("active", "parameters")
 LABELS = {
     "sffn-router": "",
@@ -80,19 +83,18 @@ class Study:
     target_flops: float | None = None
 
 
-def read_study(path: Path) -> Study:
+def read_study(path: Path, size: str | None = None) -> Study:
     """Read and check the file of a study.
+
+    Args:
+        path: of the file.
+        size: one of the file's `sizes`; None for the first, if there are any.
 
     Raises:
         ConfigError: if the file cannot be read, a key is unknown or missing, or a value is of the
             wrong kind.
     """
-    content = _content(path)
-    for key in content:
-        if key not in KEYS:
-            nearest = difflib.get_close_matches(str(key), KEYS, n=1)
-            remedy = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(KEYS)}"
-            raise ConfigError(f"{path}: the key {key} is unknown; {remedy}")
+    content = _of_size(path, _with_included(path), size)
     for key in ("folder", "flags", "points"):
         if not content.get(key):
             raise ConfigError(f"{path}: the key {key} is missing; docs/studies.md has an example")
@@ -113,6 +115,38 @@ def read_study(path: Path) -> Study:
         match=match,
         target_flops=None if target is None else _flops(path, target),
     )
+
+
+def _with_included(path: Path) -> dict[str, Any]:
+    """The content of a file and of the file that it includes; its own keys win, flags add up."""
+    content = _content(path)
+    for key in content:
+        if key not in KEYS:
+            nearest = difflib.get_close_matches(str(key), KEYS, n=1)
+            remedy = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(KEYS)}"
+            raise ConfigError(f"{path}: the key {key} is unknown; {remedy}")
+    if "include" not in content:
+        return content
+    return _merged(_with_included(path.parent / str(content["include"])), content)
+
+
+def _merged(base: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Two mappings of keys; those of the second win, and its flags follow those of the first."""
+    flags = " ".join(str(keys["flags"]) for keys in (base, content) if "flags" in keys)
+    return {**base, **content, **({"flags": flags} if flags else {})}
+
+
+def _of_size(path: Path, content: dict[str, Any], size: str | None) -> dict[str, Any]:
+    """The keys of a study in one of its sizes."""
+    sizes = content.pop("sizes", {})
+    if not sizes and size is None:
+        return content
+    name = size or next(iter(sizes))
+    if name not in sizes:
+        known = f"choose of {', '.join(sizes)}" if sizes else "the file has no sizes"
+        raise ConfigError(f"--size {name} is unknown in {path}; {known}")
+    merged = _merged(content, _mapping(path, sizes[name]))
+    return {**merged, "folder": f"{content.get('folder')}/{name}"}
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -72,6 +72,25 @@ def test_a_bad_file_is_refused_in_one_sentence(
     assert sentence in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_a_file_includes_another_and_has_sizes(write_study: WriteStudy, tmp_path: Path) -> None:
+    base = write_study(
+        [AVG_K],
+        file="base.yaml",
+        sizes={"cpu": {"parallel": 2, "flags": "--seed 3"}, "gpu": {"parallel": 8, "ranks": 2}},
+    )
+    path = tmp_path / "study.yaml"
+    path.write_text(f"include: {base.name}\nflags: --train-iters 7\npoints: [{{lr: 0.1}}]\n")
+    cpu, gpu = read_study(path), read_study(path, "gpu")
+    assert cpu.folder == tmp_path / "results" / "cpu" and gpu.folder.name == "gpu"
+    assert (cpu.parallel, cpu.ranks, gpu.parallel, gpu.ranks) == (2, 1, 8, 2)
+    assert cpu.runs[0].flags[-6:] == ("--train-iters", "7", "--seed", "3", "--lr", "0.1")
+    assert "--seed" not in gpu.runs[0].flags and gpu.runs[0].name == "lr0.1"
+    with pytest.raises(ConfigError, match="--size tpu is unknown in .*; choose of cpu, gpu"):
+        read_study(path, "tpu")
+    with pytest.raises(ConfigError, match="the file has no sizes"):
+        read_study(write_study([AVG_K], file="plain.yaml"), "cpu")
+
+
 @pytest.mark.parametrize("content", [None, "", "a: [", "- 1"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "study.yaml"
