@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 def dry_run(study: Study, args: argparse.Namespace) -> int:
     """Print what would run; exit code 2 if a run cannot start."""
     from megatron_sffn.study.foresee import foresee
-    from megatron_sffn.study.tables import dry_run_table
+    from megatron_sffn.study.sweep_tables import dry_run_table
 
     forecasts = foresee(study)
     print(dry_run_table(study, forecasts))
@@ -102,7 +102,7 @@ def run(study: Study, args: argparse.Namespace) -> int:
 
 def status(study: Study, args: argparse.Namespace) -> int:
     """Print the state of each run."""
-    from megatron_sffn.study.tables import status_table
+    from megatron_sffn.study.sweep_tables import status_table
 
     forecasts = _valid(study)
     while True:

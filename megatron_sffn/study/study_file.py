@@ -132,8 +132,13 @@ def _with_included(path: Path) -> dict[str, Any]:
 
 def _merged(base: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
     """Two mappings of keys; those of the second win, and its flags follow those of the first."""
-    flags = " ".join(str(keys["flags"]) for keys in (base, content) if "flags" in keys)
+    flags = " ".join(_text(keys["flags"]) for keys in (base, content) if "flags" in keys)
     return {**base, **content, **({"flags": flags} if flags else {})}
+
+
+def _text(flags: Any) -> str:
+    """Flags, which may be a list of texts."""
+    return " ".join(map(str, flags)) if isinstance(flags, list) else str(flags)
 
 
 def _of_size(path: Path, content: dict[str, Any], size: str | None) -> dict[str, Any]:
@@ -164,11 +169,11 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _common_flags(path: Path, text: Any) -> tuple[str, ...]:
+def _common_flags(path: Path, flags: Any) -> tuple[str, ...]:
     """The flags of every run, as words."""
-    if not isinstance(text, str):
+    if not isinstance(flags, str | list):
         raise ConfigError(f"{path}: flags has to be text, as on a command line; write flags: |")
-    words = tuple(shlex.split(text, comments=True))
+    words = tuple(shlex.split(_text(flags), comments=True))
     for word in words:
         _check_flag(path, word.removeprefix("--").partition("=")[0])
     return words

@@ -32,9 +32,9 @@ from megatron_sffn.study.launch import (
     Status,
     TrainingProcess,
 )
-from megatron_sffn.study.results import TENSORBOARD, write_tables
 from megatron_sffn.study.runs import SUMMARY
 from megatron_sffn.study.study_file import Study
+from megatron_sffn.study.sweep_results import TENSORBOARD, write_tables
 from megatron_sffn.utils.atomic_files import atomic_write_text, read_json_object
 from megatron_sffn.utils.errors import ConfigError
 from megatron_sffn.utils.human_time import human_time

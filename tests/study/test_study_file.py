@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sffn.study.foresee import foresee, valid_forecasts
 from megatron_sffn.study.study_file import read_study
-from megatron_sffn.study.tables import dry_run_table
+from megatron_sffn.study.sweep_tables import dry_run_table
 from megatron_sffn.utils.errors import ConfigError
 from tests.study.conftest import WriteStudy
 from tools import sweep
@@ -85,7 +85,7 @@ def test_a_file_includes_another_and_has_sizes(write_study: WriteStudy, tmp_path
     assert (cpu.parallel, cpu.ranks, gpu.parallel, gpu.ranks) == (2, 1, 8, 2)
     assert cpu.runs[0].flags[-6:] == ("--train-iters", "7", "--seed", "3", "--lr", "0.1")
     assert "--seed" not in gpu.runs[0].flags and gpu.runs[0].name == "lr0.1"
-    with pytest.raises(ConfigError, match="--size tpu is unknown in .*; choose of cpu, gpu"):
+    with pytest.raises(ConfigError, match=r"--size tpu is unknown in .*; choose of cpu, gpu"):
         read_study(path, "tpu")
     with pytest.raises(ConfigError, match="the file has no sizes"):
         read_study(write_study([AVG_K], file="plain.yaml"), "cpu")
