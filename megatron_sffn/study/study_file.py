@@ -24,7 +24,7 @@ from megatron_sffn.utils.errors import ConfigError
 
 KEYS = (
     *("folder", "flags", "points", "each", "ranks", "parallel", "match", "target-flops"),
-    *("include", "sizes"),
+    *("include", "sizes", "ladder"),
 )
 MATCHES = ("active", "parameters")
 LABELS = {
@@ -40,6 +40,8 @@ LABELS = {
 """Flag -> what stands before its value in the name of a run; of other flags it is `flag=`."""
 NOT_IN_POINT = ("seed", "lr")
 """Flags of runs that are compared as one point: its seeds and its ladder of learning rates."""
+FITTED = "fitted"
+"""Value of `lr` for runs with the best learning rate of their point's ladder."""
 SET_BY_SWEEP = ("save", "load", "tensorboard-dir", "exit-signal")
 """Flags with a value for each run, which `sweep` gives."""
 
@@ -59,6 +61,11 @@ class StudyRun:
     point: str
     settings: Mapping[str, Any]
     flags: tuple[str, ...]
+
+    @property
+    def is_fitted(self) -> bool:
+        """True if the learning rate, which `flags` lack, is to be fitted on the point's ladder."""
+        return self.settings.get("lr") == FITTED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +116,7 @@ def read_study(path: Path, size: str | None = None) -> Study:
         )
     return Study(
         folder=Path(str(content["folder"])),
-        runs=_runs(path, flags, content["points"], content.get("each", {})),
+        runs=_runs(path, flags, content),
         ranks=_count(path, content, "ranks"),
         parallel=_count(path, content, "parallel"),
         match=match,
@@ -203,17 +210,28 @@ def _flops(path: Path, value: Any) -> float:
     return flops
 
 
-def _runs(path: Path, flags: Sequence[str], points: Any, each: Any) -> tuple[StudyRun, ...]:
-    """A run for each point, seed and learning rate."""
+def _runs(path: Path, flags: Sequence[str], content: Mapping[str, Any]) -> tuple[StudyRun, ...]:
+    """A run for each point, seed and learning rate; those of a ladder come first."""
+    points, ladder = content["points"], content.get("ladder")
     if not isinstance(points, list):
         raise ConfigError(f"{path}: points has to be a list; begin each point with a dash")
     runs: dict[str, StudyRun] = {}
-    for point in points:
-        for settings in _combinations(path, {**_mapping(path, point), **_mapping(path, each)}):
-            run = _run(flags, settings)
-            if run.name in runs:
-                raise ConfigError(f"{path}: the run {run.name} is listed twice; remove one of them")
-            runs[run.name] = run
+    for each in (ladder, content.get("each", {})):
+        for point in points if each is not None else []:
+            combined = {**_mapping(path, point), **_mapping(path, each)}
+            for settings in _combinations(path, combined):
+                run = _run(flags, settings)
+                if run.name in runs:
+                    raise ConfigError(
+                        f"{path}: the run {run.name} is listed twice; remove one of them"
+                    )
+                runs[run.name] = run
+    rungs = _mapping(path, ladder or {}).get("lr")
+    if any(run.is_fitted for run in runs.values()) and not isinstance(rungs, list):
+        raise ConfigError(
+            f"{path}: lr {FITTED} needs a ladder of learning rates; add for example "
+            "ladder: {seed: 1, lr: [1e-3, 2e-3, 4e-3]}"
+        )
     return tuple(runs.values())
 
 
@@ -242,7 +260,7 @@ def _run(common: Sequence[str], settings: Mapping[str, Any]) -> StudyRun:
     for flag, value in settings.items():
         if value is True:
             words.append(f"--{flag}")
-        elif value is not None and value is not False:
+        elif value not in (None, False) and (flag, value) != ("lr", FITTED):
             words += [f"--{flag}", *shlex.split(str(value))]
     point = {flag: value for flag, value in settings.items() if flag not in NOT_IN_POINT}
     return StudyRun(

@@ -25,6 +25,7 @@ import torch
 
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.study.foresee import Forecast
+from megatron_sffn.study.ladder import with_rate
 from megatron_sffn.study.launch import (
     POLL_SECONDS,
     STOP_SECONDS,
@@ -137,12 +138,14 @@ class Sweep:
             KeyboardInterrupt: after every run has saved a checkpoint and ended.
         """
         waiting = [run for run in self._forecasts if not is_finished(self._folder(run), run)]
-        for forecast in self._forecasts:
+        for forecast in filter(None, map(self._with_rate, self._forecasts)):
             _check_flags(self._folder(forecast), forecast)
         display = Display("sweep", self._stream)
         try:
             while waiting or self._running:
                 waiting = self._start(waiting)
+                if self._failed and not self._running:
+                    waiting = self._without_ladder(waiting)
                 display.show(self._progress(len(waiting)))
                 time.sleep(POLL_SECONDS)
                 self._collect()
@@ -161,8 +164,8 @@ class Sweep:
         """Start runs in the free slots; returns those that still wait."""
         left, foreign = [], 0
         for forecast in waiting:
-            slot = self._slots.free(self._running, foreign)
-            if slot is None:
+            slot, ready = self._slots.free(self._running, foreign), self._with_rate(forecast)
+            if slot is None or ready is None:
                 left.append(forecast)
                 continue
             with locked(self._folder(forecast) / LOCK) as lock:
@@ -170,9 +173,24 @@ class Sweep:
                     foreign += 1
                     left.append(forecast)
                 elif not is_finished(self._folder(forecast), forecast):
-                    process = self._process(forecast, self._slots.environment(slot), lock)
+                    process = self._process(ready, self._slots.environment(slot), lock)
                     self._running[slot] = forecast, process
         return left
+
+    def _with_rate(self, forecast: Forecast) -> Forecast | None:
+        """The run with its learning rate; None while the ladder of its point trains."""
+        folders = {run.run.name: self._folder(run) for run in self._forecasts}
+        return with_rate(forecast, self._forecasts, folders)
+
+    def _without_ladder(self, waiting: list[Forecast]) -> list[Forecast]:
+        """The waiting runs; those whose ladder has failed have failed too."""
+        lost = [forecast for forecast in waiting if self._with_rate(forecast) is None]
+        for forecast in lost:
+            self._failed.append(forecast.run.name)
+            reason = "a run of its ladder has failed, so that its learning rate is unknown"
+            self._folder(forecast).mkdir(parents=True, exist_ok=True)
+            atomic_write_text(self._folder(forecast) / FAILURE, f"{reason}\n")
+        return [forecast for forecast in waiting if forecast not in lost]
 
     def _process(
         self, forecast: Forecast, environment: dict[str, str], lock: IO[str]

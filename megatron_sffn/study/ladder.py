@@ -1,0 +1,64 @@
+"""The learning rate of runs that take the best one of their point's ladder.
+
+Inputs: a study's forecasts, and the summaries of finished runs. Outputs: the command line of a run
+whose `lr` is `fitted`, once the ladder of its point has finished.
+
+Design notes: the best rate depends on the block size (arXiv 2508.09752), so that each point has a
+ladder of its own: a few rates with one seed. The other seeds train at the bottom of the parabola
+through the best rate and its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_sffn.study.foresee import Forecast
+from megatron_sffn.study.learning_rates import bottom
+from megatron_sffn.study.runs import SUMMARY
+from megatron_sffn.utils.atomic_files import read_json_object
+
+
+def with_rate(
+    forecast: Forecast, forecasts: Sequence[Forecast], folders: Mapping[str, Path]
+) -> Forecast | None:
+    """A forecast with the learning rate in its flags; None until its ladder has finished.
+
+    Args:
+        forecast: the run.
+        forecasts: all runs of the study.
+        folders: name of a run -> its folder.
+    """
+    if not forecast.run.is_fitted:
+        return forecast
+    losses = {}
+    for step in forecasts:
+        if step.run.point == forecast.run.point and not step.run.is_fitted:
+            summary = read_json_object(folders[step.run.name] / SUMMARY)
+            if summary.get("iterations") != step.train_iters:
+                return None
+            losses[float(step.run.settings["lr"])] = float(summary["validation_loss"])
+    words = ("--lr", f"{fitted_rate(losses):.3g}")
+    run = dataclasses.replace(forecast.run, flags=(*forecast.run.flags, *words))
+    return dataclasses.replace(forecast, run=run)
+
+
+def fitted_rate(losses: Mapping[float, float]) -> float:
+    """The learning rate of the lowest loss, by a parabola through the best rate's neighbours.
+
+    Args:
+        losses: learning rate -> loss of a run. A run that has diverged has NaN.
+
+    Returns:
+        The best rate itself if it is at an edge of the ladder.
+    """
+    finite = {rate: loss for rate, loss in sorted(losses.items()) if math.isfinite(loss)}
+    rates = tuple(finite) or tuple(sorted(losses))[:1]
+    place = min(range(len(rates)), key=lambda index: finite.get(rates[index], math.inf))
+    if place in (0, len(rates) - 1):
+        return rates[place]
+    near = rates[place - 1 : place + 2]
+    fitted = bottom(near, tuple(finite[rate] for rate in near))
+    return rates[place] if fitted is None else fitted[0]
