@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 
-def granularity(hidden_size: int, block_size: int) -> float:
+def granularity(hidden_size: int, block_size: float) -> float:
     """Krajewski's G, 4d / g: how many blocks have the size of a dense FFN."""
     return 4 * hidden_size / block_size
 

@@ -1,7 +1,7 @@
 """Effective speedup: quality and speed of a model in one number.
 
-Inputs: loss, compute and seconds of a model and of its baseline. Outputs: how many times as long the
-baseline would have to train for the loss of the model.
+Inputs: loss, compute and seconds of a model and of its baseline. Outputs: how many times as long
+the baseline would have to train for the loss of the model.
 
 Design notes: the currency is that of marin's grug-moe. The law of the baseline goes through its own
 point, so that the speedup of the baseline itself is 1 and only the law's slope matters. The

@@ -5,6 +5,7 @@ active parameters; where each size was trained with one number of tokens, so tha
 told apart, S is the compute and the term with D is left out.
 
 Design notes:
+- Two sizes cannot tell the asymptote c from the exponent α, so c is 0 below three sizes.
 - One fit of the whole surface. Parabolas through runs of equal compute have a biased optimum
   (arXiv 2603.22339).
 - The square of u permits an optimum of g (Ling 2025) as well as none (Krajewski 2024).
@@ -33,6 +34,8 @@ EXPONENT_BOUNDS = (0.01, 2.0)
 HUBER_NATS = 0.01
 """Residual in nats per token from which on the Huber loss is linear."""
 BOOTSTRAPS = 100
+MIN_SIZES = 3
+"""Sizes that fix an asymptote besides an exponent."""
 QUANTILES = (0.1, 0.9)
 
 
@@ -61,6 +64,7 @@ class Form:
 
     Args:
         size: "parameters" or "compute".
+        has_asymptote: the surface has a constant c.
         has_tokens: the surface has a term of the tokens.
         degree: degree in log2 G, 0 to 2.
         size_scale: unit of the size, so that all coefficients are near 1.
@@ -68,6 +72,7 @@ class Form:
     """
 
     size: str
+    has_asymptote: bool
     has_tokens: bool
     degree: int
     size_scale: float
@@ -81,14 +86,17 @@ class Form:
     @property
     def coefficients(self) -> int:
         """Number of all coefficients."""
-        return 2 * self.exponents + self.degree + 1
+        return 2 * self.exponents + self.has_asymptote + self.degree
 
     def columns(self, exponents: Floats, observations: Sequence[Observation]) -> Floats:
         """The factors of c, a, h₁, h₂ and b for each model."""
         sizes = numpy.array([getattr(model, self.size) for model in observations])
         u = numpy.log2([model.granularity for model in observations])
         power = (sizes / self.size_scale) ** -exponents[0]
-        columns = [numpy.ones_like(power), *(power * u**degree for degree in range(self.degree + 1))]
+        columns = [
+            numpy.ones_like(power),
+            *(power * u**degree for degree in range(self.degree + 1)),
+        ]
         if self.has_tokens:
             tokens = numpy.array([model.tokens for model in observations])
             columns.append((tokens / self.tokens_scale) ** -exponents[1])
@@ -96,7 +104,9 @@ class Form:
 
     def linear_bounds(self) -> tuple[list[float], list[float]]:
         """c and b are at least 0; the terms of the granularity are free."""
-        lower = [0.0] + [-numpy.inf] * (self.degree + 1) + [0.0] * self.has_tokens
+        lower = (
+            [0.0] * self.has_asymptote + [-numpy.inf] * (self.degree + 1) + [0.0] * self.has_tokens
+        )
         return lower, [numpy.inf] * len(lower)
 
 
@@ -154,7 +164,8 @@ def _losses(form: Form, values: Floats, observations: Sequence[Observation]) -> 
 def _best_granularity(form: Form, values: Floats) -> float | None:
     if form.degree < 2:
         return None
-    first, second = values[form.exponents + 2 : form.exponents + 4]
+    start = form.exponents + form.has_asymptote + 1
+    first, second = values[start : start + 2]
     return float(2 ** (-first / (2 * second))) if second > 0 else None
 
 
@@ -169,6 +180,7 @@ def form_of(observations: Sequence[Observation]) -> Form:
     granularities = {model.granularity for model in observations}
     return Form(
         size=size,
+        has_asymptote=len({getattr(model, size) for model in observations}) >= MIN_SIZES,
         has_tokens=has_tokens,
         degree=min(2, len(granularities) - 1),
         size_scale=float(scale),
