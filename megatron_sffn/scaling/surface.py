@@ -11,7 +11,7 @@ Design notes:
 - The square of u permits an optimum of g (Ling 2025) as well as none (Krajewski 2024).
 - Variable projection: for given exponents the other coefficients follow from linear least squares,
   so only the exponents are searched, from several starts. From the best one, all coefficients
-  minimise the Huber loss together. The bootstrap draws runs with replacement.
+  minimise the Huber loss together. The bootstrap draws models with replacement.
 """
 
 from __future__ import annotations
@@ -93,10 +93,8 @@ class Form:
         sizes = numpy.array([getattr(model, self.size) for model in observations])
         u = numpy.log2([model.granularity for model in observations])
         power = (sizes / self.size_scale) ** -exponents[0]
-        columns = [
-            numpy.ones_like(power),
-            *(power * u**degree for degree in range(self.degree + 1)),
-        ]
+        columns = [numpy.ones_like(power)] * self.has_asymptote
+        columns += [power * u**degree for degree in range(self.degree + 1)]
         if self.has_tokens:
             tokens = numpy.array([model.tokens for model in observations])
             columns.append((tokens / self.tokens_scale) ** -exponents[1])
@@ -208,10 +206,7 @@ def fit_surface(observations: Sequence[Observation], *, bootstraps: int = BOOTST
         raise ConfigError("all trained models have one size; a loss surface needs at least two")
     values = _polish(form, _project(form, observations), observations)
     generator = numpy.random.default_rng(0)
-    draws = []
-    for _ in range(bootstraps):
-        ids = generator.integers(len(observations), size=len(observations))
-        draws.append(_polish(form, values, [observations[i] for i in ids]))
+    draws = [_polish(form, values, _draw(form, observations, generator)) for _ in range(bootstraps)]
     residuals = _losses(form, values, observations) - _measured(observations)
     return Surface(
         form=form,
@@ -219,6 +214,18 @@ def fit_surface(observations: Sequence[Observation], *, bootstraps: int = BOOTST
         draws=numpy.stack(draws),
         residual=float(numpy.sqrt((residuals**2).mean())),
     )
+
+
+def _draw(
+    form: Form, observations: Sequence[Observation], generator: numpy.random.Generator
+) -> list[Observation]:
+    """A draw with replacement in which every size occurs, so that it fixes the exponent."""
+    sizes = {getattr(model, form.size) for model in observations}
+    while True:
+        ids = generator.integers(len(observations), size=len(observations))
+        drawn = [observations[i] for i in ids]
+        if {getattr(model, form.size) for model in drawn} == sizes:
+            return drawn
 
 
 def _measured(observations: Sequence[Observation]) -> Floats:

@@ -10,8 +10,10 @@ orderings.py       which of two settings is better, beyond the spread of seeds
 gaps.py            what was not run
 gains.py           effective speedup of each setting over the dense model
 scale.py           the fitted loss surface of each router, and published laws
+findings.py        all of these of one study
+conclusions.py     the text with which a report begins
 drawing.py         style of figures, and how they become files
-figures.py         the figures
+figures.py         the figures; training_figures.py, scale_figure.py: some of them
 tables.py          tables in Markdown and LaTeX
-report.py          the page, its text and its files
+report.py          the page and its files
 """

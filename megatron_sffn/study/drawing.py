@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from megatron_sffn.utils.atomic_files import atomic_path, atomic_write_text
 
@@ -30,6 +31,9 @@ COLOURS = (
     *("#6f63c9", "#1fa3a3", "#a3564a", "#8a9a2f"),
 )
 MARKERS = "osD^vPX<>"
+DENSE_STYLE = (GREY, "*")
+LINE_STYLES = ("-", "--", "-.", ":")
+"""Of the sizes of a study, in turn."""
 
 STYLE = {
     "svg.fonttype": "none",
@@ -102,6 +106,14 @@ def shades(count: int) -> list[Any]:
     """Colours in an order that can be seen."""
     scale = matplotlib.colormaps["viridis"]
     return [scale(0.05 + 0.8 * i / max(count - 1, 1)) for i in range(count)]
+
+
+def log_axis(axes: Any, label: str) -> None:
+    """A logarithmic axis whose labels do not overlap."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
+    axes.minorticks_off()
+    axes.set_xlabel(label)
 
 
 def block_size_axis(axes: Any, block_sizes: Sequence[int]) -> None:

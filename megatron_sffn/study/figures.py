@@ -1,27 +1,32 @@
-"""The figures of a report: loss, cost, speedup, balance, learning rates and training over time.
+"""The figures of a report: loss, cost, speedup and balance; and the list of all figures.
 
 Inputs: findings. Outputs: pictures. A picture whose numbers the study does not have is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_sffn.scaling.laws import ling_leverage
 from megatron_sffn.scaling.speedup import Speedup
 from megatron_sffn.study import drawing
-from megatron_sffn.study.drawing import GREY, INK, Picture, block_size_axis, panels
+from megatron_sffn.study.drawing import (
+    DENSE_STYLE,
+    GREY,
+    INK,
+    LINE_STYLES,
+    Picture,
+    block_size_axis,
+    log_axis,
+    panels,
+)
 from megatron_sffn.study.findings import Findings, size_label
 from megatron_sffn.study.gains import Gain
-from megatron_sffn.study.learning_rates import Valley
 from megatron_sffn.study.points import DENSE, Point
 from megatron_sffn.study.scale_figure import scaling
+from megatron_sffn.study.training_figures import curves, valleys
 
-CURVES = 10
-"""Training curves in a panel."""
-SMOOTHING = 50
-"""A training curve is a running mean over a part of this number of its points."""
 LING_COMPUTE = 1e18
 """FLOPs from which on Ling's law is drawn. At 10^16.2 its exponent changes sign."""
 
@@ -33,8 +38,14 @@ def pictures(findings: Findings) -> list[Picture]:
 
 
 def _styles(findings: Findings) -> dict[str, tuple[str, str]]:
-    """Label of a line -> colour and marker."""
-    return drawing.colours([label for label, _ in findings.lines()])
+    """Series -> colour and marker."""
+    return drawing.colours([line[0].series for _, line in findings.lines()])
+
+
+def _line_style(findings: Findings, line: Sequence[Point]) -> str:
+    """The style of a line, by its size."""
+    place = findings.sizes.index(line[0].size)
+    return LINE_STYLES[place % len(LINE_STYLES)]
 
 
 def loss_over_block_size(findings: Findings) -> Picture | None:
@@ -45,9 +56,9 @@ def loss_over_block_size(findings: Findings) -> Picture | None:
     with panels(len(findings.sizes)) as (figure, axes):
         for panel, size in zip(axes, findings.sizes, strict=True):
             panel.set_title(size_label(size))
-            lines = [(label, line) for label, line in findings.lines() if line[0].size == size]
-            for label, line in lines:
-                colour, marker = styles[label]
+            lines = [line for _, line in findings.lines() if line[0].size == size]
+            for line in lines:
+                colour, marker = styles[line[0].series]
                 g = [point.block_size for point in line]
                 loss = [point.loss for point in line]
                 panel.plot(g, loss, color=colour, marker=marker, label=line[0].series)
@@ -57,7 +68,7 @@ def loss_over_block_size(findings: Findings) -> Picture | None:
             for point in findings.points:
                 if point.size == size and point.router == DENSE:
                     _dense_band(panel, point)
-            block_size_axis(panel, [p.block_size or 1 for _, line in lines for p in line])
+            block_size_axis(panel, [p.block_size or 1 for line in lines for p in line])
             panel.legend()
         axes[0].set_ylabel("validation loss, nats per token")
     text = (
@@ -81,19 +92,18 @@ def fronts(findings: Findings) -> Picture | None:
     known = [name for name in costs if any(name in point.means for point in findings.points)]
     if not known:
         return None
-    styles = drawing.colours([p.series for p in findings.points if p.router != DENSE])
+    styles = _styles(findings)
     with panels(len(known), columns=2, height=4) as (figure, axes):
         for panel, name in zip(axes, known, strict=True):
             points = [point for point in findings.points if point.means.get(name)]
             for series in dict.fromkeys(point.series for point in points):
-                colour, marker = styles.get(series, (GREY, "s"))
+                colour, marker = styles.get(series, DENSE_STYLE)
                 of_series = [point for point in points if point.series == series]
                 x, y = [p.means[name] for p in of_series], [p.loss for p in of_series]
                 panel.scatter(x, y, color=colour, marker=marker, label=series, zorder=3)
             front = pareto([(point.means[name], point.loss) for point in points])
             panel.step(*zip(*front, strict=True), where="post", color=INK, linewidth=1, alpha=0.6)
-            panel.set_xscale("log")
-            panel.set_xlabel(costs[name])
+            log_axis(panel, costs[name])
         axes[0].set_ylabel("validation loss, nats per token")
         axes[0].legend()
     text = (
@@ -118,7 +128,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def speedups(findings: Findings) -> Picture | None:
     """Effective speedup over g, in seconds and in FLOPs."""
-    gain_of = {gain.point.name: gain for gain in findings.gains if gain.point.block_size}
+    gain_of = {id(gain.point): gain for gain in findings.gains if gain.point.block_size}
     if not gain_of:
         return None
     kinds = ["compute"]
@@ -128,8 +138,11 @@ def speedups(findings: Findings) -> Picture | None:
     with panels(len(kinds), columns=2, height=4) as (figure, axes):
         for panel, kind in zip(axes, kinds, strict=True):
             for label, line in findings.lines():
-                gained = [gain for point in line if (gain := gain_of.get(point.name))]
-                _speedup_line(panel, kind, gained, label, styles[label])
+                gained = [gain for point in line if (gain := gain_of.get(id(point)))]
+                colour, marker = styles[line[0].series]
+                style = {"color": colour, "marker": marker, "label": label}
+                style["linestyle"] = _line_style(findings, line)
+                _speedup_line(panel, kind, gained, style)
             panel.axhline(1, color=GREY, linestyle="--", label=DENSE)
             panel.set_title("in seconds" if kind == "time" else "in FLOPs")
             block_size_axis(panel, [gain.point.block_size or 1 for gain in gain_of.values()])
@@ -146,17 +159,15 @@ def speedups(findings: Findings) -> Picture | None:
     return Picture(name="effective_speedup", title="Effective speedup", text=text, figure=figure)
 
 
-def _speedup_line(
-    panel: Any, kind: str, gained: Sequence[Gain], label: str, style: tuple[str, str]
-) -> None:
+def _speedup_line(panel: Any, kind: str, gained: Sequence[Gain], style: dict[str, str]) -> None:
     def value(speedup: Speedup) -> float:
         return speedup.compute if kind == "compute" else speedup.time or float("nan")
 
     g = [gain.point.block_size for gain in gained]
     mean = [value(gain.mean) for gain in gained]
-    panel.plot(g, mean, color=style[0], marker=style[1], label=label)
+    panel.plot(g, mean, **style)
     low, high = ([value(getattr(gain, end)) for gain in gained] for end in ("low", "high"))
-    panel.fill_between(g, low, high, color=style[0], alpha=0.15, linewidth=0)
+    panel.fill_between(g, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _ling(panel: Any, findings: Findings) -> None:
@@ -190,11 +201,13 @@ def balance(findings: Findings) -> Picture | None:
     with panels(len(known), columns=2) as (figure, axes):
         for panel, name in zip(axes, known, strict=True):
             for label, line in findings.lines():
-                colour, marker = styles[label]
+                colour, marker = styles[line[0].series]
+                style = _line_style(findings, line)
                 found = [(p.block_size, p.means[name]) for p in line if name in p.means]
                 if found:
-                    x_y = zip(*found, strict=True)
-                    panel.plot(*x_y, color=colour, marker=marker, label=label)
+                    panel.plot(
+                        *zip(*found, strict=True), style, color=colour, marker=marker, label=label
+                    )
             panel.set_ylabel(names[name])
             block_size_axis(panel, [point.block_size or 1 for point in sparse])
         axes[0].legend()
@@ -204,83 +217,3 @@ def balance(findings: Findings) -> Picture | None:
         "blocks look worse than they are."
     )
     return Picture(name="balance", title="Balance of the load", text=text, figure=figure)
-
-
-def valleys(findings: Findings) -> Picture | None:
-    """Loss over learning rate, a panel for each router and size."""
-    by_panel: dict[str, list[Valley]] = {}
-    for valley in findings.valleys:
-        if len(valley.rates) > 1:
-            name = findings.label(valley.size, valley.router)
-            by_panel.setdefault(name, []).append(valley)
-    if not by_panel:
-        return None
-    with panels(len(by_panel)) as (figure, axes):
-        for panel, (title, shown) in zip(axes, by_panel.items(), strict=True):
-            for valley, colour in zip(shown, drawing.shades(len(shown)), strict=True):
-                panel.plot(
-                    valley.rates, valley.losses, color=colour, marker=".", label=valley.point
-                )
-                if valley.optimum:
-                    panel.plot(*valley.optimum, color=colour, marker="*", markersize=11)
-                elif valley.at_edge:
-                    lowest = (valley.best, min(valley.losses))
-                    panel.plot(*lowest, color=colour, marker="x", markersize=10)
-            panel.set_xscale("log")
-            panel.set_title(title)
-            panel.set_xlabel("learning rate")
-            panel.legend(fontsize=7)
-        axes[0].set_ylabel("validation loss, nats per token")
-    text = (
-        "Mean loss over seeds for each learning rate. A star is the bottom of a parabola through "
-        "the best rate and its neighbours; a cross is a best rate at the edge of its ladder, "
-        "where a better one may lie beyond."
-    )
-    return Picture(name="learning_rates", title="Learning rates", text=text, figure=figure)
-
-
-def curves(findings: Findings) -> Picture | None:
-    """Losses over the course of training, one run for each of the best settings."""
-    losses = findings.results.losses
-    names = list(dict.fromkeys(losses["set"]))
-    shown_set = "training" if "training" in names else next(iter(names), None)
-    losses = losses[losses["set"] == shown_set]
-    runs = set(losses["run"])
-    sizes = [s for s in findings.sizes if any(p.size == s for p in _with_curve(findings, runs))]
-    if not sizes:
-        return None
-    with panels(len(sizes), columns=2, height=4) as (figure, axes):
-        for panel, size in zip(axes, sizes, strict=True):
-            points = sorted(
-                (point for point in _with_curve(findings, runs) if point.size == size),
-                key=lambda point: (point.router != DENSE, point.loss),
-            )[:CURVES]
-            for point, colour in zip(points, [GREY, *drawing.shades(len(points))], strict=False):
-                run = next(run for run in point.runs if run in runs)
-                curve = losses[losses["run"] == run].sort_values("tokens")
-                window = max(1, len(curve) // SMOOTHING)
-                smooth = curve["loss"].rolling(window, min_periods=1).mean()
-                panel.plot(curve["tokens"], smooth, color=colour, label=point.name, linewidth=1.2)
-            _fit_later_losses(panel)
-            panel.set_title(size_label(size))
-            panel.set_xlabel("tokens")
-            panel.legend(fontsize=7)
-        axes[0].set_ylabel(f"{shown_set} loss, nats per token")
-    text = (
-        f"A running mean of the {shown_set} loss of the first seed at the best learning rate: the "
-        f"dense model and the best settings, at most {CURVES} in a panel."
-    )
-    return Picture(name="training_curves", title="Training", text=text, figure=figure)
-
-
-def _with_curve(findings: Findings, runs: set[str]) -> Iterator[Point]:
-    return (point for point in findings.points if runs.intersection(point.runs))
-
-
-def _fit_later_losses(panel: Any) -> None:
-    """Losses fall from ln(vocabulary) in the first steps; the axis fits the later ones."""
-    later = [
-        loss for line in panel.lines for loss in line.get_ydata()[len(line.get_ydata()) // 8 :]
-    ]
-    margin = 0.05 * (max(later) - min(later)) or 0.1
-    panel.set_ylim(min(later) - margin, max(later) + margin)

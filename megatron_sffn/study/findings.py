@@ -18,6 +18,7 @@ from megatron_sffn.study.orderings import Ordering, orderings
 from megatron_sffn.study.points import DENSE, Point, points_of
 from megatron_sffn.study.results import Results
 from megatron_sffn.study.scale import sentence, surfaces
+from megatron_sffn.utils.human_size import human_count
 
 MIN_SIZES = 2
 """Sizes from which on a scaling is drawn."""
@@ -83,9 +84,9 @@ class Findings:
 
 def size_label(size: Size) -> str:
     """A size in a legend."""
-    numbers = {"d": size.hidden_size, "layers": size.num_layers, "tokens": size.tokens}
-    known = [f"{name} {number:.3g}" for name, number in numbers.items() if number]
-    return " · ".join(known[:1] + known[2:]) or "one size"
+    width = f"d {size.hidden_size}" if size.hidden_size else ""
+    tokens = f"{human_count(size.tokens)}tokens" if size.tokens else ""
+    return " · ".join(filter(None, (width, tokens))) or "one size"
 
 
 def _largest_first(items: Sequence[Ordering]) -> list[Ordering]:

@@ -45,6 +45,7 @@ class Valley:
         point: name of the setting.
         size: of the model and its training.
         router: "dense" for the dense model.
+        block_size: g in cells; None for the dense model.
         rates: learning rates, ascending.
         losses: mean over seeds for each rate, in nats per token.
         best: the rate with the lowest of these losses.
@@ -55,6 +56,7 @@ class Valley:
     point: str
     size: Size
     router: str
+    block_size: int | None
     rates: tuple[float, ...]
     losses: tuple[float, ...]
     best: float
@@ -94,10 +96,12 @@ def valley(size: Size, point: str, ladder: Ladder) -> Valley:
     if len(rates) >= MIN_RATES and not at_edge:
         near = slice(place - 1, place + 2)
         optimum = _bottom(rates[near], losses[near])
+    first = next(iter(ladder.values()))[0]
     return Valley(
         point=point,
         size=size,
-        router=str(next(iter(ladder.values()))[0]["router"]),
+        router=str(first["router"]),
+        block_size=int(first["block_size"]) if first["block_size"] else None,
         rates=rates,
         losses=losses,
         best=rates[place],

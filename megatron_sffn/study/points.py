@@ -64,7 +64,8 @@ def points_of(results: Results) -> tuple[list[Point], list[Valley]]:
     for (size, name), ladder in ladders(results.rows).items():
         valleys.append(valley(size, name, ladder))
         points.append(_point(size, name, valleys[-1].best, ladder[valleys[-1].best], varied))
-    return sorted(points, key=_order), sorted(valleys, key=lambda item: (item.size, item.point))
+    valleys.sort(key=lambda item: (item.size, item.router, item.block_size or 0, item.point))
+    return sorted(points, key=_order), valleys
 
 
 def _order(point: Point) -> tuple[Any, ...]:

@@ -52,6 +52,8 @@ def sentence(series: str, surface: Surface) -> str:
         f"{series}: loss falls with the {size} by an exponent of {surface.values[0]:.3f} "
         f"({low:.3f} to {high:.3f}); residual {surface.residual:.4f} nats"
     )
+    if not surface.form.has_asymptote:
+        text += ", with an asymptote of 0, because two sizes cannot fix one"
     best, interval = surface.best_granularity(), surface.best_granularity_interval()
     if best is None:
         return f"{text}; no best block size within the surface."

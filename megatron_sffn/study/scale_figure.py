@@ -13,7 +13,7 @@ import numpy
 
 from megatron_sffn.scaling.laws import granularity
 from megatron_sffn.study import drawing
-from megatron_sffn.study.drawing import GREY, INK, Picture, block_size_axis, panels
+from megatron_sffn.study.drawing import DENSE_STYLE, INK, Picture, block_size_axis, log_axis, panels
 from megatron_sffn.study.findings import MIN_SIZES, Findings, size_label
 from megatron_sffn.study.points import DENSE, Point
 from megatron_sffn.study.scale import observation, published_losses
@@ -33,10 +33,10 @@ def scaling(findings: Findings) -> Picture | None:
         for panel, series in zip(axes[1:], surfaces, strict=True):
             _over_block_size(panel, findings, series)
     text = (
-        "Left: the best block size of each router at each size; dashed lines are the fitted "
-        "surface, bands its 10 % and 90 % quantiles over a bootstrap of the runs. Published laws "
-        "go through the smallest of the dense models: they were fitted to other data, so only their slopes "
-        "can be compared. Krajewski's law counts parameters without embeddings; here it gets all."
+        "Left: the best block size of each router at each size. Dashed lines are the fitted "
+        "surface, bands its 10 % and 90 % quantiles over a bootstrap of the settings. Published "
+        "laws go through the smallest dense model: they were fitted to other data, so only their "
+        "slopes can be compared. Krajewski's law counts no embeddings; here it gets all parameters."
     )
     if surfaces:
         text += " Further panels: marks are measured, lines are the surface."
@@ -57,7 +57,7 @@ def _over_compute(
 ) -> None:
     lines = {series: _best(points, series) for series in dict.fromkeys(p.series for p in points)}
     for series, line in lines.items():
-        colour, marker = styles.get(series, (GREY, "s"))
+        colour, marker = styles.get(series, DENSE_STYLE)
         compute = [point.means["training_flops"] for point in line]
         panel.plot(compute, [p.loss for p in line], color=colour, marker=marker, label=series)
         surface = findings.surfaces.get(series)
@@ -72,8 +72,7 @@ def _over_compute(
     for style, (name, losses) in zip(LINE_STYLES, laws.items(), strict=False):
         compute = [point.means["training_flops"] for point in reference]
         panel.plot(compute, losses, color=INK, linestyle=style, linewidth=1, label=name)
-    panel.set_xscale("log")
-    panel.set_xlabel("FLOPs of the training")
+    log_axis(panel, "FLOPs of the training")
     panel.set_ylabel("validation loss, nats per token")
     panel.legend()
 
