@@ -132,6 +132,8 @@ def save(picture: Picture, folder: Path) -> str:
         The `<svg>` element for a page.
     """
     with matplotlib.rc_context(STYLE):
+        picture.figure.draw_without_rendering()
+        picture.figure.set_layout_engine("none")  # the layout is the same in both files
         with atomic_path(folder / f"{picture.name}.png") as path:
             picture.figure.savefig(path, format="png", dpi=150)
         buffer = io.StringIO()

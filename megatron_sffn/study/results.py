@@ -76,12 +76,8 @@ def read_results(folders: Sequence[Path]) -> Results:
         runs, unfinished = _read_single(single)
         rows += _rows_of_runs(runs)
         losses.append(_losses_of_runs(runs))
-        remarks += [
-            f"{folder} has no {SUMMARY} and is left out: unfinished." for folder in unfinished
-        ]
-        remarks += [
-            f"Not comparable without care: {difference}." for difference in differences(runs)
-        ]
+        remarks += [f"{folder} is left out: it has no {SUMMARY}." for folder in unfinished]
+        remarks += [f"Compare with care: {difference}." for difference in differences(runs)]
     if len(studies) + bool(single) > 1:
         remarks.insert(0, "The results are from several places; each has its own plan and machine.")
     rows, more = _with_loss(_distinct(rows, remarks))
@@ -217,18 +213,11 @@ def _setting(run: Run) -> str:
 
 def _losses_of_runs(runs: Sequence[Run]) -> Any:
     """The validation losses of single runs over time."""
-    lines = [
-        (
-            run.name,
-            "validation",
-            step,
-            run.summary["tokens"] * step / run.summary["iterations"],
-            loss,
-        )
-        for run in runs
-        for step, loss in run.summary.get("validation_curve") or []
-        if run.summary.get("iterations")
-    ]
+    lines = []
+    for run in runs:
+        tokens = run.summary["tokens"] / max(run.summary["iterations"], 1)
+        for step, loss in run.summary.get("validation_curve") or []:
+            lines.append((run.name, "validation", step, tokens * step, loss))
     return pandas.DataFrame(lines, columns=LOSS_COLUMNS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sffn.study.conclusions import conclude
+from megatron_sffn.study.findings import find
+from megatron_sffn.study.results import read_results
 from megatron_sffn.utils import errors
 from megatron_sffn.utils.errors import ConfigError
 from tests.support import studies
@@ -24,8 +28,15 @@ FIGURES = {
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     studies.write(folder, studies.rows())
-    main([str(folder), "--output", str(folder / "report")])
+    with (folder / "printed.json").open("w") as file, contextlib.redirect_stdout(file):
+        main([str(folder), "--output", str(folder / "report"), "--json"])
     return folder / "report"
+
+
+def told(*folders: object) -> str:
+    """What a report begins with."""
+    findings = find(read_results([Path(str(folder)) for folder in folders]))
+    return "\n".join(conclude(findings).lines(most=100))
 
 
 def test_the_page_holds_every_figure_and_no_link_to_elsewhere(report: Path) -> None:
@@ -57,11 +68,8 @@ def test_tables_are_in_markdown_and_latex(report: Path) -> None:
     assert first.startswith("| avg-k-g32-d128 | avg-k | 32 | 16 | 128 | 0.001 | 3 | 3.3")
 
 
-def test_json_has_the_findings_and_nothing_else(
-    report: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main([str(report.parent), "--output", str(report), "--json"])
-    printed = json.loads(capsys.readouterr().out)
+def test_json_has_the_findings_and_nothing_else(report: Path) -> None:
+    printed = json.loads((report.parent / "printed.json").read_text())
     assert printed == json.loads((report / "report.json").read_text())
     speedup = {point["point"]: point["speedup_flops"] for point in printed["points"]}
     assert speedup["dense-d128"] == pytest.approx(1)
@@ -94,9 +102,7 @@ def test_names_are_escaped_on_the_page_and_in_latex(tmp_path: Path) -> None:
     assert "_a&amp;b &lt;100%&gt;" in page and "<100%>" not in page
 
 
-def test_runs_that_no_sweep_started_are_named_by_their_numbers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_that_no_sweep_started_are_named_by_their_numbers(tmp_path: Path) -> None:
     folders = [
         _run(tmp_path / "dense", None, 3.0, 1),
         _run(tmp_path / "a", 32, 2.5, 1),
@@ -105,8 +111,7 @@ def test_runs_that_no_sweep_started_are_named_by_their_numbers(
     ]
     (tmp_path / "unfinished").mkdir()
     folders.append(str(tmp_path / "unfinished"))
-    main([*folders, "--output", str(tmp_path / "report")])
-    out = capsys.readouterr().out
+    out = told(*folders)
     assert "avg-k-g32-E16-d64-l2 is 0.4500 nats below dense-d64-l2." in out
     assert "avg-k-g32-E16-d64-l2 (2) is 0.3000 nats below dense-d64-l2." in out
     assert f"{tmp_path}/unfinished is left out: it has no summary.json." in out
@@ -137,28 +142,22 @@ def _run(folder: Path, block_size: int | None, loss: float, seed: int, **changes
     return str(folder)
 
 
-def test_a_study_and_single_runs_together_are_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_and_single_runs_together_are_told(tmp_path: Path) -> None:
     studies.write(tmp_path / "study", studies.rows(widths=[128], rates=[1e-3]))
     run = _run(tmp_path / "dense", None, 3.0, 1)
-    main([str(tmp_path / "study"), run, "--output", str(tmp_path / "report")])
-    out = capsys.readouterr().out
+    out = told(tmp_path / "study", run)
     assert "The results are from several places" in out
     assert "A ladder of 3 learning rates" in out
 
 
-def test_runs_without_a_loss_and_repeated_seeds_are_left_out_and_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_without_a_loss_and_repeated_seeds_are_left_out_and_named(tmp_path: Path) -> None:
     rows = studies.rows(widths=[128], rates=[1e-3])
     rows[0] |= {"run": "diverged", "validation_loss": float("nan")}
     rows.append({**rows[5], "run": "again"})
     folder = studies.write(tmp_path / "study", rows)
     (folder / "half").mkdir()
     (folder / "half" / "validation.jsonl").write_text("")
-    main([str(folder), "--output", str(tmp_path / "report")])
-    out = capsys.readouterr().out
+    out = told(folder)
     assert "Without a finite validation loss, left out: diverged." in out
     assert f"again, left out: {rows[5]['run']}." in out
     assert "Begun and not finished: half." in out

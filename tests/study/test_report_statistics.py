@@ -94,7 +94,7 @@ def test_a_best_rate_at_the_edge_and_a_short_ladder_are_told(found: Find) -> Non
     assert all(valley.at_edge and valley.optimum is None for valley in findings.valleys)
     assert "dense-d128 at 0.001 (the lowest)" in "\n".join(findings.gaps)
     short = found(studies.rows(widths=[128], rates=[1e-3, 2e-3], spread=0.0))
-    assert "A ladder of 3 learning rates: dense-d128" in "\n".join(short.gaps)
+    assert "A ladder of 3 learning rates: avg-k-g8-d128" in "\n".join(short.gaps)
 
 
 def test_a_flag_that_the_study_varies_makes_series(found: Find) -> None:
