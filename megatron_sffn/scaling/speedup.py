@@ -96,6 +96,8 @@ def baseline_law(baselines: Sequence[Trained]) -> BaselineLaw:
     )
     asymptote, _, exponent = map(float, fit.x)
     source = f"fitted to the dense models of {budgets} budgets of this study"
+    if budgets == MIN_BUDGETS:
+        source += ", which leave no residual to judge it by"
     return BaselineLaw(asymptote=asymptote, exponent=exponent, source=source)
 
 

@@ -112,6 +112,7 @@ def log_axis(axes: Any, label: str) -> None:
     """A logarithmic axis whose labels do not overlap."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
     axes.set_xlabel(label)
 

@@ -85,7 +85,7 @@ class Findings:
 def size_label(size: Size) -> str:
     """A size in a legend."""
     width = f"d {size.hidden_size}" if size.hidden_size else ""
-    tokens = f"{human_count(size.tokens)}tokens" if size.tokens else ""
+    tokens = f"{human_count(size.tokens).strip()} tokens" if size.tokens else ""
     return " · ".join(filter(None, (width, tokens))) or "one size"
 
 
