@@ -128,24 +128,24 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def speedups(findings: Findings) -> Picture | None:
     """Effective speedup over g, in seconds and in FLOPs."""
-    gain_of = {id(gain.point): gain for gain in findings.gains if gain.point.block_size}
-    if not gain_of:
+    block_sizes = [gain.point.block_size for gain in findings.gains if gain.point.block_size]
+    if not block_sizes:
         return None
     kinds = ["compute"]
-    if any(gain.mean.time is not None for gain in gain_of.values()):
+    if any(gain.mean.time is not None for gain in findings.gains):
         kinds.insert(0, "time")
     styles = _styles(findings)
     with panels(len(kinds), columns=2, height=4) as (figure, axes):
         for panel, kind in zip(axes, kinds, strict=True):
             for label, line in findings.lines():
-                gained = [gain for point in line if (gain := gain_of.get(id(point)))]
+                gained = [gain for point in line if (gain := findings.gain_of(point))]
                 colour, marker = styles[line[0].series]
                 style = {"color": colour, "marker": marker, "label": label}
                 style["linestyle"] = _line_style(findings, line)
                 _speedup_line(panel, kind, gained, style)
             panel.axhline(1, color=GREY, linestyle="--", label=DENSE)
             panel.set_title("in seconds" if kind == "time" else "in FLOPs")
-            block_size_axis(panel, [gain.point.block_size or 1 for gain in gain_of.values()])
+            block_size_axis(panel, block_sizes)
         _ling(axes[-1], findings)
         axes[0].set_ylabel("effective speedup over the dense model")
         axes[-1].legend()
@@ -185,9 +185,8 @@ def _ling(panel: Any, findings: Findings) -> None:
                 )
         if found and size.hidden_size:
             g, leverage = zip(*sorted(found.items()), strict=True)
-            panel.plot(
-                g, leverage, color=INK, linestyle=":", label=f"Ling 2025, {size_label(size)}"
-            )
+            label = f"Ling 2025, {size_label(size)}"
+            panel.plot(g, leverage, color=INK, linestyle=":", label=label)
 
 
 def balance(findings: Findings) -> Picture | None:
@@ -203,11 +202,9 @@ def balance(findings: Findings) -> Picture | None:
             for label, line in findings.lines():
                 colour, marker = styles[line[0].series]
                 style = _line_style(findings, line)
-                found = [(p.block_size, p.means[name]) for p in line if name in p.means]
-                if found:
-                    panel.plot(
-                        *zip(*found, strict=True), style, color=colour, marker=marker, label=label
-                    )
+                g = [point.block_size for point in line]
+                values = [point.means.get(name, float("nan")) for point in line]
+                panel.plot(g, values, style, color=colour, marker=marker, label=label)
             panel.set_ylabel(names[name])
             block_size_axis(panel, [point.block_size or 1 for point in sparse])
         axes[0].legend()

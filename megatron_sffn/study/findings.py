@@ -77,6 +77,10 @@ class Findings:
         grouped = groupby(sparse, key=lambda point: (point.size, point.series))
         return [(self.label(size, series), list(line)) for (size, series), line in grouped]
 
+    def gain_of(self, point: Point) -> Gain | None:
+        """The effective speedup of a point, if it has one."""
+        return next((gain for gain in self.gains if gain.point is point), None)
+
     def label(self, size: Size, series: str) -> str:
         """The label of a line: its series, and its size if the study has several."""
         return f"{series}, {size_label(size)}" if len(self.sizes) > 1 else series

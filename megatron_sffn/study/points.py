@@ -6,11 +6,11 @@ Inputs: results of a study. Outputs: a `Point` for each setting.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sffn.study.learning_rates import Size, Valley, ladders, valley
+from megatron_sffn.study.learning_rates import Size, Valley, ladders, size_of, valley
 from megatron_sffn.study.results import Results
 
 DENSE = "dense"
@@ -72,11 +72,21 @@ def _order(point: Point) -> tuple[Any, ...]:
     return point.size, point.router != DENSE, point.series, point.block_size or 0, point.name
 
 
+def _setting(row: Mapping[str, Any], name: str) -> str:
+    """A setting as a label of a series shows it; active cells as a multiple of d."""
+    if name == "active_cells" and row[name] and row["hidden_size"]:
+        return f"k {row[name] / row['hidden_size']:g} d"
+    return f"{name} {row.get(name)}"
+
+
 def _varied(results: Results) -> list[str]:
-    """The columns by which a study makes several series of one router."""
-    names = ["expansion", *results.flags]
-    sparse = [row for row in results.rows if row["router"] != DENSE]
-    return [name for name in names if len({str(row.get(name)) for row in sparse}) > 1]
+    """The columns by which a study makes several series of one router and size."""
+    settings_of: dict[tuple[str, Size], set[str]] = {}
+    for row in results.rows:
+        if row["router"] != DENSE:
+            for name in ("expansion", "active_cells", *results.flags):
+                settings_of.setdefault((name, size_of(row)), set()).add(_setting(row, name))
+    return list(dict.fromkeys(name for (name, _), found in settings_of.items() if len(found) > 1))
 
 
 def _point(
@@ -84,7 +94,7 @@ def _point(
 ) -> Point:
     first = rows[0]
     router = str(first["router"])
-    extra = [] if router == DENSE else [f"{key} {first.get(key)}" for key in varied]
+    extra = [] if router == DENSE else [_setting(first, name) for name in varied]
     columns = dict.fromkeys(column for row in rows for column in row)
     values = {
         column: [float(row[column]) for row in rows if _is_number(row.get(column))]

@@ -60,10 +60,9 @@ def write(findings: Findings, title: str, folder: Path) -> Path:
 
 def as_json(findings: Findings, conclusions: Conclusions) -> dict[str, Any]:
     """The findings as numbers."""
-    gain_of = {(gain.point.size, gain.point.name): gain.mean for gain in findings.gains}
     points = []
     for point in findings.points:
-        gain = gain_of.get((point.size, point.name))
+        gain = findings.gain_of(point)
         points.append(
             {
                 "point": point.name,
@@ -74,8 +73,8 @@ def as_json(findings: Findings, conclusions: Conclusions) -> dict[str, Any]:
                 "seeds": point.seeds,
                 "loss": point.loss,
                 "spread": point.spread,
-                "speedup": gain.time if gain else None,
-                "speedup_flops": gain.compute if gain else None,
+                "speedup": gain.mean.time if gain else None,
+                "speedup_flops": gain.mean.compute if gain else None,
             }
         )
     return {

@@ -82,9 +82,8 @@ def _table(name: str, caption: str, rows: Sequence[dict[str, str]]) -> Table:
 
 
 def _settings(findings: Findings) -> Table:
-    gain_of = {(gain.point.size, gain.point.name): gain for gain in findings.gains}
     points = sorted(findings.points, key=lambda point: (point.size, point.loss))
-    rows = [_setting(point, gain_of.get((point.size, point.name))) for point in points]
+    rows = [_setting(point, findings.gain_of(point)) for point in points]
     caption = (
         "Settings at their best learning rate, the best loss of each size first; losses are means "
         "and standard deviations over seeds, in nats per token."

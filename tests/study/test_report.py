@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,16 @@ def test_runs_that_no_sweep_started_are_named_by_their_numbers(tmp_path: Path) -
     assert "avg-k-g32-E16-d64-l2 (2) is 0.3000 nats below dense-d64-l2." in out
     assert f"{tmp_path}/unfinished is left out: it has no summary.json." in out
     assert "A second seed, so that the spread is unknown: dense-d64-l2" in out
+
+
+def test_the_summary_of_a_real_run_has_all_that_a_report_reads(
+    trained: Callable[[str], Path],
+) -> None:
+    results = read_results([trained("avg-k")])
+    (row,) = results.rows
+    known = ("router", "block_size", "lr", "hidden_size", "tokens", "training_flops", "seconds")
+    assert all(row[name] for name in known), row
+    assert len(results.losses) and "1 run of 1 setting and 1 size" in told(trained("avg-k"))
 
 
 def _run(folder: Path, block_size: int | None, loss: float, seed: int, **changes: Any) -> str:

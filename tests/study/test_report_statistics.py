@@ -110,6 +110,21 @@ def test_a_flag_that_the_study_varies_makes_series(found: Find) -> None:
     assert findings.results.flags == ("sffn_layers",)
 
 
+def test_active_cells_that_a_study_varies_make_series_and_those_of_a_size_do_not(
+    found: Find,
+) -> None:
+    rows = studies.rows()
+    assert {label.split(",")[0] for label, _ in found(rows).lines()} == set(studies.ROUTERS)
+    assert len({point.series for point in found(rows).points}) == 3
+    wide = [
+        {**row, "run": f"{row['run']}-k", "point": f"{row['point']}-k", "active_cells": 1024}
+        for row in rows
+        if row["router"] == "hash" and row["hidden_size"] == 128
+    ]
+    series = {point.series for point in found(rows + wide).points}
+    assert {"hash, k 4 d", "hash, k 8 d", "avg-k, k 4 d", "dense"} == series
+
+
 def test_dense_has_a_speedup_of_1_and_three_sizes_fix_its_law(found: Find) -> None:
     findings = found(studies.rows(widths=[128, 256, 512], spread=0.0))
     assert "3 budgets of this study" in findings.law.source
