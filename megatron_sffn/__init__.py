@@ -24,9 +24,10 @@ The path of one token, in the order in which it meets the code:
 After training, `inference/` makes a model of a checkpoint on any layout, generates and evaluates.
 
 Beside the path: `accounting/` and `nn/comm_volume.py` say in closed form what all of it costs and
-sends, `analysis/` draws the routing of a run, `study/` compares runs, `doctor/` says whether
-training can start on a machine, `nn/standalone.py` is the layer for a plain PyTorch model, `cli.py`
-is the command `megatron-sffn`, `utils/` has errors, files and hashes.
+sends, `analysis/` draws the routing of a run, `study/` compares runs and reports on studies,
+`scaling/` has scaling laws, `doctor/` says whether training can start on a machine,
+`nn/standalone.py` is the layer for a plain PyTorch model, `cli.py` is the command `megatron-sffn`,
+`utils/` has errors, files and hashes.
 `docs/architecture.md` has the pictures, `docs/glossary.md` the words and letters.
 """
 

@@ -83,7 +83,7 @@ def test_the_wheel_holds_only_sources_and_tools(wheel: Path) -> None:
     expected = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "megatron_sffn").rglob("*")
-        if path.suffix in (".py", ".cpp")
+        if path.suffix in (".py", ".cpp", ".jinja")
     }
     expected |= {f"megatron_sffn/tools/{path.name}" for path in (ROOT / "tools").glob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == expected

@@ -50,6 +50,7 @@ EXTRAS = {
     "ray": ("ray", "preprocessing on a cluster"),
     "rensa": ("dedup", "near duplicates"),
     "nltk": ("sentences", "--split-sentences"),
+    "scipy": ("study", "the report of a study"),
     "wandb": ("wandb", "--wandb-project"),
 }
 """Package -> our extra that installs it, and its use."""

@@ -184,13 +184,13 @@ class Sweep:
 
     def _without_ladder(self, waiting: list[Forecast]) -> list[Forecast]:
         """The waiting runs; those whose ladder has failed have failed too."""
-        lost = [forecast for forecast in waiting if self._with_rate(forecast) is None]
+        lost = [run for run in waiting if self._with_rate(run) is None]
         for forecast in lost:
             self._failed.append(forecast.run.name)
             reason = "a run of its ladder has failed, so that its learning rate is unknown"
             self._folder(forecast).mkdir(parents=True, exist_ok=True)
             atomic_write_text(self._folder(forecast) / FAILURE, f"{reason}\n")
-        return [forecast for forecast in waiting if forecast not in lost]
+        return [run for run in waiting if run.run.name not in self._failed]
 
     def _process(
         self, forecast: Forecast, environment: dict[str, str], lock: IO[str]

@@ -1,0 +1,78 @@
+"""The fit finds a known surface again from models with noise."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy
+import pytest
+
+from megatron_sffn.scaling.surface import Observation, Surface, fit_surface
+from megatron_sffn.utils.errors import ConfigError
+
+
+def observations(tokens_of: tuple[float, ...], noise: float = 0.002) -> list[Observation]:
+    """Models of a surface with its best granularity at G = 8, c = 1.5, α = 0.3 and β = 0.25."""
+    generator = numpy.random.default_rng(1)
+    models = []
+    for n, d, g in product((1e7, 3e7, 1e8, 3e8), tokens_of, (1, 2, 4, 8, 16, 32, 64)):
+        tokens = d if d > 1e6 else d * n
+        u = numpy.log2(g) - 3
+        loss = 1.5 + (1 + 0.02 * u**2) * (n / 1e7) ** -0.3 + (tokens / 1e9) ** -0.25
+        models.append(
+            Observation(
+                loss=float(loss + generator.normal(0, noise)),
+                parameters=n,
+                tokens=tokens,
+                compute=6 * n * tokens,
+                granularity=g,
+            )
+        )
+    return models
+
+
+@pytest.fixture(scope="module")
+def surface() -> Surface:
+    return fit_surface(observations((5e8, 2e9, 8e9)), bootstraps=30)
+
+
+def test_a_known_surface_is_recovered_within_its_noise(surface: Surface) -> None:
+    assert surface.form.size == "parameters" and surface.form.has_tokens
+    assert surface.values[0] == pytest.approx(0.3, abs=0.02)
+    assert surface.values[1] == pytest.approx(0.25, abs=0.02)
+    assert surface.residual == pytest.approx(0.002, abs=0.0005)
+    best = surface.best_granularity()
+    assert best is not None and best == pytest.approx(8, rel=0.05)
+
+
+def test_the_bootstrap_encloses_the_truth_and_is_narrow(surface: Surface) -> None:
+    place = Observation(loss=0, parameters=1e7, tokens=1e9, compute=6e16, granularity=8)
+    low, high = surface.interval(place)
+    assert low <= surface.loss(place) <= high and high - low < 0.005
+    assert surface.loss(place) == pytest.approx(3.5, abs=0.003)
+    interval = surface.best_granularity_interval()
+    assert interval is not None and 7 < interval[0] < interval[1] < 9
+
+
+def test_an_outlier_hardly_moves_the_surface() -> None:
+    models = observations((5e8, 2e9, 8e9))
+    outlier = Observation(**{**vars(models[10]), "loss": models[10].loss + 1})
+    moved = fit_surface([*models[:10], outlier, *models[11:]], bootstraps=1)
+    assert moved.values[0] == pytest.approx(0.3, abs=0.03)
+
+
+def test_one_number_of_tokens_per_size_gives_a_surface_over_compute() -> None:
+    surface = fit_surface(observations((20,)), bootstraps=1)
+    assert surface.form.size == "compute" and not surface.form.has_tokens
+    assert surface.residual < 0.01
+    assert surface.best_granularity() == pytest.approx(8, rel=0.2)
+
+
+def test_too_few_models_or_sizes_are_refused() -> None:
+    models = observations((1e9,))
+    with pytest.raises(ConfigError, match="3 trained models cannot fix a loss surface"):
+        fit_surface(models[:3])
+    with pytest.raises(ConfigError, match="cannot fix"):
+        fit_surface([])
+    with pytest.raises(ConfigError, match="one size"):
+        fit_surface(models[:7])
