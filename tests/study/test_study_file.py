@@ -55,6 +55,7 @@ def test_a_value_of_several_words_gives_several_words(write_study: WriteStudy) -
         ({"flags": "--load x"}, "--load differs from run to run"),
         ({"flags": "--load=x"}, "--load differs from run to run"),
         ({"points": [{"lr": []}]}, "lr has no value that a flag takes"),
+        ({"each": {"lr": "fitted"}}, "lr fitted needs a ladder of learning rates"),
         ({"points": [AVG_K, AVG_K]}, "the run avg-k-g8 is listed twice"),
         ({"ranks": 0}, "ranks 0 is no positive whole number"),
         ({"parallel": "two"}, "parallel two is no positive whole number"),

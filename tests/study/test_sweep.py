@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import signal
 import subprocess
@@ -15,8 +16,9 @@ import psutil
 import pytest
 
 from megatron_sffn.study.foresee import Forecast, valid_forecasts
+from megatron_sffn.study.ladder import fitted_rate
 from megatron_sffn.study.study_file import Study, read_study
-from megatron_sffn.study.sweep import RunState, Sweep, run_folder, state_of
+from megatron_sffn.study.sweep import RunState, Sweep, is_finished, run_folder, state_of
 from megatron_sffn.utils.errors import ConfigError
 from tests.study.conftest import WriteStudy
 from tests.support.processes import kill_all, wait_until
@@ -76,7 +78,9 @@ def test_a_sweep_killed_twice_gives_the_table_of_an_undisturbed_one(
     with started(path) as process:
         wait_for_step(study, dense, 12, path)
         kill_all(process)
-    assert state_of(study, dense).name in ("waiting", "finished")
+    # The lock is free when the last killed process has gone.
+    wait_until(lambda: state_of(study, dense).name != "running", 100, str)
+    assert not is_finished(run_folder(study, dense), dense)
     with started(path) as process:
         wait_for_step(study, avg_k, 12, path)
         with pytest.raises(ConfigError, match="in use by another sweep"):
@@ -114,21 +118,53 @@ def test_a_run_that_outlives_its_sweep_is_waited_for_and_not_started_twice(
     )
 
 
-def test_a_failed_run_is_named_with_its_reason_and_tried_again(
+def test_a_failed_run_and_those_that_need_its_loss_are_named_and_tried_again(
     write_study: WriteStudy, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_study([{"sffn-router": "dense"}], flags="--train-iters 2")
-    (forecast,) = valid_forecasts(study := read_study(path))
-    damaged = run_folder(study, forecast) / "latest_checkpointed_iteration.txt"
+    keys = {"ladder": {"seed": 1, "lr": [3e-3, 6e-3]}, "each": {"seed": 2, "lr": "fitted"}}
+    path = write_study([{"sffn-router": "dense"}], flags="--train-iters 2", parallel=2, **keys)
+    first, second, fitted = valid_forecasts(study := read_study(path))
+    damaged = run_folder(study, first) / "latest_checkpointed_iteration.txt"
     damaged.parent.mkdir(parents=True)
     damaged.write_text("no number")
     assert sweep.main([str(path), "run"]) == 1
-    assert "error: dense failed; see " in capsys.readouterr().err
-    assert state_of(study, forecast).name == "failed" and state_of(study, forecast).reason
+    printed = capsys.readouterr()
+    assert f"error: {first.run.name} failed; see " in printed.err
+    assert f"error: {fitted.run.name} failed; see " in printed.err
+    assert "1 of 3 runs have finished" in printed.out
+    states = {run.run.name: state_of(study, run) for run in (first, second, fitted)}
+    assert [state.name for state in states.values()] == ["failed", "finished", "failed"]
+    assert "a run of its ladder has failed" in states[fitted.run.name].reason
     assert sweep.main([str(path), "status"]) == 0
-    assert "dense failed: " in capsys.readouterr().out
+    assert f"{first.run.name} failed: " in capsys.readouterr().out
     damaged.unlink()
     assert sweep.main([str(path), "run"]) == 0
-    changed = write_study([{"sffn-router": "dense"}], flags="--train-iters 3")
+    changed = write_study([{"sffn-router": "dense"}], flags="--train-iters 3", **keys)
     with pytest.raises(ConfigError, match=r"was trained with other flags \(train-iters 2\)"):
         sweep.main([str(changed), "run"])
+
+
+def test_seeds_train_at_the_rate_that_the_ladder_of_their_point_gives(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    path = write_study(
+        [{"sffn-router": "dense"}],
+        flags="--train-iters 12",
+        ladder={"seed": 1, "lr": [3e-4, 1e-2, 3e-1]},
+        each={"seed": [2], "lr": "fitted"},
+        parallel=2,
+    )
+    assert sweep.main([str(path), "run"]) == 0
+    rows = table(tmp_path / "results", "results.csv")
+    losses = {float(row["lr"]): float(row["validation_loss"]) for row in rows[:3]}
+    assert min(losses, key=lambda rate: losses[rate]) == 1e-2
+    assert rows[3]["run"] == "dense-seed2-lrfitted"
+    assert float(rows[3]["lr"]) == pytest.approx(fitted_rate(losses), rel=0.01) != 1e-2
+
+
+def test_a_fitted_rate_is_the_bottom_of_the_valley_or_its_edge() -> None:
+    valley = {rate: math.log(rate / 2e-3) ** 2 for rate in (1e-3, 2.5e-3, 5e-3, 1e-2)}
+    assert fitted_rate(valley) == pytest.approx(2e-3)
+    assert fitted_rate({1e-3: 3.0, 2e-3: 2.0, 4e-3: 1.0}) == 4e-3
+    assert fitted_rate({1e-3: 3.0, 2e-3: 2.0, 4e-3: math.nan}) == 2e-3
+    assert fitted_rate({1e-3: math.nan}) == 1e-3
