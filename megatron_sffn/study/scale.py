@@ -53,7 +53,7 @@ def sentence(series: str, surface: Surface) -> str:
         f"({low:.3f} to {high:.3f}); residual {surface.residual:.4f} nats"
     )
     if not surface.form.has_asymptote:
-        text += ", with an asymptote of 0, because two sizes cannot fix one"
+        text += ", with an asymptote of 0, because fewer than three sizes cannot fix one"
     best, interval = surface.best_granularity(), surface.best_granularity_interval()
     if best is None:
         return f"{text}; no best block size within the surface."

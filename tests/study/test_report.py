@@ -79,12 +79,18 @@ def test_json_has_the_findings_and_nothing_else(report: Path) -> None:
     assert "published" in printed["baseline_law"]["source"]
 
 
-@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_parquet_and_csv_give_the_same_results(tmp_path: Path) -> None:
+    kinds = ("csv", "parquet")
+    folders = [studies.write(tmp_path / kind, studies.rows(widths=[128]), kind) for kind in kinds]
+    from_csv, from_parquet = (read_results([folder]) for folder in folders)
+    assert from_csv.rows == from_parquet.rows
+    assert from_csv.losses.equals(from_parquet.losses)
+
+
 def test_a_study_of_the_needed_columns_alone_has_the_figures_that_it_can(
-    tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = studies.rows(widths=[128], columns=["run"])
-    studies.write(tmp_path, rows, ending)
+    studies.write(tmp_path, studies.rows(widths=[128], columns=["run"]))
     main([str(tmp_path), "--output", str(tmp_path / "report")])
     names = {path.stem for path in (tmp_path / "report" / "figures").glob("*.svg")}
     assert names == {"loss_over_block_size", "learning_rates", "training_curves"}
