@@ -105,7 +105,7 @@ def find(results: Results) -> Findings:
     fitted: dict[str, Surface] = {}
     if len({point.size for point in points}) >= MIN_SIZES:
         fitted, more = surfaces(points)
-        remarks += [*more, *(sentence(series, surface) for series, surface in fitted.items())]
+        remarks += [*more, *(sentence(*item, points) for item in fitted.items())]
     without = [p.name for p in points if p not in [gain.point for gain in gained]]
     if without and any(point.router == DENSE for point in points):
         remarks.append(
