@@ -5,7 +5,8 @@ active parameters; where each size was trained with one number of tokens, so tha
 told apart, S is the compute and the term with D is left out.
 
 Design notes:
-- Two sizes cannot tell the asymptote c from the exponent α, so c is 0 below three sizes.
+- Two sizes cannot tell the asymptote c from the exponent α, nor two numbers of tokens from β. With
+  fewer than three of one of them, c is 0.
 - One fit of the whole surface. Parabolas through runs of equal compute have a biased optimum
   (arXiv 2603.22339).
 - The square of u permits an optimum of g (Ling 2025) as well as none (Krajewski 2024).
@@ -34,8 +35,8 @@ EXPONENT_BOUNDS = (0.01, 2.0)
 HUBER_NATS = 0.01
 """Residual in nats per token from which on the Huber loss is linear."""
 BOOTSTRAPS = 100
-MIN_SIZES = 3
-"""Sizes that fix an asymptote besides an exponent."""
+FIXING = 3
+"""Sizes, and numbers of tokens, that fix an asymptote besides an exponent."""
 QUANTILES = (0.1, 0.9)
 
 
@@ -88,17 +89,35 @@ class Form:
         """Number of all coefficients."""
         return 2 * self.exponents + self.has_asymptote + self.degree
 
+    def logs(self, observations: Sequence[Observation]) -> list[Floats]:
+        """The logarithm of the size, and that of the tokens if they have a term."""
+        logs = [numpy.log([getattr(model, self.size) for model in observations])]
+        logs[0] -= numpy.log(self.size_scale)
+        if self.has_tokens:
+            tokens = numpy.log([model.tokens for model in observations])
+            logs.append(tokens - numpy.log(self.tokens_scale))
+        return logs
+
     def columns(self, exponents: Floats, observations: Sequence[Observation]) -> Floats:
         """The factors of c, a, h₁, h₂ and b for each model."""
-        sizes = numpy.array([getattr(model, self.size) for model in observations])
         u = numpy.log2([model.granularity for model in observations])
-        power = (sizes / self.size_scale) ** -exponents[0]
-        columns = [numpy.ones_like(power)] * self.has_asymptote
-        columns += [power * u**degree for degree in range(self.degree + 1)]
-        if self.has_tokens:
-            tokens = numpy.array([model.tokens for model in observations])
-            columns.append((tokens / self.tokens_scale) ** -exponents[1])
-        return numpy.stack(columns, axis=1)
+        powers = [
+            numpy.exp(-exponent * log)
+            for exponent, log in zip(exponents, self.logs(observations), strict=True)
+        ]
+        columns = [numpy.ones_like(u)] * self.has_asymptote
+        columns += [powers[0] * u**degree for degree in range(self.degree + 1)]
+        return numpy.stack([*columns, *powers[1:]], axis=1)
+
+    def jacobian(self, values: Floats, observations: Sequence[Observation]) -> Floats:
+        """The derivatives of the loss of each model by the exponents and the coefficients."""
+        columns = self.columns(values[: self.exponents], observations)
+        terms = columns * values[self.exponents :]
+        size_terms = terms[:, self.has_asymptote : self.has_asymptote + self.degree + 1]
+        parts = [size_terms.sum(axis=1), terms[:, -1]]
+        logs = self.logs(observations)
+        slopes = [-log * part for log, part in zip(logs, parts, strict=False)]
+        return numpy.column_stack([*slopes, columns])
 
     def linear_bounds(self) -> tuple[list[float], list[float]]:
         """c and b are at least 0; the terms of the granularity are free."""
@@ -172,13 +191,18 @@ def form_of(observations: Sequence[Observation]) -> Form:
     sizes = {model.parameters for model in observations}
     tokens = {model.tokens for model in observations}
     pairs = {(model.parameters, model.tokens) for model in observations}
-    has_tokens = len(sizes) > 1 and len(tokens) > 1 and len(pairs) > max(len(sizes), len(tokens))
+    has_tokens = (
+        min(len(sizes), len(tokens)) > 1
+        and max(len(sizes), len(tokens)) >= FIXING
+        and len(pairs) > max(len(sizes), len(tokens))
+    )
     size = "parameters" if has_tokens or len(tokens) == 1 else "compute"
     scale = numpy.exp(numpy.log([getattr(model, size) for model in observations]).mean())
+    places = [{getattr(model, size) for model in observations}, *([tokens] * has_tokens)]
     granularities = {model.granularity for model in observations}
     return Form(
         size=size,
-        has_asymptote=len({getattr(model, size) for model in observations}) >= MIN_SIZES,
+        has_asymptote=min(map(len, places)) >= FIXING,
         has_tokens=has_tokens,
         degree=min(2, len(granularities) - 1),
         size_scale=float(scale),
@@ -265,6 +289,7 @@ def _polish(form: Form, values: Floats, observations: Sequence[Observation]) -> 
     fit = least_squares(
         lambda candidate: _losses(form, candidate, observations) - losses,
         numpy.clip(values, bounds[0] + 1e-9, bounds[1]),
+        jac=lambda candidate: form.jacobian(candidate, observations),
         bounds=bounds,
         loss="huber",
         f_scale=HUBER_NATS,

@@ -105,12 +105,12 @@ def find(results: Results) -> Findings:
     fitted: dict[str, Surface] = {}
     if len({point.size for point in points}) >= MIN_SIZES:
         fitted, more = surfaces(points)
-        remarks += [*more, *(sentence(series, surface) for series, surface in fitted.items())]
-    without = [p.name for p in points if p not in [gain.point for gain in gained]]
+        remarks += [*more, *(sentence(*item, points) for item in fitted.items())]
+    without = len(points) - len(gained)
     if without and any(point.router == DENSE for point in points):
         remarks.append(
-            f"No effective speedup of {len(without)} settings: their compute or a dense model of "
-            f"their size is missing, or their loss is beyond the law, which ends at "
+            f"Settings without an effective speedup: {without}. Their compute or a dense model of "
+            "their size is missing, or their loss is beyond the law, which ends at "
             f"{law.asymptote:.3g} nats."
         )
     return Findings(

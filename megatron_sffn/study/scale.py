@@ -5,6 +5,7 @@ Inputs: points of at least two sizes. Outputs: surfaces, and losses of published
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
@@ -13,6 +14,8 @@ from megatron_sffn.scaling.surface import Observation, Surface, fit_surface
 from megatron_sffn.study.points import DENSE, Point
 from megatron_sffn.utils.errors import ConfigError
 
+MISFIT = 3
+"""Residual of a surface over the spread of seeds from which on it is said not to fit."""
 NEEDED = ("parameters_active", "training_flops")
 
 
@@ -44,16 +47,25 @@ def surfaces(points: Sequence[Point]) -> tuple[dict[str, Surface], list[str]]:
     return fitted, remarks
 
 
-def sentence(series: str, surface: Surface) -> str:
-    """What a surface says."""
+def sentence(series: str, surface: Surface, points: Sequence[Point]) -> str:
+    """What a surface says, and whether it describes the points.
+
+    Args:
+        series: of the surface.
+        surface: the fit.
+        points: of all series.
+    """
     low, high = surface.exponent_interval()
     size = "active parameters" if surface.form.size == "parameters" else "compute"
     text = (
         f"{series}: loss falls with the {size} by an exponent of {surface.values[0]:.3f} "
         f"({low:.3f} to {high:.3f}); residual {surface.residual:.4f} nats"
     )
+    spreads = [point.spread for point in points if point.series == series and point.spread]
+    if spreads and surface.residual > MISFIT * statistics.fmean(spreads):
+        text += ", far beyond the spread of seeds, so that this form does not describe the losses"
     if not surface.form.has_asymptote:
-        text += ", with an asymptote of 0, because two sizes cannot fix one"
+        text += ", with an asymptote of 0, because fewer than three sizes cannot fix one"
     best, interval = surface.best_granularity(), surface.best_granularity_interval()
     if best is None:
         return f"{text}; no best block size within the surface."

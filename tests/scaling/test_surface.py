@@ -7,7 +7,7 @@ from itertools import product
 import numpy
 import pytest
 
-from megatron_sffn.scaling.surface import Observation, Surface, fit_surface
+from megatron_sffn.scaling.surface import Observation, Surface, _losses, fit_surface, form_of
 from megatron_sffn.utils.errors import ConfigError
 
 
@@ -76,3 +76,21 @@ def test_too_few_models_or_sizes_are_refused() -> None:
         fit_surface([])
     with pytest.raises(ConfigError, match="one size"):
         fit_surface(models[:7])
+
+
+def test_the_jacobian_is_that_of_finite_differences(surface: Surface) -> None:
+    models, values = observations((5e8, 2e9, 8e9)), surface.values
+    jacobian = surface.form.jacobian(values, models)
+    for index, column in enumerate(jacobian.T):
+        step = numpy.zeros_like(values)
+        step[index] = 1e-6
+        slope = _losses(surface.form, values + step, models)
+        slope = (slope - _losses(surface.form, values - step, models)) / 2e-6
+        numpy.testing.assert_allclose(column, slope, atol=1e-6)
+
+
+def test_two_numbers_of_tokens_leave_no_asymptote_and_two_by_two_no_tokens() -> None:
+    assert not form_of(observations((5e8, 2e9))).has_asymptote
+    assert form_of(observations((5e8, 2e9, 8e9))).has_asymptote
+    few = [model for model in observations((5e8, 2e9)) if model.parameters < 1e8]
+    assert form_of(few).size == "compute"

@@ -137,6 +137,12 @@ def test_dense_has_a_speedup_of_1_and_three_sizes_fix_its_law(found: Find) -> No
     assert best.mean.time == pytest.approx(best.mean.compute / 1.325)
 
 
+def test_a_surface_that_does_not_describe_the_losses_is_told(found: Find) -> None:
+    remarks = "\n".join(found(studies.rows(rates=[1e-3])).remarks)
+    assert "avg-k: loss falls with the compute by an exponent of" in remarks
+    assert "this form does not describe the losses, with an asymptote of 0" in remarks
+
+
 def test_holm_multiplies_the_smallest_by_the_number_and_keeps_the_order() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
