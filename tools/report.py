@@ -47,19 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for package in ("pandas", "scipy", "matplotlib", "jinja2"):
         require(package, "report", "study")
 
-    from megatron_sffn.study import report
-    from megatron_sffn.study.conclusions import conclude
-    from megatron_sffn.study.findings import find
-    from megatron_sffn.study.results import read_results
+    from megatron_sffn.study.reporting import page
+    from megatron_sffn.study.reporting.conclusions import conclude
+    from megatron_sffn.study.reporting.findings import find
+    from megatron_sffn.study.reporting.results import read_results
 
     findings = find(read_results(args.folders))
-    page = report.write(findings, f"Report of {args.folders[0].resolve().name}", args.output)
+    path = page.write(findings, f"Report of {args.folders[0].resolve().name}", args.output)
     conclusions = conclude(findings)
     if args.json:
-        print(json.dumps(report.as_json(findings, conclusions), indent=2))
+        print(json.dumps(page.as_json(findings, conclusions), indent=2))
         return 0
     print("\n".join(conclusions.lines(SHOWN)))
-    print(f"\npage: {page}")
+    print(f"\npage: {path}")
     return 0
 
 

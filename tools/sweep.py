@@ -20,8 +20,8 @@ from megatron_sffn.utils.errors import CommandParser, run_command
 from megatron_sffn.utils.warning_filters import silence
 
 if TYPE_CHECKING:
-    from megatron_sffn.study.foresee import Forecast
-    from megatron_sffn.study.study_file import Study
+    from megatron_sffn.study.running.foresee import Forecast
+    from megatron_sffn.study.running.study_file import Study
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -74,8 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def dry_run(study: Study, args: argparse.Namespace) -> int:
     """Print what would run; exit code 2 if a run cannot start."""
-    from megatron_sffn.study.foresee import foresee
-    from megatron_sffn.study.sweep_tables import dry_run_table
+    from megatron_sffn.study.running.foresee import foresee
+    from megatron_sffn.study.running.terminal_tables import dry_run_table
 
     forecasts = foresee(study)
     print(dry_run_table(study, forecasts))
@@ -84,7 +84,7 @@ def dry_run(study: Study, args: argparse.Namespace) -> int:
 
 def run(study: Study, args: argparse.Namespace) -> int:
     """Train all unfinished runs; exit code 1 if one of them failed."""
-    from megatron_sffn.study.sweep import Sweep, only_sweep
+    from megatron_sffn.study.running.sweep import Sweep, only_sweep
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
@@ -102,7 +102,7 @@ def run(study: Study, args: argparse.Namespace) -> int:
 
 def status(study: Study, args: argparse.Namespace) -> int:
     """Print the state of each run."""
-    from megatron_sffn.study.sweep_tables import status_table
+    from megatron_sffn.study.running.terminal_tables import status_table
 
     forecasts = _valid(study)
     while True:
@@ -115,7 +115,7 @@ def status(study: Study, args: argparse.Namespace) -> int:
 
 def stop(study: Study, args: argparse.Namespace) -> int:
     """Ask the sweep to stop; exit code 1 if there is none."""
-    from megatron_sffn.study.sweep import stop_sweep
+    from megatron_sffn.study.running.sweep import stop_sweep
 
     process = stop_sweep(study)
     if process is None:
@@ -131,13 +131,13 @@ def results(study: Study, args: argparse.Namespace) -> int:
 
 
 def _valid(study: Study) -> list[Forecast]:
-    from megatron_sffn.study.foresee import valid_forecasts
+    from megatron_sffn.study.running.foresee import valid_forecasts
 
     return valid_forecasts(study)
 
 
 def _print_results(study: Study, forecasts: Sequence[Forecast]) -> int:
-    from megatron_sffn.study.sweep import write_results
+    from megatron_sffn.study.running.sweep import write_results
 
     finished = write_results(study, forecasts)
     tables = f": {study.folder}/results.csv, results.parquet, losses.csv, losses.parquet"
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     silence()
 
-    from megatron_sffn.study.study_file import read_study
+    from megatron_sffn.study.running.study_file import read_study
 
     study = read_study(args.study, args.size)
     if args.action in ("dry-run", "run", "status", "results"):

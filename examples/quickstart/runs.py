@@ -14,7 +14,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sffn.study.launch import STOP_SECONDS
+from megatron_sffn.study.running.launch import STOP_SECONDS
 
 RANKS = 2
 VOCAB_SIZE = 4096

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_sffn.study.conclusions import conclude
-from megatron_sffn.study.findings import find
-from megatron_sffn.study.results import read_results
+from megatron_sffn.study.reporting.conclusions import conclude
+from megatron_sffn.study.reporting.findings import find
+from megatron_sffn.study.reporting.results import read_results
 from tests.support import studies
 
 

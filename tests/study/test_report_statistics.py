@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_sffn.study.figures import pareto
-from megatron_sffn.study.findings import Findings, find
-from megatron_sffn.study.orderings import holm
-from megatron_sffn.study.results import read_results
+from megatron_sffn.study.reporting.figures import pareto
+from megatron_sffn.study.reporting.findings import Findings, find
+from megatron_sffn.study.reporting.orderings import holm
+from megatron_sffn.study.reporting.results import read_results
 from tests.support import studies
 
 Find = Callable[..., Findings]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sffn.study.foresee import foresee, valid_forecasts
-from megatron_sffn.study.study_file import read_study
-from megatron_sffn.study.sweep_tables import dry_run_table
+from megatron_sffn.study.running.foresee import foresee, valid_forecasts
+from megatron_sffn.study.running.study_file import read_study
+from megatron_sffn.study.running.terminal_tables import dry_run_table
 from megatron_sffn.utils.errors import ConfigError
 from tests.study.conftest import WriteStudy
 from tools import sweep

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_sffn.study.findings import Findings
-from megatron_sffn.study.orderings import LEVEL
+from megatron_sffn.study.reporting.findings import Findings
+from megatron_sffn.study.reporting.orderings import LEVEL
 
 
 @dataclass(frozen=True, kw_only=True)

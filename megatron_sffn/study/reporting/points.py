@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sffn.study.learning_rates import Size, Valley, ladders, size_of, valley
-from megatron_sffn.study.results import Results
+from megatron_sffn.study.reporting.results import Results
 
 DENSE = "dense"
 """Router of the dense model."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_sffn.study.learning_rates import MIN_RATES, Valley
-from megatron_sffn.study.points import DENSE, Point, dense_of
+from megatron_sffn.study.reporting.points import DENSE, Point, dense_of
 
 NAMED = 8
 """Names in a sentence; more are counted."""

@@ -11,13 +11,13 @@ from itertools import groupby
 
 from megatron_sffn.scaling.speedup import BaselineLaw
 from megatron_sffn.scaling.surface import Surface
-from megatron_sffn.study.gains import Gain, gains
-from megatron_sffn.study.gaps import gaps
 from megatron_sffn.study.learning_rates import Size, Valley
-from megatron_sffn.study.orderings import Ordering, orderings
-from megatron_sffn.study.points import DENSE, Point, points_of
-from megatron_sffn.study.results import Results
-from megatron_sffn.study.scale import sentence, surfaces
+from megatron_sffn.study.reporting.gains import Gain, gains
+from megatron_sffn.study.reporting.gaps import gaps
+from megatron_sffn.study.reporting.orderings import Ordering, orderings
+from megatron_sffn.study.reporting.points import DENSE, Point, points_of
+from megatron_sffn.study.reporting.results import Results
+from megatron_sffn.study.reporting.scale import sentence, surfaces
 from megatron_sffn.utils.human_size import human_count
 
 MIN_SIZES = 2

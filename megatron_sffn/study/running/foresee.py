@@ -21,7 +21,7 @@ from megatron_sffn.accounting import ModelShape, count_parameters, training_flop
 from megatron_sffn.checks.data import check_data
 from megatron_sffn.flags.sffn_flags import sffn_config
 from megatron_sffn.patches.cpu import is_host
-from megatron_sffn.study.study_file import Study, StudyRun
+from megatron_sffn.study.running.study_file import Study, StudyRun
 from megatron_sffn.train.first_rank import as_first_rank, parse_as_first_rank
 from megatron_sffn.train.run_description import SECTIONS
 from megatron_sffn.utils.errors import ConfigError

@@ -15,7 +15,7 @@ from megatron_sffn.scaling.speedup import (
     baseline_law,
     effective_speedup,
 )
-from megatron_sffn.study.points import DENSE, Point, dense_of
+from megatron_sffn.study.reporting.points import DENSE, Point, dense_of
 
 
 @dataclass(frozen=True, kw_only=True)

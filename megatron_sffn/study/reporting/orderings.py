@@ -17,7 +17,7 @@ from itertools import groupby, pairwise
 import numpy
 from scipy import stats
 
-from megatron_sffn.study.points import DENSE, Point, dense_of
+from megatron_sffn.study.reporting.points import DENSE, Point, dense_of
 
 LEVEL = 0.05
 """Corrected p-value below which an ordering holds."""

@@ -12,11 +12,18 @@ from typing import Any
 import numpy
 
 from megatron_sffn.scaling.laws import granularity
-from megatron_sffn.study import drawing
-from megatron_sffn.study.drawing import DENSE_STYLE, INK, Picture, block_size_axis, log_axis, panels
-from megatron_sffn.study.findings import MIN_SIZES, Findings, size_label
-from megatron_sffn.study.points import DENSE, Point
-from megatron_sffn.study.scale import observation, published_losses
+from megatron_sffn.study.reporting import drawing
+from megatron_sffn.study.reporting.drawing import (
+    DENSE_STYLE,
+    INK,
+    Picture,
+    block_size_axis,
+    log_axis,
+    panels,
+)
+from megatron_sffn.study.reporting.findings import MIN_SIZES, Findings, size_label
+from megatron_sffn.study.reporting.points import DENSE, Point
+from megatron_sffn.study.reporting.scale import observation, published_losses
 
 LINE_STYLES = (":", "-.", (0, (1, 3)))
 

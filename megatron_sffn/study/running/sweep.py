@@ -24,18 +24,18 @@ from typing import IO, TextIO
 import torch
 
 from megatron_sffn.patches.cpu import is_host
-from megatron_sffn.study.foresee import Forecast
-from megatron_sffn.study.ladder import with_rate
-from megatron_sffn.study.launch import (
+from megatron_sffn.study.running.foresee import Forecast
+from megatron_sffn.study.running.ladder import with_rate
+from megatron_sffn.study.running.launch import (
     POLL_SECONDS,
     STOP_SECONDS,
     Display,
     Status,
     TrainingProcess,
 )
+from megatron_sffn.study.running.result_tables import TENSORBOARD, write_tables
+from megatron_sffn.study.running.study_file import Study
 from megatron_sffn.study.runs import SUMMARY
-from megatron_sffn.study.study_file import Study
-from megatron_sffn.study.sweep_results import TENSORBOARD, write_tables
 from megatron_sffn.utils.atomic_files import atomic_write_text, read_json_object
 from megatron_sffn.utils.errors import ConfigError
 from megatron_sffn.utils.human_time import human_time

@@ -13,10 +13,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from megatron_sffn.study import drawing, figures, tables
-from megatron_sffn.study.conclusions import Conclusions, conclude
-from megatron_sffn.study.findings import Findings
-from megatron_sffn.study.orderings import Ordering
+from megatron_sffn.study.reporting import drawing, figures, tables
+from megatron_sffn.study.reporting.conclusions import Conclusions, conclude
+from megatron_sffn.study.reporting.findings import Findings
+from megatron_sffn.study.reporting.orderings import Ordering
 from megatron_sffn.utils.atomic_files import atomic_write_text
 
 TEMPLATE = "report.html.jinja"

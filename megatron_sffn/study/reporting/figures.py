@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_sffn.scaling.laws import ling_leverage
 from megatron_sffn.scaling.speedup import Speedup
-from megatron_sffn.study import drawing
-from megatron_sffn.study.drawing import (
+from megatron_sffn.study.reporting import drawing
+from megatron_sffn.study.reporting.drawing import (
     DENSE_STYLE,
     GREY,
     INK,
@@ -21,11 +21,11 @@ from megatron_sffn.study.drawing import (
     log_axis,
     panels,
 )
-from megatron_sffn.study.findings import Findings, size_label
-from megatron_sffn.study.gains import Gain
-from megatron_sffn.study.points import DENSE, Point
-from megatron_sffn.study.scale_figure import scaling
-from megatron_sffn.study.training_figures import curves, valleys
+from megatron_sffn.study.reporting.findings import Findings, size_label
+from megatron_sffn.study.reporting.gains import Gain
+from megatron_sffn.study.reporting.points import DENSE, Point
+from megatron_sffn.study.reporting.scale_figure import scaling
+from megatron_sffn.study.reporting.training_figures import curves, valleys
 
 LING_COMPUTE = 1e18
 """FLOPs from which on Ling's law is drawn. At 10^16.2 its exponent changes sign."""

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pandas
 
-from megatron_sffn.study.findings import Findings
-from megatron_sffn.study.gains import Gain
 from megatron_sffn.study.learning_rates import MIN_RATES, Valley
-from megatron_sffn.study.points import Point
+from megatron_sffn.study.reporting.findings import Findings
+from megatron_sffn.study.reporting.gains import Gain
+from megatron_sffn.study.reporting.points import Point
 from megatron_sffn.utils.atomic_files import atomic_write_text
 from megatron_sffn.utils.human_size import human_count, human_size
 from megatron_sffn.utils.human_time import human_time

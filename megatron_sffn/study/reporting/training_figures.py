@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_sffn.study import drawing
-from megatron_sffn.study.drawing import GREY, Picture, log_axis, panels
-from megatron_sffn.study.findings import Findings, size_label
 from megatron_sffn.study.learning_rates import Valley
-from megatron_sffn.study.points import DENSE, Point
+from megatron_sffn.study.reporting import drawing
+from megatron_sffn.study.reporting.drawing import GREY, Picture, log_axis, panels
+from megatron_sffn.study.reporting.findings import Findings, size_label
+from megatron_sffn.study.reporting.points import DENSE, Point
 
 CURVES = 10
 """Training curves in a panel."""

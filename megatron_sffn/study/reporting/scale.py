@@ -11,7 +11,7 @@ from itertools import groupby
 
 from megatron_sffn.scaling import laws
 from megatron_sffn.scaling.surface import Observation, Surface, fit_surface
-from megatron_sffn.study.points import DENSE, Point
+from megatron_sffn.study.reporting.points import DENSE, Point
 from megatron_sffn.utils.errors import ConfigError
 
 MISFIT = 3

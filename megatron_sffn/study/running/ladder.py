@@ -15,8 +15,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_sffn.study.foresee import Forecast
 from megatron_sffn.study.learning_rates import bottom
+from megatron_sffn.study.running.foresee import Forecast
 from megatron_sffn.study.runs import SUMMARY
 from megatron_sffn.utils.atomic_files import read_json_object
 

@@ -23,9 +23,9 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 
-from megatron_sffn.study.foresee import Forecast
+from megatron_sffn.study.running.foresee import Forecast
+from megatron_sffn.study.running.text_bytes import bits_per_byte, validation_prefixes
 from megatron_sffn.study.runs import SUMMARY
-from megatron_sffn.study.text_bytes import bits_per_byte, validation_prefixes
 from megatron_sffn.train.routing_metrics import EVALUATION
 from megatron_sffn.utils.atomic_files import atomic_path, read_json_object, read_records
 
