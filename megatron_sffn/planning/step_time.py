@@ -36,13 +36,13 @@ from megatron_sffn.planning.traffic import (
 from megatron_sffn.planning.workload import Workload
 
 HIDDEN_PASSES = 16
-"""Times that norms, residuals, dropout and RoPE read or write `[T, D]` in a layer's forward pass."""
+"""Times that norms, residuals and RoPE read or write `[T, D]` in a layer's forward pass: assumed."""
 
 CELL_PASSES = 4
-"""Times that the activation function reads or writes `[T, cells]` in a dense MLP's forward pass."""
+"""Times that the activation function reads or writes `[T, cells]` of a dense MLP, forward: assumed."""
 
 SCORE_PASSES = 6
-"""Times that a router, or the loss, reads or writes its fp32 scores in the forward pass."""
+"""Times that a router, or the loss, reads or writes its fp32 scores, forward: assumed."""
 
 SCORE_BYTES = 4
 

@@ -7,8 +7,8 @@ Design notes
 - An all-gather or a reduce-scatter over n ranks sends (n - 1)/n of the whole tensor, an all-reduce
   twice that (Thakur et al. 2005).
 - With sequence parallelism, tensor parallelism gathers and scatters the hidden states once around
-  attention and once around a dense MLP, and gathers the input once more in the backward pass for the
-  gradient of the weights (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2). A sparse layer
+  attention and once around a dense MLP, and gathers the input once more in the backward pass for
+  the gradient of the weights (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2). A sparse layer
   routes the rank's own tokens and needs none of it, except for shared blocks.
 """
 
@@ -106,7 +106,7 @@ def exchange(workload: Workload, cluster: Cluster) -> Exchange:
 
 
 def backward_exchanges(workload: Workload) -> float:
-    """Bytes of the backward pass over those of the forward pass: half more if rows are sent again."""
+    """Bytes of the backward pass over those of the forward pass: half more with a regather."""
     sffn = workload.shape.sffn
     if sffn is None or sffn.backend == "megatron":
         return 1.0
