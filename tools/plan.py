@@ -154,7 +154,7 @@ def cases_of(options: Namespace, flags: list[str], gpus: Sequence[int]) -> list[
     from megatron_sffn.planning.report import Case
     from megatron_sffn.planning.search import search
 
-    sizes = numbers_in("--compare-block-sizes", options.compare_block_sizes)
+    sizes: Sequence[int | None] = numbers_in("--compare-block-sizes", options.compare_block_sizes)
     cases: list[Case] = []
     for size in sizes or [None]:
         words = [] if size is None else ["--sffn-block-size", str(size)]

@@ -5,8 +5,8 @@ number of layouts that each rule refuses.
 
 Design notes
 - The flags are parsed once, on one rank. A layout then changes the sizes in a copy of Megatron's
-  namespace and goes through the run's own checks (`checks/parallelism.py`), which takes a
-  millisecond where parsing takes 50. The layouts that are shown are parsed in full afterwards
+  namespace and goes through the run's own checks (`checks/parallelism.py`) and Megatron's
+  config, which takes a millisecond where parsing takes 50. The layouts that are shown are parsed in full afterwards
   (`search.py`).
 - A size that a flag gives is kept; the others are powers of two, or divisors of the layers.
 """
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 from megatron_sffn.accounting import ModelShape, TrainingSetup, sparse_pattern
 from megatron_sffn.checks import parallelism
+from megatron_sffn.checks.megatron_rules import as_sentence
 from megatron_sffn.checks.problem import Problem
 from megatron_sffn.flags.megatron_flags import layout_of
 from megatron_sffn.flags.sffn_flags import node_size, sffn_config, transformer_config
@@ -48,6 +49,9 @@ REFUSED = {
     "--context-parallel-size": "leave it out, context parallelism is not counted",
 }
 """Flag that a plan cannot keep -> what to do instead."""
+
+LAYOUT_CHECKS = (parallelism.model_parallelism, parallelism.batch_size)
+"""The checks of `parallelism.CHECKS` whose result depends on the layout."""
 
 LARGEST = {"tp": 8, "pp": 64, "virtual_stages": 8, "etp": 8, "micro_batch_size": 16}
 """Largest size that is tried, where no flag gives it."""
@@ -170,21 +174,27 @@ def refusal(base: Base, candidate: Candidate, gpus: int) -> Problem | None:
     """The first rule that refuses a layout; None if a run would accept it."""
     args = namespace_of(base, candidate, gpus)
     sffn = sffn_config(args)
-    for check in parallelism.CHECKS:
+    for check in LAYOUT_CHECKS:
         for problem in check(args):
             return problem
-    for sparse_check in parallelism.SPARSE_CHECKS if sffn is not None else ():
-        for problem in sparse_check(args, sffn):
-            return problem
+    if sffn is not None:
+        for sparse_check in parallelism.SPARSE_CHECKS:
+            for problem in sparse_check(args, sffn):
+                return problem
     chunks, stage_layers = candidate.virtual_stages, args.num_layers // candidate.pp
-    if stage_layers % chunks == 0:
-        return None
-    return Problem(
-        "--num-virtual-stages-per-pipeline-rank",
-        chunks,
-        f"does not divide the {stage_layers} layers of a stage",
-        "change one of them so that it does",
-    )
+    if stage_layers % chunks:
+        return Problem(
+            "--num-virtual-stages-per-pipeline-rank",
+            chunks,
+            f"does not divide the {stage_layers} layers of a stage",
+            "change one of them so that it does",
+        )
+    try:
+        with as_sentence("accept these flags"):
+            transformer_config(args, sffn)
+    except ConfigError as error:
+        return Problem("Megatron's rules", None, f"refuse it: {error}", "")
+    return None
 
 
 def namespace_of(base: Base, candidate: Candidate, gpus: int) -> Namespace:

@@ -284,9 +284,9 @@ def published_table() -> str:
     """The comparison as a table, with the sources and the mean of the absolute errors."""
     comparisons = compare_published()
     sources = list(dict.fromkeys(comparison.run.source for comparison in comparisons))
-    lines = [
-        ("model, bf16 on H100", "GPUs", "TP", "PP", "VP", "EP", "ETP")
-        + ("published", "foreseen", "error", "source")
+    sizes_of = ("GPUs", "TP", "PP", "VP", "EP", "ETP")
+    lines: list[tuple[str, ...]] = [
+        ("model, bf16 on H100", *sizes_of, "published", "foreseen", "error", "source")
     ]
     for comparison in comparisons:
         run = comparison.run

@@ -109,7 +109,7 @@ def winner(plan: Plan) -> str:
 def cases_table(cases: Sequence[Case], tokens: float | None) -> str:
     """The best layout of each number of GPUs and block size; below it reasons of the others."""
     headings = ("GPUs", "g", *SIZES, *RESULTS, "blocks/dense", "CPU/dense")
-    rows = [headings]
+    rows: list[tuple[str, ...]] = [headings]
     for case in cases:
         name = (f"{case.gpus:,}", "" if case.block_size is None else str(case.block_size))
         if case.outcome is None:

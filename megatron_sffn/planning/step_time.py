@@ -36,10 +36,10 @@ from megatron_sffn.planning.traffic import (
 from megatron_sffn.planning.workload import Workload
 
 HIDDEN_PASSES = 16
-"""Times that norms, residuals and RoPE read or write `[T, D]` in a layer's forward pass: assumed."""
+"""Times that norms, residuals and RoPE read or write `[T, D]` in a layer, forward: assumed."""
 
 CELL_PASSES = 4
-"""Times that the activation function reads or writes `[T, cells]` of a dense MLP, forward: assumed."""
+"""Times that the activation reads or writes `[T, cells]` of a dense MLP, forward: assumed."""
 
 SCORE_PASSES = 6
 """Times that a router, or the loss, reads or writes its fp32 scores, forward: assumed."""
@@ -167,21 +167,20 @@ class _Clock:
         hidden = min(exchanged, computing) * (chunks - 1) / chunks
         return exchanged - hidden
 
-    def layer(self, *, sparse: bool) -> Counter[str]:
+    def layer(self, *, sparse: bool) -> dict[str, float]:
         """Seconds of a layer, forward, recomputed and backward, by kind."""
-        setup, seconds = self.setup, Counter[str]()
+        setup = self.setup
         full = setup.recompute == "full"
         again_mlp = full or setup.recomputes("moe" if sparse else "mlp")
         forward = self.feed_forward(sparse=sparse, backward=False)
-        seconds["compute"] = (4 if full else 3) * self.attention()
-        seconds["compute"] += (2 if again_mlp else 1) * forward
-        seconds["compute"] += self.feed_forward(sparse=sparse, backward=True)
+        compute = (4 if full else 3) * self.attention()
+        compute += (2 if again_mlp else 1) * forward
+        compute += self.feed_forward(sparse=sparse, backward=True)
         if setup.recomputes("core_attn"):
-            seconds["compute"] += self.scores()
+            compute += self.scores()
         count = FORWARD_COLLECTIVES * (2 if full else 1) + BACKWARD_COLLECTIVES
-        seconds["tensor"] = self.collectives(
-            count * tensor_collectives(self.workload, sparse=sparse)
-        )
+        places = tensor_collectives(self.workload, sparse=sparse)
+        seconds = {"compute": compute, "tensor": self.collectives(count * places), "expert": 0.0}
         if sparse:
             passes = 2 if again_mlp else 1
             seconds["expert"] = passes * self.exposed(
@@ -206,9 +205,9 @@ class _Clock:
         rate = self.cluster.network_bytes if leaves_node else self.cluster.node_bytes
         return 2 * (COLLECTIVE_LATENCY + pipeline_transfer_bytes(self.workload) / rate)
 
-    def stage(self, stage: Stage, layers: dict[bool, Counter[str]]) -> Counter[str]:
+    def stage(self, stage: Stage, layers: dict[bool, dict[str, float]]) -> dict[str, float]:
         """Seconds of one microbatch of a stage, by kind."""
-        seconds = Counter[str]()
+        seconds = dict.fromkeys(("compute", "tensor", "expert"), 0.0)
         for sparse, count in Counter(stage.layers).items():
             for kind, value in layers[sparse].items():
                 seconds[kind] += count * value

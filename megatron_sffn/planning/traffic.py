@@ -8,8 +8,8 @@ Design notes
   twice that (Thakur et al. 2005).
 - With sequence parallelism, tensor parallelism gathers and scatters the hidden states once around
   attention and once around a dense MLP, and gathers the input once more in the backward pass for
-  the gradient of the weights (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2). A sparse layer
-  routes the rank's own tokens and needs none of it, except for shared blocks.
+  the gradient of the weights (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2). A sparse
+  layer routes the rank's own tokens and needs none of it, except for shared blocks.
 """
 
 from __future__ import annotations
