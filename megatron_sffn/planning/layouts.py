@@ -6,8 +6,8 @@ number of layouts that each rule refuses.
 Design notes
 - The flags are parsed once, on one rank. A layout then changes the sizes in a copy of Megatron's
   namespace and goes through the run's own checks (`checks/parallelism.py`) and Megatron's
-  config, which takes a millisecond where parsing takes 50. The layouts that are shown are parsed in full afterwards
-  (`search.py`).
+  config, which takes a millisecond where parsing takes 50. The layouts that are shown are parsed
+  in full afterwards (`search.py`).
 - A size that a flag gives is kept; the others are powers of two, or divisors of the layers.
 """
 

@@ -42,13 +42,13 @@ def test_full_recomputation_takes_one_more_forward_pass_of_the_layers() -> None:
     assert difference == pytest.approx(extra)
 
 
-@pytest.mark.parametrize(("chunks", "bubble"), [(1, 3 / 4), (2, 3 / 8)])
-def test_the_bubble_is_that_of_the_schedule(chunks: int, bubble: float) -> None:
-    run = workload(ParallelLayout(pp=4, virtual_stages=chunks))
-    time = step_time(run, cluster())
-    slowest = time.compute + time.tensor + time.expert + time.pipeline
-    # 3 of 4 stages wait, per chunk of a stage; the optimizer's step is no part of a microbatch.
-    assert time.bubble == pytest.approx(bubble * slowest, rel=0.05)
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_the_bubble_is_that_of_the_schedule(chunks: int) -> None:
+    layout = ParallelLayout(pp=4, virtual_stages=chunks)
+    few = step_time(workload(layout, microbatches=4), cluster())
+    many = step_time(workload(layout, microbatches=5), cluster())
+    microbatch = many.total - few.total
+    assert few.bubble == many.bubble == pytest.approx(3 / chunks * microbatch)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -74,7 +74,7 @@ def test_blocks_narrower_than_a_tile_cost_more_and_coarse_blocks_cost_as_a_dense
     run = workload(ParallelLayout())
     assert run.shape.sffn is not None
     ratios = []
-    for size in (1024, 128, 32):
+    for size in (1024, 256, 32):
         sffn = replace(run.shape.sffn, block_size=size)
         shaped = replace(run, shape=replace(run.shape, sffn=sffn))
         ratios.append(estimate_blocks(shaped, cluster()).ratio)
