@@ -198,7 +198,7 @@ def refusal(base: Base, candidate: Candidate, gpus: int) -> Problem | None:
 
 
 def namespace_of(base: Base, candidate: Candidate, gpus: int) -> Namespace:
-    """Megatron's namespace with the sizes of a layout."""
+    """Megatron's namespace with the sizes of a layout, and with what Megatron derives from them."""
     args = copy.copy(base.args)
     chunks = candidate.virtual_stages if candidate.virtual_stages > 1 else None
     vars(args).update(
@@ -212,6 +212,10 @@ def namespace_of(base: Base, candidate: Candidate, gpus: int) -> Namespace:
         sequence_parallel=candidate.tp > 1,
         micro_batch_size=candidate.micro_batch_size,
         data_parallel_size=gpus // (candidate.tp * candidate.pp),
+        tensor_parallel_num_weight_shards=candidate.tp,
+        expert_tensor_parallel_num_weight_shards=candidate.etp,
+        transformer_pipeline_model_parallel_size=candidate.pp,
+        overlap_p2p_comm=candidate.virtual_stages > 1,
     )
     if not base.keeps_dispatcher:
         args.moe_token_dispatcher_type = None
