@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_sffn.utils.errors import ConfigError
-from tests.planning.runs import FLAGS
+from tests.planning import runs
 from tools import plan
+
+FLAGS = f"{runs.FLAGS} --micro-batch-size 2 --expert-tensor-parallel-size 1"
 
 # Megatron itself causes this warning.
 pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
