@@ -128,8 +128,10 @@ class Cluster:
                 f"--efficiency {self.efficiency:g} is not above 0 and at most 1; give the achieved "
                 "over the peak FLOP/s of a large dense product"
             )
-        if self.price is not None and self.price < 0:
-            raise ConfigError(f"--price {self.price:g} is negative; give the price of a GPU hour")
+        if self.price is not None and not 0 <= self.price < float("inf"):
+            raise ConfigError(
+                f"--price {self.price:g} is not a price; give that of a GPU hour, at least 0"
+            )
         for name, value in (
             ("--peak-flops", self.card.peak_flops),
             ("--gpu-memory", self.card.memory),

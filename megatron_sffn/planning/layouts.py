@@ -118,7 +118,9 @@ def parse_base(flags: Sequence[str]) -> Base:
     """
     given: dict[str, int] = {}
     rest: list[str] = []
-    words = iter(word for flag in flags for word in flag.split("=", 1) if flag)
+    words = iter(
+        word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])
+    )
     for word in words:
         if word in REFUSED:
             raise ConfigError(f"{word} is given, and a plan sets the layout; {REFUSED[word]}")

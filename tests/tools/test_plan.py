@@ -94,7 +94,7 @@ def test_check_prints_published_and_foreseen_throughput(capsys: pytest.CaptureFi
             "of a large dense product",
         ),
         ("--node-bandwidth 0", "--node-bandwidth 0 is not above 0; give a positive number"),
-        ("--price -1", "--price -1 is negative; give the price of a GPU hour"),
+        ("--price -1", "--price -1 is not a price; give that of a GPU hour, at least 0"),
         ("--tokens 0", "--tokens 0 is not above 0; give for example 300e9"),
         ("--top 0", "--top 0 must be at least 1; give a positive number"),
         ("--plot x.png", "--plot needs a budget; give --tokens, for example 300e9"),
