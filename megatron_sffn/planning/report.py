@@ -99,8 +99,8 @@ def winner(plan: Plan) -> str:
     return "\n".join(
         [
             f"memory of the fullest rank: {' · '.join(held)}",
-            f"sent by a rank in a step: {human_size(traffic.total)} = {' · '.join(sent)}; of expert, "
-            f"{human_size(traffic.expert_network)} leave the node",
+            f"sent by a rank in a step: {human_size(traffic.total)} = {' · '.join(sent)}; of "
+            f"expert, {human_size(traffic.expert_network)} leave the node",
             f"flags of the best: {' '.join(plan.candidate.flags())}",
         ]
     )
