@@ -197,18 +197,18 @@ def plot(cases: Sequence[Case], tokens: float, path: Path) -> None:
             lines.setdefault(case.block_size, {})[case.gpus] = case.outcome.best
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
     _plot_lines(left, {size: _costs(plans, tokens) for size, plans in lines.items()})
-    sizes_first: dict[int | None, dict[int, float]] = {}
+    by_size: dict[int | None, dict[int, float]] = {}
     for size, plans in lines.items():
         for gpus, cost in _costs(plans, tokens).items():
             if size is not None:
-                sizes_first.setdefault(gpus, {})[size] = cost
-    _plot_lines(right, sizes_first)
+                by_size.setdefault(gpus, {})[size] = cost
+    _plot_lines(right, by_size)
     has_price = any(plan.cluster.price for plans in lines.values() for plan in plans.values())
     for axes, label in ((left, "GPUs"), (right, "block size g")):
         axes.set_xlabel(label)
         axes.set_ylabel("cost" if has_price else "GPU hours")
     left.legend(title="g", frameon=False)
-    if sizes_first:
+    if by_size:
         right.legend(title="GPUs", frameon=False)
     figure.suptitle(f"the best layout's cost of {human_count(tokens).strip()} tokens (derived)")
     try:

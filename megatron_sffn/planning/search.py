@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from megatron_sffn.accounting import RankMemory, flops_per_token, memory_per_rank
 from megatron_sffn.planning.cluster import MEMORY_RESERVE, Cluster
-from megatron_sffn.planning.layouts import Base, Candidate, valid_candidates, workload_of
+from megatron_sffn.planning.layouts import Base, Candidate, Refusals, valid_candidates, workload_of
 from megatron_sffn.planning.step_time import StepTime, step_time
 from megatron_sffn.planning.traffic import Traffic, step_traffic
 from megatron_sffn.planning.workload import Workload
@@ -120,7 +120,7 @@ def search(base: Base, cluster: Cluster, *, top: int = 1, progress: Progress = i
     """
     valid, refusals = valid_candidates(base, cluster.gpus)
     if not valid:
-        raise ConfigError(_none_valid(cluster, refusals.counts, refusals.examples))
+        raise ConfigError(_none_valid(cluster, refusals))
     plans = [plan_of(base, candidate, cluster) for candidate in progress(valid)]
     plans.sort(key=lambda plan: (plan.time.total, plan.memory.total))
     fitting = [plan for plan in plans if plan.fits]
@@ -151,8 +151,9 @@ def _confirmed(base: Base, plans: list[Plan], top: int, refused: Counter[str]) -
     return accepted
 
 
-def _none_valid(cluster: Cluster, counts: Counter[str], examples: dict[str, str]) -> str:
+def _none_valid(cluster: Cluster, refusals: Refusals) -> str:
     """The sentence for a run without a valid layout."""
+    counts = refusals.counts
     if not counts:
         return (
             f"--gpus {cluster.gpus} are fewer than the ranks of the layout that the flags give; "
@@ -160,10 +161,10 @@ def _none_valid(cluster: Cluster, counts: Counter[str], examples: dict[str, str]
         )
     flag, count = counts.most_common(1)[0]
     if counts.total() == 1:
-        return examples[flag]
+        return refusals.examples[flag]
     return (
         f"--gpus {cluster.gpus} have no valid layout: {count:,} of {counts.total():,} are refused "
-        f"by one rule, for example {examples[flag]}"
+        f"by one rule, for example {refusals.examples[flag]}"
     )
 
 

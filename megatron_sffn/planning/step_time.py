@@ -6,8 +6,8 @@ rest on is in docs/planning.md, and `planning/published.py` compares them with p
 Design notes
 - Matrix products run at `Cluster.flops`. Attention's scores count without the causal half, as in
   `accounting`: kernels that skip the half reach about half the rate of large products.
-- Of the products around the sparse blocks, only memory traffic is added: norms, residuals and
-  activations in `PASSES`, the router's scores, the reading of the cells.
+- Beside the products, kernels that only move numbers take the traffic of their passes: norms and
+  residuals (`HIDDEN_PASSES`), activations (`CELL_PASSES`), scores and logits (`SCORE_PASSES`).
 - Exchanges, collectives of tensor parallelism and transfers between stages are not hidden, unless
   the run chunks its exchange or interleaves its stages.
 - One step takes m + (p - 1)/v times the slowest stage's microbatch, with m microbatches, p stages
