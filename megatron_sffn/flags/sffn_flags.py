@@ -232,15 +232,19 @@ def sffn_config(args: Namespace) -> SparseFFNConfig | None:
     )
 
 
-def node_size(args: Namespace) -> int:
+def node_size(args: Namespace, local_ranks: int | None = None) -> int:
     """Ranks of a node if tokens travel in two steps; 0 if they go to each rank directly.
 
-    Without `--sffn-node-size` it is torchrun's LOCAL_WORLD_SIZE, if the ranks that hold the blocks
-    fill several whole nodes.
+    Without `--sffn-node-size` it is the ranks of a node, if the ranks that hold the blocks fill
+    several whole nodes.
+
+    Args:
+        args: Megatron's namespace.
+        local_ranks: ranks of a node; None for torchrun's LOCAL_WORLD_SIZE.
     """
     if args.sffn_node_size is not None:
         return int(args.sffn_node_size)
-    size = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) if local_ranks is None else local_ranks
     etp_size = args.expert_tensor_parallel_size or 1
     expert_ranks = args.expert_model_parallel_size * etp_size
     has_whole_nodes = size > 1 and expert_ranks % size == 0 and size % etp_size == 0

@@ -11,6 +11,7 @@ group-limited routing. Neither tensors nor Megatron are imported.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -100,18 +101,28 @@ def visit_probability(sffn: SparseFFNConfig, layout: ParallelLayout) -> float:
     K blocks within them. Where ranks and groups do not have the same bounds, ranks differ; the
     result is their mean.
     """
-    blocks, active = sffn.num_blocks, sffn.num_active_blocks
-    assert blocks % layout.ep == 0, (blocks, layout)
-    groups, group_topk = layout.router_groups, layout.router_group_topk
+    assert sffn.num_blocks % layout.ep == 0, (sffn.num_blocks, layout)
+    return _visit_probability(
+        sffn.num_blocks,
+        sffn.num_active_blocks,
+        layout.ep,
+        layout.router_groups,
+        layout.router_group_topk,
+    )
+
+
+@functools.cache
+def _visit_probability(blocks: int, active: int, ep: int, groups: int, group_topk: int) -> float:
+    """`visit_probability` of its numbers; a plan asks for the same ones in thousands of layouts."""
     allowed = group_topk * (blocks // groups)
     # In integers: C(65536, 4096) has 6,600 digits, and Python still rounds the quotient correctly.
     missed = sum(
         ranks * choices * math.comb(allowed - own_blocks, active)
-        for held_blocks, ranks in _ranks_by_held_blocks(blocks, layout.ep, groups).items()
+        for held_blocks, ranks in _ranks_by_held_blocks(blocks, ep, groups).items()
         for own_blocks, choices in _choices_by_own_blocks(held_blocks, groups, group_topk).items()
     )
     all_choices = math.comb(groups, group_topk) * math.comb(allowed, active)
-    return 1 - missed / (layout.ep * all_choices)
+    return 1 - missed / (ep * all_choices)
 
 
 def _ranks_by_held_blocks(blocks: int, ep: int, groups: int) -> Counter[tuple[int, ...]]:

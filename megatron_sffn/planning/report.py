@@ -1,0 +1,240 @@
+"""Plans as tables, flat records, and a plot.
+
+Inputs: outcomes of a search. Outputs: text, dicts for JSON and CSV, a PNG file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sffn.planning.block_estimates import MEASURED_ON_CPU
+from megatron_sffn.planning.reasons import why_best, why_not
+from megatron_sffn.planning.search import SECONDS_PER_DAY, Outcome, Plan
+from megatron_sffn.utils.errors import ConfigError
+from megatron_sffn.utils.human_size import human_count, human_size
+from megatron_sffn.utils.text_table import text_table
+
+SIZES = ("TP", "PP", "VP", "EP", "ETP", "MB")
+"""Headings of the sizes of a layout; VP is chunks of a stage, MB sequences of a microbatch."""
+
+RESULTS = ("memory", "step s", "MFU", "tokens/s", "tokens/day", "days", "cost")
+
+FASTER_SHOWN = 3
+"""Layouts that would be faster than the best but do not fit, shown at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """The best layout of one number of GPUs and one block size.
+
+    Args:
+        gpus: number of GPUs.
+        block_size: g; None for the one that the flags give.
+        outcome: None if there is a reason.
+        reason: a sentence.
+    """
+
+    gpus: int
+    block_size: int | None
+    outcome: Outcome | None = None
+    reason: str | None = None
+
+
+def layouts_table(outcome: Outcome, tokens: float | None, top: int) -> str:
+    """The best layouts, then faster ones that do not fit, with a reason for each."""
+    best = outcome.best
+    faster = [plan for plan in outcome.too_large if plan.time.total < best.time.total]
+    plans = [*outcome.plans[:top], *faster[:FASTER_SHOWN]]
+    reasons = ["why", why_best(outcome), *(why_not(plan, best) for plan in plans[1:])]
+    rows = [(*SIZES, *RESULTS), *(_cells(plan, tokens) for plan in plans)]
+    lines = [
+        f"{row}  {reason}"
+        for row, reason in zip(text_table(rows).splitlines(), reasons, strict=True)
+    ]
+    return "\n".join([*lines, "", *_counts(outcome)])
+
+
+def _cells(plan: Plan, tokens: float | None) -> tuple[str, ...]:
+    """The sizes and the results of a plan."""
+    sizes = map(str, dataclasses.astuple(plan.candidate))
+    cost = None if tokens is None else plan.cost(tokens)
+    rate = plan.tokens_per_second
+    return (
+        *sizes,
+        human_size(plan.memory.total),
+        f"{plan.time.total:.3g}",
+        f"{plan.mfu:.1%}",
+        human_count(rate).strip(),
+        human_count(rate * SECONDS_PER_DAY).strip(),
+        "-" if tokens is None else f"{plan.days(tokens):.3g}",
+        "-" if cost is None else f"{cost:,.0f}",
+    )
+
+
+def _counts(outcome: Outcome) -> list[str]:
+    """How many layouts were looked at."""
+    lines = [
+        f"{len(outcome.plans):,} layouts fit, {len(outcome.too_large):,} do not fit, "
+        f"{outcome.refused.total():,} are refused"
+    ]
+    if outcome.refused:
+        counts = (f"{flag} ({count:,})" for flag, count in outcome.refused.most_common())
+        lines.append(f"refused for: {', '.join(counts)}")
+    return lines
+
+
+def winner(plan: Plan) -> str:
+    """The memory, the traffic and the flags of the best layout."""
+    memory, traffic = plan.memory, plan.traffic
+    kinds = ("weights", "gradients", "optimizer", "router_tables", "activations")
+    held = (f"{kind.replace('_', ' ')} {human_size(getattr(memory, kind))}" for kind in kinds)
+    sent = (
+        f"{kind} {human_size(getattr(traffic, kind))}"
+        for kind in ("tensor", "expert", "gradients", "parameters", "pipeline")
+    )
+    return "\n".join(
+        [
+            f"memory of the fullest rank: {' · '.join(held)}",
+            f"sent by a rank in a step: {human_size(traffic.total)} = {' · '.join(sent)}; of "
+            f"expert, {human_size(traffic.expert_network)} leave the node",
+            f"flags of the best: {' '.join(plan.candidate.flags())}",
+        ]
+    )
+
+
+def cases_table(cases: Sequence[Case], tokens: float | None) -> str:
+    """The best layout of each number of GPUs and block size; below it reasons of the others."""
+    headings = ("GPUs", "g", *SIZES, *RESULTS, "blocks/dense", "CPU/dense")
+    rows: list[tuple[str, ...]] = [headings]
+    for case in cases:
+        name = (f"{case.gpus:,}", "" if case.block_size is None else str(case.block_size))
+        if case.outcome is None:
+            rows.append((*name, *"-" * (len(headings) - 2)))
+            continue
+        best = case.outcome.best
+        rows.append((*name, *_cells(best, tokens), *_ratios(best)))
+    reasons = [
+        f"{case.gpus:,} GPUs{'' if case.block_size is None else f', g = {case.block_size}'}: "
+        f"{case.reason}"
+        for case in cases
+        if case.reason is not None
+    ]
+    return "\n".join(
+        [
+            text_table(rows),
+            "",
+            "blocks/dense: time of the block products over dense ones, derived (roofline); "
+            "CPU/dense: measured on a CPU, commit aa31707, not used",
+            *reasons,
+        ]
+    )
+
+
+def _ratios(plan: Plan) -> tuple[str, str]:
+    """The derived ratio of the block products, and the measured one of the nearest setting."""
+    sffn, ratio = plan.workload.shape.sffn, plan.time.block_ratio
+    if sffn is None or ratio is None:
+        return "-", "-"
+    measured = MEASURED_ON_CPU.get((sffn.block_size, sffn.expansion))
+    return f"{ratio:.2f}", "-" if measured is None else f"{measured:.2f}"
+
+
+def record(plan: Plan, tokens: float | None, reason: str) -> dict[str, Any]:
+    """A plan as one flat record, for JSON and CSV."""
+    sffn = plan.workload.shape.sffn
+    return {
+        "gpus": plan.cluster.gpus,
+        "block_size": None if sffn is None else sffn.block_size,
+        **dataclasses.asdict(plan.candidate),
+        "fits": plan.fits,
+        "reason": reason,
+        "step_seconds": plan.time.total,
+        "mfu": plan.mfu,
+        "tokens_per_second": plan.tokens_per_second,
+        "tokens_per_day": plan.tokens_per_second * SECONDS_PER_DAY,
+        "days": None if tokens is None else plan.days(tokens),
+        "cost": None if tokens is None else plan.cost(tokens),
+        "memory": plan.memory.total,
+        **{f"memory_{name}": value for name, value in dataclasses.asdict(plan.memory).items()},
+        **{f"sent_{name}": value for name, value in dataclasses.asdict(plan.traffic).items()},
+        **{f"seconds_{name}": value for name, value in dataclasses.asdict(plan.time).items()},
+        "provenance": "derived",
+    }
+
+
+def records(outcome: Outcome, tokens: float | None, top: int) -> list[dict[str, Any]]:
+    """The best layouts as records."""
+    first, *others = outcome.plans[:top]
+    return [
+        record(first, tokens, why_best(outcome)),
+        *(record(plan, tokens, why_not(plan, first)) for plan in others),
+    ]
+
+
+def plot(cases: Sequence[Case], tokens: float, path: Path) -> None:
+    """Cost over the number of GPUs, a line for each block size.
+
+    Args:
+        cases: to plot; those without an outcome are left out.
+        tokens: budget.
+        path: path of the PNG file.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines: dict[int | None, dict[int, Plan]] = {}
+    for case in cases:
+        if case.outcome is not None:
+            lines.setdefault(case.block_size, {})[case.gpus] = case.outcome.best
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    _plot_lines(left, {size: _costs(plans, tokens) for size, plans in lines.items()})
+    by_size: dict[int | None, dict[int, float]] = {}
+    for size, plans in lines.items():
+        for gpus, cost in _costs(plans, tokens).items():
+            if size is not None:
+                by_size.setdefault(gpus, {})[size] = cost
+    _plot_lines(right, by_size)
+    has_price = any(plan.cluster.price for plans in lines.values() for plan in plans.values())
+    for axes, label in ((left, "GPUs"), (right, "block size g")):
+        axes.set_xlabel(label)
+        axes.set_ylabel("cost" if has_price else "GPU hours")
+    left.legend(title="g", frameon=False)
+    if by_size:
+        right.legend(title="GPUs", frameon=False)
+    figure.suptitle(f"the best layout's cost of {human_count(tokens).strip()} tokens (derived)")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--plot {path} cannot be written ({error}); give a path in a folder that is "
+            "there, and that ends in .png"
+        ) from error
+    finally:
+        pyplot.close(figure)
+
+
+def _costs(plans: Mapping[int, Plan], tokens: float) -> dict[int, float]:
+    """Number of GPUs -> cost, or GPU hours where the price is not known."""
+    return {
+        gpus: plan.cost(tokens) or plan.days(tokens) * 24 * gpus for gpus, plan in plans.items()
+    }
+
+
+def _plot_lines(axes: Any, lines: Mapping[int | None, Mapping[int, float]]) -> None:
+    """One line for each key, over logarithmic axes."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=name or "as given")
+    ticks = sorted({point for points in lines.values() for point in points})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)

@@ -1,0 +1,264 @@
+"""Seconds of one training step: computing, waiting for other ranks, and the pipeline's bubble.
+
+Inputs: a `Workload` and a `Cluster`. Outputs: a `StepTime`. All numbers are derived; what they
+rest on is in docs/planning.md, and `planning/published.py` compares them with published runs.
+
+Design notes
+- Matrix products run at `Cluster.flops`. Attention's scores count without the causal half, as in
+  `accounting`: kernels that skip the half reach about half the rate of large products.
+- Beside the products, kernels that only move numbers take the traffic of their passes: norms and
+  residuals (`HIDDEN_PASSES`), activations (`CELL_PASSES`), scores and logits (`SCORE_PASSES`).
+- Exchanges, collectives of tensor parallelism and transfers between stages are not hidden, unless
+  the run chunks its exchange or interleaves its stages.
+- One step takes m + (p - 1)/v times the slowest stage's microbatch, with m microbatches, p stages
+  and v chunks per stage (Narayanan et al. 2021, arXiv 2104.04473).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from megatron_sffn.accounting.memory import held_parameters
+from megatron_sffn.accounting.pipeline_stages import Stage
+from megatron_sffn.planning.block_estimates import estimate_blocks
+from megatron_sffn.planning.cluster import COLLECTIVE_LATENCY, Cluster
+from megatron_sffn.planning.traffic import (
+    BACKWARD_COLLECTIVES,
+    FORWARD_COLLECTIVES,
+    backward_exchanges,
+    exchange,
+    pipeline_transfer_bytes,
+    replica_bytes,
+    tensor_collective_bytes,
+    tensor_collectives,
+)
+from megatron_sffn.planning.workload import Workload
+
+HIDDEN_PASSES = 16
+"""Times that norms, residuals and RoPE read or write `[T, D]` in a layer, forward: assumed."""
+
+CELL_PASSES = 4
+"""Times that the activation reads or writes `[T, cells]` of a dense MLP, forward: assumed."""
+
+SCORE_PASSES = 6
+"""Times that a router, or the loss, reads or writes its fp32 scores, forward: assumed."""
+
+SCORE_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step.
+
+    Args:
+        compute: of the slowest stage's own work, recomputation and optimizer included.
+        tensor: waiting for collectives of tensor parallelism.
+        expert: waiting for dispatch and combine.
+        pipeline: waiting for transfers between stages.
+        data: waiting for gradients and parameters of replicas.
+        bubble: waiting for other stages at the start and at the end of a step.
+        block_ratio: time of the block products over dense ones; None without sparse layers.
+        backend: backend of the blocks; None without sparse layers.
+    """
+
+    compute: float
+    tensor: float
+    expert: float
+    pipeline: float
+    data: float
+    bubble: float
+    block_ratio: float | None = None
+    backend: str | None = None
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        waiting = self.tensor + self.expert + self.pipeline + self.data
+        return self.compute + waiting + self.bubble
+
+
+class _Clock:
+    """Seconds of the parts of one microbatch on one rank.
+
+    Args:
+        workload: the run.
+        cluster: where it runs.
+    """
+
+    def __init__(self, workload: Workload, cluster: Cluster) -> None:
+        self.workload, self.cluster = workload, cluster
+        self.shape, self.layout, self.setup = workload.shape, workload.layout, workload.setup
+        self.blocks = None if self.shape.sffn is None else estimate_blocks(workload, cluster)
+        self.exchange = exchange(workload, cluster)
+
+    def products(self, flops: float) -> float:
+        """Large matrix products."""
+        return flops / self.cluster.flops
+
+    def moves(self, num_bytes: float) -> float:
+        """Traffic to and from the GPU's memory."""
+        return num_bytes / self.cluster.memory_bytes
+
+    def scores(self) -> float:
+        """Attention's scores and weighted sum, forward."""
+        flops = 4 * self.shape.seq_length * self.shape.query_width
+        return self.products(self.workload.tokens * flops / self.layout.tp)
+
+    def attention(self) -> float:
+        """Attention with both norms and residuals of a layer, forward."""
+        shape, width = self.shape, self.shape.hidden_size
+        flops = 2 * width * (shape.projected_width + shape.query_width)
+        hidden = self.workload.own_tokens * width * self.layout.bytes_per_number
+        projections = self.products(self.workload.tokens * flops / self.layout.tp)
+        return projections + self.scores() + self.moves(HIDDEN_PASSES * hidden)
+
+    def mlp(self, cells: int) -> float:
+        """A dense MLP, forward."""
+        values = self.workload.tokens * cells / self.layout.tp
+        activation = CELL_PASSES * values * self.layout.bytes_per_number
+        return self.products(2 * values * self.shape.dense_cell) + self.moves(activation)
+
+    def router(self) -> float:
+        """The scores and the selection of a sparse layer, forward."""
+        sffn, tokens = self.shape.sffn, self.workload.own_tokens
+        assert sffn is not None, "a dense model has no router"
+        flops = sffn.router.flops(sffn, self.shape.hidden_size, gated=self.shape.gated)
+        scores = SCORE_PASSES * SCORE_BYTES * sffn.num_blocks * tokens
+        return self.products(tokens * flops) + self.moves(scores)
+
+    def cells(self, *, backward: bool) -> float:
+        """The block products of a sparse layer, at least the traffic of the rank's own cells."""
+        sffn = self.shape.sffn
+        assert sffn is not None and self.blocks is not None, "a dense model has no blocks"
+        flops = 2 * sffn.chosen_cells * self.shape.sparse_cell * self.workload.own_tokens
+        computing = self.blocks.ratio * self.products(flops) * (2 if backward else 1)
+        weights = self.shape.sparse_cell * sffn.num_cells / self.layout.expert_ranks
+        per_weight = self.layout.bytes_per_number
+        if backward:  # the fp32 gradient of the microbatches before is read and written
+            per_weight += 2 * self.setup.gradient_bytes
+        return max(computing, self.moves(weights * per_weight))
+
+    def feed_forward(self, *, sparse: bool, backward: bool) -> float:
+        """The MLP of a layer, dense or sparse, in one pass."""
+        factor = 2 if backward else 1
+        if not sparse:
+            return factor * self.mlp(self.shape.ffn_hidden_size)
+        assert self.shape.sffn is not None, "a dense model has no sparse layer"
+        shared = self.mlp(self.shape.sffn.shared_cells)
+        return factor * (self.router() + shared) + self.cells(backward=backward)
+
+    def collectives(self, count: float) -> float:
+        """Collectives of tensor parallelism."""
+        rate = self.cluster.ring_bytes(self.layout.tp)
+        return count * (COLLECTIVE_LATENCY + tensor_collective_bytes(self.workload) / rate)
+
+    def exchanged(self, passes: float) -> float:
+        """Exchanges of a sparse layer; what travels in the node and between nodes overlaps."""
+        if not self.exchange.total:
+            return 0.0
+        within = (self.exchange.total - self.exchange.network) / self.cluster.node_bytes
+        between = self.exchange.network / self.cluster.network_bytes
+        return passes * (2 * COLLECTIVE_LATENCY + max(within, between))
+
+    def exposed(self, exchanged: float, computing: float) -> float:
+        """The part of an exchange that chunks do not hide behind the blocks' computing."""
+        chunks = 1 if self.shape.sffn is None else self.shape.sffn.exchange_chunks
+        hidden = min(exchanged, computing) * (chunks - 1) / chunks
+        return exchanged - hidden
+
+    def layer(self, *, sparse: bool) -> dict[str, float]:
+        """Seconds of a layer, forward, recomputed and backward, by kind."""
+        setup = self.setup
+        full = setup.recompute == "full"
+        again_mlp = full or setup.recomputes("moe" if sparse else "mlp")
+        forward = self.feed_forward(sparse=sparse, backward=False)
+        compute = (4 if full else 3) * self.attention()
+        compute += (2 if again_mlp else 1) * forward
+        compute += self.feed_forward(sparse=sparse, backward=True)
+        if setup.recomputes("core_attn"):
+            compute += self.scores()
+        count = FORWARD_COLLECTIVES * (2 if full else 1) + BACKWARD_COLLECTIVES
+        places = tensor_collectives(self.workload, sparse=sparse)
+        seconds = {"compute": compute, "tensor": self.collectives(count * places), "expert": 0.0}
+        if sparse:
+            passes = 2 if again_mlp else 1
+            seconds["expert"] = passes * self.exposed(
+                self.exchanged(1), self.cells(backward=False)
+            ) + self.exposed(
+                self.exchanged(backward_exchanges(self.workload)), self.cells(backward=True)
+            )
+        return seconds
+
+    def head(self) -> float:
+        """Logits and loss, forward and backward."""
+        numbers = self.workload.tokens * self.shape.padded_vocab_size / self.layout.tp
+        logits = 3 * self.products(2 * numbers * self.shape.hidden_size)
+        return logits + self.moves(SCORE_PASSES * SCORE_BYTES * numbers)
+
+    def transfers(self) -> float:
+        """Transfers to the neighbour stages; interleaved stages hide them."""
+        if self.layout.pp == 1 or self.layout.virtual_stages > 1:
+            return 0.0
+        stage_ranks = self.layout.world_size // self.layout.pp
+        leaves_node = self.cluster.leaves_node(2, stage_ranks)
+        rate = self.cluster.network_bytes if leaves_node else self.cluster.node_bytes
+        return 2 * (COLLECTIVE_LATENCY + pipeline_transfer_bytes(self.workload) / rate)
+
+    def stage(self, stage: Stage, layers: dict[bool, dict[str, float]]) -> dict[str, float]:
+        """Seconds of one microbatch of a stage, by kind."""
+        seconds = dict.fromkeys(("compute", "tensor", "expert"), 0.0)
+        for sparse, count in Counter(stage.layers).items():
+            for kind, value in layers[sparse].items():
+                seconds[kind] += count * value
+        seconds["compute"] += self.head() if stage.last else 0.0
+        seconds["pipeline"] = self.transfers()
+        return seconds
+
+    def optimizer(self) -> float:
+        """The optimizer's step: it reads and writes state, weights and gradients once."""
+        layout, setup = self.layout, self.setup
+        held = held_parameters(self.shape, self.workload.stages()[0], layout)
+        numbers: float = held.cells + held.rest
+        gradients = 2 * setup.gradient_bytes * numbers  # the norm and the clipping read all
+        if setup.distributed_optimizer:
+            numbers = held.cells / layout.expert_dp + held.rest / layout.dp
+        state = 2 * setup.state_bytes(layout) + layout.bytes_per_number
+        return self.moves(gradients + state * numbers)
+
+    def replicas(self, *, parameters: bool) -> float:
+        """Collectives over data-parallel ranks."""
+        layout = self.layout
+        rest, cells = replica_bytes(self.workload, parameters=parameters)
+        dense_rate = self.cluster.ring_bytes(layout.dp, layout.tp * layout.cp)
+        cell_rate = self.cluster.ring_bytes(layout.expert_dp, layout.expert_ranks)
+        return rest / dense_rate + cells / cell_rate
+
+
+def step_time(workload: Workload, cluster: Cluster) -> StepTime:
+    """Seconds of a step of the run on the cluster."""
+    clock, layout, setup = _Clock(workload, cluster), workload.layout, workload.setup
+    layers = {sparse: clock.layer(sparse=sparse) for sparse in set(workload.pattern)}
+    stages = [clock.stage(stage, layers) for stage in workload.stages()]
+    slowest = max(stages, key=lambda seconds: sum(seconds.values()))
+    microbatch = sum(slowest.values())
+    # A third of a microbatch runs forward, and two thirds backward.
+    hidden = {
+        False: 2 / 3 * microbatch if workload.overlaps_gradients else 0.0,
+        True: 1 / 3 * microbatch if workload.overlaps_parameters else 0.0,
+    }
+    data = sum(
+        max(0.0, clock.replicas(parameters=parameters) - hidden[parameters])
+        for parameters in (False, True)
+    )
+    count = setup.num_microbatches
+    return StepTime(
+        compute=count * slowest["compute"] + clock.optimizer(),
+        tensor=count * slowest["tensor"],
+        expert=count * slowest["expert"],
+        pipeline=count * slowest["pipeline"],
+        data=data,
+        bubble=(layout.pp - 1) / layout.virtual_stages * microbatch,
+        block_ratio=None if clock.blocks is None else clock.blocks.ratio,
+        backend=None if clock.blocks is None else clock.blocks.backend,
+    )

@@ -1,0 +1,97 @@
+"""Seconds of a step equal closed forms by hand, and move the right way with the cluster."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_sffn.accounting import flops_per_token
+from megatron_sffn.nn.parallel_layout import ParallelLayout
+from megatron_sffn.planning.block_estimates import estimate_blocks
+from megatron_sffn.planning.cluster import Cluster
+from megatron_sffn.planning.step_time import step_time
+from tests.planning.runs import cluster, workload
+
+LAYOUTS = (
+    ParallelLayout(world_size=16),
+    ParallelLayout(world_size=16, tp=2, ep=4),
+    ParallelLayout(world_size=16, ep=16),
+    ParallelLayout(world_size=16, pp=2, ep=2, etp=2),
+    ParallelLayout(world_size=16, pp=4, virtual_stages=2),
+)
+
+
+def test_on_one_gpu_a_dense_step_without_memory_traffic_takes_its_flops_over_the_rate() -> None:
+    run = workload(ParallelLayout(), sparse=False)
+    fast_memory = cluster(1, memory_bandwidth=1e30)
+    flops = 3 * flops_per_token(run.shape).total * run.step_tokens
+    time = step_time(run, fast_memory)
+    assert time.total == pytest.approx(flops / fast_memory.flops)
+    assert time.total == time.compute
+    assert time.block_ratio is None
+
+
+def test_full_recomputation_takes_one_more_forward_pass_of_the_layers() -> None:
+    fast_memory = cluster(1, memory_bandwidth=1e30)
+    stored = workload(ParallelLayout(), sparse=False)
+    recomputed = replace(stored, setup=replace(stored.setup, recompute="full"))
+    forward = flops_per_token(stored.shape)
+    extra = (forward.total - forward.logits) * stored.step_tokens / fast_memory.flops
+    difference = step_time(recomputed, fast_memory).total - step_time(stored, fast_memory).total
+    assert difference == pytest.approx(extra)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_the_bubble_is_that_of_the_schedule(chunks: int) -> None:
+    layout = ParallelLayout(pp=4, virtual_stages=chunks)
+    few = step_time(workload(layout, microbatches=4), cluster())
+    many = step_time(workload(layout, microbatches=5), cluster())
+    microbatch = many.total - few.total
+    assert few.bubble == many.bubble == pytest.approx(3 / chunks * microbatch)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", ["peak_flops", "memory_bandwidth", "node_bandwidth", "network_bandwidth"]
+)
+def test_a_faster_card_or_link_never_makes_a_step_slower(layout: ParallelLayout, name: str) -> None:
+    run, slow = workload(layout), cluster(16)
+    times = [
+        step_time(run, cluster(16, **{name: factor * getattr(slow.card, name)})).total
+        for factor in (0.5, 1, 2, 8)
+    ]
+    assert times == sorted(times, reverse=True)
+
+
+def test_gradients_hide_behind_the_backward_pass_where_the_run_overlaps_them() -> None:
+    exposed = workload(ParallelLayout(world_size=16))
+    hidden = replace(exposed, overlaps_gradients=True, overlaps_parameters=True)
+    assert step_time(hidden, cluster(16)).data < step_time(exposed, cluster(16)).data
+
+
+def test_blocks_narrower_than_a_tile_cost_more_and_coarse_blocks_cost_as_a_dense_layer() -> None:
+    run = workload(ParallelLayout())
+    assert run.shape.sffn is not None
+    ratios = []
+    for size in (1024, 256, 32):
+        sffn = replace(run.shape.sffn, block_size=size)
+        shaped = replace(run, shape=replace(run.shape, sffn=sffn))
+        ratios.append(estimate_blocks(shaped, cluster()).ratio)
+    assert 1 < ratios[0] < ratios[1] < ratios[2]
+    # At g = 32 all cells are computed and masked: 1.1 · E.
+    assert ratios[2] == pytest.approx(1.1 * 4)
+
+
+def test_a_ring_over_nodes_uses_the_network_cards_of_all_its_members() -> None:
+    node = cluster(16)
+    assert node.ring_bytes(8) == node.node_bytes
+    assert node.ring_bytes(16) == 8 * node.network_bytes
+    assert node.ring_bytes(2, 8) == node.network_bytes
+
+
+def test_efficiency_scales_the_products() -> None:
+    run = workload(ParallelLayout(), sparse=False)
+    fast = cluster(1, memory_bandwidth=1e30)
+    half = Cluster(gpus=1, gpus_per_node=8, card=fast.card, efficiency=fast.efficiency / 2)
+    assert step_time(run, half).total == pytest.approx(2 * step_time(run, fast).total)
