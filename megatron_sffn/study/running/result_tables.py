@@ -32,9 +32,7 @@ from megatron_sffn.utils.atomic_files import atomic_path, read_json_object, read
 TENSORBOARD = "tensorboard"
 """Folder of TensorBoard's events in that of a run."""
 TAIL = 0.1
-"""Share of the training steps whose mean loss is the tail average."""
-TAIL_EVALUATIONS = 3
-"""Number of evaluations in the tail average of the validation loss."""
+"""Share of the steps, the last ones, whose mean loss is the tail average."""
 SUMMARY_COLUMNS = (
     "router",
     "block_size",
@@ -56,6 +54,18 @@ SUMMARY_COLUMNS = (
     "commit",
 )
 """Keys of a summary that are columns of the results."""
+IN_OTHER_COLUMNS = (
+    "sffn-router",
+    "sffn-block-size",
+    "sffn-expansion",
+    "sffn-active-cells",
+    "ffn-hidden-size",
+    "hidden-size",
+    "num-layers",
+    "seed",
+    "lr",
+)
+"""Flags whose values other columns have."""
 
 
 def write_tables(folder: Path, forecasts: Sequence[Forecast], runs: Mapping[str, Path]) -> int:
@@ -88,8 +98,6 @@ def _row(
 ) -> dict[str, Any]:
     """The row of a finished run."""
     run, rate = forecast.run, summary.get("tokens_per_second")
-    training = [loss["loss"] for loss in losses if loss["set"] == "training"]
-    validation = [loss["loss"] for loss in losses if loss["set"] == "validation"]
     versions = {f"version_{name}": value for name, value in summary.get("versions", {}).items()}
     return {
         "run": run.name,
@@ -100,22 +108,24 @@ def _row(
         "num_layers": (summary.get("model") or {}).get("num_layers"),
         "training_flops": forecast.flops,
         "seconds": summary["tokens"] / rate if rate else None,
-        "training_loss_tail": _tail(training, max(1, round(TAIL * len(training)))),
-        "validation_loss_tail": _tail(validation, TAIL_EVALUATIONS),
+        "training_loss_tail": _tail(losses, "training", summary["iterations"]),
+        "validation_loss_tail": _tail(losses, "validation", summary["iterations"]),
         **_balance(folder),
         **_of_sets(summary, forecast.args),
         **versions,
         **{
             flag.replace("-", "_"): None if value is None else str(value)
             for flag, value in run.settings.items()
-            if flag not in ("seed", "lr")
+            if flag not in IN_OTHER_COLUMNS
         },
     }
 
 
-def _tail(losses: Sequence[float], count: int) -> float | None:
-    """The mean of the last losses; None if there are none."""
-    return fmean(losses[-count:]) if losses else None
+def _tail(losses: Sequence[Mapping[str, Any]], kind: str, iterations: int) -> float | None:
+    """The mean loss of the last steps, or the last loss if there is none among them."""
+    of_kind = [loss for loss in losses if loss["set"] == kind]
+    last = [loss for loss in of_kind if loss["iteration"] > (1 - TAIL) * iterations]
+    return fmean(loss["loss"] for loss in last or of_kind[-1:]) if of_kind else None
 
 
 def _of_sets(summary: Mapping[str, Any], args: Namespace) -> dict[str, float | None]:
