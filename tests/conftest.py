@@ -99,6 +99,8 @@ LONG_MODULES = [
     "data/loading/test_index_cache",
     "examples/test_data",
     "faults/test_hang",
+    "study/test_report",
+    "study/test_report_statistics",
 ]
 """Modules that take more than 12 seconds, the longest first; `make test-fast` leaves them out."""
 
