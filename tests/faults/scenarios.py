@@ -78,7 +78,7 @@ def assert_equal_results(save: Path, log: str, undisturbed_job: Job) -> None:
 def _results(save: Path) -> dict[str, object]:
     """The summary without what may differ from run to run: speed, command, checkpoint, commit."""
     summary = json.loads((save / "summary.json").read_text())
-    varying = ("tokens_per_second", "command", "started_from", "commit")
+    varying = ("tokens_per_second", "peak_memory_bytes", "command", "started_from", "commit")
     return {name: value for name, value in summary.items() if name not in varying}
 
 

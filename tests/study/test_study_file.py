@@ -39,15 +39,16 @@ def test_a_value_of_several_words_gives_several_words(write_study: WriteStudy) -
         {"moe-router-load-balancing-type": "aux_loss", "adam-beta2": None, "sffn-layers": "2 3"}
     ]
     (run,) = read_study(write_study(points)).runs
-    expected = ["--moe-router-load-balancing-type", "aux_loss", "--sffn-layers", "2", "3"]
-    assert list(run.flags[-5:]) == expected
-    assert run.name == "moe-router-load-balancing-type=aux_loss-layers=2_3"
+    expected = "--moe-router-load-balancing-type aux_loss --weight-decay 0 --sffn-layers 2 3"
+    assert list(run.flags[-7:]) == expected.split()
+    assert run.name == "moe-router-load-balancing-type=aux_loss-weight-decay=0-layers=2_3"
 
 
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
         ({"paralel": 2}, "the key paralel is unknown; did you mean parallel?"),
+        ({"sizes": {"cpu": {"rank": 2}}}, "the key rank is unknown; did you mean ranks?"),
         ({"points": []}, "the key points is missing"),
         ({"points": {"sffn-router": "dense"}}, "points has to be a list"),
         ({"points": ["dense"]}, "'dense' has to be flags with their values"),

@@ -227,6 +227,7 @@ def test_the_summary_has_losses_counts_and_the_layout(
     path = run_summary.write_summary(shape())
     assert path == tmp_path / "run" / "summary.json"
     summary = json.loads(path.read_text())
+    assert summary.pop("peak_memory_bytes") > 1e8  # this process has imported torch
     assert summary.pop("versions").keys() == {"python", "megatron-sffn", "megatron-core", "torch"}
     described = describe_run(run_summary.args, shape())
     assert {name: summary.pop(name) for name in described} == described

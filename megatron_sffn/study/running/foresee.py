@@ -106,6 +106,10 @@ def _forecast(run: StudyRun, study: Study, checked_data: set[str]) -> Forecast:
                 "--train-iters is missing, which makes runs comparable; give it, or target-flops "
                 "in the study's file"
             )
+        if run.is_fitted and not (args.sffn_eval_iters or args.full_validation):
+            raise ConfigError(
+                "lr fitted needs a validation loss; give --eval-iters or --full-validation"
+            )
         data = repr([vars(args).get(name) for name in DATA])
         if data not in checked_data:
             with as_first_rank(run.flags, study.ranks):

@@ -13,7 +13,7 @@ import difflib
 import itertools
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,14 +127,20 @@ def read_study(path: Path, size: str | None = None) -> Study:
 def _with_included(path: Path) -> dict[str, Any]:
     """The content of a file and of the file that it includes; its own keys win, flags add up."""
     content = _content(path)
-    for key in content:
+    _check_keys(path, content)
+    for keys in (content.get("sizes") or {}).values():
+        _check_keys(path, _mapping(path, keys))
+    if "include" not in content:
+        return content
+    return _merged(_with_included(path.parent / str(content["include"])), content)
+
+
+def _check_keys(path: Path, keys: Iterable[str]) -> None:
+    for key in keys:
         if key not in KEYS:
             nearest = difflib.get_close_matches(str(key), KEYS, n=1)
             remedy = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(KEYS)}"
             raise ConfigError(f"{path}: the key {key} is unknown; {remedy}")
-    if "include" not in content:
-        return content
-    return _merged(_with_included(path.parent / str(content["include"])), content)
 
 
 def _merged(base: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,7 +266,7 @@ def _run(common: Sequence[str], settings: Mapping[str, Any]) -> StudyRun:
     for flag, value in settings.items():
         if value is True:
             words.append(f"--{flag}")
-        elif value not in (None, False) and (flag, value) != ("lr", FITTED):
+        elif value is not None and value is not False and (flag, value) != ("lr", FITTED):
             words += [f"--{flag}", *shlex.split(str(value))]
     point = {flag: value for flag, value in settings.items() if flag not in NOT_IN_POINT}
     return StudyRun(

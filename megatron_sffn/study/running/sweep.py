@@ -99,15 +99,13 @@ def seconds_left(study: Study, forecasts: Sequence[Forecast]) -> float | None:
     """Seconds until all runs have finished, at the rate of those that have; None without one."""
     flops, seconds, waiting = 0.0, 0.0, 0.0
     for forecast in forecasts:
-        folder = run_folder(study, forecast)
-        rate = read_json_object(folder / SUMMARY).get("tokens_per_second")
         if forecast.reason is not None:
             continue
+        folder = run_folder(study, forecast)
         if not is_finished(folder, forecast):
-            status = state_of(study, forecast).status
-            share = 1 - status.iteration / forecast.train_iters
-            waiting += forecast.flops * share
-        elif rate:
+            steps = state_of(study, forecast).status.iteration
+            waiting += forecast.flops * (1 - steps / forecast.train_iters)
+        elif rate := read_json_object(folder / SUMMARY).get("tokens_per_second"):
             flops, seconds = flops + forecast.flops, seconds + forecast.tokens / rate
     return waiting / study.parallel * seconds / flops if flops else None
 
@@ -164,7 +162,8 @@ class Sweep:
         """Start runs in the free slots; returns those that still wait."""
         left, foreign = [], 0
         for forecast in waiting:
-            slot, ready = self._slots.free(self._running, foreign), self._with_rate(forecast)
+            slot = self._slots.free(self._running, foreign)
+            ready = None if slot is None else self._with_rate(forecast)
             if slot is None or ready is None:
                 left.append(forecast)
                 continue
