@@ -35,9 +35,8 @@ def test_lists_are_combined_and_seeds_and_rates_make_no_new_point(write_study: W
 
 
 def test_a_value_of_several_words_gives_several_words(write_study: WriteStudy) -> None:
-    points = [
-        {"moe-router-load-balancing-type": "aux_loss", "adam-beta2": None, "sffn-layers": "2 3"}
-    ]
+    balance = {"moe-router-load-balancing-type": "aux_loss", "weight-decay": 0}
+    points = [{**balance, "adam-beta2": None, "sffn-layers": "2 3"}]
     (run,) = read_study(write_study(points)).runs
     expected = "--moe-router-load-balancing-type aux_loss --weight-decay 0 --sffn-layers 2 3"
     assert list(run.flags[-7:]) == expected.split()
