@@ -92,10 +92,6 @@ def valley(size: Size, point: str, ladder: Ladder) -> Valley:
     losses = tuple(statistics.fmean(row["loss"] for row in rows) for rows in ladder.values())
     place = min(range(len(rates)), key=losses.__getitem__)
     at_edge = len(rates) >= MIN_RATES and place in (0, len(rates) - 1)
-    optimum = None
-    if len(rates) >= MIN_RATES and not at_edge:
-        near = slice(place - 1, place + 2)
-        optimum = bottom(rates[near], losses[near])
     first = next(iter(ladder.values()))[0]
     return Valley(
         point=point,
@@ -105,16 +101,28 @@ def valley(size: Size, point: str, ladder: Ladder) -> Valley:
         rates=rates,
         losses=losses,
         best=rates[place],
-        optimum=optimum,
+        optimum=bottom(rates, losses),
         at_edge=at_edge,
     )
 
 
 def bottom(rates: tuple[float, ...], losses: tuple[float, ...]) -> tuple[float, float] | None:
-    """Rate and loss at the bottom of a parabola in the logarithm of the rate."""
-    middle = math.log(rates[1])
-    curve = numpy.polyfit([math.log(rate) - middle for rate in rates], losses, 2)
+    """Rate and loss at the bottom of a parabola in the logarithm of the rate.
+
+    Args:
+        rates: ascending learning rates.
+        losses: of each rate.
+
+    Returns:
+        None if the best rate is at an edge, or the parabola through it has no bottom.
+    """
+    place = min(range(len(rates)), key=losses.__getitem__)
+    if place in (0, len(rates) - 1):
+        return None
+    near = slice(place - 1, place + 2)
+    middle = math.log(rates[place])
+    curve = numpy.polyfit([math.log(rate) - middle for rate in rates[near]], losses[near], 2)
     if curve[0] <= 0:
         return None
-    bottom = -curve[1] / (2 * curve[0])
-    return math.exp(middle + bottom), float(numpy.polyval(curve, bottom))
+    lowest = -curve[1] / (2 * curve[0])
+    return math.exp(middle + lowest), float(numpy.polyval(curve, lowest))

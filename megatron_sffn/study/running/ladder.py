@@ -55,10 +55,7 @@ def fitted_rate(losses: Mapping[float, float]) -> float:
         The best rate itself if it is at an edge of the ladder.
     """
     finite = {rate: loss for rate, loss in sorted(losses.items()) if math.isfinite(loss)}
-    rates = tuple(finite) or tuple(sorted(losses))[:1]
-    place = min(range(len(rates)), key=lambda index: finite.get(rates[index], math.inf))
-    if place in (0, len(rates) - 1):
-        return rates[place]
-    near = rates[place - 1 : place + 2]
-    fitted = bottom(near, tuple(finite[rate] for rate in near))
-    return rates[place] if fitted is None else fitted[0]
+    if not finite:
+        return min(losses)
+    fitted = bottom(tuple(finite), tuple(finite.values()))
+    return min(finite, key=lambda rate: finite[rate]) if fitted is None else fitted[0]
