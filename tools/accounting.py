@@ -11,9 +11,7 @@ and refuses what a run refuses. All numbers are closed forms of `megatron_sffn.a
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sffn.utils.errors import CommandParser, ConfigError, require, run_command
+from megatron_sffn.utils.tool_output import add_form_flags, print_records
 from megatron_sffn.utils.warning_filters import silence
 
 if TYPE_CHECKING:
@@ -82,9 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="device of the run: CPU kernels of torch and gloo, or CUDA kernels and nccl (default: "
         "the device of this machine)",
     )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON, with all parts of a number")
-    form.add_argument("--csv", action="store_true", help="print the same as CSV")
+    add_form_flags(parser)
     add(
         "--plot",
         type=Path,
@@ -283,13 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     rows, common = rows_of(options, flags)
     records = [record(row) for row in rows]
-    if options.json:
-        print(json.dumps(records, indent=2))
-    elif options.csv:
-        names = list(dict.fromkeys(name for fields in records for name in fields))
-        writer = csv.DictWriter(sys.stdout, fieldnames=names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+    if options.json or options.csv:
+        print_records(records, as_json=options.json)
     else:
         print(common, comparison(rows), sep="\n\n")
     if options.plot is not None:

@@ -12,16 +12,15 @@ measured is in docs/planning.md.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_sffn.utils.errors import CommandParser, ConfigError, require, run_command
+from megatron_sffn.utils.tool_output import add_form_flags, print_records
 from megatron_sffn.utils.warning_filters import silence
 
 if TYPE_CHECKING:
@@ -94,9 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare-gpus", metavar="N,M,...", help="the best layout of each number of GPUs")
     add("--compare-block-sizes", metavar="G,H,...", help="the best of each --sffn-block-size")
     add("--check", action="store_true", help="compare the model with published runs, and end")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON, with all parts of a number")
-    form.add_argument("--csv", action="store_true", help="print the same as CSV")
+    add_form_flags(parser)
     add(
         "--plot",
         type=Path,
@@ -172,17 +169,6 @@ def cases_of(options: Namespace, flags: list[str], gpus: Sequence[int]) -> list[
     return cases
 
 
-def print_records(options: Namespace, records: list[dict[str, Any]]) -> None:
-    """Records as JSON or CSV."""
-    if options.json:
-        print(json.dumps(records, indent=2))
-        return
-    names = list(dict.fromkeys(name for fields in records for name in fields))
-    writer = csv.DictWriter(sys.stdout, fieldnames=names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-
-
 def print_comparison(options: Namespace, flags: list[str]) -> None:
     """The best layouts over numbers of GPUs and block sizes."""
     from megatron_sffn.planning import report
@@ -192,10 +178,8 @@ def print_comparison(options: Namespace, flags: list[str]) -> None:
     cases = cases_of(options, flags, gpus)
     if options.json or options.csv:
         found = [case.outcome for case in cases if case.outcome is not None]
-        print_records(
-            options,
-            [report.record(item.best, options.tokens, why_best(item)) for item in found],
-        )
+        records = [report.record(item.best, options.tokens, why_best(item)) for item in found]
+        print_records(records, as_json=options.json)
     else:
         print(report.cases_table(cases, options.tokens))
 
@@ -209,7 +193,8 @@ def print_layouts(options: Namespace, flags: list[str]) -> None:
     cluster = cluster_of(options, options.gpus)
     outcome = search(parse_base(flags), cluster, top=options.top, progress=shown)
     if options.json or options.csv:
-        print_records(options, report.records(outcome, options.tokens, options.top))
+        records = report.records(outcome, options.tokens, options.top)
+        print_records(records, as_json=options.json)
         return
     print(
         f"{cluster.gpus:,} × {options.gpu}, {cluster.gpus_per_node} per node; products at "

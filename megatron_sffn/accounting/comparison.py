@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sffn.accounting.table import human
-from megatron_sffn.utils.errors import ConfigError
 from megatron_sffn.utils.text_table import text_table
+from megatron_sffn.utils.tool_output import save_plot
 
 COLUMNS = (
     ("", "router"),
@@ -176,15 +176,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.set_xlabel("block size g")
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--plot {path} cannot be written ({error}); give a path in a folder that is "
-            "there, and that ends in .png"
-        ) from error
-    finally:
-        pyplot.close(figure)
+    save_plot(figure, path)
 
 
 def _plot_lines(

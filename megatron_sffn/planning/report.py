@@ -14,9 +14,9 @@ from typing import Any
 from megatron_sffn.planning.block_estimates import MEASURED_ON_CPU
 from megatron_sffn.planning.reasons import why_best, why_not
 from megatron_sffn.planning.search import SECONDS_PER_DAY, Outcome, Plan
-from megatron_sffn.utils.errors import ConfigError
 from megatron_sffn.utils.human_size import human_count, human_size
 from megatron_sffn.utils.text_table import text_table
+from megatron_sffn.utils.tool_output import save_plot
 
 SIZES = ("TP", "PP", "VP", "EP", "ETP", "MB")
 """Headings of the sizes of a layout; VP is chunks of a stage, MB sequences of a microbatch."""
@@ -211,15 +211,7 @@ def plot(cases: Sequence[Case], tokens: float, path: Path) -> None:
     if by_size:
         right.legend(title="GPUs", frameon=False)
     figure.suptitle(f"the best layout's cost of {human_count(tokens).strip()} tokens (derived)")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--plot {path} cannot be written ({error}); give a path in a folder that is "
-            "there, and that ends in .png"
-        ) from error
-    finally:
-        pyplot.close(figure)
+    save_plot(figure, path)
 
 
 def _costs(plans: Mapping[int, Plan], tokens: float) -> dict[int, float]:
