@@ -14,6 +14,27 @@ from megatron_sffn.utils.atomic_files import read_json_object
 from megatron_sffn.utils.errors import ConfigError
 
 SUMMARY = "summary.json"
+SUMMARY_COLUMNS = (
+    "router",
+    "block_size",
+    "expansion",
+    "active_cells",
+    "num_blocks",
+    "num_active_blocks",
+    "seed",
+    "iterations",
+    "tokens",
+    "validation_loss",
+    "validation_perplexity",
+    "parameters_total",
+    "parameters_active",
+    "flops_per_token",
+    "sent_bytes_per_token",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "commit",
+)
+"""Keys of a summary that are columns of the results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +52,17 @@ class Run:
     def setting(self, section: str, name: str) -> Any:
         """A setting of a section of the summary; None if it does not have it."""
         return (self.summary.get(section) or {}).get(name)
+
+    def columns(self) -> dict[str, Any]:
+        """The run as a row of a table of results; None where it has no value."""
+        tokens, rate = self.summary.get("tokens"), self.summary.get("tokens_per_second")
+        return {
+            **{name: self.summary.get(name) for name in SUMMARY_COLUMNS},
+            "lr": self.setting("optimizer", "lr"),
+            "hidden_size": self.setting("model", "hidden_size"),
+            "num_layers": self.setting("model", "num_layers"),
+            "seconds": tokens / rate if tokens and rate else None,
+        }
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:

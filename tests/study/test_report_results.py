@@ -96,3 +96,12 @@ def test_runs_without_a_loss_and_repeated_seeds_are_left_out_and_named(tmp_path:
     assert "Without a finite validation loss, left out: diverged." in out
     assert f"again, left out: {rows[5]['run']}." in out
     assert "Begun and not finished: half." in out
+
+
+def test_losses_of_single_sets_and_versions_are_no_flags_that_a_study_varies(
+    tmp_path: Path,
+) -> None:
+    rows = studies.rows(widths=[128], rates=[1e-3])
+    plain = read_results([Path(studies.write(tmp_path / "plain", rows))]).flags
+    more = [{**row, "loss.code": index, "version.torch": "2"} for index, row in enumerate(rows)]
+    assert read_results([Path(studies.write(tmp_path / "more", more))]).flags == plain

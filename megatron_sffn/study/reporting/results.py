@@ -30,7 +30,8 @@ COLUMNS = (
     *("training_flops", "tokens_per_second", "seconds", "peak_memory_bytes", "load_entropy"),
     *("dead_blocks", "sent_bytes_per_token", "commit"),
 )
-"""Columns of the results that every study may have; any other column is a flag that it varies."""
+"""Columns of the results that every study may have. A column with a dot is of one validation set or
+of one package; any other column is a flag that the study varies."""
 NEEDED = ("run", "point", "router", "seed", "lr", "validation_loss")
 LOSS_COLUMNS = ["run", "set", "iteration", "tokens", "loss"]
 TRAINING_OVER_FORWARD = 3
@@ -85,7 +86,7 @@ def read_results(folders: Sequence[Path]) -> Results:
     names = dict.fromkeys(name for row in rows for name in row)
     return Results(
         rows=tuple(rows),
-        flags=tuple(name for name in names if name not in (*COLUMNS, "loss")),
+        flags=tuple(name for name in names if name not in (*COLUMNS, "loss") and "." not in name),
         losses=frame,
         remarks=(*remarks, *more),
     )
@@ -175,13 +176,8 @@ def _rows_of_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
     settings_of_label: dict[str, list[str]] = {}
     rows = []
     for run in runs:
-        summary = run.summary
-        row = {**dict.fromkeys(COLUMNS), **{name: summary.get(name) for name in COLUMNS}}
-        row |= {"run": run.name, "lr": run.setting("optimizer", "lr")}
-        row |= {name: run.setting("model", name) for name in ("hidden_size", "num_layers")}
+        row = {**dict.fromkeys(COLUMNS), **run.columns(), "run": run.name}
         row["router"] = row["router"] or "dense"
-        if row["tokens"] and row["tokens_per_second"]:
-            row["seconds"] = row["tokens"] / row["tokens_per_second"]
         if row["tokens"] and row["flops_per_token"]:
             row["training_flops"] = TRAINING_OVER_FORWARD * row["flops_per_token"] * row["tokens"]
         label = _label(row)

@@ -25,7 +25,7 @@ import pyarrow.parquet
 
 from megatron_sffn.study.running.foresee import Forecast
 from megatron_sffn.study.running.text_bytes import bits_per_byte, validation_prefixes
-from megatron_sffn.study.runs import SUMMARY
+from megatron_sffn.study.runs import SUMMARY, Run
 from megatron_sffn.train.routing_metrics import EVALUATION
 from megatron_sffn.utils.atomic_files import atomic_path, read_json_object, read_records
 
@@ -33,27 +33,6 @@ TENSORBOARD = "tensorboard"
 """Folder of TensorBoard's events in that of a run."""
 TAIL = 0.1
 """Share of the steps, the last ones, whose mean loss is the tail average."""
-SUMMARY_COLUMNS = (
-    "router",
-    "block_size",
-    "expansion",
-    "active_cells",
-    "num_blocks",
-    "num_active_blocks",
-    "seed",
-    "iterations",
-    "tokens",
-    "validation_loss",
-    "validation_perplexity",
-    "parameters_total",
-    "parameters_active",
-    "flops_per_token",
-    "sent_bytes_per_token",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "commit",
-)
-"""Keys of a summary that are columns of the results."""
 IN_OTHER_COLUMNS = (
     "sffn-router",
     "sffn-block-size",
@@ -93,21 +72,17 @@ def write_tables(folder: Path, forecasts: Sequence[Forecast], runs: Mapping[str,
 def _row(
     forecast: Forecast,
     folder: Path,
-    summary: Mapping[str, Any],
+    summary: dict[str, Any],
     losses: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The row of a finished run."""
-    run, rate = forecast.run, summary.get("tokens_per_second")
-    versions = {f"version_{name}": value for name, value in summary.get("versions", {}).items()}
+    run = forecast.run
+    versions = {f"version.{name}": value for name, value in summary.get("versions", {}).items()}
     return {
         "run": run.name,
         "point": run.point,
-        **{name: summary.get(name) for name in SUMMARY_COLUMNS},
-        "lr": (summary.get("optimizer") or {}).get("lr"),
-        "hidden_size": (summary.get("model") or {}).get("hidden_size"),
-        "num_layers": (summary.get("model") or {}).get("num_layers"),
+        **Run(name=run.name, summary=summary).columns(),
         "training_flops": forecast.flops,
-        "seconds": summary["tokens"] / rate if rate else None,
         "training_loss_tail": _tail(losses, "training", summary["iterations"]),
         "validation_loss_tail": _tail(losses, "validation", summary["iterations"]),
         **_balance(folder),
@@ -137,9 +112,9 @@ def _of_sets(summary: Mapping[str, Any], args: Namespace) -> dict[str, float | N
     columns: dict[str, float | None] = {}
     if len(sets) == len(prefixes):
         for (name, loss), prefix in zip(sets.items(), prefixes, strict=True):
-            columns[f"loss_{name}"] = loss
-            columns[f"perplexity_{name}"] = math.exp(min(loss, 700))
-            columns[f"bits_per_byte_{name}"] = bits_per_byte(loss, prefix, args)
+            columns[f"loss.{name}"] = loss
+            columns[f"perplexity.{name}"] = math.exp(min(loss, 700))
+            columns[f"bits_per_byte.{name}"] = bits_per_byte(loss, prefix, args)
     return columns
 
 
