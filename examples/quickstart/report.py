@@ -17,6 +17,7 @@ from examples.quickstart import charts, samples
 from examples.quickstart.charts import Curve, Load
 from examples.quickstart.runs import RUNS, Plan, Run
 from examples.quickstart.samples import Sample
+from megatron_sffn.study.scalars import read_scalars
 from megatron_sffn.utils.atomic_files import read_records
 from megatron_sffn.utils.text_table import text_table
 
@@ -69,22 +70,15 @@ def read_results(plan: Plan) -> list[Result]:
 
 def read_curves(folder: Path) -> tuple[Curve, Curve]:
     """Training and validation loss from TensorBoard's events, of all starts of a run."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    # 0 scalars means no limit. If a step was repeated after a kill, its last event counts.
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-
-    def curve(tag: str) -> Curve:
-        points = {event.step: event.value for event in events.Scalars(tag)}
-        return Curve(
-            steps=tuple(sorted(points)), losses=tuple(points[step] for step in sorted(points))
-        )
-
-    tags = events.Tags()["scalars"]
+    scalars = read_scalars(folder)
     # Megatron adds the name or number of the validation set to the tag if there can be several.
     (validation,) = (
-        tag for tag in tags if tag.startswith("lm loss validation") and "samples" not in tag
+        tag for tag in scalars if tag.startswith("lm loss validation") and "samples" not in tag
     )
+
+    def curve(tag: str) -> Curve:
+        return Curve(steps=tuple(scalars[tag]), losses=tuple(scalars[tag].values()))
+
     return curve("lm loss"), curve(validation)
 
 

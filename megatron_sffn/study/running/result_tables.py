@@ -10,7 +10,6 @@ counts: a resumed run repeats the steps after its checkpoint.
 
 from __future__ import annotations
 
-import logging
 import math
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ import pyarrow.parquet
 from megatron_sffn.study.running.foresee import Forecast
 from megatron_sffn.study.running.text_bytes import bits_per_byte, validation_prefixes
 from megatron_sffn.study.runs import SUMMARY, Run
+from megatron_sffn.study.scalars import read_scalars
 from megatron_sffn.train.routing_metrics import EVALUATION
 from megatron_sffn.utils.atomic_files import atomic_path, read_json_object, read_records
 
@@ -144,7 +144,7 @@ def _losses(
         return {"run": name, "set": kind, "iteration": iteration, "tokens": tokens, "loss": loss}
 
     written_at = (folder / SUMMARY).stat().st_mtime_ns
-    for iteration, loss in sorted(_training_losses(folder / TENSORBOARD, written_at).items()):
+    for iteration, loss in _training_losses(folder / TENSORBOARD, written_at).items():
         yield record("training", iteration, loss)
     for iteration, loss in summary.get("validation_curve") or []:
         yield record("validation", iteration, loss)
@@ -158,14 +158,7 @@ def _training_losses(events: Path, written_at: int) -> dict[int, float]:
         events: folder of the events.
         written_at: time of the run's summary, so that a run that is trained anew is read anew.
     """
-    logging.getLogger("tensorboard").setLevel(logging.WARNING)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    if "lm loss" not in accumulator.Tags()["scalars"]:
-        return {}
-    return {event.step: event.value for event in accumulator.Scalars("lm loss")}
+    return read_scalars(events).get("lm loss", {})
 
 
 def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
