@@ -20,6 +20,9 @@ import numpy
 
 MIN_RATES = 3
 """Rates that fix a parabola."""
+LADDER, FITTED, TRANSFERRED = "ladder", "fitted", "transferred"
+"""Sources of a learning rate: a run that serves to find the best one; the best one of the ladder;
+the best one of another study, scaled. Any other rate is "given"."""
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
@@ -51,6 +54,7 @@ class Valley:
         best: the rate with the lowest of these losses.
         optimum: rate and loss at the bottom of the parabola; None without a ladder or a bottom.
         at_edge: the best rate is the first or the last one, so a better one may lie beyond.
+        source: where the rates are from: "given", "ladder", "fitted" or "transferred".
     """
 
     point: str
@@ -62,6 +66,7 @@ class Valley:
     best: float
     optimum: tuple[float, float] | None
     at_edge: bool
+    source: str
 
 
 Ladder = dict[float, list[dict[str, Any]]]
@@ -103,6 +108,7 @@ def valley(size: Size, point: str, ladder: Ladder) -> Valley:
         best=rates[place],
         optimum=bottom(rates, losses),
         at_edge=at_edge,
+        source=str(first.get("rate_source") or "given"),
     )
 
 

@@ -97,6 +97,24 @@ def test_a_best_rate_at_the_edge_and_a_short_ladder_are_told(found: Find) -> Non
     assert "A ladder of 3 learning rates: avg-k-g8-d128" in "\n".join(short.gaps)
 
 
+def test_runs_of_a_ladder_give_the_rates_and_are_compared_with_nothing(found: Find) -> None:
+    rungs = studies.rows(widths=[128], seeds=[1], spread=0.0)
+    for row in rungs:
+        row |= {"rate_source": "ladder", "tokens": row["tokens"] // 2, "validation_loss_tail": 1.0}
+    seeds = studies.rows(widths=[128], rates=[1.1e-3])
+    findings = found(rungs + [{**row, "rate_source": "fitted"} for row in seeds])
+    assert len(findings.points) == len(findings.valleys) == 9 and len(findings.sizes) == 1
+    assert all(point.lr == 1.1e-3 and point.loss > 2 for point in findings.points)
+    assert all(len(valley.rates) == 3 for valley in findings.valleys)
+    assert len(found(rungs).points) == 9  # a ladder alone is a study, too
+
+
+def test_a_transferred_rate_needs_no_ladder(found: Find) -> None:
+    rows = studies.rows(widths=[128], rates=[1e-3])
+    assert "A ladder of 3 learning rates" in "\n".join(found(rows).gaps)
+    assert not found([{**row, "rate_source": "transferred"} for row in rows]).gaps
+
+
 def test_a_flag_that_the_study_varies_makes_series(found: Find) -> None:
     rows = studies.rows(widths=[128])
     other = [

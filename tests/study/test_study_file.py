@@ -56,6 +56,8 @@ def test_a_value_of_several_words_gives_several_words(write_study: WriteStudy) -
         ({"flags": "--load=x"}, "--load differs from run to run"),
         ({"points": [{"lr": []}]}, "lr has no value that a flag takes"),
         ({"each": {"lr": "fitted"}}, "lr fitted needs a ladder of learning rates"),
+        ({"each": {"lr": "transferred"}}, "lr transferred needs the folder of a study"),
+        ({"ladder_steps": 2}, "ladder-steps 2 is no share of the steps"),
         ({"points": [AVG_K, AVG_K]}, "the run avg-k-g8 is listed twice"),
         ({"ranks": 0}, "ranks 0 is no positive whole number"),
         ({"parallel": "two"}, "parallel two is no positive whole number"),
@@ -90,6 +92,34 @@ def test_a_file_includes_another_and_has_sizes(write_study: WriteStudy, tmp_path
         read_study(path, "tpu")
     with pytest.raises(ConfigError, match="the file has no sizes"):
         read_study(write_study([AVG_K], file="plain.yaml"), "cpu")
+
+
+def test_sizes_of_a_file_add_to_those_of_the_included_file(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    sizes = {"cpu": {"parallel": 2, "flags": "--seed 3"}, "gpu": {"parallel": 8}}
+    base = write_study([AVG_K], file="base.yaml", sizes=sizes)
+    path = tmp_path / "study.yaml"
+    path.write_text(f"include: {base.name}\nsizes: {{cpu: {{flags: --lr 0.1}}, new: {{ranks: 2}}}}")
+    assert " --seed 3 --lr 0.1 " in " ".join(read_study(path).runs[0].flags)
+    assert [read_study(path, size).parallel for size in ("cpu", "gpu", "new")] == [2, 8, 1]
+
+
+def test_a_ladder_trains_a_share_of_the_steps(write_study: WriteStudy) -> None:
+    ladder = {"seed": 1, "lr": [0.001, 0.004]}
+    each = {"seed": 1, "lr": "fitted", "clip-grad": [1.0, 2.0]}
+    path = write_study(
+        [AVG_K],
+        flags="--train-iters 7 --eval-interval 2 --eval-iters 1",
+        ladder=ladder,
+        each=each,
+        ladder_steps=0.5,
+    )
+    forecasts = valid_forecasts(read_study(path))
+    assert [forecast.train_iters for forecast in forecasts] == [4] * 4 + [7] * 2
+    sources = [forecast.run.rate_source for forecast in forecasts]
+    assert sources == ["ladder"] * 4 + ["fitted"] * 2
+    assert len({forecast.run.point for forecast in forecasts}) == 2  # one ladder for each clip-grad
 
 
 @pytest.mark.parametrize("content", [None, "", "a: [", "- 1"])

@@ -151,6 +151,7 @@ def test_seeds_train_at_the_rate_that_the_ladder_of_their_point_gives(
         [{"sffn-router": "dense"}],
         flags="--train-iters 12",
         ladder={"seed": 1, "lr": [3e-4, 1e-2, 3e-1]},
+        ladder_steps=0.5,
         each={"seed": [2], "lr": "fitted"},
         parallel=2,
     )
@@ -159,7 +160,10 @@ def test_seeds_train_at_the_rate_that_the_ladder_of_their_point_gives(
     losses = {float(row["lr"]): float(row["validation_loss"]) for row in rows[:3]}
     assert min(losses, key=lambda rate: losses[rate]) == 1e-2
     assert rows[3]["run"] == "dense-seed2-lrfitted"
-    assert float(rows[3]["lr"]) == pytest.approx(fitted_rate(losses), rel=0.01) != 1e-2
+    assert [row["iterations"] for row in rows] == ["6"] * 3 + ["12"]
+    expected = fitted_rate(losses) * 2**-0.2813  # twice the tokens
+    assert float(rows[3]["lr"]) == pytest.approx(expected, rel=0.01) != 1e-2
+    assert [row["rate_source"] for row in rows] == ["ladder"] * 3 + ["fitted"]
 
 
 def test_a_fitted_rate_is_the_bottom_of_the_valley_or_its_edge() -> None:

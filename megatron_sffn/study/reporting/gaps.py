@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_sffn.study.learning_rates import MIN_RATES, Valley
+from megatron_sffn.study.learning_rates import MIN_RATES, TRANSFERRED, Valley
 from megatron_sffn.study.reporting.points import DENSE, Point, dense_of
 
 NAMED = 8
@@ -62,7 +62,11 @@ def _seeds(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _rates(valleys: Sequence[Valley]) -> Iterator[str]:
-    few = [valley.point for valley in valleys if len(valley.rates) < MIN_RATES]
+    few = [
+        valley.point
+        for valley in valleys
+        if len(valley.rates) < MIN_RATES and valley.source != TRANSFERRED
+    ]
     if few:
         yield (
             f"A ladder of {MIN_RATES} learning rates: {some(few)}. Their comparison measures the "

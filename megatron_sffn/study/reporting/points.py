@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sffn.study.learning_rates import Size, Valley, ladders, size_of, valley
+from megatron_sffn.study.learning_rates import LADDER, Size, Valley, ladders, size_of, valley
 from megatron_sffn.study.reporting.results import Results
 
 DENSE = "dense"
@@ -58,12 +58,22 @@ class Point:
 
 
 def points_of(results: Results) -> tuple[list[Point], list[Valley]]:
-    """All settings by size, router, and g from fine to coarse; and their learning rates."""
+    """All settings by size, router, and g from fine to coarse; and their learning rates.
+
+    Runs of a ladder, which may be shorter, find the rate of a setting and are compared with nothing
+    else, unless the setting has no other runs.
+    """
     varied = _varied(results)
-    points, valleys = [], []
-    for (size, name), ladder in ladders(results.rows).items():
-        valleys.append(valley(size, name, ladder))
-        points.append(_point(size, name, valleys[-1].best, ladder[valleys[-1].best], varied))
+    rungs = [row for row in results.rows if row["rate_source"] == LADDER]
+    compared = [row for row in results.rows if row["rate_source"] != LADDER]
+    tuned = {row["point"] for row in rungs}
+    trained = {row["point"] for row in compared}
+    points, valleys = [], [valley(*key, ladder) for key, ladder in ladders(rungs).items()]
+    compared += [row for row in rungs if row["point"] not in trained]
+    for (size, name), ladder in ladders(compared).items():
+        rates = valley(size, name, ladder)
+        valleys += [] if name in tuned else [rates]
+        points.append(_point(size, name, rates.best, ladder[rates.best], varied))
     valleys.sort(key=lambda item: (item.size, item.router, item.block_size or 0, item.point))
     return sorted(points, key=_order), valleys
 

@@ -24,7 +24,16 @@ from megatron_sffn.utils.errors import ConfigError
 
 COLUMNS = (
     *("run", "point", "router", "block_size", "expansion", "active_cells", "num_blocks"),
-    *("num_active_blocks", "seed", "lr", "hidden_size", "num_layers", "iterations", "tokens"),
+    *(
+        "num_active_blocks",
+        "seed",
+        "lr",
+        "rate_source",
+        "hidden_size",
+        "num_layers",
+        "iterations",
+        "tokens",
+    ),
     *("validation_loss", "validation_loss_tail", "training_loss_tail", "validation_perplexity"),
     *("bits_per_byte", "parameters_total", "parameters_active", "flops_per_token"),
     *("training_flops", "tokens_per_second", "seconds", "peak_memory_bytes", "load_entropy"),
@@ -222,7 +231,7 @@ def _distinct(rows: list[dict[str, Any]], remarks: list[str]) -> list[dict[str, 
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
     repeated = []
     for row in rows:
-        names = ("point", "seed", "lr", "hidden_size", "num_layers", "tokens")
+        names = ("point", "seed", "lr", "rate_source", "hidden_size", "num_layers", "tokens")
         key = tuple(row[name] for name in names)
         if key in kept:
             repeated.append(str(kept[key]["run"]))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas
 
-from megatron_sffn.study.learning_rates import MIN_RATES, Valley
+from megatron_sffn.study.learning_rates import MIN_RATES, TRANSFERRED, Valley
 from megatron_sffn.study.reporting.findings import Findings
 from megatron_sffn.study.reporting.gains import Gain
 from megatron_sffn.study.reporting.points import Point
@@ -170,4 +170,6 @@ def _rates(valleys: Sequence[Valley]) -> Table:
 def _remark(valley: Valley) -> str:
     if valley.at_edge:
         return "at the edge of the ladder"
+    if valley.source == TRANSFERRED:
+        return "transferred from another study"
     return "fewer than three rates" if len(valley.rates) < MIN_RATES else MISSING

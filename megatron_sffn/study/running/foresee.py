@@ -8,7 +8,6 @@ what a run would refuse.
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,9 @@ from megatron_sffn.accounting import ModelShape, count_parameters, training_flop
 from megatron_sffn.checks.data import check_data
 from megatron_sffn.flags.sffn_flags import sffn_config
 from megatron_sffn.patches.cpu import is_host
+from megatron_sffn.study.learning_rates import FITTED, TRANSFERRED
 from megatron_sffn.study.running.study_file import Study, StudyRun
+from megatron_sffn.study.running.transfer import transferred_rate
 from megatron_sffn.train.first_rank import as_first_rank, parse_as_first_rank
 from megatron_sffn.train.run_description import SECTIONS
 from megatron_sffn.utils.errors import ConfigError
@@ -96,17 +97,22 @@ def _forecast(run: StudyRun, study: Study, checked_data: set[str]) -> Forecast:
         args, shape = _parsed(run.flags, study.ranks)
         per_step = args.global_batch_size * args.seq_length
         per_token = training_flops_per_token(shape, recompute=args.recompute_granularity == "full")
+        steps = args.train_iters
         if study.target_flops is not None:
-            args.train_iters = max(1, round(study.target_flops / (per_token * per_step)))
-            words = ("--train-iters", str(args.train_iters))
-            run = dataclasses.replace(run, flags=(*run.flags, *words))
-            args, shape = _parsed(run.flags, study.ranks)
-        if args.train_iters is None:
+            steps = max(1, round(study.target_flops / (per_token * per_step)))
+        if steps is None:
             raise ConfigError(
                 "--train-iters is missing, which makes runs comparable; give it, or target-flops "
                 "in the study's file"
             )
-        if run.is_fitted and not (args.sffn_eval_iters or args.full_validation):
+        if run.in_ladder:
+            steps = max(1, round(study.ladder_steps * steps))
+        if steps != args.train_iters:
+            run = run.with_flag("train-iters", steps)
+            args, shape = _parsed(run.flags, study.ranks)
+        if run.rate_source == TRANSFERRED and study.transfer is not None:
+            run = run.with_flag("lr", transferred_rate(study.transfer, args))
+        if run.rate_source == FITTED and not (args.sffn_eval_iters or args.full_validation):
             raise ConfigError(
                 "lr fitted needs a validation loss; give --eval-iters or --full-validation"
             )
@@ -178,4 +184,4 @@ def _widened(run: StudyRun, parameters: int, ranks: int) -> StudyRun:
     wider = (*run.flags, "--ffn-hidden-size", str(cells + CELL_MULTIPLE))
     per_multiple = count_parameters(_parsed(wider, ranks)[1]).total - total
     cells += CELL_MULTIPLE * round((parameters - total) / per_multiple)
-    return dataclasses.replace(run, flags=(*run.flags, "--ffn-hidden-size", str(cells)))
+    return run.with_flag("ffn-hidden-size", cells)

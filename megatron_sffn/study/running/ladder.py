@@ -15,8 +15,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_sffn.study.learning_rates import bottom
+from megatron_sffn.study.learning_rates import FITTED, bottom
 from megatron_sffn.study.running.foresee import Forecast
+from megatron_sffn.study.running.transfer import Training, scaled_rate
 from megatron_sffn.study.runs import SUMMARY
 from megatron_sffn.utils.atomic_files import read_json_object
 
@@ -31,18 +32,18 @@ def with_rate(
         forecasts: all runs of the study.
         folders: name of a run -> its folder.
     """
-    if not forecast.run.is_fitted:
+    if forecast.run.rate_source != FITTED:
         return forecast
+    ladder = [run for run in forecasts if run.run.in_ladder and run.run.point == forecast.run.point]
     losses = {}
-    for step in forecasts:
-        if step.run.point == forecast.run.point and not step.run.is_fitted:
-            summary = read_json_object(folders[step.run.name] / SUMMARY)
-            if summary.get("iterations") != step.train_iters:
-                return None
-            losses[float(step.run.settings["lr"])] = float(summary["validation_loss"])
-    words = ("--lr", f"{fitted_rate(losses):.3g}")
-    run = dataclasses.replace(forecast.run, flags=(*forecast.run.flags, *words))
-    return dataclasses.replace(forecast, run=run)
+    for step in ladder:
+        summary = read_json_object(folders[step.run.name] / SUMMARY)
+        if summary.get("iterations") != step.train_iters:
+            return None
+        losses[float(step.run.settings["lr"])] = float(summary["validation_loss"])
+    tuned, target = (Training.of_args(run.args) for run in (ladder[0], forecast))
+    rate = scaled_rate(fitted_rate(losses), tuned, target)
+    return dataclasses.replace(forecast, run=forecast.run.with_flag("lr", rate))
 
 
 def fitted_rate(losses: Mapping[float, float]) -> float:

@@ -82,6 +82,7 @@ def _row(
         "run": run.name,
         "point": run.point,
         **Run(name=run.name, summary=summary).columns(),
+        "rate_source": run.rate_source,
         "training_flops": forecast.flops,
         "training_loss_tail": _tail(losses, "training", summary["iterations"]),
         "validation_loss_tail": _tail(losses, "validation", summary["iterations"]),

@@ -9,6 +9,7 @@ lists for every combination. So a grid is one entry of `points`, and a list of m
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import re
@@ -20,11 +21,12 @@ from typing import Any
 
 import yaml
 
+from megatron_sffn.study.learning_rates import FITTED, LADDER, TRANSFERRED
 from megatron_sffn.utils.errors import ConfigError
 
 KEYS = (
     *("folder", "flags", "points", "each", "ranks", "parallel", "match", "target-flops"),
-    *("include", "sizes", "ladder"),
+    *("include", "sizes", "ladder", "ladder-steps", "transfer"),
 )
 MATCHES = ("active", "parameters")
 LABELS = {
@@ -40,8 +42,6 @@ LABELS = {
 """Flag -> what stands before its value in the name of a run; of other flags it is `flag=`."""
 NOT_IN_POINT = ("seed", "lr")
 """Flags of runs that are compared as one point: its seeds and its ladder of learning rates."""
-FITTED = "fitted"
-"""Value of `lr` for runs with the best learning rate of their point's ladder."""
 SET_BY_SWEEP = ("save", "load", "tensorboard-dir", "exit-signal")
 """Flags with a value for each run, which `sweep` gives."""
 
@@ -55,17 +55,27 @@ class StudyRun:
         point: the name without seed and learning rate.
         settings: flag without dashes -> value, of the flags in which the runs differ.
         flags: command line of the run, without the flags that `sweep` sets.
+        in_ladder: True if the run only serves to find the learning rate of its point.
     """
 
     name: str
     point: str
     settings: Mapping[str, Any]
     flags: tuple[str, ...]
+    in_ladder: bool = False
 
     @property
-    def is_fitted(self) -> bool:
-        """True if the learning rate, which `flags` lack, is to be fitted on the point's ladder."""
-        return self.settings.get("lr") == FITTED
+    def rate_source(self) -> str:
+        """Where the learning rate is from: "given", "ladder", "fitted" or "transferred"."""
+        if self.in_ladder:
+            return LADDER
+        rate = self.settings.get("lr")
+        return str(rate) if rate in (FITTED, TRANSFERRED) else "given"
+
+    def with_flag(self, name: str, value: float) -> StudyRun:
+        """The run with one more flag, whose value has three digits or is whole."""
+        text = str(value) if isinstance(value, int) else f"{value:.3g}"
+        return dataclasses.replace(self, flags=(*self.flags, f"--{name}", text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +90,8 @@ class Study:
         match: "active": runs keep their flags, so that a token has as many active cells in all of
             them. "parameters": dense runs get the total parameters of the first sparse run.
         target_flops: training FLOPs of each run, which determine its steps; None if flags do.
+        ladder_steps: share of these steps that runs of a ladder train.
+        transfer: folder of the study whose results give the learning rates that are transferred.
     """
 
     folder: Path
@@ -88,6 +100,8 @@ class Study:
     parallel: int = 1
     match: str = "active"
     target_flops: float | None = None
+    ladder_steps: float = 1.0
+    transfer: Path | None = None
 
 
 def read_study(path: Path, size: str | None = None) -> Study:
@@ -121,6 +135,8 @@ def read_study(path: Path, size: str | None = None) -> Study:
         parallel=_count(path, content, "parallel"),
         match=match,
         target_flops=None if target is None else _flops(path, target),
+        ladder_steps=_share(path, content.get("ladder-steps", 1.0)),
+        transfer=Path(str(content["transfer"])) if "transfer" in content else None,
     )
 
 
@@ -144,9 +160,18 @@ def _check_keys(path: Path, keys: Iterable[str]) -> None:
 
 
 def _merged(base: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
-    """Two mappings of keys; those of the second win, and its flags follow those of the first."""
-    flags = " ".join(_text(keys["flags"]) for keys in (base, content) if "flags" in keys)
-    return {**base, **content, **({"flags": flags} if flags else {})}
+    """Two mappings of keys; those of the second win, and its flags follow those of the first.
+
+    Sizes of one name are merged in the same way.
+    """
+    merged = {**base, **content}
+    if flags := " ".join(_text(keys["flags"]) for keys in (base, content) if "flags" in keys):
+        merged["flags"] = flags
+    if "sizes" in base and "sizes" in content:
+        sizes = (base["sizes"], content["sizes"])
+        names = dict.fromkeys(name for keys in sizes for name in keys)
+        merged["sizes"] = {name: _merged(*(keys.get(name, {}) for keys in sizes)) for name in names}
+    return merged
 
 
 def _text(flags: Any) -> str:
@@ -216,29 +241,53 @@ def _flops(path: Path, value: Any) -> float:
     return flops
 
 
+def _share(path: Path, value: Any) -> float:
+    """A share of the steps of a run."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+        raise ConfigError(
+            f"{path}: ladder-steps {value} is no share of the steps; give a number above 0, and 1 "
+            "at most"
+        )
+    return float(value)
+
+
 def _runs(path: Path, flags: Sequence[str], content: Mapping[str, Any]) -> tuple[StudyRun, ...]:
-    """A run for each point, seed and learning rate; those of a ladder come first."""
-    points, ladder = content["points"], content.get("ladder")
+    """A run for each point, seed and learning rate; those of ladders come first."""
+    points = content["points"]
     if not isinstance(points, list):
         raise ConfigError(f"{path}: points has to be a list; begin each point with a dash")
+    ladder, each = (_mapping(path, content.get(key) or {}) for key in ("ladder", "each"))
+    of_all = {flag: value for flag, value in each.items() if flag not in NOT_IN_POINT}
     runs: dict[str, StudyRun] = {}
-    for each in (ladder, content.get("each", {})):
-        for point in points if each is not None else []:
-            combined = {**_mapping(path, point), **_mapping(path, each)}
-            for settings in _combinations(path, combined):
-                run = _run(flags, settings)
+    for added, in_ladder in ((ladder, True), (each, False)):
+        for point in points if added or not in_ladder else []:
+            named = {**_mapping(path, point), **of_all}
+            for settings in _combinations(path, {**named, **added}):
+                run = _run(flags, settings, in_ladder)
                 if run.name in runs:
                     raise ConfigError(
                         f"{path}: the run {run.name} is listed twice; remove one of them"
                     )
                 runs[run.name] = run
-    rungs = _mapping(path, ladder or {}).get("lr")
-    if any(run.is_fitted for run in runs.values()) and not isinstance(rungs, list):
+    _check_rates(path, runs.values(), ladder, content)
+    return tuple(runs.values())
+
+
+def _check_rates(
+    path: Path, runs: Iterable[StudyRun], ladder: Mapping[str, Any], content: Mapping[str, Any]
+) -> None:
+    """Refuse learning rates that are to come from a ladder or a study that is not named."""
+    sources = {run.rate_source for run in runs}
+    if FITTED in sources and not isinstance(ladder.get("lr"), list):
         raise ConfigError(
             f"{path}: lr {FITTED} needs a ladder of learning rates; add for example "
             "ladder: {seed: 1, lr: [1e-3, 2e-3, 4e-3]}"
         )
-    return tuple(runs.values())
+    if TRANSFERRED in sources and "transfer" not in content:
+        raise ConfigError(
+            f"{path}: lr {TRANSFERRED} needs the folder of a study that has tuned its learning "
+            "rates; add for example transfer: runs/studies/block_size/cpu"
+        )
 
 
 def _mapping(path: Path, value: Any) -> dict[str, Any]:
@@ -260,18 +309,26 @@ def _combinations(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any
     return [dict(zip(settings, values, strict=True)) for values in itertools.product(*lists)]
 
 
-def _run(common: Sequence[str], settings: Mapping[str, Any]) -> StudyRun:
+def _run(common: Sequence[str], settings: Mapping[str, Any], in_ladder: bool) -> StudyRun:
     """The run of a combination."""
     words = list(common)
     for flag, value in settings.items():
         if value is True:
             words.append(f"--{flag}")
-        elif value is not None and value is not False and (flag, value) != ("lr", FITTED):
+        elif value is not None and value is not False and not _is_derived_rate(flag, value):
             words += [f"--{flag}", *shlex.split(str(value))]
     point = {flag: value for flag, value in settings.items() if flag not in NOT_IN_POINT}
     return StudyRun(
-        name=_name(settings), point=_name(point) or "all", settings=settings, flags=tuple(words)
+        name=_name(settings),
+        point=_name(point) or "all",
+        settings=settings,
+        flags=tuple(words),
+        in_ladder=in_ladder,
     )
+
+
+def _is_derived_rate(flag: str, value: Any) -> bool:
+    return flag == "lr" and value in (FITTED, TRANSFERRED)
 
 
 def _name(settings: Mapping[str, Any]) -> str:
