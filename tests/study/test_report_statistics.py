@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from megatron_sffn.study.reporting.figures import pareto
 from megatron_sffn.study.reporting.findings import Findings, find
 from megatron_sffn.study.reporting.orderings import holm
 from megatron_sffn.study.reporting.results import read_results
+from megatron_sffn.study.reporting.spread import p_value, spreads
 from tests.support import studies
 
 Find = Callable[..., Findings]
@@ -43,22 +46,26 @@ def test_differences_far_beyond_the_spread_hold(found: Find) -> None:
 
 
 def test_differences_within_the_spread_do_not_hold(found: Find) -> None:
-    findings = found(studies.rows(widths=[128], spread=0.5))
+    rows = studies.rows(widths=[128], spread=0.0)
+    for row in rows:
+        row["validation_loss_tail"] += {1: -0.5, 2: 0.0, 3: 0.5}[row["seed"]]
+    findings = found(rows)
     assert not findings.holding and findings.open
     assert all((item.p_value or 0) >= 0.05 for item in findings.open)
 
 
-def test_each_sparse_point_meets_dense_and_its_neighbours_only(found: Find) -> None:
+def test_a_sparse_point_meets_dense_its_neighbours_and_other_series_at_its_g(found: Find) -> None:
     findings = found(studies.rows(widths=[128]))
     pairs = [{item.better.name, item.worse.name} for item in findings.orderings]
-    assert len(pairs) == 8 + 2 * 3
+    assert len(pairs) == 8 + 2 * 3 + 4
+    assert {"avg-k-g8-d128", "hash-g8-d128"} in pairs
     assert {"avg-k-g8-d128", "avg-k-g128-d128"} not in pairs
-    assert {"avg-k-g8-d128", "hash-g8-d128"} not in pairs
+    assert {"avg-k-g8-d128", "hash-g32-d128"} not in pairs
 
 
 def test_a_single_seed_is_told_and_nothing_holds(found: Find) -> None:
     findings = found(studies.rows(widths=[128], seeds=[1]))
-    assert not findings.holding and not findings.open and len(findings.untested) == 14
+    assert not findings.holding and not findings.open and len(findings.untested) == 18
     assert findings.points[0].spread is None
     assert any("A second seed" in gap and "avg-k-g8-d128" in gap for gap in findings.gaps)
 
@@ -159,6 +166,27 @@ def test_a_surface_that_does_not_describe_the_losses_is_told(found: Find) -> Non
     remarks = "\n".join(found(studies.rows(rates=[1e-3])).remarks)
     assert "avg-k: loss falls with the compute by an exponent of" in remarks
     assert "this form does not describe the losses, with an asymptote of 0" in remarks
+
+
+def test_chance_holds_as_rarely_as_the_level_says_and_five_deviations_hold() -> None:
+    generator = numpy.random.default_rng(3)
+    by_chance, seen = 0, 0
+    for _ in range(100):
+        losses = generator.normal(3.0, 0.01, (8, 3))
+        losses[0] -= 0.05
+        pairs = list(combinations(spreads(losses.tolist()), 2))
+        corrected = holm([p_value(first, second) for first, second in pairs])
+        holds = [p < 0.05 for p in corrected]
+        seen += all(holds[:7])
+        by_chance += any(holds[7:])
+    assert by_chance <= 10 and seen >= 70
+
+
+def test_a_variance_shrinks_towards_those_of_the_others() -> None:
+    lucky, *others = spreads([[3.0, 3.01, 3.02], *([3.0, 3.1, 3.2],) * 7, [3.0]])
+    assert others[-1] is None and lucky.variance > 2e-3 and others[0].variance < 0.01 + 1e-9
+    (alone,) = spreads([[3.0, 3.1, 3.2]])
+    assert alone.variance == pytest.approx(0.01) and alone.freedom == 2
 
 
 def test_holm_multiplies_the_smallest_by_the_number_and_keeps_the_order() -> None:

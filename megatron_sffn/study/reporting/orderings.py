@@ -1,23 +1,21 @@
 """Which of two settings is better, beyond the spread of seeds.
 
-Inputs: points. Outputs: an `Ordering` for each sparse point against the dense model, and for each
-two neighbouring block sizes of a series.
+Inputs: points. Outputs: an `Ordering` for each pair that answers one of three questions: is a
+sparse point better than the dense model; is a block size better than the next one of its series; is
+a series better than another one at the same block size?
 
-Design notes: Welch's t-test, because spreads differ between settings. Its p-values are corrected
-for their number by Holm's method, because a study asks many questions at once.
+Design notes: Welch's t-test with the variances of `spread.py`. The p-values of each question are
+corrected for their number by Holm's method.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
-
-import numpy
-from scipy import stats
+from itertools import combinations, groupby, pairwise
 
 from megatron_sffn.study.reporting.points import DENSE, Point, dense_of
+from megatron_sffn.study.reporting.spread import Spread, p_value, spreads
 
 LEVEL = 0.05
 """Corrected p-value below which an ordering holds."""
@@ -30,7 +28,7 @@ class Ordering:
     Args:
         better: the point with the lower mean loss.
         worse: the other one.
-        p_value: of Welch's test, corrected; None if one of the points has a single seed.
+        p_value: corrected for the number of tests; None if one of the points has a single seed.
     """
 
     better: Point
@@ -54,34 +52,55 @@ class Ordering:
 
 
 def orderings(points: Sequence[Point]) -> list[Ordering]:
-    """All orderings, with corrected p-values."""
-    compared = [_compare(first, second) for first, second in _pairs(points)]
+    """All orderings, with p-values that are corrected within each question."""
+    sparse = [point for point in points if point.router != DENSE]
+    spread_of = dict(zip(map(id, points), spreads([point.losses for point in points]), strict=True))
+    questions = (_with_dense(sparse, points), _neighbours(sparse), _series_at_equal_g(sparse))
+    return [
+        ordering
+        for pairs in questions
+        for ordering in _corrected([_compare(*pair, spread_of) for pair in pairs])
+    ]
+
+
+def _corrected(compared: list[Ordering]) -> list[Ordering]:
+    """The orderings of one question with corrected p-values."""
     tested = [index for index, ordering in enumerate(compared) if ordering.p_value is not None]
     p_values = [compared[index].p_value or 0.0 for index in tested]
-    for index, p_value in zip(tested, holm(p_values), strict=True):
-        compared[index] = replace(compared[index], p_value=p_value)
+    for index, corrected in zip(tested, holm(p_values), strict=True):
+        compared[index] = replace(compared[index], p_value=corrected)
     return compared
 
 
-def _pairs(points: Sequence[Point]) -> Iterator[tuple[Point, Point]]:
-    """Each sparse point and the dense model, then neighbours in g. Points are sorted by series."""
-    sparse = [point for point in points if point.router != DENSE]
+Pairs = Iterator[tuple[Point, Point]]
+
+
+def _with_dense(sparse: Sequence[Point], points: Sequence[Point]) -> Pairs:
+    """Each sparse point with the dense model of its size."""
     for point in sparse:
         if dense := dense_of(point, points):
             yield point, dense
+
+
+def _neighbours(sparse: Sequence[Point]) -> Pairs:
+    """Neighbouring block sizes of a series. Points are sorted by series."""
     for _, line in groupby(sparse, key=lambda point: (point.size, point.series)):
         yield from pairwise(point for point in line if point.block_size is not None)
 
 
-def _compare(first: Point, second: Point) -> Ordering:
+def _series_at_equal_g(sparse: Sequence[Point]) -> Pairs:
+    """Every two series of a size at each block size that both have."""
+    for first, second in combinations(sparse, 2):
+        same = first.size == second.size and first.block_size == second.block_size
+        if same and first.block_size is not None:
+            yield first, second
+
+
+def _compare(first: Point, second: Point, spread_of: Mapping[int, Spread | None]) -> Ordering:
     better, worse = sorted((first, second), key=lambda point: point.loss)
-    p_value = None
-    if min(len(first.losses), len(second.losses)) > 1:
-        with warnings.catch_warnings(), numpy.errstate(all="ignore"):
-            warnings.simplefilter("ignore", RuntimeWarning)  # of seeds with equal losses
-            test = stats.ttest_ind(first.losses, second.losses, equal_var=False)
-        p_value = 1.0 if numpy.isnan(test.pvalue) else float(test.pvalue)
-    return Ordering(better=better, worse=worse, p_value=p_value)
+    seeds = spread_of[id(better)], spread_of[id(worse)]
+    tested = None if seeds[0] is None or seeds[1] is None else p_value(seeds[0], seeds[1])
+    return Ordering(better=better, worse=worse, p_value=tested)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
