@@ -10,6 +10,7 @@ from typing import Any
 from megatron_sffn.study.reporting.conclusions import conclude
 from megatron_sffn.study.reporting.findings import find
 from megatron_sffn.study.reporting.results import read_results
+from megatron_sffn.study.reporting.tables import tables
 from tests.support import studies
 
 
@@ -96,6 +97,19 @@ def test_runs_without_a_loss_and_repeated_seeds_are_left_out_and_named(tmp_path:
     assert "Without a finite validation loss, left out: diverged." in out
     assert f"again, left out: {rows[5]['run']}." in out
     assert "Begun and not finished: half." in out
+
+
+def test_several_validation_sets_have_a_table(tmp_path: Path) -> None:
+    rows = studies.rows(widths=[128], rates=[1e-3], spread=0.0)
+    for row in rows:
+        row |= {"loss.code": 1.25, "bits_per_byte.code": 0.5, "loss.prose": 2.0}
+    (table,) = (
+        table
+        for table in tables(find(read_results([studies.write(tmp_path, rows)])))
+        if table.name == "validation_sets"
+    )
+    assert table.headings == ("setting", "code", "prose")
+    assert table.rows[0] == ("avg-k-g32-d128", "1.2500 (0.5000)", "2.0000")
 
 
 def test_losses_of_single_sets_and_versions_are_no_flags_that_a_study_varies(

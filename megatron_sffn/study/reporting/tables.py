@@ -64,7 +64,12 @@ class Table:
 
 def tables(findings: Findings) -> list[Table]:
     """All tables that have rows."""
-    made = (_settings(findings), _orderings(findings), _rates(findings.valleys))
+    made = (
+        _settings(findings),
+        _validation_sets(findings.points),
+        _orderings(findings),
+        _rates(findings.valleys),
+    )
     return [table for table in made if table.rows]
 
 
@@ -125,6 +130,29 @@ def _setting(point: Point, gain: Gain | None) -> dict[str, str]:
         "load entropy": shown("load_entropy", ".3f"),
         "dead blocks": shown("dead_blocks", ".1%"),
     }
+
+
+def _validation_sets(points: Sequence[Point]) -> Table:
+    """The loss of each validation set; empty for a study with a single set."""
+    prefix = "loss."
+    sets = dict.fromkeys(
+        name.removeprefix(prefix)
+        for point in points
+        for name in point.means
+        if name.startswith(prefix)
+    )
+
+    def shown(point: Point, name: str) -> str:
+        loss, bits = (point.means.get(f"{kind}.{name}") for kind in ("loss", "bits_per_byte"))
+        per_byte = "" if bits is None else f" ({bits:.4f})"
+        return MISSING if loss is None else f"{loss:.4f}{per_byte}"
+
+    rows = [
+        {"setting": point.name, **{name: shown(point, name) for name in sets}}
+        for point in sorted(points, key=lambda point: (point.size, point.loss))
+    ]
+    caption = "Loss of each validation set in nats per token, and in brackets in bits per byte."
+    return _table("validation_sets", caption, rows if sets else [])
 
 
 def _orderings(findings: Findings) -> Table:
