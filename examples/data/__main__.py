@@ -84,11 +84,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(
-            f"--output {folder} cannot be made ({error.strerror}); give another, in a folder that "
-            "is there"
+            f"--output {folder} cannot be made ({error.strerror}); give another"
         ) from error
     try:
         yield partial
