@@ -4,6 +4,7 @@ study_file.py       the YAML file of a study, and its runs
 foresee.py          what each run costs, and why it cannot start
 ladder.py           learning rates that are fitted on a ladder
 launch.py           a training command as a process, and its progress
+one_run.py          the folder, state, command, start and failure of a run
 sweep.py            starts the runs, resumes them, stops them
 text_bytes.py       losses in bits per byte of text
 result_tables.py    the results as CSV and Parquet

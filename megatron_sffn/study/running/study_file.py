@@ -103,6 +103,10 @@ class Study:
     ladder_steps: float = 1.0
     transfer: Path | None = None
 
+    def folder_of(self, name: str) -> Path:
+        """The folder of the run of a name."""
+        return self.folder / "runs" / name
+
 
 def read_study(path: Path, size: str | None = None) -> Study:
     """Read and check the file of a study.
