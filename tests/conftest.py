@@ -72,6 +72,7 @@ LONG_MODULES = [
     "flags/test_arguments",
     "tools/test_preprocess_on_ray",
     "study/test_sweep",
+    "study/test_slurm",
     "nn/distributed/test_load_balancing",
     "faults/test_numbers",
     "test_security",

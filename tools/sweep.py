@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sffn.utils.errors import CommandParser, run_command
+from megatron_sffn.utils.errors import CommandParser, require, run_command
 from megatron_sffn.utils.warning_filters import silence
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ actions:
   dry-run   print each run with its parameters, tokens, FLOPs and time, and why it cannot start
   run       train all unfinished runs (the default); failed ones are tried again
   status    print the state of each run; with --follow again every five seconds
-  stop      let the sweep of this study save and end
+  submit    train all unfinished runs as jobs of Slurm, with the file's `slurm` parameters
+  stop      let the sweep of this study, and its Slurm jobs, save and end
   results   write the tables of the finished runs again, and print where they are
 """
 
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
     parser = CommandParser(
         prog="megatron-sffn sweep",
-        usage="megatron-sffn sweep STUDY.yaml [dry-run|run|status|stop|results] [flags]",
+        usage="megatron-sffn sweep STUDY.yaml [dry-run|run|submit|status|stop|results] [flags]",
         description=DESCRIPTION,
         epilog=EXAMPLE,
     )
@@ -113,15 +114,34 @@ def status(study: Study, args: argparse.Namespace) -> int:
         print("\033[H\033[2J" if sys.stdout.isatty() else "", end="")
 
 
+def submit(study: Study, args: argparse.Namespace) -> int:
+    """Submit all unfinished runs to Slurm."""
+    require("submitit", "submit", "slurm")
+    from megatron_sffn.study.running.slurm import submit_runs
+
+    arrays = submit_runs(study, _valid(study))
+    for array, runs in arrays.items():
+        print(f"job {array}: {runs} run{'s' if runs > 1 else ''}")
+    print("status shows their progress" if arrays else "every run has finished or is running")
+    return 0
+
+
 def stop(study: Study, args: argparse.Namespace) -> int:
-    """Ask the sweep to stop; exit code 1 if there is none."""
+    """Ask the sweep and the Slurm jobs to stop; exit code 1 if there are none."""
+    from megatron_sffn.study.running.slurm import stop_jobs
     from megatron_sffn.study.running.sweep import stop_sweep
 
     process = stop_sweep(study)
-    if process is None:
+    if process is not None:
+        print(f"process {process} was asked to stop; its runs end after a checkpoint")
+    jobs = stop_jobs(study)
+    if jobs:
+        print(
+            f"Slurm jobs {', '.join(jobs)}: those that run end after a checkpoint, others at once"
+        )
+    if process is None and not jobs:
         print(f"no sweep runs in {study.folder}", file=sys.stderr)
         return 1
-    print(f"process {process} was asked to stop; its runs end after a checkpoint")
     return 0
 
 
@@ -148,6 +168,7 @@ def _print_results(study: Study, forecasts: Sequence[Forecast]) -> int:
 ACTIONS: dict[str, Callable[[Study, argparse.Namespace], int]] = {
     "dry-run": dry_run,
     "run": run,
+    "submit": submit,
     "status": status,
     "stop": stop,
     "results": results,
@@ -162,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_sffn.study.running.study_file import read_study
 
     study = read_study(args.study, args.size)
-    if args.action in ("dry-run", "run", "status", "results"):
+    if args.action != "stop":
         from megatron_sffn.patches import prepare
 
         prepare()  # before Megatron is imported

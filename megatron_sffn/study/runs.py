@@ -14,6 +14,8 @@ from megatron_sffn.utils.atomic_files import read_json_object
 from megatron_sffn.utils.errors import ConfigError
 
 SUMMARY = "summary.json"
+TENSORBOARD = "tensorboard"
+"""Folder of TensorBoard's events in that of a run of a study."""
 SUMMARY_COLUMNS = (
     "router",
     "block_size",

@@ -17,8 +17,9 @@ import pytest
 
 from megatron_sffn.study.running.foresee import Forecast, valid_forecasts
 from megatron_sffn.study.running.ladder import fitted_rate
+from megatron_sffn.study.running.one_run import RunState, is_finished, run_folder, state_of
 from megatron_sffn.study.running.study_file import Study, read_study
-from megatron_sffn.study.running.sweep import RunState, Sweep, is_finished, run_folder, state_of
+from megatron_sffn.study.running.sweep import Sweep
 from megatron_sffn.utils.errors import ConfigError
 from tests.study.conftest import WriteStudy
 from tests.support.processes import kill_all, wait_until

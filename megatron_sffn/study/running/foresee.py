@@ -3,7 +3,8 @@
 Inputs: a `Study`. Outputs: a `Forecast` for each run, with the command line that the sweep starts.
 
 Design notes: the flags go through the run's own parser and checks, so that what is refused here is
-what a run would refuse.
+what a run would refuse. The rate of this machine is measured when it is asked for, so that a job
+that only needs the flags keeps no memory on a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ class Forecast:
         tokens: tokens of all steps.
         flops: training FLOPs of all steps: three times those of the forward pass.
         args: Megatron's namespace of the run.
-        floor_seconds: time of these FLOPs at the rate of this machine's dense products.
     """
 
     run: StudyRun
@@ -58,8 +58,17 @@ class Forecast:
     train_iters: int = 0
     tokens: int = 0
     flops: float = 0.0
-    floor_seconds: float = 0.0
     args: Namespace = field(default_factory=Namespace)
+
+    @property
+    def floor_seconds(self) -> float:
+        """Time of the FLOPs at the rate of this machine's dense products; 0 if it cannot start."""
+        if self.reason is not None:
+            return 0.0
+        args = self.args
+        tokens = args.micro_batch_size * args.seq_length
+        rate = _flops_per_second(tokens, args.hidden_size, args.ffn_hidden_size)
+        return self.flops / (rate * args.world_size)
 
 
 def foresee(study: Study) -> list[Forecast]:
@@ -124,10 +133,6 @@ def _forecast(run: StudyRun, study: Study, checked_data: set[str]) -> Forecast:
     except ConfigError as error:
         return Forecast(run=run, reason=str(error))
     parameters = count_parameters(shape)
-    flops = per_token * per_step * args.train_iters
-    rate = _flops_per_second(
-        args.micro_batch_size * args.seq_length, args.hidden_size, args.ffn_hidden_size
-    )
     return Forecast(
         run=run,
         args=args,
@@ -135,8 +140,7 @@ def _forecast(run: StudyRun, study: Study, checked_data: set[str]) -> Forecast:
         parameters_active=parameters.active,
         train_iters=args.train_iters,
         tokens=args.train_iters * per_step,
-        flops=flops,
-        floor_seconds=flops / (rate * study.ranks),
+        flops=per_token * per_step * args.train_iters,
     )
 
 

@@ -13,31 +13,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from megatron_sffn.study.learning_rates import FITTED, bottom
 from megatron_sffn.study.running.foresee import Forecast
+from megatron_sffn.study.running.one_run import run_folder
+from megatron_sffn.study.running.study_file import Study
 from megatron_sffn.study.running.transfer import Training, scaled_rate
 from megatron_sffn.study.runs import SUMMARY
 from megatron_sffn.utils.atomic_files import read_json_object
 
 
-def with_rate(
-    forecast: Forecast, forecasts: Sequence[Forecast], folders: Mapping[str, Path]
-) -> Forecast | None:
+def with_rate(study: Study, forecast: Forecast, forecasts: Sequence[Forecast]) -> Forecast | None:
     """A forecast with the learning rate in its flags; None until its ladder has finished.
 
     Args:
+        study: the study.
         forecast: the run.
         forecasts: all runs of the study.
-        folders: name of a run -> its folder.
     """
     if forecast.run.rate_source != FITTED:
         return forecast
     ladder = [run for run in forecasts if run.run.in_ladder and run.run.point == forecast.run.point]
     losses = {}
     for step in ladder:
-        summary = read_json_object(folders[step.run.name] / SUMMARY)
+        summary = read_json_object(run_folder(study, step) / SUMMARY)
         if summary.get("iterations") != step.train_iters:
             return None
         losses[float(step.run.settings["lr"])] = float(summary["validation_loss"])

@@ -24,13 +24,11 @@ import pyarrow.parquet
 
 from megatron_sffn.study.running.foresee import Forecast
 from megatron_sffn.study.running.text_bytes import bits_per_byte, validation_prefixes
-from megatron_sffn.study.runs import SUMMARY, Run
+from megatron_sffn.study.runs import SUMMARY, TENSORBOARD, Run
 from megatron_sffn.study.scalars import read_scalars
 from megatron_sffn.train.routing_metrics import EVALUATION
 from megatron_sffn.utils.atomic_files import atomic_path, read_json_object, read_records
 
-TENSORBOARD = "tensorboard"
-"""Folder of TensorBoard's events in that of a run."""
 TAIL = 0.1
 """Share of the steps, the last ones, whose mean loss is the tail average."""
 IN_OTHER_COLUMNS = (

@@ -15,7 +15,7 @@ import itertools
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from megatron_sffn.utils.errors import ConfigError
 
 KEYS = (
     *("folder", "flags", "points", "each", "ranks", "parallel", "match", "target-flops"),
-    *("include", "sizes", "ladder", "ladder-steps", "transfer"),
+    *("include", "sizes", "ladder", "ladder-steps", "transfer", "slurm"),
 )
 MATCHES = ("active", "parameters")
 LABELS = {
@@ -92,6 +92,7 @@ class Study:
         target_flops: training FLOPs of each run, which determine its steps; None if flags do.
         ladder_steps: share of these steps that runs of a ladder train.
         transfer: folder of the study whose results give the learning rates that are transferred.
+        slurm: parameter of sbatch, with underscores -> value, for the action `submit`.
     """
 
     folder: Path
@@ -102,6 +103,11 @@ class Study:
     target_flops: float | None = None
     ladder_steps: float = 1.0
     transfer: Path | None = None
+    slurm: Mapping[str, Any] = field(default_factory=dict)
+
+    def folder_of(self, name: str) -> Path:
+        """The folder of the run of a name."""
+        return self.folder / "runs" / name
 
 
 def read_study(path: Path, size: str | None = None) -> Study:
@@ -137,6 +143,7 @@ def read_study(path: Path, size: str | None = None) -> Study:
         target_flops=None if target is None else _flops(path, target),
         ladder_steps=_share(path, content.get("ladder-steps", 1.0)),
         transfer=Path(str(content["transfer"])) if "transfer" in content else None,
+        slurm=_slurm(path, content.get("slurm") or {}),
     )
 
 
@@ -249,6 +256,16 @@ def _share(path: Path, value: Any) -> float:
             "at most"
         )
     return float(value)
+
+
+def _slurm(path: Path, value: Any) -> dict[str, Any]:
+    """The parameters of Slurm; `submit` checks their names."""
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{path}: slurm {value!r} has to be parameters of sbatch with their values; write for "
+            "example {partition: gpu, time: 240}"
+        )
+    return {str(name).replace("-", "_"): setting for name, setting in value.items()}
 
 
 def _runs(path: Path, flags: Sequence[str], content: Mapping[str, Any]) -> tuple[StudyRun, ...]:

@@ -2,91 +2,50 @@
 
 Inputs: a study's forecasts. Outputs: a folder for each run, and the tables of the results.
 
-Design notes: the state of a run is in its own folder, so that `status` and the next `run` find it
-after any kill. A run holds the lock of its folder as an inherited file descriptor: if the sweep is
-killed, its runs go on, and the next sweep waits for them instead of starting them twice.
+Design notes: if the sweep is killed, its runs go on and keep the locks of their folders; the next
+sweep waits for them instead of starting them twice.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TextIO
+from typing import TextIO
 
 import torch
 
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.study.running.foresee import Forecast
 from megatron_sffn.study.running.ladder import with_rate
-from megatron_sffn.study.running.launch import (
-    POLL_SECONDS,
-    STOP_SECONDS,
-    Display,
-    Status,
-    TrainingProcess,
+from megatron_sffn.study.running.launch import POLL_SECONDS, Display, TrainingProcess
+from megatron_sffn.study.running.one_run import (
+    LOCK,
+    check_flags,
+    is_finished,
+    is_locked,
+    locked,
+    reason_of_failure,
+    run_environment,
+    run_folder,
+    start_run,
+    state_of,
+    write_failure,
 )
-from megatron_sffn.study.running.result_tables import TENSORBOARD, write_tables
+from megatron_sffn.study.running.result_tables import write_tables
 from megatron_sffn.study.running.study_file import Study
 from megatron_sffn.study.runs import SUMMARY
-from megatron_sffn.utils.atomic_files import atomic_write_text, read_json_object
+from megatron_sffn.utils.atomic_files import read_json_object
 from megatron_sffn.utils.errors import ConfigError
 from megatron_sffn.utils.human_time import human_time
 
-LOG, FAILURE, FLAGS, LOCK = "train.log", "failure.txt", "flags.txt", "run.lock"
-SAVES = 5
-"""Checkpoints of a run whose flags say nothing of them."""
 ESTIMATE_SECONDS = 10.0
 """Seconds between two estimates of the time left, which read the logs of all runs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunState:
-    """The state of a run by the files in its folder.
-
-    Args:
-        name: "finished", "running", "failed", or "waiting".
-        status: progress by the log.
-        reason: of a failure, in one line.
-    """
-
-    name: str
-    status: Status
-    reason: str = ""
-
-
-def run_folder(study: Study, forecast: Forecast) -> Path:
-    """The folder of a run."""
-    return study.folder / "runs" / forecast.run.name
-
-
-def state_of(study: Study, forecast: Forecast) -> RunState:
-    """The state of a run."""
-    folder, status = run_folder(study, forecast), Status()
-    if (folder / LOG).exists():
-        with (folder / LOG).open(errors="replace") as log:
-            for line in log:
-                status.read(line)
-    if is_finished(folder, forecast):
-        return RunState(name="finished", status=status)
-    if _is_locked(folder / LOCK):
-        return RunState(name="running", status=status)
-    if (folder / FAILURE).exists():
-        lines = (folder / FAILURE).read_text().strip().splitlines()
-        return RunState(name="failed", status=status, reason=lines[-1] if lines else "")
-    return RunState(name="waiting", status=status)
-
-
-def is_finished(folder: Path, forecast: Forecast) -> bool:
-    """True if a run was trained to its last step."""
-    return bool(read_json_object(folder / SUMMARY).get("iterations") == forecast.train_iters)
 
 
 def write_results(study: Study, forecasts: Sequence[Forecast]) -> int:
@@ -137,7 +96,7 @@ class Sweep:
         """
         waiting = [run for run in self._forecasts if not is_finished(self._folder(run), run)]
         for forecast in filter(None, map(self._with_rate, self._forecasts)):
-            _check_flags(self._folder(forecast), forecast)
+            check_flags(self._folder(forecast), forecast)
         display = Display("sweep", self._stream)
         try:
             while waiting or self._running:
@@ -172,14 +131,14 @@ class Sweep:
                     foreign += 1
                     left.append(forecast)
                 elif not is_finished(self._folder(forecast), forecast):
-                    process = self._process(ready, self._slots.environment(slot), lock)
+                    environment = run_environment(self._slots.gpus_of(slot))
+                    process = start_run(self._study, ready, environment, lock)
                     self._running[slot] = forecast, process
         return left
 
     def _with_rate(self, forecast: Forecast) -> Forecast | None:
         """The run with its learning rate; None while the ladder of its point trains."""
-        folders = {run.run.name: self._folder(run) for run in self._forecasts}
-        return with_rate(forecast, self._forecasts, folders)
+        return with_rate(self._study, forecast, self._forecasts)
 
     def _without_ladder(self, waiting: list[Forecast]) -> list[Forecast]:
         """The waiting runs; those whose ladder has failed have failed too."""
@@ -187,33 +146,21 @@ class Sweep:
         for forecast in lost:
             self._failed.append(forecast.run.name)
             reason = "a run of its ladder has failed, so that its learning rate is unknown"
-            self._folder(forecast).mkdir(parents=True, exist_ok=True)
-            atomic_write_text(self._folder(forecast) / FAILURE, f"{reason}\n")
+            write_failure(self._folder(forecast), reason)
         return [run for run in waiting if run.run.name not in self._failed]
-
-    def _process(
-        self, forecast: Forecast, environment: dict[str, str], lock: IO[str]
-    ) -> TrainingProcess:
-        """Start a run."""
-        folder = self._folder(forecast)
-        (folder / FAILURE).unlink(missing_ok=True)
-        atomic_write_text(folder / FLAGS, f"{shlex.join(forecast.run.flags)}\n")
-        command = command_of(self._study, forecast)
-        return TrainingProcess(command, folder / LOG, environment, keep_open=[lock.fileno()])
 
     def _collect(self) -> None:
         """Look at the running processes, and free the slots of those that have ended."""
         for slot, (forecast, process) in list(self._running.items()):
-            code = process.poll()
-            if code is None:
+            if process.poll() is None:
                 continue
             del self._running[slot]
-            if not is_finished(self._folder(forecast), forecast):
-                self._failed.append(forecast.run.name)
-                reason = process.last_lines() or f"exit code {code}"
-                atomic_write_text(self._folder(forecast) / FAILURE, f"{reason}\n")
-            else:
+            reason = reason_of_failure(self._folder(forecast), forecast, process)
+            if reason is None:
                 write_results(self._study, self._forecasts)
+            else:
+                self._failed.append(forecast.run.name)
+                write_failure(self._folder(forecast), reason)
 
     def _progress(self, waiting: int) -> str:
         """A line of progress."""
@@ -275,63 +222,9 @@ class _Slots:
         slots = [slot for slot in range(self.number) if slot not in taken]
         return slots[foreign] if foreign < len(slots) else None
 
-    def environment(self, slot: int) -> dict[str, str]:
-        """The environment variables of a run in a slot."""
-        gpus = self.gpus[slot * self.per_run : (slot + 1) * self.per_run]
-        return {
-            "OMP_NUM_THREADS": "1",
-            **os.environ,
-            **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
-            "PYTHONUNBUFFERED": "1",
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_SECONDS),
-        }
-
-
-def command_of(study: Study, forecast: Forecast) -> list[str]:
-    """The command of a run."""
-    folder = run_folder(study, forecast)
-    flags = [*forecast.run.flags, "--save", str(folder), "--load", str(folder)]
-    flags += ["--tensorboard-dir", str(folder / TENSORBOARD), "--exit-signal", "SIGINT"]
-    if "--save-interval" not in flags:
-        interval = max(1, -(-forecast.train_iters // SAVES))
-        # Only the newest checkpoint is kept.
-        flags += ["--save-interval", str(interval)]
-        flags += ["--save-retain-interval", str(interval * (forecast.train_iters + 1))]
-    launcher = "torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node"
-    ranks = [] if study.ranks == 1 else [*shlex.split(launcher), str(study.ranks), "-m"]
-    return [sys.executable, "-m", *ranks, "megatron_sffn.pretrain", *flags]
-
-
-def _check_flags(folder: Path, forecast: Forecast) -> None:
-    """Refuse to go on with a run whose flags were others before."""
-    path, flags = folder / FLAGS, f"{shlex.join(forecast.run.flags)}\n"
-    if path.exists() and (before := path.read_text()) != flags:
-        now = flags.strip().split(" --")
-        changed = [flag for flag in before.strip().split(" --") if flag not in now]
-        raise ConfigError(
-            f"{folder} was trained with other flags ({' '.join(changed) or 'fewer'}); remove it, "
-            "or give the study another folder"
-        )
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[IO[str] | None]:
-    """Lock a file while this process or one that inherited it lives; None if another has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        yield file
-
-
-def _is_locked(path: Path) -> bool:
-    if not path.exists():
-        return False
-    with locked(path) as lock:
-        return lock is None
+    def gpus_of(self, slot: int) -> list[str]:
+        """The GPUs of the run in a slot; none on a CPU."""
+        return self.gpus[slot * self.per_run : (slot + 1) * self.per_run]
 
 
 @contextlib.contextmanager
@@ -357,7 +250,7 @@ def only_sweep(study: Study) -> Iterator[None]:
 def stop_sweep(study: Study) -> int | None:
     """Ask the sweep of a study to stop; returns its process id, None if there is no sweep."""
     path = study.folder / "sweep.pid"
-    if not _is_locked(path):
+    if not is_locked(path):
         return None
     process = int(path.read_text())
     os.kill(process, signal.SIGINT)

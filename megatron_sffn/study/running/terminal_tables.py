@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_sffn.study.running.foresee import Forecast
+from megatron_sffn.study.running.one_run import state_of
 from megatron_sffn.study.running.study_file import Study
-from megatron_sffn.study.running.sweep import seconds_left, state_of
+from megatron_sffn.study.running.sweep import seconds_left
 from megatron_sffn.utils.human_size import human_count
 from megatron_sffn.utils.human_time import human_time
 from megatron_sffn.utils.text_table import text_table
