@@ -167,6 +167,29 @@ def test_seeds_train_at_the_rate_that_the_ladder_of_their_point_gives(
     assert [row["rate_source"] for row in rows] == ["ladder"] * 3 + ["fitted"]
 
 
+def test_a_run_that_the_study_of_the_rates_has_trained_is_taken_over(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    points, flags = [{"sffn-router": "dense"}], "--train-iters 3 --eval-interval 3"
+    first = write_study(points, flags=flags, each={"lr": [1e-2], "seed": 1})
+    assert sweep.main([str(first), "run"]) == 0
+    second = write_study(
+        points,
+        file="second.yaml",
+        flags=flags,
+        folder=str(tmp_path / "second"),
+        transfer=str(tmp_path / "results"),
+        each={"seed": [1, 2], "lr": "transferred"},
+    )
+    assert sweep.main([str(second), "run"]) == 0
+    runs = sorted((tmp_path / "second" / "runs").iterdir())
+    assert [run.is_symlink() for run in runs] == [True, False]
+    (trained,) = table(tmp_path / "results", "results.csv")
+    rows = table(tmp_path / "second", "results.csv")
+    assert [row["rate_source"] for row in rows] == ["transferred"] * 2
+    assert rows[0]["validation_loss"] == trained["validation_loss"] != rows[1]["validation_loss"]
+
+
 def test_a_fitted_rate_is_the_bottom_of_the_valley_or_its_edge() -> None:
     valley = {rate: math.log(rate / 2e-3) ** 2 for rate in (1e-3, 2.5e-3, 5e-3, 1e-2)}
     assert fitted_rate(valley) == pytest.approx(2e-3)

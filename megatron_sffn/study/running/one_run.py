@@ -140,14 +140,30 @@ def write_failure(folder: Path, reason: str) -> None:
 
 def check_flags(folder: Path, forecast: Forecast) -> None:
     """Refuse to go on with a run whose flags were others before."""
-    path, flags = folder / FLAGS, f"{shlex.join(forecast.run.flags)}\n"
-    if path.exists() and (before := path.read_text()) != flags:
-        now = flags.strip().split(" --")
-        changed = [flag for flag in before.strip().split(" --") if flag not in now]
+    if not (folder / FLAGS).exists():
+        return
+    before = flag_values(shlex.split((folder / FLAGS).read_text()))
+    now = flag_values(forecast.run.flags)
+    if before != now:
+        changed = (
+            shlex.join((name, *before[name])) for name in before if before[name] != now.get(name)
+        )
         raise ConfigError(
-            f"{folder} was trained with other flags ({' '.join(changed) or 'fewer'}); remove it, "
+            f"{folder} was trained with other flags ({', '.join(changed) or 'fewer'}); remove it, "
             "or give the study another folder"
         )
+
+
+def flag_values(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Flag without dashes -> its values; of a flag that is given twice the last one counts."""
+    values: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            values[name] = [value] if equals else []
+        else:
+            values[name].append(word)
+    return {name: tuple(given) for name, given in values.items()}
 
 
 @contextlib.contextmanager

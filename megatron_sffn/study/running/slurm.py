@@ -23,6 +23,7 @@ from megatron_sffn.study.running.foresee import Forecast
 from megatron_sffn.study.running.ladder import with_rate
 from megatron_sffn.study.running.launch import STOP_SECONDS
 from megatron_sffn.study.running.one_run import check_flags, run_folder, state_of
+from megatron_sffn.study.running.reuse import take_over_runs
 from megatron_sffn.study.running.slurm_job import RunJob
 from megatron_sffn.study.running.study_file import Study
 from megatron_sffn.utils.atomic_files import atomic_write_text, read_json_object
@@ -56,6 +57,7 @@ def submit_runs(study: Study, forecasts: Sequence[Forecast]) -> dict[str, int]:
         Id of a job array -> number of its runs.
     """
     _check_commands("submit", "sbatch", "srun")
+    take_over_runs(study, forecasts)
     for forecast in forecasts:
         if (ready := with_rate(study, forecast, forecasts)) is not None:
             check_flags(run_folder(study, ready), ready)

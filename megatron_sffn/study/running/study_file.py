@@ -29,6 +29,8 @@ KEYS = (
     *("include", "sizes", "ladder", "ladder-steps", "transfer", "slurm"),
 )
 MATCHES = ("active", "parameters")
+RUNS = "runs"
+"""Folder of the folders of runs in that of a study."""
 LABELS = {
     "sffn-router": "",
     "sffn-block-size": "g",
@@ -107,7 +109,7 @@ class Study:
 
     def folder_of(self, name: str) -> Path:
         """The folder of the run of a name."""
-        return self.folder / "runs" / name
+        return self.folder / RUNS / name
 
 
 def read_study(path: Path, size: str | None = None) -> Study:

@@ -38,6 +38,7 @@ from megatron_sffn.study.running.one_run import (
     write_failure,
 )
 from megatron_sffn.study.running.result_tables import write_tables
+from megatron_sffn.study.running.reuse import take_over_runs
 from megatron_sffn.study.running.study_file import Study
 from megatron_sffn.study.runs import SUMMARY
 from megatron_sffn.utils.atomic_files import read_json_object
@@ -94,6 +95,7 @@ class Sweep:
         Raises:
             KeyboardInterrupt: after every run has saved a checkpoint and ended.
         """
+        take_over_runs(self._study, self._forecasts)
         waiting = [run for run in self._forecasts if not is_finished(self._folder(run), run)]
         for forecast in filter(None, map(self._with_rate, self._forecasts)):
             check_flags(self._folder(forecast), forecast)
