@@ -224,6 +224,11 @@ def namespace_of(base: Base, candidate: Candidate, gpus: int) -> Namespace:
     return args
 
 
+def shape_of(base: Base) -> ModelShape:
+    """The model of the run, which does not depend on the layout."""
+    return ModelShape.of_args(base.args, sffn_config(base.args))
+
+
 def workload_of(base: Base, candidate: Candidate, cluster: Cluster) -> Workload:
     """The run in a layout that the checks accept.
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sffn.planning.block_estimates import MEASURED_ON_CPU
+from megatron_sffn.planning.loss import Foreseen
+from megatron_sffn.planning.loss_text import loss_fields
 from megatron_sffn.planning.reasons import why_best, why_not
 from megatron_sffn.planning.search import SECONDS_PER_DAY, Outcome, Plan
 from megatron_sffn.utils.human_size import human_count, human_size
@@ -36,12 +38,14 @@ class Case:
         block_size: g; None for the one that the flags give.
         outcome: None if there is a reason.
         reason: a sentence.
+        foreseen: of the loss; None if it is not asked for.
     """
 
     gpus: int
     block_size: int | None
     outcome: Outcome | None = None
     reason: str | None = None
+    foreseen: Foreseen | None = None
 
 
 def layouts_table(outcome: Outcome, tokens: float | None, top: int) -> str:
@@ -143,7 +147,9 @@ def _ratios(plan: Plan) -> tuple[str, str]:
     return f"{ratio:.2f}", "-" if measured is None else f"{measured:.2f}"
 
 
-def record(plan: Plan, tokens: float | None, reason: str) -> dict[str, Any]:
+def record(
+    plan: Plan, tokens: float | None, reason: str, foreseen: Foreseen | None = None
+) -> dict[str, Any]:
     """A plan as one flat record, for JSON and CSV."""
     sffn = plan.workload.shape.sffn
     return {
@@ -162,16 +168,19 @@ def record(plan: Plan, tokens: float | None, reason: str) -> dict[str, Any]:
         **{f"memory_{name}": value for name, value in dataclasses.asdict(plan.memory).items()},
         **{f"sent_{name}": value for name, value in dataclasses.asdict(plan.traffic).items()},
         **{f"seconds_{name}": value for name, value in dataclasses.asdict(plan.time).items()},
+        **({} if foreseen is None else loss_fields(foreseen)),
         "provenance": "derived",
     }
 
 
-def records(outcome: Outcome, tokens: float | None, top: int) -> list[dict[str, Any]]:
+def records(
+    outcome: Outcome, tokens: float | None, top: int, foreseen: Foreseen | None = None
+) -> list[dict[str, Any]]:
     """The best layouts as records."""
     first, *others = outcome.plans[:top]
     return [
-        record(first, tokens, why_best(outcome)),
-        *(record(plan, tokens, why_not(plan, first)) for plan in others),
+        record(first, tokens, why_best(outcome), foreseen),
+        *(record(plan, tokens, why_not(plan, first), foreseen) for plan in others),
     ]
 
 
