@@ -35,8 +35,9 @@ Find the best layout of a run on a cluster, before a GPU is rented: for every va
 per stage, EP, ETP and microbatch it computes memory, traffic, time of a step, and the days and the
 cost of a budget of tokens. It takes the options below and every flag of `python -m
 megatron_sffn.pretrain` (see its --help-all); --global-batch-size and --vocab-size (or
---padded-vocab-size) are required. A size of the layout that a flag gives is kept. Times are derived
-from a model, not measured; --check compares the model with published runs.
+--padded-vocab-size) are required. A size of the layout that a flag gives is kept, and so is
+--recompute-granularity; without it, each layout recomputes no more than it needs to fit. Times are
+derived from a model, not measured; --check compares the model with published runs.
 """
 
 EPILOG = """\
@@ -44,7 +45,7 @@ example: a run on 64 H100
   .venv/bin/python tools/plan.py --gpus 64 --gpu h100 --price 2.50 --tokens 300e9 \\
       --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --seq-length 4096 \\
       --max-position-embeddings 4096 --vocab-size 50257 --global-batch-size 1024 --bf16 \\
-      --use-distributed-optimizer --recompute-granularity selective
+      --use-distributed-optimizer
 
 example: how many GPUs, which block size (add the flags of the model)
   .venv/bin/python tools/plan.py ... --compare-gpus 8,64,512,4096

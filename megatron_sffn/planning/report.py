@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sffn.planning.block_estimates import MEASURED_ON_CPU
+from megatron_sffn.planning.layouts import SIZES
 from megatron_sffn.planning.loss import Foreseen
 from megatron_sffn.planning.loss_text import loss_fields
 from megatron_sffn.planning.reasons import why_best, why_not
@@ -20,8 +21,8 @@ from megatron_sffn.utils.human_size import human_count, human_size
 from megatron_sffn.utils.text_table import text_table
 from megatron_sffn.utils.tool_output import save_plot
 
-SIZES = ("TP", "PP", "VP", "EP", "ETP", "MB")
-"""Headings of the sizes of a layout; VP is chunks of a stage, MB sequences of a microbatch."""
+LAYOUT = ("TP", "PP", "VP", "EP", "ETP", "MB", "recompute")
+"""Headings of a layout; VP is chunks of a stage, MB sequences of a microbatch."""
 
 RESULTS = ("memory", "step s", "MFU", "tokens/s", "tokens/day", "days", "cost")
 
@@ -54,7 +55,7 @@ def layouts_table(outcome: Outcome, tokens: float | None, top: int) -> str:
     faster = [plan for plan in outcome.too_large if plan.time.total < best.time.total]
     plans = [*outcome.plans[:top], *faster[:FASTER_SHOWN]]
     reasons = ["why", why_best(outcome), *(why_not(plan, best) for plan in plans[1:])]
-    rows = [(*SIZES, *RESULTS), *(_cells(plan, tokens) for plan in plans)]
+    rows = [(*LAYOUT, *RESULTS), *(_cells(plan, tokens) for plan in plans)]
     lines = [
         f"{row}  {reason}"
         for row, reason in zip(text_table(rows).splitlines(), reasons, strict=True)
@@ -63,12 +64,13 @@ def layouts_table(outcome: Outcome, tokens: float | None, top: int) -> str:
 
 
 def _cells(plan: Plan, tokens: float | None) -> tuple[str, ...]:
-    """The sizes and the results of a plan."""
-    sizes = map(str, dataclasses.astuple(plan.candidate))
+    """The layout and the results of a plan."""
+    sizes = (str(getattr(plan.candidate, name)) for name in SIZES.values())
     cost = None if tokens is None else plan.cost(tokens)
     rate = plan.tokens_per_second
     return (
         *sizes,
+        plan.recompute,
         human_size(plan.memory.total),
         f"{plan.time.total:.3g}",
         f"{plan.mfu:.1%}",
@@ -112,7 +114,7 @@ def winner(plan: Plan) -> str:
 
 def cases_table(cases: Sequence[Case], tokens: float | None) -> str:
     """The best layout of each number of GPUs and block size; below it reasons of the others."""
-    headings = ("GPUs", "g", *SIZES, *RESULTS, "blocks/dense", "CPU/dense")
+    headings = ("GPUs", "g", *LAYOUT, *RESULTS, "blocks/dense", "CPU/dense")
     rows: list[tuple[str, ...]] = [headings]
     for case in cases:
         name = (f"{case.gpus:,}", "" if case.block_size is None else str(case.block_size))
@@ -156,6 +158,7 @@ def record(
         "gpus": plan.cluster.gpus,
         "block_size": None if sffn is None else sffn.block_size,
         **dataclasses.asdict(plan.candidate),
+        "recompute": plan.recompute,
         "fits": plan.fits,
         "reason": reason,
         "step_seconds": plan.time.total,

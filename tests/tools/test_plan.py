@@ -33,7 +33,8 @@ def test_the_table_has_the_best_layouts_with_reasons(capsys: pytest.CaptureFixtu
     printed = output_of(capsys, f"--gpus 8 --top 4 --price 2 --tokens 1e9 {FLAGS}")
     lines = printed.splitlines()
     assert lines[0].startswith("8 × h100, 8 per node; products at 73% of the peak; all times are")
-    assert lines[2].split()[:6] == ["TP", "PP", "VP", "EP", "ETP", "MB"]
+    assert lines[2].split()[:7] == ["TP", "PP", "VP", "EP", "ETP", "MB", "recompute"]
+    assert lines[3].split()[6] == "none"
     assert "fastest of" in lines[3]
     assert all(lines[3:7])
     assert "are refused" in printed
