@@ -217,6 +217,11 @@ def candidates(base: Base, gpus: int) -> Iterator[Candidate]:
 
 def refusal(base: Base, candidate: Candidate, gpus: int) -> Problem | None:
     """The first rule that refuses a layout; None if a run would accept it."""
+    return _own_refusal(base, candidate, gpus) or _megatron_refusal(base, candidate, gpus)
+
+
+def _own_refusal(base: Base, candidate: Candidate, gpus: int) -> Problem | None:
+    """The first of our own checks that refuses a layout."""
     args = namespace_of(base, candidate, gpus)
     sffn = sffn_config(args)
     for check in LAYOUT_CHECKS:
@@ -234,9 +239,15 @@ def refusal(base: Base, candidate: Candidate, gpus: int) -> Problem | None:
             f"does not divide the {stage_layers} layers of a stage",
             "change one of them so that it does",
         )
+    return None
+
+
+def _megatron_refusal(base: Base, candidate: Candidate, gpus: int) -> Problem | None:
+    """Why Megatron's config refuses a layout, whatever its microbatch is."""
+    args = namespace_of(base, candidate, gpus)
     try:
         with as_sentence("accept these flags"):
-            transformer_config(args, sffn)
+            transformer_config(args, sffn_config(args))
     except ConfigError as error:
         return Problem("Megatron's rules", None, f"refuse it: {error}", "")
     return None
@@ -313,8 +324,15 @@ def valid_candidates(base: Base, gpus: int) -> tuple[list[Candidate], Refusals]:
     """The layouts that a run would accept, and those that it would refuse."""
     valid: list[Candidate] = []
     refusals = Refusals(counts=Counter(), examples={})
+    by_megatron: dict[Candidate, Problem | None] = {}
     for candidate in candidates(base, gpus):
-        problem = refusal(base, candidate, gpus)
+        problem = _own_refusal(base, candidate, gpus)
+        if problem is None:
+            # Megatron's config takes two milliseconds and does not have the microbatch.
+            sizes = replace(candidate, micro_batch_size=1)
+            if sizes not in by_megatron:
+                by_megatron[sizes] = _megatron_refusal(base, sizes, gpus)
+            problem = by_megatron[sizes]
         if problem is None:
             valid.append(candidate)
         else:
