@@ -126,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE.png",
         help="plot the cost over the number of GPUs, 8 to 8,192 without --compare-gpus, and over "
-        "the block sizes (needs --tokens)",
+        "the block sizes of --compare-block-sizes; also as .svg (needs --tokens)",
     )
     return parser
 

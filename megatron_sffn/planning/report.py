@@ -1,12 +1,12 @@
 """Plans as tables, flat records, and a plot.
 
-Inputs: outcomes of a search. Outputs: text, dicts for JSON and CSV, a PNG file.
+Inputs: outcomes of a search. Outputs: text, dicts for JSON and CSV, a plot.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,12 +188,12 @@ def records(
 
 
 def plot(cases: Sequence[Case], tokens: float, path: Path) -> None:
-    """Cost over the number of GPUs, a line for each block size.
+    """Cost over the number of GPUs, a line for each block size; and the other way round.
 
     Args:
         cases: to plot; those without an outcome are left out.
         tokens: budget.
-        path: path of the PNG file.
+        path: path of the PNG or SVG file.
 
     Raises:
         ConfigError: if the file cannot be written.
@@ -203,42 +203,58 @@ def plot(cases: Sequence[Case], tokens: float, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines: dict[int | None, dict[int, Plan]] = {}
-    for case in cases:
-        if case.outcome is not None:
-            lines.setdefault(case.block_size, {})[case.gpus] = case.outcome.best
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    _plot_lines(left, {size: _costs(plans, tokens) for size, plans in lines.items()})
-    by_size: dict[int | None, dict[int, float]] = {}
-    for size, plans in lines.items():
-        for gpus, cost in _costs(plans, tokens).items():
-            if size is not None:
-                by_size.setdefault(gpus, {})[size] = cost
-    _plot_lines(right, by_size)
-    has_price = any(plan.cluster.price for plans in lines.values() for plan in plans.values())
-    for axes, label in ((left, "GPUs"), (right, "block size g")):
-        axes.set_xlabel(label)
-        axes.set_ylabel("cost" if has_price else "GPU hours")
-    left.legend(title="g", frameon=False)
-    if by_size:
-        right.legend(title="GPUs", frameon=False)
-    figure.suptitle(f"the best layout's cost of {human_count(tokens).strip()} tokens (derived)")
+    over_gpus, over_sizes = _costs(cases, tokens)
+    count = 2 if over_sizes else 1
+    figure, axes = pyplot.subplots(
+        1, count, figsize=(6.2 * count, 4.6), layout="constrained", sharey=True, squeeze=False
+    )
+    _plot_lines(axes[0][0], over_gpus, "number of GPUs", "block size g")
+    if over_sizes:
+        _plot_lines(axes[0][1], over_sizes, "block size g", "GPUs")
+    price = next(case.outcome.best.cluster.price for case in cases if case.outcome is not None)
+    unit = f"cost, at {price:g} per GPU hour" if price else "GPU hours"
+    axes[0][0].set_ylabel(f"{unit} (derived)")
+    figure.suptitle(f"Best layouts for {human_count(tokens).strip()} tokens")
     save_plot(figure, path)
 
 
-def _costs(plans: Mapping[int, Plan], tokens: float) -> dict[int, float]:
-    """Number of GPUs -> cost, or GPU hours where the price is not known."""
-    return {
-        gpus: plan.cost(tokens) or plan.days(tokens) * 24 * gpus for gpus, plan in plans.items()
-    }
+Lines = dict[int | None, dict[int, float]]
+"""Name of a line -> its points."""
 
 
-def _plot_lines(axes: Any, lines: Mapping[int | None, Mapping[int, float]]) -> None:
-    """One line for each key, over logarithmic axes."""
+def _costs(cases: Sequence[Case], tokens: float) -> tuple[Lines, Lines]:
+    """Costs by block size and GPUs, and by GPUs and block size; GPU hours without a price."""
+    over_gpus: Lines = {}
+    over_sizes: Lines = {}
+    for case in cases:
+        if case.outcome is not None:
+            best = case.outcome.best
+            cost = best.cost(tokens) or best.days(tokens) * 24 * case.gpus
+            over_gpus.setdefault(case.block_size, {})[case.gpus] = cost
+            if case.block_size is not None:
+                over_sizes.setdefault(case.gpus, {})[case.block_size] = cost
+    return over_gpus, over_sizes
+
+
+def _plot_lines(axes: Any, lines: Lines, x_label: str, line_label: str) -> None:
+    """One line for each key, over logarithmic axes, darker for larger keys."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=name or "as given")
+    names = sorted(lines, key=lambda name: name or 0)
+    shades = colormaps["viridis_r"]
+    for index, name in enumerate(names):
+        colour = shades(0.1 + 0.9 * index / max(1, len(names) - 1))
+        label = "as given" if name is None else f"{name:,}"
+        points = zip(*sorted(lines[name].items()), strict=True)
+        axes.plot(*points, color=colour, marker="o", markersize=4, label=label)
     ticks = sorted({point for points in lines.values() for point in points})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45)
+    axes.set_xlabel(x_label)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.legend(title=line_label, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
