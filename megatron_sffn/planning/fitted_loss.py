@@ -192,10 +192,15 @@ def _beyond(surface: Surface, place: Observation) -> list[str]:
     for name, factor in surface.outside(place).items():
         what, highest, lowest = BEYOND[name]
         if factor > 1:
-            clauses.append(f"{what} {factor:,.3g} times those of {highest}")
+            clauses.append(f"{what} {_rounded(factor)} times those of {highest}")
         else:
-            clauses.append(f"{what} {1 / factor:,.3g} times below those of {lowest}")
+            clauses.append(f"{what} {_rounded(1 / factor)} times below those of {lowest}")
     return clauses
+
+
+def _rounded(factor: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{float(f'{factor:.3g}'):,.10g}"
 
 
 def _other_expansion(fitted: FittedSurface, sffn: SparseFFNConfig) -> list[str]:

@@ -34,9 +34,11 @@ def loss_lines(foreseen: Foreseen) -> str:
     lines = [f"loss after {tokens} tokens, in nats per token, foreseen:"]
     if foreseen.fitted is not None:
         fit = foreseen.fitted
-        rows.append((f"your surface, {fit.series}", f"{fit.loss:.3f}", _spread(fit)))
+        rows.append((f"your surface, {fit.series}", f"{fit.loss:.3f}", _quantiles(fit)))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines += [f"  {a.ljust(widths[0])}  {b.rjust(widths[1])}  {c}".rstrip() for a, b, c in rows]
+    if foreseen.fitted is not None and foreseen.fitted.remarks:
+        lines.append(f"your surface is {_beyond(foreseen.fitted)}")
     return "\n".join([*lines, *_reasons([foreseen])])
 
 
@@ -97,9 +99,8 @@ def _range(low: float, high: float) -> str:
     return f"{low:.3f} to {high:.3f}"
 
 
-def _spread(fitted: FittedLoss) -> str:
-    text = f"{_range(fitted.low, fitted.high)} among its bootstrap (10 % to 90 %)"
-    return f"{text}; {_beyond(fitted)}" if fitted.remarks else text
+def _quantiles(fitted: FittedLoss) -> str:
+    return f"{_range(fitted.low, fitted.high)}, 10 % to 90 % of its bootstrap"
 
 
 def _beyond(fitted: FittedLoss) -> str:

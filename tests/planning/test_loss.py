@@ -91,6 +91,9 @@ def test_a_plan_beyond_the_fitted_runs_says_by_which_factor(
         "tokens 10 times those of the longest training",
         "E = 4 instead of 16 and 64",
     )
+    fitted = foresee_loss(SHAPE, 1.23456e15, read_surfaces(path)).fitted
+    assert fitted is not None
+    assert "tokens 154,000 times those of the longest training" in fitted.remarks
     assert SHAPE.sffn is not None
     fine = replace(SHAPE, sffn=replace(SHAPE.sffn, block_size=8))
     fitted = foresee_loss(fine, 1e9, read_surfaces(path)).fitted

@@ -60,6 +60,7 @@ def test_json_and_csv_have_the_same_records(capsys: pytest.CaptureFixture[str]) 
         assert record["cost"] == pytest.approx(3 * hours)
         assert record["days"] == pytest.approx(1e9 / record["tokens_per_day"])
         assert record["provenance"] == "derived"
+        assert record["recompute"] == row["recompute"] == "none"
 
 
 def test_comparisons_have_a_row_for_each_number_of_gpus_and_block_size(
@@ -76,6 +77,16 @@ def test_comparisons_have_a_row_for_each_number_of_gpus_and_block_size(
         printed
     )
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_without_block_sizes_has_one_panel(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "cost.svg"
+    given = "--pipeline-model-parallel-size 1 --expert-model-parallel-size 1"
+    output_of(capsys, f"--compare-gpus 1,2 --tokens 1e9 --plot {path} {given} {FLAGS}")
+    svg = path.read_text()
+    assert svg.startswith("<?xml") and 'id="axes_1"' in svg and 'id="axes_2"' not in svg
 
 
 def test_the_loss_of_each_law_is_printed_with_its_source_and_their_range(
