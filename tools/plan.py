@@ -1,4 +1,4 @@
-"""Plans a run on a cluster: the layouts that fit, their memory, traffic, time and cost.
+"""Plans a run on a cluster: the layouts that fit, their memory, traffic, time, cost, and the loss.
 
 Inputs: the flags of `megatron_sffn.pretrain`, and the cluster. Outputs: a table of the best layouts
 with reasons, JSON or CSV, tables over numbers of GPUs and block sizes, a plot.
@@ -25,7 +25,9 @@ from megatron_sffn.utils.warning_filters import silence
 
 if TYPE_CHECKING:
     from megatron_sffn.planning.cluster import Cluster
+    from megatron_sffn.planning.fitted_loss import FittedSurfaces
     from megatron_sffn.planning.layouts import Base, Candidate
+    from megatron_sffn.planning.loss import Foreseen
     from megatron_sffn.planning.report import Case
 
 DESCRIPTION = """\
@@ -33,8 +35,9 @@ Find the best layout of a run on a cluster, before a GPU is rented: for every va
 per stage, EP, ETP and microbatch it computes memory, traffic, time of a step, and the days and the
 cost of a budget of tokens. It takes the options below and every flag of `python -m
 megatron_sffn.pretrain` (see its --help-all); --global-batch-size and --vocab-size (or
---padded-vocab-size) are required. A size of the layout that a flag gives is kept. Times are derived
-from a model, not measured; --check compares the model with published runs.
+--padded-vocab-size) are required. A size of the layout that a flag gives is kept, and so is
+--recompute-granularity; without it, each layout recomputes no more than it needs to fit. Times are
+derived from a model, not measured; --check compares the model with published runs.
 """
 
 EPILOG = """\
@@ -42,11 +45,15 @@ example: a run on 64 H100
   .venv/bin/python tools/plan.py --gpus 64 --gpu h100 --price 2.50 --tokens 300e9 \\
       --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --seq-length 4096 \\
       --max-position-embeddings 4096 --vocab-size 50257 --global-batch-size 1024 --bf16 \\
-      --use-distributed-optimizer --recompute-granularity selective
+      --use-distributed-optimizer
 
 example: how many GPUs, which block size (add the flags of the model)
   .venv/bin/python tools/plan.py ... --compare-gpus 8,64,512,4096
   .venv/bin/python tools/plan.py ... --compare-block-sizes 4096,256,64 --plot cost.png
+
+example: which block size at what cost, and what loss to expect of it
+  .venv/bin/python tools/plan.py ... --tokens 300e9 --compare-block-sizes 1024,256,64 --loss
+  .venv/bin/python tools/plan.py ... --tokens 300e9 --loss-from studies/block-size/report
 
 example: how far the model is from published throughput
   .venv/bin/python tools/plan.py --check
@@ -92,6 +99,26 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top", type=int, default=10, metavar="N", help="layouts to print (default: 10)")
     add("--compare-gpus", metavar="N,M,...", help="the best layout of each number of GPUs")
     add("--compare-block-sizes", metavar="G,H,...", help="the best of each --sffn-block-size")
+    add(
+        "--loss",
+        action="store_true",
+        help="also print the final loss that published laws foresee for the model and --tokens, "
+        "and their range; they were fitted to other data, so trust differences, not values",
+    )
+    add(
+        "--loss-from",
+        type=Path,
+        metavar="REPORT",
+        help="as --loss, and also the loss by the surface that megatron-sffn report fitted to "
+        "your own runs, with its bootstrap spread: the folder of the report, or its report.json "
+        "(extra study)",
+    )
+    add(
+        "--loss-series",
+        metavar="NAME",
+        help="the surface of the report to use, where it has several of the router, such as "
+        "'avg-k, expansion 16'",
+    )
     add("--check", action="store_true", help="compare the model with published runs, and end")
     add_form_flags(parser)
     add(
@@ -99,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE.png",
         help="plot the cost over the number of GPUs, 8 to 8,192 without --compare-gpus, and over "
-        "the block sizes (needs --tokens)",
+        "the block sizes of --compare-block-sizes; also as .svg (needs --tokens)",
     )
     return parser
 
@@ -141,8 +168,29 @@ def numbers_in(flag: str, text: str | None) -> list[int]:
     return list(dict.fromkeys(map(int, words)))
 
 
+def surfaces_of(options: Namespace) -> FittedSurfaces | None:
+    """The surfaces of the report that the options give."""
+    if options.loss_from is None:
+        return None
+    from megatron_sffn.planning.fitted_loss import read_surfaces
+
+    return read_surfaces(options.loss_from, options.loss_series)
+
+
+def foreseen_for(
+    base: Base, options: Namespace, surfaces: FittedSurfaces | None
+) -> Foreseen | None:
+    """What is foreseen of the loss of a run, if the options ask for it."""
+    if not options.loss:
+        return None
+    from megatron_sffn.planning.layouts import shape_of
+    from megatron_sffn.planning.loss import foresee_loss
+
+    return foresee_loss(shape_of(base), options.tokens, surfaces)
+
+
 def cases_of(options: Namespace, flags: list[str], gpus: Sequence[int]) -> list[Case]:
-    """The best layout for each block size and number of GPUs.
+    """The best layout for each block size and number of GPUs, and its loss if it is asked for.
 
     Raises:
         ConfigError: if there is no layout in any case.
@@ -153,6 +201,7 @@ def cases_of(options: Namespace, flags: list[str], gpus: Sequence[int]) -> list[
 
     sizes: Sequence[int | None] = numbers_in("--compare-block-sizes", options.compare_block_sizes)
     cases: list[Case] = []
+    surfaces = surfaces_of(options)
     for size in sizes or [None]:
         words = [] if size is None else ["--sffn-block-size", str(size)]
         base: Base | None = None
@@ -160,6 +209,8 @@ def cases_of(options: Namespace, flags: list[str], gpus: Sequence[int]) -> list[
             case = Case(gpus=count, block_size=size)
             try:
                 base = base or parse_base([*flags, *words])
+                foreseen = foreseen_for(base, options, surfaces)
+                case = dataclasses.replace(case, foreseen=foreseen)
                 outcome = search(base, cluster_of(options, count), progress=shown)
                 cases.append(dataclasses.replace(case, outcome=outcome))
             except ConfigError as error:
@@ -177,11 +228,18 @@ def print_comparison(options: Namespace, flags: list[str]) -> None:
     gpus = numbers_in("--compare-gpus", options.compare_gpus) or [options.gpus]
     cases = cases_of(options, flags, gpus)
     if options.json or options.csv:
-        found = [case.outcome for case in cases if case.outcome is not None]
-        records = [report.record(item.best, options.tokens, why_best(item)) for item in found]
+        records = [
+            report.record(item.best, options.tokens, why_best(item), case.foreseen)
+            for case in cases
+            if (item := case.outcome) is not None
+        ]
         print_records(records, as_json=options.json)
-    else:
-        print(report.cases_table(cases, options.tokens))
+        return
+    print(report.cases_table(cases, options.tokens))
+    if options.loss:
+        from megatron_sffn.planning.loss_text import losses_table
+
+        print("", losses_table(cases), sep="\n")
 
 
 def print_layouts(options: Namespace, flags: list[str]) -> None:
@@ -190,10 +248,11 @@ def print_layouts(options: Namespace, flags: list[str]) -> None:
     from megatron_sffn.planning.layouts import parse_base
     from megatron_sffn.planning.search import search
 
-    cluster = cluster_of(options, options.gpus)
-    outcome = search(parse_base(flags), cluster, top=options.top, progress=shown)
+    cluster, base = cluster_of(options, options.gpus), parse_base(flags)
+    foreseen = foreseen_for(base, options, surfaces_of(options))
+    outcome = search(base, cluster, top=options.top, progress=shown)
     if options.json or options.csv:
-        records = report.records(outcome, options.tokens, options.top)
+        records = report.records(outcome, options.tokens, options.top, foreseen)
         print_records(records, as_json=options.json)
         return
     print(
@@ -202,6 +261,10 @@ def print_layouts(options: Namespace, flags: list[str]) -> None:
     )
     print(report.layouts_table(outcome, options.tokens, options.top))
     print("", report.winner(outcome.best), sep="\n")
+    if foreseen is not None:
+        from megatron_sffn.planning.loss_text import loss_lines
+
+        print("", loss_lines(foreseen), sep="\n")
 
 
 def check_options(options: Namespace) -> None:
@@ -210,6 +273,15 @@ def check_options(options: Namespace) -> None:
         raise ConfigError(f"--top {options.top} must be at least 1; give a positive number")
     if options.tokens is not None and not 0 < options.tokens < float("inf"):
         raise ConfigError(f"--tokens {options.tokens:g} is not above 0; give for example 300e9")
+    if options.loss_series is not None and options.loss_from is None:
+        raise ConfigError(
+            f"--loss-series {options.loss_series} names a surface of a report; give --loss-from"
+        )
+    if options.loss_from is not None:
+        require("scipy", "--loss-from", "study")
+        options.loss = True
+    if options.loss and options.tokens is None:
+        raise ConfigError("--loss needs the tokens of the training; give --tokens, such as 300e9")
     if options.plot is not None:
         require("matplotlib", "--plot", "plot")
         if options.tokens is None:

@@ -78,14 +78,17 @@ class TrainingSetup:
         rotated = args.position_embedding_type == "rope"
         fp32_gradients = not layout.half_precision or args.accumulate_allreduce_grads_in_fp32
         step = args.micro_batch_size * layout.dp
+        recompute, modules = args.recompute_granularity, args.recompute_modules or ["core_attn"]
+        if args.moe_layer_recompute:  # Megatron's config turns it into these two
+            recompute, modules = "selective", [*modules, "moe"]
         return cls(
             micro_batch_size=args.micro_batch_size,
             num_microbatches=max(1, (args.global_batch_size or step) // step),
             gradient_bytes=4 if fp32_gradients else 2,
             moments=moments[args.optimizer],
             distributed_optimizer=args.use_distributed_optimizer,
-            recompute=args.recompute_granularity,
-            recompute_modules=tuple(args.recompute_modules or ("core_attn",)),
+            recompute=recompute,
+            recompute_modules=tuple(modules),
             recompute_method=args.recompute_method or "uniform",
             recompute_layers=args.recompute_num_layers or 1,
             attention_dropout=args.attention_dropout > 0,

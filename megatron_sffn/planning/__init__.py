@@ -1,4 +1,4 @@
-"""Foresees memory, traffic, time and cost of a run on a cluster, for `tools/plan.py`.
+"""Foresees memory, traffic, time, cost and loss of a run on a cluster, for `tools/plan.py`.
 
 cluster.py          cards, nodes and links
 workload.py         a model on ranks
@@ -7,6 +7,9 @@ block_estimates.py  time of the block products over dense ones
 step_time.py        seconds of a step
 layouts.py          all layouts of a run on a number of GPUs
 search.py           the layouts of a run by their time
+loss.py             the loss that laws foresee for the model and its tokens
+fitted_loss.py      the loss by the surface of a report
+loss_text.py        foreseen losses as text and as fields
 reasons.py          why a layout is faster or slower, in one line
 report.py           tables and plots
 published.py        published throughput, against which the time is checked

@@ -37,9 +37,10 @@ class Card:
     network_bandwidth: float
 
 
+# Data sheets count NVLink in both directions, and mostly FLOP/s with sparsity; here are one
+# direction and dense FLOP/s. docs/planning.md says which number was checked against which source.
 CARDS = {
-    # NVIDIA A100 80GB SXM data sheet (312 TFLOP/s, 2.0 TB/s, NVLink 600 GB/s both ways); DGX A100:
-    # one HDR InfiniBand card of 200 Gb/s for each GPU.
+    # A100 80GB SXM; DGX A100: one HDR InfiniBand card of 200 Gb/s for each GPU.
     "a100": Card(
         peak_flops=312 * TFLOP,
         memory=80 * GB,
@@ -47,8 +48,7 @@ CARDS = {
         node_bandwidth=300 * GB,
         network_bandwidth=25 * GB,
     ),
-    # NVIDIA H100 SXM data sheet (989 TFLOP/s without sparsity, 3.35 TB/s, NVLink 900 GB/s both
-    # ways); DGX H100: one NDR InfiniBand card of 400 Gb/s for each GPU.
+    # H100 SXM; DGX H100: one NDR InfiniBand card of 400 Gb/s for each GPU.
     "h100": Card(
         peak_flops=989 * TFLOP,
         memory=80 * GB,
@@ -56,7 +56,7 @@ CARDS = {
         node_bandwidth=450 * GB,
         network_bandwidth=50 * GB,
     ),
-    # NVIDIA H200 SXM data sheet (as H100, 141 GB at 4.8 TB/s); DGX H200: 400 Gb/s for each GPU.
+    # H200 SXM, an H100 with other memory; DGX H200: 400 Gb/s for each GPU.
     "h200": Card(
         peak_flops=989 * TFLOP,
         memory=141 * GB,
@@ -64,8 +64,7 @@ CARDS = {
         node_bandwidth=450 * GB,
         network_bandwidth=50 * GB,
     ),
-    # NVIDIA DGX B200 data sheet (8 GPUs: 36 PFLOP/s bf16 with sparsity, 1,440 GB, 64 TB/s, NVLink
-    # 14.4 TB/s both ways; ConnectX-7 of 400 Gb/s for each GPU).
+    # An eighth of a DGX B200, whose GPUs have 180 GB; ConnectX-7 of 400 Gb/s for each GPU.
     "b200": Card(
         peak_flops=2250 * TFLOP,
         memory=180 * GB,

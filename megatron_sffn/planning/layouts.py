@@ -9,12 +9,15 @@ Design notes
   config, which takes a millisecond where parsing takes 50. The layouts that are shown are parsed
   in full afterwards (`search.py`).
 - A size that a flag gives is kept; the others are powers of two, or divisors of the layers.
+- No rule about recomputation depends on the layout, so it is checked once for all layouts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+import warnings
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -44,6 +47,18 @@ SIZES = {
 }
 """Flag of a size -> field of `Candidate`."""
 
+RECOMPUTATIONS: dict[str, dict[str, str | int]] = {
+    "none": {},
+    "selective": {"--recompute-granularity": "selective"},
+    "full": {
+        "--recompute-granularity": "full",
+        "--recompute-method": "uniform",
+        "--recompute-num-layers": 1,
+    },
+}
+"""Recomputation of activations -> its flags: from the fastest to the smallest. `selective` computes
+the attention scores again (Megatron's default module), `full` every layer, one by one."""
+
 REFUSED = {
     "--num-layers-per-virtual-pipeline-stage": "use --num-virtual-stages-per-pipeline-rank",
     "--context-parallel-size": "leave it out, context parallelism is not counted",
@@ -68,6 +83,7 @@ class Candidate:
         ep: expert-parallel size.
         etp: expert-tensor-parallel size.
         micro_batch_size: sequences of a microbatch.
+        recompute: key of `RECOMPUTATIONS`; None for what the flags of the run give.
     """
 
     tp: int = 1
@@ -76,16 +92,19 @@ class Candidate:
     ep: int = 1
     etp: int = 1
     micro_batch_size: int = 1
+    recompute: str | None = None
 
     def flags(self) -> list[str]:
-        """The sizes as flags of a run."""
+        """The sizes and the recomputation as flags of a run."""
+        recompute = RECOMPUTATIONS[self.recompute or "none"]
         words = [
             word
             for flag, name in SIZES.items()
             if getattr(self, name) > 1 or name == "micro_batch_size"
             for word in (flag, str(getattr(self, name)))
         ]
-        return [*words, *(["--sequence-parallel"] if self.tp > 1 else [])]
+        words += ["--sequence-parallel"] if self.tp > 1 else []
+        return words + [str(word) for flag in recompute.items() for word in flag]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +117,7 @@ class Base:
         given: sizes that flags of the run give.
         keeps_dispatcher: True if a flag gives the dispatcher.
         activation: name of the activation function.
+        recomputations: keys of `RECOMPUTATIONS` to try; None alone if a flag gives it.
     """
 
     flags: tuple[str, ...]
@@ -105,6 +125,7 @@ class Base:
     given: dict[str, int]
     keeps_dispatcher: bool
     activation: str
+    recomputations: tuple[str | None, ...]
 
 
 def parse_base(flags: Sequence[str]) -> Base:
@@ -143,7 +164,29 @@ def parse_base(flags: Sequence[str]) -> Base:
         given=given,
         keeps_dispatcher="--moe-token-dispatcher-type" in rest,
         activation=Activation.of(transformer_config(args, sffn_config(args))).value,
+        recomputations=_recomputations(args),
     )
+
+
+def _recomputations(args: Namespace) -> tuple[str | None, ...]:
+    """The recomputations that Megatron accepts with these flags; None if they give one."""
+    if args.recompute_granularity is not None or args.moe_layer_recompute:
+        return (None,)
+    accepted = []
+    for name in RECOMPUTATIONS:
+        with contextlib.suppress(ConfigError), warnings.catch_warnings(action="ignore"):
+            with as_sentence("accept these flags"):
+                transformer_config(_with_recomputation(args, name), sffn_config(args))
+            accepted.append(name)
+    return tuple(accepted)
+
+
+def _with_recomputation(args: Namespace, name: str | None) -> Namespace:
+    """A copy of Megatron's namespace with a recomputation; None leaves that of the flags."""
+    args = copy.copy(args)
+    for flag, value in RECOMPUTATIONS[name or "none"].items():
+        setattr(args, flag[2:].replace("-", "_"), value)
+    return args
 
 
 def candidates(base: Base, gpus: int) -> Iterator[Candidate]:
@@ -174,6 +217,11 @@ def candidates(base: Base, gpus: int) -> Iterator[Candidate]:
 
 def refusal(base: Base, candidate: Candidate, gpus: int) -> Problem | None:
     """The first rule that refuses a layout; None if a run would accept it."""
+    return _own_refusal(base, candidate, gpus) or _megatron_refusal(base, candidate, gpus)
+
+
+def _own_refusal(base: Base, candidate: Candidate, gpus: int) -> Problem | None:
+    """The first of our own checks that refuses a layout."""
     args = namespace_of(base, candidate, gpus)
     sffn = sffn_config(args)
     for check in LAYOUT_CHECKS:
@@ -191,9 +239,15 @@ def refusal(base: Base, candidate: Candidate, gpus: int) -> Problem | None:
             f"does not divide the {stage_layers} layers of a stage",
             "change one of them so that it does",
         )
+    return None
+
+
+def _megatron_refusal(base: Base, candidate: Candidate, gpus: int) -> Problem | None:
+    """Why Megatron's config refuses a layout, whatever its microbatch is."""
+    args = namespace_of(base, candidate, gpus)
     try:
         with as_sentence("accept these flags"):
-            transformer_config(args, sffn)
+            transformer_config(args, sffn_config(args))
     except ConfigError as error:
         return Problem("Megatron's rules", None, f"refuse it: {error}", "")
     return None
@@ -201,7 +255,7 @@ def refusal(base: Base, candidate: Candidate, gpus: int) -> Problem | None:
 
 def namespace_of(base: Base, candidate: Candidate, gpus: int) -> Namespace:
     """Megatron's namespace with the sizes of a layout, and with what Megatron derives from them."""
-    args = copy.copy(base.args)
+    args = _with_recomputation(base.args, candidate.recompute)
     chunks = candidate.virtual_stages if candidate.virtual_stages > 1 else None
     vars(args).update(
         world_size=gpus,
@@ -222,6 +276,11 @@ def namespace_of(base: Base, candidate: Candidate, gpus: int) -> Namespace:
     if not base.keeps_dispatcher:
         args.moe_token_dispatcher_type = None
     return args
+
+
+def shape_of(base: Base) -> ModelShape:
+    """The model of the run, which does not depend on the layout."""
+    return ModelShape.of_args(base.args, sffn_config(base.args))
 
 
 def workload_of(base: Base, candidate: Candidate, cluster: Cluster) -> Workload:
@@ -265,8 +324,15 @@ def valid_candidates(base: Base, gpus: int) -> tuple[list[Candidate], Refusals]:
     """The layouts that a run would accept, and those that it would refuse."""
     valid: list[Candidate] = []
     refusals = Refusals(counts=Counter(), examples={})
+    by_megatron: dict[Candidate, Problem | None] = {}
     for candidate in candidates(base, gpus):
-        problem = refusal(base, candidate, gpus)
+        problem = _own_refusal(base, candidate, gpus)
+        if problem is None:
+            # Megatron's config takes two milliseconds and does not have the microbatch.
+            sizes = replace(candidate, micro_batch_size=1)
+            if sizes not in by_megatron:
+                by_megatron[sizes] = _megatron_refusal(base, sizes, gpus)
+            problem = by_megatron[sizes]
         if problem is None:
             valid.append(candidate)
         else:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from megatron_sffn.planning.search import Outcome, Plan
 from megatron_sffn.utils.human_size import human_size
 
+TWICE = {"selective": "computes attention scores", "full": "runs every layer forward"}
+"""Recomputation -> what it does a second time."""
+
 
 def why_best(outcome: Outcome) -> str:
     """Why the first layout is the first: what it computes, and what else takes the most time."""
@@ -38,16 +41,18 @@ def why_not(plan: Plan, best: Plan) -> str:
         line = f"computes {mine[name] / theirs[name] - 1:.1%} longer"
     else:
         line = f"{name} {mine[name] / plan.time.total:.1%}"
-    return line + _where(name, plan)
+    return line + _where(name, plan, best)
 
 
-def _where(name: str, plan: Plan) -> str:
+def _where(name: str, plan: Plan, best: Plan) -> str:
     """What of the layout makes a part long, if it can be named."""
     layout, cluster = plan.workload.layout, plan.cluster
     if name == "dispatch and combine" and plan.traffic.expert_network:
         return ", dispatch leaves the node"
     if name == "tensor-parallel collectives" and cluster.leaves_node(layout.tp):
         return ", they leave the node"
+    if name == "computing" and plan.recompute != best.recompute and plan.recompute in TWICE:
+        return f", {TWICE[plan.recompute]} twice"
     if name == "computing" and plan.time.block_ratio is not None:
         return f", blocks at {plan.time.block_ratio:.2f} of dense"
     return ""

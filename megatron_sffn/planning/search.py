@@ -2,13 +2,16 @@
 
 Inputs: the parsed flags of a run and a `Cluster`. Outputs: a `Plan` for each layout that fits, the
 best first, and the number of the others with their reasons.
+
+Design notes: more recomputation is never faster in the model of a step, so a layout is planned with
+the least of `RECOMPUTATIONS` with which it fits. Only the memory is computed for the others.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_sffn.accounting import RankMemory, flops_per_token, memory_per_rank
 from megatron_sffn.planning.cluster import MEMORY_RESERVE, Cluster
@@ -47,6 +50,11 @@ class Plan:
     time: StepTime
 
     @property
+    def recompute(self) -> str:
+        """Recomputation of activations: `none`, `selective` or `full`."""
+        return self.workload.setup.recompute or "none"
+
+    @property
     def fits(self) -> bool:
         """True if the counted memory leaves the reserve free."""
         return self.memory.total <= self.cluster.usable_memory
@@ -79,7 +87,7 @@ class Outcome:
 
     Args:
         plans: layouts that fit, the fastest first.
-        too_large: layouts that do not fit, the fastest first.
+        too_large: layouts that fit with no recomputation, the fastest first.
         refused: flag of a rule -> number of layouts that a run would refuse by it.
     """
 
@@ -94,16 +102,39 @@ class Outcome:
 
 
 def plan_of(base: Base, candidate: Candidate, cluster: Cluster) -> Plan:
-    """What one layout needs and reaches."""
-    workload = workload_of(base, candidate, cluster)
+    """What one layout needs and reaches, with the recomputation that it names."""
+    return _plan(candidate, workload_of(base, candidate, cluster), cluster)
+
+
+def lightest_plan(base: Base, candidate: Candidate, cluster: Cluster) -> Plan:
+    """A layout with the least recomputation with which it fits; else with the least memory."""
+    tried: list[tuple[int, Candidate, Workload]] = []
+    first = workload_of(base, replace(candidate, recompute=base.recomputations[0]), cluster)
+    for name in base.recomputations:
+        granularity = first.setup.recompute if name in (None, "none") else name
+        workload = replace(first, setup=replace(first.setup, recompute=granularity))
+        memory = _memory(workload).total
+        tried.append((memory, replace(candidate, recompute=name), workload))
+        if memory <= cluster.usable_memory:
+            break
+    else:
+        tried.sort(key=lambda item: item[0], reverse=True)
+    return _plan(*tried[-1][1:], cluster)
+
+
+def _plan(candidate: Candidate, workload: Workload, cluster: Cluster) -> Plan:
     return Plan(
         candidate=candidate,
         workload=workload,
         cluster=cluster,
-        memory=memory_per_rank(workload.shape, workload.pattern, workload.layout, workload.setup),
+        memory=_memory(workload),
         traffic=step_traffic(workload, cluster),
         time=step_time(workload, cluster),
     )
+
+
+def _memory(workload: Workload) -> RankMemory:
+    return memory_per_rank(workload.shape, workload.pattern, workload.layout, workload.setup)
 
 
 def search(base: Base, cluster: Cluster, *, top: int = 1, progress: Progress = iter) -> Outcome:
@@ -121,7 +152,7 @@ def search(base: Base, cluster: Cluster, *, top: int = 1, progress: Progress = i
     valid, refusals = valid_candidates(base, cluster.gpus)
     if not valid:
         raise ConfigError(_none_valid(cluster, refusals))
-    plans = [plan_of(base, candidate, cluster) for candidate in progress(valid)]
+    plans = [lightest_plan(base, candidate, cluster) for candidate in progress(valid)]
     plans.sort(key=lambda plan: (plan.time.total, plan.memory.total))
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
@@ -173,18 +204,20 @@ def _none_fits(plans: list[Plan], cluster: Cluster) -> str:
     smallest = min(plans, key=lambda plan: plan.memory.total)
     memory, layout = smallest.memory, smallest.workload.layout
     remedy = "use more GPUs, or cards with more memory"
-    if memory.attention_scores > memory.total / 4:
+    recompute_is_given = smallest.candidate.recompute is None
+    if recompute_is_given and memory.attention_scores > memory.total / 4:
         remedy += (
             f", or --recompute-granularity selective, since {human_size(memory.attention_scores)} "
             "are attention scores"
         )
-    elif memory.activations > memory.state:
+    elif recompute_is_given and memory.activations > memory.state:
         remedy += ", or --recompute-granularity full, since activations are the larger part"
     elif not smallest.workload.setup.distributed_optimizer:
         remedy += ", or --use-distributed-optimizer"
     return (
         f"--gpu-memory {cluster.card.memory / 1e9:g} GB is too little for every layout of "
         f"{cluster.gpus} GPUs: the smallest (TP {layout.tp}, PP {layout.pp}, EP {layout.ep}, ETP "
-        f"{layout.etp}) needs {human_size(memory.total)} beside a reserve of {MEMORY_RESERVE:.0%}, "
-        f"and {human_size(cluster.usable_memory)} are left; {remedy}"
+        f"{layout.etp}, recomputation {smallest.recompute}) needs {human_size(memory.total)} "
+        f"beside a reserve of {MEMORY_RESERVE:.0%}, and {human_size(cluster.usable_memory)} are "
+        f"left; {remedy}"
     )

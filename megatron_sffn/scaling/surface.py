@@ -38,6 +38,8 @@ BOOTSTRAPS = 100
 FIXING = 3
 """Sizes, and numbers of tokens, that fix an asymptote besides an exponent."""
 QUANTILES = (0.1, 0.9)
+RANGED = ("parameters", "tokens", "granularity")
+"""Numbers of an observation beyond whose fitted range a surface is an extrapolation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +138,14 @@ class Surface:
         values: the exponents, then c, a, h₁, h₂ and b in the units of the form.
         draws: the same of each draw of the bootstrap.
         residual: root of the mean squared residual in nats per token.
+        ranges: name in `RANGED` -> the lowest and the highest value of the fitted models.
     """
 
     form: Form
     values: Floats
     draws: Floats
     residual: float
+    ranges: dict[str, tuple[float, float]]
 
     def loss(self, observation: Observation) -> float:
         """The loss at the place of a model, whose own loss is not read."""
@@ -152,6 +156,20 @@ class Surface:
         losses = [_losses(self.form, draw, [observation])[0] for draw in self.draws]
         low, high = numpy.quantile(losses, QUANTILES)
         return float(low), float(high)
+
+    def outside(self, observation: Observation) -> dict[str, float]:
+        """How far a place is beyond the fitted models.
+
+        Returns:
+            Name in `RANGED` -> its value over the highest one (above 1), or over the lowest one
+            (below 1); empty within the ranges.
+        """
+        factors = {}
+        for name, (low, high) in self.ranges.items():
+            value = getattr(observation, name)
+            if not low <= value <= high:
+                factors[name] = value / (high if value > high else low)
+        return factors
 
     def exponent_interval(self) -> tuple[float, float]:
         """The 10 % and 90 % quantiles of the exponent of the size."""
@@ -237,7 +255,13 @@ def fit_surface(observations: Sequence[Observation], *, bootstraps: int = BOOTST
         values=values,
         draws=numpy.stack(draws),
         residual=float(numpy.sqrt((residuals**2).mean())),
+        ranges={name: _range(name, observations) for name in RANGED},
     )
+
+
+def _range(name: str, observations: Sequence[Observation]) -> tuple[float, float]:
+    values = [float(getattr(model, name)) for model in observations]
+    return min(values), max(values)
 
 
 def _draw(

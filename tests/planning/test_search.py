@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from megatron_sffn.planning.layouts import Candidate, candidates, parse_base, refusal, workload_of
-from megatron_sffn.planning.search import plan_of, search
+from megatron_sffn.accounting import TrainingSetup
+from megatron_sffn.flags.megatron_flags import layout_of
+from megatron_sffn.planning.layouts import (
+    RECOMPUTATIONS,
+    Candidate,
+    candidates,
+    parse_base,
+    refusal,
+    workload_of,
+)
+from megatron_sffn.planning.search import Plan, plan_of, search
 from megatron_sffn.planning.step_time import step_time
 from megatron_sffn.train.first_rank import parse_as_first_rank
 from megatron_sffn.utils.errors import ConfigError
 from tests.planning.runs import FLAGS, cluster
 from tools import accounting
 
+SMALL = 0.3e9
+"""Bytes of a GPU on which some layouts fit only with recomputation, and some not at all."""
+
 ONE_STAGE = " --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1"
 
-# Megatron itself causes this warning.
-pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
+# Megatron itself causes these warnings.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:If you are using transformer_engine:UserWarning"),
+    pytest.mark.filterwarnings("ignore:--moe-layer-recompute is deprecated:UserWarning"),
+]
 
 
 def test_one_gpu_needs_the_memory_that_accounting_counts() -> None:
@@ -23,25 +41,88 @@ def test_one_gpu_needs_the_memory_that_accounting_counts() -> None:
     options = accounting.build_parser().parse_args(["--device", "cuda"])
     row, _ = accounting.row_of(flags, options)
     outcome = search(parse_base(flags), cluster(1))
-    assert [plan.candidate for plan in outcome.plans] == [Candidate(micro_batch_size=2)]
+    expected = Candidate(micro_batch_size=2, recompute="none")
+    assert [plan.candidate for plan in outcome.plans] == [expected]
     assert row.costs is not None
     assert outcome.best.memory.total == row.costs.memory
 
 
-def test_the_first_plan_is_the_minimum_of_all_valid_layouts_that_fit() -> None:
-    base, node = parse_base(FLAGS.split()), cluster(8, memory=0.5e9)
-    outcome = search(base, node)
-    assert outcome.too_large
-    valid = [
-        plan_of(base, candidate, node)
+@pytest.fixture(scope="module")
+def tried() -> list[Plan]:
+    """Every valid layout of 8 small GPUs with every recomputation."""
+    base, node = parse_base(FLAGS.split()), cluster(8, memory=SMALL)
+    return [
+        plan_of(base, replace(candidate, recompute=recompute), node)
         for candidate in candidates(base, 8)
         if refusal(base, candidate, 8) is None
+        for recompute in RECOMPUTATIONS
     ]
-    fitting = [plan.time.total for plan in valid if plan.memory.total <= 0.9 * 0.5e9]
-    assert outcome.best.time.total == min(fitting)
-    assert len(outcome.plans) == len(fitting)
+
+
+def test_the_first_plan_is_the_minimum_of_all_valid_layouts_that_fit(tried: list[Plan]) -> None:
+    outcome = search(parse_base(FLAGS.split()), cluster(8, memory=SMALL))
+    fitting = [plan for plan in tried if plan.memory.total <= 0.9 * SMALL]
+    assert outcome.best.time.total == min(plan.time.total for plan in fitting)
+    sizes = {replace(plan.candidate, recompute=None) for plan in fitting}
+    assert len(outcome.plans) == len(sizes)
+    assert len(outcome.plans) + len(outcome.too_large) == len(tried) / len(RECOMPUTATIONS)
     times = [plan.time.total for plan in outcome.plans]
     assert times == sorted(times)
+
+
+def test_a_layout_recomputes_no_more_than_it_needs_to_fit(tried: list[Plan]) -> None:
+    outcome = search(parse_base(FLAGS.split()), cluster(8, memory=SMALL))
+    assert {plan.recompute for plan in outcome.plans} == set(RECOMPUTATIONS)
+    fits = {plan.candidate: plan.fits for plan in tried}
+    for plan in outcome.plans:
+        first = next(r for r in RECOMPUTATIONS if fits[replace(plan.candidate, recompute=r)])
+        assert plan.recompute == plan.candidate.recompute == first
+    memory = {plan.candidate: plan.memory.total for plan in tried}
+    for plan in outcome.too_large:
+        each = [memory[replace(plan.candidate, recompute=r)] for r in RECOMPUTATIONS]
+        assert plan.memory.total == min(each)
+
+
+def test_less_recomputation_is_never_slower(tried: list[Plan]) -> None:
+    """The search relies on it."""
+    count = len(RECOMPUTATIONS)
+    for start in range(0, len(tried), count):
+        times = [plan.time.total for plan in tried[start : start + count]]
+        assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    ("flags", "recompute"),
+    [
+        ("--recompute-granularity selective", "selective"),
+        ("--recompute-activations", "selective"),
+        ("--moe-layer-recompute", "selective"),
+        ("--recompute-granularity full --recompute-method block --recompute-num-layers 2", "full"),
+    ],
+)
+def test_a_recomputation_that_a_flag_gives_is_kept(flags: str, recompute: str) -> None:
+    given = [*FLAGS.split(), *flags.split(), *ONE_STAGE.split()]
+    outcome = search(parse_base(given), cluster(memory=SMALL))
+    plans = [*outcome.plans, *outcome.too_large]
+    assert {plan.recompute for plan in plans} == {recompute}
+    assert not any("recompute" in word for plan in plans for word in plan.candidate.flags())
+    setup = plans[0].workload.setup
+    assert setup.recompute_method == ("block" if "block" in flags else "uniform")
+    assert setup.recomputes("moe") == ("moe" in flags)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTATIONS)
+def test_the_flags_of_a_plan_give_a_run_its_recomputation(recompute: str) -> None:
+    base, candidate = parse_base(FLAGS.split()), Candidate(recompute=recompute)
+    args, _ = parse_as_first_rank([*base.flags, *candidate.flags()], 8, device="cuda")
+    assert (args.recompute_granularity or "none") == recompute
+    setup = TrainingSetup.of_args(args, layout_of(args), activation=base.activation, cuda=True)
+    assert plan_of(base, candidate, cluster()).workload.setup == setup
+
+
+def test_what_megatron_refuses_is_not_tried() -> None:
+    base = parse_base([*FLAGS.split(), "--cpu-offloading-num-layers", "2"])
+    assert base.recomputations == ("none",)
 
 
 def test_a_layout_is_refused_exactly_where_a_run_would_refuse_it() -> None:
@@ -104,9 +185,21 @@ def test_a_model_that_fits_nowhere_says_what_is_missing() -> None:
     base = parse_base([*FLAGS.split(), "--micro-batch-size", "1"])
     with pytest.raises(ConfigError) as error:
         search(base, cluster(1, memory=0.1e9))
-    smallest = plan_of(base, Candidate(), cluster(1)).memory.total / 1e6
-    assert f"needs {smallest:.1f} MB beside a reserve of 10%, and 90.0 MB are left" in str(
-        error.value
+    smallest = plan_of(base, Candidate(recompute="full"), cluster(1)).memory.total / 1e6
+    assert (
+        f"recomputation full) needs {smallest:.1f} MB beside a reserve of 10%, and 90.0 MB are left"
+        in str(error.value)
+    )
+    assert "--recompute-granularity" not in str(error.value)  # all were tried
+
+
+def test_a_given_recomputation_that_fits_nowhere_names_one_that_needs_less() -> None:
+    words = ("--micro-batch-size", "64", "--recompute-granularity", "selective")
+    with pytest.raises(ConfigError) as error:
+        search(parse_base([*FLAGS.split(), *words]), cluster(1, memory=0.1e9))
+    assert "ETP 1, recomputation selective) needs " in str(error.value)
+    assert str(error.value).endswith(
+        "or --recompute-granularity full, since activations are the larger part"
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import product
 
 import numpy
 import pytest
 
 from megatron_sffn.scaling.surface import Observation, Surface, _losses, fit_surface, form_of
+from megatron_sffn.scaling.surface_record import as_record, of_record
 from megatron_sffn.utils.errors import ConfigError
 
 
@@ -94,3 +97,35 @@ def test_two_numbers_of_tokens_leave_no_asymptote_and_two_by_two_no_tokens() -> 
     assert form_of(observations((5e8, 2e9, 8e9))).has_asymptote
     few = [model for model in observations((5e8, 2e9)) if model.parameters < 1e8]
     assert form_of(few).size == "compute"
+
+
+def test_a_surface_comes_back_whole_from_json(surface: Surface) -> None:
+    read = of_record(json.loads(json.dumps(as_record(surface))))
+    place = Observation(loss=0, parameters=2e7, tokens=3e9, compute=3.6e17, granularity=5)
+    assert read.loss(place) == surface.loss(place)
+    assert read.interval(place) == surface.interval(place)
+    assert read.ranges == surface.ranges and read.form == surface.form
+
+
+def test_a_place_beyond_the_fitted_models_is_told_with_its_factor(surface: Surface) -> None:
+    assert surface.ranges["parameters"] == (1e7, 3e8) and surface.ranges["tokens"] == (5e8, 8e9)
+    inside = Observation(loss=0, parameters=1e7, tokens=8e9, compute=4.8e17, granularity=64)
+    assert surface.outside(inside) == {}
+    beyond = surface.outside(replace(inside, parameters=1e6, tokens=8e10))
+    assert beyond == {"parameters": pytest.approx(0.1), "tokens": pytest.approx(10)}
+
+
+@pytest.mark.parametrize("missing", ["draws", "form", "ranges", "values"])
+def test_a_record_without_a_part_is_refused(surface: Surface, missing: str) -> None:
+    record = as_record(surface)
+    del record[missing]
+    with pytest.raises(KeyError, match=missing):
+        of_record(record)
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("values", [1.0]), ("draws", [])])
+def test_numbers_that_do_not_fit_the_form_are_refused(
+    surface: Surface, name: str, numbers: list[float]
+) -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        of_record({**as_record(surface), name: numbers})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sffn.scaling.surface_record import of_record
 from megatron_sffn.utils import errors
 from megatron_sffn.utils.errors import ConfigError
 from tests.support import studies
@@ -65,6 +66,9 @@ def test_json_has_the_findings_and_nothing_else(report: Path) -> None:
     assert speedup["dense-d128"] == pytest.approx(1)
     assert speedup["avg-k-g32-d128"] > 1.5
     assert set(printed["surfaces"]) == set(studies.ROUTERS)
+    for series, surface in printed["surfaces"].items():
+        assert surface["router"] == series and surface["expansions"] == [16]
+        assert of_record(surface).ranges["tokens"] == (20_000 * 128, 20_000 * 256)
     assert "published" in printed["baseline_law"]["source"]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from megatron_sffn.scaling.surface_record import as_record
 from megatron_sffn.study.reporting import drawing, figures, tables
 from megatron_sffn.study.reporting.conclusions import Conclusions, conclude
 from megatron_sffn.study.reporting.findings import Findings
@@ -85,15 +86,20 @@ def as_json(findings: Findings, conclusions: Conclusions) -> dict[str, Any]:
             {**vars(valley), "size": vars(valley.size)} for valley in findings.valleys
         ],
         "baseline_law": vars(findings.law),
-        "surfaces": {
-            series: {
-                "form": vars(surface.form),
-                "values": surface.values.tolist(),
-                "residual": surface.residual,
-                "best_granularity": surface.best_granularity(),
-            }
-            for series, surface in findings.surfaces.items()
-        },
+        "surfaces": {series: _surface(findings, series) for series in findings.surfaces},
+    }
+
+
+def _surface(findings: Findings, series: str) -> dict[str, Any]:
+    """A fitted surface with all that a plan needs to evaluate it (`plan --loss-from`)."""
+    surface = findings.surfaces[series]
+    points = [point for point in findings.points if point.series == series]
+    expansions = [point.means["expansion"] for point in points if "expansion" in point.means]
+    return {
+        "router": points[0].router,
+        "expansions": sorted(set(expansions)),
+        **as_record(surface),
+        "best_granularity": surface.best_granularity(),
     }
 
 
