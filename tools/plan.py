@@ -94,6 +94,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="achieved over peak FLOP/s of a large dense product, as measured on the card "
         "(default: 0.73, assumed)",
     )
+    add(
+        "--block-ratio",
+        type=float,
+        metavar="X",
+        help="time of a sparse layer's block products over those of a dense layer with as many "
+        "active cells, as measured on the card at this block size (default: derived)",
+    )
     add("--price", type=float, metavar="P", help="price of a GPU hour, in any currency")
     add("--tokens", type=float, metavar="N", help="budget of tokens, such as 300e9")
     add("--top", type=int, default=10, metavar="N", help="layouts to print (default: 10)")
@@ -147,6 +154,7 @@ def cluster_of(options: Namespace, gpus: int) -> Cluster:
         card=dataclasses.replace(CARDS[options.gpu], **numbers),
         efficiency=EFFICIENCY if options.efficiency is None else options.efficiency,
         price=options.price,
+        block_ratio=options.block_ratio,
     )
 
 
@@ -255,9 +263,14 @@ def print_layouts(options: Namespace, flags: list[str]) -> None:
         records = report.records(outcome, options.tokens, options.top, foreseen)
         print_records(records, as_json=options.json)
         return
+    ratio = cluster.block_ratio
+    given_ratio = (
+        "" if ratio is None else f"; blocks take {ratio:g} of a dense layer's time, as given"
+    )
     print(
         f"{cluster.gpus:,} × {options.gpu}, {cluster.gpus_per_node} per node; products at "
-        f"{cluster.efficiency:.0%} of the peak; all times are derived, none was measured on a GPU\n"
+        f"{cluster.efficiency:.0%} of the peak; all times are derived, none was measured on a GPU"
+        f"{given_ratio}\n"
     )
     print(report.layouts_table(outcome, options.tokens, options.top))
     print("", report.winner(outcome.best), sep="\n")

@@ -5,7 +5,8 @@ Inputs: the sizes of the call on one rank, and the card. Outputs: a ratio, and w
 Design notes: no GPU has timed the products yet, so every ratio for a GPU is *derived*: the roofline
 of `ops/block_ffn/choose_backend.py`, which also decides what `auto` runs, with its cost of copying
 rows scaled to the card, and with the padding of a block's rows to the tile. The ratios that were
-*measured* are of a CPU; they are shown beside the derived ones and enter no plan.
+*measured* here are of a CPU; they are shown beside the derived ones and enter no plan. A ratio that
+the user has measured replaces the derived one.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ def estimate_blocks(workload: Workload, cluster: Cluster) -> BlockEstimate:
     """
     sffn, layout = workload.shape.sffn, workload.layout
     assert sffn is not None, "a dense model has no blocks"
+    if cluster.block_ratio is not None:
+        return BlockEstimate(
+            backend=sffn.backend.value, ratio=cluster.block_ratio, provenance="measured"
+        )
     key_width = sffn.router.key_width(workload.shape.hidden_size)
     # Under uniform routing a rank computes as many pairs as its own tokens have, whatever EP is.
     pairs = max(1, workload.own_tokens * sffn.num_active_blocks * layout.etp)

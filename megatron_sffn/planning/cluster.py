@@ -101,6 +101,8 @@ class Cluster:
         card: the GPU and its links.
         efficiency: achieved over peak FLOP/s of large dense products.
         price: of a GPU hour, in any currency; None if it is not known.
+        block_ratio: measured time of the block products of a sparse layer over those of a dense one
+            with as many active cells; None to derive it.
 
     Raises:
         ConfigError: if a number is out of its range.
@@ -111,6 +113,7 @@ class Cluster:
     card: Card
     efficiency: float = EFFICIENCY
     price: float | None = None
+    block_ratio: float | None = None
 
     def __post_init__(self) -> None:
         for name, count in (("--gpus", self.gpus), ("--gpus-per-node", self.gpus_per_node)):
@@ -132,6 +135,7 @@ class Cluster:
                 f"--price {self.price:g} is not a price; give that of a GPU hour, at least 0"
             )
         for name, value in (
+            ("--block-ratio", 1.0 if self.block_ratio is None else self.block_ratio),
             ("--peak-flops", self.card.peak_flops),
             ("--gpu-memory", self.card.memory),
             ("--memory-bandwidth", self.card.memory_bandwidth),

@@ -133,8 +133,8 @@ def cases_table(cases: Sequence[Case], tokens: float | None) -> str:
         [
             text_table(rows),
             "",
-            "blocks/dense: time of the block products over dense ones, derived (roofline); "
-            "CPU/dense: measured on a CPU, commit aa31707, not used",
+            "blocks/dense: time of the block products over dense ones, derived (roofline) or "
+            "given; CPU/dense: measured on a CPU, commit aa31707, not used",
             *reasons,
         ]
     )

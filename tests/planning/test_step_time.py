@@ -95,3 +95,14 @@ def test_efficiency_scales_the_products() -> None:
     fast = cluster(1, memory_bandwidth=1e30)
     half = Cluster(gpus=1, gpus_per_node=8, card=fast.card, efficiency=fast.efficiency / 2)
     assert step_time(run, half).total == pytest.approx(2 * step_time(run, fast).total)
+
+
+def test_a_measured_ratio_of_the_blocks_replaces_the_derived_one() -> None:
+    run, card = workload(ParallelLayout()), cluster(1).card
+    times = [
+        step_time(run, Cluster(gpus=1, gpus_per_node=8, card=card, block_ratio=ratio))
+        for ratio in (None, 1.0, 3.0)
+    ]
+    assert times[0].block_ratio not in (1.0, 3.0)
+    assert [time.block_ratio for time in times[1:]] == [1.0, 3.0]
+    assert times[2].compute > times[1].compute

@@ -153,6 +153,7 @@ def test_check_prints_published_and_foreseen_throughput(capsys: pytest.CaptureFi
             "--efficiency 73 is not above 0 and at most 1; give the achieved over the peak FLOP/s "
             "of a large dense product",
         ),
+        ("--block-ratio 0", "--block-ratio 0 is not above 0; give a positive number"),
         ("--node-bandwidth 0", "--node-bandwidth 0 is not above 0; give a positive number"),
         ("--price -1", "--price -1 is not a price; give that of a GPU hour, at least 0"),
         ("--tokens 0", "--tokens 0 is not above 0; give for example 300e9"),
