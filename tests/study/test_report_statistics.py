@@ -113,7 +113,10 @@ def test_runs_of_a_ladder_give_the_rates_and_are_compared_with_nothing(found: Fi
     assert len(findings.points) == len(findings.valleys) == 9 and len(findings.sizes) == 1
     assert all(point.lr == 1.1e-3 and point.loss > 2 for point in findings.points)
     assert all(len(valley.rates) == 3 for valley in findings.valleys)
-    assert len(found(rungs).points) == 9  # a ladder alone is a study, too
+    assert len(found(rungs).points) == 9  # ladders alone are a study, too
+    without = [row for row in seeds if row["point"] != "dense-d128"]
+    gap = "Runs at the best rate of the ladder: dense-d128."
+    assert gap in found(rungs + [{**row, "rate_source": "fitted"} for row in without]).gaps
 
 
 def test_a_transferred_rate_needs_no_ladder(found: Find) -> None:
@@ -185,6 +188,7 @@ def test_chance_holds_as_rarely_as_the_level_says_and_five_deviations_hold() -> 
 def test_a_variance_shrinks_towards_those_of_the_others() -> None:
     lucky, *others = spreads([[3.0, 3.01, 3.02], *([3.0, 3.1, 3.2],) * 7, [3.0]])
     assert others[-1] is None and lucky.variance > 2e-3 and others[0].variance < 0.01 + 1e-9
+    assert lucky.freedom <= 16  # two for each of eight settings
     (alone,) = spreads([[3.0, 3.1, 3.2]])
     assert alone.variance == pytest.approx(0.01) and alone.freedom == 2
 

@@ -23,7 +23,12 @@ def some(names: Sequence[str]) -> str:
 
 def gaps(points: Sequence[Point], valleys: Sequence[Valley]) -> list[str]:
     """A sentence for each kind of gap."""
-    return [*_missing_settings(points), *_seeds(points), *_rates(valleys)]
+    return [
+        *_missing_settings(points),
+        *_only_ladders(points, valleys),
+        *_seeds(points),
+        *_rates(valleys),
+    ]
 
 
 def _missing_settings(points: Sequence[Point]) -> Iterator[str]:
@@ -59,6 +64,13 @@ def _seeds(points: Sequence[Point]) -> Iterator[str]:
     ]
     if fewer:
         yield f"Some seeds: {some(fewer)}."
+
+
+def _only_ladders(points: Sequence[Point], valleys: Sequence[Valley]) -> Iterator[str]:
+    trained = {point.name for point in points}
+    only = [valley.point for valley in valleys if valley.point not in trained]
+    if only:
+        yield f"Runs at the best rate of the ladder: {some(only)}."
 
 
 def _rates(valleys: Sequence[Valley]) -> Iterator[str]:

@@ -60,16 +60,14 @@ class Point:
 def points_of(results: Results) -> tuple[list[Point], list[Valley]]:
     """All settings by size, router, and g from fine to coarse; and their learning rates.
 
-    Runs of a ladder, which may be shorter, find the rate of a setting and are compared with nothing
-    else, unless the setting has no other runs.
+    Runs of a ladder, which may be shorter, only give the rate of a setting: they are compared with
+    each other if the study has no other runs, and else with nothing.
     """
     varied = _varied(results)
     rungs = [row for row in results.rows if row["rate_source"] == LADDER]
-    compared = [row for row in results.rows if row["rate_source"] != LADDER]
+    compared = [row for row in results.rows if row["rate_source"] != LADDER] or rungs
     tuned = {row["point"] for row in rungs}
-    trained = {row["point"] for row in compared}
     points, valleys = [], [valley(*key, ladder) for key, ladder in ladders(rungs).items()]
-    compared += [row for row in rungs if row["point"] not in trained]
     for (size, name), ladder in ladders(compared).items():
         rates = valley(size, name, ladder)
         valleys += [] if name in tuned else [rates]

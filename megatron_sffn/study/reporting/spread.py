@@ -29,12 +29,14 @@ class Spread:
         count: number of seeds.
         variance: of the loss of one seed.
         freedom: degrees of freedom of the variance.
+        all_freedom: degrees of freedom of all settings together, which no test can exceed.
     """
 
     mean: float
     count: int
     variance: float
     freedom: float
+    all_freedom: float
 
     @property
     def of_mean(self) -> float:
@@ -49,12 +51,14 @@ def spreads(losses: Sequence[Sequence[float]]) -> list[Spread | None]:
         for values in losses
     ]
     common, freedom = _common([sample for sample in samples if sample and sample[0] > 0])
+    all_freedom = sum(sample[1] for sample in samples if sample)
     return [
         Spread(
             mean=statistics.fmean(values),
             count=len(values),
             variance=(freedom * common + sample[1] * sample[0]) / (freedom + sample[1]),
-            freedom=freedom + sample[1],
+            freedom=min(freedom + sample[1], all_freedom),
+            all_freedom=all_freedom,
         )
         if sample
         else None
@@ -93,5 +97,5 @@ def p_value(first: Spread, second: Spread) -> float:
     if not total:
         return 1.0 if first.mean == second.mean else 0.0
     parts = (spread.of_mean**2 / spread.freedom for spread in (first, second))
-    freedom = total**2 / sum(parts)
+    freedom = min(total**2 / sum(parts), first.all_freedom)
     return float(2 * stats.t.sf(abs(first.mean - second.mean) / math.sqrt(total), freedom))

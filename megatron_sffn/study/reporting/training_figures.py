@@ -77,7 +77,7 @@ def curves(findings: Findings) -> Picture | None:
             _fit_later_losses(panel)
             panel.set_title(size_label(size))
             panel.set_xlabel("tokens")
-            panel.legend(fontsize=7)
+            panel.legend(fontsize=7, loc="upper right")
         axes[0].set_ylabel(f"{shown_set} loss, nats per token")
     text = (
         f"A running mean of the {shown_set} loss of the first seed at the best learning rate: the "
