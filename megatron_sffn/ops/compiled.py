@@ -43,7 +43,7 @@ FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
 def kernels() -> Any | None:
     """`torch.ops.megatron_sffn` with the operators of the `.cpp` files; None if the build fails."""
     try:
-        torch.ops.load_library(str(_library()))
+        torch.ops.load_library(str(_built_library()))
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         reason = next((line for line in output.splitlines() if "error" in line), output.strip())
@@ -63,24 +63,33 @@ def _instruction_set() -> str:
     return name if name in INSTRUCTION_SETS else "DEFAULT"
 
 
-def _library() -> Path:
-    """The path of the compiled library, built first if it is not in the cache.
-
-    Raises:
-        OSError: if there is no compiler, or the cache folder cannot be written.
-        subprocess.CalledProcessError: if the compiler fails.
-    """
-    name = _instruction_set()
-    command = [os.environ.get("CXX", "c++"), *FLAGS, *INSTRUCTION_SETS[name].split()]
-    # ATen's headers choose the width of `Vectorized` by these macros.
-    command += [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
-    digest = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
+def library_path() -> Path:
+    """The path of the library for this machine, whether it is built or not."""
+    digest = hashlib.sha256(" ".join([*_command(), torch.__version__]).encode())
     for source in SOURCES:
         digest.update(source.read_bytes())
     folder = Path(
         os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     )
-    library = folder / "megatron_sffn" / f"kernels-{digest.hexdigest()[:16]}.so"
+    return folder / "megatron_sffn" / f"kernels-{digest.hexdigest()[:16]}.so"
+
+
+def _command() -> list[str]:
+    """The compiler and the flags for the instruction set of this machine."""
+    name = _instruction_set()
+    command = [os.environ.get("CXX", "c++"), *FLAGS, *INSTRUCTION_SETS[name].split()]
+    # ATen's headers choose the width of `Vectorized` by these macros.
+    return [*command, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
+
+
+def _built_library() -> Path:
+    """The path of the library, built first if it is not in the cache.
+
+    Raises:
+        OSError: if there is no compiler, or the cache folder cannot be written.
+        subprocess.CalledProcessError: if the compiler fails.
+    """
+    library = library_path()
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +97,7 @@ def _library() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Another process may have built it while this one waited for the lock.
         if not library.exists():
-            _compile(command, library)
+            _compile(_command(), library)
     return library
 
 

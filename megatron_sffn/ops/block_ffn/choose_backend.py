@@ -2,7 +2,7 @@
 
 `products_for` maps a name of `ops/backends.py` to a module with the three products, or to None for
 the oracle. `resolve` replaces `auto` on a GPU and refuses a shape that the named backend cannot
-compute. On a CPU `auto` is `cpu`.
+compute. On a CPU `auto` is `cpu` or `torch`, whichever is faster there (`cpu.py`).
 
 Inputs: a name, shapes, dtype and the GPU. Nothing waits for the device.
 
@@ -110,7 +110,7 @@ def products_for(backend: str, values: Tensor) -> Products | None:
     """The three products of a resolved backend; None for `naive`, which has no products.
 
     Args:
-        backend: a name of `backends.BACKENDS`; `auto` stands for `cpu`.
+        backend: a name of `backends.BACKENDS`; `auto` is for a CPU.
         values: `[B, G, D]`, on the device and in the dtype to compute in.
 
     Raises:
@@ -134,8 +134,10 @@ def products_for(backend: str, values: Tensor) -> Products | None:
             return masked
         case "bags":
             return bags
-        case _:
+        case "cpu":
             return cpu.products(values.dtype, values.shape[1])
+        case _:
+            return cpu.fastest(values.dtype, *values.shape[1:])
 
 
 def _import_triton() -> Any:

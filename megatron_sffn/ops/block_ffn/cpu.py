@@ -1,5 +1,8 @@
 """The backend `cpu`: `products.cpp` for fp32 and fp64, and a dtype rule for half precision.
 
+`auto` is `cpu` or `torch`, whichever is faster on this machine for the sizes of a call
+(`measured.py`).
+
 Design notes: half precision takes the backend `torch`, whose matmuls use the CPU's matrix units, if
 a block has `FEW_CELLS` cells or more. Smaller blocks would make too many calls, and converting to
 fp32 and back is faster (benchmarks/NOTES.md). Without a C++ compiler everything falls back to
@@ -17,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megatron_sffn.ops.block_ffn import torch_backend
 from megatron_sffn.ops.block_ffn.autograd import Products
+from megatron_sffn.ops.block_ffn.measured import loop_is_faster
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.compiled import kernels
 
@@ -24,8 +28,17 @@ FEW_CELLS = 64
 """Cells per block below which half precision is computed in fp32."""
 
 
+def fastest(dtype: torch.dtype, cells: int, width: int) -> Products:
+    """The products of the backend `auto` on a CPU for a dtype, cells per block and row width."""
+    chosen = products(dtype, cells)
+    # A measurement cannot be traced.
+    if isinstance(chosen, _Compiled) and not torch.compiler.is_compiling():
+        return torch_backend if loop_is_faster(chosen, dtype, cells, width) else chosen
+    return chosen
+
+
 def products(dtype: torch.dtype, cells: int) -> Products:
-    """The fastest products on a CPU for a dtype and a number of cells per block."""
+    """The products of the backend `cpu` for a dtype and a number of cells per block."""
     compiled = _compiled()
     if compiled is None:
         return torch_backend
