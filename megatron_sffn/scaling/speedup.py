@@ -69,7 +69,8 @@ class BaselineLaw:
 PUBLISHED = BaselineLaw(
     asymptote=MARIN_ASYMPTOTE,
     exponent=MARIN_EXPONENT,
-    source="published by marin for grug-moe, not fitted to this study",
+    source="published by marin for grug-moe and not fitted to this study, so that only the order "
+    "of speedups counts",
 )
 
 

@@ -74,7 +74,7 @@ def conclude(findings: Findings) -> Conclusions:
         Part(
             heading="What was not run",
             sentences=findings.gaps,
-            if_none="Every series has the same block sizes, several seeds and a ladder of rates.",
+            if_none="Every series has the same block sizes, several seeds and tuned rates.",
         )
     )
     if findings.remarks:
