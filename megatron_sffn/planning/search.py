@@ -87,7 +87,7 @@ class Outcome:
 
     Args:
         plans: layouts that fit, the fastest first.
-        too_large: layouts that fit with no recomputation, the fastest first.
+        too_large: layouts that do not fit, however much they recompute, the fastest first.
         refused: flag of a rule -> number of layouts that a run would refuse by it.
     """
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, groupby, pairwise
 
+from megatron_sffn.study.learning_rates import Size
 from megatron_sffn.study.reporting.points import DENSE, Point, dense_of
 from megatron_sffn.study.reporting.spread import Spread, p_value, spreads
 
@@ -54,7 +55,8 @@ class Ordering:
 def orderings(points: Sequence[Point]) -> list[Ordering]:
     """All orderings, with p-values that are corrected within each question."""
     sparse = [point for point in points if point.router != DENSE]
-    spread_of = dict(zip(map(id, points), spreads([point.losses for point in points]), strict=True))
+    names = [(point.size, point.name) for point in points]
+    spread_of = dict(zip(names, spreads([point.losses for point in points]), strict=True))
     questions = (_with_dense(sparse, points), _neighbours(sparse), _series_at_equal_g(sparse))
     return [
         ordering
@@ -96,10 +98,12 @@ def _series_at_equal_g(sparse: Sequence[Point]) -> Pairs:
             yield first, second
 
 
-def _compare(first: Point, second: Point, spread_of: Mapping[int, Spread | None]) -> Ordering:
+def _compare(
+    first: Point, second: Point, spread_of: Mapping[tuple[Size, str], Spread | None]
+) -> Ordering:
     better, worse = sorted((first, second), key=lambda point: point.loss)
-    seeds = spread_of[id(better)], spread_of[id(worse)]
-    tested = None if seeds[0] is None or seeds[1] is None else p_value(seeds[0], seeds[1])
+    low, high = (spread_of[point.size, point.name] for point in (better, worse))
+    tested = None if low is None or high is None else p_value(low, high)
     return Ordering(better=better, worse=worse, p_value=tested)
 
 

@@ -11,7 +11,6 @@ cancels the jobs that wait and sends SIGINT to those that run.
 
 from __future__ import annotations
 
-import difflib
 import json
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ from megatron_sffn.study.running.launch import STOP_SECONDS
 from megatron_sffn.study.running.one_run import check_flags, run_folder, state_of
 from megatron_sffn.study.running.reuse import take_over_runs
 from megatron_sffn.study.running.slurm_job import RunJob
-from megatron_sffn.study.running.study_file import Study
+from megatron_sffn.study.running.study_file import Study, known_names
 from megatron_sffn.utils.atomic_files import atomic_write_text, read_json_object
 from megatron_sffn.utils.errors import ConfigError
 
@@ -165,9 +164,9 @@ def _check_names(study: Study) -> None:
             )
         if name not in valid:
             known = [parameter.replace("_", "-") for parameter in sorted(valid)]
-            nearest = difflib.get_close_matches(shown, known, n=1)
-            remedy = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
-            raise ConfigError(f"{shown} of slurm in the study's file is unknown; {remedy}")
+            raise ConfigError(
+                f"{shown} of slurm in the study's file is unknown; {known_names(shown, known)}"
+            )
 
 
 def _check_commands(asked_by: str, *commands: str) -> None:

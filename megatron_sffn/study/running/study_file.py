@@ -163,9 +163,13 @@ def _with_included(path: Path) -> dict[str, Any]:
 def _check_keys(path: Path, keys: Iterable[str]) -> None:
     for key in keys:
         if key not in KEYS:
-            nearest = difflib.get_close_matches(str(key), KEYS, n=1)
-            remedy = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(KEYS)}"
-            raise ConfigError(f"{path}: the key {key} is unknown; {remedy}")
+            raise ConfigError(f"{path}: the key {key} is unknown; {known_names(str(key), KEYS)}")
+
+
+def known_names(unknown: str, known: Sequence[str]) -> str:
+    """The remedy for an unknown name: the most similar known one, or all of them."""
+    nearest = difflib.get_close_matches(unknown, known, n=1)
+    return f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
 
 
 def _merged(base: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
