@@ -157,11 +157,12 @@ def _valid(study: Study) -> list[Forecast]:
 
 
 def _print_results(study: Study, forecasts: Sequence[Forecast]) -> int:
+    from megatron_sffn.study.running.ladder import needed_runs
     from megatron_sffn.study.running.sweep import write_results
 
-    finished = write_results(study, forecasts)
+    finished, needed = write_results(study, forecasts), needed_runs(study, forecasts)
     tables = f": {study.folder}/results.csv, results.parquet, losses.csv, losses.parquet"
-    print(f"{finished} of {len(forecasts)} runs have finished{tables if finished else ''}")
+    print(f"{finished} of {len(needed)} runs have finished{tables if finished else ''}")
     return 0
 
 

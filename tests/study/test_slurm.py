@@ -65,7 +65,7 @@ def test_jobs_of_a_ladder_and_of_fitted_runs_give_the_tables_of_a_local_sweep(
     for names in (ladder, fitted):
         for job in submit_array(study, names, cluster="local"):
             job.result()
-    assert waiting_names(study, forecasts) == ([], [])
+    assert waiting_names(study, forecasts) == []
     assert sweep.main([str(path), "results"]) == 0
     for name in TABLES:
         assert table(tmp_path / "jobs", name) == table(tmp_path / "results", name)
@@ -74,6 +74,19 @@ def test_jobs_of_a_ladder_and_of_fitted_runs_give_the_tables_of_a_local_sweep(
     trained = log.read_bytes()
     RunJob(study, fitted[0])()
     assert log.read_bytes() == trained, "a job of a finished run trains nothing"
+
+
+def test_runs_beyond_an_edge_are_submitted_after_those_whose_losses_they_need(
+    write_study: WriteStudy,
+) -> None:
+    study = read_study(write_study(DENSE, flags="--train-iters 3", ladder_extra=2, **LADDER))
+    given, first, second, fitted = waiting_names(study, forecasts := valid_forecasts(study))
+    assert given == ["dense-seed1-lr0.003", "dense-seed1-lr0.01"]
+    assert first == ["dense-seed1-lr0.0009", "dense-seed1-lr0.033"]
+    assert second == ["dense-seed1-lr0.00027", "dense-seed1-lr0.11"]
+    assert fitted == ["dense-seed2-lrfitted"]
+    RunJob(study, first[0])()  # ends at once: the losses beside it are not known
+    assert state_of(study, forecasts[2]).name == "waiting"
 
 
 def test_a_run_that_is_warned_goes_on_in_the_requeued_job_and_after_a_stop_in_a_sweep(

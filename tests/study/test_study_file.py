@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,8 +60,8 @@ def test_a_value_of_several_words_gives_several_words(write_study: WriteStudy) -
         ({"each": {"lr": "transferred"}}, "lr transferred needs the folder of a study"),
         ({"ladder_steps": 2}, "ladder-steps 2 is no share of the steps"),
         ({"points": [AVG_K, AVG_K]}, "the run avg-k-g8 is listed twice"),
-        ({"ranks": 0}, "ranks 0 is no positive whole number"),
-        ({"parallel": "two"}, "parallel two is no positive whole number"),
+        ({"ranks": 0}, "ranks 0 is no whole number from 1 up"),
+        ({"parallel": "two"}, "parallel two is no whole number from 1 up"),
         ({"match": "loss"}, "match loss is unknown; choose of active, parameters"),
         ({"target_flops": "much"}, "target-flops much is no positive number"),
         ({"target_flops": 1e9, "flags": "--train-iters 3"}, "flags has --train-iters too"),
@@ -120,6 +121,13 @@ def test_a_ladder_trains_a_share_of_the_steps(write_study: WriteStudy) -> None:
     sources = [forecast.run.rate_source for forecast in forecasts]
     assert sources == ["ladder"] * 4 + ["fitted"] * 2
     assert len({forecast.run.point for forecast in forecasts}) == 2  # one ladder for each clip-grad
+
+
+@pytest.mark.parametrize("rates", [[], [0.001], [0.001, 0.001], [0, 0.001], 0.001, ["x", "y"]])
+def test_a_ladder_without_steps_cannot_go_on(write_study: WriteStudy, rates: Any) -> None:
+    path = write_study([AVG_K], ladder={"lr": rates} if rates else {}, ladder_extra=1)
+    with pytest.raises(ConfigError, match=r"ladder-extra 1 goes on in the steps of the ladder"):
+        read_study(path)
 
 
 @pytest.mark.parametrize("content", [None, "", "a: [", "- 1"])

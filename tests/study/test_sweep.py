@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from megatron_sffn.study.running.foresee import Forecast, valid_forecasts
-from megatron_sffn.study.running.ladder import fitted_rate
+from megatron_sffn.study.running.ladder import best_rate, fitted_rate
 from megatron_sffn.study.running.one_run import RunState, is_finished, run_folder, state_of
 from megatron_sffn.study.running.study_file import Study, read_study
 from megatron_sffn.study.running.sweep import Sweep
@@ -146,25 +147,41 @@ def test_a_failed_run_and_those_that_need_its_loss_are_named_and_tried_again(
 
 
 def test_seeds_train_at_the_rate_that_the_ladder_of_their_point_gives(
-    write_study: WriteStudy, tmp_path: Path
+    write_study: WriteStudy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_study(
         [{"sffn-router": "dense"}],
         flags="--train-iters 12",
-        ladder={"seed": 1, "lr": [3e-4, 1e-2, 3e-1]},
+        ladder={"seed": 1, "lr": [3e-4, 1e-2]},
         ladder_steps=0.5,
+        ladder_extra=2,
         each={"seed": [2], "lr": "fitted"},
         parallel=2,
     )
+    assert sweep.main([str(path), "dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 runs, 0 of which cannot start" in printed and "and up to 2 more, of " in printed
     assert sweep.main([str(path), "run"]) == 0
+    assert "4 of 4 runs have finished" in capsys.readouterr().out
+    assert sweep.main([str(path), "status"]) == 0
+    assert "4 finished; 0:00:00 left" in capsys.readouterr().out
     rows = table(tmp_path / "results", "results.csv")
     losses = {float(row["lr"]): float(row["validation_loss"]) for row in rows[:3]}
-    assert min(losses, key=lambda rate: losses[rate]) == 1e-2
+    assert list(losses) == [3e-4, 1e-2, 0.33], "one rate beyond the edge, where the best one was"
+    assert best_rate(losses) == 1e-2
     assert rows[3]["run"] == "dense-seed2-lrfitted"
     assert [row["iterations"] for row in rows] == ["6"] * 3 + ["12"]
     expected = fitted_rate(losses) * 2**-0.2813  # twice the tokens
     assert float(rows[3]["lr"]) == pytest.approx(expected, rel=0.01) != 1e-2
     assert [row["rate_source"] for row in rows] == ["ladder"] * 3 + ["fitted"]
+
+    # A ladder that goes on gives other rates than those of the runs that have finished.
+    (rung,) = (tmp_path / "results" / "runs").glob("*lr0.33")
+    summary = rung / "summary.json"
+    summary.write_text(re.sub(r'("validation_loss": )[\d.]+', r"\g<1>0.5", summary.read_text()))
+    with pytest.raises(ConfigError, match=r"dense-seed2-lrfitted was trained with other flags"):
+        sweep.main([str(path), "run"])
+    assert (rung.parent / "dense-seed1-lr11").is_dir()
 
 
 def test_a_run_that_the_study_of_the_rates_has_trained_is_taken_over(

@@ -85,10 +85,11 @@ def valid_forecasts(study: Study) -> list[Forecast]:
         ConfigError: with the reason of the first run that cannot.
     """
     forecasts = foresee(study)
-    invalid = [forecast for forecast in forecasts if forecast.reason is not None]
+    listed = [forecast for forecast in forecasts if forecast.run.beyond_edge == 0]
+    invalid = [forecast for forecast in listed if forecast.reason is not None]
     if invalid:
         raise ConfigError(
-            f"{len(invalid)} of {len(forecasts)} runs cannot start; dry-run lists them all. "
+            f"{len(invalid)} of {len(listed)} runs cannot start; dry-run lists them all. "
             f"{invalid[0].run.name}: {invalid[0].reason}"
         )
     return forecasts

@@ -4,7 +4,8 @@ Inputs: a study with parameters of Slurm, and its forecasts. Outputs: arrays of 
 submitit's files in the folder `slurm` of the study, and the ids of the jobs in `slurm_jobs.json`.
 
 Design notes: a learning rate that is fitted is not known at submission. These runs are an array of
-their own that starts when the jobs of the first array have ended, and each computes its rate then.
+their own that starts when the jobs before it have ended, and each computes its rate then. So are
+runs beyond the edge of a ladder; those that are not needed end at once.
 A plain `scancel` kills a run 30 seconds after its warning. SIGINT has no such limit, so `stop`
 cancels the jobs that wait and sends SIGINT to those that run.
 """
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sffn.study.learning_rates import FITTED
 from megatron_sffn.study.running.foresee import Forecast
-from megatron_sffn.study.running.ladder import with_rate
+from megatron_sffn.study.running.ladder import is_needed, with_rate
 from megatron_sffn.study.running.launch import STOP_SECONDS
 from megatron_sffn.study.running.one_run import check_flags, run_folder, state_of
 from megatron_sffn.study.running.reuse import take_over_runs
@@ -62,17 +63,25 @@ def submit_runs(study: Study, forecasts: Sequence[Forecast]) -> dict[str, int]:
             check_flags(run_folder(study, ready), ready)
     arrays: dict[str, int] = {}
     for names in waiting_names(study, forecasts):
-        if names:
-            jobs = submit_array(study, names, after=list(arrays))
-            arrays[_array_id(jobs[0])] = len(names)
+        jobs = submit_array(study, names, after=list(arrays))
+        arrays[_array_id(jobs[0])] = len(names)
     return arrays
 
 
-def waiting_names(study: Study, forecasts: Sequence[Forecast]) -> tuple[list[str], list[str]]:
-    """The names of the runs to submit: those whose rate is known, and those that need a ladder."""
-    waiting = [run for run in forecasts if state_of(study, run).name in ("waiting", "failed")]
-    known = [run.run.name for run in waiting if run.run.rate_source != FITTED]
-    return known, [run.run.name for run in waiting if run.run.rate_source == FITTED]
+def waiting_names(study: Study, forecasts: Sequence[Forecast]) -> list[list[str]]:
+    """The names of the runs to submit, in groups each of which needs the losses of those before.
+
+    The first group has the runs whose rate is known. Those beyond the edges of ladders follow, a
+    group for each place, and at last the runs with a fitted rate.
+    """
+    groups: dict[tuple[bool, int], list[str]] = {}
+    for forecast in forecasts:
+        is_waiting = state_of(study, forecast).name in ("waiting", "failed")
+        if is_waiting and is_needed(study, forecast, forecasts) is not False:
+            run = forecast.run
+            key = run.rate_source == FITTED, abs(run.beyond_edge)
+            groups.setdefault(key, []).append(run.name)
+    return [names for _, names in sorted(groups.items())]
 
 
 def submit_array(

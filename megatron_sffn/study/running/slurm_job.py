@@ -72,7 +72,7 @@ class RunJob:
         return DelayedSubmission(RunJob(self._study, self._name))
 
     def _train_if_unfinished(self) -> None:
-        """Train the run, unless it has finished or is running elsewhere."""
+        """Train the run, unless it is not needed, has finished or is running elsewhere."""
         silence()
 
         from megatron_sffn.patches import prepare
@@ -80,10 +80,12 @@ class RunJob:
         prepare()  # before Megatron is imported
 
         from megatron_sffn.study.running.foresee import valid_forecasts
-        from megatron_sffn.study.running.ladder import with_rate
+        from megatron_sffn.study.running.ladder import is_needed, with_rate
 
         forecasts = valid_forecasts(self._study)
         forecast = next(run for run in forecasts if run.run.name == self._name)
+        if not is_needed(self._study, forecast, forecasts):
+            return
         with locked(self._folder / LOCK) as lock:
             if lock is None or is_finished(self._folder, forecast):
                 return

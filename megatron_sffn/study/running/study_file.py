@@ -26,7 +26,7 @@ from megatron_sffn.utils.errors import ConfigError
 
 KEYS = (
     *("folder", "flags", "points", "each", "ranks", "parallel", "match", "target-flops"),
-    *("include", "sizes", "ladder", "ladder-steps", "transfer", "slurm"),
+    *("include", "sizes", "ladder", "ladder-steps", "ladder-extra", "transfer", "slurm"),
 )
 MATCHES = ("active", "parameters")
 RUNS = "runs"
@@ -58,6 +58,8 @@ class StudyRun:
         settings: flag without dashes -> value, of the flags in which the runs differ.
         flags: command line of the run, without the flags that `sweep` sets.
         in_ladder: True if the run only serves to find the learning rate of its point.
+        beyond_edge: 0 for a rate of the file. i for the i-th rate above the ladder and -i for the
+            i-th below it, which are trained only if the best rate so far is beside them.
     """
 
     name: str
@@ -65,6 +67,7 @@ class StudyRun:
     settings: Mapping[str, Any]
     flags: tuple[str, ...]
     in_ladder: bool = False
+    beyond_edge: int = 0
 
     @property
     def rate_source(self) -> str:
@@ -235,11 +238,11 @@ def _check_flag(path: Path, name: str) -> None:
         raise ConfigError(f"{path}: --{name} differs from run to run and is set for you; remove it")
 
 
-def _count(path: Path, content: Mapping[str, Any], key: str) -> int:
-    """A positive number of the file; 1 if it is not given."""
-    value = content.get(key, 1)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{path}: {key} {value} is no positive whole number; give at least 1")
+def _count(path: Path, content: Mapping[str, Any], key: str, least: int = 1) -> int:
+    """A whole number of the file; the least one if it is not given."""
+    value = content.get(key, least)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{path}: {key} {value} is no whole number from {least} up; correct it")
     return value
 
 
@@ -280,13 +283,16 @@ def _runs(path: Path, flags: Sequence[str], content: Mapping[str, Any]) -> tuple
     if not isinstance(points, list):
         raise ConfigError(f"{path}: points has to be a list; begin each point with a dash")
     ladder, each = (_mapping(path, content.get(key) or {}) for key in ("ladder", "each"))
+    beyond = _rates_beyond(path, ladder, _count(path, content, "ladder-extra", least=0))
+    rungs = [(ladder, True, 0)]
+    rungs += [({**ladder, "lr": rate}, True, place) for place, rate in beyond.items()]
     of_all = {flag: value for flag, value in each.items() if flag not in NOT_IN_POINT}
     runs: dict[str, StudyRun] = {}
-    for added, in_ladder in ((ladder, True), (each, False)):
+    for added, in_ladder, place in (*rungs, (each, False, 0)):
         for point in points if added or not in_ladder else []:
             named = {**_mapping(path, point), **of_all}
             for settings in _combinations(path, {**named, **added}):
-                run = _run(flags, settings, in_ladder)
+                run = _run(flags, settings, in_ladder, place)
                 if run.name in runs:
                     raise ConfigError(
                         f"{path}: the run {run.name} is listed twice; remove one of them"
@@ -294,6 +300,25 @@ def _runs(path: Path, flags: Sequence[str], content: Mapping[str, Any]) -> tuple
                 runs[run.name] = run
     _check_rates(path, runs.values(), ladder, content)
     return tuple(runs.values())
+
+
+def _rates_beyond(path: Path, ladder: Mapping[str, Any], number: int) -> dict[int, str]:
+    """Place -> learning rate beyond the edges of a ladder, in the steps between its last two."""
+    if number == 0:
+        return {}
+    try:
+        rates = sorted(map(float, ladder.get("lr", [])))
+    except (TypeError, ValueError):
+        rates = []
+    if len(set(rates)) < 2 or rates[0] <= 0:
+        raise ConfigError(
+            f"{path}: ladder-extra {number} goes on in the steps of the ladder, which needs two "
+            "learning rates; add for example ladder: {seed: 1, lr: [1e-3, 2e-3]}"
+        )
+    places = range(1, number + 1)
+    below = {-place: rates[0] * (rates[0] / rates[1]) ** place for place in places}
+    above = {place: rates[-1] * (rates[-1] / rates[-2]) ** place for place in places}
+    return {place: f"{rate:.2g}" for place, rate in {**below, **above}.items()}
 
 
 def _check_rates(
@@ -332,7 +357,9 @@ def _combinations(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any
     return [dict(zip(settings, values, strict=True)) for values in itertools.product(*lists)]
 
 
-def _run(common: Sequence[str], settings: Mapping[str, Any], in_ladder: bool) -> StudyRun:
+def _run(
+    common: Sequence[str], settings: Mapping[str, Any], in_ladder: bool, beyond_edge: int
+) -> StudyRun:
     """The run of a combination."""
     words = list(common)
     for flag, value in settings.items():
@@ -347,6 +374,7 @@ def _run(common: Sequence[str], settings: Mapping[str, Any], in_ladder: bool) ->
         settings=settings,
         flags=tuple(words),
         in_ladder=in_ladder,
+        beyond_edge=beyond_edge,
     )
 
 

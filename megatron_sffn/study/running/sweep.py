@@ -22,7 +22,7 @@ import torch
 
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.study.running.foresee import Forecast
-from megatron_sffn.study.running.ladder import with_rate
+from megatron_sffn.study.running.ladder import is_needed, needed_runs, with_rate
 from megatron_sffn.study.running.launch import POLL_SECONDS, Display, TrainingProcess
 from megatron_sffn.study.running.one_run import (
     LOCK,
@@ -82,10 +82,11 @@ class Sweep:
     def __init__(
         self, study: Study, forecasts: Sequence[Forecast], stream: TextIO = sys.stderr
     ) -> None:
-        self._study, self._forecasts, self._stream = study, forecasts, stream
+        self._study, self._forecasts, self._stream = study, list(forecasts), stream
         self._slots = _Slots.of(study)
         self._running: dict[int, tuple[Forecast, TrainingProcess]] = {}
         self._failed: list[str] = []
+        self._undecided = 0
         self._left: float | None = None
         self._estimated_at = 0.0
 
@@ -93,12 +94,12 @@ class Sweep:
         """Train all unfinished runs; returns the names of those that failed.
 
         Raises:
+            ConfigError: if a run was trained with other flags than the file gives now.
             KeyboardInterrupt: after every run has saved a checkpoint and ended.
         """
         take_over_runs(self._study, self._forecasts)
         waiting = [run for run in self._forecasts if not is_finished(self._folder(run), run)]
-        for forecast in filter(None, map(self._with_rate, self._forecasts)):
-            check_flags(self._folder(forecast), forecast)
+        self._check_flags()
         display = Display("sweep", self._stream)
         try:
             while waiting or self._running:
@@ -114,17 +115,28 @@ class Sweep:
         finally:
             display.end()
             write_results(self._study, self._forecasts)
+        self._check_flags()  # of runs whose ladder has gone on since they were trained
         return self._failed
+
+    def _check_flags(self) -> None:
+        """Refuse runs that were trained with other flags, as far as their rates are known."""
+        for forecast in filter(None, map(self._with_rate, self._forecasts)):
+            check_flags(self._folder(forecast), forecast)
 
     def _folder(self, forecast: Forecast) -> Path:
         return run_folder(self._study, forecast)
 
     def _start(self, waiting: list[Forecast]) -> list[Forecast]:
         """Start runs in the free slots; returns those that still wait."""
-        left, foreign = [], 0
+        left, foreign, self._undecided = [], 0, 0
         for forecast in waiting:
+            needed = is_needed(self._study, forecast, self._forecasts)
+            if needed is False:
+                self._forecasts.remove(forecast)
+                continue
+            self._undecided += needed is None
             slot = self._slots.free(self._running, foreign)
-            ready = None if slot is None else self._with_rate(forecast)
+            ready = None if slot is None or not needed else self._with_rate(forecast)
             if slot is None or ready is None:
                 left.append(forecast)
                 continue
@@ -144,8 +156,9 @@ class Sweep:
 
     def _without_ladder(self, waiting: list[Forecast]) -> list[Forecast]:
         """The waiting runs; those whose ladder has failed have failed too."""
-        lost = [run for run in waiting if self._with_rate(run) is None]
-        for forecast in lost:
+        self._forecasts = needed_runs(self._study, self._forecasts)
+        waiting = [run for run in waiting if run in self._forecasts]
+        for forecast in [run for run in waiting if self._with_rate(run) is None]:
             self._failed.append(forecast.run.name)
             reason = "a run of its ladder has failed, so that its learning rate is unknown"
             write_failure(self._folder(forecast), reason)
@@ -166,11 +179,12 @@ class Sweep:
 
     def _progress(self, waiting: int) -> str:
         """A line of progress."""
+        runs = len(self._forecasts) - self._undecided
         finished = len(self._forecasts) - waiting - len(self._running) - len(self._failed)
-        parts = [f"{finished} of {len(self._forecasts)} finished"]
+        parts = [f"{finished} of {runs} finished"]
         parts += [f"{len(self._failed)} failed"] if self._failed else []
         if time.monotonic() - self._estimated_at > ESTIMATE_SECONDS:
-            self._left = seconds_left(self._study, self._forecasts)
+            self._left = seconds_left(self._study, needed_runs(self._study, self._forecasts))
             self._estimated_at = time.monotonic()
         parts += [f"{human_time(self._left)} left"] if self._left is not None else []
         parts += [f"{run.run.name}: {process.status}" for run, process in self._running.values()]

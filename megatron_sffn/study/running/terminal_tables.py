@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_sffn.study.running.foresee import Forecast
+from megatron_sffn.study.running.ladder import needed_runs
 from megatron_sffn.study.running.one_run import state_of
 from megatron_sffn.study.running.study_file import Study
 from megatron_sffn.study.running.sweep import seconds_left
@@ -17,7 +18,8 @@ from megatron_sffn.utils.text_table import text_table
 def dry_run_table(study: Study, forecasts: Sequence[Forecast]) -> str:
     """The costs of each run, their sums, and the reasons of runs that cannot start."""
     rows = [["run", "parameters", "active", "steps", "tokens", "FLOPs"]]
-    for forecast in forecasts:
+    listed = [forecast for forecast in forecasts if forecast.run.beyond_edge == 0]
+    for forecast in listed:
         counts = [
             human_count(forecast.parameters_total),
             human_count(forecast.parameters_active),
@@ -31,21 +33,34 @@ def dry_run_table(study: Study, forecasts: Sequence[Forecast]) -> str:
             if valid
             else [forecast.run.name, *["-"] * len(counts)]
         )
-    invalid = [forecast for forecast in forecasts if forecast.reason is not None]
-    flops = sum(forecast.flops for forecast in forecasts)
+    invalid = [forecast for forecast in listed if forecast.reason is not None]
+    flops = sum(forecast.flops for forecast in listed)
     return "\n".join(
         [
             text_table(rows),
             "",
             *(f"{forecast.run.name} cannot start: {forecast.reason}" for forecast in invalid),
-            f"{len(forecasts)} runs, {len(invalid)} of which cannot start; "
-            f"{human_count(flops).strip()} training FLOPs; {_time(study, forecasts)}",
+            f"{len(listed)} runs, {len(invalid)} of which cannot start; "
+            f"{human_count(flops).strip()} training FLOPs; {_time(study, listed)}",
+            *_extra(forecasts),
         ]
+    )
+
+
+def _extra(forecasts: Sequence[Forecast]) -> list[str]:
+    """A line on the runs beyond the edges of ladders, if there may be any."""
+    above = [forecast for forecast in forecasts if forecast.run.beyond_edge > 0]
+    flops = human_count(sum(forecast.flops for forecast in above)).strip()
+    return (
+        [f"and up to {len(above)} more, of {flops} FLOPs, if the best rate is at a ladder's edge"]
+        if above
+        else []
     )
 
 
 def status_table(study: Study, forecasts: Sequence[Forecast]) -> str:
     """The state of each run, and the time left."""
+    forecasts = needed_runs(study, forecasts)
     states = [state_of(study, forecast) for forecast in forecasts]
     rows = [["run", "state", "step", "loss", "perplexity"]]
     for forecast, state in zip(forecasts, states, strict=True):
