@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,9 @@ def test_a_run_that_the_study_of_the_rates_has_trained_is_taken_over(
     rows = table(tmp_path / "second", "results.csv")
     assert [row["rate_source"] for row in rows] == ["transferred"] * 2
     assert rows[0]["validation_loss"] == trained["validation_loss"] != rows[1]["validation_loss"]
+    shutil.rmtree(runs[0].resolve())
+    assert sweep.main([str(second), "run"]) == 0
+    assert not runs[0].is_symlink() and table(tmp_path / "second", "results.csv") == rows
 
 
 def test_a_fitted_rate_is_the_bottom_of_the_valley_or_its_edge() -> None:

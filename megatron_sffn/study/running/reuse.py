@@ -25,6 +25,8 @@ def take_over_runs(study: Study, forecasts: Sequence[Forecast]) -> None:
     trained = {_key(shlex.split((folder / FLAGS).read_text())): folder for folder in folders}
     for forecast in forecasts:
         source, link = trained.get(_key(forecast.run.flags)), run_folder(study, forecast)
+        if link.is_symlink() and not link.exists():  # the other study's run was removed
+            link.unlink()
         if source is not None and is_finished(source, forecast) and not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(os.path.relpath(source, link.parent))
