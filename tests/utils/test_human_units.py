@@ -13,7 +13,8 @@ from megatron_sffn.utils.human_time import human_time
         (999, "999 ", "999 B"),
         (1000, "1.0 k", "1.0 kB"),
         (12_345_678, "12.3 M", "12.3 MB"),
-        (2.5e15, "2500.0 T", "2500.0 TB"),
+        (2.5e15, "2.5 P", "2.5 PB"),
+        (6.1e19, "61.0 E", "61.0 EB"),
     ],
 )
 def test_numbers_are_scaled_to_one_decimal(number: float, count: str, size: str) -> None:
