@@ -74,7 +74,7 @@ class Reblocking:
         router = self.before.router
         if router.per_block_weights and self.after.block_size < self.before.block_size:
             shared = "share its probability and the values grow by as much"
-            gate = shared if router.softmax_over_blocks else "have its gate"
+            gate = shared if router.splitting_divides_gates else "have its gate"
             return (
                 f"{router.name}: the parts of a block {gate}; the layer computes the same "
                 "function, up to rounding"
@@ -192,7 +192,7 @@ class _Rules:
         self.parts_per_block = Fraction(before.block_size, after.block_size)
         router = before.router
         self.per_block = [f"router.{name}" for name in router.per_block_weights]
-        self.changes_tensors = bool(self.per_block) or router.softmax_over_blocks
+        self.changes_tensors = bool(self.per_block) or router.splitting_divides_gates
         self.shapes = self._shapes(saved)
         pattern = layer_pattern(saved.sffn_layers, saved.num_layers)
         self.sparse_layers = [layer for layer, is_sparse in enumerate(pattern) if is_sparse]
@@ -273,7 +273,7 @@ class _Rules:
             order: power of the gradient in it, as in `ORDER`.
         """
         parts = self.parts_per_block
-        cells, shared = self.before.num_cells, self.before.router.softmax_over_blocks
+        cells, shared = self.before.num_cells, self.before.router.splitting_divides_gates
         if table == "experts.values" and shared:
             factor = parts if order == 0 else parts**-order
             change = Change(piece=partial(_scaled, float(factor)), rows=(cells, cells))

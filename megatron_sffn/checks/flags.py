@@ -17,6 +17,7 @@ from megatron_sffn.flags.megatron_flags import (
     DENSE_ONLY,
     DERIVED,
     LAYER,
+    REPLACED,
     default_balance_coefficient,
     is_moe_flag,
     requested_balance_losses,
@@ -139,7 +140,8 @@ def _moe_flag(router: str, dest: str, value: object) -> Iterator[Problem]:
     routers = [name for name, config in ROUTERS.items() if dest in config.megatron_flags]
     if not routers:
         rule = f"is not available with --sffn-router {router}"
-        yield Problem(flag, value, rule, "leave it out")
+        instead = REPLACED.get(dest, {}).get(str(value)) if not is_dense else None
+        yield Problem(flag, value, rule, f"use {instead}" if instead else "leave it out")
     if router not in routers and value not in (0, [0], ["none"]):
         yield Problem(
             flag,

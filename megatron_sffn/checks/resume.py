@@ -52,6 +52,7 @@ FLAGS_WITH_VALUE = (
     "mtp_num_layers",
     "moe_router_num_groups",
     "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
     "activation_func_clamp_value",
     "glu_linear_offset",
     "q_lora_rank",
@@ -337,7 +338,7 @@ def block_size(
             f"{change}, whose experts Megatron stores one by one",
             f"use that (checkpoint {checkpoint.folder})",
         )
-    elif sffn.router.per_block_weights or sffn.router.softmax_over_blocks:
+    elif sffn.router.per_block_weights or sffn.router.splitting_divides_gates:
         yield Problem(
             "--sffn-block-size",
             sffn.block_size,

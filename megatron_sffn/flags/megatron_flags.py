@@ -34,6 +34,15 @@ DERIVED = {
 }
 """MoE flags (dest) -> the S-FFN number that they are derived from."""
 
+REPLACED = {
+    "moe_router_score_function": {
+        "softmax": "--sffn-gate softmax-chosen",
+        "sigmoid": "--sffn-gate sigmoid-chosen",
+        "sqrtsoftplus": "--sffn-gate sqrt-softplus-chosen",
+    },
+}
+"""MoE flags (dest) whose values we give by another flag: value -> our flag."""
+
 LAYER = (
     "moe_router_dtype",
     "moe_token_dispatcher_type",

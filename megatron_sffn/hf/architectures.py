@@ -88,6 +88,12 @@ GROUPS_OF_TWO: Need = (
 )
 
 
+UNSCALED: Need = (
+    "has gates that are not scaled (no --moe-router-topk-scaling-factor)",
+    lambda s: s.args.moe_router_topk_scaling_factor in (None, 1.0),
+)
+
+
 def _scores_per_group(settings: Settings) -> int:
     assert settings.sffn is not None
     return settings.sffn.num_active_blocks // settings.args.moe_router_group_topk
@@ -99,7 +105,7 @@ def _gate(*gates: str) -> Need:
 
 
 LLAMA_LIKE = (RMS_NORM, SWIGLU, ROPE, ONE_STRETCH, WHOLE_ROPE)
-MOE_LIKE = (*LLAMA_LIKE, NO_BIASES)
+MOE_LIKE = (*LLAMA_LIKE, NO_BIASES, UNSCALED)
 Fields = Callable[[Settings], dict[str, Any]]
 
 
@@ -204,8 +210,8 @@ def _glm4_moe(settings: Settings) -> dict[str, Any]:
         "rope_parameters": rope,
         "n_routed_experts": sffn.num_blocks,
         "n_shared_experts": sffn.shared_blocks,
-        "norm_topk_prob": False,
-        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": settings.gate == "sigmoid-chosen",
+        "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
         "n_group": args.moe_router_num_groups or 1,
         "topk_group": args.moe_router_group_topk or 1,
         "first_k_dense_replace": args.num_layers - len(settings.sparse_layers),
@@ -334,7 +340,7 @@ CLASSES: dict[str, StockClass] = {
     "glm4_moe": StockClass(
         name="Glm4MoeForCausalLM",
         needs=(
-            *(_gate("sigmoid"), RMS_NORM, SWIGLU, ROPE, ONE_STRETCH, NO_BIASES),
+            *(_gate("sigmoid", "sigmoid-chosen"), RMS_NORM, SWIGLU, ROPE, ONE_STRETCH, NO_BIASES),
             *(SPARSE_LAST, GROUPS_OF_TWO),
         ),
         fields=_glm4_moe,

@@ -18,12 +18,14 @@ every activation.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from megatron_sffn.hf.settings import Settings
 from megatron_sffn.nn.config import SparseFFNConfig
+from megatron_sffn.nn.routers.gates import is_normalized
 from megatron_sffn.nn.routers.learned import LearnedConfig
 from megatron_sffn.nn.routers.rand_hash import RandHashConfig
 from megatron_sffn.nn.routers.scored import ScoredConfig
@@ -183,7 +185,7 @@ def _check_copies(how: DenseToSparse, sffn: SparseFFNConfig) -> str:
             f"{how.router} with these flags does not; use softmax-after, or another with a linear "
             "gate network, or rand-hash with blocks of a whole FFN, and no shared blocks"
         )
-    if _gate(sffn) in ("none", "softmax-chosen"):
+    if _gate(sffn) == "none" or is_normalized(_gate(sffn)):
         return (
             "the gates of the copies of a cell add up to the same for every token, so that the "
             "model computes the function of the dense one"
@@ -213,6 +215,7 @@ def convert(tensors: dict[str, Tensor], how: DenseToSparse, sparse: Settings) ->
     """
     assert sparse.sffn is not None
     converted = dict(tensors)
+    scale = _scale(how, sparse.sffn) / (sparse.args.moe_router_topk_scaling_factor or 1.0)
     for layer in sparse.sparse_layers:
         mlp = f"decoder.layers.{layer}.mlp"
         for name in (f"{mlp}.linear_fc1.bias", f"{mlp}.linear_fc2.bias"):
@@ -223,7 +226,7 @@ def convert(tensors: dict[str, Tensor], how: DenseToSparse, sparse: Settings) ->
                     "with --disable-bias-linear"
                 )
         first = converted.pop(f"{mlp}.linear_fc1.weight")
-        values = converted.pop(f"{mlp}.linear_fc2.weight").T * _scale(how, sparse.sffn)
+        values = converted.pop(f"{mlp}.linear_fc2.weight").T * scale
         tables = {"keys": first, "values": values}
         if sparse.gated:
             gate_keys, keys = first.chunk(2)
@@ -239,12 +242,15 @@ def _scale(how: DenseToSparse, sffn: SparseFFNConfig) -> float:
         return 1.0
     parts = _parts(how, sffn)
     chosen = sffn.num_active_blocks // parts
+    gate = _gate(sffn)
+    if is_normalized(gate):
+        return float(parts)
     return {
         "none": 1 / chosen,
-        "softmax-chosen": float(parts),
         "softmax": sffn.num_blocks / chosen,
         "sigmoid": 2 / chosen,
-    }[_gate(sffn)]
+        "sqrt-softplus": 1 / (chosen * math.sqrt(math.log(2))),
+    }[gate]
 
 
 def shared_rows(gate: Tensor, how: DenseToSparse) -> Tensor:

@@ -106,7 +106,9 @@ def _routing(settings: Settings) -> str:
         f"{sffn.block_size}; a token uses {sffn.num_active_blocks} of the blocks{_shared(sffn)}.",
     ]
     if isinstance(router, ScoredConfig):
-        sentences.append(f"The gate of a block: {router.gate}.")
+        factor = settings.args.moe_router_topk_scaling_factor or 1.0
+        scaled = "" if factor == 1.0 else f", times {factor:g}"
+        sentences.append(f"The gate of a block: {router.gate}{scaled}.")
     if settings.biased:
         sentences.append("An expert bias, learned without gradients, is added to choose blocks.")
     if (groups := settings.args.moe_router_num_groups or 1) > 1:

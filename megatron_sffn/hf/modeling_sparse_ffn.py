@@ -80,7 +80,8 @@ class SparseFFNGPTConfig(PreTrainedConfig):
     block_size: int = 1
     shared_cells: int = 0
     router: str = "avg-k"
-    gate: str = "none"  # or sigmoid, softmax, softmax-chosen
+    gate: str = "none"  # or sigmoid, sqrt-softplus, softmax; with -chosen divided by their sum
+    gate_scale: float = 1.0
     expert_bias: bool = False
     num_groups: int = 1
     group_topk: int = 1
@@ -300,21 +301,17 @@ class ScoredRouter(SparseFFNRouter):
         scores = self.score(x, queries, blocks)
         ids = self._choose(scores.detach())
         gates = None
-        if gate == "softmax":
-            gates = scores.softmax(dim=-1).gather(1, ids)
-        elif gate == "softmax-chosen":
-            gates = scores.gather(1, ids).softmax(dim=-1)
-        elif gate == "sigmoid":
-            gates = scores.gather(1, ids).sigmoid()
+        if gate != "none":
+            gates = factors(gate, scores).gather(1, ids)
+            if gate.endswith("-chosen"):
+                gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)
+            gates = gates * self.config.gate_scale
         return ids, gates, queries
 
     def _choose(self, scores: Tensor) -> Tensor:
         config, selection = self.config, scores
         if config.expert_bias:
-            if config.gate != "none":
-                is_sigmoid = config.gate == "sigmoid"
-                selection = scores.sigmoid() if is_sigmoid else scores.softmax(dim=-1)
-            selection = selection + self.expert_bias
+            selection = factors(config.gate, scores) + self.expert_bias
         if config.num_groups > 1:
             by_group = selection.unflatten(1, (config.num_groups, -1))
             best = by_group.topk(config.num_active_blocks // config.group_topk, dim=2).values
@@ -322,6 +319,15 @@ class ScoredRouter(SparseFFNRouter):
             allowed = torch.zeros_like(best[:, :, 0]).scatter(1, groups, 1.0) > 0
             selection = by_group.masked_fill(~allowed[:, :, None], -torch.inf).flatten(1)
         return topk(selection, config.num_active_blocks)
+
+
+def factors(gate: str, scores: Tensor) -> Tensor:
+    """The function of the scores `[T, B]` that a gate has; without a gate the scores."""
+    if gate.startswith("sigmoid"):
+        return scores.sigmoid()
+    if gate.startswith("sqrt-softplus"):
+        return F.softplus(scores).sqrt()
+    return scores.softmax(dim=-1) if gate.startswith("softmax") else scores
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

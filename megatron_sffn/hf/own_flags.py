@@ -110,6 +110,8 @@ def _own_router(fields: Fields) -> Iterator[Any]:
         yield from ("--sffn-gate", fields["gate"])
     if fields["expert_bias"]:
         yield "--moe-router-enable-expert-bias"
+    if fields["gate_scale"] != 1.0:
+        yield from ("--moe-router-topk-scaling-factor", fields["gate_scale"])
     if fields["num_groups"] > 1:
         yield from ("--moe-router-num-groups", fields["num_groups"])
         yield from ("--moe-router-group-topk", fields["group_topk"])

@@ -94,6 +94,10 @@ def _experts(architecture: str, fields: Fields) -> Iterator[Any]:
     yield from block_flags(experts, fields["num_experts_per_tok"], size, shared)
     if architecture == "glm4_moe":
         yield from ("--sffn-router", "sigma-moe")
+        if fields["norm_topk_prob"]:
+            yield from ("--sffn-gate", "sigmoid-chosen")
+        if fields["routed_scaling_factor"] != 1.0:
+            yield from ("--moe-router-topk-scaling-factor", fields["routed_scaling_factor"])
         if fields["n_group"] > 1:
             yield from ("--moe-router-num-groups", fields["n_group"])
             yield from ("--moe-router-group-topk", fields["topk_group"])

@@ -152,8 +152,8 @@ class RouterConfig:
         return False
 
     @property
-    def softmax_over_blocks(self) -> bool:
-        """True if splitting a block into r equal blocks divides its gate by r (softmax)."""
+    def splitting_divides_gates(self) -> bool:
+        """True if splitting a block into r equal blocks divides its gate by r."""
         return False
 
     def key_width(self, hidden_size: int) -> int:

@@ -115,6 +115,9 @@ def test_routers_keep_the_bytes_of_the_closed_form(
 
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("avg-k", {"gate": "sqrt-softplus"}),
+    ("avg-k", {"gate": "sqrt-softplus-chosen"}),
+    ("sigma-moe", {"gate": "sigmoid-chosen"}),
     ("avg-k", {"gate": "sigmoid"}),
     ("avg-k", {"gate": "softmax", "entropy_coefficient": 0.1}),
     *(

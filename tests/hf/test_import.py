@@ -71,6 +71,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
         },
     ),
+    "glm4_moe-scaled": (
+        "Glm4Moe",
+        {
+            **MOE,
+            "n_routed_experts": 9,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 1,
+            "head_dim": 16,
+        },
+    ),
     "glm4_moe": (
         "Glm4Moe",
         {
@@ -91,6 +103,7 @@ CHANGED = {
     "olmoe": "qwen3_moe",
     "llama-3": "llama",
     "starcoder2-gelu": "starcoder2",
+    "glm4_moe-scaled": "glm4_moe",
 }
 """Name -> the architecture of the export, where it is another."""
 

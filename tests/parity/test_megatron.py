@@ -95,7 +95,7 @@ def sffn_layer(
     gate: str, balance: dict[str, Any] | None = None, *, g: int = 4, shared: int = 0
 ) -> Any:
     """Our layer with Switch's gate network and Megatron's flags of load balancing."""
-    router = "sigma-moe" if gate == "sigmoid" else "switch"
+    router = "switch" if gate.startswith("softmax") else "sigma-moe"
     flags = {"moe_router_load_balancing_type": "none", **(balance or {})}
     return build(
         Case(
@@ -160,6 +160,23 @@ def test_the_bias_of_experts_acts_on_the_choice_alone() -> None:
     assert (actual["output"] - plain).abs().max() > 0.01
     counts = layer.router.balance.local_tokens_per_expert
     assert torch.equal(counts, reference.router.local_tokens_per_expert)
+
+
+SCORE_FUNCTIONS = {"sigmoid-chosen": "sigmoid", "sqrt-softplus-chosen": "sqrtsoftplus"}
+"""Our gate -> Megatron's score function, which divides by the sum over the chosen experts."""
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("gate", SCORE_FUNCTIONS)
+def test_normalized_and_scaled_gates_agree(gate: str, biased: bool) -> None:
+    flags = {"moe_router_topk_scaling_factor": 2.5, "moe_router_enable_expert_bias": biased}
+    layer = sffn_layer(gate, flags)
+    reference = megatron_layer(layer, **flags, moe_router_score_function=SCORE_FUNCTIONS[gate])
+    if biased:
+        for router in (layer.router.balance, reference.router):
+            router.local_tokens_per_expert.zero_()
+            router.expert_bias.copy_(torch.linspace(-0.4, 0.4, len(router.expert_bias)))
+    assert_same(sffn_outcome(layer), megatron_outcome(reference), tolerance=FP32)
 
 
 def test_sigmoid_scores_do_not_compete_where_megatrons_are_divided_by_their_sum() -> None:

@@ -6,7 +6,7 @@ Inputs: tokens `[T, D]`, and this rank's keys. Outputs: the `Routing` of the K b
     selection_scores  [T, B]   scores by which blocks are chosen: the scores, or their gates plus
                                the expert bias; dropped blocks have the lowest
     block_ids         [T, K]   ids of the largest selection scores
-    gates             [T, K]   none, sigmoid or softmax of the scores
+    gates             [T, K]   none, or a function of the scores (`gates.py`)
 
 Design notes
 - No gradient passes through the choice. The scores are differentiated only if a gate or a balance
@@ -19,7 +19,6 @@ Design notes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, override
 
@@ -34,17 +33,10 @@ from megatron_sffn.nn.config import (
 )
 from megatron_sffn.nn.load_balancing import BALANCE_LOSSES, LoadBalancing, losses_reach_scores
 from megatron_sffn.nn.routers.base import NO_BLOCK, Router, Routing
+from megatron_sffn.nn.routers.gates import GATES, factors_of_all, gates_of, is_normalized
 from megatron_sffn.nn.routers.groups import check_groups, in_best_groups
 from megatron_sffn.nn.saved_bytes import FP32, INT64, LayerCall, SavedBytes
 from megatron_sffn.utils.errors import ConfigError
-
-GATES: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
-    "none": lambda scores, ids: None,
-    "sigmoid": lambda scores, ids: scores.gather(1, ids).sigmoid(),
-    "softmax": lambda scores, ids: scores.softmax(dim=-1).gather(1, ids),
-    "softmax-chosen": lambda scores, ids: scores.gather(1, ids).softmax(dim=-1),
-}
-"""From scores `[T, B]` and ids `[T, K]` to gates `[T, K]`."""
 
 FACTORS = (
     "moe_aux_loss_coeff",
@@ -67,6 +59,7 @@ class ScoredConfig(RouterConfig):
         "moe_router_bias_update_rate",
         "moe_router_num_groups",
         "moe_router_group_topk",
+        "moe_router_topk_scaling_factor",
     )
     default_gate: ClassVar[str] = "none"
     """Name in `GATES` of the gate where `--sffn-gate` is not given."""
@@ -75,10 +68,10 @@ class ScoredConfig(RouterConfig):
         "--sffn-gate",
         default=None,
         kind=str,
-        choices=tuple(GATES),
-        help="factor of a chosen block's output, from its score: none, its sigmoid, its softmax "
-        "over all blocks or over the chosen; by default as the method's paper has it (avg-k, "
-        "vanilla-m, lorkm: none; switch: softmax; sigma-moe: sigmoid), any other is ours",
+        choices=GATES,
+        help="factor of a chosen block's output, from its score: none, a function of it, or that "
+        "divided by its sum over the chosen blocks; by default as the method's paper has it "
+        "(avg-k, vanilla-m, lorkm: none; switch: softmax; sigma-moe: sigmoid), any other is ours",
     )
     entropy_coefficient: float = flag(
         "--sffn-entropy-coeff",
@@ -116,9 +109,23 @@ class ScoredConfig(RouterConfig):
                         f"--{name.replace('_', '-')} {number} is not a finite number of at least "
                         "0; give one, or leave it out"
                     )
+        self._check_scale(config.moe_router_topk_scaling_factor)
         constant = self._constant_gate(sffn)
         if constant is not None and not self.scores_have_weights:
             raise ConfigError(f"{constant}, which has no effect; leave it out")
+
+    def _check_scale(self, factor: float | None) -> None:
+        """Refuse a factor of the gates that is no positive number, or has no gates."""
+        if factor is None:
+            return
+        shown = f"--moe-router-topk-scaling-factor {factor:g}"
+        if not self.gated_output:
+            raise ConfigError(
+                f"{shown} multiplies gates, and --sffn-gate is none; leave it out, or use "
+                "--sffn-gate sigmoid"
+            )
+        if not 0 < factor < math.inf:
+            raise ConfigError(f"{shown} is not a finite number above 0; give for example 2.5")
 
     @override
     def untrained(self, config: SparseFFNTransformerConfig) -> str | None:
@@ -183,12 +190,17 @@ class ScoredConfig(RouterConfig):
         """Bytes per token of the gates and losses that are computed from the scores."""
         blocks, active = call.sffn.num_blocks, call.sffn.num_active_blocks
         losses = self._losses(call)
-        gathers_scores = self.gate in ("sigmoid", "softmax-chosen")
-        count = active * INT64 if self.gate != "none" else 0
-        if self.gate == "softmax":
+        gate = str(self.gate)
+        gathers_scores = gate not in ("none", "softmax")
+        count = active * INT64 if gate != "none" else 0
+        if gate == "softmax":
             count += FP32 * blocks
         if gathers_scores:
             count += FP32 * active
+        if gate.startswith("sqrt-softplus"):  # the scores beside the function of them
+            count += FP32 * active
+        if is_normalized(gate) and gate != "softmax-chosen":  # their sum
+            count += FP32
         if gathers_scores or "z_loss" in losses:
             count += FP32 * blocks
         if "z_loss" in losses:
@@ -199,9 +211,9 @@ class ScoredConfig(RouterConfig):
 
     def _constant_gate(self, sffn: SparseFFNConfig) -> str | None:
         """The start of a sentence that says why the gate is always 1; None if it is not."""
-        if self.gate == "softmax-chosen" and sffn.num_active_blocks == 1:
-            return "--sffn-gate softmax-chosen is always 1 for one chosen block"
-        if self.softmax_over_blocks and sffn.num_blocks == 1:
+        if is_normalized(str(self.gate)) and sffn.num_active_blocks == 1:
+            return f"--sffn-gate {self.gate} is always 1 for one chosen block"
+        if self.splitting_divides_gates and sffn.num_blocks == 1:
             return f"--sffn-gate {self.gate} is always 1 for one block in all"
         return None
 
@@ -217,8 +229,8 @@ class ScoredConfig(RouterConfig):
 
     @override
     @property
-    def softmax_over_blocks(self) -> bool:
-        return self.gate in ("softmax", "softmax-chosen")
+    def splitting_divides_gates(self) -> bool:
+        return self.gate == "softmax" or is_normalized(str(self.gate))
 
 
 class ScoredRouter(Router):
@@ -261,7 +273,9 @@ class ScoredRouter(Router):
             scores = self.score(x, queries, keys)
         self.flag_not_finite(scores)
         ids, dropped = self._choose(scores)
-        gates = GATES[str(self.settings.gate)](scores, ids)
+        gates = gates_of(str(self.settings.gate), scores, ids)
+        if gates is not None and (factor := self.config.moe_router_topk_scaling_factor):
+            gates = gates * factor
         chosen_scores = scores.detach().gather(1, ids)
         if dropped is not None:
             ids = ids.masked_fill(dropped, NO_BLOCK)
@@ -308,4 +322,4 @@ class ScoredRouter(Router):
         """Scores `[T, B]` by which blocks are chosen: gates, if the expert bias is added."""
         if not self.balance.biased or not self.settings.gated_output:
             return scores
-        return scores.sigmoid() if self.settings.gate == "sigmoid" else scores.softmax(dim=-1)
+        return factors_of_all(str(self.settings.gate), scores)

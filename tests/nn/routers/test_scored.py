@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron_sffn.nn.layer import SparseFFN
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.avg_k import AvgKConfig
+from megatron_sffn.nn.routers.gates import GATES
 from megatron_sffn.nn.routers.scored import ScoredConfig
 from megatron_sffn.ops import route_topk
 from megatron_sffn.utils.errors import ConfigError
@@ -26,7 +27,18 @@ def score_by_hand(name: str, router, x: torch.Tensor, keys: torch.Tensor) -> tor
     return torch.stack([F.gelu(query @ block.T).mean(1) for block in keys], dim=1)
 
 
-@pytest.mark.parametrize("gate", ["none", "sigmoid", "softmax"])
+def gates_by_hand(gate: str, scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Gates `[T, K]`, from their definition."""
+    functions = {
+        "sigmoid": 1 / (1 + (-scores).exp()),
+        "sqrt-softplus": (1 + scores.exp()).log().sqrt(),
+        "softmax": scores.exp() / scores.exp().sum(1, keepdim=True),
+    }
+    factors = functions[gate.removesuffix("-chosen")].gather(1, ids)
+    return factors / factors.sum(1, keepdim=True) if gate.endswith("-chosen") else factors
+
+
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", ["avg-k", "vanilla-m", "lorkm"])
 def test_a_gate_is_a_differentiable_function_of_the_score(build, name: str, gate: str) -> None:
     x, keys, _ = (t.requires_grad_() for t in tables())
@@ -40,14 +52,26 @@ def test_a_gate_is_a_differentiable_function_of_the_score(build, name: str, gate
     if gate == "none":
         assert routing.gates is None
         return
-    factors = scores.sigmoid() if gate == "sigmoid" else scores.exp() / scores.exp().sum(1)[:, None]
-    expected = factors.gather(1, ids)
+    expected = gates_by_hand(gate, scores, ids)
     torch.testing.assert_close(routing.gates, expected, rtol=1e-10, atol=1e-12)
     leaves = (x, keys, *router.parameters())
     actual_grads = torch.autograd.grad(routing.gates.square().sum(), leaves)
     expected_grads = torch.autograd.grad(expected.square().sum(), leaves)
     for a, b in zip(actual_grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("gate", "factor", "sentence"),
+    [
+        ("none", 2.5, "scaling-factor 2.5 multiplies gates, and --sffn-gate is none; leave it out"),
+        ("sigmoid", 0.0, "scaling-factor 0 is not a finite number above 0"),
+        ("sigmoid", math.inf, "scaling-factor inf is not a finite number above 0"),
+    ],
+)
+def test_a_scale_without_gates_or_of_0_is_refused(gate: str, factor: float, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        transformer(AvgKConfig(gate=gate), moe_router_topk_scaling_factor=factor)
 
 
 def test_an_unknown_gate_is_refused() -> None:
