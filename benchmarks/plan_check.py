@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.machine import Platform, adapt, facts
+from benchmarks.trainings import tokens_per_second
 from megatron_sffn.utils.errors import ConfigError, run_command
 from megatron_sffn.utils.text_table import text_table
 
@@ -91,7 +91,7 @@ class Case:
         """The flags of the model and its layout."""
         words = f"{MODEL} {ROUTERS[self.model]}".split()
         for flag, size in zip(SIZES.values(), self.sizes, strict=True):
-            words += [flag, str(size)] if size > 1 else []
+            words += [flag, str(size)]
         return words + (["--sequence-parallel"] if self.sizes[0] > 1 else [])
 
 
@@ -229,18 +229,8 @@ def milliseconds(case: Case, train_iters: int) -> float:
     Raises:
         ConfigError: if the run fails.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(case.ranks)]
-        command += ["-m", "megatron_sffn.pretrain", *case.flags, *DATA.split()]
-        command += ["--train-iters", str(train_iters), "--save", folder]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if run.returncode:
-            last_line = (run.stderr.strip() or run.stdout.strip()).splitlines()[-1]
-            raise ConfigError(f"{case} did not train ({last_line}); try its command: {command}")
-        summary = json.loads((Path(folder) / "summary.json").read_text())
-    return 1000 * BATCH * SEQUENCE / float(summary["tokens_per_second"])
+    flags = [*case.flags, *DATA.split(), "--train-iters", str(train_iters)]
+    return 1000 * BATCH * SEQUENCE / tokens_per_second(case, flags, ranks=case.ranks)
 
 
 def plan(case: Case, rates: Rates, ratio: float) -> float:
@@ -266,12 +256,7 @@ def plan(case: Case, rates: Rates, ratio: float) -> float:
     cluster = Cluster(
         gpus=case.ranks, gpus_per_node=case.ranks, card=card, efficiency=1.0, block_ratio=ratio
     )
-    sizes = [
-        word
-        for flag, size in zip(SIZES.values(), case.sizes, strict=True)
-        for word in (flag, str(size))
-    ]
-    base = parse_base([*case.flags, *sizes, "--expert-tensor-parallel-size", "1"])
+    base = parse_base([*case.flags, "--expert-tensor-parallel-size", "1"])
     return 1000 * search(base, cluster).best.time.total
 
 

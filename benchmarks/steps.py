@@ -15,11 +15,7 @@ Design notes:
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +23,7 @@ from typing import Any
 
 from benchmarks.machine import Platform, adapt, facts
 from benchmarks.rows import append, check_output, check_plot
+from benchmarks.trainings import tokens_per_second
 from megatron_sffn.utils.errors import ConfigError, run_command
 
 SEQUENCE = 256
@@ -231,21 +228,8 @@ def milliseconds(step: Step, args: argparse.Namespace, extra: Sequence[str] = ()
         f"--num-layers {args.num_layers} --hidden-size {args.hidden_size} "
         f"--ffn-hidden-size {4 * args.hidden_size} --train-iters {args.train_iters}"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "megatron_sffn.pretrain"]
-        command += [*f"{COMMON} {sizes} {step.flags()} --save {folder}".split(), *extra]
-        run = subprocess.run(
-            command,
-            env={"OMP_NUM_THREADS": "1", **os.environ},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if run.returncode:
-            last_line = (run.stderr.strip() or run.stdout.strip()).splitlines()[-1]
-            raise ConfigError(f"{step} did not train ({last_line}); try its flags alone: {command}")
-        summary = json.loads((Path(folder) / "summary.json").read_text())
-    return 1000 * step.tokens / float(summary["tokens_per_second"])
+    flags = [*f"{COMMON} {sizes} {step.flags()}".split(), *extra]
+    return 1000 * step.tokens / tokens_per_second(step, flags)
 
 
 def comparison(ms_of_step: Mapping[Step, float], args: argparse.Namespace) -> str:

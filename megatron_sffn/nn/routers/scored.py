@@ -320,6 +320,4 @@ class ScoredRouter(Router):
 
     def selection_scores(self, scores: Tensor) -> Tensor:
         """Scores `[T, B]` by which blocks are chosen: gates, if the expert bias is added."""
-        if not self.balance.biased or not self.settings.gated_output:
-            return scores
-        return factors_of_all(str(self.settings.gate), scores)
+        return factors_of_all(str(self.settings.gate), scores) if self.balance.biased else scores
