@@ -34,7 +34,7 @@ from megatron_sffn.checkpoints.files import COMMON_STATE
 from megatron_sffn.checkpoints.rewrite import Change
 from megatron_sffn.flags.sffn_flags import saved_config
 from megatron_sffn.nn.config import Backend, SparseFFNConfig, moe_fields
-from megatron_sffn.nn.layer_spec import layer_pattern
+from megatron_sffn.nn.layer_pattern import layer_pattern
 from megatron_sffn.utils.errors import ConfigError
 
 KEY = re.compile(

@@ -34,7 +34,7 @@ from megatron_sffn.flags.megatron_flags import ACTIVATIONS
 from megatron_sffn.flags.names import flag_of, stated
 from megatron_sffn.flags.sffn_flags import saved_config
 from megatron_sffn.nn.config import Backend, SparseFFNConfig
-from megatron_sffn.nn.layer_spec import layer_pattern
+from megatron_sffn.nn.layer_pattern import layer_pattern
 from megatron_sffn.patches.unpickling import trust
 
 FLAGS_WITH_VALUE = (

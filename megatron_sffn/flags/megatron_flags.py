@@ -18,7 +18,7 @@ import torch
 
 from megatron_sffn.nn.comm_volume import cheapest_dispatcher
 from megatron_sffn.nn.config import Backend, RouterConfig, SparseFFNConfig, moe_fields
-from megatron_sffn.nn.layer_spec import layer_pattern
+from megatron_sffn.nn.layer_pattern import layer_pattern
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 ACTIVATIONS = ("swiglu", "squared_relu", "quick_geglu", "sffn_relu")

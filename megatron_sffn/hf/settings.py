@@ -15,7 +15,7 @@ from megatron_sffn.flags.names import flag_of, stated
 from megatron_sffn.flags.sffn_flags import saved_config
 from megatron_sffn.hf.names import Sizes
 from megatron_sffn.nn.config import SparseFFNConfig
-from megatron_sffn.nn.layer_spec import layer_pattern
+from megatron_sffn.nn.layer_pattern import layer_pattern
 from megatron_sffn.nn.routers.learned import LearnedConfig
 from megatron_sffn.nn.routers.scored import ScoredConfig
 from megatron_sffn.utils.errors import ConfigError

@@ -15,7 +15,8 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_sffn.accounting import ModelShape
 from megatron_sffn.nn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
-from megatron_sffn.nn.layer_spec import block_spec, layer_pattern
+from megatron_sffn.nn.layer_pattern import layer_pattern
+from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.routers import ROUTERS
 
 # Odd sizes, so that no two of them can be mistaken for each other.

@@ -10,7 +10,7 @@ from megatron.training.arguments import parse_args, validate_args
 
 from megatron_sffn.accounting import ModelShape
 from megatron_sffn.nn.config import SparseFFNConfig
-from megatron_sffn.nn.layer_spec import layer_pattern
+from megatron_sffn.nn.layer_pattern import layer_pattern
 from tests.accounting.models import DENSE, SMALL, sparse
 
 pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")

@@ -13,7 +13,8 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_sffn.nn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
 from megatron_sffn.nn.layer import MegatronBackedFFN, SparseFFN, sparse_layers
-from megatron_sffn.nn.layer_spec import block_spec, layer_pattern
+from megatron_sffn.nn.layer_pattern import layer_pattern
+from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.ranks import run_ranks

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
 from megatron_sffn.nn.layer import SparseFFN
-from megatron_sffn.nn.layer_spec import block_spec, layer_pattern
+from megatron_sffn.nn.layer_pattern import layer_pattern
+from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.routers.sigma_moe import SigmaMoEConfig
 from megatron_sffn.nn.routers.softmax_after import SoftmaxAfterConfig
 from megatron_sffn.nn.routers.softmax_before import SoftmaxBeforeConfig
