@@ -41,30 +41,15 @@ def pipeline_stages(layout: ParallelLayout, pattern: tuple[bool, ...]) -> list[S
         layout: layout of the run.
         pattern: True for each sparse layer of the model.
     """
-    counts = _layers_per_stage(layout, len(pattern))
-    chunks_of_stage: list[list[tuple[bool, ...]]] = [[] for _ in counts]
+    chunks_of_stage: list[list[tuple[bool, ...]]] = [[] for _ in range(layout.pp)]
     start = 0
-    for _ in range(layout.virtual_stages):
-        for stage, count in enumerate(counts):
-            end = start + count // layout.virtual_stages
-            chunks_of_stage[stage].append(pattern[start:end])
-            start = end
+    for index, count in enumerate(layout.layers_per_chunk(len(pattern))):
+        chunks_of_stage[index % layout.pp].append(pattern[start : start + count])
+        start += count
     return [
         Stage(index=index, chunks=tuple(chunks), first=index == 0, last=index == layout.pp - 1)
         for index, chunks in enumerate(chunks_of_stage)
     ]
-
-
-def _layers_per_stage(layout: ParallelLayout, num_layers: int) -> list[int]:
-    """Layers of each stage: equal shares, unless the first or last stage has a fixed size."""
-    end_stages = [layout.first_stage_layers, layout.last_stage_layers]
-    fixed = sum(count for count in end_stages if count is not None)
-    free = layout.pp - sum(count is not None for count in end_stages)
-    counts = [(num_layers - fixed) // max(1, free)] * layout.pp
-    for place, count in zip((0, -1), end_stages, strict=True):
-        counts[place] = counts[place] if count is None else count
-    assert sum(counts) == num_layers, (counts, num_layers)
-    return counts
 
 
 def microbatches_in_flight(layout: ParallelLayout, stage: Stage, num_microbatches: int) -> float:

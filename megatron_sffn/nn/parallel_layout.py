@@ -85,6 +85,26 @@ class ParallelLayout:
         """True if numbers are narrower than fp32, so that fp32 master weights are copies."""
         return self.bytes_per_number < torch.float32.itemsize
 
+    def layers_per_chunk(self, num_layers: int) -> list[int]:
+        """Layers of each pipeline stage, for all first model chunks, then for all second ones.
+
+        Stages have equal shares, unless the first or last stage has a fixed size. Where the chunks of
+        a stage cannot be equal, the first ones have a layer more.
+        """
+        end_stages = [self.first_stage_layers, self.last_stage_layers]
+        fixed = sum(count for count in end_stages if count is not None)
+        free = self.pp - sum(count is not None for count in end_stages)
+        counts = [(num_layers - fixed) // max(1, free)] * self.pp
+        for place, count in zip((0, -1), end_stages, strict=True):
+            counts[place] = counts[place] if count is None else count
+        chunks = [
+            count // self.virtual_stages + (chunk < count % self.virtual_stages)
+            for chunk in range(self.virtual_stages)
+            for count in counts
+        ]
+        assert sum(chunks) == num_layers, (chunks, num_layers)
+        return chunks
+
     def megatron_sizes(self) -> dict[str, int | None]:
         """Sizes by Megatron's names, for `TransformerConfig` and `initialize_model_parallel`."""
         return {
