@@ -6,6 +6,7 @@ VALUES = {
     "--adam-beta2": "0.5",
     "--attention-backend": "unfused",
     "--error-injection-rate": "1000000",
+    "--hybrid-layer-pattern": "E*",
     "--init-method-std": "0.5",
     "--lr-decay-style": "cosine",
     "--lr-warmup-init": "0.001",

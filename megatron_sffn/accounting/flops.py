@@ -39,7 +39,7 @@ def flops_per_token(shape: ModelShape) -> Flops:
     width, sparse, sffn = shape.hidden_size, shape.sparse_layers, shape.sffn
     projections = 2 * width * (shape.projected_width + shape.query_width)
     scores_and_sum = 4 * shape.seq_length * shape.query_width
-    active = (shape.num_layers - sparse) * shape.ffn_hidden_size * shape.dense_cell
+    active = shape.dense_layers * shape.ffn_hidden_size * shape.dense_cell
     router = 0
     if sffn is not None:
         active += sparse * sffn.chosen_cells * shape.sparse_cell
@@ -50,7 +50,7 @@ def flops_per_token(shape: ModelShape) -> Flops:
     joined = depth * 4 * width * width
     active += depth * shape.ffn_hidden_size * shape.dense_cell
     return Flops(
-        attention=(shape.num_layers + depth) * (projections + scores_and_sum),
+        attention=(shape.attentions + depth) * (projections + scores_and_sum),
         feed_forward=2 * active + joined,
         router=router,
         logits=(1 + depth) * 2 * width * shape.padded_vocab_size,

@@ -1,6 +1,6 @@
 """Parameters of a model, total and active, and of its parts.
 
-Inputs: a `ModelShape`. Outputs: exactly the counts of Megatron's GPT built to this shape.
+Inputs: a `ModelShape`. Outputs: exactly the counts of Megatron's model of this shape.
 
 Design notes: M is E·k cells whatever the shared blocks are. Shared blocks are further cells, with
 keys of D numbers also where the keys of the M cells are narrower.
@@ -22,13 +22,15 @@ class Parameters:
 
 
 def count_parameters(shape: ModelShape) -> Parameters:
-    """Parameters of Megatron's GPT of this shape."""
+    """Parameters of Megatron's GPT or hybrid model of this shape."""
     width, sffn = shape.hidden_size, shape.sffn
     rest = embedding_parameters(shape) + norm_parameters(shape, width)
     if not shape.tied_embeddings:
         rest += output_parameters(shape)
-    rest += shape.num_layers * (attention_parameters(shape) + 2 * norm_parameters(shape, width))
-    rest += (shape.num_layers - shape.sparse_layers) * mlp_parameters(shape)
+    # Each attention and each feed-forward part has a norm before it.
+    parts = shape.attentions + shape.dense_layers + shape.sparse_layers
+    rest += shape.attentions * attention_parameters(shape) + parts * norm_parameters(shape, width)
+    rest += shape.dense_layers * mlp_parameters(shape)
     rest += shape.predicted_tokens * prediction_parameters(shape)
     if sffn is None:
         return Parameters(total=rest, active=rest)

@@ -1,4 +1,4 @@
-"""The sizes of a GPT that its costs depend on.
+"""The sizes of a GPT or a hybrid model that its costs depend on.
 
 Inputs: Megatron's validated arguments, or the sizes themselves. Outputs: a `ModelShape`, from which
 parameters, FLOPs and memory follow.
@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_sffn.nn.layer_pattern import count_attention
+
 if TYPE_CHECKING:
     from argparse import Namespace
 
@@ -18,10 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes of a GPT that its counts depend on.
+    """The sizes of a GPT or a hybrid model that its counts depend on.
 
     Args:
-        num_layers: transformer layers of all pipeline stages.
+        num_layers: layers of all pipeline stages. A layer of a GPT has attention and a feed-forward
+            part; a layer of a hybrid model has one of them.
         hidden_size: D.
         ffn_hidden_size: cells of a dense layer's MLP.
         num_attention_heads: query heads.
@@ -42,6 +45,7 @@ class ModelShape:
         learned_positions: rows of a learned position embedding; 0 for RoPE or none.
         sparse_layers: number of sparse layers.
         sffn: the sparse layer; None if all layers are dense.
+        attention_layers: number of layers with attention in a hybrid model; None for a GPT.
     """
 
     num_layers: int
@@ -64,10 +68,12 @@ class ModelShape:
     learned_positions: int = 0
     sparse_layers: int = 0
     sffn: SparseFFNConfig | None = None
+    attention_layers: int | None = None
 
     def __post_init__(self) -> None:
-        least, most = (0, 0) if self.sffn is None else (1, self.num_layers)
-        assert least <= self.sparse_layers <= most, (self.sparse_layers, self.num_layers, self.sffn)
+        least = 0 if self.sffn is None else 1
+        assert least <= self.sparse_layers <= least * self.num_layers, (self.sparse_layers, self)
+        assert self.dense_layers >= 0, self
 
     @classmethod
     def of_args(cls, args: Namespace, sffn: SparseFFNConfig | None) -> ModelShape:
@@ -79,6 +85,7 @@ class ModelShape:
                 layers are dense.
         """
         assert args.padded_vocab_size is not None, "build the tokenizer first: it pads"
+        pattern = args.hybrid_layer_pattern
         learned = args.position_embedding_type == "learned_absolute"
         return cls(
             num_layers=args.num_layers,
@@ -101,7 +108,18 @@ class ModelShape:
             learned_positions=args.max_position_embeddings if learned else 0,
             sparse_layers=sum(args.moe_layer_freq) if sffn is not None else 0,
             sffn=sffn,
+            attention_layers=None if pattern is None else count_attention(pattern),
         )
+
+    @property
+    def attentions(self) -> int:
+        """Number of layers with attention."""
+        return self.num_layers if self.attention_layers is None else self.attention_layers
+
+    @property
+    def dense_layers(self) -> int:
+        """Number of layers with a dense MLP."""
+        return self.num_layers - (self.attention_layers or 0) - self.sparse_layers
 
     @property
     def sinks(self) -> int:

@@ -194,7 +194,8 @@ class _Rules:
         self.per_block = [f"router.{name}" for name in router.per_block_weights]
         self.changes_tensors = bool(self.per_block) or router.splitting_divides_gates
         self.shapes = self._shapes(saved)
-        pattern = layer_pattern(saved.sffn_layers, saved.num_layers)
+        hybrid = vars(saved).get("hybrid_layer_pattern")
+        pattern = layer_pattern(saved.sffn_layers, saved.num_layers, hybrid)
         self.sparse_layers = [layer for layer, is_sparse in enumerate(pattern) if is_sparse]
         self.missing = {
             (layer, table) for layer in self.sparse_layers for table in self.shapes if table != BIAS

@@ -38,6 +38,7 @@ UNAVAILABLE = {
     ),
     "experimental_attention_variant": (NOT_COUNTED, "leave it out"),
     "fake_process_group": ("no rank learns from another with it", "leave it out"),
+    "hybrid_override_pattern": ("Megatron has renamed it", "use --hybrid-layer-pattern"),
     "init_model_with_meta_device": ("weights are drawn where they are", "leave it out"),
     "lazy_mpu_init": ("a caller would have to start the ranks", "leave it out"),
     "multi_latent_attention": (NOT_COUNTED, "leave it out"),

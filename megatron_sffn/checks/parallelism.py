@@ -12,10 +12,12 @@ from __future__ import annotations
 import importlib.util
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from megatron_sffn.checks.problem import Problem
-from megatron_sffn.flags.megatron_flags import layout_of
+from megatron_sffn.flags.megatron_flags import layout_of, num_virtual_stages
 from megatron_sffn.nn.config import Backend, SparseFFNConfig
+from megatron_sffn.nn.layer_pattern import pipeline_segments
 from megatron_sffn.nn.routers.groups import check_groups
 
 
@@ -95,13 +97,30 @@ def model_parallelism(args: Namespace) -> Iterator[Problem]:
         or args.account_for_embedding_in_pipeline_split
         or args.account_for_loss_in_pipeline_split
     )
-    if not has_uneven_stages and args.num_layers % pp_size:
+    has_pattern = args.hybrid_layer_pattern is not None  # `hybrid_model.py` checks its cuts
+    if not (has_uneven_stages or has_pattern) and args.num_layers % pp_size:
         yield Problem(
             "--pipeline-model-parallel-size",
             pp_size,
             f"does not divide --num-layers {args.num_layers}",
             "change one of them so that it does, or set --decoder-first-pipeline-num-layers",
         )
+
+
+def virtual_stages(args: Namespace) -> Iterator[Problem]:
+    """Numbers of model chunks that do not divide the layers of a pipeline stage."""
+    chunks = num_virtual_stages(args)
+    if chunks == 1 or args.hybrid_layer_pattern is not None or args.pipeline_model_parallel_layout:
+        return
+    stages = replace(layout_of(args), virtual_stages=1).layers_per_chunk(args.num_layers)
+    for count in stages:
+        if count % chunks:
+            yield Problem(
+                "--num-virtual-stages-per-pipeline-rank",
+                chunks,
+                f"does not divide the {count} layers of a pipeline stage",
+                "change it, or --num-layers or --pipeline-model-parallel-size",
+            )
 
 
 def batch_size(args: Namespace) -> Iterator[Problem]:
@@ -118,10 +137,12 @@ def batch_size(args: Namespace) -> Iterator[Problem]:
             "data-parallel replicas",
             f"use a multiple of {micro_batch * replicas}",
         )
-    is_interleaved = (
-        args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
-    )
     pp_size = args.pipeline_model_parallel_size
+    is_interleaved = (
+        args.num_layers_per_virtual_pipeline_stage
+        or args.num_virtual_stages_per_pipeline_rank
+        or pipeline_segments(args.hybrid_layer_pattern or "") > pp_size
+    )
     num_microbatches = global_batch // (micro_batch * replicas)
     if is_interleaved and pp_size > 1 and num_microbatches % pp_size:
         yield Problem(
@@ -274,6 +295,6 @@ def router_groups(args: Namespace, sffn: SparseFFNConfig) -> Iterable[Problem]:
     return ()
 
 
-CHECKS = (transformer_engine, model_parallelism, batch_size)
+CHECKS = (transformer_engine, model_parallelism, virtual_stages, batch_size)
 SPARSE_CHECKS = (expert_parallelism, nodes, backend, exchange_chunks, router_groups)
 """Checks of models that have sparse layers."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_sffn.checkpoints.files import (
@@ -34,11 +35,10 @@ from megatron_sffn.flags.megatron_flags import ACTIVATIONS
 from megatron_sffn.flags.names import flag_of, stated
 from megatron_sffn.flags.sffn_flags import saved_config
 from megatron_sffn.nn.config import Backend, SparseFFNConfig
-from megatron_sffn.nn.layer_pattern import layer_pattern
+from megatron_sffn.nn.layer_pattern import hybrid_layers, hybrid_pattern, layer_pattern
 from megatron_sffn.patches.unpickling import trust
 
 FLAGS_WITH_VALUE = (
-    "num_layers",
     "hidden_size",
     "num_attention_heads",
     "num_query_groups",
@@ -220,15 +220,13 @@ def _model_differences(
     if args.position_embedding_type == "learned_absolute":
         texts.append(_with_value("max_position_embeddings"))
     yield from _differences(texts, args, saved)
+    yield from _layer_differences(args, saved)
     width = [_with_value("ffn_hidden_size")]
     if sffn is None:
         yield from _differences(width, args, saved)
         return
     saved_sffn = _saved_layer(saved)
-    pattern, saved_pattern = (layer_pattern(a.sffn_layers, a.num_layers) for a in (args, saved))
-    if pattern != saved_pattern:
-        yield f"--sffn-layers {args.sffn_layers}", f"--sffn-layers {saved.sffn_layers}"
-    if 0 in pattern:
+    if Symbols.MLP in _layers(args):
         yield from _differences(width, args, saved)
     for name in ("active_cells", "expansion", "shared_blocks"):
         flag, value, saved_value = (
@@ -242,6 +240,37 @@ def _model_differences(
     if (sffn.backend is Backend.MEGATRON) != (saved_sffn.backend is Backend.MEGATRON):
         # Megatron's experts are stored one by one, ours as tables.
         yield f"--sffn-backend {sffn.backend}", f"--sffn-backend {saved_sffn.backend}"
+
+
+def _layer_differences(args: Namespace, saved: Namespace) -> Iterator[tuple[str, str]]:
+    """Flags of the layers that differ. A hybrid model can load the GPT with the same layers."""
+    is_hybrid, was_hybrid = (vars(a).get("hybrid_layer_pattern") is not None for a in (args, saved))
+    if _layers(args) == _layers(saved) and (is_hybrid or not was_hybrid):
+        return
+    flag = _with_value("sffn_layers")
+    if is_hybrid or was_hybrid:
+        flag = _layer_flags
+    elif args.num_layers != saved.num_layers:
+        flag = _with_value("num_layers")
+    yield from _differences([flag], args, saved)
+
+
+def _layers(args: Namespace) -> str:
+    """The layers of a GPT or a hybrid model, by the symbols of a hybrid model."""
+    pattern = vars(args).get("hybrid_layer_pattern")
+    if pattern is not None:
+        return hybrid_layers(pattern)
+    sparse = [0] * args.num_layers
+    if args.sffn_router != "dense":
+        sparse = layer_pattern(args.sffn_layers, args.num_layers)
+    return hybrid_pattern(sparse, [args.num_layers])
+
+
+def _layer_flags(args: Namespace) -> str:
+    """The flags that say what the layers are."""
+    if vars(args).get("hybrid_layer_pattern") is not None:
+        return stated("--hybrid-layer-pattern", args.hybrid_layer_pattern)
+    return f"--sffn-model gpt --num-layers {args.num_layers} --sffn-layers {args.sffn_layers}"
 
 
 def _saved_layer(saved: Namespace) -> SparseFFNConfig:

@@ -12,13 +12,14 @@ line is read.
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from megatron_sffn.nn.comm_volume import cheapest_dispatcher
 from megatron_sffn.nn.config import Backend, RouterConfig, SparseFFNConfig, moe_fields
-from megatron_sffn.nn.layer_pattern import layer_pattern
+from megatron_sffn.nn.layer_pattern import cut, hybrid_layers, hybrid_pattern, layer_pattern
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 ACTIVATIONS = ("swiglu", "squared_relu", "quick_geglu", "sffn_relu")
@@ -61,7 +62,6 @@ DENSE_ONLY = (
     "glu_linear_offset",
     "heterogeneous_layers_config_encoded_json",
     "heterogeneous_layers_config_path",
-    "hybrid_layer_pattern",
     "mtp_num_layers",
     "multi_latent_attention",
     "overlap_dispatch_backward_with_experts_wgrad",
@@ -73,6 +73,14 @@ DENSE_ONLY = (
     "use_torch_fsdp2",
 )
 """Flags (dest) of features that sparse layers do not have, or of other models: `dense` only."""
+
+STAGES_OF_GPT = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank",
+)
+"""Flags (dest) that say which layers a pipeline stage has; in a hybrid model the pattern does."""
 
 DEFAULT_COEFFICIENT = 0.01
 """Coefficient of a balance loss that is requested of a router without a default of its own."""
@@ -102,7 +110,13 @@ def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None
     Raises:
         ConfigError: if `--sffn-layers` does not fit the number of layers.
     """
-    pattern = layer_pattern(args.sffn_layers, args.num_layers)
+    if args.sffn_model == "hybrid" and args.hybrid_layer_pattern is None:
+        _derive_hybrid_pattern(args, is_sparse=sffn is not None)
+    if args.hybrid_layer_pattern is not None:
+        args.hybrid_layer_pattern = cut(
+            args.hybrid_layer_pattern, args.pipeline_model_parallel_size
+        )
+    pattern = layer_pattern(args.sffn_layers, args.num_layers, args.hybrid_layer_pattern)
     if sffn is None:
         return
     fields = moe_fields(sffn)
@@ -117,6 +131,32 @@ def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None
     if args.moe_router_dtype is None:
         args.moe_router_dtype = "fp32"  # all our routers score in fp32
     _derive_load_balancing(args, sffn.router)
+
+
+def take_layers_of_pattern(args: Namespace) -> None:
+    """Set `--num-layers`, where it is not given, to the layers of `--hybrid-layer-pattern`."""
+    if args.num_layers is None and args.hybrid_layer_pattern is not None:
+        args.num_layers = len(hybrid_layers(args.hybrid_layer_pattern))
+
+
+def _derive_hybrid_pattern(args: Namespace, *, is_sparse: bool) -> None:
+    """Set `--hybrid-layer-pattern` to the layers and pipeline stages of the flags of a GPT."""
+    pattern = [0] * args.num_layers
+    if is_sparse:
+        pattern = layer_pattern(args.sffn_layers, args.num_layers)
+    layout = replace(layout_of(args), virtual_stages=num_virtual_stages(args))
+    args.hybrid_layer_pattern = hybrid_pattern(pattern, layout.layers_per_chunk(args.num_layers))
+    args.num_layers = 2 * args.num_layers
+    for dest in STAGES_OF_GPT:
+        setattr(args, dest, None)
+
+
+def num_virtual_stages(args: Namespace) -> int:
+    """Model chunks of a pipeline stage by the flags, before Megatron validates them."""
+    if args.num_virtual_stages_per_pipeline_rank:
+        return int(args.num_virtual_stages_per_pipeline_rank)
+    chunk = args.num_layers_per_virtual_pipeline_stage
+    return args.num_layers // args.pipeline_model_parallel_size // chunk if chunk else 1
 
 
 def _derive_load_balancing(args: Namespace, router: RouterConfig) -> None:

@@ -90,6 +90,14 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
         "every:N:I for I, I+N, I+2N, ...; first:N or last:N; or a list such as 5,11,17,23",
     )
     add(
+        "--sffn-model",
+        choices=("gpt", "hybrid"),
+        default="gpt",
+        help="which model of Megatron's has the layers: gpt: GPTModel; hybrid: HybridModel, with "
+        "the same layers as --hybrid-layer-pattern, such as *-*E, and the same initial weights; "
+        "with that flag the model is hybrid anyway, and --num-layers and --sffn-layers follow",
+    )
+    add(
         "--sffn-shared-blocks",
         type=int,
         metavar="S",
@@ -270,7 +278,8 @@ def transformer_config(args: Namespace, sffn: SparseFFNConfig | None) -> SparseF
     Raises:
         AssertionError, ValueError: Megatron's, if it does not accept the numbers.
     """
-    described = Namespace(**{**vars(args), "sffn": sffn})
+    pattern = args.hybrid_layer_pattern
+    described = Namespace(**{**vars(args), "sffn": sffn, "hybrid_pattern": pattern})
     if args.sffn_relu:
         described.activation_func = F.relu
     if args.sffn_relu or args.squared_relu:

@@ -34,6 +34,7 @@ from megatron_sffn.hf.names import SPARSE_FFN, to_architecture
 from megatron_sffn.hf.settings import Settings, settings_of
 from megatron_sffn.inference.checkpoint_args import Source, read_source
 from megatron_sffn.nn.config import Backend, SparseFFNConfig
+from megatron_sffn.nn.layer_pattern import gpt_name
 from megatron_sffn.nn.routers.avg_k import AvgKConfig
 from megatron_sffn.nn.routers.descriptors import subsets_of_cells
 from megatron_sffn.nn.routers.rand_hash import RandHashConfig, blocks_of_ids
@@ -180,6 +181,8 @@ def source_of(load: Path, step: int | None) -> Source:
 def exported_tensors(folder: Path, settings: Settings, architecture: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint by the names of an architecture."""
     tensors = by_layer(read_tensors(folder))
+    if (pattern := settings.hybrid_pattern) is not None:
+        tensors = {gpt_name(name, pattern): tensor for name, tensor in tensors.items()}
     if settings.sffn is not None and settings.sffn.backend is Backend.MEGATRON:
         tensors = dict(_tables_of_experts(tensors, settings))
     if settings.args.layernorm_zero_centered_gamma:

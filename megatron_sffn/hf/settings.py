@@ -13,9 +13,10 @@ from typing import Any
 from megatron_sffn.flags.megatron_flags import ACTIVATIONS
 from megatron_sffn.flags.names import flag_of, stated
 from megatron_sffn.flags.sffn_flags import saved_config
+from megatron_sffn.hf.flag_words import layers_value
 from megatron_sffn.hf.names import Sizes
 from megatron_sffn.nn.config import SparseFFNConfig
-from megatron_sffn.nn.layer_pattern import layer_pattern
+from megatron_sffn.nn.layer_pattern import gpt_pattern, layer_pattern
 from megatron_sffn.nn.routers.learned import LearnedConfig
 from megatron_sffn.nn.routers.scored import ScoredConfig
 from megatron_sffn.utils.errors import ConfigError
@@ -34,7 +35,6 @@ NOT_EXPORTED: dict[str, tuple[Any, ...]] = {
     "use_mup": (False, None),
     "heterogeneous_layers_config_path": (None,),
     "heterogeneous_layers_config_encoded_json": (None,),
-    "hybrid_layer_pattern": (None,),
     "spec": (None,),
 }
 """Flags (dest) that change the model in a way no exported class has -> the values that do not."""
@@ -51,11 +51,14 @@ class Settings:
         args: of the checkpoint.
         sffn: its sparse layers; None for a dense model.
         sparse_layers: their indices, from 0.
+        hybrid_pattern: Megatron's `--hybrid-layer-pattern` of a checkpoint of a hybrid model, whose
+            weights have other names; the arguments are those of the GPT with the same layers.
     """
 
     args: Namespace
     sffn: SparseFFNConfig | None
     sparse_layers: tuple[int, ...]
+    hybrid_pattern: str | None = None
 
     @property
     def num_query_groups(self) -> int:
@@ -120,6 +123,29 @@ class Settings:
         return scored and bool(self.args.moe_router_enable_expert_bias)
 
 
+def _as_gpt(args: Namespace) -> Namespace:
+    """The arguments of the GPT with a hybrid model's layers.
+
+    Raises:
+        ConfigError: if there is no such GPT.
+    """
+    pattern = gpt_pattern(args.hybrid_layer_pattern)
+    if pattern is None:
+        raise ConfigError(
+            f"--hybrid-layer-pattern {args.hybrid_layer_pattern} cannot be exported, since every "
+            "exported class has a feed-forward part after each attention; the nearest is a model "
+            "of layers *- and *E"
+        )
+    sparse = [layer for layer, is_sparse in enumerate(pattern) if is_sparse]
+    layers = {
+        "num_layers": len(pattern),
+        "sffn_layers": layers_value(sparse, len(pattern)),
+        "moe_layer_freq": pattern,
+        "hybrid_layer_pattern": None,
+    }
+    return Namespace(**{**vars(args), **layers})
+
+
 def settings_of(saved: Namespace, *, without_capacity: bool = False) -> Settings:
     """The settings of a checkpoint.
 
@@ -132,6 +158,9 @@ def settings_of(saved: Namespace, *, without_capacity: bool = False) -> Settings
     """
     defaults = {"sffn_router": "dense", "sffn_layers": "every:1", "sffn_relu": False}
     args = Namespace(**{**defaults, **vars(saved)})
+    hybrid = vars(args).get("hybrid_layer_pattern")
+    if hybrid is not None:
+        args = _as_gpt(args)
     values = vars(args)
     for dest, harmless in NOT_EXPORTED.items():
         if values.get(dest) not in harmless:
@@ -160,4 +189,4 @@ def settings_of(saved: Namespace, *, without_capacity: bool = False) -> Settings
     if sffn is not None:
         pattern = layer_pattern(args.sffn_layers, args.num_layers)
     sparse = tuple(layer for layer, is_sparse in enumerate(pattern) if is_sparse)
-    return Settings(args=args, sffn=sffn, sparse_layers=sparse)
+    return Settings(args=args, sffn=sffn, sparse_layers=sparse, hybrid_pattern=hybrid)

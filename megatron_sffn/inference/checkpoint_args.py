@@ -34,10 +34,14 @@ from megatron_sffn.flags.names import flag_of
 from megatron_sffn.flags.sffn_flags import sffn_config
 from megatron_sffn.inference.options import DTYPES, LAYOUT_FLAGS
 from megatron_sffn.inference.quiet import quiet
+from megatron_sffn.nn.layer_pattern import hybrid_layers
 from megatron_sffn.patches import prepare
 from megatron_sffn.patches.unpickling import trust
 from megatron_sffn.train.arguments import parse
 from megatron_sffn.utils.errors import ConfigError
+
+LAYERS = frozenset({"--hybrid-layer-pattern", "--sffn-model", "--num-layers", "--sffn-layers"})
+"""The flags that say what the layers of a model are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +105,10 @@ def model_flags(saved: Namespace) -> list[str]:
     flags = without(saved.sffn_command, flags_of(LAYOUT, RESULTS, DATA, TRAINING, MACHINE))
     # `reblock` changes the block size in the arguments, not in the command line.
     flags += ["--sffn-block-size", str(saved.sffn_block_size)]
+    if vars(saved).get("hybrid_layer_pattern") is not None:
+        # The stages of the run are not those of this layout.
+        layers = hybrid_layers(saved.hybrid_layer_pattern)
+        flags = [*without(flags, LAYERS), "--hybrid-layer-pattern", layers]
     if not saved.bias_gelu_fusion:  # with it, dense layers compute GELU by tanh
         flags.append("--no-bias-gelu-fusion")
     if saved.sffn_backend == "megatron":  # the one backend with weights of another form

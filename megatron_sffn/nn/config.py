@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sffn.nn.layer_pattern import gpt_layer, layer_pattern
 from megatron_sffn.nn.router_config import RouterConfig, flag
 from megatron_sffn.ops.block_ffn import grouped
 from megatron_sffn.utils.errors import ConfigError
@@ -212,6 +213,9 @@ class SparseFFNTransformerConfig(TransformerConfig):
     padded_vocab_size: int | None = None
     """Rows of the embedding, where they are known: Megatron pads the vocabulary once its tokenizer
     is built. RandHash makes a table of its map with it."""
+    hybrid_pattern: str | None = None
+    """Megatron's `--hybrid-layer-pattern`; None for a GPT. It has another name than the field of
+    Megatron's `HybridModelConfig`, which would otherwise be set here instead of there."""
 
     def __post_init__(self) -> None:
         """Derive Megatron's MoE fields, then let Megatron validate."""
@@ -245,6 +249,29 @@ class SparseFFNTransformerConfig(TransformerConfig):
                 )
             self._check_backend(self.sffn)
 
+    def ffn_number(self, layer_number: int) -> int:
+        """The number of a sparse layer that seeds its weights and hash maps.
+
+        In a hybrid model it is that of the GPT's layer with this feed-forward part, so that both
+        models start from the same weights.
+
+        Args:
+            layer_number: Megatron's number of the layer, counted from 1.
+        """
+        if self.hybrid_pattern is None:
+            return layer_number
+        return gpt_layer(self.hybrid_pattern, layer_number - 1) + 1
+
+    def logged_layer(self, layer_number: int) -> tuple[int, int]:
+        """Where Megatron logs the losses of a sparse layer: its number, and the number of layers.
+
+        Of a hybrid model Megatron logs the `E` layers alone.
+        """
+        if self.hybrid_pattern is None:
+            return layer_number, self.num_layers
+        sparse = layer_pattern("", 0, self.hybrid_pattern)
+        return sum(sparse[:layer_number]), sum(sparse)
+
     def _check_backend(self, sffn: SparseFFNConfig) -> None:
         """Refuse a backend that cannot compute a layer of these sizes, whatever the device."""
         if sffn.backend not in (Backend.GROUPED, Backend.QUACK):
@@ -259,6 +286,14 @@ class SparseFFNTransformerConfig(TransformerConfig):
             reason = f"needs keys, and --sffn-router {sffn.router.name} has values alone"
         if reason is not None:
             raise ConfigError(f"--sffn-backend {sffn.backend} {reason}; use auto, masked or torch")
+
+
+def depth(config: TransformerConfig) -> float:
+    """Layers with attention and a feed-forward part, by whose number initial values are scaled.
+
+    A hybrid model counts attention and feed-forward part as a layer each, as Megatron does.
+    """
+    return config.num_layers / (2 if config.is_hybrid_model else 1)
 
 
 def moe_fields(sffn: SparseFFNConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNTransformerConfig
+from megatron_sffn.nn.config import SparseFFNTransformerConfig, depth
 
 InitMethod = Callable[..., Any]
 """Fills a tensor in place: `init_method(tensor)` or `init_method(tensor, generator=...)`."""
@@ -51,14 +51,14 @@ class InitialValue:
 _MEGATRON = InitialValue("init_method", lambda c, n: c.init_method_std, "Megatron")
 _MEGATRON_OUTPUT = InitialValue(
     "output_layer_init_method",
-    lambda c, n: c.init_method_std / math.sqrt(2 * c.num_layers),
+    lambda c, n: c.init_method_std / math.sqrt(2 * depth(c)),
     "Megatron",
 )
 _ZERO = ("zeros", lambda c, n: 0.0)
 _LAMPLE = "Lample et al. 2019, arXiv 1907.05242"
 _CSORDAS = "Csordás et al. 2023, arXiv 2310.10837"
-# Std for a pre-norm layer whose output is one of `num_layers` residual terms.
-_PRE_NORM = InitialValue("normal", lambda c, n: math.sqrt(2 / (c.num_layers * n)), _CSORDAS)
+# Std for a pre-norm layer whose output is one of `depth(c)` residual terms.
+_PRE_NORM = InitialValue("normal", lambda c, n: math.sqrt(2 / (depth(c) * n)), _CSORDAS)
 
 INITIAL_VALUES: dict[tuple[str, str], InitialValue] = {
     # Dense weights, attention and embeddings
@@ -72,17 +72,17 @@ INITIAL_VALUES: dict[tuple[str, str], InitialValue] = {
     ("megatron", "keys"): _MEGATRON,
     ("megatron", "values"): _MEGATRON_OUTPUT,
     ("sigma-moe", "keys"): InitialValue(
-        "normal", lambda c, n: math.sqrt(2 / (c.num_layers * c.hidden_size)), _CSORDAS
+        "normal", lambda c, n: math.sqrt(2 / (depth(c) * c.hidden_size)), _CSORDAS
     ),
     ("sigma-moe", "values"): InitialValue(
-        "normal", lambda c, n: math.sqrt(2 / (c.num_layers * c.sffn.num_cells)), _CSORDAS
+        "normal", lambda c, n: math.sqrt(2 / (depth(c) * c.sffn.num_cells)), _CSORDAS
     ),
     ("sigma-moe-block", "keys"): InitialValue(
-        "normal", lambda c, n: math.sqrt(2 / (c.num_layers * c.hidden_size)), _CSORDAS
+        "normal", lambda c, n: math.sqrt(2 / (depth(c) * c.hidden_size)), _CSORDAS
     ),
     ("sigma-moe-block", "values"): InitialValue(
         "normal",
-        lambda c, n: math.sqrt(2 / (c.num_layers * c.sffn.block_size)),
+        lambda c, n: math.sqrt(2 / (depth(c) * c.sffn.block_size)),
         f"{_CSORDAS}, ablation",
     ),
     ("pkm", "keys"): _MEGATRON,
@@ -111,7 +111,7 @@ INITIAL_VALUES: dict[tuple[str, str], InitialValue] = {
     ("router pkm-relu", "query_bias"): InitialValue(*_ZERO, _LAMPLE),
     # The fan-in of a sub-key is the whole key, of which it is one half.
     ("router pkm-relu", "subkeys"): InitialValue(
-        "normal", lambda c, n: math.sqrt(2 / (c.num_layers * 2 * n)), _CSORDAS
+        "normal", lambda c, n: math.sqrt(2 / (depth(c) * 2 * n)), _CSORDAS
     ),
 }
 """(kind or option, weight) -> how the weight is drawn."""

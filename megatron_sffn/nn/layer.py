@@ -168,7 +168,7 @@ class SparseFFN(_SparseLayer):
         """
         super().set_layer_number(layer_number)
         if self._initialised_as_layer != layer_number:
-            self.experts.init_weights(layer_number)
+            self.experts.init_weights(self.config.ffn_number(layer_number))
             self._initialised_as_layer = layer_number
 
     @cached_property

@@ -1,17 +1,118 @@
-"""Which layers of a model are sparse, by `--sffn-layers`."""
+"""Which layers of a model are sparse: `--sffn-layers`, or the pattern of a hybrid model.
+
+A layer of Megatron's `GPTModel` has attention and a feed-forward part. A layer of its `HybridModel`
+is one of the two, or something else, by the symbols of `--hybrid-layer-pattern`: `*` attention, `+`
+multi-latent attention, `-` dense MLP, `E` sparse layer, and others that are refused here. `|` cuts
+the pattern into pipeline stages; each `/` starts the layers of one multi-token prediction.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
 from megatron_sffn.utils.errors import ConfigError
 
+ATTENTION = Symbols.ATTENTION + Symbols.MLA
+FEED_FORWARD = Symbols.MLP + Symbols.MOE
 
-def layer_pattern(text: str, num_layers: int) -> list[int]:
-    """Read `--sffn-layers`.
+LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.")
+"""The layer in the name of a weight."""
+
+
+def hybrid_layers(pattern: str) -> str:
+    """The symbols of a hybrid model's layers, without cuts and multi-token prediction."""
+    return pattern.split(Symbols.MTP_SEPARATOR)[0].replace(Symbols.PIPE, "")
+
+
+def count_attention(pattern: str) -> int:
+    """Number of a hybrid model's layers that have attention."""
+    return sum(symbol in ATTENTION for symbol in hybrid_layers(pattern))
+
+
+def pipeline_segments(pattern: str) -> int:
+    """Number of pieces into which a hybrid pattern is cut for pipeline stages."""
+    return pattern.split(Symbols.MTP_SEPARATOR)[0].count(Symbols.PIPE) + 1
+
+
+def hybrid_pattern(gpt_pattern: Sequence[int], chunks: Iterable[int]) -> str:
+    """The pattern of the hybrid model that has the layers of a GPT.
+
+    Args:
+        gpt_pattern: 1 for each sparse layer of the GPT, 0 for each dense layer.
+        chunks: GPT layers of each pipeline stage, for all first model chunks, then all second ones.
+    """
+    pairs = iter(
+        Symbols.ATTENTION + (Symbols.MOE if sparse else Symbols.MLP) for sparse in gpt_pattern
+    )
+    return Symbols.PIPE.join("".join(next(pairs) for _ in range(count)) for count in chunks)
+
+
+def cut(pattern: str, stages: int) -> str:
+    """Cut a hybrid pattern into pipeline stages of equally many layers, unless it is cut already.
+
+    Args:
+        pattern: Megatron's `--hybrid-layer-pattern`.
+        stages: number of stages, which divides the number of layers.
+    """
+    if pipeline_segments(pattern) > 1:
+        return pattern
+    layers, *predictions = pattern.split(Symbols.MTP_SEPARATOR)
+    count = len(layers) // stages
+    pieces = [layers[start : start + count] for start in range(0, len(layers), count)]
+    return Symbols.MTP_SEPARATOR.join([Symbols.PIPE.join(pieces), *predictions])
+
+
+def gpt_pattern(pattern: str) -> list[int] | None:
+    """1 for each sparse layer, 0 for each dense layer of the GPT that has a hybrid model's layers.
+
+    Returns:
+        None if attention and feed-forward layers do not alternate, so that there is no such GPT.
+    """
+    layers = hybrid_layers(pattern)
+    attention, feed_forward = layers[::2], layers[1::2]
+    if set(attention) != {Symbols.ATTENTION} or len(attention) != len(feed_forward):
+        return None
+    if not set(feed_forward) <= set(FEED_FORWARD):
+        return None
+    return [int(symbol == Symbols.MOE) for symbol in feed_forward]
+
+
+def gpt_layer(pattern: str, index: int) -> int:
+    """The layer, from 0, of the GPT that a hybrid model's layer corresponds to.
+
+    It is the number of layers of the same kind, attention or feed-forward, before it.
+
+    Args:
+        pattern: Megatron's `--hybrid-layer-pattern`.
+        index: the hybrid model's layer, from 0.
+    """
+    layers = hybrid_layers(pattern)
+    kind = FEED_FORWARD if layers[index] in FEED_FORWARD else ATTENTION
+    return sum(symbol in kind for symbol in layers[:index])
+
+
+def gpt_name(name: str, pattern: str) -> str:
+    """The name of a hybrid model's weight in the checkpoint of the GPT with the same layers.
+
+    Args:
+        name: name of the weight in a checkpoint of the hybrid model.
+        pattern: Megatron's `--hybrid-layer-pattern`.
+    """
+    name = name.replace("decoder.final_norm.", "decoder.final_layernorm.")
+    return LAYER.sub(lambda layer: f"{layer[1]}{gpt_layer(pattern, int(layer[2]))}.", name)
+
+
+def layer_pattern(text: str, num_layers: int, hybrid: str | None = None) -> list[int]:
+    """Read `--sffn-layers`, or the pattern of a hybrid model.
 
     Args:
         text: `every:n` for the layers i with (i + 1) % n == 0; `every:n:i` for i, i + n, ...;
             `first:n`; `last:n`; or a list of indices from 0, such as `5,11,17,23`.
         num_layers: number of layers of the model.
+        hybrid: Megatron's `--hybrid-layer-pattern`, which then says alone what is sparse.
 
     Returns:
         Megatron's `moe_layer_freq`: 1 for each sparse layer, 0 for each dense layer.
@@ -20,6 +121,8 @@ def layer_pattern(text: str, num_layers: int) -> list[int]:
         ConfigError: if the text has none of these forms, names a layer twice, or names a layer that
             the model does not have.
     """
+    if hybrid is not None:
+        return [int(symbol == Symbols.MOE) for symbol in hybrid_layers(hybrid)]
     try:
         indices = _layer_indices(text, num_layers)
     except ValueError:

@@ -207,11 +207,11 @@ class LoadBalancing(torch.nn.Module):
             value, name = loss.detach(), BALANCE_LOSSES.get(kind, kind)
             self.values[name] = self.values.get(name, torch.zeros_like(value)) + value
             if kind != "entropy_loss":
+                assert self.layer_number is not None, "Megatron numbers the layers"
                 get_moe_metrics_tracker().record(
                     name,
                     value,
-                    self.layer_number,
-                    self.config.num_layers,
+                    *self.config.logged_layer(self.layer_number),
                     reduce_group=self.tp_cp_group,
                 )
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_sffn.nn.block_weights import BlockWeights
 from megatron_sffn.nn.init import SOFTMAX_OFFSET, InitMethod, dense_weight_init, init_dtype
+from megatron_sffn.nn.layer_pattern import gpt_name
 from megatron_sffn.nn.routers import Router
 from megatron_sffn.utils.hashing import seed_of
 
@@ -66,24 +67,32 @@ def _reinit_chunk(seed: int, chunk: Any) -> None:
     state_dict = chunk.sharded_state_dict()
     state_dict = {name: shard for name, shard in state_dict.items() if name not in drawn_already}
     apply_factories(state_dict)
+    pattern = chunk.config.hybrid_pattern
     with torch.random.fork_rng(devices=[]):
         for shard in nested_values(state_dict):
             if not isinstance(shard, ShardedTensor) or not shard.dtype.is_floating_point:
                 continue
             init_method = dense_weight_init(shard.key, len(shard.local_shape), chunk.config)
             if init_method is not None:
-                shard.data.copy_(_draw_shard(seed, shard, init_method))
+                name = shard.key if pattern is None else gpt_name(shard.key, pattern)
+                shard.data.copy_(_draw_shard(seed, name, shard, init_method))
 
 
-def _draw_shard(seed: int, shard: ShardedTensor, init_method: InitMethod) -> Tensor:
+def _draw_shard(seed: int, name: str, shard: ShardedTensor, init_method: InitMethod) -> Tensor:
     """Draw the whole weight on the CPU and return this rank's shard.
 
     Megatron prepends axes that number the layers; each layer is a weight of its own.
+
+    Args:
+        seed: seed of the run.
+        name: name that seeds the weight.
+        shard: this rank's shard.
+        init_method: draws the weight.
     """
     num_layer_axes = shard.prepend_axis_num
     layer = shard.global_offset[:num_layer_axes]
     # The CPU's generator only; the caller restores its state.
-    torch.default_generator.manual_seed(seed_of(seed, shard.key, layer))
+    torch.default_generator.manual_seed(seed_of(seed, name, layer))
     weight = torch.empty(shard.global_shape[num_layer_axes:], dtype=init_dtype(shard.data))
     init_method(weight)
     starts = shard.global_offset[num_layer_axes:]

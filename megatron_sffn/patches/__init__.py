@@ -12,12 +12,21 @@ import importlib.util
 import os
 from typing import Any
 
-from megatron_sffn.patches import cpu, megatron, optimizer, run_hooks, training_log, unpickling
+from megatron_sffn.patches import (
+    cpu,
+    gpt_checkpoints,
+    megatron,
+    optimizer,
+    run_hooks,
+    training_log,
+    unpickling,
+)
 from megatron_sffn.patches.registry import Patch
 
 PATCHES_BY_OCCASION: dict[str, tuple[Patch, ...]] = {
     "on every machine": megatron.PATCHES,
     "on every machine, for checkpoints of the optimizer": optimizer.PATCHES,
+    "on every machine, for a GPT's checkpoint in a hybrid model": gpt_checkpoints.PATCHES,
     "on every machine, for numbers in the log": training_log.PATCHES,
     "on every machine, for checkpoints that run no code": unpickling.PATCHES,
     "in a training run": run_hooks.PATCHES,
@@ -59,6 +68,7 @@ def prepare() -> tuple[dict[str, Any], str]:
     training_log.install()
     optimizer.install()
     unpickling.install()
+    gpt_checkpoints.install()
     if cpu.is_host():
         flags, reason = cpu.HOST_FLAGS, "no CUDA device: training on the CPU"
     elif not _is_installed("transformer_engine"):

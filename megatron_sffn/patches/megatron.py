@@ -82,6 +82,21 @@ def _scale_in_place(original: Callable[..., None]) -> Callable[..., None]:
     return scale
 
 
+def _norm_without_engine(original: Any) -> Any:
+    """Megatron's own norm where Transformer Engine is not installed."""
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return original
+
+    def norm(config: Any, hidden_size: int, eps: float) -> torch.nn.Module:
+        from megatron.core.models.backends import LocalSpecProvider
+
+        build = LocalSpecProvider().layer_norm(rms_norm=config.normalization == "RMSNorm")
+        module: torch.nn.Module = build(config=config, hidden_size=hidden_size, eps=eps)
+        return module
+
+    return norm
+
+
 PATCHES = (
     Patch(
         target="megatron.core.datasets.utils.compile_helpers",
@@ -96,6 +111,13 @@ PATCHES = (
         needed_by="megatron.core.transformer.torch_norm.WrappedTorchNorm",
         why="torch's norms, used without Transformer Engine and apex, refuse sequence parallelism",
         until="Megatron marks their parameters as sequence-parallel",
+    ),
+    Patch(
+        target="megatron.core.models.hybrid.hybrid_block.TENorm",
+        make=_norm_without_engine,
+        needed_by="megatron.core.models.hybrid.hybrid_block.HybridStack",
+        why="the norm after the last layer of a hybrid model needs Transformer Engine",
+        until="the spec of a hybrid stack names its last norm",
     ),
 )
 """Without these, training does not start."""

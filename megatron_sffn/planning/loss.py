@@ -54,7 +54,7 @@ def expansion_of(shape: ModelShape) -> float:
     sffn, sparse = shape.sffn, shape.sparse_layers
     if sffn is None:
         return 1.0
-    dense = (shape.num_layers - sparse) * shape.ffn_hidden_size
+    dense = shape.dense_layers * shape.ffn_hidden_size
     total = dense + sparse * (sffn.num_cells + sffn.shared_cells)
     return total / (dense + sparse * sffn.active_cells)
 

@@ -273,7 +273,7 @@ def compare_published() -> list[Comparison]:
         workload = workload_of(run)
         cluster = Cluster(gpus=run.gpus, gpus_per_node=8, card=CARDS["h100"])
         shape = workload.shape
-        not_counted = 2 * shape.num_layers * shape.seq_length * shape.query_width * run.causal
+        not_counted = 2 * shape.attentions * shape.seq_length * shape.query_width * run.causal
         flops = 3 * (flops_per_token(shape).total - not_counted) * workload.step_tokens
         rate = flops / step_time(workload, cluster).total / run.gpus
         comparisons.append(Comparison(run=run, foreseen=rate / TFLOP))

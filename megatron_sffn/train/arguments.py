@@ -11,10 +11,22 @@ from typing import Any
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.training.arguments import parse_args, validate_args
 
-from megatron_sffn.checks import evaluation, flags, idle_flags, megatron_rules, parallelism
+from megatron_sffn.checks import (
+    evaluation,
+    flags,
+    hybrid_model,
+    idle_flags,
+    megatron_rules,
+    parallelism,
+)
 from megatron_sffn.checks.megatron_rules import as_sentence
 from megatron_sffn.checks.problem import run_checks
-from megatron_sffn.flags.megatron_flags import derive_evaluation, derive_megatron_flags, unset_flags
+from megatron_sffn.flags.megatron_flags import (
+    derive_evaluation,
+    derive_megatron_flags,
+    take_layers_of_pattern,
+    unset_flags,
+)
 from megatron_sffn.flags.sffn_flags import add_sffn_flags, sffn_config, transformer_config
 from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.utils.errors import ConfigError
@@ -46,6 +58,7 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
 
     run_checks([flags.yaml_file], sys.argv)
     args = _read(add_flags)
+    take_layers_of_pattern(args)
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         # Megatron asserts it. CUDA reads the variable when it starts, which is later.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -53,6 +66,7 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
     run_checks(flags.CHECKS, args)
     run_checks(idle_flags.CHECKS, args, idle)
     run_checks(megatron_rules.CHECKS, args)
+    run_checks(hybrid_model.CHECKS, args)
     sffn = sffn_config(args)
     run_checks(parallelism.CHECKS, args)
     if sffn is not None:

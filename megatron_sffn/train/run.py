@@ -20,10 +20,11 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import pretrain
 from megatron.training.argument_utils import (
     gpt_config_from_args,
+    hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.global_vars import set_global_variables
-from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.models.base import ModelConfig
 from torch import Tensor
 
 from megatron_sffn.accounting import ModelShape, table
@@ -37,6 +38,7 @@ from megatron_sffn.data.tokenize.tokenizer import localize_tokenizer
 from megatron_sffn.flags.megatron_flags import layout_of
 from megatron_sffn.flags.sffn_flags import sffn_config, transformer_config
 from megatron_sffn.nn.config import SparseFFNConfig
+from megatron_sffn.nn.hybrid_spec import hybrid_stack_spec
 from megatron_sffn.nn.layer import end_step, set_weights_version
 from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.reinit import reinit_dense_weights
@@ -101,8 +103,8 @@ def model_config(
     args: Namespace,
     sffn: SparseFFNConfig | None,
     finalize_grads: Callable[..., None] | None = None,
-) -> GPTModelConfig:
-    """Megatron's model config, with our layer spec if the model is sparse.
+) -> ModelConfig:
+    """Megatron's config of a GPT or a hybrid model, with our layer spec if the model is sparse.
 
     Args:
         args: Megatron's validated namespace.
@@ -112,11 +114,16 @@ def model_config(
     config = transformer_config(args, sffn)
     # Megatron does not overwrite a hook that is set. It calls it once per step, on all ranks.
     config.finalize_model_grads_func = finalize_grads
-    model: GPTModelConfig = gpt_config_from_args(args, config=config)
-    model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 ignores the flag: 8
+    model: ModelConfig
+    if args.hybrid_layer_pattern is not None:
+        model = hybrid_config_from_args(args, config=config)
+        model.hybrid_stack_spec = hybrid_stack_spec(config)
+    else:
+        model = gpt_config_from_args(args, config=config)
+        model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 ignores the flag: 8
+        if sffn is not None:
+            model.transformer_layer_spec = block_spec
     model.pre_wrap_hooks.append(partial(reinit_dense_weights, args.seed))
-    if sffn is not None:
-        model.transformer_layer_spec = block_spec
     return model
 
 

@@ -11,10 +11,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_sffn.accounting import ModelShape
 from megatron_sffn.nn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.hybrid_spec import hybrid_stack_spec
 from megatron_sffn.nn.layer_pattern import layer_pattern
 from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.routers import ROUTERS
@@ -112,6 +114,8 @@ def config_of(
             "softmax_type": shape.softmax_type,
             "mtp_num_layers": shape.predicted_tokens or None,
             "moe_layer_freq": pattern_of(shape),
+            "hybrid_pattern": hybrid_pattern_of(shape),
+            "is_hybrid_model": shape.attention_layers is not None,
             "sffn": shape.sffn,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
@@ -128,9 +132,11 @@ def config_of(
     )
 
 
-def build(shape: ModelShape, dtype: torch.dtype = torch.float32, **megatron: Any) -> GPTModel:
-    """Megatron's GPT of this shape; arguments as `config_of`."""
+def build(shape: ModelShape, dtype: torch.dtype = torch.float32, **megatron: Any) -> Any:
+    """Megatron's GPT or hybrid model of this shape; arguments as `config_of`."""
     config = config_of(shape, dtype, **megatron)
+    if shape.attention_layers is not None:
+        return build_hybrid(shape, config)
     if shape.sffn is None:
         spec = get_gpt_decoder_block_spec(config, False, normalization=config.normalization)
     else:
@@ -152,10 +158,32 @@ def build(shape: ModelShape, dtype: torch.dtype = torch.float32, **megatron: Any
     return model
 
 
+def build_hybrid(shape: ModelShape, config: SparseFFNTransformerConfig) -> HybridModel:
+    """Megatron's hybrid model of this shape, with RoPE."""
+    return HybridModel(
+        config=config,
+        hybrid_stack_spec=hybrid_stack_spec(config),
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=shape.seq_length,
+        hybrid_layer_pattern=hybrid_pattern_of(shape),
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+    )
+
+
+def hybrid_pattern_of(shape: ModelShape) -> str | None:
+    """Attention, then dense, then sparse layers; None for a GPT."""
+    if shape.attention_layers is None:
+        return None
+    return "*" * shape.attention_layers + "-" * shape.dense_layers + "E" * shape.sparse_layers
+
+
 def pattern_of(shape: ModelShape) -> Any:
     """Megatron's `moe_layer_freq`."""
     if shape.sffn is None:
         return 1
+    if shape.attention_layers is not None:
+        return layer_pattern("", 0, hybrid_pattern_of(shape))
     return layer_pattern(f"every:{shape.num_layers // shape.sparse_layers}", shape.num_layers)
 
 

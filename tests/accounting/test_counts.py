@@ -152,6 +152,23 @@ MODELS: dict[str, dict[str, Any]] = {
         "sparse_layers": 2,
         "sffn": sparse("switch", backend=Backend.MEGATRON, shared_blocks=2),
     },
+    "hybrid-dense": {"num_layers": 5, "attention_layers": 2, "gated": True},
+    "hybrid-avg-k": {
+        "num_layers": 7,
+        "attention_layers": 3,
+        "sparse_layers": 2,
+        "sffn": sparse("avg-k"),
+        "tied_embeddings": False,
+    },
+    "hybrid-switch-swiglu-shared": {
+        "num_layers": 3,
+        "attention_layers": 1,
+        "sparse_layers": 2,
+        "sffn": sparse("switch", shared_blocks=2),
+        "gated": True,
+        "layernorm": False,
+        "bias": False,
+    },
     "sigma-moe-mlp": {
         "sparse_layers": 1,
         "sffn": sparse("sigma-moe", {"network": "mlp", "network_width": 11}),

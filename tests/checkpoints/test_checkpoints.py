@@ -274,6 +274,11 @@ def test_other_formats_are_left_to_megatron(check, load) -> None:
         ),
         ("--sffn-expansion 8", "--sffn-expansion 8", "--sffn-expansion 4"),
         ("--sffn-layers 1", "--sffn-layers 1", "--sffn-layers every:1"),
+        (
+            "--sffn-model hybrid --sffn-layers 1",
+            "--hybrid-layer-pattern *-*E",
+            "--sffn-model gpt --num-layers 2 --sffn-layers every:1",
+        ),
         ("--sffn-gate softmax", "--sffn-gate softmax", "--sffn-gate none"),
         ("--sffn-backend megatron", "--sffn-backend megatron", "--sffn-backend auto"),
         ("--norm-epsilon 0.1", "--norm-epsilon 0.1", "--norm-epsilon 1e-05"),

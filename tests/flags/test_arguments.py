@@ -169,6 +169,7 @@ def test_defaults_are_those_of_the_design(read: Read) -> None:
         "sffn_hash_shared": False,
         "sffn_backend": "auto",
         "sffn_relu": False,
+        "sffn_model": "gpt",
         "sffn_command": command.split(),
     }
     sffn = sffn_config(args)
@@ -184,6 +185,48 @@ def test_megatrons_moe_flags_are_derived(read: Read) -> None:
     assert args.moe_layer_freq == [0, 1, 0, 1]
     assert args.expert_tensor_parallel_size == 1
     assert args.moe_router_pre_softmax is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "pattern", "virtual"),
+    [
+        ("--sffn-model hybrid --sffn-layers every:2", 1, "*-*E*-*E", None),
+        ("--sffn-model hybrid --sffn-layers 3 --pipeline-model-parallel-size 2", 2, "*-*-|*-*E", 1),
+        (
+            "--sffn-model hybrid --pipeline-model-parallel-size 2 --global-batch-size 2 "
+            "--num-virtual-stages-per-pipeline-rank 2",
+            2,
+            "*E|*E|*E|*E",
+            2,
+        ),
+        (
+            "--sffn-model hybrid --pipeline-model-parallel-size 2 "
+            "--decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 3",
+            2,
+            "*E|*E*E*E",
+            1,
+        ),
+        ("--sffn-model hybrid --sffn-router dense", 1, "*-*-*-*-", None),
+        ("--hybrid-layer-pattern *E-E --pipeline-model-parallel-size 2", 2, "*E|-E", 1),
+    ],
+)
+def test_a_hybrid_model_has_a_pattern(
+    read: Read, flags: str, ranks: int, pattern: str, virtual: int | None
+) -> None:
+    args = read(flags, ranks)
+    assert args.hybrid_layer_pattern == pattern
+    layers = pattern.replace("|", "")
+    assert args.num_layers == len(layers)
+    if args.sffn_router != "dense":
+        assert args.moe_layer_freq == [int(layer == "E") for layer in layers]
+    assert (args.virtual_pipeline_model_parallel_size or 1) == (virtual or 1)
+    args.padded_vocab_size = 64
+    assert ModelShape.of_args(args, sffn_config(args)).attentions == layers.count("*")
+
+
+def test_the_number_of_layers_follows_from_a_pattern(read: Read) -> None:
+    command = COMMAND.replace("--num-layers 4", "")
+    assert read("--hybrid-layer-pattern *E-*E", command=command).num_layers == 5
 
 
 def test_the_dense_baseline_has_no_experts(read: Read) -> None:
@@ -364,6 +407,7 @@ def test_the_resolved_config_is_the_golden_one(
 
 # What is refused: flags, ranks, and words of the sentence (value and flag, remedy)
 
+PP2 = "--pipeline-model-parallel-size 2"
 REFUSED = [
     ("--sffn-block-size 48", 1, "--sffn-block-size 48", "--sffn-active-cells 256", "32 or 64"),
     ("--sffn-block-size 512", 1, "--sffn-block-size 512", "--sffn-active-cells 256", "does: 256"),
@@ -772,6 +816,40 @@ REFUSED = [
         "--mtp-num-layers 1 is not available with --pipeline-model-parallel-size 2",
     ),
     ("--num-attention-heads 5", 1, "--hidden-size % --num-attention-heads == 0", "change them"),
+    ("--hybrid-layer-pattern *-*-", 1, "has no sparse layer (E)", "router is avg-k", "dense"),
+    ("--sffn-router dense --hybrid-layer-pattern *-*E", 1, "has a sparse layer (E)", "is dense"),
+    ("--hybrid-layer-pattern *E*", 1, "--num-layers 4 differs from the 3 layers of", "leave it"),
+    ("--hybrid-layer-pattern *-*x", 1, "none of Megatron's patterns", "'x'", "*E*E"),
+    ("--hybrid-layer-pattern *-ME", 1, "has M, Mamba", "use the layers *, - and E"),
+    ("--hybrid-layer-pattern *-+E", 1, "has +, multi-latent attention", "use the layers"),
+    ("--hybrid-layer-pattern *-*E/*E", 1, "has /, multi-token prediction", "use the layers"),
+    ("--hybrid-layer-pattern *-*E --sffn-layers every:2", 1, "is said by the E of", "leave it"),
+    ("--hybrid-layer-pattern *-|*E", 1, "has 2 stages, no multiple of", "leave out |"),
+    (
+        f"--hybrid-layer-pattern *-|*|E {PP2}",
+        2,
+        "has 3 stages, no multiple of --pipeline-model-parallel-size 2",
+        "into a multiple",
+    ),
+    (
+        f"--hybrid-layer-pattern *-E --num-layers 3 {PP2}",
+        2,
+        "has 3 layers, which --pipeline-model-parallel-size 2 does not divide",
+        "cut it with |",
+    ),
+    (
+        f"--hybrid-layer-pattern *|-|*|E {PP2} --global-batch-size 1",
+        2,
+        "the interleaved schedule needs the microbatches of a step, 1",
+        "change --global-batch-size",
+    ),
+    ("--sffn-model hybrid --use-rope-scaling", 1, "--use-rope-scaling", "--sffn-model gpt"),
+    (
+        f"{PP2} --num-virtual-stages-per-pipeline-rank 3",
+        2,
+        "--num-virtual-stages-per-pipeline-rank 3 does not divide the 2 layers of a pipeline stage",
+        "change it",
+    ),
     ("--recompute-granularity full", 1, "recompute_method must be", "change them"),
 ]
 

@@ -1,4 +1,4 @@
-"""The pattern of sparse layers, and the layers that Megatron's GPT builds from it."""
+"""The layers that Megatron's GPT builds."""
 
 from __future__ import annotations
 
@@ -16,72 +16,10 @@ from megatron_sffn.nn.layer import MegatronBackedFFN, SparseFFN, sparse_layers
 from megatron_sffn.nn.layer_pattern import layer_pattern
 from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.routers import ROUTERS
-from megatron_sffn.utils.errors import ConfigError
 from tests.support.ranks import run_ranks
 
 # Megatron's own dense MLP warns.
 pytestmark = pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning")
-
-
-@pytest.mark.parametrize(
-    ("text", "layers", "sparse"),
-    [
-        ("every:1", 3, [0, 1, 2]),
-        ("every:2", 5, [1, 3]),
-        ("every:5", 5, [4]),
-        ("every:6", 24, [5, 11, 17, 23]),
-        ("5,11,17,23", 24, [5, 11, 17, 23]),
-        ("0", 1, [0]),
-        ("3,0", 4, [0, 3]),
-        ("every:2:0", 5, [0, 2, 4]),
-        ("every:6:2", 24, [2, 8, 14, 20]),
-        ("every:6:11", 24, [11, 17, 23]),
-        ("first:2", 4, [0, 1]),
-        ("last:3", 8, [5, 6, 7]),
-        ("last:4", 4, [0, 1, 2, 3]),
-        (" 1, 2 ", 4, [1, 2]),
-    ],
-)
-def test_a_layer_pattern_selects_the_sparse_layers(
-    text: str, layers: int, sparse: list[int]
-) -> None:
-    pattern = layer_pattern(text, layers)
-    assert len(pattern) == layers
-    assert [index for index, chosen in enumerate(pattern) if chosen == 1] == sparse
-    assert set(pattern) <= {0, 1}
-
-
-@pytest.mark.parametrize(
-    ("text", "problem", "remedy"),
-    [
-        ("4", "names layer 4 of a model with --num-layers 4", "indices from 0 to 3"),
-        ("0,7,9", "names layer 7", "indices from 0 to 3"),
-        ("-1", "names layer -1", "indices from 0 to 3"),
-        ("every:5", "names no layer", "last:N with N from 1 to 4"),
-        ("every:0", "names no layer", "last:N with N from 1 to 4"),
-        ("every:-1", "names no layer", "last:N with N from 1 to 4"),
-        ("every:2:4", "names layer 4", "indices from 0 to 3"),
-        ("every:2:-1", "names layer -1", "indices from 0 to 3"),
-        ("every:0:1", "names no layer", "every:N"),
-        ("last:5", "names layer -1", "last:N with N from 1 to 4"),
-        ("first:5", "names layer 4", "first:N"),
-        ("last:0", "names no layer", "last:N with N from 1 to 4"),
-        ("every:2:0:1", "is neither", "every:2:0"),
-        ("middle:2", "is neither", "last:4"),
-        ("last:x", "is neither", "last:4"),
-        ("every:", "is neither", "write for example every:6"),
-        ("every:1.5", "is neither", "write for example every:6"),
-        ("Every:2", "is neither", "write for example every:6"),
-        ("1,,2", "is neither", "write for example every:6"),
-        ("", "is neither", "write for example every:6"),
-        ("2,1,2", "names a layer twice", "name each layer once"),
-    ],
-)
-def test_an_invalid_layer_pattern_is_refused(text: str, problem: str, remedy: str) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        layer_pattern(text, 4)
-    assert f"--sffn-layers {text} {problem}" in str(refusal.value)
-    assert remedy in str(refusal.value)
 
 
 def build(

@@ -132,6 +132,11 @@ NEEDED_FOR: dict[str, tuple[int, str, str]] = {
         TP2,
         "sequence parallel not supported by torch LayerNorm",
     ),
+    "megatron.core.models.hybrid.hybrid_block.TENorm": (
+        1,
+        "--sffn-model hybrid",
+        "Transformer Engine is not installed",
+    ),
     "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict": (
         1,
         f"--lr 1e-3 {LR}",

@@ -20,12 +20,14 @@ MODELS = {
     "--position-embedding-type learned_absolute",
     "switch": "--sffn-router switch --init-method-std 0.5 --normalization RMSNorm "
     "--sffn-layers every:2 --untie-embeddings-and-output-weights",
+    "hybrid": "--hybrid-layer-pattern *E*- --num-layers 4 --sffn-router rand-hash "
+    "--init-method-std 0.5",
     "dense": "--sffn-router dense --init-method-std 0.5 --group-query-attention "
     "--num-query-groups 2 --num-attention-heads 4",
     "pkm": "--sffn-router pkm --sffn-block-size 1 --sffn-expansion 8 --sffn-product-key-size 16 "
     "--init-method-std 0.5",
 }
-"""Router -> flags of its run."""
+"""Name, mostly that of the router -> flags of its run."""
 
 
 @pytest.fixture(scope="session")

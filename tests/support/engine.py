@@ -24,11 +24,14 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.models.hybrid import HybridModelConfig
 from torch import Tensor
 
 from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.hybrid_spec import hybrid_stack_spec
 from megatron_sffn.nn.layer import set_weights_version, sparse_layers
+from megatron_sffn.nn.layer_pattern import gpt_name, hybrid_pattern, layer_pattern
 from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.reinit import reinit_dense_weights
@@ -49,10 +52,12 @@ class Layout(ParallelLayout):
     Args:
         recompute: None, `full`, or a module of selective recomputation.
         distributed_optimizer: with overlapped gradient reduction and parameter gather.
+        hybrid: Megatron's HybridModel in place of its GPTModel.
     """
 
     recompute: str | None = None
     distributed_optimizer: bool = False
+    hybrid: bool = False
     dtype: torch.dtype = torch.float64
 
 
@@ -143,7 +148,7 @@ def train(variant: Variant, layout: Layout) -> dict[str, Any]:
         for chunk in chunks:
             chunk.disable_forward_pre_hook()
     biases = {
-        layer.layer_number: layer.router.balance.expert_bias.clone()
+        config.ffn_number(layer.layer_number): layer.router.balance.expert_bias.clone()
         for chunk in chunks
         for layer in sparse_layers(chunk)
         if hasattr(layer.router, "balance") and layer.router.balance.biased
@@ -176,8 +181,19 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
     numbers = test_numbers.layer(active_cells=16, block_size=4, expansion=4)
     if router == "switch":
         balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.05}
+    # With a dense layer among them, stages differ.
+    sparse: list[int] = [1, 0, 1, 1]
+    layers: dict[str, Any] = {"num_layers": LAYERS, "moe_layer_freq": sparse}
+    if layout.hybrid:
+        pattern = hybrid_pattern(sparse, layout.layers_per_chunk(LAYERS))
+        layers = {
+            "num_layers": 2 * LAYERS,
+            "moe_layer_freq": layer_pattern("", 0, pattern),
+            "hybrid_pattern": pattern,
+            "is_hybrid_model": True,
+        }
     config = SparseFFNTransformerConfig(
-        num_layers=LAYERS,
+        **layers,
         hidden_size=WIDTH,
         num_attention_heads=4,
         ffn_hidden_size=32,
@@ -192,8 +208,6 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
         **layout.megatron_sizes(),
         sequence_parallel=layout.tp > 1,
         moe_token_dispatcher_type=layout.dispatcher,
-        # With a dense layer among them, stages differ.
-        moe_layer_freq=[1, 0, 1, 1],
         transformer_impl="local",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -211,17 +225,20 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
             for name, value in (balance | recompute | dict(variant.megatron)).items()
         },
     )
-    model = GPTModelConfig(
-        transformer=config,
-        transformer_layer_spec=block_spec,
-        vocab_size=VOCAB,
-        seq_length=SEQUENCE,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=True,
-    )
+    sizes: dict[str, Any] = {
+        "transformer": config,
+        "vocab_size": VOCAB,
+        "seq_length": SEQUENCE,
+        "position_embedding_type": "rope",
+        "share_embeddings_and_output_weights": True,
+    }
+    model: Any = GPTModelConfig(**sizes, transformer_layer_spec=block_spec)
+    if layout.hybrid:
+        spec = hybrid_stack_spec(config)
+        model = HybridModelConfig(**sizes, hybrid_layer_pattern=pattern, hybrid_stack_spec=spec)
     model.pre_wrap_hooks.append(partial(reinit_dense_weights, 7))
     overlap = layout.distributed_optimizer
-    chunks: list[Any] = GPTModelBuilder(model).build_distributed_models(
+    chunks: list[Any] = model.get_builder_cls()(model).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         ddp_config=DistributedDataParallelConfig(
             use_distributed_optimizer=overlap,
@@ -305,8 +322,16 @@ def local_shards(chunks: list[Any], attribute: str | None) -> list[Shard]:
             for piece in nested_values({"": pieces}):
                 axes = piece.prepend_axis_num
                 data = piece.data.reshape((1,) * axes + piece.local_shape)
-                shards.append((piece.key, piece.global_shape, piece.global_offset, data))
+                shards.append(
+                    (name_of(chunk, piece.key), piece.global_shape, piece.global_offset, data)
+                )
     return shards
+
+
+def name_of(chunk: Any, key: str) -> str:
+    """The name of a weight in the GPT, also where the chunk is of a hybrid model."""
+    pattern = chunk.config.hybrid_pattern
+    return key if pattern is None else gpt_name(key, pattern)
 
 
 def join(results: list[dict[str, Any]]) -> Trained:

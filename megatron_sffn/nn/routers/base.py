@@ -86,8 +86,9 @@ class Router(torch.nn.Module):
         """Take the layer's number, which Megatron sets after the layer is built, and init weights.
 
         The number, which counts from 1, seeds the router's own weights: they are the same on every
-        rank and layout.
+        rank and layout, and in a GPT and the hybrid model of the same layers.
         """
+        layer_number = self.config.ffn_number(layer_number)
         if layer_number == self.layer_number:
             return
         self.layer_number = layer_number

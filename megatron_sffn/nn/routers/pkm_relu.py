@@ -14,7 +14,7 @@ from typing import override
 
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNTransformerConfig
+from megatron_sffn.nn.config import SparseFFNTransformerConfig, depth
 from megatron_sffn.nn.routers.pkm import PKMConfig, PKMRouter
 
 
@@ -45,7 +45,7 @@ class PKMReLURouter(PKMRouter):
             weight.zero_()
             return
         fan_in = self.settings.key_size if name == "subkeys" else self.config.hidden_size
-        weight.normal_(std=math.sqrt(2 / (self.config.num_layers * fan_in)))
+        weight.normal_(std=math.sqrt(2 / (depth(self.config) * fan_in)))
 
     @override
     def coefficients(self, scores: Tensor) -> Tensor:

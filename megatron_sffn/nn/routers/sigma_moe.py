@@ -15,6 +15,7 @@ from typing import override
 
 from torch import Tensor
 
+from megatron_sffn.nn.config import depth
 from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.learned import LearnedConfig, LearnedRouter
 
@@ -43,7 +44,7 @@ class SigmaMoERouter(LearnedRouter):
     @override
     def draw(self, name: str, weight: Tensor) -> None:
         # As keys; then rows are scaled to equal length, which keeps the std of the whole weight.
-        std = math.sqrt(2 / (self.config.num_layers * weight.shape[1]))
+        std = math.sqrt(2 / (depth(self.config) * weight.shape[1]))
         weight.normal_(std=std)
         if name == "weight":
             drawn_std = weight.std(correction=0)

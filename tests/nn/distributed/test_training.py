@@ -169,6 +169,7 @@ DISTRIBUTED_OPTIMIZER = {
         "TP2 EP2 x DP2": Layout(world_size=4, tp=2, ep=2),
         "PP2 VPP2 x DP2": Layout(world_size=4, pp=2, virtual_stages=2),
         "TP2 PP2 EP2 ETP2": Layout(world_size=8, tp=2, pp=2, ep=2, etp=2),
+        "hybrid PP2 EP2": Layout(world_size=4, pp=2, ep=2, hybrid=True),
     }.items()
 }
 
@@ -179,6 +180,28 @@ def test_the_distributed_optimizer_trains_the_model_of_one_rank(name: str, route
     one_rank_layout = Layout(dtype=torch.float32)
     expected = trained(one_rank_layout, tuple(map(Variant, ROUTERS_OF_ALL_LAYOUTS)))
     assert_same(actual, expected[Variant(router)], 1e-3, 2e-4, sharded=True)
+
+
+HYBRID = {
+    name: replace(layout, hybrid=True)
+    for name, layout in {
+        "one rank": Layout(),
+        **{name: LAYOUTS[name] for name in ("TP2 EP2 folded", "EP2 ETP2", "PP4")},
+        **{name: RECOMPUTED[name] for name in ("PP2 VPP2 EP2 moe", "TP2 PP2 full")},
+    }.items()
+}
+ROUTERS_OF_HYBRID_MODELS = ["avg-k", "rand-hash", "switch"]
+
+
+@pytest.mark.parametrize("router", ROUTERS_OF_HYBRID_MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("TP2 EP2 folded", "PP2 VPP2 EP2 moe") else slow(name) for name in HYBRID],
+)
+def test_a_hybrid_model_trains_as_the_gpt_with_its_layers(name: str, router: str) -> None:
+    variants = tuple(map(Variant, ROUTERS_OF_HYBRID_MODELS))
+    actual = trained(HYBRID[name], variants)[Variant(router)]
+    assert_same(actual, one_rank(router), 1e-8, 1e-10)
 
 
 LOSSES = (
@@ -202,11 +225,15 @@ BALANCED = (
     "name",
     [
         "TP2 PP2 EP4",
-        *(slow(name) for name in ("DP2", "PP2 VPP2", "EP2 ETP2", "TP2 PP2 full")),
+        *(
+            slow(name)
+            for name in ("DP2", "PP2 VPP2", "EP2 ETP2", "TP2 PP2 full", "hybrid EP2 ETP2")
+        ),
     ],
 )
 def test_load_balancing_does_not_depend_on_the_layout(name: str, variant: Variant) -> None:
-    expected, layout = trained(Layout(), BALANCED)[variant], (LAYOUTS | RECOMPUTED)[name]
+    expected = trained(Layout(), BALANCED)[variant]
+    layout = (LAYOUTS | RECOMPUTED | {"hybrid EP2 ETP2": HYBRID["EP2 ETP2"]})[name]
     assert_same(trained(layout, BALANCED)[variant], expected, 1e-8, 1e-10)
     # Sparse layers are 1, 3 and 4; their biases have moved, by different amounts.
     assert sorted(expected.balance) == [1, 3, 4]

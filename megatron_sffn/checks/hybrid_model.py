@@ -1,0 +1,87 @@
+"""Patterns of hybrid models that Megatron would misread, or that its modules cannot build.
+
+Inputs: Megatron's namespace before Megatron validates it.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
+
+from megatron_sffn.checks.problem import Problem
+from megatron_sffn.flags.names import flag_of
+from megatron_sffn.nn.layer_pattern import hybrid_layers, pipeline_segments
+
+FLAG = "--hybrid-layer-pattern"
+
+UNAVAILABLE = {
+    Symbols.MAMBA: "Mamba",
+    Symbols.GDN: "a gated delta net",
+    Symbols.MLA: "multi-latent attention",
+    Symbols.DS_ATTENTION: "sparse attention",
+    Symbols.MTP_SEPARATOR: "multi-token prediction",
+}
+"""Symbol that cannot be used -> what it stands for."""
+
+IGNORED = ("use_rope_scaling", "spec")
+"""Flags (dest) that Megatron does not read, or that name another spec, for a hybrid model."""
+
+
+def pattern(args: Namespace) -> Iterator[Problem]:
+    """Patterns that are not Megatron's, or whose layers do not fit the router."""
+    text = args.hybrid_layer_pattern
+    if text is None:
+        return
+    for symbol, name in UNAVAILABLE.items():
+        if symbol in text:
+            rule = f"has {symbol}, {name}, whose parameters and FLOPs would not be counted"
+            yield Problem(FLAG, text, rule, "use the layers *, - and E")
+    try:
+        parse_hybrid_pattern(text)
+    except ValueError as error:
+        rule = f"is none of Megatron's patterns: {str(error).splitlines()[0].rstrip('.')}"
+        yield Problem(FLAG, text, rule, "write for example *E*E, with | between pipeline stages")
+    layers, is_dense = hybrid_layers(text), args.sffn_router == "dense"
+    if (Symbols.MOE in layers) is is_dense:
+        has = "has a sparse layer (E)" if is_dense else "has no sparse layer (E)"
+        remedy = "use another" if is_dense else "write an E for each, or use --sffn-router dense"
+        yield Problem(FLAG, text, f"{has}, but --sffn-router is {args.sffn_router}", remedy)
+
+
+def other_flags(args: Namespace) -> Iterator[Problem]:
+    """Flags that say something else than the pattern, or that a hybrid model does not have."""
+    text = args.hybrid_layer_pattern
+    if text is not None:
+        count = len(hybrid_layers(text))
+        if args.num_layers != count:
+            rule = f"differs from the {count} layers of {FLAG} {text}"
+            yield Problem("--num-layers", args.num_layers, rule, "leave it out")
+        if args.sffn_layers != "every:1":
+            rule = f"is said by the E of {FLAG} {text} as well"
+            yield Problem("--sffn-layers", args.sffn_layers, rule, "leave it out")
+    if text is None and args.sffn_model == "gpt":
+        return
+    for dest in IGNORED:
+        if getattr(args, dest):
+            rule = "is not available for a hybrid model"
+            yield Problem(flag_of(dest), getattr(args, dest), rule, "use --sffn-model gpt")
+
+
+def pipeline_cuts(args: Namespace) -> Iterator[Problem]:
+    """Patterns whose pipeline stages do not fit the number of stages."""
+    text, stages = args.hybrid_layer_pattern, args.pipeline_model_parallel_size
+    if text is None:
+        return
+    segments, layers = pipeline_segments(text), len(hybrid_layers(text))
+    given = f"--pipeline-model-parallel-size {stages}"
+    if segments == 1 and layers % stages:
+        rule = f"has {layers} layers, which {given} does not divide"
+        yield Problem(FLAG, text, rule, "cut it with | where the stages begin")
+    if segments > 1 and (segments % stages or stages == 1):
+        rule = f"has {segments} stages, no multiple of {given} above 1"
+        yield Problem(FLAG, text, rule, "leave out |, or cut it into a multiple of the stages")
+
+
+CHECKS = (pattern, other_flags, pipeline_cuts)

@@ -1,0 +1,84 @@
+"""Stack spec of the hybrid model: our layer in its `E` slot, with or without Transformer Engine.
+
+Inputs: Megatron's config. Outputs: Megatron's spec of a `HybridStack`.
+
+Design notes: Megatron's own spec needs Transformer Engine. Here attention layers and MLP layers are
+the two halves of Megatron's GPT layer, in the implementation that the config asks for, so that
+their weights have the GPT's names in a checkpoint.
+"""
+
+from __future__ import annotations
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from megatron_sffn.nn.config import SparseFFNTransformerConfig
+from megatron_sffn.nn.layer import layer_class
+
+
+def hybrid_stack_spec(config: SparseFFNTransformerConfig) -> ModuleSpec:
+    """The spec of a stack whose `E` layers are sparse layers.
+
+    Args:
+        config: config of the model; without `config.sffn` the model has no `E` layers.
+    """
+    engine = config.transformer_impl == "transformer_engine"
+    layers = get_gpt_decoder_layer_specs(
+        config, engine, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
+    )
+    # GPT layers with a dense MLP (0) and with a sparse layer (1), which have the same attention.
+    kinds = {} if config.sffn is None else dict(zip(config.moe_layer_freq, layers, strict=True))
+    dense = kinds.get(0, layers[0]).submodules
+    attention = ModuleSpec(module=TransformerLayer, submodules=_attention_half(dense))
+    stack = HybridStackSubmodules(
+        attention_layer=attention,
+        mla_layer=attention,  # the GPT's layer has the attention of --multi-latent-attention
+        mlp_layer=ModuleSpec(module=MLPLayer, submodules=_mlp_half(dense)),
+        mtp_block_spec=_prediction_spec(engine),
+    )
+    if config.sffn is not None:
+        sparse = _mlp_half(kinds[1].submodules)
+        sparse.mlp = layer_class(config.sffn.backend)
+        stack.moe_layer = ModuleSpec(module=MoETransformerLayer, submodules=sparse)
+    return ModuleSpec(module=HybridStack, submodules=stack)
+
+
+def _attention_half(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    """The attention of a GPT layer, with its norm."""
+    return TransformerLayerSubmodules(
+        input_layernorm=layer.input_layernorm,
+        self_attention=layer.self_attention,
+        self_attn_bda=layer.self_attn_bda,
+        sharded_state_dict_keys_map=layer.sharded_state_dict_keys_map,
+    )
+
+
+def _mlp_half(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    """The MLP of a GPT layer, with its norm."""
+    return TransformerLayerSubmodules(
+        pre_mlp_layernorm=layer.pre_mlp_layernorm,
+        mlp=layer.mlp,
+        mlp_bda=layer.mlp_bda,
+        sharded_state_dict_keys_map=layer.sharded_state_dict_keys_map,
+    )
+
+
+def _prediction_spec(engine: bool) -> ModuleSpec:
+    """The spec of multi-token prediction, whose layers Megatron builds from the pattern."""
+    layer = get_mtp_layer_spec(None, use_transformer_engine=engine)
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock,
+        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer]),
+    )

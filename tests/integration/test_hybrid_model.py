@@ -1,0 +1,68 @@
+"""Megatron's HybridModel with sparse layers: the whole command, and checkpoints of a GPT."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.pretraining import Log
+from tests.support.slow import slow
+
+FLAGS = "--num-layers 4 --sffn-layers 1,2 --train-iters 5 --split 90,10,0"
+HYBRID = "--sffn-model hybrid"
+PP2 = "--pipeline-model-parallel-size 2"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+
+def assert_same_run(log: Log, expected: Log) -> None:
+    """Losses to 6 digits: both models compute the same products."""
+    for name in ("lm loss", "grad norm", "load_balancing_loss"):
+        assert log.values(name) == pytest.approx(expected.values(name), rel=1e-5), name
+    assert log.validation_loss == pytest.approx(expected.validation_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("router", "ranks", "layout"),
+    [
+        ("switch", 2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
+        slow("switch", 1, ""),
+        slow("rand-hash", 4, f"{PP2} {TP2} --expert-model-parallel-size 2 {FULL}"),
+    ],
+)
+def test_a_hybrid_model_starts_and_trains_as_the_gpt(
+    pretrain, router: str, ranks: int, layout: str
+) -> None:
+    flags = f"{FLAGS} --sffn-router {router}"
+    expected, log = pretrain(1, flags), pretrain(ranks, f"{flags} {HYBRID} {layout}")
+    assert_same_run(log, expected)
+    assert expected.values("lm loss")[0] != expected.values("lm loss")[-1]
+
+
+def test_a_stage_without_a_sparse_layer_logs_the_balance_loss_of_the_others(pretrain) -> None:
+    expected = pretrain(1, f"{FLAGS} --sffn-layers 2 --sffn-router switch")
+    pattern = "--num-layers 8 --sffn-layers every:1 --hybrid-layer-pattern *-*-|*E*-"
+    assert_same_run(pretrain(2, f"{FLAGS} {pattern} --sffn-router switch {PP2}"), expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "layout"),
+    [
+        ("--use-distributed-optimizer --sffn-router switch", 2, PP2),
+        slow("--sffn-router rand-hash --swiglu", 1, ""),
+        slow("--use-distributed-optimizer --sffn-router dense", 2, TP2),
+    ],
+)
+def test_the_checkpoint_of_a_gpt_goes_on_in_a_hybrid_model(
+    pretrain, flags: str, ranks: int, layout: str
+) -> None:
+    flags = f"{FLAGS} {flags}"
+    expected = pretrain(1, f"{flags} --save gpt --save-interval 2")
+    load = f"{flags} --load gpt --ckpt-step 2 {HYBRID} {layout}"
+    log = pretrain(ranks, f"{load} --save hybrid --save-interval 4")
+    for name in ("lm loss", "grad norm"):
+        assert log.values(name) == pytest.approx(expected.values(name)[2:], rel=1e-5)
+    # Its own checkpoint goes on with other stages.
+    resumed = pretrain(1, f"{flags} --load hybrid --ckpt-step 4 {HYBRID}")
+    assert resumed.values("lm loss") == pytest.approx(log.values("lm loss")[2:], rel=1e-6)
+    with pytest.raises(AssertionError, match=r"--sffn-model gpt --num-layers 4 .* was saved with"):
+        pretrain(1, f"{flags} --load hybrid")
