@@ -88,8 +88,8 @@ class ParallelLayout:
     def layers_per_chunk(self, num_layers: int) -> list[int]:
         """Layers of each pipeline stage, for all first model chunks, then for all second ones.
 
-        Stages have equal shares, unless the first or last stage has a fixed size. Where the chunks of
-        a stage cannot be equal, the first ones have a layer more.
+        Stages have equal shares, unless the first or last stage has a fixed size. Where the chunks
+        of a stage cannot be equal, the first ones have a layer more.
         """
         end_stages = [self.first_stage_layers, self.last_stage_layers]
         fixed = sum(count for count in end_stages if count is not None)
