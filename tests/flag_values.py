@@ -11,6 +11,7 @@ VALUES = {
     "--lr-decay-style": "cosine",
     "--lr-warmup-init": "0.001",
     "--position-embedding-type": "learned_absolute",
+    "--qk-pos-emb-head-dim": "4",
     "--rope-scaling-factor": "1.5",
     "--rotary-base": "20",
     "--rotary-percent": "0.5",
@@ -21,9 +22,18 @@ VALUES = {
 }
 """Flag -> the value to try, where a value derived from the flag's type does not fit."""
 
+LATENT = "--multi-latent-attention --init-method-std 0.5"
 TENSORBOARD = "--tensorboard-dir events"
 NEEDS = {
     "--decoupled-min-lr": "--decoupled-lr 0.1 --lr-decay-style linear",
+    **dict.fromkeys(
+        (
+            *("--q-lora-rank", "--kv-lora-rank", "--qk-head-dim", "--qk-pos-emb-head-dim"),
+            *("--v-head-dim", "--rope-type", "--rotary-scaling-factor", "--mla-down-proj-fusion"),
+        ),
+        LATENT,
+    ),
+    **dict.fromkeys(("--mscale", "--mscale-all-dim"), f"{LATENT} --rotary-scaling-factor 4"),
     "--log-timers-to-tensorboard": TENSORBOARD,
     "--log-validation-ppl-to-tensorboard": TENSORBOARD,
     "--lr-decay-iters": "--lr-decay-style linear",

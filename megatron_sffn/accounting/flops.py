@@ -37,8 +37,6 @@ class Flops:
 def flops_per_token(shape: ModelShape) -> Flops:
     """Forward FLOPs of the whole model for one token."""
     width, sparse, sffn = shape.hidden_size, shape.sparse_layers, shape.sffn
-    projections = 2 * width * (shape.projected_width + shape.query_width)
-    scores_and_sum = 4 * shape.seq_length * shape.query_width
     active = shape.dense_layers * shape.ffn_hidden_size * shape.dense_cell
     router = 0
     if sffn is not None:
@@ -50,11 +48,19 @@ def flops_per_token(shape: ModelShape) -> Flops:
     joined = depth * 4 * width * width
     active += depth * shape.ffn_hidden_size * shape.dense_cell
     return Flops(
-        attention=(shape.attentions + depth) * (projections + scores_and_sum),
+        attention=(shape.attentions + depth) * _attention_flops(shape),
         feed_forward=2 * active + joined,
         router=router,
         logits=(1 + depth) * 2 * width * shape.padded_vocab_size,
     )
+
+
+def _attention_flops(shape: ModelShape) -> int:
+    """Forward FLOPs of one attention."""
+    if (latent := shape.latent_attention) is not None:
+        return latent.flops(shape.hidden_size, shape.num_attention_heads, shape.seq_length)
+    projections = 2 * shape.hidden_size * (shape.projected_width + shape.query_width)
+    return projections + 4 * shape.seq_length * shape.query_width
 
 
 def training_flops_per_token(shape: ModelShape, *, recompute: bool) -> int:

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_sffn.accounting.latent_attention import LatentAttention
 from megatron_sffn.nn.layer_pattern import count_attention
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class ModelShape:
         sparse_layers: number of sparse layers.
         sffn: the sparse layer; None if all layers are dense.
         attention_layers: number of layers with attention in a hybrid model; None for a GPT.
+        latent_attention: widths of multi-latent attention; None for attention of
+            `num_query_groups` and `kv_channels`.
     """
 
     num_layers: int
@@ -69,6 +72,7 @@ class ModelShape:
     sparse_layers: int = 0
     sffn: SparseFFNConfig | None = None
     attention_layers: int | None = None
+    latent_attention: LatentAttention | None = None
 
     def __post_init__(self) -> None:
         least = 0 if self.sffn is None else 1
@@ -109,6 +113,7 @@ class ModelShape:
             sparse_layers=sum(args.moe_layer_freq) if sffn is not None else 0,
             sffn=sffn,
             attention_layers=None if pattern is None else count_attention(pattern),
+            latent_attention=latent_attention(args) if args.multi_latent_attention else None,
         )
 
     @property
@@ -157,6 +162,12 @@ class ModelShape:
         assert self.sffn is not None, "a dense model has no sparse layer"
         key = self.sffn.router.key_width(self.hidden_size)
         return self.keys_per_cell * key + self.hidden_size
+
+
+def latent_attention(args: Namespace) -> LatentAttention:
+    """The widths of multi-latent attention in Megatron's arguments."""
+    names = (field.name for field in dataclasses.fields(LatentAttention))
+    return LatentAttention(**{name: getattr(args, name) for name in names})
 
 
 def dense_equivalent(shape: ModelShape) -> ModelShape:

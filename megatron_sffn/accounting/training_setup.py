@@ -126,7 +126,12 @@ def _refuse_uncounted(args: Namespace) -> None:
                 f"--{dest.replace('_', '-')} is not counted by the memory formulas; leave it "
                 "out, or set --decoder-first-pipeline-num-layers"
             )
-    for dest in ("mtp_num_layers", "attention_output_gate", "hybrid_layer_pattern"):
+    for dest in (
+        "mtp_num_layers",
+        "attention_output_gate",
+        "hybrid_layer_pattern",
+        "multi_latent_attention",
+    ):
         if getattr(args, dest):
             raise ConfigError(
                 f"--{dest.replace('_', '-')} is not counted by the memory formulas; leave it "

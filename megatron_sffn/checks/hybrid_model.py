@@ -19,7 +19,6 @@ FLAG = "--hybrid-layer-pattern"
 UNAVAILABLE = {
     Symbols.MAMBA: "Mamba",
     Symbols.GDN: "a gated delta net",
-    Symbols.MLA: "multi-latent attention",
     Symbols.DS_ATTENTION: "sparse attention",
     Symbols.MTP_SEPARATOR: "multi-token prediction",
 }
@@ -37,7 +36,10 @@ def pattern(args: Namespace) -> Iterator[Problem]:
     for symbol, name in UNAVAILABLE.items():
         if symbol in text:
             rule = f"has {symbol}, {name}, whose parameters and FLOPs would not be counted"
-            yield Problem(FLAG, text, rule, "use the layers *, - and E")
+            yield Problem(FLAG, text, rule, "use the layers *, +, - and E")
+    if Symbols.ATTENTION in text and args.multi_latent_attention:
+        rule = "has * attention, but --multi-latent-attention or + is given"
+        yield Problem(FLAG, text, rule, "write + in place of *")
     try:
         parse_hybrid_pattern(text)
     except ValueError as error:
@@ -50,7 +52,7 @@ def pattern(args: Namespace) -> Iterator[Problem]:
         yield Problem(FLAG, text, f"{has}, but --sffn-router is {args.sffn_router}", remedy)
 
 
-def other_flags(args: Namespace) -> Iterator[Problem]:
+def flags_beside_pattern(args: Namespace) -> Iterator[Problem]:
     """Flags that say something else than the pattern, or that a hybrid model does not have."""
     text = args.hybrid_layer_pattern
     if text is not None:
@@ -78,10 +80,10 @@ def pipeline_cuts(args: Namespace) -> Iterator[Problem]:
     given = f"--pipeline-model-parallel-size {stages}"
     if segments == 1 and layers % stages:
         rule = f"has {layers} layers, which {given} does not divide"
-        yield Problem(FLAG, text, rule, "cut it with | where the stages begin")
+        yield Problem(FLAG, text, rule, "cut it where the stages begin")
     if segments > 1 and (segments % stages or stages == 1):
         rule = f"has {segments} stages, no multiple of {given} above 1"
         yield Problem(FLAG, text, rule, "leave out |, or cut it into a multiple of the stages")
 
 
-CHECKS = (pattern, other_flags, pipeline_cuts)
+CHECKS = (pattern, flags_beside_pattern, pipeline_cuts)

@@ -31,6 +31,7 @@ UNAVAILABLE = {
         "it asks a service of NVIDIA's clusters",
         "use examples/launch/slurm.sh",
     ),
+    "cache_mla_latents": ("it acts on generating text", "leave it out"),
     "checkpoint_activations": ("Megatron has renamed it", "use --recompute-activations"),
     "config_logger_dir": (
         "Megatron 0.19 cannot write a config that holds process groups",
@@ -41,7 +42,6 @@ UNAVAILABLE = {
     "hybrid_override_pattern": ("Megatron has renamed it", "use --hybrid-layer-pattern"),
     "init_model_with_meta_device": ("weights are drawn where they are", "leave it out"),
     "lazy_mpu_init": ("a caller would have to start the ranks", "leave it out"),
-    "multi_latent_attention": (NOT_COUNTED, "leave it out"),
 }
 """Flags (dest) that cannot be used -> the reason, and the remedy."""
 
@@ -288,6 +288,21 @@ def model(args: Namespace) -> Iterator[Problem]:
                 "which turns pairs",
                 "use more",
             )
+    rotated_channels = args.qk_pos_emb_head_dim
+    if args.multi_latent_attention and rotated_channels % 2:
+        yield Problem(
+            "--qk-pos-emb-head-dim",
+            rotated_channels,
+            "is odd, and rotary position embedding turns pairs of channels",
+            "give an even number",
+        )
+    if args.multi_latent_attention and args.qk_layernorm and args.q_lora_rank is None:
+        yield Problem(
+            "--qk-layernorm",
+            None,
+            "normalises the latents of queries in --multi-latent-attention, and there are none",
+            "add --q-lora-rank",
+        )
     pp_size = args.pipeline_model_parallel_size
     if args.mtp_num_layers and pp_size > 1:
         yield Problem(

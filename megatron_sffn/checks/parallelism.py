@@ -30,6 +30,7 @@ def transformer_engine(args: Namespace) -> Iterator[Problem]:
             "use --transformer-impl local",
         ),
         ("--context-parallel-size", cp_size): (cp_size > 1, "use --context-parallel-size 1"),
+        ("--mla-down-proj-fusion", None): (args.mla_down_proj_fusion, "leave it out"),
         ("--apply-layernorm-1p", None): (args.layernorm_zero_centered_gamma, "leave it out"),
         ("--recompute-modules", "layernorm"): (
             "layernorm" in (args.recompute_modules or []),

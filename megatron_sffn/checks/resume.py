@@ -263,7 +263,8 @@ def _layers(args: Namespace) -> str:
     sparse = [0] * args.num_layers
     if args.sffn_router != "dense":
         sparse = layer_pattern(args.sffn_layers, args.num_layers)
-    return hybrid_pattern(sparse, [args.num_layers])
+    latent = bool(vars(args).get("multi_latent_attention"))
+    return hybrid_pattern(sparse, [args.num_layers], latent=latent)
 
 
 def _layer_flags(args: Namespace) -> str:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from megatron_sffn.nn.comm_volume import cheapest_dispatcher
 from megatron_sffn.nn.config import Backend, RouterConfig, SparseFFNConfig, moe_fields
@@ -63,7 +64,6 @@ DENSE_ONLY = (
     "heterogeneous_layers_config_encoded_json",
     "heterogeneous_layers_config_path",
     "mtp_num_layers",
-    "multi_latent_attention",
     "overlap_dispatch_backward_with_experts_wgrad",
     "overlap_moe_expert_parallel_comm",
     "quick_geglu",
@@ -134,9 +134,14 @@ def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None
 
 
 def take_layers_of_pattern(args: Namespace) -> None:
-    """Set `--num-layers`, where it is not given, to the layers of `--hybrid-layer-pattern`."""
-    if args.num_layers is None and args.hybrid_layer_pattern is not None:
-        args.num_layers = len(hybrid_layers(args.hybrid_layer_pattern))
+    """Set the flags that `--hybrid-layer-pattern` stands for, where they are not given."""
+    if args.hybrid_layer_pattern is None:
+        return
+    layers = hybrid_layers(args.hybrid_layer_pattern)
+    if args.num_layers is None:
+        args.num_layers = len(layers)
+    if Symbols.MLA in layers:
+        args.multi_latent_attention = True
 
 
 def _derive_hybrid_pattern(args: Namespace, *, is_sparse: bool) -> None:
@@ -145,7 +150,9 @@ def _derive_hybrid_pattern(args: Namespace, *, is_sparse: bool) -> None:
     if is_sparse:
         pattern = layer_pattern(args.sffn_layers, args.num_layers)
     layout = replace(layout_of(args), virtual_stages=num_virtual_stages(args))
-    args.hybrid_layer_pattern = hybrid_pattern(pattern, layout.layers_per_chunk(args.num_layers))
+    chunks = layout.layers_per_chunk(args.num_layers)
+    latent = args.multi_latent_attention
+    args.hybrid_layer_pattern = hybrid_pattern(pattern, chunks, latent=latent)
     args.num_layers = 2 * args.num_layers
     for dest in STAGES_OF_GPT:
         setattr(args, dest, None)

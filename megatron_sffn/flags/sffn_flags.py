@@ -27,6 +27,7 @@ from megatron_sffn.nn.config import (
     Backend,
     RouterConfig,
     SparseFFNConfig,
+    SparseFFNMLATransformerConfig,
     SparseFFNTransformerConfig,
 )
 from megatron_sffn.nn.routers import ROUTERS
@@ -280,13 +281,15 @@ def transformer_config(args: Namespace, sffn: SparseFFNConfig | None) -> SparseF
     """
     pattern = args.hybrid_layer_pattern
     described = Namespace(**{**vars(args), "sffn": sffn, "hybrid_pattern": pattern})
+    config_class = SparseFFNTransformerConfig
+    if args.multi_latent_attention:
+        config_class = SparseFFNMLATransformerConfig
+        described.multi_latent_attention = False  # Megatron would take its own config class
     if args.sffn_relu:
         described.activation_func = F.relu
     if args.sffn_relu or args.squared_relu:
         described.bias_gelu_fusion = False  # Megatron would refuse to fuse another activation
-    config: SparseFFNTransformerConfig = core_transformer_config_from_args(
-        described, SparseFFNTransformerConfig
-    )
+    config: SparseFFNTransformerConfig = core_transformer_config_from_args(described, config_class)
     return config
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_sffn.nn.layer_pattern import gpt_layer, layer_pattern
 from megatron_sffn.nn.router_config import RouterConfig, flag
@@ -286,6 +286,16 @@ class SparseFFNTransformerConfig(TransformerConfig):
             reason = f"needs keys, and --sffn-router {sffn.router.name} has values alone"
         if reason is not None:
             raise ConfigError(f"--sffn-backend {sffn.backend} {reason}; use auto, masked or torch")
+
+
+@dataclass
+class SparseFFNMLATransformerConfig(SparseFFNTransformerConfig, MLATransformerConfig):
+    """The same for a model with multi-latent attention."""
+
+    def __post_init__(self) -> None:
+        """Turn multi-latent attention on, which Megatron's flags leave to its own config class."""
+        self.multi_latent_attention = True
+        super().__post_init__()
 
 
 def depth(config: TransformerConfig) -> float:

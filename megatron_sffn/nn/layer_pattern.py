@@ -37,16 +37,16 @@ def pipeline_segments(pattern: str) -> int:
     return pattern.split(Symbols.MTP_SEPARATOR)[0].count(Symbols.PIPE) + 1
 
 
-def hybrid_pattern(gpt_pattern: Sequence[int], chunks: Iterable[int]) -> str:
+def hybrid_pattern(gpt_pattern: Sequence[int], chunks: Iterable[int], *, latent: bool) -> str:
     """The pattern of the hybrid model that has the layers of a GPT.
 
     Args:
         gpt_pattern: 1 for each sparse layer of the GPT, 0 for each dense layer.
         chunks: GPT layers of each pipeline stage, for all first model chunks, then all second ones.
+        latent: True if the GPT has multi-latent attention.
     """
-    pairs = iter(
-        Symbols.ATTENTION + (Symbols.MOE if sparse else Symbols.MLP) for sparse in gpt_pattern
-    )
+    attention = Symbols.MLA if latent else Symbols.ATTENTION
+    pairs = iter(attention + (Symbols.MOE if sparse else Symbols.MLP) for sparse in gpt_pattern)
     return Symbols.PIPE.join("".join(next(pairs) for _ in range(count)) for count in chunks)
 
 
@@ -73,9 +73,9 @@ def gpt_pattern(pattern: str) -> list[int] | None:
     """
     layers = hybrid_layers(pattern)
     attention, feed_forward = layers[::2], layers[1::2]
-    if set(attention) != {Symbols.ATTENTION} or len(attention) != len(feed_forward):
+    if not layers or len(attention) != len(feed_forward):
         return None
-    if not set(feed_forward) <= set(FEED_FORWARD):
+    if not (set(attention) <= set(ATTENTION) and set(feed_forward) <= set(FEED_FORWARD)):
         return None
     return [int(symbol == Symbols.MOE) for symbol in feed_forward]
 

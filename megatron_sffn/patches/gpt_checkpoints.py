@@ -40,10 +40,9 @@ def _pair_sparse_layers(original: Callable[[str], Any]) -> Callable[[str], Any]:
     """Pair a hybrid model's layers with a GPT's, of which some may be sparse."""
 
     def layer_maps(pattern: str) -> Any:
-        if "E" not in pattern:
-            return original(pattern)
-        # Dense and sparse layers are numbered as one kind.
-        return _NumberedLayers(**vars(original(pattern.replace("E", "-"))))
+        # Dense and sparse layers are numbered as one kind, and so are all kinds of attention.
+        maps = original(pattern.replace("E", "-").replace("+", "*"))
+        return _NumberedLayers(**vars(maps)) if "E" in pattern else maps
 
     return layer_maps
 
@@ -84,8 +83,9 @@ PATCHES = (
         target="megatron.core.dist_checkpointing.gpt_checkpoint_interop.gpt_compatible_layer_maps",
         make=_pair_sparse_layers,
         needed_by="megatron.training.checkpointing._maybe_setup_gpt_to_hybrid_load",
-        why="a GPT of which only some layers are sparse cannot be loaded into a hybrid model",
-        until="Megatron pairs patterns that have both dense and sparse layers",
+        why="a GPT of which only some layers are sparse, or with multi-latent attention, cannot be "
+        "loaded into a hybrid model",
+        until="Megatron pairs patterns of dense and sparse layers, and of + layers",
     ),
     Patch(
         target="megatron.core.dist_checkpointing.gpt_checkpoint_interop."

@@ -82,6 +82,47 @@ def _scale_in_place(original: Callable[..., None]) -> Callable[..., None]:
     return scale
 
 
+def _with_channels_of_values(original: Callable[..., None]) -> Callable[..., None]:
+    """Let values have another width than queries and keys, as in multi-latent attention."""
+
+    @functools.wraps(original)
+    def init(
+        self: Any,
+        config: Any,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        original(self, config, *args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    return init
+
+
+def _with_whole_latents(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Gather the latents of keys and values over TP ranks, with the gradient of all their heads."""
+
+    def project(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from megatron.core.tensor_parallel import mappings
+
+        query_latents, latents = original(self, hidden_states)
+        widths = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
+        if latents.size(-1) == sum(widths):
+            return query_latents, latents
+        group = self.tp_group
+        latents = mappings.gather_from_tensor_model_parallel_region(latents, group=group)
+        if self.config.sequence_parallel:
+            # Megatron then gathers the rotary part, whose backward pass adds up all ranks.
+            return query_latents, mappings.scatter_to_sequence_parallel_region(latents, group=group)
+        latent, rotary = latents.split(widths, dim=-1)
+        rotary = mappings.copy_to_tensor_model_parallel_region(rotary, group=group)
+        return query_latents, torch.cat((latent, rotary), dim=-1)
+
+    return project
+
+
 def _norm_without_engine(original: Any) -> Any:
     """Megatron's own norm where Transformer Engine is not installed."""
     if importlib.util.find_spec("transformer_engine") is not None:
@@ -111,6 +152,22 @@ PATCHES = (
         needed_by="megatron.core.transformer.torch_norm.WrappedTorchNorm",
         why="torch's norms, used without Transformer Engine and apex, refuse sequence parallelism",
         until="Megatron marks their parameters as sequence-parallel",
+    ),
+    Patch(
+        target="megatron.core.transformer.dot_product_attention.DotProductAttention.__init__",
+        make=_with_channels_of_values,
+        needed_by="megatron.core.transformer.multi_latent_attention.MultiLatentAttention",
+        why="multi-latent attention needs Transformer Engine, whose attention takes two widths",
+        until="Megatron's own attention takes k_channels and v_channels",
+    ),
+    Patch(
+        target="megatron.core.transformer.multi_latent_attention.MLASelfAttention."
+        "_qkv_down_projection",
+        make=_with_whole_latents,
+        needed_by="megatron.core.transformer.multi_latent_attention.MLASelfAttention",
+        why="under tensor parallelism without Transformer Engine, the rotary part of keys gets the "
+        "gradient of one rank's heads alone",
+        until="Megatron adds up this gradient over tensor-parallel ranks",
     ),
     Patch(
         target="megatron.core.models.hybrid.hybrid_block.TENorm",

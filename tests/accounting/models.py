@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -15,7 +16,12 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_sffn.accounting import ModelShape
-from megatron_sffn.nn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import (
+    Backend,
+    SparseFFNConfig,
+    SparseFFNMLATransformerConfig,
+    SparseFFNTransformerConfig,
+)
 from megatron_sffn.nn.hybrid_spec import hybrid_stack_spec
 from megatron_sffn.nn.layer_pattern import layer_pattern
 from megatron_sffn.nn.layer_spec import block_spec
@@ -96,8 +102,11 @@ def config_of(
         dtype: of weights and activations.
         megatron: other fields of Megatron's config.
     """
-    return SparseFFNTransformerConfig(
-        **{
+    latent = shape.latent_attention
+    config_class = SparseFFNTransformerConfig if latent is None else SparseFFNMLATransformerConfig
+    return config_class(
+        **({} if latent is None else dataclasses.asdict(latent))
+        | {
             "num_layers": shape.num_layers,
             "hidden_size": shape.hidden_size,
             "ffn_hidden_size": shape.ffn_hidden_size,

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sffn import accounting
 from megatron_sffn.accounting import ModelShape
+from megatron_sffn.accounting.latent_attention import LatentAttention
 from megatron_sffn.nn.config import Backend
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.vanilla_m import KeyTableConfig
@@ -129,6 +130,9 @@ def test_training_without_recomputation_costs_three_forward_passes() -> None:
     assert accounting.training_flops_per_token(shape, recompute=False) == 3 * forward
 
 
+LATENT = LatentAttention(
+    q_lora_rank=14, kv_lora_rank=11, qk_head_dim=6, qk_pos_emb_head_dim=4, v_head_dim=9
+)
 MODELS: dict[str, dict[str, Any]] = {
     **DENSE,
     "dense-predicts-2": {"predicted_tokens": 2, "tied_embeddings": False, "bias": False},
@@ -152,6 +156,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "sparse_layers": 2,
         "sffn": sparse("switch", backend=Backend.MEGATRON, shared_blocks=2),
     },
+    "dense-latent": {"latent_attention": LATENT, "qk_layernorm": True, "layernorm": False},
+    "dense-latent-without-query-latents": {
+        "latent_attention": dataclasses.replace(LATENT, q_lora_rank=None),
+    },
+    "avg-k-latent": {"latent_attention": LATENT, "sparse_layers": 2, "sffn": sparse("avg-k")},
     "hybrid-dense": {"num_layers": 5, "attention_layers": 2, "gated": True},
     "hybrid-avg-k": {
         "num_layers": 7,

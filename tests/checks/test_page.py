@@ -20,6 +20,7 @@ from megatron_sffn.checks import (
     disk,
     evaluation,
     flags,
+    hybrid_model,
     idle_flags,
     megatron_rules,
     parallelism,
@@ -43,6 +44,7 @@ MODULES = (
     flags,
     idle_flags,
     megatron_rules,
+    hybrid_model,
     parallelism,
     evaluation,
     data,
@@ -76,7 +78,11 @@ COMMAND_LINES = {
     "model": "--rotary-percent 1.5",
     "transformer_engine": "--context-parallel-size 2",
     "model_parallelism": "--pipeline-model-parallel-size 3",
+    "virtual_stages": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3",
     "batch_size": "--global-batch-size 3",
+    "pattern": "--hybrid-layer-pattern *-*-",
+    "flags_beside_pattern": "--hybrid-layer-pattern *-*E --sffn-layers every:2",
+    "pipeline_cuts": "--num-layers 3 --hybrid-layer-pattern *-E --pipeline-model-parallel-size 2",
     "expert_parallelism": "--expert-model-parallel-size 3",
     "nodes": f"{EP2} --sffn-node-size 3",
     "backend": "--sffn-router lorkm --sffn-backend megatron",
@@ -85,7 +91,14 @@ COMMAND_LINES = {
     "evaluation": "--eval-iters -1",
 }
 """Check -> flags that it refuses."""
-RANKS = {"transformer_engine": 2, "model_parallelism": 3, "batch_size": 2, "nodes": 2}
+RANKS = {
+    "transformer_engine": 2,
+    "model_parallelism": 3,
+    "virtual_stages": 2,
+    "pipeline_cuts": 2,
+    "batch_size": 2,
+    "nodes": 2,
+}
 RANKS |= {"expert_parallelism": 3, "exchange_chunks": 2}
 
 

@@ -207,6 +207,8 @@ def test_megatrons_moe_flags_are_derived(read: Read) -> None:
             1,
         ),
         ("--sffn-model hybrid --sffn-router dense", 1, "*-*-*-*-", None),
+        ("--sffn-model hybrid --multi-latent-attention --sffn-layers 0", 1, "+E+-+-+-", None),
+        ("--hybrid-layer-pattern +E-E", 1, "+E-E", None),
         ("--hybrid-layer-pattern *E-E --pipeline-model-parallel-size 2", 2, "*E|-E", 1),
     ],
 )
@@ -221,7 +223,10 @@ def test_a_hybrid_model_has_a_pattern(
         assert args.moe_layer_freq == [int(layer == "E") for layer in layers]
     assert (args.virtual_pipeline_model_parallel_size or 1) == (virtual or 1)
     args.padded_vocab_size = 64
-    assert ModelShape.of_args(args, sffn_config(args)).attentions == layers.count("*")
+    assert ModelShape.of_args(args, sffn_config(args)).attentions == (
+        layers.count("*") + layers.count("+")
+    )
+    assert args.multi_latent_attention == ("+" in layers)
 
 
 def test_the_number_of_layers_follows_from_a_pattern(read: Read) -> None:
@@ -721,7 +726,6 @@ REFUSED = [
         "--moe-shared-expert-intermediate-size 64",
         "leave it out",
     ),
-    ("--multi-latent-attention", 1, "--multi-latent-attention", "leave it out"),
     ("--mtp-num-layers 1", 1, "--mtp-num-layers 1", "leave it out"),
     ("--quick-geglu", 1, "--quick-geglu", "leave it out"),
     ("--swiglu --sffn-relu", 1, "--swiglu and --sffn-relu", "leave one"),
@@ -771,7 +775,23 @@ REFUSED = [
     ("--sffn-router dense --optimizer muon", 1, "--optimizer muon", "emerging-optimizers"),
     ("--optimizer sgd --use-distributed-optimizer", 1, "--optimizer sgd", "leave one out"),
     ("--apply-layernorm-1p", 1, "--apply-layernorm-1p needs Transformer Engine", "leave it out"),
-    ("--sffn-router dense --multi-latent-attention", 1, "would not be counted", "leave it out"),
+    (
+        "--multi-latent-attention --qk-layernorm",
+        1,
+        "--qk-layernorm normalises the latents of queries",
+        "add --q-lora-rank",
+    ),
+    (
+        "--multi-latent-attention --qk-pos-emb-head-dim 5",
+        1,
+        "--qk-pos-emb-head-dim 5 is odd",
+        "give an even number",
+    ),
+    (
+        "--multi-latent-attention --group-query-attention --num-query-groups 2",
+        1,
+        "Group query attention is mutually exclusive with multi latent attention",
+    ),
     (
         "--recompute-granularity selective --recompute-modules layernorm",
         1,
@@ -820,8 +840,9 @@ REFUSED = [
     ("--sffn-router dense --hybrid-layer-pattern *-*E", 1, "has a sparse layer (E)", "is dense"),
     ("--hybrid-layer-pattern *E*", 1, "--num-layers 4 differs from the 3 layers of", "leave it"),
     ("--hybrid-layer-pattern *-*x", 1, "none of Megatron's patterns", "'x'", "*E*E"),
-    ("--hybrid-layer-pattern *-ME", 1, "has M, Mamba", "use the layers *, - and E"),
-    ("--hybrid-layer-pattern *-+E", 1, "has +, multi-latent attention", "use the layers"),
+    ("--hybrid-layer-pattern *-ME", 1, "has M, Mamba", "use the layers *, +, - and E"),
+    ("--hybrid-layer-pattern *-*E --multi-latent-attention", 1, "has * attention", "write +"),
+    ("--hybrid-layer-pattern *-+E", 1, "has * attention", "write + in place of *"),
     ("--hybrid-layer-pattern *-*E/*E", 1, "has /, multi-token prediction", "use the layers"),
     ("--hybrid-layer-pattern *-*E --sffn-layers every:2", 1, "is said by the E of", "leave it"),
     ("--hybrid-layer-pattern *-|*E", 1, "has 2 stages, no multiple of", "leave out |"),
@@ -835,7 +856,7 @@ REFUSED = [
         f"--hybrid-layer-pattern *-E --num-layers 3 {PP2}",
         2,
         "has 3 layers, which --pipeline-model-parallel-size 2 does not divide",
-        "cut it with |",
+        "cut it where",
     ),
     (
         f"--hybrid-layer-pattern *|-|*|E {PP2} --global-batch-size 1",

@@ -132,6 +132,11 @@ NEEDED_FOR: dict[str, tuple[int, str, str]] = {
         TP2,
         "sequence parallel not supported by torch LayerNorm",
     ),
+    "megatron.core.transformer.dot_product_attention.DotProductAttention.__init__": (
+        1,
+        "--multi-latent-attention",
+        "unexpected keyword argument 'k_channels'",
+    ),
     "megatron.core.models.hybrid.hybrid_block.TENorm": (
         1,
         "--sffn-model hybrid",
@@ -160,10 +165,15 @@ NEEDED_TO_SAVE = {
 }
 """Names without which a checkpoint lacks moments (tests/integration/test_checkpoints.py)."""
 
+NEEDED_TO_AGREE = {
+    "megatron.core.transformer.multi_latent_attention.MLASelfAttention._qkv_down_projection"
+}
+"""Names without which layouts differ (tests/nn/distributed/test_training.py)."""
+
 
 def test_every_replacement_for_every_machine_is_in_the_table() -> None:
     rows = [*megatron.PATCHES, *optimizer.PATCHES]
-    assert {row.target for row in rows} == NEEDED_TO_SAVE | set(NEEDED_FOR)
+    assert {row.target for row in rows} == NEEDED_TO_SAVE | NEEDED_TO_AGREE | set(NEEDED_FOR)
 
 
 @pytest.mark.parametrize("target", NEEDED_FOR)

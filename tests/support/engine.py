@@ -28,7 +28,11 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import (
+    SparseFFNConfig,
+    SparseFFNMLATransformerConfig,
+    SparseFFNTransformerConfig,
+)
 from megatron_sffn.nn.hybrid_spec import hybrid_stack_spec
 from megatron_sffn.nn.layer import set_weights_version, sparse_layers
 from megatron_sffn.nn.layer_pattern import gpt_name, hybrid_pattern, layer_pattern
@@ -185,14 +189,17 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
     sparse: list[int] = [1, 0, 1, 1]
     layers: dict[str, Any] = {"num_layers": LAYERS, "moe_layer_freq": sparse}
     if layout.hybrid:
-        pattern = hybrid_pattern(sparse, layout.layers_per_chunk(LAYERS))
+        latent = "kv_lora_rank" in dict(variant.megatron)
+        pattern = hybrid_pattern(sparse, layout.layers_per_chunk(LAYERS), latent=latent)
         layers = {
             "num_layers": 2 * LAYERS,
             "moe_layer_freq": layer_pattern("", 0, pattern),
             "hybrid_pattern": pattern,
             "is_hybrid_model": True,
         }
-    config = SparseFFNTransformerConfig(
+    options = dict(variant.megatron)
+    latent = "kv_lora_rank" in options
+    config = (SparseFFNMLATransformerConfig if latent else SparseFFNTransformerConfig)(
         **layers,
         hidden_size=WIDTH,
         num_attention_heads=4,
@@ -222,7 +229,7 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
         # A variant is hashable, and has tuples where Megatron has lists.
         **{
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in (balance | recompute | dict(variant.megatron)).items()
+            for name, value in (balance | recompute | options).items()
         },
     )
     sizes: dict[str, Any] = {

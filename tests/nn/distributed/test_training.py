@@ -247,6 +247,33 @@ def test_load_balancing_does_not_depend_on_the_layout(name: str, variant: Varian
         assert not torch.allclose(expected.grads[key], without_losses.grads[key], rtol=1e-3)
 
 
+LATENT_ATTENTION = tuple(
+    Variant(
+        "switch",
+        megatron=(
+            *(("q_lora_rank", query_rank), ("kv_lora_rank", 10), ("qk_head_dim", 6)),
+            *(
+                ("qk_pos_emb_head_dim", 4),
+                ("v_head_dim", 8),
+                ("qk_layernorm", query_rank is not None),
+            ),
+            ("rope_type", rope_type),
+        ),
+    )
+    for query_rank, rope_type in ((12, "yarn"), (None, "rope"))
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["TP2 PP2 full", *(slow(f"hybrid {name}") for name in ("TP2 PP2 full", "EP2 ETP2"))]
+)
+@pytest.mark.parametrize("variant", LATENT_ATTENTION)
+def test_multi_latent_attention_does_not_depend_on_the_layout(name: str, variant: Variant) -> None:
+    layout = (RECOMPUTED | {f"hybrid {name}": HYBRID[name] for name in HYBRID})[name]
+    actual, expected = (trained(layout, LATENT_ATTENTION)[variant] for layout in (layout, Layout()))
+    assert_same(actual, expected, 1e-8, 1e-10)
+
+
 VARIANTS = {
     "shared blocks": Variant("switch", sffn=(("shared_blocks", 2),)),
     "norm-weighted": Variant("avg-k", (("descriptor", "norm-weighted"), ("gate", "sigmoid"))),
