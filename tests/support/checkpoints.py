@@ -22,6 +22,8 @@ MODELS = {
     "--sffn-layers every:2 --untie-embeddings-and-output-weights",
     "hybrid": "--hybrid-layer-pattern *E*- --num-layers 4 --sffn-router rand-hash "
     "--init-method-std 0.5",
+    "latent": "--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 "
+    "--v-head-dim 12 --sffn-router avg-k --init-method-std 0.5",
     "dense": "--sffn-router dense --init-method-std 0.5 --group-query-attention "
     "--num-query-groups 2 --num-attention-heads 4",
     "pkm": "--sffn-router pkm --sffn-block-size 1 --sffn-expansion 8 --sffn-product-key-size 16 "
