@@ -10,6 +10,9 @@ VALUES = {
     "--init-method-std": "0.5",
     "--lr-decay-style": "cosine",
     "--lr-warmup-init": "0.001",
+    "--muon-coefficient-type": "simple",
+    "--muon-fp32-matmul-prec": "high",
+    "--muon-momentum": "0.5",
     "--position-embedding-type": "learned_absolute",
     "--qk-pos-emb-head-dim": "4",
     "--rope-scaling-factor": "1.5",
@@ -24,6 +27,7 @@ VALUES = {
 
 LATENT = "--multi-latent-attention --init-method-std 0.5"
 TENSORBOARD = "--tensorboard-dir events"
+MUON = "--optimizer muon"
 NEEDS = {
     "--decoupled-min-lr": "--decoupled-lr 0.1 --lr-decay-style linear",
     **dict.fromkeys(
@@ -42,6 +46,16 @@ NEEDS = {
     "--lr-wsd-decay-style": "--lr-decay-style WSD --lr-wsd-decay-iters 2",
     "--moe-router-bias-update-rate": "--moe-router-enable-expert-bias",
     "--moe-token-drop-policy": "--moe-expert-capacity-factor 0.5",
+    "--muon-coefficient-type": MUON,
+    "--muon-extra-scale-factor": MUON,
+    "--muon-fp32-matmul-prec": MUON,
+    "--muon-momentum": MUON,
+    "--muon-nesterov": MUON,
+    "--muon-no-split-qkv": MUON,
+    "--muon-num-ns-steps": MUON,
+    "--muon-scalar-optimizer": MUON,
+    "--muon-scale-mode": MUON,
+    "--muon-tp-mode": MUON,
     "--non-persistent-ckpt-type": "--non-persistent-save-interval 1",
     "--non-persistent-save-interval": "--non-persistent-ckpt-type global",
     "--num-query-groups": "--group-query-attention",
@@ -77,9 +91,9 @@ NO_EFFECT = {
         --disable-align-grad-reduce --disable-gloo-process-groups --disable-symmetric-registration
         --distributed-timeout-minutes --distributed-timeout-seconds-after-init
         --high-priority-a2a-comm-stream --high-priority-stream-groups --local-rank
-        --microbatch-group-size-per-virtual-pipeline-stage --no-align-param-gather
+        --microbatch-group-size-per-virtual-pipeline-stage --muon-tp-mode --no-align-param-gather
         --no-ckpt-fully-parallel-save --no-data-sharding --no-overlap-p2p-communication
-        --no-use-layer-wise-param-layout --overlap-grad-reduce --sequence-parallel
+        --overlap-grad-reduce --sequence-parallel
         --sffn-node-size --use-ring-exchange-p2p --use-tp-pp-dp-mapping
     """,
     "it changes time or memory, and no number": """

@@ -33,10 +33,17 @@ from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 @dataclass(frozen=True, kw_only=True)
 class HeldParameters:
-    """Parameters on one rank: of its `cells`, which have fewer replicas, and of the `rest`."""
+    """Parameters on one rank: of its `cells`, which have fewer replicas, and of the `rest`.
+
+    Args:
+        cells: parameters of cells.
+        rest: all others.
+        matrices: those of both that Muon would train, the weight matrices but for the vocabulary's.
+    """
 
     cells: int
     rest: int
+    matrices: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +106,14 @@ def memory_of_stage(
     """Memory of a rank of one pipeline stage."""
     local_parameters = held_parameters(shape, stage, layout)
     parameters = local_parameters.cells + local_parameters.rest
-    state_bytes = setup.state_bytes(layout)
-    state = state_bytes * parameters
+    matrices = local_parameters.matrices
+    state = setup.state_bytes(layout, matrix=True) * matrices
+    state += setup.state_bytes(layout) * (parameters - matrices)
     if setup.distributed_optimizer:
         sharded_parameters = (
             local_parameters.cells / layout.expert_dp + local_parameters.rest / layout.dp
         )
-        state = round(state_bytes * sharded_parameters)
+        state = round(setup.state_bytes(layout) * sharded_parameters)
     in_flight = microbatches_in_flight(layout, stage, setup.num_microbatches)
     activations, scores = _activations(Activations(shape, layout, setup), stage, in_flight)
     return RankMemory(
@@ -123,25 +131,33 @@ def memory_of_stage(
 
 def held_parameters(shape: ModelShape, stage: Stage, layout: ParallelLayout) -> HeldParameters:
     """Parameters on a rank of one stage."""
-    sparse = sum(stage.layers)
-    rest = len(stage.layers) * _attention_held(shape, layout)
-    rest += (len(stage.layers) - sparse) * _mlp_held(shape, layout)
+    sparse, num_layers = sum(stage.layers), len(stage.layers)
+    matrices = num_layers * _attention_matrices(shape, layout)
+    matrices += (num_layers - sparse) * shape.dense_cell * shape.ffn_hidden_size // layout.tp
+    others = num_layers * _attention_vectors(shape, layout)
+    others += (num_layers - sparse) * _mlp_biases(shape, layout)
     cells = 0
     if shape.sffn is not None:
         sffn, width = shape.sffn, shape.hidden_size
+        router_matrices = sffn.router.matrix_parameters(sffn, width)
         shared = shape.dense_cell * sffn.shared_cells // layout.tp
-        rest += sparse * (sffn.router.parameters(sffn, width) + shared)
+        matrices += sparse * (router_matrices + shared)
+        others += sparse * (sffn.router.parameters(sffn, width) - router_matrices)
         cells = sparse * shape.sparse_cell * sffn.num_cells // layout.expert_ranks
     learned = shape.learned_positions * shape.hidden_size
     vocabulary = output_parameters(shape) // layout.tp
     if stage.first:
         assert embedding_parameters(shape) == output_parameters(shape) + learned
-        rest += vocabulary + learned
+        matrices += learned  # Megatron does not count positions among the embeddings
+        others += vocabulary
     if stage.last:
-        rest += norm_parameters(shape, shape.hidden_size)
+        others += norm_parameters(shape, shape.hidden_size)
         # Tied weights are on two ranks where embedding and logits are on different stages.
-        rest += 0 if stage.first and shape.tied_embeddings else vocabulary
-    return HeldParameters(cells=cells, rest=rest)
+        others += 0 if stage.first and shape.tied_embeddings else vocabulary
+    rest = matrices + others
+    if shape.sffn is not None and shape.sffn.router.key_width(shape.hidden_size):
+        matrices += cells
+    return HeldParameters(cells=cells, rest=rest, matrices=matrices)
 
 
 def router_tables(shape: ModelShape, stage: Stage) -> int:
@@ -153,24 +169,26 @@ def router_tables(shape: ModelShape, stage: Stage) -> int:
     return sum(stage.layers) * per_layer
 
 
-def _attention_held(shape: ModelShape, layout: ParallelLayout) -> int:
-    """Parameters of attention and both norms: a share of those that TP splits, and all others."""
-    projected, width = shape.projected_width, shape.hidden_size
-    split = (projected + shape.query_width) * width
-    split += projected if shape.bias or shape.qkv_bias else 0
+def _attention_matrices(shape: ModelShape, layout: ParallelLayout) -> int:
+    """Parameters of the projections of attention, which TP splits."""
+    return (shape.projected_width + shape.query_width) * shape.hidden_size // layout.tp
+
+
+def _attention_vectors(shape: ModelShape, layout: ParallelLayout) -> int:
+    """Parameters of attention's biases and sinks, and of both norms; TP splits some of them."""
+    split = shape.projected_width if shape.bias or shape.qkv_bias else 0
     split += shape.sinks
-    replicated = 2 * norm_parameters(shape, width) + (width if shape.bias else 0)
+    replicated = 2 * norm_parameters(shape, shape.hidden_size)
+    replicated += shape.hidden_size if shape.bias else 0
     replicated += 2 * norm_parameters(shape, shape.kv_channels) if shape.qk_layernorm else 0
     return split // layout.tp + replicated
 
 
-def _mlp_held(shape: ModelShape, layout: ParallelLayout) -> int:
-    """Parameters of a dense MLP."""
-    split, replicated = shape.dense_cell * shape.ffn_hidden_size, 0
-    if shape.bias:
-        split += shape.keys_per_cell * shape.ffn_hidden_size
-        replicated = shape.hidden_size
-    return split // layout.tp + replicated
+def _mlp_biases(shape: ModelShape, layout: ParallelLayout) -> int:
+    """Parameters of a dense MLP that are no matrix."""
+    if not shape.bias:
+        return 0
+    return shape.keys_per_cell * shape.ffn_hidden_size // layout.tp + shape.hidden_size
 
 
 def _activations(activations: Activations, stage: Stage, in_flight: float) -> tuple[float, float]:

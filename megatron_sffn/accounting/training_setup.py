@@ -21,6 +21,7 @@ class TrainingSetup:
         num_microbatches: number of microbatches of a step, per replica.
         gradient_bytes: bytes of a gradient in Megatron's buffer.
         moments: numbers of the optimizer's state per parameter: 2 for Adam.
+        muon: True if Muon trains weight matrices, with one such number; `moments` are of the rest.
         distributed_optimizer: True if the optimizer's state is sharded over data-parallel ranks.
         recompute: None, `full` or `selective` (`--recompute-granularity`).
         recompute_modules: modules of selective recomputation: `core_attn`, `mlp`, `moe`.
@@ -40,6 +41,7 @@ class TrainingSetup:
     num_microbatches: int = 1
     gradient_bytes: int = 4
     moments: int = 2
+    muon: bool = False
     distributed_optimizer: bool = False
     recompute: str | None = None
     recompute_modules: tuple[str, ...] = ()
@@ -69,12 +71,8 @@ class TrainingSetup:
             ConfigError: if the memory formulas do not cover the layout, the model or the optimizer.
         """
         _refuse_uncounted(args)
-        moments = {"adam": 2, "sgd": 1 if args.sgd_momentum else 0}
-        if args.optimizer not in moments:
-            raise ConfigError(
-                f"--optimizer {args.optimizer} is not counted by the memory formulas; use "
-                f"{' or '.join(moments)}"
-            )
+        muon = args.optimizer == "muon"
+        optimizer = args.muon_scalar_optimizer if muon else args.optimizer
         rotated = args.position_embedding_type == "rope"
         fp32_gradients = not layout.half_precision or args.accumulate_allreduce_grads_in_fp32
         step = args.micro_batch_size * layout.dp
@@ -85,7 +83,8 @@ class TrainingSetup:
             micro_batch_size=args.micro_batch_size,
             num_microbatches=max(1, (args.global_batch_size or step) // step),
             gradient_bytes=4 if fp32_gradients else 2,
-            moments=moments[args.optimizer],
+            moments=_moments(args)[optimizer],
+            muon=muon,
             distributed_optimizer=args.use_distributed_optimizer,
             recompute=recompute,
             recompute_modules=tuple(modules),
@@ -100,14 +99,19 @@ class TrainingSetup:
             cuda=cuda,
         )
 
-    def state_bytes(self, layout: ParallelLayout) -> int:
+    def state_bytes(self, layout: ParallelLayout, *, matrix: bool = False) -> int:
         """Bytes of the optimizer's state per parameter that a rank keeps the state of, in fp32.
 
         Half-precision weights have an fp32 master copy. Where the gradient buffer is not in fp32,
         the optimizer step also makes an fp32 gradient for the master copy.
+
+        Args:
+            layout: layout of the ranks.
+            matrix: True for a weight matrix, which has one moment under Muon.
         """
         copies = int(layout.half_precision) + (1 if self.gradient_bytes < 4 else 0)
-        return 4 * (self.moments + copies)
+        moments = 1 if matrix and self.muon else self.moments
+        return 4 * (moments + copies)
 
     def recomputes(self, module: str) -> bool:
         """True if selective recomputation drops the activations of this module."""
@@ -116,6 +120,17 @@ class TrainingSetup:
 
 def _refuse_uncounted(args: Namespace) -> None:
     """Refuse arguments whose memory has no closed form in this package."""
+    optimizers = (*_moments(args), "muon")
+    if args.optimizer not in optimizers:
+        raise ConfigError(
+            f"--optimizer {args.optimizer} is not counted by the memory formulas; use "
+            f"{' or '.join(optimizers)}"
+        )
+    if args.use_layer_wise_distributed_optimizer:
+        raise ConfigError(
+            "--use-distributed-optimizer with --optimizer muon gives whole weights to ranks, which "
+            "is not counted by the memory formulas; leave it out to see the memory without it"
+        )
     for dest in (
         "pipeline_model_parallel_layout",
         "account_for_embedding_in_pipeline_split",
@@ -142,6 +157,11 @@ def _refuse_uncounted(args: Namespace) -> None:
             f"--context-parallel-size {args.context_parallel_size} is not counted by the "
             "memory formulas; use 1"
         )
+
+
+def _moments(args: Namespace) -> dict[str, int]:
+    """Optimizer -> numbers of its state per parameter."""
+    return {"adam": 2, "lion": 1, "sgd": 1 if args.sgd_momentum else 0}
 
 
 def _losses(args: Namespace) -> frozenset[str]:

@@ -35,7 +35,7 @@ FLAGS_OF_OTHER_MODELS = (
     r"|apply_residual_connection_post_layernorm|flash_decode|mlp_chunks_for_prefill"
     r"|nccl_all_reduce_for_prefill|inference_\w+|mtp_standalone|mtp_hybrid_override_pattern"
     r"|logits_\w+|freeze_all_layers|use_mamba_mem_eff_path|dist_ckpt_save_pre_mcore_014"
-    r"|metadata_path|test_mode"
+    r"|metadata_path|test_mode|use_layer_wise_param_layout"
 )
 """Pattern of flags (dest) that Megatron reads, but not to train a GPT."""
 

@@ -22,9 +22,6 @@ from megatron_sffn.checks.problem import Problem
 from megatron_sffn.flags.names import flag_of
 from megatron_sffn.utils.errors import ConfigError
 
-ELEMENTWISE_OPTIMIZERS = ("adam", "sgd", "lion")
-"""Optimizers that treat the numbers of a table `[B, G, D]` one by one, whatever its shape."""
-
 NOT_COUNTED = "its parameters and FLOPs would not be counted"
 UNAVAILABLE = {
     "adlr_autoresume": (
@@ -214,47 +211,6 @@ def checkpoint_flags(args: Namespace) -> Iterator[Problem]:
         )
 
 
-def optimizer(args: Namespace) -> Iterator[Problem]:
-    """Optimizers that cannot train every weight."""
-    for dest in ("adam_beta1", "adam_beta2", "lion_beta1", "lion_beta2"):
-        beta = getattr(args, dest)
-        if not 0 <= beta < 1:
-            rule = "must be at least 0 and less than 1"
-            yield Problem(flag_of(dest), beta, rule, "give a usual one")
-    name, is_sparse = args.optimizer, args.sffn_router != "dense"
-    if is_sparse and name not in ELEMENTWISE_OPTIMIZERS:
-        yield Problem(
-            "--optimizer",
-            name,
-            "is not available with sparse layers: Megatron would use it for two-dimensional "
-            "weights, and Adam for the tables of blocks, which are most of the model",
-            "use --optimizer adam",
-        )
-    if name not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
-        yield Problem(
-            "--optimizer",
-            name,
-            "needs the package emerging-optimizers, which is not installed",
-            "pip install emerging-optimizers, or use --optimizer adam",
-        )
-    if name == "sgd" and args.use_distributed_optimizer:
-        yield Problem(
-            "--optimizer",
-            "sgd",
-            "is not available with --use-distributed-optimizer, which shards the state of Adam",
-            "leave one out",
-        )
-    is_sharded = args.use_distributed_optimizer or name == "dist_muon"
-    if name not in ("adam", "sgd") and is_sharded and args.distributed_backend == "gloo":
-        yield Problem(
-            "--optimizer",
-            name,
-            "shards whole matrices over ranks, and gathers parts of unequal size, which gloo "
-            "cannot",
-            "use --optimizer muon without --use-distributed-optimizer",
-        )
-
-
 def model(args: Namespace) -> Iterator[Problem]:
     """Models that Megatron's modules cannot build."""
     if args.init_method_xavier_uniform:
@@ -314,7 +270,7 @@ def model(args: Namespace) -> Iterator[Problem]:
         )
 
 
-CHECKS = (unavailable_features, schedules, monitoring, checkpoint_flags, optimizer, model)
+CHECKS = (unavailable_features, schedules, monitoring, checkpoint_flags, model)
 
 
 ERRORS_OF_MEGATRON = (

@@ -58,13 +58,16 @@ def _optimizer(args: Namespace, saved: Namespace) -> Iterator[str]:
             f"--optimizer {args.optimizer} cannot use the state of {saved.optimizer}; use "
             f"--optimizer {saved.optimizer}, or {ANEW}"
         )
+    elif args.optimizer == "muon" and saved.muon_scalar_optimizer != args.muon_scalar_optimizer:
+        yield (
+            f"--muon-scalar-optimizer {args.muon_scalar_optimizer} cannot use the state of "
+            f"{saved.muon_scalar_optimizer}; use that, or {ANEW}"
+        )
 
 
 def _tensors(args: Namespace, saved: Namespace) -> Iterator[str]:
     """The state consists of the same tensors."""
-    distributed, saved_distributed = (
-        bool(vars(a).get("use_distributed_optimizer")) for a in (args, saved)
-    )
+    distributed, saved_distributed = map(_is_distributed, (args, saved))
     if distributed != saved_distributed:
         flag = "--use-distributed-optimizer"
         yield (
@@ -78,7 +81,9 @@ def _tensors(args: Namespace, saved: Namespace) -> Iterator[str]:
             f"has other tensors; use that, or {ANEW} (--use-distributed-optimizer has no such "
             "limit)"
         )
-    if not saved_distributed or vars(saved).get("dist_ckpt_optim_fully_reshardable"):
+    if not vars(saved).get("use_distributed_optimizer"):
+        return  # Muon's whole tensors are saved by their names
+    if vars(saved).get("dist_ckpt_optim_fully_reshardable"):
         return
     for dest in RANKS:
         size, saved_size = (vars(a).get(dest) or 1 for a in (args, saved))
@@ -88,6 +93,12 @@ def _tensors(args: Namespace, saved: Namespace) -> Iterator[str]:
                 "with --no-dist-ckpt-optim-fully-reshardable; use that, save it again without this "
                 f"flag, or {ANEW}"
             )
+
+
+def _is_distributed(args: Namespace) -> bool:
+    """True if ranks share the optimizer's state; Megatron has a flag of its own for Muon's."""
+    flags = ("use_distributed_optimizer", "use_layer_wise_distributed_optimizer")
+    return any(vars(args).get(dest) for dest in flags)
 
 
 def _random_states(args: Namespace, saved: Namespace) -> Iterator[str]:

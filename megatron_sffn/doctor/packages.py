@@ -45,6 +45,7 @@ TRANSFORMER_ENGINE_PARTS = (
 """Distributions that need the same version as transformer-engine."""
 
 EXTRAS = {
+    "emerging_optimizers": ("muon", "--optimizer muon"),
     "matplotlib": ("plot", "pictures of reports"),
     "gigatoken": ("fast", "faster tokenizing"),
     "ray": ("ray", "preprocessing on a cluster"),

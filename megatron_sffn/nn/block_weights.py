@@ -74,6 +74,10 @@ class BlockWeights(MegatronModule):
         key_width = self.sffn.router.key_width(config.hidden_size)
         self.keys = self._new_table(self.keys_per_cell, key_width) if key_width else None
         self.values = self._new_table(1, config.hidden_size)
+        if self.keys is not None:
+            # Values without keys are looked up row by row, as embeddings are, and are no matrices.
+            _mark_for_muon(self.keys, self.keys_per_cell, inputs_first=False)
+            _mark_for_muon(self.values, 1, inputs_first=True)
 
     def _new_table(self, vectors_per_cell: int, width: int) -> Parameter:
         """An uninitialised `[B / ep, vectors_per_cell · G / etp, width]`, marked for Megatron."""
@@ -201,6 +205,18 @@ class BlockWeights(MegatronModule):
         """Shapes of the tables, for `print(model)`."""
         keys = None if self.keys is None else list(self.keys.shape)
         return f"keys={keys}, values={list(self.values.shape)}"
+
+
+def _mark_for_muon(table: Parameter, matrices_per_block: int, *, inputs_first: bool) -> None:
+    """Say which matrices of a block Muon orthogonalises; `patches/muon.py` reads it.
+
+    Args:
+        table: `[B / ep, matrices_per_block · G / etp, width]`.
+        matrices_per_block: a block has so many matrices, one after the other.
+        inputs_first: True if a matrix is `[inputs, outputs]`, False for `[outputs, inputs]`.
+    """
+    table.block_matrices = matrices_per_block  # type: ignore[attr-defined]
+    table.block_inputs_first = inputs_first  # type: ignore[attr-defined]
 
 
 def _cell_shards(table: Tensor, grid: ExpertGrid) -> list[tuple[Tensor, int, int]]:

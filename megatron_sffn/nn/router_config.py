@@ -172,6 +172,11 @@ class RouterConfig:
         """Parameters of the router of one layer."""
         return sum(map(math.prod, self.weights(sffn, hidden_size).values()))
 
+    def matrix_parameters(self, sffn: SparseFFNConfig, hidden_size: int) -> int:
+        """Those of the parameters that are matrices, which Muon trains."""
+        shapes = self.weights(sffn, hidden_size).values()
+        return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
         """Forward FLOPs of the selection per token and layer (one multiply-add is 2).
 

@@ -16,6 +16,7 @@ from megatron_sffn.patches import (
     cpu,
     gpt_checkpoints,
     megatron,
+    muon,
     optimizer,
     run_hooks,
     training_log,
@@ -27,6 +28,7 @@ PATCHES_BY_OCCASION: dict[str, tuple[Patch, ...]] = {
     "on every machine": megatron.PATCHES,
     "on every machine, for checkpoints of the optimizer": optimizer.PATCHES,
     "on every machine, for a GPT's checkpoint in a hybrid model": gpt_checkpoints.PATCHES,
+    "on every machine, for Muon": muon.PATCHES,
     "on every machine, for numbers in the log": training_log.PATCHES,
     "on every machine, for checkpoints that run no code": unpickling.PATCHES,
     "in a training run": run_hooks.PATCHES,
@@ -67,6 +69,7 @@ def prepare() -> tuple[dict[str, Any], str]:
     megatron.install()
     training_log.install()
     optimizer.install()
+    muon.install()
     unpickling.install()
     gpt_checkpoints.install()
     if cpu.is_host():

@@ -185,6 +185,11 @@ def _is_not_the_rng_remark(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
+def _broadcast_params(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Send updated weights one by one, from the rank that has the state of each."""
+    return lambda optimizer: optimizer.broadcast_params()
+
+
 def _rows(why: str, *rows: tuple[str, Make, str]) -> tuple[Patch, ...]:
     """Patches with one reason, each given as target, `make` and the Megatron code that needs it."""
     return tuple(
@@ -201,6 +206,7 @@ def _rows(why: str, *rows: tuple[str, Make, str]) -> tuple[Patch, ...]:
 
 _RNG = "core.tensor_parallel.random"
 _DDP = "core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup"
+_LAYER_WISE = "core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
 _MEMORY_REPORT = "training.utils.common_utils.report_memory"
 
 PATCHES = (
@@ -313,6 +319,14 @@ PATCHES = (
             "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
             _sizes_as_numbers,
             "core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher",
+        ),
+    ),
+    *_rows(
+        "ranks gather weights of unequal size, which gloo refuses; Megatron's broadcast does not",
+        (
+            f"megatron.{_LAYER_WISE}.allgather_params",
+            _broadcast_params,
+            f"{_LAYER_WISE}.step_with_ready_grads",
         ),
     ),
 )

@@ -62,7 +62,9 @@ def _with_steps_and_rates(original: Callable[..., None]) -> Callable[..., None]:
         original(self, state_dict)
         for optimizer in self.chained_optimizers:
             for state in optimizer.optimizer.state.values():
-                if torch.is_tensor(state.get("step")):
+                if "momentum_buffer" in state:  # SGD and Muon count no steps
+                    state.pop("step", None)
+                elif torch.is_tensor(state.get("step")):
                     state["step"] = state["step"].clone()
 
     return load_state_dict

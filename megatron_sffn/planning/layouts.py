@@ -153,6 +153,11 @@ def parse_base(flags: Sequence[str]) -> Base:
             raise ConfigError(f"{word} {value} must be at least 1; give a positive number")
         given[SIZES[word]] = int(value)
     args, _ = parse_as_first_rank(rest, 1, device="cuda")
+    if args.optimizer == "muon":
+        raise ConfigError(
+            "--optimizer muon has no foreseen time, since that of Newton-Schulz is not counted; "
+            "plan with --optimizer adam"
+        )
     if args.global_batch_size == args.micro_batch_size and "--global-batch-size" not in rest:
         raise ConfigError(
             "--global-batch-size is missing, and the time of a step depends on it; give the "

@@ -17,6 +17,7 @@ from megatron_sffn.checks import (
     hybrid_model,
     idle_flags,
     megatron_rules,
+    optimizers,
     parallelism,
 )
 from megatron_sffn.checks.megatron_rules import as_sentence
@@ -67,6 +68,7 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
     run_checks(idle_flags.CHECKS, args, idle)
     run_checks(megatron_rules.CHECKS, args)
     run_checks(hybrid_model.CHECKS, args)
+    run_checks(optimizers.CHECKS, args)
     sffn = sffn_config(args)
     run_checks(parallelism.CHECKS, args)
     if sffn is not None:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from megatron_sffn.accounting import ModelShape, table
 from megatron_sffn.checkpoints.save import Saves
+from megatron_sffn.checks import optimizers
 from megatron_sffn.checks.data import check_data
 from megatron_sffn.checks.disk import check_saves
 from megatron_sffn.checks.megatron_rules import as_sentence
@@ -79,8 +80,8 @@ def train(args: Namespace) -> None:
     run_summary.evaluations.install()
     if args.rank == 0:
         print(table(shape, layout_of(args)), flush=True)
-        remark = None if sffn is None else sffn.router.remark(sffn)
-        if remark is not None:
+        remarks = (sffn and sffn.router.remark(sffn), optimizers.remark(args, sffn))
+        for remark in filter(None, remarks):
             print(f"note: {remark}", flush=True)
     needs_token_ids = sffn is not None and sffn.router.needs_token_ids
     with as_sentence("start with these flags", is_over=lambda: run_summary.has_started):

@@ -57,7 +57,9 @@ SHAPES: dict[str, ModelShape] = {
 }
 
 
-def measured_memory(shape: ModelShape, layout: ParallelLayout, distributed: bool) -> dict[str, Any]:
+def measured_memory(
+    shape: ModelShape, layout: ParallelLayout, distributed: bool, optimizer_name: str
+) -> dict[str, Any]:
     """Parameters of this rank, and bytes of weights, gradients and optimizer state after a step."""
     warnings.simplefilter("ignore")
     config = config_of(
@@ -85,7 +87,7 @@ def measured_memory(shape: ModelShape, layout: ParallelLayout, distributed: bool
     )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam",
+            optimizer=optimizer_name,
             lr=1e-3,
             params_dtype=layout.dtype,
             bf16=layout.half_precision,
@@ -116,7 +118,7 @@ def state_bytes(optimizer: Any, half: bool) -> int:
         value
         for state in inner.state.values()
         for name, value in state.items()
-        if name.startswith("exp_avg")
+        if name.startswith("exp_avg") or name == "momentum_buffer"
     ]
     if half:
         tensors += [weight for group in inner.param_groups for weight in group["params"]]
@@ -124,28 +126,38 @@ def state_bytes(optimizer: Any, half: bool) -> int:
 
 
 def measured_memories(
-    shapes: list[ModelShape], layout: ParallelLayout, distributed: bool
+    shapes: list[ModelShape], layout: ParallelLayout, distributed: bool, optimizer: str
 ) -> list[dict[str, Any]]:
     """Call `measured_memory` for several models in one world."""
-    return [measured_memory(shape, layout, distributed) for shape in shapes]
+    return [measured_memory(shape, layout, distributed, optimizer) for shape in shapes]
 
 
 @pytest.mark.parametrize(
-    ("half", "distributed"), [(False, False), (True, True), slow(False, True), slow(True, False)]
+    ("half", "distributed", "optimizer"),
+    [
+        (False, False, "adam"),
+        (True, True, "adam"),
+        slow(False, True, "adam"),
+        slow(True, False, "adam"),
+        (True, False, "muon"),
+    ],
 )
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_rank_holds_the_bytes_of_the_closed_form(
-    name: str, half: bool, distributed: bool
+    name: str, half: bool, distributed: bool, optimizer: str
 ) -> None:
     dtype = torch.bfloat16 if half else torch.float32
     layout = dataclasses.replace(LAYOUTS[name], dtype=dtype)
-    setup = TrainingSetup(gradient_bytes=4, distributed_optimizer=distributed)
+    setup = TrainingSetup(
+        gradient_bytes=4, distributed_optimizer=distributed, muon=optimizer == "muon"
+    )
     ranks = run_ranks(
         layout.world_size,
         measured_memories,
         list(SHAPES.values()),
         layout,
         distributed,
+        optimizer,
         **layout.megatron_sizes(),
     )
     for index, shape in enumerate(SHAPES.values()):

@@ -440,6 +440,16 @@ def test_a_flag_that_is_newer_than_the_checkpoint_has_its_default(check, load) -
         ),
         ({}, "--bf16", "this run is in --bf16, but the optimizer's state is of fp32"),
         ({"fp16": True}, "", "this run is in fp32, but the optimizer's state is of --fp16"),
+        (
+            {"optimizer": "muon", "muon_scalar_optimizer": "lion"},
+            "--optimizer muon",
+            "--muon-scalar-optimizer adam cannot use the state of lion",
+        ),
+        (
+            {"optimizer": "muon", "use_layer_wise_distributed_optimizer": True, "bf16": True},
+            "--optimizer muon --bf16",
+            "this run has no --use-distributed-optimizer, but",
+        ),
         ({"no_save_optim": True}, "", "it was saved with --no-save-optim"),
         (
             {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": False},
@@ -472,6 +482,10 @@ def test_an_optimizer_state_that_does_not_fit_is_refused_but_not_the_weights(
             f"--use-distributed-optimizer {EP2}",
         ),
         ({"bf16": True}, "--fp16"),
+        (
+            {"optimizer": "muon", "use_layer_wise_distributed_optimizer": True, "bf16": True},
+            f"--optimizer muon --use-distributed-optimizer --bf16 {TP2}",
+        ),
     ],
 )
 def test_an_optimizer_state_that_fits_passes(

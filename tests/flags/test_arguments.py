@@ -19,6 +19,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sffn.accounting import ModelShape, count_parameters
+from megatron_sffn.checks import optimizers
 from megatron_sffn.flags.sffn_flags import sffn_config, transformer_config
 from megatron_sffn.patches import cpu
 from megatron_sffn.train.arguments import parse
@@ -771,8 +772,21 @@ REFUSED = [
     ("--lr-warmup-fraction 1", 1, "--lr-warmup-fraction 1.0", "less than 1"),
     ("--use-checkpoint-args", 1, "--use-checkpoint-args is not available", "leave it out"),
     ("--no-initialization", 1, "--no-initialization", "add --load DIR"),
-    ("--optimizer muon", 1, "--optimizer muon", "tables of blocks", "--optimizer adam"),
-    ("--sffn-router dense --optimizer muon", 1, "--optimizer muon", "emerging-optimizers"),
+    ("--optimizer soap", 1, "--optimizer soap", "tables of blocks", "muon or adam"),
+    ("--optimizer adaptive_muon", 1, "--optimizer adaptive_muon", "--optimizer muon"),
+    ("--optimizer muon --fp16", 1, "--optimizer muon", "--fp16", "--bf16"),
+    ("--optimizer muon --use-distributed-optimizer", 1, "whole weights", "--bf16"),
+    ("--optimizer dist_muon", 1, "--optimizer dist_muon", "--bf16"),
+    (
+        "--optimizer muon --bf16 --use-distributed-optimizer --overlap-param-gather",
+        1,
+        "--overlap-param-gather",
+        "gloo cannot",
+    ),
+    ("--optimizer muon --muon-momentum 1", 1, "--muon-momentum 1.0 must be", "less than 1"),
+    ("--optimizer muon --muon-num-ns-steps 0", 1, "--muon-num-ns-steps 0", "at least 1"),
+    ("--optimizer muon --muon-fp32-matmul-prec low", 1, "--muon-fp32-matmul-prec low", "high"),
+    ("--optimizer muon --muon-coefficient-type x", 1, "--muon-coefficient-type x", "quintic"),
     ("--optimizer sgd --use-distributed-optimizer", 1, "--optimizer sgd", "leave one out"),
     ("--apply-layernorm-1p", 1, "--apply-layernorm-1p needs Transformer Engine", "leave it out"),
     (
@@ -905,6 +919,36 @@ def test_flags_of_transformer_engine_are_refused_without_it(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=rf"{flag} needs Transformer Engine.* {remedy}"):
         read(flag, 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--optimizer muon", None),
+        ("--sffn-block-size 1", None),
+        ("--optimizer muon --sffn-block-size 1", "normalised momentum"),
+        (
+            "--optimizer muon --sffn-router pkm --sffn-block-size 1 --sffn-expansion 8 "
+            "--sffn-active-cells 32 --muon-scalar-optimizer lion",
+            "leaves the values of pkm to lion",
+        ),
+    ],
+)
+def test_a_run_says_which_tables_muon_does_not_take_as_matrices(
+    read: Read, flags: str, words: str | None
+) -> None:
+    args = read(flags)
+    remark = optimizers.remark(args, sffn_config(args))
+    assert remark is None if words is None else words in remark
+
+
+@pytest.mark.parametrize("flags", ["", "--sffn-router dense"])
+def test_muon_is_refused_without_its_package(
+    read: Read, monkeypatch: pytest.MonkeyPatch, flags: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--optimizer muon needs .* \"megatron-sffn\[muon\]\""):
+        read(f"--optimizer muon {flags}")
 
 
 @pytest.mark.parametrize("missing", ["--num-layers", "--hidden-size", "--num-attention-heads"])

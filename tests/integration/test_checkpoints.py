@@ -28,6 +28,11 @@ FLAGS = "--num-layers 4 --train-iters 6 --split 90,10,0 --save-interval 3"
 SWITCH = "--sffn-router switch"
 PRODUCT_KEYS = "--sffn-router pkm --sffn-block-size 1 --sffn-expansion 8 --sffn-product-key-size 16"
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+MUON = "--optimizer muon --muon-tp-mode duplicated --muon-fp32-matmul-prec high --lr 1e-2"
+"""Muon of whole matrices on every layout, not rounded to bf16, so that layouts can be compared."""
+
+MUON_OF_WHOLE_TENSORS = f"{MUON} --bf16 --use-distributed-optimizer"
+"""The same, where each data-parallel rank has the state of some weights and tables."""
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +80,10 @@ def saved(
         # The first stage has no sparse layer, so no optimizer state of tables either.
         slow("PP2", ["EP2", "PP2"], "--sffn-layers 3"),
         slow("PP2", ["EP2", "PP2"], f"--sffn-layers 3 {DISTRIBUTED}"),
+        ("EP2", ["TP2 ETP2"], f"{SWITCH} --swiglu {MUON}"),
+        slow("TP2 PP2 EP2", ["one rank", "EP4"], f"{MUON} --sffn-layers 3"),
+        slow("EP2", ["PP2"], f"{PRODUCT_KEYS} {MUON}"),
+        slow("DP2", ["one rank", "EP2", "TP2 ETP2"], MUON_OF_WHOLE_TENSORS),
     ],
 )
 def test_another_layout_resumes_the_same_run(
@@ -93,10 +102,18 @@ def test_another_layout_resumes_the_same_run(
         )
 
 
-@pytest.mark.parametrize("flags", [slow(""), DISTRIBUTED])
-def test_the_same_layout_resumes_bit_by_bit(pretrain, saved, flags: str) -> None:
-    log, load = saved("TP2 PP2 EP2", flags)
-    ranks, layout_flags = LAYOUTS["TP2 PP2 EP2"]
+@pytest.mark.parametrize(
+    ("layout", "flags"),
+    [
+        slow("TP2 PP2 EP2", ""),
+        ("TP2 PP2 EP2", DISTRIBUTED),
+        slow("TP2 PP2 EP2", MUON),
+        ("EP2", f"{MUON_OF_WHOLE_TENSORS} --muon-scalar-optimizer lion"),
+    ],
+)
+def test_the_same_layout_resumes_bit_by_bit(pretrain, saved, layout: str, flags: str) -> None:
+    log, load = saved(layout, flags)
+    ranks, layout_flags = LAYOUTS[layout]
     resumed = pretrain(ranks, f"{load} {layout_flags}")
     assert resumed.values("grad norm") == log.values("grad norm")[3:]
     assert resumed.values("lm loss")[-1] == log.values("lm loss")[-1]
@@ -134,6 +151,11 @@ def test_moments_that_were_never_used_are_saved_as_zeros(pretrain, saved) -> Non
     assert 0 < sum(undisturbed.values("number of skipped iterations")) < 12
     assert resumed.values("grad norm")[-3:] == undisturbed.values("grad norm")[-3:]
     assert resumed.values("lm loss")[-1] == undisturbed.values("lm loss")[-1]
+
+
+def test_muon_lowers_the_loss(saved) -> None:
+    losses = saved("EP2", f"{SWITCH} --swiglu {MUON}")[0].values("lm loss")
+    assert losses[-1] < losses[0] - 1
 
 
 def test_a_run_resumes_from_a_checkpoint_in_torchs_own_format(pretrain, saved) -> None:

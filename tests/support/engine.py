@@ -57,9 +57,11 @@ class Layout(ParallelLayout):
         recompute: None, `full`, or a module of selective recomputation.
         distributed_optimizer: with overlapped gradient reduction and parameter gather.
         hybrid: Megatron's HybridModel in place of its GPTModel.
+        optimizer: `adam`, or `muon`, which has no float64.
     """
 
     recompute: str | None = None
+    optimizer: str = "adam"
     distributed_optimizer: bool = False
     hybrid: bool = False
     dtype: torch.dtype = torch.float64
@@ -107,8 +109,13 @@ def train(variant: Variant, layout: Layout) -> dict[str, Any]:
     chunks = build(variant, layout)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam",
+            optimizer=layout.optimizer,
             lr=1e-2,
+            # Whole weights also under TP, and no rounding to bf16, so that layouts can be compared.
+            muon_tp_mode="duplicated",
+            muon_fp32_matmul_prec="highest",
+            # Steps of about Adam's size.
+            muon_extra_scale_factor=0.2,
             params_dtype=layout.dtype,
             # Megatron's clipping is written for fp32 only.
             clip_grad=0.0,

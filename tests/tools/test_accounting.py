@@ -132,7 +132,11 @@ def test_plot_writes_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         (f"{PAPER} --compare-block-sizes 48,80", "48 does not divide --sffn-active-cells 4096"),
         (f"{PAPER} --no-such-flag", "unrecognized arguments: --no-such-flag"),
         (f"{PAPER} --plot nowhere/costs.png", "--plot nowhere/costs.png cannot be written"),
-        (f"{PAPER} --optimizer muon", "muon"),
+        (f"{PAPER} --optimizer soap", "soap"),
+        (
+            f"{PAPER} --optimizer muon --bf16 --use-distributed-optimizer",
+            "gives whole weights to ranks",
+        ),
     ],
 )
 def test_bad_flags_are_reported_in_one_sentence(flags: str, sentence: str) -> None:
