@@ -12,7 +12,7 @@ The path of one token, in the order in which it meets the code:
     nn/init.py, nn/reinit.py  draw the initial weights, the same on every layout
     nn/layer.py               in a sparse layer: route, dispatch, compute, combine
     nn/routers/               route: which K blocks?                        -> Routing
-    nn/load_balancing.py      auxiliary losses and the expert bias
+    nn/load_balancing.py      auxiliary losses, the expert bias, prices of quantile_balancing.py
     nn/expert_grid.py         which rank holds which cells
     nn/dispatch/              dispatch: to the ranks that hold the blocks, and back  -> Plan
     nn/block_weights.py       the tables of keys and values

@@ -45,6 +45,7 @@ NEEDS = {
     "--lr-wsd-decay-iters": "--lr-decay-style WSD",
     "--lr-wsd-decay-style": "--lr-decay-style WSD --lr-wsd-decay-iters 2",
     "--moe-router-bias-update-rate": "--moe-router-enable-expert-bias",
+    "--moe-router-quantile-balancing-ema": "--moe-router-load-balancing-type quantile_balancing",
     "--moe-token-drop-policy": "--moe-expert-capacity-factor 0.5",
     "--muon-coefficient-type": MUON,
     "--muon-extra-scale-factor": MUON,

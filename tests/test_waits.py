@@ -40,6 +40,9 @@ CASES = {
     "switch, global loss": switch_case(moe_router_load_balancing_type="global_aux_loss"),
     "switch, z loss": switch_case(moe_z_loss_coeff=0.1),
     "switch, bias": switch_case(moe_router_enable_expert_bias=True),
+    "switch, prices": switch_case(
+        moe_router_load_balancing_type="quantile_balancing", moe_aux_loss_coeff=0.0
+    ),
     "switch, capacity": switch_case(moe_expert_capacity_factor=1.0, moe_token_drop_policy="probs"),
     "sigma-moe, entropy": Case(router="sigma-moe", options=(("entropy_coefficient", 0.1),)),
     "sigma-moe, dropout": Case(router="sigma-moe", options=(("block_dropout", 0.1),)),

@@ -47,6 +47,9 @@ ORDER = {"": 0, "fp32_param": 0, "param": 0, "exp_avg": 1, "momentum_buffer": 1,
 """Optimizer state -> the power of the gradient in it; 0 for weights and copies of weights."""
 
 BIAS = "router.balance.expert_bias"
+PRICES = "router.balance.qb_beta"
+PER_BLOCK_BUFFERS = (BIAS, PRICES)
+"""Buffers with a number for each block, which a checkpoint has if their method of balance is on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +201,10 @@ class _Rules:
         pattern = layer_pattern(saved.sffn_layers, saved.num_layers, hybrid)
         self.sparse_layers = [layer for layer, is_sparse in enumerate(pattern) if is_sparse]
         self.missing = {
-            (layer, table) for layer in self.sparse_layers for table in self.shapes if table != BIAS
+            (layer, table)
+            for layer in self.sparse_layers
+            for table in self.shapes
+            if table not in PER_BLOCK_BUFFERS
         }
 
     def _shapes(self, saved: Namespace) -> dict[str, list[int]]:
@@ -211,7 +217,7 @@ class _Rules:
             **{f"experts.{name}": [before.num_cells, key_width] for name in keys if key_width},
             "experts.values": [before.num_cells, self.hidden_size],
             **{f"router.{name}": list(shape) for name, shape in weights.items()},
-            BIAS: [before.num_blocks],
+            **{name: [before.num_blocks] for name in PER_BLOCK_BUFFERS},
         }
 
     def of(self, key: str, entry: Any) -> tuple[str, str, Change | None]:
@@ -238,7 +244,7 @@ class _Rules:
         if state not in ORDER or layer not in self.sparse_layers:
             raise ConfigError(_unknown(key, "is not one that this tool knows"))
         self._check_shape(key, table, list(entry.size))
-        if table in (*self.per_block, BIAS):
+        if table in (*self.per_block, *PER_BLOCK_BUFFERS):
             self._check_pieces(key, entry)
         if not state:
             self.missing.discard((layer, table))
@@ -279,9 +285,10 @@ class _Rules:
             factor = parts if order == 0 else parts**-order
             change = Change(piece=partial(_scaled, float(factor)), rows=(cells, cells))
             return _times(factor), change
-        if table not in (*self.per_block, BIAS):
+        if table not in (*self.per_block, *PER_BLOCK_BUFFERS):
             return "the same", None
-        # The expert bias is added to the gates, so it scales as they do.
+        # The expert bias is added to the gates, so it scales as they do. The prices of quantile
+        # balancing are in units of scores, which parts of a block keep.
         factor = parts ** -(int(shared) if table == BIAS else order)
         rows = (self.before.num_blocks, self.after.num_blocks)
         change = Change(piece=partial(_repeat_or_average, parts, float(factor)), rows=rows)

@@ -25,6 +25,7 @@ from megatron_sffn.flags.megatron_flags import (
 from megatron_sffn.flags.names import dest_of, flag_of
 from megatron_sffn.flags.sffn_flags import ffn_hidden_size, router_flags
 from megatron_sffn.nn.load_balancing import BALANCE_LOSSES
+from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 from megatron_sffn.nn.routers import ROUTERS
 
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
@@ -156,6 +157,13 @@ def balance_losses(args: Namespace) -> Iterator[Problem]:
     if args.sffn_router == "dense":
         return
     router = ROUTERS[args.sffn_router]
+    if args.moe_router_load_balancing_type == [QUANTILE_BALANCING] and args.moe_aux_loss_coeff:
+        yield Problem(
+            "--moe-aux-loss-coeff",
+            args.moe_aux_loss_coeff,
+            f"is for a loss, and --moe-router-load-balancing-type {QUANTILE_BALANCING} has none",
+            "leave one of them out",
+        )
     losses, coefficients = requested_balance_losses(args, router)
     if not losses:
         return
@@ -164,7 +172,8 @@ def balance_losses(args: Namespace) -> Iterator[Problem]:
             "--moe-router-load-balancing-type",
             losses,
             f"is not available with --sffn-router {router.name}",
-            f"use none, or each of {', '.join(BALANCE_LOSSES)} at most once",
+            f"use none or {QUANTILE_BALANCING}, or each of {', '.join(BALANCE_LOSSES)} at most "
+            "once",
         )
     if len(coefficients) != len(losses) or min(coefficients) < 0:
         yield Problem(

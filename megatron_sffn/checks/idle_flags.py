@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from megatron_sffn.checks.problem import Problem
 from megatron_sffn.flags.names import dest_of
+from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 
 PROGRAMS = {
     "rl": "reinforcement learning",
@@ -131,6 +132,11 @@ NEEDS = (
     Needs(
         "moe_router_bias_update_rate",
         "--moe-router-enable-expert-bias",
+    ),
+    Needs(
+        "moe_router_quantile_balancing_ema",
+        f"--moe-router-load-balancing-type {QUANTILE_BALANCING}",
+        lambda args: args.moe_router_load_balancing_type == [QUANTILE_BALANCING],
     ),
     Needs(
         r"profile_\w+|use_pytorch_profiler|record_shapes|nvtx_ranges",

@@ -36,6 +36,7 @@ from megatron_sffn.flags.names import flag_of, stated
 from megatron_sffn.flags.sffn_flags import saved_config
 from megatron_sffn.nn.config import Backend, SparseFFNConfig
 from megatron_sffn.nn.layer_pattern import hybrid_layers, hybrid_pattern, layer_pattern
+from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 from megatron_sffn.patches.unpickling import trust
 
 FLAGS_WITH_VALUE = (
@@ -216,7 +217,7 @@ def _model_differences(
     """Flags of the model in this run and in the checkpoint, where they differ."""
     texts = [_with_value(dest) for dest in (*FLAGS_WITH_VALUE, "sffn_router")]
     texts += [_switch(dest) for dest in SWITCHES]
-    texts.append(_activation)
+    texts += [_activation, _prices]
     if args.position_embedding_type == "learned_absolute":
         texts.append(_with_value("max_position_embeddings"))
     yield from _differences(texts, args, saved)
@@ -331,6 +332,12 @@ def _activation(args: Namespace) -> str:
     """The flag of the activation."""
     flags = [flag_of(dest) for dest in ACTIVATIONS if vars(args).get(dest)]
     return " ".join(flags) or "GELU (none of --swiglu, --squared-relu, --sffn-relu)"
+
+
+def _prices(args: Namespace) -> str:
+    """The flag of quantile balancing, whose prices act on every choice of a trained model."""
+    is_on = vars(args).get("moe_router_load_balancing_type") == QUANTILE_BALANCING
+    return f"{'' if is_on else 'no '}--moe-router-load-balancing-type {QUANTILE_BALANCING}"
 
 
 # Settings that may differ, within limits

@@ -22,6 +22,7 @@ from megatron_sffn.nn.comm_volume import cheapest_dispatcher
 from megatron_sffn.nn.config import Backend, RouterConfig, SparseFFNConfig, moe_fields
 from megatron_sffn.nn.layer_pattern import cut, hybrid_layers, hybrid_pattern, layer_pattern
 from megatron_sffn.nn.parallel_layout import ParallelLayout
+from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 
 ACTIVATIONS = ("swiglu", "squared_relu", "quick_geglu", "sffn_relu")
 """Flags (dest) of activations other than GELU."""
@@ -168,9 +169,11 @@ def num_virtual_stages(args: Namespace) -> int:
 
 def _derive_load_balancing(args: Namespace, router: RouterConfig) -> None:
     """Set the load-balancing flags to the losses that have a coefficient above 0."""
+    by_prices = args.moe_router_load_balancing_type == [QUANTILE_BALANCING]
     losses, coefficients = requested_balance_losses(args, router)
     used = {loss: c for loss, c in zip(losses, coefficients, strict=True) if c}
-    args.moe_router_load_balancing_type = list(used) or "none"
+    # Megatron compares the type with this string, and searches a list for losses.
+    args.moe_router_load_balancing_type = QUANTILE_BALANCING if by_prices else list(used) or "none"
     args.moe_aux_loss_coeff = list(used.values()) or 0.0
     # Megatron would log a column of zeros for a coefficient of 0.
     args.moe_z_loss_coeff = args.moe_z_loss_coeff or None
@@ -184,7 +187,7 @@ def requested_balance_losses(
     if losses is None:
         is_on = router.balance_coefficient if coefficients is None else any(coefficients)
         losses = ["aux_loss"] if is_on else ["none"]
-    if losses == ["none"]:
+    if losses in (["none"], [QUANTILE_BALANCING]):
         return [], []
     return losses, coefficients or [default_balance_coefficient(router)] * len(losses)
 

@@ -43,8 +43,8 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
         "A layer has M = E·k memory cells in B = M/g blocks of g cells. The router chooses K = k/g "
         "blocks for each token, which uses their k cells. Load balancing "
         "(--moe-router-load-balancing-type, --moe-aux-loss-coeff, --moe-z-loss-coeff, "
-        "--moe-router-enable-expert-bias), parallelism and everything else have Megatron's flags "
-        "(--help-all).",
+        "--moe-router-enable-expert-bias, --moe-router-quantile-balancing-ema), parallelism and "
+        "everything else have Megatron's flags (--help-all).",
     )
     _add_model_flags(group.add_argument)
     _add_router_flags(group.add_argument)

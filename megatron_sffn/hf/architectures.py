@@ -78,6 +78,10 @@ SPARSE_LAST: Need = (
     lambda s: s.sparse_layers == tuple(range(s.args.num_layers))[-len(s.sparse_layers) :],
 )
 NO_EXPERT_BIAS: Need = ("has no --moe-router-enable-expert-bias", lambda s: not s.biased)
+NO_PRICES: Need = (
+    "has no --moe-router-load-balancing-type quantile_balancing",
+    lambda s: not s.priced,
+)
 NO_GROUPS: Need = (
     "has no --moe-router-num-groups",
     lambda s: (s.args.moe_router_num_groups or 1) == 1,
@@ -316,7 +320,7 @@ CLASSES: dict[str, StockClass] = {
         name="Qwen3MoeForCausalLM",
         needs=(
             *(_gate("softmax", "softmax-chosen"), *MOE_LIKE, QK_NORM, NO_QKV_BIAS),
-            *(SHARED, NO_EXPERT_BIAS, NO_GROUPS),
+            *(SHARED, NO_EXPERT_BIAS, NO_PRICES, NO_GROUPS),
         ),
         fields=_moe,
     ),
@@ -324,7 +328,7 @@ CLASSES: dict[str, StockClass] = {
         name="MixtralForCausalLM",
         needs=(
             *(_gate("softmax-chosen"), *MOE_LIKE, NO_QK_NORM, NO_QKV_BIAS),
-            *(SHARED, ALL_SPARSE, NO_EXPERT_BIAS, NO_GROUPS),
+            *(SHARED, ALL_SPARSE, NO_EXPERT_BIAS, NO_PRICES, NO_GROUPS),
         ),
         fields=_mixtral,
     ),
@@ -332,7 +336,7 @@ CLASSES: dict[str, StockClass] = {
         name="Qwen2MoeForCausalLM",
         needs=(
             *(_gate("softmax", "softmax-chosen"), *MOE_LIKE, HEADS_FILL, NO_QK_NORM),
-            *(NO_EXPERT_BIAS, NO_GROUPS),
+            *(NO_EXPERT_BIAS, NO_PRICES, NO_GROUPS),
         ),
         fields=_qwen2_moe,
         filled=_empty_shared,
@@ -341,7 +345,7 @@ CLASSES: dict[str, StockClass] = {
         name="Glm4MoeForCausalLM",
         needs=(
             *(_gate("sigmoid", "sigmoid-chosen"), RMS_NORM, SWIGLU, ROPE, ONE_STRETCH, NO_BIASES),
-            *(SPARSE_LAST, GROUPS_OF_TWO),
+            *(SPARSE_LAST, NO_PRICES, GROUPS_OF_TWO),
         ),
         fields=_glm4_moe,
         filled=_glm4_filled,

@@ -46,6 +46,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 KEPT_IN_FP32 = (
     "expert_bias",
+    "qb_beta",
     "e_score_correction_bias",
     "descriptor_average",
     "descriptor_started",

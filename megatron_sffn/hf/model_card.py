@@ -111,10 +111,14 @@ def _routing(settings: Settings) -> str:
         sentences.append(f"The gate of a block: {router.gate}{scaled}.")
     if settings.biased:
         sentences.append("An expert bias, learned without gradients, is added to choose blocks.")
+    if settings.priced:
+        sentences.append(
+            "Prices of quantile balancing are subtracted from scores to choose blocks."
+        )
     if (groups := settings.args.moe_router_num_groups or 1) > 1:
         chosen = settings.args.moe_router_group_topk
         sentences.append(f"The blocks of a token lie in {chosen} of {groups} groups.")
-    losses = settings.args.moe_router_load_balancing_type
+    losses = "none" if settings.priced else settings.args.moe_router_load_balancing_type
     names = " ".join(losses) if isinstance(losses, list) else losses
     sentences.append(f"Load balancing loss in training: {names}.")
     return " ".join(sentences)

@@ -83,6 +83,7 @@ class SparseFFNGPTConfig(PreTrainedConfig):
     gate: str = "none"  # or sigmoid, sqrt-softplus, softmax; with -chosen divided by their sum
     gate_scale: float = 1.0
     expert_bias: bool = False
+    quantile_balancing: bool = False
     num_groups: int = 1
     group_topk: int = 1
     descriptor: str = "mean"  # avg-k
@@ -278,12 +279,15 @@ class ScoredRouter(SparseFFNRouter):
     """Choose the K blocks of largest score; a method implements `score`."""
 
     expert_bias: Tensor
+    qb_beta: Tensor
 
     def __init__(self, config: SparseFFNGPTConfig) -> None:
         super().__init__(config)
+        zeros = torch.zeros(config.num_blocks, dtype=torch.float32)
         if config.expert_bias:
-            zeros = torch.zeros(config.num_blocks, dtype=torch.float32)
             self.register_buffer("expert_bias", zeros)
+        if config.quantile_balancing:
+            self.register_buffer("qb_beta", zeros)
 
     def score(self, x: Tensor, queries: Tensor, blocks: "SparseFFNBlocks") -> Tensor:
         """Scores `[T, B]` in fp32 at least."""
@@ -312,6 +316,8 @@ class ScoredRouter(SparseFFNRouter):
         config, selection = self.config, scores
         if config.expert_bias:
             selection = factors(config.gate, scores) + self.expert_bias
+        if config.quantile_balancing:
+            selection = scores - self.qb_beta
         if config.num_groups > 1:
             by_group = selection.unflatten(1, (config.num_groups, -1))
             best = by_group.topk(config.num_active_blocks // config.group_topk, dim=2).values
@@ -674,8 +680,13 @@ class SparseFFNGPTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SparseFFNDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    # Biases and averages of the choice are fp32 in a model of half precision, too.
-    _keep_in_fp32_modules_strict = ["expert_bias", "descriptor_average", "descriptor_started"]  # noqa: RUF012
+    # Biases, prices and averages of the choice are fp32 in a model of half precision, too.
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        "expert_bias",
+        "qb_beta",
+        "descriptor_average",
+        "descriptor_started",
+    ]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

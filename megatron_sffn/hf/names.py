@@ -285,15 +285,17 @@ ROUTER_TENSORS = (
 )
 """Weights and buffers of our routers that a trained model needs."""
 
+BALANCE_TENSORS = ("expert_bias", "qb_beta")
+"""Buffers of load balancing that act on the choice of a trained model."""
+
 
 def _sparse_ffn(sizes: Sizes) -> list[Row]:
     """Our own class: tables of cells, as the checkpoint has them."""
     mlp = f"{OURS}mlp."
     shared = _mlp(sizes.gated, f"{mlp}shared_experts.", f"{THEIRS}mlp.shared_blocks.")
     tables = {f"experts.{name}": f"mlp.{name}" for name in ("gate_keys", "keys", "values")}
-    router = {
-        f"router.{name}": f"mlp.router.{name.replace('.', '_')}" for name in ROUTER_TENSORS
-    } | {"router.balance.expert_bias": "mlp.router.expert_bias"}
+    router = {f"router.{name}": f"mlp.router.{name.replace('.', '_')}" for name in ROUTER_TENSORS}
+    router |= {f"router.balance.{name}": f"mlp.router.{name}" for name in BALANCE_TENSORS}
     positions = ("model.embed_positions.weight",)
     return [
         *_llama(sizes),

@@ -74,6 +74,7 @@ def _sparse_layers(settings: Settings, sffn: SparseFFNConfig) -> dict[str, Any]:
             "gate": router.gate,
             "gate_scale": args.moe_router_topk_scaling_factor or 1.0,
             "expert_bias": settings.biased,
+            "quantile_balancing": settings.priced,
             "num_groups": args.moe_router_num_groups or 1,
             "group_topk": args.moe_router_group_topk or 1,
         }

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_sffn.hf.flag_words import Fields, block_flags, layers_value, number
 from megatron_sffn.hf.settings import POSITIONS
+from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.scored import ScoredConfig
 from megatron_sffn.utils.errors import ConfigError
@@ -110,6 +111,8 @@ def _own_router(fields: Fields) -> Iterator[Any]:
         yield from ("--sffn-gate", fields["gate"])
     if fields["expert_bias"]:
         yield "--moe-router-enable-expert-bias"
+    if fields["quantile_balancing"]:
+        yield from ("--moe-router-load-balancing-type", QUANTILE_BALANCING)
     if fields["gate_scale"] != 1.0:
         yield from ("--moe-router-topk-scaling-factor", fields["gate_scale"])
     if fields["num_groups"] > 1:

@@ -17,6 +17,7 @@ from megatron_sffn.hf.flag_words import layers_value
 from megatron_sffn.hf.names import Sizes
 from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.layer_pattern import gpt_pattern, layer_pattern
+from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 from megatron_sffn.nn.routers.learned import LearnedConfig
 from megatron_sffn.nn.routers.scored import ScoredConfig
 from megatron_sffn.utils.errors import ConfigError
@@ -121,6 +122,11 @@ class Settings:
         """True if the routers have an expert bias."""
         scored = self.sffn is not None and isinstance(self.sffn.router, ScoredConfig)
         return scored and bool(self.args.moe_router_enable_expert_bias)
+
+    @property
+    def priced(self) -> bool:
+        """True if the routers have the prices of quantile balancing."""
+        return vars(self.args).get("moe_router_load_balancing_type") == QUANTILE_BALANCING
 
 
 def _as_gpt(args: Namespace) -> Namespace:

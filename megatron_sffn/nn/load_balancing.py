@@ -1,8 +1,8 @@
-"""Load balancing: auxiliary losses and an expert bias, for every router that scores blocks.
+"""Load balancing: auxiliary losses, an expert bias, prices; for every router that scores blocks.
 
 Inputs: the scores `[T, B]` of a microbatch and the blocks that they chose. Outputs: the tokens of
 the microbatch with the losses attached, so that the losses take part in the backward pass, and the
-expert bias of the next choice.
+expert bias or the prices of the next choice.
 
 With P_e the mean probability of block e and F_e its share of all choices, the losses are:
 
@@ -14,7 +14,8 @@ With P_e the mean probability of block e and F_e its share of all choices, the l
   arXiv 2310.10837).
 
 The expert bias is added to the scores for the choice only. After each step it moves against the
-load by a fixed rate (arXiv 2408.15664); Megatron updates it.
+load by a fixed rate (arXiv 2408.15664); Megatron updates it. The prices of `quantile_balancing` are
+subtracted from the scores; `quantile_balancing.py` has them.
 
 Design notes:
 - P is the softmax of the scores, whatever the gate is. A block's share of the sum of sigmoids could
@@ -35,6 +36,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING, balancing_prices
 from megatron_sffn.ops import device
 from megatron_sffn.ops.counting import count_ids
 
@@ -47,7 +49,7 @@ BALANCE_LOSSES = {
 
 
 class LoadBalancing(torch.nn.Module):
-    """The auxiliary losses and the expert bias of one router.
+    """The auxiliary losses, the expert bias and the prices of one router.
 
     Args:
         config: config of the model, with Megatron's flags of load balancing.
@@ -58,6 +60,9 @@ class LoadBalancing(torch.nn.Module):
     expert_bias: Tensor
     local_tokens_per_expert: Tensor
     tokens_of_step: Tensor
+    qb_beta: Tensor
+    qb_beta_accum: Tensor
+    qb_beta_count: Tensor
 
     def __init__(
         self,
@@ -78,6 +83,10 @@ class LoadBalancing(torch.nn.Module):
             self.register_buffer("local_tokens_per_expert", zeros.clone(), persistent=False)
         if "global_aux_loss" in self.weights:
             self.register_buffer("tokens_of_step", zeros.clone(), persistent=False)
+        if config.moe_router_load_balancing_type == QUANTILE_BALANCING:
+            self.register_buffer("qb_beta", zeros.clone())
+            self.register_buffer("qb_beta_accum", zeros.clone(), persistent=False)
+            self.register_buffer("qb_beta_count", zeros.new_zeros(()), persistent=False)
 
     @property
     def differentiates(self) -> bool:
@@ -89,10 +98,15 @@ class LoadBalancing(torch.nn.Module):
         """True if there is an expert bias."""
         return "expert_bias" in self._buffers
 
+    @property
+    def priced(self) -> bool:
+        """True if blocks have prices, by quantile balancing."""
+        return "qb_beta" in self._buffers
+
     def _maintain_float32_expert_bias(self) -> None:
         """Megatron's hook after it has cast a model to half precision: cast the buffers back.
 
-        Token counts need more than the 8 bits of bfloat16, and so does the bias.
+        Token counts need more than the 8 bits of bfloat16, and so do the bias and the prices.
         """
         for name, buffer in self.named_buffers():
             setattr(self, name, buffer.float())
@@ -113,7 +127,7 @@ class LoadBalancing(torch.nn.Module):
 
     @override
     def forward(self, x: Tensor, scores: Tensor, block_ids: Tensor, num_sequences: int) -> Tensor:
-        """Count the choices and attach the losses, once per microbatch.
+        """Count the choices, add up the prices and attach the losses, once per microbatch.
 
         Args:
             x: `[T, D]` tokens.
@@ -129,6 +143,10 @@ class LoadBalancing(torch.nn.Module):
             return x
         if self.biased:
             self.local_tokens_per_expert += self._counts(block_ids, 1)[0]
+        if self.priced:
+            active, group = self.config.moe_router_topk, self.tp_cp_group
+            self.qb_beta_accum += balancing_prices(scores.detach(), self.qb_beta, active, group)
+            self.qb_beta_count += 1
         if not self.weights:
             return x
         losses = self._losses(scores, block_ids, num_sequences)

@@ -25,6 +25,7 @@ from megatron_sffn.nn.layer import (
     setting_that_needs_groups,
     sparse_layers,
 )
+from megatron_sffn.nn.load_balancing import LoadBalancing
 from megatron_sffn.nn.routers.dense import DenseConfig
 from megatron_sffn.ops import Activation
 from megatron_sffn.utils.errors import ConfigError
@@ -133,8 +134,8 @@ class StandaloneSparseFFN(torch.nn.Module):
 def finish_step(model: torch.nn.Module) -> None:
     """Do what Megatron's loop does for sparse layers when a step's backward passes are over.
 
-    Moving-average descriptors (`avg-k`), the expert bias and the token counts of `global_aux_loss`
-    need it; without any of them it does nothing.
+    Moving-average descriptors (`avg-k`), the expert bias, the prices of quantile balancing and the
+    token counts of `global_aux_loss` need it; without any of them it does nothing.
 
     Args:
         model: the model, before or after the optimizer step.
@@ -150,6 +151,18 @@ def finish_step(model: torch.nn.Module) -> None:
             step = torch.sign(counts.mean() - counts)
             balance.expert_bias += step * layer.config.moe_router_bias_update_rate
             counts.zero_()
+        if balance.priced:
+            _update_prices(balance, layer.config.moe_router_quantile_balancing_ema)
+
+
+@torch.no_grad()
+def _update_prices(balance: LoadBalancing, ema: float) -> None:
+    """Megatron's update of the prices of quantile balancing, on one rank."""
+    prices = balance.qb_beta_accum / balance.qb_beta_count.clamp(min=1)
+    prices = ema * balance.qb_beta + (1 - ema) * prices
+    balance.qb_beta.copy_(prices - prices.mean())
+    balance.qb_beta_accum.zero_()
+    balance.qb_beta_count.zero_()
 
 
 def _check(sffn: SparseFFNConfig, activation: str, layer_number: int, num_layers: int) -> None:

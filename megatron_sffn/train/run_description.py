@@ -40,6 +40,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "moe_z_loss_coeff",
         "moe_router_enable_expert_bias",
         "moe_router_bias_update_rate",
+        "moe_router_quantile_balancing_ema",
         "moe_expert_capacity_factor",
     ),
     "optimizer": (

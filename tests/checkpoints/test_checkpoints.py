@@ -320,6 +320,11 @@ def test_another_model_is_refused(check, load, flags: str, run_flag: str, saved_
             "this run has no --moe-router-enable-expert-bias, but",
         ),
         (
+            {"moe_router_load_balancing_type": "quantile_balancing"},
+            "",
+            "this run has no --moe-router-load-balancing-type quantile_balancing, but",
+        ),
+        (
             {"position_embedding_type": "learned_absolute", "max_position_embeddings": 128},
             "--position-embedding-type learned_absolute",
             "this run has --max-position-embeddings 64, but",

@@ -271,6 +271,13 @@ def test_the_dense_baseline_has_no_experts(read: Read) -> None:
             [0.1, 0.2],
         ),
         ("--sffn-router rand-hash", "none", 0.0),
+        # A string, with which Megatron compares.
+        (
+            "--sffn-router switch --moe-router-load-balancing-type quantile_balancing "
+            "--moe-router-quantile-balancing-ema 0.5",
+            "quantile_balancing",
+            0.0,
+        ),
     ],
 )
 def test_load_balancing_flags_are_resolved(
@@ -602,6 +609,34 @@ REFUSED = [
         1,
         "--moe-router-load-balancing-type aux_loss aux_loss",
         "at most once",
+    ),
+    (
+        "--moe-router-load-balancing-type quantile_balancing aux_loss",
+        1,
+        "--moe-router-load-balancing-type quantile_balancing aux_loss",
+        "use none or quantile_balancing, or each of",
+    ),
+    (
+        "--moe-router-load-balancing-type quantile_balancing --moe-aux-loss-coeff 0.1",
+        1,
+        "--moe-aux-loss-coeff 0.1 is for a loss",
+        "leave one of them out",
+    ),
+    (
+        "--moe-router-load-balancing-type quantile_balancing --moe-router-enable-expert-bias",
+        1,
+        "quantile_balancing does not work together with --moe-router-enable-expert-bias",
+    ),
+    (
+        "--sffn-router rand-hash --moe-router-load-balancing-type quantile_balancing",
+        1,
+        "--moe-router-load-balancing-type quantile_balancing",
+        "use --sffn-router avg-k",
+    ),
+    (
+        "--moe-router-quantile-balancing-ema 0.5",
+        1,
+        "nothing to act on without --moe-router-load-balancing-type quantile_balancing",
     ),
     (
         "--moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 0.1",

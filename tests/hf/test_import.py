@@ -207,7 +207,8 @@ OWN = [
     "--sffn-router sigma-moe --sffn-shared-blocks 2 --sffn-gate-network mlp --squared-relu",
     "--sffn-router rand-hash --swiglu --position-embedding-type learned_absolute",
     "--sffn-router avg-k --sffn-descriptor subset --normalization RMSNorm --sffn-relu",
-    f"{flags_of('lorkm')} --sffn-aggregator max --rotary-percent 0.5",
+    f"{flags_of('lorkm')} --sffn-aggregator max --rotary-percent 0.5 "
+    "--moe-router-load-balancing-type quantile_balancing",
     "--sffn-router softmax-after --swiglu --normalization RMSNorm --add-qkv-bias "
     "--group-query-attention --num-query-groups 2",
 ]

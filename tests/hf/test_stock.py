@@ -76,6 +76,17 @@ def test_a_class_that_is_not_exact_is_refused_with_the_setting_and_what_is(tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_no_class_of_transformers_has_the_prices_of_quantile_balancing(tmp_path: Path) -> None:
+    flags = f"{LLAMA} --moe-router-load-balancing-type quantile_balancing"
+    routers = [f"--sffn-router {name} {flags}" for name in ("softmax-after", "sigma-moe")]
+    for saved in save_models(tmp_path, routers):
+        exported = export(saved.load, tmp_path / f"{saved.load.name}-out")
+        assert exported.architecture == SPARSE_FFN
+        for name in ("qwen2_moe", "glm4_moe"):
+            with pytest.raises(ConfigError, match="ForCausalLM has"):
+                export(saved.load, tmp_path / "out", architecture=name)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

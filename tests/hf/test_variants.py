@@ -18,6 +18,8 @@ VARIANTS = [
     "--sffn-descriptor subset --sffn-descriptor-cells 3 --swiglu",
     "--sffn-gate sigmoid --moe-router-enable-expert-bias",
     "--moe-router-enable-expert-bias",
+    "--moe-router-load-balancing-type quantile_balancing",
+    "--sffn-router softmax-after --moe-router-load-balancing-type quantile_balancing",
     "--sffn-gate sigmoid-chosen --moe-router-topk-scaling-factor 2.5",
     "--sffn-gate sqrt-softplus",
     "--sffn-gate sqrt-softplus-chosen --moe-router-enable-expert-bias",

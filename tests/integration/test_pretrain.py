@@ -155,6 +155,21 @@ def test_descriptors_cached_for_a_step_are_those_of_its_weights(pretrain, monkey
     assert cached.validation_loss == fresh.validation_loss
 
 
+def test_quantile_balancing_is_the_same_on_every_layout(pretrain) -> None:
+    balanced = (
+        f"{SHORT} --moe-router-load-balancing-type quantile_balancing "
+        "--moe-router-quantile-balancing-ema 0.5"
+    )
+    log = pretrain(
+        4,
+        f"{balanced} {TP2} --pipeline-model-parallel-size 2 {EP2} --recompute-granularity full "
+        "--recompute-method uniform --recompute-num-layers 1",
+    )
+    one_rank = pretrain(1, balanced)
+    assert_same_run(log, one_rank)
+    assert one_rank.values("lm loss") != pretrain(1, SHORT).values("lm loss")
+
+
 def test_expert_bias_and_auxiliary_losses_are_the_same_on_every_layout(pretrain) -> None:
     balanced = (
         f"{SHORT} --sffn-router switch --moe-router-load-balancing-type seq_aux_loss "

@@ -77,6 +77,22 @@ def test_the_end_of_a_step_moves_the_expert_bias_against_the_load():
     assert layer.auxiliary_losses() == {}
 
 
+def test_the_end_of_a_step_moves_the_prices_of_quantile_balancing_as_megatron_does():
+    fields = {
+        "moe_router_load_balancing_type": "quantile_balancing",
+        "moe_router_quantile_balancing_ema": 0.25,
+    }
+    layer = layer_of("avg-k", **fields)
+    balance = layer.ffn.router.balance
+    balance.qb_beta.copy_(torch.linspace(-1, 1, len(balance.qb_beta)))
+    for seed in range(2):
+        layer(torch.randn(3, 7, D, generator=torch.Generator().manual_seed(seed)))
+    prices = 0.25 * balance.qb_beta + 0.75 * balance.qb_beta_accum / 2
+    finish_step(layer)
+    torch.testing.assert_close(balance.qb_beta, prices - prices.mean())
+    assert not balance.qb_beta_accum.any() and not balance.qb_beta_count
+
+
 def test_the_backward_pass_adds_the_gradient_of_the_auxiliary_loss():
     layer = layer_of("switch", moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=1.0)
     (0 * layer(torch.randn(4, 6, D)).sum()).backward()

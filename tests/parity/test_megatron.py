@@ -16,6 +16,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.distributed.finalize_model_grads import (
+    _update_router_qb_beta,
+    reset_model_temporary_tensors,
+)
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -160,6 +164,35 @@ def test_the_bias_of_experts_acts_on_the_choice_alone() -> None:
     assert (actual["output"] - plain).abs().max() > 0.01
     counts = layer.router.balance.local_tokens_per_expert
     assert torch.equal(counts, reference.router.local_tokens_per_expert)
+
+
+@pytest.mark.parametrize(
+    ("gate", "fields"),
+    [("softmax-chosen", {}), ("sigmoid-chosen", {"moe_router_score_function": "sigmoid"})],
+    ids=["softmax", "sigmoid"],
+)
+def test_quantile_balancing_agrees_step_by_step(gate: str, fields: dict[str, Any]) -> None:
+    flags = {
+        "moe_router_load_balancing_type": "quantile_balancing",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_quantile_balancing_ema": 0.5,
+    }
+    layer = sffn_layer(gate, flags)
+    reference = megatron_layer(layer, **flags, **fields)
+    world, outputs = torch.distributed.group.WORLD, []
+    for _ in range(3):
+        for module in (layer, reference):
+            module.zero_grad()
+        actual = sffn_outcome(layer)
+        assert_same(actual, megatron_outcome(reference), tolerance=FP32)
+        outputs.append(actual["output"])
+        for module in (layer, reference):
+            _update_router_qb_beta([module], module.config, world)
+            reset_model_temporary_tensors(module.config, [module])
+        prices = layer.router.balance.qb_beta
+        torch.testing.assert_close(prices, reference.router.qb_beta, rtol=FP32, atol=FP32)
+    # Prices have changed the choice.
+    assert (outputs[1] - outputs[0]).abs().max() > 0.01
 
 
 SCORE_FUNCTIONS = {"sigmoid-chosen": "sigmoid", "sqrt-softplus-chosen": "sqrtsoftplus"}

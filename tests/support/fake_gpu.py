@@ -50,6 +50,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SWITCH = {
     "switch, loss per sequence": {"moe_router_load_balancing_type": "seq_aux_loss"},
     "switch, global loss": {"moe_router_load_balancing_type": "global_aux_loss"},
+    "switch, prices": {
+        "moe_router_load_balancing_type": "quantile_balancing",
+        "moe_aux_loss_coeff": 0.0,
+    },
     "switch, bias and z loss": {"moe_router_enable_expert_bias": True, "moe_z_loss_coeff": 0.1},
 }
 CASES = {

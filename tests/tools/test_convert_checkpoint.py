@@ -52,6 +52,11 @@ RUNS = {  # ranks, model, layout
     "switch": (4, SWITCH, f"{TP2} {PP2} {EP2}"),
     "bf16": (2, DISTRIBUTED, EP2),
     "avg-k": (2, "", EP2),
+    "prices": (
+        2,
+        f"{LARGE_WEIGHTS} --moe-router-load-balancing-type quantile_balancing",
+        EP2,
+    ),
 }
 
 
@@ -277,6 +282,16 @@ def test_gates_values_and_their_moments_are_rescaled(run, tmp_path: Path) -> Non
     torch.testing.assert_close(
         coarse_tensors[f"{layer}router.balance.expert_bias"], pairs.sum(dim=1)
     )
+
+
+def test_parts_of_a_block_have_its_price_and_joined_blocks_the_mean(run, tmp_path: Path) -> None:
+    source, name = run("prices").folder, "decoder.layers.1.mlp.router.balance.qb_beta"
+    prices = load_tensors(source / "iter_0000002")[name]
+    assert prices.abs().max() > 0
+    finer = load_tensors(convert(source, tmp_path / "finer", 8))[name]
+    assert torch.equal(finer, prices.repeat_interleave(2))
+    coarser = load_tensors(convert(source, tmp_path / "coarser", 32))[name]
+    torch.testing.assert_close(coarser, prices.unflatten(0, (-1, 2)).mean(dim=1))
 
 
 def test_the_tool_prints_the_loss_before_and_after(run, tmp_path: Path, capsys) -> None:

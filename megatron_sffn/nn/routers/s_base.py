@@ -21,8 +21,11 @@ from typing import override
 import torch
 from torch import Tensor
 
+from megatron_sffn.nn.config import SparseFFNTransformerConfig
 from megatron_sffn.nn.expert_grid import gather_rows
+from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 from megatron_sffn.nn.routers.learned import LearnedConfig, LearnedRouter
+from megatron_sffn.utils.errors import ConfigError
 
 TOLERANCE = 1e-3
 """Mean change of a price, in units of scores, below which the prices have converged."""
@@ -39,6 +42,16 @@ class SBaseConfig(LearnedConfig):
     name = "s-base"
     summary = "learned sigmoid gate; in training Sinkhorn's algorithm balances the choice"
     default_gate = "sigmoid"
+
+    @override
+    def check_model(self, config: SparseFFNTransformerConfig) -> None:
+        super().check_model(config)
+        if config.moe_router_load_balancing_type == QUANTILE_BALANCING:
+            raise ConfigError(
+                f"--moe-router-load-balancing-type {QUANTILE_BALANCING} has nothing to balance "
+                f"with --sffn-router {self.name}, whose choice is even; use none, or --sffn-router "
+                "sigma-moe"
+            )
 
     @override
     def router_class(self) -> type[SBaseRouter]:

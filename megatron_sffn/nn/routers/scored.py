@@ -3,8 +3,9 @@
 Inputs: tokens `[T, D]`, and this rank's keys. Outputs: the `Routing` of the K best blocks.
 
     scores            [T, B]   the method's scores (`score`)
-    selection_scores  [T, B]   scores by which blocks are chosen: the scores, or their gates plus
-                               the expert bias; dropped blocks have the lowest
+    selection_scores  [T, B]   scores by which blocks are chosen: the scores, their gates plus the
+                               expert bias, or the scores less the prices of quantile balancing;
+                               dropped blocks have the lowest
     block_ids         [T, K]   ids of the largest selection scores
     gates             [T, K]   none, or a function of the scores (`gates.py`)
 
@@ -32,6 +33,7 @@ from megatron_sffn.nn.config import (
     flag,
 )
 from megatron_sffn.nn.load_balancing import BALANCE_LOSSES, LoadBalancing, losses_reach_scores
+from megatron_sffn.nn.quantile_balancing import check_quantile_balancing
 from megatron_sffn.nn.routers.base import NO_BLOCK, Router, Routing
 from megatron_sffn.nn.routers.gates import GATES, factors_of_all, gates_of, is_normalized
 from megatron_sffn.nn.routers.groups import check_groups, in_best_groups
@@ -57,6 +59,7 @@ class ScoredConfig(RouterConfig):
         "moe_z_loss_coeff",
         "moe_router_enable_expert_bias",
         "moe_router_bias_update_rate",
+        "moe_router_quantile_balancing_ema",
         "moe_router_num_groups",
         "moe_router_group_topk",
         "moe_router_topk_scaling_factor",
@@ -110,6 +113,7 @@ class ScoredConfig(RouterConfig):
                         "0; give one, or leave it out"
                     )
         self._check_scale(config.moe_router_topk_scaling_factor)
+        check_quantile_balancing(config, sffn)
         constant = self._constant_gate(sffn)
         if constant is not None and not self.scores_have_weights:
             raise ConfigError(f"{constant}, which has no effect; leave it out")
@@ -305,6 +309,8 @@ class ScoredRouter(Router):
         selection, dropout = self.selection_scores(scores), self.settings.block_dropout
         if self.balance.biased:
             selection = selection + self.balance.expert_bias
+        if self.balance.priced:
+            selection = selection - self.balance.qb_beta
         active, drops = self.sffn.num_active_blocks, self.training and bool(dropout)
         unavailable = torch.rand_like(scores) < dropout if drops else None
         if unavailable is not None:

@@ -15,6 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed.finalize_model_grads import (
     _update_router_expert_bias,
+    _update_router_qb_beta,
     reset_model_temporary_tensors,
 )
 from torch import Tensor
@@ -224,6 +225,37 @@ def test_the_expert_bias_is_the_same_on_every_layout(name: str) -> None:
     ranks, sizes = LAYOUTS[name]
     for rank_bias, rank_ids in run_ranks(ranks, biases, **sizes):
         assert torch.equal(rank_bias, bias)
+        assert torch.equal(rank_ids, ids)
+
+
+def prices(router: str) -> tuple[Tensor, Tensor]:
+    """The prices of quantile balancing after three steps, and the blocks that a token chooses."""
+    flags = (
+        ("moe_router_load_balancing_type", "quantile_balancing"),
+        ("moe_router_quantile_balancing_ema", 0.5),
+    )
+    layer = router_cases.build(Case(router=router, megatron=flags))
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    samples = BATCH // group.size()
+    for step in range(3):
+        # A sample is a microbatch on every layout.
+        x = local_tokens(router_cases.draw(step, S, BATCH, D))
+        for sample in range(samples):
+            layer.router(x[:, sample], layer.experts.keys)
+        _update_router_qb_beta([layer], layer.config, group)
+        reset_model_temporary_tensors(layer.config, [layer])
+    x = router_cases.draw(9, 40, D)
+    return layer.router.balance.qb_beta, layer.router(x, layer.experts.keys).block_ids
+
+
+@pytest.mark.parametrize("router", ["avg-k", "vanilla-m", "sigma-moe"])
+@pytest.mark.parametrize("name", ["DP2", "TP2", "TP2 DP2", "TP2 EP4", "EP2 ETP2"])
+def test_prices_are_the_same_on_every_layout(name: str, router: str) -> None:
+    ((expected, ids),) = run_ranks(1, prices, router)
+    assert expected.abs().max() > 0.01
+    ranks, sizes = LAYOUTS[name]
+    for rank_prices, rank_ids in run_ranks(ranks, prices, router, **sizes):
+        torch.testing.assert_close(rank_prices, expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(rank_ids, ids)
 
 
