@@ -21,7 +21,10 @@ from megatron_sffn.accounting.shape import ModelShape, dense_equivalent
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """Forward FLOPs of a model per token; `feed_forward` is dense MLPs and the active blocks."""
+    """Forward FLOPs of a model per token.
+
+    `feed_forward` is dense MLPs, the active blocks, and the projections of latent layers.
+    """
 
     attention: int
     feed_forward: int
@@ -42,7 +45,8 @@ def flops_per_token(shape: ModelShape) -> Flops:
     if sffn is not None:
         active += sparse * sffn.chosen_cells * shape.sparse_cell
         active += sparse * sffn.shared_cells * shape.dense_cell
-        router = sparse * sffn.router.flops(sffn, width, gated=shape.gated)
+        active += sparse * shape.latent_projections
+        router = sparse * sffn.router.flops(sffn, shape.router_width, gated=shape.gated)
     # A layer of multi-token prediction has a projection, a dense layer, and logits.
     depth = shape.predicted_tokens
     joined = depth * 4 * width * width

@@ -138,10 +138,10 @@ def held_parameters(shape: ModelShape, stage: Stage, layout: ParallelLayout) -> 
     others += (num_layers - sparse) * _mlp_biases(shape, layout)
     cells = 0
     if shape.sffn is not None:
-        sffn, width = shape.sffn, shape.hidden_size
+        sffn, width = shape.sffn, shape.router_width
         router_matrices = sffn.router.matrix_parameters(sffn, width)
         shared = shape.dense_cell * sffn.shared_cells // layout.tp
-        matrices += sparse * (router_matrices + shared)
+        matrices += sparse * (router_matrices + shared + shape.latent_projections)
         others += sparse * (sffn.router.parameters(sffn, width) - router_matrices)
         cells = sparse * shape.sparse_cell * sffn.num_cells // layout.expert_ranks
     learned = shape.learned_positions * shape.hidden_size
@@ -165,7 +165,7 @@ def router_tables(shape: ModelShape, stage: Stage) -> int:
     if shape.sffn is None:
         return 0
     sffn = shape.sffn
-    per_layer = sffn.router.held_bytes(sffn, shape.hidden_size, shape.padded_vocab_size)
+    per_layer = sffn.router.held_bytes(sffn, shape.router_width, shape.padded_vocab_size)
     return sum(stage.layers) * per_layer
 
 

@@ -34,7 +34,8 @@ def count_parameters(shape: ModelShape) -> Parameters:
     rest += shape.predicted_tokens * prediction_parameters(shape)
     if sffn is None:
         return Parameters(total=rest, active=rest)
-    rest += shape.sparse_layers * (sffn.router.parameters(sffn, width) + shared_parameters(shape))
+    router = sffn.router.parameters(sffn, shape.router_width)
+    rest += shape.sparse_layers * (router + shared_parameters(shape) + shape.latent_projections)
     per_cell = shape.sparse_layers * shape.sparse_cell
     return Parameters(
         total=rest + per_cell * sffn.num_cells, active=rest + per_cell * sffn.chosen_cells

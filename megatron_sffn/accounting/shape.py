@@ -158,10 +158,22 @@ class ModelShape:
 
     @property
     def sparse_cell(self) -> int:
-        """Parameters of a cell of a sparse layer, whose keys may be narrower than D."""
+        """Parameters of a cell of a sparse layer, whose rows may be narrower than D."""
         assert self.sffn is not None, "a dense model has no sparse layer"
-        key = self.sffn.router.key_width(self.hidden_size)
-        return self.keys_per_cell * key + self.hidden_size
+        key = self.sffn.key_width(self.hidden_size)
+        return self.keys_per_cell * key + self.sffn.row_width(self.hidden_size)
+
+    @property
+    def latent_projections(self) -> int:
+        """Parameters of the two projections of a latent sparse layer; 0 in any other."""
+        latent = None if self.sffn is None else self.sffn.latent_size
+        return 2 * self.hidden_size * (latent or 0)
+
+    @property
+    def router_width(self) -> int:
+        """Width of what the router of a sparse layer scores."""
+        assert self.sffn is not None, "a dense model has no sparse layer"
+        return self.sffn.router_width(self.hidden_size)
 
 
 def latent_attention(args: Namespace) -> LatentAttention:

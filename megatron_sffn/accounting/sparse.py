@@ -18,8 +18,11 @@ from megatron_sffn.ops.block_ffn import choose_backend
 def saved_by_sparse_layer(call: LayerCall) -> float:
     """Bytes of the router, the exchange and the blocks of one layer, without its shared blocks."""
     sffn, layout = call.sffn, call.layout
-    key_width = sffn.router.key_width(call.hidden_size)
-    router = sffn.router.saved_bytes(call)
+    key_width = sffn.key_width(call.hidden_size)
+    row_width, router_width = (
+        width(call.hidden_size) for width in (sffn.row_width, sffn.router_width)
+    )
+    router = sffn.router.saved_bytes(replace(call, hidden_size=router_width))
     rows, pairs = rows_and_pairs(call)
     local_blocks = sffn.num_blocks // layout.ep
     chunks = sffn.exchange_chunks if layout.expert_ranks > 1 else 1
@@ -29,21 +32,26 @@ def saved_by_sparse_layer(call: LayerCall) -> float:
     count += _derived(backend_of(call), rows, pairs, local_blocks, chunks)
     # The blocks' input rows stay: this rank's own rows, or the rows that arrived.
     keeps_own_rows = layout.expert_ranks == 1 or regathers(sffn, call.hidden_size, layout)
-    rows_are_tokens = keeps_own_rows and key_width == call.hidden_size
+    rows_are_tokens = keeps_own_rows and key_width == row_width
     if not rows_are_tokens:
         input_rows = call.tokens if keeps_own_rows else rows
         count += input_rows * key_width * layout.bytes_per_number
     if layout.expert_ranks > 1:
         count += _exchange(call)
-    if rows_are_tokens or router.tokens or sffn.shared_blocks:
-        count += call.tokens * call.hidden_size * layout.bytes_per_number
-    return count
+    token_bytes = call.tokens * call.hidden_size * layout.bytes_per_number
+    keeps_rows = rows_are_tokens or (router.tokens and sffn.router.scores_rows)
+    if sffn.latent_size is None:
+        keeps_tokens = keeps_rows or router.tokens or sffn.shared_blocks
+        return count + (token_bytes if keeps_tokens else 0)
+    # The projections keep their inputs: the tokens, and the sums of the blocks.
+    latent_bytes = call.tokens * row_width * layout.bytes_per_number
+    return count + token_bytes + latent_bytes + (latent_bytes if keeps_rows else 0)
 
 
 def backend_of(call: LayerCall) -> str:
     """The backend of the blocks: on a GPU the choice of `auto`, for bf16 if half-precision."""
     sffn, layout = call.sffn, call.layout
-    key_width = sffn.router.key_width(call.hidden_size)
+    key_width = sffn.key_width(call.hidden_size)
     if sffn.backend == "masked" and not key_width:
         return "bags"
     if sffn.backend != "auto" or not call.cuda:
@@ -54,7 +62,7 @@ def backend_of(call: LayerCall) -> str:
         pairs=round(pairs),
         blocks=sffn.num_blocks // layout.ep,
         cells=sffn.block_size // layout.etp,
-        width=call.hidden_size,
+        width=sffn.row_width(call.hidden_size),
         key_width=key_width,
     )
     dtype = torch.bfloat16 if layout.half_precision else torch.float32
@@ -97,7 +105,7 @@ def _per_pair(call: LayerCall) -> float:
     """Bytes of a (row, block) pair: row index, up projections, and a gate with its index."""
     router = call.sffn.router
     gate = INT32 + FP32
-    if not router.key_width(call.hidden_size):
+    if not call.sffn.key_width(call.hidden_size):
         return INT32 + gate
     cells = call.sffn.block_size // call.layout.etp
     up_projections = call.keys_per_cell * cells * call.layout.bytes_per_number

@@ -210,12 +210,12 @@ class _Rules:
     def _shapes(self, saved: Namespace) -> dict[str, list[int]]:
         """Tensor of a sparse layer -> its shape in the checkpoint."""
         before, router = self.before, self.before.router
-        key_width = router.key_width(self.hidden_size)
+        key_width = before.key_width(self.hidden_size)
         keys = ["gate_keys", "keys"] if saved.swiglu else ["keys"]
-        weights = router.weights(before, self.hidden_size)
+        weights = router.weights(before, before.router_width(self.hidden_size))
         return {
             **{f"experts.{name}": [before.num_cells, key_width] for name in keys if key_width},
-            "experts.values": [before.num_cells, self.hidden_size],
+            "experts.values": [before.num_cells, before.row_width(self.hidden_size)],
             **{f"router.{name}": list(shape) for name, shape in weights.items()},
             **{name: [before.num_blocks] for name in PER_BLOCK_BUFFERS},
         }

@@ -51,6 +51,7 @@ FLAGS_WITH_VALUE = (
     "softmax_type",
     "experimental_attention_variant",
     "mtp_num_layers",
+    "moe_latent_size",
     "moe_router_num_groups",
     "moe_router_group_topk",
     "moe_router_topk_scaling_factor",

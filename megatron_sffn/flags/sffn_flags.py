@@ -238,6 +238,7 @@ def sffn_config(args: Namespace) -> SparseFFNConfig | None:
         regather=args.sffn_regather,
         node_size=node_size(args),
         exchange_chunks=args.sffn_exchange_chunks,
+        latent_size=vars(args).get("moe_latent_size"),
     )
 
 

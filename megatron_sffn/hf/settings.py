@@ -27,6 +27,7 @@ NOT_EXPORTED: dict[str, tuple[Any, ...]] = {
     "experimental_attention_variant": (None,),
     "multi_latent_attention": (False, None),
     "attention_output_gate": (False, None),
+    "moe_latent_size": (None,),
     "qk_l2_norm": (False, None),
     "window_size": (None,),
     "no_rope_freq": (None,),

@@ -71,9 +71,9 @@ class BlockWeights(MegatronModule):
         )
         self.expert_dp_group = pg_collection.expt_dp
         self.keys_per_cell = 2 if Activation.of(config).gated else 1
-        key_width = self.sffn.router.key_width(config.hidden_size)
+        key_width = self.sffn.key_width(config.hidden_size)
         self.keys = self._new_table(self.keys_per_cell, key_width) if key_width else None
-        self.values = self._new_table(1, config.hidden_size)
+        self.values = self._new_table(1, self.sffn.row_width(config.hidden_size))
         if self.keys is not None:
             # Values without keys are looked up row by row, as embeddings are, and are no matrices.
             _mark_for_muon(self.keys, self.keys_per_cell, inputs_first=False)

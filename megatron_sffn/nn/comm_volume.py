@@ -179,7 +179,7 @@ def regathers(sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout) -
     The T rows of the rank's own tokens are kept instead (`--sffn-regather`). `auto` asks that this
     at least halves the bytes, since it costs one more exchange of rows beside the four of a step.
     """
-    if layout.expert_ranks == 1 or not sffn.router.key_width(hidden_size):
+    if layout.expert_ranks == 1 or not sffn.key_width(hidden_size):
         return False
     if sffn.regather == "auto":
         return rows_per_token(sffn, layout) >= 2
@@ -200,7 +200,8 @@ def all_gather_bytes_per_token(
 
 def _row_bytes(sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout) -> int:
     """Bytes of one dispatched query row plus one combined output row."""
-    return (sffn.router.key_width(hidden_size) + hidden_size) * layout.bytes_per_number
+    row = sffn.key_width(hidden_size) + sffn.row_width(hidden_size)
+    return row * layout.bytes_per_number
 
 
 DISPATCHERS: dict[str, Callable[[SparseFFNConfig, int, ParallelLayout], float]] = {
@@ -235,7 +236,7 @@ def exchanged_bytes_per_token(
     """
     if layout.expert_ranks == 1:
         return 0.0
-    selection = sffn.router.exchanged_bytes(sffn, hidden_size, layout)
+    selection = sffn.router.exchanged_bytes(sffn, sffn.router_width(hidden_size), layout)
     return DISPATCHERS[layout.dispatcher](sffn, hidden_size, layout) + selection
 
 
@@ -249,7 +250,7 @@ def megatron_bytes_per_token(
     probability for every block, chosen or not. What is sent over EP ranks is gathered once more
     over ETP ranks.
     """
-    row = hidden_size * layout.bytes_per_number
+    row = sffn.row_width(hidden_size) * layout.bytes_per_number
     if layout.dispatcher == "allgather":
         per_block = MASK_BYTES + SCORE_BYTES
         return (layout.expert_ranks - 1) * (2 * row + sffn.num_blocks * per_block)

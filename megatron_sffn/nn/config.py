@@ -94,6 +94,9 @@ class SparseFFNConfig:
             tokens straight to each rank.
         exchange_chunks: number of chunks in which a rank's tokens are sent, one after the other,
             while the blocks compute the previous chunk (`alltoall` only).
+        latent_size: L, numbers of the rows that blocks read and write (`--moe-latent-size`): tokens
+            are projected to them before the dispatch, and their sums back to D after it; None for
+            rows of D numbers.
 
     Raises:
         ConfigError: if g does not divide k, a number is out of its range, or the router is not
@@ -111,6 +114,7 @@ class SparseFFNConfig:
     regather: str = "auto"
     node_size: int = 0
     exchange_chunks: int = 1
+    latent_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check every field, then whether the router is defined for the layer."""
@@ -121,6 +125,7 @@ class SparseFFNConfig:
         object.__setattr__(self, "backend", Backend(self.backend))
         self._check_sizes()
         self._check_settings()
+        self._check_latent_size()
         self.router.check(self)
 
     def _check_sizes(self) -> None:
@@ -166,6 +171,36 @@ class SparseFFNConfig:
                 f"--sffn-exchange-chunks {self.exchange_chunks} must be at least 1; give 1 to send "
                 "all tokens of a microbatch at once"
             )
+
+    def _check_latent_size(self) -> None:
+        """Refuse latent rows that are empty, or that nothing would read or could compute."""
+        flag = f"--moe-latent-size {self.latent_size}"
+        if self.latent_size is None:
+            return
+        if self.latent_size < 1:
+            raise ConfigError(f"{flag} must be at least 1; leave it out for rows of --hidden-size")
+        if not self.router.key_width(self.latent_size):
+            raise ConfigError(
+                f"{flag} is the width of rows that meet keys, and --sffn-router {self.router.name} "
+                "has values alone; leave it out, or use --sffn-router avg-k"
+            )
+        if self.backend is Backend.MEGATRON:
+            raise ConfigError(
+                f"{flag} is not available with --sffn-backend {self.backend}, for which Megatron "
+                "needs Transformer Engine; use another --sffn-backend"
+            )
+
+    def row_width(self, hidden_size: int) -> int:
+        """Width of the rows that blocks read and write: L in a latent layer, else D."""
+        return self.latent_size or hidden_size
+
+    def key_width(self, hidden_size: int) -> int:
+        """Width of a cell's key; 0 where blocks have values alone."""
+        return self.router.key_width(self.row_width(hidden_size))
+
+    def router_width(self, hidden_size: int) -> int:
+        """Width of what the router scores: the blocks' rows, or the tokens."""
+        return self.row_width(hidden_size) if self.router.scores_rows else hidden_size
 
     @property
     def num_cells(self) -> int:
@@ -277,9 +312,10 @@ class SparseFFNTransformerConfig(TransformerConfig):
         if sffn.backend not in (Backend.GROUPED, Backend.QUACK):
             return
         slices = vars(self)["expert_tensor_parallel_size"] or 1
-        width, key_width = self.hidden_size, sffn.router.key_width(self.hidden_size)
+        width, key_width = sffn.row_width(self.hidden_size), sffn.key_width(self.hidden_size)
+        name_of_width = "--hidden-size" if sffn.latent_size is None else "--moe-latent-size"
         reason = grouped.refusal_of_widths(
-            {"--hidden-size": width, "the width of keys": key_width}
+            {name_of_width: width, "the width of keys": key_width}
             | {"--sffn-block-size / --expert-tensor-parallel-size": sffn.block_size // slices}
         )
         if not key_width:
@@ -313,6 +349,7 @@ def moe_fields(sffn: SparseFFNConfig) -> dict[str, Any]:
         "moe_router_topk": sffn.num_active_blocks,
         "moe_ffn_hidden_size": sffn.block_size,
         "moe_shared_expert_intermediate_size": sffn.shared_cells or None,
+        "moe_latent_size": sffn.latent_size,
         # The probability over all blocks, as Switch defines it: not renormalised over the chosen.
         "moe_router_pre_softmax": True,
     }

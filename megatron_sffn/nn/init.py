@@ -47,6 +47,12 @@ class InitialValue:
     source: str
 
 
+def _row_width(config: SparseFFNTransformerConfig) -> int:
+    """Width of the rows that blocks read and write."""
+    assert config.sffn is not None, "block weights need config.sffn"
+    return config.sffn.row_width(config.hidden_size)
+
+
 # c is the model's config, n the size of the weight's last axis.
 _MEGATRON = InitialValue("init_method", lambda c, n: c.init_method_std, "Megatron")
 _MEGATRON_OUTPUT = InitialValue(
@@ -72,13 +78,13 @@ INITIAL_VALUES: dict[tuple[str, str], InitialValue] = {
     ("megatron", "keys"): _MEGATRON,
     ("megatron", "values"): _MEGATRON_OUTPUT,
     ("sigma-moe", "keys"): InitialValue(
-        "normal", lambda c, n: math.sqrt(2 / (depth(c) * c.hidden_size)), _CSORDAS
+        "normal", lambda c, n: math.sqrt(2 / (depth(c) * _row_width(c))), _CSORDAS
     ),
     ("sigma-moe", "values"): InitialValue(
         "normal", lambda c, n: math.sqrt(2 / (depth(c) * c.sffn.num_cells)), _CSORDAS
     ),
     ("sigma-moe-block", "keys"): InitialValue(
-        "normal", lambda c, n: math.sqrt(2 / (depth(c) * c.hidden_size)), _CSORDAS
+        "normal", lambda c, n: math.sqrt(2 / (depth(c) * _row_width(c))), _CSORDAS
     ),
     ("sigma-moe-block", "values"): InitialValue(
         "normal",
@@ -86,7 +92,10 @@ INITIAL_VALUES: dict[tuple[str, str], InitialValue] = {
         f"{_CSORDAS}, ablation",
     ),
     ("pkm", "keys"): _MEGATRON,
-    ("pkm", "values"): InitialValue("normal", lambda c, n: c.hidden_size**-0.5, _LAMPLE),
+    ("pkm", "values"): InitialValue("normal", lambda c, n: _row_width(c) ** -0.5, _LAMPLE),
+    # The projections around the blocks of a latent layer
+    ("latent", "down"): _MEGATRON,
+    ("latent", "up"): _MEGATRON_OUTPUT,
     # Routers, by `--sffn-router`
     ("router avg-k", "descriptor.weight"): InitialValue(
         *_ZERO, "this project: all cells of a block have the same weight"
@@ -125,6 +134,11 @@ def block_weight_init(config: SparseFFNTransformerConfig) -> tuple[InitMethod, I
         _init_method(INITIAL_VALUES[option, weight], config) for weight in ("keys", "values")
     )
     return draw_keys, draw_values
+
+
+def latent_init(name: str, config: SparseFFNTransformerConfig) -> InitMethod:
+    """The init method of a latent layer's projection, `down` or `up`."""
+    return _init_method(INITIAL_VALUES["latent", name], config)
 
 
 def dense_weight_init(name: str, num_axes: int, config: TransformerConfig) -> InitMethod | None:

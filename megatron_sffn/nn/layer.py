@@ -12,6 +12,7 @@ a second oracle.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator
 from functools import cached_property, partial
@@ -37,6 +38,7 @@ from megatron_sffn.nn.config import (
 )
 from megatron_sffn.nn.dispatch import DispatchedTokens, dispatch
 from megatron_sffn.nn.expert_grid import one_rank_groups
+from megatron_sffn.nn.latent_projection import LatentProjection
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.routing_counters import RoutingCounter, TrafficCounter
@@ -72,6 +74,8 @@ class _SparseLayer(MoELayer):
         # No method of either paper has biases, so Megatron's router and experts get none either.
         config = copy.copy(config)
         config.add_bias_linear = False
+        # Megatron would ask for Transformer Engine, of whose layers it builds the projections.
+        config.moe_latent_size = None
         if pg_collection is None:
             # Used as a library: no model will set the layer number, which seeds the weights.
             layer_number = layer_number or 1
@@ -93,6 +97,10 @@ class _SparseLayer(MoELayer):
         self.trained = RoutingCounter(sffn.num_blocks)
         self.evaluated = RoutingCounter(sffn.num_blocks)
         self.traffic = TrafficCounter()
+        self.fc1_latent_proj = self.fc2_latent_proj = None
+        if sffn.latent_size is not None:
+            self.fc1_latent_proj = LatentProjection(config, "down")
+            self.fc2_latent_proj = LatentProjection(config, "up")
         if layer_number is not None:
             self.set_layer_number(layer_number)
 
@@ -162,13 +170,17 @@ class SparseFFN(_SparseLayer):
         return BlockWeights
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Set the number that seeds the block weights and the router, and initialise the former.
+        """Set the number that seeds all weights, and initialise those that are not the router's.
 
         Megatron calls it again after it has built the layer, usually with the same number.
         """
         super().set_layer_number(layer_number)
         if self._initialised_as_layer != layer_number:
-            self.experts.init_weights(self.config.ffn_number(layer_number))
+            ffn_number = self.config.ffn_number(layer_number)
+            self.experts.init_weights(ffn_number)
+            for projection in (self.fc1_latent_proj, self.fc2_latent_proj):
+                if projection is not None:
+                    projection.init_weight(ffn_number)
             self._initialised_as_layer = layer_number
 
     @cached_property
@@ -186,21 +198,20 @@ class SparseFFN(_SparseLayer):
 
     def _update(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
         keys, values = self.experts()
-        routing = self._route(hidden_states, main_grad.shared(keys), token_ids)
+        x_TC, routing = self._rows(hidden_states, main_grad.shared(keys), token_ids)
         # Shared blocks need no communication: a GPU computes them during the dispatch.
         shared = None
         if self.use_shared_expert:
             shared = start_beside(self.shared_experts_compute, hidden_states)
-        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         plan = dispatch(
-            x_TD,
+            x_TC,
             routing,
             self.experts.expert_grid,
             self.config.moe_token_dispatcher_type,
             regather=self._regathers,
             num_chunks=self.config.sffn.exchange_chunks,
         )
-        self.traffic(len(x_TD), plan.bytes_sent)
+        self.traffic(len(x_TC), plan.bytes_sent)
 
         def compute(dispatched: DispatchedTokens) -> Tensor:
             tables = keys, values
@@ -217,8 +228,31 @@ class SparseFFN(_SparseLayer):
                 rows_again=dispatched.regather,
             )
 
-        update = plan.run(compute).view_as(hidden_states)
+        sums_TC = plan.run(compute)
+        if self.fc2_latent_proj is not None:
+            sums_TC = self.fc2_latent_proj(sums_TC)
+        update = sums_TC.view_as(hidden_states)
         return update if shared is None else update + shared()
+
+    def _rows(
+        self, hidden_states: Tensor, keys: Tensor, token_ids: Tensor | None
+    ) -> tuple[Tensor, Routing]:
+        """The rows that blocks read, and their routing.
+
+        Returns:
+            The tokens `[T, D]`, or `[T, L]` in a latent layer. A router that scores with the
+            blocks' keys scores these rows, any other the tokens.
+        """
+        project, scores_rows = self.fc1_latent_proj, self.config.sffn.router.scores_rows
+        if project is not None and scores_rows:
+            hidden_states = project(hidden_states)
+        routing = self._route(hidden_states, keys, token_ids)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if project is not None and not scores_rows:
+            # Queries are the tokens, with the auxiliary losses attached for the backward pass.
+            rows = project(rows if routing.queries is None else routing.queries)
+            routing = dataclasses.replace(routing, queries=None)
+        return rows, routing
 
 
 class MegatronBackedFFN(_SparseLayer):

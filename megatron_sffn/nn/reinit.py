@@ -3,8 +3,8 @@
 Megatron draws a weight's shard from a generator that is seeded by tensor- and pipeline-parallel
 rank. `reinit_dense_weights` draws each weight of the built model once more: as a whole, from a
 generator seeded by its name, and every rank keeps its shard. Every layout then starts from the same
-model, and so does the dense baseline. Block weights and routers are drawn that way from the start
-(`block_weights.py`, `routers/base.py`).
+model, and so does the dense baseline. Block weights, latent projections and routers are drawn that
+way from the start (`block_weights.py`, `latent_projection.py`, `routers/base.py`).
 
 Design notes: `sharded_state_dict` says where a shard lies in its weight, because Megatron's
 checkpoints need the same knowledge.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_sffn.nn.block_weights import BlockWeights
 from megatron_sffn.nn.init import SOFTMAX_OFFSET, InitMethod, dense_weight_init, init_dtype
+from megatron_sffn.nn.latent_projection import LatentProjection
 from megatron_sffn.nn.layer_pattern import gpt_name
 from megatron_sffn.nn.routers import Router
 from megatron_sffn.utils.hashing import seed_of
@@ -61,7 +62,7 @@ def _reinit_chunk(seed: int, chunk: Any) -> None:
     drawn_already = {
         f"{module_name}.{weight}"
         for module_name, module in chunk.named_modules()
-        if isinstance(module, BlockWeights | Router)
+        if isinstance(module, BlockWeights | LatentProjection | Router)
         for weight, _ in module.named_parameters()
     }
     state_dict = chunk.sharded_state_dict()

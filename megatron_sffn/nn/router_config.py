@@ -99,6 +99,9 @@ class RouterConfig:
     """Value of `--sffn-router`."""
     summary: ClassVar[str]
     """One line for `--help`."""
+    scores_rows: ClassVar[bool] = False
+    """True if scores are products with the blocks' keys, so that in a latent layer the router gets
+    the rows of L numbers that the blocks read; the functions below then get L for `hidden_size`."""
     needs_token_ids: ClassVar[bool] = False
     """True if the router reads the input ids."""
     megatron_flags: ClassVar[tuple[str, ...]] = ()

@@ -67,7 +67,7 @@ def estimate_blocks(workload: Workload, cluster: Cluster) -> BlockEstimate:
         return BlockEstimate(
             backend=sffn.backend.value, ratio=cluster.block_ratio, provenance="measured"
         )
-    key_width = sffn.router.key_width(workload.shape.hidden_size)
+    key_width = sffn.key_width(workload.shape.hidden_size)
     # Under uniform routing a rank computes as many pairs as its own tokens have, whatever EP is.
     pairs = max(1, workload.own_tokens * sffn.num_active_blocks * layout.etp)
     blocks = sffn.num_blocks // layout.ep
@@ -76,7 +76,7 @@ def estimate_blocks(workload: Workload, cluster: Cluster) -> BlockEstimate:
         pairs=pairs,
         blocks=blocks,
         cells=sffn.block_size // layout.etp,
-        width=workload.shape.hidden_size,
+        width=sffn.row_width(workload.shape.hidden_size),
         key_width=key_width,
     )
     units = choose_backend.estimates(shape, layout.dtype)

@@ -123,7 +123,7 @@ class _Clock:
         """The scores and the selection of a sparse layer, forward."""
         sffn, tokens = self.shape.sffn, self.workload.own_tokens
         assert sffn is not None, "a dense model has no router"
-        flops = sffn.router.flops(sffn, self.shape.hidden_size, gated=self.shape.gated)
+        flops = sffn.router.flops(sffn, self.shape.router_width, gated=self.shape.gated)
         scores = SCORE_PASSES * SCORE_BYTES * sffn.num_blocks * tokens
         return self.products(tokens * flops) + self.moves(scores)
 
@@ -146,7 +146,8 @@ class _Clock:
             return factor * self.mlp(self.shape.ffn_hidden_size)
         assert self.shape.sffn is not None, "a dense model has no sparse layer"
         shared = self.mlp(self.shape.sffn.shared_cells)
-        return factor * (self.router() + shared) + self.cells(backward=backward)
+        latent = self.products(2 * self.shape.latent_projections * self.workload.own_tokens)
+        return factor * (self.router() + shared + latent) + self.cells(backward=backward)
 
     def collectives(self, count: float) -> float:
         """Collectives of tensor parallelism."""

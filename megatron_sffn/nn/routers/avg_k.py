@@ -37,6 +37,7 @@ class AvgKConfig(ScoredConfig):
 
     name = "avg-k"
     summary = "score a block by x · mean of its keys; no router parameter, no gate"
+    scores_rows = True
 
     descriptor: str = flag(
         "--sffn-descriptor",

@@ -118,7 +118,8 @@ class Router(torch.nn.Module):
             name: a key of `RouterConfig.weights`, which has the shape.
         """
         config = self.config
-        shape = self.sffn.router.weights(self.sffn, config.hidden_size)[name]
+        width = self.sffn.router_width(config.hidden_size)
+        shape = self.sffn.router.weights(self.sffn, width)[name]
         weight = Parameter(torch.empty(shape, dtype=config.params_dtype, device=device.current()))
         # Under sequence parallelism TP ranks have different tokens: Megatron sums their gradients.
         weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -130,7 +131,8 @@ class Router(torch.nn.Module):
         """Choose K blocks for each token.
 
         Args:
-            x: `[T, D]` tokens of this rank.
+            x: `[T, D]` tokens of this rank; `[T, L]` rows in a latent layer if the router's config
+                has `scores_rows`.
             keys: `[B / ep, G / etp, key width]` keys of this rank; `[B / ep, 2G / etp, ...]`, gate
                 keys first, for a gated activation; None where the blocks have values alone.
             token_ids: `[T]` input ids, for routers with `needs_token_ids`.

@@ -201,7 +201,8 @@ class MovingAverage(Mean):
 
     def __init__(self, router: Router, **arguments: Any) -> None:
         super().__init__(router, **arguments)
-        blocks, width = router.sffn.num_blocks, router.config.hidden_size
+        blocks = router.sffn.num_blocks
+        width = router.sffn.router_width(router.config.hidden_size)
         zeros = torch.zeros(blocks, width, dtype=torch.float32, device=device.current())
         self.register_buffer("average", zeros.clone())
         self.register_buffer("started", zeros.new_zeros(blocks, 1))

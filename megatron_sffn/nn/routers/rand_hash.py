@@ -37,6 +37,7 @@ class RandHashConfig(RouterConfig):
     summary = "a fixed random set of blocks for every token id; selection costs nothing"
 
     needs_token_ids = True
+    megatron_flags = ("moe_latent_size",)
 
     seed: int = flag("--sffn-hash-seed", default=42, help="seed of the map (rand-hash)")
     shared: bool = flag(

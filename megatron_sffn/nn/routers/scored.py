@@ -63,6 +63,7 @@ class ScoredConfig(RouterConfig):
         "moe_router_num_groups",
         "moe_router_group_topk",
         "moe_router_topk_scaling_factor",
+        "moe_latent_size",
     )
     default_gate: ClassVar[str] = "none"
     """Name in `GATES` of the gate where `--sffn-gate` is not given."""

@@ -51,6 +51,8 @@ SCRATCH_NUMBERS = 1 << 24
 class KeyTableConfig(ScoredConfig):
     """Settings of every method that scores all cells with the keys of the blocks."""
 
+    scores_rows = True
+
     @property
     def aggregation(self) -> str:
         """Name in `AGGREGATORS` of the aggregation of cells into a block."""
