@@ -178,6 +178,27 @@ def test_block_sizes_shared_blocks_and_losses_keep_the_bytes_of_the_closed_form(
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(
+    ("router", "options", "shared"),
+    [
+        ("avg-k", {}, 0),
+        ("avg-k", {"gate": "sigmoid"}, 0),
+        ("vanilla-m", {"gate": "sigmoid"}, 0),
+        ("lorkm", {}, 0),
+        ("switch", {}, 0),
+        ("switch", {}, 5),
+        ("rand-hash", {}, 0),
+    ],
+)
+def test_latent_layers_keep_the_bytes_of_the_closed_form(
+    router: str, options: dict[str, Any], shared: int, half: bool, one_rank: None
+) -> None:
+    layer = sparse(router, options, latent_size=10, block_size=2, shared_blocks=shared)
+    shape = of_sparse_layers(layer)
+    assert measured(shape, "gelu", half) == closed_form(shape, "gelu", half, ParallelLayout())
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
     ("backend", "router"),
     [
         *((backend, router) for backend in ("masked", "bags") for router in ("switch", "pkm")),

@@ -178,6 +178,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "layernorm": False,
         "bias": False,
     },
+    "avg-k-latent": {"sparse_layers": 2, "sffn": sparse(latent_size=10)},
+    "lorkm-latent": {"sparse_layers": 1, "sffn": sparse("lorkm", latent_size=10)},
+    "switch-latent-swiglu-shared": {
+        "sparse_layers": 2,
+        "sffn": sparse("switch", latent_size=10, shared_blocks=2),
+        "gated": True,
+    },
+    "vanilla-m-latent": {"sparse_layers": 2, "sffn": sparse("vanilla-m", latent_size=10)},
     "sigma-moe-mlp": {
         "sparse_layers": 1,
         "sffn": sparse("sigma-moe", {"network": "mlp", "network_width": 11}),
@@ -213,9 +221,9 @@ def test_active_parameters_leave_out_the_inactive_blocks(name: str) -> None:
         assert count.active == count.total
         return
     inactive_cells = (sffn.num_blocks - sffn.num_active_blocks) * sffn.block_size
-    keys = (2 if shape.gated else 1) * sffn.router.key_width(shape.hidden_size)
+    keys = (2 if shape.gated else 1) * sffn.key_width(shape.hidden_size)
     assert count.total - count.active == shape.sparse_layers * inactive_cells * (
-        keys + shape.hidden_size
+        keys + (sffn.latent_size or shape.hidden_size)
     )
 
 
@@ -225,7 +233,7 @@ def recomputed_keys(shape: ModelShape) -> int:
     if sffn is None or not isinstance(sffn.router, KeyTableConfig):
         return 0
     # The products with the chosen blocks' keys, which the router has computed already.
-    keys = (2 if shape.gated else 1) * sffn.router.key_width(shape.hidden_size)
+    keys = (2 if shape.gated else 1) * sffn.key_width(shape.hidden_size)
     return 2 * keys * sffn.chosen_cells * shape.sparse_layers
 
 

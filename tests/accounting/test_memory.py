@@ -54,6 +54,7 @@ SHAPES: dict[str, ModelShape] = {
     "lorkm": dataclasses.replace(
         SPARSE_SMALL, tied_embeddings=False, qk_layernorm=True, sffn=sparse("lorkm")
     ),
+    "latent": dataclasses.replace(SPARSE_SMALL, sffn=sparse("switch", latent_size=10)),
 }
 
 

@@ -319,6 +319,7 @@ def test_another_model_is_refused(check, load, flags: str, run_flag: str, saved_
             "--sffn-router switch",
             "this run has no --moe-router-enable-expert-bias, but",
         ),
+        ({"moe_latent_size": 16}, "", "this run has no --moe-latent-size, but"),
         (
             {"moe_router_load_balancing_type": "quantile_balancing"},
             "",

@@ -634,6 +634,20 @@ REFUSED = [
         "use --sffn-router avg-k",
     ),
     (
+        "--moe-latent-size 16 --sffn-router pkm --sffn-block-size 1",
+        1,
+        "--moe-latent-size 16 has nothing to act on with --sffn-router pkm",
+        "use --sffn-router avg-k",
+    ),
+    ("--moe-latent-size 16 --sffn-router dense", 1, "--moe-latent-size 16", "leave it out"),
+    ("--moe-latent-size 0", 1, "--moe-latent-size 0", "at least 1"),
+    (
+        "--moe-latent-size 16 --sffn-router switch --sffn-backend megatron",
+        1,
+        "--moe-latent-size 16 is not available with --sffn-backend megatron",
+        "use another --sffn-backend",
+    ),
+    (
         "--moe-router-quantile-balancing-ema 0.5",
         1,
         "nothing to act on without --moe-router-load-balancing-type quantile_balancing",

@@ -78,6 +78,7 @@ def saved(
         slow("TP2 ETP2", ["EP4"], "--sffn-router lorkm --sffn-key-rank 16 --swiglu"),
         slow("EP2", ["TP2 ETP2"], "--sffn-descriptor ema --sffn-gate softmax"),
         ("EP2", ["TP2 ETP2"], "--moe-router-load-balancing-type quantile_balancing"),
+        ("EP2", ["TP2 ETP2"], f"{SWITCH} --moe-latent-size 24 {DISTRIBUTED}"),
         # The first stage has no sparse layer, so no optimizer state of tables either.
         slow("PP2", ["EP2", "PP2"], "--sffn-layers 3"),
         slow("PP2", ["EP2", "PP2"], f"--sffn-layers 3 {DISTRIBUTED}"),

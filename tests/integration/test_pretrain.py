@@ -155,6 +155,12 @@ def test_descriptors_cached_for_a_step_are_those_of_its_weights(pretrain, monkey
     assert cached.validation_loss == fresh.validation_loss
 
 
+def test_latent_layers_are_the_same_on_every_layout(pretrain) -> None:
+    latent = f"{SHORT} --moe-latent-size 24 --sffn-gate sigmoid"
+    log = pretrain(4, f"{latent} {TP2} --pipeline-model-parallel-size 2 {EP2}")
+    assert_same_run(log, pretrain(1, latent))
+
+
 def test_quantile_balancing_is_the_same_on_every_layout(pretrain) -> None:
     balanced = (
         f"{SHORT} --moe-router-load-balancing-type quantile_balancing "

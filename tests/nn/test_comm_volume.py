@@ -129,6 +129,19 @@ def test_a_dispatched_row_is_as_wide_as_a_key(
     assert exact == pytest.approx(3 * (1 - missed) * (key_width + width) * 2 + pairs)
 
 
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("router", ["avg-k", "vanilla-m", "switch"])
+def test_a_latent_layer_sends_what_a_layer_of_that_hidden_size_sends(
+    router: str, dispatcher: str
+) -> None:
+    layer = sparse(router, active_cells=64, block_size=4, expansion=2)
+    latent = dataclasses.replace(layer, latent_size=48)
+    layout = ParallelLayout(ep=4, dispatcher=dispatcher, dtype=torch.bfloat16)
+    for volume in (comm_volume.exchanged_bytes_per_token, comm_volume.megatron_bytes_per_token):
+        assert volume(latent, 192, layout) == volume(layer, 48, layout)
+        assert volume(latent, 192, layout) < volume(layer, 192, layout)
+
+
 def test_shared_blocks_do_not_travel() -> None:
     layer = sparse(active_cells=64, block_size=4, expansion=2)
     shared = dataclasses.replace(layer, shared_blocks=4)
@@ -235,6 +248,27 @@ LAYOUTS = {
     "EP2": ParallelLayout(ep=2, dtype=torch.float64),
     "EP2 ETP2": ParallelLayout(ep=2, etp=2, dtype=torch.float64),
 }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_collectives_of_latent_layers_send_the_bytes_of_the_closed_form(name: str) -> None:
+    layout = dataclasses.replace(LAYOUTS[name], dispatcher="allgather")
+    cases = [
+        Case(
+            router=router,
+            block_size=8,
+            sffn=(("latent_size", 5),),
+            megatron=(("moe_token_dispatcher_type", "allgather"),),
+        )
+        for router in ("avg-k", "rand-hash", "vanilla-m")
+    ]
+    ranks = run_ranks(layout.world_size, sent_by_all, cases, **layout.megatron_sizes())
+    for results in zip(*ranks, strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(comm_volume, "SCORE_BYTES", 8)
+            patch.setattr("megatron_sffn.nn.routers.vanilla_m.SCORE_BYTES", 8)
+            expected = comm_volume.exchanged_bytes_per_token(results[0].sffn, D, layout)
+        assert {result.counted for result in results} == {expected}
 
 
 def routers_of(name: str) -> list[str]:

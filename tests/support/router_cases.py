@@ -111,7 +111,7 @@ def run(case: Case, ids: Tensor | None = None) -> dict[str, Tensor]:
 
     Returns:
         Whole tensors on every rank: `y` and `dx` `[S, BATCH, D]`, and the gradients of the block
-        weights and of the router's weights, summed over ranks.
+        weights, the router's weights and latent projections, summed over ranks.
     """
     layer = build(case).train(case.training)
     hidden, default_ids, weights = inputs()
@@ -136,12 +136,12 @@ def run(case: Case, ids: Tensor | None = None) -> dict[str, Tensor]:
         shape = (grid.ep_size, grid.etp_size, len(grad), -1, grid.num_local_cells, width)
         table = torch.stack(shards).view(shape).permute(0, 2, 3, 1, 4, 5)
         result[f"d{name}"] = table.reshape(grid.num_blocks, -1, width)
-    for name, weight in layer.router.named_parameters():
-        if weight.grad is None:
+    for name, weight in layer.named_parameters():
+        if name.startswith(("experts.", "shared_experts.")) or weight.grad is None:
             continue
         grad = weight.grad.clone()
         torch.distributed.all_reduce(grad)
-        result[f"drouter.{name}"] = grad
+        result[f"d{name}"] = grad
     return {name: value.clone() for name, value in result.items()}
 
 

@@ -54,7 +54,7 @@ RUNS = {  # ranks, model, layout
     "avg-k": (2, "", EP2),
     "prices": (
         2,
-        f"{LARGE_WEIGHTS} --moe-router-load-balancing-type quantile_balancing",
+        f"{LARGE_WEIGHTS} --moe-router-load-balancing-type quantile_balancing --moe-latent-size 24",
         EP2,
     ),
 }
@@ -285,11 +285,15 @@ def test_gates_values_and_their_moments_are_rescaled(run, tmp_path: Path) -> Non
 
 
 def test_parts_of_a_block_have_its_price_and_joined_blocks_the_mean(run, tmp_path: Path) -> None:
+    # The layers are latent: their projections stay as they are.
     source, name = run("prices").folder, "decoder.layers.1.mlp.router.balance.qb_beta"
     prices = load_tensors(source / "iter_0000002")[name]
     assert prices.abs().max() > 0
-    finer = load_tensors(convert(source, tmp_path / "finer", 8))[name]
-    assert torch.equal(finer, prices.repeat_interleave(2))
+    finer_tensors = load_tensors(convert(source, tmp_path / "finer", 8))
+    assert torch.equal(finer_tensors[name], prices.repeat_interleave(2))
+    projection = "decoder.layers.1.mlp.fc1_latent_proj.weight"
+    source_tensors = load_tensors(source / "iter_0000002")
+    assert torch.equal(finer_tensors[projection], source_tensors[projection])
     coarser = load_tensors(convert(source, tmp_path / "coarser", 32))[name]
     torch.testing.assert_close(coarser, prices.unflatten(0, (-1, 2)).mean(dim=1))
 

@@ -202,6 +202,34 @@ OPTIONS = {
     "subset": Case(router="avg-k", options=(("descriptor", "subset"), ("subset_cells", 2))),
     "mlp": Case(router="sigma-moe", options=(("network", "mlp"), ("network_width", 6))),
 }
+LATENT = {
+    router: without_balance(router, options=options, sffn=(("latent_size", 6),))
+    for router, options in {
+        "avg-k": (("gate", "sigmoid"),),
+        "vanilla-m": (("gate", "sigmoid"),),
+        "lorkm": (("gate", "sigmoid"), ("rank", 5)),
+        "switch": (),
+        "s-base": (),
+        "rand-hash": (),
+    }.items()
+}
+"""Layers whose blocks have rows of 6 numbers, by routers that score these rows or the tokens."""
+
+
+def latent_results(**sizes: int) -> dict[str, list[dict[str, Any]]]:
+    """Results of each of `LATENT` on every rank of a layout of 4 ranks, or on one rank."""
+    ranks = run_ranks(4 if sizes else 1, run_all, list(LATENT.values()), **layout(**sizes))
+    return dict(zip(LATENT, map(list, zip(*ranks, strict=True)), strict=True))
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2, "ep": 4}, {"ep": 2, "etp": 2}], ids=str)
+def test_latent_layers_compute_the_results_of_one_rank(sizes: dict[str, int]) -> None:
+    expected = latent_results()
+    for router, by_rank in latent_results(**sizes).items():
+        (one_rank,) = expected[router]
+        assert {"dfc1_latent_proj.weight", "dfc2_latent_proj.weight"} <= one_rank.keys()
+        assert all(float(one_rank[name].abs().max()) > 1e-6 for name in one_rank), router
+        assert_same(by_rank, one_rank)
 
 
 @cache

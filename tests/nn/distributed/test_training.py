@@ -279,6 +279,8 @@ VARIANTS = {
     "norm-weighted": Variant("avg-k", (("descriptor", "norm-weighted"), ("gate", "sigmoid"))),
     "learned": Variant("avg-k", (("descriptor", "learned"), ("gate", "sigmoid"))),
     "ema": Variant("avg-k", (("descriptor", "ema"), ("decay", 0.5))),
+    "latent": Variant("avg-k", (("gate", "sigmoid"),), sffn=(("latent_size", 6),)),
+    "latent, tokens scored": Variant("switch", sffn=(("latent_size", 6), ("shared_blocks", 1))),
     "attention": Variant("switch", (("network", "attention"), ("network_width", 6))),
     "capacity": Variant("switch", megatron=(("moe_expert_capacity_factor", 0.5),)),
     "capacity by position": Variant(
