@@ -11,6 +11,7 @@ The path of one token, in the order in which it meets the code:
     nn/layer_spec.py          puts sparse layers into the chosen transformer layers
     nn/init.py, nn/reinit.py  draw the initial weights, the same on every layout
     nn/layer.py               in a sparse layer: route, dispatch, compute, combine
+    nn/latent_projection.py   narrower rows for the blocks, and back (--moe-latent-size)
     nn/routers/               route: which K blocks?                        -> Routing
     nn/load_balancing.py      auxiliary losses, the expert bias, prices of quantile_balancing.py
     nn/expert_grid.py         which rank holds which cells

@@ -4,7 +4,8 @@ Inputs: block size g, expansion E, active cells k, and a router's config. Output
 whose derived numbers (B blocks, K active blocks, M cells) everything else reads.
 
 Letters in the whole package: T tokens on this rank, D hidden size, M memory cells, B blocks,
-G cells of a block (g on the command line), K active blocks per token, R rows after the exchange.
+G cells of a block (g on the command line), K active blocks per token, R rows after the exchange,
+L numbers of a latent row.
 """
 
 from __future__ import annotations
