@@ -157,7 +157,8 @@ def balance_losses(args: Namespace) -> Iterator[Problem]:
     if args.sffn_router == "dense":
         return
     router = ROUTERS[args.sffn_router]
-    if args.moe_router_load_balancing_type == [QUANTILE_BALANCING] and args.moe_aux_loss_coeff:
+    by_prices = args.moe_router_load_balancing_type == [QUANTILE_BALANCING]
+    if by_prices and any(args.moe_aux_loss_coeff or []):
         yield Problem(
             "--moe-aux-loss-coeff",
             args.moe_aux_loss_coeff,

@@ -274,7 +274,7 @@ def test_the_dense_baseline_has_no_experts(read: Read) -> None:
         # A string, with which Megatron compares.
         (
             "--sffn-router switch --moe-router-load-balancing-type quantile_balancing "
-            "--moe-router-quantile-balancing-ema 0.5",
+            "--moe-router-quantile-balancing-ema 0.5 --moe-aux-loss-coeff 0",
             "quantile_balancing",
             0.0,
         ),
