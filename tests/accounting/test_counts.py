@@ -156,11 +156,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "sparse_layers": 2,
         "sffn": sparse("switch", backend=Backend.MEGATRON, shared_blocks=2),
     },
-    "dense-latent": {"latent_attention": LATENT, "qk_layernorm": True, "layernorm": False},
-    "dense-latent-without-query-latents": {
+    "dense-latent-attention": {
+        "latent_attention": LATENT,
+        "qk_layernorm": True,
+        "layernorm": False,
+    },
+    "dense-latent-attention-of-queries-without-latents": {
         "latent_attention": dataclasses.replace(LATENT, q_lora_rank=None),
     },
-    "avg-k-latent": {"latent_attention": LATENT, "sparse_layers": 2, "sffn": sparse("avg-k")},
+    "avg-k-latent-attention": {
+        "latent_attention": LATENT,
+        "sparse_layers": 2,
+        "sffn": sparse("avg-k"),
+    },
     "hybrid-dense": {"num_layers": 5, "attention_layers": 2, "gated": True},
     "hybrid-avg-k": {
         "num_layers": 7,
