@@ -50,7 +50,7 @@ def sparse_layer(
             router=ROUTERS[router](**test_numbers.options),
             backend=Backend(backend),
             block_size=1 if test_numbers.single_cells else g,
-            expansion=16 if test_numbers.square_memory else expansion,
+            expansion=16 if test_numbers.square_blocks else expansion,
         ),
         **balance,
     )

@@ -116,6 +116,7 @@ def plan_reblocking(metadata: Metadata, saved: Namespace, block_size: int) -> Re
         )
     after = _other_blocks(before, block_size)
     _check(before, after)
+    _check_weights(before, after, saved.hidden_size)
     rules = _Rules(before, after, saved)
     account: Counter[tuple[str, str]] = Counter()
     changes: dict[str, Change] = {}
@@ -163,6 +164,19 @@ def _check(before: SparseFFNConfig, after: SparseFFNConfig) -> None:
             f"so the gate's rows of --sffn-router {before.router.name} cannot be shared out; give "
             "one that does"
         )
+
+
+def _check_weights(before: SparseFFNConfig, after: SparseFFNConfig, hidden_size: int) -> None:
+    """Raise if weights of the router change their shape and there is no rule for them."""
+    router = before.router
+    new_shapes = router.weights(after, hidden_size)
+    for name, shape in router.weights(before, hidden_size).items():
+        if name not in router.per_block_weights and new_shapes[name] != shape:
+            raise ConfigError(
+                f"router.{name} of --sffn-router {router.name} has shape {list(shape)}, and "
+                f"{list(new_shapes[name])} with --block-size {after.block_size}, for which there "
+                "is no rule; train with that --sffn-block-size from the start"
+            )
 
 
 def _new_args(saved: Namespace, after: SparseFFNConfig) -> Namespace:
@@ -253,8 +267,7 @@ class _Rules:
         return (f"gate {kind}" if table.startswith("router.") else kind), effect, change
 
     def _check_shape(self, key: str, table: str, shape: list[int]) -> None:
-        # Avg-K's learned descriptors have no rule for another block size.
-        if table not in self.shapes or table.startswith("router.descriptor."):
+        if table not in self.shapes:
             raise ConfigError(_unknown(key, "is not one that this tool knows"))
         if shape != self.shapes[table]:
             raise ConfigError(

@@ -14,6 +14,7 @@ from megatron_sffn.hf.names import SPARSE_FFN
 from megatron_sffn.hf.settings import Settings
 from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.routers.peer import PeerConfig
 from megatron_sffn.nn.routers.scored import ScoredConfig
 from megatron_sffn.utils.atomic_files import read_json_object, read_records
 
@@ -105,7 +106,7 @@ def _routing(settings: Settings) -> str:
         f"A sparse layer has {sffn.num_cells:,} memory cells in {sffn.num_blocks:,} blocks of "
         f"{sffn.block_size}; a token uses {sffn.num_active_blocks} of the blocks{_shared(sffn)}.",
     ]
-    if isinstance(router, ScoredConfig):
+    if isinstance(router, ScoredConfig | PeerConfig):
         factor = settings.args.moe_router_topk_scaling_factor or 1.0
         scaled = "" if factor == 1.0 else f", times {factor:g}"
         sentences.append(f"The gate of a block: {router.gate}{scaled}.")

@@ -260,6 +260,9 @@ def topk(scores: Tensor, count: int) -> Tensor:
 class SparseFFNRouter(nn.Module):
     """Base of the routers."""
 
+    has_keys = True
+    """True if the cells have keys; False if the router computes their coefficients."""
+
     def __init__(self, config: SparseFFNGPTConfig) -> None:
         super().__init__()
         self.config = config
@@ -306,9 +309,7 @@ class ScoredRouter(SparseFFNRouter):
         ids = self._choose(scores.detach())
         gates = None
         if gate != "none":
-            gates = factors(gate, scores).gather(1, ids)
-            if gate.endswith("-chosen"):
-                gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)
+            gates = of_chosen(gate, factors(gate, scores).gather(1, ids))
             gates = gates * self.config.gate_scale
         return ids, gates, queries
 
@@ -328,12 +329,19 @@ class ScoredRouter(SparseFFNRouter):
 
 
 def factors(gate: str, scores: Tensor) -> Tensor:
-    """The function of the scores `[T, B]` that a gate has; without a gate the scores."""
+    """The function of the scores `[..., B]` that a gate has; without a gate the scores."""
     if gate.startswith("sigmoid"):
         return scores.sigmoid()
     if gate.startswith("sqrt-softplus"):
         return F.softplus(scores).sqrt()
     return scores.softmax(dim=-1) if gate.startswith("softmax") else scores
+
+
+def of_chosen(gate: str, factors: Tensor) -> Tensor:
+    """The gates of chosen blocks from their factors `[..., K]`."""
+    if not gate.endswith("-chosen"):
+        return factors
+    return factors / (factors.sum(dim=-1, keepdim=True) + 1e-20)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -481,12 +489,13 @@ class HashRouter(SparseFFNRouter):
 
 
 class ProductKeyRouter(SparseFFNRouter):
-    """The best sums of two halves, which are the cells' coefficients: pkm, pkm-relu, pkm-ffn."""
+    """The best sums of two halves: pkm, pkm-relu, pkm-ffn, whose cells have no keys, and peer."""
 
     def __init__(self, config: SparseFFNGPTConfig) -> None:
         super().__init__(config)
         heads, size = config.product_key_heads, config.product_key_size
         side = math.isqrt(config.num_blocks)
+        self.has_keys = config.router == "peer"
         self.query = nn.Parameter(torch.empty(heads * size, config.hidden_size))
         self.subkeys = nn.Parameter(torch.empty(heads, 2, side, size // 2))
         has_bias = config.router != "pkm-ffn"
@@ -509,13 +518,17 @@ class ProductKeyRouter(SparseFFNRouter):
         rows = best[:, :, 0].gather(2, chosen // best.shape[3])
         columns = best[:, :, 1].gather(2, chosen % best.shape[3])
         scores = halves[:, :, 0].gather(2, rows) + halves[:, :, 1].gather(2, columns)
-        if self.config.router == "pkm":
-            gates = scores.softmax(dim=-1)
-        elif self.config.router == "pkm-relu":
-            gates = scores.relu()
-        else:
-            gates = ACTIVATIONS[self.config.hidden_act](scores)
-        return (rows * side + columns).flatten(1), gates.flatten(1), x[:, :0]
+        match self.config.router:
+            case "pkm":
+                gates = scores.softmax(dim=-1)
+            case "pkm-relu":
+                gates = scores.relu()
+            case "pkm-ffn":
+                gates = ACTIVATIONS[self.config.hidden_act](scores)
+            case _:
+                gates = of_chosen(self.config.gate, factors(self.config.gate, scores))
+        rows_of_keys = x if self.has_keys else x[:, :0]
+        return (rows * side + columns).flatten(1), gates.flatten(1), rows_of_keys
 
 
 ROUTERS: dict[str, type[SparseFFNRouter]] = {
@@ -524,7 +537,7 @@ ROUTERS: dict[str, type[SparseFFNRouter]] = {
     **dict.fromkeys(("switch", "sigma-moe", "softmax-before", "softmax-after"), LearnedRouter),
     **dict.fromkeys(("noisy-top-k", "s-base"), LearnedRouter),
     "rand-hash": HashRouter,
-    **dict.fromkeys(("pkm", "pkm-relu", "pkm-ffn"), ProductKeyRouter),
+    **dict.fromkeys(("pkm", "pkm-relu", "pkm-ffn", "peer"), ProductKeyRouter),
 }
 """Name of a router -> class."""
 
@@ -554,7 +567,7 @@ class SparseFFNBlocks(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
         cells, width = config.num_blocks * config.block_size, config.hidden_size
         self.router = ROUTERS[config.router](config)
-        has_keys = not isinstance(self.router, ProductKeyRouter)
+        has_keys = self.router.has_keys
         key_width = config.key_rank or width
         self.keys = nn.Parameter(torch.empty(cells, key_width)) if has_keys else None
         has_gate = has_keys and config.hidden_act in GATED

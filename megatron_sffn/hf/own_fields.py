@@ -11,6 +11,7 @@ from megatron_sffn.nn.routers.avg_k import AvgKConfig
 from megatron_sffn.nn.routers.descriptors import subset_size
 from megatron_sffn.nn.routers.learned import LearnedConfig
 from megatron_sffn.nn.routers.lorkm import LoRKMConfig
+from megatron_sffn.nn.routers.peer import PeerConfig
 from megatron_sffn.nn.routers.product_keys import ProductKeysConfig
 from megatron_sffn.nn.routers.scored import ScoredConfig
 from megatron_sffn.nn.routers.vanilla_m import KeyTableConfig
@@ -95,4 +96,6 @@ def _sparse_layers(settings: Settings, sffn: SparseFFNConfig) -> dict[str, Any]:
     if isinstance(router, ProductKeysConfig):
         fields["product_key_heads"] = router.num_heads
         fields["product_key_size"] = router.key_size
+    if isinstance(router, PeerConfig):
+        fields["gate"] = router.gate
     return fields

@@ -13,6 +13,7 @@ from megatron_sffn.hf.flag_words import Fields, block_flags, layers_value, numbe
 from megatron_sffn.hf.settings import POSITIONS
 from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.routers.peer import PeerConfig
 from megatron_sffn.nn.routers.scored import ScoredConfig
 from megatron_sffn.utils.errors import ConfigError
 
@@ -105,10 +106,10 @@ def _own_router(fields: Fields) -> Iterator[Any]:
         yield from ("--sffn-gate-hidden-size", fields["gate_hidden_size"])
     if fields["descriptor"] == "subset" and "--sffn-descriptor" in own_flags:
         yield from ("--sffn-descriptor-cells", fields["descriptor_cells"])
+    if issubclass(router, ScoredConfig | PeerConfig) and fields["gate"] != router.default_gate:
+        yield from ("--sffn-gate", fields["gate"])
     if not issubclass(router, ScoredConfig):
         return
-    if fields["gate"] != router.default_gate:
-        yield from ("--sffn-gate", fields["gate"])
     if fields["expert_bias"]:
         yield "--moe-router-enable-expert-bias"
     if fields["quantile_balancing"]:

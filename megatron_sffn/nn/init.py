@@ -116,6 +116,11 @@ INITIAL_VALUES: dict[tuple[str, str], InitialValue] = {
     ("router pkm", "subkeys"): InitialValue(
         "uniform", lambda c, n: 1 / math.sqrt(3 * n), f"{_LAMPLE}: between ±1/sqrt(n)"
     ),
+    ("router peer", "query"): _MEGATRON,
+    ("router peer", "query_bias"): InitialValue(*_ZERO, _LAMPLE),
+    ("router peer", "subkeys"): InitialValue(
+        "uniform", lambda c, n: 1 / math.sqrt(3 * n), f"{_LAMPLE}: between ±1/sqrt(n)"
+    ),
     ("router pkm-relu", "query"): _PRE_NORM,
     ("router pkm-relu", "query_bias"): InitialValue(*_ZERO, _LAMPLE),
     # The fan-in of a sub-key is the whole key, of which it is one half.

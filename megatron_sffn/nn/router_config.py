@@ -68,7 +68,7 @@ class RouterTestNumbers:
     Args:
         options: fields of the router's config that make it small and deterministic.
         single_cells: True if the router is defined for blocks of one cell only.
-        square_memory: True if the number of cells M must be a square.
+        square_blocks: True if the number of blocks B must be a square.
         gated_activation: True if the router is defined for gated activations such as SwiGLU.
         flags: flags of a small training run.
         paper_flags: flags of the regularisation with which the router's paper trains it.
@@ -76,18 +76,19 @@ class RouterTestNumbers:
 
     options: Mapping[str, Any] = field(default_factory=dict)
     single_cells: bool = False
-    square_memory: bool = False
+    square_blocks: bool = False
     gated_activation: bool = True
     flags: str = ""
     paper_flags: str = ""
 
     def layer(self, *, active_cells: int, block_size: int, expansion: int) -> dict[str, int]:
         """Numbers of a layer (fields of `SparseFFNConfig`) close to the given ones."""
+        size = 1 if self.single_cells else block_size
         return {
             "active_cells": active_cells,
-            "block_size": 1 if self.single_cells else block_size,
-            # E = k makes M = k².
-            "expansion": active_cells if self.square_memory else expansion,
+            "block_size": size,
+            # E = k/g makes B = (k/g)².
+            "expansion": active_cells // size if self.square_blocks else expansion,
         }
 
 

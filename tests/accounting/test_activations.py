@@ -16,6 +16,7 @@ from megatron_sffn.accounting.activations import Activations
 from megatron_sffn.accounting.sparse import backend_of, rows_and_pairs, saved_by_sparse_layer
 from megatron_sffn.accounting.training_setup import TrainingSetup
 from megatron_sffn.nn.config import Backend, SparseFFNConfig
+from megatron_sffn.nn.layer import sparse_layers
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.saved_bytes import LayerCall
@@ -47,14 +48,25 @@ def of_sparse_layers(layer: SparseFFNConfig, **changes: Any) -> ModelShape:
     return dataclasses.replace(SMALL, num_layers=2, sparse_layers=2, sffn=layer, **changes)
 
 
-def measured(shape: ModelShape, activation: str, half: bool, **megatron: Any) -> int:
-    """Bytes that a model of this shape keeps of one microbatch, on this rank."""
+def measured(
+    shape: ModelShape,
+    activation: str,
+    half: bool,
+    empty_places: list[int] | None = None,
+    **megatron: Any,
+) -> int:
+    """Bytes that a model of this shape keeps of one microbatch, on this rank.
+
+    `empty_places` gets the number of empty slots of each sparse layer.
+    """
     dtype = torch.bfloat16 if half else torch.float32
     megatron = {"activation_func": ACTIVATIONS[activation][0]} | megatron
     model = build(shape, dtype, **megatron)
     arguments, kwargs = batch(shape, SAMPLES)
     masks = shape.seq_length**2  # the attention mask is an input
     size = kept_bytes(lambda: model(*arguments, **kwargs, labels=arguments[0]), model.parameters())
+    if empty_places is not None:
+        empty_places += [int(layer.trained.take().sums[-1]) for layer in sparse_layers(model)]
     return size - masks
 
 
@@ -135,6 +147,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("switch", {"network": "mlp", "network_width": 11, "network_activation": "gelu"}),
     ("noisy-top-k", {"network": "attention", "network_width": 11}),
     ("pkm", {"heads": 8}),
+    *(("peer", {"gate": gate}) for gate in ("sigmoid", "sqrt-softplus-chosen", "sigmoid-chosen")),
 ]
 
 
@@ -148,6 +161,22 @@ def test_ablations_of_routers_keep_the_bytes_of_the_closed_form(
     # A moving average keeps a bool per block until the averages of all blocks have started.
     started_flags = 2 * 24 if options.get("descriptor") == "ema" else 0
     assert size - started_flags == closed_form(shape, "gelu", half, ParallelLayout())
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("gate", ["softmax-chosen", "sigmoid", "sqrt-softplus-chosen"])
+def test_heads_that_choose_one_block_keep_the_bytes_of_its_one_pair(
+    gate: str, half: bool, one_rank: None
+) -> None:
+    layer = sparse("peer", {"heads": 4, "gate": gate})
+    shape = of_sparse_layers(layer)
+    empty: list[int] = []
+    size = measured(shape, "gelu", half, empty_places=empty)
+    # The closed form has a pair for each head: the index of the pair among the slots, its row, its
+    # up projections, and its gate with an index.
+    per_pair = 8 + 4 + layer.block_size * (2 if half else 4) + 8
+    assert sum(empty) > 0
+    assert size + sum(empty) * per_pair == closed_form(shape, "gelu", half, ParallelLayout())
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 48])

@@ -29,6 +29,7 @@ VARIANTS = [
     "--sffn-router switch --sffn-gate-network attention --sffn-gate-hidden-size 8",
     f"--sffn-router sigma-moe --moe-router-enable-expert-bias {GROUPS}",
     "--sffn-router softmax-before --moe-router-enable-expert-bias",
+    "--sffn-router peer --sffn-pkm-heads 2 --sffn-product-key-size 8 --sffn-gate sigmoid-chosen",
     "--sffn-router rand-hash --sffn-hash-shared --sffn-layers every:1",
     "--sffn-shared-blocks 1",
     "--sffn-shared-blocks 2 --swiglu --sffn-router sigma-moe",
@@ -60,7 +61,7 @@ def test_our_class_computes_what_megatron_computes_for_other_settings(tmp_path: 
             raise AssertionError(text) from error
 
 
-@pytest.mark.parametrize("router", ["sigma-moe", "avg-k", "pkm", "lorkm"])
+@pytest.mark.parametrize("router", ["sigma-moe", "avg-k", "pkm", "peer", "lorkm"])
 def test_all_forms_of_the_blocks_compute_the_same(router: str) -> None:
     config = SparseFFNGPTForCausalLM.config_class(
         sparse_layers=[0, 1],
@@ -69,7 +70,7 @@ def test_all_forms_of_the_blocks_compute_the_same(router: str) -> None:
         block_size=1 if router == "pkm" else 8,
         hidden_act="gelu" if router == "pkm" else "swiglu",
         router=router,
-        gate="sigmoid" if router == "sigma-moe" else "none",
+        gate="sigmoid" if router in ("sigma-moe", "peer") else "none",
         key_rank=8 if router == "lorkm" else 0,
         product_key_heads=2,
         product_key_size=8,

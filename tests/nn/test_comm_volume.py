@@ -280,15 +280,18 @@ def routers_of(name: str) -> list[str]:
 def sent_by_routers(name: str, dispatcher: str) -> dict[str, tuple[Sent, ...]]:
     """`sent` of each router on each rank of a layout."""
     layout, routers = LAYOUTS[name], routers_of(name)
-    # g = 8: K = 2 of B = 6 blocks, so that many tokens visit one rank only.
-    cases = [
-        Case(
-            router=router,
-            block_size=None if router in SINGLE_CELLS else 8,
-            megatron=(("moe_token_dispatcher_type", dispatcher),),
+    cases = []
+    for router in routers:
+        # g = 8: K = 2 of B = 6 blocks or of 4, so that many tokens visit one rank only.
+        numbers = ROUTERS[router].test_numbers.layer(active_cells=16, block_size=8, expansion=3)
+        cases.append(
+            Case(
+                router=router,
+                block_size=numbers["block_size"],
+                expansion=numbers["expansion"],
+                megatron=(("moe_token_dispatcher_type", dispatcher),),
+            )
         )
-        for router in routers
-    ]
     ranks = run_ranks(layout.world_size, sent_by_all, cases, **layout.megatron_sizes())
     return dict(zip(routers, zip(*ranks, strict=True), strict=True))
 

@@ -21,9 +21,13 @@ D = 32
 
 
 def layer_of(router: str = "avg-k", **arguments) -> StandaloneSparseFFN:
-    size = 1 if ROUTERS[router].test_numbers.single_cells else 4
+    test_numbers = ROUTERS[router].test_numbers
     sffn = SparseFFNConfig(
-        active_cells=16, router=ROUTERS[router](), block_size=size, expansion=4, backend="torch"
+        active_cells=16,
+        router=ROUTERS[router](**test_numbers.options),
+        block_size=1 if test_numbers.single_cells else 4,
+        expansion=4,
+        backend="torch",
     )
     return StandaloneSparseFFN(D, sffn, **arguments)
 

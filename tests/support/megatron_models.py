@@ -50,7 +50,7 @@ def flags_of(router: str) -> str:
     flags = f"--sffn-router {router} {numbers.flags.replace('--sffn-relu', '')}"
     if numbers.single_cells:
         flags += " --sffn-block-size 1"
-    if numbers.square_memory:
+    if numbers.square_blocks:
         flags += " --sffn-expansion 4"
     return flags
 

@@ -459,6 +459,11 @@ def test_gate_tensors_are_refused_for_a_router_without_a_gate() -> None:
             "--block-size 32 neither divides the checkpoint's 48 nor is a multiple of it",
         ),
         ({"block_size": 4, "router": "dense"}, "--sffn-router dense has no blocks"),
+        (
+            {"block_size": 2, "g": 8, "k": 64, "router": "peer"},
+            "router.subkeys of --sffn-router peer has shape [4, 2, 4, 128], and [4, 2, 8, 128] "
+            "with --block-size 2, for which there is no rule",
+        ),
     ],
 )
 def test_impossible_block_sizes_are_refused(numbers: dict[str, Any], sentence: str) -> None:

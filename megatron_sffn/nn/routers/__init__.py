@@ -11,6 +11,7 @@ from megatron_sffn.nn.routers.base import Router, Routing
 from megatron_sffn.nn.routers.dense import DenseConfig
 from megatron_sffn.nn.routers.lorkm import LoRKMConfig
 from megatron_sffn.nn.routers.noisy_top_k import NoisyTopKConfig
+from megatron_sffn.nn.routers.peer import PeerConfig
 from megatron_sffn.nn.routers.pkm import PKMConfig
 from megatron_sffn.nn.routers.pkm_ffn import PKMFFNConfig
 from megatron_sffn.nn.routers.pkm_relu import PKMReLUConfig
@@ -40,6 +41,7 @@ ROUTERS: dict[str, type[RouterConfig]] = {
         PKMConfig,
         PKMReLUConfig,
         PKMFFNConfig,
+        PeerConfig,
         DenseConfig,
     )
 }

@@ -12,9 +12,12 @@ as in DeepSeek-V3 (arXiv 2412.19437) and Megatron.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_sffn.nn.router_config import flag
 
 CHOSEN = "-chosen"
 EPSILON = 1e-20
@@ -28,6 +31,20 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 GATES = ("none", *FUNCTIONS, *(f"{name}{CHOSEN}" for name in FUNCTIONS))
 """Values of `--sffn-gate`."""
+
+
+def gate_flag() -> Any:
+    """The field `gate` of a router's config; None stands for the gate of the method's source."""
+    return flag(
+        "--sffn-gate",
+        default=None,
+        kind=str,
+        choices=GATES,
+        help="factor of a chosen block's output, from its score: none, a function of it, or that "
+        "divided by its sum over the chosen blocks; by default as the method's paper has it "
+        "(avg-k, vanilla-m, lorkm: none; switch: softmax; sigma-moe: sigmoid; peer: "
+        "softmax-chosen), any other is ours",
+    )
 
 
 def is_normalized(gate: str) -> bool:
@@ -47,7 +64,12 @@ def gates_of(gate: str, scores: Tensor, ids: Tensor) -> Tensor | None:
         return None
     if gate == "softmax":
         return factors_of_all(gate, scores).gather(1, ids)
-    factors = factors_of_all(gate, scores.gather(1, ids))
+    return gates_of_chosen(gate, scores.gather(1, ids))
+
+
+def gates_of_chosen(gate: str, scores: Tensor) -> Tensor:
+    """Gates that depend on the scores `[..., K]` of the chosen blocks alone."""
+    factors = factors_of_all(gate, scores)
     if not is_normalized(gate) or gate == f"softmax{CHOSEN}":  # whose sum is 1
         return factors
     return factors / (factors.sum(dim=-1, keepdim=True) + EPSILON)

@@ -29,7 +29,7 @@ class PKMConfig(ProductKeysConfig):
     test_numbers = RouterTestNumbers(
         options={"heads": 2, "key_size": 10},
         single_cells=True,
-        square_memory=True,
+        square_blocks=True,
         flags="--sffn-product-key-size 16",
     )
 
@@ -37,7 +37,7 @@ class PKMConfig(ProductKeysConfig):
         "--sffn-pkm-heads",
         default=4,
         least=1,
-        help="queries of a token, of which each chooses k / heads cells (pkm, pkm-relu)",
+        help="queries of a token, of which each chooses K / heads blocks (pkm, pkm-relu, peer)",
     )
 
     @override

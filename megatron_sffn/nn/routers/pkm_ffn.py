@@ -28,7 +28,7 @@ class PKMFFNConfig(ProductKeysConfig):
     test_numbers = RouterTestNumbers(
         options={"key_size": 14},
         single_cells=True,
-        square_memory=True,
+        square_blocks=True,
         gated_activation=False,
         flags="--sffn-product-key-size 16",
     )

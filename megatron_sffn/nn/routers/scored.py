@@ -35,7 +35,7 @@ from megatron_sffn.nn.config import (
 from megatron_sffn.nn.load_balancing import BALANCE_LOSSES, LoadBalancing, losses_reach_scores
 from megatron_sffn.nn.quantile_balancing import check_quantile_balancing
 from megatron_sffn.nn.routers.base import NO_BLOCK, Router, Routing
-from megatron_sffn.nn.routers.gates import GATES, factors_of_all, gates_of, is_normalized
+from megatron_sffn.nn.routers.gates import factors_of_all, gate_flag, gates_of, is_normalized
 from megatron_sffn.nn.routers.groups import check_groups, in_best_groups
 from megatron_sffn.nn.saved_bytes import FP32, INT64, LayerCall, SavedBytes
 from megatron_sffn.utils.errors import ConfigError
@@ -68,15 +68,7 @@ class ScoredConfig(RouterConfig):
     default_gate: ClassVar[str] = "none"
     """Name in `GATES` of the gate where `--sffn-gate` is not given."""
 
-    gate: str | None = flag(
-        "--sffn-gate",
-        default=None,
-        kind=str,
-        choices=GATES,
-        help="factor of a chosen block's output, from its score: none, a function of it, or that "
-        "divided by its sum over the chosen blocks; by default as the method's paper has it "
-        "(avg-k, vanilla-m, lorkm: none; switch: softmax; sigma-moe: sigmoid), any other is ours",
-    )
+    gate: str | None = gate_flag()
     entropy_coefficient: float = flag(
         "--sffn-entropy-coeff",
         default=0.0,

@@ -200,6 +200,7 @@ OPTIONS = {
     **{f"{router} swiglu": without_balance(router, swiglu=True) for router in ("avg-k", "switch")},
     "max-norm": Case(router="avg-k", options=(("descriptor", "max-norm"),)),
     "subset": Case(router="avg-k", options=(("descriptor", "subset"), ("subset_cells", 2))),
+    "several heads": Case(router="peer", options=(("heads", 2),)),
     "mlp": Case(router="sigma-moe", options=(("network", "mlp"), ("network_width", 6))),
 }
 LATENT = {

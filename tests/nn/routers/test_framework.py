@@ -66,7 +66,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 def product_coefficients(name: str, layer: Any, x: Tensor) -> Tensor:
-    """Coefficients `[T, M]` of the values, summed over heads, by enumeration of all sums."""
+    """Factors `[T, B]` of blocks or cells, summed over heads, by enumeration of all sums."""
     router = layer.router
     heads, _, side, half = router.subkeys.shape
     total = x.new_zeros(len(x), side * side)
@@ -83,8 +83,8 @@ def product_coefficients(name: str, layer: Any, x: Tensor) -> Tensor:
             ]
         )
         scores = query @ keys.T
-        mask = largest(scores.detach(), layer.router.sffn.chosen_cells // heads)
-        if name == "pkm":
+        mask = largest(scores.detach(), router.sffn.num_active_blocks // heads)
+        if name in ("pkm", "peer"):
             weights = scores.exp() * mask
             total = total + weights / weights.sum(dim=1, keepdim=True)
         else:
@@ -96,6 +96,8 @@ def block_factors(name: str, layer: Any, x: Tensor, ids: Tensor) -> tuple[Tensor
     """`[T, B]` factor of each block, 0 where it is not chosen, and the `[T, width]` queries."""
     router, (keys, _) = layer.router, layer.experts()
     count, queries = router.sffn.num_active_blocks, x
+    if isinstance(router, ProductKeysRouter):
+        return product_coefficients(name, layer, x), queries
     if not isinstance(router, ScoredRouter):  # the tests of rand-hash check its blocks
         mask = x.new_zeros(len(x), router.sffn.num_blocks).scatter(1, ids, 1.0)
         return mask, queries
@@ -237,7 +239,7 @@ def test_f4_the_order_of_cells_in_a_block_does_not_matter(router: str, swiglu: b
     before, chosen, _ = run(layer, *tokens())
     torch.manual_seed(0)
     with torch.no_grad():
-        for block in range(12):  # each block gets its own order
+        for block in range(layer.router.sffn.num_blocks):  # each block gets its own order
             order = torch.randperm(4)
             for table in layer.experts.parameters():
                 cells = table[block].view(-1, 4, table.shape[2])

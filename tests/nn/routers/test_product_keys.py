@@ -79,7 +79,7 @@ def test_p1_the_choice_is_right_for_any_number_of_chosen_cells(build, per_head: 
     # Some numbers are larger than the 6 sub-keys of a half.
     numbers = {"block_size": 1, "active_cells": 36, "expansion": 1}
     router = build(PKMFFNConfig(key_size=2 * HALF), **numbers)
-    router.cells_per_head = per_head
+    router.blocks_per_head = per_head
     x = fill(router, integers=True)
     sums = all_sums(router, x).flatten(1)
     for row, chosen in zip(sums.tolist(), router(x, None).block_ids.tolist(), strict=True):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_sffn.nn.config import RouterConfig, SparseFFNConfig
 from megatron_sffn.nn.routers import ROUTERS
-from megatron_sffn.nn.routers.scored import GATES, ScoredConfig
+from megatron_sffn.nn.routers.gates import GATES
+from megatron_sffn.nn.routers.scored import ScoredConfig
 from megatron_sffn.utils.errors import ConfigError
 from tests.nn.routers.conftest import D, T
 from tests.support.router_cases import SPARSE
