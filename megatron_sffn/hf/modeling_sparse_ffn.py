@@ -464,6 +464,8 @@ class KeyTableRouter(ScoredRouter):
                 return by_block.amax(dim=2)
             case "min":
                 return by_block.amin(dim=2)
+            case "norm":
+                return by_block.norm(dim=2)
         return by_block.mean(dim=2)
 
 

@@ -139,7 +139,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *(
         (router, {"gate": "sigmoid", "aggregator": aggregator})
         for router in ("vanilla-m", "lorkm")
-        for aggregator in ("mean", "mean-abs", "max", "min")
+        for aggregator in ("mean", "mean-abs", "max", "min", "norm")
     ),
     ("top-k-act", {"gate": "softmax"}),
     ("sigma-moe", {"gate": "none", "entropy_coefficient": 0.1}),
@@ -161,6 +161,12 @@ def test_ablations_of_routers_keep_the_bytes_of_the_closed_form(
     # A moving average keeps a bool per block until the averages of all blocks have started.
     started_flags = 2 * 24 if options.get("descriptor") == "ema" else 0
     assert size - started_flags == closed_form(shape, "gelu", half, ParallelLayout())
+
+
+def test_norms_of_relu_coefficients_keep_the_bytes_of_the_closed_form(one_rank: None) -> None:
+    shape = of_sparse_layers(sparse("vanilla-m", {"aggregator": "norm", "gate": "softmax"}))
+    size = measured(shape, "relu", False)
+    assert size == closed_form(shape, "relu", False, ParallelLayout())
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -25,6 +25,7 @@ VARIANTS = [
     "--sffn-gate sqrt-softplus-chosen --moe-router-enable-expert-bias",
     f"--sffn-gate softmax-chosen {GROUPS}",
     *(f"--sffn-router vanilla-m --sffn-aggregator {name}" for name in ("mean-abs", "max", "min")),
+    "--sffn-router vanilla-m --sffn-aggregator norm --sffn-gate softmax --swiglu",
     "--sffn-router sigma-moe --sffn-gate-network mlp --sffn-gate-activation gelu",
     "--sffn-router switch --sffn-gate-network attention --sffn-gate-hidden-size 8",
     f"--sffn-router sigma-moe --moe-router-enable-expert-bias {GROUPS}",

@@ -9,6 +9,12 @@ numbers) and the scores are sent back (T·B), which avoids gathering the key tab
 times the FFN). Where a block's cells lie on several ranks, each rank sends the aggregate of its own
 cells.
 
+The aggregate `norm` is not the paper's. In Autonomy-of-Experts (Lv et al. 2025, arXiv 2501.13074)
+experts of largest activation norm compute, and the softmax of all norms is the gate
+(`--sffn-gate softmax`). There the norm is that of `x W_b`, of low rank, where `W_b` is a factor of
+the expert's own keys. Here it is that of the coefficients: a row that travels has one query for all
+blocks, so that keys cannot have a factor for each block.
+
 Gates and load-balancing losses are ours. They differentiate the scores, so that the coefficients of
 all M cells are kept for the backward pass.
 """
@@ -38,6 +44,7 @@ AGGREGATORS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
     "mean-abs": (lambda s: s.abs().mean(dim=-1), lambda parts: parts.mean(dim=-1)),
     "max": (lambda s: s.amax(dim=-1), lambda parts: parts.amax(dim=-1)),
     "min": (lambda s: s.amin(dim=-1), lambda parts: parts.amin(dim=-1)),
+    "norm": (lambda s: s.norm(dim=-1), lambda parts: parts.norm(dim=-1)),
 }
 """Name -> two functions. The first aggregates a rank's cells `[..., G / etp]` of a block into a
 score `[...]`; the second aggregates the scores of the block's ranks `[..., etp]`, which have
@@ -87,7 +94,7 @@ class KeyTableConfig(ScoredConfig):
         if self.aggregation != "mean" and call.activation != "relu":
             per_cell += 1
         per_token = per_cell * sffn.num_cells
-        if self.aggregation in ("max", "min"):
+        if self.aggregation in ("max", "min", "norm"):
             per_token += sffn.num_blocks
         bytes_ = call.tokens * per_token * FP32
         copies_rows = call.upcasts_operands or ranks > 1
@@ -110,7 +117,9 @@ class VanillaMConfig(KeyTableConfig):
         "--sffn-aggregator",
         default="mean",
         choices=tuple(AGGREGATORS),
-        help="how a block's cell activations become its score (vanilla-m, lorkm)",
+        help="how a block's cell activations become its score (vanilla-m, lorkm): mean, mean-abs, "
+        "max or min as in the paper, or their norm, by which the experts of Autonomy-of-Experts "
+        "choose themselves (there of low-rank activations, with --sffn-gate softmax)",
     )
 
     @override

@@ -191,6 +191,9 @@ OPTIONS = {
         f"aggregator {aggregator}": Case(router="vanilla-m", options=(("aggregator", aggregator),))
         for aggregator in ("mean-abs", "max", "min")
     },
+    "norms with a gate": Case(
+        router="vanilla-m", options=(("aggregator", "norm"), ("gate", "softmax"))
+    ),
     # Gradients of scores reach the keys of other ranks.
     **{
         f"{router} {gate}": Case(router=router, options=(("gate", gate),))

@@ -50,7 +50,7 @@ def test_v4_all_aggregators_agree_on_single_cells_under_relu(build) -> None:
         router = build(VanillaMConfig(aggregator=name), block_size=1, activation_func=F.relu)
         ids = router(x, keys, None).block_ids
         ys.append(block_ffn(x, keys, values, ids, activation="relu"))
-    assert len(ys) == 4
+    assert len(ys) == 5
     for y in ys[1:]:
         torch.testing.assert_close(y, ys[0], rtol=1e-10, atol=1e-12)
 
@@ -64,9 +64,28 @@ def test_every_aggregator_computes_what_its_name_says(build, name: str) -> None:
         "mean-abs": post.abs().mean(2),
         "max": post.max(2).values,
         "min": post.min(2).values,
+        "norm": post.square().sum(2).sqrt(),
     }[name]
     ids = build(VanillaMConfig(aggregator=name))(x, keys, None).block_ids
     assert torch.equal(ids, route_topk(score, 4))
+
+
+def test_the_softmax_of_the_norms_is_the_gate_of_autonomy_of_experts(build) -> None:
+    x, keys, _ = tables()
+    norms = F.gelu(torch.einsum("td,bgd->tbg", x, keys)).norm(dim=2)
+    routing = build(VanillaMConfig(aggregator="norm", gate="softmax"))(x, keys, None)
+    expected = norms.softmax(dim=1).gather(1, routing.block_ids)
+    torch.testing.assert_close(routing.gates, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_block_whose_cells_are_all_off_has_a_finite_gradient_of_its_norm(build) -> None:
+    x, keys, _ = tables()
+    keys = (-keys.abs()).requires_grad_()
+    config = VanillaMConfig(aggregator="norm", gate="softmax")
+    routing = build(config, activation_func=F.relu)(x.abs(), keys, None)
+    assert (routing.scores == 0).all()
+    routing.gates.sum().backward()
+    assert (keys.grad == 0).all()
 
 
 def test_scoring_a_few_blocks_at_a_time_chooses_the_same_blocks(build, monkeypatch) -> None:
