@@ -46,6 +46,7 @@ CASES = {
     "switch, capacity": switch_case(moe_expert_capacity_factor=1.0, moe_token_drop_policy="probs"),
     "sigma-moe, entropy": Case(router="sigma-moe", options=(("entropy_coefficient", 0.1),)),
     "sigma-moe, dropout": Case(router="sigma-moe", options=(("block_dropout", 0.1),)),
+    "remoe, loss": Case(router="remoe", options=(("l1_coefficient", 0.1),)),
     "peer, heads": Case(router="peer", options=(("heads", 2),)),
     **{
         f"avg-k, {kind}": Case(router="avg-k", options=(("descriptor", kind), ("gate", "sigmoid")))
@@ -60,6 +61,8 @@ CASES = {
 WAITS_FOR_EMPTY_PLACES = {"ops/block_ffn/pairs.py:pairs_of_ids": 1}
 ALLOWED_WAITS: dict[str, dict[str, int]] = {
     "peer, heads": WAITS_FOR_EMPTY_PLACES,
+    "remoe": WAITS_FOR_EMPTY_PLACES,
+    "remoe, loss": WAITS_FOR_EMPTY_PLACES,
     # The hash repeats until all ids are in range, and the host reads the number of ids.
     "rand-hash, vocabulary not known": {
         "nn/routers/rand_hash.py:forward": 1,

@@ -50,6 +50,7 @@ BIAS = "router.balance.expert_bias"
 PRICES = "router.balance.qb_beta"
 PER_BLOCK_BUFFERS = (BIAS, PRICES)
 """Buffers with a number for each block, which a checkpoint has if their method of balance is on."""
+L1_COEFFICIENT = "router.balance.l1_coefficient"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +219,7 @@ class _Rules:
             (layer, table)
             for layer in self.sparse_layers
             for table in self.shapes
-            if table not in PER_BLOCK_BUFFERS
+            if table not in (*PER_BLOCK_BUFFERS, L1_COEFFICIENT)
         }
 
     def _shapes(self, saved: Namespace) -> dict[str, list[int]]:
@@ -232,6 +233,7 @@ class _Rules:
             "experts.values": [before.num_cells, before.row_width(self.hidden_size)],
             **{f"router.{name}": list(shape) for name, shape in weights.items()},
             **{name: [before.num_blocks] for name in PER_BLOCK_BUFFERS},
+            L1_COEFFICIENT: [1],
         }
 
     def of(self, key: str, entry: Any) -> tuple[str, str, Change | None]:

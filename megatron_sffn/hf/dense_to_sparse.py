@@ -185,6 +185,11 @@ def _check_copies(how: DenseToSparse, sffn: SparseFFNConfig) -> str:
             f"{how.router} with these flags does not; use softmax-after, or another with a linear "
             "gate network, or rand-hash with blocks of a whole FFN, and no shared blocks"
         )
+    if _gate(sffn) == "relu":
+        raise ConfigError(
+            f"--upcycle {how.copies} starts with scores near 0, where the gates of --sffn-gate "
+            f"relu (--sffn-router {how.router}) are 0 and no copy computes; use softmax-after"
+        )
     if _gate(sffn) == "none" or is_normalized(_gate(sffn)):
         return (
             "the gates of the copies of a cell add up to the same for every token, so that the "

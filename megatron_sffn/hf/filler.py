@@ -26,7 +26,9 @@ NORM_NAMES = {
 }
 """A norm of a layer by itself -> the same norm with the linear layer that follows."""
 
-TRAINED_ANEW = re.compile(r"decoder\.layers\.\d+\.mlp\.router\.noise_weight")
+TRAINED_ANEW = re.compile(
+    r"decoder\.layers\.\d+\.mlp\.router\.(noise_weight|balance\.l1_coefficient)"
+)
 """Tensors that act in training only, which no Hugging Face folder has."""
 
 

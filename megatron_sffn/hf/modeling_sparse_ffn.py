@@ -80,7 +80,7 @@ class SparseFFNGPTConfig(PreTrainedConfig):
     block_size: int = 1
     shared_cells: int = 0
     router: str = "avg-k"
-    gate: str = "none"  # or sigmoid, sqrt-softplus, softmax; with -chosen divided by their sum
+    gate: str = "none"  # or a function of the score; with -chosen divided by their sum
     gate_scale: float = 1.0
     expert_bias: bool = False
     quantile_balancing: bool = False
@@ -334,6 +334,8 @@ def factors(gate: str, scores: Tensor) -> Tensor:
         return scores.sigmoid()
     if gate.startswith("sqrt-softplus"):
         return F.softplus(scores).sqrt()
+    if gate == "relu":
+        return scores.relu()
     return scores.softmax(dim=-1) if gate.startswith("softmax") else scores
 
 
@@ -351,7 +353,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class LearnedRouter(ScoredRouter):
-    """A gate network: switch, sigma-moe and its variants, noisy-top-k and s-base when evaluated."""
+    """A gate network, of the methods that choose by one; noise and balancing are for training."""
 
     def __init__(self, config: SparseFFNGPTConfig) -> None:
         super().__init__(config)
@@ -537,7 +539,7 @@ ROUTERS: dict[str, type[SparseFFNRouter]] = {
     "avg-k": AvgKRouter,
     **dict.fromkeys(("vanilla-m", "lorkm", "top-k-act"), KeyTableRouter),
     **dict.fromkeys(("switch", "sigma-moe", "softmax-before", "softmax-after"), LearnedRouter),
-    **dict.fromkeys(("noisy-top-k", "s-base"), LearnedRouter),
+    **dict.fromkeys(("noisy-top-k", "s-base", "remoe"), LearnedRouter),
     "rand-hash": HashRouter,
     **dict.fromkeys(("pkm", "pkm-relu", "pkm-ffn", "peer"), ProductKeyRouter),
 }

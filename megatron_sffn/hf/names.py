@@ -322,7 +322,9 @@ TABLES: dict[str, Callable[[Sizes], list[Row]]] = {
 }
 """`model_type` of transformers -> its rows."""
 
-TRAINING_ONLY = re.compile(r"decoder\.layers\.\d+\.mlp\.router\.noise_weight|mtp\..*")
+TRAINING_ONLY = re.compile(
+    r"decoder\.layers\.\d+\.mlp\.router\.(noise_weight|balance\.l1_coefficient)|mtp\..*"
+)
 """Tensors that act in training only: an export leaves them out."""
 
 LAYER_NUMBER = re.compile(r"(?<=\.layers\.)(\d+)(?=\.)")

@@ -27,6 +27,7 @@ Design notes:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, override
 
 import torch
@@ -91,7 +92,12 @@ class LoadBalancing(torch.nn.Module):
     @property
     def differentiates(self) -> bool:
         """True if a loss needs the gradient of the scores."""
-        return bool(self.weights)
+        return bool(self.coefficients)
+
+    @property
+    def coefficients(self) -> Mapping[str, float | Tensor]:
+        """Name of a loss that is on -> its coefficient."""
+        return self.weights
 
     @property
     def biased(self) -> bool:
@@ -147,10 +153,11 @@ class LoadBalancing(torch.nn.Module):
             active, group = self.config.moe_router_topk, self.tp_cp_group
             self.qb_beta_accum += balancing_prices(scores.detach(), self.qb_beta, active, group)
             self.qb_beta_count += 1
-        if not self.weights:
+        coefficients = self.coefficients
+        if not coefficients:
             return x
-        losses = self._losses(scores, block_ids, num_sequences)
-        total = torch.stack([self.weights[kind] * loss for kind, loss in losses.items()]).sum()
+        losses = self.losses(scores, block_ids, num_sequences)
+        total = torch.stack([coefficients[kind] * loss for kind, loss in losses.items()]).sum()
         if self.config.calculate_per_token_loss:
             # Megatron then divides the gradients by the number of tokens of all ranks.
             total = total * len(x) * self.tp_cp_group.size()
@@ -158,11 +165,11 @@ class LoadBalancing(torch.nn.Module):
         attached: Tensor = MoEAuxLossAutoScaler.apply(x, total)
         return attached
 
-    def _losses(self, scores_TB: Tensor, ids_TK: Tensor, num_sequences: int) -> dict[str, Tensor]:
+    def losses(self, scores_TB: Tensor, ids_TK: Tensor, num_sequences: int) -> dict[str, Tensor]:
         """This rank's share of each unweighted loss; the shares sum over `tp_cp`."""
         losses = {}
         if "z_loss" in self.weights:
-            losses["z_loss"] = z_loss_func(scores_TB, self._share)
+            losses["z_loss"] = z_loss_func(scores_TB, self.share)
         if self.weights.keys() == losses.keys():
             return losses
         probs_TB = scores_TB.softmax(dim=-1)
@@ -174,7 +181,7 @@ class LoadBalancing(torch.nn.Module):
         return losses
 
     @property
-    def _share(self) -> float:
+    def share(self) -> float:
         """This rank's share of a mean over the tokens of `tp_cp`, whose ranks have equally many."""
         return 1 / self.tp_cp_group.size()
 
@@ -184,23 +191,23 @@ class LoadBalancing(torch.nn.Module):
         """This rank's share of `B · Σ_e P_e F_e`; for `seq_aux_loss` of its mean over sequences."""
         num_sequences = num_sequences if kind == "seq_aux_loss" else 1
         counts = self._counts(ids_TK, num_sequences)
-        _sum_over(self.tp_cp_group, counts)
+        sum_over(self.tp_cp_group, counts)
         if kind == "global_aux_loss":
             counts = self._counts_of_step(counts)
         frequencies = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-        mean_probs = probs_TB.view(-1, num_sequences, self.num_blocks).mean(dim=0) * self._share
+        mean_probs = probs_TB.view(-1, num_sequences, self.num_blocks).mean(dim=0) * self.share
         return self.num_blocks * (mean_probs * frequencies).sum() / num_sequences
 
     def _entropy_loss(self, probs_TB: Tensor) -> Tensor:
         """This rank's share of `Σ_e P_e log P_e`."""
         local_mean = probs_TB.mean(dim=0)
         sums = local_mean.detach().clone()
-        _sum_over(self.tp_dp_cp_group, sums)
+        sum_over(self.tp_dp_cp_group, sums)
         # The value is that of the mean over all ranks, the gradient that of this rank's mean.
         mean = sums / self.tp_dp_cp_group.size() + (local_mean - local_mean.detach())
         # Clamped, because the derivative of the logarithm is infinite at zero.
         smallest = torch.finfo(mean.dtype).tiny
-        return (mean * mean.clamp(min=smallest).log()).sum() * self._share
+        return (mean * mean.clamp(min=smallest).log()).sum() * self.share
 
     def _counts(self, ids_TK: Tensor, num_sequences: int) -> Tensor:
         """`[num_sequences, B]` fp32: how often the tokens of each sequence choose each block."""
@@ -215,7 +222,7 @@ class LoadBalancing(torch.nn.Module):
         # The ranks of `tp_cp` have equal counts already, so this sum counts a choice several times;
         # only ratios of counts matter.
         global_counts = counts.clone()
-        _sum_over(self.tp_dp_cp_group, global_counts)
+        sum_over(self.tp_dp_cp_group, global_counts)
         self.tokens_of_step += global_counts[0]
         return self.tokens_of_step[None].clone()
 
@@ -224,7 +231,7 @@ class LoadBalancing(torch.nn.Module):
         for kind, loss in losses.items():
             value, name = loss.detach(), BALANCE_LOSSES.get(kind, kind)
             self.values[name] = self.values.get(name, torch.zeros_like(value)) + value
-            if kind != "entropy_loss":
+            if kind in BALANCE_LOSSES or kind == "z_loss":
                 assert self.layer_number is not None, "Megatron numbers the layers"
                 get_moe_metrics_tracker().record(
                     name,
@@ -268,7 +275,7 @@ def losses_reach_scores(config: TransformerConfig, entropy_coefficient: float) -
     return "entropy_loss" in weights or (bool(weights) and config.moe_router_topk < num_blocks)
 
 
-def _sum_over(group: Any, tensor: Tensor) -> None:
+def sum_over(group: Any, tensor: Tensor) -> None:
     """All-reduce a tensor in place."""
     if group.size() > 1:
         torch.distributed.all_reduce(tensor, group=group)

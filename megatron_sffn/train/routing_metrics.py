@@ -36,7 +36,7 @@ from megatron_sffn.utils.atomic_files import append_records, replace_records
 TRAINING, EVALUATION = "training", "evaluation"
 """Values of `phase` in a line."""
 
-LOSSES = (*BALANCE_LOSSES.values(), "z_loss", "entropy_loss")
+LOSSES = (*BALANCE_LOSSES.values(), "z_loss", "entropy_loss", "l1_loss")
 """Names of the auxiliary losses: unweighted means over microbatches."""
 
 NUMBERS = (

@@ -19,6 +19,7 @@ from megatron_sffn.nn.config import Backend, SparseFFNConfig
 from megatron_sffn.nn.layer import sparse_layers
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.saved_bytes import LayerCall
 from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, sparse
 from tests.accounting.saved import kept_bytes
@@ -52,22 +53,35 @@ def measured(
     shape: ModelShape,
     activation: str,
     half: bool,
-    empty_places: list[int] | None = None,
     **megatron: Any,
 ) -> int:
     """Bytes that a model of this shape keeps of one microbatch, on this rank.
 
-    `empty_places` gets the number of empty slots of each sparse layer.
+    It includes `bytes_of_empty_slots` of the routers that leave slots empty.
     """
     dtype = torch.bfloat16 if half else torch.float32
     megatron = {"activation_func": ACTIVATIONS[activation][0]} | megatron
     model = build(shape, dtype, **megatron)
     arguments, kwargs = batch(shape, SAMPLES)
     masks = shape.seq_length**2  # the attention mask is an input
+    routings: list[Routing] = []
+    for layer in sparse_layers(model):
+        layer.trained.register_forward_pre_hook(lambda _, args: routings.append(args[0]))
     size = kept_bytes(lambda: model(*arguments, **kwargs, labels=arguments[0]), model.parameters())
-    if empty_places is not None:
-        empty_places += [int(layer.trained.take().sums[-1]) for layer in sparse_layers(model)]
-    return size - masks
+    return size - masks + sum(bytes_of_empty_slots(shape, half, routing) for routing in routings)
+
+
+def bytes_of_empty_slots(shape: ModelShape, half: bool, routing: Routing) -> int:
+    """What the pairs of empty slots would take; the closed form counts K blocks of each token."""
+    assert shape.sffn is not None
+    if not routing.may_be_empty:
+        return 0
+    empty = int((routing.block_ids < 0).sum())
+    # The indices of the slots that are not empty are kept if any slot is.
+    indices = 8 * (empty or routing.block_ids.numel())
+    # A pair has a row, up projections, and a gate with its index.
+    per_pair = 4 + shape.sffn.block_size * (2 if half else 4) * (2 if shape.gated else 1) + 8
+    return indices + empty * per_pair
 
 
 def closed_form(
@@ -147,6 +161,10 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("switch", {"network": "mlp", "network_width": 11, "network_activation": "gelu"}),
     ("noisy-top-k", {"network": "attention", "network_width": 11}),
     ("pkm", {"heads": 8}),
+    ("avg-k", {"gate": "relu"}),
+    ("peer", {"gate": "relu"}),
+    ("remoe", {"l1_coefficient": 0.1}),
+    ("remoe", {"l1_coefficient": 0.1, "entropy_coefficient": 0.1}),
     *(("peer", {"gate": gate}) for gate in ("sigmoid", "sqrt-softplus-chosen", "sigmoid-chosen")),
 ]
 
@@ -174,15 +192,9 @@ def test_norms_of_relu_coefficients_keep_the_bytes_of_the_closed_form(one_rank: 
 def test_heads_that_choose_one_block_keep_the_bytes_of_its_one_pair(
     gate: str, half: bool, one_rank: None
 ) -> None:
-    layer = sparse("peer", {"heads": 4, "gate": gate})
-    shape = of_sparse_layers(layer)
-    empty: list[int] = []
-    size = measured(shape, "gelu", half, empty_places=empty)
-    # The closed form has a pair for each head: the index of the pair among the slots, its row, its
-    # up projections, and its gate with an index.
-    per_pair = 8 + 4 + layer.block_size * (2 if half else 4) + 8
-    assert sum(empty) > 0
-    assert size + sum(empty) * per_pair == closed_form(shape, "gelu", half, ParallelLayout())
+    shape = of_sparse_layers(sparse("peer", {"heads": 4, "gate": gate}))
+    size = measured(shape, "gelu", half)
+    assert size == closed_form(shape, "gelu", half, ParallelLayout())
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 48])

@@ -105,6 +105,10 @@ BAD = [
     ("--sffn-router avg-k --sffn-gate sigmoid --sffn-block-size 4", "has --sffn-gate sigmoid"),
     ("--sffn-router avg-k --upcycle 4", "--upcycle 4 needs a router that chooses whole copies"),
     ("--sffn-router rand-hash --upcycle 4 --sffn-block-size 4", "--upcycle 4 needs a router"),
+    (
+        "--sffn-router remoe --upcycle 4",
+        "the gates of --sffn-gate relu (--sffn-router remoe) are 0",
+    ),
     ("--sffn-router switch --upcycle 1", "--upcycle 1 makes no copies"),
     ("--sffn-router switch --upcycle 3 --sffn-active-cells 32", "no multiple of the 2 copies"),
     ("--sffn-router switch --upcycle 4 --sffn-active-cells 24", "no multiple of the FFN's 16"),

@@ -79,6 +79,8 @@ def saved(
         slow("EP2", ["TP2 ETP2"], "--sffn-descriptor ema --sffn-gate softmax"),
         ("EP2", ["TP2 ETP2"], "--moe-router-load-balancing-type quantile_balancing"),
         ("EP2", ["TP2 ETP2"], f"{SWITCH} --moe-latent-size 24 {DISTRIBUTED}"),
+        # The coefficient of the loss doubles in each step: another one would show.
+        ("EP2", ["TP2 ETP2"], "--sffn-router remoe --sffn-l1-coeff 0.1 --sffn-l1-multiplier 2"),
         # The first stage has no sparse layer, so no optimizer state of tables either.
         slow("PP2", ["EP2", "PP2"], "--sffn-layers 3"),
         slow("PP2", ["EP2", "PP2"], f"--sffn-layers 3 {DISTRIBUTED}"),

@@ -471,6 +471,17 @@ def test_impossible_block_sizes_are_refused(numbers: dict[str, Any], sentence: s
         plan(**numbers)
 
 
+def test_remoe_keeps_the_coefficient_of_its_loss_and_the_gate_of_each_part() -> None:
+    coefficient = f"{LAYER}router.balance.l1_coefficient"
+    reblocking, _ = plan(4, router="remoe", **{f"{LAYER}router.weight": [6, 4], coefficient: [1]})
+    assert coefficient not in reblocking.changes
+    assert f"{LAYER}experts.values" not in reblocking.changes
+    rows = torch.randn(6, 4)
+    repeated = reblocking.changes[f"{LAYER}router.weight"].piece(rows)
+    assert torch.equal(repeated, rows.repeat_interleave(2, dim=0))
+    assert "the layer computes the same" in reblocking.consequence
+
+
 def test_a_router_without_a_gate_accepts_every_divisor() -> None:
     reblocking, _ = plan(32, g=48, k=96, router="avg-k")
     assert reblocking.after.num_active_blocks == 3

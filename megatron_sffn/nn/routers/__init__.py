@@ -16,6 +16,7 @@ from megatron_sffn.nn.routers.pkm import PKMConfig
 from megatron_sffn.nn.routers.pkm_ffn import PKMFFNConfig
 from megatron_sffn.nn.routers.pkm_relu import PKMReLUConfig
 from megatron_sffn.nn.routers.rand_hash import RandHashConfig
+from megatron_sffn.nn.routers.remoe import ReMoEConfig
 from megatron_sffn.nn.routers.s_base import SBaseConfig
 from megatron_sffn.nn.routers.sigma_moe import SigmaMoEConfig
 from megatron_sffn.nn.routers.softmax_after import SoftmaxAfterConfig
@@ -37,6 +38,7 @@ ROUTERS: dict[str, type[RouterConfig]] = {
         SoftmaxAfterConfig,
         NoisyTopKConfig,
         SBaseConfig,
+        ReMoEConfig,
         TopKActConfig,
         PKMConfig,
         PKMReLUConfig,

@@ -3,7 +3,8 @@
 Inputs: scores `[T, B]` and the ids `[T, K]` of the chosen blocks. Outputs: gates `[T, K]`.
 
 A gate is a function of the score, and `-chosen` divides it by the sum over the chosen blocks. As in
-Megatron, `sqrt-softplus` is sqrt(log(1 + exp(s))), and the sum gets 1e-20.
+Megatron, `sqrt-softplus` is sqrt(log(1 + exp(s))), and the sum gets 1e-20. The ReLU is not divided,
+because all chosen blocks can have the gate 0.
 
 Design notes: with an expert bias blocks are chosen by function plus bias, without the division,
 as in DeepSeek-V3 (arXiv 2412.19437) and Megatron.
@@ -26,10 +27,11 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": lambda scores: scores.sigmoid(),
     "sqrt-softplus": lambda scores: F.softplus(scores).sqrt(),
     "softmax": lambda scores: scores.softmax(dim=-1),
+    "relu": lambda scores: scores.relu(),
 }
 """Name -> function of scores along their last dimension."""
 
-GATES = ("none", *FUNCTIONS, *(f"{name}{CHOSEN}" for name in FUNCTIONS))
+GATES = ("none", *FUNCTIONS, *(f"{name}{CHOSEN}" for name in FUNCTIONS if name != "relu"))
 """Values of `--sffn-gate`."""
 
 
@@ -43,7 +45,7 @@ def gate_flag() -> Any:
         help="factor of a chosen block's output, from its score: none, a function of it, or that "
         "divided by its sum over the chosen blocks; by default as the method's paper has it "
         "(avg-k, vanilla-m, lorkm: none; switch: softmax; sigma-moe: sigmoid; peer: "
-        "softmax-chosen), any other is ours",
+        "softmax-chosen; remoe: relu), any other is ours",
     )
 
 

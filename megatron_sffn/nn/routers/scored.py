@@ -269,7 +269,7 @@ class ScoredRouter(Router):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiates):
             scores = self.score(x, queries, keys)
         self.flag_not_finite(scores)
-        ids, dropped = self._choose(scores)
+        ids, dropped = self.choose(scores)
         gates = gates_of(str(self.settings.gate), scores, ids)
         if gates is not None and (factor := self.config.moe_router_topk_scaling_factor):
             gates = gates * factor
@@ -297,7 +297,7 @@ class ScoredRouter(Router):
         return self.settings.gated_output or self.balance.differentiates
 
     @torch.no_grad()
-    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
         """Ids `[T, K]`, and a mask `[T, K]` of the dropped ones; None if none can be dropped."""
         selection, dropout = self.selection_scores(scores), self.settings.block_dropout
         if self.balance.biased:

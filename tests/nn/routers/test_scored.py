@@ -33,6 +33,7 @@ def gates_by_hand(gate: str, scores: torch.Tensor, ids: torch.Tensor) -> torch.T
         "sigmoid": 1 / (1 + (-scores).exp()),
         "sqrt-softplus": (1 + scores.exp()).log().sqrt(),
         "softmax": scores.exp() / scores.exp().sum(1, keepdim=True),
+        "relu": scores * (scores > 0),
     }
     factors = functions[gate.removesuffix("-chosen")].gather(1, ids)
     return factors / factors.sum(1, keepdim=True) if gate.endswith("-chosen") else factors
@@ -75,8 +76,8 @@ def test_a_scale_without_gates_or_of_0_is_refused(gate: str, factor: float, sent
 
 
 def test_an_unknown_gate_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--sffn-gate relu is unknown; choose from none"):
-        AvgKConfig(gate="relu")
+    with pytest.raises(ConfigError, match="--sffn-gate relu-chosen is unknown; choose from none"):
+        AvgKConfig(gate="relu-chosen")
 
 
 def built(name: str, **options):
