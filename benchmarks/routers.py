@@ -7,7 +7,7 @@ over seeds), FLOPs, throughput, and blocks that no held-out token used.
 Design notes:
 - Every run has the quick start's model and schedule on one rank; only the feed-forward layer
   differs, and nothing is tuned for a router.
-- Routers of single cells run only at g = 1.
+- Routers of single cells run only at g = 1, product keys of blocks at g = 1 and 64.
 - A finished run is a line of the results and is not repeated, so that the command can be resumed.
   Only the log of a run is kept. With `--jobs` runs share the machine, so their throughput
   is only comparable with that of other runs of the command.
@@ -146,6 +146,8 @@ def _test_numbers(router: str) -> RouterTestNumbers:
 def _block_sizes(router: str) -> tuple[int, ...]:
     if _test_numbers(router).single_cells:
         return (1,)
+    if _test_numbers(router).square_blocks:
+        return 1, BLOCK_SIZES[0]  # at g = k a token has one block, too few for several heads
     return BLOCK_SIZES[:1] if router == "dense" else BLOCK_SIZES
 
 

@@ -18,6 +18,7 @@ from megatron_sffn.flags.sffn_flags import ffn_hidden_size
 from megatron_sffn.hf.names import SPARSE_FFN
 from megatron_sffn.hf.own_fields import common_fields, sparse_ffn_fields
 from megatron_sffn.hf.settings import Settings
+from megatron_sffn.nn.routers.scored import ScoredConfig
 from megatron_sffn.utils.errors import ConfigError
 
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -87,7 +88,8 @@ NO_GROUPS: Need = (
     lambda s: (s.args.moe_router_num_groups or 1) == 1,
 )
 GROUPS_OF_TWO: Need = (
-    "adds two scores of a group (--moe-router-topk / --moe-router-group-topk), with an expert bias",
+    "adds two scores of a group (--moe-router-topk / --moe-router-group-topk, --sffn-group-score "
+    "largest), with an expert bias",
     lambda s: NO_GROUPS[1](s) or (s.biased and _scores_per_group(s) == 2),
 )
 
@@ -99,7 +101,10 @@ UNSCALED: Need = (
 
 
 def _scores_per_group(settings: Settings) -> int:
-    assert settings.sffn is not None
+    """How many scores of a group are added; 0 if it is their mean."""
+    assert settings.sffn is not None and isinstance(settings.sffn.router, ScoredConfig)
+    if settings.sffn.router.group_score == "mean":
+        return 0
     return settings.sffn.num_active_blocks // settings.args.moe_router_group_topk
 
 

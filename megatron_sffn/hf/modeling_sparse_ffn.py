@@ -86,6 +86,7 @@ class SparseFFNGPTConfig(PreTrainedConfig):
     quantile_balancing: bool = False
     num_groups: int = 1
     group_topk: int = 1
+    group_score: str = "largest"  # the sum of a group's largest scores, or their mean
     descriptor: str = "mean"  # avg-k
     descriptor_cells: int = 0  # avg-k with descriptor subset
     aggregator: str = "mean"  # vanilla-m, lorkm
@@ -321,9 +322,13 @@ class ScoredRouter(SparseFFNRouter):
             selection = scores - self.qb_beta
         if config.num_groups > 1:
             by_group = selection.unflatten(1, (config.num_groups, -1))
-            best = by_group.topk(config.num_active_blocks // config.group_topk, dim=2).values
-            groups = topk(best.sum(dim=2), config.group_topk)
-            allowed = torch.zeros_like(best[:, :, 0]).scatter(1, groups, 1.0) > 0
+            if config.group_score == "mean":
+                group_scores = by_group.mean(dim=2)
+            else:
+                count = config.num_active_blocks // config.group_topk
+                group_scores = by_group.topk(count, dim=2).values.sum(dim=2)
+            groups = topk(group_scores, config.group_topk)
+            allowed = torch.zeros_like(group_scores).scatter(1, groups, 1.0) > 0
             selection = by_group.masked_fill(~allowed[:, :, None], -torch.inf).flatten(1)
         return topk(selection, config.num_active_blocks)
 

@@ -78,6 +78,7 @@ def _sparse_layers(settings: Settings, sffn: SparseFFNConfig) -> dict[str, Any]:
             "quantile_balancing": settings.priced,
             "num_groups": args.moe_router_num_groups or 1,
             "group_topk": args.moe_router_group_topk or 1,
+            "group_score": router.group_score,
         }
     if isinstance(router, AvgKConfig):
         is_subset = router.descriptor == "subset"

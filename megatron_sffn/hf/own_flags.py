@@ -119,3 +119,4 @@ def _own_router(fields: Fields) -> Iterator[Any]:
     if fields["num_groups"] > 1:
         yield from ("--moe-router-num-groups", fields["num_groups"])
         yield from ("--moe-router-group-topk", fields["group_topk"])
+        yield from ("--sffn-group-score", fields["group_score"])

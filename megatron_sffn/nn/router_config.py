@@ -71,7 +71,8 @@ class RouterTestNumbers:
         square_blocks: True if the number of blocks B must be a square.
         gated_activation: True if the router is defined for gated activations such as SwiGLU.
         flags: flags of a small training run.
-        paper_flags: flags of the regularisation with which the router's paper trains it.
+        paper_flags: flags with which a benchmark of all routers trains it: the regularisation of
+            its paper, or what a small number of blocks needs.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -209,6 +209,7 @@ OWN = [
     "--sffn-router avg-k --sffn-descriptor subset --normalization RMSNorm --sffn-relu",
     f"{flags_of('lorkm')} --sffn-aggregator max --rotary-percent 0.5 "
     "--moe-router-load-balancing-type quantile_balancing",
+    "--moe-router-num-groups 4 --moe-router-group-topk 2 --sffn-group-score mean",
     f"{flags_of('peer')} --sffn-gate sigmoid --swiglu",
     "--sffn-router softmax-after --swiglu --normalization RMSNorm --add-qkv-bias "
     "--group-query-attention --num-query-groups 2",

@@ -29,6 +29,7 @@ VARIANTS = [
     "--sffn-router sigma-moe --sffn-gate-network mlp --sffn-gate-activation gelu",
     "--sffn-router switch --sffn-gate-network attention --sffn-gate-hidden-size 8",
     f"--sffn-router sigma-moe --moe-router-enable-expert-bias {GROUPS}",
+    f"--sffn-group-score mean {GROUPS}",
     "--sffn-router softmax-before --moe-router-enable-expert-bias",
     "--sffn-router peer --sffn-pkm-heads 2 --sffn-product-key-size 8 --sffn-gate sigmoid-chosen",
     "--sffn-router rand-hash --sffn-hash-shared --sffn-layers every:1",

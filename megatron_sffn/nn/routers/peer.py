@@ -41,6 +41,7 @@ class PeerConfig(PKMConfig):
         options={"heads": 1, "key_size": 10},
         square_blocks=True,
         flags="--sffn-product-key-size 16 --sffn-pkm-heads 2",
+        paper_flags="--sffn-pkm-heads 2",
     )
 
     default_gate: ClassVar[str] = "softmax-chosen"

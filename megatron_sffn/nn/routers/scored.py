@@ -36,7 +36,7 @@ from megatron_sffn.nn.load_balancing import BALANCE_LOSSES, LoadBalancing, losse
 from megatron_sffn.nn.quantile_balancing import check_quantile_balancing
 from megatron_sffn.nn.routers.base import NO_BLOCK, Router, Routing
 from megatron_sffn.nn.routers.gates import factors_of_all, gate_flag, gates_of, is_normalized
-from megatron_sffn.nn.routers.groups import check_groups, in_best_groups
+from megatron_sffn.nn.routers.groups import GROUP_SCORES, check_groups, in_best_groups
 from megatron_sffn.nn.saved_bytes import FP32, INT64, LayerCall, SavedBytes
 from megatron_sffn.utils.errors import ConfigError
 
@@ -69,6 +69,14 @@ class ScoredConfig(RouterConfig):
     """Name in `GATES` of the gate where `--sffn-gate` is not given."""
 
     gate: str | None = gate_flag()
+    group_score: str = flag(
+        "--sffn-group-score",
+        default="largest",
+        choices=GROUP_SCORES,
+        help="with --moe-router-num-groups, the score of a group of blocks: the sum of its largest "
+        "scores, as in Megatron; or their mean (ours), with which avg-k chooses large blocks and "
+        "then smaller ones within them",
+    )
     entropy_coefficient: float = flag(
         "--sffn-entropy-coeff",
         default=0.0,
@@ -97,6 +105,11 @@ class ScoredConfig(RouterConfig):
         sffn = config.sffn
         assert sffn is not None, "a router is checked in a model that has it"
         check_groups(config, sffn.num_blocks, sffn.num_active_blocks)
+        if self.group_score != "largest" and not config.moe_router_num_groups:
+            raise ConfigError(
+                f"--sffn-group-score {self.group_score} has nothing to act on without "
+                "--moe-router-num-groups; add it with --moe-router-group-topk, or leave it out"
+            )
         for name in FACTORS:
             value = getattr(config, name)
             for number in value if isinstance(value, list) else [value]:
@@ -310,7 +323,9 @@ class ScoredRouter(Router):
             selection = selection.masked_fill(unavailable, -torch.inf)
         if num_groups := self.config.moe_router_num_groups:
             group_topk = self.config.moe_router_group_topk
-            allowed = in_best_groups(selection, active, num_groups, group_topk, self.topk)
+            allowed = in_best_groups(
+                selection, active, num_groups, group_topk, self.topk, self.settings.group_score
+            )
             selection = selection.masked_fill(~allowed, -torch.inf)
             # If too few blocks are left, top-K takes unavailable ones, from any group.
             unavailable = None if unavailable is None else unavailable | ~allowed

@@ -43,6 +43,64 @@ def test_equal_groups_and_blocks_are_taken_in_order() -> None:
     assert choose(scores, 2, 4, 2).tolist() == [[3, 6]]
 
 
+def test_a_group_of_blocks_is_chosen_by_its_mean_score_without_the_dropped_blocks() -> None:
+    scores = torch.tensor(
+        [
+            [9.0, -9, -9, 1, 1, 1, 2, 2, -torch.inf, 0, 0, 0],
+            [-torch.inf, -torch.inf, -torch.inf, -7, -7, -7, -8, -8, -8, -9, -9, -9],
+        ]
+    )
+    allowed = in_best_groups(scores, 2, 4, 1, route_topk, "mean")
+    assert allowed.nonzero().view(2, 3, 2)[:, :, 1].tolist() == [[6, 7, 8], [3, 4, 5]]
+    # The largest scores are in the first group.
+    assert in_best_groups(scores, 1, 4, 1, route_topk)[0, :3].all()
+
+
+def two_levels() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids of Avg-K at two levels, its tokens and keys, and the output of the layer."""
+    options = (("group_score", "mean"),)
+    layer = router_cases.build(Case(router="avg-k", options=options, megatron=GROUPS))
+    hidden, _, _ = router_cases.inputs()
+    x, keys = hidden.reshape(-1, router_cases.D), layer.experts()[0]
+    return layer.router(x, keys).block_ids, x, keys.detach(), layer(hidden)[0].detach()
+
+
+def test_avg_k_chooses_large_blocks_and_then_smaller_blocks_within_them() -> None:
+    ((ids, x, keys, _),) = run_ranks(1, two_levels)
+    for token, row in zip(x, ids.tolist(), strict=True):
+        # Large blocks of 3 · 4 cells, by their mean keys.
+        large = (keys.view(4, 12, -1).mean(dim=1) @ token).topk(2).indices.tolist()
+        small = {3 * block + part for block in large for part in range(3)}
+        scores = {block: float(keys[block].mean(dim=0) @ token) for block in small}
+        assert row == sorted(sorted(scores, key=scores.__getitem__)[-4:])
+
+
+def outputs(case: Case) -> Tensor:
+    """The output of a layer."""
+    return router_cases.run(case)["y"]
+
+
+def test_all_smaller_blocks_of_large_blocks_are_avg_k_with_large_blocks() -> None:
+    # 2 of 6 groups of 2 blocks of 4 cells; K = 4, so that all blocks of a group are taken.
+    groups = (("moe_router_num_groups", 6), ("moe_router_group_topk", 2))
+    fine = Case(router="avg-k", options=(("group_score", "mean"),), megatron=groups)
+    (fine_output,) = run_ranks(1, outputs, fine)
+    (large_output,) = run_ranks(1, large_block_output)
+    torch.testing.assert_close(fine_output, large_output, rtol=1e-10, atol=1e-12)
+
+
+def large_block_output() -> Tensor:
+    """The output of Avg-K with blocks of 8 cells, which are pairs of the blocks of 4 cells."""
+    fine = router_cases.build(Case(router="avg-k"))
+    large = router_cases.build(Case(router="avg-k", block_size=8))
+    with torch.no_grad():
+        for large_table, table in zip(
+            large.experts.parameters(), fine.experts.parameters(), strict=True
+        ):
+            large_table.copy_(table.view_as(large_table))
+    return large(router_cases.inputs()[0])[0].detach()
+
+
 def groups_of_tokens(case: Case) -> tuple[Tensor, Tensor]:
     """Ids `[T, K]` of a layer's tokens, and the number of groups of 3 blocks of each token."""
     layer = router_cases.build(case).train(case.training)
@@ -108,3 +166,9 @@ def test_impossible_numbers_of_groups_are_refused(
     megatron = (("moe_router_num_groups", groups), ("moe_router_group_topk", group_topk))
     with pytest.raises(ConfigError, match=sentence):
         router_cases.config_of(Case(router="avg-k", megatron=megatron))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_group_score_without_groups_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--sffn-group-score mean has nothing to act on without"):
+        router_cases.config_of(Case(router="avg-k", options=(("group_score", "mean"),)))
