@@ -24,7 +24,9 @@ class Layer(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        size = 1 if ROUTERS[router].test_numbers.single_cells else 32  # product keys choose cells
+        numbers = ROUTERS[router].test_numbers
+        # Product keys choose cells, or of a square number of blocks.
+        size = 1 if numbers.single_cells else 16 if numbers.square_blocks else 32
         sffn = SparseFFNConfig(
             active_cells=256, router=ROUTERS[router](), block_size=size, expansion=4
         )

@@ -152,12 +152,12 @@ def table_of(load: list[int], losses: list[float], dense: int = 0) -> Tensor:
 
 
 def test_layers_without_tokens_and_losses_without_a_weight_are_left_out() -> None:
-    numbers = layer_numbers(table_of([1, 3], [1.25, 0, 0, 0, -0.1234567], dense=2), 2)
+    numbers = layer_numbers(table_of([1, 3], [1.25, 0, 0, 0, -0.1234567, 0], dense=2), 2)
     assert list(numbers) == [3]
     assert numbers[3]["layer"] == 3
     assert numbers[3]["load_balancing_loss"] == 1.25
     assert numbers[3]["entropy_loss"] == -0.123457
-    assert not {"z_loss", "seq_load_balancing_loss"} & numbers[3].keys()
+    assert not {"z_loss", "seq_load_balancing_loss", "l1_loss"} & numbers[3].keys()
 
 
 def test_the_scalars_are_those_of_each_layer_and_their_mean() -> None:
@@ -199,7 +199,7 @@ def test_sums_include_the_layers_of_all_chunks(one_rank: None) -> None:
         "scores": 3,
         "empty_places": 0,
     }
-    assert table[0, -len(LOSSES) :].tolist() == [0, 0, 0, 4, 0]
+    assert table[0, -len(LOSSES) :].tolist() == [0, 0, 0, 4, 0, 0]
     assert layer_sums(model, arguments(), training=True).sum() == 0
     assert layer_sums(model, arguments(), training=False)[2, 2] == 2
 
