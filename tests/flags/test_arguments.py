@@ -439,7 +439,7 @@ REFUSED = [
     ("--tensor-model-parallel-size 0", 1, "--tensor-model-parallel-size 0", "positive"),
     ("--sffn-router best", 1, "--sffn-router", "'best'", "avg-k", "--help"),
     ("--sffn-aggregator sum", 1, "--sffn-aggregator", "'sum'", "mean-abs", "--help"),
-    ("--sffn-gate relu", 1, "--sffn-gate", "'relu'", "sigmoid", "--help"),
+    ("--sffn-gate tanh", 1, "--sffn-gate", "'tanh'", "sigmoid", "--help"),
     ("--sffn-backend cuda", 1, "--sffn-backend", "'cuda'", "auto", "--help"),
     # Refused before the closed form of the traffic chooses the dispatcher.
     (
