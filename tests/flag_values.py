@@ -38,6 +38,10 @@ NEEDS = {
         LATENT,
     ),
     **dict.fromkeys(("--mscale", "--mscale-all-dim"), f"{LATENT} --rotary-scaling-factor 4"),
+    **dict.fromkeys(
+        ("--mtp-detach-heads", "--mtp-loss-scaling-factor", "--mtp-use-repeated-layer"),
+        "--mtp-num-layers 2",
+    ),
     "--log-timers-to-tensorboard": TENSORBOARD,
     "--log-validation-ppl-to-tensorboard": TENSORBOARD,
     "--lr-decay-iters": "--lr-decay-style linear",

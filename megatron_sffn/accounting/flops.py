@@ -39,18 +39,18 @@ class Flops:
 
 def flops_per_token(shape: ModelShape) -> Flops:
     """Forward FLOPs of the whole model for one token."""
-    width, sparse, sffn = shape.hidden_size, shape.sparse_layers, shape.sffn
-    active = shape.dense_layers * shape.ffn_hidden_size * shape.dense_cell
+    width, depth, sffn = shape.hidden_size, shape.predicted_tokens, shape.sffn
+    # A layer of multi-token prediction has a projection, a layer of the GPT, and logits.
+    sparse = shape.sparse_layers + (depth if shape.predicts_sparsely else 0)
+    dense = shape.dense_layers + (0 if shape.predicts_sparsely else depth)
+    active = dense * shape.ffn_hidden_size * shape.dense_cell
     router = 0
     if sffn is not None:
         active += sparse * sffn.chosen_cells * shape.sparse_cell
         active += sparse * sffn.shared_cells * shape.dense_cell
         active += sparse * shape.latent_projections
         router = sparse * sffn.router.flops(sffn, shape.router_width, gated=shape.gated)
-    # A layer of multi-token prediction has a projection, a dense layer, and logits.
-    depth = shape.predicted_tokens
     joined = depth * 4 * width * width
-    active += depth * shape.ffn_hidden_size * shape.dense_cell
     return Flops(
         attention=(shape.attentions + depth) * _attention_flops(shape),
         feed_forward=2 * active + joined,

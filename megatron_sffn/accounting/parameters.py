@@ -30,13 +30,17 @@ def count_parameters(shape: ModelShape) -> Parameters:
     # Each attention and each feed-forward part has a norm before it.
     parts = shape.attentions + shape.dense_layers + shape.sparse_layers
     rest += shape.attentions * attention_parameters(shape) + parts * norm_parameters(shape, width)
-    rest += shape.dense_layers * mlp_parameters(shape)
-    rest += shape.predicted_tokens * prediction_parameters(shape)
+    # A layer of multi-token prediction has a feed-forward part of its own, dense or sparse.
+    predictions = shape.prediction_layers
+    sparse_predictions = predictions if shape.predicts_sparsely else 0
+    dense, sparse = predictions - sparse_predictions, shape.sparse_layers + sparse_predictions
+    rest += (shape.dense_layers + dense) * mlp_parameters(shape)
+    rest += predictions * prediction_parameters(shape)
     if sffn is None:
         return Parameters(total=rest, active=rest)
     router = sffn.router.parameters(sffn, shape.router_width)
-    rest += shape.sparse_layers * (router + shared_parameters(shape) + shape.latent_projections)
-    per_cell = shape.sparse_layers * shape.sparse_cell
+    rest += sparse * (router + shared_parameters(shape) + shape.latent_projections)
+    per_cell = sparse * shape.sparse_cell
     return Parameters(
         total=rest + per_cell * sffn.num_cells, active=rest + per_cell * sffn.chosen_cells
     )
@@ -74,13 +78,13 @@ def attention_parameters(shape: ModelShape) -> int:
 
 
 def prediction_parameters(shape: ModelShape) -> int:
-    """Parameters of one layer of multi-token prediction: a dense layer, three norms, a projection.
+    """Parameters of one layer of multi-token prediction without its feed-forward part.
 
-    The input of the projection is the hidden state and the embedding of the next token, joined.
+    They are attention, five norms, and a projection, whose input is the hidden state and the
+    embedding of the next token, joined.
     """
     width = shape.hidden_size
-    layer = attention_parameters(shape) + mlp_parameters(shape) + 2 * norm_parameters(shape, width)
-    return layer + 3 * norm_parameters(shape, width) + 2 * width * width
+    return attention_parameters(shape) + 5 * norm_parameters(shape, width) + 2 * width * width
 
 
 def mlp_parameters(shape: ModelShape) -> int:

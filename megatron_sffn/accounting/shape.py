@@ -42,6 +42,9 @@ class ModelShape:
         softmax_type: Megatron's name of attention's softmax: all but `vanilla` have a sink, a
             number beside a head's scores, which `learnable` trains.
         predicted_tokens: layers of multi-token prediction.
+        predicts_sparsely: True if the layers of multi-token prediction are sparse.
+        repeats_prediction: True if all tokens are predicted by one layer
+            (`--mtp-use-repeated-layer`).
         tied_embeddings: True if the logits use the embedding's weights.
         learned_positions: rows of a learned position embedding; 0 for RoPE or none.
         sparse_layers: number of sparse layers.
@@ -67,6 +70,8 @@ class ModelShape:
     output_gate: bool = False
     softmax_type: str = "vanilla"
     predicted_tokens: int = 0
+    predicts_sparsely: bool = False
+    repeats_prediction: bool = False
     tied_embeddings: bool = True
     learned_positions: int = 0
     sparse_layers: int = 0
@@ -108,6 +113,9 @@ class ModelShape:
             output_gate=args.attention_output_gate,
             softmax_type=args.softmax_type,
             predicted_tokens=args.mtp_num_layers or 0,
+            # Megatron takes the last layer of the GPT for it.
+            predicts_sparsely=sffn is not None and bool(args.moe_layer_freq[-1]),
+            repeats_prediction=args.mtp_use_repeated_layer,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             learned_positions=args.max_position_embeddings if learned else 0,
             sparse_layers=sum(args.moe_layer_freq) if sffn is not None else 0,
@@ -125,6 +133,11 @@ class ModelShape:
     def dense_layers(self) -> int:
         """Number of layers with a dense MLP."""
         return self.num_layers - (self.attention_layers or 0) - self.sparse_layers
+
+    @property
+    def prediction_layers(self) -> int:
+        """Number of layers of multi-token prediction that have weights of their own."""
+        return min(self.predicted_tokens, 1) if self.repeats_prediction else self.predicted_tokens
 
     @property
     def sinks(self) -> int:
@@ -184,4 +197,4 @@ def latent_attention(args: Namespace) -> LatentAttention:
 
 def dense_equivalent(shape: ModelShape) -> ModelShape:
     """The same model without sparse layers; of equal block FLOPs if k is `ffn_hidden_size`."""
-    return dataclasses.replace(shape, sffn=None, sparse_layers=0)
+    return dataclasses.replace(shape, sffn=None, sparse_layers=0, predicts_sparsely=False)

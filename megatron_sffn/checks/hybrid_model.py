@@ -24,7 +24,7 @@ UNAVAILABLE = {
 }
 """Symbol that cannot be used -> what it stands for."""
 
-IGNORED = ("use_rope_scaling", "spec")
+IGNORED = ("use_rope_scaling", "spec", "mtp_num_layers")
 """Flags (dest) that Megatron does not read, or that name another spec, for a hybrid model."""
 
 

@@ -260,13 +260,13 @@ def model(args: Namespace) -> Iterator[Problem]:
             "add --q-lora-rank",
         )
     pp_size = args.pipeline_model_parallel_size
-    if args.mtp_num_layers and pp_size > 1:
+    if args.mtp_num_layers and pp_size > 1 and not args.untie_embeddings_and_output_weights:
         yield Problem(
             "--mtp-num-layers",
             args.mtp_num_layers,
-            f"is not available with --pipeline-model-parallel-size {pp_size}, whose last stage "
-            "does not get the tokens that the extra layers read",
-            "use --pipeline-model-parallel-size 1",
+            f"with --pipeline-model-parallel-size {pp_size} needs an output layer of its own: "
+            "Megatron cannot save one that it shares with the embedding",
+            "add --untie-embeddings-and-output-weights",
         )
 
 

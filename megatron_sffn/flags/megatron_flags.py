@@ -64,7 +64,6 @@ DENSE_ONLY = (
     "glu_linear_offset",
     "heterogeneous_layers_config_encoded_json",
     "heterogeneous_layers_config_path",
-    "mtp_num_layers",
     "overlap_dispatch_backward_with_experts_wgrad",
     "overlap_moe_expert_parallel_comm",
     "quick_geglu",

@@ -304,7 +304,7 @@ class SparseFFNTransformerConfig(TransformerConfig):
         Of a hybrid model Megatron logs the `E` layers alone.
         """
         if self.hybrid_pattern is None:
-            return layer_number, self.num_layers
+            return layer_number, self.num_layers + (self.mtp_num_layers or 0)
         sparse = layer_pattern("", 0, self.hybrid_pattern)
         return sum(sparse[:layer_number]), sum(sparse)
 

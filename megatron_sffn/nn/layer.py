@@ -101,8 +101,17 @@ class _SparseLayer(MoELayer):
         if sffn.latent_size is not None:
             self.fc1_latent_proj = LatentProjection(config, "down")
             self.fc2_latent_proj = LatentProjection(config, "up")
-        if layer_number is not None:
+        if layer_number is not None and not is_mtp_layer:
             self.set_layer_number(layer_number)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Take the layer's number, which seeds all weights.
+
+        Megatron counts the layers of multi-token prediction from 1; here they follow the others.
+        """
+        if self.is_mtp_layer:
+            layer_number += self.config.num_layers
+        super().set_layer_number(layer_number)
 
     @staticmethod
     @abstractmethod
@@ -175,13 +184,13 @@ class SparseFFN(_SparseLayer):
         Megatron calls it again after it has built the layer, usually with the same number.
         """
         super().set_layer_number(layer_number)
-        if self._initialised_as_layer != layer_number:
-            ffn_number = self.config.ffn_number(layer_number)
+        if self._initialised_as_layer != self.layer_number:
+            ffn_number = self.config.ffn_number(self.layer_number)
             self.experts.init_weights(ffn_number)
             for projection in (self.fc1_latent_proj, self.fc2_latent_proj):
                 if projection is not None:
                     projection.init_weight(ffn_number)
-            self._initialised_as_layer = layer_number
+            self._initialised_as_layer = self.layer_number
 
     @cached_property
     def _regathers(self) -> bool:

@@ -1,7 +1,8 @@
-"""Functions of Megatron that a training run wraps with its own: saves and evaluations.
+"""Functions of Megatron that a training run wraps with its own: saves, evaluations, a layer spec.
 
-The run applies these patches, because the wrappers need its state: `checkpoints/save.py` those of
-saves, `train/evaluations.py` that of evaluations.
+The run applies these patches, because the wrappers need its state or our layer:
+`checkpoints/save.py` those of saves, `train/evaluations.py` that of evaluations, `train/run.py`
+that of the spec.
 """
 
 from __future__ import annotations
@@ -46,4 +47,18 @@ EVALUATE = Patch(
     until="Megatron passes both to `non_loss_data_func`",
 )
 
-PATCHES = (SAVE_ONCE, SAVE_ATOMICALLY, WRITE_TRACKER_ATOMICALLY, RESULTS_QUEUE, EVALUATE)
+PREDICTION_SPEC = Patch(
+    target="megatron.training.models.gpt.mtp_block_spec",
+    needed_by="megatron.training.models.gpt.GPTModelBuilder",
+    why="layers of multi-token prediction have Megatron's experts in place of sparse layers",
+    until="Megatron takes these layers from the spec of the GPT's last layer",
+)
+
+PATCHES = (
+    SAVE_ONCE,
+    SAVE_ATOMICALLY,
+    WRITE_TRACKER_ATOMICALLY,
+    RESULTS_QUEUE,
+    EVALUATE,
+    PREDICTION_SPEC,
+)

@@ -110,7 +110,8 @@ class NanCheck:
         NaN, 1 if one is infinite, and 0 if `--no-check-for-nan-in-loss-and-grad` is given.
         """
         device = torch.cuda.current_device()
-        flags = torch.zeros(self.args.num_layers + 1, device=device)
+        num_layers = self.args.num_layers + (self.args.mtp_num_layers or 0)
+        flags = torch.zeros(num_layers + 1, device=device)
         for layer in (layer for chunk in model for layer in sparse_layers(chunk)):
             flags[layer.layer_number - 1] += layer.router.score_flag
         flags = flags.isnan().float()

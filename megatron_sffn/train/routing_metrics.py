@@ -179,7 +179,8 @@ def layer_sums(model: list[torch.nn.Module], args: Namespace, *, training: bool)
     """
     blocks, width = args.num_experts, args.num_experts + len(SUMS) + len(LOSSES)
     device = torch.cuda.current_device()
-    table = torch.zeros(args.num_layers, width, dtype=torch.float64, device=device)
+    num_layers = args.num_layers + (args.mtp_num_layers or 0)
+    table = torch.zeros(num_layers, width, dtype=torch.float64, device=device)
     for layer in (layer for chunk in model for layer in sparse_layers(chunk)):
         row = table[layer.layer_number - 1]
         counters = (layer.trained if training else layer.evaluated).take()

@@ -41,10 +41,12 @@ from megatron_sffn.flags.sffn_flags import sffn_config, transformer_config
 from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.hybrid_spec import hybrid_stack_spec
 from megatron_sffn.nn.layer import end_step, set_weights_version
-from megatron_sffn.nn.layer_spec import block_spec
+from megatron_sffn.nn.layer_spec import block_spec, prediction_spec
 from megatron_sffn.nn.reinit import reinit_dense_weights
 from megatron_sffn.ops.compiled import kernels
 from megatron_sffn.patches.cpu import is_host
+from megatron_sffn.patches.registry import apply
+from megatron_sffn.patches.run_hooks import PREDICTION_SPEC
 from megatron_sffn.train.nan_check import NanCheck
 from megatron_sffn.train.routing_trace import RoutingTracer
 from megatron_sffn.train.signals import exit_on_signals
@@ -84,14 +86,23 @@ def train(args: Namespace) -> None:
         for remark in filter(None, remarks):
             print(f"note: {remark}", flush=True)
     needs_token_ids = sffn is not None and sffn.router.needs_token_ids
+    # The layers of --mtp-num-layers embed the ids on the last stage.
+    ids_on_every_stage = needs_token_ids or args.mtp_num_layers is not None
     with as_sentence("start with these flags", is_over=lambda: run_summary.has_started):
         pretrain(
             pretrain_cfg_container_from_args(
                 args, model_config(args, sffn, partial(finish_step, run_summary, nan_check))
             ),
-            datasets_provider(on_every_stage=needs_token_ids),
+            datasets_provider(on_every_stage=ids_on_every_stage),
             ModelType.encoder_or_decoder,
-            partial(forward_step, run_summary, Watchdog(args), nan_check, needs_token_ids),
+            partial(
+                forward_step,
+                run_summary,
+                Watchdog(args),
+                nan_check,
+                needs_token_ids=needs_token_ids,
+                ids_on_every_stage=ids_on_every_stage,
+            ),
             non_loss_data_func=partial(finish_evaluation, run_summary, nan_check),
         )
     path = run_summary.write_summary(shape)
@@ -124,8 +135,21 @@ def model_config(
         model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 ignores the flag: 8
         if sffn is not None:
             model.transformer_layer_spec = block_spec
+            apply(PREDICTION_SPEC, _with_sparse_predictions)
     model.pre_wrap_hooks.append(partial(reinit_dense_weights, args.seed))
     return model
+
+
+def _with_sparse_predictions(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's spec of multi-token prediction, with our layers where a GPT has sparse layers."""
+
+    def mtp_block_spec(model: Any, layers: Any, vp_stage: int | None = None) -> Any:
+        config = model.transformer
+        if config.mtp_num_layers is None or config.sffn is None:
+            return original(model, layers, vp_stage)
+        return prediction_spec(model, vp_stage)
+
+    return mtp_block_spec
 
 
 def finish_step(
@@ -190,9 +214,11 @@ def forward_step(
     run_summary: RunSummary,
     watchdog: Watchdog,
     nan_check: NanCheck,
-    needs_token_ids: bool,
     batches: Iterator[dict[str, Tensor]] | None,
     model: torch.nn.Module,
+    *,
+    needs_token_ids: bool,
+    ids_on_every_stage: bool,
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Megatron's `forward_step`: one microbatch through this stage.
 
@@ -200,11 +226,12 @@ def forward_step(
         run_summary: times the step.
         watchdog: notes the progress.
         nan_check: gets the loss of every microbatch.
+        batches: this stage's data iterator, if it has one.
+        model: this stage's model chunk.
         needs_token_ids: True if the sparse layers read the input ids. The ids are then passed as
             Megatron's `padding_mask`: it is the only argument with a number per token that reaches
             the MLP of every stage and of every recomputation, in any order of microbatches.
-        batches: this stage's data iterator, if it has one.
-        model: this stage's model chunk.
+        ids_on_every_stage: True if every stage reads the data.
 
     Returns:
         The stage's output, and the function that computes the loss from it on the last stage.
@@ -214,7 +241,7 @@ def forward_step(
     watchdog.note(iteration or 0)
     # The weights change only when this value does: at most one optimizer step lies in between.
     set_weights_version(model, (iteration, model.training))
-    batch = next_batch(batches, on_every_stage=needs_token_ids)
+    batch = next_batch(batches, on_every_stage=ids_on_every_stage)
     if run_summary.tracer is not None:
         run_summary.tracer.before_forward(model, batch["tokens"])
     output = model(

@@ -24,7 +24,7 @@ from megatron_sffn.nn.config import (
 )
 from megatron_sffn.nn.hybrid_spec import hybrid_stack_spec
 from megatron_sffn.nn.layer_pattern import layer_pattern
-from megatron_sffn.nn.layer_spec import block_spec
+from megatron_sffn.nn.layer_spec import block_spec, prediction_spec
 from megatron_sffn.nn.routers import ROUTERS
 
 # Odd sizes, so that no two of them can be mistaken for each other.
@@ -122,6 +122,7 @@ def config_of(
             "attention_output_gate": shape.output_gate,
             "softmax_type": shape.softmax_type,
             "mtp_num_layers": shape.predicted_tokens or None,
+            "mtp_use_repeated_layer": shape.repeats_prediction,
             "moe_layer_freq": pattern_of(shape),
             "hybrid_pattern": hybrid_pattern_of(shape),
             "is_hybrid_model": shape.attention_layers is not None,
@@ -146,18 +147,22 @@ def build(shape: ModelShape, dtype: torch.dtype = torch.float32, **megatron: Any
     config = config_of(shape, dtype, **megatron)
     if shape.attention_layers is not None:
         return build_hybrid(shape, config)
+    mtp_spec = None
     if shape.sffn is None:
         spec = get_gpt_decoder_block_spec(config, False, normalization=config.normalization)
+        if shape.predicted_tokens:
+            mtp_spec = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
     else:
-        spec = block_spec(GPTModelConfig(transformer=config))
+        model_config = GPTModelConfig(transformer=config)
+        spec = block_spec(model_config)
+        if shape.predicted_tokens:
+            mtp_spec = prediction_spec(model_config)
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.learned_positions or shape.seq_length,
-        mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
-        if shape.predicted_tokens
-        else None,
+        mtp_block_spec=mtp_spec,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="learned_absolute" if shape.learned_positions else "rope",
     )

@@ -136,6 +136,20 @@ LATENT = LatentAttention(
 )
 MODELS: dict[str, dict[str, Any]] = {
     **DENSE,
+    "dense-repeats-prediction": {"predicted_tokens": 3, "repeats_prediction": True},
+    "switch-predicts-2": {
+        "predicted_tokens": 2,
+        "predicts_sparsely": True,
+        "sparse_layers": 2,
+        "sffn": sparse("switch", shared_blocks=2),
+    },
+    "avg-k-predicts-latent": {
+        "predicted_tokens": 1,
+        "predicts_sparsely": True,
+        "sparse_layers": 1,
+        "sffn": sparse(latent_size=10),
+        "gated": True,
+    },
     "dense-predicts-2": {"predicted_tokens": 2, "tied_embeddings": False, "bias": False},
     "avg-k-every-2": {"sparse_layers": 2, "sffn": sparse(), "learned_positions": 20},
     "avg-k-single-cells": {
@@ -231,7 +245,9 @@ def test_active_parameters_leave_out_the_inactive_blocks(name: str) -> None:
         return
     inactive_cells = (sffn.num_blocks - sffn.num_active_blocks) * sffn.block_size
     keys = (2 if shape.gated else 1) * sffn.key_width(shape.hidden_size)
-    assert count.total - count.active == shape.sparse_layers * inactive_cells * (
+    sparse_layers = shape.sparse_layers
+    sparse_layers += shape.prediction_layers if shape.predicts_sparsely else 0
+    assert count.total - count.active == sparse_layers * inactive_cells * (
         keys + (sffn.latent_size or shape.hidden_size)
     )
 

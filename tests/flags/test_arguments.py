@@ -171,6 +171,10 @@ def test_defaults_are_those_of_the_design(read: Read) -> None:
         "sffn_backend": "auto",
         "sffn_relu": False,
         "sffn_model": "gpt",
+        "sffn_group_score": "largest",
+        "sffn_l1_coeff": 1e-8,
+        "sffn_l1_multiplier": 1.2,
+        "sffn_target_blocks": None,
         "sffn_command": command.split(),
     }
     sffn = sffn_config(args)
@@ -776,7 +780,7 @@ REFUSED = [
         "--moe-shared-expert-intermediate-size 64",
         "leave it out",
     ),
-    ("--mtp-num-layers 1", 1, "--mtp-num-layers 1", "leave it out"),
+    ("--mtp-num-layers 1 --sffn-model hybrid", 1, "--mtp-num-layers 1", "--sffn-model gpt"),
     ("--quick-geglu", 1, "--quick-geglu", "leave it out"),
     ("--swiglu --sffn-relu", 1, "--swiglu and --sffn-relu", "leave one"),
     ("--sffn-aggregator max", 1, "--sffn-aggregator max", "--sffn-router avg-k", "leave it out"),
@@ -894,9 +898,10 @@ REFUSED = [
     ("--disable-pad-vocab-size", 1, "--make-vocab-size-divisible-by 1"),
     ("--pipeline-model-parallel-comm-backend nccl", 1, "needs GPUs"),
     (
-        "--sffn-router dense --mtp-num-layers 1 --pipeline-model-parallel-size 2",
+        f"--mtp-num-layers 1 {PP2}",
         2,
-        "--mtp-num-layers 1 is not available with --pipeline-model-parallel-size 2",
+        "--mtp-num-layers 1 with --pipeline-model-parallel-size 2 needs an output layer of its own",
+        "add --untie-embeddings-and-output-weights",
     ),
     ("--num-attention-heads 5", 1, "--hidden-size % --num-attention-heads == 0", "change them"),
     ("--hybrid-layer-pattern *-*-", 1, "has no sparse layer (E)", "router is avg-k", "dense"),

@@ -329,3 +329,34 @@ def test_masked_tokens_do_not_train_the_layers_of_multi_token_prediction(pretrai
     # The first step has the same weights: only the tokens that count differ.
     assert masked.values("mtp_1 loss")[0] != plain.values("mtp_1 loss")[0]
     assert masked.values("mtp_1 loss")[0] == pytest.approx(masked.values("lm loss")[0], rel=0.02)
+
+
+PREDICTS_2 = (
+    "--mtp-num-layers 2 --null-tokenizer-eod-id 32 --untie-embeddings-and-output-weights "
+    "--position-embedding-type rope"
+)
+
+
+@pytest.mark.parametrize(
+    ("router", "ranks", "layout"),
+    [
+        ("rand-hash", 4, f"{TP2} --pipeline-model-parallel-size 2 {EP2}"),
+        slow("switch", 2, f"{EP2} --use-distributed-optimizer"),
+        slow("avg-k", 2, "--pipeline-model-parallel-size 2"),
+    ],
+)
+def test_sparse_layers_predict_further_tokens_on_every_layout(
+    pretrain, pretrain_one_rank, tmp_path: Path, router: str, ranks: int, layout: str
+) -> None:
+    flags = f"{SHORT} {PREDICTS_2} --sffn-router {router}"
+    log, expected = (
+        pretrain(ranks, f"{flags} {layout} --save run --save-interval 9"),
+        (pretrain_one_rank(flags)),
+    )
+    assert_same_run(log, expected)
+    for name in ("mtp_1 loss", "mtp_2 loss"):
+        assert log.values(name) == pytest.approx(expected.values(name), rel=1e-4), name
+        assert log.values(name)[-1] < log.values(name)[0]
+    # The layers are sparse ones of ours: their routing is counted after that of the model's two.
+    lines = (tmp_path / "run" / "routing.jsonl").read_text().splitlines()
+    assert {json.loads(line)["layer"] for line in lines} == {1, 2, 3, 4}
