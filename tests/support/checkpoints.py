@@ -19,7 +19,7 @@ MODELS = {
     "rand-hash": "--sffn-router rand-hash --init-method-std 0.5 --swiglu "
     "--position-embedding-type learned_absolute",
     "switch": "--sffn-router switch --init-method-std 0.5 --normalization RMSNorm "
-    "--sffn-layers every:2 --untie-embeddings-and-output-weights",
+    "--sffn-layers every:2 --untie-embeddings-and-output-weights --mtp-num-layers 1",
     "hybrid": "--hybrid-layer-pattern *E*- --num-layers 4 --sffn-router rand-hash "
     "--init-method-std 0.5",
     "latent": "--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 "
