@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sffn.accounting.shape import ModelShape, dense_equivalent
+from megatron_sffn.nn.layer_pattern import count_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,11 @@ class Flops:
 def flops_per_token(shape: ModelShape) -> Flops:
     """Forward FLOPs of the whole model for one token."""
     width, depth, sffn = shape.hidden_size, shape.predicted_tokens, shape.sffn
-    # A layer of multi-token prediction has a projection, a layer of the GPT, and logits.
-    sparse = shape.sparse_layers + (depth if shape.predicts_sparsely else 0)
-    dense = shape.dense_layers + (0 if shape.predicts_sparsely else depth)
+    # A multi-token prediction has a projection, layers, and logits.
+    prediction = shape.prediction
+    attentions = shape.attentions + depth * count_attention(prediction)
+    sparse = shape.sparse_layers + depth * prediction.count("E")
+    dense = shape.dense_layers + depth * prediction.count("-")
     active = dense * shape.ffn_hidden_size * shape.dense_cell
     router = 0
     if sffn is not None:
@@ -52,7 +55,7 @@ def flops_per_token(shape: ModelShape) -> Flops:
         router = sparse * sffn.router.flops(sffn, shape.router_width, gated=shape.gated)
     joined = depth * 4 * width * width
     return Flops(
-        attention=(shape.attentions + depth) * _attention_flops(shape),
+        attention=attentions * _attention_flops(shape),
         feed_forward=2 * active + joined,
         router=router,
         logits=(1 + depth) * 2 * width * shape.padded_vocab_size,

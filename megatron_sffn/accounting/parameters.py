@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sffn.accounting.shape import ModelShape
+from megatron_sffn.nn.layer_pattern import count_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +28,14 @@ def count_parameters(shape: ModelShape) -> Parameters:
     rest = embedding_parameters(shape) + norm_parameters(shape, width)
     if not shape.tied_embeddings:
         rest += output_parameters(shape)
+    predictions, prediction = shape.own_predictions, shape.prediction
+    attentions = shape.attentions + predictions * count_attention(prediction)
+    dense = shape.dense_layers + predictions * prediction.count("-")
+    sparse = shape.sparse_layers + predictions * prediction.count("E")
     # Each attention and each feed-forward part has a norm before it.
-    parts = shape.attentions + shape.dense_layers + shape.sparse_layers
-    rest += shape.attentions * attention_parameters(shape) + parts * norm_parameters(shape, width)
-    # A layer of multi-token prediction has a feed-forward part of its own, dense or sparse.
-    predictions = shape.prediction_layers
-    sparse_predictions = predictions if shape.predicts_sparsely else 0
-    dense, sparse = predictions - sparse_predictions, shape.sparse_layers + sparse_predictions
-    rest += (shape.dense_layers + dense) * mlp_parameters(shape)
-    rest += predictions * prediction_parameters(shape)
+    parts = attentions + dense + sparse
+    rest += attentions * attention_parameters(shape) + parts * norm_parameters(shape, width)
+    rest += dense * mlp_parameters(shape) + predictions * prediction_parameters(shape)
     if sffn is None:
         return Parameters(total=rest, active=rest)
     router = sffn.router.parameters(sffn, shape.router_width)
@@ -78,13 +78,12 @@ def attention_parameters(shape: ModelShape) -> int:
 
 
 def prediction_parameters(shape: ModelShape) -> int:
-    """Parameters of one layer of multi-token prediction without its feed-forward part.
+    """Parameters of one multi-token prediction without its layers: three norms, and a projection.
 
-    They are attention, five norms, and a projection, whose input is the hidden state and the
-    embedding of the next token, joined.
+    The input of the projection is the hidden state and the embedding of the next token, joined.
     """
     width = shape.hidden_size
-    return attention_parameters(shape) + 5 * norm_parameters(shape, width) + 2 * width * width
+    return 3 * norm_parameters(shape, width) + 2 * width * width
 
 
 def mlp_parameters(shape: ModelShape) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_sffn.accounting.latent_attention import LatentAttention
-from megatron_sffn.nn.layer_pattern import count_attention
+from megatron_sffn.nn.layer_pattern import count_attention, prediction_layers
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -42,7 +42,8 @@ class ModelShape:
         softmax_type: Megatron's name of attention's softmax: all but `vanilla` have a sink, a
             number beside a head's scores, which `learnable` trains.
         predicted_tokens: layers of multi-token prediction.
-        predicts_sparsely: True if the layers of multi-token prediction are sparse.
+        prediction: the layers of each multi-token prediction, by the symbols of a hybrid model; in
+            a GPT `*-` or `*E`.
         repeats_prediction: True if all tokens are predicted by one layer
             (`--mtp-use-repeated-layer`).
         tied_embeddings: True if the logits use the embedding's weights.
@@ -70,7 +71,7 @@ class ModelShape:
     output_gate: bool = False
     softmax_type: str = "vanilla"
     predicted_tokens: int = 0
-    predicts_sparsely: bool = False
+    prediction: str = "*-"
     repeats_prediction: bool = False
     tied_embeddings: bool = True
     learned_positions: int = 0
@@ -113,8 +114,7 @@ class ModelShape:
             output_gate=args.attention_output_gate,
             softmax_type=args.softmax_type,
             predicted_tokens=args.mtp_num_layers or 0,
-            # Megatron takes the last layer of the GPT for it.
-            predicts_sparsely=sffn is not None and bool(args.moe_layer_freq[-1]),
+            prediction=prediction_of(args, sffn is not None),
             repeats_prediction=args.mtp_use_repeated_layer,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             learned_positions=args.max_position_embeddings if learned else 0,
@@ -135,8 +135,8 @@ class ModelShape:
         return self.num_layers - (self.attention_layers or 0) - self.sparse_layers
 
     @property
-    def prediction_layers(self) -> int:
-        """Number of layers of multi-token prediction that have weights of their own."""
+    def own_predictions(self) -> int:
+        """Number of multi-token predictions that have weights of their own."""
         return min(self.predicted_tokens, 1) if self.repeats_prediction else self.predicted_tokens
 
     @property
@@ -189,6 +189,14 @@ class ModelShape:
         return self.sffn.router_width(self.hidden_size)
 
 
+def prediction_of(args: Namespace, is_sparse: bool) -> str:
+    """The layers of a multi-token prediction, by the symbols of a hybrid model."""
+    if args.hybrid_layer_pattern is not None:
+        return (prediction_layers(args.hybrid_layer_pattern) or [""])[0]
+    # Megatron takes the last layer of the GPT.
+    return "*E" if is_sparse and args.moe_layer_freq[-1] else "*-"
+
+
 def latent_attention(args: Namespace) -> LatentAttention:
     """The widths of multi-latent attention in Megatron's arguments."""
     names = (field.name for field in dataclasses.fields(LatentAttention))
@@ -197,4 +205,5 @@ def latent_attention(args: Namespace) -> LatentAttention:
 
 def dense_equivalent(shape: ModelShape) -> ModelShape:
     """The same model without sparse layers; of equal block FLOPs if k is `ffn_hidden_size`."""
-    return dataclasses.replace(shape, sffn=None, sparse_layers=0, predicts_sparsely=False)
+    prediction = shape.prediction.replace("E", "-")
+    return dataclasses.replace(shape, sffn=None, sparse_layers=0, prediction=prediction)

@@ -12,7 +12,8 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_h
 
 from megatron_sffn.checks.problem import Problem
 from megatron_sffn.flags.names import flag_of
-from megatron_sffn.nn.layer_pattern import hybrid_layers, pipeline_segments
+from megatron_sffn.nn.layer_pattern import hybrid_layers, pipeline_segments, prediction_layers
+from megatron_sffn.nn.routers import ROUTERS
 
 FLAG = "--hybrid-layer-pattern"
 
@@ -20,11 +21,10 @@ UNAVAILABLE = {
     Symbols.MAMBA: "Mamba",
     Symbols.GDN: "a gated delta net",
     Symbols.DS_ATTENTION: "sparse attention",
-    Symbols.MTP_SEPARATOR: "multi-token prediction",
 }
 """Symbol that cannot be used -> what it stands for."""
 
-IGNORED = ("use_rope_scaling", "spec", "mtp_num_layers")
+IGNORED = ("use_rope_scaling", "spec")
 """Flags (dest) that Megatron does not read, or that name another spec, for a hybrid model."""
 
 
@@ -63,8 +63,15 @@ def flags_beside_pattern(args: Namespace) -> Iterator[Problem]:
         if args.sffn_layers != "every:1":
             rule = f"is said by the E of {FLAG} {text} as well"
             yield Problem("--sffn-layers", args.sffn_layers, rule, "leave it out")
+        predictions = len(prediction_layers(text))
+        if (args.mtp_num_layers or 0) != predictions:
+            rule = f"differs from the {predictions} predictions (/) of {FLAG} {text}"
+            yield Problem("--mtp-num-layers", args.mtp_num_layers, rule, "leave it out")
     if text is None and args.sffn_model == "gpt":
         return
+    if args.mtp_num_layers and ROUTERS[args.sffn_router].needs_token_ids:
+        rule = "reads the input ids, which a hybrid model does not pass to multi-token prediction"
+        yield Problem("--sffn-router", args.sffn_router, rule, "use --sffn-model gpt")
     for dest in IGNORED:
         if getattr(args, dest):
             rule = "is not available for a hybrid model"

@@ -245,9 +245,13 @@ def _model_differences(
 
 
 def _layer_differences(args: Namespace, saved: Namespace) -> Iterator[tuple[str, str]]:
-    """Flags of the layers that differ. A hybrid model can load the GPT with the same layers."""
+    """Flags of the layers that differ.
+
+    A hybrid model can load the GPT with the same layers, but not its multi-token prediction.
+    """
     is_hybrid, was_hybrid = (vars(a).get("hybrid_layer_pattern") is not None for a in (args, saved))
-    if _layers(args) == _layers(saved) and (is_hybrid or not was_hybrid):
+    loads = was_hybrid or not vars(args).get("mtp_num_layers") if is_hybrid else not was_hybrid
+    if _layers(args) == _layers(saved) and loads:
         return
     flag = _with_value("sffn_layers")
     if is_hybrid or was_hybrid:

@@ -20,7 +20,13 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from megatron_sffn.nn.comm_volume import cheapest_dispatcher
 from megatron_sffn.nn.config import Backend, RouterConfig, SparseFFNConfig, moe_fields
-from megatron_sffn.nn.layer_pattern import cut, hybrid_layers, hybrid_pattern, layer_pattern
+from megatron_sffn.nn.layer_pattern import (
+    cut,
+    hybrid_layers,
+    hybrid_pattern,
+    layer_pattern,
+    prediction_layers,
+)
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 
@@ -142,6 +148,8 @@ def take_layers_of_pattern(args: Namespace) -> None:
         args.num_layers = len(layers)
     if Symbols.MLA in layers:
         args.multi_latent_attention = True
+    if args.mtp_num_layers is None:
+        args.mtp_num_layers = len(prediction_layers(args.hybrid_layer_pattern)) or None
 
 
 def _derive_hybrid_pattern(args: Namespace, *, is_sparse: bool) -> None:
@@ -151,8 +159,12 @@ def _derive_hybrid_pattern(args: Namespace, *, is_sparse: bool) -> None:
         pattern = layer_pattern(args.sffn_layers, args.num_layers)
     layout = replace(layout_of(args), virtual_stages=num_virtual_stages(args))
     chunks = layout.layers_per_chunk(args.num_layers)
-    latent = args.multi_latent_attention
-    args.hybrid_layer_pattern = hybrid_pattern(pattern, chunks, latent=latent)
+    args.hybrid_layer_pattern = hybrid_pattern(
+        pattern,
+        chunks,
+        latent=args.multi_latent_attention,
+        predicted_tokens=args.mtp_num_layers or 0,
+    )
     args.num_layers = 2 * args.num_layers
     for dest in STAGES_OF_GPT:
         setattr(args, dest, None)

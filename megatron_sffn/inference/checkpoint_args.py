@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
 from megatron_sffn.checkpoints import files
 from megatron_sffn.checkpoints.pickle_scan import without
 from megatron_sffn.checkpoints.run_command import (
@@ -34,13 +36,20 @@ from megatron_sffn.flags.names import flag_of
 from megatron_sffn.flags.sffn_flags import sffn_config
 from megatron_sffn.inference.options import DTYPES, LAYOUT_FLAGS
 from megatron_sffn.inference.quiet import quiet
-from megatron_sffn.nn.layer_pattern import hybrid_layers
 from megatron_sffn.patches import prepare
 from megatron_sffn.patches.unpickling import trust
 from megatron_sffn.train.arguments import parse
 from megatron_sffn.utils.errors import ConfigError
 
-LAYERS = frozenset({"--hybrid-layer-pattern", "--sffn-model", "--num-layers", "--sffn-layers"})
+LAYERS = frozenset(
+    {
+        "--hybrid-layer-pattern",
+        "--mtp-num-layers",
+        "--num-layers",
+        "--sffn-layers",
+        "--sffn-model",
+    }
+)
 """The flags that say what the layers of a model are."""
 
 
@@ -107,7 +116,7 @@ def model_flags(saved: Namespace) -> list[str]:
     flags += ["--sffn-block-size", str(saved.sffn_block_size)]
     if vars(saved).get("hybrid_layer_pattern") is not None:
         # The stages of the run are not those of this layout.
-        layers = hybrid_layers(saved.hybrid_layer_pattern)
+        layers = saved.hybrid_layer_pattern.replace(Symbols.PIPE, "")
         flags = [*without(flags, LAYERS), "--hybrid-layer-pattern", layers]
     if not saved.bias_gelu_fusion:  # with it, dense layers compute GELU by tanh
         flags.append("--no-bias-gelu-fusion")

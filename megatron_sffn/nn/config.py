@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_sffn.nn.layer_pattern import gpt_layer, layer_pattern
+from megatron_sffn.nn.layer_pattern import gpt_layer, hybrid_layers, prediction_layers
 from megatron_sffn.nn.router_config import RouterConfig, flag
 from megatron_sffn.ops.block_ffn import grouped
 from megatron_sffn.utils.errors import ConfigError
@@ -296,17 +296,21 @@ class SparseFFNTransformerConfig(TransformerConfig):
         """
         if self.hybrid_pattern is None:
             return layer_number
+        if layer_number > self.num_layers:  # of multi-token prediction, in no GPT
+            return layer_number
         return gpt_layer(self.hybrid_pattern, layer_number - 1) + 1
 
     def logged_layer(self, layer_number: int) -> tuple[int, int]:
         """Where Megatron logs the losses of a sparse layer: its number, and the number of layers.
 
-        Of a hybrid model Megatron logs the `E` layers alone.
+        Of a hybrid model Megatron logs the `E` layers alone, in a table with a few rows more.
         """
+        predictions = self.mtp_num_layers or 0
         if self.hybrid_pattern is None:
-            return layer_number, self.num_layers + (self.mtp_num_layers or 0)
-        sparse = layer_pattern("", 0, self.hybrid_pattern)
-        return sum(sparse[:layer_number]), sum(sparse)
+            return layer_number, self.num_layers + predictions
+        layers = hybrid_layers(self.hybrid_pattern)
+        layers += "".join(prediction_layers(self.hybrid_pattern))
+        return layers[:layer_number].count("E"), layers.count("E") + predictions
 
     def _check_backend(self, sffn: SparseFFNConfig) -> None:
         """Refuse a backend that cannot compute a layer of these sizes, whatever the device."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator
 from functools import cached_property, partial
@@ -39,6 +40,7 @@ from megatron_sffn.nn.config import (
 from megatron_sffn.nn.dispatch import DispatchedTokens, dispatch
 from megatron_sffn.nn.expert_grid import one_rank_groups
 from megatron_sffn.nn.latent_projection import LatentProjection
+from megatron_sffn.nn.layer_pattern import prediction_layers
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.routing_counters import RoutingCounter, TrafficCounter
@@ -92,6 +94,7 @@ class _SparseLayer(MoELayer):
             is_mtp_layer=is_mtp_layer,
             name=name,
         )
+        self._first_layer = _first_layer(config, is_mtp_layer, name)
         self.activation = Activation.of(config)
         self.backend = sffn.backend
         self.trained = RoutingCounter(sffn.num_blocks)
@@ -107,11 +110,10 @@ class _SparseLayer(MoELayer):
     def set_layer_number(self, layer_number: int) -> None:
         """Take the layer's number, which seeds all weights.
 
-        Megatron counts the layers of multi-token prediction from 1; here they follow the others.
+        Megatron counts the layers of multi-token prediction from 1, in a hybrid model those of each
+        prediction; here they follow the others.
         """
-        if self.is_mtp_layer:
-            layer_number += self.config.num_layers
-        super().set_layer_number(layer_number)
+        super().set_layer_number(layer_number + self._first_layer)
 
     @staticmethod
     @abstractmethod
@@ -330,6 +332,21 @@ def _linears() -> MLPSubmodules:
     return MLPSubmodules(
         linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear()
     )
+
+
+def _first_layer(config: SparseFFNTransformerConfig, is_mtp_layer: bool, name: str | None) -> int:
+    """Number of layers before the one that Megatron counts as 1.
+
+    Args:
+        config: config of the model.
+        is_mtp_layer: True in the multi-token prediction of a GPT.
+        name: Megatron's name of the layer, which says as much in a hybrid model.
+    """
+    prediction = re.search(r"\bmtp\.layers\.(\d+)\.", name or "")
+    if config.hybrid_pattern is not None and prediction is not None:
+        earlier = prediction_layers(config.hybrid_pattern)[: int(prediction[1]) - 1]
+        return config.num_layers + sum(map(len, earlier))
+    return config.num_layers if is_mtp_layer else 0
 
 
 def layer_class(backend: Backend) -> type[_SparseLayer]:

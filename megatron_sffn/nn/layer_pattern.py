@@ -37,17 +37,40 @@ def pipeline_segments(pattern: str) -> int:
     return pattern.split(Symbols.MTP_SEPARATOR)[0].count(Symbols.PIPE) + 1
 
 
-def hybrid_pattern(gpt_pattern: Sequence[int], chunks: Iterable[int], *, latent: bool) -> str:
+def prediction_layers(pattern: str) -> list[str]:
+    """The symbols of the layers of each multi-token prediction of a hybrid model."""
+    return pattern.split(Symbols.MTP_SEPARATOR)[1:]
+
+
+def count_layers(num_layers: int, predicted_tokens: int | None, hybrid: str | None) -> int:
+    """Number of layers, those of multi-token prediction included.
+
+    Args:
+        num_layers: number of layers of the model itself.
+        predicted_tokens: Megatron's `--mtp-num-layers`.
+        hybrid: Megatron's `--hybrid-layer-pattern`.
+    """
+    if hybrid is None:
+        return num_layers + (predicted_tokens or 0)
+    return num_layers + sum(map(len, prediction_layers(hybrid)))
+
+
+def hybrid_pattern(
+    gpt_pattern: Sequence[int], chunks: Iterable[int], *, latent: bool, predicted_tokens: int = 0
+) -> str:
     """The pattern of the hybrid model that has the layers of a GPT.
 
     Args:
         gpt_pattern: 1 for each sparse layer of the GPT, 0 for each dense layer.
         chunks: GPT layers of each pipeline stage, for all first model chunks, then all second ones.
         latent: True if the GPT has multi-latent attention.
+        predicted_tokens: multi-token predictions, each by a layer like the GPT's last one.
     """
     attention = Symbols.MLA if latent else Symbols.ATTENTION
-    pairs = iter(attention + (Symbols.MOE if sparse else Symbols.MLP) for sparse in gpt_pattern)
-    return Symbols.PIPE.join("".join(next(pairs) for _ in range(count)) for count in chunks)
+    pairs = [attention + (Symbols.MOE if sparse else Symbols.MLP) for sparse in gpt_pattern]
+    predictions, remaining = [pairs[-1]] * predicted_tokens, iter(pairs)
+    layers = Symbols.PIPE.join("".join(next(remaining) for _ in range(count)) for count in chunks)
+    return Symbols.MTP_SEPARATOR.join([layers, *predictions])
 
 
 def cut(pattern: str, stages: int) -> str:

@@ -23,6 +23,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from torch import Tensor
 
 from megatron_sffn.nn.layer import sparse_layers
+from megatron_sffn.nn.layer_pattern import count_layers
 
 SPIKE = 10.0
 """A loss is a spike if it exceeds the largest so far by this factor, as in Megatron's own loss."""
@@ -110,7 +111,8 @@ class NanCheck:
         NaN, 1 if one is infinite, and 0 if `--no-check-for-nan-in-loss-and-grad` is given.
         """
         device = torch.cuda.current_device()
-        num_layers = self.args.num_layers + (self.args.mtp_num_layers or 0)
+        args = self.args
+        num_layers = count_layers(args.num_layers, args.mtp_num_layers, args.hybrid_layer_pattern)
         flags = torch.zeros(num_layers + 1, device=device)
         for layer in (layer for chunk in model for layer in sparse_layers(chunk)):
             flags[layer.layer_number - 1] += layer.router.score_flag

@@ -29,6 +29,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from torch import Tensor
 
 from megatron_sffn.nn.layer import sparse_layers
+from megatron_sffn.nn.layer_pattern import count_layers
 from megatron_sffn.nn.load_balancing import BALANCE_LOSSES
 from megatron_sffn.nn.routing_counters import SUMS, load_entropy
 from megatron_sffn.utils.atomic_files import append_records, replace_records
@@ -179,7 +180,7 @@ def layer_sums(model: list[torch.nn.Module], args: Namespace, *, training: bool)
     """
     blocks, width = args.num_experts, args.num_experts + len(SUMS) + len(LOSSES)
     device = torch.cuda.current_device()
-    num_layers = args.num_layers + (args.mtp_num_layers or 0)
+    num_layers = count_layers(args.num_layers, args.mtp_num_layers, args.hybrid_layer_pattern)
     table = torch.zeros(num_layers, width, dtype=torch.float64, device=device)
     for layer in (layer for chunk in model for layer in sparse_layers(chunk)):
         row = table[layer.layer_number - 1]

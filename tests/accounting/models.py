@@ -189,7 +189,8 @@ def hybrid_pattern_of(shape: ModelShape) -> str | None:
     """Attention, then dense, then sparse layers; None for a GPT."""
     if shape.attention_layers is None:
         return None
-    return "*" * shape.attention_layers + "-" * shape.dense_layers + "E" * shape.sparse_layers
+    layers = "*" * shape.attention_layers + "-" * shape.dense_layers + "E" * shape.sparse_layers
+    return "/".join([layers, *[shape.prediction] * shape.predicted_tokens])
 
 
 def pattern_of(shape: ModelShape) -> Any:

@@ -139,13 +139,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense-repeats-prediction": {"predicted_tokens": 3, "repeats_prediction": True},
     "switch-predicts-2": {
         "predicted_tokens": 2,
-        "predicts_sparsely": True,
+        "prediction": "*E",
         "sparse_layers": 2,
         "sffn": sparse("switch", shared_blocks=2),
     },
     "avg-k-predicts-latent": {
         "predicted_tokens": 1,
-        "predicts_sparsely": True,
+        "prediction": "*E",
         "sparse_layers": 1,
         "sffn": sparse(latent_size=10),
         "gated": True,
@@ -183,6 +183,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "latent_attention": LATENT,
         "sparse_layers": 2,
         "sffn": sparse("avg-k"),
+    },
+    "hybrid-predicts-2": {
+        "num_layers": 3,
+        "attention_layers": 1,
+        "sparse_layers": 1,
+        "predicted_tokens": 2,
+        "prediction": "EE*-",
+        "sffn": sparse("switch"),
+        "tied_embeddings": False,
     },
     "hybrid-dense": {"num_layers": 5, "attention_layers": 2, "gated": True},
     "hybrid-avg-k": {
@@ -246,7 +255,7 @@ def test_active_parameters_leave_out_the_inactive_blocks(name: str) -> None:
     inactive_cells = (sffn.num_blocks - sffn.num_active_blocks) * sffn.block_size
     keys = (2 if shape.gated else 1) * sffn.key_width(shape.hidden_size)
     sparse_layers = shape.sparse_layers
-    sparse_layers += shape.prediction_layers if shape.predicts_sparsely else 0
+    sparse_layers += shape.own_predictions * shape.prediction.count("E")
     assert count.total - count.active == sparse_layers * inactive_cells * (
         keys + (sffn.latent_size or shape.hidden_size)
     )

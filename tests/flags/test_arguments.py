@@ -35,6 +35,7 @@ MODEL = (
     "--max-position-embeddings 32 --micro-batch-size 1"
 )
 COMMAND = f"{MODEL} --sffn-block-size 32"
+ROPE = "--position-embedding-type rope"
 HOST_DEFAULTS = dict(cpu.HOST_FLAGS.values())
 
 Read = Callable[..., Namespace]
@@ -214,6 +215,8 @@ def test_megatrons_moe_flags_are_derived(read: Read) -> None:
         ("--sffn-model hybrid --sffn-router dense", 1, "*-*-*-*-", None),
         ("--sffn-model hybrid --multi-latent-attention --sffn-layers 0", 1, "+E+-+-+-", None),
         ("--hybrid-layer-pattern +E-E", 1, "+E-E", None),
+        (f"--hybrid-layer-pattern *E-E/*E/*E {ROPE}", 1, "*E-E/*E/*E", None),
+        (f"--sffn-model hybrid --mtp-num-layers 1 {ROPE}", 1, "*E*E*E*E/*E", None),
         ("--hybrid-layer-pattern *E-E --pipeline-model-parallel-size 2", 2, "*E|-E", 1),
     ],
 )
@@ -222,8 +225,9 @@ def test_a_hybrid_model_has_a_pattern(
 ) -> None:
     args = read(flags, ranks)
     assert args.hybrid_layer_pattern == pattern
-    layers = pattern.replace("|", "")
+    layers, *predictions = pattern.replace("|", "").split("/")
     assert args.num_layers == len(layers)
+    assert (args.mtp_num_layers or 0) == len(predictions)
     if args.sffn_router != "dense":
         assert args.moe_layer_freq == [int(layer == "E") for layer in layers]
     assert (args.virtual_pipeline_model_parallel_size or 1) == (virtual or 1)
@@ -780,7 +784,6 @@ REFUSED = [
         "--moe-shared-expert-intermediate-size 64",
         "leave it out",
     ),
-    ("--mtp-num-layers 1 --sffn-model hybrid", 1, "--mtp-num-layers 1", "--sffn-model gpt"),
     ("--quick-geglu", 1, "--quick-geglu", "leave it out"),
     ("--swiglu --sffn-relu", 1, "--swiglu and --sffn-relu", "leave one"),
     ("--sffn-aggregator max", 1, "--sffn-aggregator max", "--sffn-router avg-k", "leave it out"),
@@ -911,7 +914,19 @@ REFUSED = [
     ("--hybrid-layer-pattern *-ME", 1, "has M, Mamba", "use the layers *, +, - and E"),
     ("--hybrid-layer-pattern *-*E --multi-latent-attention", 1, "has * attention", "write +"),
     ("--hybrid-layer-pattern *-+E", 1, "has * attention", "write + in place of *"),
-    ("--hybrid-layer-pattern *-*E/*E", 1, "has /, multi-token prediction", "use the layers"),
+    ("--hybrid-layer-pattern *-*E/*E/*-", 1, "All MTP patterns must be identical", "*E*E"),
+    (
+        "--hybrid-layer-pattern *-*E/*E --mtp-num-layers 2",
+        1,
+        "--mtp-num-layers 2 differs from the 1 predictions (/)",
+        "leave it out",
+    ),
+    (
+        "--sffn-model hybrid --mtp-num-layers 1 --sffn-router rand-hash",
+        1,
+        "--sffn-router rand-hash reads the input ids, which a hybrid model does not pass",
+        "use --sffn-model gpt",
+    ),
     ("--hybrid-layer-pattern *-*E --sffn-layers every:2", 1, "is said by the E of", "leave it"),
     ("--hybrid-layer-pattern *-|*E", 1, "has 2 stages, no multiple of", "leave out |"),
     (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tests.support.pretraining import Log
@@ -66,3 +69,30 @@ def test_the_checkpoint_of_a_gpt_goes_on_in_a_hybrid_model(
     assert resumed.values("lm loss") == pytest.approx(log.values("lm loss")[2:], rel=1e-6)
     with pytest.raises(AssertionError, match=r"--sffn-model gpt --num-layers 4 .* was saved with"):
         pretrain(1, f"{flags} --load hybrid")
+
+
+PREDICTS = (
+    "--hybrid-layer-pattern *E*-/*E*E/*E*E --sffn-layers every:1 --sffn-router switch "
+    "--null-tokenizer-eod-id 32 --untie-embeddings-and-output-weights"
+)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, PP2),
+        slow(4, f"{TP2} --expert-model-parallel-size 4"),
+        slow(2, "--expert-model-parallel-size 2 --use-distributed-optimizer"),
+    ],
+)
+def test_a_hybrid_model_predicts_further_tokens_on_every_layout(
+    pretrain, tmp_path: Path, ranks: int, layout: str
+) -> None:
+    expected = pretrain(1, f"{FLAGS} {PREDICTS}")
+    log = pretrain(ranks, f"{FLAGS} {PREDICTS} {layout} --save run --save-interval 9")
+    assert_same_run(log, expected)
+    for name in ("mtp_1 loss", "mtp_2 loss"):
+        assert log.values(name) == pytest.approx(expected.values(name), rel=1e-5), name
+    # Four layers, then four of each prediction.
+    lines = (tmp_path / "run" / "routing.jsonl").read_text().splitlines()
+    assert {json.loads(line)["layer"] for line in lines} == {2, 6, 8, 10, 12}

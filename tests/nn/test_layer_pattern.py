@@ -6,6 +6,7 @@ import pytest
 
 from megatron_sffn.nn.layer_pattern import (
     count_attention,
+    count_layers,
     cut,
     gpt_layer,
     gpt_name,
@@ -14,6 +15,7 @@ from megatron_sffn.nn.layer_pattern import (
     hybrid_pattern,
     layer_pattern,
     pipeline_segments,
+    prediction_layers,
 )
 from megatron_sffn.utils.errors import ConfigError
 
@@ -92,6 +94,15 @@ def test_a_gpt_has_a_hybrid_model_with_the_same_layers(chunks: list[int], patter
     assert count_attention(pattern) == 3
     assert gpt_pattern(pattern) == [0, 1, 1]
     assert [gpt_layer(pattern, index) for index in range(6)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_predictions_follow_the_layers() -> None:
+    pattern = hybrid_pattern([0, 1], [1, 1], latent=False, predicted_tokens=2)
+    assert pattern == "*-|*E/*E/*E"
+    assert prediction_layers(pattern) == ["*E", "*E"]
+    assert count_layers(4, 2, pattern) == 8
+    assert count_layers(4, 2, None) == 6
+    assert hybrid_layers(pattern) == "*-*E"
 
 
 def test_layers_of_a_kind_are_numbered_in_order_where_kinds_do_not_alternate() -> None:

@@ -20,8 +20,8 @@ MODELS = {
     "--position-embedding-type learned_absolute",
     "switch": "--sffn-router switch --init-method-std 0.5 --normalization RMSNorm "
     "--sffn-layers every:2 --untie-embeddings-and-output-weights --mtp-num-layers 1",
-    "hybrid": "--hybrid-layer-pattern *E*- --num-layers 4 --sffn-router rand-hash "
-    "--init-method-std 0.5",
+    "hybrid": "--hybrid-layer-pattern *E*-/*E --num-layers 4 --sffn-router sigma-moe "
+    "--init-method-std 0.5 --untie-embeddings-and-output-weights",
     "latent": "--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 "
     "--v-head-dim 12 --sffn-router avg-k --init-method-std 0.5",
     "dense": "--sffn-router dense --init-method-std 0.5 --group-query-attention "
