@@ -45,8 +45,8 @@ def pattern(args: Namespace) -> Iterator[Problem]:
     except ValueError as error:
         rule = f"is none of Megatron's patterns: {str(error).splitlines()[0].rstrip('.')}"
         yield Problem(FLAG, text, rule, "write for example *E*E, with | between pipeline stages")
-    layers, is_dense = hybrid_layers(text), args.sffn_router == "dense"
-    if (Symbols.MOE in layers) is is_dense:
+    is_dense = args.sffn_router == "dense"
+    if Symbols.MOE in text if is_dense else Symbols.MOE not in hybrid_layers(text):
         has = "has a sparse layer (E)" if is_dense else "has no sparse layer (E)"
         remedy = "use another" if is_dense else "write an E for each, or use --sffn-router dense"
         yield Problem(FLAG, text, f"{has}, but --sffn-router is {args.sffn_router}", remedy)

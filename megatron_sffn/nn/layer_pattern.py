@@ -39,7 +39,7 @@ def pipeline_segments(pattern: str) -> int:
 
 def prediction_layers(pattern: str) -> list[str]:
     """The symbols of the layers of each multi-token prediction of a hybrid model."""
-    return pattern.split(Symbols.MTP_SEPARATOR)[1:]
+    return [layers for layers in pattern.split(Symbols.MTP_SEPARATOR)[1:] if layers]
 
 
 def count_layers(num_layers: int, predicted_tokens: int | None, hybrid: str | None) -> int:

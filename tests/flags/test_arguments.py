@@ -909,6 +909,8 @@ REFUSED = [
     ("--num-attention-heads 5", 1, "--hidden-size % --num-attention-heads == 0", "change them"),
     ("--hybrid-layer-pattern *-*-", 1, "has no sparse layer (E)", "router is avg-k", "dense"),
     ("--sffn-router dense --hybrid-layer-pattern *-*E", 1, "has a sparse layer (E)", "is dense"),
+    ("--sffn-router dense --hybrid-layer-pattern *-*-/*E", 1, "has a sparse layer (E)", "dense"),
+    ("--hybrid-layer-pattern *-*-/*E", 1, "has no sparse layer (E)", "write an E for each"),
     ("--hybrid-layer-pattern *E*", 1, "--num-layers 4 differs from the 3 layers of", "leave it"),
     ("--hybrid-layer-pattern *-*x", 1, "none of Megatron's patterns", "'x'", "*E*E"),
     ("--hybrid-layer-pattern *-ME", 1, "has M, Mamba", "use the layers *, +, - and E"),
