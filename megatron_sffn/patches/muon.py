@@ -124,6 +124,13 @@ PATCHES = (
         until="Megatron asks a parameter whether it consists of matrices",
     ),
     Patch(
+        target="megatron.core.optimizer.layer_wise_optimizer.is_managed_by_layer_wise_optimizer",
+        make=_or_tables,
+        needed_by="megatron.core.optimizer.layer_wise_optimizer.tag_params_for_buffer_routing",
+        why="with --use-distributed-optimizer Megatron 0.20 gives no rank the state of a table",
+        until="Megatron asks a parameter whether it consists of matrices",
+    ),
+    Patch(
         target="megatron.core.tensor_parallel.layers._MODEL_PARALLEL_ATTRIBUTE_DEFAULTS",
         make=_with_block_matrices,
         needed_by="megatron.core.tensor_parallel.layers.copy_tensor_model_parallel_attributes",

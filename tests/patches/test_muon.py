@@ -10,6 +10,7 @@ import pytest
 import torch
 from emerging_optimizers.orthogonalized_optimizers import Muon
 from megatron.core import optimizer as megatron_optimizer
+from megatron.core.optimizer import layer_wise_optimizer
 from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
 from megatron.core.tensor_parallel.layers import copy_tensor_model_parallel_attributes
 from torch import Tensor
@@ -131,7 +132,8 @@ def test_muon_takes_matrices_and_tables_of_matrices_alone() -> None:
     assert not is_for_adam(Parameter(torch.zeros(4, 2)))
     table = table_of([torch.zeros(3, 2)] * 4, matrices_per_block=1)
     assert not is_for_adam(table)
-    assert megatron_optimizer.is_managed_by_layer_wise_optimizer(table)
+    for module in (megatron_optimizer, layer_wise_optimizer):
+        assert module.is_managed_by_layer_wise_optimizer(table)
 
 
 def test_the_master_copy_of_a_table_knows_its_matrices() -> None:
