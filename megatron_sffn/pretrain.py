@@ -32,6 +32,7 @@ def main() -> int:
     silence()
 
     from megatron_sffn.patches import prepare
+    from megatron_sffn.patches.registry import dropped_line
 
     defaults, line = prepare()
 
@@ -43,8 +44,8 @@ def main() -> int:
     logger.addHandler(logging.StreamHandler(sys.stdout))
     logger.propagate = False  # Megatron configures the root logger
     logger.setLevel(logging.INFO if args.rank == 0 else logging.ERROR)
-    if line:
-        logger.info(line)
+    for remark in filter(None, (line, dropped_line())):
+        logger.info(remark)
     logging.getLogger("megatron").setLevel(logging.WARNING)
     train(args)
     return 0

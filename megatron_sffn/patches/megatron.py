@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -156,9 +157,12 @@ PATCHES = (
     Patch(
         target="megatron.core.transformer.dot_product_attention.DotProductAttention.__init__",
         make=_with_channels_of_values,
-        needed_by="megatron.core.transformer.multi_latent_attention.MultiLatentAttention",
+        needed_by="megatron.core.models.backends.LocalSpecProvider",
         why="multi-latent attention needs Transformer Engine, whose attention takes two widths",
         until="Megatron's own attention takes k_channels and v_channels",
+        fixed=lambda attention: (
+            {"k_channels", "v_channels"} <= inspect.signature(attention.__init__).parameters.keys()
+        ),
     ),
     Patch(
         target="megatron.core.transformer.multi_latent_attention.MLASelfAttention."
@@ -175,6 +179,7 @@ PATCHES = (
         needed_by="megatron.core.models.hybrid.hybrid_block.HybridStack",
         why="the norm after the last layer of a hybrid model needs Transformer Engine",
         until="the spec of a hybrid stack names its last norm",
+        fixed=lambda hybrid_block: not hasattr(hybrid_block, "TENorm"),
     ),
 )
 """Without these, training does not start."""

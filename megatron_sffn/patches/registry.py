@@ -27,6 +27,9 @@ class Patch:
         why: the failure without it, as a clause.
         until: the change in Megatron or torch that makes it unnecessary, as a clause.
         make: builds the replacement; None if the run that applies the patch passes its own.
+        fixed: True if the installed release has the change `until`, as the object that holds the
+            name shows; the patch then drops out, and the name need not exist. None if it cannot
+            be seen there.
     """
 
     target: str
@@ -34,6 +37,7 @@ class Patch:
     why: str
     until: str
     make: Make | None = None
+    fixed: Callable[[Any], bool] | None = None
 
 
 def resolve(dotted: str) -> tuple[Any, str]:
@@ -45,6 +49,14 @@ def resolve(dotted: str) -> tuple[Any, str]:
     Raises:
         LookupError: if a component of the name does not exist.
     """
+    owner, name = _holder(dotted)
+    if not hasattr(owner, name):
+        raise LookupError(dotted)
+    return owner, name
+
+
+def _holder(dotted: str) -> tuple[Any, str]:
+    """As `resolve`, but the last component need not exist."""
     components = dotted.split(".")
     for cut in range(len(components) - 1, 0, -1):
         module = ".".join(components[:cut])
@@ -57,7 +69,6 @@ def resolve(dotted: str) -> tuple[Any, str]:
         try:
             for component in components[cut:-1]:
                 owner = getattr(owner, component)
-            getattr(owner, components[-1])
         except AttributeError:
             break
         return owner, components[-1]
@@ -67,12 +78,21 @@ def resolve(dotted: str) -> tuple[Any, str]:
 _APPLIED: dict[str, tuple[Any, Make]] = {}
 """Target -> the original, and the maker of the replacement in this process."""
 
+DROPPED: dict[str, str] = {}
+"""Target -> the change `until` of a patch that has dropped out in this process."""
+
+
+def dropped_line() -> str:
+    """The patches that have dropped out in this process, and why; empty if none has."""
+    reasons = [f"{target} ({until})" for target, until in DROPPED.items()]
+    return f"no longer replaced: {'; '.join(reasons)}" if reasons else ""
+
 
 def apply(patch: Patch, make: Make | None = None) -> None:
     """Replace the name; idempotent.
 
     A patch that is applied again changes nothing. With another `make` the replacement is built from
-    the original again: replacements never wrap each other.
+    the original again: replacements never wrap each other. One that is `fixed` changes nothing.
 
     Args:
         patch: the row of the table.
@@ -84,6 +104,11 @@ def apply(patch: Patch, make: Make | None = None) -> None:
     make = make or patch.make
     assert make is not None, patch
     try:
+        if patch.fixed is not None and patch.target not in _APPLIED:
+            owner, _ = _holder(patch.target)
+            if patch.fixed(owner):
+                DROPPED[patch.target] = patch.until
+                return
         owner, name = resolve(patch.target)
     except LookupError:
         raise ConfigError(

@@ -14,6 +14,7 @@ import torch
 
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.avg_k import AvgKRouter
+from megatron_sffn.patches import registry
 from tests.support.pretraining import Log, run_pretraining
 from tests.support.slow import slow
 
@@ -232,6 +233,12 @@ def test_the_error_of_nan_scores_names_layer_router_and_step(pretrain, monkeypat
     monkeypatch.setattr(AvgKRouter, "score", staticmethod(diverging))
     with pytest.raises(AssertionError, match="step 3, layer 2, router avg-k: scores are NaN"):
         pretrain(1, f"{SHORT}")
+
+
+def test_the_run_says_which_names_are_no_longer_replaced(pretrain, monkeypatch) -> None:
+    monkeypatch.setitem(registry.DROPPED, "megatron.core.name", "Megatron has the change")
+    line = "no longer replaced: megatron.core.name (Megatron has the change)"
+    assert line in pretrain(1, SHORT).text.splitlines()
 
 
 def test_a_loss_scale_that_overflows_is_lowered_and_the_step_skipped(pretrain) -> None:

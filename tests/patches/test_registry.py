@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_sffn.patches import PATCHES_BY_OCCASION, registry
+from megatron_sffn.patches import PATCHES_BY_OCCASION, megatron, registry
 from megatron_sffn.patches.__main__ import main
-from megatron_sffn.patches.registry import Patch, apply, resolve
+from megatron_sffn.patches.registry import Patch, apply, dropped_line, resolve
+from megatron_sffn.utils.errors import ConfigError
 
 ROWS = [patch for patches in PATCHES_BY_OCCASION.values() for patch in patches]
 OUTSIDE_CPU = [
@@ -28,7 +29,11 @@ def test_no_name_has_two_rows() -> None:
     assert len(set(targets)) == len(targets)
 
 
-@pytest.mark.parametrize("row", OUTSIDE_CPU, ids=lambda row: row.target)
+@pytest.mark.parametrize(
+    "row",
+    [row for row in OUTSIDE_CPU if row.target not in registry.DROPPED],
+    ids=lambda row: row.target,
+)
 def test_the_code_that_needs_a_patch_uses_the_replaced_name(row: Patch) -> None:
     resolve(row.target)
     try:
@@ -72,3 +77,40 @@ def test_another_replacement_is_built_from_the_original(row: Patch) -> None:
     apply(row, lambda original: 2 * original)
     apply(row, lambda original: 5 * original)
     assert math.tau == 5.0
+
+
+def test_a_patch_that_the_installed_release_does_not_need_drops_out_with_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "DROPPED", {})
+
+    def removed(made_for: str, is_removed: bool) -> Patch:
+        return Patch(
+            target=f"math.{made_for}",
+            needed_by="math",
+            why="it is small",
+            until="math has no tau_2",
+            fixed=lambda module: is_removed and not hasattr(module, "tau_2"),
+        )
+
+    apply(removed("tau", True), lambda original: 0.0)
+    assert math.tau > 6
+    apply(removed("tau_2", True), lambda original: 0.0)
+    assert not hasattr(math, "tau_2")
+    expected = "math.tau (math has no tau_2); math.tau_2 (math has no tau_2)"
+    assert dropped_line() == f"no longer replaced: {expected}"
+    # A name that is gone for another reason is still an error.
+    with pytest.raises(ConfigError, match=r"^math\.tau_2, .* does not exist"):
+        apply(removed("tau_2", False), lambda original: 0.0)
+
+
+class WithTwoWidths:
+    def __init__(self, config: object, k_channels: int, v_channels: int) -> None:
+        """As Transformer Engine's attention."""
+
+
+def test_rows_that_can_drop_out_see_the_change_in_megatron() -> None:
+    fixed = {row.target.rpartition(".")[2]: row.fixed for row in megatron.PATCHES if row.fixed}
+    assert fixed.keys() == {"__init__", "TENorm"}
+    assert fixed["__init__"](WithTwoWidths)
+    assert fixed["TENorm"](math)
