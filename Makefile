@@ -9,7 +9,7 @@ SHELL_FILES := .ci/run $(wildcard docker/*.sh examples/*/*.sh tools/*.sh benchma
 
 .DEFAULT_GOAL := help
 .PHONY: help env quickstart bench bench-gpu bench-steps bench-parallel gpu-rehearsal test test-fast test-slow \
-	check format clean
+	test-megatron check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ test-fast: env ## Run those of the modules that take a few seconds each (ARGS=..
 
 test-slow: env ## Run all: every layout, configuration and launcher, too (ARGS=...)
 	@$(BIN)/python -m tests -m "" $(ARGS)
+
+test-megatron: env ## Run the tests with another Megatron (MEGATRON=folder ARGS=...)
+	@$(BIN)/python -m tests.second_megatron "$(MEGATRON)" $(ARGS)
 
 # Cheapest first, so that a slip shows at once.
 check: env ## Lint, format, import direction and types

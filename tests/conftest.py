@@ -30,8 +30,12 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # noqa: E402
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
 
+from tests.second_megatron import wrong_import  # noqa: E402
 from tests.support import ranks  # noqa: E402
 from tests.support.shared_run import starts_process_group  # noqa: E402
+
+if (reason := wrong_import()) is not None:
+    pytest.exit(reason, returncode=2)
 
 # A background job of a shell ignores Ctrl-C, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
