@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def version_of(folder: Path) -> str:
-    """The version of megatron-core in a folder, with the commit if it is a clone.
+    """The version of megatron-core in a folder.
 
     Raises:
         ConfigError: if the folder does not hold Megatron and its training loop.
