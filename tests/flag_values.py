@@ -6,21 +6,32 @@ VALUES = {
     "--adam-beta2": "0.5",
     "--attention-backend": "unfused",
     "--error-injection-rate": "1000000",
+    "--ffn-hidden-size": "64",
+    "--hidden-size": "64",
     "--hybrid-layer-pattern": "E*",
     "--init-method-std": "0.5",
+    "--kv-channels": "8",
+    "--linear-attention-freq": "2",
+    "--loss-scale": "1024",
     "--lr-decay-style": "cosine",
     "--lr-warmup-init": "0.001",
+    "--max-position-embeddings": "128",
+    "--moe-layer-freq": "2",
     "--muon-coefficient-type": "simple",
     "--muon-fp32-matmul-prec": "high",
     "--muon-momentum": "0.5",
+    "--no-rope-freq": "2",
     "--position-embedding-type": "learned_absolute",
     "--qk-pos-emb-head-dim": "4",
+    "--recompute-granularity": "selective",
+    "--recompute-modules": "core_attn",
     "--rope-scaling-factor": "1.5",
     "--rotary-base": "20",
     "--rotary-percent": "0.5",
     "--rotary-seq-len-interpolation-factor": "4",
     "--sffn-gate-activation": "gelu",
     "--sffn-init": "sigma-moe",
+    "--window-attn-skip-freq": "2",
     "--window-size": "2,0",
 }
 """Flag -> the value to try, where a value derived from the flag's type does not fit."""
@@ -29,6 +40,30 @@ LATENT = "--multi-latent-attention --init-method-std 0.5"
 TENSORBOARD = "--tensorboard-dir events"
 MUON = "--optimizer muon"
 NEEDS = {
+    **dict.fromkeys(
+        (
+            *("--accumulate-allreduce-grads-in-fp32", "--attention-softmax-in-fp32"),
+            *("--disable-bf16-reduced-precision-matmul", "--fp32-residual-connection"),
+            "--grad-reduce-in-bf16",
+        ),
+        "--bf16",
+    ),
+    **dict.fromkeys(
+        (
+            *("--hysteresis", "--initial-loss-scale", "--loss-scale", "--loss-scale-window"),
+            *("--apply-query-key-layer-scaling", "--min-loss-scale"),
+        ),
+        "--fp16",
+    ),
+    **dict.fromkeys(
+        (
+            *("--mup-attn-scale-power", "--mup-base-head-dim", "--mup-base-hidden-size"),
+            *("--mup-embedding-mult", "--mup-output-mult"),
+        ),
+        "--use-mup",
+    ),
+    "--max-position-embeddings": "--position-embedding-type learned_absolute",
+    "--window-attn-skip-freq": "--window-size 2,0",
     "--decoupled-min-lr": "--decoupled-lr 0.1 --lr-decay-style linear",
     **dict.fromkeys(
         (
@@ -107,12 +142,14 @@ NO_EFFECT = {
         --disable-stream-ckpt-dequant --dist-ckpt-workers
         --distrib-optim-fully-reshardable-mem-efficient --manual-gc --mid-level-dataset-surplus
         --moe-layer-recompute --no-barrier-with-level-1-timing --no-mmap-bin-files
-        --num-dataset-builder-threads --num-workers --recompute-activations --sffn-backend
+        --num-dataset-builder-threads --num-workers --recompute-activations --recompute-granularity
+        --recompute-modules --sffn-backend
         --sffn-dataloader --sffn-regather --train-sync-interval
         --no-create-attention-mask-in-dataloader
     """,
     "it is about kernels of a GPU": """
-        --cross-entropy-fusion-impl --deterministic-mode --disable-jit-fuser
+        --cross-entropy-fusion-impl --deterministic-mode
+        --disable-bf16-reduced-precision-matmul --disable-jit-fuser
         --empty-unused-memory-level --flash-attention-version --no-bias-dropout-fusion
         --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-gradient-accumulation-fusion
         --no-gradient-reduce-div-fusion --no-masked-softmax-fusion --no-persist-layer-norm
@@ -121,7 +158,7 @@ NO_EFFECT = {
         --use-kitchen-attention --use-te-activation-func --use-transformer-engine-op-fuser
     """,
     "it acts at an event that two steps do not have": """
-        --check-for-large-grads --check-for-spiky-loss
+        --check-for-large-grads --check-for-spiky-loss --loss-scale-window --min-loss-scale
         --disable-ckpt-load-validate-sharding-integrity --dist-ckpt-strictness
         --error-injection-rate --exit-signal --exit-signal-handler
         --exit-signal-handler-for-dataloader --exit-signal-handler-for-training
@@ -136,6 +173,9 @@ NO_EFFECT = {
     "the model of the sweep has nothing that it acts on": """
         --apply-wd-to-qk-layernorm --enable-experimental --null-tokenizer-eod-id
         --null-tokenizer-pad-id
+    """,
+    "it scales attention scores down and up again, so that they stay within the range of fp16": """
+        --apply-query-key-layer-scaling
     """,
     "every token of the sweep counts, so that means over tokens and batches are equal": """
         --calculate-per-token-loss

@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
 from megatron_sffn.checks.problem import Problem
+from megatron_sffn.flags.absent_features import reason_of_absence
 from megatron_sffn.flags.megatron_flags import (
     ACTIVATIONS,
     DENSE_ONLY,
@@ -140,7 +141,7 @@ def _moe_flag(router: str, dest: str, value: object) -> Iterator[Problem]:
         yield Problem(flag, value, rule, "leave it out")
     routers = [name for name, config in ROUTERS.items() if dest in config.megatron_flags]
     if not routers:
-        rule = f"is not available with --sffn-router {router}"
+        rule = f"is not available with --sffn-router {router}{_because(dest, is_dense)}"
         instead = REPLACED.get(dest, {}).get(str(value)) if not is_dense else None
         yield Problem(flag, value, rule, f"use {instead}" if instead else "leave it out")
     if router not in routers and value not in (0, [0], ["none"]):
@@ -150,6 +151,12 @@ def _moe_flag(router: str, dest: str, value: object) -> Iterator[Problem]:
             f"has nothing to act on with --sffn-router {router}",
             f"leave it out, or use --sffn-router {', '.join(routers)}",
         )
+
+
+def _because(dest: str, is_dense: bool) -> str:
+    """The reason for which sparse layers do not have a feature, as the end of a rule."""
+    reason = None if is_dense else reason_of_absence(dest)
+    return f": {reason}" if reason else ""
 
 
 def balance_losses(args: Namespace) -> Iterator[Problem]:

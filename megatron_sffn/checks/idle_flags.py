@@ -36,7 +36,7 @@ FLAGS_OF_OTHER_MODELS = (
     r"|apply_residual_connection_post_layernorm|flash_decode|mlp_chunks_for_prefill"
     r"|nccl_all_reduce_for_prefill|inference_\w+|mtp_standalone|mtp_hybrid_override_pattern"
     r"|logits_\w+|freeze_all_layers|use_mamba_mem_eff_path|dist_ckpt_save_pre_mcore_014"
-    r"|metadata_path|test_mode|use_layer_wise_param_layout"
+    r"|metadata_path|test_mode|use_layer_wise_param_layout|fp16_lm_cross_entropy|mup_width_mult"
 )
 """Pattern of flags (dest) that Megatron reads, but not to train a GPT."""
 
@@ -75,7 +75,7 @@ NEEDS = (
     Needs(r"mup_\w+", "--use-mup"),
     Needs(r"qk_clip_\w+", "--qk-clip"),
     Needs(
-        r"initial_loss_scale|min_loss_scale|loss_scale\w*|hysteresis|fp16_lm_cross_entropy"
+        r"initial_loss_scale|min_loss_scale|loss_scale\w*|hysteresis"
         "|apply_query_key_layer_scaling",
         "--fp16",
     ),

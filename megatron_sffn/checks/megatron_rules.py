@@ -57,6 +57,7 @@ PACKAGES = {
     "enable_msc": ("multistorageclient", "multi-storage-client"),
     "fault_injector_num_ranks": RESILIENCY,
     "fault_injector_ranks": RESILIENCY,
+    "fp32_residual_connection": TRANSFORMER_ENGINE,
     "inprocess_restart": RESILIENCY,
     "log_device_memory_used": ("pynvml", "nvidia-ml-py"),
     "log_straggler": ("pynvml", "nvidia-ml-py"),
@@ -65,7 +66,7 @@ PACKAGES = {
     "save_tokens_per_expert_interval": TRANSFORMER_ENGINE,
     "wandb_project": ("wandb", "wandb"),
 }
-"""Flags (dest) -> the module that Megatron imports for them, and the package that has it."""
+"""Flags (dest) -> the module that they need, and the package that has it."""
 
 FILES = ("nccl_communicator_config_path", "te_precision_config_file")
 """Flags (dest) whose value is the path of a file to read."""

@@ -49,6 +49,7 @@ REPLACED = {
         "sigmoid": "--sffn-gate sigmoid-chosen",
         "sqrtsoftplus": "--sffn-gate sqrt-softplus-chosen",
     },
+    "overlap_moe_expert_parallel_comm": {"True": "--sffn-exchange-chunks 2"},
 }
 """MoE flags (dest) whose values we give by another flag: value -> our flag."""
 

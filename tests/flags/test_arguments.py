@@ -804,6 +804,8 @@ REFUSED = [
     ("--bf16 --fp16", 1, "--bf16", "change them"),
     ("--save x", 1, "--save x needs --save-interval N", "--save-interval 1000"),
     ("--rl-profile", 1, "--rl-profile is for reinforcement learning", "leave it out"),
+    ("--mup-width-mult 2 --use-mup", 1, "--mup-width-mult 2.0 has no effect on a GPT"),
+    ("--fp16-lm-cross-entropy --fp16", 1, "--fp16-lm-cross-entropy has no effect on a GPT"),
     ("--openai-gelu", 1, "--openai-gelu has no effect on a GPT", "leave it out"),
     (
         "--muon-momentum 0.5",
@@ -870,6 +872,7 @@ REFUSED = [
     ("--init-method-xavier-uniform", 1, "--init-method-xavier-uniform", "--init-method-std"),
     ("--attention-backend local", 1, "--attention-backend local", "--transformer-impl local"),
     ("--rerun-mode report_stats", 1, "--rerun-mode report_stats", "validate_results"),
+    ("--fp32-residual-connection --bf16", 1, "needs the package megatron-core[te]"),
     ("--log-straggler", 1, "--log-straggler needs the package nvidia-ml-py"),
     ("--kv-channels 1 --position-embedding-type rope", 1, "--kv-channels 1 leaves 1 channels"),
     ("--rotary-percent 1.5", 1, "--rotary-percent 1.5", "at most 1"),
@@ -1058,7 +1061,7 @@ def test_every_flag_of_megatrons_moe_has_a_class_or_is_refused(
     ],
 )
 def test_a_flag_that_sparse_layers_cannot_serve_is_refused_by_name(read: Read, flags: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^{flags} is not available with --sffn-router avg-k"):
+    with pytest.raises(ConfigError, match=rf"^{flags} is not available with --sffn-router avg-k: "):
         read(flags)
 
 
