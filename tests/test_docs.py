@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import draw_architecture
+from docs import draw_architecture, tabulate_flags
 from tests.support.paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -62,6 +62,11 @@ def test_the_index_lists_every_page() -> None:
 def test_the_pictures_match_the_code() -> None:
     page = draw_architecture.PAGE.read_text()
     assert page == draw_architecture.renewed(page), "run python -m docs.draw_architecture"
+
+
+def test_the_tables_of_flags_match_the_sweep() -> None:
+    page = tabulate_flags.PAGE.read_text()
+    assert page == tabulate_flags.renewed(page), "run python -m docs.tabulate_flags"
 
 
 def table_rows() -> Iterator[tuple[str, str, str]]:
