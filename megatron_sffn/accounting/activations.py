@@ -123,7 +123,9 @@ class Activations:
             cells: width of the MLP on all tensor-parallel ranks together.
         """
         # Tensors `[tokens, cells]` that the activation function and the second matrix keep.
-        tensors = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 5}[self.setup.activation]
+        tensors = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 5, "quick_geglu": 6}[
+            self.setup.activation
+        ]
         return tensors * self.tokens * cells // self.layout.tp * self.number_bytes
 
     def layer(self, sparse: bool) -> float:

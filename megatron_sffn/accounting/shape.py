@@ -33,7 +33,7 @@ class ModelShape:
         seq_length: tokens of a sequence.
         padded_vocab_size: rows of the embedding.
         num_query_groups: key-value heads; None for one per query head.
-        gated: True for SwiGLU, which gives every cell a second key.
+        gated: True for SwiGLU and quick GEGLU, which give every cell a second key.
         bias: True if linear layers have biases; sparse layers never have.
         qkv_bias: True if the query, key and value projection has a bias, also without `bias`.
         layernorm: True for LayerNorm, which has a bias; False for RMSNorm, which has none.
@@ -106,7 +106,7 @@ class ModelShape:
             seq_length=args.seq_length,
             padded_vocab_size=args.padded_vocab_size,
             num_query_groups=args.num_query_groups if args.group_query_attention else None,
-            gated=args.swiglu,
+            gated=args.swiglu or args.quick_geglu,
             bias=args.add_bias_linear,
             qkv_bias=args.add_qkv_bias,
             layernorm=args.normalization == "LayerNorm",

@@ -64,7 +64,7 @@ class TrainingSetup:
         Args:
             args: validated.
             layout: layout of the same arguments.
-            activation: `gelu`, `relu`, `squared_relu` or `swiglu`.
+            activation: `gelu`, `relu`, `squared_relu`, `swiglu` or `quick_geglu`.
             cuda: see the class.
 
         Raises:

@@ -226,7 +226,7 @@ class _Rules:
         """Tensor of a sparse layer -> its shape in the checkpoint."""
         before, router = self.before, self.before.router
         key_width = before.key_width(self.hidden_size)
-        keys = ["gate_keys", "keys"] if saved.swiglu else ["keys"]
+        keys = ["gate_keys", "keys"] if saved.swiglu or saved.quick_geglu else ["keys"]
         weights = router.weights(before, before.router_width(self.hidden_size))
         return {
             **{f"experts.{name}": [before.num_cells, key_width] for name in keys if key_width},

@@ -73,7 +73,6 @@ DENSE_ONLY = (
     "heterogeneous_layers_config_path",
     "overlap_dispatch_backward_with_experts_wgrad",
     "overlap_moe_expert_parallel_comm",
-    "quick_geglu",
     "save_tokens_per_expert_interval",
     "spec",
     "use_megatron_fsdp",

@@ -52,8 +52,8 @@ class SparseFFNGPTConfig(PreTrainedConfig):
     num_key_value_heads: int = 2
     head_dim: int = 16
     intermediate_size: int = 128
-    hidden_act: str = "gelu"  # of sparse layers: gelu, relu, squared_relu or swiglu
-    dense_act: str = "gelu"  # of dense layers; also gelu_tanh and quick_geglu
+    hidden_act: str = "gelu"  # of sparse layers: gelu, relu, squared_relu, swiglu, quick_geglu
+    dense_act: str = "gelu"  # of dense layers; also gelu_tanh
     normalization: str = "LayerNorm"
     norm_epsilon: float = 1e-5
     qk_norm: bool = False

@@ -70,7 +70,7 @@ class Settings:
 
     @property
     def activation(self) -> str:
-        """Activation of the sparse layers, as `Activation` names it, or `quick_geglu`."""
+        """Activation of the sparse layers, as `Activation` names it."""
         names = {"swiglu": "swiglu", "squared_relu": "squared_relu", "quick_geglu": "quick_geglu"}
         for dest in ACTIVATIONS:
             if vars(self.args).get(dest):

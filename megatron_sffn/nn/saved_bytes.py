@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_sffn.ops import Activation
+
 if TYPE_CHECKING:
     from megatron_sffn.nn.config import SparseFFNConfig
     from megatron_sffn.nn.parallel_layout import ParallelLayout
@@ -48,7 +50,7 @@ class LayerCall:
     @property
     def keys_per_cell(self) -> int:
         """Keys of a cell: two for a gated activation."""
-        return 2 if self.activation == "swiglu" else 1
+        return Activation(self.activation).keys_per_cell
 
 
 @dataclass(frozen=True, kw_only=True)

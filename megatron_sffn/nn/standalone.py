@@ -14,7 +14,7 @@ from typing import Any, Self, override
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import squared_relu
+from megatron.core.activations import quick_gelu, squared_relu
 from torch import Tensor
 
 from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
@@ -35,6 +35,7 @@ ACTIVATIONS: dict[Activation, Callable[..., Tensor]] = {
     Activation.RELU: F.relu,
     Activation.SQUARED_RELU: squared_relu,
     Activation.SWIGLU: F.silu,
+    Activation.QUICK_GEGLU: quick_gelu,
 }
 """Activation -> the function that Megatron's config has for it."""
 
@@ -49,7 +50,7 @@ class StandaloneSparseFFN(torch.nn.Module):
     Args:
         hidden_size: D.
         sffn: the layer's numbers and router.
-        activation: `gelu`, `relu`, `squared_relu` or `swiglu`.
+        activation: `gelu`, `relu`, `squared_relu`, `swiglu` or `quick_geglu`.
         layer_number: of this layer in its model, counted from 1. It seeds the weights and the map
             of `rand-hash`, so that two layers differ.
         num_layers: layers of the model, by which initial values are scaled.

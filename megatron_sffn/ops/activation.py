@@ -1,6 +1,6 @@
 """The nonlinearity of a memory cell, and its derivative for the hand-written backward passes.
 
-Inputs: up projections `[..., G]`, or `[..., 2G]` (gate half first) for SwiGLU, which is the layout
+Inputs: up projections `[..., G]`, or `[..., 2G]` (gate half first) if gated, which is the layout
 of Megatron's fused first linear layer. Outputs: coefficients of the values, `[..., G]`.
 """
 
@@ -18,6 +18,9 @@ from megatron_sffn.utils.errors import ConfigError
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+QUICK = 1.702
+"""Factor with which `u · σ(1.702 u)` approximates GELU (arXiv 1606.08415), as in Megatron."""
+
 
 class Activation(StrEnum):
     """The function f of `f(x Kᵀ) V`."""
@@ -26,11 +29,12 @@ class Activation(StrEnum):
     RELU = "relu"
     SQUARED_RELU = "squared_relu"
     SWIGLU = "swiglu"
+    QUICK_GEGLU = "quick_geglu"
 
     @property
     def gated(self) -> bool:
         """True if a cell has two keys, one of which is a gate."""
-        return self is Activation.SWIGLU
+        return self in (Activation.SWIGLU, Activation.QUICK_GEGLU)
 
     @property
     def keys_per_cell(self) -> int:
@@ -50,6 +54,7 @@ class Activation(StrEnum):
             ("relu", False): cls.RELU,
             ("squared_relu", False): cls.SQUARED_RELU,
             ("silu", True): cls.SWIGLU,
+            ("quick_gelu", True): cls.QUICK_GEGLU,
         }
         try:
             return known[name, bool(config.gated_linear_unit)]
@@ -57,7 +62,7 @@ class Activation(StrEnum):
             gated = "gated " if config.gated_linear_unit else ""
             raise ConfigError(
                 f"activation {gated}{name} is not one of a sparse layer's; use GELU (the default), "
-                "--sffn-relu, --squared-relu or --swiglu"
+                "--sffn-relu, --squared-relu, --swiglu or --quick-geglu"
             ) from None
 
     def __call__(self, up: Tensor) -> Tensor:
@@ -72,6 +77,9 @@ class Activation(StrEnum):
             case Activation.SWIGLU:
                 gate, linear = up.chunk(2, dim=-1)
                 return F.silu(gate) * linear
+            case Activation.QUICK_GEGLU:
+                gate, linear = up.chunk(2, dim=-1)
+                return gate * torch.sigmoid(QUICK * gate) * linear
 
     def backward(self, grad: Tensor, up: Tensor) -> Tensor:
         """The gradient of `up` from `grad`, that of `f(up)`; both have the dtype of `up`."""
@@ -90,3 +98,8 @@ class Activation(StrEnum):
                 aten.silu_backward.grad_input(grad * linear, gate, grad_input=halves[0])
                 torch.mul(grad, F.silu(gate), out=halves[1])
                 return result
+            case Activation.QUICK_GEGLU:
+                gate, linear = up.chunk(2, dim=-1)
+                sigmoid = torch.sigmoid(QUICK * gate)
+                slope = sigmoid * (1 + QUICK * gate * (1 - sigmoid))
+                return torch.cat((grad * linear * slope, grad * gate * sigmoid), dim=-1)

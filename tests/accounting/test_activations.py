@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import squared_relu
+from megatron.core.activations import quick_gelu, squared_relu
 
 from megatron_sffn.accounting import ModelShape
 from megatron_sffn.accounting.activations import Activations
@@ -41,7 +41,14 @@ ACTIVATIONS: dict[str, tuple[Any, bool]] = {
     "relu": (F.relu, False),
     "squared_relu": (squared_relu, False),
     "swiglu": (F.silu, True),
+    "quick_geglu": (quick_gelu, True),
 }
+MODELS: dict[str, dict[str, Any]] = {
+    **DENSE,
+    "learned-positions": {"learned_positions": 20},
+    "quick-geglu": {"gated": True},
+}
+"""Name of a dense model -> what it has other than `SMALL`."""
 
 
 def of_sparse_layers(layer: SparseFFNConfig, **changes: Any) -> ModelShape:
@@ -101,13 +108,13 @@ def closed_form(
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("name", [*DENSE, "learned-positions"])
+@pytest.mark.parametrize("name", MODELS)
 def test_dense_models_keep_the_bytes_of_the_closed_form(
     name: str, dropout: float, half: bool, one_rank: None
 ) -> None:
-    changes = DENSE.get(name, {"learned_positions": 20})
-    shape = dataclasses.replace(SMALL, **changes)
-    activation = "swiglu" if shape.gated else "gelu"
+    shape = dataclasses.replace(SMALL, **MODELS[name])
+    gated = "quick_geglu" if name == "quick-geglu" else "swiglu"
+    activation = gated if shape.gated else "gelu"
     size = measured(shape, activation, half, hidden_dropout=dropout, attention_dropout=dropout)
     rotated = 0 if shape.learned_positions else shape.kv_channels
     assert size == closed_form(

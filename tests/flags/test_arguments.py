@@ -363,6 +363,7 @@ def test_a_flag_wins_over_the_default_of_the_host(read: Read) -> None:
         ("--sffn-relu", "relu", False),
         ("--squared-relu", "squared_relu", False),
         ("--swiglu", "silu", True),
+        ("--quick-geglu", "quick_gelu", True),
     ],
 )
 def test_sparse_layers_have_the_activation_of_the_flag(
@@ -751,7 +752,7 @@ REFUSED = [
         "--sffn-router pkm-ffn --sffn-block-size 1 --sffn-expansion 256 --swiglu "
         "--ffn-hidden-size 256",
         1,
-        "--swiglu needs two keys per cell",
+        "--swiglu and --quick-geglu need two keys per cell",
         "use GELU",
     ),
     (
@@ -784,7 +785,7 @@ REFUSED = [
         "--moe-shared-expert-intermediate-size 64",
         "leave it out",
     ),
-    ("--quick-geglu", 1, "--quick-geglu", "leave it out"),
+    ("--glu-linear-offset 1", 1, "--glu-linear-offset 1.0", "no backend computes it"),
     ("--swiglu --sffn-relu", 1, "--swiglu and --sffn-relu", "leave one"),
     ("--sffn-aggregator max", 1, "--sffn-aggregator max", "--sffn-router avg-k", "leave it out"),
     ("--sffn-hash-shared", 1, "--sffn-hash-shared", "--sffn-router avg-k", "leave it out"),

@@ -49,6 +49,7 @@ VARIANTS = [
     "--position-embedding-type learned_absolute",
     "--position-embedding-type none",
     "--sffn-router dense --quick-geglu",
+    "--sffn-router switch --sffn-shared-blocks 1 --quick-geglu",
     "--norm-epsilon 1e-3",
     WITH_BIASES,
     f"{WITH_BIASES} --sffn-router switch --sffn-shared-blocks 1 --swiglu",

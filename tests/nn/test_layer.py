@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.activations import quick_gelu
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -48,10 +49,16 @@ def megatron_layer(case: Case, sparse: Any) -> MoELayer:
     return megatron
 
 
-@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu", "quick_geglu"])
 @pytest.mark.parametrize("g", [16, 4, 1])
-def test_switch_agrees_with_megatrons_own_layer(g: int, swiglu: bool) -> None:
-    case = Case(router="switch", block_size=g, swiglu=swiglu)
+def test_switch_agrees_with_megatrons_own_layer(g: int, activation: str) -> None:
+    quick_geglu = (("activation_func", quick_gelu), ("gated_linear_unit", True))
+    case = Case(
+        router="switch",
+        block_size=g,
+        swiglu=activation == "swiglu",
+        megatron=quick_geglu if activation == "quick_geglu" else (),
+    )
     sparse = build(case)
     megatron = megatron_layer(case, sparse)
     hidden, _, weights = inputs()

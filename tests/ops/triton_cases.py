@@ -39,7 +39,7 @@ CASES = {"some": 17, "all to one block": 67, "no pairs": 13, "one row": 1, "many
 """Kind of pairs -> R; if all have one block, its pairs fill more than one fp32 tile."""
 FUSED = {
     "1x48": ((Activation.RELU, True),),
-    "7x16": ((Activation.SQUARED_RELU, False),),
+    "7x16": ((Activation.SQUARED_RELU, False), (Activation.QUICK_GEGLU, True)),
     "16x48": ((Activation.GELU, True),),
     "136x80": ((Activation.SWIGLU, True),),
 }

@@ -347,6 +347,7 @@ def plan(
         **{"sffn_router": router, "sffn_block_size": g, "sffn_expansion": 2},
         **{"sffn_active_cells": k, "sffn_layers": "0", "sffn_backend": "auto", "seed": 1},
         **{"num_layers": 2, "hidden_size": width, "ffn_hidden_size": k, "swiglu": False},
+        **{"quick_geglu": False},
     )
     return reblock.plan_reblocking(Metadata(metadata), checkpoint_args, block_size), metadata
 

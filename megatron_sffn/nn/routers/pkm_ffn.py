@@ -37,7 +37,8 @@ class PKMFFNConfig(ProductKeysConfig):
     def check_model(self, config: SparseFFNTransformerConfig) -> None:
         if Activation.of(config).gated:
             raise ConfigError(
-                "--swiglu needs two keys per cell, and a cell of --sffn-router pkm-ffn has one; "
+                "--swiglu and --quick-geglu need two keys per cell, and a cell of --sffn-router "
+                "pkm-ffn has one; "
                 "use GELU, --sffn-relu or --squared-relu"
             )
 

@@ -90,7 +90,9 @@ class KeyTableConfig(ScoredConfig):
     def saved_by_scores(self, call: LayerCall) -> SavedBytes:
         sffn, ranks, width = call.sffn, call.layout.expert_ranks, self.key_width(call.hidden_size)
         # Each rank scores its part of the cells for the tokens of all ranks: T · M coefficients.
-        per_cell = {"gelu": 1, "relu": 1, "squared_relu": 1, "swiglu": 3}[call.activation]
+        per_cell = {"gelu": 1, "relu": 1, "squared_relu": 1, "swiglu": 3, "quick_geglu": 4}[
+            call.activation
+        ]
         if self.aggregation != "mean" and call.activation != "relu":
             per_cell += 1
         per_token = per_cell * sffn.num_cells

@@ -29,12 +29,12 @@ def block_ffn(
     Args:
         x: `[T, C]` float64, float32, bfloat16 or float16. C is the width of the keys: the model's
             D, unless the keys are of low rank.
-        keys: `[B, G, C]`, of x's dtype; `[B, 2G, C]` with the gate keys first for `swiglu`. None
+        keys: `[B, G, C]`, of x's dtype; `[B, 2G, C]` with the gate keys first if gated. None
             if there are values alone, whose coefficients are the gates.
         values: `[B, G, D]`, of x's dtype.
         block_ids: `[T, K]` integers in [0, B), distinct within a row; negative for no block.
         gates: `[T, K]` factors of the blocks' outputs, or None for 1.
-        activation: `gelu`, `relu`, `squared_relu` or `swiglu`.
+        activation: `gelu`, `relu`, `squared_relu`, `swiglu` or `quick_geglu`.
         backend: `naive`, the oracle; `torch`, a loop over blocks; `grouped`, a grouped product;
             `masked`, all rows times all cells; `bags`, for single cells; `quack`, a grouped
             product of the package quack-kernels; `cpu`, C++; `triton`, for a GPU and 32 or 16

@@ -53,17 +53,30 @@ def activate_backward(grad: tl.tensor, up: tl.tensor, ACTIVATION: tl.constexpr) 
 
 
 @triton.jit
-def swiglu(gate: tl.tensor, linear: tl.tensor) -> tl.tensor:
-    """`silu(gate) · linear`."""
-    return gate * tl.sigmoid(gate) * linear
+def steepened(gate: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """The argument of σ in a gated activation."""
+    if ACTIVATION == "swiglu":
+        return gate
+    else:
+        tl.static_assert(ACTIVATION == "quick_geglu")
+        return 1.702 * gate
 
 
 @triton.jit
-def swiglu_backward(grad: tl.tensor, gate: tl.tensor, linear: tl.tensor) -> tl.tensor:
-    """The gradients of `silu(gate) · linear` in gate and linear."""
-    # silu(g) = g · σ(g), and its derivative is σ(g) · (1 + g · (1 - σ(g))).
-    sigmoid = tl.sigmoid(gate)
-    return grad * linear * (sigmoid * (1.0 + gate * (1.0 - sigmoid))), grad * (gate * sigmoid)
+def activate_gated(gate: tl.tensor, linear: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """`gate · σ(a gate) · linear`, with a = 1 for SwiGLU."""
+    return gate * tl.sigmoid(steepened(gate, ACTIVATION)) * linear
+
+
+@triton.jit
+def activate_gated_backward(
+    grad: tl.tensor, gate: tl.tensor, linear: tl.tensor, ACTIVATION: tl.constexpr
+) -> tl.tensor:
+    """The gradients of `activate_gated` in gate and linear."""
+    # The derivative of g · σ(a g) is σ(a g) · (1 + a g · (1 - σ(a g))).
+    steep = steepened(gate, ACTIVATION)
+    sigmoid = tl.sigmoid(steep)
+    return grad * linear * (sigmoid * (1.0 + steep * (1.0 - sigmoid))), grad * (gate * sigmoid)
 
 
 @triton.jit

@@ -28,9 +28,9 @@ from megatron_sffn.ops.block_ffn.triton_epilogue import (
     PIECE,
     activate,
     activate_backward,
+    activate_gated,
+    activate_gated_backward,
     halves,
-    swiglu,
-    swiglu_backward,
 )
 from megatron_sffn.ops.block_ffn.triton_grouped import schedule_of, tiles_of
 from megatron_sffn.ops.block_ffn.triton_tiles import launch, side
@@ -166,7 +166,7 @@ def up_kernel(
 
     Cells are the fast index of the grid, so that neighbouring programs share rows in the L2.
     """
-    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    GATED: tl.constexpr = ACTIVATION == "swiglu" or ACTIVATION == "quick_geglu"
     N = 2 * G if GATED else G
     num_g = tl.cdiv(G, BLOCK_G)
     i_t, i_g = tl.program_id(0) // num_g, tl.program_id(0) % num_g
@@ -248,7 +248,7 @@ def store_activated(
         else:
             b_l = linear.to(ups.dtype.element_ty)
             tl.store(p_u + G, b_l, mask=m_pg)
-            b_h = swiglu(b_u.to(tl.float32), b_l.to(tl.float32))
+            b_h = activate_gated(b_u.to(tl.float32), b_l.to(tl.float32), ACTIVATION)
         if b_g is not None:
             b_h *= b_g
         tl.store(h + o_p[:, None] * G + o_g[None, :], b_h.to(h.dtype.element_ty), mask=m_pg)
@@ -279,7 +279,7 @@ def down_backward_kernel(
 
     `sums` is `[tiles of a block, P]`: each tile writes its own row, so that no atomics are needed.
     """
-    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    GATED: tl.constexpr = ACTIVATION == "swiglu" or ACTIVATION == "quick_geglu"
     N = 2 * G if GATED else G
     num_g = tl.cdiv(G, BLOCK_G)
     i_t, i_g = tl.program_id(0) // num_g, tl.program_id(0) % num_g
@@ -342,9 +342,9 @@ def store_gradients(
         m_pg = m_p[:, None] & (o_g < G)[None, :]
         o_u = o_p[:, None] * N + o_g[None, :]
         b_u = tl.load(ups + o_u, mask=m_pg, other=0.0).to(tl.float32)
-        if ACTIVATION == "swiglu":
+        if ACTIVATION == "swiglu" or ACTIVATION == "quick_geglu":
             b_l = tl.load(ups + o_u + G, mask=m_pg, other=0.0).to(tl.float32)
-            b_h = swiglu(b_u, b_l)
+            b_h = activate_gated(b_u, b_l, ACTIVATION)
         else:
             b_h = activate(b_u, ACTIVATION)
         # After the last cell `grad` is zero times dy, which is NaN if dy is not finite.
@@ -353,8 +353,8 @@ def store_gradients(
             b_h *= b_g
             grad *= b_g
         tl.store(h + o_p[:, None] * G + o_g[None, :], b_h.to(h.dtype.element_ty), mask=m_pg)
-        if ACTIVATION == "swiglu":
-            grad, d_linear = swiglu_backward(grad, b_u, b_l)
+        if ACTIVATION == "swiglu" or ACTIVATION == "quick_geglu":
+            grad, d_linear = activate_gated_backward(grad, b_u, b_l, ACTIVATION)
             tl.store(dups + o_u + G, d_linear.to(dups.dtype.element_ty), mask=m_pg)
         else:
             grad = activate_backward(grad, b_u, ACTIVATION)
