@@ -159,6 +159,11 @@ def _check(before: SparseFFNConfig, after: SparseFFNConfig) -> None:
             "the checkpoint was saved with --sffn-backend megatron, whose experts are stored one "
             "by one, not as a memory of cells; train with another --sffn-backend to cut it anew"
         )
+    if before.router.stores_blocks:
+        raise ConfigError(
+            f"--block-size {new} does not fit the checkpoint's map, which has blocks of {old} "
+            "cells (--sffn-hash-balance); train with that --sffn-block-size from the start"
+        )
     if before.router.per_block_weights and max(old, new) % min(old, new):
         raise ConfigError(
             f"--block-size {new} neither divides the checkpoint's {old} nor is a multiple of it, "

@@ -141,7 +141,7 @@ def check_checkpoint(args: Namespace, sffn: SparseFFNConfig | None) -> None:
     if args.sffn_trust_checkpoint:
         trust()
     run_checks([step_without_load], args)
-    folder = _folder_to_load(args)
+    folder = checkpoint_to_load(args)
     if folder is None:
         return
     if args.rank == 0:
@@ -163,7 +163,7 @@ def step_without_load(args: Namespace) -> Iterator[Problem]:
         yield Problem("--ckpt-step", args.ckpt_step, rule, "add --load DIR")
 
 
-def _folder_to_load(args: Namespace) -> Path | None:
+def checkpoint_to_load(args: Namespace) -> Path | None:
     """The iteration that Megatron will load; None if it starts from scratch or looks elsewhere."""
     if args.enable_msc or args.non_persistent_ckpt_type:
         return None
@@ -293,7 +293,10 @@ def _router_differences(
     """The router's flags that differ: those of the model, or those that act in training only."""
     for field in dataclasses.fields(sffn.router):
         value, saved_value = (getattr(layer.router, field.name) for layer in (sffn, saved_sffn))
-        if value != saved_value and field.metadata["training_only"] is training_only:
+        differs = value != saved_value
+        if field.metadata["value_in_checkpoint"]:
+            differs = (value is None) is not (saved_value is None)
+        if differs and field.metadata["training_only"] is training_only:
             flag = field.metadata["flag"]
             yield stated(flag, value), stated(flag, saved_value)
 
@@ -378,6 +381,13 @@ def block_size(
             "--sffn-block-size",
             sffn.block_size,
             f"{change}, whose experts Megatron stores one by one",
+            f"use that (checkpoint {checkpoint.folder})",
+        )
+    elif sffn.router.stores_blocks:
+        yield Problem(
+            "--sffn-block-size",
+            sffn.block_size,
+            f"{change}, whose map has blocks of that size (--sffn-hash-balance)",
             f"use that (checkpoint {checkpoint.folder})",
         )
     elif sffn.router.per_block_weights or sffn.router.splitting_divides_gates:

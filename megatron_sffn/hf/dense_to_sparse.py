@@ -177,6 +177,11 @@ def _check_memory(how: DenseToSparse, sffn: SparseFFNConfig, sparse: Settings) -
 
 def _check_copies(how: DenseToSparse, sffn: SparseFFNConfig) -> str:
     router, parts = sffn.router, _parts(how, sffn)
+    if router.stores_blocks:
+        raise ConfigError(
+            f"--upcycle {how.copies} makes no balanced map, for which a run counts ids when it "
+            "starts without a checkpoint (--sffn-hash-balance); leave that flag out"
+        )
     is_linear = isinstance(router, LearnedConfig) and router.network == "linear"
     is_hash = isinstance(router, RandHashConfig) and parts == 1
     if sffn.shared_blocks or not (is_linear or is_hash):

@@ -228,7 +228,7 @@ def derived_buffers(settings: Settings, sffn: SparseFFNConfig) -> dict[str, Tens
     router, buffers = sffn.router, {}
     for layer in settings.sparse_layers:
         prefix, number = f"model.layers.{layer}.mlp.router", layer + 1
-        if isinstance(router, RandHashConfig):
+        if isinstance(router, RandHashConfig) and router.balance is None:
             ids = torch.arange(settings.args.padded_vocab_size)
             buffers[f"{prefix}.map"] = blocks_of_ids(ids, sffn, number).int()
         elif isinstance(router, AvgKConfig) and router.descriptor == "subset":

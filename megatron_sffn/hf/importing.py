@@ -233,7 +233,8 @@ def _take_derived(tensors: dict[str, Tensor], settings: Settings) -> None:
     for name, buffer in expected.items():
         stored = tensors.pop(name, None)
         if stored is not None and not torch.equal(stored.long(), buffer.long()):
-            flag = "--sffn-hash-seed (or --sffn-hash-shared)" if "map" in name else "--seed"
+            of_hash = "--sffn-hash-seed (or --sffn-hash-shared, or --sffn-hash-balance)"
+            flag = of_hash if "map" in name else "--seed"
             raise ConfigError(
                 f"{name} is not drawn with the default seed, and the folder does not say with "
                 f"which; give the {flag} of its run"

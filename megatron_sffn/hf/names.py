@@ -282,6 +282,7 @@ ROUTER_TENSORS = (
     "descriptor.weight",
     "descriptor.average",
     "descriptor.started",
+    "map",
 )
 """Weights and buffers of our routers that a trained model needs."""
 

@@ -33,6 +33,7 @@ def flag(
     least: float | None = None,
     most: float | None = None,
     training_only: bool = False,
+    value_in_checkpoint: bool = False,
 ) -> Any:
     """A config field that is also a command-line flag.
 
@@ -46,6 +47,8 @@ def flag(
         most: the largest value that is allowed.
         training_only: True if the flag acts in training only, so that a trained model does not
             depend on it.
+        value_in_checkpoint: True if a checkpoint holds what the value was read for, so that a
+            trained model depends on whether the flag is given, not on its value.
     """
     return field(
         default=default,
@@ -57,6 +60,7 @@ def flag(
             "least": least,
             "most": most,
             "training_only": training_only,
+            "value_in_checkpoint": value_in_checkpoint,
         },
     )
 
@@ -154,6 +158,11 @@ class RouterConfig:
     @property
     def gated_output(self) -> bool:
         """True if a gate per (token, block) multiplies the output; gates are sent with tokens."""
+        return False
+
+    @property
+    def stores_blocks(self) -> bool:
+        """True if a checkpoint has ids of blocks, so that it is bound to its block size."""
         return False
 
     @property

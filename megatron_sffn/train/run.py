@@ -47,6 +47,7 @@ from megatron_sffn.ops.compiled import kernels
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.patches.registry import apply
 from megatron_sffn.patches.run_hooks import PREDICTION_SPEC
+from megatron_sffn.train.hash_balance import balance_maps, counts_of_new_run
 from megatron_sffn.train.nan_check import NanCheck
 from megatron_sffn.train.routing_trace import RoutingTracer
 from megatron_sffn.train.signals import exit_on_signals
@@ -67,6 +68,7 @@ def train(args: Namespace) -> None:
     sffn = sffn_config(args)
     check_data(args)
     check_checkpoint(args, sffn)
+    counts = counts_of_new_run(args, sffn)
     check_saves(args, sffn)
     localize_tokenizer(args)  # Megatron builds the tokenizer again, from the flags
     run_summary = RunSummary(args, run_folder(args), RoutingTracer.of_args(args))
@@ -88,11 +90,12 @@ def train(args: Namespace) -> None:
     needs_token_ids = sffn is not None and sffn.router.needs_token_ids
     # The layers of --mtp-num-layers embed the ids on the last stage.
     ids_on_every_stage = needs_token_ids or args.mtp_num_layers is not None
+    model = model_config(args, sffn, partial(finish_step, run_summary, nan_check))
+    if counts is not None:
+        model.pre_wrap_hooks.append(partial(balance_maps, counts))
     with as_sentence("start with these flags", is_over=lambda: run_summary.has_started):
         pretrain(
-            pretrain_cfg_container_from_args(
-                args, model_config(args, sffn, partial(finish_step, run_summary, nan_check))
-            ),
+            pretrain_cfg_container_from_args(args, model),
             datasets_provider(on_every_stage=ids_on_every_stage),
             ModelType.encoder_or_decoder,
             partial(

@@ -308,6 +308,16 @@ def test_another_model_is_refused(check, load, flags: str, run_flag: str, saved_
             "--sffn-router rand-hash --sffn-hash-shared",
             "this run has --sffn-hash-shared, but",
         ),
+        (
+            {"sffn_router": "rand-hash"},
+            "--sffn-router rand-hash --sffn-hash-balance text",
+            "this run has --sffn-hash-balance text, but",
+        ),
+        (
+            {"sffn_router": "rand-hash", "sffn_hash_balance": "text"},
+            "--sffn-router rand-hash",
+            "this run has no --sffn-hash-balance, but",
+        ),
         ({"add_bias_linear": True}, "", "this run has --disable-bias-linear, but"),
         (
             {"sffn_layers": "1", "ffn_hidden_size": 64, "sffn_active_cells": 128},
@@ -395,6 +405,17 @@ def test_another_block_size_of_a_gate_needs_the_tool(check, load) -> None:
     tool = f"tools/convert_checkpoint.py reblock --load {folder} --save DIR --block-size 16"
     with refused("--sffn-block-size 16 differs from the checkpoint's 8", "every block", tool):
         check(folder, "--sffn-block-size 16", model=ROUTERS["switch"])
+
+
+def test_a_balanced_map_is_bound_to_its_block_size_and_not_to_its_data_set(
+    check, load, capsys
+) -> None:
+    folder = load(sffn_router="rand-hash", sffn_hash_balance="text")
+    model = "--sffn-router rand-hash --sffn-hash-balance moved/text"
+    check(folder, model=model)
+    assert capsys.readouterr().out == ""
+    with refused("--sffn-block-size 16 differs", "whose map has blocks of that size", "use that"):
+        check(folder, "--sffn-block-size 16", model=model)
 
 
 def test_another_block_size_of_megatrons_experts_is_refused(check, load) -> None:

@@ -106,6 +106,10 @@ BAD = [
     ("--sffn-router avg-k --upcycle 4", "--upcycle 4 needs a router that chooses whole copies"),
     ("--sffn-router rand-hash --upcycle 4 --sffn-block-size 4", "--upcycle 4 needs a router"),
     (
+        "--sffn-router rand-hash --upcycle 4 --sffn-hash-balance text",
+        "--upcycle 4 makes no balanced map",
+    ),
+    (
         "--sffn-router remoe --upcycle 4",
         "the gates of --sffn-gate relu (--sffn-router remoe) are 0",
     ),
