@@ -66,5 +66,5 @@ def balance_maps(counts: Tensor, chunks: list[Any]) -> list[Any]:
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, RandHashRouter):
-                module.balance(counts)
+                module.balance_map(counts)
     return chunks

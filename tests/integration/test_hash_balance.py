@@ -1,4 +1,4 @@
-"""`--sffn-hash-balance` in runs: layouts, resume and export without the data set, and refusals."""
+"""`--sffn-hash-balance` in runs: layouts, and resume and export without the data set."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import megatron_sffn.hf  # noqa: F401 (tells transformers about our class)
 from megatron_sffn.data.indexed.format import open_index
 from megatron_sffn.hf.export import export
 from megatron_sffn.nn.routers.balanced_map import balanced_map
-from megatron_sffn.utils.errors import ConfigError
 from megatron_sffn.utils.hashing import hashed_subsets
+from tests.hf.test_import import run_imports
 from tests.support.megatron_models import logits_of
-from tests.support.pretraining import MODEL, Log, run_pretraining, write_bytes
+from tests.support.pretraining import MODEL, Log, run_pretraining
 
-NUM_BLOCKS, NUM_ACTIVE, ROWS = 64, 16, 320
+NUM_BLOCKS, NUM_ACTIVE, ROWS = 64, 16, 256
 HASHED = "--sffn-router rand-hash --num-layers 4 --split 90,10,0"
 LAYOUT = """
     --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2
@@ -39,7 +39,9 @@ def moved_text(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved(text: str, moved_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Log, Path]:
+def saved(
+    text: str, moved_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Log, Path]:
     """A run of 4 steps, which saved step 2; the data set that balanced it does not exist any more.
 
     Returns its log and its folder.
@@ -85,9 +87,7 @@ def test_an_export_carries_the_map_and_computes_the_same(
         sizes = {"num_blocks": NUM_BLOCKS, "num_active": NUM_ACTIVE}
         expected = balanced_map(counts, **sizes, key=42 * 1_000_003 + layer + 1)
         assert torch.equal(blocks_VK, expected)
-        uniform = hashed_subsets(
-            torch.arange(ROWS), size=NUM_BLOCKS, count=NUM_ACTIVE, key=layer
-        )
+        uniform = hashed_subsets(torch.arange(ROWS), size=NUM_BLOCKS, count=NUM_ACTIVE, key=layer)
         loads, uniform_loads = (
             torch.bincount(blocks[ids].flatten().long()).double() for blocks in (blocks_VK, uniform)
         )
@@ -101,19 +101,12 @@ def test_an_export_carries_the_map_and_computes_the_same(
     torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (None, r"data set .*other.idx does not exist"),
-        (b"", "other holds no ids, and the tokenizer has ids below 100;"),
-        (b"abc\xff", "other holds the id 255, and the tokenizer has ids below 100; give a data"),
-    ],
-)
-def test_data_sets_that_cannot_balance_the_map_are_refused_at_the_start(
-    text: str, tmp_path: Path, content: bytes | None, sentence: str
-) -> None:
-    if content is not None:
-        (tmp_path / "content").write_bytes(content)
-        write_bytes(tmp_path / "other", [tmp_path / "content"])
-    with pytest.raises(ConfigError, match=sentence):
-        counts_of(f"--sffn-router rand-hash --sffn-hash-balance {tmp_path}/other --vocab-size 99")
+def test_an_import_takes_the_map_of_an_export(saved: tuple[Log, Path], tmp_path: Path) -> None:
+    export(saved[1], tmp_path / "hf")
+    with pytest.raises(AssertionError, match="--sffn-hash-balance"):
+        run_imports(tmp_path, ["--model hf --save run"])
+    run_imports(tmp_path, ["--model hf --save run --sffn-hash-balance text"])
+    export(tmp_path / "run", tmp_path / "again")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())

@@ -2,7 +2,8 @@
 
 Where our layer differs, by design: for several active blocks the paper's MultiHash takes a slice of
 each of K experts and concatenates the slices; P1's RandHash, and our layer, adds up K distinct
-blocks.
+blocks. The paper's balanced assignment gives an id to the emptiest of all experts, ours to the
+emptiest of a subset of them, which each layer draws anew.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_sffn.nn.routers.balanced_map import balanced_map
 from tests.parity.compare import assert_same, copies_of, formula, sffn_outcome
 from tests.support.router_cases import VOCAB, Case, build, inputs
 
@@ -37,3 +39,15 @@ def test_the_experts_of_a_token_are_those_of_its_id(g: int) -> None:
         return torch.stack(outputs)
 
     assert_same(sffn_outcome(layer, ids), formula(roller, copies_of(layer)))
+
+
+@pytest.mark.parametrize("experts", [4, 16, 64])
+def test_the_balanced_assignment_is_as_even_as_that_of_the_paper(experts: int) -> None:
+    counts = 1_000_000 // torch.arange(1, 2001)  # Zipf's law
+    paper = torch.zeros(experts, dtype=torch.int64)
+    for count in counts:  # the most frequent first
+        paper[paper.argmin()] += count
+    blocks_V = balanced_map(counts, num_blocks=experts, num_active=1, key=1)[:, 0].long()
+    ours = torch.zeros(experts, dtype=torch.int64).index_add(0, blocks_V, counts)
+    assert ours.max() <= 1.001 * paper.max()
+    assert ours.min() >= 0.999 * paper.min()

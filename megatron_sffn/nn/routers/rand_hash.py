@@ -126,7 +126,8 @@ class RandHashRouter(Router):
     _table: Tensor | None = None
     """`[V, K]` blocks of every id. Not a buffer: a checkpoint need not carry it."""
     map: Tensor | None
-    """`[V, K]` blocks of every id if they are balanced: a buffer. It is uniform until `balance`."""
+    """`[V, K]` blocks of every id if they are balanced, else None: a buffer, uniform until
+    `balance_map`."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -152,7 +153,7 @@ class RandHashRouter(Router):
         if self.map is not None and self.layer_number != former:
             self.map.copy_(self._make_table(self.map.device))
 
-    def balance(self, counts: Tensor) -> None:
+    def balance_map(self, counts: Tensor) -> None:
         """Replace the uniform map by a balanced one (`--sffn-hash-balance`).
 
         Args:

@@ -110,7 +110,7 @@ def blocks_of(router: SparseFFN, ids: Tensor) -> Tensor:
 
 def test_r1_and_r4_an_id_has_the_blocks_of_the_map_in_every_mode(build) -> None:
     router = build(BALANCED, padded_vocab_size=ROWS)
-    router.balance(COUNTS)
+    router.balance_map(COUNTS)
     ids = torch.tensor([7, 3, 7, 99, 3, 7])
     chosen = blocks_of(router, ids)
     expected = balanced_map(
@@ -129,7 +129,7 @@ def test_r1_and_r4_an_id_has_the_blocks_of_the_map_in_every_mode(build) -> None:
 def test_r3_a_checkpoint_has_the_map_and_restores_it(one_rank: None) -> None:
     config = transformer(BALANCED, padded_vocab_size=ROWS)
     layers = [SparseFFN(config, layer_number=1) for _ in range(2)]
-    layers[0].router.balance(COUNTS)
+    layers[0].router.balance_map(COUNTS)
     state = layers[0].state_dict()
     assert set(state) == {"experts.keys", "experts.values", "router.map"}
     assert not [*layers[0].router.parameters()]
@@ -154,7 +154,7 @@ def test_layers_and_seeds_have_different_maps_unless_shared(build) -> None:
         config = RandHashConfig(balance="text", **options)
         router = build(config, padded_vocab_size=ROWS)
         router.set_layer_number(layer)
-        router.balance(COUNTS)
+        router.balance_map(COUNTS)
         return blocks_of(router, ids)
 
     assert not torch.equal(chosen(1), chosen(2))
