@@ -169,6 +169,7 @@ def test_defaults_are_those_of_the_design(read: Read) -> None:
         "sffn_separate_validation_sets": False,
         "sffn_hash_seed": 42,
         "sffn_hash_shared": False,
+        "sffn_hash_balance": None,
         "sffn_backend": "auto",
         "sffn_relu": False,
         "sffn_model": "gpt",

@@ -406,6 +406,14 @@ def test_shared_blocks_keep_their_cells() -> None:
         reblock._other_blocks(config, 12)
 
 
+def test_a_balanced_hash_map_is_bound_to_its_block_size() -> None:
+    config = SparseFFNConfig(
+        router=ROUTERS["rand-hash"](balance="text"), active_cells=24, block_size=8
+    )
+    with pytest.raises(ConfigError, match="--block-size 4 does not fit the checkpoint's map"):
+        reblock._check(config, reblock._other_blocks(config, 4))
+
+
 def test_every_tensor_is_accounted_for() -> None:
     for router in ("switch", "sigma-moe", "avg-k", "vanilla-m", "rand-hash"):
         reblocking, metadata = plan(4, router=router)
