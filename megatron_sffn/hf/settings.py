@@ -186,6 +186,11 @@ def settings_of(saved: Namespace, *, without_capacity: bool = False) -> Settings
             f"--moe-expert-capacity-factor {capacity} drops tokens by what else is in their batch, "
             "which no exported class does; add --without-capacity to export a model that drops none"
         )
+    if values.get("sffn_hash_ngram", 1) > 1:
+        raise ConfigError(
+            f"--sffn-hash-ngram {values['sffn_hash_ngram']} cannot be exported, since no exported "
+            "class hashes n-grams; the nearest is a model trained without --sffn-hash-ngram"
+        )
     sffn = saved_config(args)
     if sffn is None and values.get("num_experts"):
         raise ConfigError(

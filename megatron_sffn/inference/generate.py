@@ -85,7 +85,7 @@ def generate(
     with InferenceMode.active():
         while None in reasons:
             first = start if use_cache else 0
-            logits = model.forward(tokens[:, first:end], start=first, cache=cache)
+            logits = model.forward(tokens[:, :end], start=first, cache=cache)
             active = [
                 length <= end and reason is None
                 for length, reason in zip(lengths, reasons, strict=True)

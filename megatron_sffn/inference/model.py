@@ -21,6 +21,7 @@ import logging
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -146,10 +147,12 @@ class InferenceModel:
         return int(parallel_state.get_data_parallel_world_size())
 
     @cached_property
-    def needs_token_ids(self) -> bool:
-        """True if the sparse layers read the input ids."""
+    def token_keys(self) -> Callable[[Tensor], Tensor] | None:
+        """Makes what the sparse layers read of the input ids; None if they read nothing."""
         sffn = sffn_config(self.args)
-        return sffn is not None and sffn.router.needs_token_ids
+        if sffn is None or not sffn.router.needs_token_ids:
+            return None
+        return sffn.router.token_keys
 
     def forward(
         self,
@@ -162,11 +165,12 @@ class InferenceModel:
         """Run tokens through all pipeline stages.
 
         Args:
-            tokens: ids `[b, s]`, the same on all ranks of a replica.
-            start: position of the first of them.
+            tokens: ids `[b, s]` from the start of the sequences, the same on all ranks of a
+                replica.
+            start: position of the first of them that is run; those before it are in the cache.
             labels: ids `[b, s]`, for losses.
-            cache: keys and values of the tokens before `start`, to which those of these tokens are
-                added.
+            cache: keys and values of the tokens before `start`, to which those of the other tokens
+                are added.
 
         Returns:
             On the last stage, the losses `[b, s]` with labels, and the logits `[b, s, V]` without
@@ -176,6 +180,9 @@ class InferenceModel:
         stage, num_stages = group.rank(), group.size()
         device = torch.cuda.current_device()
         tokens = tokens.to(device)
+        # N-grams have ids from before `start`.
+        token_keys = None if self.token_keys is None else self.token_keys(tokens)[:, start:]
+        tokens = tokens[:, start:]
         positions = torch.arange(start, start + tokens.shape[1], device=device).expand_as(tokens)
         with torch.inference_mode():
             if num_stages > 1:
@@ -195,7 +202,7 @@ class InferenceModel:
                 inference_context=cache,
                 # The loss is computed from the logits of this rank's part of the vocabulary.
                 runtime_gather_output=labels is None,
-                padding_mask=tokens if self.needs_token_ids else None,
+                padding_mask=token_keys,
             )
             if cache is not None:
                 cache.increment_sequence_len_offset(tokens.shape[1])

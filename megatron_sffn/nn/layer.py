@@ -131,7 +131,8 @@ class _SparseLayer(MoELayer):
         Args:
             hidden_states: `[s, b, D]`; under sequence parallelism this rank's shard of s.
             intermediate_tensors: Megatron's CUDA-graph slot; must be None.
-            padding_mask: the input ids `[b, s]`, for routers that hash them. Pretraining has no
+            padding_mask: the input ids `[b, s]`, for routers that hash them, or the numbers that
+                `RouterConfig.token_keys` makes of them. Pretraining has no
                 padding, and Megatron passes this argument to the MLP of every pipeline stage and
                 through recomputation. It shards it along s on the first stage only.
 

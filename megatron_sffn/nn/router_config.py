@@ -155,6 +155,17 @@ class RouterConfig:
         """A note for the user about a layer of these numbers, printed at the start, or None."""
         return None
 
+    def token_keys(self, ids_bs: torch.Tensor) -> torch.Tensor:
+        """The numbers by which the router knows tokens (`needs_token_ids`): their ids, or others.
+
+        Args:
+            ids_bs: `[b, s]` input ids of sequences from their start.
+
+        Returns:
+            `[b, s]` int64.
+        """
+        return ids_bs
+
     @property
     def gated_output(self) -> bool:
         """True if a gate per (token, block) multiplies the output; gates are sent with tokens."""

@@ -104,8 +104,11 @@ class StandaloneSparseFFN(torch.nn.Module):
                 f"--sffn-router {self.ffn.config.sffn.router.name} chooses blocks by token ids; "
                 "call the layer as layer(x, token_ids)"
             )
-        ids_bs = None if token_ids is None else token_ids.reshape(x_bsD.shape[:2])
-        update, _ = self.ffn(x_bsD.transpose(0, 1), padding_mask=ids_bs)
+        keys_bs = None
+        if token_ids is not None:
+            router = self.ffn.config.sffn.router
+            keys_bs = router.token_keys(token_ids.reshape(x_bsD.shape[:2]))
+        update, _ = self.ffn(x_bsD.transpose(0, 1), padding_mask=keys_bs)
         result: Tensor = update.transpose(0, 1).reshape(x.shape)
         return result
 

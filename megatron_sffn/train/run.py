@@ -87,9 +87,11 @@ def train(args: Namespace) -> None:
         remarks = (sffn and sffn.router.remark(sffn), optimizers.remark(args, sffn))
         for remark in filter(None, remarks):
             print(f"note: {remark}", flush=True)
-    needs_token_ids = sffn is not None and sffn.router.needs_token_ids
+    token_keys = None
+    if sffn is not None and sffn.router.needs_token_ids:
+        token_keys = sffn.router.token_keys
     # The layers of --mtp-num-layers embed the ids on the last stage.
-    ids_on_every_stage = needs_token_ids or args.mtp_num_layers is not None
+    ids_on_every_stage = token_keys is not None or args.mtp_num_layers is not None
     model = model_config(args, sffn, partial(finish_step, run_summary, nan_check))
     if counts is not None:
         model.pre_wrap_hooks.append(partial(balance_maps, counts))
@@ -103,7 +105,7 @@ def train(args: Namespace) -> None:
                 run_summary,
                 Watchdog(args),
                 nan_check,
-                needs_token_ids=needs_token_ids,
+                token_keys=token_keys,
                 ids_on_every_stage=ids_on_every_stage,
             ),
             non_loss_data_func=partial(finish_evaluation, run_summary, nan_check),
@@ -220,7 +222,7 @@ def forward_step(
     batches: Iterator[dict[str, Tensor]] | None,
     model: torch.nn.Module,
     *,
-    needs_token_ids: bool,
+    token_keys: Callable[[Tensor], Tensor] | None,
     ids_on_every_stage: bool,
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Megatron's `forward_step`: one microbatch through this stage.
@@ -231,9 +233,10 @@ def forward_step(
         nan_check: gets the loss of every microbatch.
         batches: this stage's data iterator, if it has one.
         model: this stage's model chunk.
-        needs_token_ids: True if the sparse layers read the input ids. The ids are then passed as
-            Megatron's `padding_mask`: it is the only argument with a number per token that reaches
-            the MLP of every stage and of every recomputation, in any order of microbatches.
+        token_keys: makes what the sparse layers read of the input ids; None if they read nothing.
+            It is passed as Megatron's `padding_mask`: it is the only argument with a number per
+            token that reaches the MLP of every stage and of every recomputation, in any order of
+            microbatches.
         ids_on_every_stage: True if every stage reads the data.
 
     Returns:
@@ -254,7 +257,7 @@ def forward_step(
         labels=batch["labels"],
         # The layers of --mtp-num-layers read it; `loss_of` masks the loss of the model.
         loss_mask=batch["loss_mask"],
-        padding_mask=batch["tokens"] if needs_token_ids else None,
+        padding_mask=None if token_keys is None else token_keys(batch["tokens"]),
     )
     return output, partial(loss_of, run_summary, nan_check, batch["loss_mask"], model.training)
 

@@ -50,6 +50,24 @@ def hashed_subsets(names: Tensor, *, size: int, count: int, key: int) -> Tensor:
     return images.sort(dim=1).values
 
 
+def ngram_keys(ids_bs: Tensor, length: int) -> Tensor:
+    """A number for each n-gram: the ids of a position and of the positions before it.
+
+    Args:
+        ids_bs: `[b, s]` int64 ids, at least 0, of sequences from their start.
+        length: ids of an n-gram; those before the start of a sequence are all the same.
+
+    Returns:
+        `[b, s]` int64 of 32 bits; different n-grams have different numbers but for chance.
+    """
+    keys = _mix(ids_bs + 1)
+    for distance in range(1, length):
+        previous = torch.zeros_like(ids_bs)
+        previous[:, distance:] = ids_bs[:, :-distance] + 1
+        keys = _mix(keys * 0x5851F42D + previous)
+    return keys
+
+
 def _feistel(values: Tensor, keys: Tensor, half_bits: int) -> Tensor:
     """A keyed permutation of [0, 4^half_bits)."""
     mask = (1 << half_bits) - 1

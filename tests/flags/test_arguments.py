@@ -170,6 +170,7 @@ def test_defaults_are_those_of_the_design(read: Read) -> None:
         "sffn_hash_seed": 42,
         "sffn_hash_shared": False,
         "sffn_hash_balance": None,
+        "sffn_hash_ngram": 1,
         "sffn_backend": "auto",
         "sffn_relu": False,
         "sffn_model": "gpt",

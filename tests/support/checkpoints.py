@@ -18,6 +18,7 @@ MODELS = {
     "avg-k": "--sffn-router avg-k --init-method-std 0.5",
     "rand-hash": "--sffn-router rand-hash --init-method-std 0.5 --swiglu "
     "--position-embedding-type learned_absolute",
+    "n-grams": "--sffn-router rand-hash --sffn-hash-ngram 3 --init-method-std 0.5",
     "switch": "--sffn-router switch --init-method-std 0.5 --normalization RMSNorm "
     "--sffn-layers every:2 --untie-embeddings-and-output-weights --mtp-num-layers 1",
     "hybrid": "--hybrid-layer-pattern *E*-/*E --num-layers 4 --sffn-router sigma-moe "

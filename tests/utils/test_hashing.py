@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_sffn.utils.hashing import hashed_subsets, seed_of
+from megatron_sffn.utils.hashing import hashed_subsets, ngram_keys, seed_of
 
 
 def test_seeds_are_fixed_for_ever() -> None:
@@ -101,3 +101,28 @@ def test_keys_and_neighbouring_names_make_independent_maps() -> None:
         matches = (a == b).sum().item()
         expected = len(a) / size
         assert abs(matches - expected) < 5 * expected**0.5, matches
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_n_grams_have_equal_numbers_if_and_only_if_their_ids_are_equal(length: int) -> None:
+    ids_bs = torch.randint(3, (40, 7), generator=torch.Generator().manual_seed(1))
+    keys = ngram_keys(ids_bs, length)
+    names: dict[tuple[int, ...], int] = {}
+    for row, row_keys in zip(ids_bs.tolist(), keys.tolist(), strict=True):
+        padded = [-1] * (length - 1) + row
+        for position, key in enumerate(row_keys):
+            assert names.setdefault(tuple(padded[position : position + length]), key) == key
+    assert len(set(names.values())) == len(names)
+    assert keys.min() >= 0 and keys.max() < 2**32
+
+
+def test_the_order_of_ids_matters_to_n_grams() -> None:
+    keys = ngram_keys(torch.tensor([[1, 2, 5], [2, 1, 5]]), 3)
+    assert keys[0, 2] != keys[1, 2]
+
+
+def test_a_vocabulary_of_pairs_has_few_collisions() -> None:
+    first, second = torch.meshgrid(torch.arange(300), torch.arange(300), indexing="ij")
+    keys = ngram_keys(torch.stack([first.flatten(), second.flatten()], dim=1), 2)[:, 1]
+    # 90,000 random numbers of 32 bits have 0.9 collisions on average.
+    assert len(keys.unique()) > 90_000 - 10

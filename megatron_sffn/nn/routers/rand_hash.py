@@ -11,6 +11,10 @@ Without it, or where the table would be too large, every pass hashes its own ids
 With `--sffn-hash-balance` the map also depends on the ids' counts in a data set
 (`balanced_map.py`). It is then a buffer in the checkpoint, so that nothing but the start of a run
 reads the data set: a map made again from a data set that has changed would be another model.
+
+With `--sffn-hash-ngram N`, which is ours, the layer gets a number of each n-gram in place of the
+ids (`token_keys`). The numbers are made where whole sequences are, before Megatron cuts them over
+ranks. There are too many for a table.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from megatron_sffn.nn.routers.balanced_map import balanced_map
 from megatron_sffn.nn.routers.base import Router, Routing
 from megatron_sffn.nn.saved_bytes import LayerCall, SavedBytes
 from megatron_sffn.ops import device
-from megatron_sffn.utils.hashing import hashed_subsets
+from megatron_sffn.utils.hashing import hashed_subsets, ngram_keys
 
 LARGEST_TABLE = 1 << 28
 """Bytes of a layer's table: 256 MiB hold 50,304 ids with 2,667 blocks each."""
@@ -67,10 +71,29 @@ class RandHashConfig(RouterConfig):
         "a prefix of .bin and .idx, and gives the most frequent ids to the emptiest blocks; the "
         "map is stored in checkpoints (rand-hash)",
     )
+    ngram: int = flag(
+        "--sffn-hash-ngram",
+        default=1,
+        least=1,
+        help="N, ids that are hashed together: that of the token and the N - 1 before it in its "
+        "sequence; 1 hashes the token alone (rand-hash; more is not in the papers)",
+    )
 
     @override
     def router_class(self) -> type[RandHashRouter]:
         return RandHashRouter
+
+    @override
+    def check(self, sffn: SparseFFNConfig) -> None:
+        if self.balance is not None and self.ngram > 1:
+            raise ConfigError(
+                f"--sffn-hash-ngram {self.ngram} has no table of all n-grams, which "
+                "--sffn-hash-balance would balance; leave one of them out"
+            )
+
+    @override
+    def token_keys(self, ids_bs: Tensor) -> Tensor:
+        return ids_bs if self.ngram == 1 else ngram_keys(ids_bs, self.ngram)
 
     @property
     @override
@@ -80,6 +103,11 @@ class RandHashConfig(RouterConfig):
     @override
     def check_model(self, config: SparseFFNTransformerConfig) -> None:
         sffn, rows = config.sffn, config.padded_vocab_size
+        if self.ngram > 1 and config.context_parallel_size > 1:
+            raise ConfigError(
+                f"--sffn-hash-ngram {self.ngram} needs whole sequences, which "
+                f"--context-parallel-size {config.context_parallel_size} cuts; use 1"
+            )
         if self.balance is None or sffn is None or rows is None:
             return
         if not self.held_bytes(sffn, config.hidden_size, rows):
@@ -91,6 +119,8 @@ class RandHashConfig(RouterConfig):
 
     def held_bytes(self, sffn: SparseFFNConfig, hidden_size: int, vocab_size: int | None) -> int:
         """Bytes of the table of all ids' blocks; 0 if the table would be too large."""
+        if self.ngram > 1:
+            return 0
         dtype = table_dtype(sffn.num_blocks) if self.balance is None else STORED
         size = (vocab_size or 0) * dtype.itemsize * sffn.num_active_blocks
         return size if size <= LARGEST_TABLE else 0

@@ -168,3 +168,8 @@ def test_unknown_and_large_vocabularies_are_refused(build) -> None:
     with pytest.raises(ConfigError, match=r"text makes a table of 33554432 ids with 4 blocks"):
         transformer(BALANCED, padded_vocab_size=2**25)
     transformer(RandHashConfig(), padded_vocab_size=2**25)
+
+
+def test_a_map_of_n_grams_cannot_be_balanced() -> None:
+    with pytest.raises(ConfigError, match="--sffn-hash-ngram 2 has no table of all n-grams"):
+        transformer(RandHashConfig(balance="text", ngram=2))

@@ -6,6 +6,7 @@ import torch
 from megatron_sffn.nn.layer import SparseFFN
 from megatron_sffn.nn.routers import rand_hash
 from megatron_sffn.nn.routers.rand_hash import RandHashConfig
+from megatron_sffn.utils.errors import ConfigError
 from megatron_sffn.utils.hashing import hashed_subsets
 from tests.nn.routers.conftest import D, transformer
 
@@ -118,3 +119,25 @@ def test_a_table_of_the_vocabulary_is_the_map(
 def test_without_ids_the_message_says_what_to_call(build) -> None:
     with pytest.raises(AssertionError, match="give them to the layer"):
         build(RandHashConfig())(torch.zeros(1, D), torch.zeros(12, 2, D), None)
+
+
+def test_r4_an_n_gram_is_the_last_ids_alone(one_rank: None) -> None:
+    layer = SparseFFN(transformer(RandHashConfig(ngram=3), padded_vocab_size=VOCAB), layer_number=1)
+    hidden = torch.randn(7, 2, D).double()
+    ids = torch.randint(VOCAB, (2, 7))
+    changed = ids.clone()
+    changed[1, 2] += 1
+    chosen = []
+    layer.trained.register_forward_pre_hook(lambda module, args: chosen.append(args[0].block_ids))
+    for ids_bs in (ids, changed):
+        layer(hidden, padding_mask=layer.config.sffn.router.token_keys(ids_bs))
+    assert (chosen[0].sort().values.diff(dim=1) > 0).all()
+    differs = (chosen[0] != chosen[1]).any(dim=1).view(7, 2)
+    assert differs.nonzero().tolist() == [[2, 1], [3, 1], [4, 1]]
+
+
+def test_n_grams_of_cut_sequences_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--sffn-hash-ngram 2 needs whole sequences"):
+        transformer(RandHashConfig(ngram=2), context_parallel_size=2)
+    with pytest.raises(ConfigError, match="--sffn-hash-ngram 0 is out of range"):
+        RandHashConfig(ngram=0)
