@@ -132,7 +132,7 @@ class _SparseLayer(MoELayer):
             hidden_states: `[s, b, D]`; under sequence parallelism this rank's shard of s.
             intermediate_tensors: Megatron's CUDA-graph slot; must be None.
             padding_mask: the input ids `[b, s]`, for routers that hash them, or the numbers that
-                `RouterConfig.token_keys` makes of them. Pretraining has no
+                `RouterConfig.token_keys` makes of whole sequences of ids. Pretraining has no
                 padding, and Megatron passes this argument to the MLP of every pipeline stage and
                 through recomputation. It shards it along s on the first stage only.
 
