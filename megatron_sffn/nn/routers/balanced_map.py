@@ -2,11 +2,11 @@
 
 Inputs: counts of the ids `[V]`. Outputs: K distinct blocks of every id `[V, K]`.
 
-Design notes: the balanced assignment of hash layers (Roller et al. 2021, section 3.1): ids in the
-order of their counts, the most frequent first, are given to the emptiest blocks. With K > 1 the K
-emptiest of all blocks would be the same K again and again: blocks that got an id together have
-equal loads, so all ids would share B/K fixed sets of blocks. So an id has the K emptiest of a
-hashed subset of the blocks, which is ours. It also makes the maps of two layers differ.
+Design notes: the balanced hash of hash layers (Roller et al. 2021) gives ids in the order of their
+counts, the most frequent first, to the emptiest blocks. With K > 1 the K emptiest of all blocks
+would be the same K again and again: blocks that got an id together have equal loads, so all ids
+would share B/K fixed sets of blocks. So an id has the K emptiest of a hashed subset of the blocks,
+which is ours. It also makes the maps of two layers differ.
 """
 
 from __future__ import annotations
