@@ -194,6 +194,21 @@ def expert_parallelism(args: Namespace, sffn: SparseFFNConfig) -> Iterator[Probl
         )
 
 
+def predictions(args: Namespace, sffn: SparseFFNConfig) -> Iterator[Problem]:
+    """Multi-token prediction whose layers would read the ids of other tokens."""
+    is_cut = args.sequence_parallel and args.tensor_model_parallel_size > 1
+    if not (args.mtp_num_layers and sffn.router.needs_token_ids and is_cut):
+        return
+    if args.pipeline_model_parallel_size == 1:
+        yield Problem(
+            "--sffn-router",
+            sffn.router.name,
+            "with --mtp-num-layers and --sequence-parallel reads wrong ids where the sequence is "
+            "cut, since Megatron moves each rank's ids by itself",
+            "use --pipeline-model-parallel-size 2 or more, or another router",
+        )
+
+
 def nodes(args: Namespace, sffn: SparseFFNConfig) -> Iterator[Problem]:
     """Sizes of a node that do not fit the expert ranks or the dispatcher."""
     ep_size, etp_size = args.expert_model_parallel_size, args.expert_tensor_parallel_size or 1
@@ -297,5 +312,5 @@ def router_groups(args: Namespace, sffn: SparseFFNConfig) -> Iterable[Problem]:
 
 
 CHECKS = (transformer_engine, model_parallelism, virtual_stages, batch_size)
-SPARSE_CHECKS = (expert_parallelism, nodes, backend, exchange_chunks, router_groups)
+SPARSE_CHECKS = (expert_parallelism, predictions, nodes, backend, exchange_chunks, router_groups)
 """Checks of models that have sparse layers."""

@@ -83,6 +83,8 @@ COMMAND_LINES = {
     "model_parallelism": "--pipeline-model-parallel-size 3",
     "virtual_stages": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3",
     "batch_size": "--global-batch-size 3",
+    "predictions": "--sffn-router rand-hash --mtp-num-layers 1 --position-embedding-type rope "
+    "--tensor-model-parallel-size 2 --sequence-parallel",
     "pattern": "--hybrid-layer-pattern *-*-",
     "flags_beside_pattern": "--hybrid-layer-pattern *-*E --sffn-layers every:2",
     "pipeline_cuts": "--num-layers 3 --hybrid-layer-pattern *-E --pipeline-model-parallel-size 2",
@@ -100,6 +102,7 @@ RANKS = {
     "virtual_stages": 2,
     "pipeline_cuts": 2,
     "batch_size": 2,
+    "predictions": 2,
     "nodes": 2,
 }
 RANKS |= {"expert_parallelism": 3, "exchange_chunks": 2}
