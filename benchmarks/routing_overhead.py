@@ -139,6 +139,8 @@ def log_arguments(num_blocks: int) -> Namespace:
         curr_iteration=0,
         num_experts=num_blocks,
         num_layers=1,
+        mtp_num_layers=None,
+        hybrid_layer_pattern=None,
         data_parallel_size=1,
         log_interval=1,
         train_iters=None,

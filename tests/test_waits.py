@@ -144,7 +144,13 @@ def test_an_exchange_waits_for_counts_once_per_level_for_any_number_of_chunks() 
 
 def test_the_nan_check_at_the_end_of_a_step_waits_once(one_rank: None) -> None:
     model = torch.nn.ModuleList([router_cases.build(Case(router="avg-k")) for _ in range(3)])
-    args = Namespace(num_layers=2, curr_iteration=4, sffn_router="avg-k")
+    args = Namespace(
+        num_layers=2,
+        mtp_num_layers=None,
+        hybrid_layer_pattern=None,
+        curr_iteration=4,
+        sffn_router="avg-k",
+    )
     args.check_for_nan_in_loss_and_grad = args.check_for_spiky_loss = False
     check = NanCheck(args)
     for loss in (1.0, 2.0):

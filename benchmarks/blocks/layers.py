@@ -105,8 +105,9 @@ TRANSFORMERS_ACTIVATIONS = {
     Activation.RELU: "relu",
     Activation.SQUARED_RELU: "relu2",
     Activation.SWIGLU: "silu",
+    Activation.QUICK_GEGLU: "quick_gelu",
 }
-"""Activation -> its name in transformers; for SwiGLU the name of the gate's activation."""
+"""Activation -> its name in transformers; of a gated one the name of the gate's activation."""
 
 
 class Transformers(nn.Module):
@@ -237,7 +238,7 @@ class GivenRouter(nn.Module):
 
 def megatron_config(problem: Problem) -> Any:
     """Megatron's config of one layer, with the fusions that its training enables by itself."""
-    from megatron.core.activations import squared_relu
+    from megatron.core.activations import quick_gelu, squared_relu
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     functions: dict[Activation, Callable[..., Tensor]] = {
@@ -245,6 +246,7 @@ def megatron_config(problem: Problem) -> Any:
         Activation.RELU: F.relu,
         Activation.SQUARED_RELU: squared_relu,
         Activation.SWIGLU: F.silu,
+        Activation.QUICK_GEGLU: quick_gelu,
     }
     gated, dtype = problem.activation.gated, problem.x.dtype
     return TransformerConfig(

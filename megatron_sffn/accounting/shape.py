@@ -71,7 +71,7 @@ class ModelShape:
     output_gate: bool = False
     softmax_type: str = "vanilla"
     predicted_tokens: int = 0
-    prediction: str = "*-"
+    prediction: str = ""
     repeats_prediction: bool = False
     tied_embeddings: bool = True
     learned_positions: int = 0
@@ -191,8 +191,10 @@ class ModelShape:
 
 def prediction_of(args: Namespace, is_sparse: bool) -> str:
     """The layers of a multi-token prediction, by the symbols of a hybrid model."""
+    if not args.mtp_num_layers:
+        return ""
     if args.hybrid_layer_pattern is not None:
-        return (prediction_layers(args.hybrid_layer_pattern) or [""])[0]
+        return prediction_layers(args.hybrid_layer_pattern)[0]
     # Megatron takes the last layer of the GPT.
     return "*E" if is_sparse and args.moe_layer_freq[-1] else "*-"
 

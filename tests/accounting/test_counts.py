@@ -136,7 +136,11 @@ LATENT = LatentAttention(
 )
 MODELS: dict[str, dict[str, Any]] = {
     **DENSE,
-    "dense-repeats-prediction": {"predicted_tokens": 3, "repeats_prediction": True},
+    "dense-repeats-prediction": {
+        "predicted_tokens": 3,
+        "prediction": "*-",
+        "repeats_prediction": True,
+    },
     "switch-predicts-2": {
         "predicted_tokens": 2,
         "prediction": "*E",
@@ -150,7 +154,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "sffn": sparse(latent_size=10),
         "gated": True,
     },
-    "dense-predicts-2": {"predicted_tokens": 2, "tied_embeddings": False, "bias": False},
+    "dense-predicts-2": {
+        "predicted_tokens": 2,
+        "prediction": "*-",
+        "tied_embeddings": False,
+        "bias": False,
+    },
     "avg-k-every-2": {"sparse_layers": 2, "sffn": sparse(), "learned_positions": 20},
     "avg-k-single-cells": {
         "sparse_layers": 2,

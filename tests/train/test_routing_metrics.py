@@ -40,6 +40,8 @@ def arguments(**changes: Any) -> Namespace:
         "curr_iteration": 0,
         "num_experts": BLOCKS,
         "num_layers": 3,
+        "mtp_num_layers": None,
+        "hybrid_layer_pattern": None,
         "data_parallel_size": 1,
         "log_interval": 2,
         "train_iters": 100,

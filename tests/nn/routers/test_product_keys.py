@@ -256,5 +256,5 @@ def test_undefined_settings_are_refused(config, numbers: dict[str, int], sentenc
 
 
 def test_pkm_ffn_has_no_second_key_for_swiglu() -> None:
-    with pytest.raises(ConfigError, match="--swiglu needs two keys per cell"):
+    with pytest.raises(ConfigError, match="--swiglu and --quick-geglu need two keys per cell"):
         transformer(CONFIGS["pkm-ffn"], **NUMBERS, activation_func=F.silu, gated_linear_unit=True)
