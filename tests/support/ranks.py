@@ -82,6 +82,8 @@ def fork(world_size: int, body: Callable[[int, Path], Any]) -> list[Any]:
 def _child(rank: int, folder: Path, body: Callable[[int, Path], Any]) -> None:
     code = 1
     try:
+        # Renews torch's thread pool, which a fork spoils, before several threads need it at once.
+        torch.set_num_threads(torch.get_num_threads())
         result = body(rank, folder)
         (folder / f"result{rank}").write_bytes(pickle.dumps(result))
         code = 0
