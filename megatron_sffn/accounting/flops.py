@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sffn.accounting.shape import ModelShape, dense_equivalent
-from megatron_sffn.nn.layer_pattern import count_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +41,7 @@ def flops_per_token(shape: ModelShape) -> Flops:
     """Forward FLOPs of the whole model for one token."""
     width, depth, sffn = shape.hidden_size, shape.predicted_tokens, shape.sffn
     # A multi-token prediction has a projection, layers, and logits.
-    prediction = shape.prediction
-    attentions = shape.attentions + depth * count_attention(prediction)
-    sparse = shape.sparse_layers + depth * prediction.count("E")
-    dense = shape.dense_layers + depth * prediction.count("-")
+    attentions, dense, sparse = shape.layers_with(depth)
     active = dense * shape.ffn_hidden_size * shape.dense_cell
     router = 0
     if sffn is not None:

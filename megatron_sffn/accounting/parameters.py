@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sffn.accounting.shape import ModelShape
-from megatron_sffn.nn.layer_pattern import count_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +27,8 @@ def count_parameters(shape: ModelShape) -> Parameters:
     rest = embedding_parameters(shape) + norm_parameters(shape, width)
     if not shape.tied_embeddings:
         rest += output_parameters(shape)
-    predictions, prediction = shape.own_predictions, shape.prediction
-    attentions = shape.attentions + predictions * count_attention(prediction)
-    dense = shape.dense_layers + predictions * prediction.count("-")
-    sparse = shape.sparse_layers + predictions * prediction.count("E")
+    predictions = shape.own_predictions
+    attentions, dense, sparse = shape.layers_with(predictions)
     # Each attention and each feed-forward part has a norm before it.
     parts = attentions + dense + sparse
     rest += attentions * attention_parameters(shape) + parts * norm_parameters(shape, width)

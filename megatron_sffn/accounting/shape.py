@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_sffn.accounting.latent_attention import LatentAttention
 from megatron_sffn.nn.layer_pattern import count_attention, prediction_layers
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from argparse import Namespace
 
     from megatron_sffn.nn.config import SparseFFNConfig
+
+
+class LayerCounts(NamedTuple):
+    """How often a model has attention, a dense MLP, and a sparse layer."""
+
+    attentions: int
+    dense: int
+    sparse: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +141,14 @@ class ModelShape:
     def dense_layers(self) -> int:
         """Number of layers with a dense MLP."""
         return self.num_layers - (self.attention_layers or 0) - self.sparse_layers
+
+    def layers_with(self, predictions: int) -> LayerCounts:
+        """The layers of the model and of that many multi-token predictions."""
+        return LayerCounts(
+            attentions=self.attentions + predictions * count_attention(self.prediction),
+            dense=self.dense_layers + predictions * self.prediction.count("-"),
+            sparse=self.sparse_layers + predictions * self.prediction.count("E"),
+        )
 
     @property
     def own_predictions(self) -> int:
