@@ -4,6 +4,7 @@ problem.py         `Problem`, and `run_checks`, which raises an error for the fi
 flags.py           flags that are missing, out of range, or without effect with the router
 idle_flags.py      Megatron's flags that would be ignored
 megatron_rules.py  rules of Megatron's; its own errors as sentences
+hybrid_model.py    patterns of hybrid models that Megatron would misread
 optimizers.py      optimizers that cannot train every weight, and Muon's limits
 parallelism.py     sizes that do not divide what they cut
 evaluation.py      flags of evaluations

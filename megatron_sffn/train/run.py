@@ -92,10 +92,10 @@ def train(args: Namespace) -> None:
         token_keys = sffn.router.token_keys
     # The layers of --mtp-num-layers embed the ids on the last stage.
     ids_on_every_stage = token_keys is not None or args.mtp_num_layers is not None
-    model = model_config(args, sffn, partial(finish_step, run_summary, nan_check))
-    if counts is not None:
-        model.pre_wrap_hooks.append(partial(balance_maps, counts))
     with as_sentence("start with these flags", is_over=lambda: run_summary.has_started):
+        model = model_config(args, sffn, partial(finish_step, run_summary, nan_check))
+        if counts is not None:
+            model.pre_wrap_hooks.append(partial(balance_maps, counts))
         pretrain(
             pretrain_cfg_container_from_args(args, model),
             datasets_provider(on_every_stage=ids_on_every_stage),
