@@ -196,7 +196,7 @@ def described(plan: Reblocking) -> str:
             f"instead of {before.num_blocks}, {after.num_active_blocks} per token instead of "
             f"{before.num_active_blocks}, {after.num_cells} cells as before",
             *(f"  {kind:{width}}  {number:>6}  {effect}" for kind, number, effect in rows),
-            plan.consequence,
+            *plan.consequences,
         ]
     )
 

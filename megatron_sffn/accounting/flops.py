@@ -39,16 +39,17 @@ class Flops:
 
 def flops_per_token(shape: ModelShape) -> Flops:
     """Forward FLOPs of the whole model for one token."""
-    width, depth, sffn = shape.hidden_size, shape.predicted_tokens, shape.sffn
+    width, depth = shape.hidden_size, shape.predicted_tokens
     # A multi-token prediction has a projection, layers, and logits.
-    attentions, dense, sparse = shape.layers_with(depth)
+    attentions, dense, _ = shape.layers_with(depth)
     active = dense * shape.ffn_hidden_size * shape.dense_cell
     router = 0
-    if sffn is not None:
-        active += sparse * sffn.chosen_cells * shape.sparse_cell
-        active += sparse * sffn.shared_cells * shape.dense_cell
-        active += sparse * shape.latent_projections
-        router = sparse * sffn.router.flops(sffn, shape.router_width, gated=shape.gated)
+    for layer, count in shape.by_router(depth):
+        sffn = layer.sffn
+        assert sffn is not None
+        cells = sffn.chosen_cells * layer.sparse_cell + sffn.shared_cells * layer.dense_cell
+        active += count * (cells + layer.latent_projections)
+        router += count * sffn.router.flops(sffn, layer.router_width, gated=layer.gated)
     joined = depth * 4 * width * width
     return Flops(
         attention=attentions * _attention_flops(shape),

@@ -23,7 +23,7 @@ class Parameters:
 
 def count_parameters(shape: ModelShape) -> Parameters:
     """Parameters of Megatron's GPT or hybrid model of this shape."""
-    width, sffn = shape.hidden_size, shape.sffn
+    width = shape.hidden_size
     rest = embedding_parameters(shape) + norm_parameters(shape, width)
     if not shape.tied_embeddings:
         rest += output_parameters(shape)
@@ -33,14 +33,15 @@ def count_parameters(shape: ModelShape) -> Parameters:
     parts = attentions + dense + sparse
     rest += attentions * attention_parameters(shape) + parts * norm_parameters(shape, width)
     rest += dense * mlp_parameters(shape) + predictions * prediction_parameters(shape)
-    if sffn is None:
-        return Parameters(total=rest, active=rest)
-    router = sffn.router.parameters(sffn, shape.router_width)
-    rest += sparse * (router + shared_parameters(shape) + shape.latent_projections)
-    per_cell = sparse * shape.sparse_cell
-    return Parameters(
-        total=rest + per_cell * sffn.num_cells, active=rest + per_cell * sffn.chosen_cells
-    )
+    total = active = rest
+    for layer, count in shape.by_router(predictions):
+        sffn = layer.sffn
+        assert sffn is not None
+        router = sffn.router.parameters(sffn, layer.router_width)
+        every_token = router + shared_parameters(layer) + layer.latent_projections
+        total += count * (every_token + layer.sparse_cell * sffn.num_cells)
+        active += count * (every_token + layer.sparse_cell * sffn.chosen_cells)
+    return Parameters(total=total, active=active)
 
 
 def embedding_parameters(shape: ModelShape) -> int:

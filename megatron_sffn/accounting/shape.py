@@ -7,7 +7,7 @@ parameters, FLOPs and memory follow.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_sffn.accounting.latent_attention import LatentAttention
@@ -149,6 +149,17 @@ class ModelShape:
             dense=self.dense_layers + predictions * self.prediction.count("-"),
             sparse=self.sparse_layers + predictions * self.prediction.count("E"),
         )
+
+    def by_router(self, predictions: int) -> list[tuple[ModelShape, int]]:
+        """The shape with each router alone, and the number of sparse layers that have it.
+
+        Args:
+            predictions: multi-token predictions whose layers count, too.
+        """
+        if self.sffn is None:
+            return []
+        layers = self.sffn.layers_by_router(self.layers_with(predictions).sparse)
+        return [(replace(self, sffn=sffn), count) for sffn, count in layers]
 
     @property
     def own_predictions(self) -> int:

@@ -36,13 +36,13 @@ def table(shape: ModelShape, layout: ParallelLayout | None = None) -> str:
     if sffn is not None:
         shared = f" and {sffn.shared_blocks} shared" if sffn.shared_blocks else ""
         title = (
-            f"sparse feed-forward: {sffn.router.name}, {sffn.num_active_blocks} of "
+            f"sparse feed-forward: {_routers(shape)}, {sffn.num_active_blocks} of "
             f"{sffn.num_blocks} blocks of {sffn.block_size} cells{shared} (E = {sffn.expansion}) "
             f"in {shape.sparse_layers} of {shape.num_layers} layers"
         )
     if sffn is not None and layout is not None and layout.expert_ranks > 1:
         if sffn.backend != "megatron":
-            sent = exchanged_bytes_per_token(sffn, shape.hidden_size, layout)
+            sent = _exchanged_bytes_per_token(shape, layout)
             rows[f"sent per token and layer, {layout.dispatcher}"] = f"{human(sent)}B"
         for dispatcher in DISPATCHERS:
             sent = megatron_bytes_per_token(
@@ -51,6 +51,25 @@ def table(shape: ModelShape, layout: ParallelLayout | None = None) -> str:
             rows[f"  with Megatron's {dispatcher}"] = f"{human(sent)}B"
     width = max(map(len, rows))
     return "\n".join((title, *(f"  {name:<{width}}  {text:>9}" for name, text in rows.items())))
+
+
+def _exchanged_bytes_per_token(shape: ModelShape, layout: ParallelLayout) -> float:
+    """Bytes sent per token and sparse layer: the mean over layers of different routers."""
+    layers = [(layer.sffn, count) for layer, count in shape.by_router(0)]
+    return sum(
+        count * exchanged_bytes_per_token(sffn, shape.hidden_size, layout)
+        for sffn, count in layers
+        if sffn is not None
+    ) / sum(count for _, count in layers)
+
+
+def _routers(shape: ModelShape) -> str:
+    """The name of the router, or of each router with the number of its sparse layers."""
+    layers = [(layer.sffn, count) for layer, count in shape.by_router(0)]
+    names = [(sffn.router.name, count) for sffn, count in layers if sffn is not None]
+    if len(names) == 1:
+        return names[0][0]
+    return " and ".join(f"{name} ({count})" for name, count in names)
 
 
 def human(number: float) -> str:

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
 from megatron_sffn.checkpoints.files import COMMON_STATE
 from megatron_sffn.checkpoints.rewrite import Change
 from megatron_sffn.flags.sffn_flags import saved_config
-from megatron_sffn.nn.config import Backend, SparseFFNConfig, moe_fields
+from megatron_sffn.nn.config import Backend, RouterConfig, SparseFFNConfig, moe_fields
 from megatron_sffn.nn.layer_pattern import layer_pattern
 from megatron_sffn.utils.errors import ConfigError
 
@@ -73,9 +73,11 @@ class Reblocking:
     account: Counter[tuple[str, str]]
 
     @property
-    def consequence(self) -> str:
-        """A sentence about the change of the model's loss."""
-        router = self.before.router
+    def consequences(self) -> list[str]:
+        """A sentence about the change of the model's loss for each router."""
+        return [self._consequence(router) for router in self.before.routers]
+
+    def _consequence(self, router: RouterConfig) -> str:
         if router.per_block_weights and self.after.block_size < self.before.block_size:
             shared = "share its probability and the values grow by as much"
             gate = shared if router.splitting_divides_gates else "have its gate"
@@ -116,8 +118,7 @@ def plan_reblocking(metadata: Metadata, saved: Namespace, block_size: int) -> Re
             "--sffn-router dense has no blocks to cut anew; give a checkpoint with sparse layers"
         )
     after = _other_blocks(before, block_size)
-    _check(before, after)
-    _check_weights(before, after, saved.hidden_size)
+    _check(before, after, saved.hidden_size)
     rules = _Rules(before, after, saved)
     account: Counter[tuple[str, str]] = Counter()
     changes: dict[str, Change] = {}
@@ -149,7 +150,7 @@ def _other_blocks(before: SparseFFNConfig, block_size: int) -> SparseFFNConfig:
     return dataclasses.replace(before, block_size=block_size, shared_blocks=shared)
 
 
-def _check(before: SparseFFNConfig, after: SparseFFNConfig) -> None:
+def _check(before: SparseFFNConfig, after: SparseFFNConfig, hidden_size: int) -> None:
     """Raise if there is no rule for this change of the block size."""
     old, new = before.block_size, after.block_size
     if old == new:
@@ -159,29 +160,18 @@ def _check(before: SparseFFNConfig, after: SparseFFNConfig) -> None:
             "the checkpoint was saved with --sffn-backend megatron, whose experts are stored one "
             "by one, not as a memory of cells; train with another --sffn-backend to cut it anew"
         )
-    if before.router.stores_blocks:
-        raise ConfigError(
-            f"--block-size {new} does not fit the checkpoint's map, which has blocks of {old} "
-            "cells (--sffn-hash-balance); train with that --sffn-block-size from the start"
-        )
-    if before.router.per_block_weights and max(old, new) % min(old, new):
-        raise ConfigError(
-            f"--block-size {new} neither divides the checkpoint's {old} nor is a multiple of it, "
-            f"so the gate's rows of --sffn-router {before.router.name} cannot be shared out; give "
-            "one that does"
-        )
-
-
-def _check_weights(before: SparseFFNConfig, after: SparseFFNConfig, hidden_size: int) -> None:
-    """Raise if weights of the router change their shape and there is no rule for them."""
-    router = before.router
-    new_shapes = router.weights(after, hidden_size)
-    for name, shape in router.weights(before, hidden_size).items():
-        if name not in router.per_block_weights and new_shapes[name] != shape:
+    for router in before.routers:
+        width = before.router_width(hidden_size)
+        if reason := router.bound_to_blocks(before, after, width):
             raise ConfigError(
-                f"router.{name} of --sffn-router {router.name} has shape {list(shape)}, and "
-                f"{list(new_shapes[name])} with --block-size {after.block_size}, for which there "
-                "is no rule; train with that --sffn-block-size from the start"
+                f"--block-size {new} does not fit the checkpoint's {old}: {reason}; train with "
+                "that --sffn-block-size from the start"
+            )
+        if router.per_block_weights and max(old, new) % min(old, new):
+            raise ConfigError(
+                f"--block-size {new} neither divides the checkpoint's {old} nor is a multiple of "
+                f"it, so the gate's rows of --sffn-router {router.name} cannot be shared out; give "
+                "one that does"
             )
 
 
@@ -201,7 +191,7 @@ def _new_args(saved: Namespace, after: SparseFFNConfig) -> Namespace:
 
 
 class _Rules:
-    """The rule for each tensor, and the tensors that are still missing.
+    """The rule for each tensor of a checkpoint.
 
     Args:
         before: the layer's config in the checkpoint.
@@ -210,36 +200,14 @@ class _Rules:
     """
 
     def __init__(self, before: SparseFFNConfig, after: SparseFFNConfig, saved: Namespace) -> None:
-        self.before, self.after = before, after
-        self.hidden_size: int = saved.hidden_size
-        self.parts_per_block = Fraction(before.block_size, after.block_size)
-        router = before.router
-        self.per_block = [f"router.{name}" for name in router.per_block_weights]
-        self.changes_tensors = bool(self.per_block) or router.splitting_divides_gates
-        self.shapes = self._shapes(saved)
         hybrid = vars(saved).get("hybrid_layer_pattern")
         pattern = layer_pattern(saved.sffn_layers, saved.num_layers, hybrid)
-        self.sparse_layers = [layer for layer, is_sparse in enumerate(pattern) if is_sparse]
-        self.missing = {
-            (layer, table)
-            for layer in self.sparse_layers
-            for table in self.shapes
-            if table not in (*PER_BLOCK_BUFFERS, L1_COEFFICIENT)
+        layers = [layer for layer, is_sparse in enumerate(pattern) if is_sparse]
+        self.layers = {
+            layer: _LayerRules(before.of_layer(index), after, saved)
+            for index, layer in enumerate(layers)
         }
-
-    def _shapes(self, saved: Namespace) -> dict[str, list[int]]:
-        """Tensor of a sparse layer -> its shape in the checkpoint."""
-        before, router = self.before, self.before.router
-        key_width = before.key_width(self.hidden_size)
-        keys = ["gate_keys", "keys"] if saved.swiglu or saved.quick_geglu else ["keys"]
-        weights = router.weights(before, before.router_width(self.hidden_size))
-        return {
-            **{f"experts.{name}": [before.num_cells, key_width] for name in keys if key_width},
-            "experts.values": [before.num_cells, before.row_width(self.hidden_size)],
-            **{f"router.{name}": list(shape) for name, shape in weights.items()},
-            **{name: [before.num_blocks] for name in PER_BLOCK_BUFFERS},
-            L1_COEFFICIENT: [1],
-        }
+        self.changes_tensors = any(rules.changes_tensors for rules in self.layers.values())
 
     def of(self, key: str, entry: Any) -> tuple[str, str, Change | None]:
         """The kind of an entry, its change in words, and its change.
@@ -262,16 +230,78 @@ class _Rules:
         if match is None or not isinstance(entry, TensorStorageMetadata):
             raise ConfigError(_unknown(key, "is not one that this tool knows"))
         state, table, layer = match["state"] or "", match["table"], int(match["layer"])
-        if state not in ORDER or layer not in self.sparse_layers:
+        if state not in ORDER or layer not in self.layers:
             raise ConfigError(_unknown(key, "is not one that this tool knows"))
+        effect, change = self.layers[layer].of(key, table, state, entry)
+        kind = f"{table.split('.')[1]}{f', {state}' if state else ''}"
+        return (f"gate {kind}" if table.startswith("router.") else kind), effect, change
+
+    def check_complete(self) -> None:
+        """Check that the checkpoint had every tensor of its sparse layers.
+
+        Raises:
+            ConfigError: with the first tensor that is missing.
+        """
+        for layer, rules in self.layers.items():
+            for table in sorted(rules.missing):
+                raise ConfigError(
+                    _unknown(f"decoder.layers.{layer}.mlp.{table}", "is missing in the checkpoint")
+                )
+
+
+class _LayerRules:
+    """The rules of one sparse layer, and its tensors that are still missing.
+
+    Args:
+        before: the layer's config in the checkpoint.
+        after: the config with the new block size.
+        saved: the checkpoint's arguments.
+    """
+
+    def __init__(self, before: SparseFFNConfig, after: SparseFFNConfig, saved: Namespace) -> None:
+        self.before, self.after = before, after
+        self.hidden_size: int = saved.hidden_size
+        self.parts_per_block = Fraction(before.block_size, after.block_size)
+        router = before.router
+        self.per_block = [f"router.{name}" for name in router.per_block_weights]
+        self.changes_tensors = bool(self.per_block) or router.splitting_divides_gates
+        self.shapes = self._shapes(saved)
+        self.missing = set(self.shapes) - {*PER_BLOCK_BUFFERS, L1_COEFFICIENT}
+
+    def _shapes(self, saved: Namespace) -> dict[str, list[int]]:
+        """Tensor of a sparse layer -> its shape in the checkpoint."""
+        before, router = self.before, self.before.router
+        key_width = before.key_width(self.hidden_size)
+        keys = ["gate_keys", "keys"] if saved.swiglu or saved.quick_geglu else ["keys"]
+        weights = router.weights(before, before.router_width(self.hidden_size))
+        return {
+            **{f"experts.{name}": [before.num_cells, key_width] for name in keys if key_width},
+            "experts.values": [before.num_cells, before.row_width(self.hidden_size)],
+            **{f"router.{name}": list(shape) for name, shape in weights.items()},
+            **{name: [before.num_blocks] for name in PER_BLOCK_BUFFERS},
+            L1_COEFFICIENT: [1],
+        }
+
+    def of(
+        self, key: str, table: str, state: str, entry: TensorStorageMetadata
+    ) -> tuple[str, Change | None]:
+        """The change of a tensor, in words and as a function.
+
+        Args:
+            key: name of the tensor in the checkpoint.
+            table: its name in the layer.
+            state: the optimizer's state that it is, as in `ORDER`.
+            entry: what the checkpoint says of it.
+
+        Raises:
+            ConfigError: if it is unknown, or has another shape or other pieces.
+        """
         self._check_shape(key, table, list(entry.size))
         if table in (*self.per_block, *PER_BLOCK_BUFFERS):
             self._check_pieces(key, entry)
         if not state:
-            self.missing.discard((layer, table))
-        kind = f"{table.split('.')[1]}{f', {state}' if state else ''}"
-        effect, change = self._change(table, ORDER[state])
-        return (f"gate {kind}" if table.startswith("router.") else kind), effect, change
+            self.missing.discard(table)
+        return self._change(table, ORDER[state])
 
     def _check_shape(self, key: str, table: str, shape: list[int]) -> None:
         if table not in self.shapes:
@@ -314,17 +344,6 @@ class _Rules:
         change = Change(piece=partial(_repeat_or_average, parts, float(factor)), rows=rows)
         effect = f"each row {parts} times" if parts > 1 else f"mean of each {1 / parts} rows"
         return effect if factor == 1 else f"{effect}, {_times(factor)}", change
-
-    def check_complete(self) -> None:
-        """Check that the checkpoint had every tensor of its sparse layers.
-
-        Raises:
-            ConfigError: with the first tensor that is missing.
-        """
-        for layer, table in sorted(self.missing):
-            raise ConfigError(
-                _unknown(f"decoder.layers.{layer}.mlp.{table}", "is missing in the checkpoint")
-            )
 
 
 def _unknown(key: str, reason: str) -> str:

@@ -25,6 +25,7 @@ from megatron_sffn.flags.megatron_flags import (
 )
 from megatron_sffn.flags.names import dest_of, flag_of
 from megatron_sffn.flags.sffn_flags import ffn_hidden_size, router_flags
+from megatron_sffn.nn.layer_routers import router_names
 from megatron_sffn.nn.load_balancing import BALANCE_LOSSES
 from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 from megatron_sffn.nn.routers import ROUTERS
@@ -59,8 +60,11 @@ def yaml_file(command: Sequence[str]) -> Iterator[Problem]:
 
 def flags_of_other_routers(args: Namespace) -> Iterator[Problem]:
     """`--sffn-*` flags that the chosen router does not have."""
-    fields = dataclasses.fields(ROUTERS[args.sffn_router])
-    flags_of_router = [field.metadata["flag"] for field in fields]
+    flags_of_router = [
+        field.metadata["flag"]
+        for name in router_names(args.sffn_router)
+        for field in dataclasses.fields(ROUTERS[name])
+    ]
     for flag, field in router_flags().items():
         value = getattr(args, dest_of(flag))
         if flag not in flags_of_router and value != field.default:
@@ -144,7 +148,7 @@ def _moe_flag(router: str, dest: str, value: object) -> Iterator[Problem]:
         rule = f"is not available with --sffn-router {router}{_because(dest, is_dense)}"
         instead = REPLACED.get(dest, {}).get(str(value)) if not is_dense else None
         yield Problem(flag, value, rule, f"use {instead}" if instead else "leave it out")
-    if router not in routers and value not in (0, [0], ["none"]):
+    if not set(router_names(router)) & set(routers) and value not in (0, [0], ["none"]):
         yield Problem(
             flag,
             value,
@@ -163,7 +167,7 @@ def balance_losses(args: Namespace) -> Iterator[Problem]:
     """Load-balancing losses that do not exist, or without a coefficient for each."""
     if args.sffn_router == "dense":
         return
-    router = ROUTERS[args.sffn_router]
+    routers = [ROUTERS[name] for name in router_names(args.sffn_router)]
     by_prices = args.moe_router_load_balancing_type == [QUANTILE_BALANCING]
     if by_prices and any(args.moe_aux_loss_coeff or []):
         yield Problem(
@@ -172,14 +176,14 @@ def balance_losses(args: Namespace) -> Iterator[Problem]:
             f"is for a loss, and --moe-router-load-balancing-type {QUANTILE_BALANCING} has none",
             "leave one of them out",
         )
-    losses, coefficients = requested_balance_losses(args, router)
+    losses, coefficients = requested_balance_losses(args, routers)
     if not losses:
         return
     if set(losses) - set(BALANCE_LOSSES) or len(set(losses)) < len(losses):
         yield Problem(
             "--moe-router-load-balancing-type",
             losses,
-            f"is not available with --sffn-router {router.name}",
+            f"is not available with --sffn-router {args.sffn_router}",
             f"use none or {QUANTILE_BALANCING}, or each of {', '.join(BALANCE_LOSSES)} at most "
             "once",
         )
@@ -188,7 +192,7 @@ def balance_losses(args: Namespace) -> Iterator[Problem]:
             "--moe-aux-loss-coeff",
             coefficients,
             f"is not a number of at least 0 for each of {', '.join(losses)}",
-            f"leave it out for {default_balance_coefficient(router)}",
+            f"leave it out for {default_balance_coefficient(routers)}",
         )
 
 

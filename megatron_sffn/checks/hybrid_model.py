@@ -13,6 +13,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_h
 from megatron_sffn.checks.problem import Problem
 from megatron_sffn.flags.names import flag_of
 from megatron_sffn.nn.layer_pattern import hybrid_layers, pipeline_segments, prediction_layers
+from megatron_sffn.nn.layer_routers import router_names
 from megatron_sffn.nn.routers import ROUTERS
 
 FLAG = "--hybrid-layer-pattern"
@@ -69,7 +70,9 @@ def flags_beside_pattern(args: Namespace) -> Iterator[Problem]:
             yield Problem("--mtp-num-layers", args.mtp_num_layers, rule, "leave it out")
     if text is None and args.sffn_model == "gpt":
         return
-    if args.mtp_num_layers and ROUTERS[args.sffn_router].needs_token_ids:
+    # The layers of multi-token prediction have the router of the remaining layers.
+    router = ROUTERS[router_names(args.sffn_router)[0]]
+    if args.mtp_num_layers and router.needs_token_ids:
         rule = "reads the input ids, which a hybrid model does not pass to multi-token prediction"
         yield Problem("--sffn-router", args.sffn_router, rule, "use --sffn-model gpt")
     for dest in IGNORED:

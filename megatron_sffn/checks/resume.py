@@ -290,15 +290,17 @@ def _saved_layer(saved: Namespace) -> SparseFFNConfig:
 def _router_differences(
     sffn: SparseFFNConfig, saved_sffn: SparseFFNConfig, *, training_only: bool
 ) -> Iterator[tuple[str, str]]:
-    """The router's flags that differ: those of the model, or those that act in training only."""
-    for field in dataclasses.fields(sffn.router):
-        value, saved_value = (getattr(layer.router, field.name) for layer in (sffn, saved_sffn))
-        differs = value != saved_value
-        if field.metadata["value_in_checkpoint"]:
-            differs = (value is None) is not (saved_value is None)
-        if differs and field.metadata["training_only"] is training_only:
-            flag = field.metadata["flag"]
-            yield stated(flag, value), stated(flag, saved_value)
+    """The routers' flags that differ: those of the model, or those that act in training only."""
+    # The routers' names are compared before.
+    for router, saved_router in zip(sffn.routers, saved_sffn.routers, strict=True):
+        for field in dataclasses.fields(router):
+            value, saved_value = (getattr(config, field.name) for config in (router, saved_router))
+            differs = value != saved_value
+            if field.metadata["value_in_checkpoint"]:
+                differs = (value is None) is not (saved_value is None)
+            if differs and field.metadata["training_only"] is training_only:
+                flag = field.metadata["flag"]
+                yield stated(flag, value), stated(flag, saved_value)
 
 
 Text = Callable[[Namespace], str | None]
@@ -383,18 +385,27 @@ def block_size(
             f"{change}, whose experts Megatron stores one by one",
             f"use that (checkpoint {checkpoint.folder})",
         )
-    elif sffn.router.stores_blocks:
+        return
+    saved_sffn = _saved_layer(checkpoint.args)
+    width = sffn.router_width(args.hidden_size)
+    reasons = [router.bound_to_blocks(saved_sffn, sffn, width) for router in sffn.routers]
+    for reason in filter(None, reasons):
         yield Problem(
             "--sffn-block-size",
             sffn.block_size,
-            f"{change}, whose map has blocks of that size (--sffn-hash-balance)",
+            f"{change}: {reason}",
             f"use that (checkpoint {checkpoint.folder})",
         )
-    elif sffn.router.per_block_weights or sffn.router.splitting_divides_gates:
+    gated = [
+        router.name
+        for router in sffn.routers
+        if router.per_block_weights or router.splitting_divides_gates
+    ]
+    if gated:
         yield Problem(
             "--sffn-block-size",
             sffn.block_size,
-            f"{change}, and --sffn-router {args.sffn_router} has a gate of every block",
+            f"{change}, and --sffn-router {gated[0]} has a gate of every block",
             "use that, or cut them anew with tools/convert_checkpoint.py reblock --load "
             f"{args.load} --save DIR --block-size {sffn.block_size} (checkpoint "
             f"{checkpoint.folder})",
@@ -456,7 +467,7 @@ def _notes(args: Namespace, sffn: SparseFFNConfig | None, checkpoint: Checkpoint
             jump = "; the hash draws them anew, so the loss jumps"
             yield (
                 f"block size {saved_sffn.block_size} of the checkpoint -> {sffn.block_size}: same "
-                f"memory, other blocks{jump if sffn.router.needs_token_ids else ''}"
+                f"memory, other blocks{jump if sffn.token_keys else ''}"
             )
         for flag, saved_flag in _router_differences(sffn, saved_sffn, training_only=True):
             yield f"{saved_flag} of the checkpoint -> {flag}: the model is the same"

@@ -12,6 +12,7 @@ line is read.
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -136,7 +137,7 @@ def derive_megatron_flags(args: Namespace, sffn: SparseFFNConfig | None) -> None
         )
     if args.moe_router_dtype is None:
         args.moe_router_dtype = "fp32"  # all our routers score in fp32
-    _derive_load_balancing(args, sffn.router)
+    _derive_load_balancing(args, sffn.routers)
 
 
 def take_layers_of_pattern(args: Namespace) -> None:
@@ -178,10 +179,10 @@ def num_virtual_stages(args: Namespace) -> int:
     return args.num_layers // args.pipeline_model_parallel_size // chunk if chunk else 1
 
 
-def _derive_load_balancing(args: Namespace, router: RouterConfig) -> None:
+def _derive_load_balancing(args: Namespace, routers: Sequence[RouterConfig]) -> None:
     """Set the load-balancing flags to the losses that have a coefficient above 0."""
     by_prices = args.moe_router_load_balancing_type == [QUANTILE_BALANCING]
-    losses, coefficients = requested_balance_losses(args, router)
+    losses, coefficients = requested_balance_losses(args, routers)
     used = {loss: c for loss, c in zip(losses, coefficients, strict=True) if c}
     # Megatron compares the type with this string, and searches a list for losses.
     args.moe_router_load_balancing_type = QUANTILE_BALANCING if by_prices else list(used) or "none"
@@ -190,22 +191,24 @@ def _derive_load_balancing(args: Namespace, router: RouterConfig) -> None:
     args.moe_z_loss_coeff = args.moe_z_loss_coeff or None
 
 
-def requested_balance_losses(
-    args: Namespace, router: RouterConfig | type[RouterConfig]
-) -> tuple[list[str], list[float]]:
-    """The load-balancing losses and coefficients of the flags, else the router's defaults."""
+Routers = Sequence[RouterConfig | type[RouterConfig]]
+"""The routers of a model."""
+
+
+def requested_balance_losses(args: Namespace, routers: Routers) -> tuple[list[str], list[float]]:
+    """The load-balancing losses and coefficients of the flags, else the routers' defaults."""
     losses, coefficients = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
     if losses is None:
-        is_on = router.balance_coefficient if coefficients is None else any(coefficients)
+        is_on = any(coefficients or [router.balance_coefficient for router in routers])
         losses = ["aux_loss"] if is_on else ["none"]
     if losses in (["none"], [QUANTILE_BALANCING]):
         return [], []
-    return losses, coefficients or [default_balance_coefficient(router)] * len(losses)
+    return losses, coefficients or [default_balance_coefficient(routers)] * len(losses)
 
 
-def default_balance_coefficient(router: RouterConfig | type[RouterConfig]) -> float:
+def default_balance_coefficient(routers: Routers) -> float:
     """Coefficient of a load-balancing loss where `--moe-aux-loss-coeff` is not given."""
-    return router.balance_coefficient or DEFAULT_COEFFICIENT
+    return max(router.balance_coefficient for router in routers) or DEFAULT_COEFFICIENT
 
 
 def layout_of(args: Namespace) -> ParallelLayout:

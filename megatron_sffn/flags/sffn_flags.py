@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +30,8 @@ from megatron_sffn.nn.config import (
     SparseFFNMLATransformerConfig,
     SparseFFNTransformerConfig,
 )
+from megatron_sffn.nn.layer_pattern import layer_pattern
+from megatron_sffn.nn.layer_routers import canonical, other_routers, router_names
 from megatron_sffn.nn.routers import ROUTERS
 
 USAGE = """torchrun --nproc-per-node N -m megatron_sffn.pretrain [--sffn-* flags] [Megatron flags]
@@ -70,8 +72,12 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
     add(
         "--sffn-router",
         default="avg-k",
-        choices=list(ROUTERS),
-        help=f"how a token chooses blocks: {methods}",
+        type=router_value,
+        metavar="ROUTER",
+        help="how a token chooses blocks: one router, or several with their sparse layers, such as "
+        "rand-hash:first:3,avg-k: a part NAME:LAYERS has the layers of one of the forms of "
+        "--sffn-layers, here counted over the sparse layers alone, and the last NAME has all "
+        f"others; {methods}",
     )
     blocks = "g, cells of a block; 1 for single cells"
     add("--sffn-block-size", type=int, metavar="g", default=256, help=blocks)
@@ -205,6 +211,24 @@ def _add_run_flags(add: Callable[..., Any]) -> None:
     )
 
 
+def router_value(text: str) -> str:
+    """Read `--sffn-router`, whose layers are checked when the number of layers is known.
+
+    Raises:
+        ArgumentTypeError: if a router is unknown.
+    """
+    text = canonical(text)
+    names = router_names(text)
+    unknown = [name for name in names if name not in ROUTERS]
+    if unknown:
+        raise ArgumentTypeError(f"{unknown[0]!r} is unknown; choose from {', '.join(ROUTERS)}")
+    if "dense" in names and text != "dense":
+        raise ArgumentTypeError(
+            f"{text} has dense layers among its routers; say with --sffn-layers which are sparse"
+        )
+    return text
+
+
 def router_flags() -> dict[str, dataclasses.Field[Any]]:
     """Flags of all routers -> the config field; several routers may have the same flag."""
     return {
@@ -218,13 +242,13 @@ def sffn_config(args: Namespace) -> SparseFFNConfig | None:
     """The sparse layer that the flags describe; None for the dense baseline."""
     if args.sffn_router == "dense":
         return None
-    router_class: type[RouterConfig] = ROUTERS[args.sffn_router]
-    router = router_class(
-        **{
-            item.name: getattr(args, dest_of(item.metadata["flag"]))
-            for item in dataclasses.fields(router_class)
-        }
-    )
+    num_sparse = 1
+    if "," in args.sffn_router:
+        hybrid = vars(args).get("hybrid_layer_pattern")
+        num_sparse = sum(layer_pattern(args.sffn_layers, args.num_layers, hybrid))
+    others = other_routers(args.sffn_router, num_sparse)
+    configs = {name: _router_config(args, name) for name in router_names(args.sffn_router)}
+    router, *_ = configs.values()
     active_cells = args.sffn_active_cells
     return SparseFFNConfig(
         active_cells=ffn_hidden_size(args) if active_cells is None else active_cells,
@@ -239,7 +263,18 @@ def sffn_config(args: Namespace) -> SparseFFNConfig | None:
         node_size=node_size(args),
         exchange_chunks=args.sffn_exchange_chunks,
         latent_size=vars(args).get("moe_latent_size"),
+        other_routers=tuple((index, configs[name]) for index, name in others.items()),
     )
+
+
+def _router_config(args: Namespace, name: str) -> RouterConfig:
+    """The config of a router, from its flags."""
+    router_class: type[RouterConfig] = ROUTERS[name]
+    fields = {
+        item.name: getattr(args, dest_of(item.metadata["flag"]))
+        for item in dataclasses.fields(router_class)
+    }
+    return router_class(**fields)
 
 
 def node_size(args: Namespace, local_ranks: int | None = None) -> int:

@@ -150,9 +150,7 @@ class InferenceModel:
     def token_keys(self) -> Callable[[Tensor], Tensor] | None:
         """Makes what the sparse layers read of the input ids; None if they read nothing."""
         sffn = sffn_config(self.args)
-        if sffn is None or not sffn.router.needs_token_ids:
-            return None
-        return sffn.router.token_keys
+        return None if sffn is None else sffn.token_keys
 
     def forward(
         self,

@@ -10,9 +10,13 @@ L numbers of a latent row.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -20,6 +24,9 @@ from megatron_sffn.nn.layer_pattern import gpt_layer, hybrid_layers, prediction_
 from megatron_sffn.nn.router_config import RouterConfig, flag
 from megatron_sffn.ops.block_ffn import grouped
 from megatron_sffn.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Backend",
@@ -98,6 +105,8 @@ class SparseFFNConfig:
         latent_size: L, numbers of the rows that blocks read and write (`--moe-latent-size`): tokens
             are projected to them before the dispatch, and their sums back to D after it; None for
             rows of D numbers.
+        other_routers: (i, router) of each sparse layer of the model, counted from 0, that has
+            another router than `router`; empty in the config of a single layer.
 
     Raises:
         ConfigError: if g does not divide k, a number is out of its range, or the router is not
@@ -116,9 +125,10 @@ class SparseFFNConfig:
     node_size: int = 0
     exchange_chunks: int = 1
     latent_size: int | None = None
+    other_routers: tuple[tuple[int, RouterConfig], ...] = ()
 
     def __post_init__(self) -> None:
-        """Check every field, then whether the router is defined for the layer."""
+        """Check every field, then whether the routers are defined for the layer."""
         if self.backend not in list(Backend):
             raise ConfigError(
                 f"--sffn-backend {self.backend} is unknown; choose from {', '.join(Backend)}"
@@ -128,6 +138,8 @@ class SparseFFNConfig:
         self._check_settings()
         self._check_latent_size()
         self.router.check(self)
+        for _, router in self.other_routers:
+            self._with(router)
 
     def _check_sizes(self) -> None:
         """Refuse numbers of cells and blocks that do not fit each other."""
@@ -190,6 +202,40 @@ class SparseFFNConfig:
                 f"{flag} is not available with --sffn-backend {self.backend}, for which Megatron "
                 "needs Transformer Engine; use another --sffn-backend"
             )
+
+    def _with(self, router: RouterConfig) -> SparseFFNConfig:
+        """The config of a layer with this router."""
+        return dataclasses.replace(self, router=router, other_routers=())
+
+    def of_layer(self, index: int) -> SparseFFNConfig:
+        """The config of one sparse layer.
+
+        Args:
+            index: counted over the model's sparse layers from 0.
+        """
+        if not self.other_routers:
+            return self
+        return self._with(dict(self.other_routers).get(index, self.router))
+
+    def layers_by_router(self, num_layers: int) -> list[tuple[SparseFFNConfig, int]]:
+        """The config of each router's layers, and how many there are; `router` comes first.
+
+        Args:
+            num_layers: number of sparse layers.
+        """
+        counts = Counter(router for _, router in self.other_routers)
+        layers = [(self._with(router), count) for router, count in counts.items()]
+        return [(self._with(self.router), num_layers - len(self.other_routers)), *layers]
+
+    @property
+    def routers(self) -> list[RouterConfig]:
+        """The routers of the model, each once; `router` comes first."""
+        return list(dict.fromkeys([self.router, *(router for _, router in self.other_routers)]))
+
+    @property
+    def token_keys(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """`token_keys` of the router that reads the input ids; None if no router reads them."""
+        return next((router.token_keys for router in self.routers if router.needs_token_ids), None)
 
     def row_width(self, hidden_size: int) -> int:
         """Width of the rows that blocks read and write: L in a latent layer, else D."""
@@ -276,14 +322,38 @@ class SparseFFNTransformerConfig(TransformerConfig):
         for name, value in router_fields.items():
             setattr(self, name, value)
         if self.sffn is not None:
-            router = self.sffn.router
-            router.check_model(self)
-            reason = router.untrained(self)
-            if reason is not None:
-                raise ConfigError(
-                    f"no gradient reaches the weights of --sffn-router {router.name}: {reason}"
-                )
-            self._check_backend(self.sffn)
+            for sffn, _ in self.sffn.layers_by_router(self.num_layers):
+                self._with(sffn)._check_router(sffn)
+
+    def _with(self, sffn: SparseFFNConfig) -> Self:
+        """A copy with another config of the sparse layers."""
+        config = copy.copy(self)
+        config.sffn = sffn
+        return config
+
+    def of_layer(self, layer_number: int | None) -> Self:
+        """The config of one sparse layer, in which `sffn` has that layer's router alone.
+
+        Args:
+            layer_number: Megatron's number of the layer, counted from 1; None for a layer that is
+                none of the model's own, as those of multi-token prediction.
+        """
+        sffn, freq = self.sffn, self.moe_layer_freq
+        assert sffn is not None, "a dense model has no sparse layer"
+        if layer_number is None:
+            return self._with(dataclasses.replace(sffn, other_routers=()))
+        earlier = freq[: layer_number - 1] if isinstance(freq, list) else [1] * (layer_number - 1)
+        return self._with(sffn.of_layer(sum(earlier)))
+
+    def _check_router(self, sffn: SparseFFNConfig) -> None:
+        """Refuse a router that has nothing to learn in this model, or cannot be computed."""
+        sffn.router.check_model(self)
+        reason = sffn.router.untrained(self)
+        if reason is not None:
+            raise ConfigError(
+                f"no gradient reaches the weights of --sffn-router {sffn.router.name}: {reason}"
+            )
+        self._check_backend(sffn)
 
     def ffn_number(self, layer_number: int) -> int:
         """The number of a sparse layer that seeds its weights and hash maps.

@@ -9,6 +9,10 @@ their weights have the GPT's names in a checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+from typing import Any
+
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -51,8 +55,23 @@ def hybrid_stack_spec(config: SparseFFNTransformerConfig) -> ModuleSpec:
     if config.sffn is not None:
         sparse = _mlp_half(kinds[1].submodules)
         sparse.mlp = layer_class(config.sffn.backend)
-        stack.moe_layer = ModuleSpec(module=MoETransformerLayer, submodules=sparse)
+        stack.moe_layer = ModuleSpec(module=SparseHybridLayer, submodules=sparse)
     return ModuleSpec(module=HybridStack, submodules=stack)
+
+
+class SparseHybridLayer(MoETransformerLayer):
+    """An `E` layer, whose sparse layer learns its number, and so its router, when it is built."""
+
+    def __init__(
+        self,
+        config: SparseFFNTransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int = 1,
+        **arguments: Any,
+    ) -> None:
+        mlp = partial(submodules.mlp, layer_number=layer_number)
+        submodules = dataclasses.replace(submodules, mlp=mlp)
+        super().__init__(config, submodules, layer_number=layer_number, **arguments)
 
 
 def _attention_half(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:

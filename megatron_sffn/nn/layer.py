@@ -11,7 +11,6 @@ a second oracle.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from abc import abstractmethod
@@ -55,8 +54,9 @@ class _SparseLayer(MoELayer):
 
     Args:
         config: config of the model, with `config.sffn` set.
-        layer_number: counted from 1 over all pipeline stages; it seeds the initial weights.
-            Megatron may set it later. A layer without process groups takes 1 for None.
+        layer_number: counted from 1 over all pipeline stages; it seeds the initial weights, and
+            says which router the layer has. Megatron may set it later where all layers have the
+            same router. A layer without process groups takes 1 for None.
         pg_collection: Megatron's process groups; None for the global ones. If torch.distributed
             is not initialised, this process computes alone.
         is_mtp_layer: True in a multi-token-prediction head.
@@ -71,10 +71,12 @@ class _SparseLayer(MoELayer):
         is_mtp_layer: bool = False,
         name: str | None = None,
     ) -> None:
+        first_layer = _first_layer(config, is_mtp_layer, name)
+        # A copy, whose `sffn` has the router of this layer alone.
+        config = config.of_layer(None if first_layer else layer_number)
         sffn = config.sffn
         assert sffn is not None, "a sparse layer needs config.sffn"
         # No method of either paper has biases, so Megatron's router and experts get none either.
-        config = copy.copy(config)
         config.add_bias_linear = False
         # Megatron would ask for Transformer Engine, of whose layers it builds the projections.
         config.moe_latent_size = None
@@ -94,7 +96,7 @@ class _SparseLayer(MoELayer):
             is_mtp_layer=is_mtp_layer,
             name=name,
         )
-        self._first_layer = _first_layer(config, is_mtp_layer, name)
+        self._first_layer = first_layer
         self.activation = Activation.of(config)
         self.backend = sffn.backend
         self.trained = RoutingCounter(sffn.num_blocks)

@@ -147,7 +147,7 @@ def layer_pattern(text: str, num_layers: int, hybrid: str | None = None) -> list
     if hybrid is not None:
         return [int(symbol == Symbols.MOE) for symbol in hybrid_layers(hybrid)]
     try:
-        indices = _layer_indices(text, num_layers)
+        indices = layer_indices(text, num_layers)
     except ValueError:
         raise ConfigError(
             f"--sffn-layers {text} is neither every:N, every:N:I, first:N, last:N nor a list of "
@@ -166,8 +166,8 @@ def layer_pattern(text: str, num_layers: int, hybrid: str | None = None) -> list
     return [int(index in indices) for index in range(num_layers)]
 
 
-def _layer_indices(text: str, num_layers: int) -> list[int]:
-    """The layer indices of the text, without a check that the model has these layers.
+def layer_indices(text: str, num_layers: int) -> list[int]:
+    """The layers of a text in the form of `layer_pattern`, also those that the model has not.
 
     Raises:
         ValueError: if the text has no valid form.

@@ -181,6 +181,29 @@ class RouterConfig:
         """True if splitting a block into r equal blocks divides its gate by r."""
         return False
 
+    def bound_to_blocks(
+        self, before: SparseFFNConfig, after: SparseFFNConfig, hidden_size: int
+    ) -> str | None:
+        """The reason why a checkpoint cannot have another block size, even if it is cut anew.
+
+        Args:
+            before: the layer in the checkpoint.
+            after: the layer with another block size.
+            hidden_size: width of what the router scores.
+
+        Returns:
+            The reason, as a sentence without its end; None for weights that fit, or that
+            `checkpoints/reblock.py` can cut.
+        """
+        shapes = self.weights(after, hidden_size)
+        for name, shape in self.weights(before, hidden_size).items():
+            if name not in self.per_block_weights and shapes[name] != shape:
+                return (
+                    f"router.{name} of --sffn-router {self.name} has shape {list(shape)}, and "
+                    f"{list(shapes[name])} with the other blocks"
+                )
+        return None
+
     def key_width(self, hidden_size: int) -> int:
         """Width of a cell's key: D or less; 0 where the router computes the cells' coefficients."""
         return hidden_size

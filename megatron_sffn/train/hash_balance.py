@@ -18,17 +18,15 @@ from megatron_sffn.checks.resume import checkpoint_to_load
 from megatron_sffn.data.indexed.format import open_index
 from megatron_sffn.data.indexed.stats import id_counts
 from megatron_sffn.data.tokenize.tokenizer import load_tokenizer
-from megatron_sffn.nn.config import SparseFFNConfig
-from megatron_sffn.nn.routers.rand_hash import RandHashConfig, RandHashRouter
+from megatron_sffn.nn.routers.rand_hash import RandHashRouter
 from megatron_sffn.utils.errors import ConfigError
 
 
-def counts_of_new_run(args: Namespace, sffn: SparseFFNConfig | None) -> Tensor | None:
+def counts_of_new_run(args: Namespace) -> Tensor | None:
     """Count the ids of the data set that `--sffn-hash-balance` names.
 
     Args:
         args: Megatron's validated namespace.
-        sffn: the sparse layer; None for the dense baseline.
 
     Returns:
         Int64 occurrences of the ids, up to the largest that occurs; None without the flag, or if
@@ -37,17 +35,17 @@ def counts_of_new_run(args: Namespace, sffn: SparseFFNConfig | None) -> Tensor |
     Raises:
         ConfigError: the data set is missing, damaged, empty, or of another tokenizer.
     """
-    router = None if sffn is None else sffn.router
-    if not isinstance(router, RandHashConfig) or router.balance is None:
+    data_set = args.sffn_hash_balance
+    if data_set is None:
         return None
     if checkpoint_to_load(args) is not None:
         return None
-    counts = id_counts([open_index(router.balance)], lambda _: None)
+    counts = id_counts([open_index(data_set)], lambda _: None)
     num_ids = load_tokenizer(args).vocab_size
     if not 0 < len(counts) <= num_ids:
         content = f"holds the id {len(counts) - 1}" if len(counts) else "holds no ids"
         raise ConfigError(
-            f"--sffn-hash-balance {router.balance} {content}, and the tokenizer has ids below "
+            f"--sffn-hash-balance {data_set} {content}, and the tokenizer has ids below "
             f"{num_ids}; give a data set that was made with the run's tokenizer"
         )
     return torch.from_numpy(counts)

@@ -68,7 +68,7 @@ def train(args: Namespace) -> None:
     sffn = sffn_config(args)
     check_data(args)
     check_checkpoint(args, sffn)
-    counts = counts_of_new_run(args, sffn)
+    counts = counts_of_new_run(args)
     check_saves(args, sffn)
     localize_tokenizer(args)  # Megatron builds the tokenizer again, from the flags
     run_summary = RunSummary(args, run_folder(args), RoutingTracer.of_args(args))
@@ -84,12 +84,10 @@ def train(args: Namespace) -> None:
     run_summary.evaluations.install()
     if args.rank == 0:
         print(table(shape, layout_of(args)), flush=True)
-        remarks = (sffn and sffn.router.remark(sffn), optimizers.remark(args, sffn))
-        for remark in filter(None, remarks):
+        remarks = [] if sffn is None else [router.remark(sffn) for router in sffn.routers]
+        for remark in filter(None, [*remarks, optimizers.remark(args, sffn)]):
             print(f"note: {remark}", flush=True)
-    token_keys = None
-    if sffn is not None and sffn.router.needs_token_ids:
-        token_keys = sffn.router.token_keys
+    token_keys = None if sffn is None else sffn.token_keys
     # The layers of --mtp-num-layers embed the ids on the last stage.
     ids_on_every_stage = token_keys is not None or args.mtp_num_layers is not None
     with as_sentence("start with these flags", is_over=lambda: run_summary.has_started):
@@ -209,7 +207,7 @@ def run_folder(args: Namespace) -> Path:
     """The folder of the results: `--save`, or `runs/` and a name made from router and sizes."""
     if args.save:
         return Path(args.save)
-    name = args.sffn_router
+    name = args.sffn_router.replace(":", "-").replace(",", "-")
     if name != "dense":
         name += f"-g{args.sffn_block_size}-E{args.sffn_expansion}"
     return Path("runs") / f"{name}-seed{args.seed}"

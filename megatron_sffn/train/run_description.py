@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sffn.accounting import ModelShape
+from megatron_sffn.nn.config import RouterConfig
 
 CLONE = Path(__file__).parents[2]
 """The folder of the clone, if the package is not installed."""
@@ -113,16 +114,23 @@ def describe_run(args: Namespace, shape: ModelShape) -> dict[str, Any]:
         settings = {
             item.name: getattr(shape.sffn, item.name)
             for item in dataclasses.fields(shape.sffn)
-            if item.name not in ("router", "seed")
+            if item.name not in ("router", "other_routers", "seed")
         }
         sections["sffn"] = {name: _as_json(value) for name, value in settings.items()}
-        router = dataclasses.asdict(shape.sffn.router)
-        sections["router_settings"] = {name: _as_json(value) for name, value in router.items()}
+        router, *others = shape.sffn.routers
+        sections["router_settings"] = _settings(router)
+        if others:
+            sections["other_router_settings"] = {other.name: _settings(other) for other in others}
     return {
         "command": shlex.join(["python", "-m", "megatron_sffn.pretrain", *args.sffn_command]),
         "commit": commit(CLONE),
         **sections,
     }
+
+
+def _settings(router: RouterConfig) -> dict[str, Any]:
+    """The fields of a router's config."""
+    return {name: _as_json(value) for name, value in dataclasses.asdict(router).items()}
 
 
 def commit(clone: Path) -> str | None:

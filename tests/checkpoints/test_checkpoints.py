@@ -407,6 +407,16 @@ def test_another_block_size_of_a_gate_needs_the_tool(check, load) -> None:
         check(folder, "--sffn-block-size 16", model=ROUTERS["switch"])
 
 
+@pytest.mark.parametrize(("descriptor", "gate"), [("ema", "none"), ("learned", "sigmoid")])
+def test_descriptors_that_are_stored_are_bound_to_their_block_size(
+    check, load, descriptor: str, gate: str
+) -> None:
+    folder = load(sffn_descriptor=descriptor, sffn_gate=gate)
+    flags = f"--sffn-block-size 16 --sffn-descriptor {descriptor} --sffn-gate {gate}"
+    with refused("--sffn-block-size 16 differs", "escriptor", "use that"):
+        check(folder, flags)
+
+
 def test_a_balanced_map_is_bound_to_its_block_size_and_not_to_its_data_set(
     check, load, capsys
 ) -> None:
@@ -414,7 +424,11 @@ def test_a_balanced_map_is_bound_to_its_block_size_and_not_to_its_data_set(
     model = "--sffn-router rand-hash --sffn-hash-balance moved/text"
     check(folder, model=model)
     assert capsys.readouterr().out == ""
-    with refused("--sffn-block-size 16 differs", "whose map has blocks of that size", "use that"):
+    with refused(
+        "--sffn-block-size 16 differs",
+        "the map of --sffn-hash-balance is of blocks of 8",
+        "use that",
+    ):
         check(folder, "--sffn-block-size 16", model=model)
 
 

@@ -410,8 +410,8 @@ def test_a_balanced_hash_map_is_bound_to_its_block_size() -> None:
     config = SparseFFNConfig(
         router=ROUTERS["rand-hash"](balance="text"), active_cells=24, block_size=8
     )
-    with pytest.raises(ConfigError, match="--block-size 4 does not fit the checkpoint's map"):
-        reblock._check(config, reblock._other_blocks(config, 4))
+    with pytest.raises(ConfigError, match=r"--block-size 4 does not fit .* the map of --sffn-hash"):
+        reblock._check(config, reblock._other_blocks(config, 4), 24)
 
 
 def test_every_tensor_is_accounted_for() -> None:
@@ -419,8 +419,9 @@ def test_every_tensor_is_accounted_for() -> None:
         reblocking, metadata = plan(4, router=router)
         assert reblocking.account.total() == len(metadata)
         assert bool(reblocking.changes) == (router in GATE_FUNCTIONS)
-        assert reblocking.consequence.startswith(f"{router}: ")
-    assert "the loss jumps" in reblocking.consequence
+        (consequence,) = reblocking.consequences
+        assert consequence.startswith(f"{router}: ")
+    assert "the loss jumps" in consequence
 
 
 @pytest.mark.parametrize(
@@ -470,8 +471,8 @@ def test_gate_tensors_are_refused_for_a_router_without_a_gate() -> None:
         ({"block_size": 4, "router": "dense"}, "--sffn-router dense has no blocks"),
         (
             {"block_size": 2, "g": 8, "k": 64, "router": "peer"},
-            "router.subkeys of --sffn-router peer has shape [4, 2, 4, 128], and [4, 2, 8, 128] "
-            "with --block-size 2, for which there is no rule",
+            "--block-size 2 does not fit the checkpoint's 8: router.subkeys of --sffn-router peer "
+            "has shape [4, 2, 4, 128], and [4, 2, 8, 128] with the other blocks",
         ),
     ],
 )
@@ -488,7 +489,7 @@ def test_remoe_keeps_the_coefficient_of_its_loss_and_the_gate_of_each_part() -> 
     rows = torch.randn(6, 4)
     repeated = reblocking.changes[f"{LAYER}router.weight"].piece(rows)
     assert torch.equal(repeated, rows.repeat_interleave(2, dim=0))
-    assert "the layer computes the same" in reblocking.consequence
+    assert "the layer computes the same" in reblocking.consequences[0]
 
 
 def test_a_router_without_a_gate_accepts_every_divisor() -> None:

@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sffn.nn.config import SparseFFNConfig
-from megatron_sffn.nn.routers import ROUTERS
-from megatron_sffn.nn.routers.rand_hash import RandHashConfig
 from megatron_sffn.train.hash_balance import counts_of_new_run
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.preprocess_runs import VOCAB, namespace, write_dataset
@@ -17,21 +14,20 @@ from tests.support.preprocess_runs import VOCAB, namespace, write_dataset
 RUN = "--seq-length 2 --micro-batch-size 1 --train-iters 1 --eval-iters 0"
 
 
-def layer(balance: str | None) -> SparseFFNConfig:
-    return SparseFFNConfig(active_cells=256, router=RandHashConfig(balance=balance))
+def counts_with(balance: str) -> torch.Tensor | None:
+    flags = f"{RUN} --sffn-router rand-hash --sffn-hash-balance {balance}"
+    return counts_of_new_run(namespace(flags))
 
 
 def test_every_id_of_the_data_set_is_counted(tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path / "text", [[3, 1, 3], [0, 3]])
-    counts = counts_of_new_run(namespace(RUN), layer(prefix))
+    counts = counts_with(prefix)
     assert counts is not None
     assert torch.equal(counts, torch.tensor([1, 1, 0, 3]))
 
 
-def test_other_layers_count_nothing() -> None:
-    switch = SparseFFNConfig(active_cells=256, router=ROUTERS["switch"]())
-    for sffn in (None, switch, layer(None)):
-        assert counts_of_new_run(namespace(RUN), sffn) is None
+def test_a_run_without_the_flag_counts_nothing() -> None:
+    assert counts_of_new_run(namespace(f"{RUN} --sffn-router rand-hash")) is None
 
 
 @pytest.mark.parametrize(
@@ -46,9 +42,9 @@ def test_a_data_set_of_no_text_or_another_tokenizer_is_refused(
 ) -> None:
     prefix = write_dataset(tmp_path / "text", documents)
     with pytest.raises(ConfigError, match=rf"^--sffn-hash-balance \S+/{sentence}"):
-        counts_of_new_run(namespace(RUN), layer(prefix))
+        counts_with(prefix)
 
 
 def test_a_missing_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"text\.idx does not exist; give the path of"):
-        counts_of_new_run(namespace(RUN), layer(f"{tmp_path}/text"))
+        counts_with(f"{tmp_path}/text")

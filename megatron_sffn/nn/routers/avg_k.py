@@ -87,6 +87,14 @@ class AvgKConfig(ScoredConfig):
         return self.descriptor == "learned"
 
     @override
+    def bound_to_blocks(
+        self, before: SparseFFNConfig, after: SparseFFNConfig, hidden_size: int
+    ) -> str | None:
+        if self.descriptor == "ema":
+            return f"the averages of --sffn-descriptor ema are of blocks of {before.block_size}"
+        return super().bound_to_blocks(before, after, hidden_size)
+
+    @override
     def router_class(self) -> type[AvgKRouter]:
         return AvgKRouter
 

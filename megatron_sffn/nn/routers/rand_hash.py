@@ -101,6 +101,14 @@ class RandHashConfig(RouterConfig):
         return self.balance is not None
 
     @override
+    def bound_to_blocks(
+        self, before: SparseFFNConfig, after: SparseFFNConfig, hidden_size: int
+    ) -> str | None:
+        if not self.stores_blocks:
+            return None
+        return f"the map of --sffn-hash-balance is of blocks of {before.block_size}"
+
+    @override
     def check_model(self, config: SparseFFNTransformerConfig) -> None:
         sffn, rows = config.sffn, config.padded_vocab_size
         if self.ngram > 1 and config.context_parallel_size > 1:

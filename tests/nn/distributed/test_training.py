@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sffn.nn.routers import ROUTERS
 from tests.support.engine import Layout, Trained, Variant, join, run
 from tests.support.ranks import run_ranks
 from tests.support.router_cases import SINGLE_CELLS, SPARSE
@@ -274,7 +275,28 @@ def test_multi_latent_attention_does_not_depend_on_the_layout(name: str, variant
     assert_same(actual, expected, 1e-8, 1e-10)
 
 
+ROUTERS_OF_LAYERS = Variant(
+    "switch", sffn=(("other_routers", ((0, ROUTERS["rand-hash"]()), (1, ROUTERS["avg-k"]()))),)
+)
+"""A model whose three sparse layers have a router each."""
+
+
+@pytest.mark.parametrize(
+    ("name", "hybrid"), [("PP2 VPP2 EP2 moe", True), slow("PP2 VPP2 EP2 moe", False)]
+)
+def test_the_router_of_a_layer_does_not_depend_on_the_layout(name: str, hybrid: bool) -> None:
+    layout = replace(RECOMPUTED[name], hybrid=hybrid)
+    actual, expected = (trained(layout, (ROUTERS_OF_LAYERS,)) for layout in (layout, Layout()))
+    assert_same(actual[ROUTERS_OF_LAYERS], expected[ROUTERS_OF_LAYERS], 1e-8, 1e-10)
+    # Only the last layer has a gate network.
+    assert [name for name in expected[ROUTERS_OF_LAYERS].weights if "router" in name] == [
+        "decoder.layers.3.mlp.router.weight"
+    ]
+    assert expected[ROUTERS_OF_LAYERS].losses[0] != pytest.approx(one_rank("switch").losses[0])
+
+
 VARIANTS = {
+    "routers of layers": ROUTERS_OF_LAYERS,
     "shared blocks": Variant("switch", sffn=(("shared_blocks", 2),)),
     "norm-weighted": Variant("avg-k", (("descriptor", "norm-weighted"), ("gate", "sigmoid"))),
     "learned": Variant("avg-k", (("descriptor", "learned"), ("gate", "sigmoid"))),
