@@ -225,12 +225,13 @@ def _tables_of_experts(
 
 def derived_buffers(settings: Settings, sffn: SparseFFNConfig) -> dict[str, Tensor]:
     """Buffers of our class that a checkpoint does not carry, since hashes define them."""
-    router, buffers = sffn.router, {}
-    for layer in settings.sparse_layers:
+    buffers = {}
+    for index, layer in enumerate(settings.sparse_layers):
+        router = sffn.of_layer(index).router
         prefix, number = f"model.layers.{layer}.mlp.router", layer + 1
         if isinstance(router, RandHashConfig) and router.balance is None:
             ids = torch.arange(settings.args.padded_vocab_size)
-            buffers[f"{prefix}.map"] = blocks_of_ids(ids, sffn, number).int()
+            buffers[f"{prefix}.map"] = blocks_of_ids(ids, sffn.of_layer(index), number).int()
         elif isinstance(router, AvgKConfig) and router.descriptor == "subset":
             buffers[f"{prefix}.descriptor_cells"] = subsets_of_cells(
                 torch.arange(sffn.num_blocks),

@@ -100,16 +100,24 @@ def _routing(settings: Settings) -> str:
     sffn = settings.sffn
     if sffn is None:
         return "It does not: all layers are dense."
-    router = sffn.router
     sentences = [
-        f"Router `{router.name}`: {ROUTERS[router.name].summary}.",
+        *(f"Router `{router.name}`: {ROUTERS[router.name].summary}." for router in sffn.routers),
         f"A sparse layer has {sffn.num_cells:,} memory cells in {sffn.num_blocks:,} blocks of "
         f"{sffn.block_size}; a token uses {sffn.num_active_blocks} of the blocks{_shared(sffn)}.",
     ]
-    if isinstance(router, ScoredConfig | PeerConfig):
-        factor = settings.args.moe_router_topk_scaling_factor or 1.0
-        scaled = "" if factor == 1.0 else f", times {factor:g}"
-        sentences.append(f"The gate of a block: {router.gate}{scaled}.")
+    factor = settings.args.moe_router_topk_scaling_factor or 1.0
+    scaled = "" if factor == 1.0 else f", times {factor:g}"
+    gates = [
+        str(router.gate) for router in sffn.routers if isinstance(router, ScoredConfig | PeerConfig)
+    ]
+    if gates:
+        sentences.append(f"The gate of a block: {' or '.join(dict.fromkeys(gates))}{scaled}.")
+    if sffn.other_routers:
+        layers = ", ".join(
+            f"{settings.sparse_layers[index]} ({router.name})"
+            for index, router in sffn.other_routers
+        )
+        sentences.append(f"All sparse layers have `{sffn.router.name}`, except {layers}.")
     if settings.biased:
         sentences.append("An expert bias, learned without gradients, is added to choose blocks.")
     if settings.priced:

@@ -15,6 +15,7 @@ tokens gather the cells that they chose; more tokens either compute all cells an
 torch.compile can trace, or loop over the blocks that are chosen.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -96,6 +97,17 @@ class SparseFFNGPTConfig(PreTrainedConfig):
     gate_activation: str = "relu"
     product_key_heads: int = 1
     product_key_size: int = 0
+    layer_routers: dict[str, dict[str, Any]] | None = None  # layer -> its fields, where they differ
+
+    def of_layer(self, layer: int) -> "SparseFFNGPTConfig":
+        """The settings of one layer, which may have a router of its own."""
+        fields = (self.layer_routers or {}).get(str(layer))
+        if fields is None:
+            return self
+        config = copy.copy(self)
+        for name, value in fields.items():
+            setattr(config, name, value)
+        return config
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -673,7 +685,7 @@ class SparseFFNDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = SparseFFNAttention(config, layer_idx)
         self.mlp: nn.Module
         if layer_idx in (config.sparse_layers or []):
-            self.mlp = SparseFFNBlocks(config)
+            self.mlp = SparseFFNBlocks(config.of_layer(layer_idx))
         else:
             cells, bias = config.intermediate_size, config.linear_bias
             self.mlp = SparseFFNMLP(width, cells, config.dense_act, bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_sffn.flags.sffn_flags import ffn_hidden_size
+from megatron_sffn.hf.modeling_sparse_ffn import SparseFFNGPTConfig
 from megatron_sffn.hf.settings import Settings
 from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.routers.avg_k import AvgKConfig
@@ -62,19 +63,34 @@ def sparse_ffn_fields(settings: Settings) -> dict[str, Any]:
 
 
 def _sparse_layers(settings: Settings, sffn: SparseFFNConfig) -> dict[str, Any]:
-    args, router = settings.args, sffn.router
-    fields: dict[str, Any] = {
+    router_fields = _router_fields(settings, sffn)
+    fields = {
         "num_blocks": sffn.num_blocks,
         "num_active_blocks": sffn.num_active_blocks,
         "block_size": sffn.block_size,
         "shared_cells": sffn.shared_cells,
-        "router": router.name,
+        **router_fields,
     }
+    if sffn.other_routers:
+        defaults = {name: getattr(SparseFFNGPTConfig, name) for name in router_fields}
+        fields["layer_routers"] = {
+            str(settings.sparse_layers[index]): (
+                defaults | _router_fields(settings, sffn.of_layer(index))
+            )
+            for index, _ in sffn.other_routers
+        }
+    return fields
+
+
+def _router_fields(settings: Settings, sffn: SparseFFNConfig) -> dict[str, Any]:
+    """The fields of the router of layers that all have the same."""
+    args, router = settings.args, sffn.router
+    fields: dict[str, Any] = {"router": router.name}
     if isinstance(router, ScoredConfig):
         fields |= {
             "gate": router.gate,
             "gate_scale": args.moe_router_topk_scaling_factor or 1.0,
-            "expert_bias": settings.biased,
+            "expert_bias": bool(args.moe_router_enable_expert_bias),
             "quantile_balancing": settings.priced,
             "num_groups": args.moe_router_num_groups or 1,
             "group_topk": args.moe_router_group_topk or 1,

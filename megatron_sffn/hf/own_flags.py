@@ -54,7 +54,24 @@ def own_flags(fields: Fields) -> Iterator[Any]:
         fields["block_size"],
         fields["shared_cells"],
     )
-    yield from _own_router(fields)
+    yield from ("--sffn-router", _router_text(fields))
+    for layer in [fields, *layer_fields(fields).values()]:
+        yield from _own_router(layer)
+
+
+def layer_fields(fields: Fields) -> dict[int, Fields]:
+    """The fields of each layer that has another router than the others."""
+    layers: dict[str, Any] = fields["layer_routers"] or {}
+    return {int(layer): {**fields, **changed} for layer, changed in layers.items()}
+
+
+def _router_text(fields: Fields) -> str:
+    """The value of `--sffn-router`."""
+    sparse = fields["sparse_layers"]
+    others = [
+        f"{layer['router']}:{sparse.index(index)}" for index, layer in layer_fields(fields).items()
+    ]
+    return ",".join([*others, fields["router"]])
 
 
 def _own_positions(fields: Fields) -> Iterator[Any]:
@@ -97,7 +114,6 @@ def _own_router(fields: Fields) -> Iterator[Any]:
             f"choose of {', '.join(ROUTERS)}"
         )
     router = ROUTERS[name]
-    yield from ("--sffn-router", name)
     own_flags = {item.metadata["flag"] for item in dataclasses.fields(router)}
     for field, flag in OF_ROUTERS.items():
         if flag in own_flags:

@@ -113,15 +113,16 @@ class Settings:
 
     @property
     def gate(self) -> str | None:
-        """The gate of a linear gate network; None for other routers."""
-        router = None if self.sffn is None else self.sffn.router
+        """The gate of a linear gate network in all sparse layers; None for other routers."""
+        router = None if self.sffn is None or self.sffn.other_routers else self.sffn.router
         is_linear = isinstance(router, LearnedConfig) and router.network == "linear"
         return router.gate if is_linear and isinstance(router, ScoredConfig) else None
 
     @property
     def biased(self) -> bool:
         """True if the routers have an expert bias."""
-        scored = self.sffn is not None and isinstance(self.sffn.router, ScoredConfig)
+        routers = [] if self.sffn is None else self.sffn.routers
+        scored = any(isinstance(router, ScoredConfig) for router in routers)
         return scored and bool(self.args.moe_router_enable_expert_bias)
 
     @property

@@ -211,6 +211,8 @@ OWN = [
     "--moe-router-load-balancing-type quantile_balancing",
     "--moe-router-num-groups 4 --moe-router-group-topk 2 --sffn-group-score mean",
     f"{flags_of('peer')} --sffn-gate sigmoid --swiglu",
+    f"{flags_of('lorkm')} --sffn-router lorkm:0,rand-hash:2,switch --swiglu "
+    "--num-layers 4 --sffn-layers last:3",
     "--sffn-router softmax-after --swiglu --normalization RMSNorm --add-qkv-bias "
     "--group-query-attention --num-query-groups 2",
 ]
