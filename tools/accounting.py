@@ -193,27 +193,18 @@ def costs_of(
         pipeline_stage=memory.stage,
         microbatches_in_flight=memory.in_flight,
         dispatcher=None if sffn is None else args.moe_token_dispatcher_type,
-        sent_per_token_and_layer=None
-        if sffn is None
-        else bytes_sent(sffn, args.hidden_size, layout),
+        sent_per_token_and_layer=None if sffn is None else bytes_sent(shape, layout),
     )
 
 
-def bytes_sent(sffn: SparseFFNConfig, hidden_size: int, layout: ParallelLayout) -> float | None:
+def bytes_sent(shape: ModelShape, layout: ParallelLayout) -> float | None:
     """Bytes sent per token by a sparse layer's forward pass; None if no formula is known."""
-    from megatron_sffn.nn.comm_volume import (
-        DISPATCHERS,
-        exchanged_bytes_per_token,
-        megatron_bytes_per_token,
-    )
+    from megatron_sffn.accounting import sent_per_token_and_layer
+    from megatron_sffn.nn.comm_volume import DISPATCHERS
 
     if layout.expert_ranks == 1:
         return 0.0
-    if layout.dispatcher not in DISPATCHERS:
-        return None
-    of_megatron = sffn.backend == "megatron"
-    count = megatron_bytes_per_token if of_megatron else exchanged_bytes_per_token
-    return count(sffn, hidden_size, layout)
+    return sent_per_token_and_layer(shape, layout) if layout.dispatcher in DISPATCHERS else None
 
 
 def described(args: Namespace, shape: ModelShape, *, cuda: bool) -> str:

@@ -7,12 +7,9 @@ from typing import TYPE_CHECKING
 
 from megatron_sffn.accounting.flops import flops_per_token, overhead_over_dense
 from megatron_sffn.accounting.parameters import count_parameters
+from megatron_sffn.accounting.sent_bytes import sent_per_token_and_layer
 from megatron_sffn.accounting.shape import ModelShape
-from megatron_sffn.nn.comm_volume import (
-    DISPATCHERS,
-    exchanged_bytes_per_token,
-    megatron_bytes_per_token,
-)
+from megatron_sffn.nn.comm_volume import DISPATCHERS, megatron_bytes_per_token
 
 if TYPE_CHECKING:
     from megatron_sffn.nn.parallel_layout import ParallelLayout
@@ -42,7 +39,7 @@ def table(shape: ModelShape, layout: ParallelLayout | None = None) -> str:
         )
     if sffn is not None and layout is not None and layout.expert_ranks > 1:
         if sffn.backend != "megatron":
-            sent = _exchanged_bytes_per_token(shape, layout)
+            sent = sent_per_token_and_layer(shape, layout)
             rows[f"sent per token and layer, {layout.dispatcher}"] = f"{human(sent)}B"
         for dispatcher in DISPATCHERS:
             sent = megatron_bytes_per_token(
@@ -51,16 +48,6 @@ def table(shape: ModelShape, layout: ParallelLayout | None = None) -> str:
             rows[f"  with Megatron's {dispatcher}"] = f"{human(sent)}B"
     width = max(map(len, rows))
     return "\n".join((title, *(f"  {name:<{width}}  {text:>9}" for name, text in rows.items())))
-
-
-def _exchanged_bytes_per_token(shape: ModelShape, layout: ParallelLayout) -> float:
-    """Bytes sent per token and sparse layer: the mean over layers of different routers."""
-    layers = [(layer.sffn, count) for layer, count in shape.by_router(0)]
-    return sum(
-        count * exchanged_bytes_per_token(sffn, shape.hidden_size, layout)
-        for sffn, count in layers
-        if sffn is not None
-    ) / sum(count for _, count in layers)
 
 
 def _routers(shape: ModelShape) -> str:

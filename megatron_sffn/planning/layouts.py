@@ -153,6 +153,11 @@ def parse_base(flags: Sequence[str]) -> Base:
             raise ConfigError(f"{word} {value} must be at least 1; give a positive number")
         given[SIZES[word]] = int(value)
     args, _ = parse_as_first_rank(rest, 1, device="cuda")
+    if "," in args.sffn_router:
+        raise ConfigError(
+            f"--sffn-router {args.sffn_router} has layers of different times, which a plan does "
+            "not add up; plan with each of its routers by itself"
+        )
     if args.optimizer == "muon":
         raise ConfigError(
             "--optimizer muon has no foreseen time, since that of Newton-Schulz is not counted; "

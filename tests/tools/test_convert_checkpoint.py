@@ -327,7 +327,13 @@ GATE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def plan(
-    block_size: int, *, g: int = 8, k: int = 24, router: str = "switch", **extra_shapes: Any
+    block_size: int,
+    *,
+    g: int = 8,
+    k: int = 24,
+    router: str = "switch",
+    layers: str = "0",
+    **extra_shapes: Any,
 ) -> tuple[reblock.Reblocking, dict[str, TensorStorageMetadata]]:
     """Plan a new block size for a made-up checkpoint of a layer.
 
@@ -345,7 +351,7 @@ def plan(
     metadata = {key: tensor_metadata(shape) for key, shape in shapes.items()}
     checkpoint_args = Namespace(
         **{"sffn_router": router, "sffn_block_size": g, "sffn_expansion": 2},
-        **{"sffn_active_cells": k, "sffn_layers": "0", "sffn_backend": "auto", "seed": 1},
+        **{"sffn_active_cells": k, "sffn_layers": layers, "sffn_backend": "auto", "seed": 1},
         **{"num_layers": 2, "hidden_size": width, "ffn_hidden_size": k, "swiglu": False},
         **{"quick_geglu": False},
     )
@@ -356,6 +362,23 @@ def tensor_metadata(shape: list[int]) -> TensorStorageMetadata:
     """Metadata of an unsharded tensor."""
     chunk = ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=torch.Size(shape))
     return TensorStorageMetadata(TensorProperties(), torch.Size(shape), [chunk])
+
+
+def test_each_layer_is_cut_by_the_rules_of_its_router() -> None:
+    layer = "decoder.layers.1.mlp."
+    reblocking, metadata = plan(
+        4,
+        router="switch:0,avg-k",
+        layers="every:1",
+        **{"decoder.layers.0.mlp.router.weight": [6, 4]},
+        **{f"{layer}experts.{name}": [48, 4] for name in ("keys", "values")},
+    )
+    assert reblocking.account.total() == len(metadata)
+    assert {key.rpartition("decoder")[2] for key in reblocking.changes} == {
+        ".layers.0.mlp.router.weight",
+        ".layers.0.mlp.experts.values",
+    }
+    assert [text.partition(":")[0] for text in reblocking.consequences] == ["avg-k", "switch"]
 
 
 @pytest.mark.parametrize("router_dtype", [torch.float32, torch.float64])
