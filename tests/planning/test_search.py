@@ -173,7 +173,7 @@ def test_more_bandwidth_never_makes_the_best_plan_slower() -> None:
         ("--tensor-model-parallel-size 16", 8, "--gpus 8 are fewer than the ranks of the layout"),
         ("--context-parallel-size 2", 8, "--context-parallel-size is given, and a plan sets"),
         ("--optimizer muon", 8, "--optimizer muon has no foreseen time"),
-        ("--sffn-router switch:0,avg-k", 8, "has layers of different times"),
+        ("--sffn-router switch:0,avg-k", 8, "--sffn-router switch:0,avg-k has layers of different"),
         ("--micro-batch-size 0", 8, "--micro-batch-size 0 must be at least 1"),
     ],
 )
