@@ -97,6 +97,7 @@ class SparseFFNGPTConfig(PreTrainedConfig):
     gate_activation: str = "relu"
     product_key_heads: int = 1
     product_key_size: int = 0
+    product_key_norm: bool = False
     layer_routers: dict[str, dict[str, Any]] | None = None  # layer -> its fields, where they differ
 
     def of_layer(self, layer: int) -> "SparseFFNGPTConfig":
@@ -289,6 +290,10 @@ class SparseFFNRouter(nn.Module):
             Ids `[T, K]`, gates `[T, K]` or None, and the rows `[T, C]` that the keys multiply.
         """
         raise NotImplementedError
+
+    def project_sums(self, sums: Tensor, x: Tensor) -> Tensor:
+        """The update `[T, D]` of tokens `[T, D]` from the sums of their blocks `[T, D]`."""
+        return sums
 
 
 class ScoredRouter(SparseFFNRouter):
@@ -510,7 +515,7 @@ class HashRouter(SparseFFNRouter):
 
 
 class ProductKeyRouter(SparseFFNRouter):
-    """The best sums of two halves: pkm, pkm-relu, pkm-ffn, whose cells have no keys, and peer."""
+    """The best sums of two halves: pkm and its kin, whose cells have no keys, and peer."""
 
     def __init__(self, config: SparseFFNGPTConfig) -> None:
         super().__init__(config)
@@ -521,6 +526,12 @@ class ProductKeyRouter(SparseFFNRouter):
         self.subkeys = nn.Parameter(torch.empty(heads, 2, side, size // 2))
         has_bias = config.router != "pkm-ffn"
         self.query_bias = nn.Parameter(torch.empty(heads * size)) if has_bias else None
+        has_norm, width = config.product_key_norm, config.hidden_size
+        self.query_norm = nn.Parameter(torch.empty(size // 2)) if has_norm else None
+        self.output_gate = self.output_projection = None
+        if config.router == "memory-plus":
+            self.output_gate = nn.Parameter(torch.empty(width, width))
+            self.output_projection = nn.Parameter(torch.empty(width, width))
 
     def forward(
         self, x: Tensor, blocks: "SparseFFNBlocks", token_ids: Tensor | None
@@ -529,8 +540,12 @@ class ProductKeyRouter(SparseFFNRouter):
         heads, _, side, half = self.subkeys.shape
         per_head = self.config.num_active_blocks // heads
         dtype = torch.promote_types(x.dtype, torch.float32)
-        queries = F.linear(x, self.query, self.query_bias).view(-1, heads, 2, half)
-        halves = torch.einsum("thpc,hpnc->thpn", queries.to(dtype), self.subkeys.to(dtype))
+        queries = F.linear(x, self.query, self.query_bias).view(-1, heads, 2, half).to(dtype)
+        subkeys = self.subkeys.to(dtype)
+        if self.query_norm is not None:
+            queries = F.rms_norm(queries, (half,), self.query_norm.to(dtype), 1e-6)
+            subkeys = F.rms_norm(subkeys, (half,), eps=1e-6)
+        halves = torch.einsum("thpc,hpnc->thpn", queries, subkeys)
         best = topk(halves.detach().reshape(-1, side), min(per_head, side))
         best = best.view(*halves.shape[:3], -1)
         top = halves.detach().gather(3, best)
@@ -540,7 +555,7 @@ class ProductKeyRouter(SparseFFNRouter):
         columns = best[:, :, 1].gather(2, chosen % best.shape[3])
         scores = halves[:, :, 0].gather(2, rows) + halves[:, :, 1].gather(2, columns)
         match self.config.router:
-            case "pkm":
+            case "pkm" | "memory-plus":
                 gates = scores.softmax(dim=-1)
             case "pkm-relu":
                 gates = scores.relu()
@@ -551,6 +566,12 @@ class ProductKeyRouter(SparseFFNRouter):
         rows_of_keys = x if self.has_keys else x[:, :0]
         return (rows * side + columns).flatten(1), gates.flatten(1), rows_of_keys
 
+    def project_sums(self, sums: Tensor, x: Tensor) -> Tensor:
+        """As `SparseFFNRouter.project_sums`."""
+        if self.output_gate is None or self.output_projection is None:
+            return sums
+        return F.linear(sums * F.silu(F.linear(x, self.output_gate)), self.output_projection)
+
 
 ROUTERS: dict[str, type[SparseFFNRouter]] = {
     "avg-k": AvgKRouter,
@@ -558,7 +579,7 @@ ROUTERS: dict[str, type[SparseFFNRouter]] = {
     **dict.fromkeys(("switch", "sigma-moe", "softmax-before", "softmax-after"), LearnedRouter),
     **dict.fromkeys(("noisy-top-k", "s-base", "remoe"), LearnedRouter),
     "rand-hash": HashRouter,
-    **dict.fromkeys(("pkm", "pkm-relu", "pkm-ffn", "peer"), ProductKeyRouter),
+    **dict.fromkeys(("pkm", "pkm-relu", "pkm-ffn", "memory-plus", "peer"), ProductKeyRouter),
 }
 """Name of a router -> class."""
 
@@ -628,7 +649,7 @@ class SparseFFNBlocks(nn.Module):
             update = in_chunks(self._masked, len(self.values), queries, ids, gates)
         else:
             update = self._looped(queries, ids, gates)
-        update = update.view_as(x)
+        update = self.router.project_sums(update, x_TD).view_as(x)
         return update if self.shared_blocks is None else update + self.shared_blocks(x)
 
     def _gathered(self, queries: Tensor, ids: Tensor, gates: Tensor) -> Tensor:

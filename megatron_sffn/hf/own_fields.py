@@ -113,6 +113,7 @@ def _router_fields(settings: Settings, sffn: SparseFFNConfig) -> dict[str, Any]:
     if isinstance(router, ProductKeysConfig):
         fields["product_key_heads"] = router.num_heads
         fields["product_key_size"] = router.key_size
+        fields["product_key_norm"] = router.key_norm
     if isinstance(router, PeerConfig):
         fields["gate"] = router.gate
     return fields

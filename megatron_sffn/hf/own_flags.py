@@ -118,6 +118,8 @@ def _own_router(fields: Fields) -> Iterator[Any]:
     for field, flag in OF_ROUTERS.items():
         if flag in own_flags:
             yield from (flag, fields[field])
+    if fields["product_key_norm"] and "--sffn-product-key-norm" in own_flags:
+        yield "--sffn-product-key-norm"
     if "--sffn-gate-hidden-size" in own_flags and fields["gate_network"] != "linear":
         yield from ("--sffn-gate-hidden-size", fields["gate_hidden_size"])
     if fields["descriptor"] == "subset" and "--sffn-descriptor" in own_flags:

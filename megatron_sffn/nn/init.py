@@ -53,6 +53,13 @@ def _row_width(config: SparseFFNTransformerConfig) -> int:
     return config.sffn.row_width(config.hidden_size)
 
 
+def _all_queries(config: SparseFFNTransformerConfig) -> int:
+    """Numbers of the queries of all heads."""
+    assert config.sffn is not None, "block weights need config.sffn"
+    shapes = config.sffn.router.weights(config.sffn, config.hidden_size)
+    return shapes["query"][0]
+
+
 # c is the model's config, n the size of the weight's last axis.
 _MEGATRON = InitialValue("init_method", lambda c, n: c.init_method_std, "Megatron")
 _MEGATRON_OUTPUT = InitialValue(
@@ -63,6 +70,8 @@ _MEGATRON_OUTPUT = InitialValue(
 _ZERO = ("zeros", lambda c, n: 0.0)
 _LAMPLE = "Lample et al. 2019, arXiv 1907.05242"
 _CSORDAS = "Csordás et al. 2023, arXiv 2310.10837"
+_BERGES = "Berges et al. 2024, arXiv 2412.09764"
+_WIDTH = InitialValue("normal", lambda c, n: n**-0.5, _BERGES)
 # Std for a pre-norm layer whose output is one of `depth(c)` residual terms.
 _PRE_NORM = InitialValue("normal", lambda c, n: math.sqrt(2 / (depth(c) * n)), _CSORDAS)
 
@@ -121,6 +130,17 @@ INITIAL_VALUES: dict[tuple[str, str], InitialValue] = {
     ("router peer", "subkeys"): InitialValue(
         "uniform", lambda c, n: 1 / math.sqrt(3 * n), f"{_LAMPLE}: between ±1/sqrt(n)"
     ),
+    ("router pkm-ffn", "query"): _MEGATRON,
+    ("router pkm-ffn", "subkeys"): _MEGATRON,
+    ("router memory-plus", "query"): InitialValue(
+        "uniform", lambda c, n: math.sqrt(2 / (n + _all_queries(c))), _BERGES
+    ),
+    ("router memory-plus", "query_bias"): InitialValue(*_ZERO, _LAMPLE),
+    ("router memory-plus", "subkeys"): InitialValue(
+        "uniform", lambda c, n: 1 / math.sqrt(3 * 2 * n), f"{_BERGES}: between ±1/sqrt(2n)"
+    ),
+    ("router memory-plus", "output_gate"): _WIDTH,
+    ("router memory-plus", "output_projection"): _WIDTH,
     ("router pkm-relu", "query"): _PRE_NORM,
     ("router pkm-relu", "query_bias"): InitialValue(*_ZERO, _LAMPLE),
     # The fan-in of a sub-key is the whole key, of which it is one half.

@@ -168,6 +168,13 @@ class _SparseLayer(MoELayer):
             self.trained(routing)
         return routing
 
+    def _project_sums(self, sums: Tensor, hidden_states: Tensor) -> Tensor:
+        """The update `[s, b, D]` from the sums of the chosen blocks."""
+        width = hidden_states.shape[-1]
+        x_TD, sums_TD = hidden_states.reshape(-1, width), sums.reshape(-1, width)
+        update: Tensor = self.router.project_sums(sums_TD, x_TD)
+        return update.view_as(hidden_states)
+
 
 class SparseFFN(_SparseLayer):
     """A sparse feed-forward layer with blocks of any size and any router.
@@ -245,7 +252,7 @@ class SparseFFN(_SparseLayer):
         sums_TC = plan.run(compute)
         if self.fc2_latent_proj is not None:
             sums_TC = self.fc2_latent_proj(sums_TC)
-        update = sums_TC.view_as(hidden_states)
+        update = self._project_sums(sums_TC, hidden_states)
         return update if shared is None else update + shared()
 
     def _rows(
@@ -296,8 +303,9 @@ class MegatronBackedFFN(_SparseLayer):
         map_TB = zeros.bool().scatter(1, ids_TK + 1, True)[:, 1:]
         rows, probs = self.dispatch(*self.preprocess(hidden_states, probs_TB, map_TB))
         output, _ = self.routed_experts_compute(rows, probs)
+        update = self._project_sums(self.postprocess(self.combine(output), None), hidden_states)
         shared = self.shared_experts_compute(hidden_states)
-        return self.postprocess(self.combine(output), shared)
+        return update if shared is None else update + shared
 
 
 def setting_that_needs_groups(sffn: SparseFFNConfig) -> str | None:

@@ -170,6 +170,8 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("pkm", {"heads": 8}),
     ("avg-k", {"gate": "relu"}),
     ("peer", {"gate": "relu"}),
+    ("peer", {"key_norm": True}),
+    ("memory-plus", {"key_norm": True}),
     ("remoe", {"l1_coefficient": 0.1}),
     ("remoe", {"l1_coefficient": 0.1, "entropy_coefficient": 0.1}),
     *(("peer", {"gate": gate}) for gate in ("sigmoid", "sqrt-softplus-chosen", "sigmoid-chosen")),

@@ -161,6 +161,7 @@ def test_defaults_are_those_of_the_design(read: Read) -> None:
         "sffn_noise": 1.0,
         "sffn_pkm_heads": 4,
         "sffn_product_key_size": 256,
+        "sffn_product_key_norm": False,
         "sffn_trust_checkpoint": False,
         "sffn_record_routing": None,
         "sffn_dataloader": "torch",

@@ -213,6 +213,7 @@ OWN = [
     f"{flags_of('peer')} --sffn-gate sigmoid --swiglu",
     f"{flags_of('lorkm')} --sffn-router lorkm:0,rand-hash:2,switch --swiglu "
     "--num-layers 4 --sffn-layers last:3",
+    f"{flags_of('memory-plus')} --sffn-product-key-norm",
     "--sffn-router softmax-after --swiglu --normalization RMSNorm --add-qkv-bias "
     "--group-query-attention --num-query-groups 2",
 ]

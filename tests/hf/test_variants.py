@@ -9,7 +9,7 @@ import torch
 
 from megatron_sffn.hf.modeling_sparse_ffn import SparseFFNBlocks, SparseFFNGPTForCausalLM
 from tests.hf.test_export import check_equal
-from tests.support.megatron_models import WITH_BIASES, save_models
+from tests.support.megatron_models import WITH_BIASES, flags_of, save_models
 
 GROUPS = "--moe-router-num-groups 4 --moe-router-group-topk 2"
 VARIANTS = [
@@ -32,6 +32,7 @@ VARIANTS = [
     f"--sffn-group-score mean {GROUPS}",
     "--sffn-router softmax-before --moe-router-enable-expert-bias",
     "--sffn-router peer --sffn-pkm-heads 2 --sffn-product-key-size 8 --sffn-gate sigmoid-chosen",
+    f"{flags_of('memory-plus')} --sffn-product-key-norm",
     "--sffn-router rand-hash --sffn-hash-shared --sffn-layers every:1",
     "--sffn-shared-blocks 1",
     "--sffn-shared-blocks 2 --swiglu --sffn-router sigma-moe",

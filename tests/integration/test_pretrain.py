@@ -46,6 +46,7 @@ ONE_CELL = "--sffn-block-size 1 --sffn-expansion 8"
 LIKE_ANOTHER = (
     *("dense", "rand-hash", "vanilla-m", "top-k-act", "lorkm", "softmax-after", "softmax-before"),
     *("s-base", "noisy-top-k", "sigma-moe", "pkm-relu", "pkm-ffn"),
+    "memory-plus",
 )
 """Routers that score as avg-k, switch or pkm do, or that other tests of this module train."""
 

@@ -148,7 +148,8 @@ def test_the_layer_equals_its_router_followed_by_block_ffn(router: str) -> None:
     x = hidden.reshape(-1, hidden.shape[-1])
     routing = layer.router(x, layer.experts.keys, ids.T.reshape(-1))
     rows = x if routing.queries is None else routing.queries
-    y = block_ffn(rows, *layer.experts(), routing.block_ids, routing.gates)
+    sums = block_ffn(rows, *layer.experts(), routing.block_ids, routing.gates)
+    y = layer.router.project_sums(sums, x)
     updated, _ = layer(hidden, padding_mask=ids)
     torch.testing.assert_close(updated.flatten(0, 1), y, rtol=1e-12, atol=1e-14)
 

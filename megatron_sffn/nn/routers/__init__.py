@@ -10,6 +10,7 @@ from megatron_sffn.nn.routers.avg_k import AvgKConfig
 from megatron_sffn.nn.routers.base import Router, Routing
 from megatron_sffn.nn.routers.dense import DenseConfig
 from megatron_sffn.nn.routers.lorkm import LoRKMConfig
+from megatron_sffn.nn.routers.memory_plus import MemoryPlusConfig
 from megatron_sffn.nn.routers.noisy_top_k import NoisyTopKConfig
 from megatron_sffn.nn.routers.peer import PeerConfig
 from megatron_sffn.nn.routers.pkm import PKMConfig
@@ -44,6 +45,7 @@ ROUTERS: dict[str, type[RouterConfig]] = {
         PKMReLUConfig,
         PKMFFNConfig,
         PeerConfig,
+        MemoryPlusConfig,
         DenseConfig,
     )
 }

@@ -144,6 +144,15 @@ class Router(torch.nn.Module):
         """
         raise NotImplementedError
 
+    def project_sums(self, sums: Tensor, x: Tensor) -> Tensor:
+        """The layer's update from the sums of the chosen blocks: the sums unless overridden.
+
+        Args:
+            sums: `[T, D]`, each token's gated sum.
+            x: `[T, D]` tokens.
+        """
+        return sums
+
     @torch.no_grad()
     def flag_not_finite(self, scores: Tensor) -> None:
         """Set `score_flag` if a score is NaN or infinite, without waiting for the device."""

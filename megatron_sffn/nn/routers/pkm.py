@@ -37,7 +37,8 @@ class PKMConfig(ProductKeysConfig):
         "--sffn-pkm-heads",
         default=4,
         least=1,
-        help="queries of a token, of which each chooses K / heads blocks (pkm, pkm-relu, peer)",
+        help="queries of a token, of which each chooses K / heads blocks (pkm, pkm-relu, "
+        "memory-plus, peer)",
     )
 
     @override

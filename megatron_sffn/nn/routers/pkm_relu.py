@@ -41,8 +41,8 @@ class PKMReLURouter(PKMRouter):
     @override
     def draw(self, name: str, weight: Tensor) -> None:
         # Std by the fan-in: D for queries, the size of a whole key for sub-keys.
-        if name == "query_bias":
-            weight.zero_()
+        if name in ("query_bias", "query_norm"):
+            super().draw(name, weight)
             return
         fan_in = self.settings.key_size if name == "subkeys" else self.config.hidden_size
         weight.normal_(std=math.sqrt(2 / (depth(self.config) * fan_in)))

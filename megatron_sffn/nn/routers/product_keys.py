@@ -24,6 +24,9 @@ from megatron_sffn.nn.routers.base import Router, Routing, score_dtype
 from megatron_sffn.nn.saved_bytes import FP32, INT64, LayerCall, SavedBytes
 from megatron_sffn.utils.errors import ConfigError
 
+NORM_EPSILON = 1e-6
+"""Added to the mean square of a query or key before it is normalised."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProductKeysConfig(RouterConfig):
@@ -37,7 +40,13 @@ class ProductKeysConfig(RouterConfig):
         default=256,
         least=2,
         help="numbers of a product key and its query, half of them for each table (pkm, pkm-relu, "
-        "pkm-ffn, peer)",
+        "pkm-ffn, memory-plus, peer)",
+    )
+    key_norm: bool = flag(
+        "--sffn-product-key-norm",
+        default=False,
+        help="normalise product keys and their queries before they are multiplied, with a learned "
+        "factor per number (pkm, pkm-relu, pkm-ffn, memory-plus, peer)",
     )
 
     @property
@@ -82,10 +91,12 @@ class ProductKeysConfig(RouterConfig):
         """Weights of queries and sub-keys."""
         heads, queries = self.num_heads, self.num_heads * self.key_size
         bias = {"query_bias": (queries,)} if self.query_bias else {}
+        norm = {"query_norm": (self.key_size // 2,)} if self.key_norm else {}
         return {
             "query": (queries, hidden_size),
             "subkeys": (heads, 2, math.isqrt(sffn.num_blocks), self.key_size // 2),
             **bias,
+            **norm,
         }
 
     def flops(self, sffn: SparseFFNConfig, hidden_size: int, *, gated: bool) -> int:
@@ -101,7 +112,22 @@ class ProductKeysConfig(RouterConfig):
         per_block = 2 * INT64 + FP32
         fp32_subkeys = heads * self.key_size * side * FP32 if call.layout.half_precision else 0
         per_token = heads * (query_and_scores + blocks_per_head * per_block)
-        return SavedBytes(bytes=fp32_subkeys + call.tokens * per_token, tokens=True)
+        count = fp32_subkeys + call.tokens * per_token
+        if self.key_norm:
+            count += self._saved_by_norm(call, side)
+        return SavedBytes(bytes=count, tokens=True)
+
+    def _saved_by_norm(self, call: LayerCall, side: int) -> int:
+        """Bytes that the norm of queries and sub-keys keeps, beside its outputs.
+
+        A GPU has one kernel for a norm, which keeps its input and the reciprocal norms. On a CPU
+        the norm is composed, and the factor of the queries keeps the normalised queries.
+        """
+        queries, keys = call.tokens * self.num_heads, self.num_heads * side
+        copies = 1 if call.cuda else 2
+        count = queries * (copies * self.key_size + 2) + keys * (self.key_size + 2)
+        factor = self.key_size // 2 if call.layout.half_precision else 0
+        return FP32 * (count + factor)
 
 
 def _unit(sffn: SparseFFNConfig) -> str:
@@ -139,7 +165,16 @@ class ProductKeysRouter(Router):
         self.query = self.new_weight("query")
         self.query_bias = self.new_weight("query_bias") if self.settings.query_bias else None
         self.subkeys = self.new_weight("subkeys")
+        self.query_norm = self.new_weight("query_norm") if self.settings.key_norm else None
         self.side = self.subkeys.shape[2]
+
+    @override
+    def draw(self, name: str, weight: Tensor) -> None:
+        if name == "query_norm":
+            # Each half of a score then starts with variance 1.
+            weight.fill_(1 / math.sqrt(len(weight)))
+        else:
+            super().draw(name, weight)
 
     def coefficients(self, scores: Tensor) -> Tensor:
         """From scores `[T, heads, knn]` of the chosen blocks to the factors of their outputs."""
@@ -154,9 +189,13 @@ class ProductKeysRouter(Router):
         num_sequences: int = 1,
     ) -> Routing:
         dtype, (heads, _, side, half) = score_dtype(x), self.subkeys.shape
-        queries = F.linear(x, self.query, self.query_bias).view(-1, heads, 2, half)
+        queries = F.linear(x, self.query, self.query_bias).view(-1, heads, 2, half).to(dtype)
+        subkeys = self.subkeys.to(dtype)
+        if self.query_norm is not None:
+            queries = F.rms_norm(queries, (half,), self.query_norm.to(dtype), NORM_EPSILON)
+            subkeys = F.rms_norm(subkeys, (half,), eps=NORM_EPSILON)
         # [heads · 2, T, n]: two products per head.
-        scores = torch.einsum("thpc,hpnc->thpn", queries.to(dtype), self.subkeys.to(dtype))
+        scores = torch.einsum("thpc,hpnc->thpn", queries, subkeys)
         self.flag_not_finite(scores)
         ids = self.topk(scores.detach().reshape(-1, side), min(self.blocks_per_head, side))
         ids = ids.view(*scores.shape[:3], -1)

@@ -77,16 +77,18 @@ def product_coefficients(name: str, layer: Any, x: Tensor) -> Tensor:
         query = x @ router.query[rows].T
         if router.query_bias is not None:
             query = query + router.query_bias[rows]
+        subkeys = router.subkeys[head]
+        if router.query_norm is not None:
+            subkeys = subkeys / (subkeys.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            halves = query.view(-1, 2, half)
+            halves = halves / (halves.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            query = (halves * router.query_norm).flatten(1)
         keys = torch.stack(
-            [
-                torch.cat((router.subkeys[head, 0, i], router.subkeys[head, 1, j]))
-                for i in range(side)
-                for j in range(side)
-            ]
+            [torch.cat((subkeys[0, i], subkeys[1, j])) for i in range(side) for j in range(side)]
         )
         scores = query @ keys.T
         mask = largest(scores.detach(), router.sffn.num_active_blocks // heads)
-        if name in ("pkm", "peer"):
+        if name in ("pkm", "peer", "memory-plus"):
             weights = scores.exp() * mask
             total = total + weights / weights.sum(dim=1, keepdim=True)
         else:
@@ -133,7 +135,11 @@ def oracle(name: str, layer: Any, x: Tensor, ids: Tensor) -> Tensor:
     keys, values = layer.experts()
     values = values.flatten(0, 1)
     if keys is None:
-        return product_coefficients(name, layer, x) @ values
+        sums = product_coefficients(name, layer, x) @ values
+        if name == "memory-plus":
+            router = layer.router
+            sums = (sums * F.silu(x @ router.output_gate.T)) @ router.output_projection.T
+        return sums
     factors, queries = block_factors(name, layer, x, ids)
     factors = factors.repeat_interleave(layer.router.sffn.block_size, dim=1)
     return (F.gelu(queries @ keys.flatten(0, 1).T) * factors) @ values
@@ -145,13 +151,21 @@ CONSTANT_GATE = [
 """Routers and block sizes at which one block is chosen, whose share of its own softmax is 1."""
 
 
+NORMED_KEYS = (("key_norm", True),)
+
+
 @pytest.mark.parametrize(
-    ("router", "g"), [size for size in sizes(SPARSE, 1, 4, 16) if size not in CONSTANT_GATE]
+    ("router", "g", "options"),
+    [
+        *((*size, ()) for size in sizes(SPARSE, 1, 4, 16) if size not in CONSTANT_GATE),
+        *((router, 1, NORMED_KEYS) for router in ("pkm-relu", "pkm-ffn", "memory-plus")),
+        ("peer", 4, NORMED_KEYS),
+    ],
 )
 def test_f7_output_and_every_gradient_are_those_of_the_masked_dense_ffn(
-    router: str, g: int
+    router: str, g: int, options: tuple[tuple[str, Any], ...]
 ) -> None:
-    case = without_losses(router, block_size=g)
+    case = without_losses(router, block_size=g, options=options)
     layer = router_cases.build(case).train(case.training)
     hidden, ids = tokens()
     weights = router_cases.draw(5, S * BATCH, D)

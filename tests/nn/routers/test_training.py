@@ -81,8 +81,9 @@ def largest_gradients(router: Any) -> dict[str, float]:
     outputs: Tensor = values[routing.block_ids] * (1 + queries.sum(dim=1)[:, None, None])
     if routing.gates is not None:
         outputs = outputs * routing.gates[:, :, None]
-    if outputs.requires_grad:
-        (outputs * torch.randn(outputs.shape)).sum().backward()
+    update = router.project_sums(outputs.sum(dim=1), x)
+    if update.requires_grad:
+        (update * torch.randn(update.shape)).sum().backward()
     return {
         name: 0.0 if weight.grad is None else float(weight.grad.abs().max())
         for name, weight in router.named_parameters()
