@@ -16,7 +16,7 @@ The path of one token, in the order in which it meets the code:
     nn/load_balancing.py      auxiliary losses, the expert bias, prices of quantile_balancing.py
     nn/expert_grid.py         which rank holds which cells
     nn/dispatch/              dispatch: to the ranks that hold the blocks, and back  -> Plan
-    nn/block_weights.py       the tables of keys and values
+    nn/block_weights.py       the tables of keys and values, and shared_tables.py of several layers
     ops/                      compute: f(x Kᵀ) V of the chosen blocks
     nn/routing_counters.py    counts how the blocks were used
     train/                    writes routing.jsonl, TensorBoard scalars and summary.json

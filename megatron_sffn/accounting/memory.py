@@ -143,7 +143,8 @@ def held_parameters(shape: ModelShape, stage: Stage, layout: ParallelLayout) -> 
         shared = shape.dense_cell * sffn.shared_cells // layout.tp
         matrices += sparse * (router_matrices + shared + shape.latent_projections)
         others += sparse * (sffn.router.parameters(sffn, width) - router_matrices)
-        cells = sparse * shape.sparse_cell * sffn.num_cells // layout.expert_ranks
+        tables = shape.tables(sparse)
+        cells = tables * shape.sparse_cell * sffn.num_cells // layout.expert_ranks
     learned = shape.learned_positions * shape.hidden_size
     vocabulary = output_parameters(shape) // layout.tp
     if stage.first:

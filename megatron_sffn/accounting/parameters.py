@@ -15,7 +15,7 @@ from megatron_sffn.accounting.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Parameters: `total`, and `active` with K instead of B blocks in each sparse layer."""
+    """Parameters: `total`, and `active` with K blocks of each sparse layer."""
 
     total: int
     active: int
@@ -34,14 +34,20 @@ def count_parameters(shape: ModelShape) -> Parameters:
     rest += attentions * attention_parameters(shape) + parts * norm_parameters(shape, width)
     rest += dense * mlp_parameters(shape) + predictions * prediction_parameters(shape)
     total = active = rest
+    cells = chosen = 0
     for layer, count in shape.by_router(predictions):
         sffn = layer.sffn
         assert sffn is not None
         router = sffn.router.parameters(sffn, layer.router_width)
         every_token = router + shared_parameters(layer) + layer.latent_projections
-        total += count * (every_token + layer.sparse_cell * sffn.num_cells)
-        active += count * (every_token + layer.sparse_cell * sffn.chosen_cells)
-    return Parameters(total=total, active=active)
+        total += count * every_token
+        active += count * every_token
+        cells += count * layer.sparse_cell * sffn.num_cells
+        chosen += count * layer.sparse_cell * sffn.chosen_cells
+    if sparse:
+        # Layers with one table have keys of one width, and choose different blocks of it.
+        cells = cells * shape.tables(sparse, predictions) // sparse
+    return Parameters(total=total + cells, active=active + min(chosen, cells))
 
 
 def embedding_parameters(shape: ModelShape) -> int:

@@ -203,6 +203,18 @@ class ModelShape:
         key = self.sffn.key_width(self.hidden_size)
         return self.keys_per_cell * key + self.sffn.row_width(self.hidden_size)
 
+    def tables(self, sparse_layers: int, predictions: int = 0) -> int:
+        """Number of tables of keys and values.
+
+        Args:
+            sparse_layers: sparse layers of the model or of a pipeline stage, those of multi-token
+                predictions included.
+            predictions: number of multi-token predictions, whose layers have tables of their own.
+        """
+        assert self.sffn is not None, "a dense model has no sparse layer"
+        predicted = predictions * self.prediction.count("E")
+        return (sparse_layers - predicted) // self.sffn.layers_per_table + predicted
+
     @property
     def latent_projections(self) -> int:
         """Parameters of the two projections of a latent sparse layer; 0 in any other."""

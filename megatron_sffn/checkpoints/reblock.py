@@ -204,7 +204,9 @@ class _Rules:
         pattern = layer_pattern(saved.sffn_layers, saved.num_layers, hybrid)
         layers = [layer for layer, is_sparse in enumerate(pattern) if is_sparse]
         self.layers = {
-            layer: _LayerRules(before.of_layer(index), after, saved)
+            layer: _LayerRules(
+                before.of_layer(index), after, saved, has_table=index % before.layers_per_table == 0
+            )
             for index, layer in enumerate(layers)
         }
         self.changes_tensors = any(rules.changes_tensors for rules in self.layers.values())
@@ -256,27 +258,42 @@ class _LayerRules:
         before: the layer's config in the checkpoint.
         after: the config with the new block size.
         saved: the checkpoint's arguments.
+        has_table: False if the layer reads the table of an earlier one.
     """
 
-    def __init__(self, before: SparseFFNConfig, after: SparseFFNConfig, saved: Namespace) -> None:
+    def __init__(
+        self,
+        before: SparseFFNConfig,
+        after: SparseFFNConfig,
+        saved: Namespace,
+        *,
+        has_table: bool,
+    ) -> None:
         self.before, self.after = before, after
         self.hidden_size: int = saved.hidden_size
         self.parts_per_block = Fraction(before.block_size, after.block_size)
         router = before.router
         self.per_block = [f"router.{name}" for name in router.per_block_weights]
         self.changes_tensors = bool(self.per_block) or router.splitting_divides_gates
-        self.shapes = self._shapes(saved)
+        self.shapes = self._shapes(saved) if has_table else self._router_shapes()
         self.missing = set(self.shapes) - {*PER_BLOCK_BUFFERS, L1_COEFFICIENT}
 
     def _shapes(self, saved: Namespace) -> dict[str, list[int]]:
         """Tensor of a sparse layer -> its shape in the checkpoint."""
-        before, router = self.before, self.before.router
+        before = self.before
         key_width = before.key_width(self.hidden_size)
         keys = ["gate_keys", "keys"] if saved.swiglu or saved.quick_geglu else ["keys"]
-        weights = router.weights(before, before.router_width(self.hidden_size))
         return {
             **{f"experts.{name}": [before.num_cells, key_width] for name in keys if key_width},
             "experts.values": [before.num_cells, before.row_width(self.hidden_size)],
+            **self._router_shapes(),
+        }
+
+    def _router_shapes(self) -> dict[str, list[int]]:
+        """Tensor of the layer's router -> its shape in the checkpoint."""
+        before = self.before
+        weights = before.router.weights(before, before.router_width(self.hidden_size))
+        return {
             **{f"router.{name}": list(shape) for name, shape in weights.items()},
             **{name: [before.num_blocks] for name in PER_BLOCK_BUFFERS},
             L1_COEFFICIENT: [1],

@@ -16,9 +16,18 @@ from dataclasses import replace
 
 from megatron_sffn.checks.problem import Problem
 from megatron_sffn.flags.megatron_flags import layout_of, num_virtual_stages
+from megatron_sffn.flags.names import flag_of
 from megatron_sffn.nn.config import Backend, SparseFFNConfig
-from megatron_sffn.nn.layer_pattern import pipeline_segments
+from megatron_sffn.nn.layer_pattern import layer_pattern, pipeline_segments
 from megatron_sffn.nn.routers.groups import check_groups
+from megatron_sffn.nn.shared_tables import cut_group
+
+UNKNOWN_STAGES = (
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+"""Flags (dest) with which Megatron alone knows the layers of a pipeline stage."""
 
 
 def transformer_engine(args: Namespace) -> Iterator[Problem]:
@@ -270,6 +279,32 @@ def backend(args: Namespace, sffn: SparseFFNConfig) -> Iterator[Problem]:
         )
 
 
+def shared_tables(args: Namespace, sffn: SparseFFNConfig) -> Iterator[Problem]:
+    """Layers with one table of keys and values that are not on one pipeline stage."""
+    if sffn.layers_per_table == 1 or args.hybrid_layer_pattern is not None:
+        return
+    for dest in UNKNOWN_STAGES:
+        if getattr(args, dest):
+            yield Problem(
+                "--sffn-layers-per-table",
+                sffn.layers_per_table,
+                f"is not available with {flag_of(dest)}, with which it is not known here which "
+                "layers are on one pipeline stage",
+                "leave one out",
+            )
+    chunks = layout_of(args).layers_per_chunk(args.num_layers)
+    sparse = layer_pattern(args.sffn_layers, args.num_layers)
+    group = cut_group(sparse, chunks, sffn.layers_per_table)
+    if group is not None:
+        yield Problem(
+            "--sffn-layers-per-table",
+            sffn.layers_per_table,
+            f"gives layers {', '.join(map(str, group))} one table, but pipeline stages or their "
+            f"chunks cut them (layers of each: {', '.join(map(str, chunks))})",
+            "change it, --sffn-layers, or the sizes of the pipeline",
+        )
+
+
 def exchange_chunks(args: Namespace, sffn: SparseFFNConfig) -> Iterator[Problem]:
     """Chunks of an exchange that does not happen, or that has fewer tokens."""
     chunks, is_ours = sffn.exchange_chunks, sffn.backend is not Backend.MEGATRON
@@ -312,5 +347,13 @@ def router_groups(args: Namespace, sffn: SparseFFNConfig) -> Iterable[Problem]:
 
 
 CHECKS = (transformer_engine, model_parallelism, virtual_stages, batch_size)
-SPARSE_CHECKS = (expert_parallelism, predictions, nodes, backend, exchange_chunks, router_groups)
+SPARSE_CHECKS = (
+    expert_parallelism,
+    predictions,
+    nodes,
+    backend,
+    shared_tables,
+    exchange_chunks,
+    router_groups,
+)
 """Checks of models that have sparse layers."""

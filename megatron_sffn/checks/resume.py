@@ -230,7 +230,7 @@ def _model_differences(
     saved_sffn = _saved_layer(saved)
     if Symbols.MLP in _layers(args):
         yield from _differences(width, args, saved)
-    for name in ("active_cells", "expansion", "shared_blocks"):
+    for name in ("active_cells", "expansion", "shared_blocks", "layers_per_table"):
         flag, value, saved_value = (
             flag_of(f"sffn_{name}"),
             getattr(sffn, name),

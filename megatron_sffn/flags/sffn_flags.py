@@ -113,6 +113,15 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
         "cells come in addition to the M, and are computed on the token's own rank; the router "
         "chooses the other K = k/g - S (not in the papers)",
     )
+    add(
+        "--sffn-layers-per-table",
+        type=int,
+        metavar="N",
+        default=1,
+        help="N, how many consecutive sparse layers have one table of keys and values, each with a "
+        "router of its own: the number of sparse layers for one table in the whole model, as in "
+        "Memory+; layers with one table must be on one pipeline stage",
+    )
     tables = "; ".join(f"{name}: {how}" for name, how in INITIALIZATIONS.items())
     add(
         "--sffn-init",
@@ -264,6 +273,7 @@ def sffn_config(args: Namespace) -> SparseFFNConfig | None:
         exchange_chunks=args.sffn_exchange_chunks,
         latent_size=vars(args).get("moe_latent_size"),
         other_routers=tuple((index, configs[name]) for index, name in others.items()),
+        layers_per_table=args.sffn_layers_per_table,
     )
 
 
@@ -342,5 +352,6 @@ def saved_config(saved: Namespace) -> SparseFFNConfig | None:
         "sffn_regather": "auto",
         "sffn_node_size": 0,
         "sffn_exchange_chunks": 1,
+        "sffn_layers_per_table": 1,
     }
     return sffn_config(Namespace(**{**defaults, **vars(saved)}))

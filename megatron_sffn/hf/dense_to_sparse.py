@@ -142,6 +142,11 @@ def check(how: DenseToSparse, sparse: Settings) -> str:
     """
     sffn = sparse.sffn
     assert sffn is not None
+    if sffn.layers_per_table > 1:
+        raise ConfigError(
+            f"--sffn-layers-per-table {sffn.layers_per_table} gives several layers one table, and "
+            "each FFN of the dense model has cells of its own; leave it out"
+        )
     cells = int(sparse.args.ffn_hidden_size) * (how.copies or 1)
     if sffn.num_cells != cells:
         raise ConfigError(

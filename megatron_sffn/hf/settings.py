@@ -28,6 +28,7 @@ NOT_EXPORTED: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (False, None),
     "attention_output_gate": (False, None),
     "moe_latent_size": (None,),
+    "sffn_layers_per_table": (1, None),
     "qk_l2_norm": (False, None),
     "window_size": (None,),
     "no_rope_freq": (None,),

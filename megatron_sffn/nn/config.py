@@ -107,6 +107,8 @@ class SparseFFNConfig:
             rows of D numbers.
         other_routers: (i, router) of each sparse layer of the model, counted from 0, that has
             another router than `router`; empty in the config of a single layer.
+        layers_per_table: number of consecutive sparse layers that have one table of keys and values
+            (`--sffn-layers-per-table`), each with a router of its own.
 
     Raises:
         ConfigError: if g does not divide k, a number is out of its range, or the router is not
@@ -126,6 +128,7 @@ class SparseFFNConfig:
     exchange_chunks: int = 1
     latent_size: int | None = None
     other_routers: tuple[tuple[int, RouterConfig], ...] = ()
+    layers_per_table: int = 1
 
     def __post_init__(self) -> None:
         """Check every field, then whether the routers are defined for the layer."""
@@ -183,6 +186,18 @@ class SparseFFNConfig:
             raise ConfigError(
                 f"--sffn-exchange-chunks {self.exchange_chunks} must be at least 1; give 1 to send "
                 "all tokens of a microbatch at once"
+            )
+
+        if self.layers_per_table < 1:
+            raise ConfigError(
+                f"--sffn-layers-per-table {self.layers_per_table} must be at least 1; leave it out "
+                "for a table of keys and values in each sparse layer"
+            )
+        if self.layers_per_table > 1 and self.backend is Backend.MEGATRON:
+            raise ConfigError(
+                f"--sffn-layers-per-table {self.layers_per_table} is not available with "
+                "--sffn-backend megatron, whose experts belong to a layer; use another "
+                "--sffn-backend"
             )
 
     def _check_latent_size(self) -> None:
@@ -324,6 +339,7 @@ class SparseFFNTransformerConfig(TransformerConfig):
         if self.sffn is not None:
             for sffn, _ in self.sffn.layers_by_router(self.num_layers):
                 self._with(sffn)._check_router(sffn)
+            self._check_tables(self.sffn)
 
     def _with(self, sffn: SparseFFNConfig) -> Self:
         """A copy with another config of the sparse layers."""
@@ -381,6 +397,30 @@ class SparseFFNTransformerConfig(TransformerConfig):
         layers = hybrid_layers(self.hybrid_pattern)
         layers += "".join(prediction_layers(self.hybrid_pattern))
         return layers[:layer_number].count("E"), layers.count("E") + predictions
+
+    def _check_tables(self, sffn: SparseFFNConfig) -> None:
+        """Refuse groups of layers with one table that the sparse layers do not fill."""
+        flag = f"--sffn-layers-per-table {sffn.layers_per_table}"
+        if sffn.layers_per_table == 1:
+            return
+        if sffn.other_routers:
+            names = ", ".join(router.name for router in sffn.routers)
+            raise ConfigError(
+                f"{flag} is for layers with the same router, whose tables are alike; choose one of "
+                f"{names} for all layers"
+            )
+        if self.hybrid_pattern is not None:
+            raise ConfigError(
+                f"{flag} is not available in a hybrid model, whose layers do not know which sparse "
+                "layer they are when they are built; use --sffn-model gpt"
+            )
+        layers = self.moe_layer_freq
+        count = sum(layers) if isinstance(layers, list) else self.num_layers
+        if count % sffn.layers_per_table:
+            raise ConfigError(
+                f"{flag} does not divide the {count} sparse layers (--sffn-layers); "
+                f"{_nearest_divisors(count, sffn.layers_per_table)}"
+            )
 
     def _check_backend(self, sffn: SparseFFNConfig) -> None:
         """Refuse a backend that cannot compute a layer of these sizes, whatever the device."""

@@ -43,6 +43,7 @@ from megatron_sffn.nn.layer_pattern import prediction_layers
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.routing_counters import RoutingCounter, TrafficCounter
+from megatron_sffn.nn.shared_tables import BorrowedBlockWeights, SharedTables
 from megatron_sffn.ops import Activation
 from megatron_sffn.ops.block_ffn import block_ffn_pairs, main_grad
 from megatron_sffn.ops.streams import start_beside
@@ -61,6 +62,7 @@ class _SparseLayer(MoELayer):
             is not initialised, this process computes alone.
         is_mtp_layer: True in a multi-token-prediction head.
         name: Megatron's name of the module instance.
+        tables: of the group of layers that have one table; None for a table of its own.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class _SparseLayer(MoELayer):
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
         name: str | None = None,
+        tables: SharedTables | None = None,
     ) -> None:
         first_layer = _first_layer(config, is_mtp_layer, name)
         # A copy, whose `sffn` has the router of this layer alone.
@@ -87,7 +90,7 @@ class _SparseLayer(MoELayer):
         super().__init__(
             config,
             MoESubmodules(
-                experts=self._experts_builder(),
+                experts=tables or self._experts_builder(),
                 router=sffn.router.router_class(),
                 shared_experts=partial(SharedExpertMLP, submodules=_linears()),
             ),
@@ -180,10 +183,10 @@ class SparseFFN(_SparseLayer):
     """A sparse feed-forward layer with blocks of any size and any router.
 
     Arguments: `config`, `layer_number`, `pg_collection`, `is_mtp_layer`, `name`, as Megatron passes
-    them to the module in a layer's MLP slot.
+    them to the module in a layer's MLP slot, and `tables`.
     """
 
-    experts: BlockWeights
+    experts: BlockWeights | BorrowedBlockWeights
     _initialised_as_layer: int | None = None
 
     @staticmethod

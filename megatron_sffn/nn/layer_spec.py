@@ -21,6 +21,7 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_sffn.nn.config import SparseFFNTransformerConfig
 from megatron_sffn.nn.layer import layer_class
+from megatron_sffn.nn.shared_tables import SharedTables
 
 
 def block_spec(model: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -41,12 +42,18 @@ def block_spec(model: GPTModelConfig, vp_stage: int | None = None) -> Transforme
     )
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
     assert isinstance(config.moe_layer_freq, list)
+    num_earlier, tables = sum(config.moe_layer_freq[:offset]), None
     for index, layer in enumerate(spec.layer_specs):
         if config.moe_layer_freq[offset + index]:
+            if config.sffn.layers_per_table > 1:
+                if num_earlier % config.sffn.layers_per_table == 0:
+                    tables = SharedTables()
+                assert tables is not None, "the checks let no group begin in another chunk"
+            num_earlier += 1
             # A copy, because Megatron puts the same spec object into several layers.
             layer = copy.deepcopy(layer)
             layer.submodules.mlp = partial(
-                layer_class(config.sffn.backend), layer_number=offset + index + 1
+                layer_class(config.sffn.backend), layer_number=offset + index + 1, tables=tables
             )
             spec.layer_specs[index] = layer
     return spec

@@ -180,6 +180,11 @@ def _check(sffn: SparseFFNConfig, activation: str, layer_number: int, num_layers
             f"{setting} needs Megatron's process groups, which a standalone layer does not have; "
             "leave it out, or train with megatron_sffn.pretrain"
         )
+    if sffn.layers_per_table > 1:
+        raise ConfigError(
+            f"layers_per_table={sffn.layers_per_table} is about the layers of a model, which a "
+            "standalone layer does not know; leave it out"
+        )
     if activation not in list(Activation):
         raise ConfigError(
             f"activation={activation!r} is unknown; choose from {', '.join(Activation)}"

@@ -220,6 +220,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "layernorm": False,
         "bias": False,
     },
+    "avg-k-one-table": {"sparse_layers": 2, "sffn": sparse(layers_per_table=2)},
+    "memory-plus-one-table-predicts": {
+        "sparse_layers": 2,
+        "predicted_tokens": 1,
+        "prediction": "*E",
+        "sffn": sparse("memory-plus", layers_per_table=2),
+    },
     "avg-k-latent": {"sparse_layers": 2, "sffn": sparse(latent_size=10)},
     "lorkm-latent": {"sparse_layers": 1, "sffn": sparse("lorkm", latent_size=10)},
     "switch-latent-swiglu-shared": {
@@ -265,10 +272,13 @@ def test_active_parameters_leave_out_the_inactive_blocks(name: str) -> None:
     inactive_cells = (sffn.num_blocks - sffn.num_active_blocks) * sffn.block_size
     keys = (2 if shape.gated else 1) * sffn.key_width(shape.hidden_size)
     sparse_layers = shape.sparse_layers
-    sparse_layers += shape.own_predictions * shape.prediction.count("E")
-    assert count.total - count.active == sparse_layers * inactive_cells * (
-        keys + (sffn.latent_size or shape.hidden_size)
-    )
+    predicted = shape.own_predictions * shape.prediction.count("E")
+    inactive_cells *= sparse_layers + predicted
+    if sffn.layers_per_table > 1:
+        cells = (sparse_layers // sffn.layers_per_table + predicted) * sffn.num_cells
+        inactive_cells = max(0, cells - (sparse_layers + predicted) * sffn.active_cells)
+    width = keys + (sffn.latent_size or shape.hidden_size)
+    assert count.total - count.active == inactive_cells * width
 
 
 def recomputed_keys(shape: ModelShape) -> int:
@@ -285,7 +295,7 @@ def flops_after_blocks(shape: ModelShape) -> int:
     """FLOPs per token of a router that it computes after the blocks, outside its forward pass."""
     if shape.sffn is None or not isinstance(shape.sffn.router, MemoryPlusConfig):
         return 0
-    return shape.sparse_layers * 2 * 2 * shape.hidden_size**2
+    return shape.layers_with(shape.predicted_tokens).sparse * 4 * shape.hidden_size**2
 
 
 def flops_of_empty_slots(model: torch.nn.Module, shape: ModelShape, tokens: int) -> float:

@@ -330,6 +330,7 @@ def test_another_model_is_refused(check, load, flags: str, run_flag: str, saved_
             "this run has no --moe-router-enable-expert-bias, but",
         ),
         ({"moe_latent_size": 16}, "", "this run has no --moe-latent-size, but"),
+        ({"sffn_layers_per_table": 2}, "", "this run has --sffn-layers-per-table 1, but"),
         (
             {"moe_router_load_balancing_type": "quantile_balancing"},
             "",

@@ -91,6 +91,7 @@ COMMAND_LINES = {
     "expert_parallelism": "--expert-model-parallel-size 3",
     "nodes": f"{EP2} --sffn-node-size 3",
     "backend": "--sffn-router lorkm --sffn-backend megatron",
+    "shared_tables": "--pipeline-model-parallel-size 2 --sffn-layers-per-table 4",
     "exchange_chunks": f"{EP2} --sffn-exchange-chunks 99",
     "router_groups": "--moe-router-num-groups 3 --moe-router-group-topk 1",
     "evaluation": "--eval-iters -1",
@@ -105,7 +106,7 @@ RANKS = {
     "predictions": 2,
     "nodes": 2,
 }
-RANKS |= {"expert_parallelism": 3, "exchange_chunks": 2}
+RANKS |= {"expert_parallelism": 3, "exchange_chunks": 2, "shared_tables": 2}
 
 
 def is_check(value: object) -> bool:

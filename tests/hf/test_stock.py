@@ -94,6 +94,7 @@ def test_no_class_of_transformers_has_the_prices_of_quantile_balancing(tmp_path:
         ({"softmax_type": "learnable"}, "--softmax-type learnable cannot be exported"),
         ({"use_mup": True}, "--use-mup cannot be exported"),
         ({"moe_latent_size": 8}, "--moe-latent-size 8 cannot be exported"),
+        ({"sffn_layers_per_table": 2}, "--sffn-layers-per-table 2 cannot be exported"),
         ({"sffn_hash_ngram": 2}, "--sffn-hash-ngram 2 cannot be exported"),
         ({"position_embedding_type": "yarn"}, "--position-embedding-type yarn cannot"),
         ({"moe_expert_capacity_factor": 1.0}, "add --without-capacity"),

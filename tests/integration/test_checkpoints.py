@@ -78,7 +78,11 @@ def saved(
         slow("TP2 ETP2", ["EP4"], "--sffn-router lorkm --sffn-key-rank 16 --swiglu"),
         slow("EP2", ["TP2 ETP2"], "--sffn-descriptor ema --sffn-gate softmax"),
         ("EP2", ["TP2 ETP2"], "--moe-router-load-balancing-type quantile_balancing"),
-        ("EP2", ["TP2 ETP2"], f"{SWITCH} --moe-latent-size 24 {DISTRIBUTED}"),
+        (
+            "EP2",
+            ["TP2 ETP2"],
+            f"{SWITCH} --moe-latent-size 24 --sffn-layers-per-table 2 {DISTRIBUTED}",
+        ),
         # The coefficient of the loss doubles in each step: another one would show.
         ("EP2", ["TP2 ETP2"], "--sffn-router remoe --sffn-l1-coeff 0.1 --sffn-l1-multiplier 2"),
         # The first stage has no sparse layer, so no optimizer state of tables either.

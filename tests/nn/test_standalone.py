@@ -114,6 +114,7 @@ def test_counters_move_with_the_layer():
     [
         ({"shared_blocks": 1}, {}, "shared_blocks=1 needs Megatron's process groups"),
         ({"backend": "megatron"}, {}, "backend='megatron' needs Megatron's process groups"),
+        ({"layers_per_table": 2}, {}, "layers_per_table=2 is about the layers of a model"),
         ({"router": ROUTERS["dense"]()}, {}, "dense is Megatron's own MLP"),
         ({}, {"activation": "tanh"}, "activation='tanh' is unknown; choose from gelu, relu"),
         ({}, {"layer_number": 2}, "layer_number=2 is not from 1 to num_layers=1"),

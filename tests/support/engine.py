@@ -193,7 +193,8 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
     if router == "switch":
         balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.05}
     # With a dense layer among them, stages differ.
-    sparse: list[int] = [1, 0, 1, 1]
+    options = dict(variant.megatron)
+    sparse = list(options.pop("moe_layer_freq", (1, 0, 1, 1)))
     layers: dict[str, Any] = {"num_layers": LAYERS, "moe_layer_freq": sparse}
     if layout.hybrid:
         latent = "kv_lora_rank" in dict(variant.megatron)
@@ -204,7 +205,6 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
             "hybrid_pattern": pattern,
             "is_hybrid_model": True,
         }
-    options = dict(variant.megatron)
     latent = "kv_lora_rank" in options
     config = (SparseFFNMLATransformerConfig if latent else SparseFFNTransformerConfig)(
         **layers,

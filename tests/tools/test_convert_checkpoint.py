@@ -333,11 +333,13 @@ def plan(
     k: int = 24,
     router: str = "switch",
     layers: str = "0",
+    args: dict[str, Any] | None = None,
     **extra_shapes: Any,
 ) -> tuple[reblock.Reblocking, dict[str, TensorStorageMetadata]]:
     """Plan a new block size for a made-up checkpoint of a layer.
 
-    `extra_shapes`: tensor -> its shape, or None to leave it out.
+    `args`: further arguments of the checkpoint. `extra_shapes`: tensor -> its shape, or None to
+    leave it out.
     """
     cells, width = 2 * k, 4
     shapes: dict[str, Any] = {f"experts.{name}": [cells, width] for name in ("keys", "values")}
@@ -350,10 +352,11 @@ def plan(
     shapes = {key: shape for key, shape in {**shapes, **extra_shapes}.items() if shape is not None}
     metadata = {key: tensor_metadata(shape) for key, shape in shapes.items()}
     checkpoint_args = Namespace(
-        **{"sffn_router": router, "sffn_block_size": g, "sffn_expansion": 2},
-        **{"sffn_active_cells": k, "sffn_layers": layers, "sffn_backend": "auto", "seed": 1},
-        **{"num_layers": 2, "hidden_size": width, "ffn_hidden_size": k, "swiglu": False},
-        **{"quick_geglu": False},
+        **{"sffn_router": router, "sffn_block_size": g, "sffn_expansion": 2}
+        | {"sffn_active_cells": k, "sffn_layers": layers, "sffn_backend": "auto", "seed": 1}
+        | {"num_layers": 2, "hidden_size": width, "ffn_hidden_size": k, "swiglu": False}
+        | {"quick_geglu": False}
+        | (args or {}),
     )
     return reblock.plan_reblocking(Metadata(metadata), checkpoint_args, block_size), metadata
 
@@ -427,6 +430,19 @@ def test_shared_blocks_keep_their_cells() -> None:
     assert (reblocked.shared_blocks, reblocked.shared_cells) == (4, 8)
     with pytest.raises(ConfigError, match=r"does not divide the 8 cells of .* 1 shared blocks"):
         reblock._other_blocks(config, 12)
+
+
+def test_layers_with_one_table_need_the_table_of_the_first_alone() -> None:
+    second = {"decoder.layers.1.mlp.router.weight": [6, 4]}
+    args = {"sffn_layers_per_table": 2}
+    plan(4, layers="0,1", args=args, **second)
+    with pytest.raises(ConfigError, match=r"layers.1.mlp.router.weight is missing"):
+        plan(4, layers="0,1", args=args)
+    with pytest.raises(ConfigError, match=r"layers.1.mlp.experts.keys is missing"):
+        plan(4, layers="0,1", **second)
+    extra = {"decoder.layers.1.mlp.experts.keys": [48, 4]}
+    with pytest.raises(ConfigError, match=r"layers.1.mlp.experts.keys is not one that"):
+        plan(4, layers="0,1", args=args, **second, **extra)
 
 
 def test_a_balanced_hash_map_is_bound_to_its_block_size() -> None:

@@ -293,6 +293,46 @@ def test_the_router_of_a_layer_does_not_depend_on_the_layout(name: str, hybrid: 
         "decoder.layers.3.mlp.router.weight"
     ]
     assert expected[ROUTERS_OF_LAYERS].losses[0] != pytest.approx(one_rank("switch").losses[0])
+ALL_SPARSE = (("moe_layer_freq", (1, 1, 1, 1)),)
+ONE_TABLE = {
+    "memory-plus": Variant("memory-plus", sffn=(("layers_per_table", 2),), megatron=ALL_SPARSE),
+    "avg-k": Variant(
+        "avg-k", (("gate", "sigmoid"),), sffn=(("layers_per_table", 2),), megatron=ALL_SPARSE
+    ),
+}
+ONE_TABLE_LAYOUTS = {
+    "TP2 EP2 folded": LAYOUTS["TP2 EP2 folded"],
+    "EP2 ETP2": LAYOUTS["EP2 ETP2"],
+    "PP2 EP2 full": Layout(world_size=4, pp=2, ep=2, recompute="full"),
+    "TP2 ETP2 moe": Layout(world_size=2, tp=2, etp=2, recompute="moe"),
+    # Each layer passes Megatron's hook of the table, which then reduces its gradient.
+    "EP2 x DP2": DISTRIBUTED_OPTIMIZER["EP2 x DP2"],
+    "EP2 x DP2 full": replace(DISTRIBUTED_OPTIMIZER["EP2 x DP2"], recompute="full"),
+}
+
+
+FAST_ONE_TABLE = {"PP2 EP2 full", "EP2 x DP2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "router"),
+    [
+        (name, router) if name in FAST_ONE_TABLE else slow(name, router)
+        for name, layout in ONE_TABLE_LAYOUTS.items()
+        for router in ONE_TABLE
+        if not (router == "memory-plus" and layout.etp > 1)
+    ],
+)
+def test_layers_with_one_table_train_the_model_of_one_rank(name: str, router: str) -> None:
+    layout, variant = ONE_TABLE_LAYOUTS[name], ONE_TABLE[router]
+    variants = tuple(ONE_TABLE.values()) if layout.etp == 1 else (ONE_TABLE["avg-k"],)
+    is_float64 = layout.dtype == torch.float64
+    actual = trained(layout, variants)[variant]
+    expected = trained(Layout(dtype=layout.dtype), tuple(ONE_TABLE.values()))[variant]
+    tolerances = (1e-8, 1e-10) if is_float64 else (1e-3, 2e-4)
+    assert_same(actual, expected, *tolerances, sharded=layout.distributed_optimizer)
+    tables = {key for key in expected.weights if ".experts." in key}
+    assert {key.split(".")[2] for key in tables} == {"0", "2"}
 
 
 VARIANTS = {
