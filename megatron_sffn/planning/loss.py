@@ -55,7 +55,7 @@ def expansion_of(shape: ModelShape) -> float:
     if sffn is None:
         return 1.0
     dense = shape.dense_layers * shape.ffn_hidden_size
-    total = dense + sparse * (sffn.num_cells + sffn.shared_cells)
+    total = dense + shape.tables(sparse) * sffn.num_cells + sparse * sffn.shared_cells
     return total / (dense + sparse * sffn.active_cells)
 
 

@@ -27,6 +27,8 @@ MODELS = {
     "--v-head-dim 12 --sffn-router avg-k --init-method-std 0.5",
     "dense": "--sffn-router dense --init-method-std 0.5 --group-query-attention "
     "--num-query-groups 2 --num-attention-heads 4",
+    "one-table": "--sffn-router memory-plus --sffn-block-size 1 --sffn-expansion 8 "
+    "--sffn-product-key-size 16 --sffn-layers-per-table 2 --init-method-std 0.5",
     "pkm": "--sffn-router pkm --sffn-block-size 1 --sffn-expansion 8 --sffn-product-key-size 16 "
     "--init-method-std 0.5",
 }
