@@ -31,11 +31,13 @@ def table(shape: ModelShape, layout: ParallelLayout | None = None) -> str:
         "FLOPs over dense": f"{100 * overhead_over_dense(shape):+.3g} %",
     }
     if sffn is not None:
+        per_table = sffn.layers_per_table
+        tables = f", one table for {per_table} of them" if per_table > 1 else ""
         shared = f" and {sffn.shared_blocks} shared" if sffn.shared_blocks else ""
         title = (
             f"sparse feed-forward: {_routers(shape)}, {sffn.num_active_blocks} of "
             f"{sffn.num_blocks} blocks of {sffn.block_size} cells{shared} (E = {sffn.expansion}) "
-            f"in {shape.sparse_layers} of {shape.num_layers} layers"
+            f"in {shape.sparse_layers} of {shape.num_layers} layers{tables}"
         )
     if sffn is not None and layout is not None and layout.expert_ranks > 1:
         if sffn.backend != "megatron":

@@ -187,7 +187,6 @@ class SparseFFNConfig:
                 f"--sffn-exchange-chunks {self.exchange_chunks} must be at least 1; give 1 to send "
                 "all tokens of a microbatch at once"
             )
-
         if self.layers_per_table < 1:
             raise ConfigError(
                 f"--sffn-layers-per-table {self.layers_per_table} must be at least 1; leave it out "

@@ -42,6 +42,7 @@ def block_spec(model: GPTModelConfig, vp_stage: int | None = None) -> Transforme
     )
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
     assert isinstance(config.moe_layer_freq, list)
+    # The first of --sffn-layers-per-table sparse layers begins a group with one table.
     num_earlier, tables = sum(config.moe_layer_freq[:offset]), None
     for index, layer in enumerate(spec.layer_specs):
         if config.moe_layer_freq[offset + index]:

@@ -38,6 +38,10 @@ sparse feed-forward: avg-k, 64 of 1024 blocks of 64 cells (E = 16) in 4 of 24 la
     assert shared.startswith(
         "sparse feed-forward: avg-k, 62 of 1024 blocks of 64 cells and 2 shared (E = 16) in 4 of 24"
     )
+    one_table = dataclasses.replace(shape.sffn, layers_per_table=4)
+    assert "4 of 24 layers, one table for 4 of them\n" in accounting.table(
+        dataclasses.replace(shape, sffn=one_table)
+    )
     assert "sent" not in accounting.table(shape)
     assert "sent" not in accounting.table(shape, ParallelLayout())
     dense = accounting.table(accounting.dense_equivalent(shape), ParallelLayout(ep=4))

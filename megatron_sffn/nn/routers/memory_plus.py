@@ -2,11 +2,11 @@
 
 Blocks are those of `pkm.py`. With `y` the weighted sum of the chosen values, the layer's update is
 `(y * silu(x W1)) W2`, with W1 and W2 `[D, D]`. In the paper the memory layers of a model have one
-table of values and keys of their own: `--sffn-share-tables`. Its norm of queries and keys, used
+table of values and keys of their own: `--sffn-layers-per-table`. Its norm of queries and keys, used
 where training was unstable, is `--sffn-product-key-norm`.
 
 Initial values are those of the authors' code. The biases of its W1 and W2 are left out, as all
-biases of a sparse layer. The learning rate of values, which is fixed there, is that of the model.
+biases of a sparse layer, and so is its own learning rate of values.
 
 Design notes: W1 and W2 are on every rank, like all weights of a router. Under sequence parallelism
 a rank multiplies its own tokens only, so that no product is computed twice.
