@@ -410,8 +410,8 @@ class SparseFFNTransformerConfig(TransformerConfig):
             )
         if self.hybrid_pattern is not None:
             raise ConfigError(
-                f"{flag} is not available in a hybrid model, whose layers do not know which sparse "
-                "layer they are when they are built; use --sffn-model gpt"
+                f"{flag} is not available in a hybrid model, whose sparse layers are all built "
+                "from one spec; use --sffn-model gpt"
             )
         layers = self.moe_layer_freq
         count = sum(layers) if isinstance(layers, list) else self.num_layers

@@ -10,6 +10,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 
 from megatron_sffn.nn.layer import SparseFFN
+from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.shared_tables import SharedTables, cut_group
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.router_cases import Case, config_of, inputs
@@ -99,6 +100,11 @@ def test_a_group_is_cut_if_a_chunk_ends_between_its_layers(
             {"layers_per_table": 2},
             {"moe_layer_freq": [1, 0]},
             "--sffn-layers-per-table 2 does not divide the 1 sparse layers",
+        ),
+        (
+            {"layers_per_table": 2, "other_routers": ((0, ROUTERS["rand-hash"]()),)},
+            {},
+            "is for layers with the same router, .* choose one of avg-k, rand-hash for all layers",
         ),
         (
             {"layers_per_table": 2},

@@ -293,6 +293,8 @@ def test_the_router_of_a_layer_does_not_depend_on_the_layout(name: str, hybrid: 
         "decoder.layers.3.mlp.router.weight"
     ]
     assert expected[ROUTERS_OF_LAYERS].losses[0] != pytest.approx(one_rank("switch").losses[0])
+
+
 ALL_SPARSE = (("moe_layer_freq", (1, 1, 1, 1)),)
 ONE_TABLE = {
     "memory-plus": Variant("memory-plus", sffn=(("layers_per_table", 2),), megatron=ALL_SPARSE),
