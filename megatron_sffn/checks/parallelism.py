@@ -18,7 +18,7 @@ from megatron_sffn.checks.problem import Problem
 from megatron_sffn.flags.megatron_flags import layout_of, num_virtual_stages
 from megatron_sffn.flags.names import flag_of
 from megatron_sffn.nn.config import Backend, SparseFFNConfig
-from megatron_sffn.nn.layer_pattern import layer_pattern, pipeline_segments
+from megatron_sffn.nn.layer_pattern import layer_pattern, layers_per_segment, pipeline_segments
 from megatron_sffn.nn.routers.groups import check_groups
 from megatron_sffn.nn.shared_tables import cut_group
 
@@ -281,7 +281,7 @@ def backend(args: Namespace, sffn: SparseFFNConfig) -> Iterator[Problem]:
 
 def shared_tables(args: Namespace, sffn: SparseFFNConfig) -> Iterator[Problem]:
     """Layers with one table of keys and values that are not on one pipeline stage."""
-    if sffn.layers_per_table == 1 or args.hybrid_layer_pattern is not None:
+    if sffn.layers_per_table == 1:
         return
     for dest in UNKNOWN_STAGES:
         if getattr(args, dest):
@@ -292,8 +292,12 @@ def shared_tables(args: Namespace, sffn: SparseFFNConfig) -> Iterator[Problem]:
                 "layers are on one pipeline stage",
                 "leave one out",
             )
-    chunks = layout_of(args).layers_per_chunk(args.num_layers)
-    sparse = layer_pattern(args.sffn_layers, args.num_layers)
+    pattern = args.hybrid_layer_pattern
+    if pattern is None:
+        chunks = layout_of(args).layers_per_chunk(args.num_layers)
+    else:
+        chunks = layers_per_segment(pattern, args.pipeline_model_parallel_size)
+    sparse = layer_pattern(args.sffn_layers, args.num_layers, pattern)
     group = cut_group(sparse, chunks, sffn.layers_per_table)
     if group is not None:
         yield Problem(

@@ -408,11 +408,6 @@ class SparseFFNTransformerConfig(TransformerConfig):
                 f"{flag} is for layers with the same router, whose tables are alike; choose one of "
                 f"{names} for all layers"
             )
-        if self.hybrid_pattern is not None:
-            raise ConfigError(
-                f"{flag} is not available in a hybrid model, whose sparse layers are all built "
-                "from one spec; use --sffn-model gpt"
-            )
         layers = self.moe_layer_freq
         count = sum(layers) if isinstance(layers, list) else self.num_layers
         if count % sffn.layers_per_table:

@@ -29,7 +29,8 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_sffn.nn.config import SparseFFNTransformerConfig
-from megatron_sffn.nn.layer import layer_class
+from megatron_sffn.nn.layer import layer_class, layers_before
+from megatron_sffn.nn.shared_tables import SharedTables, tables_of_layer
 
 
 def hybrid_stack_spec(config: SparseFFNTransformerConfig) -> ModuleSpec:
@@ -55,7 +56,9 @@ def hybrid_stack_spec(config: SparseFFNTransformerConfig) -> ModuleSpec:
     if config.sffn is not None:
         sparse = _mlp_half(kinds[1].submodules)
         sparse.mlp = layer_class(config.sffn.backend)
-        stack.moe_layer = ModuleSpec(module=SparseHybridLayer, submodules=sparse)
+        stack.moe_layer = ModuleSpec(
+            module=SparseHybridLayer, submodules=sparse, params={"groups": {}}
+        )
     return ModuleSpec(module=HybridStack, submodules=stack)
 
 
@@ -67,9 +70,14 @@ class SparseHybridLayer(MoETransformerLayer):
         config: SparseFFNTransformerConfig,
         submodules: TransformerLayerSubmodules,
         layer_number: int = 1,
+        *,
+        groups: dict[int, SharedTables],
         **arguments: Any,
     ) -> None:
-        mlp = partial(submodules.mlp, layer_number=layer_number)
+        tables = None
+        if layers_before(config, False, arguments.get("name")) == 0:
+            tables = tables_of_layer(config, layer_number, groups)
+        mlp = partial(submodules.mlp, layer_number=layer_number, tables=tables)
         submodules = dataclasses.replace(submodules, mlp=mlp)
         super().__init__(config, submodules, layer_number=layer_number, **arguments)
 

@@ -74,7 +74,7 @@ class _SparseLayer(MoELayer):
         name: str | None = None,
         tables: SharedTables | None = None,
     ) -> None:
-        first_layer = _first_layer(config, is_mtp_layer, name)
+        first_layer = layers_before(config, is_mtp_layer, name)
         # A copy, whose `sffn` has the router of this layer alone.
         config = config.of_layer(None if first_layer else layer_number)
         sffn = config.sffn
@@ -348,7 +348,7 @@ def _linears() -> MLPSubmodules:
     )
 
 
-def _first_layer(config: SparseFFNTransformerConfig, is_mtp_layer: bool, name: str | None) -> int:
+def layers_before(config: SparseFFNTransformerConfig, is_mtp_layer: bool, name: str | None) -> int:
     """Number of layers before the one that Megatron counts as 1.
 
     Args:

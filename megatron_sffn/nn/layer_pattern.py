@@ -88,6 +88,17 @@ def cut(pattern: str, stages: int) -> str:
     return Symbols.MTP_SEPARATOR.join([Symbols.PIPE.join(pieces), *predictions])
 
 
+def layers_per_segment(pattern: str, stages: int) -> list[int]:
+    """Number of layers of each piece of a hybrid pattern, cut into that many stages if it is not.
+
+    Args:
+        pattern: Megatron's `--hybrid-layer-pattern`.
+        stages: number of pipeline stages.
+    """
+    layers = cut(pattern, stages).split(Symbols.MTP_SEPARATOR)[0]
+    return [len(piece) for piece in layers.split(Symbols.PIPE)]
+
+
 def gpt_pattern(pattern: str) -> list[int] | None:
     """1 for each sparse layer, 0 for each dense layer of the GPT that has a hybrid model's layers.
 

@@ -21,7 +21,7 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_sffn.nn.config import SparseFFNTransformerConfig
 from megatron_sffn.nn.layer import layer_class
-from megatron_sffn.nn.shared_tables import SharedTables
+from megatron_sffn.nn.shared_tables import SharedTables, tables_of_layer
 
 
 def block_spec(model: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -42,19 +42,15 @@ def block_spec(model: GPTModelConfig, vp_stage: int | None = None) -> Transforme
     )
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
     assert isinstance(config.moe_layer_freq, list)
-    # The first of --sffn-layers-per-table sparse layers begins a group with one table.
-    num_earlier, tables = sum(config.moe_layer_freq[:offset]), None
+    groups: dict[int, SharedTables] = {}
     for index, layer in enumerate(spec.layer_specs):
         if config.moe_layer_freq[offset + index]:
-            if config.sffn.layers_per_table > 1:
-                if num_earlier % config.sffn.layers_per_table == 0:
-                    tables = SharedTables()
-                assert tables is not None, "the checks let no group begin in another chunk"
-            num_earlier += 1
+            number = offset + index + 1
+            tables = tables_of_layer(config, number, groups)
             # A copy, because Megatron puts the same spec object into several layers.
             layer = copy.deepcopy(layer)
             layer.submodules.mlp = partial(
-                layer_class(config.sffn.backend), layer_number=offset + index + 1, tables=tables
+                layer_class(config.sffn.backend), layer_number=number, tables=tables
             )
             spec.layer_specs[index] = layer
     return spec

@@ -81,6 +81,27 @@ class BorrowedBlockWeights(MegatronModule):
         """Megatron's hook for delayed weight gradients; these tables never delay them."""
 
 
+def tables_of_layer(
+    config: SparseFFNTransformerConfig, layer_number: int, groups: dict[int, SharedTables]
+) -> SharedTables | None:
+    """The tables of a sparse layer's group; None for a layer with a table of its own.
+
+    Args:
+        config: config of the model.
+        layer_number: Megatron's number of the layer, counted from 1.
+        groups: the groups of the model chunk so far; gets the group that the layer begins.
+    """
+    assert config.sffn is not None and isinstance(config.moe_layer_freq, list)
+    layers_per_table = config.sffn.layers_per_table
+    if layers_per_table == 1:
+        return None
+    group, place = divmod(sum(config.moe_layer_freq[: layer_number - 1]), layers_per_table)
+    if place == 0:
+        groups[group] = SharedTables()
+    assert group in groups, f"layer {layer_number}: its group begins in another model chunk"
+    return groups[group]
+
+
 def cut_group(sparse: list[int], chunks: list[int], layers_per_table: int) -> list[int] | None:
     """The sparse layers of a group that does not lie in one model chunk; None if all groups do.
 

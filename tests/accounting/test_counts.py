@@ -221,6 +221,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "bias": False,
     },
     "avg-k-one-table": {"sparse_layers": 2, "sffn": sparse(layers_per_table=2)},
+    "hybrid-one-table-predicts": {
+        "num_layers": 4,
+        "attention_layers": 2,
+        "sparse_layers": 2,
+        "predicted_tokens": 1,
+        "prediction": "*E",
+        "sffn": sparse(layers_per_table=2),
+    },
     "memory-plus-one-table-predicts": {
         "sparse_layers": 2,
         "predicted_tokens": 1,

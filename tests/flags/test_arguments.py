@@ -481,10 +481,10 @@ REFUSED = [
         "use another --sffn-backend",
     ),
     (
-        "--sffn-layers-per-table 2 --sffn-model hybrid",
-        1,
-        "--sffn-layers-per-table 2 is not available in a hybrid model",
-        "use --sffn-model gpt",
+        f"{PP2} --sffn-layers-per-table 2 --hybrid-layer-pattern *E*E",
+        2,
+        "--sffn-layers-per-table 2 gives layers 1, 3 one table",
+        "(layers of each: 2, 2)",
     ),
     (
         f"{PP2} --sffn-layers-per-table 4",

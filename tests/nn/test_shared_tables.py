@@ -106,11 +106,6 @@ def test_a_group_is_cut_if_a_chunk_ends_between_its_layers(
             {},
             "is for layers with the same router, .* choose one of avg-k, rand-hash for all layers",
         ),
-        (
-            {"layers_per_table": 2},
-            {"hybrid_pattern": "EE", "is_hybrid_model": True},
-            "--sffn-layers-per-table 2 is not available in a hybrid model",
-        ),
     ],
 )
 def test_groups_that_no_layers_fill_are_refused(

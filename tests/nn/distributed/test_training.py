@@ -307,6 +307,7 @@ ONE_TABLE_LAYOUTS = {
     "EP2 ETP2": LAYOUTS["EP2 ETP2"],
     "PP2 EP2 full": Layout(world_size=4, pp=2, ep=2, recompute="full"),
     "TP2 ETP2 moe": Layout(world_size=2, tp=2, etp=2, recompute="moe"),
+    "hybrid PP2 EP2": Layout(world_size=4, pp=2, ep=2, hybrid=True),
     # Each layer passes Megatron's hook of the table, which then reduces its gradient.
     "EP2 x DP2": DISTRIBUTED_OPTIMIZER["EP2 x DP2"],
     "EP2 x DP2 full": replace(DISTRIBUTED_OPTIMIZER["EP2 x DP2"], recompute="full"),
