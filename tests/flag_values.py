@@ -31,6 +31,8 @@ VALUES = {
     "--rotary-seq-len-interpolation-factor": "4",
     "--sffn-gate-activation": "gelu",
     "--sffn-init": "sigma-moe",
+    "--sffn-lr-mult": "values:4",
+    "--sffn-wd-mult": "values:99",
     "--window-attn-skip-freq": "2",
     "--window-size": "2,0",
 }

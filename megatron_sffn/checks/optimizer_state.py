@@ -16,7 +16,8 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_sffn.flags.names import flag_of, stated
+from megatron_sffn.flags.names import flag_of, stated, typed
+from megatron_sffn.flags.param_groups import lr_factors, wd_factors
 
 RANKS = (
     "tensor_model_parallel_size",
@@ -44,6 +45,7 @@ def misfits(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
     saved = common["args"]
     yield from _optimizer(args, saved)
     yield from _tensors(args, saved)
+    yield from _groups(args, saved)
     yield from _schedule(args, common)
     yield from _random_states(args, saved)
 
@@ -129,19 +131,54 @@ def _precision(args: Namespace) -> str:
     return next((flag_of(dest) for dest in ("bf16", "fp16") if vars(args).get(dest)), "fp32")
 
 
+WHOSE = (
+    "say whose counts: --override-opt-param-scheduler for this run's, "
+    "--use-checkpoint-opt-param-scheduler for the checkpoint's"
+)
+"""The remedy for rates and schedules that differ."""
+
+
+def _groups(args: Namespace, saved: Namespace) -> Iterator[str]:
+    """The flags name the same groups of weights, and factors that differ have one that counts."""
+    factors, saved_factors = _factors(args), _factors(saved)
+    differ = f"this run has {_stated_factors(args)}, but the optimizer's state was saved with "
+    differ += _stated_factors(saved)
+    if factors.keys() != saved_factors.keys():
+        yield (
+            f"{differ}, for other groups of weights; name the same groups, with a factor of 1 "
+            f"where nothing changes, or {ANEW}"
+        )
+    elif factors != saved_factors and not _says_whose_schedule(args):
+        yield f"{differ}; give the same, or {WHOSE}"
+
+
+def _factors(args: Namespace) -> dict[str, tuple[float, float]]:
+    """Group of weights that a flag names -> factors of its learning rate and weight decay."""
+    rates, decays = lr_factors(args), wd_factors(args)
+    return {group: (rates.get(group, 1), decays.get(group, 1)) for group in rates | decays}
+
+
+def _stated_factors(args: Namespace) -> str:
+    """The flags of the factors as typed."""
+    values = {dest: vars(args).get(dest) for dest in ("sffn_lr_mult", "sffn_wd_mult")}
+    given = [typed(flag_of(dest), value) for dest, value in values.items() if value is not None]
+    return " ".join(given) or "no --sffn-lr-mult or --sffn-wd-mult"
+
+
+def _says_whose_schedule(args: Namespace) -> bool:
+    """True if a flag says whether the schedule of the run or of the checkpoint counts."""
+    return bool(args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler)
+
+
 def _schedule(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
     """The schedule is the same, or a flag says which of the two counts."""
-    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+    if _says_whose_schedule(args):
         return
     saved = common.get("opt_param_scheduler") or {}
     batch, old_batch = args.global_batch_size, vars(common["args"]).get("global_batch_size")
     for name, flag, value in _schedule_of(args):
         if name not in saved or saved[name] == value:
             continue
-        choice = (
-            "say whose counts: --override-opt-param-scheduler for this run's, "
-            "--use-checkpoint-opt-param-scheduler for the checkpoint's"
-        )
         if (
             name.endswith("_steps")
             and flag.endswith("-iters")
@@ -149,7 +186,7 @@ def _schedule(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
         ):
             yield (
                 f"--global-batch-size {batch} differs from the checkpoint's {old_batch}, and its "
-                f"schedule counts the samples of {flag}; give the same, or {choice}"
+                f"schedule counts the samples of {flag}; give the same, or {WHOSE}"
             )
         suggestion = ""
         if name == "lr_decay_steps":
@@ -160,7 +197,7 @@ def _schedule(args: Namespace, common: dict[str, Any]) -> Iterator[str]:
             )
         yield (
             f"{flag} makes another schedule than the checkpoint's, {name} {value} instead of "
-            f"{saved[name]}; give the same, or {suggestion}{choice}"
+            f"{saved[name]}; give the same, or {suggestion}{WHOSE}"
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from megatron_sffn.checks.problem import Problem
 from megatron_sffn.flags.names import flag_of
+from megatron_sffn.flags.param_groups import factors_of
 from megatron_sffn.nn.config import SparseFFNConfig
 
 SPARSE_OPTIMIZERS = ("adam", "sgd", "lion", "muon", "dist_muon")
@@ -113,7 +114,53 @@ def _coefficient_types() -> tuple[str, ...]:
     return tuple(kind for kind in get_supported_coefficient_types() if kind != "custom")
 
 
-CHECKS = (optimizer, muon)
+def factors(args: Namespace) -> Iterator[Problem]:
+    """Factors of keys, values and gates that cannot be read, or that have nothing to act on."""
+    for dest in ("sffn_lr_mult", "sffn_wd_mult"):
+        flag, text = flag_of(dest), getattr(args, dest)
+        try:
+            factors_of(text)
+        except ValueError as error:
+            remedy = f"give factors such as {flag} values:2,gates:0.5"
+            yield Problem(flag, text, str(error), remedy)
+        if text is not None and args.sffn_router == "dense":
+            rule = "has nothing to act on: --sffn-router dense has no sparse layers"
+            yield Problem(flag, text, rule, "leave it out")
+    decays = (args.weight_decay, args.start_weight_decay, args.end_weight_decay)
+    if args.sffn_wd_mult is not None and not any(decays):
+        yield Problem(
+            "--sffn-wd-mult",
+            args.sffn_wd_mult,
+            "has nothing to act on: --weight-decay is 0",
+            "leave it out, or give a weight decay",
+        )
+
+
+CHECKS = (optimizer, muon, factors)
+
+
+def groups(args: Namespace, sffn: SparseFFNConfig) -> Iterator[Problem]:
+    """Factors of groups of weights that no sparse layer has."""
+    layers = [layer for layer, _ in sffn.layers_by_router(args.num_layers)]
+    absent = {}
+    if not any(layer.key_width(args.hidden_size) for layer in layers):
+        absent["keys"] = "its cells have values alone; its own keys are gates"
+    if not any(_router_weights(layer, args.hidden_size) for layer in layers):
+        absent["gates"] = "it has no weights of its own"
+    for dest in ("sffn_lr_mult", "sffn_wd_mult"):
+        text = getattr(args, dest)
+        for group in factors_of(text):
+            if reason := absent.get(group):
+                rule = f"names {group}, and --sffn-router {args.sffn_router} has none: {reason}"
+                yield Problem(flag_of(dest), text, rule, f"leave {group} out")
+
+
+def _router_weights(layer: SparseFFNConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """The weights of a layer's router: name -> shape."""
+    return layer.router.weights(layer, layer.router_width(hidden_size))
+
+
+SPARSE_CHECKS = (groups,)
 
 
 def remark(args: Namespace, sffn: SparseFFNConfig | None) -> str | None:

@@ -21,6 +21,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_sffn.flags.flag_help import help_in_two_steps
 from megatron_sffn.flags.names import dest_of
+from megatron_sffn.flags.param_groups import GROUPS
 from megatron_sffn.nn.config import (
     INITIALIZATIONS,
     REGATHER,
@@ -51,6 +52,7 @@ def add_sffn_flags(parser: ArgumentParser) -> None:
     _add_model_flags(group.add_argument)
     _add_router_flags(group.add_argument)
     _add_compute_flags(group.add_argument)
+    _add_optimizer_flags(group.add_argument)
     _add_run_flags(group.add_argument)
     for action in group._group_actions:
         if action.default is not None and action.default is not False:
@@ -185,6 +187,23 @@ def _add_compute_flags(add: Callable[..., Any]) -> None:
         help="with --moe-token-dispatcher-type alltoall: cut a rank's tokens of a microbatch into "
         "N chunks, and exchange each chunk while the blocks compute the previous one; smaller "
         "chunks make smaller GEMMs, so use 2 to 4 at most",
+    )
+
+
+def _add_optimizer_flags(add: Callable[..., Any]) -> None:
+    """Flags of how keys, values and gates are trained."""
+    groups = "; ".join(f"{group}: {weights}" for group, weights in GROUPS.items())
+    add(
+        "--sffn-lr-mult",
+        metavar="GROUP:FACTOR,...",
+        help="factors of the learning rate (--lr and --min-lr) for groups of weights, such as "
+        f"values:4,gates:0.5; {groups}; a group that is not named has 1, and 0 freezes one",
+    )
+    add(
+        "--sffn-wd-mult",
+        metavar="GROUP:FACTOR,...",
+        help="factors of --weight-decay for the same groups, such as values:0 for none, as is "
+        "usual for tables of which a step reads few rows",
     )
 
 

@@ -1,7 +1,7 @@
 """Names of Megatron 0.19's optimizers that lose step counts or learning rates in a checkpoint.
 
 Rank 0 alone writes the number of optimizer steps into a checkpoint, for each of its optimizers:
-one for dense weights, one for block weights. Four things go wrong:
+one for dense weights, one for block weights. Five things go wrong:
 
 - If the first pipeline stage has no sparse layer, its optimizer for block weights has no parameter
   and so no step to write; a resume then fails, or restarts Adam's bias correction.
@@ -14,6 +14,7 @@ one for dense weights, one for block weights. Four things go wrong:
 - Parameter groups are paired with those in the checkpoint by their values, and the learning rate is
   one of them: with another `--lr` no pair is found, so that `--override-opt-param-scheduler` and
   `--use-checkpoint-opt-param-scheduler` fail in the case that they are for.
+- Groups of equal values count as one, such as keys and values that have the same factors.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from megatron_sffn.patches.registry import Patch, apply
 
 RATES = ("max_lr", "min_lr")
 """Keys of a parameter group that `--lr` and `--min-lr` set."""
+
+GROUP = "sffn_group"
+"""Key of a parameter group with its label, if it is of keys, values or gates."""
 
 
 def install() -> None:
@@ -74,12 +78,17 @@ def _share_rates(run_groups: list[dict[str, Any]], saved_groups: list[dict[str, 
     """Give groups that differ in their learning rates alone the same ones, so that they pair.
 
     They get the rates of this run, or with `--use-checkpoint-opt-param-scheduler` the saved ones.
+    Groups with a label share the factor of the weight decay as well.
     """
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
     from megatron.training import get_args
 
+    def shared_keys(group: dict[str, Any]) -> tuple[str, ...]:
+        return (*RATES, "wd_mult") if GROUP in group else RATES
+
     def identity(group: dict[str, Any]) -> list[Any]:
-        return [group.get(key) for key in param_group_identifier_keys if key not in RATES]
+        shared = shared_keys(group)
+        return [group.get(key) for key in param_group_identifier_keys if key not in shared]
 
     def rates(group: dict[str, Any]) -> list[Any]:
         return [group.get(key) for key in RATES]
@@ -92,14 +101,14 @@ def _share_rates(run_groups: list[dict[str, Any]], saved_groups: list[dict[str, 
         candidates.sort(key=lambda group: rates(group) != rates(saved))
         if not candidates:
             continue
-        run = candidates[0]
+        run, shared = candidates[0], shared_keys(saved)
         unpaired = [group for group in unpaired if group is not run]
-        if rates(run) == rates(saved):
+        if all(run.get(key) == saved.get(key) for key in shared):
             continue
         source, target = run, saved
         if get_args().use_checkpoint_opt_param_scheduler:
             source, target = target, source
-        target.update({key: source[key] for key in RATES})
+        target.update({key: source[key] for key in shared})
 
 
 def _steps(state: dict[str, Any]) -> list[Any]:
@@ -181,7 +190,25 @@ def _without_step(original: Callable[..., None]) -> Callable[..., None]:
     return set_states
 
 
+def _with_label(original: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys by which groups pair, and the label of a group of keys, values or gates."""
+    return (*original, GROUP)
+
+
 PATCHES = (
+    *(
+        Patch(
+            target=f"megatron.core.optimizer.{module}.param_group_identifier_keys",
+            make=_with_label,
+            needed_by=f"megatron.core.optimizer.{module}.{user}",
+            why="keys and values with equal factors of rate and decay are taken for one group",
+            until="Megatron pairs parameter groups by a name",
+        )
+        for module, user in (
+            ("optimizer", "MegatronOptimizer"),
+            ("distrib_optimizer", "DistributedOptimizer"),
+        )
+    ),
     Patch(
         target="megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
         make=_with_steps_and_rates,

@@ -1,8 +1,8 @@
-"""Functions of Megatron that a training run wraps with its own: saves, evaluations, a layer spec.
+"""Functions of Megatron that a training run wraps: saves, evaluations, a spec, parameter groups.
 
-The run applies these patches, because the wrappers need its state or our layer:
+The run applies these patches, because the wrappers need its state, its flags or our layer:
 `checkpoints/save.py` those of saves, `train/evaluations.py` that of evaluations, `train/run.py`
-that of the spec.
+that of the spec, `train/param_groups.py` that of parameter groups.
 """
 
 from __future__ import annotations
@@ -54,6 +54,13 @@ PREDICTION_SPEC = Patch(
     until="Megatron takes these layers from the spec of the GPT's last layer",
 )
 
+PARAM_GROUPS = Patch(
+    target="megatron.core.optimizer._get_param_groups",
+    needed_by="megatron.core.optimizer._get_param_groups_and_buffers",
+    why="--sffn-lr-mult would replace the rates of --use-mup, and Megatron refuses two rates",
+    until="Megatron has an override that multiplies the learning rate",
+)
+
 PATCHES = (
     SAVE_ONCE,
     SAVE_ATOMICALLY,
@@ -61,4 +68,5 @@ PATCHES = (
     RESULTS_QUEUE,
     EVALUATE,
     PREDICTION_SPEC,
+    PARAM_GROUPS,
 )

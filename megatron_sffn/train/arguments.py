@@ -72,6 +72,7 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
     sffn = sffn_config(args)
     run_checks(parallelism.CHECKS, args)
     if sffn is not None:
+        run_checks(optimizers.SPARSE_CHECKS, args, sffn)
         run_checks(parallelism.SPARSE_CHECKS, args, sffn)
     run_checks(evaluation.CHECKS, args)
     derive_megatron_flags(args, sffn)

@@ -47,6 +47,7 @@ from megatron_sffn.ops.compiled import kernels
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.patches.registry import apply
 from megatron_sffn.patches.run_hooks import PREDICTION_SPEC
+from megatron_sffn.train import param_groups
 from megatron_sffn.train.hash_balance import balance_maps, counts_of_new_run
 from megatron_sffn.train.nan_check import NanCheck
 from megatron_sffn.train.routing_trace import RoutingTracer
@@ -82,10 +83,12 @@ def train(args: Namespace) -> None:
     shape = ModelShape.of_args(args, sffn)
     Saves(args, run_summary.before_save).install()
     run_summary.evaluations.install()
+    param_groups.install(args)
     if args.rank == 0:
         print(table(shape, layout_of(args)), flush=True)
         remarks = [] if sffn is None else [router.remark(sffn) for router in sffn.routers]
-        for remark in filter(None, [*remarks, optimizers.remark(args, sffn)]):
+        remarks += [optimizers.remark(args, sffn), param_groups.remark(args)]
+        for remark in filter(None, remarks):
             print(f"note: {remark}", flush=True)
     token_keys = None if sffn is None else sffn.token_keys
     # The layers of --mtp-num-layers embed the ids on the last stage.

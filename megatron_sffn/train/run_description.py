@@ -55,6 +55,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "lr_warmup_samples",
         "lr_warmup_fraction",
         "weight_decay",
+        "sffn_lr_mult",
+        "sffn_wd_mult",
         "adam_beta1",
         "adam_beta2",
         "adam_eps",

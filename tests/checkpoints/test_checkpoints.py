@@ -555,6 +555,24 @@ def test_another_schedule_needs_an_override_flag(check, load, flags: str, senten
         check(folder, f"{flags} {override}")
 
 
+VALUES = "--sffn-lr-mult values:4"
+
+
+def test_factors_of_rates_may_change_with_an_override_flag_for_the_same_groups(
+    check, load, capsys
+) -> None:
+    folder = load(sffn_lr_mult="values:2")
+    with refused(f"this run has {VALUES}, but", "--sffn-lr-mult values:2", "--override-opt-param"):
+        check(folder, VALUES)
+    override = "--override-opt-param-scheduler"
+    check(folder, f"{VALUES} {override}")
+    check(folder, "--sffn-lr-mult values:2")
+    for other in ("", f"{VALUES},keys:2", f"{VALUES} --sffn-wd-mult keys:0"):
+        with refused("for other groups of weights; name the same groups", "--no-load-optim"):
+            check(folder, f"{other} {override}")
+        check(folder, f"{other} --no-load-optim")
+
+
 # The command
 
 

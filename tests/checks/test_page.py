@@ -78,6 +78,8 @@ COMMAND_LINES = {
     "checkpoint_flags": "--save runs/mine",
     "optimizer": "--optimizer sgd --use-distributed-optimizer",
     "muon": "--optimizer muon --fp16",
+    "factors": "--sffn-lr-mult values:-1",
+    "groups": "--sffn-lr-mult gates:2",
     "model": "--rotary-percent 1.5",
     "transformer_engine": "--context-parallel-size 2",
     "model_parallelism": "--pipeline-model-parallel-size 3",

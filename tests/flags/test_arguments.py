@@ -148,6 +148,8 @@ def test_defaults_are_those_of_the_design(read: Read) -> None:
         "sffn_node_size": None,
         "sffn_exchange_chunks": 1,
         "sffn_init": None,
+        "sffn_lr_mult": None,
+        "sffn_wd_mult": None,
         "sffn_aggregator": "mean",
         "sffn_gate": None,
         "sffn_entropy_coeff": 0.0,
@@ -826,6 +828,25 @@ REFUSED = [
         "leave it out",
     ),
     ("--glu-linear-offset 1", 1, "--glu-linear-offset 1.0", "no backend computes it"),
+    *(
+        (f"--sffn-router switch --sffn-lr-mult {text}", 1, f"--sffn-lr-mult {text}", rule, "give")
+        for text, rule in (
+            ("value:2", "has 'value:2', which is not one of keys, values, gates and a factor"),
+            ("values", "has 'values', which is not one of"),
+            ("values:2,", "has '', which is not one of"),
+            ("values:2,values:3", "names values twice"),
+            ("keys:x", "has 'x' for keys, which is not a number"),
+            ("keys:nan", "has nan for keys, which is not a finite number of at least 0"),
+        )
+    ),
+    (
+        "--sffn-router pkm --sffn-block-size 1 --sffn-wd-mult keys:0",
+        1,
+        "--sffn-wd-mult keys:0 names keys, and --sffn-router pkm has none",
+        "leave keys out",
+    ),
+    ("--sffn-router dense --sffn-lr-mult values:2", 1, "values:2 has nothing to act on", "dense"),
+    ("--sffn-wd-mult values:0 --weight-decay 0", 1, "--weight-decay is 0", "leave it out"),
     ("--swiglu --sffn-relu", 1, "--swiglu and --sffn-relu", "leave one"),
     ("--sffn-aggregator max", 1, "--sffn-aggregator max", "--sffn-router avg-k", "leave it out"),
     ("--sffn-hash-shared", 1, "--sffn-hash-shared", "--sffn-router avg-k", "leave it out"),

@@ -28,6 +28,8 @@ FLAGS = "--num-layers 4 --train-iters 6 --split 90,10,0 --save-interval 3"
 SWITCH = "--sffn-router switch"
 PRODUCT_KEYS = "--sffn-router pkm --sffn-block-size 1 --sffn-expansion 8 --sffn-product-key-size 16"
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+FACTORS = "--sffn-lr-mult keys:2,values:2,gates:0.5 --sffn-wd-mult keys:0,values:0"
+"""Keys and values have the same factors, and are groups of their own in spite of it."""
 MUON = "--optimizer muon --muon-tp-mode duplicated --muon-fp32-matmul-prec high --lr 1e-2"
 """Muon of whole matrices on every layout, not rounded to bf16, so that layouts can be compared."""
 
@@ -81,7 +83,7 @@ def saved(
         (
             "EP2",
             ["TP2 ETP2"],
-            f"{SWITCH} --moe-latent-size 24 --sffn-layers-per-table 2 {DISTRIBUTED}",
+            f"{SWITCH} --moe-latent-size 24 --sffn-layers-per-table 2 {FACTORS} {DISTRIBUTED}",
         ),
         # The coefficient of the loss doubles in each step: another one would show.
         ("EP2", ["TP2 ETP2"], "--sffn-router remoe --sffn-l1-coeff 0.1 --sffn-l1-multiplier 2"),
@@ -172,9 +174,15 @@ def test_a_run_resumes_from_a_checkpoint_in_torchs_own_format(pretrain, saved) -
     assert resumed.values("grad norm") == undisturbed.values("grad norm")[3:]
 
 
-def test_a_resumed_run_can_change_the_learning_rate_beside_a_decoupled_rate(
-    pretrain, saved
-) -> None:
-    _, load = saved("one rank", f"{SWITCH} --decoupled-lr 1e-2")
-    resumed = pretrain(1, f"{load} --lr 1e-3 --override-opt-param-scheduler")
+def test_a_resumed_run_can_change_the_learning_rate_beside_other_rates(pretrain, saved) -> None:
+    log, load = saved("one rank", f"{SWITCH} --decoupled-lr 1e-2 {FACTORS}")
+    kept = pretrain(1, load)
+    assert kept.values("grad norm") == log.values("grad norm")[3:]
+    override = "--override-opt-param-scheduler"
+    resumed = pretrain(1, f"{load} --lr 1e-3 {override}")
     assert resumed.values("learning rate") == [1e-3] * 3
+    # The last flag counts: the factors of this run are others.
+    other = pretrain(1, f"{load} --lr 1e-3 {override} --sffn-lr-mult keys:1,values:9,gates:1")
+    first, second = (run.values("grad norm") for run in (resumed, other))
+    assert first[0] == second[0] == log.values("grad norm")[3]
+    assert first[1] != second[1]

@@ -8,6 +8,7 @@ agree.
 from __future__ import annotations
 
 import warnings
+from argparse import Namespace
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelConfig
@@ -40,11 +42,13 @@ from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.reinit import reinit_dense_weights
 from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.train import param_groups
 from megatron_sffn.train.run import finish_gradients
 
 LAYERS, WIDTH, SEQUENCE, VOCAB = 4, 16, 8, 32
 SAMPLES = 4
 """Samples of a global batch; a microbatch is one sample, so there are at most 4 DP ranks."""
+LR, DECAY = 1e-2, 1e-2
 STEPS = 3
 """Adam's moments, biases and moving averages act in the second step, their results in the third."""
 
@@ -76,12 +80,14 @@ class Variant:
         options: fields of its config.
         sffn: fields of the layer's config.
         megatron: fields of Megatron's config.
+        factors: values of `--sffn-lr-mult` and `--sffn-wd-mult`.
     """
 
     router: str
     options: tuple[tuple[str, Any], ...] = ()
     sffn: tuple[tuple[str, Any], ...] = ()
     megatron: tuple[tuple[str, Any], ...] = ()
+    factors: tuple[str | None, str | None] = (None, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +113,13 @@ class Trained:
 def train(variant: Variant, layout: Layout) -> dict[str, Any]:
     """Train `STEPS` steps on this rank; returns its share of the results, for `join`."""
     chunks = build(variant, layout)
+    lr_mult, wd_mult = variant.factors
+    param_groups.install(Namespace(sffn_lr_mult=lr_mult, sffn_wd_mult=wd_mult))
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer=layout.optimizer,
-            lr=1e-2,
+            lr=LR,
+            weight_decay=DECAY,
             # Whole weights also under TP, and no rounding to bf16, so that layouts can be compared.
             muon_tp_mode="duplicated",
             muon_fp32_matmul_prec="highest",
@@ -125,6 +134,20 @@ def train(variant: Variant, layout: Layout) -> dict[str, Any]:
             overlap_param_gather=layout.distributed_optimizer,
         ),
         chunks,
+    )
+    # It gives each parameter group its learning rate and weight decay.
+    OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=LR,
+        min_lr=0.0,
+        lr_warmup_steps=0,
+        lr_decay_steps=STEPS,
+        lr_decay_style="constant",
+        start_wd=DECAY,
+        end_wd=DECAY,
+        wd_incr_steps=STEPS,
+        wd_incr_style="constant",
     )
     config = chunks[0].config
     config.grad_scale_func = optimizer.scale_loss

@@ -18,7 +18,7 @@ SWIGLU: tuple[tuple[str, Any], ...] = (("gated_linear_unit", True), ("activation
 VARIANTS = {
     "avg-k": Variant("avg-k"),
     "switch, swiglu": Variant("switch", megatron=SWIGLU),
-    "lorkm, swiglu": Variant("lorkm", megatron=SWIGLU),
+    "lorkm, swiglu": Variant("lorkm", megatron=SWIGLU, factors=("keys:0.5,gates:2", "values:0")),
     "learned": Variant("avg-k", (("descriptor", "learned"), ("gate", "sigmoid"))),
     "shared blocks": Variant("switch", sffn=(("shared_blocks", 2),)),
     "pkm": Variant("pkm"),

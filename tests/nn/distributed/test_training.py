@@ -346,7 +346,11 @@ VARIANTS = {
     "ema": Variant("avg-k", (("descriptor", "ema"), ("decay", 0.5))),
     "latent": Variant("avg-k", (("gate", "sigmoid"),), sffn=(("latent_size", 6),)),
     "latent, tokens scored": Variant("switch", sffn=(("latent_size", 6), ("shared_blocks", 1))),
-    "attention": Variant("switch", (("network", "attention"), ("network_width", 6))),
+    "attention": Variant(
+        "switch",
+        (("network", "attention"), ("network_width", 6)),
+        factors=("values:4,gates:0.5", "values:0,keys:2"),
+    ),
     "capacity": Variant("switch", megatron=(("moe_expert_capacity_factor", 0.5),)),
     "capacity by position": Variant(
         "switch",
