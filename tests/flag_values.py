@@ -107,6 +107,8 @@ NEEDS = {
     "--recompute-modules": "--recompute-granularity selective",
     "--recompute-num-layers": "--recompute-granularity full --recompute-method uniform",
     "--rope-scaling-factor": "--use-rope-scaling --init-method-std 0.5",
+    "--activation-func-clamp-value": "--swiglu",
+    "--glu-linear-offset": "--swiglu",
     "--sffn-gate-activation": "--sffn-gate-network mlp",
     "--sffn-gate-hidden-size": "--sffn-gate-network mlp",
     "--sffn-validation-data": "--eval-interval 1",

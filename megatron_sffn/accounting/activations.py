@@ -126,6 +126,7 @@ class Activations:
         tensors = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 5, "quick_geglu": 6}[
             self.setup.activation
         ]
+        tensors += self.setup.clamp  # the gates, clamped
         return tensors * self.tokens * cells // self.layout.tp * self.number_bytes
 
     def layer(self, sparse: bool) -> float:
@@ -142,6 +143,8 @@ class Activations:
             layout=self.layout,
             activation=setup.activation,
             losses=setup.losses,
+            clamp=setup.clamp,
+            offset=setup.offset,
             cuda=setup.cuda,
         )
         return count + saved_by_sparse_layer(call) + self.mlp(shape.sffn.shared_cells)

@@ -33,6 +33,8 @@ class TrainingSetup:
         softmax_in_fp32: True if attention's softmax is in fp32.
         rope_width: numbers of a head that RoPE rotates; 0 without RoPE.
         activation: name of the activation function.
+        clamp: True if its inputs are clamped (`--activation-func-clamp-value`).
+        offset: True if its linear half has an offset (`--glu-linear-offset`).
         losses: load-balancing losses of the routers' scores that are on.
         cuda: True to count the tensors that torch's CUDA kernels save; False: its CPU kernels.
     """
@@ -52,6 +54,8 @@ class TrainingSetup:
     softmax_in_fp32: bool = True
     rope_width: int = 0
     activation: str = "gelu"
+    clamp: bool = False
+    offset: bool = False
     losses: frozenset[str] = frozenset()
     cuda: bool = False
 
@@ -95,6 +99,8 @@ class TrainingSetup:
             softmax_in_fp32=args.attention_softmax_in_fp32,
             rope_width=int(args.kv_channels * args.rotary_percent) if rotated else 0,
             activation=activation,
+            clamp=args.activation_func_clamp_value is not None,
+            offset=bool(args.glu_linear_offset),
             losses=_losses(args),
             cuda=cuda,
         )

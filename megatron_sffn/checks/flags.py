@@ -88,10 +88,14 @@ def sizes(args: Namespace) -> Iterator[Problem]:
 
 
 def activations(args: Namespace) -> Iterator[Problem]:
-    """More than one activation."""
+    """More than one activation, and clamps that leave nothing."""
     flags = [flag_of(dest) for dest in ACTIVATIONS if getattr(args, dest)]
     if len(flags) > 1:
         yield Problem(" and ".join(flags), None, "contradict each other", "leave one")
+    clamp = args.activation_func_clamp_value
+    if clamp is not None and clamp <= 0:
+        remedy = "leave it out for no clamp; gpt-oss has 7"
+        yield Problem("--activation-func-clamp-value", clamp, "must be greater than 0", remedy)
 
 
 def finite_numbers(args: Namespace) -> Iterator[Problem]:

@@ -101,6 +101,11 @@ NEEDS = (
     ),
     Needs(r"mtp_\w+", "--mtp-num-layers"),
     Needs(
+        "activation_func_clamp_value|glu_linear_offset",
+        "--swiglu or --quick-geglu",
+        lambda args: args.swiglu or args.quick_geglu,
+    ),
+    Needs(
         r"yarn_\w+",
         "--position-embedding-type yarn",
         lambda args: args.position_embedding_type == "yarn",

@@ -56,7 +56,6 @@ ABSENT = {
     r"delay_wgrad_compute|overlap_dispatch_backward_with_experts_wgrad": WEIGHT_GRADIENTS,
     r"use_megatron_fsdp": MEGATRON_FSDP,
     r"use_torch_fsdp2": FSDP2,
-    r"activation_func_clamp_value|glu_linear_offset": "no backend computes it",
     r"spec|heterogeneous_layers_\w+": LAYERS,
 }
 """Pattern of flags (dest) -> why sparse layers do not have what they switch on."""

@@ -63,13 +63,11 @@ LAYER = (
 """MoE flags (dest) that act with every router."""
 
 DENSE_ONLY = (
-    "activation_func_clamp_value",
     "cuda_graph_impl",
     "delay_wgrad_compute",
     "enable_cuda_graph",
     "external_cuda_graph",
     "fine_grained_activation_offloading",
-    "glu_linear_offset",
     "heterogeneous_layers_config_encoded_json",
     "heterogeneous_layers_config_path",
     "overlap_dispatch_backward_with_experts_wgrad",

@@ -352,8 +352,10 @@ def transformer_config(args: Namespace, sffn: SparseFFNConfig | None) -> SparseF
         described.multi_latent_attention = False  # Megatron would take its own config class
     if args.sffn_relu:
         described.activation_func = F.relu
-    if args.sffn_relu or args.squared_relu:
+    if args.sffn_relu or args.squared_relu or args.quick_geglu:
         described.bias_gelu_fusion = False  # Megatron would refuse to fuse another activation
+    if args.activation_func_clamp_value is not None or args.glu_linear_offset:
+        described.bias_swiglu_fusion = False  # the fusion ignores the clamp, and has no offset
     config: SparseFFNTransformerConfig = core_transformer_config_from_args(described, config_class)
     return config
 

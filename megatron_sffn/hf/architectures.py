@@ -38,7 +38,10 @@ LAYER_NORM: Need = (
     "has --normalization LayerNorm",
     lambda s: s.args.normalization == "LayerNorm",
 )
-SWIGLU: Need = ("has --swiglu", lambda s: s.activation == "swiglu")
+SWIGLU: Need = (
+    "has --swiglu, without --activation-func-clamp-value and --glu-linear-offset",
+    lambda s: s.activation == "swiglu" and s.glu_clamp is None and not s.glu_offset,
+)
 UNGATED: Need = ("has no gated activation", lambda s: not s.gated)
 QK_NORM: Need = ("has --qk-layernorm", lambda s: bool(s.args.qk_layernorm))
 NO_QK_NORM: Need = ("has no --qk-layernorm", lambda s: not s.args.qk_layernorm)

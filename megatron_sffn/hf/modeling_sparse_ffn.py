@@ -55,6 +55,8 @@ class SparseFFNGPTConfig(PreTrainedConfig):
     intermediate_size: int = 128
     hidden_act: str = "gelu"  # of sparse layers: gelu, relu, squared_relu, swiglu, quick_geglu
     dense_act: str = "gelu"  # of dense layers; also gelu_tanh
+    glu_clamp: float | None = None  # of the gate from above, and of what it multiplies
+    glu_offset: float = 0.0  # added to what the gate multiplies
     normalization: str = "LayerNorm"
     norm_epsilon: float = 1e-5
     qk_norm: bool = False
@@ -128,6 +130,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """Name -> function; of the gate, where the activation has one."""
 GATED = ("swiglu", "quick_geglu")
 """Activations of cells that have a gate key beside their key."""
+
+
+def gated(config: SparseFFNGPTConfig, activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """The gated activation of both products, with the clamp and the offset of the model."""
+    if config.glu_clamp is not None:
+        gate = gate.clamp(max=config.glu_clamp)
+        up = up.clamp(-config.glu_clamp, config.glu_clamp)
+    return ACTIVATIONS[activation](gate) * (up + config.glu_offset)
 
 
 def norm(config: SparseFFNGPTConfig, width: int) -> nn.Module:
@@ -244,9 +254,9 @@ class SparseFFNAttention(nn.Module):
 class SparseFFNMLP(nn.Module):
     """A dense feed-forward network."""
 
-    def __init__(self, width: int, cells: int, activation: str, bias: bool) -> None:
+    def __init__(self, config: SparseFFNGPTConfig, cells: int, activation: str, bias: bool) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
+        self.config, self.activation, width = config, activation, config.hidden_size
         self.gate_proj = nn.Linear(width, cells, bias=bias) if activation in GATED else None
         self.up_proj = nn.Linear(width, cells, bias=bias)
         self.down_proj = nn.Linear(cells, width, bias=bias)
@@ -255,8 +265,8 @@ class SparseFFNMLP(nn.Module):
         """The update of `[..., D]`."""
         up = self.up_proj(x)
         if self.gate_proj is None:
-            return self.down_proj(self.activation(up))
-        return self.down_proj(self.activation(self.gate_proj(x)) * up)
+            return self.down_proj(ACTIVATIONS[self.activation](up))
+        return self.down_proj(gated(self.config, self.activation, self.gate_proj(x), up))
 
 
 # Routers
@@ -617,7 +627,11 @@ class SparseFFNBlocks(nn.Module):
         self.values = nn.Parameter(torch.empty(cells, width))
         self.shared_blocks = None
         if config.shared_cells:
-            self.shared_blocks = SparseFFNMLP(width, config.shared_cells, config.hidden_act, False)
+            self.shared_blocks = SparseFFNMLP(config, config.shared_cells, config.hidden_act, False)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Coefficients of cells from the products with their gate keys and their keys."""
+        return gated(self.config, self.config.hidden_act, gate, up)
 
     def by_block(self, table: Tensor) -> Tensor:
         """A table of cells `[M, ...]` as `[B, G, ...]`."""
@@ -634,7 +648,7 @@ class SparseFFNBlocks(nn.Module):
         up = multiply(queries, self.keys)
         if self.gate_keys is None:
             return self.activation(up)
-        return self.activation(multiply(queries, self.gate_keys)) * up
+        return self.gated(multiply(queries, self.gate_keys), up)
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """The update of `[b, s, D]`; `token_ids` is `[b, s]`."""
@@ -661,7 +675,7 @@ class SparseFFNBlocks(nn.Module):
                 up = self.activation(up)
             else:
                 keys = self.by_block(self.gate_keys)[ids]
-                up = up * self.activation(torch.einsum("tc,tkgc->tkg", queries, keys))
+                up = self.gated(torch.einsum("tc,tkgc->tkg", queries, keys), up)
             weights = weights * up
         return torch.einsum("tkg,tkgd->td", weights, self.by_block(self.values)[ids])
 
@@ -688,7 +702,7 @@ class SparseFFNBlocks(nn.Module):
                 if self.gate_keys is None:
                     up = self.activation(up)
                 else:
-                    up = self.activation(rows @ self.by_block(self.gate_keys)[block].T) * up
+                    up = self.gated(rows @ self.by_block(self.gate_keys)[block].T, up)
                 weights = weights * up
             update.index_add_(0, tokens, weights @ values[block])
         return update
@@ -709,7 +723,7 @@ class SparseFFNDecoderLayer(GradientCheckpointingLayer):
             self.mlp = SparseFFNBlocks(config.of_layer(layer_idx))
         else:
             cells, bias = config.intermediate_size, config.linear_bias
-            self.mlp = SparseFFNMLP(width, cells, config.dense_act, bias)
+            self.mlp = SparseFFNMLP(config, cells, config.dense_act, bias)
         self.input_layernorm = norm(config, width)
         self.post_attention_layernorm = norm(config, width)
 

@@ -46,6 +46,8 @@ def sparse_ffn_fields(settings: Settings) -> dict[str, Any]:
         "intermediate_size": ffn_hidden_size(args),
         "hidden_act": settings.activation,
         "dense_act": settings.dense_activation,
+        "glu_clamp": settings.glu_clamp,
+        "glu_offset": settings.glu_offset,
         "normalization": args.normalization,
         "norm_epsilon": args.layernorm_epsilon,
         "qk_norm": bool(args.qk_layernorm),

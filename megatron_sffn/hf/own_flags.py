@@ -34,6 +34,10 @@ def own_flags(fields: Fields) -> Iterator[Any]:
         "quick_geglu": ["--quick-geglu"],
     }
     yield from activations.get(fields["hidden_act"], [])
+    if fields.get("glu_clamp") is not None:
+        yield from ("--activation-func-clamp-value", fields["glu_clamp"])
+    if fields.get("glu_offset"):
+        yield from ("--glu-linear-offset", fields["glu_offset"])
     if fields["hidden_act"] == "gelu" and fields["dense_act"] == "gelu":
         yield "--no-bias-gelu-fusion"
     if not fields["linear_bias"]:

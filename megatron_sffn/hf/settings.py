@@ -33,8 +33,6 @@ NOT_EXPORTED: dict[str, tuple[Any, ...]] = {
     "window_size": (None,),
     "no_rope_freq": (None,),
     "apply_residual_connection_post_layernorm": (False, None),
-    "activation_func_clamp_value": (None,),
-    "glu_linear_offset": (0.0, None),
     "use_mup": (False, None),
     "heterogeneous_layers_config_path": (None,),
     "heterogeneous_layers_config_encoded_json": (None,),
@@ -77,6 +75,16 @@ class Settings:
             if vars(self.args).get(dest):
                 return names.get(dest, "relu")
         return "gelu"
+
+    @property
+    def glu_clamp(self) -> float | None:
+        """The clamp of the inputs of a gated activation; None for no clamp."""
+        return vars(self.args).get("activation_func_clamp_value")
+
+    @property
+    def glu_offset(self) -> float:
+        """The offset of the linear half of a gated activation."""
+        return float(vars(self.args).get("glu_linear_offset") or 0.0)
 
     @property
     def dense_activation(self) -> str:

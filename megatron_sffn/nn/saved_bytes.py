@@ -30,6 +30,8 @@ class LayerCall:
         layout: layout of the run.
         activation: name of the activation function.
         losses: Megatron's load-balancing losses that are on.
+        clamp: True if the inputs of the activation function are clamped.
+        offset: True if its linear half has an offset.
         cuda: True if the call runs on a GPU, which changes the kept operands of the scores and the
             backend that `auto` chooses.
     """
@@ -40,6 +42,8 @@ class LayerCall:
     layout: ParallelLayout
     activation: str
     losses: frozenset[str]
+    clamp: bool = False
+    offset: bool = False
     cuda: bool = False
 
     @property

@@ -12,8 +12,8 @@ of a gated activation. In Triton kernels the prefix of a name says what it is: `
 offsets, `m_` a mask, `p_` pointers, `b_` a tile that has been loaded; constants are in capitals.
 """
 
-from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.activation import Activation, ClampedActivation
 from megatron_sffn.ops.block_ffn import block_ffn
 from megatron_sffn.ops.route_topk import route_topk
 
-__all__ = ["Activation", "block_ffn", "route_topk"]
+__all__ = ["Activation", "ClampedActivation", "block_ffn", "route_topk"]

@@ -32,6 +32,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "hidden_dropout",
         "init_method_std",
         "params_dtype",
+        "activation_func_clamp_value",
+        "glu_linear_offset",
         "sffn_layers",
         "sffn_relu",
     ),

@@ -190,6 +190,20 @@ def test_ablations_of_routers_keep_the_bytes_of_the_closed_form(
     assert size - started_flags == closed_form(shape, "gelu", half, ParallelLayout())
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("clamp", [None, 0.1])
+@pytest.mark.parametrize("router", ["switch", "vanilla-m"])
+def test_clamped_activations_keep_the_bytes_of_the_closed_form(
+    router: str, clamp: float | None, half: bool, one_rank: None
+) -> None:
+    layer = dataclasses.replace(sparse(router), shared_blocks=1)
+    shape = of_sparse_layers(layer, gated=True)
+    fields = {"activation_func_clamp_value": clamp, "glu_linear_offset": 1.0}
+    size = measured(shape, "quick_geglu", half, **fields)
+    setup = {"clamp": clamp is not None, "offset": True}
+    assert size == closed_form(shape, "quick_geglu", half, ParallelLayout(), **setup)
+
+
 def test_norms_of_relu_coefficients_keep_the_bytes_of_the_closed_form(one_rank: None) -> None:
     shape = of_sparse_layers(sparse("vanilla-m", {"aggregator": "norm", "gate": "softmax"}))
     size = measured(shape, "relu", False)

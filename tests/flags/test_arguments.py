@@ -249,6 +249,13 @@ def test_the_number_of_layers_follows_from_a_pattern(read: Read) -> None:
     assert read("--hybrid-layer-pattern *E-*E", command=command).num_layers == 5
 
 
+def test_megatrons_fused_swiglu_is_off_where_it_would_ignore_a_clamp(read: Read) -> None:
+    for flags, is_fused in (("", True), ("--activation-func-clamp-value 7", False)):
+        args = read(f"--swiglu {flags}")
+        args.bias_swiglu_fusion = True  # as on a GPU
+        assert transformer_config(args, sffn_config(args)).bias_activation_fusion is is_fused
+
+
 def test_the_dense_baseline_has_no_experts(read: Read) -> None:
     args = read("--sffn-router dense --quick-geglu")
     assert sffn_config(args) is None
@@ -827,7 +834,13 @@ REFUSED = [
         "--moe-shared-expert-intermediate-size 64",
         "leave it out",
     ),
-    ("--glu-linear-offset 1", 1, "--glu-linear-offset 1.0", "no backend computes it"),
+    ("--glu-linear-offset 1", 1, "--glu-linear-offset 1.0", "without --swiglu or --quick-geglu"),
+    (
+        "--activation-func-clamp-value 7 --sffn-router dense",
+        1,
+        "--activation-func-clamp-value 7.0 has nothing to act on without --swiglu",
+    ),
+    ("--swiglu --activation-func-clamp-value -7", 1, "-7.0 must be greater than 0", "leave it out"),
     *(
         (f"--sffn-router switch --sffn-lr-mult {text}", 1, f"--sffn-lr-mult {text}", rule, "give")
         for text, rule in (

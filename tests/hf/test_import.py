@@ -210,7 +210,8 @@ OWN = [
     f"{flags_of('lorkm')} --sffn-aggregator max --rotary-percent 0.5 "
     "--moe-router-load-balancing-type quantile_balancing",
     "--moe-router-num-groups 4 --moe-router-group-topk 2 --sffn-group-score mean",
-    f"{flags_of('peer')} --sffn-gate sigmoid --swiglu",
+    f"{flags_of('peer')} --sffn-gate sigmoid --quick-geglu --activation-func-clamp-value 0.02 "
+    "--glu-linear-offset 1",
     f"{flags_of('lorkm')} --sffn-router lorkm:0,rand-hash:2,switch --swiglu "
     "--num-layers 4 --sffn-layers last:3",
     f"{flags_of('memory-plus')} --sffn-product-key-norm",

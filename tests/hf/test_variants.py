@@ -12,6 +12,7 @@ from tests.hf.test_export import check_equal
 from tests.support.megatron_models import WITH_BIASES, flags_of, save_models
 
 GROUPS = "--moe-router-num-groups 4 --moe-router-group-topk 2"
+CLAMP = "--activation-func-clamp-value 0.02"
 VARIANTS = [
     *(f"--sffn-descriptor {name}" for name in ("max-norm", "norm-weighted", "subset", "ema")),
     "--sffn-descriptor learned --moe-aux-loss-coeff 0.01",
@@ -51,6 +52,9 @@ VARIANTS = [
     "--position-embedding-type none",
     "--sffn-router dense --quick-geglu",
     "--sffn-router switch --sffn-shared-blocks 1 --quick-geglu",
+    f"--sffn-shared-blocks 1 --quick-geglu --glu-linear-offset 1 {CLAMP}",
+    f"{WITH_BIASES} --sffn-router dense --quick-geglu {CLAMP}",
+    f"--sffn-router vanilla-m --swiglu {CLAMP}",
     "--norm-epsilon 1e-3",
     WITH_BIASES,
     f"{WITH_BIASES} --sffn-router switch --sffn-shared-blocks 1 --swiglu",

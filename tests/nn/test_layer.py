@@ -49,15 +49,27 @@ def megatron_layer(case: Case, sparse: Any) -> MoELayer:
     return megatron
 
 
-@pytest.mark.parametrize("activation", ["gelu", "swiglu", "quick_geglu"])
+QUICK_GEGLU = (("activation_func", quick_gelu), ("gated_linear_unit", True))
+CLAMPED = (("activation_func_clamp_value", 0.4), ("glu_linear_offset", 1.0))
+ACTIVATIONS: dict[str, tuple[tuple[str, Any], ...]] = {
+    "gelu": (),
+    "swiglu": (),
+    "swiglu, clamped": CLAMPED[:1],
+    "swiglu, with an offset": CLAMPED[1:],
+    "quick_geglu": QUICK_GEGLU,
+    "quick_geglu, clamped": QUICK_GEGLU + CLAMPED,
+}
+"""Name -> fields of Megatron's config."""
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("g", [16, 4, 1])
 def test_switch_agrees_with_megatrons_own_layer(g: int, activation: str) -> None:
-    quick_geglu = (("activation_func", quick_gelu), ("gated_linear_unit", True))
     case = Case(
         router="switch",
         block_size=g,
-        swiglu=activation == "swiglu",
-        megatron=quick_geglu if activation == "quick_geglu" else (),
+        swiglu=activation.startswith("swiglu"),
+        megatron=ACTIVATIONS[activation],
     )
     sparse = build(case)
     megatron = megatron_layer(case, sparse)
@@ -114,6 +126,13 @@ def test_megatrons_dispatcher_and_experts_agree_with_sparse_ffn(
     results[1].append(torch.stack([mlp.linear_fc2.weight.grad.T for mlp in mlps]))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_clamped_halves_need_a_gated_activation_and_a_positive_clamp() -> None:
+    with pytest.raises(ConfigError, match="gelu has no gate; leave them out, or use --swiglu"):
+        build(Case(router="switch", megatron=CLAMPED))
+    with pytest.raises(ConfigError, match="must be greater than 0; leave it out"):
+        build(Case(router="switch", swiglu=True, megatron=(("activation_func_clamp_value", 0.0),)))
 
 
 @pytest.mark.parametrize("router", SPARSE)

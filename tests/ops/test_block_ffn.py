@@ -4,17 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sffn.ops import Activation, block_ffn
+from megatron_sffn.ops import Activation, ClampedActivation, block_ffn
+from megatron_sffn.ops.activation import AnyActivation
 from megatron_sffn.ops.block_ffn import Pairs, block_ffn_pairs, cpu, torch_backend
 from megatron_sffn.utils.errors import ConfigError
 
 BACKENDS = ["naive", "torch", "cpu"]
-ACTIVATIONS = list(Activation)
+CLAMPED = ClampedActivation(Activation.QUICK_GEGLU, clamp=1.5, offset=1.0)
+"""As in gpt-oss, but with a clamp that acts on many of the numbers here."""
+ACTIVATIONS = [*Activation, CLAMPED]
 T, D, M = 13, 6, 24
 
 
 def tensors(
-    g: int, activation: Activation = Activation.GELU, dtype: torch.dtype = torch.float64
+    g: int, activation: AnyActivation = Activation.GELU, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x `[T, D]`, keys and values of M cells in blocks of g."""
     torch.manual_seed(g)
@@ -28,7 +31,7 @@ def random_ids(num_blocks: int, active: int, tokens: int = T) -> Tensor:
     return torch.rand(tokens, num_blocks).topk(active, dim=1).indices
 
 
-def dense(x: Tensor, keys: Tensor, values: Tensor, activation: Activation) -> Tensor:
+def dense(x: Tensor, keys: Tensor, values: Tensor, activation: AnyActivation) -> Tensor:
     """`f(x Kᵀ) V` with all cells, computed without blocks."""
     if activation.gated:
         gate, linear = keys.chunk(2, dim=1)
@@ -41,7 +44,9 @@ def dense(x: Tensor, keys: Tensor, values: Tensor, activation: Activation) -> Te
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("g", [1, 2, 3, 4, 6, 8, 12, 24])
-def test_f1_f2_all_blocks_are_the_dense_ffn(g: int, activation: Activation, backend: str) -> None:
+def test_f1_f2_all_blocks_are_the_dense_ffn(
+    g: int, activation: AnyActivation, backend: str
+) -> None:
     x, keys, values = tensors(g, activation)
     all_ids = torch.arange(M // g).expand(T, -1)
     y = block_ffn(x, keys, values, all_ids, activation=activation, backend=backend)
@@ -95,7 +100,7 @@ def test_f6_unselected_cells_get_exactly_no_gradient(backend: str) -> None:
 @pytest.mark.parametrize("g", [1, 3, 8])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_f7_output_and_gradients_are_those_of_the_masked_dense_ffn(
-    backend: str, g: int, activation: Activation, gated_output: bool
+    backend: str, g: int, activation: AnyActivation, gated_output: bool
 ) -> None:
     blocks = M // g
     ids = random_ids(blocks, max(1, blocks // 3))
@@ -121,7 +126,9 @@ def test_f7_output_and_gradients_are_those_of_the_masked_dense_ffn(
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_hand_written_backward_is_the_derivative(activation: Activation, backend: str) -> None:
+def test_the_hand_written_backward_is_the_derivative(
+    activation: AnyActivation, backend: str
+) -> None:
     x, keys, values = tensors(3, activation)
     inputs = [
         t[:4].clone().requires_grad_() if t is x else t.requires_grad_() for t in (x, keys, values)
@@ -209,7 +216,7 @@ def test_no_tokens_give_no_output() -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("few_cells", [1, 64])
 def test_narrow_dtypes_stay_near_the_float64_oracle(
-    few_cells: int, activation: Activation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    few_cells: int, activation: AnyActivation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "FEW_CELLS", few_cells)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.ops import device, route_topk
-from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.activation import Activation, AnyActivation, ClampedActivation
 from megatron_sffn.ops.block_ffn import (
     Pairs,
     block_ffn_pairs,
@@ -44,9 +44,10 @@ FUSED = {
     "136x80": ((Activation.SWIGLU, True),),
 }
 """Activations of the fused products at each size, and whether there are gates."""
-LAYERS = {"1x48": ("gelu", None), "16x48": ("swiglu",)}
-"""Activations of whole layers, of which the first is computed by the masked form and the last by
-both; None stands for values without keys."""
+CLAMPED = ClampedActivation(Activation.QUICK_GEGLU, clamp=1.0, offset=1.0)
+LAYERS = {"1x48": ("gelu", None), "16x48": ("swiglu", CLAMPED)}
+"""Activations of whole layers, of which the first is computed by the masked form and the last two
+by both; None stands for values without keys."""
 CHOICES = {"1 of 1": (1, 1), "33 of 33": (33, 33), "1 of 300": (300, 1), "70 of 5000": (5000, 70)}
 """B and K for `route_topk`; 5000 scores are two tiles."""
 CHOSEN = [*((choice, "fp32") for choice in CHOICES), ("1 of 300", "fp16"), ("1 of 300", "bf16")]
@@ -216,7 +217,7 @@ def _fused(
 
 
 def _layer(
-    case: str, size: str, dtype: torch.dtype, device: str, activation: str | None
+    case: str, size: str, dtype: torch.dtype, device: str, activation: AnyActivation | str | None
 ) -> dict[str, float]:
     """Errors of y and every gradient; without an activation, of values without keys."""
     pairs, rows, (cells, width) = _pairs(case, device), CASES[case], SIZES[size]
@@ -224,7 +225,7 @@ def _layer(
         pairs = Pairs(
             rows=pairs.rows.repeat_interleave(2), blocks=pairs.blocks.repeat_interleave(2)
         )
-    num_keys = cells * (2 if activation == "swiglu" else 1)
+    num_keys = cells * (2 if activation in ("swiglu", CLAMPED) else 1)
     tensors = {
         "x": _random(dtype, device, rows, width),
         "keys": _random(dtype, device, B, num_keys, width) * width**-0.5,

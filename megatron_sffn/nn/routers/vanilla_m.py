@@ -93,6 +93,8 @@ class KeyTableConfig(ScoredConfig):
         per_cell = {"gelu": 1, "relu": 1, "squared_relu": 1, "swiglu": 3, "quick_geglu": 4}[
             call.activation
         ]
+        # The gates, clamped, and the linear half, clamped or with its offset.
+        per_cell += call.clamp + (call.clamp or call.offset)
         if self.aggregation != "mean" and call.activation != "relu":
             per_cell += 1
         per_token = per_cell * sffn.num_cells

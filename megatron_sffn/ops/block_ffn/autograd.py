@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.activation import AnyActivation
 from megatron_sffn.ops.block_ffn import epilogue, main_grad
 from megatron_sffn.ops.block_ffn.pairs import Pairs, Sorted
 
@@ -80,7 +80,7 @@ def block_ffn(
     values: Tensor,
     pairs: Pairs,
     gates: Tensor | None,
-    activation: Activation,
+    activation: AnyActivation,
     products: Products,
     rows_again: Callable[[], Tensor] | None = None,
 ) -> Tensor:
@@ -143,7 +143,7 @@ class _BlockFFN(torch.autograd.Function):
         values: Tensor,
         gates: Tensor | None,
         pairs: Sorted,
-        activation: Activation,
+        activation: AnyActivation,
         products: Products,
         rows_again: Callable[[], Tensor] | None,
     ) -> Tensor:

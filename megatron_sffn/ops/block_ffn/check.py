@@ -11,13 +11,15 @@ import os
 import torch
 from torch import Tensor
 
-from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.activation import Activation, AnyActivation, ClampedActivation
 from megatron_sffn.ops.block_ffn.pairs import Pairs
 from megatron_sffn.utils.errors import ConfigError
 
 
-def activation(name: str) -> Activation:
+def activation(name: AnyActivation | str) -> AnyActivation:
     """The activation with this name; raises `ConfigError` if it does not exist."""
+    if isinstance(name, ClampedActivation):
+        return name
     try:
         return Activation(name)
     except ValueError:
@@ -46,7 +48,7 @@ def tensors(
     values: Tensor,
     pairs: Pairs,
     gates: Tensor | None,
-    activation: Activation,
+    activation: AnyActivation,
 ) -> None:
     """Raise `ConfigError` unless the shapes, dtypes and devices of `block_ffn_pairs` fit."""
     if x.dim() != 2 or values.dim() != 3:

@@ -18,13 +18,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.activation import AnyActivation
 
 PIECE = 1 << 24
 """Most numbers in a slice of pairs: 64 MB in fp32."""
 
 
-def activated(ups: Tensor, gates: Tensor | None, activation: Activation) -> Tensor:
+def activated(ups: Tensor, gates: Tensor | None, activation: AnyActivation) -> Tensor:
     """`f(ups) · gates`.
 
     Args:
@@ -44,7 +44,7 @@ def activated(ups: Tensor, gates: Tensor | None, activation: Activation) -> Tens
 
 
 def backward(
-    ups: Tensor, dh: Tensor, gates: Tensor | None, activation: Activation
+    ups: Tensor, dh: Tensor, gates: Tensor | None, activation: AnyActivation
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`activated` again, and the gradients of its inputs.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.activation import AnyActivation
 from megatron_sffn.ops.block_ffn.pairs import Pairs
 
 
@@ -18,7 +18,7 @@ def block_ffn(
     values: Tensor,
     pairs: Pairs,
     gates: Tensor | None,
-    activation: Activation,
+    activation: AnyActivation,
 ) -> Tensor:
     """`y = (f(x Kᵀ) · mask) V`, with the arguments of `op.block_ffn_pairs`; torch differentiates.
 

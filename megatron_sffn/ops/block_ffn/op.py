@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.ops import device
-from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.activation import Activation, AnyActivation
 from megatron_sffn.ops.block_ffn import autograd, check, cpu, naive, torch_backend
 from megatron_sffn.ops.block_ffn.choose_backend import products_for, resolve
 from megatron_sffn.ops.block_ffn.pairs import Pairs, pairs_of_ids
@@ -21,7 +21,7 @@ def block_ffn(
     block_ids: Tensor,
     gates: Tensor | None = None,
     *,
-    activation: Activation | str = Activation.GELU,
+    activation: AnyActivation | str = Activation.GELU,
     backend: str = "auto",
 ) -> Tensor:
     """`y_t = Σ_k gates_tk · f(x_t K_iᵀ) V_i` with `i = block_ids_tk`.
@@ -34,7 +34,8 @@ def block_ffn(
         values: `[B, G, D]`, of x's dtype.
         block_ids: `[T, K]` integers in [0, B), distinct within a row; negative for no block.
         gates: `[T, K]` factors of the blocks' outputs, or None for 1.
-        activation: `gelu`, `relu`, `squared_relu`, `swiglu` or `quick_geglu`.
+        activation: `gelu`, `relu`, `squared_relu`, `swiglu` or `quick_geglu`; or a
+            `ClampedActivation` of one of the last two.
         backend: `naive`, the oracle; `torch`, a loop over blocks; `grouped`, a grouped product;
             `masked`, all rows times all cells; `bags`, for single cells; `quack`, a grouped
             product of the package quack-kernels; `cpu`, C++; `triton`, for a GPU and 32 or 16
@@ -60,7 +61,7 @@ def block_ffn_pairs(
     pairs: Pairs,
     gates: Tensor | None = None,
     *,
-    activation: Activation | str = Activation.GELU,
+    activation: AnyActivation | str = Activation.GELU,
     backend: str = "auto",
     rows_again: Callable[[], Tensor] | None = None,
 ) -> Tensor:

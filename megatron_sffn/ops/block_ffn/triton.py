@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sffn.ops.activation import Activation
+from megatron_sffn.ops.activation import Activation, AnyActivation
 from megatron_sffn.ops.block_ffn import epilogue, triton_fused, triton_grouped, triton_masked
 from megatron_sffn.ops.block_ffn.pairs import Sorted
 from megatron_sffn.ops.triton_launch import INTERPRETED
@@ -78,14 +78,15 @@ def to_table(
 
 
 def up_activated(
-    x: Tensor, keys: Tensor, pairs: Sorted, gates: Tensor | None, activation: Activation
+    x: Tensor, keys: Tensor, pairs: Sorted, gates: Tensor | None, activation: AnyActivation
 ) -> tuple[Tensor, Tensor]:
     """Up projections and activated coefficients, `[P, N]` and `[P, G]`.
 
-    Only the grouped form has a fused kernel; the masked form calls `epilogue.activated`.
+    Only the grouped form has a fused kernel, without clamped activations; otherwise this calls
+    `epilogue.activated`.
     """
     form = choose("to_pairs", keys.dtype, pairs, len(x), keys.shape[1])
-    if form is triton_grouped:
+    if form is triton_grouped and isinstance(activation, Activation):
         return triton_fused.up_activated(x, keys, pairs, gates, activation)
     ups = form.to_pairs(x, keys, pairs)
     return ups, epilogue.activated(ups, gates, activation)
@@ -97,14 +98,15 @@ def down_backward_activated(
     pairs: Sorted,
     ups: Tensor,
     gates: Tensor | None,
-    activation: Activation,
+    activation: AnyActivation,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Coefficients, and the gradients of ups and gates, as `epilogue.backward` returns them.
 
-    Only the grouped form has a fused kernel; the masked form calls `epilogue.backward`.
+    Only the grouped form has a fused kernel, without clamped activations; otherwise this calls
+    `epilogue.backward`.
     """
     form = choose("to_pairs", values.dtype, pairs, len(dy), values.shape[1])
-    if form is triton_grouped:
+    if form is triton_grouped and isinstance(activation, Activation):
         return triton_fused.down_backward_activated(dy, values, pairs, ups, gates, activation)
     dh = form.to_pairs(dy, values, pairs)
     return epilogue.backward(ups, dh, gates, activation)
