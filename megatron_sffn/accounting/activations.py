@@ -13,7 +13,8 @@ Design notes
 
 from __future__ import annotations
 
-from megatron_sffn.accounting.shape import ModelShape
+from megatron_sffn.accounting.latent_attention import LatentAttention
+from megatron_sffn.accounting.shape import ModelShape, count_parts
 from megatron_sffn.accounting.sparse import saved_by_sparse_layer
 from megatron_sffn.accounting.training_setup import TrainingSetup
 from megatron_sffn.nn.parallel_layout import ParallelLayout
@@ -71,6 +72,8 @@ class Activations:
     def attention(self) -> int:
         """The attention of one layer with its norm, without its scores."""
         shape, tp = self.shape, self.layout.tp
+        if shape.latent_attention is not None:
+            return self._latent_attention(shape.latent_attention)
         heads = shape.num_attention_heads // tp
         groups = (shape.num_query_groups or shape.num_attention_heads) // tp
         head = shape.kv_channels
@@ -96,6 +99,34 @@ class Activations:
         count += self.tokens * gates * head * (self.number_bytes + FP32)
         # The input of the output projection.
         return count + query_bytes + self._hidden_mask()
+
+    def _latent_attention(self, latent: LatentAttention) -> int:
+        """Multi-latent attention of one layer with its norm, without its scores."""
+        shape, tp = self.shape, self.layout.tp
+        heads = shape.num_attention_heads // tp
+        cuts_sequence = self.own_tokens < self.tokens
+        count = self.norm(self.own_tokens, shape.hidden_size) + self.hidden_states()
+        numbers = 0
+        if latent.q_lora_rank is not None:
+            # A rank's share of the sequence is a view of the gathered latents.
+            numbers += self.tokens * latent.q_lora_rank
+            if shape.qk_layernorm:
+                numbers += self.own_tokens * latent.q_lora_rank
+        # The latents of keys and values are a view of a product that has the rotary part too, but a
+        # copy of a rank's share of the sequence.
+        kept_latents = self.own_tokens * latent.kv_lora_rank
+        projected = self.tokens * (latent.kv_lora_rank + latent.qk_pos_emb_head_dim)
+        numbers += kept_latents if cuts_sequence else projected
+        if shape.qk_layernorm:
+            numbers += kept_latents
+            for width in (latent.q_lora_rank, latent.kv_lora_rank):
+                if width is not None:
+                    count += self.norm(self.own_tokens, width, input_is_kept=True)
+        # Queries, keys and values of all heads, and the input of the output projection.
+        numbers += self.tokens * heads * 2 * (latent.query_width + latent.v_head_dim)
+        # The cosines and sines of RoPE, for queries and for keys.
+        numbers += 4 * shape.seq_length * self.setup.rope_width
+        return count + numbers * self.number_bytes + self._hidden_mask()
 
     def attention_scores(self) -> int:
         """The attention's `s²` scores of one layer."""
@@ -128,10 +159,10 @@ class Activations:
         ]
         return tensors * self.tokens * cells // self.layout.tp * self.number_bytes
 
-    def layer(self, sparse: bool) -> float:
-        """All activations that one layer keeps."""
+    def feed_forward(self, *, sparse: bool) -> float:
+        """The feed-forward part of a layer, dense or sparse, with its norm."""
         shape, setup = self.shape, self.setup
-        count = self.attention() + self.attention_scores() + self.mlp_norm_and_dropout()
+        count = self.mlp_norm_and_dropout()
         if not sparse:
             return count + self.hidden_states() + self.mlp(shape.ffn_hidden_size)
         assert shape.sffn is not None, "a dense model has no sparse layer"
@@ -145,6 +176,17 @@ class Activations:
             cuda=setup.cuda,
         )
         return count + saved_by_sparse_layer(call) + self.mlp(shape.sffn.shared_cells)
+
+    def layer(self, parts: str) -> float:
+        """All activations that one layer keeps.
+
+        Args:
+            parts: of the layer, such as `*E` (`layer_parts`).
+        """
+        attentions, dense, sparse = count_parts(parts)
+        count = attentions * (self.attention() + self.attention_scores())
+        count += dense * self.feed_forward(sparse=False) if dense else 0
+        return count + (sparse * self.feed_forward(sparse=True) if sparse else 0)
 
     def embedding(self) -> int:
         """The first stage's ids, positions (once for all sequences) and dropout mask."""

@@ -28,10 +28,10 @@ def count_parameters(shape: ModelShape) -> Parameters:
     if not shape.tied_embeddings:
         rest += output_parameters(shape)
     predictions = shape.own_predictions
-    attentions, dense, sparse = shape.layers_with(predictions)
+    counts = shape.layers_with(predictions)
+    attentions, dense, sparse = counts
     # Each attention and each feed-forward part has a norm before it.
-    parts = attentions + dense + sparse
-    rest += attentions * attention_parameters(shape) + parts * norm_parameters(shape, width)
+    rest += attentions * attention_parameters(shape) + counts.parts * norm_parameters(shape, width)
     rest += dense * mlp_parameters(shape) + predictions * prediction_parameters(shape)
     total = active = rest
     for layer, count in shape.by_router(predictions):

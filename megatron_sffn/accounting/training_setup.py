@@ -73,7 +73,6 @@ class TrainingSetup:
         _refuse_uncounted(args)
         muon = args.optimizer == "muon"
         optimizer = args.muon_scalar_optimizer if muon else args.optimizer
-        rotated = args.position_embedding_type == "rope"
         fp32_gradients = not layout.half_precision or args.accumulate_allreduce_grads_in_fp32
         step = args.micro_batch_size * layout.dp
         recompute, modules = args.recompute_granularity, args.recompute_modules or ["core_attn"]
@@ -93,7 +92,7 @@ class TrainingSetup:
             attention_dropout=args.attention_dropout > 0,
             hidden_dropout=args.hidden_dropout > 0,
             softmax_in_fp32=args.attention_softmax_in_fp32,
-            rope_width=int(args.kv_channels * args.rotary_percent) if rotated else 0,
+            rope_width=_rope_width(args),
             activation=activation,
             losses=_losses(args),
             cuda=cuda,
@@ -157,6 +156,15 @@ def _refuse_uncounted(args: Namespace) -> None:
             f"--context-parallel-size {args.context_parallel_size} is not counted by the "
             "memory formulas; use 1"
         )
+
+
+def _rope_width(args: Namespace) -> int:
+    """Numbers of a head that RoPE rotates; multi-latent attention has RoPE of its own."""
+    if args.multi_latent_attention:
+        share = args.rotary_percent if args.rope_type == "rope" else 1.0
+        return int(args.qk_pos_emb_head_dim * share)
+    rotated = args.position_embedding_type == "rope"
+    return int(args.kv_channels * args.rotary_percent) if rotated else 0
 
 
 def _moments(args: Namespace) -> dict[str, int]:

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_sffn.accounting import ModelShape, TrainingSetup, sparse_pattern
+from megatron_sffn.accounting import ModelShape, TrainingSetup, layer_parts
 from megatron_sffn.checks import parallelism
 from megatron_sffn.checks.megatron_rules import as_sentence
 from megatron_sffn.checks.problem import Problem
@@ -309,7 +309,7 @@ def workload_of(base: Base, candidate: Candidate, cluster: Cluster) -> Workload:
     shape = ModelShape.of_args(args, sffn)
     return Workload(
         shape=shape,
-        pattern=sparse_pattern(shape, args.moe_layer_freq if sffn else None),
+        parts=layer_parts(shape, args.moe_layer_freq if sffn else None, args.hybrid_layer_pattern),
         layout=layout,
         setup=TrainingSetup.of_args(args, layout, activation=base.activation, cuda=True),
         overlaps_gradients=args.overlap_grad_reduce,

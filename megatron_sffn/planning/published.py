@@ -253,7 +253,7 @@ def workload_of(run: Published) -> Workload:
     )
     return Workload(
         shape=ModelShape(**sizes, sffn=sffn, sparse_layers=layers),
-        pattern=(True,) * layers,
+        parts=("*E",) * layers,
         layout=layout,
         setup=TrainingSetup(
             num_microbatches=run.global_batch_size // layout.dp,

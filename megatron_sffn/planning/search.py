@@ -134,7 +134,7 @@ def _plan(candidate: Candidate, workload: Workload, cluster: Cluster) -> Plan:
 
 
 def _memory(workload: Workload) -> RankMemory:
-    return memory_per_rank(workload.shape, workload.pattern, workload.layout, workload.setup)
+    return memory_per_rank(workload.shape, workload.parts, workload.layout, workload.setup)
 
 
 def search(base: Base, cluster: Cluster, *, top: int = 1, progress: Progress = iter) -> Outcome:

@@ -16,11 +16,12 @@ Design notes
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from megatron_sffn.accounting.memory import held_parameters
+from megatron_sffn.accounting.held_parameters import attention_matrices, held_parameters
 from megatron_sffn.accounting.pipeline_stages import Stage
+from megatron_sffn.accounting.shape import LayerCounts
 from megatron_sffn.planning.block_estimates import estimate_blocks
 from megatron_sffn.planning.cluster import COLLECTIVE_LATENCY, Cluster
 from megatron_sffn.planning.traffic import (
@@ -35,8 +36,9 @@ from megatron_sffn.planning.traffic import (
 )
 from megatron_sffn.planning.workload import Workload
 
-HIDDEN_PASSES = 16
-"""Times that norms, residuals and RoPE read or write `[T, D]` in a layer, forward: assumed."""
+HIDDEN_PASSES = 8
+"""Times that norms, residuals and RoPE read or write `[T, D]`, forward, in each attention and each
+feed-forward part: assumed."""
 
 CELL_PASSES = 4
 """Times that the activation reads or writes `[T, cells]` of a dense MLP, forward: assumed."""
@@ -78,6 +80,15 @@ class StepTime:
         return self.compute + waiting + self.bubble
 
 
+class Seconds(NamedTuple):
+    """Seconds of a microbatch, by what a rank does; see `StepTime`."""
+
+    compute: float
+    tensor: float
+    expert: float
+    pipeline: float = 0.0
+
+
 class _Clock:
     """Seconds of the parts of one microbatch on one rank.
 
@@ -106,12 +117,14 @@ class _Clock:
         return self.products(self.workload.tokens * flops / self.layout.tp)
 
     def attention(self) -> float:
-        """Attention with both norms and residuals of a layer, forward."""
-        shape, width = self.shape, self.shape.hidden_size
-        flops = 2 * width * (shape.projected_width + shape.query_width)
-        hidden = self.workload.own_tokens * width * self.layout.bytes_per_number
-        projections = self.products(self.workload.tokens * flops / self.layout.tp)
-        return projections + self.scores() + self.moves(HIDDEN_PASSES * hidden)
+        """Attention, forward."""
+        flops = 2 * attention_matrices(self.shape)
+        return self.products(self.workload.tokens * flops / self.layout.tp) + self.scores()
+
+    def norm(self) -> float:
+        """The norm and the residual of an attention or a feed-forward part, forward."""
+        hidden = self.workload.own_tokens * self.shape.hidden_size * self.layout.bytes_per_number
+        return self.moves(HIDDEN_PASSES * hidden)
 
     def mlp(self, cells: int) -> float:
         """A dense MLP, forward."""
@@ -168,28 +181,29 @@ class _Clock:
         hidden = min(exchanged, computing) * (chunks - 1) / chunks
         return exchanged - hidden
 
-    def layer(self, *, sparse: bool) -> dict[str, float]:
-        """Seconds of a layer, forward, recomputed and backward, by kind."""
-        setup = self.setup
-        full = setup.recompute == "full"
-        again_mlp = full or setup.recomputes("moe" if sparse else "mlp")
-        forward = self.feed_forward(sparse=sparse, backward=False)
-        compute = (4 if full else 3) * self.attention()
-        compute += (2 if again_mlp else 1) * forward
-        compute += self.feed_forward(sparse=sparse, backward=True)
-        if setup.recomputes("core_attn"):
-            compute += self.scores()
-        count = FORWARD_COLLECTIVES * (2 if full else 1) + BACKWARD_COLLECTIVES
-        places = tensor_collectives(self.workload, sparse=sparse)
-        seconds = {"compute": compute, "tensor": self.collectives(count * places), "expert": 0.0}
-        if sparse:
-            passes = 2 if again_mlp else 1
-            seconds["expert"] = passes * self.exposed(
-                self.exchanged(1), self.cells(backward=False)
-            ) + self.exposed(
-                self.exchanged(backward_exchanges(self.workload)), self.cells(backward=True)
-            )
-        return seconds
+    def layers(self, counts: LayerCounts) -> Seconds:
+        """Seconds of the parts of layers, forward, recomputed and backward."""
+        full = self.setup.recompute == "full"
+        attention = (4 if full else 3) * self.attention()
+        if self.setup.recomputes("core_attn"):
+            attention += self.scores()
+        compute = counts.parts * (4 if full else 3) * self.norm() + counts.attentions * attention
+        expert = 0.0
+        for sparse, count in ((False, counts.dense), (True, counts.sparse)):
+            if count:
+                passes = 2 if full or self.setup.recomputes("moe" if sparse else "mlp") else 1
+                forward = passes * self.feed_forward(sparse=sparse, backward=False)
+                compute += count * (forward + self.feed_forward(sparse=sparse, backward=True))
+                expert += count * self.exchanges(passes) if sparse else 0.0
+        passes = FORWARD_COLLECTIVES * (2 if full else 1) + BACKWARD_COLLECTIVES
+        collectives = self.collectives(passes * tensor_collectives(self.workload, counts))
+        return Seconds(compute=compute, tensor=collectives, expert=expert)
+
+    def exchanges(self, passes: int) -> float:
+        """Exchanges of a sparse layer that nothing hides, with so many forward passes."""
+        forward = self.exposed(self.exchanged(1), self.cells(backward=False))
+        backward = self.exchanged(backward_exchanges(self.workload))
+        return passes * forward + self.exposed(backward, self.cells(backward=True))
 
     def head(self) -> float:
         """Logits and loss, forward and backward."""
@@ -206,21 +220,17 @@ class _Clock:
         rate = self.cluster.network_bytes if leaves_node else self.cluster.node_bytes
         return 2 * (COLLECTIVE_LATENCY + pipeline_transfer_bytes(self.workload) / rate)
 
-    def stage(self, stage: Stage, layers: dict[bool, dict[str, float]]) -> dict[str, float]:
-        """Seconds of one microbatch of a stage, by kind."""
-        seconds = dict.fromkeys(("compute", "tensor", "expert"), 0.0)
-        for sparse, count in Counter(stage.layers).items():
-            for kind, value in layers[sparse].items():
-                seconds[kind] += count * value
-        seconds["compute"] += self.head() if stage.last else 0.0
-        seconds["pipeline"] = self.transfers()
-        return seconds
+    def stage(self, stage: Stage) -> Seconds:
+        """Seconds of one microbatch of a stage."""
+        seconds = self.layers(stage.counts)
+        head = self.head() if stage.last else 0.0
+        return seconds._replace(compute=seconds.compute + head, pipeline=self.transfers())
 
     def optimizer(self) -> float:
         """The optimizer's step: it reads and writes state, weights and gradients once."""
         layout, setup = self.layout, self.setup
         held = held_parameters(self.shape, self.workload.stages()[0], layout)
-        numbers: float = held.cells + held.rest
+        numbers: float = held.total
         gradients = 2 * setup.gradient_bytes * numbers  # the norm and the clipping read all
         if setup.distributed_optimizer:
             numbers = held.cells / layout.expert_dp + held.rest / layout.dp
@@ -239,10 +249,8 @@ class _Clock:
 def step_time(workload: Workload, cluster: Cluster) -> StepTime:
     """Seconds of a step of the run on the cluster."""
     clock, layout, setup = _Clock(workload, cluster), workload.layout, workload.setup
-    layers = {sparse: clock.layer(sparse=sparse) for sparse in set(workload.pattern)}
-    stages = [clock.stage(stage, layers) for stage in workload.stages()]
-    slowest = max(stages, key=lambda seconds: sum(seconds.values()))
-    microbatch = sum(slowest.values())
+    slowest = max(map(clock.stage, workload.stages()), key=sum)
+    microbatch = sum(slowest)
     # A third of a microbatch runs forward, and two thirds backward.
     hidden = {
         False: 2 / 3 * microbatch if workload.overlaps_gradients else 0.0,
@@ -254,10 +262,10 @@ def step_time(workload: Workload, cluster: Cluster) -> StepTime:
     )
     count = setup.num_microbatches
     return StepTime(
-        compute=count * slowest["compute"] + clock.optimizer(),
-        tensor=count * slowest["tensor"],
-        expert=count * slowest["expert"],
-        pipeline=count * slowest["pipeline"],
+        compute=count * slowest.compute + clock.optimizer(),
+        tensor=count * slowest.tensor,
+        expert=count * slowest.expert,
+        pipeline=count * slowest.pipeline,
         data=data,
         bubble=(layout.pp - 1) / layout.virtual_stages * microbatch,
         block_ratio=None if clock.blocks is None else clock.blocks.ratio,

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sffn.accounting.memory import held_parameters
+from megatron_sffn.accounting.held_parameters import held_parameters
+from megatron_sffn.accounting.shape import LayerCounts
 from megatron_sffn.nn.comm_volume import (
     bytes_between_nodes_per_token,
     exchanged_bytes_per_token,
@@ -76,13 +77,13 @@ def tensor_collective_bytes(workload: Workload) -> float:
     return workload.hidden_bytes * (tp - 1) / tp
 
 
-def tensor_collectives(workload: Workload, *, sparse: bool) -> int:
-    """Places of a layer around which tensor parallelism gathers and scatters: attention, MLP."""
+def tensor_collectives(workload: Workload, counts: LayerCounts) -> int:
+    """Places of layers around which tensor parallelism gathers and scatters: attention, MLP."""
     if workload.layout.tp == 1:
         return 0
     sffn = workload.shape.sffn
-    has_dense_cells = not sparse or (sffn is not None and sffn.shared_blocks > 0)
-    return 1 + has_dense_cells
+    shared = counts.sparse if sffn is not None and sffn.shared_blocks else 0
+    return counts.attentions + counts.dense + shared
 
 
 def exchange(workload: Workload, cluster: Cluster) -> Exchange:
@@ -148,12 +149,12 @@ def pipeline_transfer_bytes(workload: Workload) -> float:
 def step_traffic(workload: Workload, cluster: Cluster) -> Traffic:
     """Bytes that a rank of the first pipeline stage sends in a step."""
     layout, setup = workload.layout, workload.setup
-    layers = workload.stages()[0].layers
+    stage = workload.stages()[0]
     full = setup.recompute == "full"
     collectives = FORWARD_COLLECTIVES * (2 if full else 1) + BACKWARD_COLLECTIVES
-    places = sum(tensor_collectives(workload, sparse=sparse) for sparse in layers)
+    places = tensor_collectives(workload, stage.counts)
     sent = exchange(workload, cluster)
-    exchanges = sum(layers) * expert_passes(workload) * setup.num_microbatches
+    exchanges = stage.counts.sparse * expert_passes(workload) * setup.num_microbatches
     # A rank of the first stage sends activations on and gets their gradients back; a rank between
     # two stages sends both.
     transfers = setup.num_microbatches * (2 * layout.virtual_stages - 1)

@@ -101,8 +101,8 @@ def closed_form(
         dataclasses.replace(layout, dtype=torch.bfloat16 if half else torch.float32),
         TrainingSetup(micro_batch_size=SAMPLES, activation=activation, **setup),
     )
-    dense_bytes = (shape.num_layers - shape.sparse_layers) * sizes.layer(False)
-    sparse_bytes = shape.sparse_layers * sizes.layer(True) if shape.sparse_layers else 0
+    dense_bytes = (shape.num_layers - shape.sparse_layers) * sizes.layer("*-")
+    sparse_bytes = shape.sparse_layers * sizes.layer("*E") if shape.sparse_layers else 0
     return sizes.embedding() + dense_bytes + sparse_bytes + sizes.head()
 
 
@@ -437,12 +437,12 @@ RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
     ({**FULL, "recompute_method": "uniform"}, lambda sizes: 4 * sizes.hidden_states()),
     (
         {**FULL, "recompute_method": "block"},
-        lambda sizes: sizes.hidden_states() + 2 * sizes.layer(True) + sizes.layer(False),
+        lambda sizes: sizes.hidden_states() + 2 * sizes.layer("*E") + sizes.layer("*-"),
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
         lambda sizes: (
-            2 * sizes.layer(False)
+            2 * sizes.layer("*-")
             + 2
             * (
                 sizes.attention()
@@ -455,7 +455,7 @@ RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
     (
         {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         lambda sizes: (
-            2 * sizes.layer(True)
+            2 * sizes.layer("*E")
             + 2
             * (
                 sizes.attention()
@@ -467,7 +467,7 @@ RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        lambda sizes: 2 * sizes.layer(False) + 2 * sizes.layer(True) - 4 * sizes.attention_scores(),
+        lambda sizes: 2 * sizes.layer("*-") + 2 * sizes.layer("*E") - 4 * sizes.attention_scores(),
     ),
 ]
 

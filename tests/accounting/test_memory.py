@@ -14,7 +14,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from megatron_sffn.accounting import ModelShape, memory_per_rank, sparse_pattern
+from megatron_sffn.accounting import ModelShape, layer_parts, memory_per_rank
 from megatron_sffn.accounting.activations import Activations
 from megatron_sffn.accounting.memory import RankMemory, memory_of_stage, router_tables
 from megatron_sffn.accounting.pipeline_stages import microbatches_in_flight, pipeline_stages
@@ -27,8 +27,8 @@ from tests.accounting.models import SMALL, batch, build, config_of, paper, spars
 from tests.support.ranks import run_ranks
 from tests.support.slow import slow
 
-PATTERN = (True, False, True, True)
-"""Which layers are sparse: with a dense layer among them, stages differ."""
+PARTS = ("*E", "*-", "*E", "*E")
+"""The parts of the layers: with a dense layer among them, stages differ."""
 
 
 def layout_with_sp(**sizes: Any) -> ParallelLayout:
@@ -66,7 +66,7 @@ def measured_memory(
     config = config_of(
         shape,
         layout.dtype,
-        moe_layer_freq=[int(layer) for layer in PATTERN],
+        moe_layer_freq=["E" in layer for layer in PARTS],
         **layout.megatron_sizes(),
         sequence_parallel=layout.sequence_parallel,
         batch_p2p_comm=False,
@@ -162,7 +162,7 @@ def test_a_rank_holds_the_bytes_of_the_closed_form(
         **layout.megatron_sizes(),
     )
     for index, shape in enumerate(SHAPES.values()):
-        stages = pipeline_stages(layout, PATTERN)
+        stages = pipeline_stages(layout, PARTS)
         expected = [memory_of_stage(shape, stage, layout, setup) for stage in stages]
         for stage, memory in zip(stages, expected, strict=True):
             stage_ranks = [rank[index] for rank in ranks if rank[index]["stage"] == stage.index]
@@ -184,12 +184,12 @@ def memory_of_stages(shape: ModelShape, layout: ParallelLayout, **setup: Any) ->
     training = TrainingSetup(**setup)
     return [
         memory_of_stage(shape, stage, layout, training)
-        for stage in pipeline_stages(layout, PATTERN)
+        for stage in pipeline_stages(layout, PARTS)
     ]
 
 
 def test_stages_have_the_layers_that_megatron_gives_them() -> None:
-    layers = tuple(i % 3 == 0 for i in range(8))
+    layers = tuple("*-" if i % 3 else "*E" for i in range(8))
     layout = ParallelLayout(world_size=2, pp=2, virtual_stages=2)
     first, last = pipeline_stages(layout, layers)
     assert first.chunks == (layers[0:2], layers[4:6]) and (first.first, first.last) == (True, False)
@@ -204,13 +204,13 @@ def test_stages_have_the_layers_that_megatron_gives_them() -> None:
 
 def test_early_stages_and_interleaved_chunks_have_more_microbatches_in_flight() -> None:
     layout = ParallelLayout(world_size=4, pp=4)
-    stages = pipeline_stages(layout, (False,) * 8)
+    stages = pipeline_stages(layout, ("*-",) * 8)
     assert [microbatches_in_flight(layout, stage, 16) for stage in stages] == [4, 3, 2, 1]
     assert [microbatches_in_flight(layout, stage, 2) for stage in stages] == [2, 2, 2, 1]
     # Interleaved: 2 · 3 warm-up microbatches, 4 for the second chunk, and one that runs; a chunk is
     # half a stage.
     layout = ParallelLayout(world_size=4, pp=4, virtual_stages=2)
-    stages = pipeline_stages(layout, (False,) * 8)
+    stages = pipeline_stages(layout, ("*-",) * 8)
     assert [microbatches_in_flight(layout, stage, 16) for stage in stages] == [
         11 / 2,
         9 / 2,
@@ -223,10 +223,10 @@ def test_recomputation_keeps_inputs_and_one_layer() -> None:
     shape, layout = SHAPES["avg-k"], ParallelLayout()
     sizes = Activations(shape, layout, TrainingSetup())
     (plain,) = memory_of_stages(shape, layout)
-    layers = 3 * sizes.layer(True) + sizes.layer(False)
+    layers = 3 * sizes.layer("*E") + sizes.layer("*-")
     ends = sizes.embedding() + sizes.head()
     assert plain.activations == ends + layers
-    largest = max(sizes.layer(True), sizes.layer(False))
+    largest = max(sizes.layer("*E"), sizes.layer("*-"))
     (full,) = memory_of_stages(shape, layout, recompute="full")
     assert full.activations == sizes.embedding() + 4 * sizes.hidden_states() + max(
         largest, sizes.head()
@@ -238,7 +238,7 @@ def test_recomputation_keeps_inputs_and_one_layer() -> None:
         two_layers.activations
         == sizes.embedding()
         + 2 * sizes.hidden_states()
-        + 2 * sizes.layer(True)
+        + 2 * sizes.layer("*E")
         + max(largest, sizes.head())
     )
     (without_scores,) = memory_of_stages(
@@ -255,7 +255,7 @@ def test_recomputation_keeps_inputs_and_one_layer() -> None:
     assert plain.activations - without_blocks.activations == pytest.approx(
         3
         * (
-            sizes.layer(True)
+            sizes.layer("*E")
             - sizes.attention()
             - sizes.attention_scores()
             - sizes.mlp_norm_and_dropout()
@@ -268,17 +268,17 @@ def test_the_fullest_rank_is_on_the_largest_stage() -> None:
     shape, layout = SHAPES["lorkm"], ParallelLayout(world_size=2, pp=2)
     first, last = memory_of_stages(shape, layout, num_microbatches=8)
     assert first.in_flight == 2 and last.in_flight == 1
-    fullest = memory_per_rank(shape, PATTERN, layout, TrainingSetup(num_microbatches=8))
+    fullest = memory_per_rank(shape, PARTS, layout, TrainingSetup(num_microbatches=8))
     assert fullest == max(first, last, key=lambda rank: rank.total)
 
 
 def test_blocks_and_optimizer_are_sharded_over_thousands_of_ranks() -> None:
     shape = paper(block_size=64)
-    pattern = sparse_pattern(shape, [int((i + 1) % 6 == 0) for i in range(24)])
+    parts = layer_parts(shape, [int((i + 1) % 6 == 0) for i in range(24)])
     setup = TrainingSetup(distributed_optimizer=True, rope_width=64)
     layout = ParallelLayout(world_size=4096, ep=1024, dtype=torch.bfloat16)
-    one_rank = memory_per_rank(shape, pattern, ParallelLayout(dtype=torch.bfloat16), setup)
-    sharded = memory_per_rank(shape, pattern, layout, setup)
+    one_rank = memory_per_rank(shape, parts, ParallelLayout(dtype=torch.bfloat16), setup)
+    sharded = memory_per_rank(shape, parts, layout, setup)
     # One block of 64 cells per layer instead of 1,024 blocks.
     assert one_rank.parameters - sharded.parameters == 4 * 1023 * 64 * 2 * 1024
     cells, other_parameters = 4 * 64 * 2 * 1024, sharded.parameters - 4 * 64 * 2 * 1024
@@ -302,7 +302,7 @@ def test_routers_hold_the_tables_of_the_closed_form(
     buffers = [buffer for layer in layers for buffer in layer.router.buffers()]
     # Scalars do not count: every router has one, a flag for NaN.
     size = sum(table.nbytes for table in (*tables, *buffers) if table.numel() > 1)
-    (stage,) = pipeline_stages(ParallelLayout(), (True,) * 4)
+    (stage,) = pipeline_stages(ParallelLayout(), ("*E",) * 4)
     assert router_tables(shape, stage) == size
     assert (size > 0) == (router == "rand-hash" or bool(options))
     without_tables, with_tables = (

@@ -29,7 +29,7 @@ def workload(
     sffn = SparseFFNConfig(
         active_cells=1024, block_size=128, expansion=4, router=SoftmaxAfterConfig()
     )
-    pattern = (False, sparse) * 4
+    parts = ("*-", "*E" if sparse else "*-") * 4
     shape = ModelShape(
         num_layers=8,
         hidden_size=256,
@@ -43,7 +43,7 @@ def workload(
     )
     return Workload(
         shape=shape,
-        pattern=pattern,
+        parts=parts,
         layout=replace(layout, dtype=torch.bfloat16, sequence_parallel=layout.tp > 1),
         setup=TrainingSetup(
             num_microbatches=microbatches, distributed_optimizer=True, cuda=True, **setup
