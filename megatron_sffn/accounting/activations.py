@@ -104,29 +104,34 @@ class Activations:
         """Multi-latent attention of one layer with its norm, without its scores."""
         shape, tp = self.shape, self.layout.tp
         heads = shape.num_attention_heads // tp
-        cuts_sequence = self.own_tokens < self.tokens
         count = self.norm(self.own_tokens, shape.hidden_size) + self.hidden_states()
-        numbers = 0
-        if latent.q_lora_rank is not None:
-            # A rank's share of the sequence is a view of the gathered latents.
-            numbers += self.tokens * latent.q_lora_rank
-            if shape.qk_layernorm:
-                numbers += self.own_tokens * latent.q_lora_rank
-        # The latents of keys and values are a view of a product that has the rotary part too, but a
-        # copy of a rank's share of the sequence.
-        kept_latents = self.own_tokens * latent.kv_lora_rank
-        projected = self.tokens * (latent.kv_lora_rank + latent.qk_pos_emb_head_dim)
-        numbers += kept_latents if cuts_sequence else projected
+        # Latents, which the up projections keep, or the norms before them. They are views of the
+        # gathered products, of which that of keys and values has the rotary part, too.
+        ranks = [rank for rank in (latent.q_lora_rank, latent.kv_lora_rank) if rank is not None]
+        numbers = self.tokens * (sum(ranks) + latent.qk_pos_emb_head_dim)
         if shape.qk_layernorm:
-            numbers += kept_latents
-            for width in (latent.q_lora_rank, latent.kv_lora_rank):
-                if width is not None:
-                    count += self.norm(self.own_tokens, width, input_is_kept=True)
-        # Queries, keys and values of all heads, and the input of the output projection.
-        numbers += self.tokens * heads * 2 * (latent.query_width + latent.v_head_dim)
+            numbers = (0 if self.norm_upcasts else numbers) + self.own_tokens * sum(ranks)
+            count += sum(self.norm(self.own_tokens, rank, input_is_kept=True) for rank in ranks)
+        # The input of the output projection.
+        numbers += self.tokens * heads * latent.v_head_dim
+        count += numbers * self.number_bytes + self._hidden_mask()
+        if not self.setup.recomputes("mla_up_proj"):
+            return count + self.up_projections()
+        # The checkpoint keeps the rotary part of keys, a view of the product, and RoPE's angles.
+        if shape.qk_layernorm and self.norm_upcasts:
+            product = self.tokens * (latent.kv_lora_rank + latent.qk_pos_emb_head_dim)
+            count += product * self.number_bytes
+        return count + shape.seq_length * self.setup.rope_width * FP32
+
+    def up_projections(self) -> int:
+        """Queries, keys and values of multi-latent attention, with the factors of RoPE."""
+        latent = self.shape.latent_attention
+        assert latent is not None, "only multi-latent attention has up projections"
+        heads = self.shape.num_attention_heads // self.layout.tp
+        numbers = self.tokens * heads * (2 * latent.query_width + latent.v_head_dim)
         # The cosines and sines of RoPE, for queries and for keys.
-        numbers += 4 * shape.seq_length * self.setup.rope_width
-        return count + numbers * self.number_bytes + self._hidden_mask()
+        numbers += 4 * self.shape.seq_length * self.setup.rope_width
+        return numbers * self.number_bytes
 
     def attention_scores(self) -> int:
         """The attention's `s²` scores of one layer."""

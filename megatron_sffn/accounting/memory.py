@@ -151,6 +151,8 @@ def _kept(activations: Activations, layer: str) -> _Kept:
         count, scores = float(activations.attention()), float(activations.attention_scores())
         if setup.recomputes("core_attn"):
             scores, working = 0.0, scores
+        if activations.shape.latent_attention is not None and setup.recomputes("mla_up_proj"):
+            working += activations.up_projections()
     if counts.dense + counts.sparse:
         feed_forward = activations.feed_forward(sparse=counts.sparse > 0)
         if setup.recomputes("moe" if counts.sparse else "mlp"):

@@ -12,6 +12,10 @@ from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.utils.errors import ConfigError
 
 
+RECOMPUTED = ("core_attn", "mla_up_proj", "mlp", "moe")
+"""Modules of selective recomputation that are counted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
     """The part of a run's training setup that memory depends on.
@@ -24,7 +28,7 @@ class TrainingSetup:
         muon: True if Muon trains weight matrices, with one such number; `moments` are of the rest.
         distributed_optimizer: True if the optimizer's state is sharded over data-parallel ranks.
         recompute: None, `full` or `selective` (`--recompute-granularity`).
-        recompute_modules: modules of selective recomputation: `core_attn`, `mlp`, `moe`.
+        recompute_modules: modules of selective recomputation, of `RECOMPUTED`.
         recompute_method: `uniform` or `block`, of full recomputation.
         recompute_layers: layers between two saved inputs (uniform), or recomputed in each chunk
             (block).
@@ -140,12 +144,13 @@ def _refuse_uncounted(args: Namespace) -> None:
                 f"--{dest.replace('_', '-')} is not counted by the memory formulas; leave it "
                 "out, or set --decoder-first-pipeline-num-layers"
             )
-    for dest in (
-        "mtp_num_layers",
-        "attention_output_gate",
-        "hybrid_layer_pattern",
-        "multi_latent_attention",
-    ):
+    modules = sorted(set(args.recompute_modules or []) - set(RECOMPUTED))
+    if args.recompute_granularity == "selective" and modules:
+        raise ConfigError(
+            f"--recompute-modules {modules[0]} is not counted by the memory formulas; use "
+            f"{', '.join(RECOMPUTED)}"
+        )
+    for dest in ("mtp_num_layers", "hybrid_layer_pattern"):
         if getattr(args, dest):
             raise ConfigError(
                 f"--{dest.replace('_', '-')} is not counted by the memory formulas; leave it "

@@ -16,6 +16,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_sffn.accounting import ModelShape
+from megatron_sffn.accounting.latent_attention import LatentAttention
 from megatron_sffn.nn.config import (
     Backend,
     SparseFFNConfig,
@@ -37,6 +38,9 @@ SMALL = ModelShape(
     seq_length=18,
     padded_vocab_size=96,
 )
+LATENT = LatentAttention(
+    q_lora_rank=14, kv_lora_rank=12, qk_head_dim=6, qk_pos_emb_head_dim=4, v_head_dim=9
+)
 DENSE: dict[str, dict[str, Any]] = {
     "dense": {},
     "dense-llama": {
@@ -52,6 +56,15 @@ DENSE: dict[str, dict[str, Any]] = {
         "output_gate": True,
         "num_query_groups": 2,
         "softmax_type": "off-by-one",
+    },
+    "dense-latent-attention": {
+        "latent_attention": LATENT,
+        "qk_layernorm": True,
+        "layernorm": False,
+    },
+    "dense-latent-attention-layernorm": {"latent_attention": LATENT, "qk_layernorm": True},
+    "dense-latent-attention-of-queries-without-latents": {
+        "latent_attention": dataclasses.replace(LATENT, q_lora_rank=None),
     },
     "dense-qk-layernorm": {"qk_layernorm": True, "num_query_groups": 1, "learned_positions": 20},
 }

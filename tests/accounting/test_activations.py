@@ -21,7 +21,16 @@ from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.saved_bytes import LayerCall
-from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, sparse
+from tests.accounting.models import (
+    DENSE,
+    LATENT,
+    SINGLE_KEY,
+    SMALL,
+    SPARSE,
+    batch,
+    build,
+    sparse,
+)
 from tests.accounting.saved import kept_bytes
 from tests.support.cuda_operators import CUDA_OPERATORS
 from tests.support.ranks import run_ranks
@@ -95,7 +104,7 @@ def closed_form(
     shape: ModelShape, activation: str, half: bool, layout: ParallelLayout, **setup: Any
 ) -> float:
     """The bytes of `measured` in closed form."""
-    setup = {"softmax_in_fp32": True, "rope_width": shape.kv_channels} | setup
+    setup = {"softmax_in_fp32": True, "rope_width": rope_width(shape)} | setup
     sizes = Activations(
         shape,
         dataclasses.replace(layout, dtype=torch.bfloat16 if half else torch.float32),
@@ -104,6 +113,13 @@ def closed_form(
     dense_bytes = (shape.num_layers - shape.sparse_layers) * sizes.layer("*-")
     sparse_bytes = shape.sparse_layers * sizes.layer("*E") if shape.sparse_layers else 0
     return sizes.embedding() + dense_bytes + sparse_bytes + sizes.head()
+
+
+def rope_width(shape: ModelShape) -> int:
+    """Numbers of a head that RoPE rotates in a model of this shape."""
+    if shape.latent_attention is not None:
+        return shape.latent_attention.qk_pos_emb_head_dim
+    return 0 if shape.learned_positions else shape.kv_channels
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -116,7 +132,7 @@ def test_dense_models_keep_the_bytes_of_the_closed_form(
     gated = "quick_geglu" if name == "quick-geglu" else "swiglu"
     activation = gated if shape.gated else "gelu"
     size = measured(shape, activation, half, hidden_dropout=dropout, attention_dropout=dropout)
-    rotated = 0 if shape.learned_positions else shape.kv_channels
+    rotated = rope_width(shape)
     assert size == closed_form(
         shape,
         activation,
@@ -418,6 +434,17 @@ def test_every_layout_keeps_the_bytes_of_the_closed_form(name: str, half: bool) 
     ]
     # Megatron has no biases under ETP.
     shapes = [of_sparse_layers(layer, bias=False) for layer in layers]
+    if layout.tp > 1:
+        without_query_latents = dataclasses.replace(LATENT, q_lora_rank=None)
+        shapes += [
+            dataclasses.replace(shapes[0], latent_attention=latent, **norms)
+            for latent, norms in (
+                (LATENT, {}),
+                (LATENT, {"qk_layernorm": True}),
+                (LATENT, {"qk_layernorm": True, "layernorm": False}),
+                (without_query_latents, {}),
+            )
+        ]
     ranks = run_ranks(
         layout.world_size,
         measured_on_rank,
@@ -470,6 +497,19 @@ RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
         lambda sizes: 2 * sizes.layer("*-") + 2 * sizes.layer("*E") - 4 * sizes.attention_scores(),
     ),
 ]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("norms", [{}, {"qk_layernorm": True, "layernorm": False}])
+def test_recomputed_up_projections_are_not_kept(
+    norms: dict[str, Any], half: bool, one_rank: None
+) -> None:
+    modules = ["mla_up_proj"]
+    shape = dataclasses.replace(SMALL, latent_attention=LATENT, **norms)
+    flags = {"recompute_granularity": "selective", "recompute_modules": modules}
+    size = measured(shape, "gelu", half, **flags)
+    setup = {"recompute": "selective", "recompute_modules": tuple(modules)}
+    assert size == closed_form(shape, "gelu", half, ParallelLayout(), **setup)
 
 
 # Megatron warns about fused attention, which is not installed.

@@ -23,7 +23,7 @@ from megatron_sffn.nn.layer import sparse_layers
 from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.rand_hash import LARGEST_TABLE
-from tests.accounting.models import SMALL, batch, build, config_of, paper, sparse
+from tests.accounting.models import LATENT, SMALL, batch, build, config_of, paper, sparse
 from tests.support.ranks import run_ranks
 from tests.support.slow import slow
 
@@ -55,6 +55,13 @@ SHAPES: dict[str, ModelShape] = {
         SPARSE_SMALL, tied_embeddings=False, qk_layernorm=True, sffn=sparse("lorkm")
     ),
     "latent": dataclasses.replace(SPARSE_SMALL, sffn=sparse("switch", latent_size=10)),
+    "latent attention": dataclasses.replace(
+        SPARSE_SMALL, latent_attention=LATENT, qk_layernorm=True, softmax_type="learnable"
+    ),
+    "latent attention of queries without latents": dataclasses.replace(
+        SPARSE_SMALL, latent_attention=dataclasses.replace(LATENT, q_lora_rank=None)
+    ),
+    "gated attention": dataclasses.replace(SPARSE_SMALL, output_gate=True),
 }
 
 
