@@ -189,7 +189,7 @@ class Activations:
             parts: of the layer, such as `*E` (`layer_parts`).
         """
         attentions, dense, sparse = count_parts(parts)
-        count = attentions * (self.attention() + self.attention_scores())
+        count = float(attentions * (self.attention() + self.attention_scores()))
         count += dense * self.feed_forward(sparse=False) if dense else 0
         return count + (sparse * self.feed_forward(sparse=True) if sparse else 0)
 
@@ -199,10 +199,32 @@ class Activations:
         return self.tokens * IDS + positions + self._hidden_mask()
 
     def head(self) -> int:
-        """The last stage's final norm, logits (as probabilities in fp32) and targets."""
+        """The last stage's final norm, logits (as probabilities in fp32) and targets.
+
+        Each multi-token prediction has logits, too, and its loss with a mask and three sums.
+        """
+        norm = self.norm(self.own_tokens, self.shape.hidden_size)
+        predictions = self.shape.predicted_tokens * (self._logits() + (2 * self.tokens + 3) * FP32)
+        return norm + self._logits() + predictions
+
+    def _logits(self) -> int:
+        """The input of the logits, and what their loss keeps."""
         vocabulary = self.shape.padded_vocab_size // self.layout.tp
-        loss = self.tokens * (vocabulary * FP32 + IDS + 1)
-        return self.norm(self.own_tokens, self.shape.hidden_size) + self.hidden_states() + loss
+        return self.hidden_states() + self.tokens * (vocabulary * FP32 + IDS + 1)
+
+    def prediction_input(self) -> int:
+        """The token ids (and positions) of one multi-token prediction and its embedding's mask."""
+        ids = 2 if self.shape.learned_positions else 1
+        return ids * self.tokens * IDS + self._hidden_mask()
+
+    def prediction_projection(self) -> int:
+        """Three norms and the projection of one multi-token prediction, without its layers."""
+        count = 3 * self.norm(self.own_tokens, self.shape.hidden_size) + 2 * self.hidden_states()
+        if not self.norm_upcasts:
+            # The first layer's norm keeps its input, a view of the projection of all tokens.
+            other_tokens = self.tokens - self.own_tokens
+            count += other_tokens * self.shape.hidden_size * self.number_bytes
+        return count
 
     def _hidden_mask(self) -> int:
         """The mask of a dropout of hidden states, if there is one."""

@@ -120,27 +120,70 @@ def router_tables(shape: ModelShape, stage: Stage) -> int:
 def _activations(activations: Activations, stage: Stage, in_flight: float) -> tuple[float, float]:
     """Bytes of the activations of a stage, and how many of them are attention scores."""
     embedding = activations.embedding() * in_flight if stage.first else 0.0
-    head = float(activations.head()) if stage.last else 0.0
     if activations.setup.recompute == "full":
-        layers, working, scores = _full_recomputation(activations, stage, in_flight)
-        return embedding + layers + max(head, working), scores
-    layers, scores, working = 0.0, 0.0, 0.0
-    for layer, count in Counter(stage.layers).items():
-        kept = _kept(activations, layer)
-        layers += count * kept.bytes * in_flight
-        scores += count * kept.scores * in_flight
-        # Recomputed activations exist for one layer of one microbatch at a time.
-        working = max(working, kept.working)
-    # The last microbatch's head is freed before a layer is recomputed.
-    return embedding + layers + scores + max(head, working), scores
+        layers = _full_recomputation(activations, stage.chunks, in_flight)
+    else:
+        layers = _sum(activations, Counter(stage.layers), in_flight)
+    scores = layers.scores + layers.working_scores
+    if not stage.last:
+        return embedding + layers.total, scores
+    # The head and the predictions of one microbatch are freed before a layer is recomputed.
+    predictions = _predictions(activations)
+    ends = predictions.bytes + predictions.scores + max(activations.head(), predictions.working)
+    peak = layers.bytes + layers.scores + max(ends, layers.working)
+    return embedding + peak, scores + predictions.scores
 
 
 class _Kept(NamedTuple):
-    """Bytes of one layer: kept without attention scores, of the scores, and of a recomputation."""
+    """Bytes of layers.
 
-    bytes: float
-    scores: float
-    working: float
+    Args:
+        bytes: kept, without attention scores.
+        scores: kept attention scores.
+        working: of one recomputation.
+        working_scores: the part of `working` that is attention scores, in full recomputation.
+    """
+
+    bytes: float = 0.0
+    scores: float = 0.0
+    working: float = 0.0
+    working_scores: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The most bytes at a time."""
+        return self.bytes + self.scores + self.working
+
+
+def _sum(activations: Activations, layers: Counter[str], in_flight: float = 1.0) -> _Kept:
+    """What layers keep; recomputed activations exist for one layer of one microbatch at a time."""
+    total = _Kept()
+    for layer, count in layers.items():
+        kept = _kept(activations, layer)
+        total = _Kept(
+            bytes=total.bytes + count * kept.bytes * in_flight,
+            scores=total.scores + count * kept.scores * in_flight,
+            working=max(total.working, kept.working),
+        )
+    return total
+
+
+def _predictions(activations: Activations) -> _Kept:
+    """What multi-token prediction keeps of one microbatch, without its logits."""
+    shape, setup = activations.shape, activations.setup
+    count, layers = shape.predicted_tokens, shape.prediction_layers
+    if not count:
+        return _Kept()
+    inputs, projection = activations.prediction_input(), activations.prediction_projection()
+    kept = _sum(activations, Counter(layers))
+    if setup.recompute == "full" and shape.attention_layers is not None:
+        kept = _full_recomputation(activations, (layers,), 1.0)
+    if setup.recompute == "full" and setup.recompute_method == "uniform":
+        # Megatron recomputes projection and layers of a prediction as one, from its two inputs.
+        inputs += 2 * activations.hidden_states()
+        return _Kept(bytes=count * inputs, working=projection + kept.total)
+    bytes_ = inputs + projection + kept.bytes
+    return _Kept(bytes=count * bytes_, scores=count * kept.scores, working=kept.working)
 
 
 def _kept(activations: Activations, layer: str) -> _Kept:
@@ -160,29 +203,28 @@ def _kept(activations: Activations, layer: str) -> _Kept:
             working = max(working, feed_forward - inputs)
             feed_forward = inputs
         count += feed_forward
-    return _Kept(count, scores, working)
+    return _Kept(bytes=count, scores=scores, working=working)
 
 
 def _full_recomputation(
-    activations: Activations, stage: Stage, in_flight: float
-) -> tuple[float, float, float]:
-    """Bytes that stay, bytes of one recomputation, and the attention scores among both."""
+    activations: Activations, chunks: tuple[tuple[str, ...], ...], in_flight: float
+) -> _Kept:
+    """What the layers of model chunks keep under full recomputation."""
     count = activations.setup.recompute_layers
     recomputed: list[tuple[str, ...]] = []
     stored: tuple[str, ...] = ()
-    for chunk in stage.chunks:
+    for chunk in chunks:
         if activations.setup.recompute_method == "uniform":
             recomputed += [chunk[start : start + count] for start in range(0, len(chunk), count)]
         else:
             # The first layers of a chunk are recomputed one by one, the others are stored.
             recomputed += [(layer,) for layer in chunk[:count]]
             stored += chunk[count:]
-    inputs = len(recomputed) * activations.hidden_states()
-    layers = inputs + sum(map(activations.layer, stored))
+    kept = _sum(activations, Counter(stored), in_flight)
+    inputs = len(recomputed) * activations.hidden_states() * in_flight
     largest = max(recomputed, key=lambda group: sum(map(activations.layer, group)), default=())
-    stored_scores, working_scores = (
-        count_parts("".join(group)).attentions * activations.attention_scores()
-        for group in (stored, largest)
-    )
+    scores = count_parts("".join(largest)).attentions * activations.attention_scores()
     working = sum(map(activations.layer, largest))
-    return layers * in_flight, working, stored_scores * in_flight + working_scores
+    return _Kept(
+        bytes=kept.bytes + inputs, scores=kept.scores, working=working, working_scores=scores
+    )

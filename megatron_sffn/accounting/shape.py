@@ -179,6 +179,11 @@ class ModelShape:
         return [(replace(self, sffn=sffn), count) for sffn, count in layers]
 
     @property
+    def prediction_layers(self) -> tuple[str, ...]:
+        """The parts of each layer of a multi-token prediction: one layer in a GPT."""
+        return (self.prediction,) if self.attention_layers is None else tuple(self.prediction)
+
+    @property
     def own_predictions(self) -> int:
         """Number of multi-token predictions that have weights of their own."""
         return min(self.predicted_tokens, 1) if self.repeats_prediction else self.predicted_tokens

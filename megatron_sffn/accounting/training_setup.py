@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.utils.errors import ConfigError
 
-
 RECOMPUTED = ("core_attn", "mla_up_proj", "mlp", "moe")
 """Modules of selective recomputation that are counted."""
 
@@ -150,12 +149,11 @@ def _refuse_uncounted(args: Namespace) -> None:
             f"--recompute-modules {modules[0]} is not counted by the memory formulas; use "
             f"{', '.join(RECOMPUTED)}"
         )
-    for dest in ("mtp_num_layers", "hybrid_layer_pattern"):
-        if getattr(args, dest):
-            raise ConfigError(
-                f"--{dest.replace('_', '-')} is not counted by the memory formulas; leave it "
-                "out to see the memory of the model without it"
-            )
+    if args.hybrid_layer_pattern:
+        raise ConfigError(
+            "--hybrid-layer-pattern is not counted by the memory formulas; leave it out to see the "
+            "memory of the model without it"
+        )
     if args.context_parallel_size > 1:
         raise ConfigError(
             f"--context-parallel-size {args.context_parallel_size} is not counted by the "

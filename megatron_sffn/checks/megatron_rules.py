@@ -260,6 +260,14 @@ def model(args: Namespace) -> Iterator[Problem]:
             "normalises the latents of queries in --multi-latent-attention, and there are none",
             "add --q-lora-rank",
         )
+    groups_layers = args.recompute_method == "uniform" and args.recompute_num_layers != 1
+    if args.mtp_num_layers and groups_layers:
+        yield Problem(
+            "--recompute-num-layers",
+            args.recompute_num_layers,
+            "is not available with --mtp-num-layers, whose layers Megatron recomputes one by one",
+            "use 1",
+        )
     pp_size = args.pipeline_model_parallel_size
     if args.mtp_num_layers and pp_size > 1 and not args.untie_embeddings_and_output_weights:
         yield Problem(

@@ -209,7 +209,7 @@ def hybrid_pattern_of(shape: ModelShape) -> str | None:
 def pattern_of(shape: ModelShape) -> Any:
     """Megatron's `moe_layer_freq`."""
     if shape.sffn is None:
-        return 1
+        return [0] * shape.num_layers
     if shape.attention_layers is not None:
         return layer_pattern("", 0, hybrid_pattern_of(shape))
     return layer_pattern(f"every:{shape.num_layers // shape.sparse_layers}", shape.num_layers)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.activations import quick_gelu, squared_relu
 
-from megatron_sffn.accounting import ModelShape
+from megatron_sffn.accounting import ModelShape, layer_parts
 from megatron_sffn.accounting.activations import Activations
 from megatron_sffn.accounting.sparse import backend_of, rows_and_pairs, saved_by_sparse_layer
 from megatron_sffn.accounting.training_setup import TrainingSetup
@@ -29,6 +29,8 @@ from tests.accounting.models import (
     SPARSE,
     batch,
     build,
+    hybrid_pattern_of,
+    pattern_of,
     sparse,
 )
 from tests.accounting.saved import kept_bytes
@@ -56,6 +58,14 @@ MODELS: dict[str, dict[str, Any]] = {
     **DENSE,
     "learned-positions": {"learned_positions": 20},
     "quick-geglu": {"gated": True},
+    "predicts-2": {"predicted_tokens": 2, "prediction": "*-"},
+    "repeats-prediction": {
+        "predicted_tokens": 2,
+        "prediction": "*-",
+        "repeats_prediction": True,
+        "layernorm": False,
+        "learned_positions": 20,
+    },
 }
 """Name of a dense model -> what it has other than `SMALL`."""
 
@@ -79,6 +89,8 @@ def measured(
     megatron = {"activation_func": ACTIVATIONS[activation][0]} | megatron
     model = build(shape, dtype, **megatron)
     arguments, kwargs = batch(shape, SAMPLES)
+    if shape.predicted_tokens:
+        kwargs["loss_mask"] = torch.ones_like(arguments[0], dtype=torch.float32)
     masks = shape.seq_length**2  # the attention mask is an input
     routings: list[Routing] = []
     for layer in sparse_layers(model):
@@ -110,9 +122,11 @@ def closed_form(
         dataclasses.replace(layout, dtype=torch.bfloat16 if half else torch.float32),
         TrainingSetup(micro_batch_size=SAMPLES, activation=activation, **setup),
     )
-    dense_bytes = (shape.num_layers - shape.sparse_layers) * sizes.layer("*-")
-    sparse_bytes = shape.sparse_layers * sizes.layer("*E") if shape.sparse_layers else 0
-    return sizes.embedding() + dense_bytes + sparse_bytes + sizes.head()
+    parts = layer_parts(shape, pattern_of(shape), hybrid_pattern_of(shape))
+    prediction = sizes.prediction_input() + sizes.prediction_projection()
+    prediction += sum(map(sizes.layer, shape.prediction_layers))
+    layers = sum(map(sizes.layer, parts)) + shape.predicted_tokens * prediction
+    return sizes.embedding() + layers + sizes.head()
 
 
 def rope_width(shape: ModelShape) -> int:
@@ -435,6 +449,11 @@ def test_every_layout_keeps_the_bytes_of_the_closed_form(name: str, half: bool) 
     # Megatron has no biases under ETP.
     shapes = [of_sparse_layers(layer, bias=False) for layer in layers]
     if layout.tp > 1:
+        shapes += [
+            dataclasses.replace(
+                shapes[0], predicted_tokens=2, prediction="*E", tied_embeddings=False
+            )
+        ]
         without_query_latents = dataclasses.replace(LATENT, q_lora_rank=None)
         shapes += [
             dataclasses.replace(shapes[0], latent_attention=latent, **norms)
@@ -465,6 +484,19 @@ RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
     (
         {**FULL, "recompute_method": "block"},
         lambda sizes: sizes.hidden_states() + 2 * sizes.layer("*E") + sizes.layer("*-"),
+    ),
+    (
+        {**FULL, "recompute_method": "uniform", "mtp_num_layers": 2},
+        lambda sizes: 8 * sizes.hidden_states() + 2 * sizes.prediction_input(),
+    ),
+    (
+        {**FULL, "recompute_method": "block", "mtp_num_layers": 2},
+        lambda sizes: (
+            sizes.hidden_states()
+            + 4 * sizes.layer("*E")
+            + sizes.layer("*-")
+            + 2 * (sizes.prediction_input() + sizes.prediction_projection())
+        ),
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
@@ -514,12 +546,20 @@ def test_recomputed_up_projections_are_not_kept(
 
 # Megatron warns about fused attention, which is not installed.
 @pytest.mark.filterwarnings("ignore:If you are using transformer_engine:UserWarning:megatron")
+@pytest.mark.filterwarnings("ignore:recompute_method == 'block' is not supported for MTP")
 @pytest.mark.parametrize(("flags", "layers"), RECOMPUTED)
 def test_recomputation_keeps_the_bytes_of_the_closed_form(
     flags: dict[str, Any], layers: Any, one_rank: None
 ) -> None:
     # Layers 1 and 3, from 0, are sparse.
-    shape = dataclasses.replace(SMALL, sparse_layers=2, sffn=sparse("switch"))
+    predicted = flags.get("mtp_num_layers", 0)
+    shape = dataclasses.replace(
+        SMALL,
+        sparse_layers=2,
+        sffn=sparse("switch"),
+        predicted_tokens=predicted,
+        prediction="*E" if predicted else "",
+    )
     size = measured(shape, "gelu", False, **flags)
     sizes = Activations(
         shape,

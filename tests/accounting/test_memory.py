@@ -13,17 +13,32 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
 from megatron_sffn.accounting import ModelShape, layer_parts, memory_per_rank
 from megatron_sffn.accounting.activations import Activations
 from megatron_sffn.accounting.memory import RankMemory, memory_of_stage, router_tables
 from megatron_sffn.accounting.pipeline_stages import microbatches_in_flight, pipeline_stages
 from megatron_sffn.accounting.training_setup import TrainingSetup
+from megatron_sffn.nn.hybrid_spec import hybrid_stack_spec
 from megatron_sffn.nn.layer import sparse_layers
+from megatron_sffn.nn.layer_pattern import cut, layer_pattern
 from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.rand_hash import LARGEST_TABLE
-from tests.accounting.models import LATENT, SMALL, batch, build, config_of, paper, sparse
+from megatron_sffn.patches.registry import apply
+from megatron_sffn.patches.run_hooks import PREDICTION_SPEC
+from megatron_sffn.train.run import _with_sparse_predictions
+from tests.accounting.models import (
+    LATENT,
+    SMALL,
+    batch,
+    build,
+    config_of,
+    hybrid_pattern_of,
+    paper,
+    sparse,
+)
 from tests.support.ranks import run_ranks
 from tests.support.slow import slow
 
@@ -61,8 +76,56 @@ SHAPES: dict[str, ModelShape] = {
     "latent attention of queries without latents": dataclasses.replace(
         SPARSE_SMALL, latent_attention=dataclasses.replace(LATENT, q_lora_rank=None)
     ),
+    "predicts 2": dataclasses.replace(
+        SPARSE_SMALL, predicted_tokens=2, prediction="*E", tied_embeddings=False
+    ),
+    "repeats prediction": dataclasses.replace(
+        SPARSE_SMALL,
+        predicted_tokens=2,
+        prediction="*E",
+        repeats_prediction=True,
+        tied_embeddings=False,
+        latent_attention=LATENT,
+    ),
     "gated attention": dataclasses.replace(SPARSE_SMALL, output_gate=True),
 }
+
+
+def hybrid_pattern(shape: ModelShape, layout: ParallelLayout) -> str | None:
+    """The pattern of a hybrid model, cut into the pipeline stages of a layout; None for a GPT."""
+    pattern = hybrid_pattern_of(shape)
+    return None if pattern is None else cut(pattern, layout.pp * layout.virtual_stages)
+
+
+def parts_of(shape: ModelShape, layout: ParallelLayout) -> tuple[str, ...]:
+    """The parts of the layers."""
+    return layer_parts(shape, ["E" in layer for layer in PARTS], hybrid_pattern(shape, layout))
+
+
+def builder_of(shape: ModelShape, layout: ParallelLayout) -> Any:
+    """Megatron's builder of a GPT or a hybrid model."""
+    pattern = hybrid_pattern(shape, layout)
+    config = config_of(
+        shape,
+        layout.dtype,
+        moe_layer_freq=layer_pattern("", 0, pattern) if pattern else ["E" in p for p in PARTS],
+        **layout.megatron_sizes(),
+        sequence_parallel=layout.sequence_parallel,
+        batch_p2p_comm=False,
+    )
+    common: dict[str, Any] = {
+        "transformer": config,
+        "vocab_size": shape.padded_vocab_size,
+        "seq_length": shape.seq_length,
+        "position_embedding_type": "rope",
+        "share_embeddings_and_output_weights": shape.tied_embeddings,
+    }
+    if pattern is not None:
+        spec = hybrid_stack_spec(config)
+        model = HybridModelConfig(hybrid_layer_pattern=pattern, hybrid_stack_spec=spec, **common)
+        return HybridModelBuilder(model)
+    apply(PREDICTION_SPEC, _with_sparse_predictions)
+    return GPTModelBuilder(GPTModelConfig(transformer_layer_spec=block_spec, **common))
 
 
 def measured_memory(
@@ -70,23 +133,7 @@ def measured_memory(
 ) -> dict[str, Any]:
     """Parameters of this rank, and bytes of weights, gradients and optimizer state after a step."""
     warnings.simplefilter("ignore")
-    config = config_of(
-        shape,
-        layout.dtype,
-        moe_layer_freq=["E" in layer for layer in PARTS],
-        **layout.megatron_sizes(),
-        sequence_parallel=layout.sequence_parallel,
-        batch_p2p_comm=False,
-    )
-    model = GPTModelConfig(
-        transformer=config,
-        transformer_layer_spec=block_spec,
-        vocab_size=shape.padded_vocab_size,
-        seq_length=shape.seq_length,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=shape.tied_embeddings,
-    )
-    chunks = GPTModelBuilder(model).build_distributed_models(
+    chunks = builder_of(shape, layout).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         ddp_config=DistributedDataParallelConfig(
             use_distributed_optimizer=distributed, grad_reduce_in_fp32=True
@@ -169,7 +216,7 @@ def test_a_rank_holds_the_bytes_of_the_closed_form(
         **layout.megatron_sizes(),
     )
     for index, shape in enumerate(SHAPES.values()):
-        stages = pipeline_stages(layout, PARTS)
+        stages = pipeline_stages(layout, parts_of(shape, layout))
         expected = [memory_of_stage(shape, stage, layout, setup) for stage in stages]
         for stage, memory in zip(stages, expected, strict=True):
             stage_ranks = [rank[index] for rank in ranks if rank[index]["stage"] == stage.index]
@@ -190,8 +237,7 @@ def memory_of_stages(shape: ModelShape, layout: ParallelLayout, **setup: Any) ->
     """Memory of each stage."""
     training = TrainingSetup(**setup)
     return [
-        memory_of_stage(shape, stage, layout, training)
-        for stage in pipeline_stages(layout, PARTS)
+        memory_of_stage(shape, stage, layout, training) for stage in pipeline_stages(layout, PARTS)
     ]
 
 

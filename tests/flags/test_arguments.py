@@ -921,6 +921,13 @@ REFUSED = [
         "--mtp-num-layers 1 with --pipeline-model-parallel-size 2 needs an output layer of its own",
         "add --untie-embeddings-and-output-weights",
     ),
+    (
+        "--mtp-num-layers 1 --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 2",
+        1,
+        "--recompute-num-layers 2 is not available with --mtp-num-layers",
+        "use 1",
+    ),
     ("--num-attention-heads 5", 1, "--hidden-size % --num-attention-heads == 0", "change them"),
     ("--hybrid-layer-pattern *-*-", 1, "has no sparse layer (E)", "router is avg-k", "dense"),
     ("--sffn-router dense --hybrid-layer-pattern *-*E", 1, "has a sparse layer (E)", "is dense"),
