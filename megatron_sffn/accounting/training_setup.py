@@ -149,11 +149,6 @@ def _refuse_uncounted(args: Namespace) -> None:
             f"--recompute-modules {modules[0]} is not counted by the memory formulas; use "
             f"{', '.join(RECOMPUTED)}"
         )
-    if args.hybrid_layer_pattern:
-        raise ConfigError(
-            "--hybrid-layer-pattern is not counted by the memory formulas; leave it out to see the "
-            "memory of the model without it"
-        )
     if args.context_parallel_size > 1:
         raise ConfigError(
             f"--context-parallel-size {args.context_parallel_size} is not counted by the "

@@ -158,8 +158,15 @@ def config_of(
 def build(shape: ModelShape, dtype: torch.dtype = torch.float32, **megatron: Any) -> Any:
     """Megatron's GPT or hybrid model of this shape; arguments as `config_of`."""
     config = config_of(shape, dtype, **megatron)
-    if shape.attention_layers is not None:
-        return build_hybrid(shape, config)
+    model = build_hybrid(shape, config) if config.is_hybrid_model else build_gpt(shape, config)
+    for parameter in model.parameters():
+        # Torch's norms are in fp32 until Megatron's wrapper narrows them.
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def build_gpt(shape: ModelShape, config: SparseFFNTransformerConfig) -> GPTModel:
+    """Megatron's GPT of this shape, with RoPE unless it has learned positions."""
     mtp_spec = None
     if shape.sffn is None:
         spec = get_gpt_decoder_block_spec(config, False, normalization=config.normalization)
@@ -170,7 +177,7 @@ def build(shape: ModelShape, dtype: torch.dtype = torch.float32, **megatron: Any
         spec = block_spec(model_config)
         if shape.predicted_tokens:
             mtp_spec = prediction_spec(model_config)
-    model = GPTModel(
+    return GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=shape.padded_vocab_size,
@@ -179,10 +186,6 @@ def build(shape: ModelShape, dtype: torch.dtype = torch.float32, **megatron: Any
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="learned_absolute" if shape.learned_positions else "rope",
     )
-    for parameter in model.parameters():
-        # Torch's norms are in fp32 until Megatron's wrapper narrows them.
-        parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def build_hybrid(shape: ModelShape, config: SparseFFNTransformerConfig) -> HybridModel:
@@ -203,7 +206,8 @@ def hybrid_pattern_of(shape: ModelShape) -> str | None:
     if shape.attention_layers is None:
         return None
     layers = "*" * shape.attention_layers + "-" * shape.dense_layers + "E" * shape.sparse_layers
-    return "/".join([layers, *[shape.prediction] * shape.predicted_tokens])
+    pattern = "/".join([layers, *[shape.prediction] * shape.predicted_tokens])
+    return pattern if shape.latent_attention is None else pattern.replace("*", "+")
 
 
 def pattern_of(shape: ModelShape) -> Any:

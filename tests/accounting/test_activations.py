@@ -70,6 +70,29 @@ MODELS: dict[str, dict[str, Any]] = {
 """Name of a dense model -> what it has other than `SMALL`."""
 
 
+HYBRID: dict[str, dict[str, Any]] = {
+    "dense": {"num_layers": 5, "attention_layers": 2},
+    "swiglu-shared": {
+        "num_layers": 5,
+        "attention_layers": 2,
+        "sparse_layers": 2,
+        "sffn": sparse("switch", shared_blocks=2),
+        "gated": True,
+        "layernorm": False,
+        "latent_attention": LATENT,
+    },
+    "predicts-2": {
+        "num_layers": 4,
+        "attention_layers": 1,
+        "sparse_layers": 2,
+        "sffn": sparse("switch"),
+        "predicted_tokens": 2,
+        "prediction": "E*-",
+    },
+}
+"""Name of a hybrid model -> what it has other than `SMALL`."""
+
+
 def of_sparse_layers(layer: SparseFFNConfig, **changes: Any) -> ModelShape:
     """A model of two sparse layers."""
     return dataclasses.replace(SMALL, num_layers=2, sparse_layers=2, sffn=layer, **changes)
@@ -156,6 +179,17 @@ def test_dense_models_keep_the_bytes_of_the_closed_form(
         attention_dropout=dropout > 0,
         rope_width=rotated,
     )
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", HYBRID)
+def test_hybrid_models_keep_the_bytes_of_the_closed_form(
+    name: str, half: bool, one_rank: None
+) -> None:
+    shape = dataclasses.replace(SMALL, **HYBRID[name])
+    activation = "swiglu" if shape.gated else "gelu"
+    size = measured(shape, activation, half)
+    assert size == closed_form(shape, activation, half, ParallelLayout())
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -449,10 +483,10 @@ def test_every_layout_keeps_the_bytes_of_the_closed_form(name: str, half: bool) 
     # Megatron has no biases under ETP.
     shapes = [of_sparse_layers(layer, bias=False) for layer in layers]
     if layout.tp > 1:
+        predicts = {"predicted_tokens": 2, "prediction": "*E", "tied_embeddings": False}
         shapes += [
-            dataclasses.replace(
-                shapes[0], predicted_tokens=2, prediction="*E", tied_embeddings=False
-            )
+            dataclasses.replace(shapes[0], **predicts),
+            dataclasses.replace(shapes[0], num_layers=3, attention_layers=1, **predicts),
         ]
         without_query_latents = dataclasses.replace(LATENT, q_lora_rank=None)
         shapes += [
@@ -479,6 +513,7 @@ def test_every_layout_keeps_the_bytes_of_the_closed_form(name: str, half: bool) 
 
 
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
+PREDICTS = {"predicted_tokens": 2, "prediction": "*E"}
 RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
     ({**FULL, "recompute_method": "uniform"}, lambda sizes: 4 * sizes.hidden_states()),
     (
@@ -486,17 +521,21 @@ RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
         lambda sizes: sizes.hidden_states() + 2 * sizes.layer("*E") + sizes.layer("*-"),
     ),
     (
-        {**FULL, "recompute_method": "uniform", "mtp_num_layers": 2},
+        {**FULL, "recompute_method": "uniform", **PREDICTS},
         lambda sizes: 8 * sizes.hidden_states() + 2 * sizes.prediction_input(),
     ),
     (
-        {**FULL, "recompute_method": "block", "mtp_num_layers": 2},
+        {**FULL, "recompute_method": "block", **PREDICTS},
         lambda sizes: (
             sizes.hidden_states()
             + 4 * sizes.layer("*E")
             + sizes.layer("*-")
             + 2 * (sizes.prediction_input() + sizes.prediction_projection())
         ),
+    ),
+    (
+        {**FULL, "recompute_method": "uniform", **PREDICTS, "attention_layers": 1},
+        lambda sizes: 8 * sizes.hidden_states() + 2 * sizes.prediction_input(),
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
@@ -552,15 +591,10 @@ def test_recomputation_keeps_the_bytes_of_the_closed_form(
     flags: dict[str, Any], layers: Any, one_rank: None
 ) -> None:
     # Layers 1 and 3, from 0, are sparse.
-    predicted = flags.get("mtp_num_layers", 0)
-    shape = dataclasses.replace(
-        SMALL,
-        sparse_layers=2,
-        sffn=sparse("switch"),
-        predicted_tokens=predicted,
-        prediction="*E" if predicted else "",
-    )
-    size = measured(shape, "gelu", False, **flags)
+    sizes_of_model = {name: value for name, value in flags.items() if hasattr(SMALL, name)}
+    shape = dataclasses.replace(SMALL, sparse_layers=2, sffn=sparse("switch"), **sizes_of_model)
+    recompute = {name: value for name, value in flags.items() if name not in sizes_of_model}
+    size = measured(shape, "gelu", False, **recompute)
     sizes = Activations(
         shape,
         ParallelLayout(),

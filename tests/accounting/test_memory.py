@@ -87,6 +87,20 @@ SHAPES: dict[str, ModelShape] = {
         tied_embeddings=False,
         latent_attention=LATENT,
     ),
+    "hybrid": dataclasses.replace(
+        SMALL, attention_layers=1, sparse_layers=2, sffn=sparse("switch"), bias=False
+    ),
+    "hybrid predicts 2": dataclasses.replace(
+        SMALL,
+        attention_layers=1,
+        sparse_layers=2,
+        sffn=sparse("switch"),
+        predicted_tokens=2,
+        prediction="E*-",
+        tied_embeddings=False,
+        latent_attention=LATENT,
+        bias=False,
+    ),
     "gated attention": dataclasses.replace(SPARSE_SMALL, output_gate=True),
 }
 
