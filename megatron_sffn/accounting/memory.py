@@ -27,6 +27,7 @@ from megatron_sffn.accounting.pipeline_stages import (
 from megatron_sffn.accounting.shape import ModelShape, count_parts
 from megatron_sffn.accounting.training_setup import TrainingSetup
 from megatron_sffn.nn.parallel_layout import ParallelLayout
+from megatron_sffn.nn.saved_bytes import FP32, INT64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class RankMemory:
         weights: bytes of the parameters.
         gradients: bytes of Megatron's gradient buffer.
         optimizer: bytes of moments, and of the master copy of half-precision weights.
-        router_tables: bytes of tables that routers hold beside their weights.
+        router_tables: bytes that sparse layers hold beside their weights (`router_tables`).
         activations: bytes kept for the backward pass at the fullest moment.
         attention_scores: the part of the activations that are the attention's `s²` scores, which
             fused attention does not keep.
@@ -101,19 +102,24 @@ def memory_of_stage(
         weights=layout.bytes_per_number * held.total,
         gradients=setup.gradient_bytes * held.total,
         optimizer=state,
-        router_tables=router_tables(shape, stage),
+        router_tables=router_tables(shape, stage, setup),
         activations=round(activations),
         attention_scores=round(scores),
         in_flight=in_flight,
     )
 
 
-def router_tables(shape: ModelShape, stage: Stage) -> int:
-    """Bytes that the routers of one stage hold on each rank beside their weights."""
+def router_tables(shape: ModelShape, stage: Stage, setup: TrainingSetup) -> int:
+    """Bytes that the sparse layers of one stage hold on each rank beside their weights.
+
+    They are the router's own tables, two counters of the tokens of each block (of training and of
+    evaluation), and what load balancing holds. A few single numbers of a layer are not counted.
+    """
     if shape.sffn is None:
         return 0
     sffn = shape.sffn
     per_layer = sffn.router.held_bytes(sffn, shape.router_width, shape.padded_vocab_size)
+    per_layer += sffn.num_blocks * (2 * INT64 + setup.balance_numbers * FP32)
     return held_layers(shape, stage).sparse * per_layer
 
 

@@ -9,6 +9,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from megatron_sffn.nn.parallel_layout import ParallelLayout
+from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 from megatron_sffn.utils.errors import ConfigError
 
 RECOMPUTED = ("core_attn", "mla_up_proj", "mlp", "moe")
@@ -37,6 +38,8 @@ class TrainingSetup:
         rope_width: numbers of a head that RoPE rotates; 0 without RoPE.
         activation: name of the activation function.
         losses: load-balancing losses of the routers' scores that are on.
+        balance_numbers: fp32 numbers that load balancing holds for each block: the expert bias with
+            its counts, the counts of a global loss, the prices of quantile balancing.
         cuda: True to count the tensors that torch's CUDA kernels save; False: its CPU kernels.
     """
 
@@ -56,6 +59,7 @@ class TrainingSetup:
     rope_width: int = 0
     activation: str = "gelu"
     losses: frozenset[str] = frozenset()
+    balance_numbers: int = 0
     cuda: bool = False
 
     @classmethod
@@ -98,6 +102,7 @@ class TrainingSetup:
             rope_width=_rope_width(args),
             activation=activation,
             losses=_losses(args),
+            balance_numbers=_balance_numbers(args),
             cuda=cuda,
         )
 
@@ -177,3 +182,10 @@ def _losses(args: Namespace) -> frozenset[str]:
     weights = weights if isinstance(weights, list) else [weights] * len(kinds)
     active = {kind for kind, weight in zip(kinds, weights, strict=True) if weight}
     return frozenset(active - {"none"} | ({"z_loss"} if args.moe_z_loss_coeff else set()))
+
+
+def _balance_numbers(args: Namespace) -> int:
+    """Numbers of each block in the buffers of `nn/load_balancing.py`."""
+    count = 2 if args.moe_router_enable_expert_bias else 0
+    count += 1 if "global_aux_loss" in _losses(args) else 0
+    return count + (2 if args.moe_router_load_balancing_type == QUANTILE_BALANCING else 0)

@@ -17,9 +17,10 @@ from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfi
 
 from megatron_sffn.accounting import ModelShape, layer_parts, memory_per_rank
 from megatron_sffn.accounting.activations import Activations
-from megatron_sffn.accounting.memory import RankMemory, memory_of_stage, router_tables
+from megatron_sffn.accounting.memory import RankMemory, memory_of_stage
 from megatron_sffn.accounting.pipeline_stages import microbatches_in_flight, pipeline_stages
 from megatron_sffn.accounting.training_setup import TrainingSetup
+from megatron_sffn.flags.megatron_flags import layout_of
 from megatron_sffn.nn.hybrid_spec import hybrid_stack_spec
 from megatron_sffn.nn.layer import sparse_layers
 from megatron_sffn.nn.layer_pattern import cut, layer_pattern
@@ -28,6 +29,7 @@ from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.rand_hash import LARGEST_TABLE
 from megatron_sffn.patches.registry import apply
 from megatron_sffn.patches.run_hooks import PREDICTION_SPEC
+from megatron_sffn.train.first_rank import parse_as_first_rank
 from megatron_sffn.train.run import _with_sparse_predictions
 from tests.accounting.models import (
     LATENT,
@@ -355,28 +357,56 @@ def test_blocks_and_optimizer_are_sharded_over_thousands_of_ranks() -> None:
 @pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*tp_group is None:DeprecationWarning:megatron")
 @pytest.mark.parametrize(
-    ("router", "options"), [("rand-hash", {}), ("avg-k", {"descriptor": "ema"}), ("avg-k", {})]
+    ("router", "options", "balance", "numbers"),
+    [
+        ("rand-hash", {}, {}, 0),
+        ("rand-hash", {"balance": "frequency"}, {}, 0),
+        ("avg-k", {"descriptor": "ema"}, {}, 0),
+        ("avg-k", {}, {"moe_router_enable_expert_bias": True}, 2),
+        ("switch", {}, {"moe_router_load_balancing_type": "quantile_balancing"}, 2),
+        (
+            "switch",
+            {},
+            {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.1},
+            1,
+        ),
+    ],
 )
-def test_routers_hold_the_tables_of_the_closed_form(
-    router: str, options: dict[str, Any], one_rank: None
+def test_sparse_layers_hold_the_tables_of_the_closed_form(
+    router: str, options: dict[str, Any], balance: dict[str, Any], numbers: int, one_rank: None
 ) -> None:
     shape = dataclasses.replace(SMALL, sparse_layers=4, sffn=sparse(router, options))
-    model = build(shape, padded_vocab_size=shape.padded_vocab_size)
+    model = build(shape, padded_vocab_size=shape.padded_vocab_size, **balance)
     arguments, kwargs = batch(shape)
     model(*arguments, **kwargs)
     layers = list(sparse_layers(model))
-    tables = [layer.router._table for layer in layers if router == "rand-hash"]
-    buffers = [buffer for layer in layers for buffer in layer.router.buffers()]
-    # Scalars do not count: every router has one, a flag for NaN.
-    size = sum(table.nbytes for table in (*tables, *buffers) if table.numel() > 1)
+    tables = [getattr(layer.router, "_table", None) for layer in layers]
+    buffers = [buffer for layer in layers for buffer in layer.buffers()]
+    held = [table for table in (*tables, *buffers) if table is not None]
+    size = sum(table.nbytes for table in held if table.numel() > 1)  # single numbers do not count
     (stage,) = pipeline_stages(ParallelLayout(), ("*E",) * 4)
-    assert router_tables(shape, stage) == size
-    assert (size > 0) == (router == "rand-hash" or bool(options))
-    without_tables, with_tables = (
-        memory_of_stage(model, stage, ParallelLayout(), TrainingSetup())
-        for model in (dataclasses.replace(shape, sffn=sparse("avg-k")), shape)
-    )
-    assert with_tables.state - without_tables.state == size
+    setup = TrainingSetup(balance_numbers=numbers)
+    memory = memory_of_stage(shape, stage, ParallelLayout(), setup)
+    assert size == memory.router_tables
+    assert memory.state == size + memory.weights + memory.gradients + memory.optimizer
+
+
+@pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("flags", "numbers"),
+    [
+        ("--moe-router-enable-expert-bias", 2),
+        ("--moe-router-load-balancing-type quantile_balancing", 2),
+        ("--moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.1", 1),
+        ("--moe-aux-loss-coeff 0.1", 0),
+    ],
+)
+def test_flags_of_load_balancing_say_what_it_holds(flags: str, numbers: int) -> None:
+    model = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --sffn-router switch"
+    sizes = "--seq-length 32 --max-position-embeddings 32 --vocab-size 96 --micro-batch-size 1"
+    args, _ = parse_as_first_rank(f"{model} {sizes} {flags}".split(), 1, device="cpu")
+    setup = TrainingSetup.of_args(args, layout_of(args), activation="gelu")
+    assert setup.balance_numbers == numbers
 
 
 def test_a_hash_table_that_is_too_large_is_not_built() -> None:
