@@ -235,6 +235,7 @@ def milliseconds(case: Case, train_iters: int) -> float:
 
 def plan(case: Case, rates: Rates, ratio: float) -> float:
     """The milliseconds of a step that the planner foresees."""
+    from megatron_sffn.planning.candidates import parse_base
     from megatron_sffn.planning.cluster import (
         GB,
         LINK_EFFICIENCY,
@@ -242,7 +243,6 @@ def plan(case: Case, rates: Rates, ratio: float) -> float:
         Card,
         Cluster,
     )
-    from megatron_sffn.planning.layouts import parse_base
     from megatron_sffn.planning.search import search
 
     link = rates.link / LINK_EFFICIENCY

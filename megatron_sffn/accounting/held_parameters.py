@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sffn.accounting.parameters import (
+    attention_matrices,
     attention_parameters,
     embedding_parameters,
     norm_parameters,
@@ -83,14 +84,7 @@ def held_layers(shape: ModelShape, stage: Stage) -> LayerCounts:
     if not stage.last or not shape.predicted_tokens:
         return counts
     predicted = count_parts(shape.prediction * shape.own_predictions)
-    return LayerCounts(*(sum(pair) for pair in zip(counts, predicted, strict=True)))
-
-
-def attention_matrices(shape: ModelShape) -> int:
-    """Parameters of the projections of one attention, all of which TP splits."""
-    if (latent := shape.latent_attention) is not None:
-        return latent.matrices(shape.hidden_size, shape.num_attention_heads)
-    return (shape.projected_width + shape.query_width) * shape.hidden_size
+    return LayerCounts(*map(sum, zip(counts, predicted, strict=True)))
 
 
 def _attention_vectors(shape: ModelShape, layout: ParallelLayout) -> int:

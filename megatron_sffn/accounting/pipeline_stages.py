@@ -68,6 +68,16 @@ def _chunks(layout: ParallelLayout, parts: tuple[str, ...]) -> list[tuple[str, .
     return chunks
 
 
+def computed_layers(shape: ModelShape, stage: Stage) -> tuple[LayerCounts, int]:
+    """How often a stage computes each part in a pass, and its number of multi-token predictions.
+
+    A prediction that repeats the layer of another one has no weights of its own, but computes.
+    """
+    predictions = shape.predicted_tokens if stage.last else 0
+    predicted = count_parts(predictions * shape.prediction)
+    return LayerCounts(*map(sum, zip(stage.counts, predicted, strict=True))), predictions
+
+
 def microbatches_in_flight(layout: ParallelLayout, stage: Stage, num_microbatches: int) -> float:
     """The most microbatches whose activations of the whole stage a rank of the stage holds at once.
 

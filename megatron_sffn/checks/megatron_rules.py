@@ -268,15 +268,6 @@ def model(args: Namespace) -> Iterator[Problem]:
             "is not available with --mtp-num-layers, whose layers Megatron recomputes one by one",
             "use 1",
         )
-    pp_size = args.pipeline_model_parallel_size
-    if args.mtp_num_layers and pp_size > 1 and not args.untie_embeddings_and_output_weights:
-        yield Problem(
-            "--mtp-num-layers",
-            args.mtp_num_layers,
-            f"with --pipeline-model-parallel-size {pp_size} needs an output layer of its own: "
-            "Megatron cannot save one that it shares with the embedding",
-            "add --untie-embeddings-and-output-weights",
-        )
 
 
 CHECKS = (unavailable_features, schedules, monitoring, checkpoint_flags, model)

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from megatron_sffn.accounting import RankMemory, flops_per_token, memory_per_rank
+from megatron_sffn.planning.candidates import Base, Candidate
 from megatron_sffn.planning.cluster import MEMORY_RESERVE, Cluster
-from megatron_sffn.planning.layouts import Base, Candidate, Refusals, valid_candidates, workload_of
+from megatron_sffn.planning.layouts import Refusals, valid_candidates, workload_of
 from megatron_sffn.planning.step_time import StepTime, step_time
 from megatron_sffn.planning.traffic import Traffic, step_traffic
 from megatron_sffn.planning.workload import Workload

@@ -19,20 +19,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_sffn.accounting.held_parameters import attention_matrices, held_parameters
-from megatron_sffn.accounting.pipeline_stages import Stage
+from megatron_sffn.accounting.flops import score_flops
+from megatron_sffn.accounting.held_parameters import held_parameters
+from megatron_sffn.accounting.parameters import attention_matrices
+from megatron_sffn.accounting.pipeline_stages import Stage, computed_layers
 from megatron_sffn.accounting.shape import LayerCounts
 from megatron_sffn.planning.block_estimates import estimate_blocks
 from megatron_sffn.planning.cluster import COLLECTIVE_LATENCY, Cluster
+from megatron_sffn.planning.tensor_collectives import (
+    Collectives,
+    collective_bytes,
+    collectives_of,
+)
 from megatron_sffn.planning.traffic import (
-    BACKWARD_COLLECTIVES,
-    FORWARD_COLLECTIVES,
     backward_exchanges,
     exchange,
     pipeline_transfer_bytes,
     replica_bytes,
-    tensor_collective_bytes,
-    tensor_collectives,
 )
 from megatron_sffn.planning.workload import Workload
 
@@ -42,6 +45,10 @@ feed-forward part: assumed."""
 
 CELL_PASSES = 4
 """Times that the activation reads or writes `[T, cells]` of a dense MLP, forward: assumed."""
+
+PREDICTION_NORMS = 2
+"""Parts of layers whose norms take as long as the three norms, the joining and the embedding of a
+multi-token prediction: assumed."""
 
 SCORE_PASSES = 6
 """Times that a router, or the loss, reads or writes its fp32 scores, forward: assumed."""
@@ -107,19 +114,26 @@ class _Clock:
         """Large matrix products."""
         return flops / self.cluster.flops
 
+    def split_products(self, flops: float) -> float:
+        """Products of all tokens of a microbatch, of so many FLOPs each, which TP splits."""
+        return self.products(self.workload.tokens * flops / self.layout.tp)
+
     def moves(self, num_bytes: float) -> float:
         """Traffic to and from the GPU's memory."""
         return num_bytes / self.cluster.memory_bytes
 
     def scores(self) -> float:
         """Attention's scores and weighted sum, forward."""
-        flops = 4 * self.shape.seq_length * self.shape.query_width
-        return self.products(self.workload.tokens * flops / self.layout.tp)
+        return self.split_products(score_flops(self.shape))
 
     def attention(self) -> float:
-        """Attention, forward."""
-        flops = 2 * attention_matrices(self.shape)
-        return self.products(self.workload.tokens * flops / self.layout.tp) + self.scores()
+        """Attention, forward, recomputed and backward."""
+        latent, passes = self.shape.latent_attention, 4 if self.setup.recompute == "full" else 3
+        forward = self.split_products(2 * attention_matrices(self.shape)) + self.scores()
+        again = self.scores() if self.setup.recomputes("core_attn") else 0.0
+        if latent is not None and self.setup.recomputes("mla_up_proj"):
+            again += self.split_products(2 * latent.up_matrices(self.shape.num_attention_heads))
+        return passes * forward + again
 
     def norm(self) -> float:
         """The norm and the residual of an attention or a feed-forward part, forward."""
@@ -162,10 +176,11 @@ class _Clock:
         latent = self.products(2 * self.shape.latent_projections * self.workload.own_tokens)
         return factor * (self.router() + shared + latent) + self.cells(backward=backward)
 
-    def collectives(self, count: float) -> float:
+    def collectives(self, collectives: Collectives) -> float:
         """Collectives of tensor parallelism."""
         rate = self.cluster.ring_bytes(self.layout.tp)
-        return count * (COLLECTIVE_LATENCY + tensor_collective_bytes(self.workload) / rate)
+        sent = collective_bytes(self.workload, collectives)
+        return collectives.calls * COLLECTIVE_LATENCY + sent / rate
 
     def exchanged(self, passes: float) -> float:
         """Exchanges of a sparse layer; what travels in the node and between nodes overlaps."""
@@ -181,13 +196,13 @@ class _Clock:
         hidden = min(exchanged, computing) * (chunks - 1) / chunks
         return exchanged - hidden
 
-    def layers(self, counts: LayerCounts) -> Seconds:
-        """Seconds of the parts of layers, forward, recomputed and backward."""
+    def layers(self, counts: LayerCounts, predictions: int) -> Seconds:
+        """Seconds of layers and of multi-token predictions, forward, recomputed and backward."""
         full = self.setup.recompute == "full"
-        attention = (4 if full else 3) * self.attention()
-        if self.setup.recomputes("core_attn"):
-            attention += self.scores()
-        compute = counts.parts * (4 if full else 3) * self.norm() + counts.attentions * attention
+        norms = counts.parts + PREDICTION_NORMS * predictions
+        compute = norms * (4 if full else 3) * self.norm() + counts.attentions * self.attention()
+        joined = 4 * self.shape.hidden_size**2
+        compute += predictions * (4 if full else 3) * self.split_products(joined)
         expert = 0.0
         for sparse, count in ((False, counts.dense), (True, counts.sparse)):
             if count:
@@ -195,9 +210,8 @@ class _Clock:
                 forward = passes * self.feed_forward(sparse=sparse, backward=False)
                 compute += count * (forward + self.feed_forward(sparse=sparse, backward=True))
                 expert += count * self.exchanges(passes) if sparse else 0.0
-        passes = FORWARD_COLLECTIVES * (2 if full else 1) + BACKWARD_COLLECTIVES
-        collectives = self.collectives(passes * tensor_collectives(self.workload, counts))
-        return Seconds(compute=compute, tensor=collectives, expert=expert)
+        collectives = collectives_of(self.workload, counts, predictions)
+        return Seconds(compute=compute, tensor=self.collectives(collectives), expert=expert)
 
     def exchanges(self, passes: int) -> float:
         """Exchanges of a sparse layer that nothing hides, with so many forward passes."""
@@ -222,14 +236,15 @@ class _Clock:
 
     def stage(self, stage: Stage) -> Seconds:
         """Seconds of one microbatch of a stage."""
-        seconds = self.layers(stage.counts)
-        head = self.head() if stage.last else 0.0
-        return seconds._replace(compute=seconds.compute + head, pipeline=self.transfers())
+        counts, predictions = computed_layers(self.shape, stage)
+        seconds = self.layers(counts, predictions)
+        heads = (1 + predictions) * self.head() if stage.last else 0.0
+        return seconds._replace(compute=seconds.compute + heads, pipeline=self.transfers())
 
-    def optimizer(self) -> float:
+    def optimizer(self, stage: Stage) -> float:
         """The optimizer's step: it reads and writes state, weights and gradients once."""
         layout, setup = self.layout, self.setup
-        held = held_parameters(self.shape, self.workload.stages()[0], layout)
+        held = held_parameters(self.shape, stage, layout)
         numbers: float = held.total
         gradients = 2 * setup.gradient_bytes * numbers  # the norm and the clipping read all
         if setup.distributed_optimizer:
@@ -237,10 +252,10 @@ class _Clock:
         state = 2 * setup.state_bytes(layout) + layout.bytes_per_number
         return self.moves(gradients + state * numbers)
 
-    def replicas(self, *, parameters: bool) -> float:
+    def replicas(self, stage: Stage, *, parameters: bool) -> float:
         """Collectives over data-parallel ranks."""
         layout = self.layout
-        rest, cells = replica_bytes(self.workload, parameters=parameters)
+        rest, cells = replica_bytes(self.workload, stage, parameters=parameters)
         dense_rate = self.cluster.ring_bytes(layout.dp, layout.tp * layout.cp)
         cell_rate = self.cluster.ring_bytes(layout.expert_dp, layout.expert_ranks)
         return rest / dense_rate + cells / cell_rate
@@ -249,7 +264,11 @@ class _Clock:
 def step_time(workload: Workload, cluster: Cluster) -> StepTime:
     """Seconds of a step of the run on the cluster."""
     clock, layout, setup = _Clock(workload, cluster), workload.layout, workload.setup
-    slowest = max(map(clock.stage, workload.stages()), key=sum)
+    stages = workload.stages()
+    kinds = {(stage.counts, stage.last): stage for stage in stages}  # equal ones take as long
+    slowest = max(map(clock.stage, kinds.values()), key=sum)
+    # The stages that hold the most: one with the embedding, and one with the predictions.
+    ends = (stages[0], stages[-1])
     microbatch = sum(slowest)
     # A third of a microbatch runs forward, and two thirds backward.
     hidden = {
@@ -257,12 +276,12 @@ def step_time(workload: Workload, cluster: Cluster) -> StepTime:
         True: 1 / 3 * microbatch if workload.overlaps_parameters else 0.0,
     }
     data = sum(
-        max(0.0, clock.replicas(parameters=parameters) - hidden[parameters])
+        max(0.0, *(clock.replicas(end, parameters=parameters) - hidden[parameters] for end in ends))
         for parameters in (False, True)
     )
     count = setup.num_microbatches
     return StepTime(
-        compute=count * slowest.compute + clock.optimizer(),
+        compute=count * slowest.compute + max(map(clock.optimizer, ends)),
         tensor=count * slowest.tensor,
         expert=count * slowest.expert,
         pipeline=count * slowest.pipeline,

@@ -872,6 +872,18 @@ REFUSED = [
         "give an even number",
     ),
     (
+        "--multi-latent-attention --q-lora-rank 5 --sequence-parallel "
+        "--tensor-model-parallel-size 2",
+        2,
+        "--tensor-model-parallel-size 2 does not divide --q-lora-rank 5",
+    ),
+    (
+        "--multi-latent-attention --kv-lora-rank 5 --qk-pos-emb-head-dim 4 --sequence-parallel "
+        "--tensor-model-parallel-size 2",
+        2,
+        "2 does not divide --kv-lora-rank plus --qk-pos-emb-head-dim 4, 9",
+    ),
+    (
         "--multi-latent-attention --group-query-attention --num-query-groups 2",
         1,
         "Group query attention is mutually exclusive with multi latent attention",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from megatron_sffn.accounting import flops_per_token
+from megatron_sffn.accounting.latent_attention import LatentAttention
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.planning.block_estimates import estimate_blocks
 from megatron_sffn.planning.cluster import Cluster
@@ -22,8 +24,22 @@ LAYOUTS = (
 )
 
 
-def test_on_one_gpu_a_dense_step_without_memory_traffic_takes_its_flops_over_the_rate() -> None:
-    run = workload(ParallelLayout(), sparse=False)
+LATENT = LatentAttention(
+    q_lora_rank=96, kv_lora_rank=64, qk_head_dim=32, qk_pos_emb_head_dim=16, v_head_dim=32
+)
+MODELS = (
+    {},
+    {"latent_attention": LATENT},
+    {"predicted_tokens": 2, "prediction": "*-"},
+    {"predicted_tokens": 2, "prediction": "*-", "repeats_prediction": True},
+)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_on_one_gpu_a_dense_step_without_memory_traffic_takes_its_flops_over_the_rate(
+    model: dict[str, Any],
+) -> None:
+    run = workload(ParallelLayout(), sparse=False, model=model)
     fast_memory = cluster(1, memory_bandwidth=1e30)
     flops = 3 * flops_per_token(run.shape).total * run.step_tokens
     time = step_time(run, fast_memory)
@@ -32,9 +48,12 @@ def test_on_one_gpu_a_dense_step_without_memory_traffic_takes_its_flops_over_the
     assert time.block_ratio is None
 
 
-def test_full_recomputation_takes_one_more_forward_pass_of_the_layers() -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_full_recomputation_takes_one_more_forward_pass_of_the_layers(
+    model: dict[str, Any],
+) -> None:
     fast_memory = cluster(1, memory_bandwidth=1e30)
-    stored = workload(ParallelLayout(), sparse=False)
+    stored = workload(ParallelLayout(), sparse=False, model=model)
     recomputed = replace(stored, setup=replace(stored.setup, recompute="full"))
     forward = flops_per_token(stored.shape)
     extra = (forward.total - forward.logits) * stored.step_tokens / fast_memory.flops
