@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
+from megatron_sffn.accounting.muon import Muon
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 from megatron_sffn.utils.errors import ConfigError
@@ -25,7 +26,8 @@ class TrainingSetup:
         num_microbatches: number of microbatches of a step, per replica.
         gradient_bytes: bytes of a gradient in Megatron's buffer.
         moments: numbers of the optimizer's state per parameter: 2 for Adam.
-        muon: True if Muon trains weight matrices, with one such number; `moments` are of the rest.
+        muon: settings of Muon if it trains weight matrices, with one such number; `moments` are of
+            the rest.
         distributed_optimizer: True if the optimizer's state is sharded over data-parallel ranks.
         recompute: None, `full` or `selective` (`--recompute-granularity`).
         recompute_modules: modules of selective recomputation, of `RECOMPUTED`.
@@ -47,7 +49,7 @@ class TrainingSetup:
     num_microbatches: int = 1
     gradient_bytes: int = 4
     moments: int = 2
-    muon: bool = False
+    muon: Muon | None = None
     distributed_optimizer: bool = False
     recompute: str | None = None
     recompute_modules: tuple[str, ...] = ()
@@ -90,7 +92,7 @@ class TrainingSetup:
             num_microbatches=max(1, (args.global_batch_size or step) // step),
             gradient_bytes=4 if fp32_gradients else 2,
             moments=_moments(args)[optimizer],
-            muon=muon,
+            muon=_muon(args) if muon else None,
             distributed_optimizer=args.use_distributed_optimizer,
             recompute=recompute,
             recompute_modules=tuple(modules),
@@ -117,7 +119,7 @@ class TrainingSetup:
             matrix: True for a weight matrix, which has one moment under Muon.
         """
         copies = int(layout.half_precision) + (1 if self.gradient_bytes < 4 else 0)
-        moments = 1 if matrix and self.muon else self.moments
+        moments = 1 if matrix and self.muon is not None else self.moments
         return 4 * (moments + copies)
 
     def recomputes(self, module: str) -> bool:
@@ -159,6 +161,16 @@ def _refuse_uncounted(args: Namespace) -> None:
             f"--context-parallel-size {args.context_parallel_size} is not counted by the "
             "memory formulas; use 1"
         )
+
+
+def _muon(args: Namespace) -> Muon:
+    """Muon's settings in Megatron's arguments."""
+    return Muon(
+        num_ns_steps=args.muon_num_ns_steps,
+        tp_mode=args.muon_tp_mode,
+        split_qkv=args.muon_split_qkv,
+        half=args.muon_fp32_matmul_prec == "medium",
+    )
 
 
 def _rope_width(args: Namespace) -> int:

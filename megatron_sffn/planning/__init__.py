@@ -7,6 +7,7 @@ traffic.py          bytes that a rank sends in a step
 block_estimates.py  time of the block products over dense ones
 step_time.py        seconds of a step
 candidates.py       sizes of a layout, and the flags of a run without them
+optimizer_time.py   seconds of the optimizer's step, Muon's too
 layouts.py          the layouts that a run would accept, and why others are refused
 search.py           the layouts of a run by their time
 loss.py             the loss that laws foresee for the model and its tokens

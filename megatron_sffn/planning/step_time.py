@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_sffn.accounting.flops import score_flops
-from megatron_sffn.accounting.held_parameters import held_parameters
 from megatron_sffn.accounting.parameters import attention_matrices
 from megatron_sffn.accounting.pipeline_stages import Stage, computed_layers
 from megatron_sffn.accounting.shape import LayerCounts
 from megatron_sffn.planning.block_estimates import estimate_blocks
 from megatron_sffn.planning.cluster import COLLECTIVE_LATENCY, Cluster
+from megatron_sffn.planning.optimizer_time import optimizer_time
 from megatron_sffn.planning.tensor_collectives import (
     Collectives,
     collective_bytes,
@@ -241,17 +241,6 @@ class _Clock:
         heads = (1 + predictions) * self.head() if stage.last else 0.0
         return seconds._replace(compute=seconds.compute + heads, pipeline=self.transfers())
 
-    def optimizer(self, stage: Stage) -> float:
-        """The optimizer's step: it reads and writes state, weights and gradients once."""
-        layout, setup = self.layout, self.setup
-        held = held_parameters(self.shape, stage, layout)
-        numbers: float = held.total
-        gradients = 2 * setup.gradient_bytes * numbers  # the norm and the clipping read all
-        if setup.distributed_optimizer:
-            numbers = held.cells / layout.expert_dp + held.rest / layout.dp
-        state = 2 * setup.state_bytes(layout) + layout.bytes_per_number
-        return self.moves(gradients + state * numbers)
-
     def replicas(self, stage: Stage, *, parameters: bool) -> float:
         """Collectives over data-parallel ranks."""
         layout = self.layout
@@ -281,7 +270,8 @@ def step_time(workload: Workload, cluster: Cluster) -> StepTime:
     )
     count = setup.num_microbatches
     return StepTime(
-        compute=count * slowest.compute + max(map(clock.optimizer, ends)),
+        compute=count * slowest.compute
+        + max(optimizer_time(workload, cluster, end) for end in ends),
         tensor=count * slowest.tensor,
         expert=count * slowest.expert,
         pipeline=count * slowest.pipeline,

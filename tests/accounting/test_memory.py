@@ -14,10 +14,13 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sffn.accounting import ModelShape, layer_parts, memory_per_rank
 from megatron_sffn.accounting.activations import Activations
+from megatron_sffn.accounting.held_parameters import held_parameters
 from megatron_sffn.accounting.memory import RankMemory, memory_of_stage
+from megatron_sffn.accounting.muon import Muon, held_numbers, muon_flops, muon_matrices
 from megatron_sffn.accounting.pipeline_stages import microbatches_in_flight, pipeline_stages
 from megatron_sffn.accounting.training_setup import TrainingSetup
 from megatron_sffn.flags.megatron_flags import layout_of
@@ -158,7 +161,8 @@ def measured_memory(
     )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer=optimizer_name,
+            optimizer=optimizer_name.split()[0],
+            muon_tp_mode=optimizer_name.split()[-1],
             lr=1e-3,
             params_dtype=layout.dtype,
             bf16=layout.half_precision,
@@ -169,8 +173,10 @@ def measured_memory(
     weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
     for parameter in weights:
         parameter.main_grad.fill_(1.0)
-    optimizer.step()
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
     return {
+        "flops": counter.get_total_flops(),
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
         "parameters": sum(parameter.numel() for parameter in weights),
         "weights": sum(parameter.nbytes for parameter in weights),
@@ -210,7 +216,9 @@ def measured_memories(
         (True, True, "adam"),
         slow(False, True, "adam"),
         slow(True, False, "adam"),
-        (True, False, "muon"),
+        (True, False, "muon blockwise"),
+        slow(True, False, "muon duplicated"),
+        slow(True, False, "muon distributed"),
     ],
 )
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -220,7 +228,9 @@ def test_a_rank_holds_the_bytes_of_the_closed_form(
     dtype = torch.bfloat16 if half else torch.float32
     layout = dataclasses.replace(LAYOUTS[name], dtype=dtype)
     setup = TrainingSetup(
-        gradient_bytes=4, distributed_optimizer=distributed, muon=optimizer == "muon"
+        gradient_bytes=4,
+        distributed_optimizer=distributed,
+        muon=Muon(tp_mode=optimizer.split()[1]) if optimizer.startswith("muon") else None,
     )
     ranks = run_ranks(
         layout.world_size,
@@ -237,7 +247,9 @@ def test_a_rank_holds_the_bytes_of_the_closed_form(
         for stage, memory in zip(stages, expected, strict=True):
             stage_ranks = [rank[index] for rank in ranks if rank[index]["stage"] == stage.index]
             assert len(stage_ranks) == layout.world_size // layout.pp
+            flops = muon_flops(shape, stage, layout, setup.muon) if setup.muon else 0
             for rank in stage_ranks:
+                assert rank["flops"] == flops
                 assert rank["parameters"] == memory.parameters
                 assert rank["weights"] == memory.weights
                 assert rank["gradients"] == memory.gradients
@@ -245,6 +257,10 @@ def test_a_rank_holds_the_bytes_of_the_closed_form(
             # exact.
             mean = sum(rank["optimizer"] for rank in stage_ranks) / len(stage_ranks)
             assert mean == pytest.approx(memory.optimizer, abs=1)
+            if setup.muon:
+                matrices = muon_matrices(shape, stage, layout, setup.muon)
+                held = held_parameters(shape, stage, layout)
+                assert held_numbers(matrices, layout) == held.matrices
             if not distributed:
                 assert {rank["optimizer"] for rank in stage_ranks} == {memory.optimizer}
 

@@ -9,9 +9,11 @@ import pytest
 
 from megatron_sffn.accounting import flops_per_token
 from megatron_sffn.accounting.latent_attention import LatentAttention
+from megatron_sffn.accounting.muon import Muon, muon_flops
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.planning.block_estimates import estimate_blocks
 from megatron_sffn.planning.cluster import Cluster
+from megatron_sffn.planning.optimizer_time import muon_time
 from megatron_sffn.planning.step_time import step_time
 from tests.planning.runs import cluster, workload
 
@@ -107,6 +109,29 @@ def test_a_ring_over_nodes_uses_the_network_cards_of_all_its_members() -> None:
     assert node.ring_bytes(8) == node.node_bytes
     assert node.ring_bytes(16) == 8 * node.network_bytes
     assert node.ring_bytes(2, 8) == node.network_bytes
+
+
+@pytest.mark.parametrize("muon", [Muon(), Muon(half=False), Muon(num_ns_steps=10)])
+def test_without_memory_traffic_muon_takes_its_iterations_longer_than_adam(muon: Muon) -> None:
+    fast_memory = cluster(1, memory_bandwidth=1e30)
+    adam = workload(ParallelLayout())
+    adam = replace(adam, setup=replace(adam.setup, distributed_optimizer=False))
+    run = replace(adam, setup=replace(adam.setup, muon=muon))
+    (stage,) = run.stages()
+    flops = muon_flops(run.shape, stage, run.layout, muon) * (1 if muon.half else 2)
+    difference = step_time(run, fast_memory).total - step_time(adam, fast_memory).total
+    assert difference == pytest.approx(flops / fast_memory.flops)
+    # On a real card the iterations wait for memory where a matrix has few rows.
+    assert muon_time(run, cluster(1), stage, muon) > flops / fast_memory.flops
+
+
+def test_ranks_that_share_a_matrix_wait_for_each_other_unless_each_takes_its_part() -> None:
+    adam = workload(ParallelLayout(tp=2))
+    parts, shared, wholes = (
+        muon_time(adam, cluster(), adam.stages()[0], Muon(tp_mode=mode))
+        for mode in ("blockwise", "distributed", "duplicated")
+    )
+    assert parts < min(shared, wholes)
 
 
 def test_efficiency_scales_the_products() -> None:
