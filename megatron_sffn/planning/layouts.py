@@ -49,22 +49,6 @@ def _own_refusal(base: Base, candidate: Candidate, gpus: int) -> Problem | None:
     """The first of our own checks that refuses a layout."""
     args = namespace_of(base, candidate, gpus)
     sffn = sffn_config(args)
-    layers, chunks = divided_layers(base), candidate.virtual_stages
-    if args.hybrid_layer_pattern is not None and given_chunks(base) is None:
-        if layers % (candidate.pp * chunks):
-            return Problem(
-                "--pipeline-model-parallel-size",
-                candidate.pp,
-                f"times {chunks} chunks of a stage does not divide the {layers} layers",
-                "change one of them so that it does, or cut --hybrid-layer-pattern",
-            )
-    elif args.hybrid_layer_pattern is None and layers // candidate.pp % chunks:
-        return Problem(
-            "--num-virtual-stages-per-pipeline-rank",
-            chunks,
-            f"does not divide the {layers // candidate.pp} layers of a stage",
-            "change one of them so that it does",
-        )
     for check in LAYOUT_CHECKS:
         for problem in check(args):
             return problem
@@ -72,6 +56,26 @@ def _own_refusal(base: Base, candidate: Candidate, gpus: int) -> Problem | None:
         for sparse_check in parallelism.SPARSE_CHECKS:
             for problem in sparse_check(args, sffn):
                 return problem
+    return _chunk_refusal(base, candidate, is_hybrid=args.hybrid_layer_pattern is not None)
+
+
+def _chunk_refusal(base: Base, candidate: Candidate, *, is_hybrid: bool) -> Problem | None:
+    """Why the layers cannot be cut into the chunks of all stages."""
+    layers, chunks = divided_layers(base), candidate.virtual_stages
+    if is_hybrid and given_chunks(base) is None and layers % (candidate.pp * chunks):
+        return Problem(
+            "--pipeline-model-parallel-size",
+            candidate.pp,
+            f"times {chunks} chunks of a stage does not divide the {layers} layers",
+            "change one of them so that it does, or cut --hybrid-layer-pattern",
+        )
+    if not is_hybrid and layers // candidate.pp % chunks:
+        return Problem(
+            "--num-virtual-stages-per-pipeline-rank",
+            chunks,
+            f"does not divide the {layers // candidate.pp} layers of a stage",
+            "change one of them so that it does",
+        )
     return None
 
 
