@@ -29,10 +29,10 @@ def count_parameters(shape: ModelShape) -> Parameters:
         rest += output_parameters(shape)
     predictions = shape.own_predictions
     counts = shape.layers_with(predictions)
-    attentions, dense, sparse = counts
     # Each attention and each feed-forward part has a norm before it.
-    rest += attentions * attention_parameters(shape) + counts.parts * norm_parameters(shape, width)
-    rest += dense * mlp_parameters(shape) + predictions * prediction_parameters(shape)
+    rest += counts.attentions * attention_parameters(shape)
+    rest += counts.parts * norm_parameters(shape, width)
+    rest += counts.dense * mlp_parameters(shape) + predictions * prediction_parameters(shape)
     total = active = rest
     for layer, count in shape.by_router(predictions):
         sffn = layer.sffn
