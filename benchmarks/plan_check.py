@@ -46,6 +46,15 @@ ROUTERS = {
     "dense": "--sffn-router dense",
     "Avg-K": f"--sffn-router avg-k --sffn-block-size {BLOCK_SIZE} --sffn-expansion {EXPANSION}",
 }
+AVG_K = ROUTERS["Avg-K"]
+VARIANTS = {
+    "hybrid": f"{AVG_K} --sffn-model hybrid",
+    "MLA": f"{AVG_K} --multi-latent-attention --q-lora-rank 96 --kv-lora-rank 64 --qk-head-dim 48 "
+    "--qk-pos-emb-head-dim 16 --v-head-dim 64",
+    "MTP": f"{AVG_K} --mtp-num-layers 1 --untie-embeddings-and-output-weights",
+    "Muon": f"{AVG_K} --optimizer muon",
+}
+"""Other models, and another optimizer, that run in one layout of each number of ranks."""
 SIZES = {"TP": "--tensor-model-parallel-size", "PP": "--pipeline-model-parallel-size"}
 SIZES["EP"] = "--expert-model-parallel-size"
 LAYOUTS: dict[int, tuple[tuple[int, int, int], ...]] = {
@@ -54,6 +63,8 @@ LAYOUTS: dict[int, tuple[tuple[int, int, int], ...]] = {
     4: ((1, 1, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2)),
 }
 """Ranks -> TP, PP and EP of the runs."""
+VARIANT_LAYOUTS = {1: (1, 1, 1), 2: (1, 2, 1)}
+"""Ranks -> TP, PP and EP of the runs of `VARIANTS`."""
 TURNS = 15
 
 
@@ -77,7 +88,7 @@ class Case:
     """One run.
 
     Args:
-        model: key of `ROUTERS`.
+        model: key of `ROUTERS` or `VARIANTS`.
         ranks: number of ranks.
         sizes: TP, PP and EP.
     """
@@ -89,7 +100,7 @@ class Case:
     @property
     def flags(self) -> list[str]:
         """The flags of the model and its layout."""
-        words = f"{MODEL} {ROUTERS[self.model]}".split()
+        words = f"{MODEL} {(ROUTERS | VARIANTS)[self.model]}".split()
         for flag, size in zip(SIZES.values(), self.sizes, strict=True):
             words += [flag, str(size)]
         return words + (["--sequence-parallel"] if self.sizes[0] > 1 else [])
@@ -149,11 +160,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def cases_of(ranks: int) -> list[Case]:
     """The runs of a number of ranks; dense models have no expert parallelism."""
-    return [
+    cases = [
         Case(model=model, ranks=ranks, sizes=sizes)
         for sizes in LAYOUTS[ranks]
         for model in ROUTERS
         if model != "dense" or sizes[2] == 1
+    ]
+    return cases + [
+        Case(model=model, ranks=ranks, sizes=sizes)
+        for model in VARIANTS
+        if (sizes := VARIANT_LAYOUTS.get(ranks)) is not None
     ]
 
 
@@ -235,6 +251,7 @@ def milliseconds(case: Case, train_iters: int) -> float:
 
 def plan(case: Case, rates: Rates, ratio: float) -> float:
     """The milliseconds of a step that the planner foresees."""
+    from megatron_sffn.planning.candidates import parse_base
     from megatron_sffn.planning.cluster import (
         GB,
         LINK_EFFICIENCY,
@@ -242,7 +259,6 @@ def plan(case: Case, rates: Rates, ratio: float) -> float:
         Card,
         Cluster,
     )
-    from megatron_sffn.planning.layouts import parse_base
     from megatron_sffn.planning.search import search
 
     link = rates.link / LINK_EFFICIENCY

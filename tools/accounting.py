@@ -174,7 +174,9 @@ def costs_of(
     recompute = args.recompute_granularity == "full"
     memory = accounting.memory_per_rank(
         shape,
-        accounting.sparse_pattern(shape, args.moe_layer_freq if sffn else None),
+        accounting.layer_parts(
+            shape, args.moe_layer_freq if sffn else None, args.hybrid_layer_pattern
+        ),
         layout,
         accounting.TrainingSetup.of_args(args, layout, activation=activation.value, cuda=cuda),
     )

@@ -24,9 +24,9 @@ from megatron_sffn.utils.tool_output import add_form_flags, print_records
 from megatron_sffn.utils.warning_filters import silence
 
 if TYPE_CHECKING:
+    from megatron_sffn.planning.candidates import Base, Candidate
     from megatron_sffn.planning.cluster import Cluster
     from megatron_sffn.planning.fitted_loss import FittedSurfaces
-    from megatron_sffn.planning.layouts import Base, Candidate
     from megatron_sffn.planning.loss import Foreseen
     from megatron_sffn.planning.report import Case
 
@@ -203,7 +203,7 @@ def cases_of(options: Namespace, flags: list[str], gpus: Sequence[int]) -> list[
     Raises:
         ConfigError: if there is no layout in any case.
     """
-    from megatron_sffn.planning.layouts import parse_base
+    from megatron_sffn.planning.candidates import parse_base
     from megatron_sffn.planning.report import Case
     from megatron_sffn.planning.search import search
 
@@ -253,7 +253,7 @@ def print_comparison(options: Namespace, flags: list[str]) -> None:
 def print_layouts(options: Namespace, flags: list[str]) -> None:
     """The best layouts on the cluster."""
     from megatron_sffn.planning import report
-    from megatron_sffn.planning.layouts import parse_base
+    from megatron_sffn.planning.candidates import parse_base
     from megatron_sffn.planning.search import search
 
     cluster, base = cluster_of(options, options.gpus), parse_base(flags)

@@ -16,7 +16,7 @@ from megatron_sffn.accounting.flops import (
 )
 from megatron_sffn.accounting.memory import RankMemory, memory_per_rank
 from megatron_sffn.accounting.parameters import Parameters, count_parameters
-from megatron_sffn.accounting.pipeline_stages import sparse_pattern
+from megatron_sffn.accounting.pipeline_stages import layer_parts
 from megatron_sffn.accounting.sent_bytes import sent_per_token_and_layer
 from megatron_sffn.accounting.shape import ModelShape, dense_equivalent
 from megatron_sffn.accounting.table import human, table
@@ -32,10 +32,10 @@ __all__ = [
     "dense_equivalent",
     "flops_per_token",
     "human",
+    "layer_parts",
     "memory_per_rank",
     "overhead_over_dense",
     "sent_per_token_and_layer",
-    "sparse_pattern",
     "table",
     "training_flops_per_token",
 ]

@@ -13,7 +13,8 @@ Design notes
 
 from __future__ import annotations
 
-from megatron_sffn.accounting.shape import ModelShape
+from megatron_sffn.accounting.latent_attention import LatentAttention
+from megatron_sffn.accounting.shape import ModelShape, count_parts
 from megatron_sffn.accounting.sparse import saved_by_sparse_layer
 from megatron_sffn.accounting.training_setup import TrainingSetup
 from megatron_sffn.nn.parallel_layout import ParallelLayout
@@ -71,6 +72,8 @@ class Activations:
     def attention(self) -> int:
         """The attention of one layer with its norm, without its scores."""
         shape, tp = self.shape, self.layout.tp
+        if shape.latent_attention is not None:
+            return self._latent_attention(shape.latent_attention)
         heads = shape.num_attention_heads // tp
         groups = (shape.num_query_groups or shape.num_attention_heads) // tp
         head = shape.kv_channels
@@ -96,6 +99,39 @@ class Activations:
         count += self.tokens * gates * head * (self.number_bytes + FP32)
         # The input of the output projection.
         return count + query_bytes + self._hidden_mask()
+
+    def _latent_attention(self, latent: LatentAttention) -> int:
+        """Multi-latent attention of one layer with its norm, without its scores."""
+        shape, tp = self.shape, self.layout.tp
+        heads = shape.num_attention_heads // tp
+        count = self.norm(self.own_tokens, shape.hidden_size) + self.hidden_states()
+        # Latents, which the up projections keep, or the norms before them. They are views of the
+        # gathered products, of which that of keys and values has the rotary part, too.
+        ranks = [rank for rank in (latent.q_lora_rank, latent.kv_lora_rank) if rank is not None]
+        numbers = self.tokens * (sum(ranks) + latent.qk_pos_emb_head_dim)
+        if shape.qk_layernorm:
+            numbers = (0 if self.norm_upcasts else numbers) + self.own_tokens * sum(ranks)
+            count += sum(self.norm(self.own_tokens, rank, input_is_kept=True) for rank in ranks)
+        # The input of the output projection.
+        numbers += self.tokens * heads * latent.v_head_dim
+        count += numbers * self.number_bytes + self._hidden_mask()
+        if not self.setup.recomputes("mla_up_proj"):
+            return count + self.up_projections()
+        # The checkpoint keeps the rotary part of keys, a view of the product, and RoPE's angles.
+        if shape.qk_layernorm and self.norm_upcasts:
+            product = self.tokens * (latent.kv_lora_rank + latent.qk_pos_emb_head_dim)
+            count += product * self.number_bytes
+        return count + shape.seq_length * self.setup.rope_width * FP32
+
+    def up_projections(self) -> int:
+        """Queries, keys and values of multi-latent attention, with the factors of RoPE."""
+        latent = self.shape.latent_attention
+        assert latent is not None, "only multi-latent attention has up projections"
+        heads = self.shape.num_attention_heads // self.layout.tp
+        numbers = self.tokens * heads * (2 * latent.query_width + latent.v_head_dim)
+        # The cosines and sines of RoPE, for queries and for keys.
+        numbers += 4 * self.shape.seq_length * self.setup.rope_width
+        return numbers * self.number_bytes
 
     def attention_scores(self) -> int:
         """The attention's `s²` scores of one layer."""
@@ -129,10 +165,10 @@ class Activations:
         tensors += self.setup.clamp  # the gates, clamped
         return tensors * self.tokens * cells // self.layout.tp * self.number_bytes
 
-    def layer(self, sparse: bool) -> float:
-        """All activations that one layer keeps."""
+    def feed_forward(self, *, sparse: bool) -> float:
+        """The feed-forward part of a layer, dense or sparse, with its norm."""
         shape, setup = self.shape, self.setup
-        count = self.attention() + self.attention_scores() + self.mlp_norm_and_dropout()
+        count = self.mlp_norm_and_dropout()
         if not sparse:
             return count + self.hidden_states() + self.mlp(shape.ffn_hidden_size)
         assert shape.sffn is not None, "a dense model has no sparse layer"
@@ -149,16 +185,49 @@ class Activations:
         )
         return count + saved_by_sparse_layer(call) + self.mlp(shape.sffn.shared_cells)
 
+    def layer(self, parts: str) -> float:
+        """All activations that one layer keeps.
+
+        Args:
+            parts: of the layer, such as `*E` (`layer_parts`).
+        """
+        attentions, dense, sparse = count_parts(parts)
+        count = float(attentions * (self.attention() + self.attention_scores()))
+        count += dense * self.feed_forward(sparse=False) if dense else 0
+        return count + (sparse * self.feed_forward(sparse=True) if sparse else 0)
+
     def embedding(self) -> int:
         """The first stage's ids, positions (once for all sequences) and dropout mask."""
         positions = self.shape.seq_length * IDS if self.shape.learned_positions else 0
         return self.tokens * IDS + positions + self._hidden_mask()
 
     def head(self) -> int:
-        """The last stage's final norm, logits (as probabilities in fp32) and targets."""
+        """The last stage's final norm, logits (as probabilities in fp32) and targets.
+
+        Each multi-token prediction has logits, too, and its loss with a mask and three sums.
+        """
+        norm = self.norm(self.own_tokens, self.shape.hidden_size)
+        predictions = self.shape.predicted_tokens * (self._logits() + (2 * self.tokens + 3) * FP32)
+        return norm + self._logits() + predictions
+
+    def _logits(self) -> int:
+        """The input of the logits, and what their loss keeps."""
         vocabulary = self.shape.padded_vocab_size // self.layout.tp
-        loss = self.tokens * (vocabulary * FP32 + IDS + 1)
-        return self.norm(self.own_tokens, self.shape.hidden_size) + self.hidden_states() + loss
+        return self.hidden_states() + self.tokens * (vocabulary * FP32 + IDS + 1)
+
+    def prediction_input(self) -> int:
+        """The token ids (and positions) of one multi-token prediction and its embedding's mask."""
+        ids = 2 if self.shape.learned_positions else 1
+        return ids * self.tokens * IDS + self._hidden_mask()
+
+    def prediction_projection(self) -> int:
+        """Three norms and the projection of one multi-token prediction, without its layers."""
+        count = 3 * self.norm(self.own_tokens, self.shape.hidden_size) + 2 * self.hidden_states()
+        if not self.norm_upcasts:
+            # The first layer's norm keeps its input, a view of the projection of all tokens.
+            other_tokens = self.tokens - self.own_tokens
+            count += other_tokens * self.shape.hidden_size * self.number_bytes
+        return count
 
     def _hidden_mask(self) -> int:
         """The mask of a dropout of hidden states, if there is one."""

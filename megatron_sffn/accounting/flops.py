@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sffn.accounting.parameters import attention_matrices
 from megatron_sffn.accounting.shape import ModelShape, dense_equivalent
 
 
@@ -61,10 +62,15 @@ def flops_per_token(shape: ModelShape) -> Flops:
 
 def _attention_flops(shape: ModelShape) -> int:
     """Forward FLOPs of one attention."""
+    return 2 * attention_matrices(shape) + score_flops(shape)
+
+
+def score_flops(shape: ModelShape) -> int:
+    """Forward FLOPs per token of attention's scores, and of the weighted sum of values."""
     if (latent := shape.latent_attention) is not None:
-        return latent.flops(shape.hidden_size, shape.num_attention_heads, shape.seq_length)
-    projections = 2 * shape.hidden_size * (shape.projected_width + shape.query_width)
-    return projections + 4 * shape.seq_length * shape.query_width
+        widths = latent.query_width + latent.v_head_dim
+        return 2 * shape.seq_length * shape.num_attention_heads * widths
+    return 4 * shape.seq_length * shape.query_width
 
 
 def training_flops_per_token(shape: ModelShape, *, recompute: bool) -> int:

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of multi-latent attention (DeepSeek-V2, arXiv 2405.04434).
+"""Sizes of multi-latent attention (DeepSeek-V2, arXiv 2405.04434).
 
 Queries, and keys with values, are projected to latents and from them up to all heads. Beside the
 part of a key that comes from the latent, all heads share a part with rotary position embedding.
@@ -41,7 +41,7 @@ class LatentAttention:
         up = self.kv_lora_rank * heads * (self.qk_head_dim + self.v_head_dim)
         return queries + down + up + heads * self.v_head_dim * hidden_size
 
-    def flops(self, hidden_size: int, heads: int, seq_length: int) -> int:
-        """Forward FLOPs per token."""
-        scores_and_sum = seq_length * heads * (self.query_width + self.v_head_dim)
-        return 2 * (self.matrices(hidden_size, heads) + scores_and_sum)
+    def up_matrices(self, heads: int) -> int:
+        """Numbers of the projections from latents to the heads' queries, keys and values."""
+        queries = (self.q_lora_rank or 0) * self.query_width
+        return heads * (queries + self.kv_lora_rank * (self.qk_head_dim + self.v_head_dim))

@@ -13,37 +13,21 @@ Design notes
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_sffn.accounting.activations import Activations
-from megatron_sffn.accounting.parameters import (
-    embedding_parameters,
-    norm_parameters,
-    output_parameters,
-)
+from megatron_sffn.accounting.held_parameters import held_layers, held_parameters
 from megatron_sffn.accounting.pipeline_stages import (
     Stage,
     microbatches_in_flight,
     pipeline_stages,
 )
-from megatron_sffn.accounting.shape import ModelShape
+from megatron_sffn.accounting.shape import ModelShape, count_parts
 from megatron_sffn.accounting.training_setup import TrainingSetup
 from megatron_sffn.nn.parallel_layout import ParallelLayout
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldParameters:
-    """Parameters on one rank: of its `cells`, which have fewer replicas, and of the `rest`.
-
-    Args:
-        cells: parameters of cells.
-        rest: all others.
-        matrices: those of both that Muon would train, the weight matrices but for the vocabulary's.
-    """
-
-    cells: int
-    rest: int
-    matrices: int
+from megatron_sffn.nn.saved_bytes import FP32, INT64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +40,7 @@ class RankMemory:
         weights: bytes of the parameters.
         gradients: bytes of Megatron's gradient buffer.
         optimizer: bytes of moments, and of the master copy of half-precision weights.
-        router_tables: bytes of tables that routers hold beside their weights.
+        router_tables: bytes that sparse layers hold beside their weights (`router_tables`).
         activations: bytes kept for the backward pass at the fullest moment.
         attention_scores: the part of the activations that are the attention's `s²` scores, which
             fused attention does not keep.
@@ -85,17 +69,17 @@ class RankMemory:
 
 
 def memory_per_rank(
-    shape: ModelShape, pattern: tuple[bool, ...], layout: ParallelLayout, setup: TrainingSetup
+    shape: ModelShape, parts: tuple[str, ...], layout: ParallelLayout, setup: TrainingSetup
 ) -> RankMemory:
     """Memory of the fullest rank.
 
     Args:
         shape: shape of the model.
-        pattern: True for each sparse layer.
+        parts: the parts of each layer (`layer_parts`).
         layout: layout of the ranks.
         setup: setup of the training.
     """
-    stages = pipeline_stages(layout, pattern)
+    stages = pipeline_stages(layout, parts)
     ranks = [memory_of_stage(shape, stage, layout, setup) for stage in stages]
     return max(ranks, key=lambda rank: rank.total)
 
@@ -104,135 +88,149 @@ def memory_of_stage(
     shape: ModelShape, stage: Stage, layout: ParallelLayout, setup: TrainingSetup
 ) -> RankMemory:
     """Memory of a rank of one pipeline stage."""
-    local_parameters = held_parameters(shape, stage, layout)
-    parameters = local_parameters.cells + local_parameters.rest
-    matrices = local_parameters.matrices
-    state = setup.state_bytes(layout, matrix=True) * matrices
-    state += setup.state_bytes(layout) * (parameters - matrices)
+    held = held_parameters(shape, stage, layout)
+    state = setup.state_bytes(layout, matrix=True) * held.matrices
+    state += setup.state_bytes(layout) * (held.total - held.matrices)
     if setup.distributed_optimizer:
-        sharded_parameters = (
-            local_parameters.cells / layout.expert_dp + local_parameters.rest / layout.dp
-        )
+        sharded_parameters = held.cells / layout.expert_dp + held.rest / layout.dp
         state = round(setup.state_bytes(layout) * sharded_parameters)
     in_flight = microbatches_in_flight(layout, stage, setup.num_microbatches)
     activations, scores = _activations(Activations(shape, layout, setup), stage, in_flight)
     return RankMemory(
         stage=stage.index,
-        parameters=parameters,
-        weights=layout.bytes_per_number * parameters,
-        gradients=setup.gradient_bytes * parameters,
+        parameters=held.total,
+        weights=layout.bytes_per_number * held.total,
+        gradients=setup.gradient_bytes * held.total,
         optimizer=state,
-        router_tables=router_tables(shape, stage),
+        router_tables=router_tables(shape, stage, setup),
         activations=round(activations),
         attention_scores=round(scores),
         in_flight=in_flight,
     )
 
 
-def held_parameters(shape: ModelShape, stage: Stage, layout: ParallelLayout) -> HeldParameters:
-    """Parameters on a rank of one stage."""
-    sparse, num_layers = sum(stage.layers), len(stage.layers)
-    matrices = num_layers * _attention_matrices(shape, layout)
-    matrices += (num_layers - sparse) * shape.dense_cell * shape.ffn_hidden_size // layout.tp
-    others = num_layers * _attention_vectors(shape, layout)
-    others += (num_layers - sparse) * _mlp_biases(shape, layout)
-    cells = 0
-    if shape.sffn is not None:
-        sffn, width = shape.sffn, shape.router_width
-        router_matrices = sffn.router.matrix_parameters(sffn, width)
-        shared = shape.dense_cell * sffn.shared_cells // layout.tp
-        matrices += sparse * (router_matrices + shared + shape.latent_projections)
-        others += sparse * (sffn.router.parameters(sffn, width) - router_matrices)
-        tables = shape.tables(sparse)
-        cells = tables * shape.sparse_cell * sffn.num_cells // layout.expert_ranks
-    learned = shape.learned_positions * shape.hidden_size
-    vocabulary = output_parameters(shape) // layout.tp
-    if stage.first:
-        assert embedding_parameters(shape) == output_parameters(shape) + learned
-        matrices += learned  # Megatron does not count positions among the embeddings
-        others += vocabulary
-    if stage.last:
-        others += norm_parameters(shape, shape.hidden_size)
-        # Tied weights are on two ranks where embedding and logits are on different stages.
-        others += 0 if stage.first and shape.tied_embeddings else vocabulary
-    rest = matrices + others
-    if shape.sffn is not None and shape.sffn.router.key_width(shape.hidden_size):
-        matrices += cells
-    return HeldParameters(cells=cells, rest=rest, matrices=matrices)
+def router_tables(shape: ModelShape, stage: Stage, setup: TrainingSetup) -> int:
+    """Bytes that the sparse layers of one stage hold on each rank beside their weights.
 
-
-def router_tables(shape: ModelShape, stage: Stage) -> int:
-    """Bytes that the routers of one stage hold on each rank beside their weights."""
+    They are the router's own tables, two counters of the tokens of each block (of training and of
+    evaluation), and what load balancing holds. A few single numbers of a layer are not counted.
+    """
     if shape.sffn is None:
         return 0
     sffn = shape.sffn
     per_layer = sffn.router.held_bytes(sffn, shape.router_width, shape.padded_vocab_size)
-    return sum(stage.layers) * per_layer
-
-
-def _attention_matrices(shape: ModelShape, layout: ParallelLayout) -> int:
-    """Parameters of the projections of attention, which TP splits."""
-    return (shape.projected_width + shape.query_width) * shape.hidden_size // layout.tp
-
-
-def _attention_vectors(shape: ModelShape, layout: ParallelLayout) -> int:
-    """Parameters of attention's biases and sinks, and of both norms; TP splits some of them."""
-    split = shape.projected_width if shape.bias or shape.qkv_bias else 0
-    split += shape.sinks
-    replicated = 2 * norm_parameters(shape, shape.hidden_size)
-    replicated += shape.hidden_size if shape.bias else 0
-    replicated += 2 * norm_parameters(shape, shape.kv_channels) if shape.qk_layernorm else 0
-    return split // layout.tp + replicated
-
-
-def _mlp_biases(shape: ModelShape, layout: ParallelLayout) -> int:
-    """Parameters of a dense MLP that are no matrix."""
-    if not shape.bias:
-        return 0
-    return shape.keys_per_cell * shape.ffn_hidden_size // layout.tp + shape.hidden_size
+    per_layer += sffn.num_blocks * (2 * INT64 + setup.balance_numbers * FP32)
+    return held_layers(shape, stage).sparse * per_layer
 
 
 def _activations(activations: Activations, stage: Stage, in_flight: float) -> tuple[float, float]:
     """Bytes of the activations of a stage, and how many of them are attention scores."""
-    setup = activations.setup
     embedding = activations.embedding() * in_flight if stage.first else 0.0
-    head = float(activations.head()) if stage.last else 0.0
-    if setup.recompute == "full":
-        layers, working, scores = _full_recomputation(activations, stage, in_flight)
-        return embedding + layers + max(head, working), scores
-    drops_scores = setup.recomputes("core_attn")
-    scores = 0.0 if drops_scores else len(stage.layers) * activations.attention_scores() * in_flight
-    # Recomputed activations exist for one layer of one microbatch at a time.
-    layers, working = 0.0, float(activations.attention_scores() if drops_scores else 0)
-    for sparse in stage.layers:
-        feed_forward = (
-            activations.layer(sparse) - activations.attention() - activations.attention_scores()
+    if activations.setup.recompute == "full":
+        layers = _full_recomputation(activations, stage.chunks, in_flight)
+    else:
+        layers = _sum(activations, Counter(stage.layers), in_flight)
+    scores = layers.scores + layers.working_scores
+    if not stage.last:
+        return embedding + layers.total, scores
+    # The head and the predictions of one microbatch are freed before a layer is recomputed.
+    predictions = _predictions(activations)
+    ends = predictions.bytes + predictions.scores + max(activations.head(), predictions.working)
+    peak = layers.bytes + layers.scores + max(ends, layers.working)
+    return embedding + peak, scores + predictions.scores
+
+
+class _Kept(NamedTuple):
+    """Bytes of layers.
+
+    Args:
+        bytes: kept, without attention scores.
+        scores: kept attention scores.
+        working: of one recomputation.
+        working_scores: the part of `working` that is attention scores, in full recomputation.
+    """
+
+    bytes: float = 0.0
+    scores: float = 0.0
+    working: float = 0.0
+    working_scores: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The most bytes at a time."""
+        return self.bytes + self.scores + self.working
+
+
+def _sum(activations: Activations, layers: Counter[str], in_flight: float = 1.0) -> _Kept:
+    """What layers keep; recomputed activations exist for one layer of one microbatch at a time."""
+    total = _Kept()
+    for layer, count in layers.items():
+        kept = _kept(activations, layer)
+        total = _Kept(
+            bytes=total.bytes + count * kept.bytes * in_flight,
+            scores=total.scores + count * kept.scores * in_flight,
+            working=max(total.working, kept.working),
         )
-        if setup.recomputes("moe" if sparse else "mlp"):
+    return total
+
+
+def _predictions(activations: Activations) -> _Kept:
+    """What multi-token prediction keeps of one microbatch, without its logits."""
+    shape, setup = activations.shape, activations.setup
+    count, layers = shape.predicted_tokens, shape.prediction_layers
+    if not count:
+        return _Kept()
+    inputs, projection = activations.prediction_input(), activations.prediction_projection()
+    kept = _sum(activations, Counter(layers))
+    if setup.recompute == "full" and shape.attention_layers is not None:
+        kept = _full_recomputation(activations, (layers,), 1.0)
+    if setup.recompute == "full" and setup.recompute_method == "uniform":
+        # Megatron recomputes projection and layers of a prediction as one, from its two inputs.
+        inputs += 2 * activations.hidden_states()
+        return _Kept(bytes=count * inputs, working=projection + kept.total)
+    bytes_ = inputs + projection + kept.bytes
+    return _Kept(bytes=count * bytes_, scores=count * kept.scores, working=kept.working)
+
+
+def _kept(activations: Activations, layer: str) -> _Kept:
+    """What one layer keeps under selective recomputation, or without any."""
+    setup, counts = activations.setup, count_parts(layer)
+    count, scores, working = 0.0, 0.0, 0.0
+    if counts.attentions:
+        count, scores = float(activations.attention()), float(activations.attention_scores())
+        if setup.recomputes("core_attn"):
+            scores, working = 0.0, scores
+        if activations.shape.latent_attention is not None and setup.recomputes("mla_up_proj"):
+            working += activations.up_projections()
+    if counts.dense + counts.sparse:
+        feed_forward = activations.feed_forward(sparse=counts.sparse > 0)
+        if setup.recomputes("moe" if counts.sparse else "mlp"):
             inputs = activations.mlp_norm_and_dropout() + activations.hidden_states()
             working = max(working, feed_forward - inputs)
             feed_forward = inputs
-        layers += (activations.attention() + feed_forward) * in_flight
-    # The last microbatch's head is freed before a layer is recomputed.
-    return embedding + layers + scores + max(head, working), scores
+        count += feed_forward
+    return _Kept(bytes=count, scores=scores, working=working)
 
 
 def _full_recomputation(
-    activations: Activations, stage: Stage, in_flight: float
-) -> tuple[float, float, float]:
-    """Bytes that stay, bytes of one recomputation, and the attention scores among both."""
+    activations: Activations, chunks: tuple[tuple[str, ...], ...], in_flight: float
+) -> _Kept:
+    """What the layers of model chunks keep under full recomputation."""
     count = activations.setup.recompute_layers
-    recomputed: list[tuple[bool, ...]] = []
-    stored: tuple[bool, ...] = ()
-    for chunk in stage.chunks:
+    recomputed: list[tuple[str, ...]] = []
+    stored: tuple[str, ...] = ()
+    for chunk in chunks:
         if activations.setup.recompute_method == "uniform":
             recomputed += [chunk[start : start + count] for start in range(0, len(chunk), count)]
         else:
             # The first layers of a chunk are recomputed one by one, the others are stored.
             recomputed += [(layer,) for layer in chunk[:count]]
             stored += chunk[count:]
-    inputs = len(recomputed) * activations.hidden_states()
-    layers = inputs + sum(map(activations.layer, stored))
+    kept = _sum(activations, Counter(stored), in_flight)
+    inputs = len(recomputed) * activations.hidden_states() * in_flight
     largest = max(recomputed, key=lambda group: sum(map(activations.layer, group)), default=())
-    scores = (len(stored) * in_flight + len(largest)) * activations.attention_scores()
-    return layers * in_flight, sum(map(activations.layer, largest)), scores
+    scores = count_parts("".join(largest)).attentions * activations.attention_scores()
+    working = sum(map(activations.layer, largest))
+    return _Kept(
+        bytes=kept.bytes + inputs, scores=kept.scores, working=working, working_scores=scores
+    )

@@ -28,11 +28,11 @@ def count_parameters(shape: ModelShape) -> Parameters:
     if not shape.tied_embeddings:
         rest += output_parameters(shape)
     predictions = shape.own_predictions
-    attentions, dense, sparse = shape.layers_with(predictions)
+    counts = shape.layers_with(predictions)
     # Each attention and each feed-forward part has a norm before it.
-    parts = attentions + dense + sparse
-    rest += attentions * attention_parameters(shape) + parts * norm_parameters(shape, width)
-    rest += dense * mlp_parameters(shape) + predictions * prediction_parameters(shape)
+    rest += counts.attentions * attention_parameters(shape)
+    rest += counts.parts * norm_parameters(shape, width)
+    rest += counts.dense * mlp_parameters(shape) + predictions * prediction_parameters(shape)
     total = active = rest
     cells = chosen = 0
     for layer, count in shape.by_router(predictions):
@@ -67,18 +67,23 @@ def norm_parameters(shape: ModelShape, width: int) -> int:
 
 def attention_parameters(shape: ModelShape) -> int:
     """Parameters of one attention: projections, biases, and norms of queries and keys."""
+    count = attention_matrices(shape)
     if (latent := shape.latent_attention) is not None:
-        count = latent.matrices(shape.hidden_size, shape.num_attention_heads)
         count += (shape.hidden_size if shape.bias else 0) + shape.sinks
         norms = (latent.q_lora_rank, latent.kv_lora_rank) if shape.qk_layernorm else ()
         return count + sum(norm_parameters(shape, width) for width in norms if width is not None)
-    projected = shape.projected_width
-    count = (projected + shape.query_width) * shape.hidden_size
-    count += projected if shape.bias or shape.qkv_bias else 0
+    count += shape.projected_width if shape.bias or shape.qkv_bias else 0
     count += shape.hidden_size if shape.bias else 0
     count += 2 * norm_parameters(shape, shape.kv_channels) if shape.qk_layernorm else 0
     count += shape.sinks
     return count
+
+
+def attention_matrices(shape: ModelShape) -> int:
+    """Parameters of the projections of one attention."""
+    if (latent := shape.latent_attention) is not None:
+        return latent.matrices(shape.hidden_size, shape.num_attention_heads)
+    return (shape.projected_width + shape.query_width) * shape.hidden_size
 
 
 def prediction_parameters(shape: ModelShape) -> int:

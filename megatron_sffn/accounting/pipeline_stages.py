@@ -1,14 +1,16 @@
 """Computes the layers of each pipeline stage, and its number of microbatches in flight.
 
-Inputs: a `ParallelLayout`, and the pattern of sparse layers. Outputs: the `Stage`s, as
-Megatron distributes layers over pipeline stages.
+Inputs: a `ParallelLayout`, and the parts of each layer. Outputs: the `Stage`s, as Megatron
+distributes layers over pipeline stages.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sffn.accounting.shape import ModelShape
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
+from megatron_sffn.accounting.shape import LayerCounts, ModelShape, count_parts
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 
@@ -18,38 +20,62 @@ class Stage:
 
     Args:
         index: index of the stage, from 0.
-        chunks: the stage's model chunks: True for each sparse layer of a chunk.
+        chunks: the stage's model chunks: the parts of each layer of a chunk (`layer_parts`).
         first: True if the stage has the embedding.
-        last: True if the stage has the final norm and the logits.
+        last: True if the stage has multi-token prediction, the final norm and the logits.
     """
 
     index: int
-    chunks: tuple[tuple[bool, ...], ...]
+    chunks: tuple[tuple[str, ...], ...]
     first: bool
     last: bool
 
     @property
-    def layers(self) -> tuple[bool, ...]:
-        """The layers of all chunks."""
+    def layers(self) -> tuple[str, ...]:
+        """The parts of each layer of all chunks."""
         return tuple(layer for chunk in self.chunks for layer in chunk)
 
+    @property
+    def counts(self) -> LayerCounts:
+        """How often the stage's layers have each part."""
+        return count_parts("".join(self.layers))
 
-def pipeline_stages(layout: ParallelLayout, pattern: tuple[bool, ...]) -> list[Stage]:
+
+def pipeline_stages(layout: ParallelLayout, parts: tuple[str, ...]) -> list[Stage]:
     """The stages of a model, chunk after chunk as Megatron distributes them.
 
     Args:
         layout: layout of the run.
-        pattern: True for each sparse layer of the model.
+        parts: the parts of each layer of the model (`layer_parts`).
     """
-    chunks_of_stage: list[list[tuple[bool, ...]]] = [[] for _ in range(layout.pp)]
-    start = 0
-    for index, count in enumerate(layout.layers_per_chunk(len(pattern))):
-        chunks_of_stage[index % layout.pp].append(pattern[start : start + count])
-        start += count
+    chunks_of_stage: list[list[tuple[str, ...]]] = [[] for _ in range(layout.pp)]
+    for index, chunk in enumerate(_chunks(layout, parts)):
+        chunks_of_stage[index % layout.pp].append(chunk)
     return [
         Stage(index=index, chunks=tuple(chunks), first=index == 0, last=index == layout.pp - 1)
         for index, chunks in enumerate(chunks_of_stage)
     ]
+
+
+def _chunks(layout: ParallelLayout, parts: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The layers of each chunk: where a hybrid pattern cuts them, else of equal shares."""
+    if Symbols.PIPE in parts:
+        return [tuple(piece) for piece in "".join(parts).split(Symbols.PIPE)]
+    chunks, start = [], 0
+    for count in layout.layers_per_chunk(len(parts)):
+        chunks.append(parts[start : start + count])
+        start += count
+    return chunks
+
+
+def computed_layers(shape: ModelShape, stage: Stage) -> tuple[LayerCounts, int]:
+    """How often a stage computes each part in a pass, and its number of multi-token predictions.
+
+    A prediction that repeats the layer of another one has no weights of its own, but computes.
+    """
+    predictions = shape.predicted_tokens if stage.last else 0
+    predicted = count_parts(predictions * shape.prediction)
+    return LayerCounts(*map(sum, zip(stage.counts, predicted, strict=True))), predictions
 
 
 def microbatches_in_flight(layout: ParallelLayout, stage: Stage, num_microbatches: int) -> float:
@@ -66,15 +92,23 @@ def microbatches_in_flight(layout: ParallelLayout, stage: Stage, num_microbatche
     return min(num_microbatches * layout.virtual_stages, warm_up + 1) / layout.virtual_stages
 
 
-def sparse_pattern(shape: ModelShape, layers: list[int] | None) -> tuple[bool, ...]:
-    """True for each sparse layer, False for each dense one.
+def layer_parts(
+    shape: ModelShape, layers: list[int] | None, hybrid: str | None = None
+) -> tuple[str, ...]:
+    """The parts of each layer, by the symbols of a hybrid model (`nn/layer_pattern.py`).
 
     Args:
         shape: shape of the model.
         layers: Megatron's `moe_layer_freq`; None if all layers are dense.
+        hybrid: Megatron's `--hybrid-layer-pattern`; None for a GPT.
+
+    Returns:
+        `*-` or `*E` for each layer of a GPT; the symbols of a hybrid model, with the `|` that cut
+        it into stages, without its multi-token prediction.
     """
+    if hybrid is not None:
+        return tuple(hybrid.split(Symbols.MTP_SEPARATOR)[0])
     if shape.sffn is None or layers is None:
-        return (False,) * shape.num_layers
-    pattern = tuple(map(bool, layers))
-    assert sum(pattern) == shape.sparse_layers, (pattern, shape.sparse_layers)
-    return pattern
+        return (Symbols.ATTENTION + Symbols.MLP,) * shape.num_layers
+    assert sum(layers) == shape.sparse_layers, (layers, shape.sparse_layers)
+    return tuple(Symbols.ATTENTION + (Symbols.MOE if layer else Symbols.MLP) for layer in layers)

@@ -10,8 +10,10 @@ import dataclasses
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
 from megatron_sffn.accounting.latent_attention import LatentAttention
-from megatron_sffn.nn.layer_pattern import count_attention, prediction_layers
+from megatron_sffn.nn.layer_pattern import ATTENTION, count_attention, prediction_layers
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -25,6 +27,20 @@ class LayerCounts(NamedTuple):
     attentions: int
     dense: int
     sparse: int
+
+    @property
+    def parts(self) -> int:
+        """All of them, each of which has a norm."""
+        return sum(self)
+
+
+def count_parts(symbols: str) -> LayerCounts:
+    """The parts of layers that are written with the symbols of a hybrid model."""
+    return LayerCounts(
+        attentions=sum(symbols.count(symbol) for symbol in ATTENTION),
+        dense=symbols.count(Symbols.MLP),
+        sparse=symbols.count(Symbols.MOE),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +160,11 @@ class ModelShape:
 
     def layers_with(self, predictions: int) -> LayerCounts:
         """The layers of the model and of that many multi-token predictions."""
+        predicted = count_parts(self.prediction)
         return LayerCounts(
-            attentions=self.attentions + predictions * count_attention(self.prediction),
-            dense=self.dense_layers + predictions * self.prediction.count("-"),
-            sparse=self.sparse_layers + predictions * self.prediction.count("E"),
+            attentions=self.attentions + predictions * predicted.attentions,
+            dense=self.dense_layers + predictions * predicted.dense,
+            sparse=self.sparse_layers + predictions * predicted.sparse,
         )
 
     def by_router(self, predictions: int) -> list[tuple[ModelShape, int]]:
@@ -160,6 +177,11 @@ class ModelShape:
             return []
         layers = self.sffn.layers_by_router(self.layers_with(predictions).sparse)
         return [(replace(self, sffn=sffn), count) for sffn, count in layers]
+
+    @property
+    def prediction_layers(self) -> tuple[str, ...]:
+        """The parts of each layer of a multi-token prediction: one layer in a GPT."""
+        return (self.prediction,) if self.attention_layers is None else tuple(self.prediction)
 
     @property
     def own_predictions(self) -> int:

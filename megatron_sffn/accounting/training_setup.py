@@ -8,8 +8,13 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
+from megatron_sffn.accounting.muon import Muon
 from megatron_sffn.nn.parallel_layout import ParallelLayout
+from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 from megatron_sffn.utils.errors import ConfigError
+
+RECOMPUTED = ("core_attn", "mla_up_proj", "mlp", "moe")
+"""Modules of selective recomputation that are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +26,11 @@ class TrainingSetup:
         num_microbatches: number of microbatches of a step, per replica.
         gradient_bytes: bytes of a gradient in Megatron's buffer.
         moments: numbers of the optimizer's state per parameter: 2 for Adam.
-        muon: True if Muon trains weight matrices, with one such number; `moments` are of the rest.
+        muon: settings of Muon if it trains weight matrices, with one such number; `moments` are of
+            the rest.
         distributed_optimizer: True if the optimizer's state is sharded over data-parallel ranks.
         recompute: None, `full` or `selective` (`--recompute-granularity`).
-        recompute_modules: modules of selective recomputation: `core_attn`, `mlp`, `moe`.
+        recompute_modules: modules of selective recomputation, of `RECOMPUTED`.
         recompute_method: `uniform` or `block`, of full recomputation.
         recompute_layers: layers between two saved inputs (uniform), or recomputed in each chunk
             (block).
@@ -36,6 +42,8 @@ class TrainingSetup:
         clamp: True if its inputs are clamped (`--activation-func-clamp-value`).
         offset: True if its linear half has an offset (`--glu-linear-offset`).
         losses: load-balancing losses of the routers' scores that are on.
+        balance_numbers: fp32 numbers that load balancing holds for each block: the expert bias with
+            its counts, the counts of a global loss, the prices of quantile balancing.
         cuda: True to count the tensors that torch's CUDA kernels save; False: its CPU kernels.
     """
 
@@ -43,7 +51,7 @@ class TrainingSetup:
     num_microbatches: int = 1
     gradient_bytes: int = 4
     moments: int = 2
-    muon: bool = False
+    muon: Muon | None = None
     distributed_optimizer: bool = False
     recompute: str | None = None
     recompute_modules: tuple[str, ...] = ()
@@ -57,6 +65,7 @@ class TrainingSetup:
     clamp: bool = False
     offset: bool = False
     losses: frozenset[str] = frozenset()
+    balance_numbers: int = 0
     cuda: bool = False
 
     @classmethod
@@ -77,7 +86,6 @@ class TrainingSetup:
         _refuse_uncounted(args)
         muon = args.optimizer == "muon"
         optimizer = args.muon_scalar_optimizer if muon else args.optimizer
-        rotated = args.position_embedding_type == "rope"
         fp32_gradients = not layout.half_precision or args.accumulate_allreduce_grads_in_fp32
         step = args.micro_batch_size * layout.dp
         recompute, modules = args.recompute_granularity, args.recompute_modules or ["core_attn"]
@@ -88,7 +96,7 @@ class TrainingSetup:
             num_microbatches=max(1, (args.global_batch_size or step) // step),
             gradient_bytes=4 if fp32_gradients else 2,
             moments=_moments(args)[optimizer],
-            muon=muon,
+            muon=_muon(args) if muon else None,
             distributed_optimizer=args.use_distributed_optimizer,
             recompute=recompute,
             recompute_modules=tuple(modules),
@@ -97,11 +105,12 @@ class TrainingSetup:
             attention_dropout=args.attention_dropout > 0,
             hidden_dropout=args.hidden_dropout > 0,
             softmax_in_fp32=args.attention_softmax_in_fp32,
-            rope_width=int(args.kv_channels * args.rotary_percent) if rotated else 0,
+            rope_width=_rope_width(args),
             activation=activation,
             clamp=args.activation_func_clamp_value is not None,
             offset=bool(args.glu_linear_offset),
             losses=_losses(args),
+            balance_numbers=_balance_numbers(args),
             cuda=cuda,
         )
 
@@ -116,7 +125,7 @@ class TrainingSetup:
             matrix: True for a weight matrix, which has one moment under Muon.
         """
         copies = int(layout.half_precision) + (1 if self.gradient_bytes < 4 else 0)
-        moments = 1 if matrix and self.muon else self.moments
+        moments = 1 if matrix and self.muon is not None else self.moments
         return 4 * (moments + copies)
 
     def recomputes(self, module: str) -> bool:
@@ -147,22 +156,36 @@ def _refuse_uncounted(args: Namespace) -> None:
                 f"--{dest.replace('_', '-')} is not counted by the memory formulas; leave it "
                 "out, or set --decoder-first-pipeline-num-layers"
             )
-    for dest in (
-        "mtp_num_layers",
-        "attention_output_gate",
-        "hybrid_layer_pattern",
-        "multi_latent_attention",
-    ):
-        if getattr(args, dest):
-            raise ConfigError(
-                f"--{dest.replace('_', '-')} is not counted by the memory formulas; leave it "
-                "out to see the memory of the model without it"
-            )
+    modules = sorted(set(args.recompute_modules or []) - set(RECOMPUTED))
+    if args.recompute_granularity == "selective" and modules:
+        raise ConfigError(
+            f"--recompute-modules {modules[0]} is not counted by the memory formulas; use "
+            f"{', '.join(RECOMPUTED)}"
+        )
     if args.context_parallel_size > 1:
         raise ConfigError(
             f"--context-parallel-size {args.context_parallel_size} is not counted by the "
             "memory formulas; use 1"
         )
+
+
+def _muon(args: Namespace) -> Muon:
+    """Muon's settings in Megatron's arguments."""
+    return Muon(
+        num_ns_steps=args.muon_num_ns_steps,
+        tp_mode=args.muon_tp_mode,
+        split_qkv=args.muon_split_qkv,
+        half=args.muon_fp32_matmul_prec == "medium",
+    )
+
+
+def _rope_width(args: Namespace) -> int:
+    """Numbers of a head that RoPE rotates; multi-latent attention has RoPE of its own."""
+    if args.multi_latent_attention:
+        share = args.rotary_percent if args.rope_type == "rope" else 1.0
+        return int(args.qk_pos_emb_head_dim * share)
+    rotated = args.position_embedding_type == "rope"
+    return int(args.kv_channels * args.rotary_percent) if rotated else 0
 
 
 def _moments(args: Namespace) -> dict[str, int]:
@@ -177,3 +200,10 @@ def _losses(args: Namespace) -> frozenset[str]:
     weights = weights if isinstance(weights, list) else [weights] * len(kinds)
     active = {kind for kind, weight in zip(kinds, weights, strict=True) if weight}
     return frozenset(active - {"none"} | ({"z_loss"} if args.moe_z_loss_coeff else set()))
+
+
+def _balance_numbers(args: Namespace) -> int:
+    """Numbers of each block in the buffers of `nn/load_balancing.py`."""
+    count = 2 if args.moe_router_enable_expert_bias else 0
+    count += 1 if "global_aux_loss" in _losses(args) else 0
+    return count + (2 if args.moe_router_load_balancing_type == QUANTILE_BALANCING else 0)

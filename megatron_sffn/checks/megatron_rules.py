@@ -260,14 +260,13 @@ def model(args: Namespace) -> Iterator[Problem]:
             "normalises the latents of queries in --multi-latent-attention, and there are none",
             "add --q-lora-rank",
         )
-    pp_size = args.pipeline_model_parallel_size
-    if args.mtp_num_layers and pp_size > 1 and not args.untie_embeddings_and_output_weights:
+    groups_layers = args.recompute_method == "uniform" and args.recompute_num_layers != 1
+    if args.mtp_num_layers and groups_layers:
         yield Problem(
-            "--mtp-num-layers",
-            args.mtp_num_layers,
-            f"with --pipeline-model-parallel-size {pp_size} needs an output layer of its own: "
-            "Megatron cannot save one that it shares with the embedding",
-            "add --untie-embeddings-and-output-weights",
+            "--recompute-num-layers",
+            args.recompute_num_layers,
+            "is not available with --mtp-num-layers, whose layers Megatron recomputes one by one",
+            "use 1",
         )
 
 

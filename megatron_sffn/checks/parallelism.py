@@ -92,6 +92,11 @@ def model_parallelism(args: Namespace) -> Iterator[Problem]:
         "--num-query-groups": args.num_query_groups if gqa else None,
         "--seq-length": args.seq_length if sequence_parallel else None,
     }
+    if args.multi_latent_attention and args.transformer_impl == "local":
+        # Transformer Engine does not split the products with these widths.
+        keys = args.kv_lora_rank + args.qk_pos_emb_head_dim
+        divided["--q-lora-rank"] = args.q_lora_rank
+        divided[f"--kv-lora-rank plus --qk-pos-emb-head-dim {args.qk_pos_emb_head_dim},"] = keys
     for flag, size in divided.items():
         if size and size % tp_size:
             yield Problem(
@@ -100,6 +105,14 @@ def model_parallelism(args: Namespace) -> Iterator[Problem]:
                 f"does not divide {flag} {size}",
                 "change one of them so that it does",
             )
+    if args.mtp_num_layers and pp_size > 1 and not args.untie_embeddings_and_output_weights:
+        yield Problem(
+            "--mtp-num-layers",
+            args.mtp_num_layers,
+            f"with --pipeline-model-parallel-size {pp_size} needs an output layer of its own: "
+            "Megatron cannot save one that it shares with the embedding",
+            "add --untie-embeddings-and-output-weights",
+        )
     has_uneven_stages = (
         args.pipeline_model_parallel_layout
         or args.decoder_first_pipeline_num_layers

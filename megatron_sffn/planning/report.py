@@ -6,13 +6,14 @@ Inputs: outcomes of a search. Outputs: text, dicts for JSON and CSV, a plot.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_sffn.planning.block_estimates import MEASURED_ON_CPU
-from megatron_sffn.planning.layouts import SIZES
+from megatron_sffn.planning.candidates import SIZES
 from megatron_sffn.planning.loss import Foreseen
 from megatron_sffn.planning.loss_text import loss_fields
 from megatron_sffn.planning.reasons import why_best, why_not
@@ -107,7 +108,7 @@ def winner(plan: Plan) -> str:
             f"memory of the fullest rank: {' · '.join(held)}",
             f"sent by a rank in a step: {human_size(traffic.total)} = {' · '.join(sent)}; of "
             f"expert, {human_size(traffic.expert_network)} leave the node",
-            f"flags of the best: {' '.join(plan.candidate.flags())}",
+            f"flags of the best: {shlex.join(plan.candidate.flags())}",
         ]
     )
 

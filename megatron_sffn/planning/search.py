@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from megatron_sffn.accounting import RankMemory, flops_per_token, memory_per_rank
+from megatron_sffn.planning.candidates import Base, Candidate
 from megatron_sffn.planning.cluster import MEMORY_RESERVE, Cluster
-from megatron_sffn.planning.layouts import Base, Candidate, Refusals, valid_candidates, workload_of
+from megatron_sffn.planning.layouts import Refusals, valid_candidates, workload_of
 from megatron_sffn.planning.step_time import StepTime, step_time
 from megatron_sffn.planning.traffic import Traffic, step_traffic
 from megatron_sffn.planning.workload import Workload
@@ -134,7 +135,7 @@ def _plan(candidate: Candidate, workload: Workload, cluster: Cluster) -> Plan:
 
 
 def _memory(workload: Workload) -> RankMemory:
-    return memory_per_rank(workload.shape, workload.pattern, workload.layout, workload.setup)
+    return memory_per_rank(workload.shape, workload.parts, workload.layout, workload.setup)
 
 
 def search(base: Base, cluster: Cluster, *, top: int = 1, progress: Progress = iter) -> Outcome:

@@ -16,30 +16,39 @@ Design notes
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from megatron_sffn.accounting.memory import held_parameters
-from megatron_sffn.accounting.pipeline_stages import Stage
+from megatron_sffn.accounting.flops import score_flops
+from megatron_sffn.accounting.parameters import attention_matrices
+from megatron_sffn.accounting.pipeline_stages import Stage, computed_layers
+from megatron_sffn.accounting.shape import LayerCounts
 from megatron_sffn.planning.block_estimates import estimate_blocks
 from megatron_sffn.planning.cluster import COLLECTIVE_LATENCY, Cluster
+from megatron_sffn.planning.optimizer_time import optimizer_time
+from megatron_sffn.planning.tensor_collectives import (
+    Collectives,
+    collective_bytes,
+    collectives_of,
+)
 from megatron_sffn.planning.traffic import (
-    BACKWARD_COLLECTIVES,
-    FORWARD_COLLECTIVES,
     backward_exchanges,
     exchange,
     pipeline_transfer_bytes,
     replica_bytes,
-    tensor_collective_bytes,
-    tensor_collectives,
 )
 from megatron_sffn.planning.workload import Workload
 
-HIDDEN_PASSES = 16
-"""Times that norms, residuals and RoPE read or write `[T, D]` in a layer, forward: assumed."""
+HIDDEN_PASSES = 8
+"""Times that norms, residuals and RoPE read or write `[T, D]`, forward, in each attention and each
+feed-forward part: assumed."""
 
 CELL_PASSES = 4
 """Times that the activation reads or writes `[T, cells]` of a dense MLP, forward: assumed."""
+
+PREDICTION_NORMS = 2
+"""Parts of layers whose norms take as long as the three norms, the joining and the embedding of a
+multi-token prediction: assumed."""
 
 SCORE_PASSES = 6
 """Times that a router, or the loss, reads or writes its fp32 scores, forward: assumed."""
@@ -78,6 +87,15 @@ class StepTime:
         return self.compute + waiting + self.bubble
 
 
+class Seconds(NamedTuple):
+    """Seconds of a microbatch, by what a rank does; see `StepTime`."""
+
+    compute: float
+    tensor: float
+    expert: float
+    pipeline: float = 0.0
+
+
 class _Clock:
     """Seconds of the parts of one microbatch on one rank.
 
@@ -96,22 +114,31 @@ class _Clock:
         """Large matrix products."""
         return flops / self.cluster.flops
 
+    def split_products(self, flops: float) -> float:
+        """Products of all tokens of a microbatch, of so many FLOPs each, which TP splits."""
+        return self.products(self.workload.tokens * flops / self.layout.tp)
+
     def moves(self, num_bytes: float) -> float:
         """Traffic to and from the GPU's memory."""
         return num_bytes / self.cluster.memory_bytes
 
     def scores(self) -> float:
         """Attention's scores and weighted sum, forward."""
-        flops = 4 * self.shape.seq_length * self.shape.query_width
-        return self.products(self.workload.tokens * flops / self.layout.tp)
+        return self.split_products(score_flops(self.shape))
 
     def attention(self) -> float:
-        """Attention with both norms and residuals of a layer, forward."""
-        shape, width = self.shape, self.shape.hidden_size
-        flops = 2 * width * (shape.projected_width + shape.query_width)
-        hidden = self.workload.own_tokens * width * self.layout.bytes_per_number
-        projections = self.products(self.workload.tokens * flops / self.layout.tp)
-        return projections + self.scores() + self.moves(HIDDEN_PASSES * hidden)
+        """Attention, forward, recomputed and backward."""
+        latent, passes = self.shape.latent_attention, 4 if self.setup.recompute == "full" else 3
+        forward = self.split_products(2 * attention_matrices(self.shape)) + self.scores()
+        again = self.scores() if self.setup.recomputes("core_attn") else 0.0
+        if latent is not None and self.setup.recomputes("mla_up_proj"):
+            again += self.split_products(2 * latent.up_matrices(self.shape.num_attention_heads))
+        return passes * forward + again
+
+    def norm(self) -> float:
+        """The norm and the residual of an attention or a feed-forward part, forward."""
+        hidden = self.workload.own_tokens * self.shape.hidden_size * self.layout.bytes_per_number
+        return self.moves(HIDDEN_PASSES * hidden)
 
     def mlp(self, cells: int) -> float:
         """A dense MLP, forward."""
@@ -149,10 +176,11 @@ class _Clock:
         latent = self.products(2 * self.shape.latent_projections * self.workload.own_tokens)
         return factor * (self.router() + shared + latent) + self.cells(backward=backward)
 
-    def collectives(self, count: float) -> float:
+    def collectives(self, collectives: Collectives) -> float:
         """Collectives of tensor parallelism."""
         rate = self.cluster.ring_bytes(self.layout.tp)
-        return count * (COLLECTIVE_LATENCY + tensor_collective_bytes(self.workload) / rate)
+        sent = collective_bytes(self.workload, collectives)
+        return collectives.calls * COLLECTIVE_LATENCY + sent / rate
 
     def exchanged(self, passes: float) -> float:
         """Exchanges of a sparse layer; what travels in the node and between nodes overlaps."""
@@ -168,28 +196,28 @@ class _Clock:
         hidden = min(exchanged, computing) * (chunks - 1) / chunks
         return exchanged - hidden
 
-    def layer(self, *, sparse: bool) -> dict[str, float]:
-        """Seconds of a layer, forward, recomputed and backward, by kind."""
-        setup = self.setup
-        full = setup.recompute == "full"
-        again_mlp = full or setup.recomputes("moe" if sparse else "mlp")
-        forward = self.feed_forward(sparse=sparse, backward=False)
-        compute = (4 if full else 3) * self.attention()
-        compute += (2 if again_mlp else 1) * forward
-        compute += self.feed_forward(sparse=sparse, backward=True)
-        if setup.recomputes("core_attn"):
-            compute += self.scores()
-        count = FORWARD_COLLECTIVES * (2 if full else 1) + BACKWARD_COLLECTIVES
-        places = tensor_collectives(self.workload, sparse=sparse)
-        seconds = {"compute": compute, "tensor": self.collectives(count * places), "expert": 0.0}
-        if sparse:
-            passes = 2 if again_mlp else 1
-            seconds["expert"] = passes * self.exposed(
-                self.exchanged(1), self.cells(backward=False)
-            ) + self.exposed(
-                self.exchanged(backward_exchanges(self.workload)), self.cells(backward=True)
-            )
-        return seconds
+    def layers(self, counts: LayerCounts, predictions: int) -> Seconds:
+        """Seconds of layers and of multi-token predictions, forward, recomputed and backward."""
+        full = self.setup.recompute == "full"
+        norms = counts.parts + PREDICTION_NORMS * predictions
+        compute = norms * (4 if full else 3) * self.norm() + counts.attentions * self.attention()
+        joined = 4 * self.shape.hidden_size**2
+        compute += predictions * (4 if full else 3) * self.split_products(joined)
+        expert = 0.0
+        for sparse, count in ((False, counts.dense), (True, counts.sparse)):
+            if count:
+                passes = 2 if full or self.setup.recomputes("moe" if sparse else "mlp") else 1
+                forward = passes * self.feed_forward(sparse=sparse, backward=False)
+                compute += count * (forward + self.feed_forward(sparse=sparse, backward=True))
+                expert += count * self.exchanges(passes) if sparse else 0.0
+        collectives = collectives_of(self.workload, counts, predictions)
+        return Seconds(compute=compute, tensor=self.collectives(collectives), expert=expert)
+
+    def exchanges(self, passes: int) -> float:
+        """Exchanges of a sparse layer that nothing hides, with so many forward passes."""
+        forward = self.exposed(self.exchanged(1), self.cells(backward=False))
+        backward = self.exchanged(backward_exchanges(self.workload))
+        return passes * forward + self.exposed(backward, self.cells(backward=True))
 
     def head(self) -> float:
         """Logits and loss, forward and backward."""
@@ -206,31 +234,17 @@ class _Clock:
         rate = self.cluster.network_bytes if leaves_node else self.cluster.node_bytes
         return 2 * (COLLECTIVE_LATENCY + pipeline_transfer_bytes(self.workload) / rate)
 
-    def stage(self, stage: Stage, layers: dict[bool, dict[str, float]]) -> dict[str, float]:
-        """Seconds of one microbatch of a stage, by kind."""
-        seconds = dict.fromkeys(("compute", "tensor", "expert"), 0.0)
-        for sparse, count in Counter(stage.layers).items():
-            for kind, value in layers[sparse].items():
-                seconds[kind] += count * value
-        seconds["compute"] += self.head() if stage.last else 0.0
-        seconds["pipeline"] = self.transfers()
-        return seconds
+    def stage(self, stage: Stage) -> Seconds:
+        """Seconds of one microbatch of a stage."""
+        counts, predictions = computed_layers(self.shape, stage)
+        seconds = self.layers(counts, predictions)
+        heads = (1 + predictions) * self.head() if stage.last else 0.0
+        return seconds._replace(compute=seconds.compute + heads, pipeline=self.transfers())
 
-    def optimizer(self) -> float:
-        """The optimizer's step: it reads and writes state, weights and gradients once."""
-        layout, setup = self.layout, self.setup
-        held = held_parameters(self.shape, self.workload.stages()[0], layout)
-        numbers: float = held.cells + held.rest
-        gradients = 2 * setup.gradient_bytes * numbers  # the norm and the clipping read all
-        if setup.distributed_optimizer:
-            numbers = held.cells / layout.expert_dp + held.rest / layout.dp
-        state = 2 * setup.state_bytes(layout) + layout.bytes_per_number
-        return self.moves(gradients + state * numbers)
-
-    def replicas(self, *, parameters: bool) -> float:
+    def replicas(self, stage: Stage, *, parameters: bool) -> float:
         """Collectives over data-parallel ranks."""
         layout = self.layout
-        rest, cells = replica_bytes(self.workload, parameters=parameters)
+        rest, cells = replica_bytes(self.workload, stage, parameters=parameters)
         dense_rate = self.cluster.ring_bytes(layout.dp, layout.tp * layout.cp)
         cell_rate = self.cluster.ring_bytes(layout.expert_dp, layout.expert_ranks)
         return rest / dense_rate + cells / cell_rate
@@ -239,25 +253,28 @@ class _Clock:
 def step_time(workload: Workload, cluster: Cluster) -> StepTime:
     """Seconds of a step of the run on the cluster."""
     clock, layout, setup = _Clock(workload, cluster), workload.layout, workload.setup
-    layers = {sparse: clock.layer(sparse=sparse) for sparse in set(workload.pattern)}
-    stages = [clock.stage(stage, layers) for stage in workload.stages()]
-    slowest = max(stages, key=lambda seconds: sum(seconds.values()))
-    microbatch = sum(slowest.values())
+    stages = workload.stages()
+    kinds = {(stage.counts, stage.last): stage for stage in stages}  # equal ones take as long
+    slowest = max(map(clock.stage, kinds.values()), key=sum)
+    # The stages that hold the most: one with the embedding, and one with the predictions.
+    ends = (stages[0], stages[-1])
+    microbatch = sum(slowest)
     # A third of a microbatch runs forward, and two thirds backward.
     hidden = {
         False: 2 / 3 * microbatch if workload.overlaps_gradients else 0.0,
         True: 1 / 3 * microbatch if workload.overlaps_parameters else 0.0,
     }
     data = sum(
-        max(0.0, clock.replicas(parameters=parameters) - hidden[parameters])
+        max(0.0, *(clock.replicas(end, parameters=parameters) - hidden[parameters] for end in ends))
         for parameters in (False, True)
     )
     count = setup.num_microbatches
     return StepTime(
-        compute=count * slowest["compute"] + clock.optimizer(),
-        tensor=count * slowest["tensor"],
-        expert=count * slowest["expert"],
-        pipeline=count * slowest["pipeline"],
+        compute=count * slowest.compute
+        + max(optimizer_time(workload, cluster, end) for end in ends),
+        tensor=count * slowest.tensor,
+        expert=count * slowest.expert,
+        pipeline=count * slowest.pipeline,
         data=data,
         bubble=(layout.pp - 1) / layout.virtual_stages * microbatch,
         block_ratio=None if clock.blocks is None else clock.blocks.ratio,

@@ -6,17 +6,15 @@ step on the rank of the first pipeline stage.
 Design notes
 - An all-gather or a reduce-scatter over n ranks sends (n - 1)/n of the whole tensor, an all-reduce
   twice that (Thakur et al. 2005).
-- With sequence parallelism, tensor parallelism gathers and scatters the hidden states once around
-  attention and once around a dense MLP, and gathers the input once more in the backward pass for
-  the gradient of the weights (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2). A sparse
-  layer routes the rank's own tokens and needs none of it, except for shared blocks.
+- `tensor_collectives.py` has the collectives of tensor parallelism.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sffn.accounting.memory import held_parameters
+from megatron_sffn.accounting.held_parameters import held_parameters
+from megatron_sffn.accounting.pipeline_stages import Stage, computed_layers
 from megatron_sffn.nn.comm_volume import (
     bytes_between_nodes_per_token,
     exchanged_bytes_per_token,
@@ -25,10 +23,8 @@ from megatron_sffn.nn.comm_volume import (
     regathers,
 )
 from megatron_sffn.planning.cluster import Cluster
+from megatron_sffn.planning.tensor_collectives import collective_bytes, collectives_of
 from megatron_sffn.planning.workload import Workload
-
-FORWARD_COLLECTIVES, BACKWARD_COLLECTIVES = 2, 3
-"""Collectives of tensor parallelism around attention or a dense MLP, in each pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +66,6 @@ class Exchange:
     network: float
 
 
-def tensor_collective_bytes(workload: Workload) -> float:
-    """Bytes that a rank sends in one collective of tensor parallelism."""
-    tp = workload.layout.tp
-    return workload.hidden_bytes * (tp - 1) / tp
-
-
-def tensor_collectives(workload: Workload, *, sparse: bool) -> int:
-    """Places of a layer around which tensor parallelism gathers and scatters: attention, MLP."""
-    if workload.layout.tp == 1:
-        return 0
-    sffn = workload.shape.sffn
-    has_dense_cells = not sparse or (sffn is not None and sffn.shared_blocks > 0)
-    return 1 + has_dense_cells
-
-
 def exchange(workload: Workload, cluster: Cluster) -> Exchange:
     """Dispatch and combine of a sparse layer's forward pass, as the run's dispatcher sends them."""
     sffn, layout, width = workload.shape.sffn, workload.layout, workload.shape.hidden_size
@@ -120,15 +101,16 @@ def expert_passes(workload: Workload) -> float:
     return 1 + repeats + backward_exchanges(workload)
 
 
-def replica_bytes(workload: Workload, *, parameters: bool) -> tuple[float, float]:
+def replica_bytes(workload: Workload, stage: Stage, *, parameters: bool) -> tuple[float, float]:
     """Bytes that a rank sends per step over the replicas of its dense weights, and of its cells.
 
     Args:
         workload: the run.
+        stage: pipeline stage of the rank.
         parameters: True for the all-gather of parameters, False for the reduction of gradients.
     """
     layout, setup = workload.layout, workload.setup
-    held = held_parameters(workload.shape, workload.stages()[0], layout)
+    held = held_parameters(workload.shape, stage, layout)
     if parameters:
         per_number = layout.bytes_per_number if setup.distributed_optimizer else 0
     else:
@@ -148,20 +130,19 @@ def pipeline_transfer_bytes(workload: Workload) -> float:
 def step_traffic(workload: Workload, cluster: Cluster) -> Traffic:
     """Bytes that a rank of the first pipeline stage sends in a step."""
     layout, setup = workload.layout, workload.setup
-    layers = workload.stages()[0].layers
-    full = setup.recompute == "full"
-    collectives = FORWARD_COLLECTIVES * (2 if full else 1) + BACKWARD_COLLECTIVES
-    places = sum(tensor_collectives(workload, sparse=sparse) for sparse in layers)
+    stage = workload.stages()[0]
+    counts, predictions = computed_layers(workload.shape, stage)
+    collectives = collectives_of(workload, counts, predictions)
     sent = exchange(workload, cluster)
-    exchanges = sum(layers) * expert_passes(workload) * setup.num_microbatches
+    exchanges = counts.sparse * expert_passes(workload) * setup.num_microbatches
     # A rank of the first stage sends activations on and gets their gradients back; a rank between
     # two stages sends both.
     transfers = setup.num_microbatches * (2 * layout.virtual_stages - 1)
     return Traffic(
-        tensor=places * collectives * tensor_collective_bytes(workload) * setup.num_microbatches,
+        tensor=collective_bytes(workload, collectives) * setup.num_microbatches,
         expert=exchanges * sent.total,
         expert_network=exchanges * sent.network,
-        gradients=sum(replica_bytes(workload, parameters=False)),
-        parameters=sum(replica_bytes(workload, parameters=True)),
+        gradients=sum(replica_bytes(workload, stage, parameters=False)),
+        parameters=sum(replica_bytes(workload, stage, parameters=True)),
         pipeline=transfers * pipeline_transfer_bytes(workload),
     )

@@ -19,7 +19,7 @@ class Workload:
 
     Args:
         shape: shape of the model.
-        pattern: True for each sparse layer.
+        parts: the parts of each layer (`accounting.layer_parts`).
         layout: layout of the ranks.
         setup: setup of the training, with the microbatches of a step.
         overlaps_gradients: True if gradients are reduced while the last microbatch runs backward
@@ -29,7 +29,7 @@ class Workload:
     """
 
     shape: ModelShape
-    pattern: tuple[bool, ...]
+    parts: tuple[str, ...]
     layout: ParallelLayout
     setup: TrainingSetup
     overlaps_gradients: bool = False
@@ -62,4 +62,4 @@ class Workload:
 
     def stages(self) -> list[Stage]:
         """The pipeline stages."""
-        return pipeline_stages(self.layout, self.pattern)
+        return pipeline_stages(self.layout, self.parts)

@@ -16,6 +16,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_sffn.accounting import ModelShape
+from megatron_sffn.accounting.latent_attention import LatentAttention
 from megatron_sffn.nn.config import (
     Backend,
     SparseFFNConfig,
@@ -37,6 +38,9 @@ SMALL = ModelShape(
     seq_length=18,
     padded_vocab_size=96,
 )
+LATENT = LatentAttention(
+    q_lora_rank=14, kv_lora_rank=12, qk_head_dim=6, qk_pos_emb_head_dim=4, v_head_dim=9
+)
 DENSE: dict[str, dict[str, Any]] = {
     "dense": {},
     "dense-llama": {
@@ -52,6 +56,15 @@ DENSE: dict[str, dict[str, Any]] = {
         "output_gate": True,
         "num_query_groups": 2,
         "softmax_type": "off-by-one",
+    },
+    "dense-latent-attention": {
+        "latent_attention": LATENT,
+        "qk_layernorm": True,
+        "layernorm": False,
+    },
+    "dense-latent-attention-layernorm": {"latent_attention": LATENT, "qk_layernorm": True},
+    "dense-latent-attention-of-queries-without-latents": {
+        "latent_attention": dataclasses.replace(LATENT, q_lora_rank=None),
     },
     "dense-qk-layernorm": {"qk_layernorm": True, "num_query_groups": 1, "learned_positions": 20},
 }
@@ -145,8 +158,15 @@ def config_of(
 def build(shape: ModelShape, dtype: torch.dtype = torch.float32, **megatron: Any) -> Any:
     """Megatron's GPT or hybrid model of this shape; arguments as `config_of`."""
     config = config_of(shape, dtype, **megatron)
-    if shape.attention_layers is not None:
-        return build_hybrid(shape, config)
+    model = build_hybrid(shape, config) if config.is_hybrid_model else build_gpt(shape, config)
+    for parameter in model.parameters():
+        # Torch's norms are in fp32 until Megatron's wrapper narrows them.
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def build_gpt(shape: ModelShape, config: SparseFFNTransformerConfig) -> GPTModel:
+    """Megatron's GPT of this shape, with RoPE unless it has learned positions."""
     mtp_spec = None
     if shape.sffn is None:
         spec = get_gpt_decoder_block_spec(config, False, normalization=config.normalization)
@@ -157,7 +177,7 @@ def build(shape: ModelShape, dtype: torch.dtype = torch.float32, **megatron: Any
         spec = block_spec(model_config)
         if shape.predicted_tokens:
             mtp_spec = prediction_spec(model_config)
-    model = GPTModel(
+    return GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=shape.padded_vocab_size,
@@ -166,10 +186,6 @@ def build(shape: ModelShape, dtype: torch.dtype = torch.float32, **megatron: Any
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="learned_absolute" if shape.learned_positions else "rope",
     )
-    for parameter in model.parameters():
-        # Torch's norms are in fp32 until Megatron's wrapper narrows them.
-        parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def build_hybrid(shape: ModelShape, config: SparseFFNTransformerConfig) -> HybridModel:
@@ -190,13 +206,14 @@ def hybrid_pattern_of(shape: ModelShape) -> str | None:
     if shape.attention_layers is None:
         return None
     layers = "*" * shape.attention_layers + "-" * shape.dense_layers + "E" * shape.sparse_layers
-    return "/".join([layers, *[shape.prediction] * shape.predicted_tokens])
+    pattern = "/".join([layers, *[shape.prediction] * shape.predicted_tokens])
+    return pattern if shape.latent_attention is None else pattern.replace("*", "+")
 
 
 def pattern_of(shape: ModelShape) -> Any:
     """Megatron's `moe_layer_freq`."""
     if shape.sffn is None:
-        return 1
+        return [0] * shape.num_layers
     if shape.attention_layers is not None:
         return layer_pattern("", 0, hybrid_pattern_of(shape))
     return layer_pattern(f"every:{shape.num_layers // shape.sparse_layers}", shape.num_layers)

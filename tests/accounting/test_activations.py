@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.activations import quick_gelu, squared_relu
 
-from megatron_sffn.accounting import ModelShape
+from megatron_sffn.accounting import ModelShape, layer_parts
 from megatron_sffn.accounting.activations import Activations
 from megatron_sffn.accounting.sparse import backend_of, rows_and_pairs, saved_by_sparse_layer
 from megatron_sffn.accounting.training_setup import TrainingSetup
@@ -21,7 +21,18 @@ from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.saved_bytes import LayerCall
-from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, sparse
+from tests.accounting.models import (
+    DENSE,
+    LATENT,
+    SINGLE_KEY,
+    SMALL,
+    SPARSE,
+    batch,
+    build,
+    hybrid_pattern_of,
+    pattern_of,
+    sparse,
+)
 from tests.accounting.saved import kept_bytes
 from tests.support.cuda_operators import CUDA_OPERATORS
 from tests.support.ranks import run_ranks
@@ -47,8 +58,39 @@ MODELS: dict[str, dict[str, Any]] = {
     **DENSE,
     "learned-positions": {"learned_positions": 20},
     "quick-geglu": {"gated": True},
+    "predicts-2": {"predicted_tokens": 2, "prediction": "*-"},
+    "repeats-prediction": {
+        "predicted_tokens": 2,
+        "prediction": "*-",
+        "repeats_prediction": True,
+        "layernorm": False,
+        "learned_positions": 20,
+    },
 }
 """Name of a dense model -> what it has other than `SMALL`."""
+
+
+HYBRID: dict[str, dict[str, Any]] = {
+    "dense": {"num_layers": 5, "attention_layers": 2},
+    "swiglu-shared": {
+        "num_layers": 5,
+        "attention_layers": 2,
+        "sparse_layers": 2,
+        "sffn": sparse("switch", shared_blocks=2),
+        "gated": True,
+        "layernorm": False,
+        "latent_attention": LATENT,
+    },
+    "predicts-2": {
+        "num_layers": 4,
+        "attention_layers": 1,
+        "sparse_layers": 2,
+        "sffn": sparse("switch"),
+        "predicted_tokens": 2,
+        "prediction": "E*-",
+    },
+}
+"""Name of a hybrid model -> what it has other than `SMALL`."""
 
 
 def of_sparse_layers(layer: SparseFFNConfig, **changes: Any) -> ModelShape:
@@ -70,6 +112,8 @@ def measured(
     megatron = {"activation_func": ACTIVATIONS[activation][0]} | megatron
     model = build(shape, dtype, **megatron)
     arguments, kwargs = batch(shape, SAMPLES)
+    if shape.predicted_tokens:
+        kwargs["loss_mask"] = torch.ones_like(arguments[0], dtype=torch.float32)
     masks = shape.seq_length**2  # the attention mask is an input
     routings: list[Routing] = []
     for layer in sparse_layers(model):
@@ -95,15 +139,24 @@ def closed_form(
     shape: ModelShape, activation: str, half: bool, layout: ParallelLayout, **setup: Any
 ) -> float:
     """The bytes of `measured` in closed form."""
-    setup = {"softmax_in_fp32": True, "rope_width": shape.kv_channels} | setup
+    setup = {"softmax_in_fp32": True, "rope_width": rope_width(shape)} | setup
     sizes = Activations(
         shape,
         dataclasses.replace(layout, dtype=torch.bfloat16 if half else torch.float32),
         TrainingSetup(micro_batch_size=SAMPLES, activation=activation, **setup),
     )
-    dense_bytes = (shape.num_layers - shape.sparse_layers) * sizes.layer(False)
-    sparse_bytes = shape.sparse_layers * sizes.layer(True) if shape.sparse_layers else 0
-    return sizes.embedding() + dense_bytes + sparse_bytes + sizes.head()
+    parts = layer_parts(shape, pattern_of(shape), hybrid_pattern_of(shape))
+    prediction = sizes.prediction_input() + sizes.prediction_projection()
+    prediction += sum(map(sizes.layer, shape.prediction_layers))
+    layers = sum(map(sizes.layer, parts)) + shape.predicted_tokens * prediction
+    return sizes.embedding() + layers + sizes.head()
+
+
+def rope_width(shape: ModelShape) -> int:
+    """Numbers of a head that RoPE rotates in a model of this shape."""
+    if shape.latent_attention is not None:
+        return shape.latent_attention.qk_pos_emb_head_dim
+    return 0 if shape.learned_positions else shape.kv_channels
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -116,7 +169,7 @@ def test_dense_models_keep_the_bytes_of_the_closed_form(
     gated = "quick_geglu" if name == "quick-geglu" else "swiglu"
     activation = gated if shape.gated else "gelu"
     size = measured(shape, activation, half, hidden_dropout=dropout, attention_dropout=dropout)
-    rotated = 0 if shape.learned_positions else shape.kv_channels
+    rotated = rope_width(shape)
     assert size == closed_form(
         shape,
         activation,
@@ -126,6 +179,17 @@ def test_dense_models_keep_the_bytes_of_the_closed_form(
         attention_dropout=dropout > 0,
         rope_width=rotated,
     )
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", HYBRID)
+def test_hybrid_models_keep_the_bytes_of_the_closed_form(
+    name: str, half: bool, one_rank: None
+) -> None:
+    shape = dataclasses.replace(SMALL, **HYBRID[name])
+    activation = "swiglu" if shape.gated else "gelu"
+    size = measured(shape, activation, half)
+    assert size == closed_form(shape, activation, half, ParallelLayout())
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -434,6 +498,22 @@ def test_every_layout_keeps_the_bytes_of_the_closed_form(name: str, half: bool) 
     ]
     # Megatron has no biases under ETP.
     shapes = [of_sparse_layers(layer, bias=False) for layer in layers]
+    if layout.tp > 1:
+        predicts = {"predicted_tokens": 2, "prediction": "*E", "tied_embeddings": False}
+        shapes += [
+            dataclasses.replace(shapes[0], **predicts),
+            dataclasses.replace(shapes[0], num_layers=3, attention_layers=1, **predicts),
+        ]
+        without_query_latents = dataclasses.replace(LATENT, q_lora_rank=None)
+        shapes += [
+            dataclasses.replace(shapes[0], latent_attention=latent, **norms)
+            for latent, norms in (
+                (LATENT, {}),
+                (LATENT, {"qk_layernorm": True}),
+                (LATENT, {"qk_layernorm": True, "layernorm": False}),
+                (without_query_latents, {}),
+            )
+        ]
     ranks = run_ranks(
         layout.world_size,
         measured_on_rank,
@@ -449,16 +529,34 @@ def test_every_layout_keeps_the_bytes_of_the_closed_form(name: str, half: bool) 
 
 
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
+PREDICTS = {"predicted_tokens": 2, "prediction": "*E"}
 RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
     ({**FULL, "recompute_method": "uniform"}, lambda sizes: 4 * sizes.hidden_states()),
     (
         {**FULL, "recompute_method": "block"},
-        lambda sizes: sizes.hidden_states() + 2 * sizes.layer(True) + sizes.layer(False),
+        lambda sizes: sizes.hidden_states() + 2 * sizes.layer("*E") + sizes.layer("*-"),
+    ),
+    (
+        {**FULL, "recompute_method": "uniform", **PREDICTS},
+        lambda sizes: 8 * sizes.hidden_states() + 2 * sizes.prediction_input(),
+    ),
+    (
+        {**FULL, "recompute_method": "block", **PREDICTS},
+        lambda sizes: (
+            sizes.hidden_states()
+            + 4 * sizes.layer("*E")
+            + sizes.layer("*-")
+            + 2 * (sizes.prediction_input() + sizes.prediction_projection())
+        ),
+    ),
+    (
+        {**FULL, "recompute_method": "uniform", **PREDICTS, "attention_layers": 1},
+        lambda sizes: 8 * sizes.hidden_states() + 2 * sizes.prediction_input(),
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
         lambda sizes: (
-            2 * sizes.layer(False)
+            2 * sizes.layer("*-")
             + 2
             * (
                 sizes.attention()
@@ -471,7 +569,7 @@ RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
     (
         {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         lambda sizes: (
-            2 * sizes.layer(True)
+            2 * sizes.layer("*E")
             + 2
             * (
                 sizes.attention()
@@ -483,20 +581,36 @@ RECOMPUTED: list[tuple[dict[str, Any], Any]] = [
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        lambda sizes: 2 * sizes.layer(False) + 2 * sizes.layer(True) - 4 * sizes.attention_scores(),
+        lambda sizes: 2 * sizes.layer("*-") + 2 * sizes.layer("*E") - 4 * sizes.attention_scores(),
     ),
 ]
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("norms", [{}, {"qk_layernorm": True, "layernorm": False}])
+def test_recomputed_up_projections_are_not_kept(
+    norms: dict[str, Any], half: bool, one_rank: None
+) -> None:
+    modules = ["mla_up_proj"]
+    shape = dataclasses.replace(SMALL, latent_attention=LATENT, **norms)
+    flags = {"recompute_granularity": "selective", "recompute_modules": modules}
+    size = measured(shape, "gelu", half, **flags)
+    setup = {"recompute": "selective", "recompute_modules": tuple(modules)}
+    assert size == closed_form(shape, "gelu", half, ParallelLayout(), **setup)
+
+
 # Megatron warns about fused attention, which is not installed.
 @pytest.mark.filterwarnings("ignore:If you are using transformer_engine:UserWarning:megatron")
+@pytest.mark.filterwarnings("ignore:recompute_method == 'block' is not supported for MTP")
 @pytest.mark.parametrize(("flags", "layers"), RECOMPUTED)
 def test_recomputation_keeps_the_bytes_of_the_closed_form(
     flags: dict[str, Any], layers: Any, one_rank: None
 ) -> None:
     # Layers 1 and 3, from 0, are sparse.
-    shape = dataclasses.replace(SMALL, sparse_layers=2, sffn=sparse("switch"))
-    size = measured(shape, "gelu", False, **flags)
+    sizes_of_model = {name: value for name, value in flags.items() if hasattr(SMALL, name)}
+    shape = dataclasses.replace(SMALL, sparse_layers=2, sffn=sparse("switch"), **sizes_of_model)
+    recompute = {name: value for name, value in flags.items() if name not in sizes_of_model}
+    size = measured(shape, "gelu", False, **recompute)
     sizes = Activations(
         shape,
         ParallelLayout(),

@@ -13,14 +13,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sffn import accounting
 from megatron_sffn.accounting import ModelShape
-from megatron_sffn.accounting.latent_attention import LatentAttention
 from megatron_sffn.nn.config import Backend
 from megatron_sffn.nn.layer import sparse_layers
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.memory_plus import MemoryPlusConfig
 from megatron_sffn.nn.routers.vanilla_m import KeyTableConfig
 from megatron_sffn.ops.block_ffn import cpu
-from tests.accounting.models import DENSE, SINGLE_KEY, SMALL, SPARSE, batch, build, paper, sparse
+from tests.accounting.models import (
+    DENSE,
+    LATENT,
+    SINGLE_KEY,
+    SMALL,
+    SPARSE,
+    batch,
+    build,
+    paper,
+    sparse,
+)
 
 # Megatron gives these warnings about its own calls.
 pytestmark = [
@@ -132,9 +141,6 @@ def test_training_without_recomputation_costs_three_forward_passes() -> None:
     assert accounting.training_flops_per_token(shape, recompute=False) == 3 * forward
 
 
-LATENT = LatentAttention(
-    q_lora_rank=14, kv_lora_rank=11, qk_head_dim=6, qk_pos_emb_head_dim=4, v_head_dim=9
-)
 MODELS: dict[str, dict[str, Any]] = {
     **DENSE,
     "dense-repeats-prediction": {
@@ -180,14 +186,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "switch-on-megatron-shared": {
         "sparse_layers": 2,
         "sffn": sparse("switch", backend=Backend.MEGATRON, shared_blocks=2),
-    },
-    "dense-latent-attention": {
-        "latent_attention": LATENT,
-        "qk_layernorm": True,
-        "layernorm": False,
-    },
-    "dense-latent-attention-of-queries-without-latents": {
-        "latent_attention": dataclasses.replace(LATENT, q_lora_rank=None),
     },
     "avg-k-latent-attention": {
         "latent_attention": LATENT,

@@ -935,6 +935,18 @@ REFUSED = [
         "give an even number",
     ),
     (
+        "--multi-latent-attention --q-lora-rank 5 --sequence-parallel "
+        "--tensor-model-parallel-size 2",
+        2,
+        "--tensor-model-parallel-size 2 does not divide --q-lora-rank 5",
+    ),
+    (
+        "--multi-latent-attention --kv-lora-rank 5 --qk-pos-emb-head-dim 4 --sequence-parallel "
+        "--tensor-model-parallel-size 2",
+        2,
+        "2 does not divide --kv-lora-rank plus --qk-pos-emb-head-dim 4, 9",
+    ),
+    (
         "--multi-latent-attention --group-query-attention --num-query-groups 2",
         1,
         "Group query attention is mutually exclusive with multi latent attention",
@@ -983,6 +995,13 @@ REFUSED = [
         2,
         "--mtp-num-layers 1 with --pipeline-model-parallel-size 2 needs an output layer of its own",
         "add --untie-embeddings-and-output-weights",
+    ),
+    (
+        "--mtp-num-layers 1 --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 2",
+        1,
+        "--recompute-num-layers 2 is not available with --mtp-num-layers",
+        "use 1",
     ),
     ("--num-attention-heads 5", 1, "--hidden-size % --num-attention-heads == 0", "change them"),
     ("--hybrid-layer-pattern *-*-", 1, "has no sparse layer (E)", "router is avg-k", "dense"),

@@ -23,13 +23,26 @@ FLAGS = (
 
 
 def workload(
-    layout: ParallelLayout, *, sparse: bool = True, microbatches: int = 4, **setup: Any
+    layout: ParallelLayout,
+    *,
+    sparse: bool = True,
+    microbatches: int = 4,
+    model: dict[str, Any] | None = None,
+    **setup: Any,
 ) -> Workload:
-    """A model of 8 layers, half of them sparse, in a layout."""
+    """A model of 8 layers, half of them sparse, in a layout.
+
+    Args:
+        layout: layout of the ranks.
+        sparse: False for a dense model.
+        microbatches: microbatches of a step.
+        model: other sizes of the model.
+        setup: other numbers of the training.
+    """
     sffn = SparseFFNConfig(
         active_cells=1024, block_size=128, expansion=4, router=SoftmaxAfterConfig()
     )
-    pattern = (False, sparse) * 4
+    parts = ("*-", "*E" if sparse else "*-") * 4
     shape = ModelShape(
         num_layers=8,
         hidden_size=256,
@@ -42,8 +55,8 @@ def workload(
         sffn=sffn if sparse else None,
     )
     return Workload(
-        shape=shape,
-        pattern=pattern,
+        shape=replace(shape, **(model or {})),
+        parts=parts,
         layout=replace(layout, dtype=torch.bfloat16, sequence_parallel=layout.tp > 1),
         setup=TrainingSetup(
             num_microbatches=microbatches, distributed_optimizer=True, cuda=True, **setup

@@ -8,14 +8,8 @@ import pytest
 
 from megatron_sffn.accounting import TrainingSetup
 from megatron_sffn.flags.megatron_flags import layout_of
-from megatron_sffn.planning.layouts import (
-    RECOMPUTATIONS,
-    Candidate,
-    candidates,
-    parse_base,
-    refusal,
-    workload_of,
-)
+from megatron_sffn.planning.candidates import RECOMPUTATIONS, Candidate, candidates, parse_base
+from megatron_sffn.planning.layouts import refusal, workload_of
 from megatron_sffn.planning.search import Plan, plan_of, search
 from megatron_sffn.planning.step_time import step_time
 from megatron_sffn.train.first_rank import parse_as_first_rank
@@ -23,10 +17,32 @@ from megatron_sffn.utils.errors import ConfigError
 from tests.planning.runs import FLAGS, cluster
 from tools import accounting
 
+ROPE = "--position-embedding-type rope --untie-embeddings-and-output-weights"
+MODELS_OF_2026 = {
+    "hybrid": f"--sffn-model hybrid {ROPE}",
+    "pattern": f"--hybrid-layer-pattern *-*E*E/*E {ROPE}",
+    "MLA and MTP": f"--multi-latent-attention --q-lora-rank 48 --mtp-num-layers 1 {ROPE}",
+    "Muon": "--optimizer muon",
+}
+"""What a model has other than `FLAGS`."""
+
+CUT_PATTERN = f"--hybrid-layer-pattern *-*E|*-*-|*E|*E {ROPE}"
+
 SMALL = 0.3e9
 """Bytes of a GPU on which some layouts fit only with recomputation, and some not at all."""
 
 ONE_STAGE = " --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1"
+
+
+def flags_of(changes: str) -> list[str]:
+    """The flags of a run; a pattern says the layers, and Muon has a whole optimizer."""
+    words = FLAGS
+    if "--hybrid-layer-pattern" in changes:
+        words = words.replace("--num-layers 8 ", "").replace("--sffn-layers every:2 ", "")
+    if "muon" in changes:
+        words = words.replace("--use-distributed-optimizer ", "")
+    return [*words.split(), *changes.split()]
+
 
 # Megatron itself causes these warnings.
 pytestmark = [
@@ -36,13 +52,14 @@ pytestmark = [
 ]
 
 
-def test_one_gpu_needs_the_memory_that_accounting_counts() -> None:
-    flags = [*FLAGS.split(), "--micro-batch-size", "2"]
+@pytest.mark.parametrize("changes", ["", *MODELS_OF_2026.values()])
+def test_one_gpu_needs_the_memory_that_accounting_counts(changes: str) -> None:
+    flags = [*flags_of(changes), "--micro-batch-size", "2"]
     options = accounting.build_parser().parse_args(["--device", "cuda"])
     row, _ = accounting.row_of(flags, options)
     outcome = search(parse_base(flags), cluster(1))
-    expected = Candidate(micro_batch_size=2, recompute="none")
-    assert [plan.candidate for plan in outcome.plans] == [expected]
+    (candidate,) = (plan.candidate for plan in outcome.plans)
+    assert replace(candidate, pattern=None) == Candidate(micro_batch_size=2, recompute="none")
     assert row.costs is not None
     assert outcome.best.memory.total == row.costs.memory
 
@@ -120,15 +137,37 @@ def test_the_flags_of_a_plan_give_a_run_its_recomputation(recompute: str) -> Non
     assert plan_of(base, candidate, cluster()).workload.setup == setup
 
 
+def test_a_hybrid_model_with_the_layers_of_a_gpt_takes_as_long_and_needs_as_much() -> None:
+    sizes = ["--tensor-model-parallel-size", "1", "--micro-batch-size", "1"]
+    gpt, hybrid = (
+        search(parse_base([*FLAGS.split(), *sizes, *words]), cluster())
+        for words in ((), ("--sffn-model", "hybrid"))
+    )
+    assert len(gpt.plans) == len(hybrid.plans)
+    for plan, same in zip(gpt.plans, hybrid.plans, strict=True):
+        assert plan.time == same.time and plan.memory == same.memory
+        assert replace(same.candidate, pattern=None) == plan.candidate
+
+
 def test_what_megatron_refuses_is_not_tried() -> None:
     base = parse_base([*FLAGS.split(), "--cpu-offloading-num-layers", "2"])
     assert base.recomputations == ("none",)
 
 
-def test_a_layout_is_refused_exactly_where_a_run_would_refuse_it() -> None:
-    base = parse_base(FLAGS.split())
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        ("", 29),
+        (MODELS_OF_2026["hybrid"], 149),
+        (MODELS_OF_2026["pattern"], 79),
+        (MODELS_OF_2026["MLA and MTP"], 79),
+        (CUT_PATTERN, 29),
+    ],
+)
+def test_a_layout_is_refused_exactly_where_a_run_would_refuse_it(changes: str, step: int) -> None:
+    base = parse_base(flags_of(changes))
     for index, candidate in enumerate(candidates(base, 8)):
-        if index % 29:
+        if index % step:
             continue
         problem = refusal(base, candidate, 8)
         try:
@@ -172,7 +211,7 @@ def test_more_bandwidth_never_makes_the_best_plan_slower() -> None:
         ("--global-batch-size 3" + ONE_STAGE, 8, "--gpus 8 have no valid layout: "),
         ("--tensor-model-parallel-size 16", 8, "--gpus 8 are fewer than the ranks of the layout"),
         ("--context-parallel-size 2", 8, "--context-parallel-size is given, and a plan sets"),
-        ("--optimizer muon", 8, "--optimizer muon has no foreseen time"),
+        ("--optimizer muon", 8, "--use-distributed-optimizer with --optimizer muon gives whole"),
         ("--sffn-router switch:0,avg-k", 8, "--sffn-router switch:0,avg-k has layers of different"),
         ("--micro-batch-size 0", 8, "--micro-batch-size 0 must be at least 1"),
     ],

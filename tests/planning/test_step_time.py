@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from megatron_sffn.accounting import flops_per_token
+from megatron_sffn.accounting.latent_attention import LatentAttention
+from megatron_sffn.accounting.muon import Muon, muon_flops
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.planning.block_estimates import estimate_blocks
 from megatron_sffn.planning.cluster import Cluster
+from megatron_sffn.planning.optimizer_time import muon_time
 from megatron_sffn.planning.step_time import step_time
 from tests.planning.runs import cluster, workload
 
@@ -22,8 +26,22 @@ LAYOUTS = (
 )
 
 
-def test_on_one_gpu_a_dense_step_without_memory_traffic_takes_its_flops_over_the_rate() -> None:
-    run = workload(ParallelLayout(), sparse=False)
+LATENT = LatentAttention(
+    q_lora_rank=96, kv_lora_rank=64, qk_head_dim=32, qk_pos_emb_head_dim=16, v_head_dim=32
+)
+MODELS = (
+    {},
+    {"latent_attention": LATENT},
+    {"predicted_tokens": 2, "prediction": "*-"},
+    {"predicted_tokens": 2, "prediction": "*-", "repeats_prediction": True},
+)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_on_one_gpu_a_dense_step_without_memory_traffic_takes_its_flops_over_the_rate(
+    model: dict[str, Any],
+) -> None:
+    run = workload(ParallelLayout(), sparse=False, model=model)
     fast_memory = cluster(1, memory_bandwidth=1e30)
     flops = 3 * flops_per_token(run.shape).total * run.step_tokens
     time = step_time(run, fast_memory)
@@ -32,9 +50,12 @@ def test_on_one_gpu_a_dense_step_without_memory_traffic_takes_its_flops_over_the
     assert time.block_ratio is None
 
 
-def test_full_recomputation_takes_one_more_forward_pass_of_the_layers() -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_full_recomputation_takes_one_more_forward_pass_of_the_layers(
+    model: dict[str, Any],
+) -> None:
     fast_memory = cluster(1, memory_bandwidth=1e30)
-    stored = workload(ParallelLayout(), sparse=False)
+    stored = workload(ParallelLayout(), sparse=False, model=model)
     recomputed = replace(stored, setup=replace(stored.setup, recompute="full"))
     forward = flops_per_token(stored.shape)
     extra = (forward.total - forward.logits) * stored.step_tokens / fast_memory.flops
@@ -88,6 +109,29 @@ def test_a_ring_over_nodes_uses_the_network_cards_of_all_its_members() -> None:
     assert node.ring_bytes(8) == node.node_bytes
     assert node.ring_bytes(16) == 8 * node.network_bytes
     assert node.ring_bytes(2, 8) == node.network_bytes
+
+
+@pytest.mark.parametrize("muon", [Muon(), Muon(half=False), Muon(num_ns_steps=10)])
+def test_without_memory_traffic_muon_takes_its_iterations_longer_than_adam(muon: Muon) -> None:
+    fast_memory = cluster(1, memory_bandwidth=1e30)
+    adam = workload(ParallelLayout())
+    adam = replace(adam, setup=replace(adam.setup, distributed_optimizer=False))
+    run = replace(adam, setup=replace(adam.setup, muon=muon))
+    (stage,) = run.stages()
+    flops = muon_flops(run.shape, stage, run.layout, muon) * (1 if muon.half else 2)
+    difference = step_time(run, fast_memory).total - step_time(adam, fast_memory).total
+    assert difference == pytest.approx(flops / fast_memory.flops)
+    # On a real card the iterations wait for memory where a matrix has few rows.
+    assert muon_time(run, cluster(1), stage, muon) > flops / fast_memory.flops
+
+
+def test_ranks_that_share_a_matrix_wait_for_each_other_unless_each_takes_its_part() -> None:
+    adam = workload(ParallelLayout(tp=2))
+    parts, shared, wholes = (
+        muon_time(adam, cluster(), adam.stages()[0], Muon(tp_mode=mode))
+        for mode in ("blockwise", "distributed", "duplicated")
+    )
+    assert parts < min(shared, wholes)
 
 
 def test_efficiency_scales_the_products() -> None:

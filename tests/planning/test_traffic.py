@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_sffn.accounting.memory import held_parameters
+from megatron_sffn.accounting.held_parameters import held_parameters
 from megatron_sffn.nn.comm_volume import exchanged_bytes_per_token
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.planning.traffic import exchange, step_traffic
