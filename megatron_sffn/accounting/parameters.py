@@ -44,9 +44,9 @@ def count_parameters(shape: ModelShape) -> Parameters:
         active += count * every_token
         cells += count * layer.sparse_cell * sffn.num_cells
         chosen += count * layer.sparse_cell * sffn.chosen_cells
-    if sparse:
-        # Layers with one table have keys of one width, and choose different blocks of it.
-        cells = cells * shape.tables(sparse, predictions) // sparse
+    if counts.sparse:
+        # Layers with one table choose different blocks of it.
+        cells = cells * shape.tables(counts.sparse, predictions) // counts.sparse
     return Parameters(total=total + cells, active=active + min(chosen, cells))
 
 
