@@ -13,6 +13,8 @@ Design notes
 
 from __future__ import annotations
 
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
 from megatron_sffn.accounting.latent_attention import LatentAttention
 from megatron_sffn.accounting.shape import ModelShape, count_parts
 from megatron_sffn.accounting.sparse import saved_by_sparse_layer
@@ -165,16 +167,20 @@ class Activations:
         tensors += self.setup.clamp  # the gates, clamped
         return tensors * self.tokens * cells // self.layout.tp * self.number_bytes
 
-    def feed_forward(self, *, sparse: bool) -> float:
-        """The feed-forward part of a layer, dense or sparse, with its norm."""
-        shape, setup = self.shape, self.setup
-        count = self.mlp_norm_and_dropout()
-        if not sparse:
-            return count + self.hidden_states() + self.mlp(shape.ffn_hidden_size)
-        assert shape.sffn is not None, "a dense model has no sparse layer"
+    def feed_forward(self, layer: str) -> float:
+        """The feed-forward part of a layer, dense or sparse, with its norm.
+
+        Args:
+            layer: the layer's parts, such as `*E` (`layer_parts`).
+        """
+        setup, count = self.setup, self.mlp_norm_and_dropout()
+        if Symbols.MOE not in layer:
+            return count + self.hidden_states() + self.mlp(self.shape.ffn_hidden_size)
+        sffn = self.shape.of_layer(layer).sffn
+        assert sffn is not None
         call = LayerCall(
-            sffn=shape.sffn,
-            hidden_size=shape.hidden_size,
+            sffn=sffn,
+            hidden_size=self.shape.hidden_size,
             tokens=self.own_tokens,
             layout=self.layout,
             activation=setup.activation,
@@ -183,7 +189,7 @@ class Activations:
             offset=setup.offset,
             cuda=setup.cuda,
         )
-        return count + saved_by_sparse_layer(call) + self.mlp(shape.sffn.shared_cells)
+        return count + saved_by_sparse_layer(call) + self.mlp(sffn.shared_cells)
 
     def layer(self, parts: str) -> float:
         """All activations that one layer keeps.
@@ -191,10 +197,12 @@ class Activations:
         Args:
             parts: of the layer, such as `*E` (`layer_parts`).
         """
-        attentions, dense, sparse = count_parts(parts)
-        count = float(attentions * (self.attention() + self.attention_scores()))
-        count += dense * self.feed_forward(sparse=False) if dense else 0
-        return count + (sparse * self.feed_forward(sparse=True) if sparse else 0)
+        counts, count = count_parts(parts), 0.0
+        if counts.attentions:
+            count += self.attention() + self.attention_scores()
+        if counts.dense + counts.sparse:
+            count += self.feed_forward(parts)
+        return count
 
     def embedding(self) -> int:
         """The first stage's ids, positions (once for all sequences) and dropout mask."""

@@ -9,7 +9,10 @@ is not the first stage too (Megatron's `GPTModel` and `HybridModel`).
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from megatron_sffn.accounting.parameters import (
     attention_matrices,
@@ -54,15 +57,18 @@ def held_parameters(shape: ModelShape, stage: Stage, layout: ParallelLayout) -> 
     others = counts.parts * norm + counts.attentions * _attention_vectors(shape, layout)
     others += counts.dense * _mlp_biases(shape, layout)
     others += predictions * (prediction_parameters(shape) - 2 * width * width)
-    cells = 0
-    if shape.sffn is not None:
-        sffn, sparse = shape.sffn, counts.sparse
-        router_matrices = sffn.router.matrix_parameters(sffn, shape.router_width)
-        shared = shape.dense_cell * sffn.shared_cells // layout.tp
-        matrices += sparse * (router_matrices + shared + shape.latent_projections)
-        others += sparse * (sffn.router.parameters(sffn, shape.router_width) - router_matrices)
-        tables = shape.tables(sparse, predictions)
-        cells = tables * shape.sparse_cell * sffn.num_cells // layout.expert_ranks
+    cells = cell_matrices = 0
+    for layer, count in held_by_router(shape, stage):
+        sffn = layer.sffn
+        assert sffn is not None
+        router_matrices = sffn.router.matrix_parameters(sffn, layer.router_width)
+        shared = layer.dense_cell * sffn.shared_cells // layout.tp
+        matrices += count * (router_matrices + shared + layer.latent_projections)
+        others += count * (sffn.router.parameters(sffn, layer.router_width) - router_matrices)
+        tables = layer.tables(count, predictions)
+        held = tables * layer.sparse_cell * sffn.num_cells // layout.expert_ranks
+        cells += held
+        cell_matrices += held if sffn.key_width(width) else 0
     learned = shape.learned_positions * width
     vocabulary = output_parameters(shape) // layout.tp
     if stage.first or predictions:
@@ -74,9 +80,23 @@ def held_parameters(shape: ModelShape, stage: Stage, layout: ParallelLayout) -> 
         # Tied weights are on two ranks where embedding and logits are on different stages.
         others += 0 if stage.first and shape.tied_embeddings else vocabulary
     rest = matrices + others
-    if shape.sffn is not None and shape.sffn.router.key_width(width):
-        matrices += cells
-    return HeldParameters(cells=cells, rest=rest, matrices=matrices)
+    return HeldParameters(cells=cells, rest=rest, matrices=matrices + cell_matrices)
+
+
+def held_by_router(shape: ModelShape, stage: Stage) -> list[tuple[ModelShape, int]]:
+    """The shape with each router alone, and the number of the stage's sparse layers that have it.
+
+    Those of multi-token prediction are included.
+    """
+    if shape.sffn is None:
+        return []
+    routers = Counter(layer.partition(Symbols.MOE)[1:] for layer in stage.layers)
+    routers[Symbols.MOE, ""] += held_layers(shape, stage).sparse - stage.counts.sparse
+    return [
+        (shape.of_layer("".join(router)), count)
+        for router, count in routers.items()
+        if Symbols.MOE in router and count
+    ]
 
 
 def held_layers(shape: ModelShape, stage: Stage) -> LayerCounts:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_sffn.accounting.activations import Activations
-from megatron_sffn.accounting.held_parameters import held_layers, held_parameters
+from megatron_sffn.accounting.held_parameters import held_by_router, held_parameters
 from megatron_sffn.accounting.pipeline_stages import (
     Stage,
     microbatches_in_flight,
@@ -115,12 +115,16 @@ def router_tables(shape: ModelShape, stage: Stage, setup: TrainingSetup) -> int:
     They are the router's own tables, two counters of the tokens of each block (of training and of
     evaluation), and what load balancing holds. A few single numbers of a layer are not counted.
     """
-    if shape.sffn is None:
-        return 0
-    sffn = shape.sffn
-    per_layer = sffn.router.held_bytes(sffn, shape.router_width, shape.padded_vocab_size)
-    per_layer += sffn.num_blocks * (2 * INT64 + setup.balance_numbers * FP32)
-    return held_layers(shape, stage).sparse * per_layer
+    total = 0
+    for layer, count in held_by_router(shape, stage):
+        sffn = layer.sffn
+        assert sffn is not None
+        tables = sffn.router.held_bytes(sffn, layer.router_width, layer.padded_vocab_size)
+        block_bytes = 2 * INT64
+        if "moe_router_enable_expert_bias" in sffn.router.megatron_flags:
+            block_bytes += setup.balance_numbers * FP32
+        total += count * (tables + sffn.num_blocks * block_bytes)
+    return total
 
 
 def _activations(activations: Activations, stage: Stage, in_flight: float) -> tuple[float, float]:
@@ -203,7 +207,7 @@ def _kept(activations: Activations, layer: str) -> _Kept:
         if activations.shape.latent_attention is not None and setup.recomputes("mla_up_proj"):
             working += activations.up_projections()
     if counts.dense + counts.sparse:
-        feed_forward = activations.feed_forward(sparse=counts.sparse > 0)
+        feed_forward = activations.feed_forward(layer)
         if setup.recomputes("moe" if counts.sparse else "mlp"):
             inputs = activations.mlp_norm_and_dropout() + activations.hidden_states()
             working = max(working, feed_forward - inputs)

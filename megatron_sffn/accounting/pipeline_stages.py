@@ -59,8 +59,14 @@ def pipeline_stages(layout: ParallelLayout, parts: tuple[str, ...]) -> list[Stag
 
 def _chunks(layout: ParallelLayout, parts: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The layers of each chunk: where a hybrid pattern cuts them, else of equal shares."""
+    chunks: list[tuple[str, ...]] = [()]
     if Symbols.PIPE in parts:
-        return [tuple(piece) for piece in "".join(parts).split(Symbols.PIPE)]
+        for part in parts:
+            if part == Symbols.PIPE:
+                chunks.append(())
+            else:
+                chunks[-1] += (part,)
+        return chunks
     chunks, start = [], 0
     for count in layout.layers_per_chunk(len(parts)):
         chunks.append(parts[start : start + count])
@@ -104,8 +110,29 @@ def layer_parts(
 
     Returns:
         `*-` or `*E` for each layer of a GPT; the symbols of a hybrid model, with the `|` that cut
-        it into stages, without its multi-token prediction.
+        it into stages, without its multi-token prediction. A number behind `E` is the index of the
+        layer's router among those of the model, where it is not the first.
     """
+    return _with_routers(shape, _symbols(shape, layers, hybrid))
+
+
+def _with_routers(shape: ModelShape, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts of each layer, with the index of its router behind `E`."""
+    if shape.sffn is None or not shape.sffn.other_routers:
+        return parts
+    routers, router_of_layer = shape.sffn.routers, dict(shape.sffn.other_routers)
+    numbered, sparse_layer = [], 0
+    for part in parts:
+        if Symbols.MOE in part:
+            if sparse_layer in router_of_layer:
+                part += str(routers.index(router_of_layer[sparse_layer]))
+            sparse_layer += 1
+        numbered.append(part)
+    return tuple(numbered)
+
+
+def _symbols(shape: ModelShape, layers: list[int] | None, hybrid: str | None) -> tuple[str, ...]:
+    """The symbols of each layer, as in `layer_parts`."""
     if hybrid is not None:
         return tuple(hybrid.split(Symbols.MTP_SEPARATOR)[0])
     if shape.sffn is None or layers is None:

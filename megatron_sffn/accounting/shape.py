@@ -178,6 +178,18 @@ class ModelShape:
         layers = self.sffn.layers_by_router(self.layers_with(predictions).sparse)
         return [(replace(self, sffn=sffn), count) for sffn, count in layers]
 
+    def of_layer(self, layer: str) -> ModelShape:
+        """The shape with the router of one sparse layer alone.
+
+        Args:
+            layer: the layer's parts (`pipeline_stages.layer_parts`).
+        """
+        assert self.sffn is not None, "a dense model has no sparse layer"
+        if not self.sffn.other_routers:
+            return self
+        number = layer.partition(Symbols.MOE)[2]
+        return replace(self, sffn=self.sffn.with_router(self.sffn.routers[int(number or 0)]))
+
     @property
     def prediction_layers(self) -> tuple[str, ...]:
         """The parts of each layer of a multi-token prediction: one layer in a GPT."""

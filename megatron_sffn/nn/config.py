@@ -142,7 +142,7 @@ class SparseFFNConfig:
         self._check_latent_size()
         self.router.check(self)
         for _, router in self.other_routers:
-            self._with(router)
+            self.with_router(router)
 
     def _check_sizes(self) -> None:
         """Refuse numbers of cells and blocks that do not fit each other."""
@@ -217,7 +217,7 @@ class SparseFFNConfig:
                 "needs Transformer Engine; use another --sffn-backend"
             )
 
-    def _with(self, router: RouterConfig) -> SparseFFNConfig:
+    def with_router(self, router: RouterConfig) -> SparseFFNConfig:
         """The config of a layer with this router."""
         return dataclasses.replace(self, router=router, other_routers=())
 
@@ -229,7 +229,7 @@ class SparseFFNConfig:
         """
         if not self.other_routers:
             return self
-        return self._with(dict(self.other_routers).get(index, self.router))
+        return self.with_router(dict(self.other_routers).get(index, self.router))
 
     def layers_by_router(self, num_layers: int) -> list[tuple[SparseFFNConfig, int]]:
         """The config of each router's layers, and how many there are; `router` comes first.
@@ -238,8 +238,8 @@ class SparseFFNConfig:
             num_layers: number of sparse layers.
         """
         counts = Counter(router for _, router in self.other_routers)
-        layers = [(self._with(router), count) for router, count in counts.items()]
-        return [(self._with(self.router), num_layers - len(self.other_routers)), *layers]
+        layers = [(self.with_router(router), count) for router, count in counts.items()]
+        return [(self.with_router(self.router), num_layers - len(self.other_routers)), *layers]
 
     @property
     def routers(self) -> list[RouterConfig]:
