@@ -17,7 +17,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_sffn.accounting.held_parameters import held_layers
+from megatron_sffn.accounting.held_parameters import held_by_router, held_layers
 from megatron_sffn.accounting.pipeline_stages import Stage
 from megatron_sffn.accounting.shape import ModelShape
 from megatron_sffn.nn.parallel_layout import ParallelLayout
@@ -89,8 +89,9 @@ def muon_matrices(
         matrices[matrix] += counts.attentions
     for matrix in _mlp(shape, shape.ffn_hidden_size):
         matrices[matrix] += counts.dense
-    for matrix, count in _sparse_layer(shape, layout).items():
-        matrices[matrix] += counts.sparse * count
+    for layer, count in held_by_router(shape, stage):
+        _add(matrices, _beside_blocks(layer), count)
+        _add(matrices, _blocks(layer, layout), layer.tables(count, predictions))
     matrices[Matrix(width, 2 * width, 0)] += predictions
     if shape.learned_positions and (stage.first or predictions):
         matrices[Matrix(shape.learned_positions, width)] += 1
@@ -130,24 +131,38 @@ def _mlp(shape: ModelShape, cells: int) -> list[Matrix]:
     return [Matrix(shape.keys_per_cell * cells, width, 0), Matrix(width, cells, 1)]
 
 
-def _sparse_layer(shape: ModelShape, layout: ParallelLayout) -> Counter[Matrix]:
-    """The matrices of the router, the blocks, and what is beside them."""
+def _add(matrices: Counter[Matrix], added: Counter[Matrix], times: int) -> None:
+    """Add matrices that a rank has so many times."""
+    for matrix, count in added.items():
+        matrices[matrix] += times * count
+
+
+def _beside_blocks(shape: ModelShape) -> Counter[Matrix]:
+    """The matrices of a sparse layer's router, shared blocks and latent projections."""
     sffn, width = shape.sffn, shape.hidden_size
-    if sffn is None:
-        return Counter()
+    assert sffn is not None
     weights = sffn.router.weights(sffn, shape.router_width).values()
     matrices = Counter(Matrix(*sizes) for sizes in weights if len(sizes) == 2)
     matrices.update(_mlp(shape, sffn.shared_cells))
     if sffn.latent_size is not None:
         matrices[Matrix(width, sffn.latent_size)] += 2
-    if key_width := sffn.key_width(width):
-        blocks, keys = sffn.num_blocks // layout.ep, shape.keys_per_cell
-        if sffn.backend == "megatron":  # gate and up keys of an expert are one matrix
-            matrices[Matrix(keys * sffn.block_size, key_width, 0)] += blocks
-            matrices[Matrix(sffn.row_width(width), sffn.block_size, 1)] += blocks
-        else:
-            matrices[Matrix(sffn.block_size, key_width, None, True)] += blocks * keys
-            matrices[Matrix(sffn.block_size, sffn.row_width(width), None, True)] += blocks
+    return matrices
+
+
+def _blocks(shape: ModelShape, layout: ParallelLayout) -> Counter[Matrix]:
+    """The matrices of a table's blocks on one rank; values without keys are none."""
+    sffn, matrices = shape.sffn, Counter[Matrix]()
+    assert sffn is not None
+    key_width, width = sffn.key_width(shape.hidden_size), sffn.row_width(shape.hidden_size)
+    if not key_width:
+        return matrices
+    blocks, keys = sffn.num_blocks // layout.ep, shape.keys_per_cell
+    if sffn.backend == "megatron":  # gate and up keys of an expert are one matrix
+        matrices[Matrix(keys * sffn.block_size, key_width, 0)] += blocks
+        matrices[Matrix(width, sffn.block_size, 1)] += blocks
+    else:
+        matrices[Matrix(sffn.block_size, key_width, None, True)] += blocks * keys
+        matrices[Matrix(sffn.block_size, width, None, True)] += blocks
     return matrices
 
 

@@ -85,6 +85,13 @@ def sparse(router: str = "avg-k", options: dict[str, Any] | None = None, **numbe
     )
 
 
+SEVERAL_ROUTERS: SparseFFNConfig = sparse(
+    "switch",
+    other_routers=((0, ROUTERS["lorkm"](rank=10)), (1, ROUTERS["rand-hash"]())),
+)
+"""Three sparse layers, each with another router."""
+
+
 def paper(router: str = "avg-k", block_size: int = 4096, expansion: int = 16) -> ModelShape:
     """The 355 M models of arXiv 2305.13999: every sixth of 24 layers is sparse."""
     return ModelShape(

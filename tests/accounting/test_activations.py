@@ -24,6 +24,7 @@ from megatron_sffn.nn.saved_bytes import LayerCall
 from tests.accounting.models import (
     DENSE,
     LATENT,
+    SEVERAL_ROUTERS,
     SINGLE_KEY,
     SMALL,
     SPARSE,
@@ -209,6 +210,15 @@ def test_routers_keep_the_bytes_of_the_closed_form(
     shape = of_sparse_layers(sparse(router), gated=gated)
     size = measured(shape, activation, half)
     assert size == closed_form(shape, activation, half, ParallelLayout())
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_layers_of_several_routers_keep_the_bytes_of_the_closed_form(
+    half: bool, one_rank: None
+) -> None:
+    shape = dataclasses.replace(SMALL, num_layers=3, sparse_layers=3, sffn=SEVERAL_ROUTERS)
+    size = measured(shape, "gelu", half)
+    assert size == closed_form(shape, "gelu", half, ParallelLayout())
 
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [

@@ -22,6 +22,7 @@ from megatron_sffn.ops.block_ffn import cpu
 from tests.accounting.models import (
     DENSE,
     LATENT,
+    SEVERAL_ROUTERS,
     SINGLE_KEY,
     SMALL,
     SPARSE,
@@ -218,6 +219,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "layernorm": False,
         "bias": False,
     },
+    "several-routers": {"num_layers": 3, "sparse_layers": 3, "sffn": SEVERAL_ROUTERS},
     "avg-k-one-table": {"sparse_layers": 2, "sffn": sparse(layers_per_table=2)},
     "hybrid-one-table-predicts": {
         "num_layers": 4,
@@ -276,6 +278,11 @@ def test_active_parameters_leave_out_the_inactive_blocks(name: str) -> None:
         assert count.active == count.total
         return
     inactive_cells = (sffn.num_blocks - sffn.num_active_blocks) * sffn.block_size
+    if sffn.other_routers:
+        assert count.total - count.active == sum(
+            layers * inactive_cells * layer.sparse_cell for layer, layers in shape.by_router(0)
+        )
+        return
     keys = (2 if shape.gated else 1) * sffn.key_width(shape.hidden_size)
     sparse_layers = shape.sparse_layers
     predicted = shape.own_predictions * shape.prediction.count("E")
@@ -289,12 +296,13 @@ def test_active_parameters_leave_out_the_inactive_blocks(name: str) -> None:
 
 def recomputed_keys(shape: ModelShape) -> int:
     """FLOPs per token of the forward pass that our layer computes and the papers do not count."""
-    sffn = shape.sffn
-    if sffn is None or not isinstance(sffn.router, KeyTableConfig):
-        return 0
     # The products with the chosen blocks' keys, which the router has computed already.
-    keys = (2 if shape.gated else 1) * sffn.key_width(shape.hidden_size)
-    return 2 * keys * sffn.chosen_cells * shape.sparse_layers
+    keys = 2 if shape.gated else 1
+    return sum(
+        2 * count * keys * layer.sffn.key_width(shape.hidden_size) * layer.sffn.chosen_cells
+        for layer, count in shape.by_router(0)
+        if isinstance(layer.sffn.router, KeyTableConfig)
+    )
 
 
 def flops_after_blocks(shape: ModelShape) -> int:

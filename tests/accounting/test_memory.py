@@ -36,6 +36,7 @@ from megatron_sffn.train.first_rank import parse_as_first_rank
 from megatron_sffn.train.run import _with_sparse_predictions
 from tests.accounting.models import (
     LATENT,
+    SEVERAL_ROUTERS,
     SMALL,
     batch,
     build,
@@ -78,6 +79,7 @@ SHAPES: dict[str, ModelShape] = {
     "memory-plus, one table": dataclasses.replace(
         SPARSE_SMALL, sffn=sparse("memory-plus", layers_per_table=3)
     ),
+    "routers of layers": dataclasses.replace(SPARSE_SMALL, sffn=SEVERAL_ROUTERS),
     "latent attention": dataclasses.replace(
         SPARSE_SMALL, latent_attention=LATENT, qk_layernorm=True, softmax_type="learnable"
     ),
