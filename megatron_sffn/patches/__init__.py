@@ -18,6 +18,7 @@ from megatron_sffn.patches import (
     megatron,
     muon,
     optimizer,
+    recurrence,
     run_hooks,
     training_log,
     unpickling,
@@ -34,6 +35,7 @@ PATCHES_BY_OCCASION: dict[str, tuple[Patch, ...]] = {
     "in a training run": run_hooks.PATCHES,
     "on a machine without Transformer Engine and apex": megatron.FASTER_OPTIMIZER,
     "on a machine without CUDA": cpu.PATCHES,
+    "on a machine without CUDA, for Mamba and gated delta nets": recurrence.PATCHES,
 }
 """When names are replaced -> the patches."""
 
@@ -73,6 +75,7 @@ def prepare() -> tuple[dict[str, Any], str]:
     unpickling.install()
     gpt_checkpoints.install()
     if cpu.is_host():
+        recurrence.install()
         flags, reason = cpu.HOST_FLAGS, "no CUDA device: training on the CPU"
     elif not _is_installed("transformer_engine"):
         flags, reason = WITHOUT_TRANSFORMER_ENGINE, "no Transformer Engine: Megatron's own modules"
