@@ -12,9 +12,14 @@ VALUES = {
     "--init-method-std": "0.5",
     "--kv-channels": "8",
     "--linear-attention-freq": "2",
+    "--linear-num-key-heads": "8",
+    "--linear-num-value-heads": "16",
     "--loss-scale": "1024",
     "--lr-decay-style": "cosine",
     "--lr-warmup-init": "0.001",
+    "--mamba-head-dim": "4",
+    "--mamba-num-groups": "4",
+    "--mamba-num-heads": "16",
     "--max-position-embeddings": "128",
     "--moe-layer-freq": "2",
     "--muon-coefficient-type": "simple",
@@ -39,7 +44,18 @@ VALUES = {
 LATENT = "--multi-latent-attention --init-method-std 0.5"
 TENSORBOARD = "--tensorboard-dir events"
 MUON = "--optimizer muon"
+MAMBA = "--hybrid-layer-pattern ME --mamba-head-dim 8"
+DELTA_NET = "--hybrid-layer-pattern GE --swiglu"
 NEEDS = {
+    "--mamba-head-dim": "--hybrid-layer-pattern ME --mamba-num-groups 1",
+    **dict.fromkeys(("--mamba-num-groups", "--mamba-num-heads", "--mamba-state-dim"), MAMBA),
+    **dict.fromkeys(
+        (
+            *("--linear-conv-kernel-dim", "--linear-key-head-dim", "--linear-value-head-dim"),
+            *("--linear-num-key-heads", "--linear-num-value-heads"),
+        ),
+        DELTA_NET,
+    ),
     **dict.fromkeys(
         (
             *("--accumulate-allreduce-grads-in-fp32", "--attention-softmax-in-fp32"),

@@ -28,11 +28,14 @@ def count_parameters(shape: ModelShape) -> Parameters:
     if not shape.tied_embeddings:
         rest += output_parameters(shape)
     predictions = shape.own_predictions
-    attentions, dense, sparse = shape.layers_with(predictions)
-    # Each attention and each feed-forward part has a norm before it.
-    parts = attentions + dense + sparse
+    attentions, dense, sparse, mambas, delta_nets = shape.layers_with(predictions)
+    # Each attention, each recurrent layer and each feed-forward part has a norm before it.
+    parts = attentions + dense + sparse + mambas + delta_nets
     rest += attentions * attention_parameters(shape) + parts * norm_parameters(shape, width)
     rest += dense * mlp_parameters(shape) + predictions * prediction_parameters(shape)
+    rest += mambas * shape.mamba.parameters(width)
+    head_norm = norm_parameters(shape, shape.delta_net.linear_value_head_dim)
+    rest += delta_nets * shape.delta_net.parameters(width, head_norm)
     total = active = rest
     for layer, count in shape.by_router(predictions):
         sffn = layer.sffn

@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
+from megatron_sffn.nn.layer_pattern import recurrent_layers
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.utils.errors import ConfigError
 
@@ -152,6 +153,11 @@ def _refuse_uncounted(args: Namespace) -> None:
                 f"--{dest.replace('_', '-')} is not counted by the memory formulas; leave it "
                 "out to see the memory of the model without it"
             )
+    if recurrent := recurrent_layers(args.hybrid_layer_pattern or ""):
+        raise ConfigError(
+            f"--hybrid-layer-pattern {args.hybrid_layer_pattern} has {recurrent[0]}, which is not "
+            "counted by the memory formulas; leave out its M and G to see the memory without them"
+        )
     if args.context_parallel_size > 1:
         raise ConfigError(
             f"--context-parallel-size {args.context_parallel_size} is not counted by the "

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
 from megatron_sffn.checks.problem import Problem
 from megatron_sffn.flags.names import dest_of
 from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
@@ -31,7 +33,7 @@ ACTS_ON_PRETRAINING = ("data_sharding",)
 """Flags (dest) of these groups that act on pretraining as well."""
 
 FLAGS_OF_OTHER_MODELS = (
-    r"mamba_\w+|is_hybrid_model|bert_\w+|mask_prob|short_seq_prob|sample_rate|mrope_section"
+    r"mamba_(inference|training)_\w+|is_hybrid_model|bert_\w+|mask_prob|short_seq_prob|sample_rate|mrope_section"
     r"|encoder_\w+|decoder_num_layers|decoder_seq_length|onnx_safe|openai_gelu"
     r"|apply_residual_connection_post_layernorm|flash_decode|mlp_chunks_for_prefill"
     r"|nccl_all_reduce_for_prefill|inference_\w+|mtp_standalone|mtp_hybrid_override_pattern"
@@ -67,7 +69,18 @@ def _reads_an_object_store(args: Namespace) -> bool:
     return any("://" in prefix for path in paths for prefix in path or [])
 
 
+MAMBA_SIZES = "mamba_(state_dim|head_dim|num_groups|num_heads)"
+DELTA_NET_SIZES = "linear_(conv_kernel_dim|(key|value)_head_dim|num_(key|value)_heads)"
+
+
+def _has_layer(symbol: str) -> Callable[[Namespace], object]:
+    """A condition: a hybrid model has a kind of layer."""
+    return lambda args: symbol in (args.hybrid_layer_pattern or "")
+
+
 NEEDS = (
+    Needs(MAMBA_SIZES, "M in --hybrid-layer-pattern", _has_layer(Symbols.MAMBA)),
+    Needs(DELTA_NET_SIZES, "G in --hybrid-layer-pattern", _has_layer(Symbols.GDN)),
     Needs(r"muon_\w+", "--optimizer muon", lambda args: "muon" in args.optimizer),
     Needs(r"lion_\w+", "--optimizer lion", lambda args: args.optimizer == "lion"),
     Needs("sgd_momentum", "--optimizer sgd", lambda args: args.optimizer == "sgd"),
