@@ -150,6 +150,7 @@ NO_EFFECT = {
         --microbatch-group-size-per-virtual-pipeline-stage --muon-tp-mode --no-align-param-gather
         --no-ckpt-fully-parallel-save --no-data-sharding --no-overlap-p2p-communication
         --overlap-grad-reduce --sequence-parallel
+        --gtp-remat-reduce-scatter-with-fp32-accumulation
         --sffn-node-size --use-ring-exchange-p2p --use-tp-pp-dp-mapping
     """,
     "it changes time or memory, and no number": """
@@ -161,7 +162,8 @@ NO_EFFECT = {
         --num-dataset-builder-threads --num-workers --recompute-activations --recompute-granularity
         --recompute-modules --sffn-backend
         --sffn-dataloader --sffn-regather --train-sync-interval
-        --no-create-attention-mask-in-dataloader
+        --no-create-attention-mask-in-dataloader --ckpt-pg-tensors-cache-path
+        --ckpt-pg-tensors-cache-create
     """,
     "it is about kernels of a GPU": """
         --cross-entropy-fusion-impl --deterministic-mode
@@ -188,7 +190,8 @@ NO_EFFECT = {
     """,
     "the model of the sweep has nothing that it acts on": """
         --apply-wd-to-qk-layernorm --enable-experimental --null-tokenizer-eod-id
-        --null-tokenizer-pad-id
+        --null-tokenizer-pad-id --disable-save-tokenizer-assets
+        --ckpt-drop-redundant-extra-state
     """,
     "it scales attention scores down and up again, so that they stay within the range of fp16": """
         --apply-query-key-layer-scaling

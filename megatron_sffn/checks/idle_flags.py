@@ -37,7 +37,7 @@ FLAGS_OF_OTHER_MODELS = (
     r"|encoder_\w+|decoder_num_layers|decoder_seq_length|onnx_safe|openai_gelu"
     r"|apply_residual_connection_post_layernorm|flash_decode|mlp_chunks_for_prefill"
     r"|nccl_all_reduce_for_prefill|inference_\w+|mtp_standalone|mtp_hybrid_override_pattern"
-    r"|logits_\w+|freeze_all_layers|use_mamba_mem_eff_path|dist_ckpt_save_pre_mcore_014"
+    r"|gdp_\w+|logits_\w+|freeze_all_layers|use_mamba_mem_eff_path|dist_ckpt_save_pre_mcore_014"
     r"|metadata_path|test_mode|use_layer_wise_param_layout|fp16_lm_cross_entropy|mup_width_mult"
 )
 """Pattern of flags (dest) that Megatron reads, but not to train a GPT."""
@@ -86,6 +86,10 @@ NEEDS = (
     Needs("sgd_momentum", "--optimizer sgd", lambda args: args.optimizer == "sgd"),
     Needs(r"adam_\w+", "--optimizer adam", lambda args: args.optimizer != "sgd"),
     Needs(r"mup_\w+", "--use-mup"),
+    # Megatron's main
+    Needs(r"mhc_\w+", "--enable-mhc-connections"),
+    Needs("batch_invariant_backend", "--batch-invariant-mode"),
+    Needs("otel_(service_name|span_groups)", "--otel-enabled"),
     Needs(r"qk_clip_\w+", "--qk-clip"),
     Needs(
         r"initial_loss_scale|min_loss_scale|loss_scale\w*|hysteresis"
@@ -258,7 +262,7 @@ NEEDS = (
     Needs("object_storage_cache_path", "data in an object store", _reads_an_object_store),
     Needs(
         r"tokenizer_model|tokenizer_(hf|sentencepiece)_\w+|special_tokens|merge_file"
-        r"|vocab_file|vocab_extra_ids|tiktoken_\w+|chat_template|trust_remote_code",
+        r"|vocab_file|vocab_extra_ids|tiktoken_\w+|chat_template|trust_remote_code|use_gigatoken",
         "a --tokenizer-type that reads text",
         lambda args: args.tokenizer_type not in (None, "NullTokenizer"),
     ),

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_sffn.patches import (
     cpu,
     gpt_checkpoints,
+    later,
     megatron,
     muon,
     optimizer,
@@ -27,6 +28,7 @@ from megatron_sffn.patches.registry import Patch
 
 PATCHES_BY_OCCASION: dict[str, tuple[Patch, ...]] = {
     "on every machine": megatron.PATCHES,
+    "on every machine, for Megatron's main": later.PATCHES,
     "on every machine, for checkpoints of the optimizer": optimizer.PATCHES,
     "on every machine, for a GPT's checkpoint in a hybrid model": gpt_checkpoints.PATCHES,
     "on every machine, for Muon": muon.PATCHES,
@@ -69,6 +71,7 @@ def prepare() -> tuple[dict[str, Any], str]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     cpu.install()
     megatron.install()
+    later.install()
     training_log.install()
     optimizer.install()
     muon.install()

@@ -174,9 +174,9 @@ def scan(
 
 
 def gated_delta_rule(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     g: Tensor,
     beta: Tensor,
     chunk_size: int = 64,
@@ -185,9 +185,9 @@ def gated_delta_rule(
     """fla's `chunk_gated_delta_rule`: a token erases what its key reads, and writes its value.
 
     Args:
-        queries: `[b, S, heads, key width]`.
-        keys: as queries, of length 1.
-        values: `[b, S, heads, value width]`.
+        q: the queries, `[b, S, heads, key width]`.
+        k: the keys: as queries, of length 1.
+        v: the values, `[b, S, heads, value width]`.
         g: logarithms of the decay, `[b, S, heads]`.
         beta: what part is erased and written, `[b, S, heads]`.
         chunk_size: tokens that are multiplied at once.
@@ -197,11 +197,9 @@ def gated_delta_rule(
         What the queries read, `[b, S, heads, value width]`, and no state.
     """
     assert options["cu_seqlens"] is None and not options["use_qk_l2norm_in_kernel"]
-    length, dtype = values.shape[1], values.dtype
-    queries = queries * queries.shape[-1] ** -0.5
     queries, keys, values, log_decay, beta = (
         _chunks(tensor.to(g.dtype), chunk_size)
-        for tensor in (queries, keys, values, g[..., None], beta[..., None])
+        for tensor in (q * q.shape[-1] ** -0.5, k, v, g[..., None], beta[..., None])
     )
     total = log_decay[..., 0].cumsum(dim=-1)
     between = _decay_between(total)
@@ -219,7 +217,7 @@ def gated_delta_rule(
         outputs.append(from_state[:, :, index] @ state + reads[:, :, index] @ values_written)
         state = state * total[:, :, index, -1, None, None].exp()
         state = state + to_end[:, :, index].transpose(-1, -2) @ values_written
-    return _joined(torch.stack(outputs, dim=2), length).to(dtype), None
+    return _joined(torch.stack(outputs, dim=2), v.shape[1]).to(v.dtype), None
 
 
 def _chunks(tensor: Tensor, chunk_size: int) -> Tensor:
