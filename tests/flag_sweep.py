@@ -3,6 +3,9 @@
     python -m tests.flag_sweep                    # all flags, about an hour of one core
     python -m tests.flag_sweep --only 'moe|lr'    # flags that match
 
+`tests/golden/flags_of_main.json` has the flags that Megatron's main has and 0.19 has not, tried in
+an environment of `tests.second_megatron` with `--only ... --out tests/golden/flags_of_main.json`.
+
 Outputs: `tests/golden/flags.json`, which has a class and an observation for each flag:
 
 - `works`: the run computes, prints or writes something else than a run without the flag;
@@ -44,6 +47,7 @@ from tests.flag_values import NEEDS, NO_EFFECT, VALUES  # noqa: E402
 from tests.support.pretraining import MODEL, write_bytes  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "flags.json"
+GOLDEN_OF_MAIN = GOLDEN.with_name("flags_of_main.json")
 SECONDS = 120.0
 RUN = (
     "--train-iters 2 --split 80,20,0 --eval-iters 1 --save run --save-interval 2 "

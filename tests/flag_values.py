@@ -12,9 +12,14 @@ VALUES = {
     "--init-method-std": "0.5",
     "--kv-channels": "8",
     "--linear-attention-freq": "2",
+    "--linear-num-key-heads": "8",
+    "--linear-num-value-heads": "16",
     "--loss-scale": "1024",
     "--lr-decay-style": "cosine",
     "--lr-warmup-init": "0.001",
+    "--mamba-head-dim": "4",
+    "--mamba-num-groups": "4",
+    "--mamba-num-heads": "16",
     "--max-position-embeddings": "128",
     "--moe-layer-freq": "2",
     "--muon-coefficient-type": "simple",
@@ -41,7 +46,18 @@ VALUES = {
 LATENT = "--multi-latent-attention --init-method-std 0.5"
 TENSORBOARD = "--tensorboard-dir events"
 MUON = "--optimizer muon"
+MAMBA = "--hybrid-layer-pattern ME --mamba-head-dim 8"
+DELTA_NET = "--hybrid-layer-pattern GE --swiglu"
 NEEDS = {
+    "--mamba-head-dim": "--hybrid-layer-pattern ME --mamba-num-groups 1",
+    **dict.fromkeys(("--mamba-num-groups", "--mamba-num-heads", "--mamba-state-dim"), MAMBA),
+    **dict.fromkeys(
+        (
+            *("--linear-conv-kernel-dim", "--linear-key-head-dim", "--linear-value-head-dim"),
+            *("--linear-num-key-heads", "--linear-num-value-heads"),
+        ),
+        DELTA_NET,
+    ),
     **dict.fromkeys(
         (
             *("--accumulate-allreduce-grads-in-fp32", "--attention-softmax-in-fp32"),
@@ -138,6 +154,7 @@ NO_EFFECT = {
         --microbatch-group-size-per-virtual-pipeline-stage --muon-tp-mode --no-align-param-gather
         --no-ckpt-fully-parallel-save --no-data-sharding --no-overlap-p2p-communication
         --overlap-grad-reduce --sequence-parallel
+        --gtp-remat-reduce-scatter-with-fp32-accumulation
         --sffn-node-size --use-ring-exchange-p2p --use-tp-pp-dp-mapping
     """,
     "it changes time or memory, and no number": """
@@ -149,7 +166,8 @@ NO_EFFECT = {
         --num-dataset-builder-threads --num-workers --recompute-activations --recompute-granularity
         --recompute-modules --sffn-backend
         --sffn-dataloader --sffn-regather --train-sync-interval
-        --no-create-attention-mask-in-dataloader
+        --no-create-attention-mask-in-dataloader --ckpt-pg-tensors-cache-path
+        --ckpt-pg-tensors-cache-create
     """,
     "it is about kernels of a GPU": """
         --cross-entropy-fusion-impl --deterministic-mode
@@ -176,7 +194,8 @@ NO_EFFECT = {
     """,
     "the model of the sweep has nothing that it acts on": """
         --apply-wd-to-qk-layernorm --enable-experimental --null-tokenizer-eod-id
-        --null-tokenizer-pad-id
+        --null-tokenizer-pad-id --disable-save-tokenizer-assets
+        --ckpt-drop-redundant-extra-state
     """,
     "it scales attention scores down and up again, so that they stay within the range of fp16": """
         --apply-query-key-layer-scaling

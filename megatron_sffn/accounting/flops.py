@@ -1,6 +1,7 @@
 """FLOPs of a model per token, forward and in training.
 
-Inputs: a `ModelShape`. Outputs: exact counts of its matrix products.
+Inputs: a `ModelShape`. Outputs: exact counts of its matrix products; recurrent layers are counted
+as Megatron counts them (`recurrent.py`).
 
 Design notes
 - One multiply-add is 2 FLOPs. Only matrix products count, and only work per token, but not work
@@ -24,26 +25,29 @@ from megatron_sffn.accounting.shape import ModelShape, dense_equivalent
 class Flops:
     """Forward FLOPs of a model per token.
 
-    `feed_forward` is dense MLPs, the active blocks, and the projections of latent layers.
+    `feed_forward` is dense MLPs, the active blocks, and the projections of latent layers;
+    `recurrent` is Mamba layers and gated delta nets.
     """
 
     attention: int
     feed_forward: int
     router: int
     logits: int
+    recurrent: int = 0
 
     @property
     def total(self) -> int:
         """FLOPs of the whole model."""
-        return self.attention + self.feed_forward + self.router + self.logits
+        mixing = self.attention + self.recurrent
+        return mixing + self.feed_forward + self.router + self.logits
 
 
 def flops_per_token(shape: ModelShape) -> Flops:
     """Forward FLOPs of the whole model for one token."""
     width, depth = shape.hidden_size, shape.predicted_tokens
     # A multi-token prediction has a projection, layers, and logits.
-    attentions, dense, _ = shape.layers_with(depth)
-    active = dense * shape.ffn_hidden_size * shape.dense_cell
+    counts = shape.layers_with(depth)
+    active = counts.dense * shape.ffn_hidden_size * shape.dense_cell
     router = 0
     for layer, count in shape.by_router(depth):
         sffn = layer.sffn
@@ -53,10 +57,12 @@ def flops_per_token(shape: ModelShape) -> Flops:
         router += count * sffn.router.flops(sffn, layer.router_width, gated=layer.gated)
     joined = depth * 4 * width * width
     return Flops(
-        attention=attentions * _attention_flops(shape),
+        attention=counts.attentions * _attention_flops(shape),
         feed_forward=2 * active + joined,
         router=router,
         logits=(1 + depth) * 2 * width * shape.padded_vocab_size,
+        recurrent=counts.mambas * shape.mamba.flops(width)
+        + counts.delta_nets * shape.delta_net.flops(width),
     )
 
 

@@ -29,10 +29,13 @@ def count_parameters(shape: ModelShape) -> Parameters:
         rest += output_parameters(shape)
     predictions = shape.own_predictions
     counts = shape.layers_with(predictions)
-    # Each attention and each feed-forward part has a norm before it.
+    # Each attention, each recurrent layer and each feed-forward part has a norm before it.
     rest += counts.attentions * attention_parameters(shape)
     rest += counts.parts * norm_parameters(shape, width)
     rest += counts.dense * mlp_parameters(shape) + predictions * prediction_parameters(shape)
+    rest += counts.mambas * shape.mamba.parameters(width)
+    head_norm = norm_parameters(shape, shape.delta_net.linear_value_head_dim)
+    rest += counts.delta_nets * shape.delta_net.parameters(width, head_norm)
     total = active = rest
     cells = chosen = 0
     for layer, count in shape.by_router(predictions):

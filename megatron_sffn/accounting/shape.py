@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from megatron_sffn.accounting.latent_attention import LatentAttention
-from megatron_sffn.nn.layer_pattern import ATTENTION, count_attention, prediction_layers
+from megatron_sffn.accounting.recurrent import DeltaNet, Mamba
+from megatron_sffn.nn.layer_pattern import (
+    ATTENTION,
+    count_attention,
+    prediction_layers,
+    recurrent_layers,
+)
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -22,11 +28,13 @@ if TYPE_CHECKING:
 
 
 class LayerCounts(NamedTuple):
-    """How often a model has attention, a dense MLP, and a sparse layer."""
+    """How often a model has each kind of layer, of which a GPT has the first three."""
 
     attentions: int
     dense: int
     sparse: int
+    mambas: int
+    delta_nets: int
 
     @property
     def parts(self) -> int:
@@ -40,6 +48,8 @@ def count_parts(symbols: str) -> LayerCounts:
         attentions=sum(symbols.count(symbol) for symbol in ATTENTION),
         dense=symbols.count(Symbols.MLP),
         sparse=symbols.count(Symbols.MOE),
+        mambas=symbols.count(Symbols.MAMBA),
+        delta_nets=symbols.count(Symbols.GDN),
     )
 
 
@@ -77,6 +87,9 @@ class ModelShape:
         attention_layers: number of layers with attention in a hybrid model; None for a GPT.
         latent_attention: widths of multi-latent attention; None for attention of
             `num_query_groups` and `kv_channels`.
+        recurrent: the symbols of a hybrid model's recurrent layers, such as `MMG`.
+        mamba: sizes of its Mamba layers.
+        delta_net: sizes of its gated delta nets.
     """
 
     num_layers: int
@@ -103,6 +116,9 @@ class ModelShape:
     sffn: SparseFFNConfig | None = None
     attention_layers: int | None = None
     latent_attention: LatentAttention | None = None
+    recurrent: str = ""
+    mamba: Mamba = dataclasses.field(default_factory=Mamba)
+    delta_net: DeltaNet = dataclasses.field(default_factory=DeltaNet)
 
     def __post_init__(self) -> None:
         least = 0 if self.sffn is None else 1
@@ -145,7 +161,10 @@ class ModelShape:
             sparse_layers=sum(args.moe_layer_freq) if sffn is not None else 0,
             sffn=sffn,
             attention_layers=None if pattern is None else count_attention(pattern),
-            latent_attention=latent_attention(args) if args.multi_latent_attention else None,
+            latent_attention=_sizes(LatentAttention, args) if args.multi_latent_attention else None,
+            recurrent="" if pattern is None else recurrent_layers(pattern),
+            mamba=_sizes(Mamba, args),
+            delta_net=_sizes(DeltaNet, args),
         )
 
     @property
@@ -156,15 +175,18 @@ class ModelShape:
     @property
     def dense_layers(self) -> int:
         """Number of layers with a dense MLP."""
-        return self.num_layers - (self.attention_layers or 0) - self.sparse_layers
+        others = (self.attention_layers or 0) + len(self.recurrent)
+        return self.num_layers - others - self.sparse_layers
 
     def layers_with(self, predictions: int) -> LayerCounts:
         """The layers of the model and of that many multi-token predictions."""
-        predicted = count_parts(self.prediction)
+        recurrent, predicted = count_parts(self.recurrent), count_parts(self.prediction)
         return LayerCounts(
             attentions=self.attentions + predictions * predicted.attentions,
             dense=self.dense_layers + predictions * predicted.dense,
             sparse=self.sparse_layers + predictions * predicted.sparse,
+            mambas=recurrent.mambas + predictions * predicted.mambas,
+            delta_nets=recurrent.delta_nets + predictions * predicted.delta_nets,
         )
 
     def by_router(self, predictions: int) -> list[tuple[ModelShape, int]]:
@@ -272,10 +294,9 @@ def prediction_of(args: Namespace, is_sparse: bool) -> str:
     return "*E" if is_sparse and args.moe_layer_freq[-1] else "*-"
 
 
-def latent_attention(args: Namespace) -> LatentAttention:
-    """The widths of multi-latent attention in Megatron's arguments."""
-    names = (field.name for field in dataclasses.fields(LatentAttention))
-    return LatentAttention(**{name: getattr(args, name) for name in names})
+def _sizes[Sizes: LatentAttention | Mamba | DeltaNet](kind: type[Sizes], args: Namespace) -> Sizes:
+    """The sizes of a kind of layer in Megatron's arguments, whose names they have."""
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
 
 
 def dense_equivalent(shape: ModelShape) -> ModelShape:

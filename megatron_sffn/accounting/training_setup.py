@@ -9,6 +9,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from megatron_sffn.accounting.muon import Muon
+from megatron_sffn.nn.layer_pattern import recurrent_layers
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
 from megatron_sffn.utils.errors import ConfigError
@@ -161,6 +162,11 @@ def _refuse_uncounted(args: Namespace) -> None:
         raise ConfigError(
             f"--recompute-modules {modules[0]} is not counted by the memory formulas; use "
             f"{', '.join(RECOMPUTED)}"
+        )
+    if recurrent := recurrent_layers(args.hybrid_layer_pattern or ""):
+        raise ConfigError(
+            f"--hybrid-layer-pattern {args.hybrid_layer_pattern} has {recurrent[0]}, which is not "
+            "counted by the memory formulas; leave out its M and G to see the memory without them"
         )
     if args.context_parallel_size > 1:
         raise ConfigError(

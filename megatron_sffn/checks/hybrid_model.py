@@ -9,21 +9,23 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
+from megatron.core.ssm import mamba_mixer
+from megatron.core.ssm.gated_delta_net import common
 
+from megatron_sffn.accounting.recurrent import Mamba
 from megatron_sffn.checks.problem import Problem
 from megatron_sffn.flags.names import flag_of
-from megatron_sffn.nn.layer_pattern import hybrid_layers, pipeline_segments, prediction_layers
+from megatron_sffn.nn.layer_pattern import (
+    RECURRENT,
+    hybrid_layers,
+    pipeline_segments,
+    prediction_layers,
+)
 from megatron_sffn.nn.layer_routers import router_names
 from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.patches.cpu import is_host
 
 FLAG = "--hybrid-layer-pattern"
-
-UNAVAILABLE = {
-    Symbols.MAMBA: "Mamba",
-    Symbols.GDN: "a gated delta net",
-    Symbols.DS_ATTENTION: "sparse attention",
-}
-"""Symbol that cannot be used -> what it stands for."""
 
 IGNORED = ("use_rope_scaling", "spec")
 """Flags (dest) that Megatron does not read, or that name another spec, for a hybrid model."""
@@ -34,10 +36,9 @@ def pattern(args: Namespace) -> Iterator[Problem]:
     text = args.hybrid_layer_pattern
     if text is None:
         return
-    for symbol, name in UNAVAILABLE.items():
-        if symbol in text:
-            rule = f"has {symbol}, {name}, whose parameters and FLOPs would not be counted"
-            yield Problem(FLAG, text, rule, "use the layers *, +, - and E")
+    if Symbols.DS_ATTENTION in text:
+        rule = "has D, sparse attention, whose parameters and FLOPs would not be counted"
+        yield Problem(FLAG, text, rule, "use the layers *, +, M, G, - and E")
     if Symbols.ATTENTION in text and args.multi_latent_attention:
         rule = "has * attention, but --multi-latent-attention or + is given"
         yield Problem(FLAG, text, rule, "write + in place of *")
@@ -96,4 +97,87 @@ def pipeline_cuts(args: Namespace) -> Iterator[Problem]:
         yield Problem(FLAG, text, rule, "leave out |, or cut it into a multiple of the stages")
 
 
-CHECKS = (pattern, flags_beside_pattern, pipeline_cuts)
+def recurrent_layers(args: Namespace) -> Iterator[Problem]:
+    """Mamba layers and gated delta nets without their packages, or with flags that do not fit."""
+    text = args.hybrid_layer_pattern or ""
+    yield from _packages(text)
+    if Symbols.MAMBA in text:
+        yield from _mamba_sizes(args)
+    if Symbols.GDN in text:
+        yield from _delta_net_sizes(args)
+        if not args.swiglu:
+            rule = "has G, a gated delta net, which computes with SiLU alone"
+            yield Problem(FLAG, text, rule, "add --swiglu")
+    recurrent = next((symbol for symbol in text if symbol in RECURRENT), None)
+    if recurrent is None:
+        return
+    rule = f"has {recurrent}, whose state passes over the ends of documents"
+    if args.reset_attention_mask:
+        yield Problem(FLAG, text, f"{rule}, but --reset-attention-mask is given", "leave one out")
+    if "muon" in args.optimizer:
+        rule = (
+            f"is not available with the {recurrent} of {FLAG} {text}, which has several matrices "
+        )
+        rule += "in each weight"
+        yield Problem("--optimizer", args.optimizer, rule, "use --optimizer adam")
+
+
+def _packages(text: str) -> Iterator[Problem]:
+    """Symbols whose packages cannot be imported; on a CPU most of them are not needed."""
+    missing = {
+        Symbols.MAMBA: {
+            "einops": mamba_mixer.HAVE_EINOPS,
+            "mamba-ssm": mamba_mixer.HAVE_MAMBA_SSM,
+            "causal-conv1d": is_host() or mamba_mixer.causal_conv1d_fn is not None,
+        },
+        Symbols.GDN: {"flash-linear-attention": common.HAVE_FLA},
+    }
+    for symbol, packages in missing.items():
+        names = " and ".join(name for name, has in packages.items() if not has)
+        if symbol in text and names:
+            rule = f"has {symbol}, which needs {names}, and Python cannot import that here"
+            remedy = f"pip install {names}" if is_host() else 'pip install "megatron-sffn[mamba]"'
+            yield Problem(FLAG, text, rule, remedy)
+
+
+def _mamba_sizes(args: Namespace) -> Iterator[Problem]:
+    """Sizes of Mamba layers that do not divide each other, or that ranks cannot share."""
+    head_dim, groups = args.mamba_head_dim, args.mamba_num_groups
+    if args.mamba_num_heads is None and 2 * args.hidden_size % head_dim:
+        rule = f"does not divide twice --hidden-size {args.hidden_size}"
+        yield Problem("--mamba-head-dim", head_dim, rule, "change one, or set --mamba-num-heads")
+    tp_size, cp_size = args.tensor_model_parallel_size, args.context_parallel_size
+    heads = Mamba(mamba_num_heads=args.mamba_num_heads, mamba_head_dim=head_dim).heads(
+        args.hidden_size
+    )
+    if heads % groups:
+        yield Problem("--mamba-num-groups", groups, f"does not divide {heads} heads", "change it")
+    yield from _shared_by_ranks("--mamba-num-groups", groups, tp_size)
+    yield from _shared_by_ranks("the heads of a Mamba layer,", heads, tp_size * cp_size)
+    local_groups = groups // tp_size
+    if max(local_groups, cp_size) % min(local_groups, cp_size):
+        rule = (
+            f"and the {local_groups} groups of a rank (--mamba-num-groups) do not divide the other"
+        )
+        yield Problem("--context-parallel-size", cp_size, rule, "change one of them")
+
+
+def _delta_net_sizes(args: Namespace) -> Iterator[Problem]:
+    """Sizes of gated delta nets that do not divide each other, or that ranks cannot share."""
+    keys, values = args.linear_num_key_heads, args.linear_num_value_heads
+    if values % keys:
+        rule = f"is not a multiple of --linear-num-key-heads {keys}"
+        yield Problem("--linear-num-value-heads", values, rule, "change one of them")
+    ranks = args.tensor_model_parallel_size * args.context_parallel_size
+    yield from _shared_by_ranks("--linear-num-key-heads", keys, ranks)
+
+
+def _shared_by_ranks(what: str, count: int, ranks: int) -> Iterator[Problem]:
+    """A number of heads or groups that the ranks of a replica cannot share equally."""
+    if count % ranks:
+        rule = f"cannot be shared by {ranks} ranks (--tensor-model-parallel-size and "
+        rule += "--context-parallel-size)"
+        yield Problem(what, count, rule, f"use a multiple of {ranks}")
+
+
+CHECKS = (pattern, flags_beside_pattern, pipeline_cuts, recurrent_layers)

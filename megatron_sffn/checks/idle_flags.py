@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
 from megatron_sffn.checks.problem import Problem
 from megatron_sffn.flags.names import dest_of
 from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
@@ -31,11 +33,11 @@ ACTS_ON_PRETRAINING = ("data_sharding",)
 """Flags (dest) of these groups that act on pretraining as well."""
 
 FLAGS_OF_OTHER_MODELS = (
-    r"mamba_\w+|is_hybrid_model|bert_\w+|mask_prob|short_seq_prob|sample_rate|mrope_section"
+    r"mamba_(inference|training)_\w+|is_hybrid_model|bert_\w+|mask_prob|short_seq_prob|sample_rate|mrope_section"
     r"|encoder_\w+|decoder_num_layers|decoder_seq_length|onnx_safe|openai_gelu"
     r"|apply_residual_connection_post_layernorm|flash_decode|mlp_chunks_for_prefill"
     r"|nccl_all_reduce_for_prefill|inference_\w+|mtp_standalone|mtp_hybrid_override_pattern"
-    r"|logits_\w+|freeze_all_layers|use_mamba_mem_eff_path|dist_ckpt_save_pre_mcore_014"
+    r"|gdp_\w+|logits_\w+|freeze_all_layers|use_mamba_mem_eff_path|dist_ckpt_save_pre_mcore_014"
     r"|metadata_path|test_mode|use_layer_wise_param_layout|fp16_lm_cross_entropy|mup_width_mult"
 )
 """Pattern of flags (dest) that Megatron reads, but not to train a GPT."""
@@ -67,12 +69,27 @@ def _reads_an_object_store(args: Namespace) -> bool:
     return any("://" in prefix for path in paths for prefix in path or [])
 
 
+MAMBA_SIZES = "mamba_(state_dim|head_dim|num_groups|num_heads)"
+DELTA_NET_SIZES = "linear_(conv_kernel_dim|(key|value)_head_dim|num_(key|value)_heads)"
+
+
+def _has_layer(symbol: str) -> Callable[[Namespace], object]:
+    """A condition: a hybrid model has a kind of layer."""
+    return lambda args: symbol in (args.hybrid_layer_pattern or "")
+
+
 NEEDS = (
+    Needs(MAMBA_SIZES, "M in --hybrid-layer-pattern", _has_layer(Symbols.MAMBA)),
+    Needs(DELTA_NET_SIZES, "G in --hybrid-layer-pattern", _has_layer(Symbols.GDN)),
     Needs(r"muon_\w+", "--optimizer muon", lambda args: "muon" in args.optimizer),
     Needs(r"lion_\w+", "--optimizer lion", lambda args: args.optimizer == "lion"),
     Needs("sgd_momentum", "--optimizer sgd", lambda args: args.optimizer == "sgd"),
     Needs(r"adam_\w+", "--optimizer adam", lambda args: args.optimizer != "sgd"),
     Needs(r"mup_\w+", "--use-mup"),
+    # Megatron's main
+    Needs(r"mhc_\w+", "--enable-mhc-connections"),
+    Needs("batch_invariant_backend", "--batch-invariant-mode"),
+    Needs("otel_(service_name|span_groups)", "--otel-enabled"),
     Needs(r"qk_clip_\w+", "--qk-clip"),
     Needs(
         r"initial_loss_scale|min_loss_scale|loss_scale\w*|hysteresis"
@@ -250,7 +267,7 @@ NEEDS = (
     Needs("object_storage_cache_path", "data in an object store", _reads_an_object_store),
     Needs(
         r"tokenizer_model|tokenizer_(hf|sentencepiece)_\w+|special_tokens|merge_file"
-        r"|vocab_file|vocab_extra_ids|tiktoken_\w+|chat_template|trust_remote_code",
+        r"|vocab_file|vocab_extra_ids|tiktoken_\w+|chat_template|trust_remote_code|use_gigatoken",
         "a --tokenizer-type that reads text",
         lambda args: args.tokenizer_type not in (None, "NullTokenizer"),
     ),

@@ -44,11 +44,13 @@ UNAVAILABLE = {
 
 GPU_ONLY = (
     "gpu_sniff_test_interval",
+    "gtp_expert_remat_nccl_ub",
+    "gtp_remat_nccl_ub",
     "nccl_ub",
     "optimizer_cuda_graph",
     "record_memory_history",
 )
-"""Flags (dest) that act on a GPU only."""
+"""Flags (dest) that act on a GPU only; two of them are of Megatron's main."""
 
 RESILIENCY = ("nvidia_resiliency_ext", "nvidia-resiliency-ext")
 TRANSFORMER_ENGINE = ("transformer_engine", "megatron-core[te]")
@@ -61,12 +63,15 @@ PACKAGES = {
     "inprocess_restart": RESILIENCY,
     "log_device_memory_used": ("pynvml", "nvidia-ml-py"),
     "log_straggler": ("pynvml", "nvidia-ml-py"),
+    "otel_enabled": ("nemo", "nemo-lens"),
+    "logit_dtype": TRANSFORMER_ENGINE,
     "save_activations_interval": TRANSFORMER_ENGINE,
     "save_dgrads_interval": TRANSFORMER_ENGINE,
     "save_tokens_per_expert_interval": TRANSFORMER_ENGINE,
     "wandb_project": ("wandb", "wandb"),
 }
-"""Flags (dest) -> the module that they need, and the package that has it."""
+"""Flags (dest) -> the module that they need, and the package that has it. OpenTelemetry and the
+dtype of the logits are of Megatron's main."""
 
 FILES = ("nccl_communicator_config_path", "te_precision_config_file")
 """Flags (dest) whose value is the path of a file to read."""
@@ -78,7 +83,7 @@ def unavailable_features(args: Namespace) -> Iterator[Problem]:
         if value := getattr(args, dest):
             yield Problem(flag_of(dest), value, f"is not available: {reason}", remedy)
     for dest in GPU_ONLY:
-        value = getattr(args, dest)
+        value = vars(args).get(dest)
         if value and args.distributed_backend == "gloo":
             rule = "needs a GPU, and this run is on CPUs"
             yield Problem(flag_of(dest), value, rule, "leave it out")
@@ -170,7 +175,7 @@ def monitoring(args: Namespace) -> Iterator[Problem]:
             "use validate_results or disabled",
         )
     for dest, (module, package) in PACKAGES.items():
-        value = getattr(args, dest)
+        value = vars(args).get(dest)
         if value and importlib.util.find_spec(module) is None:
             yield Problem(
                 flag_of(dest),

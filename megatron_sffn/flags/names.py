@@ -11,6 +11,7 @@ FLAG_OF_DEST = {
     "fp8": "--fp8-format",
     "layernorm_epsilon": "--norm-epsilon",
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "logit_dtype": "--output-logit-dtype",
     "nccl_ub": "--use-nccl-ub",
     "perform_initialization": "--no-initialization",
 }

@@ -15,6 +15,7 @@ Design notes:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_sffn.inference.sampling import Sampling, next_token
+from megatron_sffn.nn.layer_pattern import recurrent_layers
 
 if TYPE_CHECKING:
     from megatron_sffn.inference.model import InferenceModel
@@ -64,13 +66,15 @@ def generate(
         prompts: ids of each prompt, at least one.
         sampling: how tokens are chosen.
         limits: new tokens of each prompt; None for `sampling.max_new_tokens` of all.
-        use_cache: False computes all tokens again for each new one, as a check of the cache.
+        use_cache: False computes all tokens again for each new one, as a check of the cache. So
+            does a model with recurrent layers, whose states are not kept.
         on_token: called for every new token, in order.
         is_end: whether a continuation ends with its last token; the same on all ranks.
     """
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.utils import InferenceMode
 
+    use_cache = use_cache and not recurrent_layers(model.args.hybrid_layer_pattern or "")
     lengths = [len(prompt) for prompt in prompts]
     limits = limits or [sampling.max_new_tokens] * len(prompts)
     total = max(length + limit for length, limit in zip(lengths, limits, strict=True))
@@ -82,7 +86,8 @@ def generate(
     generated: list[list[int]] = [[] for _ in prompts]
     reasons: list[str | None] = [None] * len(prompts)
     start, end = 0, min(lengths)
-    with InferenceMode.active():
+    # Without a cache, layers compute as in an evaluation.
+    with InferenceMode.active() if use_cache else contextlib.nullcontext():
         while None in reasons:
             first = start if use_cache else 0
             logits = model.forward(tokens[:, :end], start=first, cache=cache)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_sffn.nn.layer_pattern import gpt_layer, hybrid_layers, prediction_layers
@@ -289,6 +291,10 @@ class SparseFFNConfig:
         return self.shared_blocks * self.block_size
 
 
+LOGS_ALL_LAYERS = "num_moe_layers" in inspect.signature(MoEMetricsTracker.report).parameters
+"""True if Megatron's table of losses has a row for every layer of a hybrid model: its log is then
+told how many of them are sparse."""
+
 ACTS_IN_OUR_ROUTERS = (
     "moe_expert_capacity_factor",
     "moe_router_num_groups",
@@ -388,11 +394,13 @@ class SparseFFNTransformerConfig(TransformerConfig):
     def logged_layer(self, layer_number: int) -> tuple[int, int]:
         """Where Megatron logs the losses of a sparse layer: its number, and the number of layers.
 
-        Of a hybrid model Megatron logs the `E` layers alone, in a table with a few rows more.
+        Of a hybrid model Megatron 0.19 logs the `E` layers alone, in a table with a few rows more;
+        its main logs all layers, and has one row for each multi-token prediction.
         """
         predictions = self.mtp_num_layers or 0
-        if self.hybrid_pattern is None:
-            return layer_number, self.num_layers + predictions
+        rows = self.num_layers + predictions
+        if self.hybrid_pattern is None or LOGS_ALL_LAYERS:
+            return min(layer_number, rows), rows
         layers = hybrid_layers(self.hybrid_pattern)
         layers += "".join(prediction_layers(self.hybrid_pattern))
         return layers[:layer_number].count("E"), layers.count("E") + predictions

@@ -4,7 +4,8 @@ Inputs: Megatron's config. Outputs: Megatron's spec of a `HybridStack`.
 
 Design notes: Megatron's own spec needs Transformer Engine. Here attention layers and MLP layers are
 the two halves of Megatron's GPT layer, in the implementation that the config asks for, so that
-their weights have the GPT's names in a checkpoint.
+their weights have the GPT's names in a checkpoint. Mamba layers and gated delta nets are
+Megatron's, with the norms and linear layers of that implementation.
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ import dataclasses
 from functools import partial
 from typing import Any
 
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -51,6 +59,8 @@ def hybrid_stack_spec(config: SparseFFNTransformerConfig) -> ModuleSpec:
         attention_layer=attention,
         mla_layer=attention,  # the GPT's layer has the attention of --multi-latent-attention
         mlp_layer=ModuleSpec(module=MLPLayer, submodules=_mlp_half(dense)),
+        mamba_layer=_mamba_spec(config, engine),
+        gdn_layer=_delta_net_spec(config, engine),
         mtp_block_spec=_prediction_spec(engine),
     )
     if config.sffn is not None:
@@ -99,6 +109,46 @@ def _mlp_half(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
         mlp=layer.mlp,
         mlp_bda=layer.mlp_bda,
         sharded_state_dict_keys_map=layer.sharded_state_dict_keys_map,
+    )
+
+
+def _norm_and_linears(
+    config: SparseFFNTransformerConfig, engine: bool
+) -> tuple[Any, Any, Any, Any]:
+    """The norm, the norm before the first linear layer, and the linear layers into and out of one.
+
+    Transformer Engine has the norm in the first linear layer.
+    """
+    provider = TESpecProvider() if engine else LocalSpecProvider()
+    norm = provider.layer_norm(rms_norm=config.normalization == "RMSNorm")
+    if provider.fuse_layernorm_and_linear():
+        first, fused = IdentityOp, provider.column_parallel_layer_norm_linear()
+        return norm, first, fused, provider.row_parallel_linear()
+    return norm, norm, provider.column_parallel_linear(), provider.row_parallel_linear()
+
+
+def _mamba_spec(config: SparseFFNTransformerConfig, engine: bool) -> ModuleSpec:
+    """The spec of a Mamba layer."""
+    _, norm, in_proj, out_proj = _norm_and_linears(config, engine)
+    submodules = MambaMixerSubmodules(in_proj=in_proj, out_proj=out_proj)
+    mixer = ModuleSpec(module=MambaMixer, submodules=submodules)
+    return ModuleSpec(
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(norm=norm, mixer=mixer, mamba_bda=get_bias_dropout_add),
+    )
+
+
+def _delta_net_spec(config: SparseFFNTransformerConfig, engine: bool) -> ModuleSpec:
+    """The spec of a layer with a gated delta net in the place of attention."""
+    out_norm, norm, in_proj, out_proj = _norm_and_linears(config, engine)
+    submodules = GatedDeltaNetSubmodules(in_proj=in_proj, out_norm=out_norm, out_proj=out_proj)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(module=GatedDeltaNet, submodules=submodules),
+            self_attn_bda=get_bias_dropout_add,
+        ),
     )
 
 

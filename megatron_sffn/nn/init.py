@@ -1,4 +1,4 @@
-"""The initial values of all weights, in one table.
+"""The initial values of all weights, in one table but for those of `recurrent_init.py`.
 
 `INITIAL_VALUES` says how each weight is drawn, with what standard deviation, and which source says
 so. `reinit.py` draws the dense weights from it, `block_weights.py` the keys and values. A router
@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sffn.nn.config import SparseFFNTransformerConfig, depth
+from megatron_sffn.nn.recurrent_init import recurrent_init
 
 InitMethod = Callable[..., Any]
 """Fills a tensor in place: `init_method(tensor)` or `init_method(tensor, generator=...)`."""
@@ -174,13 +175,15 @@ def dense_weight_init(name: str, num_axes: int, config: TransformerConfig) -> In
         num_axes: number of axes of the weight.
         config: config of the model.
     """
+    if (recurrent := recurrent_init(name)) is not None:
+        return recurrent
     if name.endswith(SOFTMAX_OFFSET):
         weight = SOFTMAX_OFFSET
     elif num_axes < 2:
         return None  # biases and the weights of norms
     elif "embedding" in name:
         weight = "embedding"
-    elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+    elif name.endswith(("linear_proj.weight", "linear_fc2.weight", ".out_proj.weight")):
         weight = "output projection"
     else:
         weight = "other matrix"

@@ -1,9 +1,9 @@
 """Which layers of a model are sparse: `--sffn-layers`, or the pattern of a hybrid model.
 
 A layer of Megatron's `GPTModel` has attention and a feed-forward part. A layer of its `HybridModel`
-is one of the two, or something else, by the symbols of `--hybrid-layer-pattern`: `*` attention, `+`
-multi-latent attention, `-` dense MLP, `E` sparse layer, and others that are refused here. `|` cuts
-the pattern into pipeline stages; each `/` starts the layers of one multi-token prediction.
+is one of the two, or a recurrent layer, by the symbols of `--hybrid-layer-pattern`: `*` attention,
+`+` multi-latent attention, `M` Mamba, `G` gated delta net, `-` dense MLP, `E` sparse layer. `|`
+cuts the pattern into pipeline stages; each `/` starts the layers of one multi-token prediction.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron_sffn.utils.errors import ConfigError
 
 ATTENTION = Symbols.ATTENTION + Symbols.MLA
+RECURRENT = Symbols.MAMBA + Symbols.GDN
 FEED_FORWARD = Symbols.MLP + Symbols.MOE
 
 LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.")
@@ -30,6 +31,11 @@ def hybrid_layers(pattern: str) -> str:
 def count_attention(pattern: str) -> int:
     """Number of a hybrid model's layers that have attention."""
     return sum(symbol in ATTENTION for symbol in hybrid_layers(pattern))
+
+
+def recurrent_layers(pattern: str) -> str:
+    """The symbols of a hybrid model's recurrent layers, in order."""
+    return "".join(symbol for symbol in hybrid_layers(pattern) if symbol in RECURRENT)
 
 
 def pipeline_segments(pattern: str) -> int:
@@ -117,14 +123,15 @@ def gpt_pattern(pattern: str) -> list[int] | None:
 def gpt_layer(pattern: str, index: int) -> int:
     """The layer, from 0, of the GPT that a hybrid model's layer corresponds to.
 
-    It is the number of layers of the same kind, attention or feed-forward, before it.
+    It is the number of layers of the same kind before it, feed-forward, or attention or recurrent.
+    No GPT has recurrent layers; their numbers name their weights all the same.
 
     Args:
         pattern: Megatron's `--hybrid-layer-pattern`.
         index: the hybrid model's layer, from 0.
     """
     layers = hybrid_layers(pattern)
-    kind = FEED_FORWARD if layers[index] in FEED_FORWARD else ATTENTION
+    kind = FEED_FORWARD if layers[index] in FEED_FORWARD else ATTENTION + RECURRENT
     return sum(symbol in kind for symbol in layers[:index])
 
 

@@ -15,9 +15,11 @@ from typing import Any
 from megatron_sffn.patches import (
     cpu,
     gpt_checkpoints,
+    later,
     megatron,
     muon,
     optimizer,
+    recurrence,
     run_hooks,
     training_log,
     unpickling,
@@ -26,6 +28,7 @@ from megatron_sffn.patches.registry import Patch
 
 PATCHES_BY_OCCASION: dict[str, tuple[Patch, ...]] = {
     "on every machine": megatron.PATCHES,
+    "on every machine, for Megatron's main": later.PATCHES,
     "on every machine, for checkpoints of the optimizer": optimizer.PATCHES,
     "on every machine, for a GPT's checkpoint in a hybrid model": gpt_checkpoints.PATCHES,
     "on every machine, for Muon": muon.PATCHES,
@@ -34,6 +37,7 @@ PATCHES_BY_OCCASION: dict[str, tuple[Patch, ...]] = {
     "in a training run": run_hooks.PATCHES,
     "on a machine without Transformer Engine and apex": megatron.FASTER_OPTIMIZER,
     "on a machine without CUDA": cpu.PATCHES,
+    "on a machine without CUDA, for Mamba and gated delta nets": recurrence.PATCHES,
 }
 """When names are replaced -> the patches."""
 
@@ -67,12 +71,14 @@ def prepare() -> tuple[dict[str, Any], str]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     cpu.install()
     megatron.install()
+    later.install()
     training_log.install()
     optimizer.install()
     muon.install()
     unpickling.install()
     gpt_checkpoints.install()
     if cpu.is_host():
+        recurrence.install()
         flags, reason = cpu.HOST_FLAGS, "no CUDA device: training on the CPU"
     elif not _is_installed("transformer_engine"):
         flags, reason = WITHOUT_TRANSFORMER_ENGINE, "no Transformer Engine: Megatron's own modules"

@@ -161,7 +161,11 @@ def _before_the_first_step(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.core.optimizer import distrib_optimizer
 
         optimizer = self.optimizer
-        if distrib_optimizer.HAVE_APEX_OR_TE or optimizer.state:
+        if distrib_optimizer.HAVE_APEX_OR_TE:
+            return original(self)
+        if optimizer.state:
+            for state in optimizer.state.values():
+                state.setdefault("step", torch.zeros(()))  # Lion counts none, and reads none
             return original(self)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in parameters:

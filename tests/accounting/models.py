@@ -145,6 +145,8 @@ def config_of(
             "mtp_use_repeated_layer": shape.repeats_prediction,
             "moe_layer_freq": pattern_of(shape),
             "hybrid_pattern": hybrid_pattern_of(shape),
+            **dataclasses.asdict(shape.mamba),
+            **dataclasses.asdict(shape.delta_net),
             "is_hybrid_model": shape.attention_layers is not None,
             "sffn": shape.sffn,
             "moe_router_dtype": "fp32",
@@ -209,10 +211,11 @@ def build_hybrid(shape: ModelShape, config: SparseFFNTransformerConfig) -> Hybri
 
 
 def hybrid_pattern_of(shape: ModelShape) -> str | None:
-    """Attention, then dense, then sparse layers; None for a GPT."""
+    """Attention, then dense, sparse and recurrent layers; None for a GPT."""
     if shape.attention_layers is None:
         return None
     layers = "*" * shape.attention_layers + "-" * shape.dense_layers + "E" * shape.sparse_layers
+    layers += shape.recurrent
     pattern = "/".join([layers, *[shape.prediction] * shape.predicted_tokens])
     return pattern if shape.latent_attention is None else pattern.replace("*", "+")
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from megatron.training.training import num_floating_point_operations
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sffn import accounting
 from megatron_sffn.accounting import ModelShape
+from megatron_sffn.accounting.recurrent import DeltaNet, Mamba
 from megatron_sffn.nn.config import Backend
 from megatron_sffn.nn.layer import sparse_layers
 from megatron_sffn.nn.routers import ROUTERS
@@ -142,8 +145,48 @@ def test_training_without_recomputation_costs_three_forward_passes() -> None:
     assert accounting.training_flops_per_token(shape, recompute=False) == 3 * forward
 
 
+MAMBA = Mamba(mamba_head_dim=6, mamba_state_dim=10, mamba_num_groups=2)
+DELTA_NET = DeltaNet(
+    linear_conv_kernel_dim=3,
+    linear_key_head_dim=5,
+    linear_value_head_dim=7,
+    linear_num_key_heads=2,
+    linear_num_value_heads=6,
+)
+RECURRENT: dict[str, dict[str, Any]] = {
+    "hybrid-mamba": {
+        "num_layers": 5,
+        "attention_layers": 1,
+        "sparse_layers": 1,
+        "recurrent": "MM",
+        "mamba": MAMBA,
+        "sffn": sparse("switch"),
+    },
+    "hybrid-mamba-heads-predicts-2": {
+        "num_layers": 4,
+        "attention_layers": 1,
+        "recurrent": "M",
+        "mamba": dataclasses.replace(MAMBA, mamba_num_heads=14),
+        "predicted_tokens": 2,
+        "prediction": "MG-",
+        "delta_net": DELTA_NET,
+        "gated": True,
+        "layernorm": False,
+    },
+    "hybrid-delta-net": {
+        "num_layers": 5,
+        "attention_layers": 1,
+        "sparse_layers": 1,
+        "recurrent": "GG",
+        "delta_net": DELTA_NET,
+        "gated": True,
+        "sffn": sparse("avg-k"),
+    },
+}
+"""Models with recurrent layers, as changes of `SMALL`."""
 MODELS: dict[str, dict[str, Any]] = {
     **DENSE,
+    **RECURRENT,
     "dense-repeats-prediction": {
         "predicted_tokens": 3,
         "prediction": "*-",
@@ -266,6 +309,8 @@ LEARNED_DESCRIPTOR = ["avg-k-learned-descriptor"]
 @pytest.mark.parametrize("name", MODELS)
 def test_counted_parameters_are_those_of_the_built_model(name: str, one_rank: None) -> None:
     shape = dataclasses.replace(SMALL, **MODELS[name])
+    if "M" in shape.recurrent:
+        pytest.importorskip("einops", reason="Megatron's Mamba layer needs einops")
     count = accounting.count_parameters(shape)
     assert count.total == sum(parameter.numel() for parameter in build(shape).parameters())
 
@@ -330,7 +375,38 @@ def flops_of_empty_slots(model: torch.nn.Module, shape: ModelShape, tokens: int)
     return empty * 2 * vectors * shape.hidden_size * shape.sffn.block_size / tokens
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in LEARNED_DESCRIPTOR])
+@pytest.mark.parametrize("heads", [None, 8])
+def test_flops_of_recurrent_layers_are_those_of_megatrons_formula(heads: int | None) -> None:
+    # Megatron takes twice the hidden size as the width of Mamba's heads: 8 heads of 6 numbers.
+    mamba, width, pattern = dataclasses.replace(MAMBA, mamba_num_heads=heads), 24, "MMG*-/MG-"
+    args = Namespace(
+        **dataclasses.asdict(mamba),
+        **dataclasses.asdict(DELTA_NET),
+        hidden_size=width,
+        hybrid_layer_pattern=pattern,
+        mtp_num_layers=1,
+        seq_length=18,
+        num_attention_heads=4,
+        group_query_attention=False,
+        num_query_groups=1,
+        kv_channels=10,
+        ffn_hidden_size=40,
+        swiglu=True,
+        moe_latent_size=None,
+        moe_ffn_hidden_size=None,
+        moe_shared_expert_intermediate_size=None,
+        moe_router_topk=1,
+        padded_vocab_size=96,
+    )
+    without = Namespace(**{**vars(args), "hybrid_layer_pattern": "*-/-"})
+    counted = num_floating_point_operations(args, 1) - num_floating_point_operations(without, 1)
+    expected = 3 * mamba.flops(width) + 2 * DELTA_NET.flops(width)
+    assert counted / (3 * args.seq_length) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name not in (*LEARNED_DESCRIPTOR, *RECURRENT)]
+)
 def test_counted_forward_flops_are_those_of_the_built_model(name: str, one_rank: None) -> None:
     shape = dataclasses.replace(SMALL, **MODELS[name])
     # Without gradients: the counter's hooks trip over tensors that are sliced under no_grad.

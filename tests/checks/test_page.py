@@ -90,6 +90,7 @@ COMMAND_LINES = {
     "pattern": "--hybrid-layer-pattern *-*-",
     "flags_beside_pattern": "--hybrid-layer-pattern *-*E --sffn-layers every:2",
     "pipeline_cuts": "--num-layers 3 --hybrid-layer-pattern *-E --pipeline-model-parallel-size 2",
+    "recurrent_layers": "--hybrid-layer-pattern GE*- --swiglu --linear-num-key-heads 3",
     "expert_parallelism": "--expert-model-parallel-size 3",
     "nodes": f"{EP2} --sffn-node-size 3",
     "backend": "--sffn-router lorkm --sffn-backend megatron",

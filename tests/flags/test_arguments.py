@@ -443,6 +443,7 @@ def test_the_resolved_config_is_the_golden_one(
 # What is refused: flags, ranks, and words of the sentence (value and flag, remedy)
 
 PP2 = "--pipeline-model-parallel-size 2"
+DELTA_NET = "--hybrid-layer-pattern GE*- --swiglu"
 REFUSED = [
     ("--sffn-block-size 48", 1, "--sffn-block-size 48", "--sffn-active-cells 256", "32 or 64"),
     ("--sffn-block-size 512", 1, "--sffn-block-size 512", "--sffn-active-cells 256", "does: 256"),
@@ -1010,7 +1011,18 @@ REFUSED = [
     ("--hybrid-layer-pattern *-*-/*E", 1, "has no sparse layer (E)", "write an E for each"),
     ("--hybrid-layer-pattern *E*", 1, "--num-layers 4 differs from the 3 layers of", "leave it"),
     ("--hybrid-layer-pattern *-*x", 1, "none of Megatron's patterns", "'x'", "*E*E"),
-    ("--hybrid-layer-pattern *-ME", 1, "has M, Mamba", "use the layers *, +, - and E"),
+    ("--hybrid-layer-pattern *-DE", 1, "has D, sparse attention", "the layers *, +, M, G, - and E"),
+    ("--hybrid-layer-pattern GE*-", 1, "has G, a gated delta net, which computes with", "--swiglu"),
+    (f"{DELTA_NET} --linear-num-value-heads 24", 1, "is not a multiple of --linear-num-key-heads"),
+    (
+        f"{DELTA_NET} --linear-num-key-heads 1 --tensor-model-parallel-size 2",
+        2,
+        "--linear-num-key-heads 1 cannot be shared",
+    ),
+    (f"{DELTA_NET} --reset-attention-mask", 1, "has G, whose state passes over", "leave one out"),
+    (f"{DELTA_NET} --optimizer muon", 1, "--optimizer muon is not available with the G of", "adam"),
+    (f"{DELTA_NET} --mamba-state-dim 8", 1, "without M in --hybrid-layer-pattern", "add that"),
+    ("--linear-key-head-dim 8", 1, "nothing to act on without G in --hybrid-layer-pattern"),
     ("--hybrid-layer-pattern *-*E --multi-latent-attention", 1, "has * attention", "write +"),
     ("--hybrid-layer-pattern *-+E", 1, "has * attention", "write + in place of *"),
     ("--hybrid-layer-pattern *-*E/*E/*-", 1, "All MTP patterns must be identical", "*E*E"),
@@ -1072,6 +1084,27 @@ def test_a_bad_command_line_is_refused_in_one_sentence(
         assert word in sentence
     assert list(tmp_path.iterdir()) == []
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "flags", "sentence"),
+    [
+        ("mamba_mixer", "HAVE_EINOPS", "ME*-", "has M, which needs einops, .*; pip install einops"),
+        ("mamba_mixer", "HAVE_MAMBA_SSM", "ME*-", "has M, which needs (einops and )?mamba-ssm,"),
+        (
+            "gated_delta_net.common",
+            "HAVE_FLA",
+            "GE*- --swiglu",
+            "has G, which needs flash-linear-attention, and Python cannot import that here; pip",
+        ),
+    ],
+)
+def test_recurrent_layers_are_refused_without_their_packages(
+    read: Read, monkeypatch: pytest.MonkeyPatch, module: str, name: str, flags: str, sentence: str
+) -> None:
+    monkeypatch.setattr(f"megatron.core.ssm.{module}.{name}", False)
+    with pytest.raises(ConfigError, match=sentence):
+        read(f"--hybrid-layer-pattern {flags}", 1)
 
 
 @pytest.mark.parametrize(

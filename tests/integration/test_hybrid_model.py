@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -96,3 +97,45 @@ def test_a_hybrid_model_predicts_further_tokens_on_every_layout(
     # Four layers, then four of each prediction.
     lines = (tmp_path / "run" / "routing.jsonl").read_text().splitlines()
     assert {json.loads(line)["layer"] for line in lines} == {2, 6, 8, 10, 12}
+
+
+RECURRENT = (
+    "--num-layers 4 --sffn-layers every:1 --sffn-router switch --train-iters 4 --split 90,10,0"
+)
+MAMBA = "--hybrid-layer-pattern ME*M --mamba-head-dim 8 --mamba-state-dim 16 --mamba-num-groups 2"
+DELTA_NET = (
+    "--hybrid-layer-pattern GE*G --swiglu --linear-num-key-heads 2 --linear-num-value-heads 4 "
+    "--linear-key-head-dim 8 --linear-value-head-dim 8"
+)
+needs_einops = pytest.mark.skipif(
+    importlib.util.find_spec("einops") is None, reason="Megatron's Mamba layer needs einops"
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "saved_on", "resumed_on"),
+    [
+        (DELTA_NET, (1, ""), (2, TP2)),
+        pytest.param(
+            *(MAMBA, (2, PP2), (2, f"{TP2} --bf16")),
+            marks=[pytest.mark.slow, needs_einops],
+        ),
+        pytest.param(*(MAMBA, (2, TP2), (2, PP2)), marks=[pytest.mark.slow, needs_einops]),
+    ],
+)
+def test_recurrent_layers_resume_on_another_layout(
+    pretrain, pattern: str, saved_on: tuple[int, str], resumed_on: tuple[int, str]
+) -> None:
+    flags = f"{RECURRENT} {pattern}"
+    precision = "--bf16" if "--bf16" in resumed_on[1] else ""
+    expected = pretrain(1, f"{flags} {precision}")
+    ranks, layout = saved_on
+    first = pretrain(
+        ranks, f"{flags} {precision} {layout} --save run --save-interval 2 --exit-interval 2"
+    )
+    ranks, layout = resumed_on
+    log = pretrain(ranks, f"{flags} {layout} --load run")
+    digits = 1e-2 if precision else 1e-5
+    for name in ("lm loss", "grad norm"):
+        values = first.values(name) + log.values(name)
+        assert values == pytest.approx(expected.values(name), rel=digits), name

@@ -103,3 +103,44 @@ def test_dense_weights_are_drawn_by_the_row_of_their_kind(
     torch.manual_seed(0)
     init_method(weight)
     assert_drawn(weight, INITIAL_VALUES["dense", row], config)
+
+
+RECURRENT = {
+    "mixer.A_log": (4096,),
+    "mixer.dt_bias": (4096,),
+    "mixer.conv1d.weight.x": (1024, 1, 4),
+    "mixer.conv1d.bias.B": (4096,),
+    "self_attention.A_log": (4096,),
+    "self_attention.conv1d.weight.key": (1024, 1, 4),
+}
+"""Weight of a Mamba layer or a gated delta net -> a shape."""
+
+
+def megatrons_draw(name: str, size: int) -> torch.Tensor:
+    """The weight as the formulas of Megatron's modules draw it."""
+    if name.endswith("A_log"):
+        return torch.empty(size).uniform_(1, 16).log()
+    if name.endswith("dt_bias"):
+        low, high = math.log(0.001), math.log(0.1)
+        step = torch.exp(torch.rand(size) * (high - low) + low).clamp(min=1e-4)
+        return step + torch.log(-torch.expm1(-step))
+    return torch.empty(size).uniform_(-0.5, 0.5)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_start_with_megatrons_distribution(name: str) -> None:
+    torch.manual_seed(1)
+    weight = torch.empty(RECURRENT[name])
+    init_method = dense_weight_init(
+        f"decoder.layers.{name}", weight.ndim, sparse_layer("switch").config
+    )
+    assert init_method is not None
+    init_method(weight)
+    quantiles = torch.linspace(0.01, 0.99, 25)
+    actual, expected = (
+        tensor.flatten().quantile(quantiles) for tensor in (weight, megatrons_draw(name, 40_000))
+    )
+    spread = expected[-1] - expected[0]
+    assert float((actual - expected).abs().max() / spread) < 0.04
+    # Other vectors are constants, which Megatron has set.
+    assert dense_weight_init("decoder.layers.mixer.D", 1, sparse_layer("switch").config) is None

@@ -37,7 +37,13 @@ from megatron_sffn.nn.config import (
 )
 from megatron_sffn.nn.hybrid_spec import hybrid_stack_spec
 from megatron_sffn.nn.layer import set_weights_version, sparse_layers
-from megatron_sffn.nn.layer_pattern import gpt_name, hybrid_pattern, layer_pattern
+from megatron_sffn.nn.layer_pattern import (
+    cut,
+    gpt_name,
+    hybrid_layers,
+    hybrid_pattern,
+    layer_pattern,
+)
 from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.reinit import reinit_dense_weights
@@ -61,6 +67,7 @@ class Layout(ParallelLayout):
         recompute: None, `full`, or a module of selective recomputation.
         distributed_optimizer: with overlapped gradient reduction and parameter gather.
         hybrid: Megatron's HybridModel in place of its GPTModel.
+        pattern: its layers, if they are not those of the GPT.
         optimizer: `adam`, or `muon`, which has no float64.
     """
 
@@ -68,6 +75,7 @@ class Layout(ParallelLayout):
     optimizer: str = "adam"
     distributed_optimizer: bool = False
     hybrid: bool = False
+    pattern: str | None = None
     dtype: torch.dtype = torch.float64
 
 
@@ -222,8 +230,10 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
     if layout.hybrid:
         latent = "kv_lora_rank" in dict(variant.megatron)
         pattern = hybrid_pattern(sparse, layout.layers_per_chunk(LAYERS), latent=latent)
+        if layout.pattern is not None:
+            pattern = cut(layout.pattern, layout.pp * layout.virtual_stages)
         layers = {
-            "num_layers": 2 * LAYERS,
+            "num_layers": len(hybrid_layers(pattern)),
             "moe_layer_freq": layer_pattern("", 0, pattern),
             "hybrid_pattern": pattern,
             "is_hybrid_model": True,
@@ -273,7 +283,7 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
     if layout.hybrid:
         spec = hybrid_stack_spec(config)
         model = HybridModelConfig(**sizes, hybrid_layer_pattern=pattern, hybrid_stack_spec=spec)
-    model.pre_wrap_hooks.append(partial(reinit_dense_weights, 7))
+    model.pre_wrap_hooks += [partial(reinit_dense_weights, 7), partial(widen_decays, layout.dtype)]
     overlap = layout.distributed_optimizer
     chunks: list[Any] = model.get_builder_cls()(model).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
@@ -286,6 +296,18 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
         data_parallel_random_init=False,
         mixed_precision_wrapper=None,
     )
+    return chunks
+
+
+def widen_decays(dtype: torch.dtype, chunks: list[Any]) -> list[Any]:
+    """Let Mamba's rates of decay have the dtype of the model, as gloo sums up one dtype at a time.
+
+    Megatron makes them in fp32, and narrows them with the model.
+    """
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.endswith(".A_log"):
+                parameter.data = parameter.data.to(dtype)
     return chunks
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megatron_sffn.nn.routers import ROUTERS
 from tests.support.engine import Layout, Trained, Variant, join, run
@@ -203,6 +205,47 @@ def test_a_hybrid_model_trains_as_the_gpt_with_its_layers(name: str, router: str
     variants = tuple(map(Variant, ROUTERS_OF_HYBRID_MODELS))
     actual = trained(HYBRID[name], variants)[Variant(router)]
     assert_same(actual, one_rank(router), 1e-8, 1e-10)
+
+
+MAMBA = Variant(
+    "avg-k",
+    megatron=(("mamba_state_dim", 8), ("mamba_head_dim", 4), ("mamba_num_groups", 2)),
+)
+DELTA_NET = Variant(
+    "avg-k",
+    megatron=(
+        *(("linear_key_head_dim", 4), ("linear_value_head_dim", 6)),
+        *(("linear_num_key_heads", 2), ("linear_num_value_heads", 4)),
+        *(("activation_func", F.silu), ("gated_linear_unit", True)),
+    ),
+)
+needs_einops = pytest.mark.skipif(
+    importlib.util.find_spec("einops") is None, reason="Megatron's Mamba layer needs einops"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TP2 PP2",
+        *(slow(name) for name in ("TP2 EP2 folded", "PP2 VPP2", "EP2 ETP2", "TP2 PP2 full")),
+    ],
+)
+@pytest.mark.parametrize(
+    ("pattern", "variant"),
+    [
+        pytest.param("MEM*-MEE", MAMBA, marks=needs_einops, id="M"),
+        pytest.param("GEG*-GEE", DELTA_NET, id="G"),
+    ],
+)
+def test_recurrent_layers_do_not_depend_on_the_layout(
+    name: str, pattern: str, variant: Variant
+) -> None:
+    actual, expected = (
+        trained(replace(layout, hybrid=True, pattern=pattern), (variant,))[variant]
+        for layout in ((LAYOUTS | RECOMPUTED)[name], Layout())
+    )
+    assert_same(actual, expected, 1e-8, 1e-10)
 
 
 LOSSES = (
