@@ -22,8 +22,8 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron_sffn.accounting.table import human
 from megatron_sffn.flags.megatron_flags import dtype_of
 
-MOMENTS = {"adam": 2, "sgd": 1}
-"""Megatron's optimizer -> moments that it keeps per parameter."""
+MOMENTS = {"adam": 2, "sgd": 1, "lion": 1, "muon": 1, "dist_muon": 1}
+"""Megatron's optimizer -> moments that it keeps per parameter at least."""
 
 
 def bytes_per_parameter(args: Namespace) -> int:

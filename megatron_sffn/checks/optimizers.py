@@ -161,6 +161,17 @@ def _router_weights(layer: SparseFFNConfig, hidden_size: int) -> dict[str, tuple
 
 
 SPARSE_CHECKS = (groups,)
+"""Checks of models that have sparse layers."""
+
+
+def learning_rate(args: Namespace) -> Iterator[Problem]:
+    """A training without a learning rate."""
+    if args.lr is None and not args.skip_train:
+        yield Problem("--lr", None, "is missing", "give a learning rate, for example --lr 1e-3")
+
+
+TRAINING_CHECKS = (learning_rate,)
+"""Checks of a run, which tools that only read its flags do not need."""
 
 
 def remark(args: Namespace, sffn: SparseFFNConfig | None) -> str | None:

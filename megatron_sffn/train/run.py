@@ -33,6 +33,7 @@ from megatron_sffn.checks import optimizers
 from megatron_sffn.checks.data import check_data
 from megatron_sffn.checks.disk import check_saves
 from megatron_sffn.checks.megatron_rules import as_sentence
+from megatron_sffn.checks.problem import run_checks
 from megatron_sffn.checks.resume import check_checkpoint
 from megatron_sffn.data.loading.gpt_dataset import datasets_provider, next_batch
 from megatron_sffn.data.tokenize.tokenizer import localize_tokenizer
@@ -67,6 +68,7 @@ def train(args: Namespace) -> None:
             is raised before any process group or file is created.
     """
     sffn = sffn_config(args)
+    run_checks(optimizers.TRAINING_CHECKS, args)
     check_data(args)
     check_checkpoint(args, sffn)
     counts = counts_of_new_run(args)

@@ -212,6 +212,13 @@ def refused_save(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(refusal.value)
 
 
+def refused_training(check: Callable[[Namespace], Iterable[Problem]]) -> str:
+    run = namespace("--seq-length 2 --micro-batch-size 1 --train-iters 1 --eval-iters 0")
+    with pytest.raises(ConfigError) as refusal:
+        run_checks([check], Namespace(**{**vars(run), "lr": None}))
+    return str(refusal.value)
+
+
 def rows(module: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
     """The table of a module's checks, as the page has it."""
     lines = []
@@ -225,6 +232,8 @@ def rows(module: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path) -> s
             sentence = refused_pickle(monkeypatch)
         elif module is disk:
             sentence = refused_save(name, monkeypatch)
+        elif check in optimizers.TRAINING_CHECKS:
+            sentence = refused_training(check)
         else:
             sentence = refused_command(name, monkeypatch)
         refused = inspect.getdoc(check).splitlines()[0]
@@ -270,8 +279,9 @@ def test_the_page_has_every_module_with_checks() -> None:
 def test_every_check_is_run() -> None:
     run_separately = {flags.yaml_file, resume.step_without_load}
     for module in MODULES:
-        run = {*module.CHECKS, *vars(module).get("SPARSE_CHECKS", ())}
-        run |= {*vars(module).get("DATA_SET_CHECKS", ())}
+        run = {*module.CHECKS}
+        for name in ("SPARSE_CHECKS", "TRAINING_CHECKS", "DATA_SET_CHECKS"):
+            run |= {*vars(module).get(name, ())}
         assert set(checks_of(module)) - run_separately == run
 
 
