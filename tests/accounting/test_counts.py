@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from megatron.training.arguments import add_megatron_arguments
 from megatron.training.training import num_floating_point_operations
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -379,7 +380,9 @@ def flops_of_empty_slots(model: torch.nn.Module, shape: ModelShape, tokens: int)
 def test_flops_of_recurrent_layers_are_those_of_megatrons_formula(heads: int | None) -> None:
     # Megatron takes twice the hidden size as the width of Mamba's heads: 8 heads of 6 numbers.
     mamba, width, pattern = dataclasses.replace(MAMBA, mamba_num_heads=heads), 24, "MMG*-/MG-"
-    args = Namespace(
+    parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False))
+    args = parser.parse_args([])
+    vars(args).update(
         **dataclasses.asdict(mamba),
         **dataclasses.asdict(DELTA_NET),
         hidden_size=width,
@@ -387,15 +390,8 @@ def test_flops_of_recurrent_layers_are_those_of_megatrons_formula(heads: int | N
         mtp_num_layers=1,
         seq_length=18,
         num_attention_heads=4,
-        group_query_attention=False,
-        num_query_groups=1,
         kv_channels=10,
         ffn_hidden_size=40,
-        swiglu=True,
-        moe_latent_size=None,
-        moe_ffn_hidden_size=None,
-        moe_shared_expert_intermediate_size=None,
-        moe_router_topk=1,
         padded_vocab_size=96,
     )
     without = Namespace(**{**vars(args), "hybrid_layer_pattern": "*-/-"})
