@@ -74,9 +74,10 @@ def row(args: Namespace, block_size: int, router: str, folder: Path) -> str:
     """A line of the table."""
     import torch
 
-    from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+    from megatron_sffn.nn.config import SparseFFNConfig
     from megatron_sffn.nn.layer import SparseFFN
     from megatron_sffn.nn.routers import ROUTERS
+    from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
     from megatron_sffn.train.routing_metrics import RoutingMetrics
 
     sffn = SparseFFNConfig(

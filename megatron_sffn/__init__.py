@@ -39,9 +39,10 @@ from typing import TYPE_CHECKING, Any
 from megatron_sffn.utils.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+    from megatron_sffn.nn.config import SparseFFNConfig
     from megatron_sffn.nn.layer import SparseFFN
     from megatron_sffn.nn.standalone import StandaloneSparseFFN
+    from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 
 __all__ = [
     "ConfigError",
@@ -54,7 +55,7 @@ __all__ = [
 _HOMES = {
     "SparseFFN": "megatron_sffn.nn.layer",
     "SparseFFNConfig": "megatron_sffn.nn.config",
-    "SparseFFNTransformerConfig": "megatron_sffn.nn.config",
+    "SparseFFNTransformerConfig": "megatron_sffn.nn.transformer_config",
     "StandaloneSparseFFN": "megatron_sffn.nn.standalone",
 }
 

@@ -28,9 +28,10 @@ def sparse_layer(
         expansion: E.
         backend: backend of `block_ffn`.
     """
-    from megatron_sffn.nn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
+    from megatron_sffn.nn.config import Backend, SparseFFNConfig
     from megatron_sffn.nn.layer import layer_class
     from megatron_sffn.nn.routers import ROUTERS
+    from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 
     test_numbers = ROUTERS[router].test_numbers
     balance: dict[str, Any] = {"moe_router_load_balancing_type": "none"}

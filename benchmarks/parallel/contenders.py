@@ -32,9 +32,10 @@ from torch import Tensor, nn
 
 from benchmarks.parallel import wire
 from megatron_sffn.nn import comm_volume
-from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.layer import SparseFFN
 from megatron_sffn.nn.parallel_layout import ParallelLayout
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 
 DISPATCHERS = ("alltoall", "allgather")
 TOLERANCE = 1e-4

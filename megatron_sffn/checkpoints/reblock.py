@@ -33,8 +33,9 @@ from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
 from megatron_sffn.checkpoints.files import COMMON_STATE
 from megatron_sffn.checkpoints.rewrite import Change
 from megatron_sffn.flags.sffn_flags import saved_config
-from megatron_sffn.nn.config import Backend, RouterConfig, SparseFFNConfig, moe_fields
+from megatron_sffn.nn.config import Backend, RouterConfig, SparseFFNConfig
 from megatron_sffn.nn.layer_pattern import layer_pattern
+from megatron_sffn.nn.transformer_config import moe_fields
 from megatron_sffn.utils.errors import ConfigError
 
 KEY = re.compile(

@@ -20,7 +20,7 @@ import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from megatron_sffn.nn.comm_volume import cheapest_dispatcher
-from megatron_sffn.nn.config import Backend, RouterConfig, SparseFFNConfig, moe_fields
+from megatron_sffn.nn.config import Backend, RouterConfig, SparseFFNConfig
 from megatron_sffn.nn.layer_pattern import (
     cut,
     hybrid_layers,
@@ -30,6 +30,7 @@ from megatron_sffn.nn.layer_pattern import (
 )
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING
+from megatron_sffn.nn.transformer_config import moe_fields
 
 ACTIVATIONS = ("swiglu", "squared_relu", "quick_geglu", "sffn_relu")
 """Flags (dest) of activations other than GELU."""

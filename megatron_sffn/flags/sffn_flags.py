@@ -28,12 +28,14 @@ from megatron_sffn.nn.config import (
     Backend,
     RouterConfig,
     SparseFFNConfig,
-    SparseFFNMLATransformerConfig,
-    SparseFFNTransformerConfig,
 )
 from megatron_sffn.nn.layer_pattern import layer_pattern
 from megatron_sffn.nn.layer_routers import canonical, other_routers, router_names
 from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.transformer_config import (
+    SparseFFNMLATransformerConfig,
+    SparseFFNTransformerConfig,
+)
 
 USAGE = """torchrun --nproc-per-node N -m megatron_sffn.pretrain [--sffn-* flags] [Megatron flags]
        python -m megatron_sffn.pretrain ...            (one rank)"""

@@ -34,9 +34,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from megatron_sffn.nn.config import SparseFFNTransformerConfig
 from megatron_sffn.nn.expert_grid import ExpertGrid
 from megatron_sffn.nn.init import InitMethod, block_weight_init, init_dtype
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.ops import Activation, device
 from megatron_sffn.ops.block_ffn import main_grad
 from megatron_sffn.utils.hashing import seed_of

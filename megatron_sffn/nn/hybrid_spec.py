@@ -36,9 +36,9 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from megatron_sffn.nn.config import SparseFFNTransformerConfig
 from megatron_sffn.nn.layer import layer_class, layers_before
 from megatron_sffn.nn.shared_tables import SharedTables, tables_of_layer
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 
 
 def hybrid_stack_spec(config: SparseFFNTransformerConfig) -> ModuleSpec:

@@ -21,8 +21,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNTransformerConfig, depth
 from megatron_sffn.nn.recurrent_init import recurrent_init
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig, depth
 
 InitMethod = Callable[..., Any]
 """Fills a tensor in place: `init_method(tensor)` or `init_method(tensor, generator=...)`."""

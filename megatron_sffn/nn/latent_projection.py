@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from megatron_sffn.nn.config import SparseFFNTransformerConfig
 from megatron_sffn.nn.init import init_dtype, latent_init
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.ops import device
 from megatron_sffn.utils.hashing import seed_of
 

@@ -31,11 +31,7 @@ from torch import Tensor
 
 from megatron_sffn.nn.block_weights import BlockWeights
 from megatron_sffn.nn.comm_volume import regathers
-from megatron_sffn.nn.config import (
-    Backend,
-    SparseFFNConfig,
-    SparseFFNTransformerConfig,
-)
+from megatron_sffn.nn.config import Backend, SparseFFNConfig
 from megatron_sffn.nn.dispatch import DispatchedTokens, dispatch
 from megatron_sffn.nn.expert_grid import one_rank_groups
 from megatron_sffn.nn.latent_projection import LatentProjection
@@ -44,6 +40,7 @@ from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.routing_counters import RoutingCounter, TrafficCounter
 from megatron_sffn.nn.shared_tables import BorrowedBlockWeights, SharedTables
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.ops import Activation
 from megatron_sffn.ops.block_ffn import block_ffn_pairs, main_grad
 from megatron_sffn.ops.streams import start_beside

@@ -19,9 +19,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training.models.gpt import GPTModelConfig
 
-from megatron_sffn.nn.config import SparseFFNTransformerConfig
 from megatron_sffn.nn.layer import layer_class
 from megatron_sffn.nn.shared_tables import SharedTables, tables_of_layer
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 
 
 def block_spec(model: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

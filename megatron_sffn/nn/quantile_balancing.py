@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.expert_grid import gather_rows
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.utils.errors import ConfigError
 
 QUANTILE_BALANCING = "quantile_balancing"

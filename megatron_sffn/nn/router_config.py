@@ -18,9 +18,10 @@ from megatron_sffn.utils.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+    from megatron_sffn.nn.config import SparseFFNConfig
     from megatron_sffn.nn.parallel_layout import ParallelLayout
     from megatron_sffn.nn.saved_bytes import LayerCall, SavedBytes
+    from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 
 
 def flag(

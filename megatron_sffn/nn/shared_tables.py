@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_sffn.nn.block_weights import BlockWeights
-from megatron_sffn.nn.config import SparseFFNTransformerConfig
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 
 
 class SharedTables:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from megatron.core.activations import quick_gelu, squared_relu
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.expert_grid import one_rank_groups
 from megatron_sffn.nn.layer import (
     SparseFFN,
@@ -27,6 +27,7 @@ from megatron_sffn.nn.layer import (
 )
 from megatron_sffn.nn.load_balancing import LoadBalancing
 from megatron_sffn.nn.routers.dense import DenseConfig
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.ops import Activation
 from megatron_sffn.utils.errors import ConfigError
 

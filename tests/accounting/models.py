@@ -17,16 +17,15 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_sffn.accounting import ModelShape
 from megatron_sffn.accounting.latent_attention import LatentAttention
-from megatron_sffn.nn.config import (
-    Backend,
-    SparseFFNConfig,
-    SparseFFNMLATransformerConfig,
-    SparseFFNTransformerConfig,
-)
+from megatron_sffn.nn.config import Backend, SparseFFNConfig
 from megatron_sffn.nn.hybrid_spec import hybrid_stack_spec
 from megatron_sffn.nn.layer_pattern import layer_pattern
 from megatron_sffn.nn.layer_spec import block_spec, prediction_spec
 from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.transformer_config import (
+    SparseFFNMLATransformerConfig,
+    SparseFFNTransformerConfig,
+)
 
 # Odd sizes, so that no two of them can be mistaken for each other.
 SMALL = ModelShape(

@@ -10,10 +10,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from megatron_sffn.nn.config import INITIALIZATIONS, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import INITIALIZATIONS, SparseFFNConfig
 from megatron_sffn.nn.init import block_weight_init
 from megatron_sffn.nn.layer import SparseFFN
 from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.utils.hashing import seed_of
 from tests.support.engine import whole_tensors
 from tests.support.ranks import run_ranks

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sffn.nn.config import INITIALIZATIONS, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import INITIALIZATIONS, SparseFFNConfig
 from megatron_sffn.nn.init import INITIAL_VALUES, InitialValue, dense_weight_init
 from megatron_sffn.nn.layer import SparseFFN
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.base import Router
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "avg-k": {"descriptor": "learned", "gate": "sigmoid"},

@@ -11,11 +11,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.mlp import MLP
 from megatron.training.models.gpt import GPTModelConfig
 
-from megatron_sffn.nn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import Backend, SparseFFNConfig
 from megatron_sffn.nn.layer import MegatronBackedFFN, SparseFFN, sparse_layers
 from megatron_sffn.nn.layer_pattern import layer_pattern
 from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from tests.support.ranks import run_ranks
 
 # Megatron's own dense MLP warns.

@@ -7,13 +7,9 @@ import logging
 import pytest
 import torch
 
-from megatron_sffn.nn.config import (
-    Backend,
-    ConfigError,
-    SparseFFNConfig,
-    SparseFFNTransformerConfig,
-)
+from megatron_sffn.nn.config import Backend, ConfigError, SparseFFNConfig
 from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.ops.block_ffn import Pairs, choose_backend
 from megatron_sffn.ops.block_ffn.choose_backend import Shape
 from tests.support.simulated_gpu import simulate_gpu

@@ -56,9 +56,9 @@ def layers() -> list[dict[str, str]]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_sffn import SparseFFNConfig
-    from megatron_sffn.nn.config import SparseFFNTransformerConfig
     from megatron_sffn.nn.layer_spec import block_spec
     from megatron_sffn.nn.routers import ROUTERS
+    from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)

@@ -30,11 +30,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 from torch import Tensor
 
-from megatron_sffn.nn.config import (
-    SparseFFNConfig,
-    SparseFFNMLATransformerConfig,
-    SparseFFNTransformerConfig,
-)
+from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.hybrid_spec import hybrid_stack_spec
 from megatron_sffn.nn.layer import set_weights_version, sparse_layers
 from megatron_sffn.nn.layer_pattern import (
@@ -48,6 +44,10 @@ from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 from megatron_sffn.nn.reinit import reinit_dense_weights
 from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.transformer_config import (
+    SparseFFNMLATransformerConfig,
+    SparseFFNTransformerConfig,
+)
 from megatron_sffn.train import param_groups
 from megatron_sffn.train.run import finish_gradients
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_sffn.nn.config import Backend, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import Backend, SparseFFNConfig
 from megatron_sffn.nn.layer import layer_class
 from megatron_sffn.nn.routers import ROUTERS
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 
 S, BATCH, D, VOCAB = 6, 4, 8, 50
 SPARSE = [name for name in ROUTERS if name != "dense"]

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.layer import SparseFFN
 from megatron_sffn.nn.routers import ROUTERS
 from megatron_sffn.nn.routers.base import Routing
 from megatron_sffn.nn.routing_counters import SUMS
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.train import routing_metrics
 from megatron_sffn.train.routing_metrics import (
     LOSSES,

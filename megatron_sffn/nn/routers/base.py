@@ -17,8 +17,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.expert_grid import ExpertGrid
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.ops import device
 from megatron_sffn.ops.route_topk import route_topk
 from megatron_sffn.utils.hashing import seed_of

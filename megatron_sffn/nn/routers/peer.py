@@ -20,12 +20,13 @@ from typing import Any, ClassVar, override
 import torch
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.base import NO_BLOCK, Routing
 from megatron_sffn.nn.routers.gates import gate_flag, gates_of_chosen, is_normalized
 from megatron_sffn.nn.routers.pkm import PKMConfig, PKMRouter
 from megatron_sffn.nn.saved_bytes import FP32, INT64, LayerCall, SavedBytes
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.utils.errors import ConfigError
 
 

@@ -14,9 +14,10 @@ from typing import override
 
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNTransformerConfig, flag
+from megatron_sffn.nn.config import flag
 from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.product_keys import ProductKeysConfig, ProductKeysRouter
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from typing import override
 
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNTransformerConfig
 from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.product_keys import ProductKeysConfig, ProductKeysRouter
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.ops.activation import Activation
 from megatron_sffn.utils.errors import ConfigError
 

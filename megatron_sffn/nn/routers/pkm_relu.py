@@ -14,8 +14,8 @@ from typing import override
 
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNTransformerConfig, depth
 from megatron_sffn.nn.routers.pkm import PKMConfig, PKMRouter
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig, depth
 
 
 @dataclass(frozen=True, kw_only=True)

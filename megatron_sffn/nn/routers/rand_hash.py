@@ -25,16 +25,11 @@ from typing import Any, override
 import torch
 from torch import Tensor
 
-from megatron_sffn.nn.config import (
-    ConfigError,
-    RouterConfig,
-    SparseFFNConfig,
-    SparseFFNTransformerConfig,
-    flag,
-)
+from megatron_sffn.nn.config import ConfigError, RouterConfig, SparseFFNConfig, flag
 from megatron_sffn.nn.routers.balanced_map import balanced_map
 from megatron_sffn.nn.routers.base import Router, Routing
 from megatron_sffn.nn.saved_bytes import LayerCall, SavedBytes
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.ops import device
 from megatron_sffn.utils.hashing import hashed_subsets, ngram_keys
 

@@ -23,11 +23,12 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig, flag
+from megatron_sffn.nn.config import SparseFFNConfig, flag
 from megatron_sffn.nn.load_balancing import LoadBalancing, sum_over
 from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.learned import LearnedConfig, LearnedRouter
 from megatron_sffn.nn.saved_bytes import FP32, INT64, LayerCall, SavedBytes
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.ops import device
 from megatron_sffn.utils.errors import ConfigError
 

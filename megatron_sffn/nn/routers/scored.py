@@ -26,18 +26,14 @@ from typing import Any, ClassVar, override
 import torch
 from torch import Tensor
 
-from megatron_sffn.nn.config import (
-    RouterConfig,
-    SparseFFNConfig,
-    SparseFFNTransformerConfig,
-    flag,
-)
+from megatron_sffn.nn.config import RouterConfig, SparseFFNConfig, flag
 from megatron_sffn.nn.load_balancing import BALANCE_LOSSES, LoadBalancing, losses_reach_scores
 from megatron_sffn.nn.quantile_balancing import check_quantile_balancing
 from megatron_sffn.nn.routers.base import NO_BLOCK, Router, Routing
 from megatron_sffn.nn.routers.gates import factors_of_all, gate_flag, gates_of, is_normalized
 from megatron_sffn.nn.routers.groups import GROUP_SCORES, check_groups, in_best_groups
 from megatron_sffn.nn.saved_bytes import FP32, INT64, LayerCall, SavedBytes
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.utils.errors import ConfigError
 
 FACTORS = (

@@ -15,9 +15,9 @@ from typing import override
 
 from torch import Tensor
 
-from megatron_sffn.nn.config import depth
 from megatron_sffn.nn.router_config import RouterTestNumbers
 from megatron_sffn.nn.routers.learned import LearnedConfig, LearnedRouter
+from megatron_sffn.nn.transformer_config import depth
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,10 @@ from typing import ClassVar, override
 import torch
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNTransformerConfig
 from megatron_sffn.nn.expert_grid import gather_rows
 from megatron_sffn.nn.routers.base import NO_BLOCK, Routing
 from megatron_sffn.nn.routers.learned import LearnedConfig, LearnedRouter
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.utils.errors import ConfigError
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_sffn.nn.config import RouterConfig, SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import RouterConfig, SparseFFNConfig
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 
 D = 6
 T, B, G = 20, 12, 2

@@ -12,13 +12,14 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor
 
-from megatron_sffn.nn.config import SparseFFNConfig, SparseFFNTransformerConfig
+from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.layer import SparseFFN
 from megatron_sffn.nn.layer_pattern import layer_pattern
 from megatron_sffn.nn.layer_spec import block_spec
 from megatron_sffn.nn.routers.sigma_moe import SigmaMoEConfig
 from megatron_sffn.nn.routers.softmax_after import SoftmaxAfterConfig
 from megatron_sffn.nn.routers.softmax_before import SoftmaxBeforeConfig
+from megatron_sffn.nn.transformer_config import SparseFFNTransformerConfig
 from megatron_sffn.ops import route_topk
 from tests.nn.routers.conftest import D, T, tables, transformer
 
