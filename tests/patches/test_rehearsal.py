@@ -171,10 +171,18 @@ NEEDED_TO_AGREE = {
 }
 """Names without which layouts differ (tests/nn/distributed/test_training.py)."""
 
+NEEDED_TO_PAIR = {
+    f"megatron.core.optimizer.{module}.param_group_identifier_keys"
+    for module in ("optimizer", "distrib_optimizer")
+}
+"""Names without which keys and values of equal rates are one group on resume
+(tests/integration/test_checkpoints.py)."""
+
 
 def test_every_replacement_for_every_machine_is_in_the_table() -> None:
     rows = [*megatron.PATCHES, *optimizer.PATCHES]
-    assert {row.target for row in rows} == NEEDED_TO_SAVE | NEEDED_TO_AGREE | set(NEEDED_FOR)
+    needed = NEEDED_TO_SAVE | NEEDED_TO_AGREE | NEEDED_TO_PAIR | set(NEEDED_FOR)
+    assert {row.target for row in rows} == needed
 
 
 @pytest.mark.parametrize("target", [target for target in NEEDED_FOR if target not in DROPPED])
