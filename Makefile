@@ -1,6 +1,7 @@
-# Every target that needs the environment goes through `env`, which costs milliseconds once
-# .venv is there. ARGS goes to the command of a target: make test ARGS='-k router -x'.
-# PYTHON, CORPUS and SEED, given to make or set in the shell, reach the commands as
+# Every target that needs the environment goes through `env` or, where training is all that it needs,
+# `env-light`. Both cost milliseconds once .venv has what they ask for. ARGS goes to the command of a target: make test ARGS='-k router -x'.
+# EXTRAS names further extras of pyproject.toml: make env-light EXTRAS='ray dedup'.
+# PYTHON, TORCH_INDEX, TORCH_BUILD, CORPUS and SEED, given to make or set in the shell, reach the commands as
 # environment variables: make exports both kinds by itself, and an unset one stays unset.
 
 BIN := .venv/bin
@@ -8,25 +9,28 @@ CPP := $(wildcard megatron_sffn/ops/*/*.cpp)
 SHELL_FILES := .ci/run $(wildcard docker/*.sh examples/*/*.sh tools/*.sh benchmarks/*/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart bench bench-gpu bench-steps bench-parallel gpu-rehearsal test test-fast test-slow \
+.PHONY: help env env-light quickstart bench bench-gpu bench-steps bench-parallel gpu-rehearsal test test-fast test-slow \
 	test-megatron check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-env: ## Make or update .venv (PYTHON=... chooses the interpreter)
-	@tools/setup_env.sh
+env: ## Make or extend .venv for tests and checks (PYTHON=... chooses the interpreter)
+	@tools/setup_env.sh plot dev $(EXTRAS)
 
-quickstart: env ## Text, data set, training on 2 ranks, evaluation, report (CORPUS=... SEED=...)
+env-light: ## Make or extend .venv for training alone, without Ray, DALI, linters (EXTRAS=... TORCH_INDEX=...)
+	@tools/setup_env.sh plot $(EXTRAS)
+
+quickstart: env-light ## Text, data set, training on 2 ranks, evaluation, report (CORPUS=... SEED=...)
 	@$(BIN)/python -m examples.quickstart $(ARGS)
 
-bench: env ## Time of a layer over dense on the CPU, ours and the peers' (ARGS=...)
+bench: env-light ## Time of a layer over dense on the CPU, ours and the peers' (ARGS=...)
 	@$(BIN)/python -m benchmarks.blocks $(ARGS)
 
-bench-steps: env ## Time of whole training steps over a dense model's, ours and Megatron's (ARGS=...)
+bench-steps: env-light ## Time of whole training steps over a dense model's, ours and Megatron's (ARGS=...)
 	@$(BIN)/python -m benchmarks.steps $(ARGS)
 
-bench-gpu: env ## The same on a GPU, in bf16 (ARGS=...)
+bench-gpu: env-light ## The same on a GPU, in bf16 (ARGS=...)
 	@$(BIN)/python -m benchmarks.blocks --device cuda --dtype bf16 $(ARGS)
 
 # Without `env`: it has an environment of its own, with the versions of a GPU machine. The command
@@ -34,7 +38,7 @@ bench-gpu: env ## The same on a GPU, in bf16 (ARGS=...)
 gpu-rehearsal: ## Dry run of the acceptance of a GPU, under Python 3.12, torch 2.11 and Triton 3.6
 	@benchmarks/gpu/rehearse.sh
 
-bench-parallel: env ## Time and bytes of a layer on 2 and 4 ranks, ours and Megatron's (ARGS=...)
+bench-parallel: env-light ## Time and bytes of a layer on 2 and 4 ranks, ours and Megatron's (ARGS=...)
 	@$(BIN)/python -m benchmarks.parallel $(ARGS)
 
 test: env ## Run the tests that need no GPU (ARGS=...)

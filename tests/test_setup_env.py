@@ -1,7 +1,7 @@
 """tools/setup_env.sh, with fake interpreters: nothing is downloaded or installed.
 
-A fake python answers the three calls of the script (its version, `-m venv`, `-m pip`) and records
-every `-m pip`, so that a test can tell what would have been installed.
+A fake python answers the calls of the script (its version, `-m venv`, `-m pip index`, `-m pip
+install`) and records every install, so that a test can tell what would have been installed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,26 @@ from tests.support.processes import HANGS
 
 SCRIPT = ROOT / "tools" / "setup_env.sh"
 # The commands that the script may use. A PATH of links to them hides the pythons of the machine.
-COMMANDS = "awk bash cat cksum cp dirname flock grep mkdir rm sed sh sleep sort tee".split()  # noqa: SIM905
+COMMANDS = "awk bash cat cksum cp dirname du flock grep mkdir rm sed sh sleep sort tee tr".split()  # noqa: SIM905
+PYPROJECT = """
+[project.optional-dependencies]
+dev = ["ruff"]
+plot = ["matplotlib"]
+ray = ["ray"]
+"""
 
 FAKE_PYTHON = """#!/bin/sh
 case "$1 $2" in
 "-c "*) echo "{version} $0" ;;
 "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo "version = {version}" >"$3/pyvenv.cfg" ;;
 "-m pip")
+    if [ "$3" = index ]; then echo "Available versions: 2.14.0, $TORCH_VERSIONS"; exit; fi
     echo "{version} $*" >>"$CALLS"
     echo "Downloading torch-2.13.0-cp312-cp312-manylinux.whl (526.6 MB)"
-    echo "Downloading tqdm-4.70.1-py3-none-any.whl (78 kB)"
+    echo "Downloading torch-2.13.0-cp312-cp312-manylinux.whl.metadata (999 MB)"
+    echo "Using cached triton-3.7.1-cp312-cp312-manylinux.whl (201.5 MB)"
+    echo "  Downloading tqdm-4.70.1-py3-none-any.whl (78 kB)"
+    echo "Successfully installed torch-2.13.0 tqdm-4.70.1 triton-3.7.1"
     [ -z "$PIP_ERROR" ] || {{ echo "ERROR: $PIP_ERROR" >&2; exit 1; }}
     ;;
 esac
@@ -49,9 +59,9 @@ class Checkout:
         path = self.home / name if "/" in name else self.bin / name
         return write_command(path, FAKE_PYTHON.format(version=version))
 
-    def start(self, **env: str) -> subprocess.Popen[str]:
+    def start(self, *extras: str, **env: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [self.root / "tools" / "setup_env.sh"],
+            [self.root / "tools" / "setup_env.sh", *extras],
             env={"PATH": str(self.bin), "HOME": str(self.home), "CALLS": str(self.calls)} | env,
             cwd=self.home,  # the script must find its folder by itself
             text=True,
@@ -60,8 +70,8 @@ class Checkout:
             start_new_session=True,  # so that a test can kill it with its children
         )
 
-    def setup(self, **env: str) -> subprocess.CompletedProcess[str]:
-        with self.start(**env) as process:
+    def setup(self, *extras: str, **env: str) -> subprocess.CompletedProcess[str]:
+        with self.start(*extras, **env) as process:
             stdout, stderr = process.communicate(timeout=HANGS)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
@@ -72,6 +82,10 @@ class Checkout:
     def installs(self) -> list[str]:
         """The version of the python of each `pip install`, in order."""
         return [line.split()[0] for line in self.calls.read_text().splitlines()]
+
+    def requirements(self) -> list[str]:
+        """What each `pip install` was asked for, behind the option for an editable install."""
+        return [line.split(" -e ")[1] for line in self.calls.read_text().splitlines()]
 
 
 def write_command(path: Path, text: str) -> Path:
@@ -87,8 +101,9 @@ def checkout(tmp_path: Path) -> Checkout:
     for folder in (root / "tools", bin_, home):
         folder.mkdir(parents=True)
     shutil.copy(SCRIPT, root / "tools")
-    for name in ("pyproject.toml", "constraints.txt", "calls"):
-        (root / name).touch()
+    (root / "pyproject.toml").write_text(PYPROJECT)
+    (root / "constraints.txt").write_text("torch==2.13.0\n")
+    (root / "calls").touch()
     for name in COMMANDS:
         if path := shutil.which(name):
             (bin_ / name).symlink_to(path)
@@ -178,8 +193,9 @@ def test_a_missing_python_is_reported(checkout: Checkout) -> None:
 
 def test_too_little_disk_space_is_reported(checkout: Checkout) -> None:
     checkout.python("python3.12", "3.12.1")
-    write_command(checkout.bin / "df", df_script(free_gb=3))
-    assert_one_sentence(checkout.setup(), "3 GB are free", "8 GB")
+    write_command(checkout.bin / "df", df_script(free_gb=6))
+    assert_one_sentence(checkout.setup("plot"), "6 GB are free", "7 GB")
+    assert_one_sentence(checkout.setup("plot", "dev"), "6 GB are free", "9 GB")
     assert checkout.installs() == []
     assert not (checkout.root / ".venv").exists()
 
@@ -193,10 +209,12 @@ def test_a_missing_venv_module_is_reported(checkout: Checkout) -> None:
 def test_a_second_call_installs_nothing(checkout: Checkout) -> None:
     checkout.python("python3.12", "3.12.1")
     first_call = checkout.setup()
-    assert "minutes" in first_call.stdout and "GB" in first_call.stdout
     assert "torch" in first_call.stdout and "tqdm" not in first_call.stdout, (
         "only what takes long is shown"
     )
+    report = first_call.stdout.splitlines()[-1]
+    assert report.startswith("setup: 3 packages in ")
+    assert "0.53 GB downloaded, 0.20 GB from the cache of pip; .venv has 0.0 GB" in report
     write_command(checkout.bin / "df", df_script(free_gb=0))  # called only before an install
     (checkout.bin / "python3.12").unlink()
     second_call = checkout.setup()
@@ -228,6 +246,82 @@ def test_changed_requirements_update_in_place(checkout: Checkout, name: str) -> 
     assert checkout.setup().stdout == ""
     assert len(checkout.installs()) == 2
     assert existing_file.exists()
+
+
+def test_a_light_environment_is_extended_in_place(checkout: Checkout) -> None:
+    checkout.python("python3.12", "3.12.1")
+    checkout.setup("plot")
+    existing_file = checkout.root / ".venv" / "kept"
+    existing_file.touch()
+    assert ", so that it has dev plot" in checkout.setup("plot", "dev").stdout
+    assert checkout.setup("plot").stdout == "", "a full environment has all of a light one"
+    assert checkout.setup("ray").returncode == 0
+    assert checkout.setup("dev", "ray").stdout == ""
+    (checkout.root / "constraints.txt").write_text("changed\n")
+    checkout.setup("plot")
+    assert checkout.requirements() == [
+        ".[plot]",
+        ".[dev,plot]",
+        ".[dev,plot,ray]",
+        ".[dev,plot,ray]",
+    ]
+    assert existing_file.exists()
+
+
+def test_an_unknown_extra_is_refused(checkout: Checkout) -> None:
+    checkout.python("python3.12", "3.12.1")
+    assert_one_sentence(checkout.setup("plot", "rey"), "extra 'rey'", "choose among dev plot ray")
+    assert not (checkout.root / ".venv").exists()
+
+
+NO_GPU = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+INDEX = "file:///simple"
+
+
+@pytest.mark.parametrize(
+    ("env", "arguments"),
+    [
+        pytest.param({}, "torch==2.13.0+cpu", marks=NO_GPU),
+        pytest.param(
+            {"TORCH_INDEX": INDEX}, f"--extra-index-url {INDEX} torch==2.13.0+cpu", marks=NO_GPU
+        ),
+        ({"TORCH_BUILD": "cu126"}, "torch==2.13.0+cu126"),
+        ({"TORCH_BUILD": ""}, ""),
+    ],
+)
+def test_the_build_of_torch_is_chosen_among_those_of_the_indexes(
+    checkout: Checkout, env: dict[str, str], arguments: str
+) -> None:
+    checkout.python("python3.12", "3.12.1")
+    result = checkout.setup(TORCH_VERSIONS="2.13.0+cpu, 2.13.0+cu126, 2.13.0", **env)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert checkout.requirements() == [f". {arguments}".strip()]
+    # It stays as it is, whatever the indexes have later.
+    if "+" in arguments:
+        build = arguments.rpartition("+")[2]
+        packages = checkout.root / ".venv" / "lib" / "python3.12" / "site-packages"
+        (packages / f"torch-2.13.0+{build}.dist-info").mkdir(parents=True)
+        assert checkout.setup("dev", TORCH_BUILD="").returncode == 0
+        assert checkout.requirements()[1] == f".[dev] torch==2.13.0+{build}"
+
+
+def test_without_a_cpu_build_torch_has_cuda_and_the_script_says_so(checkout: Checkout) -> None:
+    checkout.python("python3.12", "3.12.1")
+    write_command(checkout.bin / "nvidia-smi", "#!/bin/sh\nexit ${NO_DRIVER:-0}\n")
+    assert "CPU build" not in checkout.setup(TORCH_VERSIONS="2.13.0+cpu").stdout
+    if not Path("/dev/nvidiactl").exists():
+        shutil.rmtree(checkout.root / ".venv")
+        result = checkout.setup(TORCH_VERSIONS="2.12.0+cpu, 2.13.0", NO_DRIVER="9")
+        assert "no CPU build of torch in the indexes of pip" in result.stdout
+        assert "TORCH_INDEX=URL" in result.stdout
+    assert set(checkout.requirements()) == {"."}
+
+
+def test_an_index_without_the_build_is_refused(checkout: Checkout) -> None:
+    checkout.python("python3.12", "3.12.1")
+    result = checkout.setup(TORCH_VERSIONS="2.13.0", TORCH_BUILD="cu126")
+    assert_one_sentence(result, "no index has torch 2.13.0+cu126", "TORCH_INDEX")
+    assert checkout.installs() == []
 
 
 def test_a_failed_install_is_reported_and_the_next_call_repairs_it(checkout: Checkout) -> None:
