@@ -225,18 +225,57 @@ def test_torchrun_takes_its_arguments_from_the_operators_variables(
 
 
 @pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
-def test_the_command_line_of_the_job_is_accepted(
-    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("launcher", ["pytorchjob.yaml", "compose.yaml"])
+def test_the_command_line_of_the_example_is_accepted(
+    job: dict[str, Any],
+    compose: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    launcher: str,
 ) -> None:
-    container = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]
+    if launcher == "compose.yaml":
+        service = compose["services"]["node-0"]
+        ranks, flags = int(service["environment"]["GPUS_PER_NODE"]), service["command"][1:]
+    else:
+        (container,) = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"][
+            "containers"
+        ]
+        ranks, flags = int(job["spec"]["nprocPerNode"]), container["args"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", str(2 * int(job["spec"]["nprocPerNode"])))
-    monkeypatch.setattr(sys, "argv", ["pretrain", *container["args"]])
+    monkeypatch.setenv("WORLD_SIZE", str(2 * ranks))
+    monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
     args = parse(dict(cpu.HOST_FLAGS.values()))
     assert args.save == args.load
-    assert args.expert_model_parallel_size == 8
+    assert args.expert_model_parallel_size > ranks or launcher == "pytorchjob.yaml"
+
+
+# Compose
+
+
+@pytest.fixture
+def compose() -> dict[str, Any]:
+    """The file as the engine reads it."""
+    return dict(yaml.safe_load((LAUNCH / "compose.yaml").read_text()))
+
+
+def test_the_nodes_of_the_compose_file_differ_only_in_their_rank(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    ranks = [service["environment"].pop("NODE_RANK") for service in services.values()]
+    first, *others = services.values()
+    assert ranks == [str(rank) for rank in range(int(first["environment"]["NNODES"]))]
+    assert first["environment"]["MASTER_ADDR"] in services
+    for service in others:
+        assert service.pop("depends_on") == [next(iter(services))]
+        assert service == first
+    # The image has the clone in this folder.
+    script = Path(first["command"][0]).relative_to("/opt/megatron-sffn")
+    assert os.access(ROOT / script, os.X_OK)
+    assert (LAUNCH / first["env_file"]).is_file()
+    assert (first["cap_drop"], first["init"]) == (["ALL"], True)
+    (mount,) = first["volumes"]
+    assert mount.split(":")[0] in compose["volumes"]
 
 
 # Slurm

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support.paths import ROOT
 from tests.support.pretraining import MODEL, Log
@@ -82,7 +83,7 @@ def started(
         nodes: from the fixture.
         script: name of the script.
         variables: environment variables of each node.
-        flags: of the training command, beside `MODEL`.
+        flags: of the training command.
         folder: gets the output of the nodes, `node0.log` and `node1.log`.
 
     Yields:
@@ -90,7 +91,7 @@ def started(
     """
     # As docs/cluster.md says: variables from the file, and those of this network by hand.
     command = ["bash", "-c", 'set -a; . "$0"; set +a; exec "$@"', LAUNCH / "gloo.env"]
-    command += [LAUNCH / script, *shlex.split(f"{MODEL} {flags}")]
+    command += [LAUNCH / script, *shlex.split(flags)]
     processes = []
     try:
         for rank, node in enumerate(nodes):
@@ -152,7 +153,8 @@ def test_two_nodes_train_the_model_of_one_node(
     variables: list[dict[str, str]],
     flags: str,
 ) -> None:
-    log = train(nodes, script, variables, f"--data-path {text} {LAYOUT} {flags}", tmp_path)
+    flags = f"{MODEL} --data-path {text} {LAYOUT} {flags}"
+    log = train(nodes, script, variables, flags, tmp_path)
     one_node, one_rank = pretrain(4, f"{FLAGS} {LAYOUT}"), pretrain(1, FLAGS)
     for name in ("lm loss", "grad norm"):
         assert len(log.values(name)) == 5
@@ -168,7 +170,7 @@ def test_a_run_goes_on_without_a_node_that_is_lost(
 ) -> None:
     """One node loses its power; the other goes on alone, and ends with the same model."""
     flags = "--train-iters 24 --split 90,10,0 --expert-model-parallel-size 2"
-    saved = f"--data-path {text} {flags} --save run --load run --save-interval 8"
+    saved = f"{MODEL} --data-path {text} {flags} --save run --load run --save-interval 8"
     # 6 seconds to miss a node in place of 15, and 8 to wait for others in place of 30.
     timeouts = "keep_alive_interval=2,keep_alive_max_attempt=3,last_call_timeout=8"
     variables = [
@@ -186,3 +188,21 @@ def test_a_run_goes_on_without_a_node_that_is_lost(
     assert len(norms) in (8, 16), "it went on from a checkpoint"
     assert norms == pytest.approx(one_rank.values("grad norm")[-len(norms) :], rel=2e-3)
     assert alone.validation_loss == pytest.approx(one_rank.validation_loss, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_containers_of_the_compose_file_train_and_resume(nodes, tmp_path: Path) -> None:
+    services = yaml.safe_load((LAUNCH / "compose.yaml").read_text())["services"].values()
+    (command,) = {tuple(service["command"]) for service in services}
+    # The names of hosts and cables are those of this test.
+    own = ("MASTER_ADDR", "GLOO_SOCKET_IFNAME")
+    variables = [
+        {name: value for name, value in service["environment"].items() if name not in own}
+        for service in services
+    ]
+    script = Path(command[0]).name
+    for iterations in (4, 6):
+        flags = shlex.join([*command[1:], f"--train-iters={iterations}", "--log-interval=1"])
+        log = train(nodes, script, variables, flags, tmp_path)
+    assert len(log.values("lm loss")) == 2, "the second run goes on after step 4"
+    assert log.values("lm loss")[-1] < 6.9, "less than a model that knows nothing, log(1024)"
