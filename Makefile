@@ -54,12 +54,17 @@ test-megatron: env ## Run the tests with another Megatron (MEGATRON=folder ARGS=
 	@$(BIN)/python -m tests.second_megatron "$(MEGATRON)" $(ARGS)
 
 # Cheapest first, so that a slip shows at once.
-check: env ## Lint, format, import direction and types
+check: env ## Lint, format, schemas, import direction and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 	@$(BIN)/shellcheck $(SHELL_FILES)
 	@$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
+	@$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
+	@$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml \
+		.github/ISSUE_TEMPLATE/feature.yml
+	@$(BIN)/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
+	@$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec examples/launch/compose.yaml
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/mypy
 
