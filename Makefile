@@ -10,7 +10,7 @@ SHELL_FILES := .ci/run $(wildcard docker/*.sh examples/*/*.sh tools/*.sh benchma
 
 .DEFAULT_GOAL := help
 .PHONY: help env env-light quickstart bench bench-gpu bench-steps bench-parallel gpu-rehearsal test test-fast test-slow \
-	test-megatron check format clean
+	test-megatron check docs format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,12 +68,16 @@ check: env ## Lint, format, schemas, import direction and types
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/mypy
 
+docs: env ## Build the site of the documentation in site/, with warnings as errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "site/index.html is ready; its search needs a server: $(BIN)/python -m http.server -d site"
+
 format: env ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CPP)
 
 clean: ## Remove caches and build output; leaves runs/ and .venv
-	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	@rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	@find . \( -name .venv -o -name .venv-torch211 -o -name runs -o -name .git \) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 	@echo "Kept runs/ and .venv*; to remove those: rm -rf runs .venv .venv-torch211"

@@ -60,13 +60,12 @@ class Floors:
         return direct.union(*map(self._all_imported_by, direct))
 
     def mermaid(self) -> str:
-        """A Mermaid flowchart with a box around each floor that has several packages."""
+        """A Mermaid flowchart.
+
+        It has no boxes around floors: Mermaid would end the arrows at the boxes.
+        """
         lines = ["```mermaid", "flowchart TB"]
-        for number, names in enumerate(self.floors, start=1):
-            nodes = [f'    {_identifier(name)}["{name}"]' for name in names]
-            if len(nodes) > 1:
-                nodes = [f'    subgraph floor{number}[" "]', "    direction LR", *nodes, "    end"]
-            lines += nodes
+        lines += [f'    {_identifier(name)}["{name}"]' for names in self.floors for name in names]
         lines += [f"    {_identifier(a)} --> {_identifier(b)}" for a, b in self.reduced_arrows()]
         return "\n".join([*lines, "```"])
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from docs import draw_architecture, tabulate_flags
+import megatron_sffn
+from docs import build_site, draw_architecture, tabulate_flags
+from megatron_sffn import accounting, ops
+from megatron_sffn.nn.routers import ROUTERS
 from tests.support.paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -57,6 +62,44 @@ def test_the_index_lists_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     for page in ROOT.glob("docs/*.md"):
         assert page.name == "README.md" or f"({page.name})" in index, page.name
+
+
+def test_the_site_has_every_page_and_every_file_that_a_page_links_to() -> None:
+    sections = build_site.navigation((ROOT / "docs" / "README.md").read_text())
+    listed = [uri for section in sections[1:] for uris in section.values() for uri in uris]
+    assert len(listed) == len(set(map(str, listed)))
+    assert {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"} <= set(listed)
+    uris = {build_site.site_uri(path) for path in build_site.linked_files()}
+    for path in build_site.linked_files():
+        if path.endswith(".md"):
+            page = build_site.rewritten((ROOT / path).read_text(), path)
+            folder = posixpath.dirname(build_site.site_uri(path))
+            for target in re.findall(r"\]\(([^)#\s]+)[^)\s]*\)", build_site.CODE.sub("", page)):
+                uri = posixpath.normpath(posixpath.join(folder, target))
+                assert re.match("[a-z]+:", target) or uri in uris, f"{path}: {target}"
+
+
+def test_the_first_use_of_a_glossary_word_links_to_its_definition() -> None:
+    words = build_site.definitions((ROOT / "docs" / "glossary.md").read_text())
+    assert words["block size"] == "The number of cells in a block, --sffn-block-size."
+    text = "<h1>Blocks</h1><p>Block size, <code>block</code>, two blocks, a block.</p>"
+    linked = build_site.with_glossary_links(text, "glossary.html", words)
+    assert re.sub(r' (href|title)="[^"]*"', "", linked) == (
+        '<h1>Blocks</h1><p><a class="glossary">Block size</a>, <code>block</code>, '
+        'two <a class="glossary">blocks</a>, a block.</p>'
+    )
+    assert f'href="glossary.html#{build_site.anchor_of("block size")}"' in linked
+    page = build_site.with_anchors("<tr>\n<td>block size, g</td>\n<td>granularity</td>\n</tr>")
+    assert f'id="{build_site.anchor_of("block size")}"' in page
+
+
+def test_the_python_page_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    homes = {name: home for home, name in re.findall(r"^::: (\S+)\.(\w+)$", page, re.MULTILINE)}
+    configs = [config.__name__ for config in ROUTERS.values()]
+    assert homes.keys() >= {*megatron_sffn.__all__, *ops.__all__, *accounting.__all__, *configs}
+    for name, module in homes.items():
+        assert getattr(importlib.import_module(module), name).__module__ == module
 
 
 def test_the_pictures_match_the_code() -> None:
