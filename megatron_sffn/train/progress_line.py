@@ -63,6 +63,10 @@ class ProgressLine:
         self._last_evaluation = ""
         self._speed: dict[str, str] = {}
 
+    def __deepcopy__(self, _: object) -> ProgressLine:
+        """The same line: Megatron copies its config, whose hooks draw the line."""
+        return self
+
     @contextlib.contextmanager
     def in_place_of_log(self) -> Iterator[None]:
         """Send what this rank prints to the file; without a terminal do nothing."""
