@@ -1,7 +1,7 @@
 """`megatron-sffn COMMAND ...`: the commands of the package by name.
 
 Inputs: a command's name and its flags. Outputs: what that command prints, and its exit code; the
-list of commands without a command, and the version with `--version`.
+list of commands, by what they are for, without a command; and the version with `--version`.
 
 Design notes: this process becomes `python -m` of the command's module, so that workers, signals and
 exit codes are as in the clone. It imports the standard library alone, so that the list, the version
@@ -25,6 +25,23 @@ PACKAGE = Path(__file__).parent
 RENAMED = {"import_model": "import"}
 """File of tools/ -> its command, where the file cannot have the command's name."""
 
+GROUPS = {
+    "before a run": ("doctor", "accounting", "plan"),
+    "text to token ids": (
+        "train-tokenizer",
+        "preprocess-data",
+        "split-dataset",
+        "dedup-dataset",
+        "merge-datasets",
+        "inspect-dataset",
+        "build-index-cache",
+    ),
+    "training, and its results": ("pretrain", "analyze-routing", "compare"),
+    "a trained model": ("generate", "eval", "export", "import", "convert-checkpoint"),
+    "studies of many runs": ("sweep", "report"),
+}
+"""Heading in the list of commands -> its commands, in the order in which a user needs them."""
+
 EXAMPLE = """\
 training is started by torchrun: torchrun --nproc-per-node N -m megatron_sffn.pretrain ...
 a command's own flags: megatron-sffn COMMAND --help
@@ -32,13 +49,14 @@ a command's own flags: megatron-sffn COMMAND --help
 
 
 def commands() -> dict[str, Path]:
-    """Command -> the file that implements it."""
-    tools = {
+    """Command -> the file that implements it, in the order of `GROUPS`."""
+    files = {
         RENAMED.get(path.stem, path.stem).replace("_", "-"): path
         for path in (PACKAGE / "tools").glob("*.py")
     }
-    doctor = {"doctor": PACKAGE / "doctor" / "__main__.py"}
-    return {**doctor, "pretrain": PACKAGE / "pretrain.py", **dict(sorted(tools.items()))}
+    files["doctor"] = PACKAGE / "doctor" / "__main__.py"
+    files["pretrain"] = PACKAGE / "pretrain.py"
+    return {name: files[name] for names in GROUPS.values() for name in names}
 
 
 def module_of(path: Path) -> str:
@@ -70,7 +88,10 @@ def build_parser() -> argparse.ArgumentParser:
     """A parser of the command's name, which leaves the rest to the command."""
     known = commands()
     width = max(map(len, known))
-    listed = "\n".join(f"  {name:{width}}  {summary(path)}" for name, path in known.items())
+    listed = "\n\n".join(
+        "\n".join([f"{heading}:", *(f"  {name:{width}}  {summary(known[name])}" for name in names)])
+        for heading, names in GROUPS.items()
+    )
     parser = CommandParser(
         prog="megatron-sffn",
         usage="megatron-sffn COMMAND [flags of the command]",

@@ -1,4 +1,4 @@
-"""Pretrain a model: `torchrun --nproc-per-node N -m megatron_sffn.pretrain` and Megatron's flags.
+"""Trains a model: `torchrun --nproc-per-node N -m megatron_sffn.pretrain` and Megatron's flags.
 
 Inputs: the command line. Outputs: a trained model, or one sentence and exit code 2.
 

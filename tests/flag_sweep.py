@@ -127,14 +127,18 @@ def _run_command(folder: Path, flags: str) -> None:
         os._exit(code if isinstance(code, int) else 1)
 
 
+VARYING = re.compile(r"index files|time|seconds|per second|memory|\bGB\b|[\d.]+ ?m?s\b|port")
+"""In lines that differ between equal runs."""
+
+
 def _without_varying_text(log: str) -> str:
     """The printed text without lines that differ between equal runs."""
-    log = re.sub(r"-+ arguments -+.*?-+ end of arguments -+", "", log, flags=re.S)
+    log = re.sub(r"-+ arguments -+.*?-+ end of arguments -+", "arguments", log, flags=re.S)
     lines = []
     for line in log.splitlines():
         line = re.sub(r"\[?\d{4}-\d\d-\d\d[ T][\d:.]+\]?|/\S+|0x[0-9a-f]+", "", line)
         line = re.sub(r"elapsed time per iteration \(ms\): [\d.]+", "", line)
-        if not re.search(r"index files|time|seconds|memory|\bGB\b|[\d.]+ ?m?s\b|port", line):
+        if not VARYING.search(line):
             lines.append(line.strip())
     return "\n".join(lines)
 

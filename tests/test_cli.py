@@ -23,11 +23,20 @@ def test_without_arguments_all_commands_are_listed_with_a_summary(arguments: lis
         check=True,
     )
     lines = process.stdout.splitlines()
+    assert [line[:-1] for line in lines if line[:-1] in cli.GROUPS] == list(cli.GROUPS)
     for name, path in cli.commands().items():
         [line] = [line for line in lines if line.split()[:1] == [name]]
         assert line.endswith(cli.summary(path))
         assert len(cli.summary(path)) > 10
     assert "--version" in process.stdout
+
+
+def test_every_command_is_in_one_group_of_the_list() -> None:
+    tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
+    listed = [name for names in cli.GROUPS.values() for name in names]
+    assert sorted(listed) == sorted(
+        {"doctor", "pretrain"} | {cli.RENAMED.get(t, t).replace("_", "-") for t in tools}
+    )
 
 
 def test_version_prints_the_version_of_the_project(capsys: pytest.CaptureFixture[str]) -> None:

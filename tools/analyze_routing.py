@@ -1,4 +1,6 @@
-"""Analyzes the routing of a run; the implementation is in `megatron_sffn/analysis/`.
+"""Draws how a run routes: load, dead blocks, gates, and which tokens choose which blocks.
+
+The implementation is in `megatron_sffn/analysis/`.
 
 Inputs: the folder of a run. Outputs: `index.html` with plots, `tokens.csv`, `summary.json`.
 """

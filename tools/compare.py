@@ -1,4 +1,6 @@
-"""Compares finished runs; the implementation is in `megatron_sffn/study/`.
+"""Shows finished runs side by side, with what differs between them.
+
+The implementation is in `megatron_sffn/study/`.
 
 Inputs: folders of runs. Outputs: a table of their results, and warnings where their data, steps,
 seeds or evaluation differ.

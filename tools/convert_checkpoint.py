@@ -1,4 +1,4 @@
-"""Convert a checkpoint, offline.
+"""Converts a checkpoint to another block size, without training it again.
 
 Inputs: the folder of a run, and the change. Outputs: a checkpoint of the same iteration in another
 folder, from which training can resume with optimizer, schedule and random numbers.

@@ -1,4 +1,6 @@
-"""Removes duplicate documents from text; the implementation is in `data/corpus/dedup.py`.
+"""Removes duplicate documents from text.
+
+The implementation is in `data/corpus/dedup.py`.
 
 Inputs: text. Outputs: JSON lines without the duplicates, and a report of the duplicates.
 """

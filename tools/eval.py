@@ -1,4 +1,6 @@
-"""Evaluates a trained checkpoint; the implementation is in `megatron_sffn/inference/`.
+"""Evaluates a trained checkpoint on text, on data sets and on tasks of lm-evaluation-harness.
+
+The implementation is in `megatron_sffn/inference/`.
 
 Inputs: the folder of a run; texts, data sets or tasks of lm-evaluation-harness. Outputs: losses,
 perplexities, bits per byte and metrics, as a table and as JSON.

@@ -1,4 +1,6 @@
-"""Exports a checkpoint to a folder that transformers loads; implemented in `hf/export.py`.
+"""Exports a checkpoint to a folder that transformers loads.
+
+The implementation is in `hf/export.py`.
 
 Inputs: the folder of a run. Outputs: safetensors, configuration, tokenizer and model card.
 """

@@ -1,4 +1,6 @@
-"""Generates text with a trained checkpoint; the implementation is in `megatron_sffn/inference/`.
+"""Generates text with a trained checkpoint.
+
+The implementation is in `megatron_sffn/inference/`.
 
 Inputs: the folder of a run, and prompts. Outputs: their continuations on stdout, or as JSON lines.
 """

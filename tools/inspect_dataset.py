@@ -1,4 +1,6 @@
-"""Inspects and checks Megatron data sets; the implementation is in `data/indexed/stats.py`.
+"""Inspects and checks Megatron data sets.
+
+The implementation is in `data/indexed/stats.py`.
 
 Inputs: `.bin/.idx` pairs. Outputs: their statistics on the terminal, as JSON and as a plot; or, for
 a damaged file, one sentence and exit code 2.

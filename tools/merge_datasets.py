@@ -1,4 +1,6 @@
-"""Merges Megatron data sets into one; the implementation is in `data/indexed/merge.py`.
+"""Merges Megatron data sets into one.
+
+The implementation is in `data/indexed/merge.py`.
 
 Inputs: `.bin/.idx` pairs. Outputs: one pair with all documents, in order.
 """

@@ -1,4 +1,6 @@
-"""Reports on a study: orderings that hold, figures, tables; see `megatron_sffn/study/`.
+"""Reports on a study: orderings that hold, figures, tables.
+
+The implementation is in `megatron_sffn/study/`.
 
 Inputs: the folder of a study, or folders of runs. Outputs: `index.html`, figures, tables.
 """

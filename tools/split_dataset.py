@@ -1,4 +1,6 @@
-"""Splits a corpus into train, valid and test; the implementation is in `data/corpus/split.py`.
+"""Splits a corpus into train, valid and test.
+
+The implementation is in `data/corpus/split.py`.
 
 Inputs: text, or `.bin/.idx` pairs. Outputs: the same format, in a file or pair for each part.
 """

@@ -25,7 +25,8 @@ from pathlib import Path
 
 from examples.quickstart import corpus, data, samples
 from examples.quickstart.runs import RUNS, TRAIN_ITERS, VOCAB_SIZE, Plan, Run, environment
-from megatron_sffn.study.running.launch import RunFailedError, clock, launch
+from megatron_sffn.study.running.launch import RunFailedError, launch
+from megatron_sffn.train.log_status import clock
 from megatron_sffn.utils.errors import CommandParser, ConfigError, require, run_command
 
 INTERRUPTED = 130

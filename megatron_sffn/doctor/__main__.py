@@ -1,4 +1,4 @@
-"""Check whether training can start on this machine, and say what to do if it cannot.
+"""Checks whether training can start on this machine, and says what to do if it cannot.
 
 Inputs: this machine and this environment. Outputs: a table, or JSON, and an exit code.
 """

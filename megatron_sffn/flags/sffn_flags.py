@@ -210,7 +210,14 @@ def _add_optimizer_flags(add: Callable[..., Any]) -> None:
 
 
 def _add_run_flags(add: Callable[..., Any]) -> None:
-    """Flags of data, evaluation and checkpoints."""
+    """Flags of data, evaluation, checkpoints and output."""
+    add(
+        "--sffn-verbose",
+        action="store_true",
+        help="print all that Megatron prints; without it the list of all arguments goes to "
+        "arguments.txt in the run's folder alone, and on a terminal one line shows the progress "
+        "while Megatron's lines go to train.log there",
+    )
     add(
         "--sffn-trust-checkpoint",
         action="store_true",

@@ -1,8 +1,9 @@
-"""Functions of Megatron that a training run wraps: saves, evaluations, a spec, parameter groups.
+"""Functions of Megatron that a run wraps: saves, evaluations, a spec, groups, a list of arguments.
 
 The run applies these patches, because the wrappers need its state, its flags or our layer:
 `checkpoints/save.py` those of saves, `train/evaluations.py` that of evaluations, `train/run.py`
-that of the spec, `train/param_groups.py` that of parameter groups.
+that of the spec, `train/param_groups.py` that of parameter groups, `train/arguments_file.py` that
+of the list of arguments.
 """
 
 from __future__ import annotations
@@ -61,6 +62,13 @@ PARAM_GROUPS = Patch(
     until="Megatron has an override that multiplies the learning rate",
 )
 
+PRINT_ARGUMENTS = Patch(
+    target="megatron.training.arguments._print_args",
+    needed_by="megatron.training.arguments.validate_args",
+    why="every run opens with 900 lines of arguments",
+    until="Megatron has a flag to leave them out",
+)
+
 PATCHES = (
     SAVE_ONCE,
     SAVE_ATOMICALLY,
@@ -69,4 +77,5 @@ PATCHES = (
     EVALUATE,
     PREDICTION_SPEC,
     PARAM_GROUPS,
+    PRINT_ARGUMENTS,
 )

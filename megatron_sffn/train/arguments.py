@@ -30,6 +30,7 @@ from megatron_sffn.flags.megatron_flags import (
 )
 from megatron_sffn.flags.sffn_flags import add_sffn_flags, sffn_config, transformer_config
 from megatron_sffn.nn.config import SparseFFNConfig
+from megatron_sffn.train import arguments_file
 from megatron_sffn.utils.errors import ConfigError
 
 
@@ -46,6 +47,7 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
     Raises:
         ConfigError: if a value cannot work.
     """
+    arguments_file.install()
     moe_defaults: dict[str, Any] = {}
     idle: dict[str, idle_flags.Idle] = {}
 

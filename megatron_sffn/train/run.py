@@ -27,7 +27,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.models.base import ModelConfig
 from torch import Tensor
 
-from megatron_sffn.accounting import ModelShape, table
+from megatron_sffn.accounting import ModelShape
 from megatron_sffn.checkpoints.save import Saves
 from megatron_sffn.checks import optimizers
 from megatron_sffn.checks.data import check_data
@@ -37,7 +37,6 @@ from megatron_sffn.checks.problem import run_checks
 from megatron_sffn.checks.resume import check_checkpoint
 from megatron_sffn.data.loading.gpt_dataset import datasets_provider, next_batch
 from megatron_sffn.data.tokenize.tokenizer import localize_tokenizer
-from megatron_sffn.flags.megatron_flags import layout_of
 from megatron_sffn.flags.sffn_flags import sffn_config, transformer_config
 from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.hybrid_spec import hybrid_stack_spec
@@ -49,12 +48,16 @@ from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.patches.registry import apply
 from megatron_sffn.patches.run_hooks import PREDICTION_SPEC
 from megatron_sffn.train import param_groups
+from megatron_sffn.train.arguments_file import write_arguments
 from megatron_sffn.train.hash_balance import balance_maps, counts_of_new_run
 from megatron_sffn.train.nan_check import NanCheck
+from megatron_sffn.train.progress_line import ProgressLine
 from megatron_sffn.train.routing_trace import RoutingTracer
+from megatron_sffn.train.run_texts import closing, opening
 from megatron_sffn.train.signals import exit_on_signals
 from megatron_sffn.train.summary import RunSummary
 from megatron_sffn.train.watchdog import Watchdog
+from megatron_sffn.utils.atomic_files import read_json_object
 
 
 def train(args: Namespace) -> None:
@@ -74,11 +77,30 @@ def train(args: Namespace) -> None:
     counts = counts_of_new_run(args)
     check_saves(args, sffn)
     localize_tokenizer(args)  # Megatron builds the tokenizer again, from the flags
-    run_summary = RunSummary(args, run_folder(args), RoutingTracer.of_args(args))
-    nan_check = NanCheck(args)
+    folder = run_folder(args)
+    progress = ProgressLine(args, folder)
+    run_summary = RunSummary(args, folder, RoutingTracer.of_args(args), progress)
     if sffn is not None and is_host():
         # Compile the kernels now, so that the first step does not wait for the compiler.
         kernels()
+    with progress.in_place_of_log():
+        shape = _pretrain(args, sffn, run_summary, progress, counts)
+    path = run_summary.write_summary(shape)
+    training_loss = run_summary.training_loss()
+    if path is not None:
+        print(closing(args, folder, read_json_object(path), training_loss), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+def _pretrain(
+    args: Namespace,
+    sffn: SparseFFNConfig | None,
+    run_summary: RunSummary,
+    progress: ProgressLine,
+    counts: Tensor | None,
+) -> ModelShape:
+    """Say what is trained, and call Megatron's `pretrain`; returns the model's shape."""
+    nan_check = NanCheck(args)
     args.exit_signal_handler = True
     set_global_variables(args)
     exit_on_signals(args)
@@ -87,11 +109,7 @@ def train(args: Namespace) -> None:
     run_summary.evaluations.install()
     param_groups.install(args)
     if args.rank == 0:
-        print(table(shape, layout_of(args)), flush=True)
-        remarks = [] if sffn is None else [router.remark(sffn) for router in sffn.routers]
-        remarks += [optimizers.remark(args, sffn), param_groups.remark(args)]
-        for remark in filter(None, remarks):
-            print(f"note: {remark}", flush=True)
+        progress.print(opening(args, sffn, shape, run_summary.folder, progress.log))
     token_keys = None if sffn is None else sffn.token_keys
     # The layers of --mtp-num-layers embed the ids on the last stage.
     ids_on_every_stage = token_keys is not None or args.mtp_num_layers is not None
@@ -113,10 +131,7 @@ def train(args: Namespace) -> None:
             ),
             non_loss_data_func=partial(finish_evaluation, run_summary, nan_check),
         )
-    path = run_summary.write_summary(shape)
-    if path is not None:
-        print(f"summary: {path}", flush=True)
-    torch.distributed.destroy_process_group()
+    return shape
 
 
 def model_config(
@@ -245,6 +260,8 @@ def forward_step(
     Returns:
         The stage's output, and the function that computes the loss from it on the last stage.
     """
+    if not run_summary.has_started:
+        write_arguments(run_summary.args, run_summary.folder)
     run_summary.before_forward(model.training)
     iteration = vars(run_summary.args).get("curr_iteration")
     watchdog.note(iteration or 0)
@@ -289,6 +306,8 @@ def loss_of(
     nan_check.note_loss(loss)
     tokens = mask.sum()
     report = torch.stack((loss, tokens)).detach()
-    if not training:
+    if training:
+        run_summary.add_training_loss(report)
+    else:
         run_summary.evaluations.add(report)
     return loss, tokens.int(), {"lm loss": report}

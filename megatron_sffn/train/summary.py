@@ -28,6 +28,7 @@ from megatron_sffn.accounting import ModelShape, count_parameters, flops_per_tok
 from megatron_sffn.nn.layer import sparse_layers
 from megatron_sffn.patches.cpu import is_host
 from megatron_sffn.train.evaluations import Evaluations
+from megatron_sffn.train.progress_line import ProgressLine
 from megatron_sffn.train.routing_metrics import RoutingMetrics
 from megatron_sffn.train.routing_trace import RoutingTracer
 from megatron_sffn.train.run_description import describe_run
@@ -43,11 +44,13 @@ class RunSummary:
         folder: the run's folder.
         tracer: records the blocks of every token of an evaluation; None without
             `--sffn-record-routing`.
+        progress: shows the progress on a terminal; None to show none.
     """
 
     args: Namespace
     folder: Path
     tracer: RoutingTracer | None = None
+    progress: ProgressLine | None = None
     evaluations: Evaluations = field(init=False)
     samples_per_second: list[float] = field(default_factory=list)
     sent_bytes_per_token: float | None = None
@@ -56,6 +59,7 @@ class RunSummary:
     routing: RoutingMetrics = field(init=False)
     _step: tuple[int, int, float] | None = None
     _iteration: int | None = None
+    _reports: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.evaluations = Evaluations(self.args, self.folder)
@@ -64,6 +68,8 @@ class RunSummary:
     def before_forward(self, training: bool) -> None:
         """Time the training steps; called before the forward pass of each microbatch."""
         self.has_started = True
+        if self.progress is not None:
+            self.progress.before_forward(training=training)
         if not training:
             self._step = None
             return
@@ -76,6 +82,7 @@ class RunSummary:
             # Samples are counted, since the batch size may change from step to step.
             self.samples_per_second.append((samples - samples_before) / (now - started))
         self._step = (iteration, samples, now)
+        self._reports.clear()
 
     def after_step(self, model: list[torch.nn.Module], num_microbatches: int) -> None:
         """Called on every rank when all microbatches of a training step have run.
@@ -87,6 +94,25 @@ class RunSummary:
         self._iteration = self.args.curr_iteration + 1
         if self.args.num_experts is not None:
             self.routing.after_step(model, num_microbatches)
+        if self.progress is not None:
+            self.progress.after_step(self.iteration, self.samples_per_second)
+
+    def add_training_loss(self, report: torch.Tensor) -> None:
+        """Note the loss of a microbatch of training, on the last stage.
+
+        Args:
+            report: `[2]`, the summed loss and the number of tokens in it.
+        """
+        self._reports.append(report)
+
+    def training_loss(self) -> float | None:
+        """The loss of the last step, from all ranks; None if none was taken. A collective."""
+        total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+        for report in self._reports:
+            total += report
+        torch.distributed.all_reduce(total)
+        loss, tokens = total.tolist()
+        return loss / tokens if tokens else None
 
     def before_save(self, model: list[torch.nn.Module], iteration: int) -> None:
         """Called on every rank before a checkpoint is written.
@@ -109,6 +135,8 @@ class RunSummary:
         evaluation = self.evaluations.end_set()
         if not evaluation.is_finished:
             return
+        if self.progress is not None:
+            self.progress.after_evaluation(evaluation)
         if self.args.num_experts is not None:
             self.sent_bytes_per_token = sent_bytes_per_token(model)
             # routing.jsonl has the first evaluation of the validation set at each step.

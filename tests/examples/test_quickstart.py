@@ -20,7 +20,8 @@ from examples.quickstart.charts import Curve, Load
 from examples.quickstart.report import Result
 from examples.quickstart.runs import RUNS, VOCAB_SIZE, Plan
 from examples.quickstart.samples import PROMPTS, Sample
-from megatron_sffn.study.running.launch import Display, RunFailedError, Status, launch
+from megatron_sffn.study.running.launch import Display, RunFailedError, launch
+from megatron_sffn.train.log_status import Status
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.paths import ROOT
 from tests.support.processes import HANGS

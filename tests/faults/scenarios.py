@@ -202,6 +202,7 @@ def full_disk(folder: Path, undisturbed_job: Job) -> Outcome:
 
 
 FILES_AFTER_FULL_DISK = [
+    "arguments.txt",
     f"iter_{INTERVAL:07d}",
     "latest_checkpointed_iteration.txt",
     "routing.jsonl",

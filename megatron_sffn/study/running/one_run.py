@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from megatron_sffn.study.running.launch import STOP_SECONDS, Status, TrainingProcess
+from megatron_sffn.study.running.launch import STOP_SECONDS, TrainingProcess
 from megatron_sffn.study.running.study_file import Study
 from megatron_sffn.study.runs import SUMMARY, TENSORBOARD
+from megatron_sffn.train.log_status import Status
 from megatron_sffn.utils.atomic_files import atomic_write_text, read_json_object
 from megatron_sffn.utils.errors import ConfigError
 
