@@ -52,6 +52,7 @@ LONG_MODULES = [
     "patches/test_rehearsal",
     "integration/test_checkpoints",
     "examples/test_configs",
+    "examples/test_tutorial",
     "tools/test_convert_checkpoint",
     "nn/distributed/test_layer",
     "tools/test_analyze_routing",
