@@ -1,10 +1,12 @@
-"""The results of `benchmarks.parallel`: rows of a CSV file, and a table."""
+"""The results of `benchmarks.parallel`: rows of a CSV file, a table, and a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks.rows import columns
 
@@ -123,3 +125,53 @@ def transport_notes(rows: Sequence[Row]) -> list[str]:
     if rows[0].transport == "gloo":
         notes.append("the reduce-scatter of allgather sends twice the counted bytes over gloo")
     return notes
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Plot bytes and times over the block size, a column for each number of ranks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    all_ranks = sorted({row.ranks for row in rows})
+    figure, panels = pyplot.subplots(
+        2,
+        len(all_ranks),
+        figsize=(1.5 + 4 * len(all_ranks), 6.4),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for ranks, (sent, times) in zip(all_ranks, panels.T, strict=True):
+        _plot_column(sent, times, [row for row in rows if row.ranks == ranks])
+        sent.set_title(f"{ranks} ranks")
+    panels[0, 0].set_ylabel("bytes sent per token, forward")
+    panels[1, 0].set_ylabel("time over dense, forward + backward")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _plot_column(sent: Any, times: Any, rows: Sequence[Row]) -> None:
+    """Plot one number of ranks: bytes above, times below, a line per layer and dispatcher."""
+    sizes = sorted({row.block_size for row in rows})
+    for dispatcher, style in (("alltoall", "-"), ("allgather", "--")):
+        lines = [row for row in rows if row.dispatcher == dispatcher]
+        g = [row.block_size for row in lines]
+        ours = {"color": "tab:blue", "marker": "o", "linestyle": style}
+        megatrons = {"color": "tab:orange", "marker": "s", "linestyle": style}
+        sent.plot(g, [row.ours_bytes for row in lines], label=f"ours, {dispatcher}", **ours)
+        sent.plot(
+            g, [row.megatron_bytes for row in lines], label=f"Megatron, {dispatcher}", **megatrons
+        )
+        times.plot(g, [row.ours_over_dense for row in lines], **ours)
+        times.plot(g, [row.megatron_over_dense for row in lines], **megatrons)
+    times.set_xlabel("block size g")
+    for axes in (sent, times):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.grid(alpha=0.3)
