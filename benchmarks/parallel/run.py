@@ -94,7 +94,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="steps of each layer; the median counts. Slow layers get fewer (default: 15)",
     )
     add("--output", type=Path, help="append the rows to this CSV file")
-    add("--plot", type=Path, help="plot bytes and times over g, a column per --ranks (.png)")
+    add("--plot", type=Path, help="plot the counted bytes over g, a panel per --ranks (.png)")
     args = parser.parse_args(argv)
     check(args)
     return args
