@@ -10,7 +10,7 @@ from typing import Any
 
 from examples.verify import cards
 from examples.verify.cards import FAILED, NOT_RUN, PASSED
-from examples.verify.configurations import ARGUMENTS, CONFIGURATIONS, ROOT, Configuration
+from examples.verify.configurations import ARGUMENTS, CONFIGURATIONS, ROOT, UNIFIED, Configuration
 from megatron_sffn.utils.human_size import human_count
 
 PAGE = ROOT / "docs" / "verified.md"
@@ -35,17 +35,15 @@ def reductions() -> str:
         "| script | " + " | ".join(f"`--{name}`" for name in REDUCED) + " |",
         "|---" * (len(REDUCED) + 1) + "|",
     ]
-    models = {}
+    names: dict[tuple[str, ...], dict[str, None]] = {}
     for configuration in CONFIGURATIONS:
         full, toy = configuration.flags(), configuration.flags(TOY="1")
-        sizes = [f"{value_of(full, name)} → {value_of(toy, name)}" for name in REDUCED]
-        kind = configuration.arguments[:1] if configuration.script.startswith("sigma") else ()
-        router = " dense" if configuration.is_dense else ""
-        models[" ".join([configuration.script, *kind]) + router] = sizes
-    seen: dict[tuple[str, ...], list[str]] = {}
-    for name, sizes in models.items():
-        seen.setdefault(tuple(sizes), []).append(f"`{name}`")
-    lines += [f"| {', '.join(names)} | {' | '.join(sizes)} |" for sizes, names in seen.items()]
+        sizes = tuple(f"{value_of(full, name)} → {value_of(toy, name)}" for name in REDUCED)
+        is_grid = configuration.script == UNIFIED
+        kind = () if is_grid else configuration.arguments[:1]
+        kind += ("dense",) if configuration.is_dense and not is_grid else ()
+        names.setdefault(sizes, {})[f"`{' '.join([configuration.script, *kind])}`"] = None
+    lines += [f"| {', '.join(same)} | {' | '.join(sizes)} |" for sizes, same in names.items()]
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from examples.verify import cards, page, trained
 from examples.verify.built import counts
 from examples.verify.configurations import CONFIGURATIONS, Configuration, arguments_of
 from examples.verify.held_bytes import RankBytes
+from megatron_sffn.utils.errors import ConfigError
 
 pytestmark = [
     # Megatron itself causes both warnings.
@@ -105,3 +106,15 @@ def test_the_checks_refuse_wrong_losses_and_bytes() -> None:
         with pytest.raises(AssertionError):
             trained.assert_memory(trained.Training(losses=good, ranks=[counted, held]), counted)
     assert trained.largest_difference([*good[:4], 6.8], good) == pytest.approx(0.09 / 6.89)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--checks built,gpu", "--checks gpu is unknown; choose from built, trained, layouts"),
+        ("--only no-such", "--only no-such matches no configuration; --list prints their names"),
+    ],
+)
+def test_bad_flags_are_refused(arguments: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        verify.main(arguments.split())
