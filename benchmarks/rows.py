@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,22 @@ def append(rows: Sequence[Any], path: Path) -> None:
         if not file.tell():
             writer.writerow(columns(type(rows[0])))
         writer.writerows(dataclasses.astuple(row) for row in rows)
+
+
+def read[T](path: Path, row_type: type[T]) -> list[T]:
+    """The rows of one dataclass from a CSV file that `append` has written."""
+    types: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "bool": lambda text: text == "True",
+        "str": str,
+    }
+    fields = dataclasses.fields(row_type)  # type: ignore[arg-type]  # a dataclass
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            row_type(**{f.name: types[str(f.type)](line[f.name.rstrip("_")]) for f in fields})
+            for line in csv.DictReader(file)
+        ]
 
 
 def check_plot(path: Path) -> None:

@@ -103,6 +103,7 @@ LONG_MODULES = [
     "tools/test_build_index_cache",
     "benchmarks/test_blocks",
     "data/loading/test_index_cache",
+    "examples/test_verified",
     "examples/test_data",
     "faults/test_hang",
     "study/test_report",

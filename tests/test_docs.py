@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import megatron_sffn
-from docs import build_site, draw_architecture, tabulate_flags
+from docs import build_site, draw_architecture, draw_gallery, tabulate_flags
 from megatron_sffn import accounting, ops
 from megatron_sffn.nn.routers import ROUTERS
 from tests.support.paths import ROOT
@@ -110,6 +110,29 @@ def test_the_pictures_match_the_code() -> None:
 def test_the_tables_of_flags_match_the_sweep() -> None:
     page = tabulate_flags.PAGE.read_text()
     assert page == tabulate_flags.renewed(page), "run python -m docs.tabulate_flags"
+
+
+def test_the_gallery_shows_every_figure_with_its_command_and_time() -> None:
+    page, manifest = draw_gallery.PAGE.read_text(), draw_gallery.read_manifest()
+    assert page == draw_gallery.renewed(page), "run python -m docs.draw_gallery"
+    # A command, or a text, that has changed since shows on the page of today only.
+    assert set(manifest) == {figure.name for figure in draw_gallery.FIGURES}
+    for figure in draw_gallery.FIGURES:
+        assert manifest[figure.name]["command"] == figure.command
+    drawn = {path.name for path in draw_gallery.FOLDER.iterdir()}
+    data = {Path(path).name for entry in manifest.values() for path in entry["data"]}
+    assert drawn <= data | set(manifest), "a file that no figure has"
+
+
+def test_no_figure_of_the_gallery_is_older_than_its_data() -> None:
+    manifest = draw_gallery.read_manifest()
+    assert draw_gallery.stale(manifest) == []
+    name = next(iter(manifest))
+    (path,) = manifest[name]["data"]
+    manifest[name]["data"][path] = "0"
+    assert draw_gallery.stale(manifest) == [f"{name}: {path} has changed since it was drawn"]
+    manifest[name]["sha256"] = "0"
+    assert len(draw_gallery.stale(manifest)) == 2
 
 
 def table_rows() -> Iterator[tuple[str, str, str]]:

@@ -21,6 +21,7 @@ from tests.test_docs import CURRENT_PAGES, page_id
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*(?![\w-])")
 OTHER_PROGRAMS = {
     "docker": "--build-arg --gpus --ipc --isolation --ulimit --user",
+    "git": "--tags",
     "lm_eval": "--batch_size --include_path --model_args",
     "Megatron-LM's tools": "--find-optimal-num-workers",
     "pip": "--dest --no-build-isolation --no-deps --no-index --only-binary --platform "

@@ -166,7 +166,12 @@ def notes(missing: Sequence[Missing]) -> list[str]:
     ]
 
 
-def plot(rows: Sequence[Row], contenders: Sequence[str], path: Path) -> None:
+def plot(
+    rows: Sequence[Row],
+    contenders: Sequence[str],
+    path: Path,
+    passes: Sequence[str] = PASSES,
+) -> None:
     """Plot ratios over the block size: a panel per pass and expansion, a line per contender.
 
     Raises:
@@ -180,15 +185,15 @@ def plot(rows: Sequence[Row], contenders: Sequence[str], path: Path) -> None:
 
     expansions = sorted({row.expansion for row in rows})
     figure, panels = pyplot.subplots(
-        len(PASSES),
+        len(passes),
         len(expansions),
-        figsize=(1.5 + 4 * len(expansions), 7),
+        figsize=(1.5 + 4 * len(expansions), 3.5 * len(passes)),
         sharex=True,
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    for timed, line in zip(PASSES, panels, strict=True):
+    for timed, line in zip(passes, panels, strict=True):
         for expansion, axes in zip(expansions, line, strict=True):
             panel_rows = [row for row in rows if (row.pass_, row.expansion) == (timed, expansion)]
             _plot_panel(axes, panel_rows, contenders)

@@ -1,7 +1,7 @@
 """Time one sparse layer on several ranks, ours and Megatron's: `python -m benchmarks.parallel`.
 
 Inputs: the sizes of a layer, block sizes and numbers of ranks. Outputs: a table of ratios per
-number of ranks, and, with `--output`, the same rows appended to a CSV file.
+number of ranks, and, with `--output`, the same rows appended to a CSV file; with `--plot`, a plot.
 
 Design notes: everything that is compared runs in one command, in turns, in the same processes.
 Times are ratios to a dense FFN or to each other, because absolute times say more about the machine
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks.agreement import DisagreementError, refusing
 from benchmarks.machine import Platform, adapt
-from benchmarks.parallel.table import Row, table
-from benchmarks.rows import append, check_output
+from benchmarks.parallel.table import Row, plot, table
+from benchmarks.rows import append, check_output, check_plot
 from megatron_sffn.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for ranks in args.ranks:
         check_devices(ranks, platform)
+    all_rows = []
     for ranks in args.ranks:
         measured = measure(ranks, args, platform)
         check_agreement(ranks, measured)
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(rows), flush=True)
         if args.output:
             append(rows, args.output)
+        all_rows += rows
+    if args.plot:
+        plot(all_rows, args.plot)
     return 0
 
 
@@ -90,6 +94,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="steps of each layer; the median counts. Slow layers get fewer (default: 15)",
     )
     add("--output", type=Path, help="append the rows to this CSV file")
+    add("--plot", type=Path, help="plot the counted bytes over g, a panel per --ranks (.png)")
     args = parser.parse_args(argv)
     check(args)
     return args
@@ -129,6 +134,8 @@ def check(args: argparse.Namespace) -> None:
                 )
     if args.output:
         check_output(args.output, Row)
+    if args.plot:
+        check_plot(args.plot)
 
 
 def check_devices(ranks: int, platform: Platform) -> None:

@@ -1,10 +1,12 @@
-"""The results of `benchmarks.parallel`: rows of a CSV file, and a table."""
+"""The results of `benchmarks.parallel`: rows of a CSV file, a table, and a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks.rows import columns
 
@@ -123,3 +125,48 @@ def transport_notes(rows: Sequence[Row]) -> list[str]:
     if rows[0].transport == "gloo":
         notes.append("the reduce-scatter of allgather sends twice the counted bytes over gloo")
     return notes
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Plot counted bytes over the block size, a panel per number of ranks.
+
+    Times are left to the table: on a shared machine they vary too much for a line.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    all_ranks = sorted({row.ranks for row in rows})
+    figure, (panels,) = pyplot.subplots(
+        1,
+        len(all_ranks),
+        figsize=(1.5 + 4 * len(all_ranks), 3.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ranks, axes in zip(all_ranks, panels, strict=True):
+        _plot_panel(axes, [row for row in rows if row.ranks == ranks])
+        axes.set_title(f"{ranks} ranks")
+    panels[0].set_ylabel("bytes sent per token, forward")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _plot_panel(axes: Any, rows: Sequence[Row]) -> None:
+    """Plot one number of ranks."""
+    for dispatcher, style in (("alltoall", "-"), ("allgather", "--")):
+        lines = [row for row in rows if row.dispatcher == dispatcher]
+        sizes = [row.block_size for row in lines]
+        ours, megatrons = ([row.ours_bytes for row in lines], [row.megatron_bytes for row in lines])
+        axes.plot(sizes, ours, f"C0o{style}", label=f"ours, {dispatcher}")
+        axes.plot(sizes, megatrons, f"C1s{style}", label=f"Megatron, {dispatcher}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sorted({row.block_size for row in rows})
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_xlabel("block size g")
+    axes.grid(alpha=0.3)

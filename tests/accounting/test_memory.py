@@ -16,6 +16,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 from torch.utils.flop_counter import FlopCounterMode
 
+from examples.verify.held_bytes import bytes_of_rank
 from megatron_sffn.accounting import ModelShape, layer_parts, memory_per_rank
 from megatron_sffn.accounting.activations import Activations
 from megatron_sffn.accounting.held_parameters import held_parameters
@@ -184,27 +185,8 @@ def measured_memory(
         "flops": counter.get_total_flops(),
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
         "parameters": sum(parameter.numel() for parameter in weights),
-        "weights": sum(parameter.nbytes for parameter in weights),
-        "gradients": sum(parameter.main_grad.nbytes for parameter in weights),
-        "optimizer": sum(
-            state_bytes(inner_optimizer, layout.half_precision)
-            for inner_optimizer in optimizer.chained_optimizers
-        ),
+        **dataclasses.asdict(bytes_of_rank(chunks, optimizer, layout.half_precision)),
     }
-
-
-def state_bytes(optimizer: Any, half: bool) -> int:
-    """Bytes of an optimizer's moments, and of its master weights if the model is half precision."""
-    inner = optimizer.optimizer
-    tensors = [
-        value
-        for state in inner.state.values()
-        for name, value in state.items()
-        if name.startswith("exp_avg") or name == "momentum_buffer"
-    ]
-    if half:
-        tensors += [weight for group in inner.param_groups for weight in group["params"]]
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def measured_memories(

@@ -12,7 +12,8 @@ import pytest
 from benchmarks.machine import Platform
 from benchmarks.parallel import contenders
 from benchmarks.parallel import run as parallel
-from benchmarks.parallel.table import COLUMNS
+from benchmarks.parallel.table import COLUMNS, Row
+from benchmarks.rows import read
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.paths import ROOT
 
@@ -27,7 +28,8 @@ def rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, s
     """The CSV rows of two toy runs, the second with one block size."""
     path = tmp_path / "rows.csv"
     for arguments in (TOY, f"{TOY} --block-sizes 8"):
-        assert parallel.main([*arguments.split(), "--output", str(path)]) == 0
+        results = ["--output", str(path), "--plot", str(path.with_suffix(".png"))]
+        assert parallel.main([*arguments.split(), *results]) == 0
     printed = capsys.readouterr().out
     assert printed.count("2 ranks over gloo") == 2
     assert "D = 16, k = 32, E = 4" in printed
@@ -35,7 +37,13 @@ def rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, s
         return list(csv.DictReader(file))
 
 
-def test_rows_have_ratios_and_the_bytes_of_the_closed_form(rows: list[dict[str, str]]) -> None:
+def test_rows_have_ratios_and_the_bytes_of_the_closed_form(
+    rows: list[dict[str, str]], tmp_path: Path
+) -> None:
+    read_rows = read(tmp_path / "rows.csv", Row)
+    assert [str(row.block_size) for row in read_rows] == [row["block_size"] for row in rows]
+    assert [str(row.chosen) for row in read_rows] == [row["chosen"] for row in rows]
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
     cases = [(row["block_size"], row["dispatcher"]) for row in rows]
     kinds = [(size, dispatcher) for size in ("32", "8") for dispatcher in ("alltoall", "allgather")]
     assert cases == [*kinds, *kinds[2:]]
@@ -102,6 +110,7 @@ def test_no_ratio_is_printed_if_the_layers_disagree(
         ("--ranks 3", r"--ranks 3 does not divide the 4 blocks of --block-sizes 1024"),
         ("--tokens 3", r"--tokens 3 is less than --ranks 4; give at least 4"),
         ("--output .", r"--output \. is a folder"),
+        ("--plot rows.svg", r"--plot rows\.svg does not end in \.png; give a name that does"),
         ("--output no/rows.csv", r"--output no/rows\.csv is in no folder; make no first"),
         (f"--output {__file__}", r"has other columns; give another path"),
     ],
