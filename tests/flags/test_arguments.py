@@ -169,6 +169,7 @@ def test_defaults_are_those_of_the_design(read: Read) -> None:
         "sffn_record_routing": None,
         "sffn_dataloader": "torch",
         "sffn_validation_data": "first",
+        "sffn_verbose": False,
         "sffn_eval_iters": 100,
         "sffn_separate_validation_sets": False,
         "sffn_hash_seed": 42,
