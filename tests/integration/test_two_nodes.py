@@ -201,8 +201,8 @@ def test_the_containers_of_the_compose_file_train_and_resume(nodes, tmp_path: Pa
         for service in services
     ]
     script = Path(command[0]).name
-    for iterations in (4, 6):
-        flags = shlex.join([*command[1:], f"--train-iters={iterations}", "--log-interval=1"])
+    flags = shlex.join([*command[1:], "--train-iters=6", "--exit-interval=4", "--log-interval=1"])
+    for _ in range(2):
         log = train(nodes, script, variables, flags, tmp_path)
     assert len(log.values("lm loss")) == 2, "the second run goes on after step 4"
     assert log.values("lm loss")[-1] < 6.9, "less than a model that knows nothing, log(1024)"
