@@ -28,7 +28,7 @@ def install() -> None:
 
 def _if_verbose(original: Callable[[str, Namespace], None]) -> Callable[[str, Namespace], None]:
     def print_arguments(title: str, args: Namespace) -> None:
-        if args.sffn_verbose:
+        if vars(args).get("sffn_verbose", True):  # a namespace of Megatron's own parser has no flag
             original(title, args)
 
     return print_arguments
