@@ -176,8 +176,7 @@ class Activations:
         setup, count = self.setup, self.mlp_norm_and_dropout()
         if Symbols.MOE not in layer:
             return count + self.hidden_states() + self.mlp(self.shape.ffn_hidden_size)
-        sffn = self.shape.of_layer(layer).sffn
-        assert sffn is not None
+        sffn = self.shape.sffn_of_layer(layer)
         call = LayerCall(
             sffn=sffn,
             hidden_size=self.shape.hidden_size,

@@ -49,9 +49,7 @@ def flops_per_token(shape: ModelShape) -> Flops:
     counts = shape.layers_with(depth)
     active = counts.dense * shape.ffn_hidden_size * shape.dense_cell
     router = 0
-    for layer, count in shape.by_router(depth):
-        sffn = layer.sffn
-        assert sffn is not None
+    for layer, sffn, count in shape.by_router(depth):
         cells = sffn.chosen_cells * layer.sparse_cell + sffn.shared_cells * layer.dense_cell
         active += count * (cells + layer.latent_projections)
         router += count * sffn.router.flops(sffn, layer.router_width, gated=layer.gated)

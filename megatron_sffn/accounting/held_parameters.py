@@ -10,7 +10,7 @@ is not the first stage too (Megatron's `GPTModel` and `HybridModel`).
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
@@ -23,7 +23,12 @@ from megatron_sffn.accounting.parameters import (
     prediction_parameters,
 )
 from megatron_sffn.accounting.pipeline_stages import Stage
-from megatron_sffn.accounting.shape import LayerCounts, ModelShape, count_parts
+from megatron_sffn.accounting.shape import (
+    LayerCounts,
+    LayersOfRouter,
+    ModelShape,
+    count_parts,
+)
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 
@@ -58,9 +63,7 @@ def held_parameters(shape: ModelShape, stage: Stage, layout: ParallelLayout) -> 
     others += counts.dense * _mlp_biases(shape, layout)
     others += predictions * (prediction_parameters(shape) - 2 * width * width)
     cells = cell_matrices = 0
-    for layer, count in held_by_router(shape, stage):
-        sffn = layer.sffn
-        assert sffn is not None
+    for layer, sffn, count in held_by_router(shape, stage):
         router_matrices = sffn.router.matrix_parameters(sffn, layer.router_width)
         shared = layer.dense_cell * sffn.shared_cells // layout.tp
         matrices += count * (router_matrices + shared + layer.latent_projections)
@@ -83,19 +86,13 @@ def held_parameters(shape: ModelShape, stage: Stage, layout: ParallelLayout) -> 
     return HeldParameters(cells=cells, rest=rest, matrices=matrices + cell_matrices)
 
 
-def held_by_router(shape: ModelShape, stage: Stage) -> list[tuple[ModelShape, int]]:
-    """The shape with each router alone, and the number of the stage's sparse layers that have it.
-
-    Those of multi-token prediction are included.
-    """
-    if shape.sffn is None:
-        return []
-    routers = Counter(layer.partition(Symbols.MOE)[1:] for layer in stage.layers)
-    routers[Symbols.MOE, ""] += held_layers(shape, stage).sparse - stage.counts.sparse
+def held_by_router(shape: ModelShape, stage: Stage) -> list[LayersOfRouter]:
+    """The sparse layers of a stage by their routers, those of multi-token prediction included."""
+    configs = Counter(shape.sffn_of_layer(layer) for layer in stage.layers if Symbols.MOE in layer)
+    if predicted := held_layers(shape, stage).sparse - stage.counts.sparse:
+        configs[shape.sffn_of_layer(Symbols.MOE)] += predicted
     return [
-        (shape.of_layer("".join(router)), count)
-        for router, count in routers.items()
-        if Symbols.MOE in router and count
+        LayersOfRouter(replace(shape, sffn=sffn), sffn, count) for sffn, count in configs.items()
     ]
 
 
@@ -104,8 +101,7 @@ def held_layers(shape: ModelShape, stage: Stage) -> LayerCounts:
     counts = stage.counts
     if not stage.last or not shape.predicted_tokens:
         return counts
-    predicted = count_parts(shape.prediction * shape.own_predictions)
-    return LayerCounts(*map(sum, zip(counts, predicted, strict=True)))
+    return counts.plus(count_parts(shape.prediction * shape.own_predictions))
 
 
 def _attention_vectors(shape: ModelShape, layout: ParallelLayout) -> int:

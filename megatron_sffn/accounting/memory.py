@@ -116,9 +116,7 @@ def router_tables(shape: ModelShape, stage: Stage, setup: TrainingSetup) -> int:
     evaluation), and what load balancing holds. A few single numbers of a layer are not counted.
     """
     total = 0
-    for layer, count in held_by_router(shape, stage):
-        sffn = layer.sffn
-        assert sffn is not None
+    for layer, sffn, count in held_by_router(shape, stage):
         tables = sffn.router.held_bytes(sffn, layer.router_width, layer.padded_vocab_size)
         block_bytes = 2 * INT64
         if "moe_router_enable_expert_bias" in sffn.router.megatron_flags:

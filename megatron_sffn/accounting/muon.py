@@ -89,7 +89,7 @@ def muon_matrices(
         matrices[matrix] += counts.attentions
     for matrix in _mlp(shape, shape.ffn_hidden_size):
         matrices[matrix] += counts.dense
-    for layer, count in held_by_router(shape, stage):
+    for layer, _, count in held_by_router(shape, stage):
         _add(matrices, _beside_blocks(layer), count)
         _add(matrices, _blocks(layer, layout), layer.tables(count, predictions))
     matrices[Matrix(width, 2 * width, 0)] += predictions

@@ -38,9 +38,7 @@ def count_parameters(shape: ModelShape) -> Parameters:
     rest += counts.delta_nets * shape.delta_net.parameters(width, head_norm)
     total = active = rest
     cells = chosen = 0
-    for layer, count in shape.by_router(predictions):
-        sffn = layer.sffn
-        assert sffn is not None
+    for layer, sffn, count in shape.by_router(predictions):
         router = sffn.router.parameters(sffn, layer.router_width)
         every_token = router + shared_parameters(layer) + layer.latent_projections
         total += count * every_token

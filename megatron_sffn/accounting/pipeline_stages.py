@@ -59,14 +59,10 @@ def pipeline_stages(layout: ParallelLayout, parts: tuple[str, ...]) -> list[Stag
 
 def _chunks(layout: ParallelLayout, parts: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The layers of each chunk: where a hybrid pattern cuts them, else of equal shares."""
-    chunks: list[tuple[str, ...]] = [()]
-    if Symbols.PIPE in parts:
-        for part in parts:
-            if part == Symbols.PIPE:
-                chunks.append(())
-            else:
-                chunks[-1] += (part,)
-        return chunks
+    cuts = [index for index, part in enumerate(parts) if part == Symbols.PIPE]
+    if cuts:
+        pieces = zip([-1, *cuts], [*cuts, len(parts)], strict=True)
+        return [parts[before + 1 : end] for before, end in pieces]
     chunks, start = [], 0
     for count in layout.layers_per_chunk(len(parts)):
         chunks.append(parts[start : start + count])
@@ -80,8 +76,7 @@ def computed_layers(shape: ModelShape, stage: Stage) -> tuple[LayerCounts, int]:
     A prediction that repeats the layer of another one has no weights of its own, but computes.
     """
     predictions = shape.predicted_tokens if stage.last else 0
-    predicted = count_parts(predictions * shape.prediction)
-    return LayerCounts(*map(sum, zip(stage.counts, predicted, strict=True))), predictions
+    return stage.counts.plus(count_parts(predictions * shape.prediction)), predictions
 
 
 def microbatches_in_flight(layout: ParallelLayout, stage: Stage, num_microbatches: int) -> float:

@@ -19,9 +19,7 @@ def sent_per_token_and_layer(shape: ModelShape, layout: ParallelLayout) -> float
         layout: layout of the ranks, with a dispatcher of `DISPATCHERS`.
     """
     total = 0.0
-    for layer, count in shape.by_router(0):
-        sffn = layer.sffn
-        assert sffn is not None
+    for _, sffn, count in shape.by_router(0):
         of_megatron = sffn.backend == "megatron"
         sent = megatron_bytes_per_token if of_megatron else exchanged_bytes_per_token
         total += count * sent(sffn, shape.hidden_size, layout)

@@ -41,6 +41,10 @@ class LayerCounts(NamedTuple):
         """All of them, each of which has a norm."""
         return sum(self)
 
+    def plus(self, other: LayerCounts) -> LayerCounts:
+        """The layers of both."""
+        return LayerCounts(*map(sum, zip(self, other, strict=True)))
+
 
 def count_parts(symbols: str) -> LayerCounts:
     """The parts of layers that are written with the symbols of a hybrid model."""
@@ -180,17 +184,18 @@ class ModelShape:
 
     def layers_with(self, predictions: int) -> LayerCounts:
         """The layers of the model and of that many multi-token predictions."""
-        recurrent, predicted = count_parts(self.recurrent), count_parts(self.prediction)
-        return LayerCounts(
-            attentions=self.attentions + predictions * predicted.attentions,
-            dense=self.dense_layers + predictions * predicted.dense,
-            sparse=self.sparse_layers + predictions * predicted.sparse,
-            mambas=recurrent.mambas + predictions * predicted.mambas,
-            delta_nets=recurrent.delta_nets + predictions * predicted.delta_nets,
+        recurrent = count_parts(self.recurrent)
+        model = LayerCounts(
+            attentions=self.attentions,
+            dense=self.dense_layers,
+            sparse=self.sparse_layers,
+            mambas=recurrent.mambas,
+            delta_nets=recurrent.delta_nets,
         )
+        return model.plus(count_parts(predictions * self.prediction))
 
-    def by_router(self, predictions: int) -> list[tuple[ModelShape, int]]:
-        """The shape with each router alone, and the number of sparse layers that have it.
+    def by_router(self, predictions: int) -> list[LayersOfRouter]:
+        """The sparse layers by their routers.
 
         Args:
             predictions: multi-token predictions whose layers count, too.
@@ -198,19 +203,17 @@ class ModelShape:
         if self.sffn is None:
             return []
         layers = self.sffn.layers_by_router(self.layers_with(predictions).sparse)
-        return [(replace(self, sffn=sffn), count) for sffn, count in layers]
+        return [LayersOfRouter(replace(self, sffn=sffn), sffn, count) for sffn, count in layers]
 
-    def of_layer(self, layer: str) -> ModelShape:
-        """The shape with the router of one sparse layer alone.
+    def sffn_of_layer(self, layer: str) -> SparseFFNConfig:
+        """The config of one sparse layer.
 
         Args:
             layer: the layer's parts (`pipeline_stages.layer_parts`).
         """
         assert self.sffn is not None, "a dense model has no sparse layer"
-        if not self.sffn.other_routers:
-            return self
         number = layer.partition(Symbols.MOE)[2]
-        return replace(self, sffn=self.sffn.with_router(self.sffn.routers[int(number or 0)]))
+        return self.sffn.with_router(self.sffn.routers[int(number or 0)])
 
     @property
     def prediction_layers(self) -> tuple[str, ...]:
@@ -303,3 +306,17 @@ def dense_equivalent(shape: ModelShape) -> ModelShape:
     """The same model without sparse layers; of equal block FLOPs if k is `ffn_hidden_size`."""
     prediction = shape.prediction.replace("E", "-")
     return dataclasses.replace(shape, sffn=None, sparse_layers=0, prediction=prediction)
+
+
+class LayersOfRouter(NamedTuple):
+    """The sparse layers of a model that have one router.
+
+    Args:
+        shape: shape of the model, as if all its sparse layers had this router.
+        sffn: config of these layers.
+        layers: how many there are.
+    """
+
+    shape: ModelShape
+    sffn: SparseFFNConfig
+    layers: int

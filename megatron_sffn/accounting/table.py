@@ -54,11 +54,10 @@ def table(shape: ModelShape, layout: ParallelLayout | None = None) -> str:
 
 def _routers(shape: ModelShape) -> str:
     """The name of the router, or of each router with the number of its sparse layers."""
-    layers = [(layer.sffn, count) for layer, count in shape.by_router(0)]
-    names = [(sffn.router.name, count) for sffn, count in layers if sffn is not None]
-    if len(names) == 1:
-        return names[0][0]
-    return " and ".join(f"{name} ({count})" for name, count in names)
+    layers = shape.by_router(0)
+    if len(layers) == 1:
+        return layers[0].sffn.router.name
+    return " and ".join(f"{sffn.router.name} ({count})" for _, sffn, count in layers)
 
 
 def human(number: float) -> str:

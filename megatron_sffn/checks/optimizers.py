@@ -141,7 +141,7 @@ CHECKS = (optimizer, muon, factors)
 
 def groups(args: Namespace, sffn: SparseFFNConfig) -> Iterator[Problem]:
     """Factors of groups of weights that no sparse layer has."""
-    layers = [layer for layer, _ in sffn.layers_by_router(args.num_layers)]
+    layers = [sffn.with_router(router) for router in sffn.routers]
     absent = {}
     if not any(layer.key_width(args.hidden_size) for layer in layers):
         absent["keys"] = "its cells have values alone; its own keys are gates"

@@ -7,7 +7,6 @@ the sparse layers, and the config of each layer.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 from dataclasses import dataclass
 from typing import Any, Self
@@ -71,7 +70,8 @@ class SparseFFNTransformerConfig(TransformerConfig):
         for name, value in router_fields.items():
             setattr(self, name, value)
         if self.sffn is not None:
-            for sffn, _ in self.sffn.layers_by_router(self.num_layers):
+            for router in self.sffn.routers:
+                sffn = self.sffn.with_router(router)
                 self._with(sffn)._check_router(sffn)
             self._check_tables(self.sffn)
 
@@ -91,7 +91,7 @@ class SparseFFNTransformerConfig(TransformerConfig):
         sffn, freq = self.sffn, self.moe_layer_freq
         assert sffn is not None, "a dense model has no sparse layer"
         if layer_number is None:
-            return self._with(dataclasses.replace(sffn, other_routers=()))
+            return self._with(sffn.with_router(sffn.router))
         earlier = freq[: layer_number - 1] if isinstance(freq, list) else [1] * (layer_number - 1)
         return self._with(sffn.of_layer(sum(earlier)))
 

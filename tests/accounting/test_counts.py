@@ -326,7 +326,7 @@ def test_active_parameters_leave_out_the_inactive_blocks(name: str) -> None:
     inactive_cells = (sffn.num_blocks - sffn.num_active_blocks) * sffn.block_size
     if sffn.other_routers:
         assert count.total - count.active == sum(
-            layers * inactive_cells * layer.sparse_cell for layer, layers in shape.by_router(0)
+            layers * inactive_cells * layer.sparse_cell for layer, _, layers in shape.by_router(0)
         )
         return
     keys = (2 if shape.gated else 1) * sffn.key_width(shape.hidden_size)
@@ -345,9 +345,9 @@ def recomputed_keys(shape: ModelShape) -> int:
     # The products with the chosen blocks' keys, which the router has computed already.
     keys = 2 if shape.gated else 1
     return sum(
-        2 * count * keys * layer.sffn.key_width(shape.hidden_size) * layer.sffn.chosen_cells
-        for layer, count in shape.by_router(0)
-        if isinstance(layer.sffn.router, KeyTableConfig)
+        2 * count * keys * sffn.key_width(shape.hidden_size) * sffn.chosen_cells
+        for _, sffn, count in shape.by_router(0)
+        if isinstance(sffn.router, KeyTableConfig)
     )
 
 
