@@ -38,3 +38,10 @@ def test_the_notebook_runs_from_the_first_cell_to_the_last(
     assert "SparseFFNGPTForCausalLM" in text
     images = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in images)
+
+
+def test_the_committed_notebook_was_executed_in_order_without_errors() -> None:
+    notebook = nbformat.read(NOTEBOOK, nbformat.NO_CONVERT)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
