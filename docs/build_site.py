@@ -4,13 +4,14 @@ Inputs: `docs/`, and the files of the repository that its pages link to. Outputs
 needs no network.
 
 Design notes: the pages are written for a reader of the repository, so a link may lead to any file
-of it. Each file that a page links to is in the site: a page as a page, a picture as it is, another
-file as a page that shows it. The navigation is `docs/README.md`, so that the list of pages by
+of it. Each file that a page links to is in the site: a page or notebook as a page, a picture as it
+is, another file as a page that shows it. The navigation is `docs/README.md`, so that the list of pages by
 reader exists once. The first use of a glossary word on a page links to its definition.
 """
 
 from __future__ import annotations
 
+import functools
 import html
 import itertools
 import logging
@@ -34,12 +35,16 @@ HOME = {"README.md": "index.md", INDEX: "pages.md"}
 FOUND_LAST = ("megatron-flags.md", "repository/CHANGELOG.md")
 """Pages that have every word, which the search lists below others."""
 
+PAGES = (".md", ".ipynb")
 PICTURES = (".png", ".svg")
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
-FILE_LINK = re.compile(r"\[[\w./-]+\.md\](?=\(([^)#\s]+)[^)\s]*\))")
+FILE_LINK = re.compile(r"\[[\w./-]+\.(?:md|ipynb)\](?=\(([^)#\s]+)[^)\s]*\))")
 CODE = re.compile(r"(^ *```.*?^ *```\n|`[^`\n]+`)", flags=re.DOTALL | re.MULTILINE)
 OWN_SENSE = ("chunk", "combine", "group", "host", "load", "memory", "pair", "patch", "price", "row")
 """Glossary words that pages also use in their everyday sense, which get no link."""
+
+PICTURES_INSIDE = {"ExtractOutputPreprocessor": {"enabled": False}}
+"""Setting of nbconvert by which a notebook's pictures are in its page, not in files beside it."""
 
 NUMBERS = itertools.count(1)  # of Mermaid's pictures
 LOGGER = logging.getLogger("mkdocs.hooks.build_site")
@@ -118,14 +123,14 @@ def linked_files() -> list[str]:
         path = waiting.pop()
         if path not in found and (ROOT / path).exists():  # mkdocs reports a link to nothing
             found.append(path)
-            if path.endswith(".md"):
+            if path.endswith(PAGES):
                 waiting += [target for target, _ in map(split_link(path), links_of(path)) if target]
     return sorted(found)
 
 
 def links_of(path: str) -> list[str]:
     """The relative links of a page that lead to another file."""
-    text = CODE.sub("", (ROOT / path).read_text())
+    text = CODE.sub("", text_of(path))
     return [link for link in LINK.findall(text) if not re.match(r"[a-z]+:|#", link)]
 
 
@@ -157,17 +162,30 @@ def repository_path(uri: str) -> str:
 
 
 def shown(path: str) -> str | None:
-    """The page that shows a file which is no page, or lists a folder; None for pages, pictures."""
+    """The page that shows a file which is none, or lists a folder; None for pages and pictures."""
     file = ROOT / path
     if file.is_dir():
         names = sorted(child.name for child in file.iterdir() if not child.name.startswith("__"))
         return "\n".join([f"# {path}/", "", *(f"- `{name}`" for name in names), ""])
     if file.suffix in (".md", *PICTURES):
         return None
+    if file.suffix == ".ipynb":
+        return text_of(path)
     language = {".sh": "bash", ".yaml": "yaml", ".py": "python"}.get(file.suffix, "")
     return (
         f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n````{language}\n{file.read_text()}````\n"
     )
+
+
+@functools.cache
+def text_of(path: str) -> str:
+    """The Markdown of a page, or of a notebook with its outputs and pictures."""
+    if path.endswith(".md"):
+        return (ROOT / path).read_text()
+    from nbconvert import MarkdownExporter
+
+    exporter = MarkdownExporter(config=PICTURES_INSIDE)
+    return str(exporter.from_filename(ROOT / path)[0])
 
 
 def rewritten(markdown: str, path: str) -> str:
@@ -187,8 +205,8 @@ def rewritten(markdown: str, path: str) -> str:
         return posixpath.relpath(site_uri(target), folder or ".") + anchor
 
     def title(match: re.Match[str]) -> str:
-        file = ROOT / split_link(path)(match[1])[0]
-        text = file.read_text() if file.exists() else ""
+        target = split_link(path)(match[1])[0]
+        text = text_of(target) if (ROOT / target).exists() else ""
         heading = re.search(r"^# (.*)$", text, flags=re.MULTILINE)
         return f"[{heading[1]}]" if heading else match[0]
 

@@ -71,12 +71,21 @@ def test_the_site_has_every_page_and_every_file_that_a_page_links_to() -> None:
     assert {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"} <= set(listed)
     uris = {build_site.site_uri(path) for path in build_site.linked_files()}
     for path in build_site.linked_files():
-        if path.endswith(".md"):
-            page = build_site.rewritten((ROOT / path).read_text(), path)
+        if path.endswith(build_site.PAGES):
+            page = build_site.rewritten(build_site.text_of(path), path)
             folder = posixpath.dirname(build_site.site_uri(path))
             for target in re.findall(r"\]\(([^)#\s]+)[^)\s]*\)", build_site.CODE.sub("", page)):
                 uri = posixpath.normpath(posixpath.join(folder, target))
                 assert re.match("[a-z]+:", target) or uri in uris, f"{path}: {target}"
+
+
+def test_a_notebook_is_a_page_with_its_outputs_and_pictures() -> None:
+    page = build_site.shown("examples/tutorial/tutorial.ipynb")
+    assert page is not None
+    assert page.startswith("# From text to the answer\n")
+    assert "```python\n" in page
+    assert "perplexity" in page
+    assert "](data:image/png;base64," in page
 
 
 def test_the_first_use_of_a_glossary_word_links_to_its_definition() -> None:
