@@ -52,6 +52,9 @@ EXTRAS = {
     "rensa": ("dedup", "near duplicates"),
     "nltk": ("sentences", "--split-sentences"),
     "scipy": ("study", "the report of a study"),
+    "submitit": ("slurm", "studies on Slurm"),
+    "lm_eval": ("eval", "--tasks of eval"),
+    "mamba_ssm": ("mamba", "recurrent layers on a GPU"),
     "wandb": ("wandb", "--wandb-project"),
 }
 """Package -> our extra that installs it, and its use."""
