@@ -5,8 +5,8 @@ needs no network.
 
 Design notes: the pages are written for a reader of the repository, so a link may lead to any file
 of it. Each file that a page links to is in the site: a page or notebook as a page, a picture as it
-is, another file as a page that shows it. The navigation is `docs/README.md`, so that the list of pages by
-reader exists once. The first use of a glossary word on a page links to its definition.
+is, another file as a page that shows it. The navigation is `docs/README.md`, so that the list of
+pages by reader exists once. The first use of a glossary word on a page links to its definition.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def text_of(path: str) -> str:
     from nbconvert import MarkdownExporter
 
     exporter = MarkdownExporter(config=PICTURES_INSIDE)
-    return str(exporter.from_filename(ROOT / path)[0])
+    return str(exporter.from_filename(str(ROOT / path))[0])
 
 
 def rewritten(markdown: str, path: str) -> str:

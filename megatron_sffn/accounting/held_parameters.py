@@ -29,6 +29,7 @@ from megatron_sffn.accounting.shape import (
     ModelShape,
     count_parts,
 )
+from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.parallel_layout import ParallelLayout
 
 
@@ -88,7 +89,10 @@ def held_parameters(shape: ModelShape, stage: Stage, layout: ParallelLayout) -> 
 
 def held_by_router(shape: ModelShape, stage: Stage) -> list[LayersOfRouter]:
     """The sparse layers of a stage by their routers, those of multi-token prediction included."""
-    configs = Counter(shape.sffn_of_layer(layer) for layer in stage.layers if Symbols.MOE in layer)
+    kinds = Counter(layer for layer in stage.layers if Symbols.MOE in layer)
+    configs: Counter[SparseFFNConfig] = Counter()
+    for layer, count in kinds.items():  # plans call this often, and most layers are alike
+        configs[shape.sffn_of_layer(layer)] += count
     if predicted := held_layers(shape, stage).sparse - stage.counts.sparse:
         configs[shape.sffn_of_layer(Symbols.MOE)] += predicted
     return [

@@ -14,7 +14,9 @@ Design notes:
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -101,6 +103,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     stop the other ranks. Any other exception keeps its traceback and its exit code. The process
     ends within seconds, whatever child processes the command has started.
     """
+    # Python's last garbage collections would visit every object of torch and Megatron: 1.5 s.
+    atexit.register(gc.freeze)
     try:
         code = main() or 0
         sys.stdout.flush()
