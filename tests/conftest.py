@@ -5,6 +5,7 @@ import os
 # Before torch: ranks are forked, and a thread pool does not survive a fork.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
 import importlib.util
 import json
 import signal
@@ -114,6 +115,12 @@ LONG_MODULES = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.json")
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of garbage collections, here and in the ranks that are forked."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
