@@ -15,6 +15,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -58,7 +59,8 @@ def run(figure: Figure, *, again: bool) -> float:
         figure.out.mkdir(parents=True)
         command = figure.command.replace("OUT", str(figure.out.relative_to(ROOT)))
         start = time.monotonic()
-        subprocess.run(command, shell=True, check=True, cwd=ROOT)
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a page says `python`
+        subprocess.run(command, shell=True, check=True, cwd=ROOT, env={**os.environ, "PATH": path})
         done.write_text(json.dumps(time.monotonic() - start))
     return float(json.loads(done.read_text()))
 

@@ -159,9 +159,8 @@ FIGURES = (
         title="Bytes that a layer sends",
         text="A sparse layer with switch on ranks of one machine, ours and Megatron's, with the "
         "same weights. Bytes of a forward pass are counted at `torch.distributed`, so they do not "
-        "depend on the machine. The benchmark's page "
-        "([times](../benchmarks/README.md#a-sparse-layer-on-several-ranks)) has an older version, "
-        "which sent up to 9 % more.",
+        "depend on the machine; [the benchmark's page]"
+        "(../benchmarks/README.md#a-sparse-layer-on-several-ranks) has the times.",
         command="python -m benchmarks.parallel --repeats 5 --output OUT/traffic.csv "
         "--plot OUT/traffic.png",
         collect=files("traffic.png", "traffic.csv"),
