@@ -138,7 +138,7 @@ NO_EFFECT = {
     "it is how a run on one rank of a host is anyway": """
         --attention-backend --dataloader-type --disable-bias-linear
         --dist-ckpt-optim-fully-reshardable --distributed-backend --expert-tensor-parallel-size
-        --moe-router-dtype --moe-token-dispatcher-type --no-position-embedding
+        --moe-router-dtype --moe-token-dispatcher-type --no-one-logger --no-position-embedding
         --suggested-communication-unit-size --tensor-parallel-num-weight-shards
         --expert-tensor-parallel-num-weight-shards --transformer-impl --use-cpu-initialization
         --use-mcore-models --use-rotary-position-embeddings --num-virtual-stages-per-pipeline-rank

@@ -6,6 +6,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from megatron.core.transformer.enums import CudaGraphModule
@@ -79,6 +80,8 @@ def parse(host_defaults: dict[str, Any]) -> Namespace:
     run_checks(evaluation.CHECKS, args)
     derive_megatron_flags(args, sffn)
     derive_evaluation(args)
+    if find_spec("one_logger") is None:  # else Megatron tells to install NVIDIA's internal package
+        args.enable_one_logger = False
     for dest, default in moe_defaults.items():
         if vars(args)[dest] is None:
             setattr(args, dest, default)
