@@ -121,6 +121,32 @@ class Trained:
 def train(variant: Variant, layout: Layout) -> dict[str, Any]:
     """Train `STEPS` steps on this rank; returns its share of the results, for `join`."""
     chunks = build(variant, layout)
+    optimizer = build_optimizer(chunks, variant, layout)
+    losses, norms, grads = [], [], []
+    for number in range(STEPS):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses.append(forward_and_backward(chunks, number, layout))
+        if number == 0 and not layout.distributed_optimizer:
+            grads = local_shards(chunks, "main_grad")
+        optimizer.prepare_grads()
+        norms.append(float(optimizer.get_grad_norm()))
+        optimizer.step_with_ready_grads()
+    if layout.distributed_optimizer:
+        for chunk in chunks:
+            chunk.disable_forward_pre_hook()
+    return {
+        "losses": losses,
+        "grad_norms": norms,
+        "grads": grads,
+        "weights": local_shards(chunks, None),
+        "balance": expert_biases(chunks),
+    }
+
+
+def build_optimizer(chunks: list[Any], variant: Variant, layout: Layout) -> Any:
+    """Megatron's optimizer of the chunks, which reduce their gradients as in a run."""
     lr_mult, wd_mult = variant.factors
     param_groups.install(Namespace(sffn_lr_mult=lr_mult, sffn_wd_mult=wd_mult))
     optimizer = get_megatron_optimizer(
@@ -164,83 +190,78 @@ def train(variant: Variant, layout: Layout) -> dict[str, Any]:
         sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = sync[0] if len(sync) == 1 else sync
         config.grad_sync_func = None
-    step = get_forward_backward_func()
-    losses, norms, grads = [], [], []
-    for number in range(STEPS):
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        batches = [samples(number) for _ in chunks]
-        sums = step(
-            forward_step_func=partial(forward, number),
-            data_iterator=batches if layout.virtual_stages > 1 else batches[0],
-            model=chunks if layout.virtual_stages > 1 else chunks[0],
-            num_microbatches=SAMPLES // parallel_state.get_data_parallel_world_size(),
-            seq_length=SEQUENCE,
-            micro_batch_size=1,
-            forward_only=False,
-        )
-        losses.append(mean_loss(sums))
-        if number == 0 and not layout.distributed_optimizer:
-            grads = local_shards(chunks, "main_grad")
-        optimizer.prepare_grads()
-        norms.append(float(optimizer.get_grad_norm()))
-        optimizer.step_with_ready_grads()
-    if layout.distributed_optimizer:
-        for chunk in chunks:
-            chunk.disable_forward_pre_hook()
-    biases = {
-        config.ffn_number(layer.layer_number): layer.router.balance.expert_bias.clone()
+    return optimizer
+
+
+def forward_and_backward(chunks: list[Any], number: int, layout: Layout) -> float:
+    """Megatron's schedule for the microbatches of one step; returns the step's mean loss."""
+    batches = [samples(number) for _ in chunks]
+    sums = get_forward_backward_func()(
+        forward_step_func=partial(forward, number),
+        data_iterator=batches if layout.virtual_stages > 1 else batches[0],
+        model=chunks if layout.virtual_stages > 1 else chunks[0],
+        num_microbatches=SAMPLES // parallel_state.get_data_parallel_world_size(),
+        seq_length=SEQUENCE,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    return mean_loss(sums)
+
+
+def expert_biases(chunks: list[Any]) -> dict[int, Tensor]:
+    """The expert biases of this rank's layers, by the number of the layer."""
+    return {
+        chunks[0].config.ffn_number(layer.layer_number): layer.router.balance.expert_bias.clone()
         for chunk in chunks
         for layer in sparse_layers(chunk)
         if hasattr(layer.router, "balance") and layer.router.balance.biased
-    }
-    return {
-        "losses": losses,
-        "grad_norms": norms,
-        "grads": grads,
-        "weights": local_shards(chunks, None),
-        "balance": biases,
     }
 
 
 def build(variant: Variant, layout: Layout) -> list[Any]:
     """This rank's model chunks, as Megatron builds and wraps them."""
-    recompute: dict[str, Any] = {}
-    if layout.recompute == "full":
-        recompute = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
-    elif layout.recompute is not None:
-        recompute = {
-            "recompute_granularity": "selective",
-            "recompute_modules": [layout.recompute],
-        }
-    router, balance = variant.router, {"moe_router_load_balancing_type": "none"}
-    test_numbers = ROUTERS[router].test_numbers
-    numbers = test_numbers.layer(active_cells=16, block_size=4, expansion=4)
-    if router == "switch":
-        balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.05}
-    # With a dense layer among them, stages differ.
-    options = dict(variant.megatron)
-    sparse = list(options.pop("moe_layer_freq", (1, 0, 1, 1)))
-    layers: dict[str, Any] = {"num_layers": LAYERS, "moe_layer_freq": sparse}
+    config = transformer_config(variant, layout)
+    sizes: dict[str, Any] = {
+        "transformer": config,
+        "vocab_size": VOCAB,
+        "seq_length": SEQUENCE,
+        "position_embedding_type": "rope",
+        "share_embeddings_and_output_weights": True,
+    }
+    model: Any = GPTModelConfig(**sizes, transformer_layer_spec=block_spec)
     if layout.hybrid:
-        latent = "kv_lora_rank" in dict(variant.megatron)
-        pattern = hybrid_pattern(sparse, layout.layers_per_chunk(LAYERS), latent=latent)
-        if layout.pattern is not None:
-            pattern = cut(layout.pattern, layout.pp * layout.virtual_stages)
-        layers = {
-            "num_layers": len(hybrid_layers(pattern)),
-            "moe_layer_freq": layer_pattern("", 0, pattern),
-            "hybrid_pattern": pattern,
-            "is_hybrid_model": True,
-        }
+        model = HybridModelConfig(
+            **sizes,
+            hybrid_layer_pattern=config.hybrid_pattern,
+            hybrid_stack_spec=hybrid_stack_spec(config),
+        )
+    model.pre_wrap_hooks += [partial(reinit_dense_weights, 7), partial(widen_decays, layout.dtype)]
+    overlap = layout.distributed_optimizer
+    chunks: list[Any] = model.get_builder_cls()(model).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        ddp_config=DistributedDataParallelConfig(
+            use_distributed_optimizer=overlap,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+            bucket_size=2000 if overlap else None,
+        ),
+        data_parallel_random_init=False,
+        mixed_precision_wrapper=None,
+    )
+    return chunks
+
+
+def transformer_config(variant: Variant, layout: Layout) -> Any:
+    """The config of a small model of the variant, with Megatron's own modules."""
+    options = dict(variant.megatron)
+    # With a dense layer among them, stages differ.
+    sparse = list(options.pop("moe_layer_freq", (1, 0, 1, 1)))
     latent = "kv_lora_rank" in options
-    config = (SparseFFNMLATransformerConfig if latent else SparseFFNTransformerConfig)(
-        **layers,
+    balance: dict[str, Any] = {"moe_router_load_balancing_type": "none"}
+    if variant.router == "switch":
+        balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.05}
+    return (SparseFFNMLATransformerConfig if latent else SparseFFNTransformerConfig)(
+        **layer_fields(layout, sparse, latent=latent),
         hidden_size=WIDTH,
         num_attention_heads=4,
         ffn_hidden_size=32,
@@ -262,41 +283,57 @@ def build(variant: Variant, layout: Layout) -> list[Any]:
         persist_layer_norm=False,
         apply_rope_fusion=False,
         batch_p2p_comm=False,
-        sffn=SparseFFNConfig(
-            router=ROUTERS[router](**{**test_numbers.options, **dict(variant.options)}),
-            **numbers | dict(variant.sffn),
-        ),
+        sffn=sffn_config(variant),
         # A variant is hashable, and has tuples where Megatron has lists.
         **{
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in (balance | recompute | options).items()
+            for name, value in (balance | recompute_fields(layout.recompute) | options).items()
         },
     )
-    sizes: dict[str, Any] = {
-        "transformer": config,
-        "vocab_size": VOCAB,
-        "seq_length": SEQUENCE,
-        "position_embedding_type": "rope",
-        "share_embeddings_and_output_weights": True,
+
+
+def layer_fields(layout: Layout, sparse: list[int], *, latent: bool) -> dict[str, Any]:
+    """Fields of the config that say which layers the model has.
+
+    Args:
+        layout: layout of the run.
+        sparse: 1 for each sparse layer of the GPT, 0 for each dense one.
+        latent: True for multi-latent attention.
+    """
+    if not layout.hybrid:
+        return {"num_layers": LAYERS, "moe_layer_freq": sparse}
+    pattern = hybrid_pattern(sparse, layout.layers_per_chunk(LAYERS), latent=latent)
+    if layout.pattern is not None:
+        pattern = cut(layout.pattern, layout.pp * layout.virtual_stages)
+    return {
+        "num_layers": len(hybrid_layers(pattern)),
+        "moe_layer_freq": layer_pattern("", 0, pattern),
+        "hybrid_pattern": pattern,
+        "is_hybrid_model": True,
     }
-    model: Any = GPTModelConfig(**sizes, transformer_layer_spec=block_spec)
-    if layout.hybrid:
-        spec = hybrid_stack_spec(config)
-        model = HybridModelConfig(**sizes, hybrid_layer_pattern=pattern, hybrid_stack_spec=spec)
-    model.pre_wrap_hooks += [partial(reinit_dense_weights, 7), partial(widen_decays, layout.dtype)]
-    overlap = layout.distributed_optimizer
-    chunks: list[Any] = model.get_builder_cls()(model).build_distributed_models(
-        ProcessGroupCollection.use_mpu_process_groups(),
-        ddp_config=DistributedDataParallelConfig(
-            use_distributed_optimizer=overlap,
-            overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap,
-            bucket_size=2000 if overlap else None,
-        ),
-        data_parallel_random_init=False,
-        mixed_precision_wrapper=None,
+
+
+def recompute_fields(recompute: str | None) -> dict[str, Any]:
+    """Fields of the config that say what the backward pass computes again."""
+    if recompute is None:
+        return {}
+    if recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return {"recompute_granularity": "selective", "recompute_modules": [recompute]}
+
+
+def sffn_config(variant: Variant) -> SparseFFNConfig:
+    """The config of the variant's layer."""
+    router = ROUTERS[variant.router]
+    numbers = router.test_numbers.layer(active_cells=16, block_size=4, expansion=4)
+    return SparseFFNConfig(
+        router=router(**{**router.test_numbers.options, **dict(variant.options)}),
+        **numbers | dict(variant.sffn),
     )
-    return chunks
 
 
 def widen_decays(dtype: torch.dtype, chunks: list[Any]) -> list[Any]:
