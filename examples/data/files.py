@@ -14,7 +14,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from examples.quickstart.corpus import Document, html_to_text
+from examples.quickstart.corpus import Document
+from examples.quickstart.html_text import html_to_text
 from megatron_sffn.utils.errors import ConfigError
 
 PAGES = (".html", ".htm")

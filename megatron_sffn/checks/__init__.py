@@ -9,6 +9,7 @@ optimizers.py      optimizers that cannot train every weight, and Muon's limits
 parallelism.py     sizes that do not divide what they cut
 evaluation.py      flags of evaluations
 data.py            tokenizer, data sets and splits
+data_source.py     what the flags of the data name, read once
 resume.py          the checkpoint of `--load`: same model, and an optimizer state that fits
 pickles.py         code in that checkpoint
 disk.py            disk space for the next checkpoint

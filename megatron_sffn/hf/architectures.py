@@ -16,108 +16,42 @@ from typing import Any
 
 from megatron_sffn.flags.sffn_flags import ffn_hidden_size
 from megatron_sffn.hf.names import SPARSE_FFN
+from megatron_sffn.hf.needs import (
+    ALL_HEADS,
+    ALL_SPARSE,
+    BIASES,
+    DENSE,
+    GROUPS_OF_TWO,
+    HEADS_FILL,
+    LAYER_NORM,
+    LLAMA_LIKE,
+    MOE_LIKE,
+    NO_BIASES,
+    NO_EXPERT_BIAS,
+    NO_GROUPS,
+    NO_PRICES,
+    NO_QK_NORM,
+    NO_QKV_BIAS,
+    ONE_STRETCH,
+    QK_NORM,
+    QKV_BIAS,
+    RMS_NORM,
+    ROPE,
+    SHARED,
+    SPARSE_LAST,
+    SWIGLU,
+    UNGATED,
+    WHOLE_ROPE,
+    Need,
+    gate_is,
+)
 from megatron_sffn.hf.own_fields import common_fields, sparse_ffn_fields
 from megatron_sffn.hf.settings import Settings
-from megatron_sffn.nn.routers.scored import ScoredConfig
 from megatron_sffn.utils.errors import ConfigError
 
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """Megatron's `--use-rope-scaling`, beside its factor; it stretches 8192 positions."""
 
-# What a class of transformers needs
-
-Need = tuple[str, Callable[[Settings], bool]]
-"""A sentence with the architecture as its subject, and whether a model meets it."""
-
-DENSE: Need = ("has dense layers only", lambda s: s.sffn is None)
-RMS_NORM: Need = (
-    "has --normalization RMSNorm",
-    lambda s: s.args.normalization == "RMSNorm",
-)
-LAYER_NORM: Need = (
-    "has --normalization LayerNorm",
-    lambda s: s.args.normalization == "LayerNorm",
-)
-SWIGLU: Need = (
-    "has --swiglu, without --activation-func-clamp-value and --glu-linear-offset",
-    lambda s: s.activation == "swiglu" and s.glu_clamp is None and not s.glu_offset,
-)
-UNGATED: Need = ("has no gated activation", lambda s: not s.gated)
-QK_NORM: Need = ("has --qk-layernorm", lambda s: bool(s.args.qk_layernorm))
-NO_QK_NORM: Need = ("has no --qk-layernorm", lambda s: not s.args.qk_layernorm)
-QKV_BIAS: Need = ("has --add-qkv-bias", lambda s: bool(s.args.add_qkv_bias))
-NO_QKV_BIAS: Need = (
-    "has no --add-qkv-bias beside --disable-bias-linear",
-    lambda s: s.args.add_bias_linear or not s.args.add_qkv_bias,
-)
-BIASES: Need = ("has biases, no --disable-bias-linear", lambda s: bool(s.args.add_bias_linear))
-NO_BIASES: Need = ("has --disable-bias-linear", lambda s: not s.args.add_bias_linear)
-ROPE: Need = (
-    "has --position-embedding-type rope",
-    lambda s: s.position_embedding == "rope" and not s.args.rotary_interleaved,
-)
-WHOLE_ROPE: Need = ("rotates whole heads", lambda s: s.args.rotary_percent == 1.0)
-ONE_STRETCH: Need = (
-    "has one way to stretch positions",
-    lambda s: not (s.args.use_rope_scaling and s.args.rotary_seq_len_interpolation_factor),
-)
-HEADS_FILL: Need = (
-    "has --kv-channels = --hidden-size / --num-attention-heads",
-    lambda s: s.args.kv_channels * s.args.num_attention_heads == s.args.hidden_size,
-)
-ALL_HEADS: Need = (
-    "has keys and values for every head, no --group-query-attention",
-    lambda s: s.num_query_groups == s.args.num_attention_heads,
-)
-SHARED: Need = (
-    "has no --sffn-shared-blocks",
-    lambda s: s.sffn is None or not s.sffn.shared_blocks,
-)
-ALL_SPARSE: Need = (
-    "has sparse layers only",
-    lambda s: len(s.sparse_layers) == s.args.num_layers,
-)
-SPARSE_LAST: Need = (
-    "has its dense layers before its sparse ones",
-    lambda s: s.sparse_layers == tuple(range(s.args.num_layers))[-len(s.sparse_layers) :],
-)
-NO_EXPERT_BIAS: Need = ("has no --moe-router-enable-expert-bias", lambda s: not s.biased)
-NO_PRICES: Need = (
-    "has no --moe-router-load-balancing-type quantile_balancing",
-    lambda s: not s.priced,
-)
-NO_GROUPS: Need = (
-    "has no --moe-router-num-groups",
-    lambda s: (s.args.moe_router_num_groups or 1) == 1,
-)
-GROUPS_OF_TWO: Need = (
-    "adds two scores of a group (--moe-router-topk / --moe-router-group-topk, --sffn-group-score "
-    "largest), with an expert bias",
-    lambda s: NO_GROUPS[1](s) or (s.biased and _scores_per_group(s) == 2),
-)
-
-
-UNSCALED: Need = (
-    "has gates that are not scaled (no --moe-router-topk-scaling-factor)",
-    lambda s: s.args.moe_router_topk_scaling_factor in (None, 1.0),
-)
-
-
-def _scores_per_group(settings: Settings) -> int:
-    """How many scores of a group are added; 0 if it is their mean."""
-    assert settings.sffn is not None and isinstance(settings.sffn.router, ScoredConfig)
-    if settings.sffn.router.group_score == "mean":
-        return 0
-    return settings.sffn.num_active_blocks // settings.args.moe_router_group_topk
-
-
-def _gate(*gates: str) -> Need:
-    choices = " or ".join(gates)
-    return f"has a linear gate network with --sffn-gate {choices}", lambda s: s.gate in gates
-
-
-LLAMA_LIKE = (RMS_NORM, SWIGLU, ROPE, ONE_STRETCH, WHOLE_ROPE)
-MOE_LIKE = (*LLAMA_LIKE, NO_BIASES, UNSCALED)
 Fields = Callable[[Settings], dict[str, Any]]
 
 
@@ -327,7 +261,7 @@ CLASSES: dict[str, StockClass] = {
     "qwen3_moe": StockClass(
         name="Qwen3MoeForCausalLM",
         needs=(
-            *(_gate("softmax", "softmax-chosen"), *MOE_LIKE, QK_NORM, NO_QKV_BIAS),
+            *(gate_is("softmax", "softmax-chosen"), *MOE_LIKE, QK_NORM, NO_QKV_BIAS),
             *(SHARED, NO_EXPERT_BIAS, NO_PRICES, NO_GROUPS),
         ),
         fields=_moe,
@@ -335,7 +269,7 @@ CLASSES: dict[str, StockClass] = {
     "mixtral": StockClass(
         name="MixtralForCausalLM",
         needs=(
-            *(_gate("softmax-chosen"), *MOE_LIKE, NO_QK_NORM, NO_QKV_BIAS),
+            *(gate_is("softmax-chosen"), *MOE_LIKE, NO_QK_NORM, NO_QKV_BIAS),
             *(SHARED, ALL_SPARSE, NO_EXPERT_BIAS, NO_PRICES, NO_GROUPS),
         ),
         fields=_mixtral,
@@ -343,7 +277,7 @@ CLASSES: dict[str, StockClass] = {
     "qwen2_moe": StockClass(
         name="Qwen2MoeForCausalLM",
         needs=(
-            *(_gate("softmax", "softmax-chosen"), *MOE_LIKE, HEADS_FILL, NO_QK_NORM),
+            *(gate_is("softmax", "softmax-chosen"), *MOE_LIKE, HEADS_FILL, NO_QK_NORM),
             *(NO_EXPERT_BIAS, NO_PRICES, NO_GROUPS),
         ),
         fields=_qwen2_moe,
@@ -352,7 +286,7 @@ CLASSES: dict[str, StockClass] = {
     "glm4_moe": StockClass(
         name="Glm4MoeForCausalLM",
         needs=(
-            *(_gate("sigmoid", "sigmoid-chosen"), RMS_NORM, SWIGLU, ROPE, ONE_STRETCH, NO_BIASES),
+            *(gate_is("sigmoid", "sigmoid-chosen"), RMS_NORM, SWIGLU, ROPE, ONE_STRETCH, NO_BIASES),
             *(SPARSE_LAST, NO_PRICES, GROUPS_OF_TWO),
         ),
         fields=_glm4_moe,

@@ -14,7 +14,7 @@ from megatron_sffn.flags.megatron_flags import ACTIVATIONS
 from megatron_sffn.flags.names import flag_of, stated
 from megatron_sffn.flags.sffn_flags import saved_config
 from megatron_sffn.hf.flag_words import layers_value
-from megatron_sffn.hf.names import Sizes
+from megatron_sffn.hf.reshapes import Sizes
 from megatron_sffn.nn.config import SparseFFNConfig
 from megatron_sffn.nn.layer_pattern import gpt_pattern, layer_pattern
 from megatron_sffn.nn.quantile_balancing import QUANTILE_BALANCING

@@ -1,6 +1,5 @@
 """The corpus is real text, has the same split on every machine, and is written atomically."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,15 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from examples.quickstart import corpus
+from examples.quickstart.html_text import html_to_text
 from megatron_sffn.utils.errors import ConfigError
 from tests.support.paths import ROOT
-
-SCRIPT = ROOT / "examples" / "quickstart" / "corpus.py"
-spec = importlib.util.spec_from_file_location("quickstart_corpus", SCRIPT)
-assert spec is not None and spec.loader is not None
-corpus = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = corpus  # dataclasses look their module up
-spec.loader.exec_module(corpus)
 
 
 def read_lines(path: Path) -> list[dict[str, str]]:
@@ -31,8 +25,8 @@ def stdlib(tmp_path_factory):
     """The real corpus, built by the command."""
     folder = tmp_path_factory.mktemp("corpus") / "new" / "stdlib"
     result = subprocess.run(
-        [sys.executable, SCRIPT, "--output", folder],
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])},
+        [sys.executable, "-m", "examples.quickstart.corpus", "--output", folder],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
@@ -183,6 +177,6 @@ def test_html_becomes_plain_text():
       as  is</pre>
     <table><tr><td>a</td><td>b</td></tr></table>
     <nav><ul><li>no</ul></nav></div>end</body></html>"""
-    assert corpus.html_to_text(html) == (
+    assert html_to_text(html) == (
         "Title\nSome bold text <here>.\none\ntwo\n  kept\n      as  is\na b\nend\n"
     )
