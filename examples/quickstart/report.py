@@ -15,7 +15,7 @@ from typing import Any
 
 from examples.quickstart import charts, samples
 from examples.quickstart.charts import Curve, Load
-from examples.quickstart.runs import RUNS, Plan, Run
+from examples.quickstart.runs import RUNS, Plan, Run, program
 from examples.quickstart.samples import Sample
 from megatron_sffn.study.scalars import read_scalars
 from megatron_sffn.utils.atomic_files import read_records
@@ -206,6 +206,8 @@ def page(plan: Plan, results: Sequence[Result], texts: Sequence[Sequence[Sample]
             samples.next_commands(plan, results[-1].run, texts[-1][0].prompt)
         ),
         folder=html.escape(str(plan.folder)),
+        python=program("python"),
+        tensorboard=program("tensorboard"),
     )
 
 
@@ -300,10 +302,10 @@ transformers:</p>
 <pre>{next_commands}</pre>
 <p>These commands trained the two models. For a run of your own change <code>--save</code>,
 <code>--load</code> and <code>--tensorboard-dir</code>, and then what you like:
-<code>--sffn-router</code> has more methods, <code>.venv/bin/python -m megatron_sffn.pretrain
+<code>--sffn-router</code> has more methods, <code>{python} -m megatron_sffn.pretrain
 --help-all</code> has every flag.</p>
 <pre>{commands}</pre>
-<p>All curves: <code>.venv/bin/tensorboard --logdir {folder}</code>. More and other text:
+<p>All curves: <code>{tensorboard} --logdir {folder}</code>. More and other text:
 <code>make quickstart CORPUS=debian-docs ARGS='--folder runs/docs --train-iters 1500'</code>.</p>
 </body>
 </html>

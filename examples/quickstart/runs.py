@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +114,7 @@ class Plan:
     def shown(self, run: Run) -> str:
         """The same command in the form that a user types."""
         start = LAUNCH.replace(" -m ", " \\\n    -m ")
-        lines = [f"OMP_NUM_THREADS=1 .venv/bin/torchrun {start}", *self.flags(run)]
+        lines = [f"OMP_NUM_THREADS=1 {program('torchrun')} {start}", *self.flags(run)]
         return " \\\n    ".join(lines)
 
     def summary(self, run: Run) -> dict[str, object] | None:
@@ -137,6 +138,11 @@ class Plan:
 
 # With --local-addr the host name of this machine does not have to resolve.
 LAUNCH = f"--standalone --local-addr 127.0.0.1 --nproc-per-node {RANKS} -m megatron_sffn.pretrain"
+
+
+def program(name: str) -> str:
+    """A program of this environment as a user types it: its path in a clone, else its name."""
+    return f".venv/bin/{name}" if Path(".venv").resolve() == Path(sys.prefix).resolve() else name
 
 
 def environment() -> dict[str, str]:

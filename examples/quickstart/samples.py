@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from examples.quickstart.data import run_tool
-from examples.quickstart.runs import Plan, Run, environment
+from examples.quickstart.runs import Plan, Run, environment, program
 from megatron_sffn.utils.atomic_files import read_records
 
 TEMPERATURE = 0.7
@@ -105,7 +105,7 @@ def next_commands(plan: Plan, run: Run, prompt: str) -> str:
     folder = shlex.quote(str(plan.folder_of(run)))
     held_out = shlex.quote(str(plan.folder / "data" / "valid.jsonl"))
     export = shlex.quote(str(plan.folder / f"{run.name}-hf"))
-    tool = ".venv/bin/megatron-sffn"
+    tool = program("megatron-sffn")
     return "\n".join(
         [
             f"{tool} generate --load {folder} --prompt {shlex.quote(prompt)} "

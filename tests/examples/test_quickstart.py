@@ -18,7 +18,7 @@ from examples.quickstart import __main__ as quickstart
 from examples.quickstart import corpus, data, report, samples
 from examples.quickstart.charts import Curve, Load
 from examples.quickstart.report import Result
-from examples.quickstart.runs import RUNS, VOCAB_SIZE, Plan
+from examples.quickstart.runs import RUNS, VOCAB_SIZE, Plan, program
 from examples.quickstart.samples import PROMPTS, Sample
 from megatron_sffn.study.running.launch import Display, RunFailedError, launch
 from megatron_sffn.train.log_status import Status
@@ -171,6 +171,13 @@ STEP_LINE = (
 EVALUATION_LINE = (
     " validation-0 loss at iteration 101 | lm loss value: 5.0E+00 | lm loss PPL: 1.484132E+02 | "
 )
+
+
+def test_commands_name_a_program_as_this_environment_has_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert program("torchrun") == "torchrun"
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    assert program("torchrun") == ".venv/bin/torchrun"
 
 
 def test_the_status_follows_the_log():
