@@ -17,9 +17,10 @@ from typing import Any
 
 import grimp
 
+from docs.marked_text import replace_marked
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
-END = "<!-- end -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +118,7 @@ def sections() -> dict[str, str]:
 def renewed(page: str) -> str:
     """The page with the text between `<!-- CONTAINER -->` and `<!-- end -->` replaced."""
     for container, text in sections().items():
-        begin = f"<!-- {container} -->\n"
-        before, marker, rest = page.partition(begin)
-        if marker:
-            page = f"{before}{begin}\n{text}\n\n{END}{rest.partition(END)[2]}"
+        page = replace_marked(page, container, text)
     return page
 
 

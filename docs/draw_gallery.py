@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from docs.gallery_figures import FIGURES, QUICKSTART, ROOT, Figure
+from docs.marked_text import replace_marked
 from megatron_sffn.utils.errors import CommandParser, ConfigError, run_command
 
 IMAGES = ROOT / "docs" / "images"
 FOLDER = IMAGES / "gallery"
 MANIFEST = IMAGES / "gallery.json"
 PAGE = ROOT / "docs" / "gallery.md"
-END = "<!-- end -->"
 
 
 def sha256(path: Path) -> str:
@@ -120,12 +120,7 @@ def renewed(page: str) -> str:
     """The page with the text between its markers replaced."""
     entries = read_manifest()
     sections = [section(f, entries[f.name]) for f in FIGURES if f.name in entries]
-    begin = "<!-- figures -->\n"
-    before, marker, rest = page.partition(begin)
-    if not marker:
-        raise ValueError(f"{PAGE.name} has no marker {begin.strip()}")
-    text = "\n\n".join(sections)
-    return f"{before}{begin}\n{text}\n\n{END}{rest.partition(END)[2]}"
+    return replace_marked(page, "figures", "\n\n".join(sections))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

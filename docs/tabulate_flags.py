@@ -22,11 +22,11 @@ from typing import Any
 
 from megatron.training.arguments import add_megatron_arguments
 
+from docs.marked_text import replace_marked
 from megatron_sffn.flags.megatron_flags import DENSE_ONLY, DERIVED, is_moe_flag
 from tests.flag_sweep import GOLDEN, flag_of
 
 PAGE = Path(__file__).parent / "megatron-flags.md"
-END = "<!-- end -->"
 
 MOE = "mixture of experts"
 GROUPS = (
@@ -100,12 +100,7 @@ def renewed(page: str) -> str:
     """The page with the text between `<!-- GROUP -->` and `<!-- end -->` replaced."""
     results = json.loads(GOLDEN.read_text())
     for title, actions in groups():
-        begin = f"<!-- {title} -->\n"
-        before, marker, rest = page.partition(begin)
-        if not marker:
-            raise ValueError(f"{PAGE.name} has no marker {begin.strip()}")
-        text = table(map(flag_of, actions), results)
-        page = f"{before}{begin}\n{text}\n\n{END}{rest.partition(END)[2]}"
+        page = replace_marked(page, title, table(map(flag_of, actions), results))
     return page
 
 

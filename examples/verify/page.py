@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from docs.marked_text import replace_marked
 from examples.verify import cards
 from examples.verify.cards import FAILED, NOT_RUN, PASSED
 from examples.verify.configurations import ARGUMENTS, CONFIGURATIONS, ROOT, UNIFIED, Configuration
 from megatron_sffn.utils.human_size import human_count
 
 PAGE = ROOT / "docs" / "verified.md"
-END = "<!-- end -->"
 
 REDUCED = ("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "seq-length")
 """Flags of sizes in the table of reductions."""
@@ -128,11 +128,7 @@ def renewed(page: str) -> str:
         "machines": machines(all_cards.values()),
     }
     for title, text in parts.items():
-        begin = f"<!-- {title} -->\n"
-        before, marker, rest = page.partition(begin)
-        if not marker:
-            raise ValueError(f"{PAGE.name} has no marker {begin.strip()}")
-        page = f"{before}{begin}\n{text}\n\n{END}{rest.partition(END)[2]}"
+        page = replace_marked(page, title, text)
     return page
 
 
