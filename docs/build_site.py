@@ -162,7 +162,7 @@ def repository_path(uri: str) -> str:
 
 
 def shown(path: str) -> str | None:
-    """The page that shows a file which is none, or lists a folder; None for pages and pictures."""
+    """The page of a notebook, another file or a folder; None for a page or picture itself."""
     file = ROOT / path
     if file.is_dir():
         names = sorted(child.name for child in file.iterdir() if not child.name.startswith("__"))
