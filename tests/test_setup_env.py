@@ -194,8 +194,8 @@ def test_a_missing_python_is_reported(checkout: Checkout) -> None:
 def test_too_little_disk_space_is_reported(checkout: Checkout) -> None:
     checkout.python("python3.12", "3.12.1")
     write_command(checkout.bin / "df", df_script(free_gb=6))
-    assert_one_sentence(checkout.setup("plot"), "6 GB are free", "7 GB")
-    assert_one_sentence(checkout.setup("plot", "dev"), "6 GB are free", "9 GB")
+    assert_one_sentence(checkout.setup("plot"), "6 GB are free", "8 GB")
+    assert_one_sentence(checkout.setup("plot", "dev"), "6 GB are free", "10 GB")
     assert checkout.installs() == []
     assert not (checkout.root / ".venv").exists()
 

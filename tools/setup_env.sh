@@ -151,7 +151,7 @@ choose_torch() {
 # Ends with an error if the disk has no space for .venv with all of its extras, and for the wheels
 # while they are unpacked. docs/install.md has the sizes that were measured; these are bounds.
 check_space() {
-    local need_gb=7 free_kb used_kb
+    local need_gb=8 free_kb used_kb
     case " ${torch[*]} " in *+cpu\ *) need_gb=3 ;; esac
     case " $1 " in *" dev "*) need_gb=$((need_gb + 2)) ;; esac
     free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
